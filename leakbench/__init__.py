@@ -1,0 +1,79 @@
+"""leakbench measures what shared gradients leak in federated learning.
+
+Names are imported on first use, so that ``import leakbench`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from leakbench.version import __version__
+
+if TYPE_CHECKING:
+    from leakbench import attacks, datasets, defenses, metrics, models
+    from leakbench.attacks.base import Attack
+    from leakbench.datasets.base import Dataset
+    from leakbench.defenses.base import Defense, Step
+    from leakbench.errors import LeakbenchError, Unsupported
+    from leakbench.metrics.base import Metric
+    from leakbench.models.base import Model
+    from leakbench.rng import Rng
+    from leakbench.types import Gradient, Normal, Observation, Reconstruction, Secret, ThreatModel, Uniform
+
+_HOME = {
+    "Attack": "leakbench.attacks.base",
+    "Dataset": "leakbench.datasets.base",
+    "Defense": "leakbench.defenses.base",
+    "Gradient": "leakbench.types",
+    "LeakbenchError": "leakbench.errors",
+    "Metric": "leakbench.metrics.base",
+    "Model": "leakbench.models.base",
+    "Normal": "leakbench.types",
+    "Observation": "leakbench.types",
+    "Reconstruction": "leakbench.types",
+    "Rng": "leakbench.rng",
+    "Secret": "leakbench.types",
+    "Step": "leakbench.defenses.base",
+    "ThreatModel": "leakbench.types",
+    "Uniform": "leakbench.types",
+    "Unsupported": "leakbench.errors",
+}
+_PACKAGES = ("attacks", "datasets", "defenses", "metrics", "models")
+
+__all__ = [
+    "Attack",
+    "Dataset",
+    "Defense",
+    "Gradient",
+    "LeakbenchError",
+    "Metric",
+    "Model",
+    "Normal",
+    "Observation",
+    "Reconstruction",
+    "Rng",
+    "Secret",
+    "Step",
+    "ThreatModel",
+    "Uniform",
+    "Unsupported",
+    "__version__",
+    "attacks",
+    "datasets",
+    "defenses",
+    "metrics",
+    "models",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _PACKAGES:
+        return importlib.import_module(f"leakbench.{name}")
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'leakbench' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,35 @@
+"""What every registered component has: a name, a version, options, and settings that identify it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+
+class Component:
+    """A frozen dataclass whose fields are its options; the first docstring line describes it in listings.
+
+    Attributes:
+        name: the name it was registered under.
+        version: raised whenever its numbers change, so that older results are not mistaken for new ones.
+        reference: the paper, section or URL-free citation behind it.
+    """
+
+    name: ClassVar[str] = ""
+    version: ClassVar[int] = 1
+    reference: ClassVar[str] = ""
+
+    def options(self) -> dict[str, Any]:
+        """Return every option with its value, defaults written out."""
+        if not dataclasses.is_dataclass(self):
+            return {}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
+
+    def settings(self) -> dict[str, Any]:
+        """Return what identifies the component in a trial: name, version and every option."""
+        return {"name": self.name, "version": self.version, **self.options()}
+
+    @classmethod
+    def summary(cls) -> str:
+        """Return the first line of the docstring."""
+        return (cls.__doc__ or "").strip().split("\n")[0]

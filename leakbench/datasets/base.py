@@ -1,0 +1,46 @@
+"""The contract of a dataset: float images in [0, 1] at fixed indices."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from leakbench.component import Component
+from leakbench.registry import Registry
+
+
+class Dataset(Component):
+    """Images that a client might hold, each at a fixed index, with class labels."""
+
+    @property
+    @abstractmethod
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+
+    @property
+    @abstractmethod
+    def num_classes(self) -> int:
+        """How many classes the labels come from."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many images can be attacked; indices run from 0 to len - 1."""
+
+    @abstractmethod
+    def load(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return images [N, C, H, W] float32 in [0, 1] and labels [N] int64 at these indices.
+
+        Raises:
+            MissingAsset: the data is not in the cache; the message names the command that fetches it.
+            CorruptAsset: the data is there and is not what it should be.
+        """
+
+    @abstractmethod
+    def mean(self) -> Tensor:
+        """Return [C, H, W] in [0, 1], the mean of public images, none of which is ever attacked."""
+
+
+registry: Registry[Dataset] = Registry("dataset", "leakbench.datasets", Dataset)
+register = registry.register

@@ -1,0 +1,94 @@
+"""The contract of a defense: what changes between a client's private image and what it sends.
+
+A defense is written for ONE client step in plain torch; batching over trials happens elsewhere. No hook changes its
+arguments in place. Every hook defaults to the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from leakbench.component import Component
+from leakbench.registry import Registry
+from leakbench.types import Gradient, Secret
+
+
+class Step:
+    """One local step of one client: what a defense's ``release`` may draw on.
+
+    Attributes:
+        model: the client's network, secrets in place, in the mode it trains in.
+        images: [B, C, H, W], the data after ``encode``.
+        labels: [B] int64 or [B, K] class probabilities, after ``encode``.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, defense: Defense) -> None:
+        self.model = model
+        self.images = images
+        self.labels = labels
+        self._defense = defense
+
+    def gradient(self) -> Gradient:
+        """Return the gradient of the mean loss over the batch, per trainable parameter."""
+        return self._gradient(self.images, self.labels)
+
+    def per_example(self) -> Gradient:
+        """Return each example's own gradient, [B, *shape] per trainable parameter."""
+        rows = [self._gradient(self.images[i : i + 1], self.labels[i : i + 1]) for i in range(len(self.images))]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def weights(self) -> Gradient:
+        """Return the network's trainable parameters before the step."""
+        return {name: parameter.detach().clone() for name, parameter in self._parameters().items()}
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _gradient(self, images: Tensor, labels: Tensor) -> Gradient:
+        parameters = self._parameters()
+        loss = self._defense.loss(self.model, images, labels).mean()
+        grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        return {
+            name: torch.zeros_like(parameters[name]) if grad is None else grad.detach()
+            for name, grad in zip(parameters, grads)
+        }
+
+
+class Defense(Component):
+    """What a client does to hide its data; subclasses override the hooks they need."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Return the network that the client trains, made from a copy of ``model``; secrets are named tensors of it."""
+        return model
+
+    def secrets(self, model: nn.Module) -> tuple[Secret, ...]:
+        """Return the tensors of the wrapped network that never leave the client (nor do their gradients)."""
+        return ()
+
+    def encode(self, x: Tensor, y: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return the images [B, C, H, W] and labels ([B] or [B, K]) that the client trains on."""
+        return x, y
+
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Return [B], the client's training loss; ``y`` is [B] int64 or [B, K] class probabilities."""
+        return F.cross_entropy(model(x), y, reduction="none")
+
+    def release(self, step: Step, rng: torch.Generator) -> Gradient:
+        """Return what is sent, per parameter; secrets are removed afterwards in any case."""
+        return step.gradient()
+
+    def relax(self, model: nn.Module) -> nn.Module:
+        """Return the network that an informed attacker differentiates through, from the public architecture."""
+        return model
+
+    def surrogate(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Gradient:
+        """Return the [T, ...] dummy gradient as an informed attacker believes it would have been released."""
+        return gradient
+
+
+registry: Registry[Defense] = Registry("defense", "leakbench.defenses", Defense)
+register = registry.register

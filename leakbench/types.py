@@ -1,0 +1,178 @@
+"""The nouns: what an attacker is granted, what it sees, what it returns.
+
+Every tensor of a batch has T trials as its leading axis; a trial is one private image (batch size 1).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from leakbench.errors import BadOption
+
+if TYPE_CHECKING:
+    from leakbench.defenses.base import Defense
+
+Gradient = dict[str, Tensor]
+"""Parameter name -> [T, *shape] (or [*shape] for a single client step)."""
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """What the attacker is granted, enforced by what the Observation holds.
+
+    Attributes:
+        labels: ``known`` hands over the label; ``inferred`` leaves it to the attack.
+        reveals: groups of the defense's secrets that are handed over, values and gradients, such as ``key``
+            or ``lock``; ``GROUP-weights`` hands over the values alone.
+        informed: the attacker knows which defense is in use and may model it.
+        shares: what the client sends: a ``gradient``, or its ``weights`` after a step of unknown learning rate.
+    """
+
+    labels: Literal["inferred", "known"] = "inferred"
+    reveals: frozenset[str] = frozenset()
+    informed: bool = False
+    shares: Literal["gradient", "weights"] = "gradient"
+
+    def describe(self) -> str:
+        """Return the threat model in words, for a report."""
+        label = "the label is known" if self.labels == "known" else "the label is not known"
+        secrets = (
+            f"revealed secrets: {', '.join(sorted(self.reveals))}"
+            if self.reveals
+            else "no secret of the defense is revealed"
+        )
+        informed = (
+            "the attacker knows and models the defense" if self.informed else "the attacker does not model the defense"
+        )
+        sees = "the shared gradient" if self.shares == "gradient" else "the model before and after a local step"
+        return (
+            f"An honest-but-curious server sees {sees} of one image, the architecture and the public weights; "
+            f"{label}; {secrets}; {informed}."
+        )
+
+
+PRESETS: Mapping[str, ThreatModel] = {
+    "paper": ThreatModel(),
+    "known-label": ThreatModel(labels="known"),
+}
+"""Threat models by name. ``paper``: nothing but the gradient and the public weights."""
+
+
+class Law(ABC):
+    """How a secret is drawn; public knowledge, so that an attacker can draw its own."""
+
+    @abstractmethod
+    def draw(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+        """Return a float32 tensor of this shape drawn from the law."""
+
+
+@dataclass(frozen=True)
+class Uniform(Law):
+    """The uniform law on [low, high)."""
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def draw(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+        """Return independent draws from U[low, high)."""
+        return self.low + (self.high - self.low) * torch.rand(shape, generator=rng)
+
+
+@dataclass(frozen=True)
+class Normal(Law):
+    """The normal law; ``std`` is a standard deviation."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def draw(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+        """Return independent draws from N(mean, std^2)."""
+        return self.mean + self.std * torch.randn(shape, generator=rng)
+
+
+@dataclass(frozen=True)
+class Secret:
+    """A tensor of the defended network that stays with the client, together with its gradient.
+
+    Attributes:
+        name: its name among the module's parameters or buffers.
+        group: the name by which a threat model reveals it (``key``, ``lock``, ``noise``).
+        law: how it is drawn.
+        fresh: drawn anew at every forward pass (PRECODE's noise) instead of once for a client (a key).
+    """
+
+    name: str
+    group: str
+    law: Law
+    fresh: bool = False
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Everything that the server may see of T client steps, and nothing else.
+
+    Attributes:
+        model: the architecture that clients run, its mode (train or eval) included; its own tensors are on the
+            ``meta`` device, the values that the server knows are in ``weights``.
+        weights: public parameters [T, *shape] (stride 0 along T where all trials share them), public buffers
+            [*shape], and the revealed secrets [T, *shape].
+        gradient: what was sent, per parameter [T, *shape]; withheld names are absent.
+        secrets: the secrets that were not revealed: their names and how they are drawn, never a value.
+        labels: [T] int64, or None where the threat model does not grant them.
+        image_shape: (C, H, W) of the images, whose values lie in [0, 1].
+        num_classes: how many logits the model returns.
+        mean_image: [C, H, W] in [0, 1], the mean of public images of the same kind.
+        threat: what was granted.
+        defense: the defense in use, or None where the attacker is not informed of it.
+    """
+
+    model: nn.Module
+    weights: Mapping[str, Tensor]
+    gradient: Mapping[str, Tensor]
+    secrets: tuple[Secret, ...]
+    labels: Tensor | None
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    mean_image: Tensor
+    threat: ThreatModel = ThreatModel()
+    defense: Defense | None = None
+
+    @property
+    def trials(self) -> int:
+        """How many trials (T) are observed."""
+        return next(iter(self.gradient.values())).shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of every tensor."""
+        return next(iter(self.gradient.values())).device
+
+    def __post_init__(self) -> None:
+        """Raise BadOption where no gradient is left to observe."""
+        if not self.gradient:
+            raise BadOption("the observation has no gradient: the defense withheld every parameter; nothing to attack")
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What an attack believes the private images to be.
+
+    Attributes:
+        images: [T, C, H, W], of any range (metrics state whether they clamp); NaN only in failed rows.
+        labels: [T] int64, the labels that the attack inferred or was given; None where it has no opinion.
+        objective: [T], the attack's own final objective (lower is better); None where it has none.
+        failed: [T] bool, the trials that the attack itself knows to have diverged; None for none.
+        evaluations: [T] int64, evaluations of the objective and its gradient; None where it has none.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    objective: Tensor | None = None
+    failed: Tensor | None = None
+    evaluations: Tensor | None = None
