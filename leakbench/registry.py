@@ -260,7 +260,8 @@ def _split(text: str, where: str) -> Iterable[str]:
 
 def _matching_open(text: str) -> int | None:
     """Return where the bracket that the last character closes was opened, or None."""
-    quote, escaped, stack = "", False, []
+    quote, escaped = "", False
+    stack: list[int] = []
     for index, char in enumerate(text):
         if quote:
             if escaped:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,27 @@ class ThreatModel:
     reveals: frozenset[str] = frozenset()
     informed: bool = False
     shares: Literal["gradient", "weights"] = "gradient"
+
+    def settings(self) -> dict[str, Any]:
+        """Return every field as plain JSON values."""
+        return {
+            "labels": self.labels,
+            "reveals": sorted(self.reveals),
+            "informed": self.informed,
+            "shares": self.shares,
+        }
+
+    def spec(self) -> str:
+        """Return the preset's name, or the fields that differ from ``paper`` as ``labels=known, reveals=key+lock``."""
+        for name, preset in PRESETS.items():
+            if preset == self:
+                return name
+        parts = [
+            f"{name}={'+'.join(value) if name == 'reveals' else str(value).lower()}"
+            for name, value in self.settings().items()
+            if value != PRESETS["paper"].settings()[name]
+        ]
+        return ", ".join(parts)
 
     def describe(self) -> str:
         """Return the threat model in words, for a report."""

@@ -1,0 +1,98 @@
+"""A trial (one cell of the matrix for one image and one seed) and its result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from leakbench import attacks, datasets, defenses, models
+from leakbench.attacks import Attack
+from leakbench.datasets import Dataset
+from leakbench.defenses import Defense
+from leakbench.models import Model
+from leakbench.types import ThreatModel
+
+Status = Literal["ok", "failed", "unsupported", "error"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One attack on one private image behind one defense.
+
+    Attributes:
+        image: the index of the image in the dataset.
+        seed: what the weights, the client's draws and the attacker's start come from.
+    """
+
+    dataset: Dataset
+    model: Model
+    defense: Defense
+    attack: Attack
+    threat: ThreatModel
+    image: int
+    seed: int
+
+    @cached_property
+    def id(self) -> str:
+        """16 hex digits: a hash of every resolved setting, defaults written out and component versions included."""
+        text = json.dumps(self.settings, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Everything that identifies the trial, as plain JSON values."""
+        return {
+            "dataset": self.dataset.settings(),
+            "model": self.model.settings(),
+            "defense": self.defense.settings(),
+            "attack": self.attack.settings(),
+            "threat": self.threat.settings(),
+            "image": self.image,
+            "seed": self.seed,
+        }
+
+    @cached_property
+    def specs(self) -> dict[str, str]:
+        """The components as specs: dataset, model, defense, attack and threat."""
+        return {
+            "dataset": datasets.spec(self.dataset),
+            "model": models.spec(self.model),
+            "defense": defenses.spec(self.defense),
+            "attack": attacks.spec(self.attack),
+            "threat": self.threat.spec(),
+        }
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a trial; every trial that was started ends as one.
+
+    Attributes:
+        status: ``ok``; ``failed`` (the attack diverged: scored as the grey image); ``unsupported`` or ``error``
+            (no scores), with the reason.
+        reason: one line that says why, empty for ``ok``.
+        seconds: the wall time of the trial's chunk divided by its trials.
+        scores: metric name -> value; a metric that could not be computed is absent.
+        reconstruction: a PNG of the reconstruction, clamped to [0, 1]; None without scores.
+        truth: a PNG of the private image.
+        label: the true label.
+        objective: the attack's own final objective, where it has one.
+        evaluations: how often the attack evaluated its objective, where it counts.
+        path: how the gradients were computed, ``batched`` or ``one-at-a-time``.
+    """
+
+    trial: Trial
+    status: Status
+    reason: str
+    seconds: float
+    scores: Mapping[str, float]
+    reconstruction: bytes | None
+    truth: bytes
+    label: int
+    objective: float | None = None
+    evaluations: int | None = None
+    path: str = ""
