@@ -1,10 +1,12 @@
-"""The registered models: one file each."""
+"""The registered models: one file a family; and a user's own network as a model."""
 
+from leakbench.models import lenet, resnet
 from leakbench.models.base import Model, register, registry
+from leakbench.models.module import OwnModule
 
 get = registry.get
 names = registry.names
 parse = registry.parse
 spec = registry.spec
 
-__all__ = ["Model", "get", "names", "parse", "register", "registry", "spec"]
+__all__ = ["Model", "OwnModule", "get", "lenet", "names", "parse", "register", "registry", "resnet", "spec"]

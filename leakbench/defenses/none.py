@@ -1,0 +1,11 @@
+"""No defense: the ceiling of what an attack can see."""
+
+from dataclasses import dataclass
+
+from leakbench.defenses.base import Defense, register
+
+
+@register("none")
+@dataclass(frozen=True)
+class NoDefense(Defense):
+    """No defense: the plain gradient is sent."""

@@ -1,0 +1,86 @@
+"""PRECODE: a variational bottleneck before the classifier."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from leakbench.defenses.base import Defense, register
+from leakbench.errors import Unsupported
+from leakbench.models.surgery import last_linear, replace_module
+from leakbench.types import Normal, Secret
+
+
+class VariationalBottleneck(nn.Module):
+    """z = mu + sigma * noise with (mu, s) = encoder(f) and sigma = softplus(s), decoded back to f's size.
+
+    The noise is a tensor of the module, drawn anew by the client for every pass; the divergence of the last pass is
+    kept in ``divergence`` [B].
+    """
+
+    noise: Tensor
+
+    def __init__(self, features: int, size: int) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(features, 2 * size)
+        self.decoder = nn.Linear(size, features)
+        self.register_buffer("noise", torch.zeros(size))
+        self.divergence: Tensor | None = None
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return decoded features [B, D] for features [B, D]."""
+        mu, raw = self.encoder(features).chunk(2, dim=-1)
+        sigma = F.softplus(raw)
+        self.divergence = -0.5 * (1 + 2 * sigma.log() - mu.square() - sigma.square()).sum(-1) / math.log(2)
+        return self.decoder(mu + sigma * self.noise)
+
+
+@register("precode")
+@dataclass(frozen=True)
+class Precode(Defense):
+    """PRECODE: a variational bottleneck with fresh noise before the classifier; its layers' gradients are sent.
+
+    Attributes:
+        k: the size K of the bottleneck.
+        beta: the weight of the divergence to N(0, I), in bits, in the client's loss.
+    """
+
+    reference: ClassVar[str] = "Scheliga et al. 2022, PRECODE, WACV, section 4"
+    k: Annotated[int, Field(ge=1, le=65536)] = 256
+    beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Return a copy with the bottleneck before the last linear layer."""
+        model = copy.deepcopy(model)
+        name = last_linear(model)
+        if name is None:
+            raise Unsupported("precode needs a linear classifier to stand before, and the network has none")
+        classifier = model.get_submodule(name)
+        assert isinstance(classifier, nn.Linear)
+        bottleneck = VariationalBottleneck(classifier.in_features, self.k)
+        replace_module(model, name, nn.Sequential(bottleneck, classifier).train(model.training))
+        return model
+
+    def secrets(self, model: nn.Module) -> tuple[Secret, ...]:
+        """Return the noise of the client's forward pass."""
+        return tuple(
+            Secret(f"{name}.noise", "noise", Normal(), fresh=True)
+            for name, module in model.named_modules()
+            if isinstance(module, VariationalBottleneck)
+        )
+
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Return cross-entropy plus ``beta`` times the divergence, [B]."""
+        loss = super().loss(model, x, y)
+        for module in model.modules():
+            if isinstance(module, VariationalBottleneck) and module.divergence is not None:
+                loss = loss + self.beta * module.divergence
+                module.divergence = None
+        return loss

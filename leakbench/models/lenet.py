@@ -1,0 +1,113 @@
+"""The LeNet of the gradient-inversion literature, with and without batch normalisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from leakbench.errors import Unsupported
+from leakbench.models.base import Model, register
+from leakbench.models.weights import Init, fingerprint, initialise, load
+
+
+class _LeNet(nn.Module):
+    """Three 5x5 convolutions of 12 channels (strides 2, 2, 1), each followed by a sigmoid, and a linear classifier."""
+
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int, normalise: bool) -> None:
+        super().__init__()
+        channels, height, width = image_shape
+        layers: list[nn.Module] = []
+        for stride in (2, 2, 1):
+            layers.append(nn.Conv2d(channels, 12, 5, stride=stride, padding=2))
+            layers += [nn.BatchNorm2d(12)] if normalise else []
+            layers.append(nn.Sigmoid())
+            channels = 12
+        self.features = nn.Sequential(*layers)
+        quarter = ((height + 3) // 4) * ((width + 3) // 4)
+        self.classifier = nn.Linear(12 * quarter, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits [B, K] for images [B, C, H, W] in [0, 1]."""
+        return self.classifier(torch.flatten(self.features(x), 1))
+
+
+@register("lenet")
+@dataclass(frozen=True)
+class LeNet(Model):
+    """LeNet of DLG: sigmoid activations, three strided 5x5 convolutions of 12 channels, one linear layer.
+
+    Attributes:
+        init: ``uniform(0.5)``, which DLG needs, or ``default`` (torch's).
+        fresh: every trial draws its own weights, as FedKL's scripts do, instead of sharing its seed's.
+        weights: a checkpoint to attack instead of random weights.
+    """
+
+    reference: ClassVar[str] = "Zhu et al. 2019, Deep Leakage from Gradients, NeurIPS (released code)"
+    init: Init = "uniform(0.5)"
+    fresh: bool = False
+    weights: str | None = None
+
+    def build(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        """Return the network in training mode; images must be at least 8x8."""
+        return _build(image_shape, num_classes, False, self.init, self.weights)
+
+    def fresh_weights(self) -> bool:
+        """Return ``fresh``."""
+        return self.fresh
+
+    def settings(self) -> dict[str, Any]:
+        """Return the options, with the checkpoint's content in place of its path."""
+        return checkpoint_settings(super().settings())
+
+
+@register("lenet-bn")
+@dataclass(frozen=True)
+class LeNetBN(Model):
+    """LeNet of DLG with batch normalisation (affine) between every convolution and its sigmoid.
+
+    Attributes:
+        init: ``uniform(0.5)`` or ``default`` (torch's; scale 1 and shift 0 in the normalisations).
+        mode: ``train`` normalises each image by its own statistics, ``eval`` by the running ones.
+        fresh: every trial draws its own weights instead of sharing its seed's.
+        weights: a checkpoint to attack instead of random weights.
+    """
+
+    reference: ClassVar[str] = "Wei et al. 2023, FedKL, arXiv 2305.04095, section 4.3 (LeNet with BN)"
+    init: Init = "uniform(0.5)"
+    mode: Literal["train", "eval"] = "train"
+    fresh: bool = False
+    weights: str | None = None
+
+    def build(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        """Return the network in its mode; images must be at least 8x8."""
+        return _build(image_shape, num_classes, True, self.init, self.weights).train(self.mode == "train")
+
+    def fresh_weights(self) -> bool:
+        """Return ``fresh``."""
+        return self.fresh
+
+    def settings(self) -> dict[str, Any]:
+        """Return the options, with the checkpoint's content in place of its path."""
+        return checkpoint_settings(super().settings())
+
+
+def _build(
+    image_shape: tuple[int, int, int], num_classes: int, normalise: bool, init: Init, weights: str | None
+) -> nn.Module:
+    if min(image_shape[1:]) < 8:
+        raise Unsupported(f"lenet needs images of at least 8x8, not {image_shape[1]}x{image_shape[2]}; set size=32")
+    model = _LeNet(image_shape, num_classes, normalise)
+    initialise(model, init)
+    if weights is not None:
+        load(model, weights)
+    return model
+
+
+def checkpoint_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Replace the path of a checkpoint by a fingerprint of its content."""
+    if settings["weights"] is not None:
+        settings["weights"] = fingerprint(settings["weights"])
+    return settings

@@ -1,0 +1,72 @@
+"""What a solver minimises and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+Unknowns = dict[str, Tensor]
+"""Name -> [T, *shape]: everything that the attacker searches for."""
+
+
+class Objective(Protocol):
+    """A per-trial function of the unknowns."""
+
+    def __call__(self, unknowns: Unknowns, evaluation: int) -> Tensor:
+        """Return [T], row t a differentiable function of row t of the unknowns alone.
+
+        Args:
+            unknowns: name -> [T, *shape].
+            evaluation: how many evaluations came before; what is drawn anew at each depends on it.
+        """
+        ...
+
+    def select(self, rows: Sequence[int]) -> Self:
+        """Return the objective of these trials alone."""
+        ...
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Where a solver stopped.
+
+    Attributes:
+        unknowns: name -> [T, *shape], the last iterate at which the objective was finite.
+        value: [T], the objective at the last evaluation; NaN or infinite in diverged rows.
+        finite: [T] bool, False for a trial whose objective or gradient became non-finite.
+        evaluations: [T] int64, evaluations of the objective and its gradient.
+        first: [T], the objective at the start.
+    """
+
+    unknowns: Unknowns
+    value: Tensor
+    finite: Tensor
+    evaluations: Tensor
+    first: Tensor
+
+
+def value_and_gradient(objective: Objective, unknowns: Unknowns, evaluation: int) -> tuple[Tensor, Unknowns]:
+    """Return the objective [T] and its gradient by every unknown; an unknown that does not matter gets zeros."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in unknowns.items()}
+    value = objective(leaves, evaluation)
+    grads = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True)
+    return value.detach(), {
+        name: torch.zeros_like(leaf) if grad is None else grad for (name, leaf), grad in zip(leaves.items(), grads)
+    }
+
+
+def rows_finite(value: Tensor, gradient: Unknowns) -> Tensor:
+    """Return [T] bool: the objective and every gradient entry of the row are finite."""
+    finite = torch.isfinite(value)
+    for grad in gradient.values():
+        finite = finite & torch.isfinite(grad.flatten(1)).all(1)
+    return finite
+
+
+def where_rows(rows: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """Choose whole rows: ``rows`` is [T] bool, the others [T, *shape]."""
+    return torch.where(rows.view(-1, *[1] * (yes.ndim - 1)), yes, no)

@@ -1,0 +1,68 @@
+"""First-order descent of many trials at once: (signed) Adam and RMSprop with a step schedule and a projection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from leakbench.optim.base import Objective, Solution, Unknowns, rows_finite, value_and_gradient, where_rows
+
+
+def descend(
+    objective: Objective,
+    start: Unknowns,
+    *,
+    steps: int,
+    lr: Mapping[str, float],
+    rule: Literal["adam", "rmsprop"] = "adam",
+    sign: Sequence[str] = (),
+    milestones: Sequence[int] = (),
+    decay: float = 0.1,
+    project: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
+) -> Solution:
+    """Descend for ``steps`` steps; a trial that becomes non-finite stops at its last finite iterate.
+
+    Args:
+        objective: the per-trial objective.
+        start: name -> [T, *shape].
+        steps: how many updates.
+        lr: the step size of each unknown.
+        rule: torch's Adam (betas 0.9, 0.999) or RMSprop (alpha 0.99, momentum 0.99).
+        sign: the unknowns whose gradient is replaced by its sign before the update.
+        milestones: the steps before which every step size is multiplied by ``decay``.
+        decay: see ``milestones``.
+        project: (name, tensor) -> tensor, applied after every update.
+    """
+    unknowns = {name: tensor.detach().clone() for name, tensor in start.items()}
+    groups = [{"params": [tensor], "lr": lr[name]} for name, tensor in unknowns.items()]
+    optimiser: torch.optim.Optimizer
+    if rule == "adam":
+        optimiser = torch.optim.Adam(groups)
+    else:
+        optimiser = torch.optim.RMSprop(groups, alpha=0.99, momentum=0.99)
+    trials = len(next(iter(unknowns.values())))
+    device = next(iter(unknowns.values())).device
+    finite = torch.ones(trials, dtype=torch.bool, device=device)
+    evaluations = torch.zeros(trials, dtype=torch.int64, device=device)
+    first = value = torch.full((trials,), float("nan"), device=device)
+    for step in range(steps):
+        if step in milestones:
+            for group in optimiser.param_groups:
+                group["lr"] *= decay
+        value, gradient = value_and_gradient(objective, unknowns, step)
+        first = value if step == 0 else first
+        evaluations += finite
+        finite = finite & rows_finite(value, gradient)
+        if step % 50 == 0 and not bool(finite.any()):
+            break
+        before = {name: tensor.clone() for name, tensor in unknowns.items()}
+        for name, tensor in unknowns.items():
+            grad = gradient[name].sign() if name in sign else gradient[name]
+            tensor.grad = where_rows(finite, grad, torch.zeros_like(grad))
+        optimiser.step()
+        for name, tensor in unknowns.items():
+            tensor.copy_(where_rows(finite, project(name, tensor), before[name]))
+    return Solution(unknowns, torch.where(finite, value, torch.nan), finite, evaluations, first)

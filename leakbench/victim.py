@@ -1,0 +1,183 @@
+"""The client's side: the only place that holds private images, labels and secrets.
+
+One client step is plain torch on the CPU, one trial at a time; what the server may see of T steps is an Observation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from leakbench.defenses.base import Defense, Step
+from leakbench.errors import BadOption, Unsupported
+from leakbench.gradients.evaluate import architecture
+from leakbench.models.base import Model
+from leakbench.rng import generator
+from leakbench.types import Gradient, Observation, Secret, ThreatModel
+
+
+@contextmanager
+def seeded(*key: object) -> Iterator[None]:
+    """Seed torch's global generator by a hash of the key, and give the caller's state back afterwards.
+
+    Module initialisers and dropout draw from the global generator alone; this is the one place that sets it.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(*key).initial_seed())
+        yield
+
+
+@dataclass(frozen=True)
+class Client:
+    """One client: a private image and label, and the keys of its random draws.
+
+    Attributes:
+        image: [C, H, W] in [0, 1].
+        label: the class index.
+        weights_key: what the public weights are drawn from; clients that share it share the weights.
+        key: what the client's own draws (secrets, noise, augmentation) come from.
+    """
+
+    image: Tensor
+    label: int
+    weights_key: str
+    key: str
+
+
+def build(
+    model: Model, defense: Defense, image_shape: tuple[int, int, int], num_classes: int, weights_key: str
+) -> nn.Module:
+    """Return the network that clients run under a defense; the part it shares with no defense has the same weights."""
+    with seeded(weights_key, "model"):
+        plain = model.build(image_shape, num_classes)
+    with seeded(weights_key, "defense"):
+        return defense.wrap(plain)
+
+
+def observe(
+    model: Model,
+    defense: Defense,
+    threat: ThreatModel,
+    clients: Sequence[Client],
+    num_classes: int,
+    mean_image: Tensor,
+    device: torch.device | str = "cpu",
+) -> Observation:
+    """Run one step of every client, and return what the server may see of them.
+
+    Args:
+        model: the public architecture and weights.
+        defense: what every client does.
+        threat: what the attacker is granted.
+        clients: T clients with images of one shape.
+        num_classes: how many classes the labels come from.
+        mean_image: [C, H, W] in [0, 1], public.
+        device: where the observation's tensors go.
+
+    Raises:
+        BadOption: the threat model reveals something that the defense does not have, or the defense misbehaves.
+        Unsupported: model and defense do not go together.
+    """
+    if threat.shares != "gradient":
+        raise Unsupported(f"the threat model shares {threat.shares!r}; this version observes shares='gradient'")
+    shape = tuple(clients[0].image.shape)
+    image_shape = (shape[0], shape[1], shape[2])
+    networks: dict[str, nn.Module] = {}
+    for client in clients:
+        if client.weights_key not in networks:
+            networks[client.weights_key] = build(model, defense, image_shape, num_classes, client.weights_key)
+    secrets = defense.secrets(next(iter(networks.values())))
+    values_hidden, gradients_hidden = _hidden(secrets, threat)
+
+    sent: list[Gradient] = []
+    revealed: list[Gradient] = []
+    for client in clients:
+        network = copy.deepcopy(networks[client.weights_key])
+        drawn = _draw_secrets(network, secrets, client.key)
+        revealed.append({name: value for name, value in drawn.items() if name not in values_hidden})
+        sent.append(_step(network, defense, client, gradients_hidden))
+    names = list(sent[0])
+    gradient = {name: torch.stack([row[name] for row in sent]).to(device) for name in names}
+
+    weights: dict[str, Tensor] = {}
+    order = [networks[client.weights_key] for client in clients]
+    shared = len(networks) == 1
+    secret_names = {secret.name for secret in secrets}
+    for name, parameter in order[0].named_parameters():
+        if name in secret_names:
+            continue
+        if shared:
+            weights[name] = parameter.detach().to(device)[None].expand(len(clients), *parameter.shape)
+        else:
+            own = {key: network.get_parameter(name).detach() for key, network in networks.items()}
+            weights[name] = torch.stack([own[client.weights_key] for client in clients]).to(device)
+    for name, buffer in order[0].named_buffers():
+        if name in secret_names:
+            continue
+        same = all(torch.equal(buffer, network.get_buffer(name)) for network in networks.values())
+        rows = buffer if same else torch.stack([network.get_buffer(name) for network in order])
+        weights[name] = rows.detach().clone().to(device)
+    for name in revealed[0]:
+        weights[name] = torch.stack([row[name] for row in revealed]).to(device)
+    labels = torch.tensor([client.label for client in clients], device=device) if threat.labels == "known" else None
+    return Observation(
+        model=architecture(order[0]),
+        weights=weights,
+        gradient=gradient,
+        secrets=tuple(secret for secret in secrets if secret.name in values_hidden),
+        labels=labels,
+        image_shape=image_shape,
+        num_classes=num_classes,
+        mean_image=mean_image.to(device),
+        threat=threat,
+        defense=defense if threat.informed else None,
+    )
+
+
+def _hidden(secrets: Sequence[Secret], threat: ThreatModel) -> tuple[set[str], set[str]]:
+    """Return the names whose values, and the names whose gradients, the threat model does not reveal."""
+    values = {s.name for s in secrets if not threat.reveals & {s.group, f"{s.group}-weights"}}
+    gradients = {s.name for s in secrets if s.group not in threat.reveals}
+    return values, gradients
+
+
+def _draw_secrets(network: nn.Module, secrets: Sequence[Secret], key: str) -> dict[str, Tensor]:
+    """Draw this client's secrets into its network, and return them."""
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    drawn = {}
+    for secret in secrets:
+        if secret.name not in tensors:
+            raise BadOption(f"the defense names the secret {secret.name!r}, which is no tensor of its network")
+        own = tensors[secret.name]
+        value = secret.law.draw(tuple(own.shape), generator(key, "secret", secret.name))
+        with torch.no_grad():
+            own.copy_(value)
+        drawn[secret.name] = value
+    return drawn
+
+
+def _step(network: nn.Module, defense: Defense, client: Client, hidden: set[str]) -> Gradient:
+    """Return what one client sends, with the hidden names removed."""
+    x, y = client.image[None].clone(), torch.tensor([client.label])
+    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    with seeded(client.key, "step"):
+        x, y = defense.encode(x, y, generator(client.key, "encode"))
+        released = defense.release(Step(network, x, y, defense), generator(client.key, "release"))
+    sent = {}
+    for name, value in released.items():
+        if name in hidden:
+            continue
+        if name not in parameters:
+            raise BadOption(f"defense {defense.name!r} released {name!r}, which is no parameter of its network")
+        if value.shape != parameters[name].shape:
+            raise BadOption(
+                f"defense {defense.name!r} released {name!r} of shape {tuple(value.shape)}, "
+                f"not {tuple(parameters[name].shape)}"
+            )
+        sent[name] = value.detach().clone()
+    return sent
