@@ -190,6 +190,7 @@ class Reconstruction:
         objective: [T], the attack's own final objective (lower is better); None where it has none.
         failed: [T] bool, the trials that the attack itself knows to have diverged; None for none.
         evaluations: [T] int64, evaluations of the objective and its gradient; None where it has none.
+        path: how gradients were computed, ``batched`` or ``one-at-a-time``; empty where none were.
     """
 
     images: Tensor
@@ -197,3 +198,4 @@ class Reconstruction:
     objective: Tensor | None = None
     failed: Tensor | None = None
     evaluations: Tensor | None = None
+    path: str = ""

@@ -1,0 +1,50 @@
+"""The floors: what an attacker has without looking at the gradient. Every other attack is measured against them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from leakbench.attacks.base import Attack, register
+from leakbench.rng import Rng
+from leakbench.types import Observation, Reconstruction
+
+
+@register("random")
+@dataclass(frozen=True)
+class RandomFloor(Attack):
+    """Floor: uniform noise, no gradient used."""
+
+    floor: ClassVar[bool] = True
+
+    def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
+        """Return U[0, 1) images."""
+        return Reconstruction(rng.uniform("image", observation.image_shape), labels=observation.labels)
+
+
+@register("grey")
+@dataclass(frozen=True)
+class GreyFloor(Attack):
+    """Floor: the constant image 0.5, no gradient used."""
+
+    floor: ClassVar[bool] = True
+
+    def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
+        """Return constant 0.5 images."""
+        shape = (observation.trials, *observation.image_shape)
+        return Reconstruction(torch.full(shape, 0.5, device=observation.device), labels=observation.labels)
+
+
+@register("mean")
+@dataclass(frozen=True)
+class MeanFloor(Attack):
+    """Floor: the mean of public images of the same kind, no gradient used."""
+
+    floor: ClassVar[bool] = True
+
+    def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
+        """Return the public mean image for every trial."""
+        images = observation.mean_image.expand(observation.trials, *observation.image_shape)
+        return Reconstruction(images.clone(), labels=observation.labels)

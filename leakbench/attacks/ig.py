@@ -1,0 +1,68 @@
+"""Inverting Gradients: signed Adam on one global cosine distance plus total variation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from leakbench.attacks.base import register
+from leakbench.attacks.matching import Count, GradientMatching, MatchingObjective, NonNegative, Positive
+from leakbench.optim import Solution, Unknowns, descend
+from leakbench.types import Gradient
+
+
+def cosine_distance(gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
+    """Return [T]: 1 - <g', g> / (|g'| |g|), with inner product and norms over all parameters together."""
+
+    def total(parts: list[Tensor]) -> Tensor:
+        return torch.stack([part.flatten(1).sum(1) for part in parts]).sum(0)
+
+    inner = total([gradient[name] * target for name, target in observed.items()])
+    own = total([gradient[name].square() for name in observed])
+    other = total([target.square() for target in observed.values()])
+    return 1 - inner / (own.sqrt() * other.sqrt())
+
+
+@register("ig")
+@dataclass(frozen=True)
+class IG(GradientMatching):
+    """Inverting Gradients: signed Adam over the image on the cosine distance plus total variation, boxed to [0, 1].
+
+    The step size falls tenfold after 3/8, 5/8 and 7/8 of the steps. See GradientMatching for the options.
+
+    Attributes:
+        boxed: project the image to [0, 1] after every step.
+        signed: update by the sign of the gradient; unsigned Adam otherwise.
+    """
+
+    reference: ClassVar[str] = "Geiping et al. 2020, Inverting Gradients, NeurIPS, equation 4 (and released code)"
+    steps: Count = 4000
+    lr: Positive = 0.1
+    tv: NonNegative = 1e-4
+    boxed: bool = True
+    labels: Literal["joint", "analytic"] = "analytic"
+    signed: bool = True
+
+    def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
+        """Return the cosine distance."""
+        return cosine_distance(gradient, observed)
+
+    def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
+        """Run Adam; labels and secrets, where they are sought, follow their plain gradient."""
+
+        def project(name: str, tensor: Tensor) -> Tensor:
+            return tensor.clamp(0, 1) if self.boxed and name == "image" else tensor
+
+        return descend(
+            objective,
+            start,
+            steps=self.steps,
+            lr=dict.fromkeys(start, self.lr),
+            sign=("image",) if self.signed else (),
+            milestones=(int(self.steps / 2.667), int(self.steps / 1.6), int(self.steps / 1.142)),
+            project=project,
+        )
