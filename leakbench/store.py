@@ -1,0 +1,598 @@
+"""The run file: one SQLite file that holds every trial, result, picture and where they came from.
+
+Any SQLite tool can read it. Every table, picture and page that leakbench makes is a pure function of this file.
+
+- ``meta(key, value)``: ``schema`` (also ``PRAGMA user_version``), ``created_by``, ``created``.
+- ``sessions``: one row for every time the run was started or resumed: ``version``, git ``commit_id`` and ``dirty``
+  where leakbench ran from a checkout, ``packages`` (JSON, name -> version), ``python``, ``device``, ``threads``,
+  ``command``, ``matrix`` (JSON), ``started`` and ``ended`` (UTC; ``ended`` is NULL where the run was killed).
+- ``trials``: what was planned. ``id`` is the hash of ``settings`` (JSON, everything that identifies the trial);
+  ``dataset``, ``model``, ``defense``, ``attack`` and ``threat`` are specs; ``threat_words`` says the threat model in
+  words; ``floor`` is 1 for attacks that use no gradient; ``position`` is the order of planning.
+- ``results``: what came of a trial: ``status`` (ok, failed, unsupported, error), ``reason``, ``seconds``, ``label``
+  (the true one), ``objective``, ``evaluations``, ``path``, ``truth`` (-> ``truths``), ``session_id``, ``finished``.
+- ``scores(trial_id, metric, value)``: one row per trial and metric; a metric that was not computed has no row.
+- ``images(trial_id, png)``: the reconstruction, clamped to [0, 1].
+- ``truths(digest, png)``: the private images, each stored once, by the SHA-256 of the PNG.
+- ``metrics``: what each metric means: ``position``, ``name``, ``higher_is_better``, ``convention``, ``note``.
+
+Results are written in chunks, one transaction each: a run that is killed loses the chunk it was in and no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import math
+import platform
+import sqlite3
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Self
+
+import pandas as pd
+import torch
+
+from leakbench.errors import ForeignRun, LeakbenchError
+from leakbench.metrics.base import Metric
+from leakbench.trial import Result, Trial
+from leakbench.version import __version__
+
+FILE = "run.sqlite"
+"""The name of the run file inside a run's folder."""
+
+SCHEMA = 1
+APPLICATION_ID = 0x6C6B6268
+PACKAGES = ("torch", "torchvision", "numpy", "pandas", "lpips", "piq", "nevergrad")
+BEFORE = ("trial", "dataset", "model", "defense", "attack", "threat", "image", "seed", "status", "seconds")
+"""The columns of the results before the metrics."""
+AFTER = ("reason", "objective", "evaluations", "floor", "path")
+"""The columns of the results after the metrics."""
+
+_SPECS = ("dataset", "model", "threat", "defense", "attack")
+_TABLES = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE sessions (
+    id INTEGER PRIMARY KEY, version TEXT NOT NULL, commit_id TEXT, dirty INTEGER, packages TEXT NOT NULL,
+    python TEXT NOT NULL, device TEXT NOT NULL, threads INTEGER NOT NULL, command TEXT NOT NULL, matrix TEXT NOT NULL,
+    started TEXT NOT NULL, ended TEXT);
+CREATE TABLE trials (
+    id TEXT PRIMARY KEY, position INTEGER NOT NULL UNIQUE, dataset TEXT NOT NULL, model TEXT NOT NULL,
+    defense TEXT NOT NULL, attack TEXT NOT NULL, threat TEXT NOT NULL, threat_words TEXT NOT NULL,
+    image INTEGER NOT NULL, seed INTEGER NOT NULL, floor INTEGER NOT NULL, settings TEXT NOT NULL);
+CREATE TABLE truths (digest TEXT PRIMARY KEY, png BLOB NOT NULL);
+CREATE TABLE results (
+    trial_id TEXT PRIMARY KEY REFERENCES trials (id),
+    status TEXT NOT NULL CHECK (status IN ('ok', 'failed', 'unsupported', 'error')), reason TEXT NOT NULL,
+    seconds REAL NOT NULL, label INTEGER NOT NULL, objective REAL, evaluations INTEGER, path TEXT NOT NULL,
+    truth TEXT NOT NULL REFERENCES truths (digest), session_id INTEGER NOT NULL REFERENCES sessions (id),
+    finished TEXT NOT NULL);
+CREATE TABLE metrics (
+    name TEXT PRIMARY KEY, position INTEGER NOT NULL UNIQUE, higher_is_better INTEGER NOT NULL,
+    convention TEXT NOT NULL, note TEXT NOT NULL);
+CREATE TABLE scores (
+    trial_id TEXT NOT NULL REFERENCES results (trial_id), metric TEXT NOT NULL REFERENCES metrics (name),
+    value REAL NOT NULL, PRIMARY KEY (trial_id, metric)) WITHOUT ROWID;
+CREATE TABLE images (trial_id TEXT PRIMARY KEY REFERENCES results (trial_id), png BLOB NOT NULL);
+"""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a session of a run came from.
+
+    Attributes:
+        commit: the commit of the leakbench checkout, or None where leakbench was installed.
+        dirty: whether the checkout held uncommitted changes; None without a checkout.
+        packages: name -> version of what the numbers depend on, absent ones left out.
+        threads: CPU threads that torch uses.
+        command: the command line.
+        matrix: the matrix as JSON.
+    """
+
+    version: str
+    commit: str | None
+    dirty: bool | None
+    packages: Mapping[str, str]
+    python: str
+    device: str
+    threads: int
+    command: str
+    matrix: str
+
+    @classmethod
+    def collect(cls, command: str, device: str, matrix: str) -> Provenance:
+        """Return the provenance of this process; ``matrix`` is JSON."""
+        commit, dirty = _checkout(Path(__file__).resolve().parent.parent)
+        versions = {name: _package_version(name) for name in PACKAGES}
+        return cls(
+            version=__version__,
+            commit=commit,
+            dirty=dirty,
+            packages={name: version for name, version in versions.items() if version is not None},
+            python=platform.python_version(),
+            device=device,
+            threads=torch.get_num_threads(),
+            command=command,
+            matrix=matrix,
+        )
+
+
+@dataclass(frozen=True)
+class Session:
+    """One start of a run: its provenance, when it started and, unless it was killed, when it ended (UTC)."""
+
+    id: int
+    provenance: Provenance
+    started: str
+    ended: str | None
+
+
+@dataclass(frozen=True)
+class MetricInfo:
+    """What a reader must know of a metric; kept in the run, so that a report needs no plugin."""
+
+    name: str
+    higher_is_better: bool
+    convention: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The PNGs of a trial: the private image, and its reconstruction where there is one."""
+
+    truth: bytes
+    reconstruction: bytes | None
+
+
+class Store:
+    """An open run file; made by ``Store.create`` or ``Store.open``, closed by ``close`` or as a context manager."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, readonly: bool) -> None:
+        self.path = path
+        self.readonly = readonly
+        self._db = connection
+
+    @classmethod
+    def create(cls, path: str | Path) -> Store:
+        """Return a new, empty run file; folders are made where needed.
+
+        Raises:
+            LeakbenchError: the file exists already, or cannot be written.
+        """
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            taken = path.exists() and (not path.is_file() or path.stat().st_size > 0)
+        except OSError as error:
+            raise LeakbenchError(f"{path} cannot be written: {error.strerror}; choose another folder") from None
+        if taken:
+            raise LeakbenchError(f"{path} exists already; resume it, or choose another folder")
+        with _one_line_errors(path):
+            db = sqlite3.connect(path, timeout=30, isolation_level=None)
+        store = cls(path, db, readonly=False)
+        try:
+            with store._transaction():
+                if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                    raise LeakbenchError(f"{path} exists already; resume it, or choose another folder")
+                for statement in _TABLES.split(";\n"):
+                    db.execute(statement)
+                about = {"schema": str(SCHEMA), "created_by": f"leakbench {__version__}", "created": _now()}
+                db.executemany("INSERT INTO meta VALUES (?, ?)", about.items())
+                db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                db.execute(f"PRAGMA user_version = {SCHEMA}")
+            store._configure()
+        except BaseException:
+            db.close()
+            raise
+        return store
+
+    @classmethod
+    def open(cls, path: str | Path, readonly: bool = False) -> Store:
+        """Return an existing run file.
+
+        Raises:
+            ForeignRun: there is no such file, it cannot be read, or leakbench did not write it.
+        """
+        path = Path(path)
+        _check_file(path)
+        db = _connect(path, readonly)
+        store = cls(path, db, readonly)
+        try:
+            with _one_line_errors(path):
+                application = db.execute("PRAGMA application_id").fetchone()[0]
+                schema = db.execute("PRAGMA user_version").fetchone()[0]
+                tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master")}
+            if application != APPLICATION_ID:
+                raise ForeignRun(f"{path} is an SQLite file that leakbench did not write; give the path of a run file")
+            if schema > SCHEMA:
+                raise ForeignRun(
+                    f"{path} has schema {schema} and leakbench {__version__} reads up to {SCHEMA}; upgrade leakbench"
+                )
+            missing = {"meta", "sessions", "trials", "results", "scores", "images", "truths", "metrics"} - tables
+            if missing:
+                raise ForeignRun(f"{path} has no table {min(missing)!r}: it is damaged; start the run anew")
+            store._configure()
+        except BaseException:
+            db.close()
+            raise
+        return store
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; a file that was written is left as one file, without a write-ahead log beside it."""
+        if not self.readonly:
+            with contextlib.suppress(sqlite3.Error):  # somebody else reads it: the log stays, and is read with it
+                self._db.execute("PRAGMA busy_timeout = 0")
+                self._db.execute("PRAGMA journal_mode = DELETE")
+        self._db.close()
+
+    def start_session(self, provenance: Provenance) -> int:
+        """Record that the run was started (or resumed) and return the session's number."""
+        row = (
+            provenance.version,
+            provenance.commit,
+            provenance.dirty,
+            json.dumps(dict(provenance.packages), sort_keys=True),
+            provenance.python,
+            _text(provenance.device),
+            provenance.threads,
+            _text(provenance.command),
+            _text(provenance.matrix),
+            _now(),
+        )
+        with self._transaction():
+            cursor = self._db.execute(
+                "INSERT INTO sessions (version, commit_id, dirty, packages, python, device, threads, command, matrix,"
+                " started) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                row,
+            )
+        return int(cursor.lastrowid or 0)
+
+    def end_session(self, session: int) -> None:
+        """Record that the session came to its end."""
+        with self._transaction():
+            self._db.execute("UPDATE sessions SET ended = ? WHERE id = ?", (_now(), session))
+
+    def sessions(self) -> list[Session]:
+        """Return every session, in order of start."""
+        return [
+            Session(
+                id=row["id"],
+                provenance=Provenance(
+                    version=row["version"],
+                    commit=row["commit_id"],
+                    dirty=None if row["dirty"] is None else bool(row["dirty"]),
+                    packages=json.loads(row["packages"]),
+                    python=row["python"],
+                    device=row["device"],
+                    threads=row["threads"],
+                    command=row["command"],
+                    matrix=row["matrix"],
+                ),
+                started=row["started"],
+                ended=row["ended"],
+            )
+            for row in self._rows("SELECT * FROM sessions ORDER BY id")
+        ]
+
+    def add_trials(self, trials: Iterable[Trial]) -> None:
+        """Record what is planned; trials that are known already stay as and where they are."""
+        with self._transaction():
+            self._insert_trials(trials)
+
+    def planned(self) -> set[str]:
+        """Return the id of every trial that was planned."""
+        return {row["id"] for row in self._rows("SELECT id FROM trials")}
+
+    def done(self) -> set[str]:
+        """Return the id of every trial that has a result, of whatever status."""
+        return {row["trial_id"] for row in self._rows("SELECT trial_id FROM results")}
+
+    def record_metrics(self, metrics: Iterable[Metric], notes: Mapping[str, str] | None = None) -> None:
+        """Record what the metrics mean, before their scores; a metric that is known already is described anew.
+
+        Args:
+            metrics: every metric of the run, those that cannot be computed on this machine included.
+            notes: metric name -> what a reader must know of the column (``Metric.note``).
+        """
+        notes = notes or {}
+        with self._transaction():
+            for metric in metrics:
+                if metric.name in BEFORE + AFTER:
+                    raise LeakbenchError(
+                        f"metric {metric.name!r} has the name of a column of the results; rename the metric"
+                    )
+                self._db.execute(
+                    "INSERT INTO metrics (name, position, higher_is_better, convention, note)"
+                    " VALUES (?, (SELECT coalesce(max(position) + 1, 0) FROM metrics), ?, ?, ?)"
+                    " ON CONFLICT (name) DO UPDATE SET higher_is_better = excluded.higher_is_better,"
+                    " convention = excluded.convention, note = excluded.note",
+                    (
+                        metric.name,
+                        bool(metric.higher_is_better),
+                        _text(metric.convention),
+                        _text(notes.get(metric.name, "")),
+                    ),
+                )
+
+    def metrics(self) -> list[MetricInfo]:
+        """Return what is known of every metric, in the order they were recorded."""
+        return [
+            MetricInfo(row["name"], bool(row["higher_is_better"]), row["convention"], row["note"])
+            for row in self._rows("SELECT * FROM metrics ORDER BY position")
+        ]
+
+    def threats(self) -> dict[str, str]:
+        """Return every threat model: its spec and what it grants in words."""
+        rows = self._rows("SELECT threat, threat_words FROM trials GROUP BY threat ORDER BY min(position)")
+        return {row["threat"]: row["threat_words"] for row in rows}
+
+    def write(self, results: Sequence[Result], session: int) -> None:
+        """Write a chunk of results, all or none; a result of a trial that has one already replaces it."""
+        with self._transaction():
+            self._insert_trials(result.trial for result in results)
+            for result in results:
+                self._write(result, session)
+
+    def results(self) -> pd.DataFrame:
+        """Return one row per trial that has a result: ``BEFORE``, every recorded metric, ``AFTER``.
+
+        Rows are in order of dataset, model, threat, defense and attack (each by its first planning), seed, image. A
+        metric that was not computed is NaN. Where one spec stands for components of different settings (a version was
+        raised, or a default changed, between two sessions), the version or a hash of the settings is added to it.
+        """
+        rows = self._rows(
+            "SELECT id AS trial, dataset, model, defense, attack, threat, image, seed, status, seconds, reason,"
+            " objective, evaluations, floor, path, settings FROM trials LEFT JOIN results ON id = trial_id"
+            " ORDER BY position"
+        )
+        scores = self._rows("SELECT trial_id, metric, value FROM scores")
+        names = [metric.name for metric in self.metrics()]
+        planned = {column: [row[column] for row in rows] for column in (*BEFORE, *AFTER)}
+        settings = [json.loads(row["settings"]) for row in rows]
+        ranks: dict[str, list[int]] = {}
+        for name in _SPECS:
+            parts = [json.dumps(setting[name], sort_keys=True) for setting in settings]
+            pairs = list(zip(planned[name], parts))
+            distinct = {pair: rank for rank, pair in enumerate(dict.fromkeys(pairs))}
+            labels = _labels(distinct)
+            planned[name] = [labels[pair] for pair in pairs]
+            ranks[f"{name} rank"] = [distinct[pair] for pair in pairs]
+        frame = pd.DataFrame(planned | ranks)
+        frame = frame[frame["status"].notna()]
+        frame = frame.astype(
+            dict.fromkeys(("trial", *_SPECS, "status", "reason", "path"), "str")
+            | dict.fromkeys(("image", "seed"), "int64")
+            | {"seconds": "float64", "objective": "float64", "evaluations": "Int64", "floor": "bool"}
+        )
+        frame = frame.sort_values([*ranks, "seed", "image", "trial"], ignore_index=True)
+        values = pd.DataFrame([tuple(row) for row in scores], columns=["trial", "metric", "value"])
+        wide = values.pivot(index="trial", columns="metric", values="value").reindex(
+            index=frame["trial"], columns=names
+        )
+        for name in names:
+            frame[name] = wide[name].to_numpy(dtype="float64")
+        return frame[[*BEFORE, *names, *AFTER]]
+
+    def images(self, trials: Iterable[str]) -> dict[str, Pictures]:
+        """Return the PNGs of these trials by id; trials without a result are left out."""
+        pictures: dict[str, Pictures] = {}
+        truths: dict[str, bytes] = {}
+        for trial in trials:
+            rows = self._rows(
+                "SELECT truth, images.png FROM results LEFT JOIN images USING (trial_id) WHERE trial_id = ?", (trial,)
+            )
+            for digest, png in rows:
+                if digest not in truths:
+                    truths[digest] = self._rows("SELECT png FROM truths WHERE digest = ?", (digest,))[0]["png"]
+                pictures[trial] = Pictures(truths[digest], png)
+        return pictures
+
+    def _configure(self) -> None:
+        with _one_line_errors(self.path):
+            self._db.row_factory = sqlite3.Row
+            self._db.execute("PRAGMA foreign_keys = ON")
+            if not self.readonly:
+                self._db.execute("PRAGMA journal_mode = WAL").fetchone()
+
+    def _rows(self, query: str, values: Sequence[object] = ()) -> list[sqlite3.Row]:
+        with _one_line_errors(self.path):
+            return self._db.execute(query, values).fetchall()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All that is executed inside is written, or nothing."""
+        with _one_line_errors(self.path):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def _insert_trials(self, trials: Iterable[Trial]) -> None:
+        position = self._db.execute("SELECT coalesce(max(position) + 1, 0) FROM trials").fetchone()[0]
+        for trial in trials:
+            specs = trial.specs
+            cursor = self._db.execute(
+                "INSERT INTO trials (id, position, dataset, model, defense, attack, threat, threat_words, image, seed,"
+                " floor, settings) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
+                (
+                    trial.id,
+                    position,
+                    _text(specs["dataset"]),
+                    _text(specs["model"]),
+                    _text(specs["defense"]),
+                    _text(specs["attack"]),
+                    _text(specs["threat"]),
+                    _text(trial.threat.describe()),
+                    trial.image,
+                    trial.seed,
+                    bool(trial.attack.floor),
+                    json.dumps(trial.settings, sort_keys=True),
+                ),
+            )
+            position += cursor.rowcount
+
+    def _write(self, result: Result, session: int) -> None:
+        trial = result.trial.id
+        digest = hashlib.sha256(result.truth).hexdigest()
+        self._db.execute("INSERT INTO truths VALUES (?, ?) ON CONFLICT (digest) DO NOTHING", (digest, result.truth))
+        self._db.execute("DELETE FROM scores WHERE trial_id = ?", (trial,))
+        self._db.execute("DELETE FROM images WHERE trial_id = ?", (trial,))
+        self._db.execute(
+            "INSERT OR REPLACE INTO results (trial_id, status, reason, seconds, label, objective, evaluations, path,"
+            " truth, session_id, finished) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                trial,
+                result.status,
+                _text(result.reason),
+                float(result.seconds),
+                int(result.label),
+                None if result.objective is None else float(result.objective),
+                None if result.evaluations is None else int(result.evaluations),
+                _text(result.path),
+                digest,
+                session,
+                _now(),
+            ),
+        )
+        scores = [(trial, name, float(value)) for name, value in result.scores.items() if not math.isnan(value)]
+        known = {row["name"] for row in self._db.execute("SELECT name FROM metrics")}
+        for _, name, _ in scores:
+            if name not in known:
+                raise LeakbenchError(
+                    f"{self.path}: the scores hold {name!r}, which is no metric of this run; record the metric first"
+                )
+        self._db.executemany("INSERT INTO scores VALUES (?, ?, ?)", scores)
+        if result.reconstruction is not None:
+            self._db.execute("INSERT INTO images VALUES (?, ?)", (trial, result.reconstruction))
+
+
+def _labels(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """Return (spec, settings) -> a name that no other pair has: the spec, with what sets it apart where needed."""
+    by_spec: dict[str, list[str]] = {}
+    for spec, settings in pairs:
+        by_spec.setdefault(spec, []).append(settings)
+    labels = {}
+    for spec, group in by_spec.items():
+        versions = [json.loads(settings).get("version") for settings in group]
+        for settings, version in zip(group, versions):
+            digest = hashlib.sha256(settings.encode()).hexdigest()[:6]
+            apart = f"version {version}" if versions.count(version) == 1 else f"settings {digest}"
+            labels[spec, settings] = spec if len(group) == 1 else f"{spec} [{apart}]"
+    return labels
+
+
+def _check_file(path: Path) -> None:
+    """Raise ForeignRun where the path is not a file that could be a database."""
+    try:
+        if not path.exists():
+            raise ForeignRun(f"there is no run file {path}; give the folder of a run, or start one")
+        if not path.is_file():
+            raise ForeignRun(f"{path} is not a file; give the path of a run file")
+        with path.open("rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise ForeignRun(f"{path} cannot be read: {error.strerror}; check the path and its permissions") from None
+    if not head:
+        raise ForeignRun(f"{path} is empty: the run was killed before it began; remove the file and start anew")
+    if head != b"SQLite format 3\0":
+        raise ForeignRun(f"{path} is not an SQLite file; give the path of a run file")
+
+
+def _connect(path: Path, readonly: bool) -> sqlite3.Connection:
+    """Open a database; one in a folder that cannot be written is opened without a write-ahead log."""
+    uri = path.resolve().as_uri()
+    if not readonly:
+        with _one_line_errors(path):
+            return sqlite3.connect(f"{uri}?mode=rw", uri=True, timeout=30, isolation_level=None)
+    log = path.with_name(f"{path.name}-wal")
+    with _one_line_errors(path):
+        db = sqlite3.connect(f"{uri}?mode=ro", uri=True, timeout=30, isolation_level=None)
+        try:
+            db.execute("PRAGMA schema_version").fetchone()
+        except sqlite3.OperationalError:
+            db.close()
+            if log.exists() and log.stat().st_size:
+                raise
+            db = sqlite3.connect(f"{uri}?immutable=1", uri=True, isolation_level=None)
+        except sqlite3.DatabaseError:
+            db.close()
+            raise
+    return db
+
+
+_ERRORS: Mapping[int, tuple[type[LeakbenchError], str]] = {
+    sqlite3.SQLITE_FULL: (LeakbenchError, "free space on its disk and resume: everything written before is kept"),
+    sqlite3.SQLITE_READONLY: (LeakbenchError, "make the file and its folder writable, or copy the folder"),
+    sqlite3.SQLITE_IOERR: (LeakbenchError, "check its disk and resume: everything written before is kept"),
+    sqlite3.SQLITE_BUSY: (LeakbenchError, "another process writes to it; wait for that one to end"),
+    sqlite3.SQLITE_LOCKED: (LeakbenchError, "another process writes to it; wait for that one to end"),
+    sqlite3.SQLITE_CANTOPEN: (ForeignRun, "check the path and the permissions of the file and of its folder"),
+    sqlite3.SQLITE_PERM: (ForeignRun, "check the permissions of the file and of its folder"),
+    sqlite3.SQLITE_CORRUPT: (ForeignRun, "the file is damaged; restore a copy or start the run anew"),
+    sqlite3.SQLITE_NOTADB: (ForeignRun, "it is not an SQLite file, or damaged; give the path of a run file"),
+}
+
+
+@contextlib.contextmanager
+def _one_line_errors(path: Path) -> Iterator[None]:
+    """Turn what SQLite raises into the one line that says what to do."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorcode", None)
+        kind, fix = _ERRORS.get((code or 0) & 0xFF, (LeakbenchError, "check that the file is a run file and is whole"))
+        raise kind(f"{path}: {error}; {fix}") from error
+    except OverflowError:
+        raise LeakbenchError(f"{path}: a whole number has more than 64 bits; choose a smaller seed") from None
+
+
+def _checkout(folder: Path) -> tuple[str | None, bool | None]:
+    """Return the commit of the checkout at this folder and whether it is dirty, or nothing where it is none."""
+    if not (folder / ".git").exists():
+        return None, None
+    commit = _git(folder, "rev-parse", "HEAD")
+    status = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return commit, None if commit is None or status is None else bool(status)
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "--no-optional-locks", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _package_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _text(value: str) -> str:
+    """Return the text with what UTF-8 cannot hold (lone surrogates) replaced."""
+    return value.encode("utf-8", "replace").decode("utf-8")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
