@@ -12,6 +12,7 @@ import difflib
 import importlib.metadata
 import importlib.util
 import sys
+import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -122,16 +123,23 @@ class Registry(Generic[T]):
         """Return the shortest spec that parses to this component: the options that differ from their defaults."""
         parts = []
         for field in self.fields(type(component)).values():
+            if not field.repr:
+                continue
             value = getattr(component, field.name)
             default = field.default if field.default is not dataclasses.MISSING else None
             if field.default is dataclasses.MISSING or value != default:
-                parts.append(f"{field.name}={_format(value)}")
+                parts.append(f"{field.name}={option_text(value)}")
         return f"{component.name}({', '.join(parts)})" if parts else component.name
 
     @staticmethod
     def fields(cls: type[Component]) -> dict[str, dataclasses.Field[Any]]:
         """Return a component's options by name."""
         return {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+
+    @staticmethod
+    def type_text(cls: type[Component], option: str) -> str:
+        """Return an option's type in words: the choices, or the type with its bounds."""
+        return _type_text(typing.get_type_hints(cls, include_extras=True)[option])
 
     def _checked(self, component: T) -> T:
         hints = typing.get_type_hints(type(component), include_extras=True)
@@ -296,7 +304,8 @@ def _unquote(value: str) -> str:
     return value
 
 
-def _format(value: object) -> str:
+def option_text(value: object) -> str:
+    """Return an option's value as a spec writes it."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -308,6 +317,24 @@ def _format(value: object) -> str:
     if plain and text != "none":
         return text
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _type_text(hint: Any) -> str:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return " | ".join(map(str, parts))
+    if origin is typing.Annotated:
+        bounds = [
+            f"{sign} {value}"
+            for extra in parts[1:]
+            for constraint in getattr(extra, "metadata", [])
+            for name, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
+            if (value := getattr(constraint, name, None)) is not None
+        ]
+        return " ".join([_type_text(parts[0]), ", ".join(bounds)]).strip()
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_type_text(part) for part in parts)
+    return "none" if hint is type(None) else str(getattr(hint, "__name__", hint))
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +25,7 @@ class OwnModule(Model):
 
     name: ClassVar[str] = "module"
     label: str
-    module: nn.Module
+    module: nn.Module = field(repr=False)
 
     def build(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
         """Return a copy of the module, after checking that it maps one blank image to ``num_classes`` logits."""

@@ -1,0 +1,24 @@
+"""``leakbench report``: tables and grids from a run file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a run.")],
+    format: Annotated[list[str] | None, typer.Option("--format", help="md or csv; repeatable (default: both).")] = None,
+) -> None:
+    """Write OUT/report.md with OUT/grids, and OUT/results.csv, from OUT/run.sqlite."""
+    from leakbench import report as reports
+    from leakbench.errors import BadOption
+
+    formats = set(format or ["md", "csv"])
+    unknown = sorted(formats - {"md", "csv"})
+    if unknown:
+        raise BadOption(f"unknown format {unknown[0]!r}; known: md, csv")
+    for path in reports.write(out, formats):
+        typer.echo(str(path))

@@ -1,0 +1,412 @@
+"""Trials -> groups -> chunks -> observe -> attack -> score -> results in the run file."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from PIL import Image
+from torch import Tensor
+
+from leakbench import datasets, metrics
+from leakbench.datasets import Dataset
+from leakbench.errors import BadOption, LeakbenchError, MissingAsset, Unsupported
+from leakbench.matrix import Matrix
+from leakbench.metrics.base import Metric, Truth
+from leakbench.progress import Silent
+from leakbench.rng import Rng
+from leakbench.store import FILE, Provenance, Store
+from leakbench.trial import Result, Trial
+from leakbench.types import Observation, Reconstruction
+from leakbench.victim import Client, build, observe
+
+CHUNK = {"cpu": 32, "cuda": 256}
+"""How many trials run at a time where ``chunk`` is not given; a chunk that does not fit is halved."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on disk: everything else is read from its file.
+
+    Attributes:
+        out: the folder that holds ``run.sqlite``, and the report once it is written.
+    """
+
+    out: Path
+
+    def results(self) -> pd.DataFrame:
+        """Return one row per finished trial: what it was, how it ended, every metric."""
+        with Store.open(self.out / FILE, readonly=True) as store:
+            return store.results()
+
+    def report(self, formats: Iterable[str] = ("md", "csv")) -> list[Path]:
+        """Write the report next to the run file, and return the paths written."""
+        from leakbench import report
+
+        return report.write(self.out, set(formats))
+
+
+@dataclass(frozen=True)
+class _Data:
+    """A dataset's attacked images and what is public of it."""
+
+    images: Mapping[int, Tensor]
+    labels: Mapping[int, int]
+    mean: Tensor
+    num_classes: int
+
+
+def run(
+    matrix: Matrix,
+    out: str | Path | None = None,
+    *,
+    device: str = "auto",
+    chunk: int | None = None,
+    strict: bool = False,
+    progress: Silent | None = None,
+    command: str = "",
+) -> Run:
+    """Run every trial of a matrix that has no result yet, and return the run.
+
+    Args:
+        matrix: what to run.
+        out: the run's folder, ``runs/NAME`` by default; a folder that holds a run is continued.
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        chunk: trials at a time; a chunk that does not fit into memory is halved and tried again.
+        strict: refuse a matrix with any cell that an attack cannot serve, and stop at the first error of a component.
+        progress: what is told of the progress; nothing by default.
+        command: the command line, for the provenance.
+
+    Raises:
+        LeakbenchError: one line on what does not fit; nothing was written then.
+    """
+    progress = progress or Silent()
+    where = _device(device)
+    if chunk is not None and chunk < 1:
+        raise BadOption(f"chunk={chunk} does not fit; give at least 1")
+    folder = Path(out) if out is not None else Path("runs") / matrix.name
+    trials = matrix.trials()
+    existing = (folder / FILE).exists()
+    if existing:
+        Store.open(folder / FILE, readonly=True).close()  # a foreign file is told before anything is loaded
+    data = _load(trials)
+    refused = _preflight(trials, strict)
+    scores, missing = _metrics()
+    store = Store.open(folder / FILE) if existing else Store.create(folder / FILE)
+    with store:
+        session = store.start_session(Provenance.collect(command, str(where), json.dumps(matrix.describe())))
+        store.record_metrics([metrics.parse(name) for name in metrics.names()], _notes(trials))
+        store.add_trials(trials)
+        done = store.done()
+        waiting = [trial for trial in trials if trial.id not in done]
+        progress.start(waiting, len(trials) - len(waiting))
+        for line in missing:
+            progress.note(line)
+        work = _Work(data, refused, scores, where, strict, progress.note)
+        for group in _chunks(trials, chunk or CHUNK[where.type]):
+            todo = [trial for trial in group if trial.id not in done]
+            if not todo:
+                continue
+            progress.begin(_cell_words(todo[0]), len(todo))
+            results = work.results(todo)
+            store.write(results, session)
+            progress.finish(results)
+        store.end_session(session)
+    return Run(folder)
+
+
+def finished(folder: Path, matrix: Matrix) -> int:
+    """Return how many trials of a matrix have a result in a run's folder."""
+    if not (folder / FILE).exists():
+        return 0
+    with Store.open(folder / FILE, readonly=True) as store:
+        return len({trial.id for trial in matrix.trials()} & store.done())
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Everything that turns trials into results."""
+
+    data: Mapping[Dataset, _Data]
+    refused: Mapping[tuple[object, ...], str]
+    metrics: Sequence[Metric]
+    device: torch.device
+    strict: bool
+    note: Callable[[str], None]
+
+    def results(self, trials: Sequence[Trial]) -> list[Result]:
+        """Return the results of trials of one cell; what fails together is tried in halves, then recorded."""
+        reason = self.refused.get(_cell(trials[0]))
+        if reason is not None:
+            return [self._empty(trial, "unsupported", reason) for trial in trials]
+        try:
+            return self._chunk(trials)
+        except Unsupported as error:
+            if self.strict:
+                raise
+            return [self._empty(trial, "unsupported", str(error)) for trial in trials]
+        except Exception as error:  # whatever a component raises costs its own trials, not the run
+            memory = _out_of_memory(error)
+            if memory and self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if len(trials) > 1:
+                if memory:
+                    self.note(f"{len(trials)} trials at a time do not fit into memory; trying {len(trials) // 2}")
+                half = len(trials) // 2
+                return self.results(trials[:half]) + self.results(trials[half:])
+            reason = "out of memory" if memory else f"{type(error).__name__}: {' '.join(str(error).split())}"
+            if self.strict:
+                raise LeakbenchError(f"{_cell_words(trials[0])}, image {trials[0].image}: {reason}") from error
+            return [self._empty(trials[0], "error", reason)]
+
+    def _chunk(self, trials: Sequence[Trial]) -> list[Result]:
+        """Observe, attack and score trials of one cell, all at a time."""
+        begin = time.perf_counter()
+        first = trials[0]
+        data = self.data[first.dataset]
+        observation = observe(
+            first.model,
+            first.defense,
+            first.threat,
+            [_client(trial, data) for trial in trials],
+            data.num_classes,
+            data.mean,
+            self.device,
+        )
+        rng = Rng(tuple(f"attack/{trial.seed}/{_data_key(trial)}/{trial.image}" for trial in trials), self.device)
+        guess = _checked(first.attack(observation, rng), observation, first)
+        failed = guess.failed if guess.failed is not None else torch.zeros(len(trials), dtype=torch.bool)
+        truth = Truth(
+            torch.stack([data.images[trial.image] for trial in trials]).to(self.device),
+            torch.tensor([data.labels[trial.image] for trial in trials], device=self.device),
+        )
+        # the one place where reconstruction and truth meet
+        scores = self._score(guess, truth)
+        seconds = (time.perf_counter() - begin) / len(trials)
+        images, truths = guess.images.cpu(), truth.images.cpu()
+        return [
+            Result(
+                trial=trial,
+                status="failed" if bool(failed[row]) else "ok",
+                reason="the attack diverged; scored as the grey image" if bool(failed[row]) else "",
+                seconds=seconds,
+                scores={name: values[row] for name, values in scores.items() if values[row] == values[row]},
+                reconstruction=png(images[row]),
+                truth=png(truths[row]),
+                label=data.labels[trial.image],
+                objective=_finite(guess.objective, row),
+                evaluations=None if guess.evaluations is None else int(guess.evaluations[row]),
+                path=guess.path,
+            )
+            for row, trial in enumerate(trials)
+        ]
+
+    def _score(self, guess: Reconstruction, truth: Truth) -> dict[str, list[float]]:
+        """Return every metric's values by row; a metric that raises is told of and left out."""
+        scores = {}
+        with torch.no_grad():
+            for metric in self.metrics:
+                try:
+                    scores[metric.name] = [float(value) for value in metric.score(guess, truth)]
+                except Exception as error:
+                    reason = f"metric {metric.name!r} left out: {' '.join(str(error).split())}"
+                    if self.strict or _out_of_memory(error):
+                        raise
+                    self.note(reason)
+        return scores
+
+    def _empty(self, trial: Trial, status: str, reason: str) -> Result:
+        data = self.data[trial.dataset]
+        return Result(
+            trial=trial,
+            status="unsupported" if status == "unsupported" else "error",
+            reason=reason,
+            seconds=0.0,
+            scores={},
+            reconstruction=None,
+            truth=png(data.images[trial.image]),
+            label=data.labels[trial.image],
+        )
+
+
+def png(image: Tensor) -> bytes:
+    """Return a PNG of an image [C, H, W] (C = 1 or 3), clamped to [0, 1] and rounded to 8 bits."""
+    pixels = image.detach().clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    stream = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _checked(guess: Reconstruction, observation: Observation, trial: Trial) -> Reconstruction:
+    """Return a reconstruction whose shape is right and whose failed or non-finite rows are the grey image."""
+    expected = (observation.trials, *observation.image_shape)
+    if not isinstance(guess, Reconstruction):
+        raise BadOption(f"attack {trial.attack.name!r} returned {type(guess).__name__}; return a Reconstruction")
+    if tuple(guess.images.shape) != expected:
+        raise BadOption(
+            f"attack {trial.attack.name!r} returned images of shape {tuple(guess.images.shape)}, not {expected}"
+        )
+    images = guess.images.detach().float()
+    failed = ~torch.isfinite(images.flatten(1)).all(1)
+    if guess.failed is not None:
+        failed = failed | guess.failed.to(failed.device)
+    images = torch.where(failed[:, None, None, None], torch.full_like(images, 0.5), images)
+    return replace(guess, images=images, failed=failed)
+
+
+def _client(trial: Trial, data: _Data) -> Client:
+    key = f"{trial.seed}/{_data_key(trial)}/{trial.image}"
+    weights = f"weights/{key}" if trial.model.fresh_weights() else f"weights/{trial.seed}"
+    return Client(data.images[trial.image], data.labels[trial.image], weights, f"client/{key}")
+
+
+def _data_key(trial: Trial) -> str:
+    return trial.specs["dataset"]
+
+
+def _cell(trial: Trial) -> tuple[object, ...]:
+    return (trial.dataset, trial.model, trial.defense, trial.attack, trial.threat)
+
+
+def _cell_words(trial: Trial) -> str:
+    specs = trial.specs
+    return f"{specs['attack']} against {specs['defense']}, {specs['model']} on {specs['dataset']}"
+
+
+def _chunks(trials: Sequence[Trial], size: int) -> Iterator[Sequence[Trial]]:
+    """Yield trials of one cell in pieces; the pieces do not depend on what was done before."""
+    for _, cell in itertools.groupby(trials, key=_cell):
+        members = tuple(cell)
+        for begin in range(0, len(members), size):
+            yield members[begin : begin + size]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in CHUNK:
+        raise BadOption(f"device {name!r} is not known; write auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BadOption(f"device {name!r} was asked for, and torch finds no CUDA device; write --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BadOption(f"device {name!r} does not exist; there are {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _load(trials: Sequence[Trial]) -> dict[Dataset, _Data]:
+    """Load the attacked images of every dataset; what is missing or out of range is told before the run."""
+    data = {}
+    for dataset in dict.fromkeys(trial.dataset for trial in trials):
+        indices = sorted({trial.image for trial in trials if trial.dataset == dataset})
+        if indices[-1] >= len(dataset):
+            raise BadOption(
+                f"image index {indices[-1]} is out of range for dataset {datasets.spec(dataset)!r} "
+                f"({len(dataset)} images); give indices from 0 to {len(dataset) - 1}"
+            )
+        images, labels = dataset.load(indices)
+        data[dataset] = _Data(
+            images=dict(zip(indices, images)),
+            labels={index: int(label) for index, label in zip(indices, labels)},
+            mean=dataset.mean(),
+            num_classes=dataset.num_classes,
+        )
+    return data
+
+
+def _preflight(trials: Sequence[Trial], strict: bool) -> dict[tuple[object, ...], str]:
+    """Return why each cell that cannot be served cannot, from one step on a blank image.
+
+    Raises:
+        Unsupported: an attack that serves no cell at all or, if strict, any cell that is not served.
+        BadOption: a threat model that reveals what no defense of the matrix has.
+    """
+    cells = {_cell(trial): trial for trial in trials}
+    refused: dict[tuple[object, ...], str] = {}
+    observed: dict[tuple[object, ...], Observation | str] = {}
+    groups: set[str] = set()
+    for cell, trial in cells.items():
+        key = (trial.dataset, trial.model, trial.defense, trial.threat)
+        if key not in observed:
+            observed[key] = _blank(trial, groups)
+        observation = observed[key]
+        try:
+            if isinstance(observation, str):
+                raise Unsupported(observation)
+            trial.attack.check(observation)
+        except Unsupported as error:
+            refused[cell] = str(error)
+        except LeakbenchError:
+            raise
+        except Exception:  # a component that fails is recorded, with its reason, when its trials run
+            continue
+    for threat in {trial.threat for trial in trials}:
+        for token in sorted(threat.reveals):
+            if token not in groups and token.removesuffix("-weights") not in groups:
+                known = ", ".join(sorted(groups)) or "none: no defense here has secrets"
+                raise BadOption(f"threat: reveals={token!r} is no secret of any defense in the matrix; known: {known}")
+    for cell, reason in refused.items():
+        others = [other for other in cells if other[3] == cell[3]]
+        if strict or all(other in refused for other in others):
+            raise Unsupported(f"{_cell_words(cells[cell])}: {reason}")
+    return refused
+
+
+def _blank(trial: Trial, groups: set[str]) -> Observation | str:
+    """Return what a step on a blank image shows, or why there is none; note the defense's groups of secrets."""
+    shape = trial.dataset.image_shape
+    try:
+        network = build(trial.model, trial.defense, shape, trial.dataset.num_classes, "blank")
+        groups |= {secret.group for secret in trial.defense.secrets(network)}
+        client = Client(torch.full(shape, 0.5), 0, "blank", "blank")
+        grey = torch.full(shape, 0.5)
+        return observe(trial.model, trial.defense, trial.threat, [client], trial.dataset.num_classes, grey)
+    except Unsupported as error:
+        return str(error)
+
+
+def _metrics() -> tuple[list[Metric], list[str]]:
+    """Return the metrics that can be computed here, and a line on each that cannot."""
+    usable, missing = [], []
+    for name in metrics.names():
+        metric = metrics.parse(name)
+        try:
+            metric.check()
+            usable.append(metric)
+        except MissingAsset as error:
+            missing.append(str(error))
+    return usable, missing
+
+
+def _notes(trials: Sequence[Trial]) -> dict[str, str]:
+    """Return what a reader must know of each column, for the image shapes of the run."""
+    shapes = dict.fromkeys(trial.dataset.image_shape for trial in trials)
+    notes = {}
+    for name in metrics.names():
+        lines = dict.fromkeys(metrics.parse(name).note(shape) for shape in shapes)
+        notes[name] = " ".join(line for line in lines if line)
+    return notes
+
+
+def _finite(values: Tensor | None, row: int) -> float | None:
+    value = None if values is None else float(values[row])
+    return value if value is not None and abs(value) < float("inf") else None
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or "not enough memory" in text
+        or "can't allocate memory" in text
+    )

@@ -1,0 +1,218 @@
+"""The matrix: which attacks meet which defenses, on what; from TOML, from options or from Python."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SkipValidation, ValidationError
+from torch import nn
+
+from leakbench import attacks, datasets, defenses, models
+from leakbench.attacks import Attack
+from leakbench.datasets import Dataset
+from leakbench.defenses import Defense
+from leakbench.errors import BadOption
+from leakbench.models import Model, OwnModule
+from leakbench.registry import split_options
+from leakbench.trial import Trial
+from leakbench.types import PRESETS, ThreatModel
+
+
+def _components(parse: Callable[[Any], Any], value: object) -> tuple[Any, ...]:
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(parse(item) for item in items)
+
+
+def _model(value: object) -> Model:
+    if isinstance(value, nn.Module):
+        return OwnModule(type(value).__name__, value)
+    return models.parse(value)  # type: ignore[arg-type]
+
+
+def parse_threat(value: object) -> ThreatModel:
+    """Return the threat model of a preset's name, a table, or text such as ``labels=known, reveals=key+lock``."""
+    if isinstance(value, ThreatModel):
+        return value
+    if isinstance(value, str):
+        if value in PRESETS:
+            return PRESETS[value]
+        if "=" not in value:
+            close = difflib.get_close_matches(value, PRESETS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(PRESETS)}"
+            raise BadOption(f"unknown threat model {value!r}; {hint}")
+        table: dict[str, object] = dict(split_options(value, f"threat {value!r}"))
+        if isinstance(table.get("reveals"), str):
+            table["reveals"] = [part for part in str(table["reveals"]).split("+") if part]
+        value = table
+    if not isinstance(value, Mapping):
+        raise BadOption(f"threat {value!r} is neither a preset's name nor a table of labels, reveals, informed, shares")
+    try:
+        return _Threat(**value).build()
+    except ValidationError as error:
+        raise BadOption(f"threat {dict(value)!r}: {_explain(error, _Threat)}") from None
+
+
+class _Threat(BaseModel):
+    """The fields of a threat model as TOML writes them."""
+
+    model_config = ConfigDict(extra="forbid")
+    labels: str = "inferred"
+    reveals: frozenset[str] = frozenset()
+    informed: bool = False
+    shares: str = "gradient"
+
+    def build(self) -> ThreatModel:
+        for field, value, known in (
+            ("labels", self.labels, ("inferred", "known")),
+            ("shares", self.shares, ("gradient", "weights")),
+        ):
+            if value not in known:
+                raise BadOption(f"threat: {field}={value!r} does not fit; write {' or '.join(known)}")
+        return ThreatModel(self.labels, self.reveals, self.informed, self.shares)  # type: ignore[arg-type]
+
+
+Count = Annotated[int, Field(ge=1)]
+Indices = Count | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class Matrix(BaseModel):
+    """A cross product of components, images and seeds; each axis takes specs, components, or both.
+
+    Attributes:
+        name: the run's name.
+        attacks: specs such as ``ig(steps=1000)`` or Attack objects.
+        defenses: specs or Defense objects.
+        models: specs, Model objects, or networks (``nn.Module``) from images in [0, 1] to logits.
+        datasets: specs or Dataset objects.
+        threats: presets' names, tables or ThreatModel objects.
+        images: the first so many images of each dataset, or a list of indices.
+        seeds: so many seeds from 0 on, or a list.
+
+    Raises:
+        BadOption: one line on the first thing that does not fit.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    name: Annotated[str, Field(min_length=1, max_length=100)] = "matrix"
+    attacks: Annotated[tuple[SkipValidation[Attack], ...], BeforeValidator(partial(_components, attacks.parse))]
+    defenses: Annotated[tuple[SkipValidation[Defense], ...], BeforeValidator(partial(_components, defenses.parse))]
+    models: Annotated[tuple[SkipValidation[Model], ...], BeforeValidator(partial(_components, _model))]
+    datasets: Annotated[tuple[SkipValidation[Dataset], ...], BeforeValidator(partial(_components, datasets.parse))]
+    threats: Annotated[tuple[SkipValidation[ThreatModel], ...], BeforeValidator(partial(_components, parse_threat))] = (
+        PRESETS["paper"],
+    )
+    images: Indices = 8
+    seeds: Indices = [0]
+
+    def __init__(self, /, **axes: Any) -> None:
+        try:
+            super().__init__(**axes)
+        except ValidationError as error:
+            raise BadOption(f"matrix: {_explain(error, type(self))}") from None
+        for axis in ("attacks", "defenses", "models", "datasets", "threats"):
+            if not getattr(self, axis):
+                raise BadOption(f"matrix: {axis} is empty; name at least one")
+
+    def trials(self) -> tuple[Trial, ...]:
+        """Return every trial of the cross product once, in the order of the axes."""
+        images = range(self.images) if isinstance(self.images, int) else self.images
+        seeds = range(self.seeds) if isinstance(self.seeds, int) else self.seeds
+        cells = itertools.product(self.datasets, self.models, self.threats, self.defenses, self.attacks, seeds, images)
+        trials = (
+            Trial(dataset, model, defense, attack, threat, image, seed)
+            for dataset, model, threat, defense, attack, seed, image in cells
+        )
+        return tuple({trial.id: trial for trial in trials}.values())
+
+    def describe(self) -> dict[str, Any]:
+        """Return the matrix as plain JSON values: specs in place of components."""
+        return {
+            "name": self.name,
+            "attacks": [attacks.spec(attack) for attack in self.attacks],
+            "defenses": [defenses.spec(defense) for defense in self.defenses],
+            "models": [models.spec(model) for model in self.models],
+            "datasets": [datasets.spec(dataset) for dataset in self.datasets],
+            "threats": [threat.spec() for threat in self.threats],
+            "images": self.images,
+            "seeds": self.seeds,
+        }
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Return the axes that a TOML file states; ``Matrix(**axes)`` checks them.
+
+    Raises:
+        BadOption: the file does not exist or is no TOML.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise BadOption(
+            f"the matrix file {str(path)!r} cannot be read: {reason}; give the path of a TOML file"
+        ) from None
+    return _parse_toml(text, str(path))
+
+
+def suites() -> list[str]:
+    """Return the names of the suites that ship with the package."""
+    folder = resources.files("leakbench") / "suites"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_suite(name: str) -> dict[str, Any]:
+    """Return the axes of a suite that ships with the package; raise BadOption where there is none of this name."""
+    if name not in suites():
+        raise BadOption(f"unknown suite {name!r}; known: {', '.join(suites())}")
+    text = (resources.files("leakbench") / "suites" / f"{name}.toml").read_text(encoding="utf-8")
+    return _parse_toml(text, f"suite {name}")
+
+
+def _parse_toml(text: str, where: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise BadOption(f"the matrix {where!r} is no TOML: {' '.join(str(error).split())}") from None
+
+
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Return the first of pydantic's complaints as one line."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"][:1])
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, BadOption):
+        return str(cause)
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(where, model.model_fields, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(model.model_fields)}"
+        return f"unknown key {where!r}; {hint}"
+    if first["type"] == "missing":
+        return f"{where} is missing; name at least one, for example with --{where.rstrip('s')} or {where} = [...]"
+    return f"{where}={first['input']!r} does not fit: {' '.join(str(first['msg']).split())}"
+
+
+def axes_from_options(options: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Return the axes that command-line options state; an option that was not given is absent."""
+    axes: dict[str, Any] = {name: list(values) for name, values in options.items() if values}
+    for name in ("images", "seeds"):
+        if name in axes:
+            axes[name] = _indices(name, axes[name])
+    return axes
+
+
+def _indices(name: str, values: list[str]) -> int | list[int]:
+    text = ",".join(values)
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise BadOption(f"--{name} {text!r} is no number; write {name} 8, or a list such as 0,3,5") from None
+    return numbers[0] if len(numbers) == 1 and "," not in text else numbers

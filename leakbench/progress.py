@@ -1,0 +1,127 @@
+"""How a run tells what it is doing: a live display in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from leakbench.trial import Result, Trial
+
+
+class Silent:
+    """No output; also the interface of the others."""
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End."""
+
+    def start(self, waiting: Sequence[Trial], done: int) -> None:
+        """Tell which trials are to be run and how many were done before."""
+
+    def note(self, line: str) -> None:
+        """Tell something worth a line of its own."""
+
+    def begin(self, cell: str, trials: int) -> None:
+        """Tell that a chunk of so many trials of a cell begins."""
+
+    def finish(self, results: Sequence[Result]) -> None:
+        """Tell that a chunk was stored."""
+
+
+class Display(Silent):
+    """Cell, trials done, failures and time left: a live bar in a terminal, one line a chunk elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.cell = ""
+        self.total = self.done = self.failures = 0
+        self.left: dict[str, int] = defaultdict(int)
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.started = time.monotonic()
+        self.bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[failures]} failed"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self.task = self.bar.add_task("starting", total=None, failures=0, left="")
+
+    def __enter__(self) -> Self:
+        """Start the live display."""
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop the live display."""
+        self.bar.stop()
+
+    def start(self, waiting: Sequence[Trial], done: int) -> None:
+        """Show the totals."""
+        self.done, self.total = done, done + len(waiting)
+        for trial in waiting:
+            self.left[trial.specs["attack"]] += 1
+        self.bar.update(self.task, total=self.total, completed=done)
+        again = f", {done} of them done before" if done else ""
+        self.note(f"{self.total} trials{again}")
+
+    def note(self, line: str) -> None:
+        """Print one line above the bar."""
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def begin(self, cell: str, trials: int) -> None:
+        """Show the cell."""
+        self.cell = cell
+        self.bar.update(self.task, description=cell)
+
+    def finish(self, results: Sequence[Result]) -> None:
+        """Show what is done, failed and left."""
+        self.done += len(results)
+        self.failures += sum(result.status != "ok" for result in results)
+        for result in results:
+            attack = result.trial.specs["attack"]
+            self.left[attack] -= 1
+            self.seconds[attack].append(result.seconds)
+        left = _duration(self._time_left())
+        self.bar.update(self.task, completed=self.done, failures=self.failures, left=f"about {left} left")
+        if not self.console.is_terminal:
+            self.note(
+                f"[{self.done}/{self.total}] {self.cell}: {len(results)} trials, "
+                f"{self.failures} failed so far, about {left} left"
+            )
+
+    def _time_left(self) -> float:
+        """Return seconds, from the mean of each attack's trials so far (of all, for an attack not seen yet)."""
+        every = [second for seconds in self.seconds.values() for second in seconds]
+        if not every:
+            return 0.0
+        overall = sum(every) / len(every)
+        total = 0.0
+        for attack, left in self.left.items():
+            seen = self.seconds[attack]
+            total += left * (sum(seen) / len(seen) if seen else overall)
+        return total
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
