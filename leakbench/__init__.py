@@ -12,10 +12,13 @@ from leakbench.version import __version__
 
 if TYPE_CHECKING:
     from leakbench import attacks, datasets, defenses, metrics, models
+    from leakbench.api import attack, observe
     from leakbench.attacks.base import Attack
     from leakbench.datasets.base import Dataset
     from leakbench.defenses.base import Defense, Step
+    from leakbench.engine import Run, run
     from leakbench.errors import LeakbenchError, Unsupported
+    from leakbench.matrix import Matrix
     from leakbench.metrics.base import Metric
     from leakbench.models.base import Model
     from leakbench.rng import Rng
@@ -27,6 +30,7 @@ _HOME = {
     "Defense": "leakbench.defenses.base",
     "Gradient": "leakbench.types",
     "LeakbenchError": "leakbench.errors",
+    "Matrix": "leakbench.matrix",
     "Metric": "leakbench.metrics.base",
     "Model": "leakbench.models.base",
     "Normal": "leakbench.types",
@@ -34,10 +38,14 @@ _HOME = {
     "Reconstruction": "leakbench.types",
     "Rng": "leakbench.rng",
     "Secret": "leakbench.types",
+    "Run": "leakbench.engine",
     "Step": "leakbench.defenses.base",
     "ThreatModel": "leakbench.types",
     "Uniform": "leakbench.types",
     "Unsupported": "leakbench.errors",
+    "attack": "leakbench.api",
+    "observe": "leakbench.api",
+    "run": "leakbench.engine",
 }
 _PACKAGES = ("attacks", "datasets", "defenses", "metrics", "models")
 
@@ -47,23 +55,28 @@ __all__ = [
     "Defense",
     "Gradient",
     "LeakbenchError",
+    "Matrix",
     "Metric",
     "Model",
     "Normal",
     "Observation",
     "Reconstruction",
     "Rng",
+    "Run",
     "Secret",
     "Step",
     "ThreatModel",
     "Uniform",
     "Unsupported",
     "__version__",
+    "attack",
     "attacks",
     "datasets",
     "defenses",
     "metrics",
     "models",
+    "observe",
+    "run",
 ]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from leakbench.errors import Unsupported
 from leakbench.models.base import Model
@@ -28,21 +28,33 @@ class OwnModule(Model):
     module: nn.Module = field(repr=False)
 
     def build(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-        """Return a copy of the module, after checking that it maps one blank image to ``num_classes`` logits."""
-        model = copy.deepcopy(self.module).cpu()
-        probe = copy.deepcopy(model).eval()
-        with torch.no_grad():
-            try:
-                logits = probe(torch.full((1, *image_shape), 0.5))
-            except (RuntimeError, ValueError, TypeError) as error:
-                reason = " ".join(str(error).split())
-                raise Unsupported(f"model {self.label!r} takes no image of shape {image_shape}: {reason}") from error
-        if getattr(logits, "shape", None) != (1, num_classes):
+        """Return a copy of the module, after checking that it maps a blank image to ``num_classes`` logits."""
+        logits = self.logits(torch.full((1, *image_shape), 0.5))
+        if logits.shape != (1, num_classes):
             raise Unsupported(
-                f"model {self.label!r} returns {getattr(logits, 'shape', type(logits).__name__)} for one image, "
-                f"not logits of shape (1, {num_classes}); give it one output a class"
+                f"model {self.label!r} returns logits of shape {tuple(logits.shape)} for one image, "
+                f"not (1, {num_classes}); give it one output a class"
             )
-        return model
+        return copy.deepcopy(self.module).cpu()
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Return the network's output in evaluation mode for images [B, C, H, W]; the network is not changed.
+
+        Raises:
+            Unsupported: the network does not take such images, or returns no [B, K] logits.
+        """
+        probe = copy.deepcopy(self.module).cpu().eval()
+        try:
+            with torch.no_grad():
+                out = probe(images)
+        except (RuntimeError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise Unsupported(
+                f"model {self.label!r} takes no image of shape {tuple(images.shape[1:])}: {reason}"
+            ) from error
+        if not isinstance(out, Tensor) or out.ndim != 2:
+            raise Unsupported(f"model {self.label!r} returns {type(out).__name__}; give logits of shape [B, K]")
+        return out
 
     def settings(self) -> dict[str, Any]:
         """Return the label, and a hash of the architecture, mode and values."""
