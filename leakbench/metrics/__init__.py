@@ -1,10 +1,25 @@
-"""The registered metrics: one file each."""
+"""The registered metrics, one file for each convention."""
 
-from leakbench.metrics.base import Metric, register, registry
+from leakbench.metrics import standard, lpips, aligned, label, paper  # isort: skip (listed in this order)
+from leakbench.metrics.base import Metric, Truth, register, registry
 
 get = registry.get
 names = registry.names
 parse = registry.parse
 spec = registry.spec
 
-__all__ = ["Metric", "get", "names", "parse", "register", "registry", "spec"]
+__all__ = [
+    "Metric",
+    "Truth",
+    "aligned",
+    "get",
+    "label",
+    "lpips",
+    "names",
+    "paper",
+    "parse",
+    "register",
+    "registry",
+    "spec",
+    "standard",
+]

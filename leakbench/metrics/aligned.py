@@ -1,0 +1,113 @@
+"""PSNR and SSIM after the best global brightness and contrast: what is left of a reconstruction's structure.
+
+A network with BatchNorm on a batch of one hardly sees the contrast of its input, so that no attack can recover it; the
+raw metrics then punish a perfect structure. The fit uses the truth: it measures, and never selects.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from leakbench.metrics.base import Metric, register
+from leakbench.metrics.checks import check_pair
+from leakbench.metrics.standard import PSNR_CAP, SSIM_WINDOW, psnr, ssim, ssim_note
+
+_FIT = "after the least-squares fit a*x + b to the truth, two numbers an image, any sign, then clipped to [0, 1]"
+
+
+def align(images: Tensor, truth: Tensor) -> Tensor:
+    """Return a*x + b clipped to [0, 1], with the a and b of each image that bring it closest to the truth.
+
+    Both numbers are unconstrained, shared by all channels and pixels of the image, and found by least squares on the
+    values as they are, before any clamping. A constant image becomes the truth's mean.
+
+    Args:
+        images: [T, C, H, W], of any finite range.
+        truth: [T, C, H, W] in [0, 1].
+
+    Returns:
+        [T, C, H, W] float64 in [0, 1].
+
+    Raises:
+        ValueError: shapes differ, a value is not finite, or the truth leaves [0, 1].
+    """
+    check_pair(images, truth)
+    x, y = images.double().flatten(1), truth.double().flatten(1)
+    x = x / _or_one(x.abs().amax(dim=1, keepdim=True))  # so that no square overflows
+    x = x - x.mean(dim=1, keepdim=True)
+    x = x / _or_one(x.abs().amax(dim=1, keepdim=True))  # so that no square underflows
+    mean = y.mean(dim=1, keepdim=True)
+    slope = (x * (y - mean)).sum(dim=1, keepdim=True) / _or_one(x.square().sum(dim=1, keepdim=True))
+    return (mean + slope * x).clamp(0, 1).view_as(truth)
+
+
+def psnr_aligned(images: Tensor, truth: Tensor) -> Tensor:
+    """Return the PSNR after ``align``.
+
+    Args:
+        images: [T, C, H, W], of any finite range.
+        truth: [T, C, H, W] in [0, 1].
+
+    Returns:
+        [T] float64 in dB, 0 to 100.
+
+    Raises:
+        ValueError: as ``align``.
+    """
+    return psnr(align(images, truth), truth)
+
+
+def ssim_aligned(images: Tensor, truth: Tensor) -> Tensor:
+    """Return the SSIM after ``align``.
+
+    Args:
+        images: [T, C, H, W], of any finite range.
+        truth: [T, C, H, W] in [0, 1].
+
+    Returns:
+        [T] float64 in [-1, 1].
+
+    Raises:
+        ValueError: as ``align``, or the images are narrower than 11 pixels.
+    """
+    return ssim(align(images, truth), truth)
+
+
+def _or_one(values: Tensor) -> Tensor:
+    return torch.where(values > 0, values, torch.ones_like(values))
+
+
+@register("psnr_aligned")
+@dataclass(frozen=True)
+class AlignedPSNR(Metric):
+    """PSNR after the best global fit of brightness and contrast to the truth."""
+
+    higher_is_better: ClassVar[bool] = True
+    convention: ClassVar[str] = f"dB, psnr {_FIT}; capped at {PSNR_CAP:g}"
+    reference: ClassVar[str] = "psnr, with a fit that is this package's own"
+
+    def __call__(self, images: Tensor, truth: Tensor) -> Tensor:
+        """Return [T] values in dB; see ``psnr_aligned``."""
+        return psnr_aligned(images, truth)
+
+
+@register("ssim_aligned")
+@dataclass(frozen=True)
+class AlignedSSIM(Metric):
+    """SSIM after the best global fit of brightness and contrast to the truth."""
+
+    higher_is_better: ClassVar[bool] = True
+    convention: ClassVar[str] = f"-1 to 1, ssim {_FIT}"
+    reference: ClassVar[str] = "ssim, with a fit that is this package's own"
+
+    def __call__(self, images: Tensor, truth: Tensor) -> Tensor:
+        """Return [T] values in [-1, 1]; see ``ssim_aligned``."""
+        return ssim_aligned(images, truth)
+
+    def note(self, image_shape: tuple[int, int, int]) -> str:
+        """Return that SSIM does not exist for images smaller than its window."""
+        return ssim_note(image_shape, SSIM_WINDOW)
