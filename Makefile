@@ -1,0 +1,59 @@
+# Two commands from a fresh machine: `make demo` and `make test`. Each sets up what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TRUNKS := lpips-alex lpips-vgg
+DATA := mnist fashion-mnist cifar10
+
+.PHONY: help setup demo trunks test test-assets assets check format wheel clean
+
+help:
+	@echo "make demo         set up, and run every attack and defense on the images that ship with leakbench"
+	@echo "make test         set up, and run the tests that need no network"
+	@echo "make check        format, lint and types"
+	@echo "make assets       fetch the datasets and weights into the cache"
+	@echo "make test-assets  run the tests that need them"
+	@echo "make wheel        build dist/*.whl"
+	@echo "make clean        remove what make made, the cache of datasets excepted"
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: leakbench needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; run make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+demo: setup trunks
+	$(BIN)/leakbench run matrix --suite quick --out runs/quick
+
+# LPIPS needs its trained trunks; without them the demo's LPIPS columns stay empty.
+trunks: setup
+	@$(BIN)/leakbench assets fetch $(TRUNKS) || echo "LPIPS is left out: no source of its weights could be reached"
+
+test: setup
+	$(BIN)/python -m pytest -n 2 -m "not assets"
+
+assets: setup
+	$(BIN)/leakbench assets fetch $(TRUNKS) $(DATA)
+
+test-assets: setup
+	$(BIN)/python -m pytest -n 2 -m assets
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+wheel: setup
+	rm -rf dist
+	$(BIN)/python -m build --wheel --outdir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
