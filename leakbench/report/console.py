@@ -1,0 +1,41 @@
+"""The tables that a run prints when it ends."""
+
+from __future__ import annotations
+
+import pandas as pd
+from rich.table import Table
+from rich.text import Text
+
+from leakbench.report.table import BLOCK
+from leakbench.report.text import decimals, number, with_interval
+
+_SHOWN = ("psnr", "psnr_aligned", "ssim", "lpips_vgg", "label_correct")
+
+
+def console_table(summary: pd.DataFrame) -> list[Table]:
+    """Return a compact table for each dataset, model and threat model of ``summarise``'s summary."""
+    tables = []
+    shown = [name for name in _SHOWN if name in summary and summary[name].notna().any()]
+    for key, block in summary.groupby(list(BLOCK), sort=False):
+        title = Text(" · ".join(map(str, key)))
+        table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left")
+        for header in ("attack", "defense"):
+            table.add_column(header, overflow="fold")
+        for header in ("n", "failed", "no score", *shown):
+            table.add_column(header, justify="right")
+        gains = "psnr" in shown and block["psnr gain"].notna().any()
+        if gains:
+            table.add_column("psnr gain over floor", justify="right")
+        places = {name: decimals(block[name]) for name in shown}
+        for row in block.to_dict("records"):
+            unscored = ", ".join(f"{row[status]} {status}" for status in ("unsupported", "error") if row[status])
+            cells = [Text(f"{row['attack']} (floor)" if row["floor"] else row["attack"]), Text(row["defense"])]
+            cells += [Text(str(row["n"])), Text(str(row["failed"]), style="red" if row["failed"] else "")]
+            cells += [Text(unscored or "0", style="red" if unscored else "")]
+            cells += [Text(number(row[name], places[name])) for name in shown]
+            if gains:
+                interval = (row["psnr gain"], row["psnr gain low"], row["psnr gain high"])
+                cells.append(Text("" if row["floor"] else with_interval(*interval, 2, sign=True)))
+            table.add_row(*cells, style="dim" if row["floor"] else "")
+        tables.append(table)
+    return tables

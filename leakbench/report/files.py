@@ -1,0 +1,84 @@
+"""The report's files: read a run, make every page, write each at once."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+import pandas as pd
+
+from leakbench.errors import BadOption, LeakbenchError
+from leakbench.report import grids
+from leakbench.report.csv import csv
+from leakbench.report.markdown import Picture, Run, markdown, run_name
+from leakbench.store import FILE, Store
+
+FORMATS = ("md", "csv")
+_GRID = re.compile(r"\d{3}-.*\.png")
+
+
+def write(out: Path | str, formats: Collection[str] = FORMATS) -> list[Path]:
+    """Write ``report.md`` with ``grids/*.png`` and ``results.csv`` beside the run file in ``out``; return their paths.
+
+    The files depend on nothing but the run file (and the folder's name, for a run without one), and replace those of
+    an earlier report.
+
+    Raises:
+        BadOption: a format other than ``md`` and ``csv``.
+        ForeignRun: there is no readable run file in ``out``.
+    """
+    for name in formats:
+        if name not in FORMATS:
+            raise BadOption(f"report format {name!r} is unknown; known: {', '.join(FORMATS)}")
+    out = Path(out)
+    written = []
+    with Store.open(out / FILE, readonly=True) as store:
+        results = store.results()
+        if "csv" in formats:
+            written.append(_replace(out / "results.csv", csv(results).encode()))
+        if "md" in formats:
+            pictures = []
+            for page in _pages(store, results):
+                path = out / "grids" / page.file
+                written.append(_replace(path, grids.png(page, store.images(page.trials))))
+                pictures.append(Picture(page.block, f"grids/{page.file}", page.title))
+            sessions = store.sessions()
+            name = run_name(sessions, out.resolve().name)
+            run = Run(name, sessions, len(store.planned()), results, store.metrics(), store.threats())
+            written.append(_replace(out / "report.md", markdown(run, pictures).encode()))
+            _remove_others(out / "grids", {picture.path.removeprefix("grids/") for picture in pictures})
+    return written
+
+
+def _pages(store: Store, results: pd.DataFrame) -> list[grids.Page]:
+    """Return the grids, with as many images as keep a report small."""
+    found = grids.pages(results)
+    firsts = [page.trials[0] for page in found]
+    pictures = store.images(firsts)
+    return grids.pages(results, grids.rows_within(found, [pictures[trial].truth for trial in firsts]))
+
+
+def _replace(path: Path, data: bytes) -> Path:
+    """Write a file whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            draft.write_bytes(data)
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise LeakbenchError(
+            f"{path} cannot be written: {error.strerror}; free space or choose another folder"
+        ) from None
+    return path
+
+
+def _remove_others(folder: Path, names: set[str]) -> None:
+    """Remove the pictures of an earlier report."""
+    for path in folder.glob("*.png"):
+        if _GRID.fullmatch(path.name) and path.name not in names:
+            path.unlink(missing_ok=True)

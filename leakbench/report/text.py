@@ -1,0 +1,61 @@
+"""Numbers and names as text."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+
+ABSENT = "–"
+"""What stands for a number that there is none of."""
+
+_SPECIAL = re.compile(r"[&<>|`*\\$~#@]|\[(?=\^)|\](?=[(\[:])|(?<![^\W_])_|_(?![^\W_])|(?<=:)//")
+
+
+def escape(text: object) -> str:
+    """Return text that Markdown shows as it is, in one line, inside a table as well as outside."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    return _SPECIAL.sub(lambda match: "".join(f"&#{ord(c)};" for c in match[0]), line)
+
+
+def decimals(values: Iterable[float]) -> int | None:
+    """Return how many decimals suit a column; None asks for scientific notation.
+
+    The largest value has about four digits; one decimal more is granted where a small one would have only one digit.
+    """
+    sizes = [abs(value) for value in values if math.isfinite(value) and value != 0]
+    if not sizes:
+        return 2
+    largest, smallest = max(sizes), min(sizes)
+    if largest >= 1e5 or largest < 1e-3:
+        return None
+    places = 2 if largest >= 10 else 3 if largest >= 0.1 else 4 if largest >= 0.01 else 5
+    return places + 1 if places > 2 and smallest < 10.0 ** (1 - places) else places
+
+
+def number(value: float, places: int | None, sign: bool = False) -> str:
+    """Return the value with so many decimals, in scientific notation where ``places`` is None."""
+    if math.isnan(value):
+        return ABSENT
+    if math.isinf(value):
+        return f"{'+' if sign else ''}∞" if value > 0 else "−∞"
+    code = f"{'+' if sign else ''}.{2 if places is None else places}{'e' if places is None else 'f'}"
+    text = format(value, code)
+    if float(text) == 0:
+        text = format(0.0, code)
+    return text.replace("-", "−", 1) if text.startswith("-") else text
+
+
+def with_interval(value: float, low: float, high: float, places: int | None, sign: bool = False) -> str:
+    """Return ``value [low, high]``, ``value [–]`` where the interval is undefined."""
+    if math.isnan(value):
+        return ABSENT
+    if math.isnan(low) or math.isnan(high):
+        return f"{number(value, places, sign)} [{ABSENT}]"
+    return f"{number(value, places, sign)} [{number(low, places, sign)}, {number(high, places, sign)}]"
+
+
+def english(names: Iterable[str]) -> str:
+    """Return ``a, b and c``."""
+    *rest, last = list(names)
+    return f"{', '.join(rest)} and {last}" if rest else last
