@@ -150,7 +150,7 @@ def png(page: Page, pictures: Mapping[str, Pictures]) -> bytes:
     canvas = FigureCanvasAgg(drawn)
     canvas.draw()
     out = BytesIO()
-    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(out, "png", optimize=True)
+    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(out, "png")
     return out.getvalue()
 
 
@@ -282,7 +282,7 @@ def _columns(block: pd.DataFrame, images: Sequence[int], under: Sequence[str]) -
     cells: dict[tuple[str, str], dict[int, Cell]] = {}
     for row in shown.to_dict("records"):
         attack = f"{row['attack']} (floor)" if row["defense"] == ANY else str(row["attack"])
-        values = [number(row[name], 1) for name in under]
+        values = [number(row[name], None if abs(row[name]) >= 1e4 else 1) for name in under]
         scored = row["status"] in ("ok", "failed")
         cell = Cell(str(row["trial"]), str(row["status"]), " / ".join(values) if scored else "")
         cells.setdefault((attack, str(row["defense"])), {})[int(row["image"])] = cell

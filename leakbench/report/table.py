@@ -27,11 +27,12 @@ Array = npt.NDArray[np.float64]
 def without_repeats(results: pd.DataFrame) -> pd.DataFrame:
     """Return the results with each floor once: behind ``ANY`` defense, taken from the first defense that scored it."""
     floor = results["floor"].to_numpy(dtype=bool)
-    attacks = results[~floor]
-    floors = results[floor].assign(defense=ANY, scored=results["status"].isin(("ok", "failed")))
-    floors = floors.sort_values("scored", ascending=False, kind="stable")
-    floors = floors.drop_duplicates([*BLOCK, "attack", "image", "seed"]).drop(columns="scored").sort_index()
-    return pd.concat([floors, attacks]) if len(floors) else attacks
+    if not floor.any():
+        return results
+    unscored = results["status"].isin(("unsupported", "error"))
+    floors = results[floor].assign(defense=ANY, unscored=unscored[floor]).sort_values("unscored", kind="stable")
+    floors = floors.drop_duplicates([*BLOCK, "attack", "image", "seed"]).drop(columns="unscored").sort_index()
+    return pd.concat([floors, results[~floor]])
 
 
 def summarise(results: pd.DataFrame, metrics: Sequence[MetricInfo]) -> pd.DataFrame:
