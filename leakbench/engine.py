@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from PIL import Image
+from rich.table import Table
 from torch import Tensor
 
 from leakbench import datasets, metrics
@@ -45,6 +46,19 @@ class Run:
         """Return one row per finished trial: what it was, how it ended, every metric."""
         with Store.open(self.out / FILE, readonly=True) as store:
             return store.results()
+
+    def summary(self) -> pd.DataFrame:
+        """Return one row per cell: counts, and each metric's mean, interval and gain over the best floor."""
+        from leakbench.report import summarise
+
+        with Store.open(self.out / FILE, readonly=True) as store:
+            return summarise(store.results(), store.metrics())
+
+    def tables(self) -> list[Table]:
+        """Return the summary as compact rich tables, one for each dataset, model and threat model."""
+        from leakbench.report import console_table
+
+        return console_table(self.summary())
 
     def report(self, formats: Iterable[str] = ("md", "csv")) -> list[Path]:
         """Write the report next to the run file, and return the paths written."""

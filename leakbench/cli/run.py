@@ -47,7 +47,6 @@ def matrix(
 
     from leakbench import engine
     from leakbench import matrix as matrices
-    from leakbench import report as reports
     from leakbench.errors import BadOption
     from leakbench.progress import Display
     from leakbench.registry import load_plugin
@@ -87,7 +86,7 @@ def matrix(
         done = engine.finished(folder, plan)
         typer.echo(f"stopped: {done} of {len(plan.trials())} trials are done; to go on: {command}", err=True)
         raise typer.Exit(130) from None
-    reports.write(folder, {"md", "csv"})
-    for table in reports.console_tables(finished.results()):
+    finished.report()
+    for table in finished.tables():
         console.print(table)
     console.print(f"report: {folder / 'report.md'}", markup=False, highlight=False, soft_wrap=True)

