@@ -1,0 +1,135 @@
+"""Reading chosen members of archives that nobody vouches for: in memory, under limits, and never onto a path."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import lzma
+import pickle
+import tarfile
+import zlib
+from collections.abc import Collection, Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Protocol
+
+from leakbench.errors import CorruptAsset
+
+LIMIT = 2**30
+"""Bytes; no asset unpacks to more."""
+
+
+class _Readable(Protocol):
+    def read(self, size: int = -1, /) -> bytes: ...
+
+
+def read(file: Path, names: Collection[str], limit: int = LIMIT) -> dict[str, bytes]:
+    """Return the members of these names, wherever in the archive they lie; absent ones are left out.
+
+    Args:
+        file: a tar archive (plain, gz or xz), a Debian package, a folder, or one of the wanted files beside the
+            others. A member NAME.gz counts as NAME and is decompressed.
+        names: the names, without folders.
+        limit: the most bytes that the archive may unpack to.
+
+    Raises:
+        CorruptAsset: the archive is damaged, is too large, or holds a link, a device or a path that leads outside.
+    """
+    if file.is_file() and file.name.removesuffix(".gz") in names:
+        file = file.parent
+    found: dict[str, bytes] = {}
+    try:
+        for member, content in _folder(file, names, limit) if file.is_dir() else _archive(file, names, limit):
+            name = member.removesuffix(".gz")
+            if member.endswith(".gz"):
+                content = _bounded(gzip.GzipFile(fileobj=io.BytesIO(content)), file, limit)
+            found.setdefault(name, content)
+    except (tarfile.TarError, EOFError, ValueError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise CorruptAsset(f"{file} is damaged ({' '.join(str(error).split())}); get it anew") from None
+    return found
+
+
+def arrays(content: bytes, origin: str) -> Any:
+    """Return what a pickle holds, admitting numpy arrays and plain containers alone.
+
+    Raises:
+        CorruptAsset: the pickle is damaged or names anything else.
+    """
+    try:
+        return _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
+    except Exception as error:  # a hostile pickle can raise anything
+        raise CorruptAsset(f"{origin} is no pickle of arrays ({' '.join(str(error).split())}); get it anew") from None
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        import numpy as np
+
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
+            return np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return getattr(np, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+class _Limited:
+    """A stream that raises once more than ``limit`` bytes were read from it."""
+
+    def __init__(self, stream: _Readable, file: Path, limit: int) -> None:
+        self._stream, self._file, self._limit, self._left = stream, file, limit, limit
+
+    def read(self, size: int = -1) -> bytes:
+        wanted = self._left + 1 if size < 0 else min(size, self._left + 1)
+        content = self._stream.read(wanted)
+        self._left -= len(content)
+        if self._left < 0:
+            raise CorruptAsset(f"{self._file} unpacks to more than {self._limit} bytes; get the published file")
+        return content
+
+
+def _bounded(stream: _Readable, file: Path, limit: int) -> bytes:
+    return _Limited(stream, file, limit).read()
+
+
+def _folder(folder: Path, names: Collection[str], limit: int) -> Iterator[tuple[str, bytes]]:
+    for entry in sorted(folder.iterdir()):
+        if entry.name.removesuffix(".gz") in names and entry.is_file():
+            with entry.open("rb") as stream:
+                yield entry.name, _bounded(stream, entry, limit)
+
+
+def _archive(file: Path, names: Collection[str], limit: int) -> Iterator[tuple[str, bytes]]:
+    with file.open("rb") as raw:
+        stream = _Limited(_decompressed(_without_ar(raw, file)), file, limit)
+        with tarfile.open(fileobj=stream, mode="r|") as archive:  # type: ignore[call-overload]
+            for member in archive:
+                where = PurePosixPath(member.name)
+                if where.is_absolute() or ".." in where.parts or "\\" in member.name:
+                    raise CorruptAsset(f"{file} holds the path {member.name!r}, which leads outside; get it anew")
+                if not (member.isfile() or member.isdir()):
+                    raise CorruptAsset(f"{file} holds {member.name!r}, a link or a device; get it anew")
+                content = archive.extractfile(member)
+                if content is not None and where.name.removesuffix(".gz") in names:
+                    yield where.name, content.read()
+
+
+def _without_ar(raw: IO[bytes], file: Path) -> IO[bytes]:
+    """Return the data archive inside a Debian package; any other stream as it is."""
+    if raw.read(8) != b"!<arch>\n":
+        raw.seek(0)
+        return raw
+    while header := raw.read(60):
+        size = int(header[48:58])
+        if header.startswith(b"data.tar"):
+            return io.BytesIO(_bounded(raw, file, LIMIT))
+        raw.seek(size + size % 2, io.SEEK_CUR)
+    raise EOFError("the package holds no data")
+
+
+def _decompressed(raw: IO[bytes]) -> _Readable:
+    start = raw.read(6)
+    raw.seek(0)
+    if start.startswith(b"\x1f\x8b"):
+        return gzip.GzipFile(fileobj=raw)
+    if start == b"\xfd7zXZ\x00":
+        return lzma.LZMAFile(raw)
+    return raw
