@@ -545,10 +545,23 @@ def test_true_lpips_orders_blurs_of_a_photo(net: Net) -> None:
     blurred = torch.cat([gaussian_blur(truth, [21, 21], [sigma, sigma]) for sigma in (0.5, 1.0, 2.0, 4.0)])
     values = lpips(blurred, truth.expand(4, -1, -1, -1), net)
     assert bool((values.diff() > 0).all()), values
-    # To a trained trunk a blur is a worse distortion than a shift in brightness of the same MSE.
-    shift = mse(blurred[3:], truth).sqrt().item()
-    brighter = truth * (1 - 2 * shift) + shift
-    assert lpips(brighter, truth, net).item() < values[3].item() / 2
+    # To a trained trunk a blur is far worse than a fade to white of the same MSE; to random weights it is not.
+    fade = (mse(blurred[3:], truth) / mse(torch.ones_like(truth), truth)).sqrt().item()
+    faded = truth + fade * (1 - truth)
+    assert mse(faded, truth).item() == pytest.approx(mse(blurred[3:], truth).item(), rel=1e-4)
+    assert lpips(faded, truth, net).item() < values[3].item() / 2
+
+
+@pytest.mark.assets
+def test_true_lpips_is_the_figure_that_torchmetrics_publishes() -> None:
+    """An example in the documentation of earlier torchmetrics, VGG16: seed 123, the network built, two batches of noise, 0.3493."""
+    with torch.random.fork_rng():
+        torch.manual_seed(123)
+        torchvision.models.vgg16(weights=None, init_weights=False)  # draws what it drew there, before its weights came
+        for channels in (64, 128, 256, 512, 512):
+            nn.Conv2d(channels, 1, 1, bias=False)
+        images, truth = torch.rand(10, 3, 100, 100), torch.rand(10, 3, 100, 100)
+    assert lpips(images, truth, "vgg").mean().item() == pytest.approx(0.3493, abs=5e-5)
 
 
 @pytest.mark.assets

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from leakbench import assets
 from leakbench.errors import CorruptAsset, MissingAsset
 from leakbench.metrics.base import Metric, register
 from leakbench.metrics.checks import by_rows, check_pair
@@ -156,8 +157,6 @@ def _network(net: Net, device: torch.device) -> nn.Module:
 
 
 def _trunk_file(trunk: Trunk, metric: str) -> Path:
-    from leakbench import assets
-
     try:
         return assets.path(trunk.asset)
     except MissingAsset:
