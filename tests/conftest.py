@@ -1,0 +1,136 @@
+"""What the tests share: small components, small clients, float64."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor, nn
+
+from leakbench import attacks, defenses, models
+from leakbench.defenses import Defense
+from leakbench.matrix import parse_threat
+from leakbench.models import Model
+from leakbench.types import Observation, Secret
+from leakbench.victim import Client, observe
+
+torch.set_num_threads(1)  # the networks are so small that threads only wait for each other
+settings.register_profile("leakbench", deadline=None, print_blob=True)
+settings.load_profile("leakbench")
+
+SHAPE = (1, 8, 8)
+CLASSES = 4
+
+SMALL = {"precode": "precode(k=6)", "keylock": "keylock(length=9)"}
+"""Specs of components whose defaults are too large for a test of every combination."""
+
+MODELS = sorted(models.names())
+MODES = [*MODELS, *(f"{name}(mode=eval)" for name in MODELS if "mode" in models.registry.fields(models.get(name)))]
+DEFENSES = [SMALL.get(name, name) for name in sorted(defenses.names())]
+ATTACKS = [
+    f"{name}(steps=3)" if "steps" in attacks.registry.fields(attacks.get(name)) else name
+    for name in sorted(attacks.names())
+]
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Make every network, image and draw float64 for one test."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def clients(trials: int, *, shape: Sequence[int] = SHAPE, classes: int = CLASSES, fresh: bool = False) -> list[Client]:
+    """Return clients with different images, labels and draws; ``fresh`` gives each its own weights."""
+    return [
+        Client(rand(*shape, seed=100 + t), (3 * t + 1) % classes, f"weights {t if fresh else 0}", f"client {t}")
+        for t in range(trials)
+    ]
+
+
+def watch(
+    model: str | Model,
+    defense: str | Defense = "none",
+    threat: object = "paper",
+    *,
+    trials: int = 2,
+    shape: Sequence[int] = SHAPE,
+    classes: int = CLASSES,
+    fresh: bool = False,
+) -> Observation:
+    """Return what a server sees of small clients."""
+    return observe(
+        models.parse(model),
+        defenses.parse(defense),
+        parse_threat(threat),
+        clients(trials, shape=shape, classes=classes, fresh=fresh),
+        classes,
+        torch.full(tuple(shape), 0.5),
+    )
+
+
+def public_tensors(observation: Observation, seed: int = 7) -> dict[str, Tensor]:
+    """Return every tensor of the observed network, with draws in place of the secrets that are not revealed."""
+    own = tensors_of(observation.model)
+    tensors = dict(observation.weights)
+    for secret in observation.secrets:
+        tensors[secret.name] = draw(secret, (observation.trials, *own[secret.name].shape), seed)
+    return tensors
+
+
+def draw(secret: Secret, shape: tuple[int, ...], seed: int) -> Tensor:
+    return secret.law.draw(shape, torch.Generator().manual_seed(seed))
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def close(a: Tensor, b: Tensor, rel: float) -> None:
+    """Assert |a - b| <= rel |b| in the Euclidean norm, and that there is something to compare."""
+    assert a.shape == b.shape
+    assert bool(torch.isfinite(b).all())
+    assert float((a - b).norm()) <= rel * float(b.norm()), f"{float((a - b).norm() / b.norm()):.3g} > {rel:g}"
+
+
+def plain(value: object) -> object:
+    """Return a copy of anything made of dataclasses, mappings, sequences and tensors, for a deep comparison."""
+    if isinstance(value, Tensor):
+        return ("tensor", tuple(value.shape), str(value.dtype), value.stride(), value.detach().clone(), value.grad)
+    if isinstance(value, nn.Module):
+        inside = {name: item for name, item in vars(value).items() if name not in ("_modules",)}
+        return (type(value), plain(inside), {name: plain(child) for name, child in value.named_children()})
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    return value
+
+
+def same(a: Any, b: Any) -> bool:
+    """Return whether two results of ``plain`` are bitwise equal (tensors on meta by shape)."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        both = isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype
+        return both and (a.device.type == "meta" or torch.equal(a.nan_to_num(7.25), b.nan_to_num(7.25)))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return bool(a == b)
