@@ -554,7 +554,7 @@ def test_true_lpips_orders_blurs_of_a_photo(net: Net) -> None:
 
 @pytest.mark.assets
 def test_true_lpips_is_the_figure_that_torchmetrics_publishes() -> None:
-    """An example in the documentation of earlier torchmetrics, VGG16: seed 123, the network built, two batches of noise, 0.3493."""
+    """An example in earlier torchmetrics: seed 123, VGG16 built, then two batches of noise give 0.3493."""
     with torch.random.fork_rng():
         torch.manual_seed(123)
         torchvision.models.vgg16(weights=None, init_weights=False)  # draws what it drew there, before its weights came
