@@ -1,0 +1,345 @@
+"""The batched solvers against torch's own, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Self
+
+import pytest
+import torch
+from conftest import rand, randn, watch
+from torch import Tensor
+
+from leakbench.attacks import dlg
+from leakbench.optim import Objective, Solution, Unknowns, descend, lbfgs
+from leakbench.rng import Rng
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An objective made of one function of (row's parameter, row of x); counts evaluations and selections."""
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    parameter: Tensor
+    log: list[str] = field(default_factory=list)
+
+    def __call__(self, unknowns: Unknowns, evaluation: int) -> Tensor:
+        self.log.append(f"evaluation {evaluation} of {len(self.parameter)}")
+        return self.function(self.parameter, torch.cat([part.flatten(1) for part in unknowns.values()], 1))
+
+    def select(self, rows: Sequence[int]) -> Self:
+        self.log.append(f"select {len(rows)}")
+        return type(self)(self.function, self.parameter[list(rows)], self.log)
+
+
+def rosenbrock(a: Tensor, x: Tensor) -> Tensor:
+    """A curved valley: nonconvex, badly scaled, row t with its own steepness."""
+    return ((1 - x[:, :-1]).square() + a[:, None] * (x[:, 1:] - x[:, :-1].square()).square()).sum(1)
+
+
+def waves(a: Tensor, x: Tensor) -> Tensor:
+    """A bowl with ripples: many local minima."""
+    return (x.square() / 4 + (a[:, None] * x + torch.arange(x.shape[1])).sin()).sum(1)
+
+
+def quadratic(a: Tensor, x: Tensor) -> Tensor:
+    return 0.5 * (a[:, None] * (1 + torch.arange(x.shape[1])) * x.square()).sum(1)
+
+
+def starts(trials: int, size: int = 6) -> Unknowns:
+    return {"u": 0.5 * randn(trials, size - 2, seed=1), "v": 0.5 * randn(trials, 2, 1, seed=2)}
+
+
+def torch_lbfgs(
+    objective: Objective, start: Unknowns, row: int, *, steps: int, **options: float
+) -> tuple[Tensor, list[float]]:
+    """Run torch.optim.LBFGS on one row, and return where it ends and the objective of every evaluation."""
+    alone = objective.select([row])
+    leaves = {name: tensor[row : row + 1].clone().requires_grad_() for name, tensor in start.items()}
+    solver = torch.optim.LBFGS(list(leaves.values()), **options)
+    seen: list[float] = []
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        value = alone(leaves, len(seen)).sum()
+        value.backward()
+        seen.append(float(value.detach()))
+        return value
+
+    for _ in range(steps):
+        solver.step(closure)
+    return flat({name: leaf.detach() for name, leaf in leaves.items()})[0], seen
+
+
+def flat(unknowns: Unknowns) -> Tensor:
+    return torch.cat([part.flatten(1) for part in unknowns.values()], 1)
+
+
+@pytest.mark.parametrize("history", [3, 100])
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize(("function", "lr"), [(rosenbrock, 0.1), (waves, 0.2), (quadratic, 1.0)])
+def test_lbfgs_is_torch_row_by_row(
+    function: Callable[[Tensor, Tensor], Tensor], lr: float, steps: int, history: int
+) -> None:
+    trials = 5
+    objective, start = Rows(function, torch.linspace(1.0, 3.0, trials)), starts(trials)
+    options = {"lr": lr, "max_iter": 10, "history": history}
+    solution = lbfgs(objective, start, steps=steps, **options)
+    assert bool(solution.finite.all())
+    assert set(solution.unknowns) == {"u", "v"}
+    assert solution.unknowns["v"].shape == (trials, 2, 1)
+    moved = 0.0
+    for row in range(trials):
+        end, seen = torch_lbfgs(objective, start, row, steps=steps, lr=lr, max_iter=10, history_size=history)
+        torch.testing.assert_close(flat(solution.unknowns)[row], end, rtol=1e-9, atol=1e-9)
+        assert float(solution.first[row]) == pytest.approx(seen[0], rel=1e-12)
+        moved += float((end - flat(start)[row]).norm())
+    assert moved > 1
+    torch.testing.assert_close(solution.value, objective(solution.unknowns, 0), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("steps", range(1, 4))
+def test_lbfgs_iterates_are_torchs_at_every_number_of_iterations(steps: int) -> None:
+    objective, start = Rows(rosenbrock, torch.tensor([1.0, 4.0])), starts(2)
+    for max_iter in (4, 7):  # torch's own limit of evaluations cuts steps of less than four iterations short
+        solution = lbfgs(objective, start, steps=steps, lr=0.2, max_iter=max_iter, history=4)
+        for row in range(2):
+            end, _ = torch_lbfgs(objective, start, row, steps=steps, lr=0.2, max_iter=max_iter, history_size=4)
+            torch.testing.assert_close(flat(solution.unknowns)[row], end, rtol=1e-9, atol=1e-12)
+        assert solution.evaluations.tolist() == [steps * max_iter + 1] * 2
+
+
+def test_lbfgs_keeps_stopping_tests_per_row() -> None:
+    """One row starts in its minimum, one gets there soon, one is still far: each as torch leaves it."""
+
+    def bowl(a: Tensor, x: Tensor) -> Tensor:
+        return (a[:, None] * (1 + torch.arange(4)) ** 2 * x.square()).sum(1)
+
+    start = {"x": torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.2, 0.0, 0.0, 0.0], [3.0, -1.0, 2.0, 4.0]])}
+    objective = Rows(bowl, torch.tensor([1.0, 2.0, 0.7]))
+    solution = lbfgs(objective, start, steps=2, max_iter=5)
+    first, second, third = solution.evaluations.tolist()
+    assert first == 1
+    assert 1 < second < third
+    for row in range(3):
+        end, _ = torch_lbfgs(objective, start, row, steps=2, max_iter=5, history_size=100)
+        torch.testing.assert_close(solution.unknowns["x"][row], end, rtol=1e-9, atol=1e-9)
+
+
+def dlg_objective(trials: int) -> tuple[Objective, Unknowns]:
+    observation = watch("lenet", trials=trials)
+    rng = Rng(tuple(f"row {t}" for t in range(trials)))
+    objective = dlg.DLG()._objective(observation, rng)
+    start = {"image": rng.normal("image", observation.image_shape), "label": rng.normal("label", (4,))}
+    return objective, start
+
+
+def test_lbfgs_is_torch_on_gradient_matching() -> None:
+    objective, start = dlg_objective(3)
+    solution = lbfgs(objective, start, steps=3, max_iter=5)
+    for row in range(3):
+        end, seen = torch_lbfgs(objective, start, row, steps=3, max_iter=5, history_size=100)
+        assert seen[-1] < 0.9 * seen[0]
+        torch.testing.assert_close(flat(solution.unknowns)[row], end, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("order", [[0], [3], [3, 1, 0, 2, 4], [4, 4]])
+def test_lbfgs_rows_do_not_depend_on_their_neighbours(order: list[int]) -> None:
+    objective, start = Rows(waves, torch.linspace(1.0, 3.0, 5)), starts(5)
+    together = lbfgs(objective, start, steps=3, lr=0.7, max_iter=8, history=5)
+    some = lbfgs(
+        objective.select(order),
+        {name: tensor[order] for name, tensor in start.items()},
+        steps=3,
+        lr=0.7,
+        max_iter=8,
+        history=5,
+    )
+    torch.testing.assert_close(flat(some.unknowns), flat(together.unknowns)[order], rtol=1e-10, atol=1e-10)
+    assert torch.equal(some.evaluations, together.evaluations[order])
+
+
+def broken(a: Tensor, x: Tensor) -> Tensor:
+    """A function that is not finite in the rows of negative parameter once x has left the start far enough."""
+    inside = quadratic(a.abs(), x)
+    hole = torch.where((a < 0) & (inside < 0.9), torch.nan, 0.0)
+    return inside + hole
+
+
+def test_lbfgs_flags_a_row_that_becomes_non_finite_and_keeps_its_last_finite_iterate() -> None:
+    parameter = torch.tensor([1.0, -1.0, 2.0, 3.0])
+    start = {"x": 1 + 0.1 * randn(4, 3, seed=3)}
+    solution = lbfgs(Rows(broken, parameter), start, steps=3, lr=0.1, max_iter=6)
+    assert solution.finite.tolist() == [True, False, True, True]
+    assert bool(torch.isnan(solution.value[1]))
+    kept = solution.unknowns["x"][1]
+    assert bool(torch.isfinite(broken(parameter[1:2], kept[None])).all())
+    assert not torch.equal(kept, start["x"][1])
+    # the very next iterate of torch's is the one with a hole
+    _, seen = torch_lbfgs(Rows(broken, parameter.abs()), start, 1, steps=3, lr=0.1, max_iter=6)
+    assert int(solution.evaluations[1]) == next(i for i, value in enumerate(seen) if value < 0.9) + 1
+    keep = [0, 2, 3]
+    alone = lbfgs(Rows(broken, parameter[keep]), {"x": start["x"][keep]}, steps=3, lr=0.1, max_iter=6)
+    torch.testing.assert_close(solution.unknowns["x"][keep], alone.unknowns["x"], rtol=1e-10, atol=1e-12)
+
+
+def test_lbfgs_with_a_row_that_is_never_finite() -> None:
+    start = {"x": torch.ones(2, 3)}
+    start["x"][0, 0] = torch.nan
+    solution = lbfgs(Rows(quadratic, torch.ones(2)), start, steps=2)
+    assert solution.finite.tolist() == [False, True]
+    assert solution.evaluations.tolist()[0] == 1
+    assert float(solution.value[1]) < 1e-8
+    dead = lbfgs(Rows(quadratic, torch.tensor([torch.nan])), {"x": torch.ones(1, 3)}, steps=2)
+    assert dead.finite.tolist() == [False]
+    assert torch.equal(dead.unknowns["x"], torch.ones(1, 3))
+
+
+def test_lbfgs_with_infinite_gradient_but_finite_value() -> None:
+    def root(a: Tensor, x: Tensor) -> Tensor:
+        return x.abs().sqrt().sum(1)
+
+    start = {"x": torch.tensor([[0.0, 1.0], [1.0, 2.0]])}
+    solution = lbfgs(Rows(root, torch.ones(2)), start, steps=1, lr=0.1, max_iter=3)
+    assert solution.finite.tolist() == [False, True]
+
+
+def test_lbfgs_stops_below_at_every_so_many_outer_steps() -> None:
+    objective, start = Rows(quadratic, torch.tensor([1.0, 1.0])), {"x": torch.tensor([[1.0, 1.0], [200.0, 200.0]])}
+    options = {"lr": 0.05, "max_iter": 5}
+    free = lbfgs(objective, start, steps=20, **options)
+    stopped = lbfgs(objective, start, steps=20, stop_below=0.5, stop_every=2, **options)
+    assert free.evaluations.tolist() == [101, 101]
+    first, second = stopped.evaluations.tolist()
+    assert first < second <= 101
+    assert first % 10 == 1, "the test stands after every second outer step of five evaluations"
+    assert float(stopped.value[0]) < 0.5
+    before = lbfgs(objective, start, steps=first // 5 - 2, **options)
+    assert float(before.value[0]) >= 0.5, "it did not run two outer steps too long"
+    torch.testing.assert_close(
+        stopped.unknowns["x"][0], lbfgs(objective, start, steps=first // 5, **options).unknowns["x"][0]
+    )
+
+
+def test_lbfgs_compacts_when_a_quarter_of_the_rows_is_done() -> None:
+    trials = 8
+    start = {"x": rand(trials, 4, seed=4)}
+    start["x"][[1, 4, 6]] = 0.0  # in their minimum from the start
+    objective = Rows(waves, torch.linspace(1.0, 2.0, trials))
+    quiet = Rows(lambda a, x: torch.where(x.abs().amax(1) == 0, 0 * x.sum(1), waves(a, x)), objective.parameter)
+    solution = lbfgs(quiet, start, steps=2, max_iter=6)
+    assert "select 5" in quiet.log
+    assert any(line.endswith("of 5") for line in quiet.log)
+    assert solution.evaluations[[1, 4, 6]].tolist() == [1, 1, 1]
+    for row in (0, 2, 3, 5, 7):
+        end, _ = torch_lbfgs(objective, start, row, steps=2, max_iter=6, history_size=100)
+        torch.testing.assert_close(solution.unknowns["x"][row], end, rtol=1e-9, atol=1e-9)
+
+
+def test_lbfgs_leaves_its_start_alone_and_tells_the_evaluation() -> None:
+    objective, start = Rows(rosenbrock, torch.ones(2)), starts(2)
+    before = {name: tensor.clone() for name, tensor in start.items()}
+    lbfgs(objective, start, steps=1, max_iter=4, lr=0.1)
+    assert all(torch.equal(start[name], before[name]) for name in start)
+    assert objective.log == [f"evaluation {index} of 2" for index in range(len(objective.log))]
+
+
+def torch_descend(
+    objective: Objective,
+    start: Unknowns,
+    row: int,
+    *,
+    steps: int,
+    lr: dict[str, float],
+    rule: str,
+    sign: Sequence[str] = (),
+    milestones: Sequence[int] = (),
+    box: bool = False,
+) -> Unknowns:
+    leaves = {name: tensor[row : row + 1].clone().requires_grad_() for name, tensor in start.items()}
+    groups = [{"params": [leaf], "lr": lr[name]} for name, leaf in leaves.items()]
+    solver: torch.optim.Optimizer
+    if rule == "adam":
+        solver = torch.optim.Adam(groups)
+    else:
+        solver = torch.optim.RMSprop(groups, alpha=0.99, momentum=0.99)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(solver, list(milestones), gamma=0.1)
+    alone = objective.select([row])
+    for step in range(steps):
+        solver.zero_grad()
+        alone(leaves, step).sum().backward()
+        for name in sign:
+            leaves[name].grad = leaves[name].grad.sign()
+        solver.step()
+        schedule.step()
+        if box:
+            with torch.no_grad():
+                leaves["u"].clamp_(0, 1)
+    return {name: leaf.detach() for name, leaf in leaves.items()}
+
+
+@pytest.mark.parametrize("box", [False, True])
+@pytest.mark.parametrize("milestones", [(), (3, 5, 7)])
+@pytest.mark.parametrize("sign", [(), ("u",)])
+@pytest.mark.parametrize("rule", ["adam", "rmsprop"])
+def test_descend_is_torch_row_by_row(
+    rule: Literal["adam", "rmsprop"], sign: tuple[str, ...], milestones: tuple[int, ...], box: bool
+) -> None:
+    objective, start = Rows(waves, torch.linspace(1.0, 3.0, 3)), starts(3)
+    lr = {"u": 0.1, "v": 0.02}
+    solution = descend(
+        objective,
+        start,
+        steps=9,
+        lr=lr,
+        rule=rule,
+        sign=sign,
+        milestones=milestones,
+        project=lambda name, tensor: tensor.clamp(0, 1) if box and name == "u" else tensor,
+    )
+    assert solution.evaluations.tolist() == [9] * 3
+    assert bool(solution.finite.all())
+    for row in range(3):
+        expected = torch_descend(
+            objective, start, row, steps=9, lr=lr, rule=rule, sign=sign, milestones=milestones, box=box
+        )
+        for name in start:
+            torch.testing.assert_close(solution.unknowns[name][row], expected[name][0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(solution.first, objective(start, 0))
+
+
+def test_descend_flags_a_dead_row_and_leaves_the_others_alone() -> None:
+    parameter = torch.tensor([1.0, -1.0, 2.0])
+    start = {"x": 1 + 0.1 * randn(3, 3, seed=3)}
+    solution = descend(Rows(broken, parameter), start, steps=30, lr={"x": 0.05})
+    assert solution.finite.tolist() == [True, False, True]
+    assert bool(torch.isnan(solution.value[1]))
+    assert bool(torch.isfinite(solution.unknowns["x"]).all())
+    assert 1 < int(solution.evaluations[1]) < 30
+    alone = descend(Rows(broken, parameter[[0, 2]]), {"x": start["x"][[0, 2]]}, steps=30, lr={"x": 0.05})
+    torch.testing.assert_close(solution.unknowns["x"][[0, 2]], alone.unknowns["x"], rtol=1e-12, atol=1e-14)
+
+
+def test_descend_gives_up_when_every_row_is_dead() -> None:
+    objective = Rows(quadratic, torch.tensor([torch.nan, torch.nan]))
+    start = {"x": torch.ones(2, 3)}
+    solution = descend(objective, start, steps=1000, lr={"x": 0.1})
+    assert torch.equal(solution.unknowns["x"], start["x"])
+    assert not bool(solution.finite.any())
+    assert len(objective.log) < 1000
+
+
+@pytest.mark.parametrize("solver", [lbfgs, descend])
+def test_an_unknown_that_does_not_matter_stays(solver: Callable[..., Solution]) -> None:
+    class First(Rows):
+        def __call__(self, unknowns: Unknowns, evaluation: int) -> Tensor:
+            return quadratic(self.parameter, unknowns["u"])
+
+    start = starts(2)
+    options = {"lr": dict.fromkeys(start, 0.1)} if solver is descend else {}
+    solution = solver(First(quadratic, torch.ones(2)), start, steps=3, **options)
+    assert torch.equal(solution.unknowns["v"], start["v"])
+    assert float(solution.value.sum()) < float(solution.first.sum())
