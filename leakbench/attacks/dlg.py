@@ -11,14 +11,14 @@ from torch import Tensor
 
 from leakbench.attacks.base import register
 from leakbench.attacks.matching import Count, GradientMatching, MatchingObjective, NonNegative
+from leakbench.gradients.bilinear import squared_norm
 from leakbench.optim import Solution, Unknowns, lbfgs
 from leakbench.types import Gradient
 
 
 def squared_distance(gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
     """Return [T]: the sum over parameters of |g' - g|^2; the difference is taken first, so that it stays exact."""
-    parts = [(gradient[name] - target).square().flatten(1).sum(1) for name, target in observed.items()]
-    return torch.stack(parts).sum(0)
+    return torch.stack([squared_norm(gradient[name] - target) for name, target in observed.items()]).sum(0)
 
 
 @register("dlg")

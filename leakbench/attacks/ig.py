@@ -11,20 +11,17 @@ from torch import Tensor
 
 from leakbench.attacks.base import register
 from leakbench.attacks.matching import Count, GradientMatching, MatchingObjective, NonNegative, Positive
+from leakbench.gradients.bilinear import inner, squared_norm
 from leakbench.optim import Solution, Unknowns, descend
 from leakbench.types import Gradient
 
 
 def cosine_distance(gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
     """Return [T]: 1 - <g', g> / (|g'| |g|), with inner product and norms over all parameters together."""
-
-    def total(parts: list[Tensor]) -> Tensor:
-        return torch.stack([part.flatten(1).sum(1) for part in parts]).sum(0)
-
-    inner = total([gradient[name] * target for name, target in observed.items()])
-    own = total([gradient[name].square() for name in observed])
-    other = total([target.square() for target in observed.values()])
-    return 1 - inner / (own.sqrt() * other.sqrt())
+    product = torch.stack([inner(gradient[name], target) for name, target in observed.items()]).sum(0)
+    own = torch.stack([squared_norm(gradient[name]) for name in observed]).sum(0)
+    other = torch.stack([squared_norm(target) for target in observed.values()]).sum(0)
+    return 1 - product / (own.sqrt() * other.sqrt())
 
 
 @register("ig")

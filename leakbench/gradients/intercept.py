@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from leakbench.gradients.bilinear import Linear
+
 
 class PerTrialParameters(TorchFunctionMode):
     """Inside this context conv2d, linear and batch_norm treat the batch axis as trials with parameters of their own."""
@@ -51,7 +53,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if weight.ndim == 2:
         return F.linear(x, weight, bias)
     rows = x.reshape(x.shape[0], -1, x.shape[-1])
-    out = torch.bmm(rows, weight.transpose(1, 2))
+    out: Tensor = Linear.apply(rows, weight)
     if bias is not None:
         out = out + bias[:, None]
     return out.reshape(*x.shape[:-1], weight.shape[1])
