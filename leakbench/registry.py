@@ -153,6 +153,7 @@ class Registry(Generic[T]):
         except PydanticSchemaGenerationError:  # a type of the plugin's own: its constructor checks it
             return value
         candidates = [None, value] if value == "none" else [value]
+        candidates += [choice for choice in _choices(hint) if str(choice) == value]
         message = ""
         for candidate in candidates:
             try:
@@ -317,6 +318,14 @@ def option_text(value: object) -> str:
     if plain and text != "none":
         return text
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _choices(hint: Any) -> list[object]:
+    """Return the values that the Literals in a type admit."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return list(parts)
+    return [choice for part in parts for choice in _choices(part)]
 
 
 def _type_text(hint: Any) -> str:
