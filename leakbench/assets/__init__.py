@@ -87,10 +87,16 @@ def file(name: str, member: str) -> Path:
     asset = get(name)
     known = next(known for known in asset.files if known.name == member)
     where = home() / name / member
-    if not where.is_file():
-        raise MissingAsset(f"{asset.kind} {name!r} is not in the cache {home()}; run `leakbench assets fetch {name}`")
-    status = where.stat()
-    if status.st_size != known.size or _sha256(where, status.st_size, status.st_mtime_ns) != _expected(known, where):
+    try:
+        status = where.stat()
+        whole = status.st_size == known.size and _sha256(where, known.size, status.st_mtime_ns) == _expected(
+            known, where
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingAsset(
+            f"{asset.kind} {name!r} is not in the cache {home()}; run `leakbench assets fetch {name}`"
+        ) from None
+    if not whole:
         raise CorruptAsset(
             f"{asset.kind} {name!r}: {where} does not have the expected checksum; "
             f"run `leakbench assets fetch {name}`, which replaces it"
@@ -199,17 +205,20 @@ def _install(asset: Asset, archive: Path, work: Path) -> None:
         (ready / member).write_bytes(content)
     (ready / SUMS).write_text("".join(f"{digest}  {member}\n" for member, digest in sums.items()))
     _sha256.cache_clear()
+    _place(asset, ready, work / "replaced")
+
+
+def _place(asset: Asset, ready: Path, aside: Path) -> None:
+    """Move a complete folder into the cache, unless another process was faster; a corrupt one gives way."""
     final = home() / asset.name
     try:
-        _replace(ready, final, work / "replaced")
-    except OSError:
-        path(asset.name)  # another process put the asset there first; nothing is wrong where it is whole
-
-
-def _replace(ready: Path, final: Path, aside: Path) -> None:
-    if final.exists():
-        final.rename(aside)
-    ready.rename(final)
+        ready.rename(final)
+    except OSError:  # there is a folder
+        try:
+            path(asset.name)
+        except (MissingAsset, CorruptAsset):
+            final.rename(aside)
+            ready.rename(final)
 
 
 def _check_fetchable(asset: Asset) -> None:

@@ -1,5 +1,6 @@
-"""The registered datasets: one file each."""
+"""The registered datasets: one file for each family."""
 
+from leakbench.datasets import samples, mnist, cifar, folder  # isort: skip (listed in this order)
 from leakbench.datasets.base import Dataset, register, registry
 
 get = registry.get
@@ -7,4 +8,4 @@ names = registry.names
 parse = registry.parse
 spec = registry.spec
 
-__all__ = ["Dataset", "get", "names", "parse", "register", "registry", "spec"]
+__all__ = ["Dataset", "cifar", "folder", "get", "mnist", "names", "parse", "register", "registry", "samples", "spec"]

@@ -1,0 +1,213 @@
+"""Images of the user's own: folders with one subfolder a class, and ImageNet in that form."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from leakbench.datasets.base import Dataset, register
+from leakbench.datasets.images import Channels, Size, check_indices, convert
+from leakbench.errors import BadOption, CorruptAsset
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+ATTACKED = ("val", "test")
+PUBLIC = "train"
+
+MEAN_IMAGES = 256
+"""How many images of the training part the mean is taken of, evenly spaced in the order of their names."""
+
+_WORDNET = re.compile(r"n\d{8}")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a folder holds.
+
+    Attributes:
+        classes: the names of the class folders, sorted.
+        attacked: the images that may be attacked with their labels, in the order of their names.
+        public: the images that the mean is taken of.
+        fingerprint: 16 hex digits: a hash of the names and sizes of all of these.
+    """
+
+    classes: tuple[str, ...]
+    attacked: tuple[tuple[Path, int], ...]
+    public: tuple[Path, ...]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Folders(Dataset):
+    """Images in class folders: those of ``val`` or ``test`` where the folder is divided, or all of them.
+
+    The label of an image is the place of its folder's name among all class folders' names in order. The mean is that
+    of at most 256 images of ``train``, evenly spaced in the order of their names; without a ``train`` folder it is
+    the grey image 0.5, which no attacked image enters. A folder is listed once in a process.
+
+    Attributes:
+        zoom: the shorter side is scaled to this many times the size before the centre square is cut out.
+        path: the folder.
+        size: the side of the images.
+        channels: 1 for grey, 3 for RGB.
+    """
+
+    zoom: ClassVar[float] = 1.0
+
+    path: str
+    size: Size = 32
+    channels: Channels = 3
+
+    @property
+    def folder(self) -> Path:
+        """Where the images lie."""
+        return Path(self.path).expanduser()
+
+    def listing(self) -> Listing:
+        """Return what the folder holds; raise BadOption where that is no image."""
+        return _listing(self.folder)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        return self.channels, self.size, self.size
+
+    @property
+    def num_classes(self) -> int:
+        """How many class folders there are."""
+        return len(self.listing().classes)
+
+    def __len__(self) -> int:
+        """How many images may be attacked."""
+        return len(self.listing().attacked)
+
+    def load(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return images [N, C, H, W] in [0, 1] and labels [N] at these indices; see ``Dataset.load``."""
+        check_indices(f"{self.name}:{self.folder}", len(self), indices)
+        chosen = [self.listing().attacked[index] for index in indices]
+        images = torch.empty(len(chosen), *self.image_shape)
+        for row, (file, _) in enumerate(chosen):
+            images[row] = self._read(file)
+        return images, torch.tensor([label for _, label in chosen], dtype=torch.int64)
+
+    def mean(self) -> Tensor:
+        """Return [C, H, W], the mean of images of ``train``, or the grey image 0.5 where there is no ``train``."""
+        public = self.listing().public
+        if not public:
+            return torch.full(self.image_shape, 0.5)
+        total = torch.zeros(self.image_shape, dtype=torch.float64)
+        for file in public:
+            total += self._read(file)
+        return (total / len(public)).float()
+
+    def settings(self) -> dict[str, Any]:
+        """Return name, version and options, and a fingerprint of the data: names and sizes of the files."""
+        return {**super().settings(), "fingerprint": self.listing().fingerprint}
+
+    def _read(self, file: Path) -> Tensor:
+        image = torch.from_numpy(_pixels(file, self.size, round(self.size * self.zoom))).permute(2, 0, 1)
+        return convert(image[None].float() / 255, None, self.channels)[0]
+
+
+@register("folder")
+@dataclass(frozen=True)
+class Folder(Folders):
+    """Images of your own, one subfolder a class: folder:PATH; scaled on the short side, then the centre square.
+
+    Attributes:
+        path: the folder; its images are in class folders, or these are within train, val or test.
+        size: the side of the images.
+        channels: 1 for grey, 3 for RGB.
+    """
+
+
+@register("imagenet")
+@dataclass(frozen=True)
+class ImageNet(Folders):
+    """ImageNet (ILSVRC 2012) from a folder of yours, which cannot be fetched: imagenet:PATH with class folders n*.
+
+    The usual preparation: the short side is scaled to 256 for a size of 224 (in proportion for other sizes), then the
+    centre square is cut out. A part of the classes will do; labels then count the folders that are there.
+
+    Attributes:
+        path: the folder; class folders are named by WordNet ids (n01440764) and may be within train and val.
+        size: the side of the images.
+        channels: 1 for grey, 3 for RGB.
+    """
+
+    reference: ClassVar[str] = "Russakovsky et al. 2015, ImageNet Large Scale Visual Recognition Challenge, IJCV"
+
+    zoom: ClassVar[float] = 256 / 224
+
+    size: Size = 224
+
+    def listing(self) -> Listing:
+        """Return what the folder holds; raise BadOption where its class folders are not ImageNet's."""
+        listing = super().listing()
+        for name in listing.classes:
+            if not _WORDNET.fullmatch(name):
+                raise BadOption(
+                    f"the folder {str(self.folder)!r} holds {name!r}, no WordNet id such as n01440764; sort ImageNet "
+                    f"into class folders, or write folder:{self.path} for other images"
+                )
+        return listing
+
+
+@functools.cache
+def _listing(folder: Path) -> Listing:
+    if not folder.is_dir():
+        raise BadOption(
+            f"the folder {str(folder)!r} does not exist; give a folder with one subfolder of images a class"
+        )
+    attacked = next((folder / name for name in ATTACKED if (folder / name).is_dir()), folder)
+    public = folder / PUBLIC if attacked != folder and (folder / PUBLIC).is_dir() else None
+    images = _images(attacked)
+    others = _images(public) if public else []
+    if not images:
+        raise BadOption(f"the folder {str(attacked)!r} holds no image in a subfolder; make one subfolder a class")
+    classes = tuple(sorted({file.parent.name for file in [*images, *others]}))
+    labels = {name: label for label, name in enumerate(classes)}
+    lines = [f"{file.relative_to(folder).as_posix()}\t{file.stat().st_size}\n" for file in [*images, *others]]
+    taken = min(len(others), MEAN_IMAGES)
+    return Listing(
+        classes=classes,
+        attacked=tuple((file, labels[file.parent.name]) for file in images),
+        public=tuple(others[number * len(others) // taken] for number in range(taken)),
+        fingerprint=hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16],
+    )
+
+
+def _images(folder: Path) -> list[Path]:
+    """Return the image files in the subfolders of a folder, by class and then by name."""
+    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return [
+        file
+        for entry in classes
+        for file in sorted(entry.iterdir())
+        if file.suffix.lower() in SUFFIXES and file.is_file()
+    ]
+
+
+def _pixels(file: Path, side: int, short_side: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return [side, side, 3]: an image scaled on its short side, its centre square cut out."""
+    try:
+        with Image.open(file) as opened:
+            image = opened.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise CorruptAsset(
+            f"{file} is no image that can be read ({type(error).__name__}); repair or remove it"
+        ) from None
+    scale = short_side / min(image.size)
+    width, height = (max(short_side, round(length * scale)) for length in image.size)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (width - side) // 2, (height - side) // 2
+    return np.array(image.crop((left, top, left + side, top + side)))

@@ -1,0 +1,85 @@
+"""The images that ship with leakbench."""
+
+from __future__ import annotations
+
+import csv
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from leakbench.datasets.base import Dataset, register
+from leakbench.datasets.images import Channels, Size, check_indices, convert, shape
+from leakbench.errors import CorruptAsset
+
+FOLDER = Path(__file__).parent / "samples"
+SIDE = 32
+NATIVE = (3, SIDE, SIDE)
+COUNT = 64
+CLASSES = 7
+
+
+@register("samples")
+@dataclass(frozen=True)
+class Samples(Dataset):
+    """64 crops, 32 x 32 colour, of 7 photographs in the public domain; they ship with leakbench.
+
+    The class of an image is its photograph. The mean is that of 32 crops of the same photographs which overlap no
+    image that may be attacked.
+
+    Attributes:
+        size: the side of the images; none keeps them as they are. Bilinear with antialiasing.
+        channels: 1 for grey, 3 for RGB; none keeps RGB.
+    """
+
+    reference: ClassVar[str] = "photographs of scikit-image; authors and licences in samples/CREDITS.md of the package"
+
+    size: Size | None = None
+    channels: Channels | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        return shape(NATIVE, self.size, self.channels)
+
+    @property
+    def num_classes(self) -> int:
+        """How many photographs there are."""
+        return CLASSES
+
+    def __len__(self) -> int:
+        """How many images there are."""
+        return COUNT
+
+    def load(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return images [N, C, H, W] in [0, 1] and labels [N] at these indices; see ``Dataset.load``."""
+        check_indices(self.name, len(self), indices)
+        images, labels = _sheet("images")
+        rows = torch.tensor(list(indices), dtype=torch.int64)
+        return convert(images[rows], self.size, self.channels), labels[rows]
+
+    def mean(self) -> Tensor:
+        """Return [C, H, W], the mean of the public crops."""
+        images, _ = _sheet("public")
+        return convert(images.mean(0, keepdim=True), self.size, self.channels)[0]
+
+
+@functools.cache
+def _sheet(name: Literal["images", "public"]) -> tuple[Tensor, Tensor]:
+    """Return a sheet's crops [N, 3, 32, 32] in [0, 1] and their labels [N]."""
+    try:
+        with (FOLDER / "index.csv").open(newline="") as file:
+            labels = [int(row["label"]) for row in csv.DictReader(file) if row["sheet"] == name]
+        with Image.open(FOLDER / f"{name}.png") as image:
+            pixels = np.array(image.convert("RGB"))
+    except (OSError, ValueError, KeyError) as error:
+        raise CorruptAsset(f"{FOLDER} is damaged ({error}); install leakbench anew") from None
+    rows, columns = pixels.shape[0] // SIDE, pixels.shape[1] // SIDE
+    crops = pixels.reshape(rows, SIDE, columns, SIDE, 3).transpose(0, 2, 4, 1, 3).reshape(-1, *NATIVE)
+    return torch.from_numpy(crops[: len(labels)]).float() / 255, torch.tensor(labels)
