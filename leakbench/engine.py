@@ -114,7 +114,7 @@ def run(
     refused = _preflight(trials, strict)
     scores, missing = _metrics()
     store = Store.open(folder / FILE) if existing else Store.create(folder / FILE)
-    with store:
+    with store, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         session = store.start_session(Provenance.collect(command, str(where), json.dumps(matrix.describe())))
         store.record_metrics([metrics.parse(name) for name in metrics.names()], _notes(trials))
         store.add_trials(trials)

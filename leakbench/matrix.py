@@ -82,6 +82,10 @@ Count = Annotated[int, Field(ge=1)]
 Indices = Count | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
+FLOORS = ("random", "grey", "mean")
+"""The floors that a matrix adds to its attacks."""
+
+
 class Matrix(BaseModel):
     """A cross product of components, images and seeds; each axis takes specs, components, or both.
 
@@ -94,6 +98,8 @@ class Matrix(BaseModel):
         threats: presets' names, tables or ThreatModel objects.
         images: the first so many images of each dataset, or a list of indices.
         seeds: so many seeds from 0 on, or a list.
+        floors: add the floors ``random``, ``grey`` and ``mean``, against the first defense, where they are not named:
+            no figure of an attack means much without them.
 
     Raises:
         BadOption: one line on the first thing that does not fit.
@@ -111,6 +117,7 @@ class Matrix(BaseModel):
     )
     images: Indices = 8
     seeds: Indices = [0]
+    floors: bool = True
 
     def __init__(self, /, **axes: Any) -> None:
         try:
@@ -125,12 +132,21 @@ class Matrix(BaseModel):
         """Return every trial of the cross product once, in the order of the axes."""
         images = range(self.images) if isinstance(self.images, int) else self.images
         seeds = range(self.seeds) if isinstance(self.seeds, int) else self.seeds
-        cells = itertools.product(self.datasets, self.models, self.threats, self.defenses, self.attacks, seeds, images)
         trials = (
             Trial(dataset, model, defense, attack, threat, image, seed)
-            for dataset, model, threat, defense, attack, seed, image in cells
+            for dataset, model, threat, defense in itertools.product(
+                self.datasets, self.models, self.threats, self.defenses
+            )
+            for attack, seed, image in itertools.product(self._attacks_on(defense), seeds, images)
         )
         return tuple({trial.id: trial for trial in trials}.values())
+
+    def _attacks_on(self, defense: Defense) -> tuple[Attack, ...]:
+        """Return the attacks on a defense; added floors meet the first alone, because they look at no gradient."""
+        if not self.floors or defense != self.defenses[0]:
+            return self.attacks
+        named = {attack.name for attack in self.attacks}
+        return (*self.attacks, *(attacks.parse(floor) for floor in FLOORS if floor not in named))
 
     def describe(self) -> dict[str, Any]:
         """Return the matrix as plain JSON values: specs in place of components."""
@@ -143,6 +159,7 @@ class Matrix(BaseModel):
             "threats": [threat.spec() for threat in self.threats],
             "images": self.images,
             "seeds": self.seeds,
+            "floors": self.floors,
         }
 
 

@@ -297,8 +297,8 @@ class Store:
         return {row["id"] for row in self._rows("SELECT id FROM trials")}
 
     def done(self) -> set[str]:
-        """Return the id of every trial that has a result, of whatever status."""
-        return {row["trial_id"] for row in self._rows("SELECT trial_id FROM results")}
+        """Return the id of every trial whose result stands; one that ended in an error is worth another try."""
+        return {row["trial_id"] for row in self._rows("SELECT trial_id FROM results WHERE status != 'error'")}
 
     def record_metrics(self, metrics: Iterable[Metric], notes: Mapping[str, str] | None = None) -> None:
         """Record what the metrics mean, before their scores; a metric that is known already is described anew.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from leakbench.attacks.base import register
-from leakbench.attacks.matching import Count, GradientMatching, MatchingObjective, NonNegative
+from leakbench.attacks.matching import Count, GradientMatching, MatchingObjective, NonNegative, Positive
 from leakbench.gradients.bilinear import squared_norm
 from leakbench.optim import Solution, Unknowns, lbfgs
 from leakbench.types import Gradient
@@ -32,7 +32,7 @@ class DLG(GradientMatching):
 
     reference: ClassVar[str] = "Zhu et al. 2019, Deep Leakage from Gradients, NeurIPS (released code)"
     steps: Count = 300
-    lr: float = 1.0
+    lr: Positive = 1.0
 
     def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
         """Return the squared distance."""
@@ -53,7 +53,7 @@ class IDLG(GradientMatching):
 
     reference: ClassVar[str] = "Zhao et al. 2020, iDLG, arXiv 2001.02610 (and the code of P. Zhao)"
     steps: Count = 300
-    lr: float = 1.0
+    lr: Positive = 1.0
     labels: Literal["joint", "analytic"] = "analytic"
     stop: NonNegative = 1e-6
 

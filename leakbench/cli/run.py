@@ -28,6 +28,9 @@ def matrix(
         list[str] | None, typer.Option(help="The first N images, or indices such as 0,3,5; repeatable.")
     ] = None,
     seeds: Annotated[list[str] | None, typer.Option(help="N seeds from 0 on, or a list such as 3,4.")] = None,
+    floors: Annotated[
+        bool | None, typer.Option("--floors/--no-floors", help="Add the floors random, grey and mean (default: yes).")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The run's name.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder (default: runs/NAME); an old run goes on.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -72,7 +75,8 @@ def matrix(
         axes = matrices.load_suite(suite or "quick")
     else:
         axes = {}
-    axes = {**axes, **given, **({"name": name} if name is not None else {})}
+    settings = {"name": name, "floors": floors}
+    axes = {**axes, **given, **{key: value for key, value in settings.items() if value is not None}}
     plan = matrices.Matrix(**axes)
     command = "leakbench " + shlex.join(sys.argv[1:])
     folder = out or Path("runs") / plan.name

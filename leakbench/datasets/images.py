@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,13 +15,7 @@ from leakbench.errors import BadOption
 Size = Annotated[int, Field(ge=8, le=1024)]
 """The side of a square image, in pixels."""
 
-
-def _number(value: object) -> object:
-    """Return the text of a spec as the number it is; Literal does not convert it."""
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
-
-
-Channels = Annotated[Literal[1, 3], BeforeValidator(_number)]
+Channels = Literal[1, 3]
 """1 is grey, 3 is RGB."""
 
 _LUMA = (0.299, 0.587, 0.114)
