@@ -1,0 +1,410 @@
+"""Nothing private is reachable from what the server sees."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEFENSES, rand, watch
+from torch import Tensor, nn
+
+from leakbench import attacks, defenses, models
+from leakbench.attacks.matching import GradientMatching
+from leakbench.defenses import Defense
+from leakbench.models import OwnModule
+from leakbench.rng import Rng, generator
+from leakbench.types import Observation, ThreatModel
+from leakbench.victim import Client, build, observe
+
+SHAPE = (1, 8, 8)
+CLASSES = 60
+LABELS = (37, 41, 53)  # numbers that stand for nothing else in a small network
+
+
+def crowd(fresh: bool = False) -> list[Client]:
+    return [
+        Client(rand(*SHAPE, seed=100 + t), label, f"weights {t if fresh else 0}", f"private key {t}")
+        for t, label in enumerate(LABELS)
+    ]
+
+
+def see(defense: Defense, threat: ThreatModel, model: models.Model | str = "lenet", fresh: bool = False) -> Observation:
+    return observe(models.parse(model), defense, threat, crowd(fresh), CLASSES, torch.full(SHAPE, 0.5))
+
+
+def reachable(root: object) -> Iterator[tuple[str, object]]:
+    """Yield (path, object) for everything that can be reached from ``root`` without importing anything."""
+    seen: dict[int, object] = {}  # keeps what was seen alive, so that no id is used twice
+    stack: list[tuple[str, object]] = [("", root)]
+    while stack:
+        path, item = stack.pop()
+        if id(item) in seen:
+            continue
+        seen[id(item)] = item
+        yield path, item
+        stack.extend((f"{path}{step}", child) for step, child in children(item))
+
+
+def children(item: object) -> Iterator[tuple[str, object]]:
+    if isinstance(item, (str, bytes, int, float, complex, bool, type(None), types.ModuleType, torch.dtype)):
+        return
+    if isinstance(item, Mapping):
+        for key, value in item.items():
+            yield f"[{key!r}]", value
+            yield f".keys[{key!r}]", key
+    elif isinstance(item, (list, tuple, set, frozenset)) or type(item).__name__ in ("deque", "odict_values"):
+        for index, value in enumerate(item):
+            yield f"[{index}]", value
+    if isinstance(item, types.CellType):
+        try:
+            yield ".cell", item.cell_contents
+        except ValueError:  # an empty cell
+            return
+    if isinstance(item, types.FunctionType):
+        yield from ((".closure", item.__closure__), (".defaults", item.__defaults__), (".kw", item.__kwdefaults__))
+    if isinstance(item, (types.MethodType, types.BuiltinMethodType)):
+        yield ".self", item.__self__
+        yield ".func", getattr(item, "__func__", None)
+    if isinstance(item, functools.partial):
+        yield from ((".func", item.func), (".args", item.args), (".keywords", item.keywords))
+    if isinstance(item, property):
+        yield from ((".fget", item.fget), (".fset", item.fset))
+    if isinstance(item, (staticmethod, classmethod)):
+        yield ".func", item.__func__
+    if isinstance(item, types.GeneratorType):
+        yield ".locals", item.gi_frame.f_locals if item.gi_frame else None
+    if isinstance(item, Tensor):
+        yield ".base", item._base
+        yield ".grad_fn", item.grad_fn
+        if item.is_leaf:
+            yield ".grad", item.grad
+        yield ".hooks", item._backward_hooks
+    if type(item).__module__ == "torch.autograd" or hasattr(item, "next_functions"):
+        for name in dir(item):
+            if name.startswith("_saved_") or name in ("variable", "next_functions", "saved_tensors"):
+                try:
+                    yield f".{name}", getattr(item, name)
+                except RuntimeError:  # freed, or not there
+                    continue
+    if isinstance(item, type):
+        if item.__module__.startswith("leakbench") or "test" in item.__module__:
+            yield ".__dict__", dict(vars(item))
+            yield ".__bases__", item.__bases__
+        return
+    yield ".__dict__", getattr(item, "__dict__", None)
+    for name in itertools.chain.from_iterable(getattr(kind, "__slots__", ()) for kind in type(item).__mro__):
+        if hasattr(item, name) and not name.startswith("__"):
+            yield f".{name}", getattr(item, name)
+    if type(item).__module__.startswith("leakbench") or "test" in type(item).__module__:
+        yield ".class", type(item)
+
+
+@dataclass
+class Private:
+    """What must not be found: tensors by name, labels, and the strings and seeds from which draws could be repeated."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    labels: tuple[int, ...] = ()
+    words: tuple[str, ...] = ()
+    classes: int = CLASSES
+
+    def found_in(self, root: object) -> list[str]:
+        storages = {name: value.untyped_storage().data_ptr() for name, value in self.tensors.items()}
+        found = []
+        for path, item in reachable(root):
+            if isinstance(item, torch.Generator):
+                found.append(f"a generator at {path}")
+            elif isinstance(item, str):
+                found += [f"{word!r} at {path}" for word in self.words if word in item]
+            elif isinstance(item, (int, np.integer)) and not isinstance(item, bool) and int(item) in self.labels:
+                found.append(f"label {item} at {path}")
+            elif isinstance(item, np.ndarray):
+                found += self._like(torch.from_numpy(item.copy()), path)
+            elif isinstance(item, Tensor) and item.device.type != "meta":
+                found += [f"the storage of {n} at {path}" for n in storages if self._shares(item, storages[n])]
+                found += self._like(item.detach(), path)
+        return found
+
+    def _like(self, item: Tensor, path: str) -> list[str]:
+        found = []
+        whole = self._rows(item)
+        for name, value in self.tensors.items():
+            flat = value.detach().flatten().to(item.dtype)
+            size = flat.numel()
+            if size and item.numel() >= size and item.numel() % size == 0 and bool((flat != flat[0]).any()):
+                rows = whole.reshape(-1, size)
+                if bool((rows == flat).all(1).any()):
+                    found.append(f"{name} at {path}")
+        labels = torch.tensor(self.labels)
+        if self.labels and item.numel() <= 8 and bool(torch.isin(item.flatten().double(), labels.double()).any()):
+            found.append(f"a label in a tensor at {path}")
+        if self.labels and item.ndim and item.shape[-1] == self.classes:
+            hot = torch.eye(self.classes)[labels]
+            rows = whole.reshape(-1, self.classes).float()
+            if bool((rows[:, None] == hot).all(2).any()):
+                found.append(f"a one-hot label at {path}")
+        return found
+
+    @staticmethod
+    def _rows(item: Tensor) -> Tensor:
+        return item.contiguous().flatten()
+
+    @staticmethod
+    def _shares(item: Tensor, pointer: int) -> bool:
+        try:
+            return item.untyped_storage().data_ptr() == pointer != 0
+        except NotImplementedError:
+            return False
+
+
+def groups_of(defense: Defense) -> set[str]:
+    network = build(models.parse("lenet"), defense, SHAPE, CLASSES, "weights 0")
+    return {secret.group for secret in defense.secrets(network)}
+
+
+def secret_names(defense: Defense, group: str) -> list[str]:
+    network = build(models.parse("lenet"), defense, SHAPE, CLASSES, "weights 0")
+    return [secret.name for secret in defense.secrets(network) if secret.group == group]
+
+
+def split(defense: Defense, threat: ThreatModel) -> tuple[Private, dict[str, Tensor], dict[str, Tensor]]:
+    """Return what must be hidden, and the secret values and gradients that must be there, under a threat model."""
+    full = see(defense, replace(threat, reveals=frozenset(groups_of(defense))))
+    private = Private({}, () if threat.labels == "known" else LABELS, tuple(client.key for client in crowd()))
+    for t, client in enumerate(crowd()):
+        private.tensors[f"image {t}"] = client.image
+        encoded, _ = defense.encode(client.image[None], torch.tensor([client.label]), generator(client.key, "encode"))
+        private.tensors[f"encoded image {t}"] = encoded
+    values, gradients = {}, {}
+    for group in groups_of(defense):
+        for name in secret_names(defense, group):
+            if threat.reveals & {group, f"{group}-weights"}:
+                values[name] = full.weights[name]
+            else:
+                private.tensors |= {f"{name} of {t}": full.weights[name][t] for t in range(len(LABELS))}
+            if name not in full.gradient:
+                continue
+            if group in threat.reveals:
+                gradients[name] = full.gradient[name]
+            else:
+                private.tensors |= {f"gradient of {name} of {t}": full.gradient[name][t] for t in range(len(LABELS))}
+    return private, values, gradients
+
+
+def threats_of(defense: Defense) -> list[ThreatModel]:
+    words = [word for group in sorted(groups_of(defense)) for word in (group, f"{group}-weights")]
+    revealed = [frozenset(some) for n in range(3) for some in itertools.combinations(words, n)]
+    return [
+        ThreatModel(labels, reveals, informed)
+        for reveals in revealed
+        for labels in ("inferred", "known")
+        for informed in (False, True)
+    ]
+
+
+@dataclass(frozen=True)
+class Shift(Defense):
+    """A defense that encodes: the client trains on another image."""
+
+    def encode(self, x: Tensor, y: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        return (x + torch.rand(x.shape, generator=rng)) / 2, y
+
+
+CASES = [
+    pytest.param(defense, threat, id=f"{name}-{threat.spec().replace(', ', ',')}")
+    for name, defense in [(name, defenses.parse(name)) for name in DEFENSES] + [("shift", Shift())]
+    for threat in threats_of(defense)
+]
+
+
+@pytest.mark.parametrize(("defense", "threat"), CASES)
+def test_nothing_private_is_reachable_and_what_is_granted_is_there(defense: Defense, threat: ThreatModel) -> None:
+    private, values, gradients = split(defense, threat)
+    observation = see(defense, threat)
+    assert private.found_in(observation) == []
+    for name, value in values.items():
+        assert torch.equal(observation.weights[name], value)
+    for name, value in gradients.items():
+        assert torch.equal(observation.gradient[name], value)
+    secret = {name for group in groups_of(defense) for name in secret_names(defense, group)}
+    assert set(observation.weights) & secret == set(values)
+    assert set(observation.gradient) & secret == set(gradients)
+    assert {s.name for s in observation.secrets} == secret - set(values)
+    assert observation.labels is None if threat.labels == "inferred" else observation.labels.tolist() == list(LABELS)
+    assert observation.defense == (defense if threat.informed else None)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_public_weights_are_those_before_the_step_and_hold_no_secret(fresh: bool) -> None:
+    defense = defenses.parse("keylock(length=9)")
+    observation = see(defense, ThreatModel(), "lenet-bn", fresh)
+    for t, client in enumerate(crowd(fresh)):
+        network = build(models.parse("lenet-bn"), defense, SHAPE, CLASSES, client.weights_key)
+        public = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        for name, value in observation.weights.items():
+            row = value[t] if value.ndim > public[name].ndim else value
+            assert torch.equal(row, public[name]), name
+        hidden = set(public) - set(observation.weights)
+        assert hidden == {secret.name for secret in observation.secrets}
+
+
+class Hoarder(nn.Module):
+    """A network that keeps what it sees: in an attribute, a list, a closure, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, CLASSES)
+        self.last: Tensor | None = None
+        self.kept: list[Tensor] = []
+        self.register_buffer("memory", torch.zeros(SHAPE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x
+        self.kept.append(x)
+        if len(x) == 1:
+            self.memory.copy_(x[0].detach())
+        return self.fc(torch.sigmoid(x.flatten(1)))
+
+
+def test_a_network_that_keeps_its_input_does_not_leak_it() -> None:
+    network = Hoarder()
+    observation = see(defenses.parse("none"), ThreatModel(), OwnModule("hoarder", network))
+    private, _, _ = split(defenses.parse("none"), ThreatModel())
+    assert private.found_in(observation) == []
+    assert network.last is None
+    assert not network.kept
+    # the walk would have found it there
+    network(crowd()[0].image[None])
+    assert len(private.found_in(network)) >= 3
+
+
+MATCHING = [name for name in attacks.names() if issubclass(attacks.get(name), GradientMatching)]
+
+
+@pytest.mark.parametrize("secrets", ["sample", "optimise"])
+@pytest.mark.parametrize("defense", ["keylock(length=9)", "precode(k=6)"])
+@pytest.mark.parametrize("name", MATCHING)
+def test_the_attackers_own_draws_are_not_the_clients(name: str, defense: str, secrets: str) -> None:
+    """The same rng keys as the clients' would be no help; and nothing private is in the attack's objective."""
+    parsed = defenses.parse(defense)
+    observation = see(parsed, ThreatModel())
+    private, _, _ = split(parsed, ThreatModel())
+    private.words = ()  # the keys are the test's own here
+    attack = attacks.registry.build(name, {"steps": 1, "secrets": secrets})
+    for keys in (tuple(client.key for client in crowd()), ("a", "b", "c")):
+        objective = attack._objective(observation, Rng(keys))
+        # iDLG's label is read off the gradient: the attack's own finding
+        guess = replace(private, labels=()) if attack.labels == "analytic" else private
+        assert guess.found_in(objective) == []
+
+
+class Holder:
+    """Somewhere to hide things."""
+
+
+def plant(where: str, secret: Tensor) -> object:
+    """Return an object with a private tensor hidden in it."""
+    observation = watch("lenet")
+    model = observation.model
+    holder = Holder()
+    if where == "field":
+        return replace(observation, mean_image=secret)
+    if where == "copy of a slice":
+        return replace(observation, weights={**observation.weights, "x": torch.stack([secret * 0, secret]).clone()})
+    if where == "module attribute":
+        model.last = secret  # type: ignore[assignment]
+    elif where == "module buffer":
+        model.register_buffer("hidden", secret.clone())
+    elif where == "closure":
+        model.forward = lambda x: x + secret  # type: ignore[method-assign]
+    elif where == "default argument":
+        model.forward = lambda x, y=secret: x  # type: ignore[method-assign,misc]
+    elif where == "forward hook":
+        model.register_forward_hook(functools.partial(lambda kept, *rest: None, secret))
+    elif where == "bound method":
+        holder.secret = secret  # type: ignore[attr-defined]
+        holder.read = types.MethodType(lambda self: self.secret, holder)  # type: ignore[attr-defined]
+        return replace(observation, model=nn.Sequential(model).apply(lambda m: setattr(m, "f", holder.read)))
+    elif where == "base of a view":
+        base = torch.stack([secret, secret + 1])
+        return replace(observation, mean_image=base[1])
+    elif where == "storage of a view":
+        return replace(observation, mean_image=secret[..., :1].detach())
+    elif where == "graph":
+        leaf = torch.ones_like(secret).requires_grad_()
+        return replace(observation, mean_image=(leaf * secret).sum())
+    elif where == "grad":
+        leaf = torch.ones_like(secret).requires_grad_()
+        (leaf * secret).sum().backward()
+        return replace(observation, mean_image=leaf)
+    elif where == "numpy":
+        return replace(observation, mean_image=[secret.numpy().copy()])  # type: ignore[arg-type]
+    elif where == "class attribute":
+        return type("Kept", (Defense,), {"cache": {"last": secret}, "__module__": __name__})()
+    elif where == "slot":
+        slotted = type("Slotted", (), {"__slots__": ("inside",)})()
+        slotted.inside = secret
+        return {1: [slotted]}
+    return observation
+
+
+PLACES = [
+    "field",
+    "copy of a slice",
+    "module attribute",
+    "module buffer",
+    "closure",
+    "default argument",
+    "forward hook",
+    "bound method",
+    "base of a view",
+    "storage of a view",
+    "graph",
+    "grad",
+    "numpy",
+    "class attribute",
+    "slot",
+]
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_the_walk_finds_what_is_planted(where: str) -> None:
+    secret = rand(*SHAPE, seed=77)
+    private = Private({"it": secret})
+    assert private.found_in(plant("nowhere", secret)) == []
+    assert private.found_in(plant(where, secret)) != []
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        41,
+        np.int64(41),
+        torch.tensor([1, 41]),
+        torch.tensor([41.0]),
+        {"y": [(41,)]},
+        torch.eye(CLASSES)[[3, 41]],
+        np.array([41]),
+    ],
+)
+def test_the_walk_finds_a_planted_label(value: object) -> None:
+    private = Private(labels=LABELS)
+    observation = see(defenses.parse("none"), ThreatModel())
+    assert private.found_in(observation) == []
+    observation.model.hint = value  # type: ignore[assignment]
+    assert private.found_in(observation) != []
+
+
+def test_the_walk_finds_a_key_or_a_generator() -> None:
+    private = Private(words=("private key 0",))
+    observation = see(defenses.parse("none"), ThreatModel())
+    observation.model.note = "drawn from private key 0"  # type: ignore[assignment]
+    assert len(private.found_in(observation)) == 1
+    observation.model.source = torch.Generator()  # type: ignore[assignment]
+    assert len(private.found_in(observation)) == 2
