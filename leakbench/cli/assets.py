@@ -27,10 +27,12 @@ def list_assets() -> None:
 
     console = Console()
     table = Table("name", "kind", "size", "licence", "present", "sources", box=box.SIMPLE)
+    for column in table.columns:
+        column.no_wrap = column.header in ("name", "kind", "size")
     for name in assets.names():
         asset = assets.get(name)
         size = f"{asset.size / 1e6:.0f} MB" if asset.size else ""
-        sources = ", ".join(map(str, asset.sources)) or "cannot be fetched"
+        sources = ", ".join(source.kind for source in asset.sources) or "cannot be fetched"
         table.add_row(name, asset.kind, size, asset.licence, "yes" if assets.present(name) else "no", sources)
     if console.is_terminal:
         console.print(table)

@@ -81,6 +81,8 @@ def matrix(
     command = "leakbench " + shlex.join(sys.argv[1:])
     folder = out or Path("runs") / plan.name
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
     try:
         with Display(console) as display:
             finished = engine.run(

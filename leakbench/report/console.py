@@ -3,39 +3,50 @@
 from __future__ import annotations
 
 import pandas as pd
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from leakbench.report.table import BLOCK
 from leakbench.report.text import decimals, number, with_interval
 
-_SHOWN = ("psnr", "psnr_aligned", "ssim", "lpips_vgg", "label_correct")
+_SHOWN = {"psnr": "psnr", "psnr_aligned": "aligned", "ssim": "ssim", "lpips_vgg": "lpips_vgg", "label_correct": "label"}
+"""Metric -> its heading; the report has every metric, and says what each means."""
 
 
 def console_table(summary: pd.DataFrame) -> list[Table]:
     """Return a compact table for each dataset, model and threat model of ``summarise``'s summary."""
     tables = []
-    shown = [name for name in _SHOWN if name in summary and summary[name].notna().any()]
+    shown = {name: head for name, head in _SHOWN.items() if name in summary and summary[name].notna().any()}
     for key, block in summary.groupby(list(BLOCK), sort=False):
-        title = Text(" · ".join(map(str, key)))
-        table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left")
+        table = Table(
+            title=Text(" · ".join(map(str, key))),
+            title_justify="left",
+            title_style="bold",
+            caption="means; gain: psnr over the best floor, with its 95 % interval; report.md has every metric",
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+        )
         for header in ("attack", "defense"):
             table.add_column(header, overflow="fold")
-        for header in ("n", "failed", "no score", *shown):
-            table.add_column(header, justify="right")
+        missing = bool((block["unsupported"] + block["error"]).any())
         gains = "psnr" in shown and block["psnr gain"].notna().any()
+        for header in ("n", "failed", *(["no score"] if missing else []), *shown.values()):
+            table.add_column(header, justify="right", no_wrap=True)
         if gains:
-            table.add_column("psnr gain over floor", justify="right")
+            table.add_column("gain", justify="right")
         places = {name: decimals(block[name]) for name in shown}
         for row in block.to_dict("records"):
             unscored = ", ".join(f"{row[status]} {status}" for status in ("unsupported", "error") if row[status])
             cells = [Text(f"{row['attack']} (floor)" if row["floor"] else row["attack"]), Text(row["defense"])]
             cells += [Text(str(row["n"])), Text(str(row["failed"]), style="red" if row["failed"] else "")]
-            cells += [Text(unscored or "0", style="red" if unscored else "")]
+            cells += [Text(unscored or "0", style="red" if unscored else "")] if missing else []
             cells += [Text(number(row[name], places[name])) for name in shown]
             if gains:
                 interval = (row["psnr gain"], row["psnr gain low"], row["psnr gain high"])
-                cells.append(Text("" if row["floor"] else with_interval(*interval, 2, sign=True)))
+                cells.append(Text("" if row["floor"] else with_interval(*interval, 1, sign=True)))
             table.add_row(*cells, style="dim" if row["floor"] else "")
         tables.append(table)
     return tables
