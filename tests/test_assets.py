@@ -545,7 +545,7 @@ def test_fetch_goes_on_after_a_failure(
         raise Unavailable("no network")
 
     serve(monkeypatch, download)
-    with pytest.raises(BadOption, match="2 of 2 assets could not be fetched"):
+    with pytest.raises(MissingAsset, match="2 of 2 assets could not be fetched"):
         run(capsys, "fetch", "toy", "toy")
     assert capsys.readouterr().err.count("no network") == 4
 

@@ -130,6 +130,7 @@ _CIFAR100 = Asset(
 # The trunks' checksums were measured on what the package on PyPI holds. torchvision names its files by the first
 # digits of their SHA-256 (alexnet 7be5be79, vgg16 397923af), but those cover the classifier too, so a trunk alone
 # cannot be held against them: that the two agree to the bit is told only where torchvision's own file is fetched.
+# The package's copies of LPIPS's linear layers are, to the bit, those of the lpips package.
 _ALEX = Asset(
     name="lpips-alex",
     title="the convolutions of torchvision's AlexNet, trained on ImageNet; the trunk of LPIPS",

@@ -52,7 +52,7 @@ def fetch(
 ) -> None:
     """Fetch assets into the cache; one that is there and whole is left as it is."""
     from leakbench import assets
-    from leakbench.errors import BadOption, LeakbenchError
+    from leakbench.errors import BadOption, LeakbenchError, MissingAsset
 
     if "all" in names:
         names = [name for name in assets.names() if assets.get(name).sources]
@@ -72,7 +72,7 @@ def fetch(
         else:
             typer.echo(f"{name}: {where}")
     if len(names) > 1 and failures:
-        raise BadOption(f"{len(failures)} of {len(names)} assets could not be fetched; the reasons stand above")
+        raise MissingAsset(f"{len(failures)} of {len(names)} assets could not be fetched; the reasons stand above")
     if failures:
         raise failures[0]
 
