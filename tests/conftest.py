@@ -25,14 +25,19 @@ settings.load_profile("leakbench")
 SHAPE = (1, 8, 8)
 CLASSES = 4
 
-SMALL = {"precode": "precode(k=6)", "keylock": "keylock(length=9)"}
+SMALL = {
+    "precode": "precode(k=6)",
+    "keylock": "keylock(length=9)",
+    "dlg": "dlg(steps=1)",  # a step of L-BFGS is up to twenty iterations
+    "idlg": "idlg(steps=1)",
+}
 """Specs of components whose defaults are too large for a test of every combination."""
 
 MODELS = sorted(models.names())
 MODES = [*MODELS, *(f"{name}(mode=eval)" for name in MODELS if "mode" in models.registry.fields(models.get(name)))]
 DEFENSES = [SMALL.get(name, name) for name in sorted(defenses.names())]
 ATTACKS = [
-    f"{name}(steps=3)" if "steps" in attacks.registry.fields(attacks.get(name)) else name
+    SMALL.get(name, f"{name}(steps=3)" if "steps" in attacks.registry.fields(attacks.get(name)) else name)
     for name in sorted(attacks.names())
 ]
 
