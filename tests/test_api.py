@@ -1,0 +1,181 @@
+"""One's own network in a few calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import plain, rand, same
+from torch import Tensor, nn
+
+import leakbench
+from leakbench.errors import BadOption, LeakbenchError, Unsupported
+from leakbench.rng import Rng
+
+SHAPE = (1, 8, 8)
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(1, 6, 3, stride=2, padding=1), nn.Sigmoid(), nn.Flatten(), nn.Linear(96, 5))
+
+
+def images(trials: int = 3) -> tuple[Tensor, Tensor]:
+    return rand(trials, *SHAPE, seed=4), torch.arange(trials) + 1
+
+
+def test_observe_is_one_step_of_each_client() -> None:
+    net = network()
+    x, y = images()
+    observation = leakbench.observe(net, x, y)
+    assert observation.image_shape == SHAPE
+    assert observation.num_classes == 5
+    assert observation.labels is None
+    for t in range(3):
+        net.zero_grad()
+        nn.functional.cross_entropy(net(x[t : t + 1]), y[t : t + 1]).backward()
+        for name, parameter in net.named_parameters():
+            torch.testing.assert_close(observation.gradient[name][t], parameter.grad)
+            assert torch.equal(observation.weights[name][t], parameter)
+
+
+def test_observe_leaves_network_images_and_generator_alone() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 5))
+    x, y = images()
+    before, state = plain([net, x, y]), torch.get_rng_state()
+    observation = leakbench.observe(net, x, y, defense="noise")
+    assert same(plain([net, x, y]), before)
+    assert torch.equal(torch.get_rng_state(), state)
+    again = leakbench.observe(net, x, y, defense="noise")
+    assert all(torch.equal(observation.gradient[name], again.gradient[name]) for name in again.gradient)
+    other = leakbench.observe(net, x, y, defense="noise", seed=1)
+    assert not torch.equal(other.gradient["4.bias"], again.gradient["4.bias"])
+
+
+def test_observe_takes_components_threats_and_a_mean_image() -> None:
+    net, (x, y) = network(), images()
+    mean = torch.full(SHAPE, 0.25)
+    observation = leakbench.observe(
+        net,
+        x,
+        y,
+        defense=leakbench.defenses.parse("keylock(length=5)"),
+        threat="labels=known, reveals=key, informed=true",
+        mean_image=mean,
+        num_classes=5,
+    )
+    assert observation.labels is not None
+    assert observation.labels.tolist() == y.tolist()
+    assert torch.equal(observation.mean_image, mean)
+    assert observation.weights["0.1.key"].shape == (3, 5)
+    assert observation.defense is not None
+    assert torch.equal(leakbench.observe(net, x, y).mean_image, torch.full(SHAPE, 0.5))
+
+
+def test_a_frozen_parameter_is_not_sent() -> None:
+    net, (x, y) = network(), images()
+    net[0].weight.requires_grad_(False)
+    observation = leakbench.observe(net, x, y)
+    assert "0.weight" not in observation.gradient
+    assert torch.equal(observation.weights["0.weight"][0], net[0].weight)
+    assert leakbench.attack("ig(steps=2)", observation).images.shape == (3, *SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (torch.rand(3, 8, 8), torch.tensor([0, 1, 2]), "give \\[T, C, H, W\\]"),
+        (torch.rand(3, 1, 8, 8), torch.tensor([0, 1]), "give \\[T, C, H, W\\]"),
+        (torch.rand(1, 1, 8, 8), torch.tensor([[0]]), "give \\[T, C, H, W\\]"),
+        (torch.rand(1, 1, 8, 8) + 1, torch.tensor([0]), "give them in \\[0, 1\\]"),
+        (torch.rand(1, 1, 8, 8) - 1, torch.tensor([0]), "give them in \\[0, 1\\]"),
+        (torch.full((1, 1, 8, 8), torch.nan), torch.tensor([0]), "give them in \\[0, 1\\]"),
+    ],
+)
+def test_what_does_not_fit_is_told(x: Tensor, y: Tensor, message: str) -> None:
+    with pytest.raises(BadOption, match=message):
+        leakbench.observe(network(), x, y)
+
+
+def test_networks_that_do_not_fit_are_told() -> None:
+    x, y = images()
+    with pytest.raises(Unsupported, match="takes no image"):
+        leakbench.observe(nn.Sequential(nn.Flatten(), nn.Linear(3, 5)), x, y)
+    with pytest.raises(Unsupported, match="logits"):
+        leakbench.observe(nn.Conv2d(1, 2, 3), x, y)
+    with pytest.raises(Unsupported, match="one output a class"):
+        leakbench.observe(network(), x, y, num_classes=7)
+    with pytest.raises(Unsupported, match="2-d convolution"):
+        leakbench.observe(nn.Sequential(nn.Flatten(), nn.Linear(64, 5)), x, y, defense="keylock")
+    with pytest.raises(Unsupported, match="shares='gradient'"):
+        leakbench.observe(network(), x, y, threat="shares=weights")
+    with pytest.raises(LeakbenchError, match="did you mean"):
+        leakbench.observe(network(), x, y, defense="nosie")
+
+
+def test_attack_recovers_and_is_repeatable() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Sigmoid(), nn.Linear(32, 5))
+    x, y = rand(2, *SHAPE, seed=4), torch.tensor([3, 1])
+    observation = leakbench.observe(net, x, y)
+    assert observation.gradient["1.weight"].dtype == torch.float32
+    found = leakbench.attack("ig(steps=200)", observation)
+    assert found.labels is not None
+    assert found.labels.tolist() == y.tolist()
+    assert float((found.images - x).square().flatten(1).mean(1).max()) < 1e-2
+    assert torch.equal(
+        leakbench.attack("ig(steps=3)", observation).images, leakbench.attack("ig(steps=3)", observation).images
+    )
+    assert not torch.equal(
+        leakbench.attack("ig(steps=3)", observation, seed=1).images, leakbench.attack("ig(steps=3)", observation).images
+    )
+
+
+def test_a_written_attack_and_defense_are_served() -> None:
+    @dataclass(frozen=True)
+    class Half(leakbench.Attack):
+        """Returns half of the mean image."""
+
+        def __call__(self, observation: leakbench.Observation, rng: Rng) -> leakbench.Reconstruction:
+            return leakbench.Reconstruction(0.5 * observation.mean_image.expand(observation.trials, -1, -1, -1))
+
+    @dataclass(frozen=True)
+    class Twice(leakbench.Defense):
+        """Sends twice the gradient."""
+
+        def release(self, step: leakbench.Step, rng: torch.Generator) -> leakbench.Gradient:
+            return {name: 2 * value for name, value in step.gradient().items()}
+
+    x, y = images()
+    one, two = (leakbench.observe(network(), x, y, defense=defense) for defense in ("none", Twice()))
+    assert all(torch.equal(two.gradient[name], 2 * one.gradient[name]) for name in one.gradient)
+    assert torch.equal(leakbench.attack(Half(), two).images, torch.full((3, *SHAPE), 0.25))
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        ({"nothing": torch.zeros(1)}, "no parameter"),
+        ({"0.bias": torch.zeros(7)}, "of shape"),
+        ({}, "nothing to attack"),
+    ],
+)
+def test_a_defense_that_misbehaves_is_told(sent: dict[str, Tensor], message: str) -> None:
+    @dataclass(frozen=True)
+    class Wrong(leakbench.Defense):
+        """Sends something else."""
+
+        def release(self, step: leakbench.Step, rng: torch.Generator) -> leakbench.Gradient:
+            return sent
+
+    with pytest.raises(BadOption, match=message):
+        leakbench.observe(network(), *images(), defense=Wrong())
+
+
+def test_the_public_names_are_there() -> None:
+    for name in leakbench.__all__:
+        assert getattr(leakbench, name) is not None
+    assert set(dir(leakbench)) == set(leakbench.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = leakbench.nothing

@@ -1,0 +1,365 @@
+"""The matrix: what is written is what is run, and a trial's name says what it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from leakbench import attacks, datasets, defenses, models
+from leakbench.attacks.dlg import DLG
+from leakbench.attacks.ig import IG
+from leakbench.errors import BadOption
+from leakbench.matrix import FLOORS, Matrix, axes_from_options, load, load_suite, parse_threat, suites
+from leakbench.models import OwnModule
+from leakbench.trial import Trial
+from leakbench.types import PRESETS, ThreatModel
+
+AXES: dict[str, Any] = {"attacks": ["dlg"], "defenses": ["none"], "models": ["lenet"], "datasets": ["samples"]}
+
+
+def matrix(**axes: Any) -> Matrix:
+    return Matrix(**{**AXES, "floors": False, **axes})
+
+
+def one(**axes: Any) -> Trial:
+    (trial,) = matrix(images=[0], **axes).trials()
+    return trial
+
+
+def write(path: Path, text: str) -> Path:
+    file = path / "matrix.toml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+TOML = """
+name = "mine"
+attacks = ["dlg(steps=5)", "ig(steps=7, lr=0.2)"]
+defenses = ["none", "noise(scale=0.1, kind=laplace)"]
+models = "lenet"
+datasets = ["samples"]
+threats = ["paper", { labels = "known", reveals = ["key", "lock"] }, "labels=known, informed=true"]
+images = [3, 1]
+seeds = 2
+floors = false
+"""
+
+
+def test_a_toml_file_is_the_matrix_it_states(tmp_path: Path) -> None:
+    read = Matrix(**load(write(tmp_path, TOML)))
+    assert read.name == "mine"
+    assert read.attacks == (DLG(steps=5), IG(steps=7, lr=0.2))
+    assert read.models == (models.parse("lenet"),)
+    assert read.threats == (
+        ThreatModel(),
+        ThreatModel("known", frozenset({"key", "lock"})),
+        ThreatModel("known", informed=True),
+    )
+    trials = read.trials()
+    assert len(trials) == 2 * 2 * 1 * 1 * 3 * 2 * 2
+    again = Matrix(**read.describe())
+    assert [trial.id for trial in again.trials()] == [trial.id for trial in trials]
+    assert json.loads(json.dumps(read.describe())) == read.describe()
+
+
+def test_text_components_and_python_are_the_same_trial() -> None:
+    spec = matrix(attacks=["ig(steps=5, lr=0.25)"]).trials()
+    built = matrix(attacks=[IG(steps=5, lr=0.25)]).trials()
+    assert [trial.id for trial in spec] == [trial.id for trial in built]
+    assert matrix(attacks="ig(steps=5, lr=0.25)").trials() == spec
+    assert matrix(attacks=[IG(steps=5, lr=0.25), "ig(steps=5, lr=2.5e-1)"]).trials() == spec
+
+
+@given(value=st.floats(min_value=1e-300, allow_nan=False, allow_infinity=False))
+def test_a_float_in_text_and_in_python_make_the_same_trial(value: float) -> None:
+    assert one(attacks=IG(lr=value)).id == one(attacks=f"ig(lr={value!r})").id
+    assert (
+        one(defenses=f"noise(scale={value})").id == one(defenses=defenses.registry.build("noise", {"scale": value})).id
+    )
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"atacks": ["dlg"]}, "unknown key 'atacks'; did you mean 'attacks'?"),
+        ({"zzz": 1}, "known: "),
+        ({"attacks": ["dgl"]}, "did you mean 'dlg'"),
+        ({"attacks": ["dlg(stesp=3)"]}, "did you mean 'steps'"),
+        ({"attacks": ["dlg(steps=x)"]}, "steps='x' does not fit"),
+        ({"attacks": 3}, "of type int"),
+        ({"attacks": []}, "attacks is empty"),
+        ({"threats": []}, "threats is empty"),
+        ({"defenses": [["none"]]}, "of type list"),
+        ({"models": ["letne"]}, "did you mean 'lenet'"),
+        ({"datasets": ["sample"]}, "did you mean 'samples'"),
+        ({"threats": ["papr"]}, "did you mean 'paper'"),
+        ({"threats": ["paper2", "zzzz"]}, "unknown threat model"),
+        ({"threats": [{"labels": "some"}]}, "inferred or known"),
+        ({"threats": [{"reveals": 3}]}, "reveals=3 does not fit"),
+        ({"threats": [{"reveals": [3]}]}, "does not fit"),
+        ({"threats": [{"reveal": ["key"]}]}, "did you mean 'reveals'"),
+        ({"threats": ["labels=known, labels=known"]}, "given twice"),
+        ({"threats": [7]}, "neither a preset's name nor a table"),
+        ({"threats": ["informed=perhaps"]}, "does not fit"),
+        ({"threats": ["shares=all"]}, "gradient or weights"),
+        ({"images": 0}, "images"),
+        ({"images": []}, "images"),
+        ({"images": [-1]}, "images"),
+        ({"images": "many"}, "images='many' does not fit"),
+        ({"images": 1.5}, "images"),
+        ({"seeds": [0, "x"]}, "seeds"),
+        ({"name": ""}, "name"),
+        ({"name": 3}, "name=3 does not fit"),
+        ({"floors": "perhaps"}, "floors"),
+    ],
+)
+def test_what_does_not_fit_is_told_in_one_line(axes: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadOption) as raised:
+        Matrix(**{**AXES, **axes})
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("axis", sorted(AXES))
+def test_a_missing_axis_is_told(axis: str) -> None:
+    with pytest.raises(BadOption, match=f"{axis} is missing"):
+        Matrix(**{name: value for name, value in AXES.items() if name != axis})
+
+
+def test_bad_files_are_told(tmp_path: Path) -> None:
+    with pytest.raises(BadOption, match="is no TOML"):
+        load(write(tmp_path, "attacks = ["))
+    with pytest.raises(BadOption, match="cannot be read"):
+        load(tmp_path / "none.toml")
+    with pytest.raises(BadOption, match="cannot be read"):
+        load(tmp_path)
+    (tmp_path / "latin.toml").write_bytes(b'name = "\xe9"')
+    with pytest.raises(BadOption, match="UTF-8"):
+        load(tmp_path / "latin.toml")
+    with pytest.raises(BadOption) as raised:
+        load(write(tmp_path, "a = " + "[" * 5000))
+    assert "\n" not in str(raised.value)
+
+
+@given(text=st.text())
+def test_junk_toml_only_ever_raises_bad_option(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    file = tmp_path_factory.getbasetemp() / "junk.toml"
+    file.write_text(text.encode("utf-8", "ignore").decode(), encoding="utf-8")
+    with pytest.raises(BadOption):  # text that happens to be TOML has no axes
+        Matrix(**load(file))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(axis=st.sampled_from([*AXES, "threats"]), value=JSON)
+def test_junk_axes_only_ever_raise_bad_option(axis: str, value: object) -> None:
+    try:
+        Matrix(**{**AXES, axis: value})
+    except BadOption as error:
+        message = str(error)
+    else:
+        message = ""
+    assert "\n" not in message
+
+
+def test_suites_that_ship_are_matrices() -> None:
+    assert "quick" in suites()
+    for name in suites():
+        assert Matrix(**load_suite(name)).trials()
+    with pytest.raises(BadOption, match="unknown suite 'quik'"):
+        load_suite("quik")
+
+
+def test_axes_from_the_command_line() -> None:
+    assert axes_from_options({"attacks": ["dlg"], "defenses": [], "images": ["3"], "seeds": ["1,2"]}) == {
+        "attacks": ["dlg"],
+        "images": 3,
+        "seeds": [1, 2],
+    }
+    assert axes_from_options({"images": ["4", "6"]}) == {"images": [4, 6]}
+    for bad in ("x", "", "1,,2", "1.5"):
+        with pytest.raises(BadOption, match="is no number"):
+            axes_from_options({"images": [bad]})
+
+
+# trials
+
+
+def test_trials_are_unique_and_in_the_order_of_the_axes() -> None:
+    made = matrix(attacks=["ig", "dlg", "ig"], images=[5, 2, 5], seeds=[1, 0], threats=["known-label", "paper"])
+    trials = made.trials()
+    ids = [trial.id for trial in trials]
+    assert len(set(ids)) == len(ids) == 2 * 2 * 2 * 2
+    found = [(trial.threat.labels, trial.attack.name, trial.seed, trial.image) for trial in trials]
+    assert found == list(itertools.product(["known", "inferred"], ["ig", "dlg"], [1, 0], [5, 2]))
+    assert [trial.id for trial in made.trials()] == ids
+
+
+def test_counts_are_ranges() -> None:
+    trials = matrix(images=3, seeds=2).trials()
+    assert [(trial.seed, trial.image) for trial in trials] == [(s, i) for s in range(2) for i in range(3)]
+
+
+def test_floors_are_added_once_and_against_the_first_defense() -> None:
+    made = matrix(attacks=["dlg", "grey"], defenses=["noise", "none"], images=[0], floors=True)
+    found = [(trial.defense.name, trial.attack.name) for trial in made.trials()]
+    extra = [floor for floor in FLOORS if floor != "grey"]
+    assert found == [
+        *[("noise", name) for name in ("dlg", "grey", *extra)],
+        ("none", "dlg"),
+        ("none", "grey"),
+    ]
+    assert all(attacks.get(name).floor for name in FLOORS)
+
+
+def test_an_id_is_a_short_hash_and_the_settings_are_json() -> None:
+    trial = one()
+    assert len(trial.id) == 16
+    assert set(trial.id) <= set("0123456789abcdef")
+    assert json.loads(json.dumps(trial.settings)) == trial.settings
+    assert trial.settings["attack"] == {**DLG().options(), "name": "dlg", "version": DLG.version}
+    assert trial.specs == {
+        "dataset": "samples",
+        "model": "lenet",
+        "defense": "none",
+        "attack": "dlg",
+        "threat": "paper",
+    }
+
+
+def test_spelled_out_defaults_make_the_same_trial() -> None:
+    plain = one().id
+    for axis, registry in (("attacks", attacks.registry), ("defenses", defenses.registry), ("models", models.registry)):
+        component = registry.parse(AXES[axis][0])
+        assert one(**{axis: [registry.build(component.name, component.options())]}).id == plain
+    assert one(threats=[{"labels": "inferred", "reveals": [], "informed": False, "shares": "gradient"}]).id == plain
+
+
+def test_any_change_makes_another_trial() -> None:
+    base = one()
+    others = [
+        dataclasses.replace(base, seed=1),
+        dataclasses.replace(base, image=1),
+        *(dataclasses.replace(base, threat=threat) for threat in (
+            ThreatModel("known"), ThreatModel(reveals=frozenset({"key"})), ThreatModel(informed=True),
+            ThreatModel(shares="weights"), ThreatModel(reveals=frozenset({"key", "lock"})),
+        )),
+        *(dataclasses.replace(base, attack=attack) for attack in (
+            DLG(steps=301), DLG(lr=0.5), DLG(tv=1e-6), DLG(restarts=2), DLG(labels="analytic"), DLG(secrets="optimise"),
+            attacks.parse("idlg"), attacks.parse("ig"),
+        )),
+        *(dataclasses.replace(base, defense=defenses.parse(spec)) for spec in (
+            "noise", "noise(scale=0.02)", "noise(kind=laplace)", "precode", "keylock", "keylock(gate=none)",
+            "norm-only",
+        )),
+        *(dataclasses.replace(base, model=models.parse(spec)) for spec in (
+            "lenet(init=default)", "lenet(fresh=true)", "lenet-bn", "lenet-bn(mode=eval)", "resnet20",
+        )),
+        dataclasses.replace(base, dataset=datasets.parse("samples(size=16)")),
+    ]  # fmt: skip
+    ids = [trial.id for trial in [base, *others]]
+    assert len(set(ids)) == len(ids)
+
+
+def test_a_new_version_makes_another_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = one().id
+    for cls in (DLG, type(defenses.parse("none")), type(models.parse("lenet")), type(datasets.parse("samples"))):
+        with monkeypatch.context() as patch:
+            patch.setattr(cls, "version", cls.version + 1)
+            assert one().id != before
+    assert one().id == before
+
+
+def test_ids_are_the_same_in_another_process() -> None:
+    axes = {
+        "attacks": ["dlg", "ig(lr=0.3)"],
+        "defenses": ["keylock"],
+        "threats": [{"reveals": ["lock", "key", "noise"], "labels": "known"}],
+        "models": ["lenet"],
+        "datasets": ["samples"],
+        "images": 2,
+    }
+    mine = [trial.id for trial in Matrix(**axes).trials()]
+    code = f"from leakbench.matrix import Matrix; print(*(t.id for t in Matrix(**{axes!r}).trials()))"
+    other = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONHASHSEED": "77"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert other.stdout.split() == mine
+
+
+def test_ones_own_network_is_a_model() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3072, 7))
+    trial = one(models=network)
+    assert isinstance(trial.model, OwnModule)
+    assert trial.model.label == "Sequential"
+    assert trial.id == one(models=[OwnModule("Sequential", network)]).id
+    before = trial.id
+    with torch.no_grad():
+        network[1].bias += 1
+    assert one(models=network).id != before
+    assert one(models=OwnModule("other", network)).id != one(models=network).id
+
+
+# threat models
+
+
+NAMES = st.sampled_from(["key", "lock", "lock-weights", "noise", "key-weights"])
+THREATS = st.builds(
+    ThreatModel,
+    labels=st.sampled_from(["inferred", "known"]),
+    reveals=st.frozensets(NAMES, max_size=4),
+    informed=st.booleans(),
+    shares=st.sampled_from(["gradient", "weights"]),
+)
+
+
+@given(threat=THREATS)
+def test_a_threat_model_can_be_written_and_read_again(threat: ThreatModel) -> None:
+    assert parse_threat(threat.spec()) == threat
+    assert parse_threat(threat.settings()) == threat
+    assert parse_threat(threat) is threat
+    assert json.loads(json.dumps(threat.settings())) == threat.settings()
+    assert threat.describe().endswith(".")
+
+
+@given(text=st.text())
+def test_junk_threats_only_ever_raise_bad_option(text: str) -> None:
+    for spec in (text, f"labels={text}", f"reveals={text}", f"{text}=known"):
+        try:
+            found = parse_threat(spec).spec()
+        except BadOption as error:
+            found = str(error).replace("\n", "")[:0]
+        assert isinstance(found, str)
+
+
+def test_presets() -> None:
+    assert parse_threat("paper") == ThreatModel()
+    assert parse_threat("known-label") == ThreatModel("known")
+    for name, preset in PRESETS.items():
+        assert preset.spec() == name
+    words = ThreatModel("known", frozenset({"lock", "key"}), True).describe()
+    assert "the label is known" in words
+    assert "key, lock" in words
+    assert "models the defense" in words
