@@ -1,0 +1,1 @@
+"""One component of each kind, in a package of its own."""
