@@ -164,13 +164,13 @@ def test_suites_and_threats(cli):
 
 
 def test_a_run_from_options(cli, place):
-    options = ("--images", 2, "--seeds", 2, "--defense", "noise(scale=0.02)", "--threat", "known-label")
+    options = ("--images", 1, "--seeds", 2, "--defense", "noise(scale=0.02)", "--threat", "known-label")
     done = cli("run", "matrix", *SMALL, *options, "--out", "x", "--device", "cpu", "--chunk", 1, "--no-floors")
     assert (done.code, done.err) == (0, "")
     assert written(place)[:3] == ["x", "x/grids", f"x/grids/{sorted((place / 'x/grids').iterdir())[0].name}"]
     assert {"x/report.md", "x/results.csv", f"x/{FILE}"} <= set(written(place))
     results = pd.read_csv("x/results.csv")
-    assert len(results) == 8
+    assert len(results) == 4
     assert set(results["defense"]) == {"none", "noise(scale=0.02)"}
     assert set(results["seed"]) == {0, 1}
     assert set(results["threat"]) == {"known-label"}
@@ -178,9 +178,9 @@ def test_a_run_from_options(cli, place):
     lines = done.out.splitlines()
     assert "\x1b" not in done.out
     assert "\r" not in done.out
-    assert "8 trials" in lines
-    assert sum(line.startswith("[") for line in lines) == 8
-    assert any(line.startswith("[8/8] random against noise(scale=0.02), lenet on samples(size=12)") for line in lines)
+    assert "4 trials" in lines
+    assert sum(line.startswith("[") for line in lines) == 4
+    assert any(line.startswith("[4/4] random against noise(scale=0.02), lenet on samples(size=12)") for line in lines)
     assert [line for line in lines if "assets fetch lpips" in line]
     assert lines[-1] == "report: x/report.md"
     assert any("random" in line and "noise" in line for line in lines[-12:])
@@ -191,7 +191,7 @@ def test_a_run_from_options(cli, place):
 
     again = cli("run", "matrix", *SMALL, *options, "--out", "x", "--device", "cpu", "--chunk", 1, "--no-floors")
     assert again.code == 0
-    assert "8 trials, 8 of them done before" in again.out
+    assert "4 trials, 4 of them done before" in again.out
     assert "[" not in "".join(line[0] for line in again.out.splitlines() if line)
     pd.testing.assert_frame_equal(pd.read_csv("x/results.csv"), results)
 
