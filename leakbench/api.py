@@ -13,7 +13,7 @@ from leakbench.matrix import parse_threat
 from leakbench.models import OwnModule
 from leakbench.rng import Rng
 from leakbench.types import Observation, Reconstruction, ThreatModel
-from leakbench.victim import Client
+from leakbench.victim import Client, build, check_reveals, groups_of
 from leakbench.victim import observe as observe_clients
 
 
@@ -48,6 +48,8 @@ def observe(
     """
     if images.ndim != 4 or labels.shape != (len(images),):
         raise BadOption(f"images {tuple(images.shape)} and labels {tuple(labels.shape)}; give [T, C, H, W] and [T]")
+    if len(images) == 0:
+        raise BadOption("there are no images; give at least one")
     low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 1):
         raise BadOption(f"images range from {low:g} to {high:g}; give them in [0, 1]")
@@ -55,14 +57,22 @@ def observe(
     if num_classes is None:
         with torch.no_grad():
             num_classes = OwnModule("model", model).logits(images[:1]).shape[1]
+    if not (int(labels.min()) >= 0 and int(labels.max()) < num_classes):
+        raise BadOption(
+            f"labels range from {int(labels.min())} to {int(labels.max())}; give them in 0 to {num_classes - 1}"
+        )
+    method, granted = defenses.parse(defense), parse_threat(threat)
+    own = OwnModule(type(model).__name__, model)
+    image_shape = (images.shape[1], images.shape[2], images.shape[3])
+    check_reveals([granted], groups_of(method, build(own, method, image_shape, num_classes, "own")))
     clients = [
         Client(image, int(label), "own", f"client/{seed}/{index}")
         for index, (image, label) in enumerate(zip(images, labels))
     ]
     return observe_clients(
-        OwnModule(type(model).__name__, model),
-        defenses.parse(defense),
-        parse_threat(threat),
+        own,
+        method,
+        granted,
         clients,
         num_classes,
         torch.full_like(images[0], 0.5) if mean_image is None else mean_image,

@@ -19,6 +19,12 @@ class Component:
     version: ClassVar[int] = 1
     reference: ClassVar[str] = ""
 
+    def __init_subclass__(cls) -> None:
+        """Name a subclass after itself until it is registered; nothing but version is inherited."""
+        super().__init_subclass__()
+        cls.name = cls.__dict__.get("name", cls.__qualname__)
+        cls.reference = cls.__dict__.get("reference", "")
+
     def options(self) -> dict[str, Any]:
         """Return every option with its value, defaults written out."""
         if not dataclasses.is_dataclass(self):
@@ -31,5 +37,6 @@ class Component:
 
     @classmethod
     def summary(cls) -> str:
-        """Return the first line of the docstring."""
-        return (cls.__doc__ or "").strip().split("\n")[0]
+        """Return the first line of the class's own docstring, empty without one."""
+        text = (cls.__dict__.get("__doc__") or "").strip().split("\n")[0]
+        return "" if text.startswith(f"{cls.__name__}(") else text  # what dataclass writes where there is none

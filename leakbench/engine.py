@@ -7,7 +7,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -23,10 +23,10 @@ from leakbench.matrix import Matrix
 from leakbench.metrics.base import Metric, Truth
 from leakbench.progress import Silent
 from leakbench.rng import Rng
-from leakbench.store import FILE, Provenance, Store
+from leakbench.store import AFTER, BEFORE, FILE, Provenance, Store
 from leakbench.trial import Result, Trial
 from leakbench.types import Observation, Reconstruction
-from leakbench.victim import Client, build, observe
+from leakbench.victim import Client, build, check_reveals, groups_of, observe
 
 CHUNK = {"cpu": 32, "cuda": 256}
 """How many trials run at a time where ``chunk`` is not given; a chunk that does not fit is halved."""
@@ -107,7 +107,7 @@ def run(
         raise BadOption(f"chunk={chunk} does not fit; give at least 1")
     folder = Path(out) if out is not None else Path("runs") / matrix.name
     trials = matrix.trials()
-    existing = (folder / FILE).exists()
+    existing = _has_content(folder / FILE)
     if existing:
         Store.open(folder / FILE, readonly=True).close()  # a foreign file is told before anything is loaded
     data = _load(trials)
@@ -136,6 +136,11 @@ def run(
     return Run(folder)
 
 
+def _has_content(file: Path) -> bool:
+    """Return whether there is a run file with anything in it; one that was killed at its birth is begun anew."""
+    return file.exists() and not (file.is_file() and file.stat().st_size == 0)
+
+
 def finished(folder: Path, matrix: Matrix) -> int:
     """Return how many trials of a matrix have a result in a run's folder."""
     if not (folder / FILE).exists():
@@ -148,25 +153,24 @@ def finished(folder: Path, matrix: Matrix) -> int:
 class _Work:
     """Everything that turns trials into results."""
 
-    data: Mapping[Dataset, _Data]
-    refused: Mapping[tuple[object, ...], str]
+    data: Mapping[str, _Data]
+    refused: Mapping[str, str]
     metrics: Sequence[Metric]
     device: torch.device
     strict: bool
     note: Callable[[str], None]
+    told: set[str] = field(default_factory=set)
 
     def results(self, trials: Sequence[Trial]) -> list[Result]:
         """Return the results of trials of one cell; what fails together is tried in halves, then recorded."""
-        reason = self.refused.get(_cell(trials[0]))
+        reason = self.refused.get(trials[0].cell)
         if reason is not None:
             return [self._empty(trial, "unsupported", reason) for trial in trials]
         try:
             return self._chunk(trials)
-        except Unsupported as error:
-            if self.strict:
-                raise
-            return [self._empty(trial, "unsupported", str(error)) for trial in trials]
         except Exception as error:  # whatever a component raises costs its own trials, not the run
+            if isinstance(error, Unsupported) and len(trials) == 1 and not self.strict:
+                return [self._empty(trials[0], "unsupported", str(error))]
             memory = _out_of_memory(error)
             if memory and self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -184,7 +188,7 @@ class _Work:
         """Observe, attack and score trials of one cell, all at a time."""
         begin = time.perf_counter()
         first = trials[0]
-        data = self.data[first.dataset]
+        data = self.data[first.specs["dataset"]]
         observation = observe(
             first.model,
             first.defense,
@@ -223,21 +227,30 @@ class _Work:
         ]
 
     def _score(self, guess: Reconstruction, truth: Truth) -> dict[str, list[float]]:
-        """Return every metric's values by row; a metric that raises is told of and left out."""
-        scores = {}
+        """Return every metric's values by row, NaN where the metric raises, which is told."""
         with torch.no_grad():
-            for metric in self.metrics:
-                try:
-                    scores[metric.name] = [float(value) for value in metric.score(guess, truth)]
-                except Exception as error:
-                    reason = f"metric {metric.name!r} left out: {' '.join(str(error).split())}"
-                    if self.strict or _out_of_memory(error):
-                        raise
-                    self.note(reason)
-        return scores
+            return {metric.name: self._values(metric, guess, truth) for metric in self.metrics}
+
+    def _values(self, metric: Metric, guess: Reconstruction, truth: Truth) -> list[float]:
+        rows = len(truth.images)
+        try:
+            values = [float(value) for value in metric.score(guess, truth)]
+            if len(values) != rows:
+                raise ValueError(f"it returned {len(values)} values for {rows} images; return one an image")
+            return values
+        except Exception as error:
+            if self.strict or _out_of_memory(error):
+                raise
+            if rows > 1:
+                each = [self._values(metric, *_row(guess, truth, row)) for row in range(rows)]
+                return [value for (value,) in each]
+            if metric.name not in self.told:
+                self.told.add(metric.name)
+                self.note(f"metric {metric.name!r} left out: {' '.join(str(error).split())}")
+            return [float("nan")]
 
     def _empty(self, trial: Trial, status: str, reason: str) -> Result:
-        data = self.data[trial.dataset]
+        data = self.data[trial.specs["dataset"]]
         return Result(
             trial=trial,
             status="unsupported" if status == "unsupported" else "error",
@@ -248,6 +261,13 @@ class _Work:
             truth=png(data.images[trial.image]),
             label=data.labels[trial.image],
         )
+
+
+def _row(guess: Reconstruction, truth: Truth, row: int) -> tuple[Reconstruction, Truth]:
+    """Return one trial's reconstruction and truth, as a batch of one."""
+    labels = None if guess.labels is None else guess.labels[row : row + 1]
+    only = Reconstruction(guess.images[row : row + 1], labels)
+    return only, Truth(truth.images[row : row + 1], truth.labels[row : row + 1])
 
 
 def png(image: Tensor) -> bytes:
@@ -285,10 +305,6 @@ def _data_key(trial: Trial) -> str:
     return trial.specs["dataset"]
 
 
-def _cell(trial: Trial) -> tuple[object, ...]:
-    return (trial.dataset, trial.model, trial.defense, trial.attack, trial.threat)
-
-
 def _cell_words(trial: Trial) -> str:
     specs = trial.specs
     return f"{specs['attack']} against {specs['defense']}, {specs['model']} on {specs['dataset']}"
@@ -296,7 +312,7 @@ def _cell_words(trial: Trial) -> str:
 
 def _chunks(trials: Sequence[Trial], size: int) -> Iterator[Sequence[Trial]]:
     """Yield trials of one cell in pieces; the pieces do not depend on what was done before."""
-    for _, cell in itertools.groupby(trials, key=_cell):
+    for _, cell in itertools.groupby(trials, key=lambda trial: trial.cell):
         members = tuple(cell)
         for begin in range(0, len(members), size):
             yield members[begin : begin + size]
@@ -318,81 +334,102 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _load(trials: Sequence[Trial]) -> dict[Dataset, _Data]:
-    """Load the attacked images of every dataset; what is missing or out of range is told before the run."""
+def _load(trials: Sequence[Trial]) -> dict[str, _Data]:
+    """Load the attacked images of every dataset, by its spec; what does not fit is told before the run."""
     data = {}
-    for dataset in dict.fromkeys(trial.dataset for trial in trials):
-        indices = sorted({trial.image for trial in trials if trial.dataset == dataset})
-        if indices[-1] >= len(dataset):
-            raise BadOption(
-                f"image index {indices[-1]} is out of range for dataset {datasets.spec(dataset)!r} "
-                f"({len(dataset)} images); give indices from 0 to {len(dataset) - 1}"
-            )
-        images, labels = dataset.load(indices)
-        data[dataset] = _Data(
-            images=dict(zip(indices, images)),
-            labels={index: int(label) for index, label in zip(indices, labels)},
-            mean=dataset.mean(),
-            num_classes=dataset.num_classes,
-        )
+    for name, dataset in {trial.specs["dataset"]: trial.dataset for trial in trials}.items():
+        indices = sorted({trial.image for trial in trials if trial.specs["dataset"] == name})
+        try:
+            data[name] = _load_one(dataset, indices)
+        except LeakbenchError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise LeakbenchError(f"dataset {name!r} cannot be read: {type(error).__name__}: {reason}") from error
     return data
 
 
-def _preflight(trials: Sequence[Trial], strict: bool) -> dict[tuple[object, ...], str]:
+def _load_one(dataset: Dataset, indices: list[int]) -> _Data:
+    name = datasets.spec(dataset)
+    if indices[-1] >= len(dataset):
+        raise BadOption(
+            f"image index {indices[-1]} is out of range for dataset {name!r} "
+            f"({len(dataset)} images); give indices from 0 to {len(dataset) - 1}"
+        )
+    images, labels = dataset.load(indices)
+    shape = (len(indices), *dataset.image_shape)
+    if tuple(images.shape) != shape or tuple(labels.shape) != shape[:1]:
+        raise BadOption(
+            f"dataset {name!r} gave images {tuple(images.shape)}, labels {tuple(labels.shape)}, not {shape}"
+        )
+    if not (float(images.min()) >= 0 and float(images.max()) <= 1):
+        raise BadOption(
+            f"dataset {name!r} ranges from {float(images.min()):g} to {float(images.max()):g}, not in [0, 1]"
+        )
+    if not (int(labels.min()) >= 0 and int(labels.max()) < dataset.num_classes):
+        raise BadOption(f"dataset {name!r} has the label {int(labels.max())}, not in 0 to {dataset.num_classes - 1}")
+    if shape[1] not in (1, 3):
+        raise BadOption(f"dataset {name!r} has {shape[1]} channels; images have 1 (grey) or 3 (RGB)")
+    return _Data(
+        images=dict(zip(indices, images)),
+        labels={index: int(label) for index, label in zip(indices, labels)},
+        mean=dataset.mean(),
+        num_classes=dataset.num_classes,
+    )
+
+
+def _preflight(trials: Sequence[Trial], strict: bool) -> dict[str, str]:
     """Return why each cell that cannot be served cannot, from one step on a blank image.
 
     Raises:
         Unsupported: an attack that serves no cell at all or, if strict, any cell that is not served.
         BadOption: a threat model that reveals what no defense of the matrix has.
     """
-    cells = {_cell(trial): trial for trial in trials}
-    refused: dict[tuple[object, ...], str] = {}
-    observed: dict[tuple[object, ...], Observation | str] = {}
+    cells = {trial.cell: trial for trial in trials}
+    refused: dict[str, str] = {}
+    observed: dict[tuple[str, ...], Observation | Exception] = {}
     groups: set[str] = set()
     for cell, trial in cells.items():
-        key = (trial.dataset, trial.model, trial.defense, trial.threat)
-        if key not in observed:
-            observed[key] = _blank(trial, groups)
-        observation = observed[key]
+        specs = trial.specs
+        key = (specs["dataset"], specs["model"], specs["defense"], specs["threat"])
         try:
-            if isinstance(observation, str):
-                raise Unsupported(observation)
+            if key not in observed:
+                observed[key] = _blank(trial, groups)
+            observation = observed[key]
+            if isinstance(observation, Exception):
+                raise observation
             trial.attack.check(observation)
         except Unsupported as error:
+            observed.setdefault(key, error)
             refused[cell] = str(error)
         except LeakbenchError:
             raise
-        except Exception:  # a component that fails is recorded, with its reason, when its trials run
-            continue
-    for threat in {trial.threat for trial in trials}:
-        for token in sorted(threat.reveals):
-            if token not in groups and token.removesuffix("-weights") not in groups:
-                known = ", ".join(sorted(groups)) or "none: no defense here has secrets"
-                raise BadOption(f"threat: reveals={token!r} is no secret of any defense in the matrix; known: {known}")
+        except Exception as error:  # a component that fails is recorded, with its reason, when its trials run
+            observed.setdefault(key, error)
+    check_reveals({trial.threat for trial in trials}, groups)
     for cell, reason in refused.items():
-        others = [other for other in cells if other[3] == cell[3]]
+        attack = cells[cell].specs["attack"]
+        others = [other for other, trial in cells.items() if trial.specs["attack"] == attack]
         if strict or all(other in refused for other in others):
             raise Unsupported(f"{_cell_words(cells[cell])}: {reason}")
     return refused
 
 
-def _blank(trial: Trial, groups: set[str]) -> Observation | str:
-    """Return what a step on a blank image shows, or why there is none; note the defense's groups of secrets."""
-    shape = trial.dataset.image_shape
-    try:
-        network = build(trial.model, trial.defense, shape, trial.dataset.num_classes, "blank")
-        groups |= {secret.group for secret in trial.defense.secrets(network)}
-        client = Client(torch.full(shape, 0.5), 0, "blank", "blank")
-        grey = torch.full(shape, 0.5)
-        return observe(trial.model, trial.defense, trial.threat, [client], trial.dataset.num_classes, grey)
-    except Unsupported as error:
-        return str(error)
+def _blank(trial: Trial, groups: set[str]) -> Observation:
+    """Return what a step on a blank image shows; note the defense's groups of secrets."""
+    shape, classes = trial.dataset.image_shape, trial.dataset.num_classes
+    network = build(trial.model, trial.defense, shape, classes, "blank")
+    groups |= groups_of(trial.defense, network)
+    grey = torch.full(shape, 0.5)
+    return observe(trial.model, trial.defense, trial.threat, [Client(grey, 0, "blank", "blank")], classes, grey)
 
 
 def _metrics() -> tuple[list[Metric], list[str]]:
     """Return the metrics that can be computed here, and a line on each that cannot."""
     usable, missing = [], []
     for name in metrics.names():
+        if name in BEFORE + AFTER:
+            raise BadOption(f"metric {name!r} has the name of a column of the results; rename the metric")
         metric = metrics.parse(name)
         try:
             metric.check()

@@ -54,7 +54,7 @@ def parse_threat(value: object) -> ThreatModel:
     if not isinstance(value, Mapping):
         raise BadOption(f"threat {value!r} is neither a preset's name nor a table of labels, reveals, informed, shares")
     try:
-        return _Threat(**value).build()
+        return _Threat.model_validate(dict(value)).build()
     except ValidationError as error:
         raise BadOption(f"threat {dict(value)!r}: {_explain(error, _Threat)}") from None
 
@@ -78,8 +78,9 @@ class _Threat(BaseModel):
         return ThreatModel(self.labels, self.reveals, self.informed, self.shares)  # type: ignore[arg-type]
 
 
-Count = Annotated[int, Field(ge=1)]
-Indices = Count | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Count = Annotated[int, Field(ge=1, le=2**63 - 1, strict=True)]
+Index = Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)]
+Indices = Count | Annotated[list[Index], Field(min_length=1)]
 
 
 FLOORS = ("random", "grey", "mean")
@@ -98,8 +99,8 @@ class Matrix(BaseModel):
         threats: presets' names, tables or ThreatModel objects.
         images: the first so many images of each dataset, or a list of indices.
         seeds: so many seeds from 0 on, or a list.
-        floors: add the floors ``random``, ``grey`` and ``mean``, against the first defense, where they are not named:
-            no figure of an attack means much without them.
+        floors: add the floors ``random``, ``grey`` and ``mean`` (behind no defense, since they use no gradient) where
+            they are not named: no figure of an attack means much without them.
 
     Raises:
         BadOption: one line on the first thing that does not fit.
@@ -107,7 +108,7 @@ class Matrix(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
-    name: Annotated[str, Field(min_length=1, max_length=100)] = "matrix"
+    name: Annotated[str, Field(max_length=100, pattern=r"^\w[\w .()=,+-]*$")] = "matrix"
     attacks: Annotated[tuple[SkipValidation[Attack], ...], BeforeValidator(partial(_components, attacks.parse))]
     defenses: Annotated[tuple[SkipValidation[Defense], ...], BeforeValidator(partial(_components, defenses.parse))]
     models: Annotated[tuple[SkipValidation[Model], ...], BeforeValidator(partial(_components, _model))]
@@ -132,21 +133,23 @@ class Matrix(BaseModel):
         """Return every trial of the cross product once, in the order of the axes."""
         images = range(self.images) if isinstance(self.images, int) else self.images
         seeds = range(self.seeds) if isinstance(self.seeds, int) else self.seeds
+        cells = [
+            (dataset, model, threat, defense, attack)
+            for dataset, model, threat in itertools.product(self.datasets, self.models, self.threats)
+            for defense, attack in [*self._floors(), *itertools.product(self.defenses, self.attacks)]
+        ]
         trials = (
             Trial(dataset, model, defense, attack, threat, image, seed)
-            for dataset, model, threat, defense in itertools.product(
-                self.datasets, self.models, self.threats, self.defenses
-            )
-            for attack, seed, image in itertools.product(self._attacks_on(defense), seeds, images)
+            for dataset, model, threat, defense, attack in cells
+            for seed, image in itertools.product(seeds, images)
         )
         return tuple({trial.id: trial for trial in trials}.values())
 
-    def _attacks_on(self, defense: Defense) -> tuple[Attack, ...]:
-        """Return the attacks on a defense; added floors meet the first alone, because they look at no gradient."""
-        if not self.floors or defense != self.defenses[0]:
-            return self.attacks
+    def _floors(self) -> list[tuple[Defense, Attack]]:
+        """Return the added floors; they look at no gradient, so they meet no defense."""
         named = {attack.name for attack in self.attacks}
-        return (*self.attacks, *(attacks.parse(floor) for floor in FLOORS if floor not in named))
+        wanted = [floor for floor in FLOORS if self.floors and floor not in named]
+        return [(defenses.parse("none"), attacks.parse(floor)) for floor in wanted]
 
     def describe(self) -> dict[str, Any]:
         """Return the matrix as plain JSON values: specs in place of components."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import importlib.metadata
 import importlib.util
 import sys
@@ -134,7 +135,9 @@ class Registry(Generic[T]):
     @staticmethod
     def fields(cls: type[Component]) -> dict[str, dataclasses.Field[Any]]:
         """Return a component's options by name."""
-        return {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+        if not dataclasses.is_dataclass(cls):
+            return {}
+        return {field.name: field for field in dataclasses.fields(cls) if field.init}
 
     @staticmethod
     def type_text(cls: type[Component], option: str) -> str:
@@ -142,17 +145,24 @@ class Registry(Generic[T]):
         return _type_text(typing.get_type_hints(cls, include_extras=True)[option])
 
     def _checked(self, component: T) -> T:
+        """Return a component whose options are of their types, as if a spec had named it."""
         hints = typing.get_type_hints(type(component), include_extras=True)
+        changed = {}
         for option in self.fields(type(component)):
-            self._convert(component.name, option, hints[option], getattr(component, option))
-        return component
+            given = getattr(component, option)
+            value = self._convert(component.name, option, hints[option], given)
+            if type(value) is not type(given) or value != given:
+                changed[option] = value
+        return dataclasses.replace(component, **changed) if changed else component  # type: ignore[type-var]
 
     def _convert(self, name: str, option: str, hint: Any, value: object) -> object:
         try:
             adapter: TypeAdapter[object] = TypeAdapter(hint)
         except PydanticSchemaGenerationError:  # a type of the plugin's own: its constructor checks it
             return value
-        candidates = [None, value] if value == "none" else [value]
+        quoted = isinstance(value, _Quoted)
+        value = str(value) if quoted else value
+        candidates = [None, value] if value == "none" and not quoted else [value]
         candidates += [choice for choice in _choices(hint) if str(choice) == value]
         message = ""
         for candidate in candidates:
@@ -185,7 +195,7 @@ def load_plugin(path: str | Path) -> None:
     file = Path(path).resolve()
     if not file.is_file():
         raise BadOption(f"the plugin file {str(path)!r} does not exist; give the path of a Python file")
-    name = f"leakbench_plugin_{file.stem}"
+    name = f"leakbench_plugin_{file.stem}_{hashlib.sha256(bytes(file)).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise BadOption(f"the plugin file {str(path)!r} is no Python file; its name must end in .py")
@@ -193,7 +203,7 @@ def load_plugin(path: str | Path) -> None:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise BadOption(
             f"the plugin {str(path)!r} does not import: {type(error).__name__}: {_one_line(error)}"
@@ -292,6 +302,12 @@ def _matching_open(text: str) -> int | None:
     return None
 
 
+class _Quoted(str):
+    """The text of a quoted value: ``"none"`` in quotes is text."""
+
+    __slots__ = ()
+
+
 def _unquote(value: str) -> str:
     if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
         out, escaped = "", False
@@ -301,7 +317,7 @@ def _unquote(value: str) -> str:
                 escaped = False
             else:
                 escaped = True
-        return out
+        return _Quoted(out)
     return value
 
 

@@ -7,7 +7,8 @@ Draws are made on the CPU, one generator a trial, and moved to the device.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,17 @@ def generator(*key: object) -> torch.Generator:
     """Return a CPU generator seeded by a hash of the key's parts."""
     digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+@contextmanager
+def seeded(*key: object) -> Iterator[None]:
+    """Seed torch's global CPU generator by a hash of the key, and give the caller's state back afterwards.
+
+    Module initialisers and dropout draw from the global generator alone; nothing else is drawn from it.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(generator(*key).initial_seed())
+        yield
 
 
 @dataclass(frozen=True)

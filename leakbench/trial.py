@@ -45,7 +45,7 @@ class Trial:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Everything that identifies the trial, as plain JSON values."""
-        return {
+        settings = {
             "dataset": self.dataset.settings(),
             "model": self.model.settings(),
             "defense": self.defense.settings(),
@@ -54,6 +54,13 @@ class Trial:
             "image": self.image,
             "seed": self.seed,
         }
+        plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))  # a path, say, becomes text
+        return plain
+
+    @cached_property
+    def cell(self) -> str:
+        """What the trials of one cell of the matrix share: every setting but the image and the seed."""
+        return json.dumps({**self.settings, "image": None, "seed": None}, sort_keys=True)
 
     @cached_property
     def specs(self) -> dict[str, str]:

@@ -174,6 +174,11 @@ class Observation:
         """The device of every tensor."""
         return next(iter(self.gradient.values())).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of the gradient, in which an attack works."""
+        return next(iter(self.gradient.values())).dtype
+
     def __post_init__(self) -> None:
         """Raise BadOption where no gradient is left to observe."""
         if not self.gradient:

@@ -6,8 +6,7 @@ One client step is plain torch on the CPU, one trial at a time; what the server 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,19 +16,8 @@ from leakbench.defenses.base import Defense, Step
 from leakbench.errors import BadOption, Unsupported
 from leakbench.gradients.evaluate import architecture
 from leakbench.models.base import Model
-from leakbench.rng import generator
+from leakbench.rng import generator, seeded
 from leakbench.types import Gradient, Observation, Secret, ThreatModel
-
-
-@contextmanager
-def seeded(*key: object) -> Iterator[None]:
-    """Seed torch's global generator by a hash of the key, and give the caller's state back afterwards.
-
-    Module initialisers and dropout draw from the global generator alone; this is the one place that sets it.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(*key).initial_seed())
-        yield
 
 
 @dataclass(frozen=True)
@@ -137,6 +125,20 @@ def observe(
         threat=threat,
         defense=defense if threat.informed else None,
     )
+
+
+def groups_of(defense: Defense, network: nn.Module) -> set[str]:
+    """Return the groups of secrets of a defense's network, by which a threat model reveals them."""
+    return {secret.group for secret in defense.secrets(network)}
+
+
+def check_reveals(threats: Iterable[ThreatModel], groups: set[str]) -> None:
+    """Raise BadOption where a threat model reveals what is none of the groups of secrets."""
+    for threat in threats:
+        for token in sorted(threat.reveals):
+            if token not in groups and token.removesuffix("-weights") not in groups:
+                known = ", ".join(sorted(groups)) or "none: there are no secrets here"
+                raise BadOption(f"threat: reveals={token!r} is no secret of the defense; known: {known}")
 
 
 def _hidden(secrets: Sequence[Secret], threat: ThreatModel) -> tuple[set[str], set[str]]:

@@ -217,12 +217,14 @@ def test_counts_are_ranges() -> None:
     assert [(trial.seed, trial.image) for trial in trials] == [(s, i) for s in range(2) for i in range(3)]
 
 
-def test_floors_are_added_once_and_against_the_first_defense() -> None:
+def test_floors_are_added_once_and_behind_no_defense() -> None:
     made = matrix(attacks=["dlg", "grey"], defenses=["noise", "none"], images=[0], floors=True)
     found = [(trial.defense.name, trial.attack.name) for trial in made.trials()]
     extra = [floor for floor in FLOORS if floor != "grey"]
     assert found == [
-        *[("noise", name) for name in ("dlg", "grey", *extra)],
+        *[("none", name) for name in extra],
+        ("noise", "dlg"),
+        ("noise", "grey"),
         ("none", "dlg"),
         ("none", "grey"),
     ]

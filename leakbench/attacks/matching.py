@@ -20,7 +20,7 @@ from leakbench.errors import Unsupported
 from leakbench.gradients import Evaluator, choose_path, plain_loss
 from leakbench.models.surgery import last_linear
 from leakbench.optim import Solution, Unknowns
-from leakbench.rng import Rng
+from leakbench.rng import Rng, seeded
 from leakbench.types import Gradient, Observation, Reconstruction, Secret
 
 Count = Annotated[int, Field(ge=1)]
@@ -28,6 +28,8 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 SECRET = "secret:"
+FINAL = -1
+"""The evaluation at which start and end of a search are compared; what is drawn anew is the same for both."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,11 @@ class GradientMatching(Attack):
     def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
         """Return the best of ``restarts`` searches by the matching distance, for every trial."""
         path = self._objective(observation, rng).with_path(observation).evaluator.path
-        runs = [
-            self._search(observation, rng if index == 0 else rng.fork(f"restart {index}"), path)
-            for index in range(self.restarts)
-        ]
+        with seeded(*rng.keys):  # dropout in the network draws from torch's global generator
+            runs = [
+                self._search(observation, rng if index == 0 else rng.fork(f"restart {index}"), path)
+                for index in range(self.restarts)
+            ]
         objective = torch.stack([torch.where(run.failed, torch.inf, run.objective) for run in runs])
         best = torch.where(torch.isnan(objective), torch.inf, objective).argmin(0)
         rows = torch.arange(len(best), device=best.device)
@@ -102,7 +105,7 @@ class GradientMatching(Attack):
             labels = analytic_labels(observation)
         own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         fixed = {
-            secret.name: _draw(secret, own[secret.name].shape, rng, "secret")
+            secret.name: _draw(secret, own[secret.name], rng, "secret", observation.dtype)
             for secret in observation.secrets
             if not secret.fresh
         }
@@ -120,24 +123,25 @@ class GradientMatching(Attack):
         objective = replace(objective, evaluator=replace(objective.evaluator, path=path))
         start: Unknowns = {"image": self.start(observation, rng)}
         if objective.labels is None:
-            start["label"] = rng.normal("label", (observation.num_classes,))
+            start["label"] = rng.normal("label", (observation.num_classes,)).to(observation.dtype)
         if self.secrets == "optimise":
             buffers = dict(objective.evaluator.model.named_buffers())
             for secret in observation.secrets:
                 if secret.name in buffers:
-                    start[SECRET + secret.name] = _draw(secret, buffers[secret.name].shape, rng, "secret")
+                    start[SECRET + secret.name] = _draw(secret, buffers[secret.name], rng, "secret", observation.dtype)
         solution = self.solve(objective, start)
         with torch.no_grad():
             finite = solution.finite & torch.isfinite(solution.unknowns["image"].flatten(1)).all(1)
-        match = objective.match(solution.unknowns, int(solution.evaluations.max())).detach()
+        begun = objective.match(start, FINAL).detach()
+        match = objective.match(solution.unknowns, FINAL).detach()
         labels = objective.labels if objective.labels is not None else solution.unknowns["label"].argmax(1)
-        # a search that ends no better than it began has diverged, whatever it returns
-        failed = ~finite | ~torch.isfinite(match) | (match >= solution.first)
-        return _Run(solution.unknowns["image"], labels, match, failed, solution.evaluations + 1)
+        # a search that ends no closer than it began has diverged, whatever it returns
+        failed = ~finite | ~torch.isfinite(match) | (match >= begun)
+        return _Run(solution.unknowns["image"], labels, match, failed, solution.evaluations + 2)
 
     def start(self, observation: Observation, rng: Rng) -> Tensor:
         """Return the images [T, C, H, W] that the search starts from: N(0, 1)."""
-        return rng.normal("image", observation.image_shape)
+        return rng.normal("image", observation.image_shape).to(observation.dtype)
 
 
 @dataclass(frozen=True)
@@ -213,7 +217,7 @@ class MatchingObjective:
     def with_path(self, observation: Observation) -> Self:
         """Return the objective with the evaluation path that serves its network; raises Unsupported."""
         unknowns = {
-            SECRET + secret.name: _draw(secret, self._own[secret.name].shape, self.rng, "probe")
+            SECRET + secret.name: _draw(secret, self._own[secret.name], self.rng, "probe", observation.dtype)
             for secret in observation.secrets
             if secret.fresh
         }
@@ -223,13 +227,12 @@ class MatchingObjective:
 
     def _filled(self, unknowns: Unknowns, evaluation: int) -> dict[str, Tensor]:
         """Return every tensor of the network: fixed, sought, and drawn for this evaluation."""
-        tensors = dict(self.tensors)
-        own = self._own
+        tensors, own, dtype = dict(self.tensors), self._own, self.observation.dtype
         for secret in self.observation.secrets:
             if SECRET + secret.name in unknowns:
                 tensors[secret.name] = unknowns[SECRET + secret.name]
             elif secret.fresh:
-                tensors[secret.name] = _draw(secret, own[secret.name].shape, self.rng, f"pass {evaluation}")
+                tensors[secret.name] = _draw(secret, own[secret.name], self.rng, f"pass {evaluation}", dtype)
         return tensors
 
     @cached_property
@@ -268,7 +271,7 @@ def _classifier_gradient(observation: Observation) -> Tensor:
     )
 
 
-def _draw(secret: Secret, shape: torch.Size, rng: Rng, purpose: str) -> Tensor:
-    """Return the attacker's own draws [T, *shape] of a secret."""
-    rows = [secret.law.draw(tuple(shape), generator) for generator in rng.generators(f"{purpose} {secret.name}")]
-    return torch.stack(rows).to(rng.device)
+def _draw(secret: Secret, like: Tensor, rng: Rng, purpose: str, dtype: torch.dtype) -> Tensor:
+    """Return the attacker's own draws [T, *shape] of a secret, shaped like the tensor of the architecture."""
+    rows = [secret.law.draw(tuple(like.shape), generator) for generator in rng.generators(f"{purpose} {secret.name}")]
+    return torch.stack(rows).to(rng.device, dtype)

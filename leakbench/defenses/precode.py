@@ -21,8 +21,7 @@ from leakbench.types import Normal, Secret
 class VariationalBottleneck(nn.Module):
     """z = mu + sigma * noise with (mu, s) = encoder(f) and sigma = softplus(s), decoded back to f's size.
 
-    The noise is a tensor of the module, drawn anew by the client for every pass; the divergence of the last pass is
-    kept in ``divergence`` [B].
+    The noise is a tensor of the module, drawn anew by the client for every pass.
     """
 
     noise: Tensor
@@ -32,14 +31,20 @@ class VariationalBottleneck(nn.Module):
         self.encoder = nn.Linear(features, 2 * size)
         self.decoder = nn.Linear(size, features)
         self.register_buffer("noise", torch.zeros(size))
-        self.divergence: Tensor | None = None
 
     def forward(self, features: Tensor) -> Tensor:
         """Return decoded features [B, D] for features [B, D]."""
         mu, raw = self.encoder(features).chunk(2, dim=-1)
-        sigma = F.softplus(raw)
-        self.divergence = -0.5 * (1 + 2 * sigma.log() - mu.square() - sigma.square()).sum(-1) / math.log(2)
-        return self.decoder(mu + sigma * self.noise)
+        return self.decoder(mu + F.softplus(raw) * self.noise)
+
+
+def divergence(encoded: Tensor) -> Tensor:
+    """Return [B], the Kullback-Leibler divergence in bits of N(mu, sigma^2) from N(0, I) for the encoder's [B, 2K]."""
+    mu, raw = encoded.chunk(2, dim=-1)
+    sigma = F.softplus(raw)
+    # softplus(raw) is exp(raw) far below zero, where its own logarithm would be -inf
+    log_sigma = torch.where(raw > -20, F.softplus(raw.clamp(min=-20)).log(), raw)
+    return -0.5 * (1 + 2 * log_sigma - mu.square() - sigma.square()).sum(-1) / math.log(2)
 
 
 @register("precode")
@@ -78,9 +83,15 @@ class Precode(Defense):
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return cross-entropy plus ``beta`` times the divergence, [B]."""
-        loss = super().loss(model, x, y)
-        for module in model.modules():
-            if isinstance(module, VariationalBottleneck) and module.divergence is not None:
-                loss = loss + self.beta * module.divergence
-                module.divergence = None
-        return loss
+        encoded: list[Tensor] = []
+        hooks = [
+            module.encoder.register_forward_hook(lambda module, inputs, output: encoded.append(output))
+            for module in model.modules()
+            if isinstance(module, VariationalBottleneck)
+        ]
+        try:
+            loss = super().loss(model, x, y)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return loss + self.beta * torch.stack([divergence(output) for output in encoded]).sum(0)

@@ -87,9 +87,9 @@ class SquaredNorm(Function):
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """Return [T], the inner products of the rows of a and b, both [T, *shape], without a product the size of either."""
-    return torch.bmm(a.flatten(1)[:, None], b.flatten(1)[:, None].transpose(1, 2))[:, 0, 0]
+    return torch.bmm(a.reshape(len(a), 1, -1), b.reshape(len(b), 1, -1).transpose(1, 2))[:, 0, 0]
 
 
 def squared_norm(a: Tensor) -> Tensor:
     """Return [T], the squared Euclidean norms of the rows of a [T, *shape]."""
-    return SquaredNorm.apply(a.flatten(1))
+    return SquaredNorm.apply(a.reshape(len(a), -1))

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from leakbench.errors import Unsupported
 from leakbench.gradients.intercept import PerTrialParameters
+from leakbench.rng import seeded
 from leakbench.types import Gradient
 
 Path = Literal["batched", "one-at-a-time"]
@@ -64,9 +65,10 @@ class Evaluator:
         module = _LossModule(self.model, self.loss)
         if self.path == "batched":
             with PerTrialParameters():
-                return functional_call(module, _named(tensors), (x, y))
+                return functional_call(module, self._named(tensors), (x, y))
         rows = [
-            functional_call(module, _named(self._row(tensors, t)), (x[t : t + 1], y[t : t + 1])) for t in range(len(x))
+            functional_call(module, self._named(self._row(tensors, t)), (x[t : t + 1], y[t : t + 1]))
+            for t in range(len(x))
         ]
         return torch.cat(rows)
 
@@ -89,18 +91,21 @@ class Evaluator:
         return {name: torch.zeros_like(leaves[name]) if grad is None else grad for name, grad in zip(self.names, grads)}
 
     def _row(self, tensors: Mapping[str, Tensor], t: int) -> dict[str, Tensor]:
-        """Return trial t's own tensors; in-place updates of buffers do not reach the originals."""
+        """Return trial t's own tensors."""
         own = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         row = {}
         for name, value in tensors.items():
             value = value[t] if value.ndim > own[name].ndim else value
-            row[name] = value if value.requires_grad or name in self.names else value.clone()
+            row[name] = value
         return row
 
-
-def _named(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Name tensors as ``_LossModule`` does; integer buffers are cloned because modules count in place."""
-    return {f"model.{name}": value if value.is_floating_point() else value.clone() for name, value in tensors.items()}
+    def _named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Name tensors as ``_LossModule`` does; buffers are cloned, because modules write into them."""
+        buffers = {name for name, _ in self.model.named_buffers()}
+        return {
+            f"model.{name}": value.clone() if name in buffers and not value.requires_grad else value
+            for name, value in tensors.items()
+        }
 
 
 def choose_path(
@@ -134,8 +139,7 @@ def choose_path(
 
     def second(path: Path) -> tuple[list[Tensor], Tensor]:
         probe = x.clone().requires_grad_()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded("choose path"):
             gradient = replace(evaluator, path=path).gradient(pair, probe, y)
         projection = sum(((gradient[name] * weights[name]).sum() for name in evaluator.names), probe.new_zeros(()))
         (by_image,) = torch.autograd.grad(projection, probe, allow_unused=True)

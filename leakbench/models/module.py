@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -58,9 +59,13 @@ class OwnModule(Model):
 
     def settings(self) -> dict[str, Any]:
         """Return the label, and a hash of the architecture, mode and values."""
+        return {"name": self.name, "version": self.version, "label": self.label, "module": self._fingerprint}
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256(repr(self.module).encode())
         digest.update(str([module.training for module in self.module.modules()]).encode())
-        for name, value in self.module.state_dict().items():
+        for name, value in [*self.module.named_parameters(), *self.module.named_buffers()]:
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return {"name": self.name, "version": self.version, "label": self.label, "module": digest.hexdigest()[:16]}
+        return digest.hexdigest()[:16]

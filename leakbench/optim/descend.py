@@ -47,6 +47,7 @@ def descend(
     device = next(iter(unknowns.values())).device
     finite = torch.ones(trials, dtype=torch.bool, device=device)
     evaluations = torch.zeros(trials, dtype=torch.int64, device=device)
+    best = {name: tensor.clone() for name, tensor in unknowns.items()}  # the last iterate known to be finite
     first = value = torch.full((trials,), float("nan"), device=device)
     for step in range(steps):
         if step in milestones:
@@ -58,11 +59,12 @@ def descend(
         finite = finite & rows_finite(value, gradient)
         if step % 50 == 0 and not bool(finite.any()):
             break
-        before = {name: tensor.clone() for name, tensor in unknowns.items()}
+        best = {name: where_rows(finite, tensor, best[name]) for name, tensor in unknowns.items()}
         for name, tensor in unknowns.items():
             grad = gradient[name].sign() if name in sign else gradient[name]
             tensor.grad = where_rows(finite, grad, torch.zeros_like(grad))
         optimiser.step()
         for name, tensor in unknowns.items():
-            tensor.copy_(where_rows(finite, project(name, tensor), before[name]))
+            tensor.copy_(where_rows(finite, project(name, tensor), best[name]))
+    unknowns = {name: where_rows(finite, tensor, best[name]) for name, tensor in unknowns.items()}
     return Solution(unknowns, torch.where(finite, value, torch.nan), finite, evaluations, first)
