@@ -274,7 +274,7 @@ def test_without_a_file_or_options_the_suite_quick_runs(cli, place, monkeypatch)
         (("--threat", "papr"), ["threat model 'papr'", "did you mean 'paper'?"]),
         (("--threat", "labels=unknown"), ["labels='unknown'", "inferred", "known"]),
         (("--threat", "label=known"), ["'label'", "did you mean 'labels'?"]),
-        (("--threat", "reveals=key"), ["'key'", "no defense here has secrets"]),
+        (("--threat", "reveals=key"), ["'key'", "no secret"]),
         (("--attack", "ig(stepz=3)"), ["'ig'", "'stepz'", "did you mean 'steps'?"]),
         (("--attack", "ig(steps=many)"), ["'ig'", "steps='many'", "integer"]),
         (("--attack", "ig(steps=0)"), ["'ig'", "steps='0'", "1"]),

@@ -627,7 +627,7 @@ def test_an_attack_that_serves_some_cells_leaves_rows_for_the_others(tmp_path, e
     summary = Run(tmp_path / "run").summary()
     counts = summary[summary["attack"].str.startswith("picky")].set_index("model")
     assert counts["unsupported"].tolist() == [0, 4]
-    with pytest.raises(Unsupported, match="no classifier here; choose another model"):
+    with pytest.raises(LeakbenchError, match="no classifier here; choose another model"):
         go(matrix, tmp_path / "strict", strict=True)
     assert not (early and (tmp_path / "strict").exists())
 
