@@ -106,6 +106,7 @@ def run(
     if chunk is not None and chunk < 1:
         raise BadOption(f"chunk={chunk} does not fit; give at least 1")
     folder = Path(out) if out is not None else Path("runs") / matrix.name
+    _check_indices(matrix)
     trials = matrix.trials()
     existing = _has_content(folder / FILE)
     if existing:
@@ -334,6 +335,17 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def _check_indices(matrix: Matrix) -> None:
+    """Raise BadOption where an image index is out of range, before a large matrix is made."""
+    last = matrix.images - 1 if isinstance(matrix.images, int) else max(matrix.images)
+    for dataset in matrix.datasets:
+        if last >= len(dataset):
+            raise BadOption(
+                f"image index {last} is out of range for dataset {datasets.spec(dataset)!r} "
+                f"({len(dataset)} images); give indices from 0 to {len(dataset) - 1}"
+            )
+
+
 def _load(trials: Sequence[Trial]) -> dict[str, _Data]:
     """Load the attacked images of every dataset, by its spec; what does not fit is told before the run."""
     data = {}
@@ -351,11 +363,6 @@ def _load(trials: Sequence[Trial]) -> dict[str, _Data]:
 
 def _load_one(dataset: Dataset, indices: list[int]) -> _Data:
     name = datasets.spec(dataset)
-    if indices[-1] >= len(dataset):
-        raise BadOption(
-            f"image index {indices[-1]} is out of range for dataset {name!r} "
-            f"({len(dataset)} images); give indices from 0 to {len(dataset) - 1}"
-        )
     images, labels = dataset.load(indices)
     shape = (len(indices), *dataset.image_shape)
     if tuple(images.shape) != shape or tuple(labels.shape) != shape[:1]:
@@ -387,11 +394,10 @@ def _preflight(trials: Sequence[Trial], strict: bool) -> dict[str, str]:
     """
     cells = {trial.cell: trial for trial in trials}
     refused: dict[str, str] = {}
-    observed: dict[tuple[str, ...], Observation | Exception] = {}
+    observed: dict[str, Observation | Exception] = {}
     groups: set[str] = set()
     for cell, trial in cells.items():
-        specs = trial.specs
-        key = (specs["dataset"], specs["model"], specs["defense"], specs["threat"])
+        key = json.dumps([trial.settings[part] for part in ("dataset", "model", "defense", "threat")])
         try:
             if key not in observed:
                 observed[key] = _blank(trial, groups)

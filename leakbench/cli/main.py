@@ -42,7 +42,7 @@ def options(
 def main() -> None:
     """Run the command line; exit with 0, 2 on bad input (one line on stderr), or 130 after Ctrl-C."""
     try:
-        app(standalone_mode=True)
+        app(prog_name="leakbench")
     except LeakbenchError as error:
         _fail(str(error))
     except OSError as error:

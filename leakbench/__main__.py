@@ -1,0 +1,6 @@
+"""``python -m leakbench``."""
+
+from leakbench.cli.main import main
+
+if __name__ == "__main__":
+    main()
