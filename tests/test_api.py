@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import pytest
@@ -179,3 +180,32 @@ def test_the_public_names_are_there() -> None:
     assert set(dir(leakbench)) == set(leakbench.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = leakbench.nothing
+
+
+@pytest.mark.parametrize(("defense", "reveals"), [("keylock(length=9)", "kee"), ("none", "key")])
+def test_revealing_what_the_defense_does_not_have_is_told(defense: str, reveals: str) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 4))
+    with pytest.raises(LeakbenchError):
+        leakbench.observe(net, rand(1, *SHAPE), torch.tensor([1]), defense=defense, threat={"reveals": [reveals]})  # type: ignore[arg-type]
+
+
+def test_a_component_without_a_decorator_is_served_or_told() -> None:
+    class Plain(leakbench.Defense):
+        """Does nothing."""
+
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    with contextlib.suppress(LeakbenchError):
+        assert leakbench.observe(net, rand(1, *SHAPE), torch.tensor([1]), defense=Plain()).trials == 1
+
+
+@pytest.mark.parametrize("label", [-100, 7, -1])
+def test_a_label_out_of_range_is_told(label: int) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    with pytest.raises(LeakbenchError):
+        leakbench.observe(net, rand(1, *SHAPE), torch.tensor([label]))
+
+
+def test_no_images_are_told() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    with pytest.raises(LeakbenchError):
+        leakbench.observe(net, torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.int64))

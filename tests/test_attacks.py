@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -395,8 +396,7 @@ def test_a_sought_key_improves_the_match() -> None:
 
 @pytest.mark.parametrize(
     ("defense", "threat"),
-    [(defense, "paper") for defense in DEFENSES if "precode" not in defense]
-    + [("keylock(length=9)", "labels=known, informed=true")],
+    [(defense, "paper") for defense in DEFENSES] + [("keylock(length=9)", "labels=known, informed=true")],
 )
 @pytest.mark.parametrize("spec", ATTACKS)
 def test_an_attack_leaves_the_observation_and_the_global_generator_alone(spec: str, defense: str, threat: str) -> None:
@@ -408,6 +408,7 @@ def test_an_attack_leaves_the_observation_and_the_global_generator_alone(spec: s
     found = run(spec, observation)
     assert torch.equal(torch.get_rng_state(), state)
     assert same(plain(observation), before)
+    copy.deepcopy(observation.model)  # which a tensor with a graph in an attribute would make raise
     weights = {value.untyped_storage().data_ptr() for value in [*observation.weights.values(), observation.mean_image]}
     assert found.images.untyped_storage().data_ptr() not in weights, "the caller may change what it was given"
 
@@ -495,3 +496,99 @@ def test_an_attack_on_a_network_without_second_derivatives_is_unsupported() -> N
 def test_an_observation_without_gradients_is_refused() -> None:
     with pytest.raises(ValueError, match="nothing to attack"):
         replace(watch("lenet"), gradient={})
+
+
+def test_the_final_objective_does_not_depend_on_the_neighbours() -> None:
+    """The final match draws PRECODE's noise at an evaluation number that is the chunk's largest."""
+
+    class Early(DLG):
+        def solve(self, objective, start):  # type: ignore[no-untyped-def]
+            solution = super().solve(objective, start)
+            # rows that stop at different evaluations, as L-BFGS's do
+            return replace(solution, evaluations=torch.arange(len(start["image"])) * 5 + 5)
+
+    observation = watch("lenet", "precode(k=6)", trials=2)
+    attack = Early(steps=1)
+    together = attack(observation, keys(2)).objective
+    alone = attack(rows_of(observation, [0]), keys(2).select([0])).objective
+    torch.testing.assert_close(alone[0], together[0], rtol=1e-3, atol=0)
+
+
+class Dropped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Sigmoid(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def test_an_attack_on_a_network_with_dropout_is_repeatable_and_leaves_the_global_generator_alone() -> None:
+    observation = watch(OwnModule("dropped", Dropped().train()))
+    state = torch.get_rng_state()
+    first = run("ig(steps=3)", observation)
+    untouched = torch.equal(torch.get_rng_state(), state)
+    second = run("ig(steps=3)", observation)
+    assert torch.equal(first.images, second.images)
+    assert untouched
+
+
+def test_a_scalar_parameter_can_be_matched() -> None:
+    class Tempered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(64, CLASSES)
+            self.temperature = nn.Parameter(torch.tensor(0.7))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(torch.sigmoid(x.flatten(1))) * self.temperature
+
+    observation = watch(OwnModule("tempered", Tempered()))
+    for spec in ("ig(steps=2)", "dlg(steps=1)"):
+        assert run(spec, observation).images.shape == (2, *SHAPE)
+
+
+def test_a_stateful_normalisation_does_not_write_into_the_observation() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.InstanceNorm2d(4, track_running_stats=True),
+        nn.Sigmoid(),
+        nn.Flatten(),
+        nn.Linear(144, 4),
+    )
+    observation = watch(OwnModule("instance", network.train()))
+    before = plain(observation)
+    run("ig(steps=2)", observation)
+    assert same(plain(observation), before)
+
+
+def test_a_float64_observation_can_be_attacked() -> None:
+    observation = watch("lenet")
+    double = replace(
+        observation,
+        weights={n: v.double() for n, v in observation.weights.items()},
+        gradient={n: v.double() for n, v in observation.gradient.items()},
+        mean_image=observation.mean_image.double(),
+    )
+    run("ig(steps=2)", double)
+
+
+def test_failing_is_judged_by_one_quantity() -> None:
+    """``match >= solution.first`` compares the match alone with match + prior: a search that made the match worse."""
+    observation = watch("lenet", threat="known-label")
+
+    truth = torch.stack([client.image for client in clients(2)])
+    wiggle = torch.randn(truth.shape, generator=torch.Generator().manual_seed(0))
+
+    class Worse(IG):
+        """Starts near the truth and ends further off."""
+
+        def start(self, observation, rng):  # type: ignore[no-untyped-def]
+            return truth + 0.01 * wiggle
+
+        def solve(self, objective, start):  # type: ignore[no-untyped-def]
+            worse = {"image": truth + 0.1 * wiggle}
+            assert bool((objective.match(worse, 0) > objective.match(start, 0)).all())
+            return replace(super().solve(objective, start), unknowns=worse)
+
+    assert run(Worse(steps=1, tv=0.1), observation).failed.tolist() == [True, True]

@@ -248,3 +248,11 @@ def test_a_generator_is_a_function_of_its_key() -> None:
     assert len(seeds) == 6
     # the numbers are part of the format of a run: a change would change every trial
     assert generator("client", 0).initial_seed() == 2001474577176657575
+
+
+def test_seeding_does_not_reach_beyond_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: seen.append(seed))
+    watch("lenet")
+    attacks.parse("ig(steps=1)")(watch("lenet"), Rng(("a", "b")))
+    assert seen == []

@@ -411,3 +411,14 @@ def test_keys_differ_between_clients_and_not_between_observations() -> None:
     assert torch.equal(first.weights[name], again.weights[name])
     assert len({tuple(row.tolist()) for row in first.weights[name]}) == 3
     close(first.weights[name][0], again.weights[name][0], 1e-12)
+
+
+def test_the_divergence_of_a_far_off_encoding_is_finite() -> None:
+    method = defenses.parse("precode(k=6)")
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    wrapped = method.wrap(network)
+    with torch.no_grad():
+        for module in wrapped.modules():
+            if hasattr(module, "encoder"):
+                module.encoder.bias[6:] = -120.0  # softplus underflows, its logarithm is -inf
+    assert bool(torch.isfinite(method.loss(wrapped, rand(1, *SHAPE), torch.tensor([1]))).all())

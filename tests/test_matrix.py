@@ -365,3 +365,15 @@ def test_presets() -> None:
     assert "the label is known" in words
     assert "key, lock" in words
     assert "models the defense" in words
+
+
+def test_whole_numbers_in_python_make_the_trial_that_text_makes() -> None:
+    axes = {"defenses": "none", "models": "lenet", "datasets": "samples", "images": 1, "floors": False}
+    (text,) = Matrix(attacks="dlg(lr=1)", **axes).trials()
+    (built,) = Matrix(attacks=DLG(lr=1), **axes).trials()
+    assert built.id == text.id
+
+
+def test_a_threat_table_with_other_keys_is_told() -> None:
+    with pytest.raises(BadOption):
+        parse_threat({1: "known"})

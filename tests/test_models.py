@@ -326,3 +326,15 @@ def test_a_normalisation_is_inserted_after_the_first_convolution(rest: tuple[nn.
 def test_surgery_needs_a_convolution() -> None:
     with pytest.raises(Unsupported, match="no 2-d convolution"):
         replace_first_norm(nn.Linear(2, 2), Mark)
+
+
+def test_a_non_persistent_buffer_counts_in_a_modules_identity() -> None:
+    class Scaled(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.register_buffer("factor", torch.tensor(factor), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * self.factor).flatten(1)
+
+    assert OwnModule("a", Scaled(1.0)).settings() != OwnModule("a", Scaled(2.0)).settings()

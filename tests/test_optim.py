@@ -343,3 +343,10 @@ def test_an_unknown_that_does_not_matter_stays(solver: Callable[..., Solution]) 
     solution = solver(First(quadratic, torch.ones(2)), start, steps=3, **options)
     assert torch.equal(solution.unknowns["v"], start["v"])
     assert float(solution.value.sum()) < float(solution.first.sum())
+
+
+def test_descend_returns_the_last_iterate_at_which_the_objective_was_finite() -> None:
+    parameter = torch.tensor([1.0, -1.0])
+    solution = descend(Rows(broken, parameter), {"x": 1 + 0 * torch.rand(2, 3)}, steps=30, lr={"x": 0.05})
+    assert solution.finite.tolist() == [True, False]
+    assert bool(torch.isfinite(broken(parameter, solution.unknowns["x"])).all())

@@ -6,19 +6,22 @@ import dataclasses
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
+from conftest import watch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
 from leakbench import attacks, datasets, defenses, metrics, models
+from leakbench.attacks.ig import IG
 from leakbench.component import Component
 from leakbench.errors import BadOption
 from leakbench.registry import Registry, load_plugin, option_text, split_options, split_spec
+from leakbench.rng import Rng
 
 
 class Thing(Component):
@@ -376,3 +379,15 @@ def test_a_component_that_is_no_dataclass_has_no_options() -> None:
     assert Keeps().options() == {}
     assert Keeps.summary() == "An option that is no field stays out."
     assert Keeps().settings() == {"name": Keeps().name, "version": 1}
+
+
+def test_text_in_a_python_component_is_not_let_through() -> None:
+    attack = attacks.parse(IG(steps="3"))  # type: ignore[arg-type]
+    assert attack(watch("lenet"), Rng(("a", "b"))).images.shape == (2, 1, 8, 8)
+
+
+def test_a_checkpoint_called_none_survives_its_spec() -> None:
+    model = models.registry.build("lenet", {"weights": "./none"})
+    assert models.parse(models.spec(model)) == model
+    odd = replace(model, weights="none")
+    assert models.parse(models.spec(odd)) == odd
