@@ -53,7 +53,8 @@ def observe(
     low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 1):
         raise BadOption(f"images range from {low:g} to {high:g}; give them in [0, 1]")
-    images, labels = images.detach().cpu().float(), labels.detach().cpu()
+    kinds = [tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()]
+    images, labels = images.detach().cpu().to(kinds[0] if kinds else torch.float32), labels.detach().cpu()
     if num_classes is None:
         with torch.no_grad():
             num_classes = OwnModule("model", model).logits(images[:1]).shape[1]

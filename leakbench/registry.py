@@ -175,11 +175,12 @@ class Registry(Generic[T]):
     def _load_entry_points(self) -> None:
         if self._entry_points_loaded:
             return
-        self._entry_points_loaded = True
+        self._entry_points_loaded = True  # also for what a plugin asks of the registry while it is imported
         for entry in importlib.metadata.entry_points(group=self.group):
             try:
                 entry.load()
             except Exception as error:
+                self._entry_points_loaded = False
                 raise BadOption(
                     f"the plugin {entry.value!r} (entry point {entry.name!r} of {self.group}) does not import: "
                     f"{_one_line(error)}; repair or uninstall it"

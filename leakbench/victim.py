@@ -68,7 +68,8 @@ def observe(
         device: where the observation's tensors go.
 
     Raises:
-        BadOption: the threat model reveals something that the defense does not have, or the defense misbehaves.
+        BadOption: the defense releases what it should not. What the threat model reveals is checked by the caller
+            (``check_reveals``), for all the defenses of a matrix together.
         Unsupported: model and defense do not go together.
     """
     if threat.shares != "gradient":

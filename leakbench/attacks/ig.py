@@ -60,6 +60,6 @@ class IG(GradientMatching):
             steps=self.steps,
             lr=dict.fromkeys(start, self.lr),
             sign=("image",) if self.signed else (),
-            milestones=(int(self.steps / 2.667), int(self.steps / 1.6), int(self.steps / 1.142)),
+            milestones=tuple(step for part in (2.667, 1.6, 1.142) if (step := int(self.steps / part))),
             project=project,
         )

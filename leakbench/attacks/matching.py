@@ -20,7 +20,7 @@ from leakbench.errors import Unsupported
 from leakbench.gradients import Evaluator, choose_path, plain_loss
 from leakbench.models.surgery import last_linear
 from leakbench.optim import Solution, Unknowns
-from leakbench.rng import Rng, seeded
+from leakbench.rng import Rng
 from leakbench.types import Gradient, Observation, Reconstruction, Secret
 
 Count = Annotated[int, Field(ge=1)]
@@ -73,11 +73,10 @@ class GradientMatching(Attack):
     def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
         """Return the best of ``restarts`` searches by the matching distance, for every trial."""
         path = self._objective(observation, rng).with_path(observation).evaluator.path
-        with seeded(*rng.keys):  # dropout in the network draws from torch's global generator
-            runs = [
-                self._search(observation, rng if index == 0 else rng.fork(f"restart {index}"), path)
-                for index in range(self.restarts)
-            ]
+        runs = [
+            self._search(observation, rng if index == 0 else rng.fork(f"restart {index}"), path)
+            for index in range(self.restarts)
+        ]
         objective = torch.stack([torch.where(run.failed, torch.inf, run.objective) for run in runs])
         best = torch.where(torch.isnan(objective), torch.inf, objective).argmin(0)
         rows = torch.arange(len(best), device=best.device)

@@ -117,7 +117,7 @@ def choose_path(
     random projection of it by the image.
 
     Raises:
-        Unsupported: the network cannot be differentiated twice even one trial at a time.
+        Unsupported: the network cannot be differentiated twice even one trial at a time, or draws random numbers.
     """
     rng = torch.Generator().manual_seed(0)
     device = next(iter(tensors.values())).device
@@ -140,7 +140,10 @@ def choose_path(
     def second(path: Path) -> tuple[list[Tensor], Tensor]:
         probe = x.clone().requires_grad_()
         with seeded("choose path"):
+            state = torch.get_rng_state()
             gradient = replace(evaluator, path=path).gradient(pair, probe, y)
+            if not torch.equal(torch.get_rng_state(), state):
+                raise Unsupported("the network draws random numbers (dropout?) as it runs; attack it in eval mode")
         projection = sum(((gradient[name] * weights[name]).sum() for name in evaluator.names), probe.new_zeros(()))
         (by_image,) = torch.autograd.grad(projection, probe, allow_unused=True)
         if by_image is None:

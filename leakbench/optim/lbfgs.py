@@ -66,7 +66,7 @@ def lbfgs(
         start: name -> [T, *shape].
         steps: outer steps, each of up to ``max_iter`` iterations.
         lr: the length of every step but the first, which is min(1, 1 / |g|_1) * lr.
-        max_iter: iterations per outer step.
+        max_iter: iterations per outer step, from 4 on (below, torch's limit of max_iter * 5 / 4 evaluations bites).
         history: how many pairs of steps and gradient differences are kept.
         tolerance_grad: largest gradient entry at which an outer step ends.
         tolerance_change: an outer step ends when step or objective change by less.
