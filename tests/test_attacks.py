@@ -524,10 +524,11 @@ class Dropped(nn.Module):
 
 
 def test_a_network_with_dropout_is_refused_in_training_and_attacked_in_evaluation() -> None:
+    network = Dropped()
     state = torch.get_rng_state()
     with pytest.raises(Unsupported, match="random numbers"):
-        run("ig(steps=3)", watch(OwnModule("dropped", Dropped().train())))
-    images = [run("ig(steps=3)", watch(OwnModule("dropped", Dropped().eval()))).images for _ in range(2)]
+        run("ig(steps=3)", watch(OwnModule("dropped", network.train())))
+    images = [run("ig(steps=3)", watch(OwnModule("dropped", network.eval()))).images for _ in range(2)]
     assert torch.equal(*images)
     assert torch.equal(torch.get_rng_state(), state)
 
