@@ -9,6 +9,7 @@ from leakbench import attacks, defenses
 from leakbench.attacks import Attack
 from leakbench.defenses import Defense
 from leakbench.errors import BadOption
+from leakbench.gradients import full_precision
 from leakbench.matrix import parse_threat
 from leakbench.models import OwnModule
 from leakbench.rng import Rng
@@ -93,4 +94,5 @@ def attack(method: str | Attack, observation: Observation, *, seed: int = 0) -> 
         Unsupported: the attack cannot serve this observation; the message says why.
     """
     rng = Rng(tuple(f"attack/{seed}/{row}" for row in range(observation.trials)), observation.device)
-    return attacks.parse(method)(observation, rng)
+    with full_precision():
+        return attacks.parse(method)(observation, rng)

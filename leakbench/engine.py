@@ -19,6 +19,7 @@ from torch import Tensor
 from leakbench import datasets, metrics
 from leakbench.datasets import Dataset
 from leakbench.errors import BadOption, LeakbenchError, MissingAsset, Unsupported
+from leakbench.gradients import full_precision
 from leakbench.matrix import Matrix
 from leakbench.metrics.base import Metric, Truth
 from leakbench.progress import Silent
@@ -115,8 +116,8 @@ def run(
     refused = _preflight(trials, strict)
     scores, missing = _metrics()
     store = Store.open(folder / FILE) if existing else Store.create(folder / FILE)
-    with store, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        session = store.start_session(Provenance.collect(command, str(where), json.dumps(matrix.describe())))
+    with store, full_precision():
+        session = store.start_session(Provenance.collect(command, _words(where), json.dumps(matrix.describe())))
         store.record_metrics([metrics.parse(name) for name in metrics.names()], _notes(trials))
         store.add_trials(trials)
         done = store.done()
@@ -317,6 +318,13 @@ def _chunks(trials: Sequence[Trial], size: int) -> Iterator[Sequence[Trial]]:
         members = tuple(cell)
         for begin in range(0, len(members), size):
             yield members[begin : begin + size]
+
+
+def _words(device: torch.device) -> str:
+    """Return a device as provenance names it: a GPU with its model and CUDA version."""
+    if device.type != "cuda":
+        return str(device)
+    return f"{device} ({torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda})"
 
 
 def _device(name: str) -> torch.device:

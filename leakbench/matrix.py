@@ -206,7 +206,7 @@ def _parse_toml(text: str, where: str) -> dict[str, Any]:
 
 def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     """Return the first of pydantic's complaints as one line."""
-    first = error.errors()[0]
+    first = next((one for one in error.errors() if one["type"] == "extra_forbidden"), error.errors()[0])
     where = ".".join(str(part) for part in first["loc"][:1])
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, BadOption):

@@ -45,7 +45,7 @@ class Display(Silent):
     def __init__(self, console: Console) -> None:
         self.console = console
         self.cell = ""
-        self.total = self.done = self.failures = 0
+        self.total = self.done = self.failures = self.unscored = 0
         self.left: dict[str, int] = defaultdict(int)
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self.started = time.monotonic()
@@ -54,14 +54,14 @@ class Display(Silent):
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[failures]} failed"),
+            TextColumn("{task.fields[failures]}"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
             console=console,
             disable=not console.is_terminal,
             transient=True,
         )
-        self.task = self.bar.add_task("starting", total=None, failures=0, left="")
+        self.task = self.bar.add_task("starting", total=None, failures="0 failed", left="")
 
     def __enter__(self) -> Self:
         """Start the live display."""
@@ -95,17 +95,19 @@ class Display(Silent):
     def finish(self, results: Sequence[Result]) -> None:
         """Show what is done, failed and left."""
         self.done += len(results)
-        self.failures += sum(result.status != "ok" for result in results)
+        self.failures += sum(result.status == "failed" for result in results)
+        self.unscored += sum(result.status in ("unsupported", "error") for result in results)
         for result in results:
             attack = result.trial.specs["attack"]
             self.left[attack] -= 1
             self.seconds[attack].append(result.seconds)
         left = _duration(self._time_left())
-        self.bar.update(self.task, completed=self.done, failures=self.failures, left=f"about {left} left")
+        failures = f"{self.failures} failed" + (f", {self.unscored} without a score" if self.unscored else "")
+        self.bar.update(self.task, completed=self.done, failures=failures, left=f"about {left} left")
         if not self.console.is_terminal:
             self.note(
-                f"[{self.done}/{self.total}] {self.cell}: {len(results)} trials, "
-                f"{self.failures} failed so far, about {left} left"
+                f"[{self.done}/{self.total}] {self.cell}: {len(results)} trial{'s' * (len(results) > 1)}, "
+                f"{failures} so far, about {left} left"
             )
 
     def _time_left(self) -> float:

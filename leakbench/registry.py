@@ -169,7 +169,7 @@ class Registry(Generic[T]):
             try:
                 return adapter.validate_python(candidate)
             except ValidationError as error:
-                message = error.errors()[0]["msg"]
+                message = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise BadOption(f"{self.kind} {name!r}: option {option}={value!r} does not fit: {_one_line(message)}")
 
     def _load_entry_points(self) -> None:

@@ -30,7 +30,8 @@ class ThreatModel:
         labels: ``known`` hands over the label; ``inferred`` leaves it to the attack.
         reveals: groups of the defense's secrets that are handed over, values and gradients, such as ``key``
             or ``lock``; ``GROUP-weights`` hands over the values alone.
-        informed: the attacker knows which defense is in use and may model it.
+        informed: the attacker knows which defense is in use and models what it declares (``relax``, ``surrogate``,
+            ``loss``). The layers that a defense adds are part of the architecture, which every attacker sees.
         shares: what the client sends: a ``gradient``, or its ``weights`` after a step of unknown learning rate.
     """
 
@@ -69,11 +70,14 @@ class ThreatModel:
             else "no secret of the defense is revealed"
         )
         informed = (
-            "the attacker knows and models the defense" if self.informed else "the attacker does not model the defense"
+            "the attacker knows the defense and models what it declares of its loss and its release"
+            if self.informed
+            else "what the defense does to data, loss and gradient is not modelled"
         )
         sees = "the shared gradient" if self.shares == "gradient" else "the model before and after a local step"
         return (
-            f"An honest-but-curious server sees {sees} of one image, the architecture and the public weights; "
+            f"An honest-but-curious server sees {sees} of one image, the architecture (with the layers that a defense "
+            "adds, and the law by which its secrets are drawn) and the public weights; "
             f"{label}; {secrets}; {informed}."
         )
 

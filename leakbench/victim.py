@@ -138,8 +138,8 @@ def check_reveals(threats: Iterable[ThreatModel], groups: set[str]) -> None:
     for threat in threats:
         for token in sorted(threat.reveals):
             if token not in groups and token.removesuffix("-weights") not in groups:
-                known = ", ".join(sorted(groups)) or "none: there are no secrets here"
-                raise BadOption(f"threat: reveals={token!r} is no secret of the defense; known: {known}")
+                known = f"known: {', '.join(sorted(groups))}" if groups else "there are none; leave reveals out"
+                raise BadOption(f"threat: reveals={token!r} is no secret of the defense; {known}")
 
 
 def _hidden(secrets: Sequence[Secret], threat: ThreatModel) -> tuple[set[str], set[str]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from leakbench.attacks.base import Attack
 from leakbench.errors import Unsupported
 from leakbench.gradients import Evaluator, choose_path, plain_loss
-from leakbench.models.surgery import last_linear
+from leakbench.models.surgery import linears
 from leakbench.optim import Solution, Unknowns
 from leakbench.rng import Rng
 from leakbench.types import Gradient, Observation, Reconstruction, Secret
@@ -258,12 +258,16 @@ def analytic_labels(observation: Observation) -> Tensor:
 
 
 def _classifier_gradient(observation: Observation) -> Tensor:
-    """Return the observed gradient of the classifier's weight [T, K, D] or, where withheld, its bias [T, K]."""
-    name = last_linear(observation.model, observation.num_classes)
-    if name is not None:
+    """Return the observed gradient of the classifier's weight [T, K, D] or, where withheld, its bias [T, K].
+
+    The classifier is the last linear layer with one output a class whose gradient is not zero: a layer that is not
+    in use has none.
+    """
+    for name, layer in reversed(linears(observation.model).items()):
         for tensor in ("weight", "bias"):
-            if f"{name}.{tensor}" in observation.gradient:
-                return observation.gradient[f"{name}.{tensor}"]
+            gradient = observation.gradient.get(f"{name}.{tensor}")
+            if gradient is not None and layer.out_features == observation.num_classes and bool(gradient.any()):
+                return gradient
     raise Unsupported(
         "the label cannot be read off the gradient: no gradient of a linear classifier was sent; "
         "use labels=joint, or a threat model with labels=known"

@@ -18,7 +18,7 @@ app = typer.Typer(help="List, fetch and verify datasets and weights.", no_args_i
 
 @app.command("list")
 def list_assets() -> None:
-    """List the assets: name, kind, size, licence, whether they are in the cache, and their sources."""
+    """List the assets: name, kind, size, licence, whether they are in the cache, sources in order, and checksums."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -32,13 +32,18 @@ def list_assets() -> None:
     for name in assets.names():
         asset = assets.get(name)
         size = f"{asset.size / 1e6:.0f} MB" if asset.size else ""
-        sources = ", ".join(source.kind for source in asset.sources) or "cannot be fetched"
+        sources = ", ".join(map(str, asset.sources)) or "cannot be fetched"
         table.add_row(name, asset.kind, size, asset.licence, "yes" if assets.present(name) else "no", sources)
     if console.is_terminal:
         console.print(table)
     else:
+        typer.echo("\t".join(str(column.header) for column in table.columns))
         for row in zip(*(column.cells for column in table.columns)):
             typer.echo("\t".join(map(str, row)))
+    typer.echo("Files and their SHA-256:")
+    for name in assets.names():
+        for file in assets.get(name).files:
+            typer.echo(f"{name}/{file.name}  {file.sha256 or 'recorded when it is fetched'}")
     typer.echo(f"The cache is {assets.home()}; set LEAKBENCH_HOME to move it.")
 
 
@@ -85,11 +90,23 @@ def verify(
 ) -> None:
     """Read assets in the cache and compare their checksums."""
     from leakbench import assets
+    from leakbench.errors import CorruptAsset, LeakbenchError
 
-    chosen = names or [name for name in assets.names() if assets.present(name)]
+    chosen = names or [name for name in assets.names() if (assets.home() / name).exists()]
+    failures: list[LeakbenchError] = []
     for name in chosen:
-        assets.verify(name)
-        typer.echo(f"{name}: every checksum is right")
+        try:
+            assets.verify(name)
+        except LeakbenchError as error:
+            if len(chosen) > 1:
+                typer.echo(f"{name}: {error}", err=True)
+            failures.append(error)
+        else:
+            typer.echo(f"{name}: every checksum is right")
+    if len(chosen) > 1 and failures:
+        raise CorruptAsset(f"{len(failures)} of {len(chosen)} assets are not whole; the reasons stand above")
+    if failures:
+        raise failures[0]
     if not chosen:
         typer.echo(f"The cache {assets.home()} is empty; run `leakbench assets fetch NAME`.")
 

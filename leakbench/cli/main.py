@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -39,16 +39,29 @@ def options(
     """Measure what shared gradients leak in federated learning."""
 
 
+USAGE: type[Exception] = typer.BadParameter.__mro__[1]  # the base of typer's usage errors, which it does not export
+
+
 def main() -> None:
     """Run the command line; exit with 0, 2 on bad input (one line on stderr), or 130 after Ctrl-C."""
     try:
-        app(prog_name="leakbench")
+        code = app(prog_name="leakbench", standalone_mode=False)
+    except USAGE as error:
+        message = error.format_message()  # type: ignore[attr-defined]
+        if "\n" not in message:
+            _fail(f"{message.rstrip('.')}; see leakbench --help")
+        typer.echo(message)  # the help of a group that was called alone
+        raise SystemExit(2) from None
+    except (typer.Abort, KeyboardInterrupt):
+        sys.stderr.write("stopped before the run began; nothing was written\n")
+        raise SystemExit(130) from None
     except LeakbenchError as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename or 'the file system'}: {error.strerror}; make room or choose another folder")
+    raise SystemExit(code or 0)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     raise SystemExit(2)

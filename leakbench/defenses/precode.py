@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from leakbench.defenses.base import Defense, register
 from leakbench.errors import Unsupported
-from leakbench.models.surgery import last_linear, replace_module
+from leakbench.models.surgery import linears, replace_module
 from leakbench.types import Normal, Secret
 
 
@@ -64,11 +64,10 @@ class Precode(Defense):
     def wrap(self, model: nn.Module) -> nn.Module:
         """Return a copy with the bottleneck before the last linear layer."""
         model = copy.deepcopy(model)
-        name = last_linear(model)
-        if name is None:
+        found = list(linears(model).items())
+        if not found:
             raise Unsupported("precode needs a linear classifier to stand before, and the network has none")
-        classifier = model.get_submodule(name)
-        assert isinstance(classifier, nn.Linear)
+        name, classifier = found[-1]
         bottleneck = VariationalBottleneck(classifier.in_features, self.k)
         replace_module(model, name, nn.Sequential(bottleneck, classifier).train(model.training))
         return model

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -24,6 +25,12 @@ from leakbench.types import Gradient
 
 Path = Literal["batched", "one-at-a-time"]
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def full_precision() -> AbstractContextManager[None]:
+    """Return a context in which CUDA convolutions are made in float32, not in TF32's ten bits of mantissa."""
+    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    return flags
 
 
 def plain_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

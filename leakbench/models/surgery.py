@@ -12,14 +12,9 @@ from leakbench.errors import Unsupported
 _NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d)
 
 
-def last_linear(model: nn.Module, num_classes: int | None = None) -> str | None:
-    """Return the name of the last registered ``nn.Linear`` (with so many outputs, if given), or None."""
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and num_classes in (None, module.out_features)
-    ]
-    return names[-1] if names else None
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return every ``nn.Linear`` by name, in order of registration."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -39,14 +39,12 @@ class Solution:
         value: [T], the objective at the last evaluation; NaN or infinite in diverged rows.
         finite: [T] bool, False for a trial whose objective or gradient became non-finite.
         evaluations: [T] int64, evaluations of the objective and its gradient.
-        first: [T], the objective at the start.
     """
 
     unknowns: Unknowns
     value: Tensor
     finite: Tensor
     evaluations: Tensor
-    first: Tensor
 
 
 def value_and_gradient(objective: Objective, unknowns: Unknowns, evaluation: int) -> tuple[Tensor, Unknowns]:

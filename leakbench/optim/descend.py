@@ -48,13 +48,12 @@ def descend(
     finite = torch.ones(trials, dtype=torch.bool, device=device)
     evaluations = torch.zeros(trials, dtype=torch.int64, device=device)
     best = {name: tensor.clone() for name, tensor in unknowns.items()}  # the last iterate known to be finite
-    first = value = torch.full((trials,), float("nan"), device=device)
+    value = torch.full((trials,), float("nan"), device=device)
     for step in range(steps):
         if step in milestones:
             for group in optimiser.param_groups:
                 group["lr"] *= decay
         value, gradient = value_and_gradient(objective, unknowns, step)
-        first = value if step == 0 else first
         evaluations += finite
         finite = finite & rows_finite(value, gradient)
         if step % 50 == 0 and not bool(finite.any()):
@@ -67,4 +66,4 @@ def descend(
         for name, tensor in unknowns.items():
             tensor.copy_(where_rows(finite, project(name, tensor), best[name]))
     unknowns = {name: where_rows(finite, tensor, best[name]) for name, tensor in unknowns.items()}
-    return Solution(unknowns, torch.where(finite, value, torch.nan), finite, evaluations, first)
+    return Solution(unknowns, torch.where(finite, value, torch.nan), finite, evaluations)

@@ -84,7 +84,6 @@ def lbfgs(
     trials, device = len(x), x.device
     result = x.clone()
     value = x.new_full((trials,), torch.nan)
-    first = value.clone()
     finite = torch.ones(trials, dtype=torch.bool, device=device)
     evaluations = torch.zeros(trials, dtype=torch.int64, device=device)
     rows = torch.arange(trials, device=device)  # which trial each row of the state is
@@ -109,8 +108,6 @@ def lbfgs(
         ok = torch.isfinite(loss) & torch.isfinite(gradient).all(1)
         finite[rows] &= ok | done
         value[rows] = torch.where(done, value[rows], loss)
-        if tick == 0:
-            first = loss.clone()
         done = done | ~ok
         state.finite_x = torch.where(done[:, None], state.finite_x, state.x)
         loss = torch.where(ok, loss, 0.0)
@@ -137,7 +134,7 @@ def lbfgs(
         state.outer = state.outer + full
         state.inner = torch.where(full, 0, state.inner)
         tick += 1
-    return Solution(unpack(result), value, finite, evaluations, first)
+    return Solution(unpack(result), value, finite, evaluations)
 
 
 def _descent(state: _State) -> Tensor:

@@ -187,7 +187,7 @@ def _main_table(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> str:
     for _, row in block.iterrows():
         cells = _cell(row) + _counts(row)
         for metric in metrics:
-            cells.append(_value(row, metric.name, places[metric.name], interval=metric.name == "psnr"))
+            cells.append(_value(row, metric.name, places[metric.name], interval=True))
             cells += [_gain(row, metric.name, places[metric.name])] if metric.name in gain else []
         rows.append(cells)
     return _table(headers, rows, left=2)
@@ -242,9 +242,7 @@ def _strongest_table(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> str:
 def _paper_table(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> str:
     places = {metric.name: _places(block, metric.name) for metric in metrics}
     rows = [
-        _cell(row)
-        + _counts(row)
-        + [_value(row, metric.name, places[metric.name], interval=False) for metric in metrics]
+        _cell(row) + _counts(row) + [_value(row, metric.name, places[metric.name], interval=True) for metric in metrics]
         for _, row in block.iterrows()
     ]
     return _table(["attack", "defense", "n", "failed", "no score", *map(_header, metrics)], rows, left=2)
@@ -285,12 +283,15 @@ def _legend(run: Run, summary: pd.DataFrame, pictures: bool) -> list[str]:
     if missing:
         words.append(
             f"{english(map(escape, missing))} {'is' if len(missing) == 1 else 'are'} empty: not computed in this run. "
-            f"Where the weights of LPIPS are missing, `{FETCH}` fetches them."
+            f"Where the weights of LPIPS are missing, `{FETCH}` fetches them; then run into a new folder, "
+            "since trials that are done are not scored again."
         )
     aligned = [name for name in ("psnr_aligned", "ssim_aligned") if any(m.name == name for m in metrics)]
     points = [
-        "**n** counts every trial that ended, one per image and seed. **failed**: the attack diverged; such a trial is "
-        "scored as the plain grey image and stays in every mean. **no score**: the attack does not support this case "
+        "**n** counts every trial that ended, one per image and seed. **failed**: the attack diverged: its search "
+        "became non-finite, or ended no closer to the observed gradient than it began. Such a trial is scored as the "
+        "plain grey image (which in PSNR can be more than the attack's own image) and stays in every mean. "
+        "**no score**: the attack does not support this case "
         "(unsupported) or broke (error); such a trial counts in n and is in no mean, so a mean is over n less these, "
         "or over the number in brackets where fewer have the metric.",
         "**[low, high]** is a 95 % percentile bootstrap interval of the mean: 2000 resamples of the images, all seeds "
