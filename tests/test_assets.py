@@ -519,7 +519,11 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_list_names_every_asset(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = run(capsys, "list").splitlines()
-    assert [line.split("\t")[0] for line in lines[:-1]] == assets.names()
+    known = assets.names()
+    assert [line.split("\t")[0] for line in lines[: len(known) + 1]] == ["name", *known]
+    files = [(f"{name}/{file.name}", file.sha256) for name in known for file in assets.get(name).files]
+    assert [line.split("  ")[0] for line in lines[len(known) + 2 : -1]] == [name for name, _ in files]
+    assert all(checksum is None or any(checksum in line for line in lines) for _, checksum in files)
     assert str(home) in lines[-1]
 
 

@@ -574,7 +574,7 @@ def test_a_float64_observation_can_be_attacked() -> None:
 
 
 def test_failing_is_judged_by_one_quantity() -> None:
-    """``match >= solution.first`` compares the match alone with match + prior: a search that made the match worse."""
+    """A search that is smoother than its start and further from the gradient has failed: priors do not count."""
     observation = watch("lenet", threat="known-label")
 
     truth = torch.stack([client.image for client in clients(2)])
@@ -592,3 +592,17 @@ def test_failing_is_judged_by_one_quantity() -> None:
             return replace(super().solve(objective, start), unknowns=worse)
 
     assert run(Worse(steps=1, tv=0.1), observation).failed.tolist() == [True, True]
+
+
+def test_the_label_is_read_off_the_classifier_that_is_in_use() -> None:
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.classifier = nn.Linear(64, CLASSES)
+            self.spare = nn.Linear(8, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.classifier(torch.sigmoid(x.flatten(1)))
+
+    observation = watch(OwnModule("spare", Spare()))
+    assert run("ig(steps=1)", observation).labels.tolist() == [client.label for client in clients(2)]

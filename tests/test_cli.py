@@ -377,8 +377,8 @@ def test_bad_files_and_folders_are_one_line(cli, place):
 def test_wrong_usage_ends_with_2(cli, place, arguments):
     done = cli(*arguments)
     assert (done.code, done.out) == (2, "")
-    assert done.err.startswith("Usage: ")
-    assert "Traceback" not in done.err
+    assert done.err.startswith("error: ")
+    assert done.err.count("\n") == 1
     assert written(place) == []
 
 

@@ -364,7 +364,7 @@ def test_presets() -> None:
     words = ThreatModel("known", frozenset({"lock", "key"}), True).describe()
     assert "the label is known" in words
     assert "key, lock" in words
-    assert "models the defense" in words
+    assert "knows the defense and models" in words
 
 
 def test_whole_numbers_in_python_make_the_trial_that_text_makes() -> None:

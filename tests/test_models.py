@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from leakbench import defenses, models
 from leakbench.errors import BadOption, CorruptAsset, MissingAsset, Unsupported
 from leakbench.models import OwnModule
-from leakbench.models.surgery import last_linear, replace_first_norm
+from leakbench.models.surgery import linears, replace_first_norm
 from leakbench.victim import build
 
 RGB = (3, 32, 32)
@@ -151,8 +151,7 @@ def test_what_a_defended_network_shares_with_the_plain_one_has_the_same_weights(
         return [module.weight for module in network.modules() if isinstance(module, nn.Conv2d)]
 
     assert all(torch.equal(a, b) for a, b in zip(kernels(plain), kernels(defended), strict=True))
-    names = [last_linear(network) for network in (plain, defended)]
-    ends = [network.get_submodule(str(name)).weight for network, name in zip((plain, defended), names)]
+    ends = [list(linears(network).values())[-1].weight for network in (plain, defended)]
     assert torch.equal(ends[0], ends[1])
 
 
@@ -277,12 +276,11 @@ def test_models_are_frozen() -> None:
             models.parse(name).fresh = True  # type: ignore[attr-defined]
 
 
-def test_the_last_linear_layer() -> None:
-    network = nn.Sequential(nn.Linear(4, 7), nn.Linear(7, 7), nn.Linear(7, 3))
-    assert last_linear(network) == "2"
-    assert last_linear(network, 7) == "1"
-    assert last_linear(network, 5) is None
-    assert last_linear(nn.ReLU()) is None
+def test_the_linear_layers_in_order() -> None:
+    network = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Sequential(nn.Linear(7, 3)))
+    assert {name: layer.out_features for name, layer in linears(network).items()} == {"0": 7, "2.0": 3}
+    assert list(linears(network)) == ["0", "2.0"]
+    assert linears(nn.ReLU()) == {}
 
 
 class Mark(nn.Module):
