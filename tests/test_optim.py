@@ -140,7 +140,7 @@ def test_lbfgs_is_torch_on_gradient_matching() -> None:
     objective, start = dlg_objective(3)
     solution = lbfgs(objective, start, steps=3, max_iter=5)
     for row in range(3):
-        end, _ = torch_lbfgs(objective, start, row, steps=3, max_iter=5, history_size=100)
+        end, seen = torch_lbfgs(objective, start, row, steps=3, max_iter=5, history_size=100)
         assert seen[-1] < 0.9 * seen[0]
         torch.testing.assert_close(flat(solution.unknowns)[row], end, rtol=1e-9, atol=1e-9)
 
