@@ -144,6 +144,16 @@ class MetricInfo:
 
 
 @dataclass(frozen=True)
+class Component:
+    """What a spec stands for: its kind (dataset, model, defense, attack), its version and every option's value."""
+
+    kind: str
+    spec: str
+    version: int
+    options: Mapping[str, object]
+
+
+@dataclass(frozen=True)
 class Pictures:
     """The PNGs of a trial: the private image, and its reconstruction where there is one."""
 
@@ -338,6 +348,18 @@ class Store:
         """Return every threat model: its spec and what it grants in words."""
         rows = self._rows("SELECT threat, threat_words FROM trials GROUP BY threat ORDER BY min(position)")
         return {row["threat"]: row["threat_words"] for row in rows}
+
+    def components(self) -> list[Component]:
+        """Return every dataset, model, defense and attack that was planned, with all its options."""
+        found: dict[tuple[str, str], Component] = {}
+        for row in self._rows("SELECT * FROM trials ORDER BY position"):
+            settings = json.loads(row["settings"])
+            for kind in ("dataset", "model", "defense", "attack"):
+                own = settings[kind]
+                options = {name: value for name, value in own.items() if name not in ("name", "version")}
+                found.setdefault((kind, row[kind]), Component(kind, row[kind], int(own["version"]), options))
+        order = ("dataset", "model", "defense", "attack")
+        return sorted(found.values(), key=lambda component: order.index(component.kind))
 
     def write(self, results: Sequence[Result], session: int) -> None:
         """Write a chunk of results, all or none; a result of a trial that has one already replaces it."""

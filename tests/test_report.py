@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -426,3 +427,15 @@ def test_console_tables_show_every_cell(tmp_path):
     for word in ("grey (floor)", "noise(scale=0.01)", "[red]x[/red]", "1 error", "known-label"):
         assert word in text
     assert console_table(summarise(frame(tmp_path / "empty", []), [PSNR])) == []
+
+
+def test_the_legend_has_every_option_of_what_was_run(tmp_path):
+    run(tmp_path, crossing())
+    legend = write(tmp_path)[-1].read_text().split("## How to read this")[1]
+    with Store.open(tmp_path / FILE, readonly=True) as store:
+        components = store.components()
+    assert {component.kind for component in components} == {"dataset", "model", "defense", "attack"}
+    for component in components:
+        assert any(line.startswith(f"| {component.kind} ") and component.spec in line for line in legend.splitlines())
+        for option, value in component.options.items():
+            assert f"{option}={json.dumps(value)}" in legend

@@ -46,7 +46,9 @@ def write(out: Path | str, formats: Collection[str] = FORMATS) -> list[Path]:
                 pictures.append(Picture(page.block, f"grids/{page.file}", page.title))
             sessions = store.sessions()
             name = run_name(sessions, out.resolve().name)
-            run = Run(name, sessions, len(store.planned()), results, store.metrics(), store.threats())
+            run = Run(
+                name, sessions, len(store.planned()), results, store.metrics(), store.threats(), store.components()
+            )
             written.append(_replace(out / "report.md", markdown(run, pictures).encode()))
             _remove_others(out / "grids", {picture.path.removeprefix("grids/") for picture in pictures})
     return written

@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from leakbench.report.table import ANY, BLOCK, strongest, summarise, without_repeats
 from leakbench.report.text import ABSENT, decimals, english, escape, number, with_interval
-from leakbench.store import MetricInfo, Session
+from leakbench.store import Component, MetricInfo, Session
 
 MAIN = ("psnr", "ssim", "lpips_vgg", "lpips_alex", "mse", "psnr_aligned", "ssim_aligned", "label_correct")
 """The metrics that a table starts with; others follow in the order they were recorded."""
@@ -46,6 +46,7 @@ class Run:
         planned: how many trials were planned.
         results: one row per trial with a result (``Store.results``).
         threats: threat model -> what it grants, in words.
+        components: what each spec stands for.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Run:
     results: pd.DataFrame
     metrics: Sequence[MetricInfo]
     threats: Mapping[str, str]
+    components: Sequence[Component] = ()
 
 
 def markdown(run: Run, pictures: Sequence[Picture] = ()) -> str:
@@ -263,6 +265,10 @@ def _reasons(results: pd.DataFrame) -> list[str]:
     return [f"{title}\n\n{_table(['attack', 'defense', 'status', 'reason', 'trials'], rows, left=4)}{more}"]
 
 
+def _options(component: Component) -> str:
+    return ", ".join(f"{name}={json.dumps(value)}" for name, value in component.options.items())
+
+
 def _legend(run: Run, summary: pd.DataFrame, pictures: bool) -> list[str]:
     """Return the explanation of every column, and what to remember."""
     metrics = [*_standard(run.metrics), *(m for m in run.metrics if m.name.startswith(_PAPER))]
@@ -280,6 +286,15 @@ def _legend(run: Run, summary: pd.DataFrame, pictures: bool) -> list[str]:
             left=4,
         ),
     ]
+    if run.components:
+        rows = [
+            [component.kind, escape(component.spec), escape(_options(component)), str(component.version)]
+            for component in run.components
+        ]
+        words += [
+            "What each name stands for, with every option, those left at their default included:",
+            _table(["kind", "name", "options", "version"], rows, left=4),
+        ]
     if missing:
         words.append(
             f"{english(map(escape, missing))} {'is' if len(missing) == 1 else 'are'} empty: not computed in this run. "
