@@ -350,6 +350,9 @@ def _type_text(hint: Any) -> str:
     if origin is typing.Literal:
         return " | ".join(map(str, parts))
     if origin is typing.Annotated:
+        described = [extra.description for extra in parts[1:] if getattr(extra, "description", None)]
+        if described:
+            return str(described[0])
         bounds = [
             f"{sign} {value}"
             for extra in parts[1:]

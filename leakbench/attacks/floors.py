@@ -17,6 +17,7 @@ from leakbench.types import Observation, Reconstruction
 class RandomFloor(Attack):
     """Floor: uniform noise, no gradient used."""
 
+    reference: ClassVar[str] = "a baseline by definition"
     floor: ClassVar[bool] = True
 
     def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
@@ -29,6 +30,7 @@ class RandomFloor(Attack):
 class GreyFloor(Attack):
     """Floor: the constant image 0.5, no gradient used."""
 
+    reference: ClassVar[str] = "a baseline by definition"
     floor: ClassVar[bool] = True
 
     def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
@@ -42,6 +44,7 @@ class GreyFloor(Attack):
 class MeanFloor(Attack):
     """Floor: the mean of public images of the same kind, no gradient used."""
 
+    reference: ClassVar[str] = "a baseline by definition"
     floor: ClassVar[bool] = True
 
     def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:

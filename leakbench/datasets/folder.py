@@ -129,6 +129,8 @@ class Folder(Folders):
         channels: 1 for grey, 3 for RGB.
     """
 
+    reference: ClassVar[str] = "the layout of torchvision's ImageFolder"
+
 
 @register("imagenet")
 @dataclass(frozen=True)

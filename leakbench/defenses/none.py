@@ -1,6 +1,7 @@
 """No defense: the ceiling of what an attack can see."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from leakbench.defenses.base import Defense, register
 
@@ -9,3 +10,5 @@ from leakbench.defenses.base import Defense, register
 @dataclass(frozen=True)
 class NoDefense(Defense):
     """No defense: the plain gradient is sent."""
+
+    reference: ClassVar[str] = "the control, by definition"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from leakbench.errors import BadOption, CorruptAsset, MissingAsset
@@ -33,7 +33,7 @@ def _half_width(init: str) -> float:
     return width
 
 
-Init = Annotated[str, AfterValidator(_check_init)]
+Init = Annotated[str, AfterValidator(_check_init), Field(description="default | uniform(A)")]
 """``default`` (torch's own) or ``uniform(a)``: every weight and bias drawn from U(-a, a)."""
 
 
