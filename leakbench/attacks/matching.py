@@ -65,8 +65,6 @@ class GradientMatching(Attack):
 
     def check(self, observation: Observation) -> None:
         """Raise Unsupported where the label cannot be had or the network cannot be differentiated twice."""
-        if observation.labels is None and self.labels == "analytic":
-            _classifier_gradient(observation)
         objective = self._objective(observation, Rng(tuple(map(str, range(observation.trials))), observation.device))
         objective.with_path(observation)
 

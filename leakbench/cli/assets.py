@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
     from leakbench.assets import Progress
+    from leakbench.errors import LeakbenchError
 
 app = typer.Typer(help="List, fetch and verify datasets and weights.", no_args_is_help=True)
 
@@ -57,7 +59,7 @@ def fetch(
 ) -> None:
     """Fetch assets into the cache; one that is there and whole is left as it is."""
     from leakbench import assets
-    from leakbench.errors import BadOption, LeakbenchError, MissingAsset
+    from leakbench.errors import BadOption, MissingAsset
 
     if "all" in names:
         names = [name for name in assets.names() if assets.get(name).sources]
@@ -65,21 +67,12 @@ def fetch(
         assets.get(name)
     if from_file is not None and len(names) != 1:
         raise BadOption(f"--from {str(from_file)!r} serves one asset and {len(names)} are named; name one")
-    failures: list[LeakbenchError] = []
-    for name in names:
-        try:
-            with _progress() as bar:
-                where = assets.fetch(name, source, from_file, _callback(bar))
-        except LeakbenchError as error:
-            if len(names) > 1:
-                typer.echo(f"{name}: {error}", err=True)
-            failures.append(error)
-        else:
-            typer.echo(f"{name}: {where}")
-    if len(names) > 1 and failures:
-        raise MissingAsset(f"{len(failures)} of {len(names)} assets could not be fetched; the reasons stand above")
-    if failures:
-        raise failures[0]
+
+    def one(name: str) -> str:
+        with _progress() as bar:
+            return str(assets.fetch(name, source, from_file, _callback(bar)))
+
+    _each(names, one, MissingAsset, "could not be fetched")
 
 
 @app.command()
@@ -90,25 +83,37 @@ def verify(
 ) -> None:
     """Read assets in the cache and compare their checksums."""
     from leakbench import assets
-    from leakbench.errors import CorruptAsset, LeakbenchError
+    from leakbench.errors import CorruptAsset
 
     chosen = names or [name for name in assets.names() if (assets.home() / name).exists()]
+
+    def one(name: str) -> str:
+        assets.verify(name)
+        return "every checksum is right"
+
+    _each(chosen, one, CorruptAsset, "are not whole")
+    if not chosen:
+        typer.echo(f"The cache {assets.home()} is empty; run `leakbench assets fetch NAME`.")
+
+
+def _each(names: Sequence[str], act: Callable[[str], str], kind: type[LeakbenchError], failed: str) -> None:
+    """Act on every asset and print what comes of it; raise the one error, or a count of several assets' errors."""
+    from leakbench.errors import LeakbenchError
+
     failures: list[LeakbenchError] = []
-    for name in chosen:
+    for name in names:
         try:
-            assets.verify(name)
+            outcome = act(name)
         except LeakbenchError as error:
-            if len(chosen) > 1:
+            if len(names) > 1:
                 typer.echo(f"{name}: {error}", err=True)
             failures.append(error)
         else:
-            typer.echo(f"{name}: every checksum is right")
-    if len(chosen) > 1 and failures:
-        raise CorruptAsset(f"{len(failures)} of {len(chosen)} assets are not whole; the reasons stand above")
+            typer.echo(f"{name}: {outcome}")
+    if len(names) > 1 and failures:
+        raise kind(f"{len(failures)} of {len(names)} assets {failed}; the reasons stand above")
     if failures:
         raise failures[0]
-    if not chosen:
-        typer.echo(f"The cache {assets.home()} is empty; run `leakbench assets fetch NAME`.")
 
 
 def _progress() -> AbstractContextManager[Bar | None]:
