@@ -5,15 +5,19 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TRUNKS := lpips-alex lpips-vgg
 DATA := mnist fashion-mnist cifar10
+SCALE ?= full
+DEVICE ?= cpu
 
-.PHONY: help setup demo trunks test test-assets assets check format wheel clean
+.PHONY: help setup demo trunks test test-full test-assets assets check format wheel clean
 
 help:
 	@echo "make demo         set up, and run every attack and defense on the images that ship with leakbench"
 	@echo "make test         set up, and run the tests that need no network"
+	@echo "make test-full    run torchvision's networks of full size, which takes an hour"
 	@echo "make check        format, lint and types"
 	@echo "make assets       fetch the datasets and weights into the cache"
 	@echo "make test-assets  run the tests that need them"
+	@echo "make bench        measure speed into reports/speed (SCALE=smoke|full, DEVICE=cpu|cuda)"
 	@echo "make wheel        build dist/*.whl"
 	@echo "make clean        remove what make made, the cache of datasets excepted"
 
@@ -34,7 +38,10 @@ trunks: setup
 	@$(BIN)/leakbench assets fetch $(TRUNKS) || echo "LPIPS is left out: no source of its weights could be reached"
 
 test: setup
-	$(BIN)/python -m pytest -n 2 -m "not assets"
+	$(BIN)/python -m pytest -n 2 -m "not assets and not full"
+
+test-full: setup
+	$(BIN)/python -m pytest -m full
 
 assets: setup
 	$(BIN)/leakbench assets fetch $(TRUNKS) $(DATA)
@@ -46,6 +53,11 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# SCALE=full writes reports/speed and the README's table; the machine must be quiet. smoke writes runs/speed-smoke.
+bench: setup
+	@$(BIN)/python -c 'import breaching' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable ".[bench]"
+	$(BIN)/python -m benchmarks.speed --scale $(SCALE) --device $(DEVICE)
 
 format: setup
 	$(BIN)/ruff format .

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 from leakbench.version import __version__
 
 if TYPE_CHECKING:
-    from leakbench import attacks, datasets, defenses, metrics, models
-    from leakbench.api import attack, observe
+    from leakbench import attacks, datasets, defenses, generators, metrics, models
+    from leakbench.api import attack, keylock, observe
     from leakbench.attacks.base import Attack
     from leakbench.datasets.base import Dataset
     from leakbench.defenses.base import Defense, Step
     from leakbench.engine import Run, run
     from leakbench.errors import LeakbenchError, Unsupported
+    from leakbench.generators.base import Generator
     from leakbench.matrix import Matrix
     from leakbench.metrics.base import Metric
     from leakbench.models.base import Model
@@ -28,6 +29,7 @@ _HOME = {
     "Attack": "leakbench.attacks.base",
     "Dataset": "leakbench.datasets.base",
     "Defense": "leakbench.defenses.base",
+    "Generator": "leakbench.generators.base",
     "Gradient": "leakbench.types",
     "LeakbenchError": "leakbench.errors",
     "Matrix": "leakbench.matrix",
@@ -44,15 +46,17 @@ _HOME = {
     "Uniform": "leakbench.types",
     "Unsupported": "leakbench.errors",
     "attack": "leakbench.api",
+    "keylock": "leakbench.api",
     "observe": "leakbench.api",
     "run": "leakbench.engine",
 }
-_PACKAGES = ("attacks", "datasets", "defenses", "metrics", "models")
+_PACKAGES = ("attacks", "datasets", "defenses", "generators", "metrics", "models")
 
 __all__ = [
     "Attack",
     "Dataset",
     "Defense",
+    "Generator",
     "Gradient",
     "LeakbenchError",
     "Matrix",
@@ -73,6 +77,8 @@ __all__ = [
     "attacks",
     "datasets",
     "defenses",
+    "generators",
+    "keylock",
     "metrics",
     "models",
     "observe",

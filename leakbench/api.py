@@ -1,17 +1,22 @@
-"""Attack one's own network in a few calls: ``observe`` a client step, ``attack`` the observation."""
+"""One's own network in a few calls: ``observe`` a client step, ``attack`` the observation, put in a ``keylock``."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from leakbench import attacks, defenses
 from leakbench.attacks import Attack
+from leakbench.attacks.base import adapt, work_out
 from leakbench.defenses import Defense
+from leakbench.defenses.keylock import Gate, locks
 from leakbench.errors import BadOption
 from leakbench.gradients import full_precision
 from leakbench.matrix import parse_threat
 from leakbench.models import OwnModule
+from leakbench.models.surgery import Layers
 from leakbench.rng import Rng
 from leakbench.types import Observation, Reconstruction, ThreatModel
 from leakbench.victim import Client, build, check_reveals, groups_of
@@ -94,5 +99,60 @@ def attack(method: str | Attack, observation: Observation, *, seed: int = 0) -> 
         Unsupported: the attack cannot serve this observation; the message says why.
     """
     rng = Rng(tuple(f"attack/{seed}/{row}" for row in range(observation.trials)), observation.device)
+    acting = adapt(attacks.parse(method), observation.threat)
     with full_precision():
-        return attacks.parse(method)(observation, rng)
+        return acting(work_out(observation), rng)
+
+
+def keylock(
+    model: nn.Module,
+    *,
+    length: int = 1024,
+    gate: Gate = "relu",
+    keys: Literal["uniform", "normal"] = "uniform",
+    lock_init: Literal["default", "uniform"] = "default",
+    layers: Layers = "first",
+    rng: torch.Generator | None = None,
+) -> nn.Module:
+    """Return a copy of any network of 2-d convolutions with FedKL's key-lock in it, key and lock drawn.
+
+    The lock stands in place of the first convolution's normalisation, whose running statistics it takes over, or
+    behind the first convolution where it has none. The copy trains and infers as any network does. No state dict holds
+    the key: ``leakbench.defenses.keylock`` has ``get_key``, ``set_key`` (None takes the key out; the network then runs
+    with wrong scales and shifts) and ``shared_state``, the state dict without the lock's layers.
+
+    Args:
+        model: from images [B, C, H, W] to anything; not changed.
+        length: the key's length S.
+        gate: the activation on scale and shift.
+        keys: the key's law: U[0, 1) or N(0, 1).
+        lock_init: the lock weights' law: torch's for linear layers, or U(-0.5, 0.5).
+        layers: ``first``, or ``all`` for a lock in every block, each with the block before as its key.
+        rng: what key and lock are drawn from; seeded by the operating system by default.
+
+    Raises:
+        BadOption: an option does not fit, or the network has a key-lock already.
+        Unsupported: the network has no 2-d convolution.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+        >>> keylock(network)(torch.zeros(1, 3, 8, 8)).shape
+        torch.Size([1, 10])
+    """
+    if not isinstance(model, nn.Module):
+        raise BadOption(f"the model is of type {type(model).__name__}; give an nn.Module")
+    if locks(model):
+        raise BadOption(f"{type(model).__name__} has a key-lock already; give the network without it")
+    options = {"length": length, "gate": gate, "keys": keys, "lock_init": lock_init, "layers": layers}
+    method = defenses.registry.build("keylock", options)
+    if rng is None:
+        rng = torch.Generator()
+        rng.seed()
+    with torch.random.fork_rng(devices=[]):
+        locked = method.wrap(model)
+    tensors = {**dict(locked.named_parameters()), **dict(locked.named_buffers())}
+    with torch.no_grad():
+        for secret in method.secrets(locked):
+            own = tensors[secret.name]
+            own.copy_(secret.law.draw(tuple(own.shape), rng))
+    return locked

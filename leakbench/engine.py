@@ -6,7 +6,7 @@ import io
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from rich.table import Table
 from torch import Tensor
 
 from leakbench import datasets, metrics
+from leakbench.attacks.base import adapt, work_out
+from leakbench.chunk import DEFAULT, choose, out_of_memory
 from leakbench.datasets import Dataset
 from leakbench.errors import BadOption, LeakbenchError, MissingAsset, Unsupported
 from leakbench.gradients import full_precision
@@ -28,9 +30,6 @@ from leakbench.store import AFTER, BEFORE, FILE, Provenance, Store
 from leakbench.trial import Result, Trial
 from leakbench.types import Observation, Reconstruction
 from leakbench.victim import Client, build, check_reveals, groups_of, observe
-
-CHUNK = {"cpu": 32, "cuda": 256}
-"""How many trials run at a time where ``chunk`` is not given; a chunk that does not fit is halved."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,8 @@ def run(
         matrix: what to run.
         out: the run's folder, ``runs/NAME`` by default; a folder that holds a run is continued.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
-        chunk: trials at a time; a chunk that does not fit into memory is halved and tried again.
+        chunk: trials at a time, by default as many as a short measurement finds best; a chunk that does not fit into
+            memory is halved and tried again.
         strict: refuse a matrix with any cell that an attack cannot serve, and stop at the first error of a component.
         progress: what is told of the progress; nothing by default.
         command: the command line, for the provenance.
@@ -126,14 +126,23 @@ def run(
         for line in missing:
             progress.note(line)
         work = _Work(data, refused, scores, where, strict, progress.note)
-        for group in _chunks(trials, chunk or CHUNK[where.type]):
-            todo = [trial for trial in group if trial.id not in done]
-            if not todo:
+        for _, members in itertools.groupby(trials, key=lambda trial: trial.cell):
+            cell = tuple(members)
+            if all(trial.id in done for trial in cell):
                 continue
-            progress.begin(_cell_words(todo[0]), len(todo))
-            results = work.results(todo)
-            store.write(results, session)
-            progress.finish(results)
+            size = chunk or store.chunk(cell[0].cell)
+            if size is None:
+                size = work.size(cell)
+                store.record_chunk(cell[0].cell, size)  # a run that is continued is cut into the same pieces
+            width = size * cell[0].attack.queue
+            for begin in range(0, len(cell), width):
+                todo = [trial for trial in cell[begin : begin + width] if trial.id not in done]
+                if not todo:
+                    continue
+                progress.begin(_cell_words(todo[0]), len(todo))
+                results = work.results(todo, size)
+                store.write(results, session)
+                progress.finish(results)
         store.end_session(session)
     return Run(folder)
 
@@ -163,31 +172,50 @@ class _Work:
     note: Callable[[str], None]
     told: set[str] = field(default_factory=set)
 
-    def results(self, trials: Sequence[Trial]) -> list[Result]:
+    def size(self, cell: Sequence[Trial]) -> int:
+        """Return how many of a cell's trials to run at a time, by measurement where the attack can be measured."""
+        first, size = cell[0], min(len(cell), DEFAULT[self.device.type])
+        if len(cell) == 1 or first.cell in self.refused:
+            return size
+        try:
+            blank = work_out(_blank(first, set(), self.device))
+            attack = adapt(first.attack, first.threat)
+
+            def step(trials: int) -> int | None:
+                rng = Rng(tuple(f"probe {trial}" for trial in range(trials)), self.device)
+                return attack.probe(_repeated(blank, trials, first.model.fresh_weights()), rng)
+
+            return size if step(1) is None else choose(step, len(cell), self.device)
+        except Exception:  # a component that fails does so again, and is recorded, when its trials run
+            return size
+
+    def results(self, trials: Sequence[Trial], slots: int) -> list[Result]:
         """Return the results of trials of one cell; what fails together is tried in halves, then recorded."""
         reason = self.refused.get(trials[0].cell)
         if reason is not None:
             return [self._empty(trial, "unsupported", reason) for trial in trials]
         try:
-            return self._chunk(trials)
+            return self._chunk(trials, slots)
         except Exception as error:  # whatever a component raises costs its own trials, not the run
             if isinstance(error, Unsupported) and len(trials) == 1 and not self.strict:
                 return [self._empty(trials[0], "unsupported", str(error))]
-            memory = _out_of_memory(error)
+            memory = out_of_memory(error)
             if memory and self.device.type == "cuda":
                 torch.cuda.empty_cache()
             if len(trials) > 1:
+                slots = min(slots, len(trials))
                 if memory:
-                    self.note(f"{len(trials)} trials at a time do not fit into memory; trying {len(trials) // 2}")
+                    self.note(f"{slots} trials at a time do not fit into memory; trying {-(-slots // 2)}")
+                    slots = -(-slots // 2)
                 half = len(trials) // 2
-                return self.results(trials[:half]) + self.results(trials[half:])
+                return self.results(trials[:half], slots) + self.results(trials[half:], slots)
             reason = "out of memory" if memory else f"{type(error).__name__}: {' '.join(str(error).split())}"
             if self.strict:
                 raise LeakbenchError(f"{_cell_words(trials[0])}, image {trials[0].image}: {reason}") from error
             return [self._empty(trials[0], "error", reason)]
 
-    def _chunk(self, trials: Sequence[Trial]) -> list[Result]:
-        """Observe, attack and score trials of one cell, all at a time."""
+    def _chunk(self, trials: Sequence[Trial], slots: int) -> list[Result]:
+        """Observe, attack and score trials of one cell, so many at a time."""
         begin = time.perf_counter()
         first = trials[0]
         data = self.data[first.specs["dataset"]]
@@ -201,7 +229,8 @@ class _Work:
             self.device,
         )
         rng = Rng(tuple(f"attack/{trial.seed}/{_data_key(trial)}/{trial.image}" for trial in trials), self.device)
-        guess = _checked(first.attack(observation, rng), observation, first)
+        attack = adapt(first.attack, first.threat)
+        guess = _checked(attack(replace(work_out(observation), slots=slots), rng), observation, first)
         failed = guess.failed if guess.failed is not None else torch.zeros(len(trials), dtype=torch.bool)
         truth = Truth(
             torch.stack([data.images[trial.image] for trial in trials]).to(self.device),
@@ -241,7 +270,7 @@ class _Work:
                 raise ValueError(f"it returned {len(values)} values for {rows} images; return one an image")
             return values
         except Exception as error:
-            if self.strict or _out_of_memory(error):
+            if self.strict or out_of_memory(error):
                 raise
             if rows > 1:
                 each = [self._values(metric, *_row(guess, truth, row)) for row in range(rows)]
@@ -312,14 +341,6 @@ def _cell_words(trial: Trial) -> str:
     return f"{specs['attack']} against {specs['defense']}, {specs['model']} on {specs['dataset']}"
 
 
-def _chunks(trials: Sequence[Trial], size: int) -> Iterator[Sequence[Trial]]:
-    """Yield trials of one cell in pieces; the pieces do not depend on what was done before."""
-    for _, cell in itertools.groupby(trials, key=lambda trial: trial.cell):
-        members = tuple(cell)
-        for begin in range(0, len(members), size):
-            yield members[begin : begin + size]
-
-
 def _words(device: torch.device) -> str:
     """Return a device as provenance names it: a GPU with its model and CUDA version."""
     if device.type != "cuda":
@@ -334,7 +355,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
-    if device.type not in CHUNK:
+    if device.type not in DEFAULT:
         raise BadOption(f"device {name!r} is not known; write auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BadOption(f"device {name!r} was asked for, and torch finds no CUDA device; write --device cpu")
@@ -412,7 +433,7 @@ def _preflight(trials: Sequence[Trial], strict: bool) -> dict[str, str]:
             observation = observed[key]
             if isinstance(observation, Exception):
                 raise observation
-            trial.attack.check(observation)
+            adapt(trial.attack, trial.threat).check(work_out(observation))
         except Unsupported as error:
             observed.setdefault(key, error)
             refused[cell] = str(error)
@@ -429,13 +450,30 @@ def _preflight(trials: Sequence[Trial], strict: bool) -> dict[str, str]:
     return refused
 
 
-def _blank(trial: Trial, groups: set[str]) -> Observation:
+def _blank(trial: Trial, groups: set[str], device: torch.device | str = "cpu") -> Observation:
     """Return what a step on a blank image shows; note the defense's groups of secrets."""
     shape, classes = trial.dataset.image_shape, trial.dataset.num_classes
     network = build(trial.model, trial.defense, shape, classes, "blank")
     groups |= groups_of(trial.defense, network)
-    grey = torch.full(shape, 0.5)
-    return observe(trial.model, trial.defense, trial.threat, [Client(grey, 0, "blank", "blank")], classes, grey)
+    client = Client(torch.full(shape, 0.5), 0, "blank", "blank")
+    mean = trial.dataset.mean()
+    return observe(trial.model, trial.defense, trial.threat, [client], classes, mean, device)
+
+
+def _repeated(blank: Observation, trials: int, own: bool) -> Observation:
+    """Return the observation of one trial as one of many, each with its ``own`` weights or all with the same."""
+    parameters = {name for name, _ in blank.model.named_parameters()}
+
+    def repeat(value: Tensor, copy: bool) -> Tensor:
+        rows = value.expand(trials, *value.shape[1:])
+        return rows.contiguous() if copy else rows
+
+    return replace(
+        blank,
+        weights={name: repeat(value, own) if name in parameters else value for name, value in blank.weights.items()},
+        gradient={name: repeat(value, True) for name, value in blank.gradient.items()},
+        labels=None if blank.labels is None else blank.labels.expand(trials),
+    )
 
 
 def _metrics() -> tuple[list[Metric], list[str]]:
@@ -466,12 +504,3 @@ def _notes(trials: Sequence[Trial]) -> dict[str, str]:
 def _finite(values: Tensor | None, row: int) -> float | None:
     value = None if values is None else float(values[row])
     return value if value is not None and abs(value) < float("inf") else None
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    text = str(error)
-    return (
-        isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        or "not enough memory" in text
-        or "can't allocate memory" in text
-    )

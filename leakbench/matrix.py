@@ -52,7 +52,9 @@ def parse_threat(value: object) -> ThreatModel:
             table["reveals"] = [part for part in str(table["reveals"]).split("+") if part]
         value = table
     if not isinstance(value, Mapping):
-        raise BadOption(f"threat {value!r} is neither a preset's name nor a table of labels, reveals, informed, shares")
+        raise BadOption(
+            f"threat {value!r} is neither a preset's name nor a table of labels, reveals, informed, shares, optimises"
+        )
     try:
         return _Threat.model_validate(dict(value)).build()
     except ValidationError as error:
@@ -67,6 +69,7 @@ class _Threat(BaseModel):
     reveals: frozenset[str] = frozenset()
     informed: bool = False
     shares: str = "gradient"
+    optimises: bool = False
 
     def build(self) -> ThreatModel:
         for field, value, known in (
@@ -75,7 +78,13 @@ class _Threat(BaseModel):
         ):
             if value not in known:
                 raise BadOption(f"threat: {field}={value!r} does not fit; write {' or '.join(known)}")
-        return ThreatModel(self.labels, self.reveals, self.informed, self.shares)  # type: ignore[arg-type]
+        return ThreatModel(
+            self.labels,  # type: ignore[arg-type]
+            self.reveals,
+            self.informed,
+            self.shares,  # type: ignore[arg-type]
+            self.optimises,
+        )
 
 
 Count = Annotated[int, Field(ge=1, le=2**63 - 1, strict=True)]
@@ -166,8 +175,52 @@ class Matrix(BaseModel):
         }
 
 
+class _Plan(BaseModel):
+    """Axes, and rows of axes."""
+
+    model_config = ConfigDict(extra="allow")
+    rows: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        return self.model_extra or {}
+
+
+class _File(_Plan):
+    """What a matrix file may hold beside the axes."""
+
+    scale: dict[str, _Plan] = {}
+
+
+def expand(axes: Mapping[str, Any], scale: str | None = None) -> list[dict[str, Any]]:
+    """Return the axes of each matrix that a file describes, one for each of its ``rows``.
+
+    A table ``[scale.NAME]`` replaces axes (images, attacks with fewer steps, ...) for that scale, and each ``[[rows]]``
+    makes a matrix of its own of the axes that it states and those that all rows share. All matrices go into one run.
+
+    Args:
+        axes: what ``load`` returned.
+        scale: which of the file's scales; None for a file without any.
+
+    Raises:
+        BadOption: the file has no such scale, has scales of which none was chosen, or is not of this form.
+    """
+    try:
+        file = _File.model_validate(dict(axes))
+    except ValidationError as error:
+        raise BadOption(f"matrix: {_explain(error, _File)}") from None
+    known = f"known: {', '.join(file.scale)}" if file.scale else "it has none; leave --scale out"
+    if scale is None and file.scale:
+        raise BadOption(f"the matrix has several scales; choose one with --scale ({', '.join(file.scale)})")
+    if scale is not None and scale not in file.scale:
+        raise BadOption(f"unknown scale {scale!r}; {known}")
+    chosen = file if scale is None else file.scale[scale]
+    shared = {**file.axes, **chosen.axes}
+    return [{**shared, **row} for row in chosen.rows or file.rows or [{}]]
+
+
 def load(path: str | Path) -> dict[str, Any]:
-    """Return the axes that a TOML file states; ``Matrix(**axes)`` checks them.
+    """Return what a TOML file states: the axes of a matrix, which ``Matrix(**axes)`` checks, or what ``expand`` takes.
 
     Raises:
         BadOption: the file does not exist or is no TOML.

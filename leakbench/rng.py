@@ -46,9 +46,10 @@ class Rng:
     keys: tuple[str, ...]
     device: torch.device = torch.device("cpu")
 
-    def generators(self, purpose: str) -> list[torch.Generator]:
-        """Return one generator a trial for this purpose."""
-        return [generator(key, purpose) for key in self.keys]
+    def generators(self, purpose: str | Sequence[str]) -> list[torch.Generator]:
+        """Return one generator a trial for this purpose, or for each trial's own."""
+        purposes = [purpose] * len(self.keys) if isinstance(purpose, str) else purpose
+        return [generator(key, own) for key, own in zip(self.keys, purposes, strict=True)]
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
         """Return [T, *shape] of independent N(0, 1) draws."""

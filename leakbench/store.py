@@ -48,7 +48,7 @@ FILE = "run.sqlite"
 
 SCHEMA = 1
 APPLICATION_ID = 0x6C6B6268
-PACKAGES = ("torch", "torchvision", "numpy", "pandas", "lpips", "piq", "nevergrad")
+PACKAGES = ("torch", "torchvision", "numpy", "pandas", "lpips", "nevergrad")
 BEFORE = ("trial", "dataset", "model", "defense", "attack", "threat", "image", "seed", "status", "seconds")
 """The columns of the results before the metrics."""
 AFTER = ("reason", "objective", "evaluations", "floor", "path")
@@ -309,6 +309,16 @@ class Store:
     def done(self) -> set[str]:
         """Return the id of every trial whose result stands; one that ended in an error is worth another try."""
         return {row["trial_id"] for row in self._rows("SELECT trial_id FROM results WHERE status != 'error'")}
+
+    def chunk(self, cell: str) -> int | None:
+        """Return how many trials of a cell run at a time, or None where that was not recorded."""
+        rows = self._rows("SELECT value FROM meta WHERE key = ?", (f"chunk/{cell}",))
+        return int(rows[0]["value"]) if rows else None
+
+    def record_chunk(self, cell: str, size: int) -> None:
+        """Record how many trials of a cell run at a time."""
+        with self._transaction():
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"chunk/{cell}", str(size)))
 
     def record_metrics(self, metrics: Iterable[Metric], notes: Mapping[str, str] | None = None) -> None:
         """Record what the metrics mean, before their scores; a metric that is known already is described anew.

@@ -89,7 +89,7 @@ class Result:
         label: the true label.
         objective: the attack's own final objective, where it has one.
         evaluations: how often the attack evaluated its objective, where it counts.
-        path: how the gradients were computed, ``batched`` or ``one-at-a-time``.
+        path: how the gradients were computed, ``batched``, ``vmap`` or ``one-at-a-time``.
     """
 
     trial: Trial

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -33,24 +33,32 @@ class ThreatModel:
         informed: the attacker knows which defense is in use and models what it declares (``relax``, ``surrogate``,
             ``loss``). The layers that a defense adds are part of the architecture, which every attacker sees.
         shares: what the client sends: a ``gradient``, or its ``weights`` after a step of unknown learning rate.
+        optimises: the attacker searches, together with the image, for the secrets that it was not given and that are
+            inputs of the network (a key): every attack runs with its option ``secrets=optimise``.
+        name: what the preset is called; two threat models that differ by name alone are equal.
     """
 
     labels: Literal["inferred", "known"] = "inferred"
     reveals: frozenset[str] = frozenset()
     informed: bool = False
     shares: Literal["gradient", "weights"] = "gradient"
+    optimises: bool = False
+    name: str = field(default="", compare=False)
 
     def settings(self) -> dict[str, Any]:
-        """Return every field as plain JSON values."""
+        """Return every field but the name as plain JSON values."""
         return {
             "labels": self.labels,
             "reveals": sorted(self.reveals),
             "informed": self.informed,
             "shares": self.shares,
+            "optimises": self.optimises,
         }
 
     def spec(self) -> str:
         """Return the preset's name, or the fields that differ from ``paper`` as ``labels=known, reveals=key+lock``."""
+        if PRESETS.get(self.name) == self:
+            return self.name
         for name, preset in PRESETS.items():
             if preset == self:
                 return name
@@ -74,19 +82,36 @@ class ThreatModel:
             if self.informed
             else "what the defense does to data, loss and gradient is not modelled"
         )
+        search = (
+            "; the attacker searches, together with the image, for the secrets that are inputs of the network (a key)"
+            if self.optimises
+            else ""
+        )
         sees = "the shared gradient" if self.shares == "gradient" else "the model before and after a local step"
         return (
             f"An honest-but-curious server sees {sees} of one image, the architecture (with the layers that a defense "
             "adds, and the law by which its secrets are drawn) and the public weights; "
-            f"{label}; {secrets}; {informed}."
+            f"{label}; {secrets}{search}; {informed}."
         )
 
 
 PRESETS: Mapping[str, ThreatModel] = {
-    "paper": ThreatModel(),
-    "known-label": ThreatModel(labels="known"),
+    "paper": ThreatModel(name="paper"),
+    "known-label": ThreatModel(labels="known", name="known-label"),
+    "T0": ThreatModel(name="T0"),
+    "T1": ThreatModel(reveals=frozenset({"lock-weights"}), name="T1"),
+    "T2": ThreatModel(reveals=frozenset({"lock-weights"}), optimises=True, name="T2"),
+    "T3": ThreatModel(reveals=frozenset({"lock-weights", "key"}), name="T3"),
+    "T4": ThreatModel(reveals=frozenset({"lock"}), name="T4"),
+    "T5": ThreatModel(reveals=frozenset({"lock", "key"}), name="T5"),
 }
-"""Threat models by name. ``paper``: nothing but the gradient and the public weights."""
+"""Threat models by name. ``paper``: nothing but the gradient and the public weights; ``known-label``: and the label.
+
+``T0`` to ``T5`` are the levels of key-lock's study, in the order of what they grant. ``T0``: neither key nor lock
+(``paper``). ``T1``: the lock's weights, so that the key is all that is missing (what FedKL's released code runs).
+``T2``: the same, and the attacker searches for the key. ``T3``: the key too. ``T4``: the lock's weights and gradients,
+not the key. ``T5``: everything.
+"""
 
 
 class Law(ABC):
@@ -155,6 +180,7 @@ class Observation:
         mean_image: [C, H, W] in [0, 1], the mean of public images of the same kind.
         threat: what was granted.
         defense: the defense in use, or None where the attacker is not informed of it.
+        slots: how many trials fit into memory at a time; None for all of them.
     """
 
     model: nn.Module
@@ -167,6 +193,7 @@ class Observation:
     mean_image: Tensor
     threat: ThreatModel = ThreatModel()
     defense: Defense | None = None
+    slots: int | None = None
 
     @property
     def trials(self) -> int:
@@ -199,7 +226,7 @@ class Reconstruction:
         objective: [T], the attack's own final objective (lower is better); None where it has none.
         failed: [T] bool, the trials that the attack itself knows to have diverged; None for none.
         evaluations: [T] int64, evaluations of the objective and its gradient; None where it has none.
-        path: how gradients were computed, ``batched`` or ``one-at-a-time``; empty where none were.
+        path: how gradients were computed, ``batched``, ``vmap`` or ``one-at-a-time``; empty where none were.
     """
 
     images: Tensor

@@ -32,7 +32,16 @@ KINDS = {
     "metrics": metrics.registry,
 }
 SMALL = ("--attack", "random", "--defense", "none", "--model", "lenet", "--dataset", "samples(size=12)")
-COMMANDS = [(), ("run",), ("run", "matrix"), ("report",), ("list",), ("assets",), ("assets", "fetch")]
+COMMANDS = [
+    (),
+    ("run",),
+    ("run", "matrix"),
+    ("run", "sharing"),
+    ("report",),
+    ("list",),
+    ("assets",),
+    ("assets", "fetch"),
+]
 COMMANDS += [("list", kind) for kind in (*KINDS, "suites", "threats")]
 
 
@@ -266,7 +275,7 @@ def test_without_a_file_or_options_the_suite_quick_runs(cli, place, monkeypatch)
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (("--attack", "dgl"), ["attack 'dgl'", "did you mean 'dlg'?"]),
+        (("--attack", "dlgg"), ["attack 'dlgg'", "did you mean 'dlg'?"]),
         (("--defense", "nois(scale=1)"), ["defense 'nois'", "did you mean 'noise'?"]),
         (("--model", "lenett"), ["model 'lenett'", "did you mean 'lenet'?"]),
         (("--dataset", "sample"), ["dataset 'sample'", "did you mean 'samples'?"]),
@@ -478,7 +487,7 @@ def test_help_and_import_need_no_torch():
         "sys.argv[1:] = ['--help']\n"
         "try:\n    leakbench.cli.main.main()\n"
         "except SystemExit as end:\n    assert not end.code, end\n"
-        "heavy = {'torch', 'pandas', 'numpy', 'matplotlib', 'pydantic', 'piq', 'lpips'} & set(sys.modules)\n"
+        "heavy = {'torch', 'pandas', 'numpy', 'matplotlib', 'pydantic', 'skimage', 'lpips'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     done = process("-c", code)
@@ -520,6 +529,8 @@ def test_ctrl_c_ends_with_the_line_that_goes_on(place):
         stderr=subprocess.PIPE,
         text=True,
         env=one_thread(PYTHONUNBUFFERED="1"),
+        # a shell lets what it starts in the background ignore the signal, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         for line in running.stdout:
@@ -539,3 +550,51 @@ def test_ctrl_c_ends_with_the_line_that_goes_on(place):
     assert written(place / "a run") == [FILE]
     assert told[1].startswith(f"{SCRIPT.name} {' '.join(arguments[:3])}")
     assert "--out 'a run'" in told[1]
+
+
+# Scales, rows and the key-lock study
+
+
+ROWS = """
+attacks = ["random"]
+models = ["lenet"]
+datasets = ["samples(size=12)"]
+floors = false
+rows = [{ defenses = ["none"] }, { defenses = ["keylock(length=5)"], threats = ["T1", "T5"] }]
+[scale.smoke]
+images = 1
+[scale.full]
+images = 20
+"""
+
+
+def test_a_scale_of_a_matrix_runs_all_its_rows_into_one_folder(cli, place):
+    (place / "m.toml").write_text(ROWS)
+    done = cli("run", "matrix", "m.toml", "--scale", "smoke", "--out", "x", "--device", "cpu")
+    assert (done.code, done.err) == (0, "")
+    results = pd.read_csv("x/results.csv")
+    found = list(zip(results["defense"], results["threat"], results["image"]))
+    assert sorted(found) == [("keylock(length=5)", "T1", 0), ("keylock(length=5)", "T5", 0), ("none", "paper", 0)]
+    done = cli("run", "matrix", "m.toml", "--scale", "smoke", "--images", 2, "--out", "x", "--device", "cpu")
+    assert done.code == 0
+    assert len(pd.read_csv("x/results.csv")) == 6
+    refused(cli("run", "matrix", "m.toml"), "--scale (smoke, full)")
+    refused(cli("run", "matrix", "m.toml", "--scale", "big"), "'big'", "known: smoke, full")
+    refused(cli("run", "matrix", *SMALL, "--scale", "cpu"), "'cpu'", "it has none")
+
+
+def test_the_study_of_sharing_writes_its_own_report(cli, place):
+    options = ("--attack", "ig(steps=2)", "--dataset", "samples(size=12)", "--images", 1, "--device", "cpu")
+    done = cli("run", "sharing", *options, "--out", "x")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.splitlines()[-1] == "report: x/sharing.md"
+    text = (place / "x/sharing.md").read_text()
+    for arm in ("none", "norm-only", "nothing", "nothing, lock weights known", "key", "lock", "lock, key worked out"):
+        assert f"| {arm} " in text
+    assert "x/grids/sharing-001-samples-size-12-lenet-ig-steps-2.png" in written(place)
+    compared = cli("report", "x", "--compare", "paper")
+    assert (compared.code, compared.err) == (0, "")
+    assert compared.out.splitlines()[-1] == "x/paper.md"
+    assert "not in this run" in (place / "x/paper.md").read_text()
+    refused(cli("run", "sharing", "--scale", "big"), "'big'", "known: smoke, cpu, full")
+    assert cli("report", "x", "--compare", "other").code == 2

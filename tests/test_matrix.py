@@ -21,7 +21,7 @@ from leakbench import attacks, datasets, defenses, models
 from leakbench.attacks.dlg import DLG
 from leakbench.attacks.ig import IG
 from leakbench.errors import BadOption
-from leakbench.matrix import FLOORS, Matrix, axes_from_options, load, load_suite, parse_threat, suites
+from leakbench.matrix import FLOORS, Matrix, axes_from_options, expand, load, load_suite, parse_threat, suites
 from leakbench.models import OwnModule
 from leakbench.trial import Trial
 from leakbench.types import PRESETS, ThreatModel
@@ -95,7 +95,7 @@ def test_a_float_in_text_and_in_python_make_the_same_trial(value: float) -> None
     [
         ({"atacks": ["dlg"]}, "unknown key 'atacks'; did you mean 'attacks'?"),
         ({"zzz": 1}, "known: "),
-        ({"attacks": ["dgl"]}, "did you mean 'dlg'"),
+        ({"attacks": ["dlgg"]}, "did you mean 'dlg'"),
         ({"attacks": ["dlg(stesp=3)"]}, "did you mean 'steps'"),
         ({"attacks": ["dlg(steps=x)"]}, "steps='x' does not fit"),
         ({"attacks": 3}, "of type int"),
@@ -182,7 +182,9 @@ def test_junk_axes_only_ever_raise_bad_option(axis: str, value: object) -> None:
 def test_suites_that_ship_are_matrices() -> None:
     assert "quick" in suites()
     for name in suites():
-        assert Matrix(**load_suite(name)).trials()
+        axes = load_suite(name)
+        for scale in axes.get("scale", [None]):
+            assert all(Matrix(**row).trials() for row in expand(axes, scale))
     with pytest.raises(BadOption, match="unknown suite 'quik'"):
         load_suite("quik")
 
@@ -261,7 +263,7 @@ def test_any_change_makes_another_trial() -> None:
         dataclasses.replace(base, image=1),
         *(dataclasses.replace(base, threat=threat) for threat in (
             ThreatModel("known"), ThreatModel(reveals=frozenset({"key"})), ThreatModel(informed=True),
-            ThreatModel(shares="weights"), ThreatModel(reveals=frozenset({"key", "lock"})),
+            ThreatModel(shares="weights"), ThreatModel(optimises=True), ThreatModel(reveals=frozenset({"key", "lock"})),
         )),
         *(dataclasses.replace(base, attack=attack) for attack in (
             DLG(steps=301), DLG(lr=0.5), DLG(tv=1e-6), DLG(restarts=2), DLG(labels="analytic"), DLG(secrets="optimise"),
@@ -334,6 +336,7 @@ THREATS = st.builds(
     reveals=st.frozensets(NAMES, max_size=4),
     informed=st.booleans(),
     shares=st.sampled_from(["gradient", "weights"]),
+    optimises=st.booleans(),
 )
 
 

@@ -459,6 +459,25 @@ def test_lpips_is_fed_clamped_rgb_in_minus_one_to_one(net: Net, random_networks:
 
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.usefixtures("random_trunks")
+def test_lpips_of_large_images_in_several_pieces_is_that_of_each(
+    net: Net, random_networks: dict[Net, nn.Module]
+) -> None:
+    images, truth = rand(3, 3, 256, 256), rand(3, 3, 256, 256, seed=1)
+    with torch.no_grad():
+        expected = torch.cat([random_networks[net](2 * x[None] - 1, 2 * y[None] - 1) for x, y in zip(images, truth)])
+    torch.testing.assert_close(lpips(images, truth, net), expected.flatten().double(), rtol=1e-4, atol=1e-6)
+
+
+def test_metrics_of_large_images_in_several_pieces_are_those_of_each() -> None:
+    images, truth = randn(3, 3, 260, 270), rand(3, 3, 260, 270, seed=1)
+    for name in [name for name in IMAGE_METRICS if name not in TRUNK_METRICS]:
+        metric = metrics.parse(name)
+        each = torch.cat([metric(x[None], y[None]) for x, y in zip(images, truth)])
+        torch.testing.assert_close(metric(images, truth), each, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.usefixtures("random_trunks")
 def test_the_papers_lpips_is_fed_raw_bytes_in_bgr_order(net: Net, random_networks: dict[Net, nn.Module]) -> None:
     images, truth = randn(2, 3, 32, 32), rand(2, 3, 32, 32, seed=1)
     read = [torch.stack([torch.tensor(as_written(x).transpose(2, 0, 1).copy()) for x in y]) for y in (images, truth)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODES, close, rand, tensors_of
+from conftest import MODES, close, rand, randn, tensors_of
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from leakbench import defenses, models
 from leakbench.errors import BadOption, CorruptAsset, MissingAsset, Unsupported
 from leakbench.models import OwnModule
-from leakbench.models.surgery import linears, replace_first_norm
+from leakbench.models.surgery import linears, plain_norm, replace_norms
 from leakbench.victim import build
 
 RGB = (3, 32, 32)
@@ -39,10 +39,95 @@ def make(spec: str, shape: tuple[int, int, int] = RGB, classes: int = 10, seed: 
         ("lenet-bn", 10, 15_826 + 3 * 2 * 12),
         ("resnet20", 10, 269_722),
         ("resnet20", 100, 275_572),
+        ("resnet20(shortcut=conv)", 10, 269_722 + 2_752),
+        ("resnet32", 10, 464_154),
+        ("resnet32", 100, 470_004),
+        ("resnet18(max_pool=false)", 10, 11_181_642),
+        ("resnet18(max_pool=false)", 100, 11_227_812),
+        ("resnet34(max_pool=false)", 10, 21_289_802),
+        ("resnet34(max_pool=false)", 100, 21_335_972),
     ],
 )
 def test_parameter_counts(spec: str, classes: int, parameters: int) -> None:
     assert count(make(spec, classes=classes)) == parameters
+
+
+def test_vgg_has_the_published_size() -> None:
+    with torch.device("meta"):
+        network = models.parse("vgg16(norm=none)").build((3, 64, 64), 100)
+        normalised = models.parse("vgg16").build((3, 64, 64), 100)
+    assert count(network) == 134_670_244
+    assert count(normalised) - count(network) == 2 * 4224
+
+
+NARROW = [
+    "resnet18(width=2)",
+    "resnet18(width=2, max_pool=false, activation=sigmoid)",
+    "resnet34(width=2, stem=cifar)",
+    "resnet32(width=2, shortcut=conv, activation=sigmoid)",
+    "vgg16(width=2, hidden=8, dropout=0)",
+    "vgg16(width=2, hidden=8, dropout=0, norm=none, activation=sigmoid, mode=eval)",
+]
+"""The deep networks with few channels."""
+
+
+@pytest.mark.parametrize("shape", [(1, 33, 33), (3, 40, 57), (2, 64, 35)])
+@pytest.mark.parametrize("spec", NARROW)
+def test_deep_models_take_any_shape(spec: str, shape: tuple[int, int, int]) -> None:
+    network = make(spec, shape, 7)
+    assert network(rand(2, *shape)).shape == (2, 7)
+    assert {module.training for module in network.modules()} == {"mode=eval" not in spec}
+    kinds = {type(module) for module in network.modules()} & {nn.ReLU, nn.Sigmoid}
+    assert kinds == {nn.Sigmoid if "sigmoid" in spec else nn.ReLU}
+
+
+@pytest.mark.parametrize(
+    ("spec", "largest"),
+    [
+        ("resnet18(width=2)", 32),
+        ("resnet18(width=2, max_pool=false)", 16),
+        ("resnet18(width=2, stem=cifar)", 16),
+        ("resnet34(width=2, stem=cifar, max_pool=false)", 8),
+        ("vgg16(width=2, hidden=8)", 31),
+    ],
+)
+def test_images_too_small_for_a_deep_model_are_told(spec: str, largest: int) -> None:
+    with pytest.raises(Unsupported, match=f"{largest}x{largest}"):
+        make(spec, (1, largest, largest))
+    network = make(spec, (1, largest + 1, largest + 1))
+    assert network(rand(1, 1, largest + 1, largest + 1)).shape == (1, 10)
+
+
+def test_deep_models_are_torchvisions() -> None:
+    from torchvision.models import VGG, resnet18, resnet34
+    from torchvision.models.vgg import cfgs, make_layers
+
+    x = rand(2, 3, 40, 40)
+    for name, published in (("resnet18", resnet18), ("resnet34", resnet34)):
+        network = make(f"{name}(mode=eval)", (3, 40, 40))
+        reference = published(num_classes=10).eval()
+        reference.load_state_dict(network.state_dict())
+        torch.testing.assert_close(network(x), reference(x))
+    for norm in ("batch", "none"):
+        network = make(f"vgg16(mode=eval, norm={norm}, hidden=4)", (3, 40, 40))
+        reference = make_layers(cfgs["D"], batch_norm=norm == "batch").eval()
+        reference.load_state_dict(network.features.state_dict())
+        torch.testing.assert_close(network.features(x), reference(x))
+    with torch.device("meta"):
+        whole = models.parse("vgg16").build((3, 40, 40), 10)
+        published_names = {n: v.shape for n, v in VGG(make_layers(cfgs["D"], True), 10).state_dict().items()}
+    assert {name: value.shape for name, value in whole.state_dict().items()} == published_names
+
+
+def test_vgg_drops_units_in_training_alone() -> None:
+    x = rand(1, 1, 32, 32)
+    network = make("vgg16(width=2, hidden=64)", (1, 32, 32))
+    assert not torch.equal(network(x), network(x))
+    assert torch.equal(network.eval()(x), network(x))
+    still = make("vgg16(width=2, hidden=64, dropout=0)", (1, 32, 32))
+    state = torch.get_rng_state()
+    still(x)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 14), (2, 16, 11)])
@@ -165,7 +250,7 @@ def save(network: nn.Module, path: Path, wrapped: bool = False) -> str:
 
 
 @pytest.mark.parametrize("file", ["net.pt", "wrapped.pth", "net.safetensors"])
-@pytest.mark.parametrize("spec", ["lenet", "lenet-bn", "resnet20"])
+@pytest.mark.parametrize("spec", ["lenet", "lenet-bn", "resnet20", "resnet32"])
 def test_a_checkpoint_is_loaded(spec: str, file: str, tmp_path: Path) -> None:
     trained = make(spec, seed=5)
     path = save(trained, tmp_path / file, wrapped=file.startswith("wrapped"))
@@ -284,9 +369,10 @@ def test_the_linear_layers_in_order() -> None:
 
 
 class Mark(nn.Module):
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, old: nn.Module | None) -> None:
         super().__init__()
         self.channels = channels
+        self.old = type(old)
 
     def forward(self, x: Tensor) -> Tensor:
         return 0 * x + self.channels
@@ -296,10 +382,11 @@ class Mark(nn.Module):
 def test_the_first_normalisation_is_replaced(norm: nn.Module) -> None:
     network = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), norm, nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6)).eval()
     text = str(network)
-    new = replace_first_norm(network, Mark)
+    new = replace_norms(network, Mark)
     assert str(network) == text
     assert isinstance(new[2], Mark)
     assert new[2].channels == 6
+    assert new[2].old is type(norm)
     assert isinstance(new[4], nn.BatchNorm2d)
     assert not new[2].training
 
@@ -314,16 +401,92 @@ def test_the_first_normalisation_is_replaced(norm: nn.Module) -> None:
 )
 def test_a_normalisation_is_inserted_after_the_first_convolution(rest: tuple[nn.Module, ...]) -> None:
     network = nn.Sequential(nn.Identity(), nn.Conv2d(1, 6, 3), *rest)
-    new = replace_first_norm(network, Mark)
+    new = replace_norms(network, Mark)
     assert isinstance(new[1], nn.Sequential)
     assert isinstance(new[1][1], Mark)
     close(new[1](rand(1, 1, 8, 8)).detach(), torch.full((1, 6, 6, 6), 6.0), 1e-6)
     assert [type(module) for module in new[2:]] == [type(module) for module in rest]
 
 
+def test_all_normalisations_are_replaced_and_none_is_inserted_beside_others() -> None:
+    squeeze = nn.Conv2d(5, 2, 1)  # as in a squeeze-and-excitation block: no normalisation of its own
+    network = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.Conv2d(6, 5, 3), nn.BatchNorm2d(5), squeeze, nn.Conv2d(2, 4, 1), nn.GroupNorm(2, 4)
+    )
+    new = replace_norms(network, Mark, "all")
+    found = [(name, module.channels) for name, module in new.named_modules() if isinstance(module, Mark)]
+    assert found == [("0.1", 6), ("2", 5), ("5", 4)]
+    bare = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Sigmoid(), nn.Conv2d(6, 5, 3))
+    found = [name for name, module in replace_norms(bare, Mark, "all").named_modules() if isinstance(module, Mark)]
+    assert found == ["0.1", "2.1"]
+
+
+class Crossed(nn.Module):
+    """A network whose layers are registered in another order than they run in."""
+
+    def __init__(self, branch: bool = False) -> None:
+        super().__init__()
+        self.branch = branch
+        self.head = nn.Linear(6, 4)
+        self.bn2 = nn.BatchNorm2d(6)
+        self.bn1 = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 6, 3)
+        self.conv1 = nn.Conv2d(1, 6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.branch and float(x.detach().sum()) < 0:
+            x = -x
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.head(self.bn2(self.conv2(x)).mean((2, 3)))
+
+
+def test_blocks_are_those_that_run() -> None:
+    def marks(network: nn.Module, layers: str) -> list[str]:
+        new = replace_norms(network, Mark, layers)  # type: ignore[arg-type]
+        return [name for name, module in new.named_modules() if isinstance(module, Mark)]
+
+    assert marks(Crossed(), "first") == ["bn1"]
+    assert set(marks(Crossed(), "all")) == {"bn1", "bn2"}
+    # what cannot be traced is taken as it is registered
+    assert marks(Crossed(branch=True), "first") == ["conv2.1"]
+
+
+def test_looking_for_blocks_leaves_no_trace_in_the_network() -> None:
+    class Keeper(Crossed):
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = x
+            return super().forward(x)
+
+    network = Keeper()
+    new = replace_norms(network, Mark)
+    assert not hasattr(network, "seen")
+    assert not hasattr(new, "seen")
+    shared = {value.data_ptr() for value in network.parameters()} & {value.data_ptr() for value in new.parameters()}
+    assert shared == set()
+
+
+def test_a_lone_convolution_and_a_float64_network_are_served() -> None:
+    new = replace_norms(nn.Conv2d(1, 3, 2), plain_norm)
+    assert new(rand(1, 1, 4, 4)).shape == (1, 3, 3, 3)
+    network = nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3)).double()
+    assert replace_norms(network, plain_norm)(rand(1, 1, 4, 4).double()).dtype == torch.float64
+
+
+def test_a_plain_normalisation_takes_over_what_it_replaces() -> None:
+    old = nn.BatchNorm2d(3, eps=1e-2, momentum=0.3)
+    old(randn(4, 3, 5, 5))
+    new = plain_norm(3, old).eval()
+    assert (new.eps, new.momentum, new.affine) == (1e-2, 0.3, False)
+    x = randn(2, 3, 4, 4, seed=1)
+    torch.testing.assert_close(new(x), old.eval()(x))  # old's scale is 1 and its shift 0
+    assert new.running_mean is not old.running_mean
+    assert not plain_norm(3, nn.BatchNorm2d(3, track_running_stats=False)).track_running_stats
+    assert plain_norm(3, nn.GroupNorm(3, 3)).track_running_stats
+
+
 def test_surgery_needs_a_convolution() -> None:
     with pytest.raises(Unsupported, match="no 2-d convolution"):
-        replace_first_norm(nn.Linear(2, 2), Mark)
+        replace_norms(nn.Linear(2, 2), Mark)
 
 
 def test_a_non_persistent_buffer_counts_in_a_modules_identity() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from typing import ClassVar
 
 from leakbench.component import Component
+from leakbench.errors import Unsupported
 from leakbench.registry import Registry
 from leakbench.rng import Rng
-from leakbench.types import Observation, Reconstruction
+from leakbench.types import Observation, Reconstruction, ThreatModel
 
 
 class Attack(Component):
@@ -16,9 +18,12 @@ class Attack(Component):
 
     Attributes:
         floor: True for an attack that uses no gradient; tables show every other attack's gain over the best floor.
+        queue: how many times as many trials it is given as it works on at a time (``Observation.slots``); more than 1
+            for an attack whose trials end at different times, and that then begins the next one in the free place.
     """
 
     floor: ClassVar[bool] = False
+    queue: ClassVar[int] = 1
 
     @abstractmethod
     def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
@@ -31,6 +36,42 @@ class Attack(Component):
     def check(self, observation: Observation) -> None:
         """Raise Unsupported where the attack cannot serve this observation; called with a blank image before a run."""
 
+    def probe(self, observation: Observation, rng: Rng) -> int | None:
+        """Do a small, typical piece of the work on all trials, from whose time and memory their number is chosen.
+
+        Returns:
+            The bytes that the whole work holds beside what this piece needs; None where nothing was done, and the
+            default number of trials at a time shall be taken.
+        """
+        return None
+
 
 registry: Registry[Attack] = Registry("attack", "leakbench.attacks", Attack)
 register = registry.register
+
+
+def adapt(attack: Attack, threat: ThreatModel) -> Attack:
+    """Return the attack as the threat model has it act: with ``secrets=optimise`` where it ``optimises``.
+
+    Raises:
+        Unsupported: the attack has no such option.
+    """
+    if not threat.optimises or attack.floor:
+        return attack
+    if "secrets" not in attack.options():
+        raise Unsupported(f"{attack.name} cannot search for secrets; use a threat model with optimises=false")
+    return dataclasses.replace(attack, secrets="optimise")  # type: ignore[type-var]
+
+
+def work_out(observation: Observation) -> Observation:
+    """Return what an informed attacker knows: the observation with the secrets that the defense lets it ``recover``."""
+    if observation.defense is None:
+        return observation
+    hidden = {secret.name for secret in observation.secrets}
+    recovered = observation.defense.recover(observation.model, observation.gradient)
+    found = {name: value for name, value in recovered.items() if name in hidden}
+    return dataclasses.replace(
+        observation,
+        weights={**observation.weights, **found},
+        secrets=tuple(secret for secret in observation.secrets if secret.name not in found),
+    )

@@ -1,6 +1,7 @@
 """Gradient matching: search for an image whose gradient is the observed one. The engine behind most attacks.
 
-An attack is a choice of distance, prior, labels, secrets and solver; everything here acts on all trials at once.
+An attack is a choice of search space, distance, prior, labels, secrets and solver; everything here acts on all trials
+at once. The search space is the image itself, or whatever else an image can be rendered from.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from leakbench.attacks.base import Attack
 from leakbench.errors import Unsupported
-from leakbench.gradients import Evaluator, choose_path, plain_loss
+from leakbench.gradients import Evaluator, Path, choose_path, plain_loss
 from leakbench.models.surgery import linears
-from leakbench.optim import Solution, Unknowns
+from leakbench.optim import Evaluation, Solution, Unknowns, take_rows, value_and_gradient
 from leakbench.rng import Rng
 from leakbench.types import Gradient, Observation, Reconstruction, Secret
 
@@ -28,6 +29,8 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 SECRET = "secret:"
+SMALL = 2**16
+"""Gradients of up to this many values are joined; a copy of larger ones costs more than the operations it saves."""
 FINAL = -1
 """The evaluation at which start and end of a search are compared; what is drawn anew is the same for both."""
 
@@ -35,6 +38,10 @@ FINAL = -1
 @dataclass(frozen=True)
 class GradientMatching(Attack):
     """Minimise a distance between the dummy and the observed gradient, plus total variation, over the image.
+
+    An attack that searches elsewhere than in the image overrides ``start`` and ``render``. What ``observation.labels``
+    holds there is what the attack works with: the granted labels, those read off the gradient, or None where soft
+    labels are sought.
 
     Attributes:
         steps: the solver's steps.
@@ -55,13 +62,46 @@ class GradientMatching(Attack):
     labels: Literal["joint", "analytic"] = "joint"
     secrets: Literal["sample", "optimise"] = "sample"
 
+    per_tensor: ClassVar[bool] = False
+    held: ClassVar[int] = 5
+    """How many copies of the unknowns the solver holds: for Adam two iterates, a gradient and two moments."""
+
     @abstractmethod
     def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
-        """Return [T], how far each dummy gradient [T, *shape] is from the observed one."""
+        """Return [T], how far each dummy gradient [T, *shape] is from the observed one.
+
+        Both arrive packed (``pack``), as the distances of most attacks do not tell the parameters apart; an attack
+        whose distance does sets ``per_tensor`` and gets them by name.
+        """
 
     @abstractmethod
     def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
         """Minimise the objective from this start."""
+
+    def start(self, observation: Observation, rng: Rng) -> Unknowns:
+        """Return what the search starts from, name -> [T, *shape]: image, and label logits where labels are sought.
+
+        Both are drawn from N(0, 1).
+        """
+        start = {"image": rng.normal("image", observation.image_shape).to(observation.dtype)}
+        if observation.labels is None:
+            start["label"] = rng.normal("label", (observation.num_classes,)).to(observation.dtype)
+        return start
+
+    def render(self, unknowns: Unknowns, observation: Observation) -> tuple[Tensor, Tensor | None]:
+        """Return images [T, C, H, W], and label logits [T, K] where labels are sought; differentiable."""
+        return unknowns["image"], unknowns.get("label")
+
+    def prior(self, images: Tensor) -> Tensor:
+        """Return [T], what is added to the distance for images [T, C, H, W]: the weighted total variation."""
+        return self.tv * total_variation(images) if self.tv else images.new_zeros(len(images))
+
+    def probe(self, observation: Observation, rng: Rng) -> int | None:
+        """Evaluate the objective and its gradient once."""
+        objective = self._objective(observation, rng).with_path(observation)
+        start = self._begin(objective)
+        value_and_gradient(objective, start, 0)
+        return self.held * sum(value.numel() * value.element_size() for value in start.values())
 
     def check(self, observation: Observation) -> None:
         """Raise Unsupported where the label cannot be had or the network cannot be differentiated twice."""
@@ -97,11 +137,10 @@ class GradientMatching(Attack):
         evaluator = Evaluator(
             model, tuple(observation.gradient), plain_loss if defense is None else defense.loss, "batched"
         )
-        labels = observation.labels
-        if labels is None and self.labels == "analytic":
-            labels = analytic_labels(observation)
+        if observation.labels is None and self.labels == "analytic":
+            observation = replace(observation, labels=analytic_labels(observation))
         own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        fixed = {
+        secrets = {
             secret.name: _draw(secret, own[secret.name], rng, "secret", observation.dtype)
             for secret in observation.secrets
             if not secret.fresh
@@ -110,35 +149,36 @@ class GradientMatching(Attack):
             attack=self,
             observation=observation,
             evaluator=evaluator,
-            tensors={**observation.weights, **fixed},
-            labels=labels,
+            tensors={**observation.weights, **secrets},
             rng=rng,
         )
 
-    def _search(self, observation: Observation, rng: Rng, path: Literal["batched", "one-at-a-time"]) -> _Run:
+    def _search(self, observation: Observation, rng: Rng, path: Path) -> _Run:
         objective = self._objective(observation, rng)
         objective = replace(objective, evaluator=replace(objective.evaluator, path=path))
-        start: Unknowns = {"image": self.start(observation, rng)}
-        if objective.labels is None:
-            start["label"] = rng.normal("label", (observation.num_classes,)).to(observation.dtype)
+        start = self._begin(objective)
+        solution = self.solve(objective, start)
+        begun, _, _ = _look(objective, start)
+        match, images, logits = _look(objective, solution.unknowns)
+        finite = solution.finite & torch.isfinite(images.flatten(1)).all(1)
+        labels = objective.labels
+        if labels is None:
+            assert logits is not None  # or ``match`` would have raised
+            labels = logits.argmax(1)
+        # a search that ends no closer than it began has diverged, whatever it returns
+        failed = ~finite | ~torch.isfinite(match) | (match >= begun)
+        return _Run(images, labels, match, failed, solution.evaluations + 2)
+
+    def _begin(self, objective: MatchingObjective) -> Unknowns:
+        """Return the start of the search, secrets that are sought included."""
+        observation, rng = objective.observation, objective.rng
+        start = self.start(observation, rng)
         if self.secrets == "optimise":
             buffers = dict(objective.evaluator.model.named_buffers())
             for secret in observation.secrets:
                 if secret.name in buffers:
                     start[SECRET + secret.name] = _draw(secret, buffers[secret.name], rng, "secret", observation.dtype)
-        solution = self.solve(objective, start)
-        with torch.no_grad():
-            finite = solution.finite & torch.isfinite(solution.unknowns["image"].flatten(1)).all(1)
-        begun = objective.match(start, FINAL).detach()
-        match = objective.match(solution.unknowns, FINAL).detach()
-        labels = objective.labels if objective.labels is not None else solution.unknowns["label"].argmax(1)
-        # a search that ends no closer than it began has diverged, whatever it returns
-        failed = ~finite | ~torch.isfinite(match) | (match >= begun)
-        return _Run(solution.unknowns["image"], labels, match, failed, solution.evaluations + 2)
-
-    def start(self, observation: Observation, rng: Rng) -> Tensor:
-        """Return the images [T, C, H, W] that the search starts from: N(0, 1)."""
-        return rng.normal("image", observation.image_shape).to(observation.dtype)
+        return start
 
 
 @dataclass(frozen=True)
@@ -154,43 +194,63 @@ class _Run:
 
 @dataclass(frozen=True)
 class MatchingObjective:
-    """The matching objective of T trials, a function of image, and of label logits and secrets where these are sought.
+    """The matching objective of T trials, a function of the attack's unknowns and of the secrets that it seeks.
 
     Attributes:
-        attack: whose distance and prior are used.
-        observation: what was seen.
+        attack: whose search space, distance and prior are used.
+        observation: what was seen, with the labels where these are granted or were read off the gradient.
         evaluator: how dummy gradients are computed.
         tensors: every tensor of the network that is fixed: public weights, revealed and sampled secrets.
-        labels: [T] int64, or None where soft labels are among the unknowns.
-        rng: what noise that is drawn anew at each evaluation comes from.
+        rng: what is drawn anew at each evaluation (noise, the masks of dropout) comes from.
     """
 
     attack: GradientMatching
     observation: Observation
     evaluator: Evaluator
     tensors: Mapping[str, Tensor]
-    labels: Tensor | None
     rng: Rng
 
-    def __call__(self, unknowns: Unknowns, evaluation: int) -> Tensor:
-        """Return [T], the matching distance plus the priors."""
-        value = self.match(unknowns, evaluation)
-        if self.attack.tv:
-            value = value + self.attack.tv * total_variation(unknowns["image"])
-        return value
+    @property
+    def labels(self) -> Tensor | None:
+        """[T] int64, or None where soft labels are sought."""
+        return self.observation.labels
 
-    def match(self, unknowns: Unknowns, evaluation: int) -> Tensor:
+    def __call__(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
+        """Return [T], the matching distance plus the prior."""
+        images, logits = self.render(unknowns)
+        return self._match(images, logits, unknowns, evaluation) + self.attack.prior(images)
+
+    def match(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
         """Return [T], the matching distance alone."""
-        observed = self.observation.gradient
-        gradient = self.dummy(unknowns, evaluation)
+        return self._match(*self.render(unknowns), unknowns, evaluation)
+
+    def render(self, unknowns: Unknowns) -> tuple[Tensor, Tensor | None]:
+        """Return the images [T, C, H, W] of these unknowns, and the label logits [T, K] where labels are sought."""
+        return self.attack.render(unknowns, self.observation)
+
+    def _match(self, images: Tensor, logits: Tensor | None, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
+        observed, labels = self.observation.gradient, self.labels
+        if labels is None:
+            assert logits is not None, "an attack that seeks labels renders their logits"
+            labels = torch.softmax(logits, 1)
+        gradient = self.dummy(images, labels, unknowns, evaluation)
         if self.observation.defense is not None:
             gradient = self.observation.defense.surrogate(gradient, observed)
-        return self.attack.distance(gradient, observed)
+        if self.attack.per_tensor:
+            return self.attack.distance(gradient, observed)
+        return self.attack.distance(pack(gradient), self._packed)
 
-    def dummy(self, unknowns: Unknowns, evaluation: int) -> Gradient:
-        """Return the gradient [T, *shape] that clients with these unknowns would have had."""
-        labels = torch.softmax(unknowns["label"], 1) if self.labels is None else self.labels
-        return self.evaluator.gradient(self._filled(unknowns, evaluation), unknowns["image"], labels)
+    def dummy(self, images: Tensor, labels: Tensor, unknowns: Unknowns, evaluation: Evaluation) -> Gradient:
+        """Return the gradient [T, *shape] of images [T, C, H, W] and labels; under ``no_grad`` it has no graph."""
+        differentiable = torch.is_grad_enabled()
+        with torch.enable_grad():
+            return self.evaluator.gradient(
+                self._filled(unknowns, evaluation),
+                images,
+                labels,
+                create_graph=differentiable,
+                generators=lambda: self.rng.generators(self._purposes("layers", evaluation)),
+            )
 
     def select(self, rows: Sequence[int]) -> Self:
         """Return the objective of these trials alone."""
@@ -198,16 +258,21 @@ class MatchingObjective:
         index = torch.tensor(list(rows), device=self.observation.device)
 
         def take(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: value[index] if value.ndim > own[name].ndim else value for name, value in tensors.items()}
+            return {
+                name: take_rows(value, index) if value.ndim > own[name].ndim else value
+                for name, value in tensors.items()
+            }
 
         observation = replace(
-            self.observation, weights=take(self.observation.weights), gradient=take(self.observation.gradient)
+            self.observation,
+            weights=take(self.observation.weights),
+            gradient=take(self.observation.gradient),
+            labels=None if self.labels is None else self.labels[index],
         )
         return replace(
             self,
             observation=observation,
             tensors=take(self.tensors),
-            labels=None if self.labels is None else self.labels[index],
             rng=self.rng.select(rows),
         )
 
@@ -222,20 +287,55 @@ class MatchingObjective:
         path = choose_path(self.evaluator, tensors, observation.image_shape, observation.num_classes)
         return replace(self, evaluator=replace(self.evaluator, path=path))
 
-    def _filled(self, unknowns: Unknowns, evaluation: int) -> dict[str, Tensor]:
+    def _filled(self, unknowns: Unknowns, evaluation: Evaluation) -> dict[str, Tensor]:
         """Return every tensor of the network: fixed, sought, and drawn for this evaluation."""
         tensors, own, dtype = dict(self.tensors), self._own, self.observation.dtype
         for secret in self.observation.secrets:
             if SECRET + secret.name in unknowns:
                 tensors[secret.name] = unknowns[SECRET + secret.name]
             elif secret.fresh:
-                tensors[secret.name] = _draw(secret, own[secret.name], self.rng, f"pass {evaluation}", dtype)
+                tensors[secret.name] = _draw(
+                    secret, own[secret.name], self.rng, self._purposes("pass", evaluation), dtype
+                )
         return tensors
+
+    def _purposes(self, of: str, evaluation: Evaluation) -> list[str]:
+        """Return by trial what is drawn for: something in this evaluation."""
+        each = [evaluation] * len(self.rng.keys) if isinstance(evaluation, int) else evaluation
+        return [f"{of} {number}" for number in each]
+
+    @cached_property
+    def _packed(self) -> Gradient:
+        return pack(self.observation.gradient)
 
     @cached_property
     def _own(self) -> dict[str, Tensor]:
         model = self.evaluator.model
         return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _look(objective: MatchingObjective, unknowns: Unknowns) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the matching distance [T], the images and the label logits, of as many trials at a time as fit."""
+    trials = objective.observation.trials
+    size = objective.observation.slots or trials
+    values, images, logits = [], [], []
+    for begin in range(0, trials, size):
+        part = range(begin, min(begin + size, trials))
+        some = objective if size >= trials else objective.select(part)
+        own = {name: value[begin : part.stop].detach() for name, value in unknowns.items()}
+        values.append(some.match(own, FINAL).detach())
+        with torch.no_grad():
+            image, logit = some.render(own)
+        images.append(image)
+        logits += [] if logit is None else [logit]
+    return torch.cat(values), torch.cat(images), torch.cat(logits) if logits else None
+
+
+def pack(gradient: Mapping[str, Tensor]) -> Gradient:
+    """Return a gradient whose small tensors are one, [T, N] under the empty name: fewer and larger operations."""
+    small = [name for name in sorted(gradient) if gradient[name][0].numel() <= SMALL]
+    joined = {"": torch.cat([gradient[name].reshape(len(gradient[name]), -1) for name in small], 1)} if small else {}
+    return joined | {name: tensor for name, tensor in gradient.items() if name not in small}
 
 
 def total_variation(x: Tensor) -> Tensor:
@@ -272,7 +372,9 @@ def _classifier_gradient(observation: Observation) -> Tensor:
     )
 
 
-def _draw(secret: Secret, like: Tensor, rng: Rng, purpose: str, dtype: torch.dtype) -> Tensor:
+def _draw(secret: Secret, like: Tensor, rng: Rng, purpose: str | Sequence[str], dtype: torch.dtype) -> Tensor:
     """Return the attacker's own draws [T, *shape] of a secret, shaped like the tensor of the architecture."""
-    rows = [secret.law.draw(tuple(like.shape), generator) for generator in rng.generators(f"{purpose} {secret.name}")]
+    name = secret.name
+    purposes = f"{purpose} {name}" if isinstance(purpose, str) else [f"{own} {name}" for own in purpose]
+    rows = [secret.law.draw(tuple(like.shape), generator) for generator in rng.generators(purposes)]
     return torch.stack(rows).to(rng.device, dtype)

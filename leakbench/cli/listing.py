@@ -59,6 +59,21 @@ def metrics(plugin: Plugin = None) -> None:
 
 
 @app.command()
+def generators(plugin: Plugin = None) -> None:
+    """List the generators, with options, defaults and references, and the weights that ship."""
+    from leakbench.generators import parse, registry
+    from leakbench.generators.dcgan import SHIPPED
+
+    _show(registry, plugin)
+    typer.echo("Weights that ship with leakbench:")
+    for name in SHIPPED:
+        card = parse(f"dcgan:{name}").card()
+        typer.echo(
+            f"dcgan:{name}\n    trained on {card.data}\n    licence: {card.licence}\n    SHA-256: {card.checksum}"
+        )
+
+
+@app.command()
 def suites() -> None:
     """List the matrices that ship with leakbench."""
     from leakbench import matrix

@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from leakbench.cli import assets, listing, report, run
+from leakbench.cli import assets, listing, report, run, train
 from leakbench.errors import LeakbenchError
 from leakbench.version import __version__
 
@@ -19,6 +19,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(run.app, name="run")
+app.add_typer(train.app, name="train")
 app.add_typer(assets.app, name="assets")
 app.add_typer(listing.app, name="list")
 app.command("report")(report.report)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,6 +11,10 @@ import typer
 def report(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a run.")],
     format: Annotated[list[str] | None, typer.Option("--format", help="md or csv; repeatable (default: both).")] = None,
+    compare: Annotated[
+        Literal["paper"] | None,
+        typer.Option(help="Write OUT/paper.md too: FedKL's published figures beside the run's."),
+    ] = None,
 ) -> None:
     """Write OUT/report.md with OUT/grids, and OUT/results.csv, from OUT/run.sqlite."""
     from leakbench import report as reports
@@ -22,3 +26,5 @@ def report(
         raise BadOption(f"unknown format {unknown[0]!r}; known: md, csv")
     for path in reports.write(out, formats):
         typer.echo(str(path))
+    if compare is not None:
+        typer.echo(str(reports.write_comparison(out)))

@@ -89,6 +89,15 @@ class Defense(Component):
         """Return the [T, ...] dummy gradient as an informed attacker believes it would have been released."""
         return gradient
 
+    def recover(self, model: nn.Module, observed: Mapping[str, Tensor]) -> Gradient:
+        """Return the secrets [T, *shape] that an informed attacker works out from what was sent, by name.
+
+        Args:
+            model: the public architecture, without values.
+            observed: what was sent, [T, *shape] per parameter; withheld names are absent.
+        """
+        return {}
+
 
 registry: Registry[Defense] = Registry("defense", "leakbench.defenses", Defense)
 register = registry.register

@@ -14,6 +14,22 @@ from torch import Tensor
 from torch.autograd import Function
 
 
+def needed(ctx: Any, index: int) -> bool:
+    """Return whether the running backward pass will use the gradient by a Function's input.
+
+    ``needs_input_grad`` only says that the input has a gradient; the first pass by parameters does not use the
+    gradient by the image, and the second pass by the image does not use the gradient by the parameters. The engine
+    can tell, except for leaves.
+    """
+    node = ctx.next_functions[index][0]
+    if node is None or not ctx.needs_input_grad[index]:
+        return False
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:
+        return True
+
+
 class Linear(Function):
     """x [T, R, I] and weight [T, O, I] give x weight^T [T, R, O]."""
 
@@ -27,8 +43,8 @@ class Linear(Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Return the gradients by x and weight."""
         x, weight = ctx.saved_tensors
-        by_x = InputGradient.apply(grads[0], weight) if ctx.needs_input_grad[0] else None
-        by_weight = WeightGradient.apply(grads[0], x) if ctx.needs_input_grad[1] else None
+        by_x = InputGradient.apply(grads[0], weight) if needed(ctx, 0) else None
+        by_weight = WeightGradient.apply(grads[0], x) if needed(ctx, 1) else None
         return by_x, by_weight
 
 
@@ -45,8 +61,8 @@ class InputGradient(Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Return the gradients by grad and weight."""
         grad, weight = ctx.saved_tensors
-        by_grad = Linear.apply(grads[0], weight) if ctx.needs_input_grad[0] else None
-        by_weight = WeightGradient.apply(grad, grads[0]) if ctx.needs_input_grad[1] else None
+        by_grad = Linear.apply(grads[0], weight) if needed(ctx, 0) else None
+        by_weight = WeightGradient.apply(grad, grads[0]) if needed(ctx, 1) else None
         return by_grad, by_weight
 
 
@@ -64,8 +80,8 @@ class WeightGradient(Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Return the gradients by grad and x."""
         grad, x = ctx.saved_tensors
-        by_grad = Linear.apply(x, grads[0]) if ctx.needs_input_grad[0] else None
-        by_x = InputGradient.apply(grad, grads[0]) if ctx.needs_input_grad[1] else None
+        by_grad = Linear.apply(x, grads[0]) if needed(ctx, 0) else None
+        by_x = InputGradient.apply(grad, grads[0]) if needed(ctx, 1) else None
         return by_grad, by_x
 
 

@@ -1,16 +1,22 @@
 """The gradient of each trial's loss with respect to that trial's parameters, differentiable in the image.
 
-Two paths give the same numbers: ``batched`` runs all trials at once with intercepted calls, ``one-at-a-time`` runs them
-in a loop. ``choose_path`` compares the two in float64, second derivative included, and falls back to the loop for a
-network that holds an operation the interception does not cover.
+Three paths give the same numbers. ``batched`` runs the network once on all trials, with intercepted calls; ``vmap``
+runs it on one trial under ``torch.vmap``, which batches every operation that torch has a rule for; ``one-at-a-time`` is
+a loop. ``choose_path`` takes the first that agrees with the loop in float64, second derivative included.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import dataclasses
+import enum
+import functools
+import types
+import warnings
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -19,11 +25,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from leakbench.errors import Unsupported
-from leakbench.gradients.intercept import PerTrialParameters
-from leakbench.rng import seeded
+from leakbench.gradients.draws import BatchDraws, Generators, NoDraws
+from leakbench.gradients.intercept import PER_TRIAL, UNDER_VMAP, Interception
+from leakbench.rng import generator, seeded
 from leakbench.types import Gradient
 
-Path = Literal["batched", "one-at-a-time"]
+Path = Literal["batched", "vmap", "one-at-a-time"]
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
@@ -59,7 +66,7 @@ class Evaluator:
         model: the architecture; the values of its tensors are given with every call.
         names: the parameters to differentiate by.
         loss: (model, x [B, C, H, W], y) -> [B].
-        path: ``batched`` or ``one-at-a-time``.
+        path: ``batched``, ``vmap`` or ``one-at-a-time``.
     """
 
     model: nn.Module
@@ -67,19 +74,57 @@ class Evaluator:
     loss: Loss = plain_loss
     path: Path = "batched"
 
-    def losses(self, tensors: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        """Return the loss [T] of images [T, C, H, W] and labels ([T] int64 or [T, K] probabilities)."""
+    def losses(
+        self, tensors: Mapping[str, Tensor], x: Tensor, y: Tensor, generators: Generators | None = None
+    ) -> Tensor:
+        """Return the loss [T] of images [T, C, H, W] and labels ([T] int64 or [T, K] probabilities).
+
+        Args:
+            tensors: see ``gradient``.
+            x: see ``gradient``.
+            y: see ``gradient``.
+            generators: makes one generator a trial for the network's random layers; without it they must not draw.
+        """
         module = _LossModule(self.model, self.loss)
+        source = None if generators is None else BatchDraws(generators)
+        none = NoDraws()
         if self.path == "batched":
-            with PerTrialParameters():
-                return functional_call(module, self._named(tensors), (x, y))
-        rows = [
-            functional_call(module, self._named(self._row(tensors, t)), (x[t : t + 1], y[t : t + 1]))
-            for t in range(len(x))
-        ]
+            with Interception(source or none, PER_TRIAL):
+                return functional_call(module, self._named(self._placed(tensors)), (x, y))
+        if self.path == "vmap":
+            named = self._named(tensors)
+
+            def alone(tensors: Mapping[str, Tensor], x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+                with Interception(source.vmapped(index) if source else none, UNDER_VMAP):
+                    loss: Tensor = functional_call(module, dict(tensors), (x[None], y[None]))[0]
+                return loss
+
+            axes = {
+                f"model.{name}": 0 if value.ndim > self._own[name].ndim else None for name, value in tensors.items()
+            }
+            index = torch.arange(len(x), device=x.device)
+            with warnings.catch_warnings():
+                # an operation that vmap has no rule for is looped over, which it says every time
+                warnings.filterwarnings("ignore", "There is a performance drop")
+                out: Tensor = torch.vmap(alone, in_dims=(axes, 0, 0, 0), randomness="same")(named, x, y, index)
+            return out
+        # all rows are taken at once: the derivative of each by itself would be as large as that of all
+        apart = {name: v.unbind() if v.ndim > self._own[name].ndim else [v] * len(x) for name, v in tensors.items()}
+        rows = []
+        for t, (image, label) in enumerate(zip(x.split(1), y.split(1))):
+            with Interception(source.row(t) if source else none):
+                own = self._named({name: values[t] for name, values in apart.items()})
+                rows.append(functional_call(module, own, (image, label)))
         return torch.cat(rows)
 
-    def gradient(self, tensors: Mapping[str, Tensor], x: Tensor, y: Tensor, create_graph: bool = True) -> Gradient:
+    def gradient(
+        self,
+        tensors: Mapping[str, Tensor],
+        x: Tensor,
+        y: Tensor,
+        create_graph: bool = True,
+        generators: Generators | None = None,
+    ) -> Gradient:
         """Return each trial's gradient by its own parameters, [T, *shape] per name.
 
         Args:
@@ -88,86 +133,218 @@ class Evaluator:
             x: [T, C, H, W].
             y: [T] int64 or [T, K] class probabilities.
             create_graph: keep the graph, so that the gradient can be differentiated by x, y and ``tensors``.
+            generators: makes one generator a trial for the network's random layers, such as dropout; without it a
+                network that draws raises Unsupported.
         """
-        leaves = {}
-        for name in self.names:
-            value = tensors[name]
-            leaves[name] = value if value.requires_grad else value.detach().requires_grad_()
-        loss = self.losses({**tensors, **leaves}, x, y)
-        grads = torch.autograd.grad(loss.sum(), list(leaves.values()), create_graph=create_graph, allow_unused=True)
-        return {name: torch.zeros_like(leaves[name]) if grad is None else grad for name, grad in zip(self.names, grads)}
+        # views, because the backward pass can only be told to leave out what is not a leaf
+        own = {name: _differentiable(tensors[name]) for name in self.names}
+        loss = self.losses({**tensors, **own}, x.view_as(x), y, generators)
+        grads = torch.autograd.grad(loss.sum(), list(own.values()), create_graph=create_graph, allow_unused=True)
+        return {name: torch.zeros_like(own[name]) if grad is None else grad for name, grad in zip(self.names, grads)}
 
-    def _row(self, tensors: Mapping[str, Tensor], t: int) -> dict[str, Tensor]:
-        """Return trial t's own tensors."""
-        own = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        row = {}
-        for name, value in tensors.items():
-            value = value[t] if value.ndim > own[name].ndim else value
-            row[name] = value
-        return row
+    def _placed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put the trials of [T, 1, *shape] in the place of the batch axis that a parameter keeps free: [T, *shape].
+
+        Class tokens, position embeddings and other parameters that a network adds to or joins with activations do so.
+        """
+        return {name: value.squeeze(1) if name in self._free else value for name, value in tensors.items()}
 
     def _named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Name tensors as ``_LossModule`` does; buffers are cloned, because modules write into them."""
-        buffers = {name for name, _ in self.model.named_buffers()}
         return {
-            f"model.{name}": value.clone() if name in buffers and not value.requires_grad else value
+            f"model.{name}": value.clone() if name in self._buffers and not value.requires_grad else value
             for name, value in tensors.items()
         }
+
+    @cached_property
+    def _own(self) -> dict[str, Tensor]:
+        return tensors_of(self.model)
+
+    @cached_property
+    def _buffers(self) -> frozenset[str]:
+        return frozenset(name for name, _ in self.model.named_buffers())
+
+    @cached_property
+    def _free(self) -> frozenset[str]:
+        """The parameters [1, *shape] of modules that are none of torch's own, whose calls are intercepted instead."""
+        return frozenset(
+            name
+            for name, value in self.model.named_parameters()
+            if value.ndim >= 2 and value.shape[0] == 1 and not _of_torch(self.model, name)
+        )
+
+
+def _differentiable(tensor: Tensor) -> Tensor:
+    """Return a view of a tensor that gradients can be taken by."""
+    tensor = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+    return tensor.view_as(tensor)
+
+
+def _of_torch(model: nn.Module, name: str) -> bool:
+    """Return whether a parameter belongs to one of torch's own layers, or to a class that is built on one."""
+    owner = type(model.get_submodule(name.rpartition(".")[0]))
+    return any(base.__module__.startswith("torch.nn.modules.") for base in owner.__mro__ if base is not nn.Module)
 
 
 def choose_path(
     evaluator: Evaluator, tensors: Mapping[str, Tensor], image_shape: tuple[int, ...], classes: int
 ) -> Path:
-    """Return ``batched`` where it agrees with one-at-a-time double backward in float64 to 1e-8, else the loop.
+    """Return the first path that agrees with one-at-a-time double backward in float64 to 1e-8.
 
-    The comparison takes two trials with different images and parameters, the gradient itself, and the derivative of a
-    random projection of it by the image.
+    The comparison takes two trials with different images and, where trials have their own, different parameters; the
+    gradient itself, and the derivative of a projection of it by the image. It is made once in a process for networks
+    that differ in the values of their parameters alone.
 
     Raises:
-        Unsupported: the network cannot be differentiated twice even one trial at a time, or draws random numbers.
+        Unsupported: the network cannot be differentiated twice even one trial at a time, or draws random numbers
+            in a way that is not intercepted.
     """
-    rng = torch.Generator().manual_seed(0)
+    own = tensors_of(evaluator.model)
+    try:
+        key = (
+            fingerprint(evaluator.model),
+            fingerprint(evaluator.loss),
+            evaluator.names,
+            image_shape,
+            classes,
+            tuple((name, _kind(value, own[name])) for name, value in tensors.items()),
+        )
+    except (TypeError, RecursionError):
+        return _compare(evaluator, tensors, image_shape, classes)
+    if key not in _CHOSEN:
+        _CHOSEN[key] = _compare(evaluator, tensors, image_shape, classes)
+    return _CHOSEN[key]
+
+
+_CHOSEN: dict[Hashable, Path] = {}
+"""What ``choose_path`` found, by everything that it depends on."""
+
+
+def _kind(value: Tensor, own: Tensor) -> Hashable:
+    """Return what of a given tensor a path can depend on: device, type, trial axis, and the values of integers."""
+    axis = "none" if value.ndim == own.ndim else "shared" if _shared(value) else "own"
+    values = () if value.is_floating_point() else tuple(value.flatten().tolist())
+    return (str(value.device), value.dtype, axis, values)
+
+
+def _shared(value: Tensor) -> bool:
+    """Return whether all trials have the same values of a tensor with a trial axis."""
+    return value.stride(0) == 0 or len(value) == 1
+
+
+def _compare(evaluator: Evaluator, tensors: Mapping[str, Tensor], image_shape: tuple[int, ...], classes: int) -> Path:
+    """Return the first path that gives the loop's numbers; see ``choose_path``."""
+    rng = generator("choose path")
     device = next(iter(tensors.values())).device
-    own = {**dict(evaluator.model.named_parameters()), **dict(evaluator.model.named_buffers())}
+    own = tensors_of(evaluator.model)
     pair = {}
     for name, value in tensors.items():
-        if value.is_floating_point():
-            value = value.detach().double()
-            if value.ndim > own[name].ndim:
-                factor = torch.tensor([1.0, 0.9], dtype=torch.float64, device=device)
-                value = value[:1] * factor.view(2, *[1] * (value.ndim - 1))
-        pair[name] = value
+        two = value.detach()
+        if value.ndim > own[name].ndim:
+            one = value[:1].detach()
+            if _shared(value) or not one.is_floating_point():
+                two = one.to(_double(one)).expand(2, *own[name].shape)
+            else:
+                two = torch.cat([one.double(), 0.9 * one.double()])
+        pair[name] = two.to(_double(two))
     # the values are given with each call; the module itself only has to be of the same type
     x = torch.rand((2, *image_shape), generator=rng, dtype=torch.float64).to(device)
     y = torch.softmax(torch.randn((2, classes), generator=rng, dtype=torch.float64), 1).to(device)
-    weights = {
-        name: torch.randn(pair[name].shape, generator=rng, dtype=torch.float64).to(device) for name in evaluator.names
-    }
+    along = {name: torch.randn(own[name].shape, generator=rng).to(device, torch.float64) for name in evaluator.names}
 
-    def second(path: Path) -> tuple[list[Tensor], Tensor]:
+    def second(path: Path) -> tuple[Gradient, Tensor]:
         probe = x.clone().requires_grad_()
         with seeded("choose path"):
-            state = torch.get_rng_state()
-            gradient = replace(evaluator, path=path).gradient(pair, probe, y)
-            if not torch.equal(torch.get_rng_state(), state):
-                raise Unsupported("the network draws random numbers (dropout?) as it runs; attack it in eval mode")
-        projection = sum(((gradient[name] * weights[name]).sum() for name in evaluator.names), probe.new_zeros(()))
-        (by_image,) = torch.autograd.grad(projection, probe, allow_unused=True)
+            state = _global_state(device)
+            gradient = replace(evaluator, path=path).gradient(pair, probe, y, generators=_own_generators)
+            if not all(map(torch.equal, state, _global_state(device))):
+                raise Unsupported(
+                    "the network draws random numbers in a way that cannot be made each trial's own (dropout, "
+                    "stochastic depth and rand_like can); attack it in eval mode"
+                )
+        used = [name for name in evaluator.names if gradient[name].requires_grad]
+        weights = [along[name].expand_as(gradient[name]) for name in used]
+        outputs = [gradient[name] for name in used]
+        (by_image,) = torch.autograd.grad(outputs, probe, weights, allow_unused=True) if used else (None,)
         if by_image is None:
             raise Unsupported("the gradient does not depend on the image; there is nothing to match")
-        return [gradient[name].detach() for name in evaluator.names], by_image
+        return {name: value.detach() for name, value in gradient.items()}, by_image
+
+    def agrees(path: Path) -> bool:
+        try:
+            fast_gradient, fast = second(path)
+        except (RuntimeError, ValueError, NotImplementedError, TypeError, IndexError, Unsupported):
+            return False
+        return _close(fast, slow) and all(_close(fast_gradient[name], slow_gradient[name]) for name in evaluator.names)
 
     try:
         slow_gradient, slow = second("one-at-a-time")
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise Unsupported(f"the network cannot be differentiated twice: {' '.join(str(error).split())}") from error
-    try:
-        fast_gradient, fast = second("batched")
-    except (RuntimeError, ValueError, NotImplementedError, TypeError, IndexError):
-        return "one-at-a-time"
-    pairs = [*zip(fast_gradient, slow_gradient), (fast, slow)]
-    agree = all(a.shape == b.shape and bool((a - b).norm() <= 1e-8 * b.norm() + 1e-12) for a, b in pairs)
-    return "batched" if agree else "one-at-a-time"
+    served: tuple[Path, ...] = ("batched", "vmap")
+    return next((path for path in served if agrees(path)), "one-at-a-time")
+
+
+def _double(value: Tensor) -> torch.dtype:
+    return torch.float64 if value.is_floating_point() else value.dtype
+
+
+def _own_generators() -> list[torch.Generator]:
+    return [generator("choose path", trial) for trial in range(2)]
+
+
+def _global_state(device: torch.device) -> list[Tensor]:
+    """Return the states of torch's global generators that a network on this device may draw from."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool((a - b).norm() <= 1e-8 * b.norm() + 1e-12)
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and buffer of a network by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def fingerprint(value: object) -> Hashable:
+    """Return what a network is made of, without the values of its parameters: equal for copies, unequal otherwise.
+
+    Raises:
+        TypeError: something in the network cannot be compared, such as an object of a class of one's own.
+    """
+    if value is None or isinstance(value, _PLAIN):
+        return (type(value), value)
+    if isinstance(value, (tuple, list)):
+        return (type(value), *map(fingerprint, value))
+    if isinstance(value, (set, frozenset)):
+        return (type(value), frozenset(map(fingerprint, value)))
+    if isinstance(value, dict):
+        return (type(value), tuple((fingerprint(key), fingerprint(item)) for key, item in value.items()))
+    if isinstance(value, functools.partial):
+        return (functools.partial, *map(fingerprint, (value.func, value.args, value.keywords)))
+    if isinstance(value, types.MethodType):
+        return (types.MethodType, value.__func__, fingerprint(value.__self__))
+    if dataclasses.is_dataclass(value):
+        return (type(value), fingerprint(vars(value)))
+    if isinstance(value, nn.Module):
+        tensors = [
+            (name, type(tensor), tuple(tensor.shape), tensor.dtype)
+            for held in (value._parameters, value._buffers)
+            for name, tensor in held.items()
+            if tensor is not None
+        ]
+        # hooks of loading and saving have no part in a forward pass
+        rest = {k: v for k, v in vars(value).items() if k not in ("_parameters", "_buffers") and "state_dict" not in k}
+        return (type(value), tuple(tensors), fingerprint(rest))
+    raise TypeError(f"a {type(value).__name__} cannot be compared")
+
+
+_PLAIN = (
+    *(bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, enum.Enum),
+    *(types.FunctionType, types.BuiltinFunctionType),
+)
 
 
 def architecture(model: nn.Module) -> nn.Module:

@@ -2,12 +2,15 @@
 
 At batch size 1 a network's batch axis is the trial axis. So the module runs on [T, C, H, W] with parameters that carry
 a leading T axis, and only the calls in which parameters meet activations, or in which examples meet each other, are
-replaced: convolution, linear map and batch normalisation. Everything else in a network acts on each example alone.
+replaced: convolution, linear map and normalisation. Everything else in a network acts on each example alone.
+
+Whatever the path, operations without a second derivative are written out, and random layers draw from their trial.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,16 +19,35 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from leakbench.gradients.bilinear import Linear
+from leakbench.gradients.convolution import Convolution, Geometry
+from leakbench.gradients.draws import Draws, random_operations
+from leakbench.gradients.normalisation import normalise
+from leakbench.gradients.twice import COMPOSITE, ELEMENTARY
+
+Operations = Mapping[Callable[..., Any], Callable[..., Any]]
 
 
-class PerTrialParameters(TorchFunctionMode):
-    """Inside this context conv2d, linear and batch_norm treat the batch axis as trials with parameters of their own."""
+class Interception(TorchFunctionMode):
+    """Inside this context a network can be differentiated twice, and draws each trial's random numbers by itself.
+
+    Args:
+        draws: what random layers draw from.
+        operations: further functions, and what is called in their place: ``PER_TRIAL`` or ``UNDER_VMAP``.
+    """
+
+    def __init__(self, draws: Draws, operations: Operations = MappingProxyType({})) -> None:
+        super().__init__()
+        self._operations = {**ELEMENTARY, **random_operations(draws), **operations}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Call the per-trial version of ``func`` where there is one."""
-        return _PER_TRIAL.get(func, func)(*args, **(kwargs or {}))
+        """Call what serves in the place of ``func``, or ``func`` itself."""
+        composite = COMPOSITE.get(func)
+        if composite is not None:
+            with self:
+                return composite(*args, **(kwargs or {}))
+        return self._operations.get(func, func)(*args, **(kwargs or {}))
 
 
 def conv2d(
@@ -40,19 +62,32 @@ def conv2d(
     """Convolve trial t with weight[t]: [T, C, H, W] and [T, O, C/groups, kh, kw] give [T, O, H', W']."""
     if weight.ndim == 4:
         return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    trials, channels = weight.shape[:2]
-    out = torch.conv2d(
-        x.reshape(1, -1, *x.shape[2:]), weight.flatten(0, 1), None, stride, padding, dilation, trials * groups
-    )
-    out = out.view(trials, channels, *out.shape[2:])
+    kernel, spread = (weight.shape[3], weight.shape[4]), _pair(dilation)
+    if padding == "same":
+        x = F.pad(x, [side for d, k in zip(spread[::-1], kernel[::-1]) for side in _same(d * (k - 1))])
+    around = (0, 0) if isinstance(padding, str) else _pair(padding)
+    geometry = Geometry(_pair(stride), around, spread, groups, (x.shape[2], x.shape[3]), kernel)
+    out: Tensor = Convolution.apply(x, weight, geometry)
     return out if bias is None else out + bias[..., None, None]
 
 
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+def _same(total: int) -> tuple[int, int]:
+    """Return how many zeros "same" padding puts before and behind."""
+    return total // 2, total - total // 2
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Map trial t by weight[t]: [T, ..., I] and [T, O, I] give [T, ..., O]; the products are taken in row form."""
+    """Map trial t by weight[t]: [T, ..., I] and [T, O, I] give [T, ..., O]; the products are taken in row form.
+
+    The leading axis of x may hold several places a trial, one trial after the other (as windows of an image do).
+    """
     if weight.ndim == 2:
         return F.linear(x, weight, bias)
-    rows = x.reshape(x.shape[0], -1, x.shape[-1])
+    rows = x.reshape(weight.shape[0], -1, x.shape[-1])
     out: Tensor = Linear.apply(rows, weight)
     if bias is not None:
         out = out + bias[:, None]
@@ -71,31 +106,102 @@ def batch_norm(
 ) -> Tensor:
     """Normalise each trial by the statistics of its own single image (training) or by the running ones.
 
-    Mean and variance are written out because the second derivative of the native kernel is silently wrong under some
-    transforms; the running statistics are not touched.
+    The running statistics are not touched. A parameter that all trials share, or that is missing, is expanded.
     """
     trials, channels = x.shape[:2]
     rows = x.reshape(trials, channels, -1)
+    gamma = x.new_ones(()) if weight is None else weight
+    beta = x.new_zeros(()) if bias is None else bias
+    gamma, beta = gamma.expand(trials, channels), beta.expand(trials, channels)
     if training or running_mean is None or running_var is None:
         if rows.shape[2] == 1:
             raise ValueError("batch normalisation needs more than one value per channel of a single image")
-        mean = rows.mean(2, keepdim=True)
-        centred = rows - mean
-        variance = centred.square().mean(2, keepdim=True)
+        out = normalise(rows.flatten(0, 1), gamma.flatten(), beta.flatten(), eps)
     else:
-        centred = rows - running_mean[..., None]
-        variance = running_var[..., None]
-    out = centred * torch.rsqrt(variance + eps)
-    if weight is not None:
-        out = out * weight[..., None]
-    if bias is not None:
-        out = out + bias[..., None]
+        scale = gamma * torch.rsqrt(running_var + eps)
+        out = torch.addcmul(beta[..., None], rows - running_mean[..., None], scale[..., None])
     return out.view(x.shape)
 
 
-_PER_TRIAL: Mapping[Callable[..., Any], Callable[..., Any]] = {
+def layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalise the last axes; weight and bias are [*normalized_shape], or [T, *normalized_shape] for x [T, ...]."""
+    shape = list(normalized_shape)
+    out = F.layer_norm(x, shape, None, None, eps)
+    return _affine(out, *(_before(value, len(shape), x.ndim) for value in (weight, bias)))
+
+
+def group_norm(
+    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """Normalise the channels of each example in groups; weight and bias are [C], or [T, C] for x [T, C, ...]."""
+    out = F.group_norm(x, num_groups, None, None, eps)
+    return _affine(out, _channels(weight, x.ndim), _channels(bias, x.ndim))
+
+
+def instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalise each channel of each example; weight and bias are [C], or [T, C] for x [T, C, ...]."""
+    out = F.instance_norm(x, running_mean, running_var, None, None, use_input_stats, momentum, eps)
+    return _affine(out, _channels(weight, x.ndim), _channels(bias, x.ndim))
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def _before(value: Tensor | None, trailing: int, ndim: int) -> Tensor | None:
+    """Return [T, 1, ..., *shape] with ndim axes for [T, *shape]; what has no trial axis is left as it is."""
+    if value is None or value.ndim == trailing:
+        return value
+    return value.view(len(value), *[1] * (ndim - 1 - trailing), *value.shape[1:])
+
+
+def _channels(value: Tensor | None, ndim: int) -> Tensor | None:
+    """Return [C, 1, ...] or [T, C, 1, ...], as it meets a tensor [T, C, ...] of ndim axes."""
+    return None if value is None else value[(..., *[None] * (ndim - 2))]
+
+
+PER_TRIAL: Operations = {
     F.conv2d: conv2d,
     torch.conv2d: conv2d,
     F.linear: linear,
     F.batch_norm: batch_norm,
+    F.layer_norm: layer_norm,
+    F.group_norm: group_norm,
+    F.instance_norm: instance_norm,
 }
+"""For parameters [T, *shape] and a batch axis of T trials."""
+
+
+def _batch_norm_in_vmap(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalise as ``F.batch_norm``, but leave the running statistics, which all trials share, as they are."""
+    kept = (None, None) if training else (running_mean, running_var)
+    return F.batch_norm(x, *kept, weight, bias, training, momentum, eps)
+
+
+UNDER_VMAP: Operations = {F.batch_norm: _batch_norm_in_vmap}
+"""For a single trial under ``vmap``."""

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from leakbench.metrics.base import Metric, register
-from leakbench.metrics.checks import check_pair
+from leakbench.metrics.checks import by_rows, check_pair
 from leakbench.metrics.standard import PSNR_CAP, SSIM_WINDOW, psnr, ssim, ssim_note
 
 _FIT = "after the least-squares fit a*x + b to the truth, two numbers an image, any sign, then clipped to [0, 1]"
+
+_PIXELS = 2**16
 
 
 def align(images: Tensor, truth: Tensor) -> Tensor:
@@ -36,6 +38,10 @@ def align(images: Tensor, truth: Tensor) -> Tensor:
         ValueError: shapes differ, a value is not finite, or the truth leaves [0, 1].
     """
     check_pair(images, truth)
+    return by_rows(_align, images, truth, _PIXELS)
+
+
+def _align(images: Tensor, truth: Tensor) -> Tensor:
     x, y = images.double().flatten(1), truth.double().flatten(1)
     x = x / _or_one(x.abs().amax(dim=1, keepdim=True))  # so that no square overflows
     x = x - x.mean(dim=1, keepdim=True)

@@ -23,11 +23,13 @@ def check_pair(images: Tensor, truth: Tensor) -> None:
     for what, values in (("reconstruction", images), ("truth", truth)):
         if values.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"the {what} is of {values.dtype}; give torch.float32 or torch.float64")
-        if not bool(torch.isfinite(values).all()):
+        if values.numel() and not bool(torch.isfinite(torch.stack(values.aminmax())).all()):
             row = int((~torch.isfinite(values)).flatten(1).any(dim=1).nonzero()[0, 0])
             raise ValueError(f"the {what} of row {row} is not finite; replace failed rows before they are scored")
-    if truth.numel() and not (float(truth.min()) >= 0 and float(truth.max()) <= 1):
-        raise ValueError(f"the truth ranges from {float(truth.min()):g} to {float(truth.max()):g}; give it in [0, 1]")
+    if truth.numel():
+        low, high = (float(value) for value in truth.aminmax())
+        if low < 0 or high > 1:
+            raise ValueError(f"the truth ranges from {low:g} to {high:g}; give it in [0, 1]")
 
 
 def check_size(images: Tensor, pixels: int, metric: str) -> None:
@@ -40,6 +42,6 @@ def check_size(images: Tensor, pixels: int, metric: str) -> None:
 
 
 def by_rows(metric: Callable[[Tensor, Tensor], Tensor], images: Tensor, truth: Tensor, pixels: int) -> Tensor:
-    """Return the metric's [T] values, computed on as many rows at once as hold about this many pixels."""
+    """Return the metric's values [T, ...], computed on as many rows at once as hold about this many pixels."""
     rows = max(1, pixels // (images.shape[-2] * images.shape[-1]))
     return torch.cat([metric(x, y) for x, y in zip(images.split(rows), truth.split(rows))])

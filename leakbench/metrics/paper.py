@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from leakbench.metrics.base import Metric, register
-from leakbench.metrics.checks import check_pair, check_size
+from leakbench.metrics.checks import by_rows, check_pair, check_size
 from leakbench.metrics.lpips import Net, TrunkMetric, rgb, trunk_distance
-from leakbench.metrics.standard import ssim_note
+from leakbench.metrics.standard import SSIM_PIXELS, ssim_note, windowed_ssim
 
 PAPER_PSNR_CAP = 100.0
 """dB; the paper's "PSNR" of equal images, where its code divides by zero."""
 
 PAPER_SSIM_WINDOW = 7
 """Pixels; no image may be narrower."""
+
+_ERROR_PIXELS = 2**16
 
 _PIXELS = "both images cast to bytes without clamping (values wrap mod 256), 0 to 255, grey replicated"
 _REFERENCE = "Wei et al. 2023, FedKL, arXiv 2305.04095, table 6 (as the released code computes it)"
@@ -43,8 +45,8 @@ def quantise(images: Tensor) -> Tensor:
     Raises:
         ValueError: C is neither 1 nor 3.
     """
-    scaled = (rgb(images) * 255).nan_to_num().trunc()  # overflow: the largest float, a multiple of 256
-    return scaled.fmod(256).to(torch.int64).remainder(256).to(torch.uint8)
+    scaled = (images * 255).nan_to_num().trunc()  # overflow: the largest float, a multiple of 256
+    return rgb((scaled - 256 * (scaled / 256).floor()).to(torch.uint8))  # every step is exact
 
 
 def paper_mse(images: Tensor, truth: Tensor) -> Tensor:
@@ -61,7 +63,11 @@ def paper_mse(images: Tensor, truth: Tensor) -> Tensor:
         ValueError: shapes differ, a value is not finite, the truth leaves [0, 1], or C is neither 1 nor 3.
     """
     check_pair(images, truth)
-    return (quantise(images).double() - quantise(truth).double()).square().flatten(1).mean(dim=1).sqrt()
+
+    def error(x: Tensor, y: Tensor) -> Tensor:
+        return (quantise(x).double() - quantise(y).double()).square().flatten(1).mean(dim=1).sqrt()
+
+    return by_rows(error, images, truth, _ERROR_PIXELS)
 
 
 def paper_psnr(images: Tensor, truth: Tensor) -> Tensor:
@@ -81,7 +87,7 @@ def paper_psnr(images: Tensor, truth: Tensor) -> Tensor:
 
 
 def paper_ssim(images: Tensor, truth: Tensor) -> Tensor:
-    """Return scikit-image's SSIM of the bytes: a uniform 7 x 7 window, sample covariance, data range 255.
+    """Return the SSIM of the bytes as scikit-image does by default: uniform 7 x 7 window, sample covariance, range 255.
 
     Args:
         images: [T, C, H, W], C = 1 or 3, of any finite range; wrapped by ``quantise``.
@@ -93,13 +99,16 @@ def paper_ssim(images: Tensor, truth: Tensor) -> Tensor:
     Raises:
         ValueError: as ``paper_mse``, or the images are narrower than 7 pixels.
     """
-    from skimage.metrics import structural_similarity  # takes half a second
-
     check_pair(images, truth)
     check_size(images, PAPER_SSIM_WINDOW, "paper_ssim")
-    pairs = zip(*(quantise(x).permute(0, 2, 3, 1).cpu().numpy() for x in (images, truth)))
-    values = [structural_similarity(x, y, data_range=255, channel_axis=2) for x, y in pairs]
-    return torch.tensor(values, dtype=torch.float64, device=images.device)
+    pixels = PAPER_SSIM_WINDOW**2
+    window = torch.full((PAPER_SSIM_WINDOW,), 1 / PAPER_SSIM_WINDOW, dtype=torch.float64, device=images.device)
+
+    def similarity(x: Tensor, y: Tensor) -> Tensor:
+        levels = quantise(x).double(), quantise(y).double()
+        return windowed_ssim(*levels, window, data_range=255, bessel=pixels / (pixels - 1))
+
+    return by_rows(similarity, images, truth, SSIM_PIXELS)
 
 
 def paper_lpips(images: Tensor, truth: Tensor, net: Net) -> Tensor:

@@ -1,6 +1,6 @@
 """The registered models: one file a family; and a user's own network as a model."""
 
-from leakbench.models import lenet, resnet
+from leakbench.models import lenet, resnet, resnet18, vgg
 from leakbench.models.base import Model, register, registry
 from leakbench.models.module import OwnModule
 
@@ -9,4 +9,17 @@ names = registry.names
 parse = registry.parse
 spec = registry.spec
 
-__all__ = ["Model", "OwnModule", "get", "lenet", "names", "parse", "register", "registry", "resnet", "spec"]
+__all__ = [
+    "Model",
+    "OwnModule",
+    "get",
+    "lenet",
+    "names",
+    "parse",
+    "register",
+    "registry",
+    "resnet",
+    "resnet18",
+    "spec",
+    "vgg",
+]

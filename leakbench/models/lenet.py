@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from leakbench.errors import Unsupported
 from leakbench.models.base import Model, register
-from leakbench.models.weights import Init, fingerprint, initialise, load
+from leakbench.models.weights import Init, checkpoint_settings, initialise, load
 
 
 class _LeNet(nn.Module):
@@ -104,10 +104,3 @@ def _build(
     if weights is not None:
         load(model, weights)
     return model
-
-
-def checkpoint_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Replace the path of a checkpoint by a fingerprint of its content."""
-    if settings["weights"] is not None:
-        settings["weights"] = fingerprint(settings["weights"])
-    return settings

@@ -1,13 +1,16 @@
-"""Find and replace parts of any network: its first normalisation, its last linear layer."""
+"""Find and replace parts of any network: its normalisations, its linear layers."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal
 
-from torch import nn
+from torch import fx, nn
 
 from leakbench.errors import Unsupported
+
+Layers = Literal["first", "all"]
 
 _NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d)
 
@@ -23,30 +26,113 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, new)
 
 
-def replace_first_norm(model: nn.Module, make: Callable[[int], nn.Module]) -> nn.Module:
-    """Return a copy whose first convolution is followed by ``make(channels)`` instead of its normalisation.
+def plain_norm(channels: int, old: nn.Module | None) -> nn.BatchNorm2d:
+    """Return a batch normalisation without scale and shift; it takes over the statistics of one that it replaces."""
+    if not isinstance(old, nn.BatchNorm2d):
+        return nn.BatchNorm2d(channels, affine=False)
+    new = nn.BatchNorm2d(channels, old.eps, old.momentum, affine=False, track_running_stats=old.track_running_stats)
+    new.load_state_dict(dict(old.named_buffers()))
+    return new
 
-    The normalisation is the one registered right after the first 2-d convolution, before any other layer with
-    parameters, for as many channels; where there is none, the new one is inserted after the convolution.
+
+def replace_norms(
+    model: nn.Module, make: Callable[[int, nn.Module | None], nn.Module], layers: Layers = "first"
+) -> nn.Module:
+    """Return a copy whose convolutions are followed by ``make(channels, old)`` in place of their normalisation ``old``.
+
+    A convolution's normalisation is the one that its output goes through next, before any other layer with parameters,
+    for as many channels; where there is none, ``old`` is None and the new one is inserted after the convolution. Layers
+    are taken in the order in which they run or, where ``torch.fx`` cannot trace the network, of registration.
+
+    Args:
+        model: any network; it is not changed.
+        make: called once a layer, in order.
+        layers: ``first`` serves the first convolution alone; ``all`` also every later one with a normalisation and, in
+            a network that has none at all, every later one.
 
     Raises:
         Unsupported: the network has no 2-d convolution.
     """
     model = copy.deepcopy(model)
-    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
-    first = next((i for i, (_, module) in enumerate(leaves) if isinstance(module, nn.Conv2d)), None)
-    if first is None:
-        raise Unsupported("the network has no 2-d convolution; the defense acts on the first convolution's block")
-    conv_name, conv = leaves[first]
-    assert isinstance(conv, nn.Conv2d)
-    new = make(conv.out_channels).train(model.training)
-    for name, module in leaves[first + 1 :]:
-        if isinstance(module, _NORMS):
-            channels = module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features
-            if channels == conv.out_channels:
-                replace_module(model, name, new)
-                return model
-        if list(module.parameters(recurse=False)):
-            break
-    replace_module(model, conv_name, nn.Sequential(conv, new).train(model.training))
+    blocks = _traced(model) or _registered(model)
+    if not blocks:
+        raise Unsupported("the network has no 2-d convolution; the defense acts on a convolution's block")
+    if layers == "first":
+        blocks = blocks[:1]
+    elif any(norm for _, norm in blocks):
+        blocks = blocks[:1] + [(conv, norm) for conv, norm in blocks[1:] if norm]
+    for name, norm in blocks:
+        conv = model.get_submodule(name)
+        assert isinstance(conv, nn.Conv2d)
+        new = make(conv.out_channels, None if norm is None else model.get_submodule(norm))
+        new.to(conv.weight.device, conv.weight.dtype).train(model.training)
+        if norm is not None:
+            replace_module(model, norm, new)
+        elif name:
+            replace_module(model, name, nn.Sequential(conv, new).train(model.training))
+        else:
+            return nn.Sequential(conv, new).train(model.training)
     return model
+
+
+def _traced(model: nn.Module) -> list[tuple[str, str | None]]:
+    """Return the names of every convolution and its normalisation as they run; nothing where that cannot be traced."""
+    tensors = [*model.parameters(), *model.buffers()]
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # forward may keep what it is given
+    try:
+        graph = _Tracer().trace(twin)
+    except Exception:  # whatever a forward that depends on its data, or that torch.fx does not know, raises
+        return []
+    modules = dict(twin.named_modules())
+    found: dict[str, str | None] = {}
+    for node in graph.nodes:
+        conv = modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(conv, nn.Conv2d) and str(node.target) not in found:
+            found[str(node.target)] = _norm_behind(node, modules, conv.out_channels)
+    return list(found.items())
+
+
+class _Tracer(fx.Tracer):
+    """A tracer that looks into containers alone, and takes every layer of torch's for what it is."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (nn.Conv2d, *_NORMS)) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _norm_behind(node: fx.Node, modules: dict[str, nn.Module], channels: int) -> str | None:
+    """Return the name of the normalisation that a node's output goes through, before anything with parameters."""
+    while len(node.users) == 1:
+        (node,) = node.users
+        if node.op == "call_module":
+            module = modules[str(node.target)]
+            if isinstance(module, _NORMS):
+                return str(node.target) if _width(module) == channels else None
+            if list(module.parameters()):
+                return None
+        elif node.op == "output" or len(node.all_input_nodes) > 1:
+            return None
+    return None
+
+
+def _registered(model: nn.Module) -> list[tuple[str, str | None]]:
+    """Return the names of every convolution and its normalisation in order of registration."""
+    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    return [
+        (name, _norm_after(leaves[index + 1 :], module.out_channels))
+        for index, (name, module) in enumerate(leaves)
+        if isinstance(module, nn.Conv2d)
+    ]
+
+
+def _norm_after(leaves: Sequence[tuple[str, nn.Module]], channels: int) -> str | None:
+    """Return the name of the first normalisation of so many channels before any other layer with parameters."""
+    for name, module in leaves:
+        if isinstance(module, _NORMS) and _width(module) == channels:
+            return name
+        if list(module.parameters(recurse=False)):
+            return None
+    return None
+
+
+def _width(norm: nn.Module) -> int:
+    return int(norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features)  # type: ignore[arg-type]

@@ -1,7 +1,17 @@
 """Minimise a per-trial objective over [T, ...] unknowns; no trial's fate touches another's."""
 
-from leakbench.optim.base import Objective, Solution, Unknowns
+from leakbench.optim.base import Evaluation, Objective, Solution, Unknowns, take_rows, value_and_gradient
 from leakbench.optim.descend import descend
-from leakbench.optim.lbfgs import lbfgs
+from leakbench.optim.lbfgs import LineSearch, lbfgs
 
-__all__ = ["Objective", "Solution", "Unknowns", "descend", "lbfgs"]
+__all__ = [
+    "Evaluation",
+    "LineSearch",
+    "Objective",
+    "Solution",
+    "Unknowns",
+    "descend",
+    "lbfgs",
+    "take_rows",
+    "value_and_gradient",
+]

@@ -12,16 +12,19 @@ from torch import Tensor
 Unknowns = dict[str, Tensor]
 """Name -> [T, *shape]: everything that the attacker searches for."""
 
+Evaluation = int | Sequence[int]
+"""How many evaluations came before, the same for every row or one number a row."""
+
 
 class Objective(Protocol):
     """A per-trial function of the unknowns."""
 
-    def __call__(self, unknowns: Unknowns, evaluation: int) -> Tensor:
+    def __call__(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
         """Return [T], row t a differentiable function of row t of the unknowns alone.
 
         Args:
             unknowns: name -> [T, *shape].
-            evaluation: how many evaluations came before; what is drawn anew at each depends on it.
+            evaluation: how many evaluations of the row came before; what is drawn anew at each depends on it.
         """
         ...
 
@@ -47,7 +50,7 @@ class Solution:
     evaluations: Tensor
 
 
-def value_and_gradient(objective: Objective, unknowns: Unknowns, evaluation: int) -> tuple[Tensor, Unknowns]:
+def value_and_gradient(objective: Objective, unknowns: Unknowns, evaluation: Evaluation) -> tuple[Tensor, Unknowns]:
     """Return the objective [T] and its gradient by every unknown; an unknown that does not matter gets zeros."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in unknowns.items()}
     value = objective(leaves, evaluation)
@@ -61,10 +64,20 @@ def rows_finite(value: Tensor, gradient: Unknowns) -> Tensor:
     """Return [T] bool: the objective and every gradient entry of the row are finite."""
     finite = torch.isfinite(value)
     for grad in gradient.values():
-        finite = finite & torch.isfinite(grad.flatten(1)).all(1)
+        finite = finite & torch.isfinite(largest(grad.flatten(1)))
     return finite
+
+
+def largest(rows: Tensor) -> Tensor:
+    """Return [T], the largest absolute entry of each row of [T, N]; NaN where there is a NaN."""
+    return rows.abs().amax(1)
 
 
 def where_rows(rows: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     """Choose whole rows: ``rows`` is [T] bool, the others [T, *shape]."""
     return torch.where(rows.view(-1, *[1] * (yes.ndim - 1)), yes, no)
+
+
+def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
+    """Return the rows [R] of [T, *shape]; what all rows share (stride 0) stays shared."""
+    return tensor[:1].expand(len(rows), *tensor.shape[1:]) if tensor.stride(0) == 0 else tensor[rows]

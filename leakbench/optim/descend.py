@@ -8,7 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from leakbench.optim.base import Objective, Solution, Unknowns, rows_finite, value_and_gradient, where_rows
+from leakbench.optim.base import Objective, Solution, Unknowns, rows_finite, where_rows
+from leakbench.optim.graph import recorded
+from leakbench.optim.rmsprop import Gain, RMSprop
 
 
 def descend(
@@ -22,6 +24,7 @@ def descend(
     milestones: Sequence[int] = (),
     decay: float = 0.1,
     project: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
+    gain: Mapping[str, Gain] | None = None,
 ) -> Solution:
     """Descend for ``steps`` steps; a trial that becomes non-finite stops at its last finite iterate.
 
@@ -35,35 +38,38 @@ def descend(
         milestones: the steps before which every step size is multiplied by ``decay``.
         decay: see ``milestones``.
         project: (name, tensor) -> tensor, applied after every update.
+        gain: for unknowns whose RMSprop divides by something else than torch's; see ``RMSprop``.
     """
     unknowns = {name: tensor.detach().clone() for name, tensor in start.items()}
+    trials, device = len(next(iter(unknowns.values()))), next(iter(unknowns.values())).device
     groups = [{"params": [tensor], "lr": lr[name]} for name, tensor in unknowns.items()]
-    optimiser: torch.optim.Optimizer
+    optimiser: torch.optim.Optimizer | RMSprop
     if rule == "adam":
         optimiser = torch.optim.Adam(groups)
     else:
-        optimiser = torch.optim.RMSprop(groups, alpha=0.99, momentum=0.99)
-    trials = len(next(iter(unknowns.values())))
-    device = next(iter(unknowns.values())).device
+        optimiser = RMSprop(groups, {unknowns[name]: own for name, own in (gain or {}).items()})
     finite = torch.ones(trials, dtype=torch.bool, device=device)
     evaluations = torch.zeros(trials, dtype=torch.int64, device=device)
     best = {name: tensor.clone() for name, tensor in unknowns.items()}  # the last iterate known to be finite
     value = torch.full((trials,), float("nan"), device=device)
+    evaluate = recorded(objective, unknowns)
     for step in range(steps):
         if step in milestones:
             for group in optimiser.param_groups:
                 group["lr"] *= decay
-        value, gradient = value_and_gradient(objective, unknowns, step)
+        value, gradient = evaluate(unknowns, step)
         evaluations += finite
         finite = finite & rows_finite(value, gradient)
-        if step % 50 == 0 and not bool(finite.any()):
+        if step % 50 == 0 and not bool(finite.any()):  # to look is to wait for the device
             break
-        best = {name: where_rows(finite, tensor, best[name]) for name, tensor in unknowns.items()}
         for name, tensor in unknowns.items():
-            grad = gradient[name].sign() if name in sign else gradient[name]
-            tensor.grad = where_rows(finite, grad, torch.zeros_like(grad))
+            # a row that is not finite goes on as it will: nothing of it is seen again
+            best[name] = where_rows(finite, tensor, best[name])
+            tensor.grad = gradient[name].sign() if name in sign else gradient[name]
         optimiser.step()
         for name, tensor in unknowns.items():
-            tensor.copy_(where_rows(finite, project(name, tensor), best[name]))
+            projected = project(name, tensor)
+            if projected is not tensor:
+                tensor.copy_(projected)
     unknowns = {name: where_rows(finite, tensor, best[name]) for name, tensor in unknowns.items()}
     return Solution(unknowns, torch.where(finite, value, torch.nan), finite, evaluations)

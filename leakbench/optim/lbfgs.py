@@ -1,46 +1,77 @@
-"""L-BFGS for many trials at once, each by the rules of ``torch.optim.LBFGS`` without line search.
+"""L-BFGS for many trials at once, each by the rules of ``torch.optim.LBFGS``.
 
-Every trial has its own history, step, counters and stopping tests. The two-loop recursion is written in its compact
-form (Byrd, Nocedal, Schnabel 1994, "Representations of quasi-Newton matrices", section 2): with S and Y the steps and
-gradient differences in order of age and R the upper triangle of S Y^T,
-
-    R a = -S g,    q = -g - Y^T a,    R^T c = diag(R) a - h Y q,    d = h q + S^T c,
-
-which gives the direction of the recursion from two triangular solves and four passes over the history.
+Every trial has its own history, step, counters and stopping tests, so that trials are at different points of the
+algorithm at the same time. Trials occupy slots; one that is done makes room for the next.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from leakbench.optim.base import Objective, Solution, Unknowns, value_and_gradient
+from leakbench.optim.base import Objective, Solution, Unknowns, largest, value_and_gradient
+from leakbench.optim.history import History, Rows
+from leakbench.optim.wolfe import StrongWolfe
+
+LineSearch = Literal["none", "strong-wolfe"]
 
 
-class _State:
-    """What each live trial carries; every attribute has one row a live trial."""
+@dataclass(frozen=True)
+class _Rules:
+    """The options of ``lbfgs`` that bear on a single trial."""
 
-    def __init__(self, x: Tensor, history: int) -> None:
-        trials, size = x.shape
-        self.x = x
-        self.finite_x = x
-        self.direction = torch.zeros_like(x)
-        self.step = x.new_zeros(trials)
-        self.gradient = torch.zeros_like(x)
-        self.loss = x.new_zeros(trials)
-        self.s = x.new_zeros(trials, history, size)
-        self.y = x.new_zeros(trials, history, size)
-        self.sy = x.new_zeros(trials, history, history)
-        self.yy = x.new_zeros(trials, history, history)
-        self.scale = x.new_ones(trials)
-        self.pairs = torch.zeros(trials, dtype=torch.int64, device=x.device)
-        self.inner = torch.zeros_like(self.pairs)
-        self.outer = torch.zeros_like(self.pairs)
-        self.iterations = torch.zeros_like(self.pairs)
+    steps: int
+    lr: float
+    max_iter: int
+    tolerance_grad: float
+    tolerance_change: float
+    stop_below: float
+    stop_every: int
 
-    def select(self, rows: Tensor) -> None:
-        for name, value in vars(self).items():
-            setattr(self, name, value[rows])
+
+class _State(Rows):
+    """What each slot carries.
+
+    Attributes:
+        x: [R, N], the iterate; the last one at which objective and gradient were finite.
+        at: [R, N], where the objective is evaluated next.
+        direction: [R, N], the direction that led, or is to lead, away from x.
+        reach: [R], its largest entry.
+        step: [R], how far it was followed.
+        gradient: [R, N], the gradient from which the direction was made.
+        loss: [R], the objective there.
+        value: [R], the objective at the last evaluation; with a line search, at x.
+        iterations: [R], of all outer steps together.
+        inner: [R], iterations of this outer step.
+        outer: [R], outer steps that have ended.
+        spent: [R], evaluations of this outer step.
+        evaluations: [R], of all outer steps together.
+        done: [R] bool, nothing is left to do.
+        broken: [R] bool, objective or gradient became non-finite.
+        history: the memory.
+        search: the line searches, or None.
+    """
+
+    def __init__(self, x: Tensor, history: int, search: StrongWolfe | None) -> None:
+        rows = len(x)
+        self.x, self.at = x, x
+        self.direction, self.gradient = torch.zeros_like(x), torch.zeros_like(x)
+        self.reach, self.step, self.loss, self.value = (x.new_zeros(rows) for _ in range(4))
+        counters = [torch.zeros(rows, dtype=torch.int64, device=x.device) for _ in range(5)]
+        self.iterations, self.inner, self.outer, self.spent, self.evaluations = counters
+        self.done, self.broken = (torch.zeros(rows, dtype=torch.bool, device=x.device) for _ in range(2))
+        self.history = History(x, history)
+        self.search = search
+
+    def begin(self, rows: Tensor, x: Tensor) -> None:
+        """Start new trials [rows, N] in these slots."""
+        self.reset(rows)
+        self.x[rows] = x
+        self.at[rows] = x
 
 
 def lbfgs(
@@ -53,26 +84,38 @@ def lbfgs(
     history: int = 100,
     tolerance_grad: float = 1e-7,
     tolerance_change: float = 1e-9,
-    stop_below: float = 0.0,
+    line_search: LineSearch = "none",
+    stop_below: float = -math.inf,
     stop_every: int = 10,
+    slots: int | None = None,
 ) -> Solution:
     """Minimise each trial by L-BFGS; the parameters mean what they mean in ``torch.optim.LBFGS``.
 
-    A trial leaves the batch when its objective or gradient becomes non-finite, when no further step can change it
-    (the gradient is within ``tolerance_grad``, or the direction no longer descends), or when it is done.
+    A trial is done when its objective or gradient becomes non-finite, when no further step can change it (the gradient
+    is within ``tolerance_grad``, or the direction no longer descends), after ``steps``, or by ``stop_below``. Its
+    result does not depend on ``slots`` or on the other trials.
 
     Args:
         objective: the per-trial objective.
         start: name -> [T, *shape].
-        steps: outer steps, each of up to ``max_iter`` iterations.
-        lr: the length of every step but the first, which is min(1, 1 / |g|_1) * lr.
-        max_iter: iterations per outer step, from 4 on (below, torch's limit of max_iter * 5 / 4 evaluations bites).
+        steps: outer steps, each of up to ``max_iter`` iterations and ``max_iter * 5 // 4`` evaluations.
+        lr: the length of every step but the first, which is min(1, 1 / |g|_1) * lr; with a line search, the length
+            that it tries first.
+        max_iter: iterations per outer step.
         history: how many pairs of steps and gradient differences are kept.
         tolerance_grad: largest gradient entry at which an outer step ends.
         tolerance_change: an outer step ends when step or objective change by less.
+        line_search: ``strong-wolfe`` searches along each direction (torch's ``strong_wolfe``).
         stop_below: a trial is done when its objective is below this at the end of every ``stop_every``-th outer step.
         stop_every: see ``stop_below``.
+        slots: how many trials are worked on at a time, all by default; a trial that is done makes room for the next.
+
+    Raises:
+        ValueError: ``slots`` is below 1.
     """
+    if slots is not None and slots < 1:
+        raise ValueError(f"slots={slots} does not fit; give at least 1")
+    rules = _Rules(steps, lr, max_iter, tolerance_grad, tolerance_change, stop_below, stop_every)
     shapes = {name: tensor.shape[1:] for name, tensor in start.items()}
     sizes = [shape.numel() for shape in shapes.values()]
 
@@ -82,121 +125,129 @@ def lbfgs(
 
     x = torch.cat([tensor.detach().flatten(1) for tensor in start.values()], 1)
     trials, device = len(x), x.device
-    result = x.clone()
-    value = x.new_full((trials,), torch.nan)
-    finite = torch.ones(trials, dtype=torch.bool, device=device)
+    value, finite = x.new_full((trials,), torch.nan), torch.ones(trials, dtype=torch.bool, device=device)
     evaluations = torch.zeros(trials, dtype=torch.int64, device=device)
-    rows = torch.arange(trials, device=device)  # which trial each row of the state is
-    state = _State(x, history)
-    done = torch.zeros(trials, dtype=torch.bool, device=device)
+
+    rows = list(range(min(trials, slots or trials)))  # the trial in each slot
+    waiting = list(range(len(rows), trials))
+    begun = [0] * len(rows)  # the tick at which it began
+    turnover = max(1, len(rows) // 8)
+    live = objective if not waiting else objective.select(rows)
+    search = StrongWolfe(x[: len(rows)], tolerance_change) if line_search == "strong-wolfe" else None
+    state = _State(x[: len(rows)].clone(), history, search)
+    poll = 1 if device.type == "cpu" else 8  # elsewhere, to look is to wait for the device
     tick = 0
-    while True:
-        if bool(done.any()):
-            live = (~done).nonzero()[:, 0]
-            result[rows[done]] = state.finite_x[done]
-            # compacting copies the history, so rows that are done wait until they are many
-            if len(live) == 0:
-                break
-            if len(live) <= 0.75 * len(rows):
-                objective = objective.select(live.tolist())
-                rows, done = rows[live], done[live]
-                state.select(live)
-        loss, gradients = value_and_gradient(objective, unpack(state.x), tick)
+    while rows:
+        loss, gradients = value_and_gradient(live, unpack(state.at), [tick - first for first in begun])
         gradient = torch.cat([gradients[name].flatten(1) for name in shapes], 1)
-        live_rows = ~done
-        evaluations[rows] += live_rows
-        ok = torch.isfinite(loss) & torch.isfinite(gradient).all(1)
-        finite[rows] &= ok | done
-        value[rows] = torch.where(done, value[rows], loss)
-        done = done | ~ok
-        state.finite_x = torch.where(done[:, None], state.finite_x, state.x)
-        loss = torch.where(ok, loss, 0.0)
-        gradient = torch.where(ok[:, None], gradient, 0.0)
+        used = max(1, min(history, tick - min(begun)))
+        _advance(state, loss, gradient, rules, used)
+        tick += 1
+        if tick % poll:
+            continue
+        # history, weights and gradients are copied when slots change hands, so a few are waited for
+        idle = int(state.done.sum())
+        if idle < len(rows) and idle < (turnover if waiting else max(1, len(rows) / 4)):
+            continue
+        free = state.done.nonzero()[:, 0]
+        ended = torch.tensor(rows, device=device)[free]
+        x[ended], value[ended], evaluations[ended] = state.x[free], state.value[free], state.evaluations[free]
+        finite[ended] = ~state.broken[free]
+        taken, waiting = waiting[: len(free)], waiting[len(free) :]
+        for slot, trial in zip(free.tolist(), taken):
+            rows[slot], begun[slot] = trial, tick
+        state.begin(free[: len(taken)], x[taken])
+        if len(taken) < len(free):
+            keep = (~state.done).nonzero()[:, 0]
+            state.select(keep)
+            rows, begun = [rows[slot] for slot in keep.tolist()], [begun[slot] for slot in keep.tolist()]
+        if rows:
+            live = objective.select(rows)
+    return Solution(unpack(x), value, finite, evaluations)
 
-        # the tests that torch makes after the evaluation inside an iteration; a passed one ends the outer step
-        largest = gradient.abs().amax(1)
-        moved = (state.direction * state.step[:, None]).abs().amax(1)
-        ended = (state.inner > 0) & (
-            (largest <= tolerance_grad) | (moved <= tolerance_change) | ((loss - state.loss).abs() < tolerance_change)
-        )
-        state.outer = state.outer + ended
-        state.inner = torch.where(ended, 0, state.inner)
-        boundary = state.inner == 0
-        done = done | (boundary & ((largest <= tolerance_grad) | (state.outer >= steps)))
-        done = done | (boundary & (state.outer > 0) & (state.outer % stop_every == 0) & (loss < stop_below))
 
-        _iterate(state, loss, gradient, lr, tolerance_change, done)
-        # the direction no longer descends: torch would end every further outer step right here
-        done = done | (_descent(state) > -tolerance_change)
-        move = torch.where(done, 0.0, state.step)
-        state.x = torch.where(done[:, None], state.x, state.x + move[:, None] * state.direction)
-        full = state.inner >= max_iter
+def _advance(state: _State, loss: Tensor, gradient: Tensor, rules: _Rules, used: int) -> None:
+    """Take in the objective and its gradient at ``state.at``, and set where each trial is evaluated next."""
+    search = state.search
+    peak = largest(gradient)
+    live = ~state.done
+    ok = torch.isfinite(loss) & torch.isfinite(peak)
+    state.evaluations = state.evaluations + live
+    state.spent = state.spent + live
+    state.value = torch.where(live & ~ok, loss, state.value)
+    state.broken = state.broken | (live & ~ok)
+    state.done = state.done | ~ok
+
+    # rows that arrive have their next iterate; the others are still searching for it along their direction
+    arrived = live & ok
+    point = state.at
+    if search is not None:
+        searched = search.searching
+        ended = search.take(arrived, loss, (gradient * state.direction).sum(1), gradient, state.gradient)
+        step, best, best_gradient = search.chosen()
+        state.step = torch.where(ended, step, state.step)
+        loss = torch.where(ended, best, loss)
+        gradient = torch.where(ended[:, None], best_gradient, gradient)
+        peak = largest(gradient)
+        point = torch.where(ended[:, None], state.x + state.step[:, None] * state.direction, point)
+        arrived = arrived & (ended | ~searched)
+    state.x = torch.where(arrived[:, None], point, state.x)
+    state.value = torch.where(arrived, loss, state.value)
+
+    over = _end_steps(state, arrived, loss, peak, rules)
+    # without a line search the next outer step has its first evaluation already
+    state.spent = torch.where(over, 0 if search is not None else 1, state.spent)
+    goes = arrived & ~state.done
+    if search is not None:
+        goes = goes & ~over
+    _turn(state, goes, loss, gradient, rules, used)
+
+    stepped = goes & ~state.done
+    if search is None:
+        full = stepped & (state.inner >= rules.max_iter)
         state.outer = state.outer + full
         state.inner = torch.where(full, 0, state.inner)
-        tick += 1
-    return Solution(unpack(result), value, finite, evaluations)
+        state.spent = torch.where(full, 0, state.spent)
+        step = torch.where(stepped, state.step, 0.0)
+    else:
+        limit = rules.max_iter * 5 // 4 - state.spent
+        slope = (gradient * state.direction).sum(1)
+        search.begin(stepped, state.step, loss, slope, gradient, state.reach, limit)
+        step = torch.where(search.searching, search.t, 0.0)
+    state.at = state.x + step[:, None] * state.direction
 
 
-def _descent(state: _State) -> Tensor:
-    """Return [T], the directional derivative along the current direction."""
-    return (state.gradient * state.direction).sum(1)
+def _end_steps(state: _State, arrived: Tensor, loss: Tensor, peak: Tensor, rules: _Rules) -> Tensor:
+    """End outer steps and trials by torch's tests, and return the rows [R] whose outer step ended."""
+    over = (state.inner > 0) & (
+        (state.inner >= rules.max_iter)
+        | (state.spent >= rules.max_iter * 5 // 4)
+        | (peak <= rules.tolerance_grad)
+        | (state.reach * state.step.abs() <= rules.tolerance_change)
+        | ((loss - state.loss).abs() < rules.tolerance_change)
+    )
+    over = over & arrived
+    state.outer = state.outer + over
+    state.inner = torch.where(over, 0, state.inner)
+    between = arrived & (state.inner == 0)
+    below = (state.outer > 0) & (state.outer % rules.stop_every == 0) & (loss < rules.stop_below)
+    state.done = state.done | (between & ((peak <= rules.tolerance_grad) | (state.outer >= rules.steps) | below))
+    return over
 
 
-def _iterate(state: _State, loss: Tensor, gradient: Tensor, lr: float, tolerance_change: float, done: Tensor) -> None:
-    """Take in the new gradient, and set each trial's next direction and step."""
-    history = state.s.shape[1]
-    begun = state.iterations > 0
+def _turn(state: _State, goes: Tensor, loss: Tensor, gradient: Tensor, rules: _Rules, used: int) -> None:
+    """Begin an iteration in some rows: take in the new gradient, and set direction and step."""
     s = state.direction * state.step[:, None]
     y = gradient - state.gradient
-    curvature = (s * y).sum(1)
-    update = (begun & ~done & (curvature > 1e-10)).nonzero()[:, 0]
-    slot = state.pairs[update] % history
-    state.s[update, slot] = s[update]
-    state.y[update, slot] = y[update]
-    state.scale[update] = curvature[update] / y[update].square().sum(1)
-    state.pairs[update] += 1
-
-    used = min(history, int(state.pairs.max()))
-    direction = -gradient
-    if used:
-        past_s, past_y = state.s[:, :used], state.y[:, :used]
-        s_dot = torch.bmm(torch.stack([y, gradient], 1), past_s.transpose(1, 2))
-        y_dot = torch.bmm(torch.stack([y, s, gradient], 1), past_y.transpose(1, 2))
-        state.sy[update, slot, :used] = y_dot[update, 1]
-        state.sy[update, :used, slot] = s_dot[update, 0]
-        state.yy[update, slot, :used] = y_dot[update, 0]
-        state.yy[update, :used, slot] = y_dot[update, 0]
-        # ring slots in order of age: the oldest first, unused ones last
-        start = torch.where(state.pairs > history, state.pairs % history, 0)
-        order = (start[:, None] + torch.arange(used, device=s.device)) % used
-        valid = torch.arange(used, device=s.device) < state.pairs[:, None]
-        sy = _reorder(state.sy[:, :used, :used], order)
-        yy = _reorder(state.yy[:, :used, :used], order)
-        both = valid[:, :, None] & valid[:, None, :]
-        eye = torch.eye(used, dtype=s.dtype, device=s.device)
-        upper = torch.where(both, sy.triu(), eye)
-        yy = torch.where(both, yy, 0.0)
-        sg = torch.where(valid, s_dot[:, 1].gather(1, order), 0.0)
-        yg = torch.where(valid, y_dot[:, 2].gather(1, order), 0.0)
-        a = torch.linalg.solve_triangular(upper, -sg[..., None], upper=True)[..., 0]
-        yq = -yg - (yy @ a[..., None])[..., 0]
-        right = upper.diagonal(dim1=1, dim2=2) * a - state.scale[:, None] * yq
-        c = torch.linalg.solve_triangular(upper.transpose(1, 2), right[..., None], upper=False)[..., 0]
-        a = torch.zeros_like(a).scatter(1, order, torch.where(valid, a, 0.0))
-        c = torch.zeros_like(c).scatter(1, order, torch.where(valid, c, 0.0))
-        q = -gradient - torch.bmm(a[:, None], past_y)[:, 0]
-        direction = state.scale[:, None] * q + torch.bmm(c[:, None], past_s)[:, 0]
-    state.direction = torch.where(done[:, None], state.direction, direction)
-    first_step = torch.minimum(torch.ones_like(loss), 1.0 / gradient.abs().sum(1)) * lr
-    state.step = torch.where(begun, torch.full_like(loss, lr), first_step)
-    state.gradient = gradient
-    state.loss = loss
-    state.iterations = state.iterations + ~done
-    state.inner = state.inner + ~done
-
-
-def _reorder(square: Tensor, order: Tensor) -> Tensor:
-    """Return [T, H, H] with rows and columns in the given order [T, H]."""
-    size = order.shape[1]
-    square = square.gather(1, order[:, :, None].expand(-1, -1, size))
-    return square.gather(2, order[:, None, :].expand(-1, size, -1))
+    keep = goes & ((s * y).sum(1) > 1e-10)
+    direction = state.history.direction(gradient, s, y, keep, used)
+    first_step = torch.clamp(1 / gradient.abs().sum(1), max=1.0) * rules.lr
+    state.step = torch.where(goes, torch.where(state.iterations == 0, first_step, rules.lr), state.step)
+    state.direction = torch.where(goes[:, None], direction, state.direction)
+    state.reach = largest(state.direction)
+    state.gradient = torch.where(goes[:, None], gradient, state.gradient)
+    state.loss = torch.where(goes, loss, state.loss)
+    state.iterations = state.iterations + goes
+    state.inner = state.inner + goes
+    # a direction that does not descend ends this outer step, and would end every further one right here
+    state.done = state.done | (goes & ((gradient * direction).sum(1) > -rules.tolerance_change))

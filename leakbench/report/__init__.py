@@ -1,8 +1,16 @@
 """Tables, pictures and pages of a run: pure functions of its file."""
 
 from leakbench.report.console import console_table
-from leakbench.report.files import write
+from leakbench.report.files import write, write_comparison, write_sharing
 from leakbench.report.statistics import bootstrap_interval
 from leakbench.report.table import strongest, summarise
 
-__all__ = ["bootstrap_interval", "console_table", "strongest", "summarise", "write"]
+__all__ = [
+    "bootstrap_interval",
+    "console_table",
+    "strongest",
+    "summarise",
+    "write",
+    "write_comparison",
+    "write_sharing",
+]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from leakbench.errors import BadOption, LeakbenchError
-from leakbench.report import grids
+from leakbench.report import compare, grids, sharing
 from leakbench.report.csv import csv
 from leakbench.report.markdown import Picture, Run, markdown, run_name
 from leakbench.store import FILE, Store
@@ -52,6 +52,35 @@ def write(out: Path | str, formats: Collection[str] = FORMATS) -> list[Path]:
             written.append(_replace(out / "report.md", markdown(run, pictures).encode()))
             _remove_others(out / "grids", {picture.path.removeprefix("grids/") for picture in pictures})
     return written
+
+
+def write_sharing(out: Path | str) -> list[Path]:
+    """Write ``sharing.md`` and its ``grids/sharing-*.png`` beside the run file in ``out``; return their paths.
+
+    Raises:
+        ForeignRun: there is no readable run file in ``out``.
+    """
+    out = Path(out)
+    written = []
+    with Store.open(out / FILE, readonly=True) as store:
+        results = store.results()
+        pages = sharing.grids(results)
+        for page in pages:
+            written.append(_replace(out / "grids" / page.file, sharing.png(page, store.images(page.trials))))
+        written.append(_replace(out / "sharing.md", sharing.markdown(results, store.metrics(), pages).encode()))
+    return written
+
+
+def write_comparison(out: Path | str) -> Path:
+    """Write ``paper.md``, the published figures beside those of the run file in ``out``; return its path.
+
+    Raises:
+        ForeignRun: there is no readable run file in ``out``.
+    """
+    out = Path(out)
+    with Store.open(out / FILE, readonly=True) as store:
+        text = compare.markdown(store.results(), store.metrics(), compare.published())
+    return _replace(out / "paper.md", text.encode())
 
 
 def _pages(store: Store, results: pd.DataFrame) -> list[grids.Page]:

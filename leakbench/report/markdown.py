@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 from tabulate import tabulate
 
+from leakbench.report.controls import control_gains
 from leakbench.report.table import ANY, BLOCK, strongest, summarise, without_repeats
 from leakbench.report.text import ABSENT, decimals, english, escape, number, with_interval
 from leakbench.store import Component, MetricInfo, Session
@@ -21,6 +22,7 @@ FETCH = "leakbench assets fetch lpips-vgg lpips-alex"
 
 _PAPER = "paper_"
 _RANKED = ("psnr", "lpips_vgg", "psnr_aligned")
+_VERDICTS = ("lpips_vgg", "lpips_alex")
 _REASONS = 25
 _KNOWN = {
     "lpips_vgg": MetricInfo("lpips_vgg", False, "LPIPS distance, VGG-16 features, 0 for equal images", ""),
@@ -73,6 +75,7 @@ def markdown(run: Run, pictures: Sequence[Picture] = ()) -> str:
         results = run.results[(run.results[list(BLOCK)] == [dataset, model, threat]).all(axis=1)]
         parts += [f"### Threat model: {escape(threat)}", escape(run.threats.get(threat, ""))]
         parts += _tables(block, run.metrics)
+        parts += _controls(results, run)
         parts += _reasons(results)
         shown = [picture for picture in pictures if picture.block == (dataset, model, threat)]
         parts += [f"![{escape(picture.title)}]({picture.path})" for picture in shown]
@@ -239,6 +242,43 @@ def _strongest_table(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> str:
         rows.append(cells)
     title = "**Strongest attack behind each defense**, by its gain over the best floor:"
     return f"{title}\n\n{_table(['defense', *(f'by {escape(name)}' for name in names)], rows, left=1 + len(names))}"
+
+
+def _controls(results: pd.DataFrame, run: Run) -> list[str]:
+    """Return what attacks with a generator gain over its floor and over their controls, and whether that is shown."""
+    metrics = _standard(run.metrics)
+    gains = control_gains(results, run.components, metrics)
+    if not gains:
+        return []
+    named = [metric.name for metric in metrics if any(metric.name in gain.values for gain in gains)]
+    places = {name: decimals(gain.values[name][0] for gain in gains if name in gain.values) for name in named}
+    rows, verdicts = [], []
+    for gain in gains:
+        names = [escape(gain.attack), escape(gain.defense), escape(gain.control)]
+        cells = [
+            with_interval(*gain.values[name], places[name], sign=True) if name in gain.values else ABSENT
+            for name in named
+        ]
+        rows.append(names + cells)
+        for name in _VERDICTS:
+            if name in gain.values:
+                verdicts.append(f"{names[0]} behind {names[1]}, over {names[2]}: {_verdict(name, *gain.values[name])}")
+    title = (
+        "**What the gradient adds to the generator**: the gain over images that the same generator draws without the "
+        "gradient, and over the same search for the gradient of another image; mean per image with its 95 % interval, "
+        "above 0 where more leaks:"
+    )
+    table = _table(["attack", "defense", "over", *(escape(name) for name in named)], rows, left=3)
+    return [title, table, "\n".join(f"- {verdict}" for verdict in verdicts)]
+
+
+def _verdict(name: str, mean: float, low: float, high: float) -> str:
+    """Return in words whether a gain is there."""
+    if low > 0:
+        return f"a gain in {escape(name)}."
+    if high < 0:
+        return f"no gain in {escape(name)}: it is worse."
+    return f"no gain is shown in {escape(name)}: its interval holds 0, or is undefined."
 
 
 def _paper_table(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> str:

@@ -104,7 +104,7 @@ def _measure(cell: pd.DataFrame, floors: Mapping[str, pd.DataFrame], metric: Met
     below = {name: floor[metric.name].to_numpy(dtype=np.float64) for name, floor in floors.items()}
     name, floor = _best_floor({name: np.where(has, floor, np.nan) for name, floor in below.items()}, metric)
     pairs = has & ~np.isnan(floor) if name else np.zeros_like(has)
-    gain = _gains(values[pairs], floor[pairs], metric) if name else values[pairs]
+    gain = gains(values[pairs], floor[pairs], metric) if name else values[pairs]
     found = (
         _mean(values[has]),
         *bootstrap_interval(values[has], images[has]),
@@ -128,7 +128,7 @@ def _best_floor(floors: Mapping[str, Array], metric: MetricInfo) -> tuple[str, A
     return best, floors[best]
 
 
-def _gains(values: Array, floor: Array, metric: MetricInfo) -> Array:
+def gains(values: Array, floor: Array, metric: MetricInfo) -> Array:
     """Return how much more than the floor leaks, per pair; equal infinities differ by nothing."""
     gain = np.zeros_like(values)
     np.subtract(values, floor, out=gain, where=values != floor)

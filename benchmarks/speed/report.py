@@ -1,0 +1,450 @@
+"""Tables and plots of what was measured: ``python -m benchmarks.speed.report`` writes them again from the data."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from benchmarks.speed.machine import ROOT
+from benchmarks.speed.measure import Ratio, median, per_iteration, ratio, set_up, wilson
+from benchmarks.speed.work import BREACHING, LEAKBENCH, REFERENCE, TITLES
+
+KINDS = ("cpu", "cuda")
+BEGIN, END = "<!-- speed: begin, written by make bench -->", "<!-- speed: end -->"
+NOTHING = "Nothing has been measured yet; `make bench` does it."
+MEMORY_TARGET = 1.5
+"""GiB beyond importing torch, IG, LeNet, 64 trials."""
+
+LEGEND = """## How it was measured
+
+- All subjects run in one process and take turns in every round; the order rotates. A ratio is one of medians over
+  rounds, with the least and the largest ratio of a round in brackets. Each subject runs a short and a long time, and
+  the difference counts: what a call costs once is in *set-up*.
+- **reference** is `benchmarks/speed/reference.py`: the same attack in plain torch, one image at a time.
+- **breaching** (PyPI) is driven one image at a time by its own `reconstruct`, on the same network, images, starts,
+  iterations and objective; `benchmarks/speed/peer.py` names the differences that remain.
+- **Share of floor**: the least arithmetic of an iteration (seven forward passes: 1 forward, 2 backward, 4 for the
+  derivative of the backward pass; for GRNN three passes of its generator, written plainly, besides) at the rate of a
+  float32 matrix product measured in the same round, over the time that the iteration took.
+- **DLG** is run to its end: the outer steps are up, nothing moves, or the objective is not finite. leakbench does all
+  trials in every round, the others an equal share in each, so that all do the same trials. A success is a PSNR of at
+  least the value stated. The brackets hold the ratios of rounds, by the time of an evaluation; an evaluation counts as
+  an iteration.
+- **Peak memory** is that of a fresh process, beyond what it held after importing torch.
+"""
+
+
+def load(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the data of every device that was measured, by kind."""
+    files = {kind: folder / f"{kind}.json" for kind in KINDS}
+    return {kind: json.loads(file.read_text(encoding="utf-8")) for kind, file in files.items() if file.exists()}
+
+
+def write(folder: Path, readme: Path | None = None) -> None:
+    """Write a folder's README.md and plots from its data, and the table of the top README between its markers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = load(folder)
+    for kind, measured in data.items():
+        plot(measured, folder / f"{kind}.png")
+    (folder / "README.md").write_text(page(data, parity(folder)), encoding="utf-8")
+    if readme is not None:
+        readme.write_text(filled(readme.read_text(encoding="utf-8"), summary(data)), encoding="utf-8")
+
+
+def filled(text: str, block: str) -> str:
+    """Return a text with what stands between the markers replaced.
+
+    Raises:
+        ValueError: the text has no markers.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"the README has no lines {BEGIN!r} and {END!r}; put them where the table belongs")
+    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+
+
+def summary(data: dict[str, dict[str, Any]]) -> str:
+    """Return the table of the top README, for every device that was measured."""
+    parts = []
+    for measured in data.values():
+        machine = measured["machine"]
+        lines = []
+        for row in [*measured["works"], *([measured["ending"]] if measured["ending"] else [])]:
+            line = _ending(row) if "rounds" in row else _work(row)
+            if line["seconds"] is None:
+                continue
+            share = line.get("share")
+            lines.append(
+                {
+                    "work": f"{row['title']}, by the success" if "rounds" in row else row["title"],
+                    "trials at once": row.get("slots", row["trials"]),
+                    "against breaching": _ratio(line["breaching"], row["missing"].get(BREACHING)),
+                    "against one at a time": _ratio(line["reference"], None),
+                    "trials × iterations a second": _number(line.get("rate")),
+                    "share of the arithmetic floor": "" if share is None else f"{100 * share:.0f} %",
+                }
+            )
+        threads = f", {machine['threads']} threads" if measured["kind"] == "cpu" else ""
+        title = f"{machine['device']}{threads}, torch {machine['torch']}"
+        if machine["breaching"]:
+            title += f", breaching {machine['breaching']}"
+        parts.append(f"{title}:\n\n{_table(lines)}{_memory_line(measured)}")
+    return "\n\n".join(parts) if parts else NOTHING
+
+
+def page(data: dict[str, dict[str, Any]], parities: dict[str, Any] | None = None) -> str:
+    """Return reports/speed/README.md."""
+    parts = ["# Speed", "Written by `make bench`; the data are beside this page."]
+    if not data:
+        parts.append(NOTHING)
+    for kind, measured in data.items():
+        parts += _device(kind, measured)
+    if parities:
+        parts.append(_parity(parities))
+    if data or parities:
+        parts.append(LEGEND.strip())
+    return "\n\n".join(parts) + "\n"
+
+
+def _device(kind: str, measured: dict[str, Any]) -> list[str]:
+    machine = measured["machine"]
+    about = (
+        f"{machine['cores']} cores of {machine['processor']}, {machine['threads']} threads, "
+        f"{machine['memory_gib']} GiB, {machine['system']}; Python {machine['python']}, torch {machine['torch']}, "
+        f"torchvision {machine['torchvision']}, breaching {machine['breaching'] or 'not installed'}, leakbench "
+        f"{machine['leakbench']} at {machine['commit']}; load average {_list(machine['load'])} before and "
+        f"{_list(measured['load_after'])} after; scale `{measured['scale']}`, {machine['date']}, "
+        f"{measured['minutes']:.1f} minutes."
+    )
+    parts = [f"## {machine['device']}", about]
+    rates = [rate for row in measured["works"] for rate in row["rates"]]
+    if rates:
+        parts.append(
+            f"Matrix product in float32, measured in every round: {median(rates) / 1e9:.0f} GFLOP/s "  # type: ignore[operator]
+            f"({min(rates) / 1e9:.0f}–{max(rates) / 1e9:.0f})."
+        )
+    parts += ["### Iterations", _table(_work_lines(measured["works"]))]
+    if measured["ending"]:
+        parts += [f"### {measured['ending']['title']}, to the end", *_ending_lines(measured["ending"])]
+    notes = [
+        f"{row['title']}: {name} is left out: {reason}."
+        for row in [*measured["works"], *([measured["ending"]] if measured["ending"] else [])]
+        for name, reason in row["missing"].items()
+    ]
+    if notes:
+        parts.append("\n".join(f"- {note}" for note in notes))
+    if measured["memory"]:
+        parts += ["### Peak memory", _table(_memory_lines(measured["memory"]))]
+    if measured["growth"]:
+        parts += ["### Growth", f"![How time and memory grow]({kind}.png)"]
+        parts += [_growth_table(curve) for curve in measured["growth"]]
+    return parts
+
+
+def _work(row: dict[str, Any]) -> dict[str, Any]:
+    """Return what a row of iterations comes to."""
+    each = {name: per_iteration(times) for name, times in row["subjects"].items()}
+    own = each.get(LEAKBENCH, [])
+    seconds = median(own)
+    return {
+        "each": each,
+        "seconds": seconds,
+        "rate": None if not seconds else 1 / seconds,
+        "share": floor_share(row["flops"], row["rates"], own),
+        BREACHING: ratio(each[BREACHING], own) if BREACHING in each else None,
+        REFERENCE: ratio(each[REFERENCE], own) if REFERENCE in each else None,
+    }
+
+
+def floor_share(flops: int | None, rates: Sequence[float], seconds: Sequence[float | None]) -> float | None:
+    """Return the median over rounds of the least time that the arithmetic takes over the time that was taken."""
+    return median([flops / rate / one if flops and one else None for rate, one in zip(rates, seconds)])
+
+
+def _work_lines(rows: Iterable[dict[str, Any]]) -> list[dict[str, str]]:
+    lines = []
+    for row in rows:
+        line = _work(row)
+        for name in (LEAKBENCH, REFERENCE, BREACHING):
+            if name not in row["subjects"]:
+                continue
+            times = row["subjects"][name]
+            seconds, first = median(line["each"][name]), set_up(times)
+            share = floor_share(row["flops"], row["rates"], line["each"][name])
+            target = dict(zip((BREACHING, REFERENCE), row["target"])).get(name)
+            lines.append(
+                {
+                    "work": row["title"],
+                    "subject": name,
+                    "trials at once": str(times["trials"]),
+                    "trials × iterations a second": _number(1 / seconds if seconds else None),
+                    "ms an iteration": _number(seconds * 1e3 if seconds else None),
+                    "leakbench's gain": "" if name == LEAKBENCH else _ratio(line[name], None),
+                    "target": "" if target is None else f"≥ {target:g}×",
+                    "share of floor": "" if share is None else f"{100 * share:.1f} %",
+                    "set-up, s": _number(first),
+                }
+            )
+    return lines
+
+
+def _ending(row: dict[str, Any]) -> dict[str, Any]:
+    """Return what DLG to its end comes to: seconds a success, by subject, and their ratios."""
+    total: dict[str, dict[str, float]] = {}
+    for turn in row["rounds"]:
+        for name, done in turn.items():
+            sums = total.setdefault(name, dict.fromkeys(done, 0.0))
+            for key, value in done.items():
+                sums[key] += value
+    each = {name: sums["seconds"] / sums["successes"] if sums["successes"] else None for name, sums in total.items()}
+    result: dict[str, Any] = {"total": total, "each": each, "seconds": each.get(LEAKBENCH)}
+    own = total.get(LEAKBENCH)
+    for name in (BREACHING, REFERENCE):
+        result[name] = None
+        if own and name in total and each[name] and each[LEAKBENCH]:
+            # the trials of a round differ, so that its ratio is taken by the evaluation
+            work = (total[name]["evaluations"] / total[name]["successes"]) / (own["evaluations"] / own["successes"])
+            rounds = [
+                work
+                * (turn[name]["seconds"] / turn[name]["evaluations"])
+                / (turn[LEAKBENCH]["seconds"] / turn[LEAKBENCH]["evaluations"])
+                for turn in row["rounds"]
+            ]
+            result[name] = Ratio(each[name] / each[LEAKBENCH], min(rounds), max(rounds))
+    if own:
+        result["rate"] = own["evaluations"] / own["seconds"]
+    return result
+
+
+def _ending_lines(row: dict[str, Any]) -> list[str]:
+    result = _ending(row)
+    targets = dict(zip((BREACHING, REFERENCE), row["target"]))
+    lines = []
+    for name, sums in result["total"].items():
+        passes = len(row["rounds"]) if name == LEAKBENCH else 1
+        low, high = wilson(round(sums["successes"] / passes), round(sums["trials"] / passes))
+        target = targets.get(name)
+        lines.append(
+            {
+                "subject": name,
+                "trials": f"{sums['trials'] / passes:.0f}",
+                "successes": f"{sums['successes'] / passes:.3g} ({100 * low:.0f}–{100 * high:.0f} %)",
+                "diverged": f"{sums['diverged'] / passes:.3g}",
+                "evaluations a trial": f"{sums['evaluations'] / sums['trials']:.0f}",
+                "ms an evaluation": _number(1e3 * sums["seconds"] / sums["evaluations"]),
+                "s a success": _number(result["each"][name]),
+                "leakbench's gain": "" if name == LEAKBENCH else _ratio(result[name], None),
+                "target": "" if target is None else f"≥ {target:g}×",
+            }
+        )
+    order = {name: place for place, name in enumerate((LEAKBENCH, REFERENCE, BREACHING))}
+    lines.sort(key=lambda line: order[line["subject"]])
+    text = (
+        f"{row['trials']} trials of at most {row['steps']} outer steps; a success is a PSNR of at least "
+        f"{row['success_db']:g} dB. leakbench works on {row['slots']} at a time; where one ends, the next begins."
+    )
+    return [text, _table(lines)]
+
+
+def _memory_lines(rows: Iterable[dict[str, Any]]) -> list[dict[str, str]]:
+    return [
+        {
+            "work": row["title"],
+            "trials at once": str(row["trials"]),
+            "side": str(row["side"]),
+            "process, GiB": row["error"] or f"{row['bytes'] / 2**30:.2f}",
+            **({"device, GiB": f"{row['device_bytes'] / 2**30:.2f}"} if row["device_bytes"] is not None else {}),
+            "target": f"< {MEMORY_TARGET:g}" if _is_memory_case(row) else "",
+        }
+        for row in rows
+    ]
+
+
+def _is_memory_case(row: dict[str, Any]) -> bool:
+    """Return whether a row is the one that has a target."""
+    return (row["attack"], row["model"], row["trials"], row["side"]) == ("ig", "lenet", 64, 32)
+
+
+def _memory_line(measured: dict[str, Any]) -> str:
+    """Return a paragraph on the peak memory of the case that has a target, where it was measured."""
+    for row in measured["memory"]:
+        if _is_memory_case(row) and row["bytes"] is not None:
+            on = "" if row["device_bytes"] is None else f", and {row['device_bytes'] / 2**30:.2f} GiB of the device"
+            return (
+                f"\n\nPeak memory of {row['title']}, {row['trials']} trials at once: {row['bytes'] / 2**30:.2f} GiB "
+                f"for the whole process beyond importing torch{on}."
+            )
+    return ""
+
+
+def _growth_table(curve: dict[str, Any]) -> str:
+    lines = []
+    for index, point in enumerate(curve["points"]):
+        line = {"trials at once" if curve["axis"] == "trials" else "side": str(point["value"])}
+        for name in (LEAKBENCH, REFERENCE, BREACHING):
+            # what goes one at a time does not depend on T, and was measured at the first point
+            alone = curve["axis"] == "trials" and name != LEAKBENCH and index > 0
+            times = point["subjects"].get(name) or (curve["points"][0]["subjects"].get(name) if alone else None)
+            if times is None:
+                continue
+            each = per_iteration(times)
+            seconds, share = median(each), floor_share(point["flops"], curve["rates"], each)
+            line[f"{name}, ms"] = _number(seconds * 1e3 if seconds else None)
+            line[f"{name}, share of floor"] = "" if share is None else f"{100 * share:.1f} %"
+        lines.append(line)
+    at = "" if curve["axis"] == "trials" else f", {curve['trials']} trials at once"
+    return f"IG, {TITLES[curve['model']]}{at}, time of an iteration of one trial:\n\n{_table(lines)}"
+
+
+def parity(folder: Path) -> dict[str, Any] | None:
+    """Return the data of the success rates, where they were measured."""
+    file = folder / "parity.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def shares(trials: Sequence[dict[str, Any]], threshold: float) -> dict[str, tuple[int, int, float, float]]:
+    """Return (count, trials, low, high) of the successes and the divergences among measured trials."""
+    counts = {
+        "success": sum(trial["psnr"] is not None and trial["psnr"] >= threshold for trial in trials),
+        "diverged": sum(trial["diverged"] for trial in trials),
+    }
+    return {name: (count, len(trials), *wilson(count, len(trials))) for name, count in counts.items()}
+
+
+def _parity(parities: dict[str, Any]) -> str:
+    lines = []
+    for case in parities["cases"].values():
+        both = [shares(list(case["trials"][how].values()), case["success_db"]) for how in ("batched", "one-at-a-time")]
+        if not all(measured["success"][1] for measured in both):
+            continue
+        for what in ("success", "diverged"):
+            (a, b) = (measured[what] for measured in both)
+            overlap = a[2] <= b[3] and b[2] <= a[3]
+            label = f"PSNR ≥ {case['success_db']:g} dB" if what == "success" else "diverged"
+            cells = [f"{n}/{of} = {100 * n / of:.0f} % ({100 * lo:.0f}–{100 * hi:.0f})" for n, of, lo, hi in (a, b)]
+            lines.append(
+                {
+                    "attack": case["spec"],
+                    "network": case["model"],
+                    "share": label,
+                    "batched": cells[0],
+                    "one at a time": cells[1],
+                    "95 % intervals": "overlap" if overlap else "**do not overlap**",
+                }
+            )
+    if not lines:
+        return "## Success rates\n\nNothing has been compared to its end yet."
+    machine = parities["machine"]
+    text = (
+        f"In float32 two orders of summation part ways, so rates are compared, not pixels: the same images, weights "
+        f"and starts, batched by leakbench and one at a time by the reference. Wilson intervals. {machine['device']}, "
+        f"torch {machine['torch']}, leakbench at {', '.join(parities['commits'])}, {machine['date']}."
+    )
+    return f"## Success rates\n\n{text}\n\n{_table(lines)}"
+
+
+def plot(measured: dict[str, Any], file: Path) -> None:
+    """Draw how the time of an iteration and the peak memory grow with T and with the side of the images."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    curves = measured["growth"]
+    rows = [row for row in measured["memory"] if row["bytes"] is not None and row["side"] == 32]
+    count = len(curves) + bool(rows)
+    if not count:
+        return
+    across = min(2, count)
+    figure = Figure(figsize=(5.2 * across, 3.8 * -(-count // across) + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(-(-count // across), across, squeeze=False).flatten()
+    for panel in panels[count:]:
+        panel.set_axis_off()
+    for panel, curve in zip(panels, curves):
+        _draw_curve(panel, curve)
+    if curves:
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
+    if rows:
+        panel, on_device = panels[count - 1], measured["kind"] == "cuda"
+        for model, style in (("lenet", "o-"), ("resnet20", "s--")):
+            own = [row for row in rows if row["model"] == model]
+            sizes = [(row["device_bytes"] if on_device else row["bytes"]) / 2**30 for row in own]
+            if own:
+                panel.plot([row["trials"] for row in own], sizes, style, color="#0072b2", label=TITLES[model])
+        _log_axes(panel, sorted({row["trials"] for row in rows}))
+        panel.set_xlabel("trials at once")
+        panel.set_ylabel("GiB of the device" if on_device else "GiB beyond importing torch")
+        panel.set_title("Peak memory of IG", fontsize=11)
+        panel.legend(fontsize=9)
+    figure.savefig(file, dpi=100, metadata={"Software": None})
+
+
+def _draw_curve(panel: Any, curve: dict[str, Any]) -> None:
+    """Draw the time of an iteration along an axis; what goes one at a time does not depend on T, and is level."""
+    colours = {LEAKBENCH: "#0072b2", REFERENCE: "#d55e00", BREACHING: "#5b5b5b"}
+    labels = {LEAKBENCH: "leakbench", REFERENCE: "plain torch, one at a time", BREACHING: "breaching"}
+    trials, values = curve["axis"] == "trials", [point["value"] for point in curve["points"]]
+    for name, colour in colours.items():
+        found = [
+            (point["value"], seconds * 1e3)
+            for point in curve["points"]
+            if name in point["subjects"] and (seconds := median(per_iteration(point["subjects"][name])))
+        ]
+        if found and trials and name != LEAKBENCH:
+            found = [(value, found[0][1]) for value in values]
+        if found:
+            style = "--" if trials and name != LEAKBENCH else "o-"
+            panel.plot(*zip(*found), style, color=colour, label=labels[name])
+    rate = median(curve["rates"])
+    if rate:
+        least = [point["flops"] / rate * 1e3 for point in curve["points"]]
+        panel.plot(values, least, ":", color="black", label="arithmetic floor")
+    _log_axes(panel, values)
+    panel.set_xlabel("trials at once" if trials else "side of the images, pixels")
+    panel.set_ylabel("ms for an iteration of one trial")
+    where = "" if trials else f", {curve['trials']} trials at once"
+    panel.set_title(f"IG, {TITLES[curve['model']]}{where}", fontsize=11)
+
+
+def _log_axes(panel: Any, values: Sequence[int]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    panel.set_xticks(list(values), [str(value) for value in values])
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.yaxis.set_minor_formatter(NullFormatter())
+    panel.grid(alpha=0.3)
+
+
+def _table(lines: Sequence[dict[str, Any]]) -> str:
+    return tabulate(list(lines), headers="keys", tablefmt="github", disable_numparse=True) if lines else NOTHING
+
+
+def _ratio(value: Ratio | None, reason: str | None) -> str:
+    if value is None:
+        return f"– ({reason})" if reason else "–"
+    return f"{_number(value.value)}× ({_number(value.low)}–{_number(value.high)})"
+
+
+def _number(value: float | None) -> str:
+    """Return three significant digits without an exponent, or an empty string."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _list(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "reports" / "speed"
+    write(target, ROOT / "README.md" if target.resolve() == ROOT / "reports" / "speed" else None)

@@ -1,0 +1,323 @@
+"""GGL: search the latent of a pretrained generator for an image with the observed gradient; and its floor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from leakbench import generators
+from leakbench.attacks.base import Attack, register
+from leakbench.attacks.matching import (
+    FINAL,
+    Count,
+    GradientMatching,
+    MatchingObjective,
+    NonNegative,
+    Positive,
+    analytic_labels,
+)
+from leakbench.chunk import SHARE, free_memory
+from leakbench.errors import BadOption, Unsupported
+from leakbench.generators import Generator
+from leakbench.gradients.bilinear import squared_norm
+from leakbench.optim import Evaluation, Solution, Unknowns, descend
+from leakbench.optim.evolve import check_optimiser, evolve
+from leakbench.rng import Rng
+from leakbench.types import Gradient, Observation, Reconstruction
+
+ADAM = "adam"
+BOUND = 2.0
+"""Where ``latent=clip`` cuts the latent off: where a truncated normal law does."""
+
+COPIES = 8
+"""How many times a candidate's gradient its evaluation may take; activations are of the gradient's size or smaller."""
+
+Squash = Literal["free", "clip", "tanh"]
+
+
+def chosen(spec: str, observation: Observation) -> Generator:
+    """Return the generator of a spec for these images; raise Unsupported where it does not fit them."""
+    shape, classes, mean = observation.image_shape, observation.num_classes, observation.mean_image
+    generator = generators.parse(spec).choose(shape, classes, mean)
+    generators.check_fit(generator, shape, classes, mean)
+    return generator
+
+
+def draw(generator: Generator, latent: Tensor, labels: Tensor, observation: Observation) -> Tensor:
+    """Return the images [N, C, H, W] in [0, 1] of latents [N, d] and labels [N]."""
+    loaded = generators.load(generator, latent.device, latent.dtype)
+    return loaded.draw(latent, labels, observation.image_shape)
+
+
+def random_latents(generator: Generator, observation: Observation, rng: Rng, purpose: str) -> Tensor:
+    """Return [T, d], drawn by the generator's own law."""
+    card = generator.card()
+    rows = [card.law.draw((card.latent,), own) for own in rng.generators(purpose)]
+    return torch.stack(rows).to(rng.device, observation.dtype)
+
+
+def known_labels(observation: Observation) -> Tensor:
+    """Return [T] int64: the granted labels, or those read off the gradient."""
+    return analytic_labels(observation) if observation.labels is None else observation.labels
+
+
+@register("ggl")
+@dataclass(frozen=True)
+class GGL(GradientMatching):
+    """GGL: gradient-free search of a pretrained generator's latent for the observed gradient.
+
+    The distance is the mean over parameters of |T(g') - g|^2. The label is read off the last layer's gradient and
+    conditions the generator; the latent starts at 0; the best candidate by the attack's own objective is returned.
+    What a generator draws for any gradient is no leakage: compare with ``prior`` and with ``control=wrong-gradient``.
+    Computed in float64, so that the order of candidates does not depend on how many are evaluated at a time. See
+    GradientMatching for ``tv``, ``restarts`` and ``secrets``.
+
+    Attributes:
+        budget: evaluations of the objective for each image and restart; the released code takes 25,000.
+        generator: the spec of a generator: dcgan, dcgan:cifar10, biggan-deep(path=...), file:PATH.
+        optimizer: one of nevergrad's by name (CMA, DE, TBPSA, ...), or ``adam`` through the generator.
+        popsize: candidates asked before any is told, for nevergrad's optimizers.
+        latent: ``free``; ``clip`` to [-2, 2]; ``tanh``, as in the released code for ImageNet.
+        kld: the weight of -(1 + ln s^2 - m^2 - s^2) / 2 for mean m and deviation s of the latent; 0.1 where used.
+        transform: T for an attacker who is informed of the defense: ``clip`` to the norm of the observed gradient,
+            ``sparsify`` each parameter to the observed share of zeros, ``soteria`` the columns of the last matrix that
+            are zero in its observed first row. What the defense itself declares is applied in any case.
+        control: ``wrong-gradient`` searches for the gradient of another image: a random sample of the generator with
+            the same label, as the attacker's own network gives it. Its score is what label, prior and search are worth.
+        lr: the step size of ``adam``.
+        batch: the most candidates evaluated at a time; none takes as many as fit into memory.
+    """
+
+    reference: ClassVar[str] = "Li et al. 2022, GGL, CVPR, sections 3.3, 4.2 and 4.4, arXiv 2203.15696 (released code)"
+    per_tensor: ClassVar[bool] = True
+    steps: ClassVar[int] = 1  # type: ignore[misc]  # the budget counts evaluations
+    labels: ClassVar[Literal["analytic"]] = "analytic"  # type: ignore[misc]  # a generator draws one class
+
+    budget: Count = 25000
+    generator: str = "dcgan"
+    optimizer: str = "CMA"
+    popsize: Count = 50
+    latent: Squash = "free"
+    kld: NonNegative = 0.0
+    transform: Literal["none", "clip", "sparsify", "soteria"] = "none"
+    control: Literal["none", "wrong-gradient"] = "none"
+    lr: Positive = 0.1
+    batch: Count | None = None
+
+    def __post_init__(self) -> None:
+        generators.parse(self.generator)
+        if self.optimizer not in (ADAM, "CMA"):  # nevergrad takes seconds to import
+            check_optimiser(self.optimizer)
+
+    def settings(self) -> dict[str, Any]:
+        """Return name, version, every option, and what identifies the generator's weights."""
+        return {**super().settings(), "weights": generators.parse(self.generator).settings()}
+
+    def check(self, observation: Observation) -> None:
+        """Raise Unsupported where generator and images do not fit, or the label cannot be had.
+
+        Raises:
+            BadOption: the budget is smaller than one population.
+        """
+        if self.optimizer != ADAM and self.budget < self.popsize:
+            raise BadOption(
+                f"budget={self.budget} is smaller than one population (popsize={self.popsize}); give at least as much"
+            )
+        generator = chosen(self.generator, observation)
+        if self.transform != "none" and not observation.threat.informed:
+            raise Unsupported(
+                f"transform={self.transform} models a defense that the attacker is not informed of; "
+                "use a threat model with informed=true"
+            )
+        super().check(observation)
+        generators.load(generator, observation.device, torch.float64)
+
+    def probe(self, observation: Observation, rng: Rng) -> int | None:
+        """Evaluate one population of every trial."""
+        objective = self._objective(_double(observation), rng).with_path(_double(observation))
+        start = self._begin(objective)
+        if self.optimizer == ADAM:
+            return super().probe(_double(observation), rng)
+        rows = [trial for trial in range(observation.trials) for _ in range(self.popsize)][: self._batch(objective)]
+        index = torch.tensor(rows, device=observation.device)
+        with torch.no_grad():
+            objective.select(rows)({name: value[index] for name, value in start.items()}, 0)
+        return 0
+
+    def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
+        """Return the best of ``restarts`` searches by the matching distance, for every trial."""
+        exact = _double(observation)
+        exact = replace(exact, labels=known_labels(exact))
+        if self.control == "wrong-gradient":
+            exact = replace(exact, gradient=self._decoy(exact, rng))
+        found = super().__call__(exact, rng)
+        return replace(found, images=found.images.to(observation.dtype))
+
+    def start(self, observation: Observation, rng: Rng) -> Unknowns:
+        """Return zeros [T, d]."""
+        size = chosen(self.generator, observation).card().latent
+        return {"latent": torch.zeros(observation.trials, size, dtype=observation.dtype, device=observation.device)}
+
+    def render(self, unknowns: Unknowns, observation: Observation) -> tuple[Tensor, Tensor | None]:
+        """Return the generator's images for latents and labels."""
+        assert observation.labels is not None, "the label is granted or read off the gradient"
+        latent = squash(unknowns["latent"], self.latent)
+        return draw(chosen(self.generator, observation), latent, observation.labels, observation), None
+
+    def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean over parameters of the squared distances between T(g') and g."""
+        changed = transformed(gradient, observed, self.transform)
+        return torch.stack([squared_norm(changed[name] - target) for name, target in observed.items()]).mean(0)
+
+    def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
+        """Run the optimizer over the latent, and over the secrets where these are sought."""
+        whole = _Regularised(objective, self)
+        if self.optimizer == ADAM:
+            return descend(whole, start, steps=self.budget, lr=dict.fromkeys(start, self.lr))
+        return evolve(
+            whole,
+            start,
+            objective.rng,
+            optimizer=self.optimizer,
+            budget=self.budget,
+            popsize=self.popsize,
+            batch=self._batch(objective),
+        )
+
+    def _batch(self, objective: MatchingObjective) -> int:
+        """Return how many candidates are evaluated at a time: what was asked for, or what memory is sure to hold."""
+        if self.batch is not None:
+            return self.batch
+        size = sum(value[0].numel() * value.element_size() for value in objective.observation.gradient.values())
+        return max(1, int(SHARE * free_memory(objective.observation.device) / (COPIES * size)))
+
+    def _decoy(self, observation: Observation, rng: Rng) -> Gradient:
+        """Return the gradient of a random sample of the generator for each trial, with the trial's label."""
+        objective = self._objective(observation, rng).with_path(observation)
+        generator = chosen(self.generator, observation)
+        assert observation.labels is not None
+        latent = random_latents(generator, observation, rng, "decoy")
+        with torch.no_grad():
+            images = draw(generator, latent, observation.labels, observation)
+            return objective.dummy(images, observation.labels, {}, FINAL)
+
+
+@dataclass(frozen=True)
+class _Regularised:
+    """The matching objective plus the divergence of the latent."""
+
+    objective: MatchingObjective
+    attack: GGL
+
+    def __call__(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
+        value = self.objective(unknowns, evaluation)
+        if self.attack.kld:
+            value = value + self.attack.kld * divergence(squash(unknowns["latent"], self.attack.latent))
+        return value
+
+    def select(self, rows: Any) -> _Regularised:
+        return replace(self, objective=self.objective.select(rows))
+
+
+@register("prior")
+@dataclass(frozen=True)
+class PriorFloor(Attack):
+    """Floor: a random image of the generator with the label that ggl uses; of the gradient only that label is used.
+
+    Where the threat model does not grant the label, it is read off the gradient, which tables show for the first
+    defense alone; the comparison of ``ggl`` with it takes each defense's own.
+
+    Attributes:
+        generator: the spec of a generator, as in ``ggl``.
+        latent: as in ``ggl``: ``free``; ``clip`` to [-2, 2]; ``tanh``.
+    """
+
+    reference: ClassVar[str] = "a baseline by definition"
+    floor: ClassVar[bool] = True
+
+    generator: str = "dcgan"
+    latent: Squash = "free"
+
+    def __post_init__(self) -> None:
+        generators.parse(self.generator)
+
+    def settings(self) -> dict[str, Any]:
+        """Return name, version, every option, and what identifies the generator's weights."""
+        return {**super().settings(), "weights": generators.parse(self.generator).settings()}
+
+    def check(self, observation: Observation) -> None:
+        """Raise Unsupported where generator and images do not fit, or the label cannot be had."""
+        generator = chosen(self.generator, observation)
+        known_labels(observation)
+        generators.load(generator, observation.device, observation.dtype)
+
+    def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
+        """Return one sample of the generator for every trial."""
+        generator = chosen(self.generator, observation)
+        labels = known_labels(observation)
+        latent = squash(random_latents(generator, observation, rng, "prior"), self.latent)
+        with torch.no_grad():
+            return Reconstruction(draw(generator, latent, labels, observation), labels=labels)
+
+
+def squash(latent: Tensor, how: Squash) -> Tensor:
+    """Return the latent [N, d] as it enters the generator."""
+    if how == "clip":
+        return latent.clamp(-BOUND, BOUND)
+    return latent.tanh() if how == "tanh" else latent
+
+
+def divergence(latent: Tensor) -> Tensor:
+    """Return [N]: -(1 + ln(s^2 + 1e-10) - m^2 - s^2) / 2, with mean m and deviation s over the d coordinates."""
+    mean, variance = latent.mean(1), latent.var(1, unbiased=False)
+    return -0.5 * (1 + (variance + 1e-10).log() - mean.square() - variance)
+
+
+def transformed(gradient: Gradient, observed: Mapping[str, Tensor], transform: str) -> Gradient:
+    """Return T(g'), [T, *shape] per parameter, with T's strength read off the observed gradient (released code).
+
+    Args:
+        gradient: the dummy gradients.
+        observed: the observed ones.
+        transform: ``none``; ``clip``: g' min(1, |g| / |g'|) with norms over all parameters; ``sparsify``: the entries
+            of each parameter below the quantile of |g'| at the share of zeros in all of g become zero; ``soteria``:
+            the columns of the last matrix that are zero in its observed first row become zero.
+    """
+    if transform == "clip":
+        bound = torch.stack([squared_norm(value) for value in observed.values()]).sum(0).sqrt()
+        norm = torch.stack([squared_norm(gradient[name]) for name in observed]).sum(0).sqrt()
+        factor = (bound / norm.clamp(min=1e-30)).clamp(max=1)
+        return {name: gradient[name] * factor.view(-1, *[1] * (gradient[name].ndim - 1)) for name in observed}
+    if transform == "sparsify":
+        zeros = torch.stack([(value == 0).flatten(1).sum(1) for value in observed.values()]).sum(0)
+        share = zeros / sum(value[0].numel() for value in observed.values())
+        return {name: _sparsified(gradient[name], share) for name in observed}
+    if transform == "soteria":
+        matrices = [name for name, value in observed.items() if value.ndim == 3]
+        if not matrices:
+            raise Unsupported("transform=soteria needs the gradient of a linear layer, and none was sent")
+        last = matrices[-1]
+        kept = (observed[last][:, :1] != 0).to(gradient[last].dtype)
+        return {**gradient, last: gradient[last] * kept}
+    return gradient
+
+
+def _sparsified(value: Tensor, share: Tensor) -> Tensor:
+    """Return [T, *shape] with the entries of each row below its quantile at ``share`` [T] set to zero."""
+    sizes = value.detach().abs().flatten(1)
+    place = (share.double() * (sizes.shape[1] - 1)).ceil().long().clamp(0, sizes.shape[1] - 1)
+    threshold = sizes.sort(1).values.gather(1, place[:, None])
+    return torch.where(sizes >= threshold, value.flatten(1), 0.0).view_as(value)
+
+
+def _double(observation: Observation) -> Observation:
+    """Return the observation with its floating-point tensors in float64."""
+
+    def exact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.double() if value.is_floating_point() else value for name, value in tensors.items()}
+
+    return replace(observation, weights=exact(observation.weights), gradient=exact(observation.gradient))

@@ -1,0 +1,112 @@
+"""How many trials to run at a time: as many as fit into memory, and no more than make each of them cheaper."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+
+DEFAULT = {"cpu": 32, "cuda": 256}
+"""Trials at a time for an attack that cannot be measured."""
+
+LARGEST = {"cpu": 256, "cuda": 4096}
+FEWEST = 8
+"""Up to this many trials always run together where they fit: a clock cannot tell what less would gain."""
+SHARE = 0.5
+"""The part of the free memory that a chunk may take."""
+GAIN = 0.9
+"""A larger chunk is taken for a time per trial of less than this part of the smaller one's."""
+LIMIT = 10.0
+"""Seconds after which no larger chunk is tried."""
+
+_GROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current")
+
+
+def choose(step: Callable[[int], int | None], trials: int, device: torch.device) -> int:
+    """Return how many of ``trials`` trials to run at a time, from short measurements with 1, 2, 4, ... trials.
+
+    Args:
+        step: does a small, typical piece of the work for so many trials, and returns how many bytes the whole work
+            holds beside what that piece needs (``Attack.probe``).
+        trials: how many there are.
+        device: where the work runs.
+    """
+    begin = time.perf_counter()
+    best, best_cost = 1, float("inf")
+    size, idle = 1, 0
+    while size <= min(trials, LARGEST[device.type]):
+        free = free_memory(device)
+        try:
+            seconds, used = _measure(step, size, device)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            break
+        if size > 1 and used > SHARE * free:
+            break
+        cost = seconds / size
+        if size <= FEWEST or cost < GAIN * best_cost:
+            best, best_cost, idle = size, cost, 0
+        else:
+            idle += 1
+        late = size >= FEWEST and time.perf_counter() - begin > LIMIT
+        if idle == 2 or late or 2 * used > SHARE * free:
+            break
+        size = trials if size < trials < 2 * size else 2 * size
+    pieces = -(-trials // best)
+    return -(-trials // pieces)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return how many bytes can be taken on a device; on the CPU a container's limit counts."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, current = (Path(path).read_text().strip() for path in _GROUPS)
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, int(limit) - int(current))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory could not be had."""
+    text = str(error)
+    return (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or "not enough memory" in text
+        or "can't allocate memory" in text
+    )
+
+
+def _measure(step: Callable[[int], int | None], size: int, device: torch.device) -> tuple[float, int]:
+    """Return the seconds and the most bytes that a step of this size takes, after one to warm up."""
+    held = step(size) or 0
+    begin = time.perf_counter()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        begin = time.perf_counter()
+        step(size)
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - begin, torch.cuda.max_memory_allocated(device) - before + held
+    process = psutil.Process()
+    before = process.memory_info().rss
+    step(size)
+    # the highest that the process has ever been is at least what this step needed
+    return time.perf_counter() - begin, max(0, _peak() - before) + held
+
+
+def _peak() -> int:
+    """Return the largest resident size that this process has had, in bytes; where that is unknown, the present one."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return int(psutil.Process().memory_info().rss)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if psutil.MACOS else peak * 1024

@@ -1,0 +1,144 @@
+"""What a trained generator draws, and how far that is from the images it was trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from leakbench.generators import files
+from leakbench.generators.train import WEIGHTS, Images, Recipe, read, splits
+from leakbench.rng import generator
+from leakbench.version import __version__
+
+SAMPLES = 1000
+"""How many samples (as many of each class), and how many test images, distances are measured on."""
+
+_GRID = 10
+_SCALE = 2
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """How far images are from the training images.
+
+    Attributes:
+        distance: [N], root mean square over the pixels, of images in [0, 1], to the nearest training image.
+        index: [N] int64, which training image that is.
+    """
+
+    distance: Tensor
+    index: Tensor
+
+
+def nearest(images: Tensor, training: Tensor, rows: int = 2000) -> Nearest:
+    """Return the nearest training image of each image; both [N, C, H, W], float in [0, 1] and uint8."""
+    points = images.flatten(1).double()
+    best = torch.full((len(points),), torch.inf, dtype=torch.float64)
+    index = torch.zeros(len(points), dtype=torch.int64)
+    for start in range(0, len(training), rows):
+        distance = torch.cdist(points.float(), training[start : start + rows].flatten(1).float() / 255)
+        found, place = distance.min(1)
+        closer = found < best
+        best = torch.where(closer, found.double(), best)
+        index = torch.where(closer, place + start, index)
+    # the distance to the nearest, from the difference itself: exact also where it is small
+    exact = (points - training[index].flatten(1).double() / 255).square().mean(1).sqrt()
+    return Nearest(exact, index)
+
+
+@torch.no_grad()
+def samples(file: Path, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return images [count, C, 32, 32] in [0, 1] of the classes in turn, and their labels, drawn by this seed."""
+    trained, state, _ = files.read(file)
+    decoder = files.decoder_of(trained, state)
+    labels = torch.arange(count) % trained.classes
+    latent = torch.randn(count, trained.latent, generator=generator("samples", seed))
+    images = [decoder(part, own) for part, own in zip(latent.split(250), labels.split(250))]
+    return torch.cat(images).add(1).div(2), labels
+
+
+def assess(recipe: Recipe, out: Path, command: str) -> list[Path]:
+    """Write ``samples.png``, ``nearest.png`` and ``report.md`` on the weights in ``out``, and return their paths."""
+    seen, unseen = splits(recipe.dataset)
+    training, test = read(seen), read(unseen, SAMPLES)
+    trained, _, _ = files.read(out / WEIGHTS)
+    drawn, _ = samples(out / WEIGHTS, SAMPLES, recipe.seed)
+    classes = min(trained.classes, 20)
+    own, other = nearest(drawn, training.pixels), nearest(test.pixels.float() / 255, training.pixels)
+
+    places = [row * trained.classes + column for column in range(classes) for row in range(_GRID)]
+    _save(out / "samples.png", drawn[places], _GRID)
+    pairs = torch.cat([drawn[: 2 * _GRID], training.pixels[own.index[: 2 * _GRID]].float() / 255])
+    _save(out / "nearest.png", pairs, 2 * _GRID)
+    (out / "report.md").write_text(_report(recipe, trained, command, own, other, training), encoding="utf-8")
+    return [out / "samples.png", out / "nearest.png", out / "report.md"]
+
+
+def _save(file: Path, images: Tensor, columns: int) -> None:
+    """Write images [N, C, H, W] in [0, 1] as a PNG with so many columns, doubled in size without smoothing."""
+    count, channels, height, width = images.shape
+    pixels = images.clamp(0, 1).mul(255).round().to(torch.uint8)
+    rows = -(-count // columns)
+    sheet = torch.full((channels, rows * (height + 1) - 1, columns * (width + 1) - 1), 255, dtype=torch.uint8)
+    for place, image in enumerate(pixels):
+        top, left = (place // columns) * (height + 1), (place % columns) * (width + 1)
+        sheet[:, top : top + height, left : left + width] = image
+    picture = Image.fromarray(sheet.permute(1, 2, 0).numpy() if channels == 3 else sheet[0].numpy())
+    picture.resize((picture.width * _SCALE, picture.height * _SCALE), Image.Resampling.NEAREST).save(
+        file, optimize=True
+    )
+
+
+def _report(
+    recipe: Recipe, trained: files.Trained, command: str, own: Nearest, other: Nearest, training: Images
+) -> str:
+    """Return the report: what was trained on what, and the distances."""
+    levels = torch.tensor([0.0, 0.01, 0.05, 0.5, 0.95], dtype=torch.float64)
+
+    def row(name: str, found: Nearest) -> str:
+        values = " | ".join(f"{float(value):.4f}" for value in found.distance.quantile(levels))
+        return f"| {name} | {len(found.distance)} | {values} |"
+
+    close = float((own.distance < other.distance.quantile(0.01)).double().mean())
+    parameters = sum(value.numel() for value in trained.decoder().parameters())
+    options = "\n".join(f"| {name} | {value} |" for name, value in vars(recipe).items())
+    return f"""# A generator for {recipe.dataset}
+
+A class-conditional DCGAN of {parameters:,} parameters, trained on the {len(training.labels):,} images of the training
+split and on nothing else; pixel by pixel, no image of the test split is among them. leakbench {__version__}.
+
+```
+{command}
+```
+
+| option | value |
+|:--|:--|
+{options}
+
+## Samples
+
+One row a class, {_GRID} samples of each, the first that were drawn: none was chosen.
+
+![samples](samples.png)
+
+## Distance to the nearest training image
+
+The root mean square difference over all pixels, for images in [0, 1], between an image and the training image nearest
+to it: of {len(own.distance)} samples (as many of each class), and of the first {len(other.distance)} test images. The
+generator cannot have copied the test images, so they show how near an image comes by itself.
+
+| images | n | smallest | 1 % | 5 % | median | 95 % |
+|:--|--:|--:|--:|--:|--:|--:|
+{row("samples", own)}
+{row("test images", other)}
+
+{100 * close:.1f} % of the samples come nearer to a training image than the nearest 1 % of the test images do.
+
+Samples above, the training image nearest to each below:
+
+![nearest training images](nearest.png)
+"""

@@ -1,0 +1,187 @@
+"""Convolution with per-trial weights, with derivatives of every order made of fast kernels.
+
+Convolution, its gradient by the input and its gradient by the weight are three bilinear maps, and the derivative of
+each is made of the other two, so three kernels serve every order. Torch's own double backward of a grouped convolution
+loops over the groups, which here are the trials. Weights that all trials share (an expanded tensor) take the dense
+kernel; others one grouped convolution over all trials.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional as F
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from leakbench.gradients.bilinear import needed
+
+WINDOWS = 2**15
+"""Up to this many values of a trial's im2col matrix, one matrix product is faster than the grouped weight gradient."""
+
+FEW = 4
+"""Up to this many input channels, the gradient by the input of a strided convolution is faster by phases."""
+
+
+class Geometry(NamedTuple):
+    """What fixes a 2-d convolution apart from its operands; pairs are (vertical, horizontal)."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    image: tuple[int, int]
+    kernel: tuple[int, int]
+
+
+def convolve(x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
+    """Return [T, O, h, w] for images [T, C, H, W] and weights [T, O, C / groups, kh, kw]."""
+    if _shared(weight):
+        return torch.conv2d(x, weight[0], None, g.stride, g.padding, g.dilation, g.groups)
+    out = torch.conv2d(_row(x), weight.flatten(0, 1), None, g.stride, g.padding, g.dilation, len(x) * g.groups)
+    return _trials(out, x)
+
+
+def input_gradient(grad: Tensor, weight: Tensor, g: Geometry) -> Tensor:
+    """Return [T, C, H, W], the gradient of <grad, convolve(x, weight)> by x; grad is [T, O, h, w]."""
+    step = g.stride[0]
+    if step > 1 and g.stride == (step, step) and g.dilation == (1, 1) and g.groups == 1 and weight.shape[2] <= FEW:
+        return _by_phases(grad, weight, g)
+    if _shared(weight):
+        shape = (len(grad), weight.shape[2] * g.groups, *g.image)
+        return conv2d_input(shape, weight[0], grad, g.stride, g.padding, g.dilation, g.groups)
+    groups = len(grad) * g.groups
+    shape = (1, weight.shape[2] * groups, *g.image)
+    out = conv2d_input(shape, weight.flatten(0, 1), _row(grad), g.stride, g.padding, g.dilation, groups)
+    return _trials(out, grad)
+
+
+def weight_gradient(x: Tensor, grad: Tensor, g: Geometry) -> Tensor:
+    """Return [T, O, C / groups, kh, kw], the gradient of <grad, convolve(x, weight)> by each trial's weight."""
+    trials, outputs, *size = grad.shape
+    channels = x.shape[1] // g.groups
+    if g.groups == 1 and channels * g.kernel[0] * g.kernel[1] * size[0] * size[1] <= WINDOWS:
+        left = grad.reshape(trials, outputs, -1)
+        out = torch.bmm(left, _windows(x, g, (size[0], size[1])))
+        return out.view(trials, outputs, *g.kernel, channels).permute(0, 1, 4, 2, 3)
+    shape = (trials * outputs, channels, *g.kernel)
+    out = conv2d_weight(_row(x), shape, _row(grad), g.stride, g.padding, g.dilation, trials * g.groups)
+    return _trials(out, grad, 0)
+
+
+def _windows(x: Tensor, g: Geometry, size: tuple[int, int]) -> Tensor:
+    """Return [T, h * w, kh * kw * C], the windows of x under the kernel (im2col), copied in runs of C values."""
+    (top, left), (sh, sw), (dh, dw) = g.padding, g.stride, g.dilation
+    image = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top)).contiguous()
+    trial, row, column, channel = image.stride()
+    shape = (len(x), *size, *g.kernel, x.shape[1])
+    view = image.as_strided(shape, (trial, row * sh, column * sw, row * dh, column * dw, channel))
+    return view.reshape(len(x), size[0] * size[1], -1)
+
+
+def _by_phases(grad: Tensor, weight: Tensor, g: Geometry) -> Tensor:
+    """Return ``input_gradient`` for stride s: a convolution of stride 1 with the s * s phases as channels."""
+    step = g.stride[0]
+    outputs, channels = weight.shape[1:3]
+    taps = [-(-k // step) for k in g.kernel]
+    source = weight[:1] if _shared(weight) else weight
+    index = _phase_index(outputs, channels, g.kernel, step, weight.device)
+    kernels = F.pad(source.flatten(1), (0, 1)).index_select(1, index)
+    kernels = kernels.view(-1, outputs, *taps)
+    around = [t - 1 for t in taps]
+    if _shared(weight):
+        out = torch.conv2d(grad, kernels, None, 1, around)
+    else:
+        out = _trials(torch.conv2d(_row(grad), kernels, None, 1, around, 1, len(grad)), grad)
+    out = F.pixel_shuffle(out, step)
+    (height, width), (top, left) = g.image, g.padding
+    return F.pad(out, (-left, width + left - out.shape[3], -top, height + top - out.shape[2]))
+
+
+@cache
+def _phase_index(outputs: int, channels: int, kernel: tuple[int, int], step: int, device: torch.device) -> Tensor:
+    """Return, for the kernels [C * s * s, O, taps, taps] of ``_by_phases``, where in a weight each value is.
+
+    A flattened weight [O, C, kh, kw] is followed by one zero, for the taps beyond the kernel's edge.
+    """
+    size = outputs * channels * kernel[0] * kernel[1]
+    rows, columns = (-(-k // step) for k in kernel)
+    index = torch.arange(size, device=device).view(outputs, channels, *kernel)
+    index = F.pad(index, (0, columns * step - kernel[1], 0, rows * step - kernel[0]), value=size)
+    index = index.view(outputs, channels, rows, step, columns, step).flip(2, 4)
+    return index.permute(1, 3, 5, 0, 2, 4).flatten()
+
+
+def _shared(weight: Tensor) -> bool:
+    """Return whether all trials have this weight."""
+    return weight.stride(0) == 0 or len(weight) == 1
+
+
+def _row(x: Tensor) -> Tensor:
+    """Return [T, C, H, W] as one image [1, T * C, H, W]."""
+    return x.reshape(1, -1, *x.shape[2:])
+
+
+def _trials(x: Tensor, like: Tensor, axis: int = 1) -> Tensor:
+    """Return a tensor whose axis holds T * C values as [T, C, *rest], with T of ``like``."""
+    return x.reshape(len(like), -1, *x.shape[axis + 1 :])
+
+
+class Convolution(Function):
+    """See ``convolve``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+        """Convolve."""
+        ctx.save_for_backward(x, weight)
+        ctx.geometry = geometry
+        return convolve(x, weight, geometry)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Return the gradients by x and weight."""
+        x, weight = ctx.saved_tensors
+        by_x = InputGradient.apply(grads[0], weight, ctx.geometry) if needed(ctx, 0) else None
+        by_weight = WeightGradient.apply(x, grads[0], ctx.geometry) if needed(ctx, 1) else None
+        return by_x, by_weight, None
+
+
+class InputGradient(Function):
+    """See ``input_gradient``."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+        """Convolve with the transpose."""
+        ctx.save_for_backward(grad, weight)
+        ctx.geometry = geometry
+        return input_gradient(grad, weight, geometry)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Return the gradients by grad and weight."""
+        grad, weight = ctx.saved_tensors
+        by_grad = Convolution.apply(grads[0], weight, ctx.geometry) if needed(ctx, 0) else None
+        by_weight = WeightGradient.apply(grads[0], grad, ctx.geometry) if needed(ctx, 1) else None
+        return by_grad, by_weight, None
+
+
+class WeightGradient(Function):
+    """See ``weight_gradient``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grad: Tensor, geometry: Geometry) -> Tensor:
+        """Correlate."""
+        ctx.save_for_backward(x, grad)
+        ctx.geometry = geometry
+        return weight_gradient(x, grad, geometry)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Return the gradients by x and grad."""
+        x, grad = ctx.saved_tensors
+        by_x = InputGradient.apply(grad, grads[0], ctx.geometry) if needed(ctx, 0) else None
+        by_grad = Convolution.apply(x, grads[0], ctx.geometry) if needed(ctx, 1) else None
+        return by_x, by_grad, None

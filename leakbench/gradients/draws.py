@@ -1,0 +1,154 @@
+"""What the random layers of a network draw: each trial from its own generator, however trials are run.
+
+Dropout and stochastic depth would draw from torch's global generator, one mask for a whole batch. Here every value of
+a trial comes from that trial's generator, in the order in which the network asks, so that it depends neither on the
+trials beside it nor on the path by which gradients are computed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from leakbench.errors import Unsupported
+
+Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]
+Generators = Callable[[], Sequence[torch.Generator]]
+"""Makes one generator a trial; it is called when a network first draws, which most never do."""
+
+
+class Draws(ABC):
+    """The source of the random numbers of one forward pass.
+
+    Attributes:
+        in_place: a tensor can be filled with draws. Under ``vmap`` a tensor that was made inside belongs to all trials
+            and cannot; who uses what the filling returns is served, and ``choose_path`` finds out who does not.
+    """
+
+    in_place: ClassVar[bool] = True
+
+    @abstractmethod
+    def take(self, shape: Sequence[int], draw: Draw) -> Tensor:
+        """Return what ``draw`` makes of each trial's share of a tensor of this shape."""
+
+    def uniform(self, like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        """Return U[0, 1) draws of this shape (by default that of ``like``)."""
+        return self.take(like.shape if shape is None else shape, _uniform).to(like.device)
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Return N(0, 1) draws shaped like a tensor."""
+        return self.take(like.shape, _normal).to(like)
+
+
+class NoDraws(Draws):
+    """For networks that must not draw."""
+
+    def take(self, shape: Sequence[int], draw: Draw) -> Tensor:
+        """Raise Unsupported."""
+        raise Unsupported("the network draws random numbers, and no source of them was given")
+
+
+class BatchDraws(Draws):
+    """For a pass whose leading axis holds the trials, several places of it each where it was split further."""
+
+    def __init__(self, generators: Generators) -> None:
+        self._make = generators
+        self._made: Sequence[torch.Generator] = ()
+
+    @property
+    def generators(self) -> Sequence[torch.Generator]:
+        """One generator a trial."""
+        self._made = self._made or self._make()
+        return self._made
+
+    def take(self, shape: Sequence[int], draw: Draw) -> Tensor:
+        """Return each trial's draws, one after the other along the leading axis."""
+        trials = len(self.generators)
+        if not shape or shape[0] % trials:
+            raise ValueError(f"random numbers of shape {tuple(shape)} have no axis of {trials} trials")
+        own = (shape[0] // trials, *shape[1:])
+        return torch.cat([draw(own, generator) for generator in self.generators])
+
+    def row(self, trial: int) -> Draws:
+        """Return the source of a pass of one trial alone."""
+        return _RowDraws(self, trial)
+
+    def vmapped(self, index: Tensor) -> Draws:
+        """Return the source of a pass under ``vmap`` over trials; index is the trial's own number, a scalar."""
+        return _VmapDraws(self, index)
+
+
+class _RowDraws(Draws):
+    def __init__(self, batch: BatchDraws, trial: int) -> None:
+        self._batch = batch
+        self._trial = trial
+
+    def take(self, shape: Sequence[int], draw: Draw) -> Tensor:
+        return draw(tuple(shape), self._batch.generators[self._trial])
+
+
+class _VmapDraws(Draws):
+    in_place: ClassVar[bool] = False
+
+    def __init__(self, batch: BatchDraws, index: Tensor) -> None:
+        self._batch = batch
+        self._index = index
+
+    def take(self, shape: Sequence[int], draw: Draw) -> Tensor:
+        rows = torch.stack([draw(tuple(shape), generator) for generator in self._batch.generators])
+        return rows.to(self._index.device).index_select(0, self._index[None])[0]
+
+
+def random_operations(draws: Draws) -> Mapping[Callable[..., Any], Callable[..., Any]]:
+    """Return torch's drawing functions, and what serves in their place."""
+
+    def drop(x: Tensor, shape: Sequence[int], p: float, training: bool, inplace: bool) -> Tensor:
+        if not 0 <= p <= 1:
+            raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+        if not training or p == 0:
+            return x
+        keep = (draws.uniform(x, shape) >= p).to(x.dtype)
+        keep = keep / (1 - p) if p < 1 else keep
+        return x.mul_(keep) if inplace else x * keep
+
+    def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return drop(x, x.shape, p, training, inplace)
+
+    def feature_dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return drop(x, (*x.shape[:2], *[1] * (x.ndim - 2)), p, training, inplace)
+
+    def bernoulli_(x: Tensor, p: float | Tensor = 0.5, *, generator: None = None) -> Tensor:
+        filled = (draws.uniform(x) < p).to(x.dtype)
+        return x.copy_(filled) if draws.in_place else filled
+
+    def bernoulli(x: Tensor, *, generator: None = None) -> Tensor:
+        return (draws.uniform(x) < x).to(x.dtype)
+
+    def rand_like(x: Tensor) -> Tensor:
+        return draws.uniform(x).to(x.dtype)
+
+    return {
+        F.dropout: dropout,
+        torch.dropout: dropout,
+        F.dropout1d: feature_dropout,
+        F.dropout2d: feature_dropout,
+        F.dropout3d: feature_dropout,
+        torch.feature_dropout: feature_dropout,
+        torch.Tensor.bernoulli_: bernoulli_,
+        torch.bernoulli: bernoulli,
+        torch.rand_like: rand_like,
+        torch.randn_like: draws.normal,
+    }
+
+
+def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator, dtype=torch.float32)
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float32)

@@ -1,0 +1,123 @@
+"""VGG-16, for images of any size from 32x32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from leakbench.errors import Unsupported
+from leakbench.models.base import Model, register
+from leakbench.models.resnet import ACTIVATIONS, Activation, Width
+from leakbench.models.weights import Init, checkpoint_settings, initialise, load
+
+_STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))
+"""Multiples of the width, and convolutions, of the five stages of configuration D; a max-pool ends each."""
+
+
+class _VGG(nn.Module):
+    """Thirteen 3x3 convolutions in five stages and three linear layers; named as torchvision names it."""
+
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        width: int,
+        hidden: int,
+        activation: type[nn.Module],
+        normalise: bool,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for factor, count in _STAGES:
+            for _ in range(count):
+                layers.append(nn.Conv2d(channels, width * factor, 3, padding=1))
+                layers += [nn.BatchNorm2d(width * factor)] if normalise else []
+                layers.append(activation())
+                channels = width * factor
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        self.avgpool = nn.AdaptiveAvgPool2d(7)
+        self.classifier = nn.Sequential(
+            nn.Linear(channels * 49, hidden),
+            activation(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, hidden),
+            activation(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, num_classes),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits [B, K] for images [B, C, H, W] in [0, 1]."""
+        return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
+
+
+@register("vgg16")
+@dataclass(frozen=True)
+class VGG16(Model):
+    """VGG-16 (configuration D): 134 M parameters, torchvision's, with or without batch normalisation.
+
+    Attributes:
+        activation: ``relu`` or ``sigmoid``.
+        norm: ``batch`` normalises after every convolution, as FedKL's locked network does; ``none`` is the published
+            network, FedKL's control.
+        dropout: of the two hidden linear layers, in training mode.
+        width: the channels of the first stage.
+        hidden: the units of the hidden linear layers.
+        init: ``default`` (Kaiming normal convolutions by their outputs, linear layers N(0, 0.01^2), zero biases) or
+            ``uniform(a)``.
+        mode: ``train`` drops units and normalises each image by its own statistics, ``eval`` does neither.
+        fresh: every trial draws its own weights instead of sharing its seed's.
+        weights: a checkpoint to attack instead of random weights; torchvision's own fit.
+    """
+
+    reference: ClassVar[str] = "Simonyan and Zisserman 2015, VGG, ICLR, table 1, D (torchvision's definition)"
+    activation: Activation = "relu"
+    norm: Literal["batch", "none"] = "batch"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    width: Width = 64
+    hidden: Annotated[int, Field(ge=1, le=65536)] = 4096
+    init: Init = "default"
+    mode: Literal["train", "eval"] = "train"
+    fresh: bool = False
+    weights: str | None = None
+
+    def build(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        """Return the network in its mode; images must be at least 32x32."""
+        if min(image_shape[1:]) < 32:
+            raise Unsupported(
+                f"vgg16 needs images of at least 32x32, not {image_shape[1]}x{image_shape[2]}; set size=32"
+            )
+        model = _VGG(
+            image_shape[0],
+            num_classes,
+            self.width,
+            self.hidden,
+            ACTIVATIONS[self.activation],
+            self.norm == "batch",
+            self.dropout,
+        )
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, 0, 0.01)
+            if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        initialise(model, self.init)
+        if self.weights is not None:
+            load(model, self.weights)
+        return model.train(self.mode == "train")
+
+    def fresh_weights(self) -> bool:
+        """Return ``fresh``."""
+        return self.fresh
+
+    def settings(self) -> dict[str, Any]:
+        """Return the options, with the checkpoint's content in place of its path."""
+        return checkpoint_settings(super().settings())

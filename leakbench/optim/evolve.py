@@ -1,0 +1,155 @@
+"""Gradient-free search of many trials at once, each with an optimiser of its own from nevergrad."""
+
+from __future__ import annotations
+
+import importlib
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from leakbench.chunk import out_of_memory
+from leakbench.errors import BadOption
+from leakbench.optim.base import Objective, Solution, Unknowns
+from leakbench.rng import Rng
+
+WORST = 1e20
+"""What a candidate whose objective is not finite, or larger, is told to cost."""
+
+
+@contextmanager
+def _own_randomness() -> Iterator[None]:
+    """Give the global random states of Python and numpy back afterwards: importing nevergrad draws from them."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (the global state is what is saved)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+def nevergrad() -> Any:
+    """Return the package nevergrad, imported on first use, which takes seconds."""
+    with _own_randomness(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module("nevergrad")
+
+
+def check_optimiser(name: str) -> None:
+    """Raise BadOption, with a suggestion, where nevergrad has no optimiser of this name."""
+    known = nevergrad().optimizers.registry
+    if name not in known:
+        close = get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "known are, among others, CMA, DE, TBPSA, PSO and OnePlusOne"
+        raise BadOption(f"nevergrad has no optimizer {name!r}; {hint}")
+
+
+def evolve(
+    objective: Objective,
+    start: Unknowns,
+    rng: Rng,
+    *,
+    optimizer: str = "CMA",
+    budget: int,
+    popsize: int = 50,
+    batch: int | None = None,
+) -> Solution:
+    """Search each trial by its own optimiser: in every round ask ``popsize`` candidates, evaluate them, tell all.
+
+    The candidates of all trials are evaluated together, in pieces of up to ``batch``; a piece that does not fit into
+    memory is halved. Which candidates a trial asks depends on nothing but its own seed and objective.
+
+    Args:
+        objective: the per-trial objective; it is evaluated under ``no_grad``.
+        start: name -> [T, *shape], where the search begins.
+        rng: what the optimisers are seeded by.
+        optimizer: the name of one of nevergrad's optimisers.
+        budget: evaluations of each trial's objective; the last round has what is left of it.
+        popsize: candidates a round.
+        batch: the most candidates evaluated at a time, all trials together; None for no limit.
+
+    Returns:
+        The candidate of each trial with the smallest objective; a trial is finite where any candidate's objective was.
+    """
+    shapes = {name: tensor.shape[1:] for name, tensor in start.items()}
+    sizes = [shape.numel() for shape in shapes.values()]
+    origin = torch.cat([tensor.detach().flatten(1) for tensor in start.values()], 1)
+    trials = len(origin)
+    evaluate = _Pieces(objective, batch or trials * popsize)
+
+    def unpack(flat: Tensor) -> Unknowns:
+        parts = flat.split(sizes, dim=1)
+        return {name: part.reshape(len(flat), *shape) for (name, shape), part in zip(shapes.items(), parts)}
+
+    best = origin.clone()
+    value = torch.full((trials,), torch.inf, dtype=origin.dtype, device=origin.device)
+    with _own_randomness(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nevergrad and cma tell of their own internals
+        searches = [
+            _optimiser(optimizer, row.double().cpu().numpy(), budget, generator.initial_seed())
+            for row, generator in zip(origin, rng.generators("evolve"))
+        ]
+        done = 0
+        while done < budget:
+            count = min(popsize, budget - done)
+            asked = [[search.ask() for _ in range(count)] for search in searches]
+            points = np.array([[candidate.value for candidate in row] for row in asked])
+            flat = torch.from_numpy(points).to(origin).flatten(0, 1)
+            rows = [trial for trial in range(trials) for _ in range(count)]
+            numbers = [done + number for _ in range(trials) for number in range(count)]
+            costs = evaluate(unpack(flat), rows, numbers).view(trials, count)
+            told = torch.nan_to_num(costs.double(), nan=WORST, posinf=WORST, neginf=WORST).clamp(max=WORST).cpu()
+            for search, candidates, losses in zip(searches, asked, told.tolist()):
+                for candidate, loss in zip(candidates, losses):
+                    search.tell(candidate, loss)
+            lowest, place = torch.where(torch.isfinite(costs), costs, torch.inf).min(1)
+            candidates_flat = flat.view(trials, count, -1)[torch.arange(trials, device=place.device), place]
+            better = lowest < value
+            best = torch.where(better[:, None], candidates_flat, best)
+            value = torch.where(better, lowest, value)
+            done += count
+    finite = torch.isfinite(value)
+    evaluations = torch.full((trials,), budget, dtype=torch.int64, device=origin.device)
+    return Solution(unpack(best), torch.where(finite, value, torch.nan), finite, evaluations)
+
+
+class _Pieces:
+    """The objective of candidates, evaluated in pieces that fit; what did not fit once is not tried again."""
+
+    def __init__(self, objective: Objective, size: int) -> None:
+        self.objective = objective
+        self.size = size
+
+    @torch.no_grad()
+    def __call__(self, unknowns: Unknowns, rows: list[int], numbers: list[int]) -> Tensor:
+        """Return [N], the objective of each candidate for its own trial ``rows[n]``."""
+        values: list[Tensor] = []
+        begin = 0
+        while begin < len(rows):
+            part = slice(begin, min(begin + self.size, len(rows)))
+            try:
+                own = {name: tensor[part] for name, tensor in unknowns.items()}
+                values.append(self.objective.select(rows[part])(own, numbers[part]))
+            except Exception as error:
+                if not out_of_memory(error) or self.size == 1:
+                    raise
+                self.size = max(1, min(self.size, len(rows[part])) // 2)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
+            begin = part.stop
+        return torch.cat(values)
+
+
+def _optimiser(name: str, start: np.ndarray[Any, np.dtype[np.float64]], budget: int, seed: int) -> Any:
+    """Return an optimiser of nevergrad over points of the start's shape, with a random state of its own."""
+    package = nevergrad()
+    parametrization = package.p.Array(init=start)
+    parametrization.random_state = np.random.RandomState(seed % 2**32)
+    return package.optimizers.registry[name](parametrization=parametrization, budget=budget)

@@ -1,0 +1,118 @@
+"""The memory of many L-BFGS searches, and the direction that each gives.
+
+The two-loop recursion is written in its compact form (Byrd, Nocedal, Schnabel 1994, "Representations of quasi-Newton
+matrices", section 2): with S and Y the steps and gradient differences of a row, R the upper triangle of S Y^T in the
+order of age, D its diagonal and h the scale of the first inverse Hessian,
+
+    a = -R^-1 S g,    c = R^-T (D a + h Y (g + Y^T a)),    d = -h (g + Y^T a) + S^T c,
+
+which reads the history twice, once for the products with the gradient and once for the sum. R^-1 is kept instead of R:
+a new pair appends a column to it, and the oldest pair leaves by its row and column, wherever they stand. So pairs stay
+in the ring slot that they were written to, and a slot that holds none is a row and column of zeros.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+class Rows:
+    """Tensors (or further Rows) with one row a search, all of which start at zero."""
+
+    def reset(self, rows: Tensor) -> None:
+        """Start these rows anew, in place."""
+        for value in vars(self).values():
+            if isinstance(value, Rows):
+                value.reset(rows)
+            elif isinstance(value, Tensor):
+                value[rows] = 0
+
+    def select(self, rows: Tensor) -> Self:
+        """Keep these rows alone."""
+        for name, value in vars(self).items():
+            if isinstance(value, Rows):
+                value.select(rows)
+            elif isinstance(value, Tensor):
+                setattr(self, name, value[rows])
+        return self
+
+
+class History(Rows):
+    """The last ``length`` pairs of every row.
+
+    Attributes:
+        s: [R, H, N], the steps.
+        y: [R, H, N], the gradient differences.
+        inverse: [R, H, H], the inverse of R.
+        yy: [R, H, H], the products of Y with itself.
+        sy: [R, H], the diagonal D.
+        scale: [R], h, once there is a pair.
+        pairs: [R], how many pairs were ever added.
+    """
+
+    def __init__(self, x: Tensor, length: int) -> None:
+        rows, size = x.shape
+        self.s = x.new_zeros(rows, length, size)
+        self.y = x.new_zeros(rows, length, size)
+        self.inverse = x.new_zeros(rows, length, length)
+        self.yy = x.new_zeros(rows, length, length)
+        self.sy = x.new_zeros(rows, length)
+        self.scale = x.new_zeros(rows)
+        self.pairs = torch.zeros(rows, dtype=torch.int64, device=x.device)
+
+    def direction(self, gradient: Tensor, s: Tensor, y: Tensor, keep: Tensor, used: int) -> Tensor:
+        """Add a pair to some rows, and return the direction [R, N] of every row.
+
+        Args:
+            gradient: [R, N].
+            s: [R, N], the step that led to this gradient.
+            y: [R, N], how the gradient changed over it.
+            keep: [R] bool, the rows that add the pair (s, y).
+            used: how many ring slots may hold a pair in any row once these are added; the others are not read.
+        """
+        ring = torch.arange(len(s), device=s.device), self.pairs % self.s.shape[1]
+        _put(self.s, ring, s, keep)
+        _put(self.y, ring, y, keep)
+        pair = torch.stack([y, gradient], 1)
+        s_y, s_g = torch.bmm(pair, self.s[:, :used].transpose(1, 2)).unbind(1)
+        y_y, y_g = torch.bmm(pair, self.y[:, :used].transpose(1, 2)).unbind(1)
+        self._append(ring, s_y, y_y, keep, used)
+
+        inverse, yy, scale = self.inverse[:, :used, :used], self.yy[:, :used, :used], self._scale[:, None]
+        a = -_times(inverse, s_g)
+        c = _times(inverse.mT, self.sy[:, :used] * a + scale * (y_g + _times(yy, a)))
+        past = torch.bmm(c[:, None], self.s[:, :used]) - torch.bmm((scale * a)[:, None], self.y[:, :used])
+        return past[:, 0].sub_(scale * gradient)
+
+    @property
+    def _scale(self) -> Tensor:
+        return torch.where(self.pairs > 0, self.scale, 1.0)
+
+    def _append(self, ring: tuple[Tensor, Tensor], s_y: Tensor, y_y: Tensor, keep: Tensor, used: int) -> None:
+        """Bring the small matrices up to date with the pair in each row's ring slot."""
+        inverse, yy = self.inverse[:, :used, :used], self.yy[:, :used, :used]
+        curvature, square = s_y[ring], y_y[ring]
+        _put(inverse, ring, torch.zeros_like(s_y), keep)
+        others = s_y.clone()
+        others[ring] = 0
+        column = -_times(inverse, others) / curvature[:, None]
+        column[ring] = 1 / curvature
+        _put(inverse.mT, ring, column, keep)
+        _put(yy, ring, y_y, keep)
+        _put(yy.mT, ring, y_y, keep)
+        _put(self.sy, ring, curvature, keep)
+        self.scale = torch.where(keep, curvature / square, self.scale)
+        self.pairs = self.pairs + keep
+
+
+def _put(into: Tensor, at: tuple[Tensor, Tensor], values: Tensor, keep: Tensor) -> None:
+    """Write values [R, ...] to one place of each row of [R, H, ...], in place, where ``keep`` holds."""
+    into[at] = torch.where(keep.view(-1, *[1] * (values.ndim - 1)), values, into[at])
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Return the products [R, H] of matrices [R, H, H] with vectors [R, H]."""
+    return torch.bmm(vector[:, None], matrix.mT)[:, 0]

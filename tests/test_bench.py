@@ -1,0 +1,275 @@
+"""The benchmark of speed: its arithmetic, its one-at-a-time loops, its tables, and a smoke run. No time is asserted."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import close
+
+import leakbench
+from benchmarks.speed import __main__ as command
+from benchmarks.speed import measure, parity, peer, reference, report
+from benchmarks.speed.measure import Subject, Times
+from benchmarks.speed.work import (
+    BREACHING,
+    CLASSES,
+    LATENT,
+    LEAKBENCH,
+    REFERENCE,
+    Ending,
+    Growth,
+    Plan,
+    Work,
+    flops,
+    generator,
+    scene,
+)
+from leakbench.attacks.grnn import layout
+
+ROOT = Path(__file__).resolve().parent.parent
+SPEED = ROOT / "reports" / "speed"
+
+
+def times(short_s: list[float], long_s: list[float], trials: int = 4, short: int = 2, long: int = 12) -> Times:
+    return {"trials": trials, "short": short, "long": long, "short_s": short_s, "long_s": long_s}
+
+
+# arithmetic
+
+
+def test_what_a_run_costs_once_is_not_in_the_time_of_an_iteration() -> None:
+    # 4 trials, 3 s once and 0.25 s an iteration of a trial
+    assert measure.per_iteration(times([5.0], [15.0])) == [0.25]
+    assert measure.set_up(times([5.0], [15.0])) == 3.0
+
+
+def test_a_round_that_noise_has_spoilt_is_left_out() -> None:
+    seconds = measure.per_iteration(times([5.0, 5.0, 1.0], [15.0, 4.0, 21.0]))
+    assert seconds == [0.25, None, 0.5]
+    assert measure.median(seconds) == 0.375
+    assert measure.median([None]) is None
+
+
+def test_the_ratio_is_one_of_medians_and_its_spread_one_of_rounds() -> None:
+    found = measure.ratio([8.0, 9.0, 40.0, 5.0], [2.0, 1.0, 4.0, None])
+    assert found == measure.Ratio(8.5 / 2.0, 4.0, 10.0)
+    assert measure.ratio([None], [1.0]) is None
+
+
+def test_the_wilson_interval() -> None:
+    low, high = measure.wilson(15, 100)
+    assert (low, high) == pytest.approx((0.0931, 0.2328), abs=1e-4)  # scipy's binomtest(15, 100).proportion_ci
+    assert measure.wilson(0, 10)[0] == 0.0
+    assert measure.wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert measure.wilson(0, 0) == (0.0, 1.0)
+
+
+def test_the_share_of_the_floor() -> None:
+    assert report.floor_share(100, [50.0, 200.0], [4.0, 1.0]) == 0.5
+    assert report.floor_share(None, [50.0], [4.0]) is None
+
+
+def test_subjects_take_turns_and_each_is_warmed_up_once() -> None:
+    calls: list[tuple[str, int]] = []
+
+    def subject(name: str) -> Subject:
+        return Subject(name, 1, 2, 5, lambda steps: calls.append((name, steps)))
+
+    found, rates = measure.interleave([subject("a"), subject("b")], 2, torch.device("cpu"), lambda device: 7.0)
+    assert rates == [7.0, 7.0]
+    assert calls == [
+        ("a", 2),
+        ("b", 2),
+        *[("a", 2), ("a", 5), ("b", 2), ("b", 5)],
+        *[("b", 2), ("b", 5), ("a", 2), ("a", 5)],
+    ]
+    assert len(found["a"]["short_s"]) == len(found["b"]["long_s"]) == 2
+
+
+def test_the_floor_counts_seven_forward_passes() -> None:
+    # multiplications and additions of LeNet's convolutions and its classifier
+    layers = [12 * 16**2 * 3 * 25, 12 * 8**2 * 12 * 25, 12 * 8**2 * 12 * 25, 12 * 8**2 * 10]
+    assert flops(Work("ig", "lenet", 1, 1, 2), scene("ig", "lenet", 1, 32, "cpu")) == 7 * 2 * sum(layers)
+
+
+# the one-at-a-time loops do the same work
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("model", ["lenet", "resnet20"])
+def test_the_reference_of_ig_does_what_leakbench_does(model: str) -> None:
+    where = scene("ig", model, 2, 32, "cpu", dtype=torch.float64)
+    batched = leakbench.attack("ig(steps=4)", where.observation)
+    for trial in range(2):
+        label = where.labels[trial : trial + 1]
+        found = reference.ig(where.network, where.observed(trial), label, where.start(trial)[0], steps=4)
+        close(found.image, batched.images[trial : trial + 1], 1e-6)
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_reference_of_dlg_does_what_leakbench_does() -> None:
+    where = scene("dlg", "lenet", 2, 32, "cpu", dtype=torch.float64)
+    batched = leakbench.attack("dlg(steps=1)", where.observation)
+    assert batched.evaluations is not None
+    for trial in range(2):
+        found = reference.dlg(where.network, where.observed(trial), *where.start(trial), steps=1)
+        close(found.image, batched.images[trial : trial + 1], 1e-2)
+        assert abs(found.evaluations - int(batched.evaluations[trial])) <= 1
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_reference_of_grnn_does_what_leakbench_does() -> None:
+    where = scene("grnn", "lenet", 2, 32, "cpu", dtype=torch.float64)
+    batched = leakbench.attack("grnn(steps=3)", where.observation)
+    for trial in range(2):
+        made, latent = generator(where, trial)
+        for name, layer in layout((3, 32, 32), LATENT, CLASSES).items():
+            (draws,) = where.rng(trial).generators(f"generator {name}")
+            value = layer.draw(draws)
+            place, _, kind = name.partition(".")
+            if place.isdigit():
+                inside = {"weight": "1.weight", "scale": "2.weight", "shift": "2.bias"}[kind]
+                own = made.get_parameter(f"blocks.{place}.{inside}")
+                own.data.copy_(value.permute(2, 3, 0, 1) if kind == "weight" else value)
+            else:
+                made.get_parameter(name).data.copy_(value.T if name == "label.weight" else value)
+        found = reference.grnn(where.network, where.observed(trial), made, latent, steps=3)
+        close(found.image, batched.images[trial : trial + 1], 1e-8)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("breaching") is None, reason="breaching is not installed")
+def test_breaching_does_the_same_work() -> None:
+    where = scene("ig", "lenet", 1, 32, "cpu")
+    observed, start, label = where.observed(0), where.start(0)[0], where.labels[:1]
+    own = reference.ig(where.network, observed, label, start, steps=30)
+    other = peer.ig(where.network, observed, label, start, steps=30)
+    # breaching returns the best iterate, and its total variation pads the border
+    close(other.image, own.image, 0.1)
+
+
+def test_a_scene_cut_by_rows_is_attacked_as_the_whole() -> None:
+    where = scene("ig", "lenet", 3, 32, "cpu")
+    attack = leakbench.attacks.parse("ig(steps=2)")
+    whole = leakbench.attack(attack, where.observation)
+    part = attack(where.rows(range(1, 3)).observation, where.rng(1, 2))
+    close(part.images, whole.images[1:], 1e-4)
+
+
+# tables
+
+
+def work(rows: dict[str, Times], target: tuple[float | None, float | None] = (12.0, 8.0)) -> dict[str, object]:
+    missing = {BREACHING: "it is not there"} if BREACHING not in rows else {}
+    made = {"title": "IG, LeNet", "attack": "ig", "model": "lenet", "trials": 4, "side": 32, "target": list(target)}
+    return {**made, "missing": missing, "flops": 1e9, "rates": [1e10, 1e10], "subjects": rows}
+
+
+def ended(seconds: float, evaluations: int, successes: int, trials: int) -> dict[str, float]:
+    done = {"seconds": seconds, "trials": trials, "successes": successes, "diverged": 1, "evaluations": evaluations}
+    return dict(done)
+
+
+def test_the_gain_of_a_row_is_told_with_its_spread() -> None:
+    rows = {LEAKBENCH: times([1.0, 1.0], [9.0, 5.0]), REFERENCE: times([1.0, 1.0], [5.0, 5.0], trials=1)}
+    (_, line) = report._work_lines([work(rows)])
+    assert line["leakbench's gain"] == "2.67× (2–4)"
+    assert line["target"] == "≥ 8×"
+    assert line["share of floor"] == "25.0 %"
+
+
+def test_dlg_is_told_by_the_success() -> None:
+    row = {
+        "rounds": [
+            {LEAKBENCH: ended(10.0, 1000, 4, 8), REFERENCE: ended(20.0, 500, 2, 4)},
+            {LEAKBENCH: ended(10.0, 1000, 4, 8), REFERENCE: ended(40.0, 500, 2, 4)},
+        ]
+    }
+    found = report._ending(row)
+    assert found["each"] == {LEAKBENCH: 2.5, REFERENCE: 15.0}
+    assert found[REFERENCE] == measure.Ratio(6.0, 4.0, 8.0)
+
+
+def test_the_table_stands_between_the_markers() -> None:
+    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    assert report.filled(text, "new") == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    assert report.filled(report.filled(text, "new"), "new") == report.filled(text, "new")
+    with pytest.raises(ValueError, match="no lines"):
+        report.filled("nothing", "new")
+
+
+def test_the_readme_has_the_table_of_the_committed_data() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert report.filled(text, report.summary(report.load(SPEED))) == text
+
+
+def test_the_page_of_the_committed_data_is_up_to_date() -> None:
+    page = report.page(report.load(SPEED), report.parity(SPEED))
+    assert (SPEED / "README.md").read_text(encoding="utf-8") == page
+
+
+# a run
+
+
+def test_a_small_run_measures_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Plan(
+        rounds=1,
+        growth_rounds=1,
+        works=(Work("ig", "lenet", 2, 1, 2), Work("grnn", "lenet", 2, 1, 2)),
+        ending=Ending(2, 1, 1, 2),
+        growth=(Growth("trials", "lenet", ((1, 1, 2), (2, 1, 2))), Growth("side", "lenet", ((32, 1, 2),), trials=2)),
+        memory=(Work("ig", "lenet", 2, 1, 1),),
+    )
+    monkeypatch.setattr(command, "plan", lambda scale, device: small)
+    monkeypatch.setattr(measure, "matmul_rate", lambda device: 1e10)
+    command.main(["--out", str(tmp_path)])
+    data = json.loads((tmp_path / "cpu.json").read_text())
+    assert data["machine"]["torch"] == torch.__version__
+    assert data["machine"]["threads"] == torch.get_num_threads()
+    for row in data["works"]:
+        present = {LEAKBENCH, REFERENCE, BREACHING} - row["missing"].keys()
+        assert row["subjects"].keys() == present
+        assert {LEAKBENCH, REFERENCE} <= present
+        assert row["subjects"][LEAKBENCH]["trials"] == 2
+    assert [turn[REFERENCE]["trials"] for turn in data["ending"]["rounds"]] == [1, 1]
+    assert [turn[LEAKBENCH]["trials"] for turn in data["ending"]["rounds"]] == [2, 2]
+    assert [len(curve["points"]) for curve in data["growth"]] == [2, 1]
+    assert REFERENCE not in data["growth"][0]["points"][1]["subjects"]
+    (memory,) = data["memory"]
+    assert memory["error"] is None
+    assert 0 < memory["bytes"] < 8 * 2**30
+    assert "IG, LeNet" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "cpu.png").stat().st_size > 0
+
+
+def test_a_part_is_kept_where_the_commit_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "cpu.json"
+    monkeypatch.setattr(command.machine, "commit", lambda: "abc")
+    file.write_text(json.dumps(command.begin(file, "smoke", "cpu") | {"works": [1], "minutes": 2.0}))
+    assert command.begin(file, "smoke", "cpu")["works"] == [1]
+    assert command.begin(file, "full", "cpu")["works"] == []
+    monkeypatch.setattr(command.machine, "commit", lambda: "abd")
+    assert command.begin(file, "smoke", "cpu")["works"] == []
+
+
+def test_success_rates_are_compared_and_a_second_run_has_nothing_to_do(tmp_path: Path) -> None:
+    arguments = ["--trials", "2", "--steps", "1", "--out", str(tmp_path)]
+    parity.main(arguments)
+    first = (tmp_path / "parity.json").read_text()
+    cases = json.loads(first)["cases"]
+    assert cases.keys() == {"ig(steps=1) lenet", "dlg(steps=1) lenet"}
+    for case in cases.values():
+        assert [list(trials) for trials in case["trials"].values()] == [["0", "1"], ["0", "1"]]
+    assert "95 % intervals" in (tmp_path / "README.md").read_text()
+    parity.main(arguments)
+    assert json.loads((tmp_path / "parity.json").read_text())["cases"] == cases
+
+
+def test_a_share_counts_what_is_not_finite_as_no_success() -> None:
+    trials = [{"psnr": 25.0, "diverged": False}, {"psnr": None, "diverged": True}, {"psnr": 3.0, "diverged": True}]
+    found = report.shares(trials, 18.0)
+    assert found["success"][:2] == (1, 3)
+    assert found["diverged"][:2] == (2, 3)

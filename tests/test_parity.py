@@ -1,0 +1,57 @@
+"""The same answers batched and one at a time: every model, attack and defense, in float64 over five steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ATTACKS, DEFENSES, MODES, watch
+
+from leakbench import attacks
+from leakbench.attacks.matching import GradientMatching
+from leakbench.errors import Unsupported
+from leakbench.gradients import Path
+from leakbench.optim import Unknowns, value_and_gradient
+from leakbench.rng import Rng
+from leakbench.types import Observation
+
+STEPS = 5
+SIDE = 16
+MATCHING = [spec for spec in ATTACKS if isinstance(attacks.parse(spec), GradientMatching)]
+
+
+def walk(attack: GradientMatching, observation: Observation, path: Path) -> tuple[torch.Tensor, Unknowns]:
+    """Return the objective at each of five steps of fixed length down the slope, and where they lead."""
+    objective = attack._objective(observation, Rng(("first", "second")))
+    objective = replace(objective, evaluator=replace(objective.evaluator, path=path))
+    unknowns, values = attack._begin(objective), []
+    for step in range(STEPS):
+        value, gradient = value_and_gradient(objective, unknowns, step)
+        values.append(value)
+        for name, slope in gradient.items():
+            length = slope.flatten(1).norm(dim=1).clamp_min(1e-300).view(-1, *[1] * (slope.ndim - 1))
+            unknowns = {**unknowns, name: unknowns[name] - 0.01 * slope / length}
+    return torch.stack(values), unknowns
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("defense", DEFENSES)
+@pytest.mark.parametrize("model", MODES)
+def test_batched_is_one_at_a_time(model: str, defense: str) -> None:
+    served = 0
+    for spec in MATCHING:
+        attack = attacks.parse(spec)
+        assert isinstance(attack, GradientMatching)
+        try:
+            observation = watch(model, defense, fresh=True, shape=(1, SIDE, SIDE))
+            attack.check(observation)
+        except Unsupported:
+            continue
+        (value, end), (expected, there) = (walk(attack, observation, path) for path in ("batched", "one-at-a-time"))
+        assert bool(torch.isfinite(expected).all())
+        pairs = {"objective": (value, expected), **{name: (end[name], there[name]) for name in end}}
+        for name, (a, b) in pairs.items():
+            assert float((a - b).norm()) <= 1e-10 * max(1.0, float(b.norm())), f"{spec}, {name}"
+        served += 1
+    assert served

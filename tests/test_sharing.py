@@ -1,0 +1,285 @@
+"""The key-lock study: scales and rows of a matrix, the report on sharing, and the paper's figures beside ours."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from scipy import stats
+from test_store import METRICS, Data, Net, TinyAttack, TinyDefense, named, png, provenance, result
+
+from leakbench import report
+from leakbench.errors import BadOption
+from leakbench.matrix import Matrix, expand, load, load_suite, parse_threat
+from leakbench.report import compare
+from leakbench.report import sharing as study
+from leakbench.report.statistics import holm, sign_flip_test
+from leakbench.store import FILE, Store
+from leakbench.trial import Result, Trial
+from leakbench.types import PRESETS
+
+BENCHMARKS = sorted((Path(__file__).parent.parent / "benchmarks").glob("table*.toml"))
+
+# Scales and rows
+
+
+AXES = {"attacks": ["ig"], "defenses": ["none"], "models": ["lenet"], "datasets": ["samples"]}
+
+
+def test_a_matrix_without_scales_is_one_matrix() -> None:
+    assert expand(AXES) == [AXES]
+    assert expand({**AXES, "images": 3})[0]["images"] == 3
+
+
+def test_scales_replace_axes_and_rows_replace_both() -> None:
+    file = {
+        **AXES,
+        "images": 20,
+        "rows": [{"defenses": ["none"]}, {"defenses": ["keylock"], "threats": ["T5"]}],
+        "scale": {"small": {"images": 2}, "own": {"images": 3, "rows": [{"images": 4}]}, "full": {}},
+    }
+    small, own, full = (expand(file, name) for name in ("small", "own", "full"))
+    assert [row["images"] for row in small] == [2, 2]
+    assert [row["defenses"] for row in small] == [["none"], ["keylock"]]
+    assert "threats" not in small[0]
+    assert [row["images"] for row in own] == [4]
+    assert [row["images"] for row in full] == [20, 20]
+    assert all(Matrix(**row).trials() for row in (*small, *own, *full))
+
+
+@pytest.mark.parametrize(
+    ("axes", "scale", "words"),
+    [
+        (AXES, "cpu", "it has none"),
+        ({**AXES, "scale": {"cpu": {}, "full": {}}}, None, "--scale (cpu, full)"),
+        ({**AXES, "scale": {"cpu": {}, "full": {}}}, "cp", "known: cpu, full"),
+        ({**AXES, "scale": 3}, None, "scale=3"),
+        ({**AXES, "scale": {"cpu": 3}}, "cpu", "scale"),
+        ({**AXES, "rows": []}, None, "rows=[]"),
+        ({**AXES, "rows": ["x"]}, None, "rows"),
+    ],
+)
+def test_what_is_no_scale_is_told(axes: dict[str, object], scale: str | None, words: str) -> None:
+    with pytest.raises(BadOption, match=re.escape(words)):
+        expand(axes, scale)
+
+
+def test_a_misspelt_axis_of_a_scale_is_told() -> None:
+    (row,) = expand({**AXES, "scale": {"cpu": {"image": 2}}}, "cpu")
+    with pytest.raises(BadOption, match="did you mean 'images'"):
+        Matrix(**row)
+
+
+@pytest.mark.parametrize("scale", ["smoke", "cpu", "full"])
+@pytest.mark.parametrize("file", [*BENCHMARKS, "sharing"], ids=lambda file: getattr(file, "stem", file))
+def test_the_papers_tables_are_matrices_with_controls_and_everything_revealed(file: Path | str, scale: str) -> None:
+    rows = [Matrix(**row) for row in expand(load_suite(file) if isinstance(file, str) else load(file), scale)]
+    defenses = {defense.name for row in rows for defense in row.defenses}
+    threats = {threat.spec() for row in rows for threat in row.threats}
+    assert defenses == {"none", "norm-only", "keylock"}
+    assert {"T1", "T5"} <= threats
+    assert {row.name for row in rows} == {rows[0].name}
+    if scale == "full":
+        assert {row.images for row in rows} == {20}
+
+
+def test_there_is_a_file_for_every_table() -> None:
+    assert [file.stem for file in BENCHMARKS] == ["table4", "table5", "table6", "table7"]
+
+
+# Statistics
+
+
+def test_the_sign_flip_test_is_exact() -> None:
+    """Against scipy, which tries all signs as well."""
+    rng = np.random.default_rng(0)
+    for size in (2, 5, 9):
+        values = rng.normal(0.4, 1, size)
+        found = stats.permutation_test((values,), np.mean, permutation_type="samples", n_resamples=np.inf)
+        assert sign_flip_test(values) == pytest.approx(found.pvalue)
+    assert sign_flip_test([1.0, 2.0, 3.0, 4.0]) == 2 / 16
+    assert sign_flip_test([1.0, -1.0]) == 1
+    assert sign_flip_test([0.0] * 5) == 1
+
+
+def test_the_sign_flip_test_of_many_images_is_close_and_repeats() -> None:
+    values = np.random.default_rng(1).normal(0.3, 1, 40)
+    p = sign_flip_test(values)
+    assert p == sign_flip_test(values)
+    assert p == pytest.approx(stats.ttest_1samp(values, 0).pvalue, rel=0.2)
+    assert 0 < sign_flip_test(np.ones(40)) < 1e-3
+
+
+def test_seeds_of_an_image_are_one_observation() -> None:
+    values = [1.0, 3.0, 2.0, 2.0]
+    assert sign_flip_test(values, [0, 0, 1, 1]) == 0.5
+    assert math.isnan(sign_flip_test([1.0, 2.0], [3, 3]))
+    assert math.isnan(sign_flip_test([1.0, math.inf]))
+    assert math.isnan(sign_flip_test([]))
+
+
+def test_the_sign_flip_test_keeps_its_level() -> None:
+    rng = np.random.default_rng(2)
+    rejected = np.mean([sign_flip_test(rng.normal(0, 1, 10)) <= 0.05 for _ in range(600)])
+    assert rejected <= 0.05 + 3 * (0.05 * 0.95 / 600) ** 0.5
+
+
+def test_holm() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.6]) == [1, 1]
+    found = holm([math.nan, 0.02, 0.5])
+    assert math.isnan(found[0])
+    assert found[1:] == pytest.approx([0.04, 0.5])
+    assert holm([]) == []
+
+
+# The report on sharing
+
+
+GREY = named(TinyAttack, "grey", floor=True)()
+DLG = named(TinyAttack, "dlg")()
+NONE, NORM, LOCK = (named(TinyDefense, name)() for name in ("none", "norm-only", "keylock"))
+INFORMED = parse_threat("reveals=lock, informed=true")
+LEVELS = [PRESETS["T0"], PRESETS["T1"], PRESETS["T3"], PRESETS["T4"], INFORMED, PRESETS["T5"]]
+NAMES = ["none", "norm-only", "nothing", "nothing, lock weights known", "key", "lock", "lock, key worked out", "both"]
+
+
+def trial(attack, defense, threat, image: int, psnr: float) -> Result:
+    return result(
+        Trial(Data(), Net(), defense, attack, threat, image, 0),
+        status="ok",
+        scores={"psnr": psnr, "mse": 1 / psnr},
+        reconstruction=png(image * 7 + int(psnr), 28),
+        truth=png(1000 + image, 28),
+    )
+
+
+def results(images: int = 5) -> list[Result]:
+    """The key is worth 5 dB, the lock nothing but to who works the key out, the normalisation 2 dB."""
+    found = []
+    for image in range(images):
+        found.append(trial(GREY, NONE, PRESETS["T0"], image, 8.0))
+        found += [
+            trial(DLG, NONE, PRESETS["T0"], image, 20.0 + image),
+            trial(DLG, NORM, PRESETS["T0"], image, 18 + image),
+        ]
+        found += [trial(DLG, LOCK, level, image, 12 + image + 5 * (level in LEVELS[4:])) for level in LEVELS]
+    return found
+
+
+def stored(folder: Path, rows: list[Result]) -> Path:
+    with Store.create(folder / FILE) as store:
+        store.record_metrics(METRICS)
+        session = store.start_session(provenance())
+        store.write(rows, session)
+        store.end_session(session)
+    return folder
+
+
+def frame(folder: Path) -> pd.DataFrame:
+    with Store.open(folder / FILE, readonly=True) as store:
+        return store.results()
+
+
+def table(text: str, title: str) -> list[list[str]]:
+    """Return the cells of the first table after a title, without its head."""
+    lines = text.split(title, 1)[1].splitlines()
+    begun = itertools.dropwhile(lambda line: not line.startswith("|"), lines)
+    rows = list(itertools.takewhile(lambda line: line.startswith("|"), begun))
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def test_the_arms_are_the_grants_in_their_order(tmp_path: Path) -> None:
+    found = study.arms(frame(stored(tmp_path, results())))
+    assert list(found["arm"].drop_duplicates()) == NAMES
+    assert set(found["attack"]) == {"dlg"}
+    assert len(found) == 8 * 5
+
+
+def test_the_report_on_sharing(tmp_path: Path) -> None:
+    stored(tmp_path, results())
+    written = report.write_sharing(tmp_path)
+    text = (tmp_path / "sharing.md").read_text()
+    assert [path.name for path in written[1:]] == ["sharing.md"]
+    assert written[0].parent.name == "grids"
+    scores = {row[0]: row for row in table(text, f"(grids/{written[0].name})")}
+    assert list(scores) == NAMES
+    assert scores["both"][1:3] == ["5", "0"]
+    assert scores["both"][3].startswith("19.00 [")
+    assert scores["both"][-1].startswith("+11.00 [")
+    assert scores["none"][3].startswith("22.00 [")
+    tests = {row[0]: row for row in table(text, "**Paired differences in psnr**:")}
+    assert tests["lock, key worked out − lock"][1:4] == ["5", "+5.000 [+5.000, +5.000]", "0.062"]
+    assert tests["both − lock, key worked out"][2:4] == ["+0.000 [+0.000, +0.000]", "1.000"]
+    assert tests["none − norm-only"][2] == "+2.000 [+2.000, +2.000]"
+    assert tests["norm-only − key"][2] == "+6.000 [+6.000, +6.000]"
+    assert tests["norm-only − both"][2] == "+1.000 [+1.000, +1.000]"
+    assert len(tests) == 1 + 2 * 3 + 15
+    assert {row[4] for row in tests.values()} == {"1.000"}, "five images cannot show twenty differences"
+    report.write_sharing(tmp_path)
+    assert (tmp_path / "sharing.md").read_text() == text
+
+
+def test_the_grid_has_a_row_for_each_grant_and_the_truth_below(tmp_path: Path) -> None:
+    stored(tmp_path, results(3))
+    rows = frame(tmp_path)
+    (grid,) = study.grids(rows)
+    assert [label for label, _ in grid.rows] == NAMES
+    assert all(len(trials) == 3 and None not in trials for _, trials in grid.rows)
+    with Store.open(tmp_path / FILE, readonly=True) as store:
+        drawn = study.png(grid, store.images(grid.trials))
+        again = study.png(grid, store.images(grid.trials))
+        empty = study.png(grid, {})
+    assert drawn == again != empty
+    image = Image.open(BytesIO(drawn))
+    assert image.height > 9 * 80
+    assert image.width > 3 * 80
+
+
+def test_a_run_without_key_lock_says_so(tmp_path: Path) -> None:
+    stored(tmp_path, [trial(GREY, NONE, PRESETS["T0"], 0, 8.0)])
+    report.write_sharing(tmp_path)
+    assert "nothing to show" in (tmp_path / "sharing.md").read_text()
+
+
+# The paper's figures
+
+
+def test_the_published_figures_obey_the_papers_own_convention() -> None:
+    """Listed pairs satisfy psnr = 10 log10(255^2 / mse) up to the averaging over images, and imply what is stated."""
+    paper = compare.published()
+    assert len({(f.table, f.attack, f.model, f.dataset, f.defense) for f in paper.figure}) == len(paper.figure)
+    listed = [figure for figure in paper.figure if figure.mse is not None]
+    assert len(listed) >= 4
+    for figure in listed:
+        assert figure.psnr is not None
+        implied = 10 * math.log10(255**2 / figure.mse)
+        assert implied - 0.01 <= figure.psnr <= implied + 8, "a mean of logarithms is above the logarithm of the mean"
+        assert figure.standard == pytest.approx(20 * math.log10(255 / figure.mse), abs=0.051)
+        if figure.defense == "keylock":
+            assert figure.psnr == pytest.approx(implied, abs=0.15)
+
+
+def test_figures_stand_beside_the_cells_of_the_same_components(tmp_path: Path) -> None:
+    stored(tmp_path, results())
+    rows = frame(tmp_path).replace({"dataset": {"tiny": "mnist(size=32)"}})
+    rows["dataset"], rows["model"] = "mnist(size=32)", "lenet"
+    with Store.open(tmp_path / FILE, readonly=True) as store:
+        text = compare.markdown(rows, store.metrics(), compare.published())
+    cells = table(text, "its secret.")
+    first = [row for row in cells if row[:6] == ["6", "–", "dlg", "lenet", "mnist", "none"]]
+    assert [row[6:9] for row in first] == [["–", "–", "14.2"]]
+    assert first[0][9:14] == ["dlg", "lenet", "mnist(size=32)", "none", "T0"]
+    locked = [row for row in cells if row[:6] == ["6", "–", "dlg", "lenet", "mnist", "keylock"]]
+    assert {row[13] for row in locked} == {level.spec() for level in LEVELS}
+    assert {tuple(row[6:9]) for row in locked} == {("140.87", "26.64", "5.2")}
+    assert any(row[2:6] == ["grnn", "resnet20", "cifar100", "none"] and row[9] == "not in this run" for row in cells)
+    ours = [row for row in cells if row[0] == "–"]
+    assert [(row[9], row[12]) for row in ours] == [("dlg", "norm-only")]
