@@ -169,7 +169,7 @@ def plan(scale: Scale, device: str) -> Plan:
             Work("ig", "resnet20", 16, 3, 13, target=(3.5, 2.5)),
             Work("grnn", "lenet", 16, 5, 25, target=(None, 3.0)),
         ),
-        ending=Ending(64, 60, 32, 4),
+        ending=Ending(64, 60, 64, 4),
         growth=(
             Growth("trials", "lenet", ((1, 20, 120), (4, 10, 60), (16, 5, 35), (64, 3, 15), (256, 1, 5))),
             Growth("trials", "resnet20", ((1, 2, 10), (4, 1, 5), (16, 1, 3), (64, 1, 2), (256, 1, 2))),
