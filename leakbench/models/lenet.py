@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from leakbench.errors import Unsupported
-from leakbench.models.base import Model, register
-from leakbench.models.weights import Init, checkpoint_settings, initialise, load
+from leakbench.models.architecture import Architecture, Mode
+from leakbench.models.base import register
+from leakbench.models.weights import Init
 
 
 class _LeNet(nn.Module):
@@ -36,7 +37,7 @@ class _LeNet(nn.Module):
 
 @register("lenet")
 @dataclass(frozen=True)
-class LeNet(Model):
+class LeNet(Architecture):
     """LeNet of DLG: sigmoid activations, three strided 5x5 convolutions of 12 channels, one linear layer.
 
     Attributes:
@@ -50,22 +51,14 @@ class LeNet(Model):
     fresh: bool = False
     weights: str | None = None
 
-    def build(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-        """Return the network in training mode; images must be at least 8x8."""
-        return _build(image_shape, num_classes, False, self.init, self.weights)
-
-    def fresh_weights(self) -> bool:
-        """Return ``fresh``."""
-        return self.fresh
-
-    def settings(self) -> dict[str, Any]:
-        """Return the options, with the checkpoint's content in place of its path."""
-        return checkpoint_settings(super().settings())
+    def network(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        """Return the network; images must be at least 8x8."""
+        return _network(image_shape, num_classes, normalise=False)
 
 
 @register("lenet-bn")
 @dataclass(frozen=True)
-class LeNetBN(Model):
+class LeNetBN(Architecture):
     """LeNet of DLG with batch normalisation (affine) between every convolution and its sigmoid.
 
     Attributes:
@@ -77,30 +70,16 @@ class LeNetBN(Model):
 
     reference: ClassVar[str] = "Wei et al. 2023, FedKL, arXiv 2305.04095, section 4.3 (LeNet with BN)"
     init: Init = "uniform(0.5)"
-    mode: Literal["train", "eval"] = "train"
+    mode: Mode = "train"
     fresh: bool = False
     weights: str | None = None
 
-    def build(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-        """Return the network in its mode; images must be at least 8x8."""
-        return _build(image_shape, num_classes, True, self.init, self.weights).train(self.mode == "train")
-
-    def fresh_weights(self) -> bool:
-        """Return ``fresh``."""
-        return self.fresh
-
-    def settings(self) -> dict[str, Any]:
-        """Return the options, with the checkpoint's content in place of its path."""
-        return checkpoint_settings(super().settings())
+    def network(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        """Return the network; images must be at least 8x8."""
+        return _network(image_shape, num_classes, normalise=True)
 
 
-def _build(
-    image_shape: tuple[int, int, int], num_classes: int, normalise: bool, init: Init, weights: str | None
-) -> nn.Module:
+def _network(image_shape: tuple[int, int, int], num_classes: int, normalise: bool) -> nn.Module:
     if min(image_shape[1:]) < 8:
         raise Unsupported(f"lenet needs images of at least 8x8, not {image_shape[1]}x{image_shape[2]}; set size=32")
-    model = _LeNet(image_shape, num_classes, normalise)
-    initialise(model, init)
-    if weights is not None:
-        load(model, weights)
-    return model
+    return _LeNet(image_shape, num_classes, normalise)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakbench.errors import Unsupported
-from leakbench.models.base import Model, register
-from leakbench.models.weights import Init, checkpoint_settings, initialise, load
+from leakbench.models.architecture import Architecture, Mode
+from leakbench.models.base import register
+from leakbench.models.weights import Init
 
 Activation = Literal["relu", "sigmoid"]
 Shortcut = Literal["pad", "conv"]
@@ -87,7 +88,7 @@ class _ResNet(nn.Module):
 
 
 @dataclass(frozen=True)
-class _CifarResNet(Model):
+class _CifarResNet(Architecture):
     """What the CIFAR residual networks have in common.
 
     Attributes:
@@ -104,14 +105,14 @@ class _CifarResNet(Model):
     blocks: ClassVar[int]
     activation: Activation = "relu"
     init: Init = "default"
-    mode: Literal["train", "eval"] = "train"
+    mode: Mode = "train"
     fresh: bool = False
     weights: str | None = None
     shortcut: Shortcut = "pad"
     width: Width = 16
 
-    def build(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-        """Return the network in its mode; images must be at least 8x8."""
+    def network(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        """Return the network; images must be at least 8x8."""
         if min(image_shape[1:]) < 8:
             raise Unsupported(
                 f"{self.name} needs images of at least 8x8, not {image_shape[1]}x{image_shape[2]}; set size=32"
@@ -121,18 +122,7 @@ class _CifarResNet(Model):
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
-        initialise(model, self.init)
-        if self.weights is not None:
-            load(model, self.weights)
-        return model.train(self.mode == "train")
-
-    def fresh_weights(self) -> bool:
-        """Return ``fresh``."""
-        return self.fresh
-
-    def settings(self) -> dict[str, Any]:
-        """Return the options, with the checkpoint's content in place of its path."""
-        return checkpoint_settings(super().settings())
+        return model
 
 
 @register("resnet20")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakbench.errors import Unsupported
-from leakbench.models.base import Model, register
+from leakbench.models.architecture import Architecture, Mode
+from leakbench.models.base import register
 from leakbench.models.resnet import ACTIVATIONS, Activation, Width
-from leakbench.models.weights import Init, checkpoint_settings, initialise, load
+from leakbench.models.weights import Init
 
 Stem = Literal["imagenet", "cifar"]
 
@@ -69,7 +70,7 @@ def _block(inputs: int, outputs: int, stride: int, activation: type[nn.Module]) 
 
 
 @dataclass(frozen=True)
-class _ImageNetResNet(Model):
+class _ImageNetResNet(Architecture):
     """What the ImageNet residual networks have in common.
 
     Attributes:
@@ -89,12 +90,12 @@ class _ImageNetResNet(Model):
     max_pool: bool = True
     width: Width = 64
     init: Init = "default"
-    mode: Literal["train", "eval"] = "train"
+    mode: Mode = "train"
     fresh: bool = False
     weights: str | None = None
 
-    def build(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-        """Return the network in its mode.
+    def network(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        """Return the network.
 
         In training mode the last stage must keep more than one pixel, which batch normalisation of one image needs:
         images larger than 8 pixels (``cifar`` stem without max-pool) to 32 pixels (both halvings of the stem).
@@ -117,18 +118,7 @@ class _ImageNetResNet(Model):
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        initialise(model, self.init)
-        if self.weights is not None:
-            load(model, self.weights)
-        return model.train(self.mode == "train")
-
-    def fresh_weights(self) -> bool:
-        """Return ``fresh``."""
-        return self.fresh
-
-    def settings(self) -> dict[str, Any]:
-        """Return the options, with the checkpoint's content in place of its path."""
-        return checkpoint_settings(super().settings())
+        return model
 
 
 @register("resnet18")

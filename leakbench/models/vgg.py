@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from leakbench.errors import Unsupported
-from leakbench.models.base import Model, register
+from leakbench.models.architecture import Architecture, Mode
+from leakbench.models.base import register
 from leakbench.models.resnet import ACTIVATIONS, Activation, Width
-from leakbench.models.weights import Init, checkpoint_settings, initialise, load
+from leakbench.models.weights import Init
 
 _STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))
 """Multiples of the width, and convolutions, of the five stages of configuration D; a max-pool ends each."""
@@ -59,7 +60,7 @@ class _VGG(nn.Module):
 
 @register("vgg16")
 @dataclass(frozen=True)
-class VGG16(Model):
+class VGG16(Architecture):
     """VGG-16 (configuration D): 134 M parameters, torchvision's, with or without batch normalisation.
 
     Attributes:
@@ -83,12 +84,12 @@ class VGG16(Model):
     width: Width = 64
     hidden: Annotated[int, Field(ge=1, le=65536)] = 4096
     init: Init = "default"
-    mode: Literal["train", "eval"] = "train"
+    mode: Mode = "train"
     fresh: bool = False
     weights: str | None = None
 
-    def build(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-        """Return the network in its mode; images must be at least 32x32."""
+    def network(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        """Return the network; images must be at least 32x32."""
         if min(image_shape[1:]) < 32:
             raise Unsupported(
                 f"vgg16 needs images of at least 32x32, not {image_shape[1]}x{image_shape[2]}; set size=32"
@@ -109,15 +110,4 @@ class VGG16(Model):
                 nn.init.normal_(module.weight, 0, 0.01)
             if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        initialise(model, self.init)
-        if self.weights is not None:
-            load(model, self.weights)
-        return model.train(self.mode == "train")
-
-    def fresh_weights(self) -> bool:
-        """Return ``fresh``."""
-        return self.fresh
-
-    def settings(self) -> dict[str, Any]:
-        """Return the options, with the checkpoint's content in place of its path."""
-        return checkpoint_settings(super().settings())
+        return model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import AfterValidator, Field
@@ -98,10 +98,3 @@ def fingerprint(path: str) -> str:
         raise MissingAsset(f"the checkpoint {path!r} does not exist; give weights= the path of a state dict")
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
-
-
-def checkpoint_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Replace the path of a checkpoint by a fingerprint of its content."""
-    if settings["weights"] is not None:
-        settings["weights"] = fingerprint(settings["weights"])
-    return settings

@@ -1,0 +1,54 @@
+"""What the package's own networks share: weights that are drawn by a named law or loaded from a file, and a mode."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, Literal
+
+from torch import nn
+
+from leakbench.models.base import Model
+from leakbench.models.weights import Init, fingerprint, initialise, load
+
+Mode = Literal["train", "eval"]
+
+
+class Architecture(Model):
+    """A network that is built here; its options are no fields, so that each states them in the order of its own specs.
+
+    Attributes:
+        init: the law that every weight is drawn by.
+        mode: that in which the network is attacked.
+        fresh: every trial draws its own weights instead of sharing its seed's.
+        weights: the path of a checkpoint to attack instead of random weights.
+    """
+
+    init: Init
+    mode: Mode = "train"
+    fresh: bool
+    weights: str | None
+
+    @abstractmethod
+    def network(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        """Return the network with its ``default`` initialisation.
+
+        Raises:
+            Unsupported: the architecture does not admit this shape.
+        """
+
+    def build(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        """Return the network with its weights, in its mode; see ``network``."""
+        network = self.network(image_shape, num_classes)
+        initialise(network, self.init)
+        if self.weights is not None:
+            load(network, self.weights)
+        return network.train(self.mode == "train")
+
+    def fresh_weights(self) -> bool:
+        """Return ``fresh``."""
+        return self.fresh
+
+    def settings(self) -> dict[str, Any]:
+        """Return the options, with the checkpoint's content in place of its path."""
+        content = None if self.weights is None else fingerprint(self.weights)
+        return {**super().settings(), "weights": content}
