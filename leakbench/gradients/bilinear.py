@@ -30,6 +30,11 @@ def needed(ctx: Any, index: int) -> bool:
         return True
 
 
+def shared(tensor: Tensor) -> bool:
+    """Return whether all trials have the same values of a tensor [T, *shape], by its layout alone."""
+    return tensor.stride(0) == 0 or len(tensor) == 1
+
+
 class Linear(Function):
     """x [T, R, I] and weight [T, O, I] give x weight^T [T, R, O]."""
 

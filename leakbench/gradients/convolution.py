@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from leakbench.gradients.bilinear import needed
+from leakbench.gradients.bilinear import needed, shared
 
 WINDOWS = 2**15
 """Up to this many values of a trial's im2col matrix, one matrix product is faster than the grouped weight gradient."""
@@ -39,7 +39,7 @@ class Geometry(NamedTuple):
 
 def convolve(x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
     """Return [T, O, h, w] for images [T, C, H, W] and weights [T, O, C / groups, kh, kw]."""
-    if _shared(weight):
+    if shared(weight):
         return torch.conv2d(x, weight[0], None, g.stride, g.padding, g.dilation, g.groups)
     out = torch.conv2d(_row(x), weight.flatten(0, 1), None, g.stride, g.padding, g.dilation, len(x) * g.groups)
     return _trials(out, x)
@@ -50,7 +50,7 @@ def input_gradient(grad: Tensor, weight: Tensor, g: Geometry) -> Tensor:
     step = g.stride[0]
     if step > 1 and g.stride == (step, step) and g.dilation == (1, 1) and g.groups == 1 and weight.shape[2] <= FEW:
         return _by_phases(grad, weight, g)
-    if _shared(weight):
+    if shared(weight):
         shape = (len(grad), weight.shape[2] * g.groups, *g.image)
         return conv2d_input(shape, weight[0], grad, g.stride, g.padding, g.dilation, g.groups)
     groups = len(grad) * g.groups
@@ -87,12 +87,12 @@ def _by_phases(grad: Tensor, weight: Tensor, g: Geometry) -> Tensor:
     step = g.stride[0]
     outputs, channels = weight.shape[1:3]
     taps = [-(-k // step) for k in g.kernel]
-    source = weight[:1] if _shared(weight) else weight
+    source = weight[:1] if shared(weight) else weight
     index = _phase_index(outputs, channels, g.kernel, step, weight.device)
     kernels = F.pad(source.flatten(1), (0, 1)).index_select(1, index)
     kernels = kernels.view(-1, outputs, *taps)
     around = [t - 1 for t in taps]
-    if _shared(weight):
+    if shared(weight):
         out = torch.conv2d(grad, kernels, None, 1, around)
     else:
         out = _trials(torch.conv2d(_row(grad), kernels, None, 1, around, 1, len(grad)), grad)
@@ -113,11 +113,6 @@ def _phase_index(outputs: int, channels: int, kernel: tuple[int, int], step: int
     index = F.pad(index, (0, columns * step - kernel[1], 0, rows * step - kernel[0]), value=size)
     index = index.view(outputs, channels, rows, step, columns, step).flip(2, 4)
     return index.permute(1, 3, 5, 0, 2, 4).flatten()
-
-
-def _shared(weight: Tensor) -> bool:
-    """Return whether all trials have this weight."""
-    return weight.stride(0) == 0 or len(weight) == 1
 
 
 def _row(x: Tensor) -> Tensor:

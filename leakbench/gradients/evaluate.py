@@ -25,6 +25,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from leakbench.errors import Unsupported
+from leakbench.gradients.bilinear import shared
 from leakbench.gradients.draws import BatchDraws, Generators, NoDraws
 from leakbench.gradients.intercept import PER_TRIAL, UNDER_VMAP, Interception
 from leakbench.rng import generator, seeded
@@ -222,14 +223,9 @@ _CHOSEN: dict[Hashable, Path] = {}
 
 def _kind(value: Tensor, own: Tensor) -> Hashable:
     """Return what of a given tensor a path can depend on: device, type, trial axis, and the values of integers."""
-    axis = "none" if value.ndim == own.ndim else "shared" if _shared(value) else "own"
+    axis = "none" if value.ndim == own.ndim else "shared" if shared(value) else "own"
     values = () if value.is_floating_point() else tuple(value.flatten().tolist())
     return (str(value.device), value.dtype, axis, values)
-
-
-def _shared(value: Tensor) -> bool:
-    """Return whether all trials have the same values of a tensor with a trial axis."""
-    return value.stride(0) == 0 or len(value) == 1
 
 
 def _compare(evaluator: Evaluator, tensors: Mapping[str, Tensor], image_shape: tuple[int, ...], classes: int) -> Path:
@@ -242,7 +238,7 @@ def _compare(evaluator: Evaluator, tensors: Mapping[str, Tensor], image_shape: t
         two = value.detach()
         if value.ndim > own[name].ndim:
             one = value[:1].detach()
-            if _shared(value) or not one.is_floating_point():
+            if shared(value) or not one.is_floating_point():
                 two = one.to(_double(one)).expand(2, *own[name].shape)
             else:
                 two = torch.cat([one.double(), 0.9 * one.double()])
