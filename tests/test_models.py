@@ -294,6 +294,16 @@ def test_bad_checkpoints_are_told(tmp_path: Path) -> None:
         attempt(save(network, tmp_path / "extra.pt"))
 
 
+@pytest.mark.parametrize("name", models.names())
+def test_fresh_weights_and_a_checkpoint_exclude_each_other(name: str) -> None:
+    with pytest.raises(BadOption) as error:
+        models.parse(f"{name}(fresh=true, weights=net.pt)")
+    for part in (repr(name), "fresh=true", "weights='net.pt'", "keep one"):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+    assert models.parse(f"{name}(fresh=false, weights=net.pt)").fresh_weights() is False
+
+
 class Evil:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return (exec, ("import pathlib; pathlib.Path('evil').touch()",))

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from leakbench.errors import BadOption
 from leakbench.models.base import Model
 from leakbench.models.weights import Init, fingerprint, initialise, load
 
@@ -27,6 +28,12 @@ class Architecture(Model):
     mode: Mode = "train"
     fresh: bool
     weights: str | None
+
+    def __post_init__(self) -> None:
+        if self.fresh and self.weights is not None:
+            raise BadOption(
+                f"fresh=true draws weights for every trial, and weights={self.weights!r} are the same for all; keep one"
+            )
 
     @abstractmethod
     def network(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
