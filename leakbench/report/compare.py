@@ -9,10 +9,9 @@ from typing import Annotated
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
-from tabulate import tabulate
 
 from leakbench.report.table import summarise
-from leakbench.report.text import ABSENT, decimals, escape, number, with_interval
+from leakbench.report.text import ABSENT, decimals, escape, number, table, with_interval
 from leakbench.store import MetricInfo
 
 _OURS = ("paper_mse", "paper_psnr", "psnr", "psnr_aligned", "ssim")
@@ -79,8 +78,7 @@ def markdown(results: pd.DataFrame, metrics: Sequence[MetricInfo], paper: Publis
         if not fits.any():
             rows.append([*left, "not in this run", *[""] * (len(headers) - len(left) - 1)])
     rows += [[*[ABSENT] * 9, *_ours(row, places)] for _, row in cells[~matched].iterrows()]
-    align = ["left" if "PSNR" not in head and "MSE" not in head else "right" for head in headers]
-    parts.append(tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=align))
+    parts.append(table(headers, rows, left=len(headers)))
     return "\n\n".join(parts) + "\n"
 
 

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
-from tabulate import tabulate
 
 from leakbench.report.controls import control_gains
 from leakbench.report.table import ANY, BLOCK, strongest, summarise, without_repeats
-from leakbench.report.text import ABSENT, decimals, english, escape, number, with_interval
+from leakbench.report.text import ABSENT, decimals, english, escape, number, table, with_interval
 from leakbench.store import Component, MetricInfo, Session
 
 MAIN = ("psnr", "ssim", "lpips_vgg", "lpips_alex", "mse", "psnr_aligned", "ssim_aligned", "label_correct")
@@ -93,12 +92,6 @@ def run_name(sessions: Sequence[Session], folder: str) -> str:
     return name if isinstance(name, str) and name.strip() else folder
 
 
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """Return a Markdown table whose first columns are aligned to the left; cells are escaped already."""
-    align = ["left" if column < left else "right" for column in range(len(headers))]
-    return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=align) if rows else ""
-
-
 def _about(run: Run) -> str:
     """Return what was run, when, where and with which versions."""
     counts = run.results["status"].value_counts()
@@ -121,11 +114,11 @@ def _about(run: Run) -> str:
             [f"versions{label}", escape(f"leakbench {source.version} ({commit}{dirty}), Python {source.python}")],
             [f"packages{label}", escape(packages) or ABSENT],
         ]
-    table = _table(["run", ""], rows, left=2)
+    about = table(["run", ""], rows, left=2)
     versions = {(s.provenance.version, s.provenance.commit, s.provenance.dirty) for s in run.sessions}
     if len(versions) > 1:
-        return f"{table}\n\n**This run mixes versions of leakbench**: trials of different starts may not compare."
-    return table
+        return f"{about}\n\n**This run mixes versions of leakbench**: trials of different starts may not compare."
+    return about
 
 
 def _tables(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> list[str]:
@@ -195,7 +188,7 @@ def _main_table(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> str:
             cells.append(_value(row, metric.name, places[metric.name], interval=True))
             cells += [_gain(row, metric.name, places[metric.name])] if metric.name in gain else []
         rows.append(cells)
-    return _table(headers, rows, left=2)
+    return table(headers, rows, left=2)
 
 
 def _gain_table(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> str:
@@ -212,12 +205,12 @@ def _gain_table(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> str:
     ]
     others = [name for name in gained if name != "psnr"]
     rows = [_cell(row) + [_gain(row, name, _places(block, name)) for name in others] for _, row in attacks.iterrows()]
-    table = _table(["attack", "defense", *(escape(name) for name in others)], rows, left=2) if others else ""
+    gains = table(["attack", "defense", *(escape(name) for name in others)], rows, left=2) if others else ""
     title = (
         "**Gain over the best floor**, mean per image with its 95 % interval; above 0 means that the attack leaks more "
         "than the floor:"
     )
-    return "\n\n".join([*([title, table] if table else []), f"Best floor in each metric: {'; '.join(floors)}."])
+    return "\n\n".join([*([title, gains] if gains else []), f"Best floor in each metric: {'; '.join(floors)}."])
 
 
 def _strongest_table(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> str:
@@ -241,7 +234,7 @@ def _strongest_table(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> str:
             cells.append("no attack beats the floor" if row["floor"] else f"{escape(row['attack'])}: {gain}")
         rows.append(cells)
     title = "**Strongest attack behind each defense**, by its gain over the best floor:"
-    return f"{title}\n\n{_table(['defense', *(f'by {escape(name)}' for name in names)], rows, left=1 + len(names))}"
+    return f"{title}\n\n{table(['defense', *(f'by {escape(name)}' for name in names)], rows, left=1 + len(names))}"
 
 
 def _controls(results: pd.DataFrame, run: Run) -> list[str]:
@@ -268,8 +261,8 @@ def _controls(results: pd.DataFrame, run: Run) -> list[str]:
         "gradient, and over the same search for the gradient of another image; mean per image with its 95 % interval, "
         "above 0 where more leaks:"
     )
-    table = _table(["attack", "defense", "over", *(escape(name) for name in named)], rows, left=3)
-    return [title, table, "\n".join(f"- {verdict}" for verdict in verdicts)]
+    compared = table(["attack", "defense", "over", *(escape(name) for name in named)], rows, left=3)
+    return [title, compared, "\n".join(f"- {verdict}" for verdict in verdicts)]
 
 
 def _verdict(name: str, mean: float, low: float, high: float) -> str:
@@ -287,7 +280,7 @@ def _paper_table(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> str:
         _cell(row) + _counts(row) + [_value(row, metric.name, places[metric.name], interval=True) for metric in metrics]
         for _, row in block.iterrows()
     ]
-    return _table(["attack", "defense", "n", "failed", "no score", *map(_header, metrics)], rows, left=2)
+    return table(["attack", "defense", "n", "failed", "no score", *map(_header, metrics)], rows, left=2)
 
 
 def _reasons(results: pd.DataFrame) -> list[str]:
@@ -302,7 +295,7 @@ def _reasons(results: pd.DataFrame) -> list[str]:
     ]
     more = f"\n\nAnd {len(groups) - _REASONS} more; `results.csv` has them all." if len(groups) > _REASONS else ""
     title = "**Trials that failed or have no score, and why**:"
-    return [f"{title}\n\n{_table(['attack', 'defense', 'status', 'reason', 'trials'], rows, left=4)}{more}"]
+    return [f"{title}\n\n{table(['attack', 'defense', 'status', 'reason', 'trials'], rows, left=4)}{more}"]
 
 
 def _options(component: Component) -> str:
@@ -317,7 +310,7 @@ def _legend(run: Run, summary: pd.DataFrame, pictures: bool) -> list[str]:
         "## How to read this",
         "Metrics. ↑ marks a metric whose higher values mean more leakage (a reconstruction closer to the private "
         "image), ↓ one whose lower values do.",
-        _table(
+        table(
             ["metric", "more leakage is", "convention", "note"],
             [
                 [escape(m.name), "higher" if m.higher_is_better else "lower", escape(m.convention), escape(m.note)]
@@ -333,7 +326,7 @@ def _legend(run: Run, summary: pd.DataFrame, pictures: bool) -> list[str]:
         ]
         words += [
             "What each name stands for, with every option, those left at their default included:",
-            _table(["kind", "name", "options", "version"], rows, left=4),
+            table(["kind", "name", "options", "version"], rows, left=4),
         ]
     if missing:
         words.append(

@@ -14,11 +14,10 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
-from tabulate import tabulate
 
 from leakbench.report.statistics import bootstrap_interval, holm, sign_flip_test
 from leakbench.report.table import summarise
-from leakbench.report.text import ABSENT, decimals, escape, number, with_interval
+from leakbench.report.text import ABSENT, decimals, escape, number, table, with_interval
 from leakbench.store import MetricInfo, Pictures
 
 GRANTS = {
@@ -194,7 +193,7 @@ def _scores(
             gain = (row["psnr gain"], row["psnr gain low"], row["psnr gain high"])
             line.append(with_interval(*gain, places["psnr"], sign=True))
         lines.append(line)
-    return _table(headers, lines, left=1)
+    return table(headers, lines, left=1)
 
 
 def _tests(block: pd.DataFrame, metric: MetricInfo) -> str:
@@ -222,7 +221,7 @@ def _tests(block: pd.DataFrame, metric: MetricInfo) -> str:
         for (first, second), (mean, low, high, p, n), q in zip(pairs, found, adjusted)
     ]
     title = f"**Paired differences in {escape(metric.name)}**:"
-    return f"{title}\n\n{_table(['difference', 'images', 'mean', 'p', 'p (Holm)'], lines, left=1)}"
+    return f"{title}\n\n{table(['difference', 'images', 'mean', 'p', 'p (Holm)'], lines, left=1)}"
 
 
 def _pairs(names: Sequence[str]) -> list[tuple[str, str]]:
@@ -238,8 +237,3 @@ def _pairs(names: Sequence[str]) -> list[tuple[str, str]]:
 
 def _p(value: float) -> str:
     return ABSENT if math.isnan(value) else "<0.001" if value < 0.001 else number(value, 3)
-
-
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    align = ["left" if column < left else "right" for column in range(len(headers))]
-    return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=align)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+from tabulate import tabulate
 
 ABSENT = "–"
 """What stands for a number that there is none of."""
@@ -59,3 +61,9 @@ def english(names: Iterable[str]) -> str:
     """Return ``a, b and c``."""
     *rest, last = list(names)
     return f"{', '.join(rest)} and {last}" if rest else last
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+    """Return a Markdown table whose first ``left`` columns are aligned to the left; cells are escaped already."""
+    align = ["left" if column < left else "right" for column in range(len(headers))]
+    return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=align) if rows else ""
