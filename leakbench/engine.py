@@ -24,6 +24,7 @@ from leakbench.errors import BadOption, LeakbenchError, MissingAsset, Unsupporte
 from leakbench.gradients import full_precision
 from leakbench.matrix import Matrix
 from leakbench.metrics.base import Metric, Truth
+from leakbench.models.weights import Checkpoint
 from leakbench.progress import Silent
 from leakbench.rng import Rng
 from leakbench.store import AFTER, BEFORE, FILE, Provenance, Store
@@ -114,12 +115,14 @@ def run(
         Store.open(folder / FILE, readonly=True).close()  # a foreign file is told before anything is loaded
     data = _load(trials)
     refused = _preflight(trials, strict)
+    checkpoints = _checkpoints(trials)
     scores, missing = _metrics()
     store = Store.open(folder / FILE) if existing else Store.create(folder / FILE)
     with store, full_precision():
         session = store.start_session(Provenance.collect(command, _words(where), json.dumps(matrix.describe())))
         store.record_metrics([metrics.parse(name) for name in metrics.names()], _notes(trials))
         store.add_trials(trials)
+        store.record_checkpoints(checkpoints)
         done = store.done()
         waiting = [trial for trial in trials if trial.id not in done]
         progress.start(waiting, len(trials) - len(waiting))
@@ -499,6 +502,13 @@ def _notes(trials: Sequence[Trial]) -> dict[str, str]:
         lines = dict.fromkeys(metrics.parse(name).note(shape) for shape in shapes)
         notes[name] = " ".join(line for line in lines if line)
     return notes
+
+
+def _checkpoints(trials: Sequence[Trial]) -> dict[str, Checkpoint]:
+    """Return what the models' files of trained weights state, by the models' settings as JSON."""
+    models = {json.dumps(trial.settings["model"], sort_keys=True): trial.model for trial in trials}
+    stated = {settings: model.checkpoint() for settings, model in models.items()}
+    return {settings: checkpoint for settings, checkpoint in stated.items() if checkpoint is not None}
 
 
 def _finite(values: Tensor | None, row: int) -> float | None:

@@ -2,7 +2,8 @@
 
 Any SQLite tool can read it. Every table, picture and page that leakbench makes is a pure function of this file.
 
-- ``meta(key, value)``: ``schema`` (also ``PRAGMA user_version``), ``created_by``, ``created``.
+- ``meta(key, value)``: ``schema`` (also ``PRAGMA user_version``), ``created_by``, ``created``; ``chunk/CELL``, how many
+  trials of a cell run at a time; ``checkpoint/SETTINGS`` (both JSON), what a model's file of trained weights states.
 - ``sessions``: one row for every time the run was started or resumed: ``version``, git ``commit_id`` and ``dirty``
   where leakbench ran from a checkout, ``packages`` (JSON, name -> version), ``python``, ``device``, ``threads``,
   ``command``, ``matrix`` (JSON), ``started`` and ``ended`` (UTC; ``ended`` is NULL where the run was killed).
@@ -30,7 +31,7 @@ import platform
 import sqlite3
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
@@ -40,6 +41,7 @@ import torch
 
 from leakbench.errors import ForeignRun, LeakbenchError
 from leakbench.metrics.base import Metric
+from leakbench.models.weights import Checkpoint, Training
 from leakbench.trial import Result, Trial
 from leakbench.version import __version__
 
@@ -145,12 +147,19 @@ class MetricInfo:
 
 @dataclass(frozen=True)
 class Component:
-    """What a spec stands for: its kind (dataset, model, defense, attack), its version and every option's value."""
+    """What a spec stands for, named as in ``Store.results``.
+
+    Attributes:
+        kind: ``dataset``, ``model``, ``defense`` or ``attack``.
+        options: every option's value.
+        checkpoint: what a model's file of trained weights stated when the run was started.
+    """
 
     kind: str
     spec: str
     version: int
     options: Mapping[str, object]
+    checkpoint: Checkpoint | None = None
 
 
 @dataclass(frozen=True)
@@ -320,6 +329,12 @@ class Store:
         with self._transaction():
             self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"chunk/{cell}", str(size)))
 
+    def record_checkpoints(self, checkpoints: Mapping[str, Checkpoint]) -> None:
+        """Record what files of trained weights state, by their models' settings (JSON); what is known stays."""
+        rows = [(f"checkpoint/{settings}", json.dumps(asdict(stated))) for settings, stated in checkpoints.items()]
+        with self._transaction():
+            self._db.executemany("INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO NOTHING", rows)
+
     def record_metrics(self, metrics: Iterable[Metric], notes: Mapping[str, str] | None = None) -> None:
         """Record what the metrics mean, before their scores; a metric that is known already is described anew.
 
@@ -361,15 +376,21 @@ class Store:
 
     def components(self) -> list[Component]:
         """Return every dataset, model, defense and attack that was planned, with all its options."""
-        found: dict[tuple[str, str], Component] = {}
-        for row in self._rows("SELECT * FROM trials ORDER BY position"):
-            settings = json.loads(row["settings"])
-            for kind in ("dataset", "model", "defense", "attack"):
-                own = settings[kind]
+        rows = self._rows("SELECT * FROM trials ORDER BY position")
+        settings = [json.loads(row["settings"]) for row in rows]
+        checkpoints = {
+            row["key"].partition("/")[2]: _checkpoint(row["value"])
+            for row in self._rows("SELECT key, value FROM meta WHERE key LIKE 'checkpoint/%'")
+        }
+        found = []
+        for kind in ("dataset", "model", "defense", "attack"):
+            pairs = [(row[kind], json.dumps(setting[kind], sort_keys=True)) for row, setting in zip(rows, settings)]
+            for (_, text), label in _labels(dict.fromkeys(pairs)).items():
+                own = json.loads(text)
                 options = {name: value for name, value in own.items() if name not in ("name", "version")}
-                found.setdefault((kind, row[kind]), Component(kind, row[kind], int(own["version"]), options))
-        order = ("dataset", "model", "defense", "attack")
-        return sorted(found.values(), key=lambda component: order.index(component.kind))
+                checkpoint = checkpoints.get(text) if kind == "model" else None
+                found.append(Component(kind, label, int(own["version"]), options, checkpoint))
+        return found
 
     def write(self, results: Sequence[Result], session: int) -> None:
         """Write a chunk of results, all or none; a result of a trial that has one already replaces it."""
@@ -513,6 +534,13 @@ class Store:
         self._db.executemany("INSERT INTO scores VALUES (?, ?, ?)", scores)
         if result.reconstruction is not None:
             self._db.execute("INSERT INTO images VALUES (?, ?)", (trial, result.reconstruction))
+
+
+def _checkpoint(text: str) -> Checkpoint:
+    """Return what ``Store.record_checkpoints`` wrote."""
+    value = json.loads(text)
+    training = value["training"]
+    return Checkpoint(value["file"], None if training is None else Training(**training))
 
 
 def _labels(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:

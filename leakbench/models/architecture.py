@@ -9,7 +9,7 @@ from torch import nn
 
 from leakbench.errors import BadOption
 from leakbench.models.base import Model
-from leakbench.models.weights import Init, fingerprint, initialise, load
+from leakbench.models.weights import Checkpoint, Init, fingerprint, initialise, load, stated
 
 Mode = Literal["train", "eval"]
 
@@ -54,6 +54,10 @@ class Architecture(Model):
     def fresh_weights(self) -> bool:
         """Return ``fresh``."""
         return self.fresh
+
+    def checkpoint(self) -> Checkpoint | None:
+        """Return what the file of ``weights`` states of its training; None where weights are drawn."""
+        return None if self.weights is None else stated(self.weights)
 
     def settings(self) -> dict[str, Any]:
         """Return the options, with the checkpoint's content in place of its path."""

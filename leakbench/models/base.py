@@ -7,6 +7,7 @@ from abc import abstractmethod
 from torch import nn
 
 from leakbench.component import Component
+from leakbench.models.weights import Checkpoint
 from leakbench.registry import Registry
 
 
@@ -24,6 +25,10 @@ class Model(Component):
     def fresh_weights(self) -> bool:
         """Return whether every trial draws its own weights instead of sharing its seed's."""
         return False
+
+    def checkpoint(self) -> Checkpoint | None:
+        """Return which file of trained weights is loaded and what it states; None where weights are drawn."""
+        return None
 
 
 registry: Registry[Model] = Registry("model", "leakbench.models", Model)

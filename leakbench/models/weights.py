@@ -1,17 +1,24 @@
-"""How a network gets its weights: drawn by a named law, or loaded from a checkpoint."""
+"""How a network gets its weights: drawn by a named law, or loaded from a checkpoint, which can state its training."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import torch
 from pydantic import AfterValidator, Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from leakbench.errors import BadOption, CorruptAsset, MissingAsset
+from leakbench.errors import BadOption, CorruptAsset, LeakbenchError, MissingAsset
+
+TRAINING = "leakbench-training-1"
+"""The entry of a ``.safetensors`` file's metadata that holds its ``Training``, as JSON."""
 
 _UNIFORM = re.compile(r"uniform\(\s*([0-9.eE+-]+)\s*\)")
 
@@ -47,6 +54,101 @@ def initialise(model: nn.Module, init: Init) -> None:
             parameter.uniform_(-width, width)
 
 
+@dataclass(frozen=True)
+class Training:
+    """How far a network was trained, in the words of who trained it.
+
+    Attributes:
+        stage: where in the training, such as ``untrained`` or ``epoch 12 of 200``.
+        test_accuracy: the share of the test images that the network classifies rightly, in [0, 1].
+        dataset: the spec of the dataset whose training images it saw and whose test images it was tested on.
+
+    Raises:
+        BadOption: a value that does not fit.
+    """
+
+    stage: str
+    test_accuracy: float
+    dataset: str
+
+    def __post_init__(self) -> None:
+        for name in ("stage", "dataset"):
+            text = getattr(self, name)
+            if not (isinstance(text, str) and text.strip()):
+                raise BadOption(f"{name}={text!r} does not fit; give a word, such as 'epoch 12 of 200' or 'cifar10'")
+        accuracy = self.test_accuracy
+        if not (isinstance(accuracy, (int, float)) and 0 <= accuracy <= 1):
+            raise BadOption(f"test_accuracy={accuracy!r} does not fit; give a share of the test images, from 0 to 1")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file of trained weights.
+
+    Attributes:
+        file: its path, as it was given.
+        training: what the file states of its training; None where it states nothing.
+    """
+
+    file: str
+    training: Training | None = None
+
+
+def save(network: nn.Module, path: str | Path, *, stage: str, test_accuracy: float, dataset: str) -> None:
+    """Write a network's state dict as a file that ``weights=`` takes and that states how far the network was trained.
+
+    The same state and words give the same bytes. A file that was there is replaced in one step.
+
+    Args:
+        network: any network; it is not changed.
+        path: ends in ``.safetensors``; folders are made where needed.
+        stage: see ``Training``.
+        test_accuracy: see ``Training``; in [0, 1].
+        dataset: see ``Training``.
+
+    Raises:
+        BadOption: a value that does not fit, or a path that ends otherwise.
+        LeakbenchError: the file cannot be written.
+    """
+    training = Training(stage, test_accuracy, dataset)
+    file = Path(path).expanduser()
+    if file.suffix != ".safetensors":
+        raise BadOption(f"the path {str(path)!r} does not end in .safetensors; only such a file states its training")
+    state = {name: value.detach().cpu().clone().contiguous() for name, value in network.state_dict().items()}
+    draft = file.with_name(f".{file.name}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # one entry alone: several come in an order of their own each time, and a file is known by its bytes
+            save_file(state, draft, {TRAINING: json.dumps(asdict(training))})
+            draft.replace(file)
+        finally:
+            draft.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise LeakbenchError(f"{path} cannot be written: {_one_line(error)}; choose another folder") from None
+
+
+def stated(path: str) -> Checkpoint:
+    """Return what a checkpoint states of its training; a file that ``torch.save`` wrote states nothing.
+
+    Raises:
+        MissingAsset: the file does not exist.
+        CorruptAsset: the file cannot be read, or what it states does not fit.
+    """
+    file = _existing(path)
+    if file.suffix != ".safetensors":
+        return Checkpoint(path)
+    try:
+        with safe_open(file, "pt") as opened:
+            words = (opened.metadata() or {}).get(TRAINING)
+        return Checkpoint(path, None if words is None else Training(**json.loads(words)))
+    except (OSError, SafetensorError, TypeError, ValueError, RecursionError) as error:
+        raise CorruptAsset(
+            f"what the checkpoint {path!r} states of its training cannot be read: {_one_line(error)}; "
+            "write it with leakbench.models.weights.save"
+        ) from None
+
+
 def load(model: nn.Module, path: str) -> None:
     """Load a checkpoint into a network: a ``.safetensors`` file, or a state dict that ``torch.save`` wrote.
 
@@ -57,16 +159,13 @@ def load(model: nn.Module, path: str) -> None:
         CorruptAsset: the file is no state dict.
         BadOption: its tensors are not those of this network.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise MissingAsset(f"the checkpoint {path!r} does not exist; give weights= the path of a state dict")
+    file = _existing(path)
     try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: object = load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+        state: object = (
+            load_file(file)
+            if file.suffix == ".safetensors"
+            else torch.load(file, map_location="cpu", weights_only=True)
+        )
     except Exception as error:  # whatever a damaged or hostile file makes the readers raise
         raise CorruptAsset(
             f"the checkpoint {path!r} cannot be read as plain tensors ({type(error).__name__}); "
@@ -93,8 +192,16 @@ def load(model: nn.Module, path: str) -> None:
 
 def fingerprint(path: str) -> str:
     """Return 16 hex digits of the file's SHA-256, so that a changed checkpoint makes new trials."""
+    with _existing(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+
+
+def _existing(path: str) -> Path:
     file = Path(path).expanduser()
     if not file.is_file():
         raise MissingAsset(f"the checkpoint {path!r} does not exist; give weights= the path of a state dict")
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    return file
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from leakbench.report.table import summarise
 from leakbench.report.text import ABSENT, decimals, escape, number, table, with_interval
-from leakbench.store import MetricInfo
+from leakbench.report.trained import trained
+from leakbench.store import Component, MetricInfo
 
 _OURS = ("paper_mse", "paper_psnr", "psnr", "psnr_aligned", "ssim")
 Positive = Annotated[float, Field(gt=0)]
@@ -56,7 +57,9 @@ def published() -> Published:
     return Published.model_validate(tomllib.loads(text))
 
 
-def markdown(results: pd.DataFrame, metrics: Sequence[MetricInfo], paper: Published) -> str:
+def markdown(
+    results: pd.DataFrame, metrics: Sequence[MetricInfo], paper: Published, components: Sequence[Component] = ()
+) -> str:
     """Return the comparison; it depends on nothing but its arguments."""
     parts = ["# Beside the paper", f"Figures of {escape(paper.source)}.", _WORDS]
     ours = [metric for metric in metrics if metric.name in _OURS]
@@ -79,6 +82,7 @@ def markdown(results: pd.DataFrame, metrics: Sequence[MetricInfo], paper: Publis
             rows.append([*left, "not in this run", *[""] * (len(headers) - len(left) - 1)])
     rows += [[*[ABSENT] * 9, *_ours(row, places)] for _, row in cells[~matched].iterrows()]
     parts.append(table(headers, rows, left=len(headers)))
+    parts += [f"{escape(model)}: {words}" for model, words in trained(components).items()]
     return "\n\n".join(parts) + "\n"
 
 

@@ -67,7 +67,8 @@ def write_sharing(out: Path | str) -> list[Path]:
         pages = sharing.grids(results)
         for page in pages:
             written.append(_replace(out / "grids" / page.file, sharing.png(page, store.images(page.trials))))
-        written.append(_replace(out / "sharing.md", sharing.markdown(results, store.metrics(), pages).encode()))
+        text = sharing.markdown(results, store.metrics(), pages, store.components())
+        written.append(_replace(out / "sharing.md", text.encode()))
     return written
 
 
@@ -79,7 +80,7 @@ def write_comparison(out: Path | str) -> Path:
     """
     out = Path(out)
     with Store.open(out / FILE, readonly=True) as store:
-        text = compare.markdown(store.results(), store.metrics(), compare.published())
+        text = compare.markdown(store.results(), store.metrics(), compare.published(), store.components())
     return _replace(out / "paper.md", text.encode())
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 from leakbench.report.controls import control_gains
 from leakbench.report.table import ANY, BLOCK, strongest, summarise, without_repeats
 from leakbench.report.text import ABSENT, decimals, english, escape, number, table, with_interval
+from leakbench.report.trained import LEGEND, trained
 from leakbench.store import Component, MetricInfo, Session
 
 MAIN = ("psnr", "ssim", "lpips_vgg", "lpips_alex", "mse", "psnr_aligned", "ssim_aligned", "label_correct")
@@ -65,12 +66,13 @@ def markdown(run: Run, pictures: Sequence[Picture] = ()) -> str:
     if not len(run.results):
         return "\n\n".join([*parts, "No trial has ended yet: there is nothing to show."]) + "\n"
     summary = summarise(run.results, run.metrics)
+    words = trained(run.components)
     heading = None
     for key, block in summary.groupby(list(BLOCK), sort=False):
         dataset, model, threat = (str(part) for part in key)
         if heading != (dataset, model):
             heading = (dataset, model)
-            parts.append(f"## {escape(dataset)}, {escape(model)}")
+            parts += [f"## {escape(dataset)}, {escape(model)}", words.get(model, "")]
         results = run.results[(run.results[list(BLOCK)] == [dataset, model, threat]).all(axis=1)]
         parts += [f"### Threat model: {escape(threat)}", escape(run.threats.get(threat, ""))]
         parts += _tables(block, run.metrics)
@@ -358,6 +360,8 @@ def _legend(run: Run, summary: pd.DataFrame, pictures: bool) -> list[str]:
             "brightness and contrast fit to the private image. BatchNorm on a batch of one image makes the contrast "
             "unidentifiable: there, a perfect structure has a poor plain psnr, so look at the aligned columns."
         )
+    if trained(run.components):
+        points.append(LEGEND)
     if pictures:
         points.append(
             "**Pictures** show the first images by index, never a choice. Reconstructions are as the attack returned "

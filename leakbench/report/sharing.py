@@ -18,7 +18,8 @@ from PIL import Image
 from leakbench.report.statistics import bootstrap_interval, holm, sign_flip_test
 from leakbench.report.table import summarise
 from leakbench.report.text import ABSENT, decimals, escape, number, table, with_interval
-from leakbench.store import MetricInfo, Pictures
+from leakbench.report.trained import trained
+from leakbench.store import Component, MetricInfo, Pictures
 
 GRANTS = {
     "T0": "nothing",
@@ -127,7 +128,12 @@ def png(grid: Grid, pictures: Mapping[str, Pictures]) -> bytes:
     return stream.getvalue()
 
 
-def markdown(results: pd.DataFrame, metrics: Sequence[MetricInfo], pages: Sequence[Grid] = ()) -> str:
+def markdown(
+    results: pd.DataFrame,
+    metrics: Sequence[MetricInfo],
+    pages: Sequence[Grid] = (),
+    components: Sequence[Component] = (),
+) -> str:
     """Return the study's report; it depends on nothing but its arguments."""
     parts = ["# What key-lock's secrets are worth", _WORDS]
     blocks = list(_blocks(results))
@@ -138,8 +144,9 @@ def markdown(results: pd.DataFrame, metrics: Sequence[MetricInfo], pages: Sequen
         )
     known = {metric.name: metric for metric in metrics}
     names = [name for name in _SCORES if name in known and results[name].notna().any()]
+    words = trained(components)
     for key, block in blocks:
-        parts.append("## " + ", ".join(map(escape, key)))
+        parts += ["## " + ", ".join(map(escape, key)), words.get(key[1], "")]
         parts += [f"![{escape(' · '.join(key))}](grids/{page.file})" for page in pages if page.key == key]
         parts.append(_scores(results, key, block, [known[name] for name in names]))
         parts += [_tests(block, known[name]) for name in names if name in _TESTED]
