@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from leakbench.allocator import release_freed_memory
+
 DEFAULT = {"cpu": 32, "cuda": 256}
 """Trials at a time for an attack that cannot be measured."""
 
@@ -96,6 +98,8 @@ def _measure(step: Callable[[int], int | None], size: int, device: torch.device)
         torch.cuda.synchronize(device)
         return time.perf_counter() - begin, torch.cuda.max_memory_allocated(device) - before + held
     process = psutil.Process()
+    release_freed_memory()
+    begin = time.perf_counter()
     before = process.memory_info().rss
     step(size)
     # the highest that the process has ever been is at least what this step needed

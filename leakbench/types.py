@@ -155,12 +155,15 @@ class Secret:
         group: the name by which a threat model reveals it (``key``, ``lock``, ``noise``).
         law: how it is drawn.
         fresh: drawn anew at every forward pass (PRECODE's noise) instead of once for a client (a key).
+        sought: of a relaxed network alone (``Defense.relax``): every attack searches for it, together with the image,
+            from a start drawn by the law.
     """
 
     name: str
     group: str
     law: Law
     fresh: bool = False
+    sought: bool = False
 
 
 @dataclass(frozen=True)

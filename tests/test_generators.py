@@ -497,8 +497,11 @@ def test_a_stopped_training_goes_on_to_the_same_weights(toys: str, tmp_path: Pat
         train(small(steps=6), tmp_path / "parts")
 
 
-@pytest.mark.parametrize(("option", "value"), [("steps", 0), ("batch", 1), ("lr", 0.0), ("width", 10), ("ema", 1.0)])
-def test_options_that_do_not_fit_are_told(option: str, value: float) -> None:
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("steps", 0), ("batch", 1), ("lr", 0.0), ("width", 10), ("ema", 1.0), ("precision", "float16")],
+)
+def test_options_that_do_not_fit_are_told(option: str, value: float | str) -> None:
     with pytest.raises(BadOption, match=f"training: {option}={value!r} does not fit") as told:
         Recipe(**{**asdict(small()), option: value})
     one_line(told)

@@ -50,6 +50,22 @@ registry: Registry[Attack] = Registry("attack", "leakbench.attacks", Attack)
 register = registry.register
 
 
+def prepare(attack: Attack, observation: Observation) -> tuple[Attack, Observation]:
+    """Return an attack and what it works on, both as the threat model has them.
+
+    Raises:
+        Unsupported: the threat model has the attacker search for secrets, which this attack cannot; or it informs the
+            attacker of a defense that gives it nothing to know.
+    """
+    defense = observation.defense
+    if defense is not None and not defense.informed and not attack.floor:
+        raise Unsupported(
+            f"to be informed of the defense {defense.name!r} adds nothing: it states no informed attacker; "
+            "use a threat model with informed=false"
+        )
+    return adapt(attack, observation.threat), work_out(observation)
+
+
 def adapt(attack: Attack, threat: ThreatModel) -> Attack:
     """Return the attack as the threat model has it act: with ``secrets=optimise`` where it ``optimises``.
 
@@ -68,7 +84,7 @@ def work_out(observation: Observation) -> Observation:
     if observation.defense is None:
         return observation
     hidden = {secret.name for secret in observation.secrets}
-    recovered = observation.defense.recover(observation.model, observation.gradient)
+    recovered = observation.defense.recover(observation.model, observation.gradient, observation.weights)
     found = {name: value for name, value in recovered.items() if name in hidden}
     return dataclasses.replace(
         observation,

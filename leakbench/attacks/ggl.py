@@ -19,6 +19,7 @@ from leakbench.attacks.matching import (
     NonNegative,
     Positive,
     analytic_labels,
+    double,
 )
 from leakbench.chunk import SHARE, free_memory
 from leakbench.errors import BadOption, Unsupported
@@ -138,10 +139,11 @@ class GGL(GradientMatching):
 
     def probe(self, observation: Observation, rng: Rng) -> int | None:
         """Evaluate one population of every trial."""
-        objective = self._objective(_double(observation), rng).with_path(_double(observation))
-        start = self._begin(objective)
+        exact = double(observation)
         if self.optimizer == ADAM:
-            return super().probe(_double(observation), rng)
+            return super().probe(exact, rng)
+        objective = self._objective(exact, rng).with_path()
+        start = self._begin(objective)
         rows = [trial for trial in range(observation.trials) for _ in range(self.popsize)][: self._batch(objective)]
         index = torch.tensor(rows, device=observation.device)
         with torch.no_grad():
@@ -150,7 +152,7 @@ class GGL(GradientMatching):
 
     def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
         """Return the best of ``restarts`` searches by the matching distance, for every trial."""
-        exact = _double(observation)
+        exact = double(observation)
         exact = replace(exact, labels=known_labels(exact))
         if self.control == "wrong-gradient":
             exact = replace(exact, gradient=self._decoy(exact, rng))
@@ -197,7 +199,7 @@ class GGL(GradientMatching):
 
     def _decoy(self, observation: Observation, rng: Rng) -> Gradient:
         """Return the gradient of a random sample of the generator for each trial, with the trial's label."""
-        objective = self._objective(observation, rng).with_path(observation)
+        objective = self._objective(observation, rng).with_path()
         generator = chosen(self.generator, observation)
         assert observation.labels is not None
         latent = random_latents(generator, observation, rng, "decoy")
@@ -312,12 +314,3 @@ def _sparsified(value: Tensor, share: Tensor) -> Tensor:
     place = (share.double() * (sizes.shape[1] - 1)).ceil().long().clamp(0, sizes.shape[1] - 1)
     threshold = sizes.sort(1).values.gather(1, place[:, None])
     return torch.where(sizes >= threshold, value.flatten(1), 0.0).view_as(value)
-
-
-def _double(observation: Observation) -> Observation:
-    """Return the observation with its floating-point tensors in float64."""
-
-    def exact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value.double() if value.is_floating_point() else value for name, value in tensors.items()}
-
-    return replace(observation, weights=exact(observation.weights), gradient=exact(observation.gradient))

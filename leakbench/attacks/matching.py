@@ -18,7 +18,8 @@ from torch import Tensor
 
 from leakbench.attacks.base import Attack
 from leakbench.errors import Unsupported
-from leakbench.gradients import Evaluator, Path, choose_path, plain_loss
+from leakbench.gradients import Evaluator, choose_path, plain_loss
+from leakbench.gradients.evaluate import tensors_of
 from leakbench.models.surgery import linears
 from leakbench.optim import Evaluation, Solution, Unknowns, take_rows, value_and_gradient
 from leakbench.rng import Rng
@@ -98,23 +99,22 @@ class GradientMatching(Attack):
 
     def probe(self, observation: Observation, rng: Rng) -> int | None:
         """Evaluate the objective and its gradient once."""
-        objective = self._objective(observation, rng).with_path(observation)
+        objective = self._objective(observation, rng).with_path()
         start = self._begin(objective)
         value_and_gradient(objective, start, 0)
         return self.held * sum(value.numel() * value.element_size() for value in start.values())
 
     def check(self, observation: Observation) -> None:
         """Raise Unsupported where the label cannot be had or the network cannot be differentiated twice."""
-        objective = self._objective(observation, Rng(tuple(map(str, range(observation.trials))), observation.device))
-        objective.with_path(observation)
+        self._objective(observation, Rng(tuple(map(str, range(observation.trials))), observation.device)).with_path()
 
     def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
         """Return the best of ``restarts`` searches by the matching distance, for every trial."""
-        path = self._objective(observation, rng).with_path(observation).evaluator.path
-        runs = [
-            self._search(observation, rng if index == 0 else rng.fork(f"restart {index}"), path)
-            for index in range(self.restarts)
-        ]
+        first = self._objective(observation, rng).with_path()
+        runs = [self._search(first)]
+        for index in range(1, self.restarts):
+            other = self._objective(observation, rng.fork(f"restart {index}"))
+            runs.append(self._search(replace(other, evaluator=first.evaluator)))
         objective = torch.stack([torch.where(run.failed, torch.inf, run.objective) for run in runs])
         best = torch.where(torch.isnan(objective), torch.inf, objective).argmin(0)
         rows = torch.arange(len(best), device=best.device)
@@ -128,22 +128,22 @@ class GradientMatching(Attack):
             objective=pick([run.objective for run in runs]),
             failed=pick([run.failed for run in runs]),
             evaluations=torch.stack([run.evaluations for run in runs]).sum(0),
-            path=path,
+            path=first.evaluator.path,
         )
 
     def _objective(self, observation: Observation, rng: Rng) -> MatchingObjective:
-        defense = observation.defense
-        model = observation.model if defense is None else defense.relax(observation.model)
+        observation = _relaxed(observation)
+        model, defense = observation.model, observation.defense
         evaluator = Evaluator(
             model, tuple(observation.gradient), plain_loss if defense is None else defense.loss, "batched"
         )
         if observation.labels is None and self.labels == "analytic":
             observation = replace(observation, labels=analytic_labels(observation))
-        own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        own = tensors_of(model)
         secrets = {
             secret.name: _draw(secret, own[secret.name], rng, "secret", observation.dtype)
             for secret in observation.secrets
-            if not secret.fresh
+            if not (secret.fresh or secret.sought)
         }
         return MatchingObjective(
             attack=self,
@@ -153,9 +153,7 @@ class GradientMatching(Attack):
             rng=rng,
         )
 
-    def _search(self, observation: Observation, rng: Rng, path: Path) -> _Run:
-        objective = self._objective(observation, rng)
-        objective = replace(objective, evaluator=replace(objective.evaluator, path=path))
+    def _search(self, objective: MatchingObjective) -> _Run:
         start = self._begin(objective)
         solution = self.solve(objective, start)
         begun, _, _ = _look(objective, start)
@@ -173,11 +171,10 @@ class GradientMatching(Attack):
         """Return the start of the search, secrets that are sought included."""
         observation, rng = objective.observation, objective.rng
         start = self.start(observation, rng)
-        if self.secrets == "optimise":
-            buffers = dict(objective.evaluator.model.named_buffers())
-            for secret in observation.secrets:
-                if secret.name in buffers:
-                    start[SECRET + secret.name] = _draw(secret, buffers[secret.name], rng, "secret", observation.dtype)
+        buffers = dict(objective.evaluator.model.named_buffers())
+        for secret in observation.secrets:
+            if secret.sought or (self.secrets == "optimise" and secret.name in buffers):
+                start[SECRET + secret.name] = _draw(secret, buffers[secret.name], rng, "secret", observation.dtype)
         return start
 
 
@@ -276,12 +273,13 @@ class MatchingObjective:
             rng=self.rng.select(rows),
         )
 
-    def with_path(self, observation: Observation) -> Self:
+    def with_path(self) -> Self:
         """Return the objective with the evaluation path that serves its network; raises Unsupported."""
+        observation = self.observation
         unknowns = {
             SECRET + secret.name: _draw(secret, self._own[secret.name], self.rng, "probe", observation.dtype)
             for secret in observation.secrets
-            if secret.fresh
+            if secret.fresh or secret.sought
         }
         tensors = self._filled(unknowns, 0)
         path = choose_path(self.evaluator, tensors, observation.image_shape, observation.num_classes)
@@ -310,8 +308,24 @@ class MatchingObjective:
 
     @cached_property
     def _own(self) -> dict[str, Tensor]:
-        model = self.evaluator.model
-        return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        return tensors_of(self.evaluator.model)
+
+
+def _relaxed(observation: Observation) -> Observation:
+    """Return what an attacker works with: of an informed one, the network that its defense relaxes."""
+    if observation.defense is None:
+        return observation
+    hidden = {secret.name for secret in observation.secrets}
+    model = observation.defense.relax(observation.model, hidden)
+    own = tensors_of(model)
+    sought = tuple(secret for secret in observation.defense.secrets(model) if secret.sought)
+    return replace(
+        observation,
+        model=model,
+        weights={name: value for name, value in observation.weights.items() if name in own},
+        gradient={name: value for name, value in observation.gradient.items() if name in own},
+        secrets=(*(secret for secret in observation.secrets if secret.name in own), *sought),
+    )
 
 
 def _look(objective: MatchingObjective, unknowns: Unknowns) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -343,6 +357,15 @@ def total_variation(x: Tensor) -> Tensor:
     across = (x[..., 1:] - x[..., :-1]).abs().flatten(1).mean(1)
     down = (x[..., 1:, :] - x[..., :-1, :]).abs().flatten(1).mean(1)
     return across + down
+
+
+def double(observation: Observation) -> Observation:
+    """Return the observation with its floating-point tensors in float64."""
+
+    def exact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.double() if value.is_floating_point() else value for name, value in tensors.items()}
+
+    return replace(observation, weights=exact(observation.weights), gradient=exact(observation.gradient))
 
 
 def analytic_labels(observation: Observation) -> Tensor:

@@ -27,6 +27,7 @@ def generator(
     flip: Annotated[bool, typer.Option("--flip", help="Mirror half of the training images.")] = False,
     latent: Annotated[int, typer.Option(help="The size of the latent.")] = 64,
     width: Annotated[int, typer.Option(help="The channels at 4 x 4 pixels.")] = 192,
+    precision: Annotated[str, typer.Option(help="float32, or bfloat16 where the processor is fast at it.")] = "float32",
     out: Annotated[Path | None, typer.Option(help="The folder (default: generators/DATASET); it goes on.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
@@ -49,7 +50,17 @@ def generator(
     from leakbench.generators.train import Recipe
     from leakbench.generators.train import train as run
 
-    recipe = Recipe(dataset=dataset, steps=steps, batch=batch, seed=seed, lr=lr, flip=flip, latent=latent, width=width)
+    recipe = Recipe(
+        dataset=dataset,
+        steps=steps,
+        batch=batch,
+        seed=seed,
+        lr=lr,
+        flip=flip,
+        latent=latent,
+        width=width,
+        precision=precision,  # type: ignore[arg-type]  # checked by the recipe
+    )
     folder = out or Path("generators") / datasets.parse(dataset).name
     command = "leakbench " + shlex.join(sys.argv[1:])
     console = Console(stderr=True)

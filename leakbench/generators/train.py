@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
@@ -32,6 +32,7 @@ WEIGHTS = "generator.safetensors"
 CHECKPOINT = "checkpoint.pt"
 
 Count = Annotated[int, Field(ge=1)]
+Precision = Literal["float32", "bfloat16"]
 Told = Callable[[int, float, float], None]
 """Called after every step with the number of steps done and the losses of critic and decoder."""
 
@@ -50,6 +51,8 @@ class Recipe:
         latent: the size of the latent, N(0, I).
         width: the channels of both networks at 4 x 4 pixels.
         ema: the decay of the moving average of the decoder's weights.
+        precision: ``bfloat16`` runs convolutions and products in it, several times as fast where the processor has
+            instructions for it; weights, losses and Adam stay in float32.
     """
 
     dataset: str
@@ -61,6 +64,7 @@ class Recipe:
     latent: Count = 64
     width: Annotated[int, Field(ge=8, multiple_of=4)] = 192
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(Recipe, include_extras=True).items():
@@ -239,13 +243,16 @@ def _update(state: _State, recipe: Recipe, images: Images) -> tuple[float, float
         real = torch.where(mirrored[:, None, None, None], real.flip(3), real)
     labels = images.labels[rows].to(device)
     latent = torch.randn(recipe.batch, recipe.latent, generator=rng).to(device)
-    fake = state.decoder(latent, labels)
-    both = torch.cat([real.to(device), fake.detach()]).contiguous(memory_format=torch.channels_last)
-    scores = state.critic(both, torch.cat([labels, labels]))
+    mixed = torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16")
+    with mixed:
+        fake = state.decoder(latent, labels).float()
+        both = torch.cat([real.to(device), fake.detach()]).contiguous(memory_format=torch.channels_last)
+        scores = state.critic(both, torch.cat([labels, labels])).float()
     critic_loss = F.relu(1 - scores[: recipe.batch]).mean() + F.relu(1 + scores[recipe.batch :]).mean()
     _descend(state.critic_adam, critic_loss)
     state.critic.requires_grad_(False)
-    decoder_loss = -state.critic(fake, labels).mean()
+    with mixed:
+        decoder_loss = -state.critic(fake, labels).float().mean()
     _descend(state.decoder_adam, decoder_loss)
     state.critic.requires_grad_(True)
     with torch.no_grad():
