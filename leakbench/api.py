@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from leakbench import attacks, defenses
+from leakbench.allocator import keep_freed_memory
 from leakbench.attacks import Attack
-from leakbench.attacks.base import adapt, work_out
+from leakbench.attacks.base import prepare
 from leakbench.defenses import Defense
 from leakbench.defenses.keylock import Gate, locks
 from leakbench.errors import BadOption
 from leakbench.gradients import full_precision
+from leakbench.gradients.evaluate import tensors_of
 from leakbench.matrix import parse_threat
 from leakbench.models import OwnModule
 from leakbench.models.surgery import Layers
@@ -73,7 +75,7 @@ def observe(
     image_shape = (images.shape[1], images.shape[2], images.shape[3])
     check_reveals([granted], groups_of(method, build(own, method, image_shape, num_classes, "own")))
     clients = [
-        Client(image, int(label), "own", f"client/{seed}/{index}")
+        Client(image, int(label), "own", f"client/{seed}/{index}", _others(images, labels, index, method.companions))
         for index, (image, label) in enumerate(zip(images, labels))
     ]
     return observe_clients(
@@ -85,6 +87,12 @@ def observe(
         torch.full_like(images[0], 0.5) if mean_image is None else mean_image,
         device,
     )
+
+
+def _others(images: Tensor, labels: Tensor, index: int, count: int) -> tuple[tuple[Tensor, int], ...]:
+    """Return so many images behind that of an index, with labels, or all there are; the first follows the last."""
+    rows = [row % len(images) for row in range(index + 1, index + 1 + min(count, len(images) - 1))]
+    return tuple((images[row], int(labels[row])) for row in rows)
 
 
 def attack(method: str | Attack, observation: Observation, *, seed: int = 0) -> Reconstruction:
@@ -99,9 +107,10 @@ def attack(method: str | Attack, observation: Observation, *, seed: int = 0) -> 
         Unsupported: the attack cannot serve this observation; the message says why.
     """
     rng = Rng(tuple(f"attack/{seed}/{row}" for row in range(observation.trials)), observation.device)
-    acting = adapt(attacks.parse(method), observation.threat)
+    acting, known = prepare(attacks.parse(method), observation)
+    keep_freed_memory()
     with full_precision():
-        return acting(work_out(observation), rng)
+        return acting(known, rng)
 
 
 def keylock(
@@ -150,7 +159,7 @@ def keylock(
         rng.seed()
     with torch.random.fork_rng(devices=[]):
         locked = method.wrap(model)
-    tensors = {**dict(locked.named_parameters()), **dict(locked.named_buffers())}
+    tensors = tensors_of(locked)
     with torch.no_grad():
         for secret in method.secrets(locked):
             own = tensors[secret.name]

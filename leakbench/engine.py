@@ -17,16 +17,17 @@ from rich.table import Table
 from torch import Tensor
 
 from leakbench import datasets, metrics
-from leakbench.attacks.base import adapt, work_out
+from leakbench.allocator import keep_freed_memory
+from leakbench.attacks.base import prepare
 from leakbench.chunk import DEFAULT, choose, out_of_memory
 from leakbench.datasets import Dataset
 from leakbench.errors import BadOption, LeakbenchError, MissingAsset, Unsupported
 from leakbench.gradients import full_precision
-from leakbench.matrix import Matrix
+from leakbench.matrix import RECOVERY, Matrix
 from leakbench.metrics.base import Metric, Truth
 from leakbench.models.weights import Checkpoint
 from leakbench.progress import Silent
-from leakbench.rng import Rng
+from leakbench.rng import Rng, generator
 from leakbench.store import AFTER, BEFORE, FILE, Provenance, Store
 from leakbench.trial import Result, Trial
 from leakbench.types import Observation, Reconstruction
@@ -70,7 +71,7 @@ class Run:
 
 @dataclass(frozen=True)
 class _Data:
-    """A dataset's attacked images and what is public of it."""
+    """A dataset's images that clients hold, and what is public of it."""
 
     images: Mapping[int, Tensor]
     labels: Mapping[int, int]
@@ -113,8 +114,9 @@ def run(
     existing = _has_content(folder / FILE)
     if existing:
         Store.open(folder / FILE, readonly=True).close()  # a foreign file is told before anything is loaded
+    keep_freed_memory()
     data = _load(trials)
-    refused = _preflight(trials, strict)
+    refused = _preflight(trials, strict, ensemble=matrix.threshold is not None)
     checkpoints = _checkpoints(trials)
     scores, missing = _metrics()
     store = Store.open(folder / FILE) if existing else Store.create(folder / FILE)
@@ -131,6 +133,10 @@ def run(
         work = _Work(data, refused, scores, where, strict, progress.note)
         for _, members in itertools.groupby(trials, key=lambda trial: trial.cell):
             cell = tuple(members)
+            if cell[0].cell not in refused:
+                settled = _settled(cell, store, matrix.threshold)
+                progress.spare([trial for trial in cell if trial.id in settled - done])
+                cell = tuple(trial for trial in cell if trial.id not in settled)
             if all(trial.id in done for trial in cell):
                 continue
             size = chunk or store.chunk(cell[0].cell)
@@ -156,11 +162,24 @@ def _has_content(file: Path) -> bool:
 
 
 def finished(folder: Path, matrix: Matrix) -> int:
-    """Return how many trials of a matrix have a result in a run's folder."""
+    """Return how many trials of a matrix have a result in a run's folder, or need none (``Matrix.threshold``)."""
     if not (folder / FILE).exists():
         return 0
+    trials = matrix.trials()
     with Store.open(folder / FILE, readonly=True) as store:
-        return len({trial.id for trial in matrix.trials()} & store.done())
+        return len({trial.id for trial in trials} & (store.done() | _settled(trials, store, matrix.threshold)))
+
+
+def _settled(trials: Iterable[Trial], store: Store, threshold: float | None) -> set[str]:
+    """Return the trials that need not be run: another one has recovered the same image behind the same defense.
+
+    The private image decides here what is left to be measured; what an attack returns it never decides. Floors always
+    run, and so does every trial without a threshold.
+    """
+    if threshold is None:
+        return set()
+    recovered = store.recovered(RECOVERY, threshold)
+    return {trial.id for trial in trials if not trial.attack.floor and recovered.get(trial.target, set()) - {trial.id}}
 
 
 @dataclass(frozen=True)
@@ -181,8 +200,7 @@ class _Work:
         if len(cell) == 1 or first.cell in self.refused:
             return size
         try:
-            blank = work_out(_blank(first, set(), self.device))
-            attack = adapt(first.attack, first.threat)
+            attack, blank = prepare(first.attack, _blank(first, set(), self.device))
 
             def step(trials: int) -> int | None:
                 rng = Rng(tuple(f"probe {trial}" for trial in range(trials)), self.device)
@@ -232,8 +250,8 @@ class _Work:
             self.device,
         )
         rng = Rng(tuple(f"attack/{trial.seed}/{_data_key(trial)}/{trial.image}" for trial in trials), self.device)
-        attack = adapt(first.attack, first.threat)
-        guess = _checked(attack(replace(work_out(observation), slots=slots), rng), observation, first)
+        attack, known = prepare(first.attack, observation)
+        guess = _checked(attack(replace(known, slots=slots), rng), observation, first)
         failed = guess.failed if guess.failed is not None else torch.zeros(len(trials), dtype=torch.bool)
         truth = Truth(
             torch.stack([data.images[trial.image] for trial in trials]).to(self.device),
@@ -332,7 +350,17 @@ def _checked(guess: Reconstruction, observation: Observation, trial: Trial) -> R
 def _client(trial: Trial, data: _Data) -> Client:
     key = f"{trial.seed}/{_data_key(trial)}/{trial.image}"
     weights = f"weights/{key}" if trial.model.fresh_weights() else f"weights/{trial.seed}"
-    return Client(data.images[trial.image], data.labels[trial.image], weights, f"client/{key}")
+    companions = tuple((data.images[index], data.labels[index]) for index in _companions(trial))
+    return Client(data.images[trial.image], data.labels[trial.image], weights, f"client/{key}", companions)
+
+
+def _companions(trial: Trial) -> list[int]:
+    """Return the indices of the client's further images, any but the attacked one, for a defense that mixes them in."""
+    if not trial.defense.companions:
+        return []
+    rng = generator("companions", trial.seed, _data_key(trial), trial.image)
+    order = torch.randperm(len(trial.dataset), generator=rng).tolist()
+    return [index for index in order if index != trial.image][: trial.defense.companions]
 
 
 def _data_key(trial: Trial) -> str:
@@ -379,10 +407,11 @@ def _check_indices(matrix: Matrix) -> None:
 
 
 def _load(trials: Sequence[Trial]) -> dict[str, _Data]:
-    """Load the attacked images of every dataset, by its spec; what does not fit is told before the run."""
+    """Load the clients' images of every dataset, by its spec; what does not fit is told before the run."""
     data = {}
     for name, dataset in {trial.specs["dataset"]: trial.dataset for trial in trials}.items():
-        indices = sorted({trial.image for trial in trials if trial.specs["dataset"] == name})
+        held = [trial for trial in trials if trial.specs["dataset"] == name]
+        indices = sorted({index for trial in held for index in (trial.image, *_companions(trial))})
         try:
             data[name] = _load_one(dataset, indices)
         except LeakbenchError:
@@ -417,11 +446,12 @@ def _load_one(dataset: Dataset, indices: list[int]) -> _Data:
     )
 
 
-def _preflight(trials: Sequence[Trial], strict: bool) -> dict[str, str]:
+def _preflight(trials: Sequence[Trial], strict: bool, ensemble: bool) -> dict[str, str]:
     """Return why each cell that cannot be served cannot, from one step on a blank image.
 
     Raises:
-        Unsupported: an attack that serves no cell at all or, if strict, any cell that is not served.
+        Unsupported: an attack that serves no cell at all (of an ensemble, if none does) or, if strict, any cell that is
+            not served.
         BadOption: a threat model that reveals what no defense of the matrix has.
     """
     cells = {trial.cell: trial for trial in trials}
@@ -436,7 +466,8 @@ def _preflight(trials: Sequence[Trial], strict: bool) -> dict[str, str]:
             observation = observed[key]
             if isinstance(observation, Exception):
                 raise observation
-            adapt(trial.attack, trial.threat).check(work_out(observation))
+            attack, known = prepare(trial.attack, observation)
+            attack.check(known)
         except Unsupported as error:
             observed.setdefault(key, error)
             refused[cell] = str(error)
@@ -446,8 +477,8 @@ def _preflight(trials: Sequence[Trial], strict: bool) -> dict[str, str]:
             observed.setdefault(key, error)
     check_reveals({trial.threat for trial in trials}, groups)
     for cell, reason in refused.items():
-        attack = cells[cell].specs["attack"]
-        others = [other for other, trial in cells.items() if trial.specs["attack"] == attack]
+        spec = cells[cell].specs["attack"]
+        others = [other for other, trial in cells.items() if ensemble or trial.specs["attack"] == spec]
         if strict or all(other in refused for other in others):
             raise Unsupported(f"{_cell_words(cells[cell])}: {reason}")
     return refused
@@ -458,7 +489,8 @@ def _blank(trial: Trial, groups: set[str], device: torch.device | str = "cpu") -
     shape, classes = trial.dataset.image_shape, trial.dataset.num_classes
     network = build(trial.model, trial.defense, shape, classes, "blank")
     groups |= groups_of(trial.defense, network)
-    client = Client(torch.full(shape, 0.5), 0, "blank", "blank")
+    image = torch.full(shape, 0.5)
+    client = Client(image, 0, "blank", "blank", ((image, 0),) * min(trial.defense.companions, len(trial.dataset) - 1))
     mean = trial.dataset.mean()
     return observe(trial.model, trial.defense, trial.threat, [client], classes, mean, device)
 

@@ -25,8 +25,10 @@ from leakbench.trial import Trial
 from leakbench.types import PRESETS, ThreatModel
 
 
-def _components(parse: Callable[[Any], Any], value: object) -> tuple[Any, ...]:
+def _components(axis: str, parse: Callable[[Any], Any], value: object) -> tuple[Any, ...]:
     items = value if isinstance(value, (list, tuple)) else [value]
+    if not items:
+        raise BadOption(f"{axis} is empty; name at least one")
     return tuple(parse(item) for item in items)
 
 
@@ -95,8 +97,47 @@ Indices = Count | Annotated[list[Index], Field(min_length=1)]
 FLOORS = ("random", "grey", "mean")
 """The floors that a matrix adds to its attacks."""
 
+RECOVERY = "ssim_aligned"
+"""The metric by which an image counts as recovered."""
 
-class Matrix(BaseModel):
+Attacks = Annotated[tuple[SkipValidation[Attack], ...], BeforeValidator(partial(_components, "attacks", attacks.parse))]
+Threats = Annotated[
+    tuple[SkipValidation[ThreatModel], ...], BeforeValidator(partial(_components, "threats", parse_threat))
+]
+
+
+class _Axes(BaseModel):
+    """What is checked as a whole, and told in one line where it does not fit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    def __init__(self, /, **axes: Any) -> None:
+        try:
+            super().__init__(**axes)
+        except ValidationError as error:
+            raise BadOption(f"{type(self).__name__.lower()}: {_explain(error, type(self))}") from None
+
+
+class Stage(_Axes):
+    """A step of an ensemble: attacks that meet every defense, under each threat model, before the next step begins.
+
+    Raises:
+        BadOption: one line on the first thing that does not fit.
+    """
+
+    attacks: Attacks
+    threats: Threats = (PRESETS["paper"],)
+
+
+def _stage(value: object) -> Stage:
+    if isinstance(value, Stage):
+        return value
+    if not isinstance(value, Mapping):
+        raise BadOption(f"stage {value!r} is no table; write [[stages]] with attacks = [...] and threats = [...]")
+    return Stage(**{str(key): item for key, item in value.items()})
+
+
+class Matrix(_Axes):
     """A cross product of components, images and seeds; each axis takes specs, components, or both.
 
     Attributes:
@@ -106,6 +147,10 @@ class Matrix(BaseModel):
         models: specs, Model objects, or networks (``nn.Module``) from images in [0, 1] to logits.
         datasets: specs or Dataset objects.
         threats: presets' names, tables or ThreatModel objects.
+        stages: in place of attacks and threats: an ensemble that runs one stage after another, the cheapest first.
+        threshold: in [0, 1]; a trial need not be run where another one, behind the same defense, has recovered its
+            image with a ``ssim_aligned`` of at least this. The truth thus decides what is still to be measured, and
+            never what an attack returns. None: every trial is run.
         images: the first so many images of each dataset, or a list of indices.
         seeds: so many seeds from 0 on, or a list.
         floors: add the floors ``random``, ``grey`` and ``mean`` (behind no defense, since they use no gradient) where
@@ -115,37 +160,39 @@ class Matrix(BaseModel):
         BadOption: one line on the first thing that does not fit.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-
     name: Annotated[str, Field(max_length=100, pattern=r"^\w[\w .()=,+-]*$")] = "matrix"
-    attacks: Annotated[tuple[SkipValidation[Attack], ...], BeforeValidator(partial(_components, attacks.parse))]
-    defenses: Annotated[tuple[SkipValidation[Defense], ...], BeforeValidator(partial(_components, defenses.parse))]
-    models: Annotated[tuple[SkipValidation[Model], ...], BeforeValidator(partial(_components, _model))]
-    datasets: Annotated[tuple[SkipValidation[Dataset], ...], BeforeValidator(partial(_components, datasets.parse))]
-    threats: Annotated[tuple[SkipValidation[ThreatModel], ...], BeforeValidator(partial(_components, parse_threat))] = (
-        PRESETS["paper"],
-    )
+    attacks: Attacks = ()
+    defenses: Annotated[
+        tuple[SkipValidation[Defense], ...], BeforeValidator(partial(_components, "defenses", defenses.parse))
+    ]
+    models: Annotated[tuple[SkipValidation[Model], ...], BeforeValidator(partial(_components, "models", _model))]
+    datasets: Annotated[
+        tuple[SkipValidation[Dataset], ...], BeforeValidator(partial(_components, "datasets", datasets.parse))
+    ]
+    threats: Threats = (PRESETS["paper"],)
+    stages: Annotated[tuple[SkipValidation[Stage], ...], BeforeValidator(partial(_components, "stages", _stage))] = ()
+    threshold: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     images: Indices = 8
     seeds: Indices = [0]
     floors: bool = True
 
     def __init__(self, /, **axes: Any) -> None:
-        try:
-            super().__init__(**axes)
-        except ValidationError as error:
-            raise BadOption(f"matrix: {_explain(error, type(self))}") from None
-        for axis in ("attacks", "defenses", "models", "datasets", "threats"):
-            if not getattr(self, axis):
-                raise BadOption(f"matrix: {axis} is empty; name at least one")
+        named = [axis for axis in ("attacks", "threats") if axis in axes]
+        if axes.get("stages") and named:
+            raise BadOption(f"matrix: both stages and {named[0]} are given; give {named[0]} in every stage")
+        super().__init__(**axes)
+        if not self.attacks and not self.stages:
+            raise BadOption(f"matrix: {_missing('attacks')}")
 
     def trials(self) -> tuple[Trial, ...]:
-        """Return every trial of the cross product once, in the order of the axes."""
+        """Return every trial of the cross product once, in the order of stages and axes."""
         images = range(self.images) if isinstance(self.images, int) else self.images
         seeds = range(self.seeds) if isinstance(self.seeds, int) else self.seeds
         cells = [
             (dataset, model, threat, defense, attack)
-            for dataset, model, threat in itertools.product(self.datasets, self.models, self.threats)
-            for defense, attack in [*self._floors(), *itertools.product(self.defenses, self.attacks)]
+            for stage in self.stages or (Stage(attacks=self.attacks, threats=self.threats),)
+            for dataset, model, threat in itertools.product(self.datasets, self.models, stage.threats)
+            for defense, attack in [*self._floors(), *itertools.product(self.defenses, stage.attacks)]
         ]
         trials = (
             Trial(dataset, model, defense, attack, threat, image, seed)
@@ -156,23 +203,29 @@ class Matrix(BaseModel):
 
     def _floors(self) -> list[tuple[Defense, Attack]]:
         """Return the added floors; they look at no gradient, so they meet no defense."""
-        named = {attack.name for attack in self.attacks}
+        named = {attack.name for attack in (*self.attacks, *(one for stage in self.stages for one in stage.attacks))}
         wanted = [floor for floor in FLOORS if self.floors and floor not in named]
         return [(defenses.parse("none"), attacks.parse(floor)) for floor in wanted]
 
     def describe(self) -> dict[str, Any]:
         """Return the matrix as plain JSON values: specs in place of components."""
+        stages = [_describe(stage.attacks, stage.threats) for stage in self.stages]
+        ensemble = {} if self.threshold is None else {"threshold": self.threshold}
         return {
             "name": self.name,
-            "attacks": [attacks.spec(attack) for attack in self.attacks],
+            **({"stages": stages} if stages else _describe(self.attacks, self.threats)),
             "defenses": [defenses.spec(defense) for defense in self.defenses],
             "models": [models.spec(model) for model in self.models],
             "datasets": [datasets.spec(dataset) for dataset in self.datasets],
-            "threats": [threat.spec() for threat in self.threats],
             "images": self.images,
             "seeds": self.seeds,
             "floors": self.floors,
+            **ensemble,
         }
+
+
+def _describe(own: Sequence[Attack], threats: Sequence[ThreatModel]) -> dict[str, Any]:
+    return {"attacks": [attacks.spec(attack) for attack in own], "threats": [threat.spec() for threat in threats]}
 
 
 class _Plan(BaseModel):
@@ -190,6 +243,7 @@ class _File(_Plan):
     """What a matrix file may hold beside the axes."""
 
     scale: dict[str, _Plan] = {}
+    default: str | None = None
 
 
 def expand(axes: Mapping[str, Any], scale: str | None = None) -> list[dict[str, Any]]:
@@ -197,6 +251,7 @@ def expand(axes: Mapping[str, Any], scale: str | None = None) -> list[dict[str, 
 
     A table ``[scale.NAME]`` replaces axes (images, attacks with fewer steps, ...) for that scale, and each ``[[rows]]``
     makes a matrix of its own of the axes that it states and those that all rows share. All matrices go into one run.
+    ``default`` names the scale that is taken where none is chosen.
 
     Args:
         axes: what ``load`` returned.
@@ -210,6 +265,7 @@ def expand(axes: Mapping[str, Any], scale: str | None = None) -> list[dict[str, 
     except ValidationError as error:
         raise BadOption(f"matrix: {_explain(error, _File)}") from None
     known = f"known: {', '.join(file.scale)}" if file.scale else "it has none; leave --scale out"
+    scale = file.default if scale is None else scale
     if scale is None and file.scale:
         raise BadOption(f"the matrix has several scales; choose one with --scale ({', '.join(file.scale)})")
     if scale is not None and scale not in file.scale:
@@ -217,6 +273,25 @@ def expand(axes: Mapping[str, Any], scale: str | None = None) -> list[dict[str, 
     chosen = file if scale is None else file.scale[scale]
     shared = {**file.axes, **chosen.axes}
     return [{**shared, **row} for row in chosen.rows or file.rows or [{}]]
+
+
+def override(axes: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the axes of a matrix with those that are given in their place.
+
+    In a matrix of stages, threat models that are given take the place of every stage's; attacks that are given are the
+    stages, one each, under all the threat models of the stages that they replace.
+    """
+    merged = {**axes, **given}
+    stages = axes.get("stages")
+    if not isinstance(stages, list) or not all(isinstance(stage, Mapping) for stage in stages):
+        return merged  # none, or what ``Matrix`` refuses
+    threats = merged.pop("threats", None)
+    if "attacks" in given:
+        threats = threats or [threat for stage in stages for threat in stage.get("threats", ["paper"])]
+        merged["stages"] = [{"attacks": [attack], "threats": threats} for attack in merged.pop("attacks")]
+    elif threats is not None:
+        merged["stages"] = [{**stage, "threats": threats} for stage in stages]
+    return merged
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -269,8 +344,12 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(model.model_fields)}"
         return f"unknown key {where!r}; {hint}"
     if first["type"] == "missing":
-        return f"{where} is missing; name at least one, for example with --{where.rstrip('s')} or {where} = [...]"
+        return _missing(where)
     return f"{where}={first['input']!r} does not fit: {' '.join(str(first['msg']).split())}"
+
+
+def _missing(axis: str) -> str:
+    return f"{axis} is missing; name at least one, for example with --{axis.rstrip('s')} or {axis} = [...]"
 
 
 def axes_from_options(options: Mapping[str, Sequence[str]]) -> dict[str, Any]:

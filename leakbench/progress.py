@@ -29,6 +29,9 @@ class Silent:
     def start(self, waiting: Sequence[Trial], done: int) -> None:
         """Tell which trials are to be run and how many were done before."""
 
+    def spare(self, trials: Sequence[Trial]) -> None:
+        """Tell that trials need not be run."""
+
     def note(self, line: str) -> None:
         """Tell something worth a line of its own."""
 
@@ -82,6 +85,13 @@ class Display(Silent):
         self.bar.update(self.task, total=self.total, completed=done)
         again = f", {done} of them done before" if done else ""
         self.note(f"{self.total} trials{again}")
+
+    def spare(self, trials: Sequence[Trial]) -> None:
+        """Take trials out of the totals."""
+        self.total -= len(trials)
+        for trial in trials:
+            self.left[trial.specs["attack"]] -= 1
+        self.bar.update(self.task, total=self.total)
 
     def note(self, line: str) -> None:
         """Print one line above the bar."""

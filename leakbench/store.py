@@ -42,7 +42,7 @@ import torch
 from leakbench.errors import ForeignRun, LeakbenchError
 from leakbench.metrics.base import Metric
 from leakbench.models.weights import Checkpoint, Training
-from leakbench.trial import Result, Trial
+from leakbench.trial import Result, Trial, target
 from leakbench.version import __version__
 
 FILE = "run.sqlite"
@@ -319,6 +319,21 @@ class Store:
         """Return the id of every trial whose result stands; one that ended in an error is worth another try."""
         return {row["trial_id"] for row in self._rows("SELECT trial_id FROM results WHERE status != 'error'")}
 
+    def recovered(self, metric: str, threshold: float) -> dict[str, set[str]]:
+        """Return what attacks (floors are none) have recovered: ``Trial.target`` -> the trials that did it.
+
+        A trial has recovered its image where it did not fail and its score in the metric is at least the threshold.
+        """
+        rows = self._rows(
+            "SELECT id, settings FROM scores JOIN results USING (trial_id) JOIN trials ON id = trial_id"
+            " WHERE metric = ? AND value >= ? AND status = 'ok' AND NOT floor",
+            (metric, threshold),
+        )
+        found: dict[str, set[str]] = {}
+        for row in rows:
+            found.setdefault(target(json.loads(row["settings"])), set()).add(row["id"])
+        return found
+
     def chunk(self, cell: str) -> int | None:
         """Return how many trials of a cell run at a time, or None where that was not recorded."""
         rows = self._rows("SELECT value FROM meta WHERE key = ?", (f"chunk/{cell}",))
@@ -406,31 +421,34 @@ class Store:
         metric that was not computed is NaN. Where one spec stands for components of different settings (a version was
         raised, or a default changed, between two sessions), the version or a hash of the settings is added to it.
         """
+        planned = self.trials()
+        ranks = {f"{name} rank": pd.factorize(planned[name])[0] for name in _SPECS}
+        ended = planned.assign(**ranks)[planned["status"] != ""]
+        return ended.sort_values([*ranks, "seed", "image", "trial"], ignore_index=True)[list(planned.columns)]
+
+    def trials(self) -> pd.DataFrame:
+        """Return one row per planned trial in the order of planning, with the columns of ``results``.
+
+        A trial without a result has an empty ``status``: it was not run yet, or need not be (``Matrix.threshold``).
+        """
         rows = self._rows(
-            "SELECT id AS trial, dataset, model, defense, attack, threat, image, seed, status, seconds, reason,"
-            " objective, evaluations, floor, path, settings FROM trials LEFT JOIN results ON id = trial_id"
-            " ORDER BY position"
+            "SELECT id AS trial, dataset, model, defense, attack, threat, image, seed, coalesce(status, '') AS status,"
+            " seconds, coalesce(reason, '') AS reason, objective, evaluations, floor, coalesce(path, '') AS path,"
+            " settings FROM trials LEFT JOIN results ON id = trial_id ORDER BY position"
         )
         scores = self._rows("SELECT trial_id, metric, value FROM scores")
         names = [metric.name for metric in self.metrics()]
         planned = {column: [row[column] for row in rows] for column in (*BEFORE, *AFTER)}
         settings = [json.loads(row["settings"]) for row in rows]
-        ranks: dict[str, list[int]] = {}
         for name in _SPECS:
-            parts = [json.dumps(setting[name], sort_keys=True) for setting in settings]
-            pairs = list(zip(planned[name], parts))
-            distinct = {pair: rank for rank, pair in enumerate(dict.fromkeys(pairs))}
-            labels = _labels(distinct)
+            pairs = list(zip(planned[name], (json.dumps(setting[name], sort_keys=True) for setting in settings)))
+            labels = _labels(dict.fromkeys(pairs))
             planned[name] = [labels[pair] for pair in pairs]
-            ranks[f"{name} rank"] = [distinct[pair] for pair in pairs]
-        frame = pd.DataFrame(planned | ranks)
-        frame = frame[frame["status"].notna()]
-        frame = frame.astype(
+        frame = pd.DataFrame(planned).astype(
             dict.fromkeys(("trial", *_SPECS, "status", "reason", "path"), "str")
             | dict.fromkeys(("image", "seed"), "int64")
             | {"seconds": "float64", "objective": "float64", "evaluations": "Int64", "floor": "bool"}
         )
-        frame = frame.sort_values([*ranks, "seed", "image", "trial"], ignore_index=True)
         values = pd.DataFrame([tuple(row) for row in scores], columns=["trial", "metric", "value"])
         wide = values.pivot(index="trial", columns="metric", values="value").reindex(
             index=frame["trial"], columns=names

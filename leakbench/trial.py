@@ -19,6 +19,11 @@ from leakbench.types import ThreatModel
 Status = Literal["ok", "failed", "unsupported", "error"]
 
 
+def target(settings: Mapping[str, Any]) -> str:
+    """Return what trials of these settings attack, whatever the attack and the threat model."""
+    return json.dumps({**settings, "attack": None, "threat": None}, sort_keys=True)
+
+
 @dataclass(frozen=True)
 class Trial:
     """One attack on one private image behind one defense.
@@ -61,6 +66,11 @@ class Trial:
     def cell(self) -> str:
         """What the trials of one cell of the matrix share: every setting but the image and the seed."""
         return json.dumps({**self.settings, "image": None, "seed": None}, sort_keys=True)
+
+    @cached_property
+    def target(self) -> str:
+        """What is attacked: every setting but the attack and the threat model."""
+        return target(self.settings)
 
     @cached_property
     def specs(self) -> dict[str, str]:

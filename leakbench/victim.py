@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from leakbench.defenses.base import Defense, Step
 from leakbench.errors import BadOption, Unsupported
-from leakbench.gradients.evaluate import architecture
+from leakbench.gradients.evaluate import architecture, tensors_of
 from leakbench.models.base import Model
 from leakbench.rng import generator, seeded
 from leakbench.types import Gradient, Observation, Secret, ThreatModel
@@ -29,12 +30,15 @@ class Client:
         label: the class index.
         weights_key: what the public weights are drawn from; clients that share it share the weights.
         key: what the client's own draws (secrets, noise, augmentation) come from.
+        companions: further images and labels of the client's own, for a defense that mixes them in
+            (``Defense.companions``).
     """
 
     image: Tensor
     label: int
     weights_key: str
     key: str
+    companions: tuple[tuple[Tensor, int], ...] = ()
 
 
 def build(
@@ -89,7 +93,7 @@ def observe(
         network = copy.deepcopy(networks[client.weights_key])
         drawn = _draw_secrets(network, secrets, client.key)
         revealed.append({name: value for name, value in drawn.items() if name not in values_hidden})
-        sent.append(_step(network, defense, client, gradients_hidden))
+        sent.append(_step(network, defense, client, gradients_hidden, num_classes))
     names = list(sent[0])
     gradient = {name: torch.stack([row[name] for row in sent]).to(device) for name in names}
 
@@ -151,7 +155,7 @@ def _hidden(secrets: Sequence[Secret], threat: ThreatModel) -> tuple[set[str], s
 
 def _draw_secrets(network: nn.Module, secrets: Sequence[Secret], key: str) -> dict[str, Tensor]:
     """Draw this client's secrets into its network, and return them."""
-    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    tensors = tensors_of(network)
     drawn = {}
     for secret in secrets:
         if secret.name not in tensors:
@@ -164,9 +168,23 @@ def _draw_secrets(network: nn.Module, secrets: Sequence[Secret], key: str) -> di
     return drawn
 
 
-def _step(network: nn.Module, defense: Defense, client: Client, hidden: set[str]) -> Gradient:
+def _batch(defense: Defense, client: Client, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Return what a client's defense encodes: see ``Defense.encode``."""
+    if not defense.companions:
+        return client.image[None].clone(), torch.tensor([client.label])
+    examples = [(client.image, client.label), *client.companions[: defense.companions]]
+    if len(examples) <= defense.companions:
+        raise Unsupported(
+            f"defense {defense.name!r} mixes {1 + defense.companions} images of a client, and it has {len(examples)}; "
+            "give the clients more images"
+        )
+    images, labels = zip(*examples)
+    return torch.stack(images), F.one_hot(torch.tensor(labels), num_classes).to(client.image.dtype)
+
+
+def _step(network: nn.Module, defense: Defense, client: Client, hidden: set[str], num_classes: int) -> Gradient:
     """Return what one client sends, with the hidden names removed."""
-    x, y = client.image[None].clone(), torch.tensor([client.label])
+    x, y = _batch(defense, client, num_classes)
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     with seeded(client.key, "step"):
         x, y = defense.encode(x, y, generator(client.key, "encode"))

@@ -53,6 +53,7 @@ SMALL = {
     "keylock": "keylock(length=9)",
     "dlg": "dlg(steps=1)",  # a step of L-BFGS is up to twenty iterations
     "idlg": "idlg(steps=1)",
+    "lb": "lb(steps=1)",
     "ggl": "ggl(budget=6, popsize=3, generator=tiny)",
     "prior": "prior(generator=tiny)",
 }
@@ -61,9 +62,18 @@ SMALL = {
 LARGE = ("resnet18", "resnet32", "resnet34", "vgg16")
 """Models too large for a test of every combination; ``test_models`` takes narrow ones."""
 
+
+def changes_network(defense: Defense) -> bool:
+    """Return whether a defense changes what an attacker differentiates."""
+    return type(defense).wrap is not Defense.wrap or type(defense).loss is not Defense.loss
+
+
 MODELS = sorted(set(models.names()) - set(LARGE))
 MODES = [*MODELS, *(f"{name}(mode=eval)" for name in MODELS if "mode" in models.registry.fields(models.get(name)))]
-DEFENSES = [SMALL.get(name, name) for name in sorted(defenses.names())]
+ALL_DEFENSES = [SMALL.get(name, name) for name in sorted(defenses.names())]
+"""Every defense; for tests that are cheap."""
+DEFENSES = [spec for spec in ALL_DEFENSES if spec in ("none", "noise") or changes_network(defenses.parse(spec))]
+"""Those that change the network or the loss, and two that do not: the others are like these to an attack."""
 ATTACKS = [
     SMALL.get(name, f"{name}(steps=3)" if "steps" in attacks.registry.fields(attacks.get(name)) else name)
     for name in sorted(attacks.names())
@@ -88,10 +98,21 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 def clients(trials: int, *, shape: Sequence[int] = SHAPE, classes: int = CLASSES, fresh: bool = False) -> list[Client]:
     """Return clients with different images, labels and draws; ``fresh`` gives each its own weights."""
+    other = (rand(*shape, seed=99), 0)
     return [
-        Client(rand(*shape, seed=100 + t), (3 * t + 1) % classes, f"weights {t if fresh else 0}", f"client {t}")
+        Client(
+            rand(*shape, seed=100 + t), (3 * t + 1) % classes, f"weights {t if fresh else 0}", f"client {t}", (other,)
+        )
         for t in range(trials)
     ]
+
+
+def examples(method: Defense, label: int = 2) -> tuple[Tensor, Tensor]:
+    """Return small images and labels as a defense encodes them, the attacked one with this label."""
+    if not method.companions:
+        return rand(1, *SHAPE), torch.tensor([label])
+    labels = torch.tensor([label, *range(method.companions)])
+    return rand(len(labels), *SHAPE), nn.functional.one_hot(labels, CLASSES).to(torch.get_default_dtype())
 
 
 def watch(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ATTACKS, CLASSES, DEFENSES, SHAPE, rand, watch
+from conftest import ALL_DEFENSES, ATTACKS, CLASSES, DEFENSES, SHAPE, examples, watch
 from pydantic import TypeAdapter, ValidationError
 
 from leakbench import attacks, datasets, defenses, generators, metrics, models
@@ -175,11 +175,11 @@ def test_an_attack_checks_and_answers_in_shape(spec: str, defense: str) -> None:
         assert found.labels is None, "a floor has no way of knowing the label"
 
 
-@pytest.mark.parametrize("defense", DEFENSES)
+@pytest.mark.parametrize("defense", ALL_DEFENSES)
 def test_a_defense_keeps_shapes_dtypes_and_devices(defense: str) -> None:
     method = defenses.parse(defense)
     network = build(models.parse("lenet"), method, SHAPE, CLASSES, "weights")
-    x, y = method.encode(rand(1, *SHAPE), torch.tensor([2]), torch.Generator().manual_seed(0))
+    x, y = method.encode(*examples(method), torch.Generator().manual_seed(0))
     assert x.shape == (1, *SHAPE)
     assert x.dtype == torch.float32
     assert len(y) == 1

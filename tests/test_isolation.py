@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
-from conftest import DEFENSES, SMALL, rand, watch
+from conftest import ALL_DEFENSES, SMALL, rand, watch
 from torch import Tensor, nn
 
 from leakbench import attacks, defenses, models
@@ -29,7 +29,13 @@ LABELS = (37, 41, 53)  # numbers that stand for nothing else in a small network
 
 def crowd(fresh: bool = False) -> list[Client]:
     return [
-        Client(rand(*SHAPE, seed=100 + t), label, f"weights {t if fresh else 0}", f"private key {t}")
+        Client(
+            rand(*SHAPE, seed=100 + t),
+            label,
+            f"weights {t if fresh else 0}",
+            f"private key {t}",
+            ((rand(*SHAPE, seed=200 + t), 59),),
+        )
         for t, label in enumerate(LABELS)
     ]
 
@@ -179,8 +185,12 @@ def split(defense: Defense, threat: ThreatModel) -> tuple[Private, dict[str, Ten
     private = Private({}, () if threat.labels == "known" else LABELS, tuple(client.key for client in crowd()))
     for t, client in enumerate(crowd()):
         private.tensors[f"image {t}"] = client.image
-        encoded, _ = defense.encode(client.image[None], torch.tensor([client.label]), generator(client.key, "encode"))
-        private.tensors[f"encoded image {t}"] = encoded
+        ((other, label),) = client.companions
+        private.tensors[f"companion {t}"] = other
+        x, y = client.image[None], torch.tensor([client.label])
+        if defense.companions:
+            x, y = torch.stack([client.image, other]), torch.eye(CLASSES)[[client.label, label]]
+        private.tensors[f"encoded image {t}"], _ = defense.encode(x, y, generator(client.key, "encode"))
     values, gradients = {}, {}
     for group in groups_of(defense):
         for name in secret_names(defense, group):
@@ -218,7 +228,7 @@ class Shift(Defense):
 
 CASES = [
     pytest.param(defense, threat, id=f"{name}-{threat.spec().replace(', ', ',')}")
-    for name, defense in [(name, defenses.parse(name)) for name in DEFENSES] + [("shift", Shift())]
+    for name, defense in [(name, defenses.parse(name)) for name in ALL_DEFENSES] + [("shift", Shift())]
     for threat in threats_of(defense)
 ]
 

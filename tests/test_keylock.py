@@ -14,13 +14,24 @@ from torch.nn import functional as F
 
 import leakbench
 from leakbench import attacks, defenses, models
-from leakbench.attacks.base import adapt, work_out
+from leakbench.attacks.base import adapt, prepare, work_out
 from leakbench.attacks.dlg import DLG
-from leakbench.defenses.keylock import KeyLock, get_key, locks, recover_key, set_key, shared_state
+from leakbench.attacks.matching import GradientMatching
+from leakbench.defenses.keylock import (
+    FreeAffine,
+    KeyLock,
+    KeyLockDefense,
+    get_key,
+    locks,
+    set_key,
+    shared_state,
+)
 from leakbench.engine import run
 from leakbench.errors import BadOption, Unsupported
 from leakbench.gradients import Evaluator, choose_path
+from leakbench.gradients.linear import layer_input
 from leakbench.matrix import Matrix, parse_threat
+from leakbench.rng import Rng
 from leakbench.types import PRESETS
 from leakbench.victim import build
 
@@ -358,9 +369,74 @@ def test_the_key_is_not_worked_out_without_the_lock_or_without_knowing_the_defen
     ):
         observation = watch("lenet", "keylock(length=9)", threat)
         assert work_out(observation).secrets == observation.secrets != ()
-    for defense in ("none", "norm-only", "noise", "precode(k=6)"):
+    for defense in ("none", "norm-only", "noise"):
         observation = watch("lenet", defense, {"informed": True})
         assert dict(work_out(observation).weights) == dict(observation.weights)
+
+
+# scale and shift free
+
+
+def test_an_informed_attacker_without_key_or_lock_searches_for_scale_and_shift() -> None:
+    defense = defenses.parse("keylock(length=9)")
+    model = watch("lenet", defense).model
+    hidden = {secret.name for secret in defense.secrets(model)}
+    assert defense.relax(model, ()) is model, "who knows everything has nothing to search for"
+    relaxed = defense.relax(model, hidden)
+    assert locks(model)
+    assert not locks(relaxed)
+    found = defense.secrets(relaxed)
+    assert [secret.name.rpartition(".")[2] for secret in found] == ["gamma", "beta"]
+    assert all(secret.sought for secret in found)
+    (own,) = (module for module in relaxed.modules() if isinstance(module, FreeAffine))
+    assert own.gamma.shape == own.beta.shape == (12,)
+    everywhere = defenses.parse("keylock(length=9, layers=all)")
+    deep = watch("lenet", everywhere).model
+    names = [secret.name for secret in everywhere.secrets(everywhere.relax(deep, ["0.key", *hidden]))]
+    assert len(names) == 6
+
+
+@pytest.mark.usefixtures("float64")
+def test_free_scale_and_shift_compute_what_the_lock_does() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 5, 3), nn.ReLU())
+    locked = leakbench.keylock(network, length=9, gate="sigmoid", rng=seeded())
+    relaxed = KeyLockDefense(length=9).relax(locked, [f"{name}.key" for name in locks(locked)])
+    ((name, lock),) = locks(locked).items()
+    free = relaxed.get_submodule(name)
+    free.gamma, free.beta = (value.detach() for value in lock.coefficients())
+    x = rand(3, *SHAPE)
+    torch.testing.assert_close(relaxed(x), locked(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gate", ["relu", "sigmoid", "none"])
+@pytest.mark.parametrize("lock_init", ["default", "uniform"])
+def test_the_search_starts_at_the_mean_gate_of_random_locks(gate: str, lock_init: str) -> None:
+    defense = KeyLockDefense(length=200, gate=gate, lock_init=lock_init)
+    locked = defense.wrap(nn.Conv2d(1, 4000, 1))
+    rng = seeded()
+    for secret in defense.secrets(locked):
+        value = tensors_of(locked)[secret.name]
+        value.data.copy_(secret.law.draw(tuple(value.shape), rng))
+    (lock,) = locks(locked).values()
+    gamma = lock.coefficients()[0].detach()
+    (start, _) = defense.secrets(defense.relax(locked, [secret.name for secret in defense.secrets(locked)]))
+    drawn = start.law.draw((4000,), seeded(1))
+    assert float(drawn.mean()) == pytest.approx(float(gamma.abs().mean()), rel=0.15)
+    assert float(drawn.std()) > 0
+
+
+def test_scale_and_shift_are_sought_only_where_key_or_lock_are_hidden() -> None:
+    attack = attacks.parse("ig(steps=5)")
+    assert isinstance(attack, GradientMatching)
+    begin = {}
+    for level in ("informed=true", "reveals=lock+key, informed=true", "reveals=lock, informed=true", "T0"):
+        _, known = prepare(attack, watch("lenet", "keylock(length=9)", level))
+        begin[level] = set(attack._begin(attack._objective(known, Rng(("first", "second")))))
+    names = [name.rpartition(".")[2] for name in begin.pop("informed=true") - {"image"}]
+    assert sorted(names) == ["beta", "gamma"]
+    assert set(map(frozenset, begin.values())) == {frozenset({"image"})}
+    informed = leakbench.attack("ig(steps=5)", watch("lenet", "keylock(length=9)", "informed=true"))
+    assert not bool(informed.failed.any())
 
 
 def test_recovery_is_exact_for_tiny_huge_and_dead_rows() -> None:
@@ -368,15 +444,15 @@ def test_recovery_is_exact_for_tiny_huge_and_dead_rows() -> None:
     for scale in (1e-30, 1.0, 1e30):
         by_bias = scale * randn(3, 8)
         by_bias[:, ::2] = 0
-        torch.testing.assert_close(recover_key(by_bias[..., None] * key[:, None], by_bias), key, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(layer_input(by_bias[..., None] * key[:, None], by_bias), key, rtol=1e-5, atol=1e-6)
     by_bias = torch.zeros(3, 8)
     by_bias[1, 2] = 1
-    found = recover_key(by_bias[..., None] * key[:, None], by_bias)
+    found = layer_input(by_bias[..., None] * key[:, None], by_bias)
     assert torch.equal(found[[0, 2]], torch.zeros(2, 50))
     torch.testing.assert_close(found[1], key[1])
     broken = by_bias.clone()
     broken[0, 0] = torch.nan
-    kept = recover_key(broken[..., None] * key[:, None], broken)
+    kept = layer_input(broken[..., None] * key[:, None], broken)
     assert torch.equal(kept[1], found[1]), "one row's NaN stays in its row"
 
 

@@ -1,6 +1,6 @@
 """The registered attacks: one file each."""
 
-from leakbench.attacks import dlg, ig, grnn, ggl, floors  # isort: skip (listed in this order)
+from leakbench.attacks import dlg, ig, lb, peel, grnn, ggl, floors  # isort: skip (listed in this order)
 from leakbench.attacks.base import Attack, register, registry
 
 get = registry.get
@@ -8,4 +8,19 @@ names = registry.names
 parse = registry.parse
 spec = registry.spec
 
-__all__ = ["Attack", "dlg", "floors", "get", "ggl", "grnn", "ig", "names", "parse", "register", "registry", "spec"]
+__all__ = [
+    "Attack",
+    "dlg",
+    "floors",
+    "get",
+    "ggl",
+    "grnn",
+    "ig",
+    "lb",
+    "names",
+    "parse",
+    "peel",
+    "register",
+    "registry",
+    "spec",
+]

@@ -110,5 +110,7 @@ def _show(registry: Registry[Any], plugins: list[Path] | None) -> None:
         convention = getattr(cls, "convention", "")
         if convention:
             typer.echo(f"    convention: {convention}")
+        if registry.kind == "defense":
+            typer.echo(f"    who is informed of it: {cls.informed or 'nothing to know'}")
         if cls.reference:
             typer.echo(f"    reference: {cls.reference}")

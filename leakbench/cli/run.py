@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,61 +18,79 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Run trials.", no_args_is_help=True)
 
+File = Annotated[Path | None, typer.Argument(metavar="[MATRIX.toml]", help="A matrix; options override it.")]
+Scale = Annotated[
+    str | None, typer.Option(help="Which of the matrix's scales, such as smoke, cpu or full; see benchmarks.")
+]
+Attacks = Annotated[list[str] | None, typer.Option("--attack", help='An attack, such as "ig(steps=1000)"; repeatable.')]
+Defenses = Annotated[list[str] | None, typer.Option("--defense", help="A defense; repeatable.")]
+Models = Annotated[list[str] | None, typer.Option("--model", help="A model; repeatable.")]
+Datasets = Annotated[list[str] | None, typer.Option("--dataset", help="A dataset; repeatable.")]
+Threats = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--threat", help='A threat model: a preset, or "labels=known, reveals=key+lock, informed=true"; repeatable.'
+    ),
+]
+Images = Annotated[list[str] | None, typer.Option(help="The first N images, or indices such as 0,3,5; repeatable.")]
+Seeds = Annotated[list[str] | None, typer.Option(help="N seeds from 0 on, or a list such as 3,4.")]
+Floors = Annotated[
+    bool | None, typer.Option("--floors/--no-floors", help="Add the floors random, grey and mean (default: yes).")
+]
+Name = Annotated[str | None, typer.Option(help="The run's name.")]
+Out = Annotated[Path | None, typer.Option(help="The run's folder (default: runs/NAME); an old run goes on.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Chunk = Annotated[int | None, typer.Option(min=1, help="Trials at a time; halved where they do not fit.")]
+Plugins = Annotated[
+    list[Path] | None,
+    typer.Option("--plugin", help="A Python file that registers components; it is run. Repeatable."),
+]
+
 
 @app.command("matrix")
 def matrix(
-    file: Annotated[Path | None, typer.Argument(metavar="[MATRIX.toml]", help="A matrix; options override it.")] = None,
-    suite: Annotated[str | None, typer.Option(help="A matrix that ships with leakbench (default: quick).")] = None,
-    scale: Annotated[
-        str | None, typer.Option(help="Which of the matrix's scales, such as smoke, cpu or full; see benchmarks.")
+    file: File = None,
+    suite: Annotated[
+        str | None, typer.Option(help="A matrix that ships with leakbench: quick (default), worst-case, ...")
     ] = None,
-    attack: Annotated[list[str] | None, typer.Option(help='An attack, such as "ig(steps=1000)"; repeatable.')] = None,
-    defense: Annotated[list[str] | None, typer.Option(help="A defense; repeatable.")] = None,
-    model: Annotated[list[str] | None, typer.Option(help="A model; repeatable.")] = None,
-    dataset: Annotated[list[str] | None, typer.Option(help="A dataset; repeatable.")] = None,
-    threat: Annotated[
-        list[str] | None,
-        typer.Option(help='A threat model: a preset, or "labels=known, reveals=key+lock, informed=true"; repeatable.'),
+    scale: Scale = None,
+    attack: Attacks = None,
+    defense: Defenses = None,
+    model: Models = None,
+    dataset: Datasets = None,
+    threat: Threats = None,
+    images: Images = None,
+    seeds: Seeds = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="From 0 to 1: an image that an attack recovers (ssim_aligned of at least this) is not attacked again "
+            "behind the same defense (default: that of the matrix; the suite worst-case has 0.6, others none)."
+        ),
     ] = None,
-    images: Annotated[
-        list[str] | None, typer.Option(help="The first N images, or indices such as 0,3,5; repeatable.")
-    ] = None,
-    seeds: Annotated[list[str] | None, typer.Option(help="N seeds from 0 on, or a list such as 3,4.")] = None,
-    floors: Annotated[
-        bool | None, typer.Option("--floors/--no-floors", help="Add the floors random, grey and mean (default: yes).")
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="The run's name.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The run's folder (default: runs/NAME); an old run goes on.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    chunk: Annotated[int | None, typer.Option(min=1, help="Trials at a time; halved where they do not fit.")] = None,
+    floors: Floors = None,
+    name: Name = None,
+    out: Out = None,
+    device: Device = "auto",
+    chunk: Chunk = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse cells that cannot be served; stop at a component's first error.")
     ] = False,
-    plugin: Annotated[
-        list[Path] | None, typer.Option(help="A Python file that registers components; it is run. Repeatable.")
-    ] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Cross attacks with defenses, models, datasets and threat models; write OUT/run.sqlite and the report.
 
     With neither a file nor an axis, the suite ``quick`` runs. Started again, a run does only what is missing.
+
+    The suite ``worst-case`` runs an ensemble of attackers behind every --defense, oblivious and informed, the cheapest
+    first; what one of them recovers is not attacked again. OUT/worst-case.md ranks the defenses by the share of images
+    recovered, and says by whom and at what cost. An --attack that is given takes the place of the ensemble.
     """
     from leakbench import matrix as matrices
+    from leakbench import report
     from leakbench.errors import BadOption
-    from leakbench.registry import load_plugin
 
-    for path in plugin or []:
-        load_plugin(path)
-    given = matrices.axes_from_options(
-        {
-            "attacks": attack or [],
-            "defenses": defense or [],
-            "models": model or [],
-            "datasets": dataset or [],
-            "threats": threat or [],
-            "images": images or [],
-            "seeds": seeds or [],
-        }
-    )
+    given = _given(plugin, attack, defense, model, dataset, threat, images, seeds)
     if file is not None and suite is not None:
         raise BadOption(f"both the file {str(file)!r} and the suite {suite!r} were given; give one")
     if file is not None:
@@ -81,15 +99,54 @@ def matrix(
         axes = matrices.load_suite(suite or "quick")
     else:
         axes = {}
-    settings = {"name": name, "floors": floors}
+    settings = {"name": name, "floors": floors, "threshold": threshold}
     override = {**given, **{key: value for key, value in settings.items() if value is not None}}
-    plans = [matrices.Matrix(**{**row, **override}) for row in matrices.expand(axes, scale)]
+    plans = [matrices.Matrix(**matrices.override(row, override)) for row in matrices.expand(axes, scale)]
     finished = _run(plans, out, device, chunk, strict)
     finished.report()
+    if plans[-1].threshold is not None:
+        typer.echo(report.ranking(finished.out))
+        typer.echo(f"report: {finished.out / 'worst-case.md'}")
+        return
     console = _console()
     for table in finished.tables():
         console.print(table)
     console.print(f"report: {finished.out / 'report.md'}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("curves")
+def curves(
+    file: File = None,
+    scale: Scale = None,
+    attack: Attacks = None,
+    defense: Defenses = None,
+    model: Models = None,
+    dataset: Datasets = None,
+    threat: Threats = None,
+    images: Images = None,
+    seeds: Seeds = None,
+    out: Out = None,
+    device: Device = "auto",
+    chunk: Chunk = None,
+    plugin: Plugins = None,
+) -> None:
+    """Measure what leaks as the gradient becomes less exact; write OUT/curves.md with a figure, beside the report.
+
+    The defenses are strengths: ``noise(scale=S, relative=true)``, noise of S times the root mean square of the gradient
+    of each parameter tensor; ``quantise(bits=B)`` and ``quantise(bits=half)``, fewer bits an entry; and ``none``, the
+    exact gradient. Without a file the suite ``curves`` runs, whose scales are smoke (a minute) and cpu (the default).
+    Every run with at least two such strengths has the figure; ``leakbench report OUT`` draws it again.
+    """
+    from leakbench import matrix as matrices
+    from leakbench.report import curves as report
+
+    given = _given(plugin, attack, defense, model, dataset, threat, images, seeds)
+    axes = matrices.load_suite("curves") if file is None else matrices.load(file)
+    plans = [matrices.Matrix(**matrices.override(row, given)) for row in matrices.expand(axes, scale)]
+    report.check(plans)
+    finished = _run(plans, out, device, chunk, strict=False)
+    finished.report()
+    typer.echo(f"report: {finished.out / report.FILE}")
 
 
 @app.command("sharing")
@@ -97,21 +154,15 @@ def sharing(
     scale: Annotated[
         str, typer.Option(help="smoke (minutes), cpu (two cores, under two hours) or full (a GPU).")
     ] = "smoke",
-    attack: Annotated[
-        list[str] | None, typer.Option(help="An attack; repeatable (default: those of the scale).")
-    ] = None,
-    model: Annotated[list[str] | None, typer.Option(help="A model; repeatable.")] = None,
-    dataset: Annotated[list[str] | None, typer.Option(help="A dataset; repeatable.")] = None,
-    images: Annotated[
-        list[str] | None, typer.Option(help="The first N images, or indices such as 0,3,5; repeatable.")
-    ] = None,
-    seeds: Annotated[list[str] | None, typer.Option(help="N seeds from 0 on, or a list such as 3,4.")] = None,
+    attack: Attacks = None,
+    model: Models = None,
+    dataset: Datasets = None,
+    images: Images = None,
+    seeds: Seeds = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder (default: runs/sharing-SCALE).")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    chunk: Annotated[int | None, typer.Option(min=1, help="Trials at a time; halved where they do not fit.")] = None,
-    plugin: Annotated[
-        list[Path] | None, typer.Option(help="A Python file that registers components; it is run. Repeatable.")
-    ] = None,
+    device: Device = "auto",
+    chunk: Chunk = None,
+    plugin: Plugins = None,
 ) -> None:
     """Study what sharing key-lock's key, lock or both is worth to an attacker; write OUT/sharing.md beside the report.
 
@@ -123,19 +174,8 @@ def sharing(
     """
     from leakbench import matrix as matrices
     from leakbench import report
-    from leakbench.registry import load_plugin
 
-    for path in plugin or []:
-        load_plugin(path)
-    given = matrices.axes_from_options(
-        {
-            "attacks": attack or [],
-            "models": model or [],
-            "datasets": dataset or [],
-            "images": images or [],
-            "seeds": seeds or [],
-        }
-    )
+    given = _given(plugin, attack, None, model, dataset, None, images, seeds)
     rows = matrices.expand(matrices.load_suite("sharing"), scale)
     plans = [matrices.Matrix(**{**row, **given, "name": f"sharing-{scale}"}) for row in rows]
     finished = _run(plans, out, device, chunk, strict=False)
@@ -143,6 +183,35 @@ def sharing(
     for path in report.write_sharing(finished.out):
         if path.suffix == ".md":
             typer.echo(f"report: {path}")
+
+
+def _given(
+    plugin: Sequence[Path] | None,
+    attack: Sequence[str] | None,
+    defense: Sequence[str] | None,
+    model: Sequence[str] | None,
+    dataset: Sequence[str] | None,
+    threat: Sequence[str] | None,
+    images: Sequence[str] | None,
+    seeds: Sequence[str] | None,
+) -> dict[str, Any]:
+    """Load the plugins, and return the axes that were given on the command line."""
+    from leakbench.matrix import axes_from_options
+    from leakbench.registry import load_plugin
+
+    for path in plugin or []:
+        load_plugin(path)
+    return axes_from_options(
+        {
+            "attacks": attack or [],
+            "defenses": defense or [],
+            "models": model or [],
+            "datasets": dataset or [],
+            "threats": threat or [],
+            "images": images or [],
+            "seeds": seeds or [],
+        }
+    )
 
 
 def _run(plans: Sequence[Matrix], out: Path | None, device: str, chunk: int | None, strict: bool) -> Run:

@@ -1,6 +1,10 @@
 """The registered defenses: one file each."""
 
-from leakbench.defenses import none, noise, precode, keylock, norm_only  # isort: skip (listed in this order)
+# In the order in which they are listed.
+# isort: off
+from leakbench.defenses import none, noise, prune, clip, dp, quantise, soteria, precode, mixup, ats, keylock, norm_only
+
+# isort: on
 from leakbench.defenses.base import Defense, Step, register, registry
 
 get = registry.get
@@ -11,15 +15,22 @@ spec = registry.spec
 __all__ = [
     "Defense",
     "Step",
+    "ats",
+    "clip",
+    "dp",
     "get",
     "keylock",
+    "mixup",
     "names",
     "noise",
     "none",
     "norm_only",
     "parse",
     "precode",
+    "prune",
+    "quantise",
     "register",
     "registry",
+    "soteria",
     "spec",
 ]

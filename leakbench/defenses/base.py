@@ -6,13 +6,15 @@ arguments in place. Every hook defaults to the identity.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakbench.component import Component
+from leakbench.gradients.bilinear import squared_norm
 from leakbench.registry import Registry
 from leakbench.types import Gradient, Secret
 
@@ -59,7 +61,16 @@ class Step:
 
 
 class Defense(Component):
-    """What a client does to hide its data; subclasses override the hooks they need."""
+    """What a client does to hide its data; subclasses override the hooks they need.
+
+    Attributes:
+        informed: what an attacker who knows of the defense does about it, in a few words; empty where that is no more
+            than what an attacker does who does not. A subclass inherits it.
+        companions: how many further images of the client's own data ``encode`` needs beside the attacked one.
+    """
+
+    informed: ClassVar[str] = ""
+    companions: ClassVar[int] = 0
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Return the network that the client trains, made from a copy of ``model``; secrets are named tensors of it."""
@@ -70,7 +81,13 @@ class Defense(Component):
         return ()
 
     def encode(self, x: Tensor, y: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return the images [B, C, H, W] and labels ([B] or [B, K]) that the client trains on."""
+        """Return the images [B, C, H, W] and labels ([B] or [B, K]) that the client trains on.
+
+        Args:
+            x: [1 + companions, C, H, W] in [0, 1], the attacked image first.
+            y: [1] int64; class probabilities [1 + companions, K] for a defense that has companions.
+            rng: what the defense draws from.
+        """
         return x, y
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -81,22 +98,51 @@ class Defense(Component):
         """Return what is sent, per parameter; secrets are removed afterwards in any case."""
         return step.gradient()
 
-    def relax(self, model: nn.Module) -> nn.Module:
-        """Return the network that an informed attacker differentiates through, from the public architecture."""
+    def relax(self, model: nn.Module, hidden: Collection[str]) -> nn.Module:
+        """Return the network that an informed attacker differentiates through; the model is not changed.
+
+        What it computes from secrets can be a tensor that is searched for instead: ``secrets`` of the relaxed network
+        names it, with ``sought``. Tensors of both networks have one name.
+
+        Args:
+            model: the public architecture, without values.
+            hidden: the names of the secrets that the attacker neither was given nor worked out.
+        """
         return model
 
     def surrogate(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Gradient:
         """Return the [T, ...] dummy gradient as an informed attacker believes it would have been released."""
         return gradient
 
-    def recover(self, model: nn.Module, observed: Mapping[str, Tensor]) -> Gradient:
+    def likelihood(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
+        """Return [T], -log p(observed | gradient) up to a constant: how unlikely an informed attacker finds a dummy.
+
+        By default the squared Euclidean distance over all parameters.
+
+        Args:
+            gradient: the dummy gradient [T, *shape] by name, as ``surrogate`` returns it.
+            observed: what was sent, [T, *shape] by name.
+        """
+        return squared_distance(gradient, observed)
+
+    def recover(self, model: nn.Module, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
         """Return the secrets [T, *shape] that an informed attacker works out from what was sent, by name.
 
         Args:
             model: the public architecture, without values.
             observed: what was sent, [T, *shape] per parameter; withheld names are absent.
+            weights: the values that the attacker knows: parameters and revealed secrets [T, *shape], buffers [*shape].
         """
         return {}
+
+    def note(self) -> str:
+        """Return what a reader must know of the defense with these options, in one line, or an empty string."""
+        return ""
+
+
+def squared_distance(gradient: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> Tensor:
+    """Return [T], the squared Euclidean distance over all parameters of gradients [T, *shape] by name."""
+    return torch.stack([squared_norm(gradient[name] - value) for name, value in observed.items()]).sum(0)
 
 
 registry: Registry[Defense] = Registry("defense", "leakbench.defenses", Defense)

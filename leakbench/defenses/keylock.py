@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -12,10 +14,16 @@ from torch import Tensor, nn
 
 from leakbench.defenses.base import Defense, register
 from leakbench.errors import BadOption
-from leakbench.models.surgery import Layers, plain_norm, replace_norms
+from leakbench.gradients.linear import layer_input
+from leakbench.models.surgery import Layers, plain_norm, replace_module, replace_norms
 from leakbench.types import Gradient, Law, Normal, Secret, Uniform
 
 Gate = Literal["relu", "sigmoid", "none"]
+
+LOCK = tuple(f"{layer}.{tensor}" for layer in ("scale", "shift") for tensor in ("weight", "bias"))
+"""The tensors of a lock's layers."""
+START = 0.1
+"""How far starts of free scales and shifts lie apart, relative to their mean."""
 
 _GATES = {"relu": torch.relu, "sigmoid": torch.sigmoid, "none": lambda x: x}
 
@@ -64,6 +72,23 @@ class KeyLock(nn.Module):
         return gamma[..., None, None] * self.norm(u) + beta[..., None, None]
 
 
+class FreeAffine(nn.Module):
+    """gamma * BatchNorm(u) + beta with gamma and beta [C] of one's own: a lock to someone without key and lock."""
+
+    gamma: Tensor
+    beta: Tensor
+
+    def __init__(self, lock: KeyLock) -> None:
+        super().__init__()
+        self.norm = lock.norm
+        for name in ("gamma", "beta"):
+            self.register_buffer(name, torch.zeros_like(lock.shift.bias))
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Return the scaled and shifted normalisation of u [B, C, H, W]."""
+        return self.gamma[..., None, None] * self.norm(u) + self.beta[..., None, None]
+
+
 @register("keylock")
 @dataclass(frozen=True)
 class KeyLockDefense(Defense):
@@ -79,6 +104,9 @@ class KeyLockDefense(Defense):
     """
 
     reference: ClassVar[str] = "Wei et al. 2023, FedKL, arXiv 2305.04095, section 3.3, equation 30 (and released code)"
+    informed: ClassVar[str] = (
+        "works out the key from the lock's gradients where these are sent; otherwise searches for scale and shift"
+    )
     length: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
     gate: Gate = "relu"
     keys: Literal["uniform", "normal"] = "uniform"
@@ -109,10 +137,42 @@ class KeyLockDefense(Defense):
                 found += [
                     Secret(f"{name}.{layer}.{tensor}", "lock", Uniform(-width, width)) for tensor in ("weight", "bias")
                 ]
+        start = Normal(self._mean_gate(), START * self._mean_gate())
+        found += [
+            Secret(f"{name}.{tensor}", "lock", start, sought=True)
+            for name, module in model.named_modules()
+            if isinstance(module, FreeAffine)
+            for tensor in ("gamma", "beta")
+        ]
         return tuple(found)
 
-    def recover(self, model: nn.Module, observed: Mapping[str, Tensor]) -> Gradient:
-        """Return the key, which the gradients of scale and shift give exactly where both were sent."""
+    def relax(self, model: nn.Module, hidden: Collection[str]) -> nn.Module:
+        """Return the network with scale and shift of every lock free, unless key and locks are all known.
+
+        They are 2 C numbers, whatever key and lock they come from.
+        """
+        private = [f"{name}.{tensor}" for name in locks(model) for tensor in ("key", *LOCK)]
+        if not set(private) & set(hidden):
+            return model
+        model = copy.deepcopy(model)
+        for name, lock in locks(model).items():
+            replace_module(model, name, FreeAffine(lock))
+        return model
+
+    def _mean_gate(self) -> float:
+        """Return the mean of gamma and beta over keys and locks; without a gate, where it is 0, of their size.
+
+        W key + b is nearly normal, with mean 0 and variance (S E[key^2] + 1) w^2 / 3 for weights from U(-w, w).
+        """
+        width = 0.5 if self.lock_init == "uniform" else self.length**-0.5
+        square = 1 / 3 if self.keys == "uniform" else 1.0
+        deviation = width * math.sqrt((self.length * square + 1) / 3)
+        if self.gate == "sigmoid":
+            return 0.5
+        return deviation * math.sqrt((1 if self.gate == "relu" else 4) / (2 * math.pi))
+
+    def recover(self, model: nn.Module, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
+        """Return the key, the input of scale and shift, which their gradients give exactly where both were sent."""
         found = {}
         for name, lock in locks(model).items():
             rows = {
@@ -121,28 +181,8 @@ class KeyLockDefense(Defense):
                 if all(f"{name}.{layer}.{tensor}" in observed for layer in ("scale", "shift"))
             }
             if not lock.chained and len(rows) == 2:
-                found[f"{name}.key"] = recover_key(torch.cat(rows["weight"], 1), torch.cat(rows["bias"], 1))
+                found[f"{name}.key"] = layer_input(torch.cat(rows["weight"], 1), torch.cat(rows["bias"], 1))
         return found
-
-
-def recover_key(by_weight: Tensor, by_bias: Tensor) -> Tensor:
-    """Return the key that the gradient of a lock's layer gives away.
-
-    The layer is W key + b, so dL/dW = (dL/db) key^T: every row of dL/dW is the key times that row's dL/db. All rows
-    are used, by least squares: key = (dL/dW)^T (dL/db) / |dL/db|^2.
-
-    Args:
-        by_weight: [T, C, S], dL/dW of one step on any batch.
-        by_bias: [T, C], dL/db.
-
-    Returns:
-        [T, S]; zero where dL/db is (every gate is shut, and the key does not matter).
-    """
-    largest = by_bias.abs().amax(1, keepdim=True)
-    largest = torch.where(largest > 0, largest, torch.ones_like(largest))  # no square of it may underflow
-    rows, values = by_bias / largest, by_weight / largest[..., None]
-    square = rows.square().sum(1, keepdim=True)
-    return (rows[..., None] * values).sum(1) / torch.where(square > 0, square, torch.ones_like(square))
 
 
 def locks(model: nn.Module) -> dict[str, KeyLock]:

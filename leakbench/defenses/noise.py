@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from leakbench.defenses.base import Defense, Step, register
 from leakbench.types import Gradient
@@ -21,17 +23,43 @@ class Noise(Defense):
         scale: the standard deviation, in the gradient's units, for both kinds (a Laplace law of scale b has standard
             deviation b * sqrt(2), so b = scale / sqrt(2)).
         kind: ``gaussian`` or ``laplace``.
+        relative: ``scale`` counts in units of the root mean square of each parameter tensor's own gradient.
     """
 
     reference: ClassVar[str] = "Zhu et al. 2019, Deep Leakage from Gradients, NeurIPS, section 5.1 (states variances)"
+    informed: ClassVar[str] = "weighs an error by the noise's law: L2 for Gaussian noise, L1 for Laplace noise"
     scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     kind: Literal["gaussian", "laplace"] = "gaussian"
+    relative: bool = False
 
     def release(self, step: Step, rng: torch.Generator) -> Gradient:
         """Return the gradient plus noise."""
-        return {name: value + self.scale * self._draw(value.shape, rng) for name, value in step.gradient().items()}
+        return {
+            name: value + self._deviation(value[None])[0] * self._draw(value.shape, rng)
+            for name, value in step.gradient().items()
+        }
 
-    def _draw(self, shape: torch.Size, rng: torch.Generator) -> torch.Tensor:
+    def likelihood(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
+        """Return [T]: |g' - g|_2^2 / (2 scale^2) for Gaussian noise, |g' - g|_1 / b for Laplace noise; see base.
+
+        Of relative noise the scale is that of each tensor, judged by what was sent, whose mean square is expected to be
+        1 + scale^2 times the gradient's.
+        """
+        if self.scale == 0:
+            return super().likelihood(gradient, observed)
+        errors = []
+        for name, value in observed.items():
+            deviation = self._deviation(value) / ((1 + self.scale**2) ** 0.5 if self.relative else 1)
+            error = ((gradient[name] - value) / torch.where(deviation > 0, deviation, 1.0)).flatten(1)
+            errors.append(error.square().sum(1) / 2 if self.kind == "gaussian" else error.abs().sum(1) * 2**0.5)
+        return torch.stack(errors).sum(0)
+
+    def _deviation(self, value: Tensor) -> Tensor:
+        """Return the noise's standard deviation, [T, 1, ...], for gradients [T, *shape] of one parameter."""
+        square = value.flatten(1).square().mean(1) if self.relative else value.new_ones(len(value))
+        return self.scale * square.sqrt().view(-1, *[1] * (value.ndim - 1))
+
+    def _draw(self, shape: torch.Size, rng: torch.Generator) -> Tensor:
         """Return noise of standard deviation 1."""
         if self.kind == "gaussian":
             return torch.randn(shape, generator=rng)

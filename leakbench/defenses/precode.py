@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -14,8 +15,9 @@ from torch.nn import functional as F
 
 from leakbench.defenses.base import Defense, register
 from leakbench.errors import Unsupported
+from leakbench.gradients.linear import layer_input
 from leakbench.models.surgery import linears, replace_module
-from leakbench.types import Normal, Secret
+from leakbench.types import Gradient, Normal, Secret
 
 
 class VariationalBottleneck(nn.Module):
@@ -58,6 +60,7 @@ class Precode(Defense):
     """
 
     reference: ClassVar[str] = "Scheliga et al. 2022, PRECODE, WACV, section 4"
+    informed: ClassVar[str] = "matches the divergence in the loss too, and works out the noise from what is sent"
     k: Annotated[int, Field(ge=1, le=65536)] = 256
     beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
 
@@ -94,3 +97,22 @@ class Precode(Defense):
             for hook in hooks:
                 hook.remove()
         return loss + self.beta * torch.stack([divergence(output) for output in encoded]).sum(0)
+
+    def recover(self, model: nn.Module, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
+        """Return the noise, exact but for rounding: (z - mu) / sigma.
+
+        The gradients of the decoder give its input z, those of the encoder the features f, from which the public
+        weights compute mu and sigma; in float64.
+        """
+        found = {}
+        for name, module in model.named_modules():
+            layers = [f"{name}.{layer}.{tensor}" for layer in ("encoder", "decoder") for tensor in ("weight", "bias")]
+            if not isinstance(module, VariationalBottleneck) or not set(layers) <= observed.keys():
+                continue
+            sent = [observed[layer].double() for layer in layers]
+            features, code = layer_input(*sent[:2]), layer_input(*sent[2:])
+            weight, bias = (weights[layer].double() for layer in layers[:2])
+            mu, raw = (torch.einsum("tij,tj->ti", weight, features) + bias).chunk(2, dim=-1)
+            noise = (code - mu) / F.softplus(raw)
+            found[f"{name}.noise"] = noise.to(observed[layers[0]].dtype)
+        return found

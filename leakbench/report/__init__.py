@@ -1,13 +1,14 @@
 """Tables, pictures and pages of a run: pure functions of its file."""
 
 from leakbench.report.console import console_table
-from leakbench.report.files import write, write_comparison, write_sharing
+from leakbench.report.files import ranking, write, write_comparison, write_sharing
 from leakbench.report.statistics import bootstrap_interval
 from leakbench.report.table import strongest, summarise
 
 __all__ = [
     "bootstrap_interval",
     "console_table",
+    "ranking",
     "strongest",
     "summarise",
     "write",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from leakbench.errors import BadOption, LeakbenchError
-from leakbench.report import compare, grids, sharing
+from leakbench.report import compare, curves, grids, sharing, worst_case
 from leakbench.report.csv import csv
 from leakbench.report.markdown import Picture, Run, markdown, run_name
 from leakbench.store import FILE, Store
@@ -22,8 +22,9 @@ _GRID = re.compile(r"\d{3}-.*\.png")
 def write(out: Path | str, formats: Collection[str] = FORMATS) -> list[Path]:
     """Write ``report.md`` with ``grids/*.png`` and ``results.csv`` beside the run file in ``out``; return their paths.
 
-    The files depend on nothing but the run file (and the folder's name, for a run without one), and replace those of
-    an earlier report.
+    A run that skipped what was settled (``Matrix.threshold``) has ``worst-case.md`` too, and one that varies the noise
+    or the precision of the gradient has ``curves.md``. The files depend on nothing but the run file (and the folder's
+    name, for a run without one), and replace those of an earlier report.
 
     Raises:
         BadOption: a format other than ``md`` and ``csv``.
@@ -46,12 +47,39 @@ def write(out: Path | str, formats: Collection[str] = FORMATS) -> list[Path]:
                 pictures.append(Picture(page.block, f"grids/{page.file}", page.title))
             sessions = store.sessions()
             name = run_name(sessions, out.resolve().name)
-            run = Run(
-                name, sessions, len(store.planned()), results, store.metrics(), store.threats(), store.components()
-            )
+            trials, threshold = store.trials(), worst_case.threshold_of(sessions)
+            planned = len(trials) - (0 if threshold is None else worst_case.skipped(trials, threshold))
+            run = Run(name, sessions, planned, results, store.metrics(), store.threats(), store.components())
             written.append(_replace(out / "report.md", markdown(run, pictures).encode()))
+            if threshold is not None:
+                text = worst_case.markdown(name, trials, threshold, store.threats())
+                written.append(_replace(out / "worst-case.md", text.encode()))
+            elif curves.kinds(store.components()):
+                written += _write_curves(out, store, results)
             _remove_others(out / "grids", {picture.path.removeprefix("grids/") for picture in pictures})
     return written
+
+
+def _write_curves(out: Path, store: Store, results: pd.DataFrame) -> list[Path]:
+    """Write ``curves.md`` and its ``grids/curves-*.png``."""
+    metrics, components = store.metrics(), store.components()
+    pages = curves.pages(results, metrics)
+    written = [_replace(out / "grids" / page.file, curves.png(page, components)) for page in pages]
+    return [*written, _replace(out / curves.FILE, curves.markdown(pages, components, metrics).encode())]
+
+
+def ranking(out: Path | str) -> str:
+    """Return the table of ``worst-case.md`` that ranks the defenses, for each dataset and model of a run.
+
+    Raises:
+        BadOption: the run in ``out`` did not skip what was settled.
+        ForeignRun: there is no readable run file in ``out``.
+    """
+    with Store.open(Path(out) / FILE, readonly=True) as store:
+        threshold = worst_case.threshold_of(store.sessions())
+        if threshold is None:
+            raise BadOption(f"the run in {str(out)!r} has no threshold; run the suite worst-case, or give --threshold")
+        return worst_case.ranking(store.trials(), threshold)
 
 
 def write_sharing(out: Path | str) -> list[Path]:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import pandas as pd
 
 from leakbench.report.controls import control_gains
+from leakbench.report.differences import differences
 from leakbench.report.table import ANY, BLOCK, strongest, summarise, without_repeats
 from leakbench.report.text import ABSENT, decimals, english, escape, number, table, with_interval
 from leakbench.report.trained import LEGEND, trained
+from leakbench.report.worst_case import threshold_of
 from leakbench.store import Component, MetricInfo, Session
 
 MAIN = ("psnr", "ssim", "lpips_vgg", "lpips_alex", "mse", "psnr_aligned", "ssim_aligned", "label_correct")
@@ -77,6 +79,7 @@ def markdown(run: Run, pictures: Sequence[Picture] = ()) -> str:
         parts += [f"### Threat model: {escape(threat)}", escape(run.threats.get(threat, ""))]
         parts += _tables(block, run.metrics)
         parts += _controls(results, run)
+        parts += differences(run.results, (dataset, model, threat), run.metrics, threshold_of(run.sessions) is not None)
         parts += _reasons(results)
         shown = [picture for picture in pictures if picture.block == (dataset, model, threat)]
         parts += [f"![{escape(picture.title)}]({picture.path})" for picture in shown]
@@ -344,8 +347,8 @@ def _legend(run: Run, summary: pd.DataFrame, pictures: bool) -> list[str]:
         "**no score**: the attack does not support this case "
         "(unsupported) or broke (error); such a trial counts in n and is in no mean, so a mean is over n less these, "
         "or over the number in brackets where fewer have the metric.",
-        "**[low, high]** is a 95 % percentile bootstrap interval of the mean: 2000 resamples of the images, all seeds "
-        f"of an image together. **[{ABSENT}]**: undefined, for there is one image only or a value is infinite. "
+        "**[low, high]** is a 95 % percentile bootstrap interval of the mean: 2000 resamples of the images and, "
+        f"within each, of its seeds. **[{ABSENT}]**: undefined, for there is one image only or a value is infinite. "
         f"**{ABSENT}**: there is no value.",
         "**floor**: an attack that uses no gradient (a grey image, the mean image of the dataset, ...). It is the same "
         f"behind every defense, so it is shown once, with {escape(ANY)} as its defense.",

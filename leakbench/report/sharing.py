@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -15,9 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from leakbench.report.statistics import bootstrap_interval, holm, sign_flip_test
+from leakbench.report.statistics import holm, paired_difference, sign_flip_test
 from leakbench.report.table import summarise
-from leakbench.report.text import ABSENT, decimals, escape, number, table, with_interval
+from leakbench.report.text import decimals, escape, p_value, slug, table, with_interval
 from leakbench.report.trained import trained
 from leakbench.store import Component, MetricInfo, Pictures
 
@@ -93,8 +91,7 @@ def grids(results: pd.DataFrame) -> list[Grid]:
         for arm, cells in first.groupby(_ARM, sort=False):
             trial = cells.set_index("image")["trial"]
             rows.append((str(arm), tuple(trial.get(image) for image in images)))
-        slug = re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(part[:30] for part in key)).strip("-.")
-        found.append(Grid(key, f"sharing-{len(found) + 1:03}-{slug}.png", tuple(rows)))
+        found.append(Grid(key, f"sharing-{len(found) + 1:03}-{slug(key)}.png", tuple(rows)))
     return found
 
 
@@ -167,7 +164,7 @@ Who is given more can leave it aside. So where a row that shares more scores low
 attack makes poor use of what it was given; that is no protection. Matching the lock's gradients as well, for \
 one, can slow a search that would succeed without them.
 
-Means have 95 % bootstrap intervals over images (all seeds of an image together). Differences are paired by \
+Means have 95 % bootstrap intervals over images (and over the seeds of each). Differences are paired by \
 image; p is that of a two-sided sign-flip permutation test on the images' mean differences, and Holm's \
 correction is over all pairs of one table. With n images no p is below 2/2ⁿ: few images cannot show much."""
 
@@ -207,25 +204,19 @@ def _tests(block: pd.DataFrame, metric: MetricInfo) -> str:
     """Return the paired differences between all arms in one metric, with their tests."""
     values = block.pivot(index=["image", "seed"], columns=_ARM, values=metric.name)
     pairs = _pairs(block[_ARM].drop_duplicates().tolist())
-    found = []
-    for first, second in pairs:
-        difference = (values[first] - values[second]).dropna()
-        images = difference.index.get_level_values("image").to_numpy()
-        array = difference.to_numpy(dtype=np.float64)
-        mean = float(array.mean()) if len(array) else math.nan
-        found.append((mean, *bootstrap_interval(array, images), sign_flip_test(array, images), len(set(images))))
+    found = [paired_difference(values[first], values[second], sign_flip_test) for first, second in pairs]
     if not found:
         return ""
-    adjusted = holm([p for _, _, _, p, _ in found])
-    places = decimals([mean for mean, *_ in found])
+    places = decimals([one.mean for one in found])
     lines = [
         [
             f"{escape(first)} − {escape(second)}",
-            str(n),
-            with_interval(mean, low, high, places, sign=True),
-            *map(_p, (p, q)),
+            str(one.images),
+            with_interval(one.mean, one.low, one.high, places, sign=True),
+            p_value(one.p),
+            p_value(adjusted),
         ]
-        for (first, second), (mean, low, high, p, n), q in zip(pairs, found, adjusted)
+        for (first, second), one, adjusted in zip(pairs, found, holm([one.p for one in found]))
     ]
     title = f"**Paired differences in {escape(metric.name)}**:"
     return f"{title}\n\n{table(['difference', 'images', 'mean', 'p', 'p (Holm)'], lines, left=1)}"
@@ -240,7 +231,3 @@ def _pairs(names: Sequence[str]) -> list[tuple[str, str]]:
     ends = dict.fromkeys([*granted[-1:], *known, *granted[:1]])
     pairs += [(control, arm) for control in controls for arm in ends]
     return pairs + [(more, less) for less, more in itertools.combinations(granted, 2)]
-
-
-def _p(value: float) -> str:
-    return ABSENT if math.isnan(value) else "<0.001" if value < 0.001 else number(value, 3)

@@ -67,3 +67,20 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> s
     """Return a Markdown table whose first ``left`` columns are aligned to the left; cells are escaped already."""
     align = ["left" if column < left else "right" for column in range(len(headers))]
     return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=align) if rows else ""
+
+
+def p_value(value: float) -> str:
+    """Return a p with three decimals."""
+    return ABSENT if math.isnan(value) else "<0.001" if value < 0.001 else number(value, 3)
+
+
+def percent(share: float) -> str:
+    """Return a share in whole per cent, and 0 and 100 for none and all alone."""
+    rounded = round(100 * share)
+    bounded = rounded if share in (0, 1) else min(99, max(1, rounded))
+    return f"{bounded} %"
+
+
+def slug(parts: Iterable[str]) -> str:
+    """Return a file name's part made of names."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(part[:30] for part in parts)).strip("-.")

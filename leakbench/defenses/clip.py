@@ -1,0 +1,55 @@
+"""Clipping of the shared gradient's norm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from leakbench.defenses.base import Defense, Step, register
+from leakbench.gradients.bilinear import squared_norm
+from leakbench.types import Gradient
+
+Norm = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+@register("clip")
+@dataclass(frozen=True)
+class Clip(Defense):
+    """Scale the gradient down to a Euclidean norm of at most ``norm``, taken over all parameters.
+
+    g * min(1, norm / |g|_2). The direction is kept, so that an attack by the cosine distance does not notice.
+
+    Attributes:
+        norm: the largest norm of what is sent, in the gradient's units.
+    """
+
+    reference: ClassVar[str] = "Li et al. 2022, GGL, arXiv 2203.15696, section 4 (gradient clipping)"
+    informed: ClassVar[str] = "clips the dummy gradient too"
+    norm: Norm = 1.0
+
+    def release(self, step: Step, rng: torch.Generator) -> Gradient:
+        """Return the clipped gradient."""
+        rows = clipped({name: value[None] for name, value in step.gradient().items()}, self.norm)
+        return {name: value[0] for name, value in rows.items()}
+
+    def surrogate(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Gradient:
+        """Return the dummy gradient, clipped."""
+        return clipped(gradient, self.norm)
+
+
+def clipped(gradient: Mapping[str, Tensor], norm: float) -> Gradient:
+    """Return gradients scaled by min(1, norm / |g|_2), each by the norm over all its own parameters.
+
+    Args:
+        gradient: [N, *shape] by name: N gradients.
+        norm: > 0.
+    """
+    square = torch.stack([squared_norm(value) for value in gradient.values()]).sum(0)
+    # the clamp comes before the root, whose derivative at 0 is infinite
+    scale = (square / norm**2).clamp(min=1).rsqrt()
+    return {name: value * scale.view(-1, *[1] * (value.ndim - 1)) for name, value in gradient.items()}

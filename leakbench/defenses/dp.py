@@ -1,0 +1,88 @@
+"""DP-SGD: clipped per example, with Gaussian noise; and what that guarantees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from leakbench.defenses.base import Defense, Step, register, squared_distance
+from leakbench.defenses.clip import Norm, clipped
+from leakbench.types import Gradient
+
+
+@register("dp")
+@dataclass(frozen=True)
+class DP(Defense):
+    """DP-SGD: clip each example's gradient, add Gaussian noise of ``noise_multiplier * clip`` to the sum, average.
+
+    (sum_i g_i min(1, clip / |g_i|_2) + noise) / B for a batch of B, with noise from N(0, (noise_multiplier * clip)^2)
+    for every entry; norms are taken over all parameters.
+
+    The last three options say of which training the step is a part. What is sent does not depend on them; the
+    guarantee (``epsilon``) does.
+
+    Attributes:
+        clip: the largest norm of an example's gradient, in the gradient's units.
+        noise_multiplier: the noise's standard deviation over ``clip``.
+        steps: how many such steps the client's training takes.
+        sampling_rate: the probability with which each example takes part in a step (Poisson sampling).
+        delta: the guarantee's delta.
+    """
+
+    reference: ClassVar[str] = (
+        "Abadi et al. 2016, Deep Learning with Differential Privacy, CCS, algorithm 1; epsilon as in Mironov et al. "
+        "2019, arXiv 1908.10530"
+    )
+    informed: ClassVar[str] = "clips the dummy gradient too, and weighs an error by the noise's law (L2)"
+    clip: Norm = 1.0
+    noise_multiplier: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.1
+    steps: Annotated[int, Field(ge=1, le=10**9)] = 1000
+    sampling_rate: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.01
+    delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 1e-5
+
+    def release(self, step: Step, rng: torch.Generator) -> Gradient:
+        """Return the noisy mean of the clipped gradients."""
+        deviation = self.noise_multiplier * self.clip
+        return {
+            name: (value.sum(0) + deviation * torch.randn(value.shape[1:], generator=rng)) / len(value)
+            for name, value in clipped(step.per_example(), self.clip).items()
+        }
+
+    def surrogate(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Gradient:
+        """Return the dummy gradient of one example, clipped."""
+        return clipped(gradient, self.clip)
+
+    def likelihood(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
+        """Return [T], |g' - g|_2^2 / (2 (noise_multiplier * clip)^2) for a batch of one; see base."""
+        variance = (self.noise_multiplier * self.clip) ** 2
+        return squared_distance(gradient, observed) / (2 * variance if variance > 0 else 1)
+
+    def epsilon(self) -> float:
+        """Return the epsilon of the whole training, infinite without noise; needs the extra ``dp``.
+
+        The accountant is that of Google's dp-accounting by Renyi differential privacy, for data sets that differ by
+        one example more or less.
+        """
+        from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+        from dp_accounting.rdp import RdpAccountant
+
+        event = PoissonSampledDpEvent(self.sampling_rate, GaussianDpEvent(self.noise_multiplier))
+        return float(RdpAccountant().compose(event, self.steps).get_epsilon(self.delta))
+
+    def note(self) -> str:
+        """Return the guarantee and what it rests on."""
+        training = (
+            f"{self.steps} steps, in each of which every example takes part with probability {self.sampling_rate:g}"
+        )
+        try:
+            epsilon = self.epsilon()
+        except ImportError:
+            return f"epsilon is not known: it needs dp-accounting; pip install 'leakbench[dp]'. It is for {training}."
+        words = "epsilon is infinite" if math.isinf(epsilon) else f"epsilon = {epsilon:.3g} at delta = {self.delta:g}"
+        return f"{words} after {training} (Renyi accountant of dp-accounting; one example more or less)."

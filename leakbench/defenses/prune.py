@@ -1,0 +1,54 @@
+"""Gradient pruning: the small entries are not sent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from leakbench.defenses.base import Defense, Step, register
+from leakbench.types import Gradient
+
+Ratio = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+@register("prune")
+@dataclass(frozen=True)
+class Prune(Defense):
+    """Send zero for the entries of each gradient tensor whose magnitude is below the tensor's percentile.
+
+    An entry g_i is sent where |g_i| >= t, with t the percentile 100 * ratio of the tensor's |g|, and 0 elsewhere.
+
+    Attributes:
+        ratio: the share of each tensor's entries that becomes zero; at 0 everything is sent, at 1 the largest alone.
+    """
+
+    reference: ClassVar[str] = "Zhu et al. 2019, Deep Leakage from Gradients, NeurIPS, section 5.2"
+    informed: ClassVar[str] = "matches the gradient where what was sent is not zero"
+    ratio: Ratio = 0.9
+
+    def release(self, step: Step, rng: torch.Generator) -> Gradient:
+        """Return the gradient without its small entries."""
+        return {
+            name: torch.where(value.abs() < percentile(value.abs(), self.ratio), 0.0, value)
+            for name, value in step.gradient().items()
+        }
+
+    def surrogate(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Gradient:
+        """Return the dummy gradient with zeros where zeros were sent."""
+        return {name: torch.where(observed[name] != 0, value, 0.0) for name, value in gradient.items()}
+
+
+def percentile(values: Tensor, ratio: float) -> float:
+    """Return the percentile 100 * ratio of all values, interpolated linearly between neighbours (``numpy.quantile``).
+
+    Args:
+        values: of any shape, on the CPU.
+        ratio: in [0, 1].
+    """
+    return float(np.quantile(values.numpy(), ratio))

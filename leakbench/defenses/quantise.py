@@ -1,0 +1,72 @@
+"""The shared gradient in fewer bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from leakbench.defenses.base import Defense, Step, register
+from leakbench.types import Gradient
+
+LARGEST = 65504.0
+"""The largest number in half precision."""
+MANTISSA = 10
+"""The bits of half precision's mantissa."""
+SMALLEST = 2.0**-24
+"""The distance of half precision's neighbours around 0."""
+
+
+@register("quantise")
+@dataclass(frozen=True)
+class Quantise(Defense):
+    """Send each gradient tensor on a grid of 2^bits values between its least and largest entry, or in half precision.
+
+    With step = (max - min) / (2^bits - 1), an entry g becomes min + step * round((g - min) / step), halves to even.
+    ``bits=half`` rounds to IEEE 754 half precision instead; beyond its range to its largest number.
+
+    Attributes:
+        bits: bits an entry, or ``half``.
+    """
+
+    reference: ClassVar[str] = (
+        "Suresh et al. 2017, Distributed Mean Estimation with Limited Communication, ICML, section 2.2 (its levels, "
+        "rounded to the nearest and not at random); IEEE 754-2008, binary16"
+    )
+    informed: ClassVar[str] = "takes the rounding for noise of its width, and weighs an error by it (L2)"
+    bits: Annotated[int, Field(ge=1, le=16)] | Literal["half"] = 8
+
+    def release(self, step: Step, rng: torch.Generator) -> Gradient:
+        """Return the rounded gradient."""
+        return {name: self._rounded(value) for name, value in step.gradient().items()}
+
+    def likelihood(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
+        """Return [T], the sum of (g' - g)^2 / (2 w^2 / 12) over all entries; see base.
+
+        w is the distance of an entry's neighbours on the grid, and w^2 / 12 the variance of a rounding error that is
+        uniform between them; no less than 2^-24, so that a tensor of equal entries has one.
+        """
+        errors = []
+        for name, value in observed.items():
+            width = self._width(value).clamp(min=SMALLEST)
+            errors.append(6 * ((gradient[name] - value) / width).flatten(1).square().sum(1))
+        return torch.stack(errors).sum(0)
+
+    def _rounded(self, value: Tensor) -> Tensor:
+        if self.bits == "half":
+            return value.clamp(-LARGEST, LARGEST).half().to(value.dtype)
+        low, step = value.min(), self._width(value[None])[0]
+        return torch.where(step > 0, low + step * ((value - low) / step).round(), value)
+
+    def _width(self, value: Tensor) -> Tensor:
+        """Return [T, 1, ...] or, in half precision, [T, *shape]: how far an entry of [T, *shape] is from the next."""
+        if self.bits == "half":
+            exponent = torch.frexp(value).exponent - 1  # |value| lies in [2^exponent, 2^(exponent + 1))
+            return torch.ldexp(torch.ones_like(value), exponent - MANTISSA).clamp(min=SMALLEST)
+        entries = value.flatten(1)
+        span = entries.amax(1) - entries.amin(1)
+        return (span / (2**self.bits - 1)).view(-1, *[1] * (value.ndim - 1))

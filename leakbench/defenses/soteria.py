@@ -1,0 +1,101 @@
+"""Soteria: the classifier's gradient is perturbed where its inputs say most about the image."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from leakbench.defenses.base import Defense, Step, register
+from leakbench.defenses.prune import Ratio, percentile
+from leakbench.errors import Unsupported
+from leakbench.models.surgery import linears
+from leakbench.types import Gradient
+
+CHUNK = 64
+"""How many rows of a Jacobian are computed at a time."""
+
+
+@register("soteria")
+@dataclass(frozen=True)
+class Soteria(Defense):
+    """Zero the columns of the classifier's weight gradient whose feature reacts least to the image, for its size.
+
+    With r [D] the classifier's input, feature i is scored s_i = |d r_i / d x|_2 / (|r_i| + offset). A column i of
+    dL/dW with s_i below the percentile 100 * ratio of s becomes zero. The bias and all other layers are sent as they
+    are. The classifier is the network's last linear layer. Batches of one image only.
+
+    The paper prunes where |r_i (d r_i / d x)^-1|_2 is largest; the released code has the ratio above, with r_i in
+    place of |r_i|, which differs for negative features alone.
+
+    Attributes:
+        ratio: the share of the columns that becomes zero.
+        offset: keeps the score finite where a feature is 0; released versions have 0, 1e-10 and 0.1.
+    """
+
+    reference: ClassVar[str] = (
+        "Sun et al. 2021, Soteria: Provable Defense against Privacy Leakage in Federated Learning from Representation "
+        "Perspective, CVPR, section 4 (and released code)"
+    )
+    informed: ClassVar[str] = "leaves out the columns of the classifier's gradient that were sent as zero"
+    ratio: Ratio = 0.5
+    offset: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-10
+
+    def release(self, step: Step, rng: torch.Generator) -> Gradient:
+        """Return the gradient with the weakest columns of the classifier's weight set to zero."""
+        if len(step.images) != 1:
+            raise Unsupported(f"soteria is defined for one image, and the batch has {len(step.images)}")
+        found = list(linears(step.model).items())
+        if not found:
+            raise Unsupported("soteria masks the gradient of a linear classifier, and the network has none")
+        name, classifier = found[-1]
+        gradient = step.gradient()
+        scores = sensitivity(step.model, classifier, step.images, self.offset)
+        weight = gradient[f"{name}.weight"]
+        return gradient | {f"{name}.weight": torch.where(scores < percentile(scores, self.ratio), 0.0, weight)}
+
+    def surrogate(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Gradient:
+        """Return the dummy gradient with zero columns where the classifier's were sent as zero.
+
+        The classifier's weight is the last of the matrices that were sent.
+        """
+        name = [name for name, value in observed.items() if value.ndim == 3][-1]
+        live = (observed[name] != 0).any(1, keepdim=True)
+        return gradient | {name: torch.where(live, gradient[name], 0.0)}
+
+
+def sensitivity(model: nn.Module, classifier: nn.Linear, image: Tensor, offset: float) -> Tensor:
+    """Return s [D] with s_i = |d r_i / d x|_2 / (|r_i| + offset), for r [D] the classifier's input.
+
+    Args:
+        model: the network, which runs once.
+        classifier: one of its layers.
+        image: x, [1, C, H, W].
+        offset: > 0.
+
+    Raises:
+        Unsupported: the network does not call the classifier once, on one vector.
+    """
+    inputs: list[Tensor] = []
+    hook = classifier.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
+    x = image.detach().clone().requires_grad_()
+    try:
+        model(x)
+    finally:
+        hook.remove()
+    if len(inputs) != 1 or inputs[0].numel() != classifier.in_features:
+        raise Unsupported("soteria needs a classifier that takes one vector, once")
+    features = inputs[0].flatten()
+    norms = []
+    with warnings.catch_warnings():
+        # an operation that vmap has no rule for is looped over, which it says every time
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        for rows in torch.eye(len(features), dtype=features.dtype).split(CHUNK):
+            (part,) = torch.autograd.grad(features, x, rows, retain_graph=True, is_grads_batched=True)
+            norms.append(part.flatten(1).norm(dim=1))
+    return torch.cat(norms) / (features.detach().abs() + offset)

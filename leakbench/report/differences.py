@@ -1,0 +1,157 @@
+"""What sets defenses apart, and informed attackers from oblivious ones: paired differences on the same images."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+
+from leakbench.matrix import parse_threat
+from leakbench.report.statistics import ALPHA, Difference, holm, least_images, paired_difference, smallest_p
+from leakbench.report.statistics import wilcoxon_test as test
+from leakbench.report.table import BLOCK
+from leakbench.report.text import ABSENT, decimals, escape, number, p_value, table, with_interval
+from leakbench.store import MetricInfo
+
+METRICS = {"psnr_aligned": "dB", "ssim_aligned": ""}
+"""The metrics in which arms are compared, with their units; in both, more is more leakage."""
+
+ALL_PAIRS = 5
+"""Of up to so many defenses every pair is compared; of more, each with the first one alone."""
+
+Pair = tuple[str, pd.DataFrame, pd.DataFrame]
+"""What a difference is called, and the results of both arms by (image, seed)."""
+
+_SKIPPED = (
+    "Defenses are not compared attack by attack here: what one attacker had recovered was not attacked again, so that "
+    "the means of later ones are over fewer and harder images."
+)
+
+
+def differences(
+    results: pd.DataFrame, block: tuple[str, str, str], metrics: Sequence[MetricInfo], skips: bool
+) -> list[str]:
+    """Return the Markdown on the differences of one dataset, model and threat model.
+
+    For each attack, defenses are compared in pairs; behind each defense, an informed attacker with the same attacker
+    uninformed. Wilcoxon signed-rank tests on images, with Holm's correction over all tests of a table.
+
+    Args:
+        results: those of the whole run (``Store.results``).
+        block: the dataset, the model and the threat model.
+        metrics: those of the run.
+        skips: whether trials on settled images were skipped, so that attacks ran on different images.
+    """
+    own = _attacks(results, block)
+    names = [metric.name for metric in metrics if metric.name in METRICS and own[metric.name].notna().any()]
+    between = [
+        f"{escape(attack)}:\n\n{found}"
+        for attack, cells in own.groupby("attack", sort=False)
+        if (found := _table(_defenses(cells), names))
+    ]
+    informed = _table(_informed(results, block, own), names)
+    if not (between or informed):
+        return []
+    if skips:
+        return [_SKIPPED]
+    parts = [_WORDS]
+    if between:
+        parts.append("**Differences between defenses**, by attack; above 0, more leaks behind the first one:")
+        parts += between
+    if informed:
+        parts.append("**What an attacker gains by knowing the defense**, over the same attack that does not:")
+        parts.append(informed)
+    return parts
+
+
+_WORDS = (
+    "Differences are paired by image and seed. **mean** has its 95 % bootstrap interval; **median** is over images, "
+    "each by the mean of its seeds; **p** is that of a two-sided Wilcoxon signed-rank test on these, **(Holm)** "
+    f"corrected for all tests of the table. Bold: shown, since that p is at most {ALPHA:g} and the interval leaves 0 "
+    "out. All else is not told apart by so few images, which does not make it equal."
+)
+
+
+def _attacks(results: pd.DataFrame, block: tuple[str, str, str]) -> pd.DataFrame:
+    """Return the results of a block that are no floor's."""
+    return results[(results[list(BLOCK)] == list(block)).all(axis=1) & ~results["floor"].to_numpy(dtype=bool)]
+
+
+def _cells(results: pd.DataFrame, axis: str) -> dict[str, pd.DataFrame]:
+    return {str(name): cell.set_index(["image", "seed"]) for name, cell in results.groupby(axis, sort=False)}
+
+
+def _defenses(results: pd.DataFrame) -> list[Pair]:
+    """Return the pairs of defenses of one attack: all of few, and of many each with ``none``, or else the first."""
+    cells = _cells(results, "defense")
+    names = sorted(cells, key=lambda name: name != "none")
+    if len(names) <= ALL_PAIRS:
+        pairs = list(itertools.combinations(names, 2))
+    else:
+        pairs = [(names[0], other) for other in names[1:]]
+    return [(f"{escape(first)} − {escape(second)}", cells[first], cells[second]) for first, second in pairs]
+
+
+def _informed(results: pd.DataFrame, block: tuple[str, str, str], own: pd.DataFrame) -> list[Pair]:
+    """Return every attack of an informed threat model with its oblivious twin, behind each defense."""
+    dataset, model, threat = block
+    if "informed=true" not in threat:
+        return []
+    oblivious = parse_threat({**parse_threat(threat).settings(), "informed": False}).spec()
+    twins = _attacks(results, (dataset, model, oblivious))
+    pairs = []
+    for attack, cells in own.groupby("attack", sort=False):
+        other = _cells(twins[twins["attack"] == attack], "defense")
+        pairs += [
+            (f"{escape(attack)}, {escape(defense)}", cell, other[defense])
+            for defense, cell in _cells(cells, "defense").items()
+            if defense in other
+        ]
+    return pairs
+
+
+def _table(pairs: Sequence[Pair], metrics: Sequence[str]) -> str:
+    """Return the table of differences, and a warning where so few images cannot show any."""
+    found = {
+        metric: [paired_difference(first[metric], second[metric], test) for _, first, second in pairs]
+        for metric in metrics
+    }
+    rows = [index for index in range(len(pairs)) if any(found[metric][index].images for metric in metrics)]
+    if not rows:
+        return ""
+    every = [found[metric][index].p for metric in metrics for index in rows]
+    adjusted = dict(zip(((metric, index) for metric in metrics for index in rows), holm(every)))
+    headers = ["difference", "images"]
+    for metric in metrics:
+        unit = f", {METRICS[metric]}" if METRICS[metric] else ""
+        headers += [f"{escape(metric)}: mean{unit}", "median", "p", "p (Holm)"]
+    places = {metric: decimals([found[metric][index].mean for index in rows]) for metric in metrics}
+    lines = []
+    for index in rows:
+        line = [pairs[index][0], str(max(found[metric][index].images for metric in metrics))]
+        for metric in metrics:
+            line += _cell(found[metric][index], adjusted[metric, index], places[metric])
+        lines.append(line)
+    images = max(found[metric][index].images for metric in metrics for index in rows)
+    tests = sum(not math.isnan(p) for p in every)
+    return f"{table(headers, lines, left=1)}{_warning(images, tests)}"
+
+
+def _cell(one: Difference, adjusted: float, places: int | None) -> list[str]:
+    shown = adjusted <= ALPHA and (one.low > 0 or one.high < 0)
+    corrected = f"**{p_value(adjusted)}**" if shown else p_value(adjusted)
+    mean = with_interval(one.mean, one.low, one.high, places, sign=True)
+    median = number(one.median, places, sign=True)
+    return [mean, median, p_value(one.p), corrected] if one.images else [ABSENT] * 4
+
+
+def _warning(images: int, tests: int) -> str:
+    """Return a paragraph where no difference, however large, could be shown on so many images."""
+    if not tests or smallest_p(images, tests) <= ALPHA:
+        return ""
+    return (
+        f"\n\n**Too few images**: on {images} image{'s' * (images != 1)} no p of these {tests} tests can be below "
+        f"{p_value(smallest_p(images, tests))}, whatever the attack; it takes at least {least_images(tests)}."
+    )
