@@ -117,6 +117,21 @@ def test_a_dummy_gradient_of_zero_is_differentiated() -> None:
     assert torch.equal(found, torch.ones(2, 6))
 
 
+@pytest.mark.usefixtures("float64")
+def test_informed_hooks_are_differentiated_right() -> None:
+    """To second order, by finite differences: a line search needs no less."""
+    observed = {"a": randn(2, 3, 4, seed=7), "b": randn(2, 5, seed=8)}
+    for spec in ("clip(norm=2)", "noise", "prune", "soteria", "quantise(bits=3)", "dp"):
+        method = defenses.parse(spec)
+
+        def value(a: Tensor, b: Tensor, method: Defense = method) -> Tensor:
+            return method.likelihood(method.surrogate({"a": a, "b": b}, observed), observed)
+
+        dummies = tuple((value + randn(*value.shape, seed=9)).requires_grad_() for value in observed.values())
+        assert torch.autograd.gradcheck(value, dummies)
+        assert torch.autograd.gradgradcheck(value, dummies)
+
+
 # DP-SGD
 
 
