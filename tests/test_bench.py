@@ -11,6 +11,7 @@ import torch
 from conftest import close
 
 import leakbench
+from benchmarks.readme import filled
 from benchmarks.speed import __main__ as command
 from benchmarks.speed import measure, parity, peer, reference, report
 from benchmarks.speed.measure import Subject, Times
@@ -58,14 +59,6 @@ def test_the_ratio_is_one_of_medians_and_its_spread_one_of_rounds() -> None:
     found = measure.ratio([8.0, 9.0, 40.0, 5.0], [2.0, 1.0, 4.0, None])
     assert found == measure.Ratio(8.5 / 2.0, 4.0, 10.0)
     assert measure.ratio([None], [1.0]) is None
-
-
-def test_the_wilson_interval() -> None:
-    low, high = measure.wilson(15, 100)
-    assert (low, high) == pytest.approx((0.0931, 0.2328), abs=1e-4)  # scipy's binomtest(15, 100).proportion_ci
-    assert measure.wilson(0, 10)[0] == 0.0
-    assert measure.wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    assert measure.wilson(0, 0) == (0.0, 1.0)
 
 
 def test_the_share_of_the_floor() -> None:
@@ -195,15 +188,16 @@ def test_dlg_is_told_by_the_success() -> None:
 
 def test_the_table_stands_between_the_markers() -> None:
     text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    assert report.filled(text, "new") == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
-    assert report.filled(report.filled(text, "new"), "new") == report.filled(text, "new")
+    new = filled(text, "new", report.BEGIN, report.END)
+    assert new == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    assert filled(new, "new", report.BEGIN, report.END) == new
     with pytest.raises(ValueError, match="no lines"):
-        report.filled("nothing", "new")
+        filled("nothing", "new", report.BEGIN, report.END)
 
 
 def test_the_readme_has_the_table_of_the_committed_data() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert report.filled(text, report.summary(report.load(SPEED))) == text
+    assert filled(text, report.summary(report.load(SPEED)), report.BEGIN, report.END) == text
 
 
 def test_the_page_of_the_committed_data_is_up_to_date() -> None:

@@ -126,13 +126,3 @@ def ratio(slow: Sequence[float | None], fast: Sequence[float | None]) -> Ratio |
     if not rounds or above is None or below is None:
         return None
     return Ratio(above / below, min(rounds), max(rounds))
-
-
-def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the 95 % interval of a share (Wilson 1927, Probable inference, JASA 22)."""
-    if trials == 0:
-        return 0.0, 1.0
-    share, extra = successes / trials, z * z / trials
-    centre = (share + extra / 2) / (1 + extra)
-    half = z / (1 + extra) * (share * (1 - share) / trials + extra / (4 * trials)) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)

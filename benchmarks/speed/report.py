@@ -10,9 +10,11 @@ from typing import Any
 
 from tabulate import tabulate
 
+from benchmarks.readme import fill
 from benchmarks.speed.machine import ROOT
-from benchmarks.speed.measure import Ratio, median, per_iteration, ratio, set_up, wilson
+from benchmarks.speed.measure import Ratio, median, per_iteration, ratio, set_up
 from benchmarks.speed.work import BREACHING, LEAKBENCH, REFERENCE, TITLES
+from leakbench.report.statistics import wilson_interval
 
 KINDS = ("cpu", "cuda")
 BEGIN, END = "<!-- speed: begin, written by make bench -->", "<!-- speed: end -->"
@@ -53,20 +55,7 @@ def write(folder: Path, readme: Path | None = None) -> None:
         plot(measured, folder / f"{kind}.png")
     (folder / "README.md").write_text(page(data, parity(folder)), encoding="utf-8")
     if readme is not None:
-        readme.write_text(filled(readme.read_text(encoding="utf-8"), summary(data)), encoding="utf-8")
-
-
-def filled(text: str, block: str) -> str:
-    """Return a text with what stands between the markers replaced.
-
-    Raises:
-        ValueError: the text has no markers.
-    """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"the README has no lines {BEGIN!r} and {END!r}; put them where the table belongs")
-    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+        fill(readme, summary(data), BEGIN, END)
 
 
 def summary(data: dict[str, dict[str, Any]]) -> str:
@@ -228,7 +217,8 @@ def _ending_lines(row: dict[str, Any]) -> list[str]:
     lines = []
     for name, sums in result["total"].items():
         passes = len(row["rounds"]) if name == LEAKBENCH else 1
-        low, high = wilson(round(sums["successes"] / passes), round(sums["trials"] / passes))
+        trials = round(sums["trials"] / passes)
+        low, high = wilson_interval(round(sums["successes"] / passes) / trials, trials)
         target = targets.get(name)
         lines.append(
             {
@@ -314,7 +304,10 @@ def shares(trials: Sequence[dict[str, Any]], threshold: float) -> dict[str, tupl
         "success": sum(trial["psnr"] is not None and trial["psnr"] >= threshold for trial in trials),
         "diverged": sum(trial["diverged"] for trial in trials),
     }
-    return {name: (count, len(trials), *wilson(count, len(trials))) for name, count in counts.items()}
+    return {
+        name: (count, len(trials), *wilson_interval(count / max(1, len(trials)), len(trials)))
+        for name, count in counts.items()
+    }
 
 
 def _parity(parities: dict[str, Any]) -> str:

@@ -71,7 +71,8 @@ def levels(components: Sequence[Component]) -> list[Level]:
             found += [Level(one.spec, "noise", 0.0, "0"), Level(one.spec, "precision", -32, "float32")]
         elif name == "noise" and one.options.get("relative") and one.options.get("kind") == "gaussian":
             scale = float(str(one.options["scale"]))
-            found.append(Level(one.spec, "noise", scale, f"{scale:g}"))
+            mantissa, exponent = f"{scale:e}".split("e")
+            found.append(Level(one.spec, "noise", scale, f"{float(mantissa):g}e{int(exponent)}" if scale else "0"))
         elif name == "quantise":
             bits = str(one.options["bits"])
             order = -16.5 if bits == "half" else -float(bits)
@@ -223,9 +224,10 @@ def _draw(
 ) -> None:
     """Draw one metric along one axis, with intervals, and the best floor as a dashed line."""
     places = _places([level for level, _ in rows], kind)
+    apart = 0.06 * (max(places, default=0) - min(places, default=0)) / max(1, len(places) - 1)
     for index, attack in enumerate(attacks):
         points = [
-            (place, *_interval(by[attack], metric))
+            (place + apart * (index - (len(attacks) - 1) / 2), *_interval(by[attack], metric))
             for place, (_, by) in zip(places, rows)
             if attack in by and math.isfinite(by[attack][metric])
         ]

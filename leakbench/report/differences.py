@@ -25,8 +25,8 @@ Pair = tuple[str, pd.DataFrame, pd.DataFrame]
 """What a difference is called, and the results of both arms by (image, seed)."""
 
 _SKIPPED = (
-    "Defenses are not compared attack by attack here: what one attacker had recovered was not attacked again, so that "
-    "the means of later ones are over fewer and harder images."
+    "What one attacker had recovered was not attacked again: the means of later ones are over fewer and harder images, "
+    "and defenses are not compared by them. `worst-case.md` has the ranking."
 )
 
 
@@ -45,6 +45,8 @@ def differences(
         skips: whether trials on settled images were skipped, so that attacks ran on different images.
     """
     own = _attacks(results, block)
+    if skips:
+        return [_SKIPPED] if len(own) else []
     names = [metric.name for metric in metrics if metric.name in METRICS and own[metric.name].notna().any()]
     between = [
         f"{escape(attack)}:\n\n{found}"
@@ -54,8 +56,6 @@ def differences(
     informed = _table(_informed(results, block, own), names)
     if not (between or informed):
         return []
-    if skips:
-        return [_SKIPPED]
     parts = [_WORDS]
     if between:
         parts.append("**Differences between defenses**, by attack; above 0, more leaks behind the first one:")

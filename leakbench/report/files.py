@@ -52,7 +52,7 @@ def write(out: Path | str, formats: Collection[str] = FORMATS) -> list[Path]:
             run = Run(name, sessions, planned, results, store.metrics(), store.threats(), store.components())
             written.append(_replace(out / "report.md", markdown(run, pictures).encode()))
             if threshold is not None:
-                text = worst_case.markdown(name, trials, threshold, store.threats())
+                text = worst_case.markdown(name, trials, threshold, store.threats(), store.components())
                 written.append(_replace(out / "worst-case.md", text.encode()))
             elif curves.kinds(store.components()):
                 written += _write_curves(out, store, results)

@@ -12,7 +12,7 @@ import pandas as pd
 from leakbench.matrix import RECOVERY
 from leakbench.report.statistics import wilson_interval
 from leakbench.report.text import ABSENT, english, escape, number, percent, table
-from leakbench.store import Session
+from leakbench.store import Component, Session
 
 _TARGET = ["image", "seed"]
 _SCENE = ["dataset", "model"]
@@ -156,7 +156,13 @@ def ranking(trials: pd.DataFrame, threshold: float) -> str:
     return "\n\n".join(parts)
 
 
-def markdown(name: str, trials: pd.DataFrame, threshold: float, threats: Mapping[str, str]) -> str:
+def markdown(
+    name: str,
+    trials: pd.DataFrame,
+    threshold: float,
+    threats: Mapping[str, str],
+    components: Sequence[Component] = (),
+) -> str:
     """Return the report of an ensemble; it depends on nothing but its arguments.
 
     Args:
@@ -164,6 +170,7 @@ def markdown(name: str, trials: pd.DataFrame, threshold: float, threats: Mapping
         trials: every planned trial in the order of planning (``Store.trials``).
         threshold: in [0, 1], from which ``ssim_aligned`` on an image is recovered.
         threats: threat model -> what it grants, in words.
+        components: what each spec stands for.
     """
     parts = [f"# Worst case: {escape(name)}", _words(threshold)]
     scenes = _scenes(standings(trials, threshold))
@@ -173,7 +180,7 @@ def markdown(name: str, trials: pd.DataFrame, threshold: float, threats: Mapping
         parts += ["### What each attacker did", _attackers(own), _reasons(own)]
     if not scenes:
         return "\n\n".join([*parts, "No attack was planned: there is nothing to show."]) + "\n"
-    return "\n\n".join(part for part in [*parts, _legend(trials, threats)] if part) + "\n"
+    return "\n\n".join(part for part in [*parts, _legend(trials, threats, components)] if part) + "\n"
 
 
 def _scenes(found: Sequence[Standing]) -> dict[tuple[str, str], list[Standing]]:
@@ -277,7 +284,7 @@ def _reasons(found: Sequence[Standing]) -> str:
     return f"{title}\n\n{table(['attacker', 'defense', 'reason', 'trials'], rows, left=3)}" if rows else ""
 
 
-def _legend(trials: pd.DataFrame, threats: Mapping[str, str]) -> str:
+def _legend(trials: pd.DataFrame, threats: Mapping[str, str], components: Sequence[Component]) -> str:
     attacks = trials[~trials["floor"].to_numpy(dtype=bool)]
     rows = [
         [escape(name), escape(attack), escape(threats.get(threat, threat))]
@@ -291,4 +298,11 @@ def _legend(trials: pd.DataFrame, threats: Mapping[str, str]) -> str:
         f"squares of a closed form, shows in the **seconds** alone ({ABSENT}: it counts none). Both are of all trials "
         "together there, and in the first table a mean over images and seeds."
     )
-    return f"## How to read this\n\n{words}\n\n{table(['attacker', 'attack', 'threat model'], rows, left=3)}"
+    options = [
+        [one.kind, escape(one.spec), escape(", ".join(f"{name}={json.dumps(to)}" for name, to in one.options.items()))]
+        for one in components
+        if one.kind in ("attack", "defense")
+    ]
+    attackers = table(["attacker", "attack", "threat model"], rows, left=3)
+    meanings = table(["kind", "name", "options"], options, left=3)
+    return "\n\n".join(part for part in ("## How to read this", words, attackers, meanings) if part)

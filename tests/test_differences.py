@@ -1,0 +1,117 @@
+"""Differences between defenses, and between attackers who know them and who do not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from leakbench.report.differences import ALL_PAIRS, differences
+from leakbench.report.statistics import holm
+from leakbench.store import MetricInfo
+
+METRICS = [MetricInfo("psnr", True, "dB", ""), MetricInfo("psnr_aligned", True, "dB", "")]
+METRICS.append(MetricInfo("ssim_aligned", True, "-1 to 1", ""))
+BLOCK = ("samples", "lenet", "paper")
+
+
+def results(
+    score: Callable[[str, int], float],
+    defenses: tuple[str, ...] = ("none", "noise"),
+    images: int = 10,
+    threats: tuple[str, ...] = ("paper",),
+    attacks: tuple[str, ...] = ("dlg",),
+) -> pd.DataFrame:
+    """Results of every attack behind every defense, and of a floor; ``score`` is that of a defense and an image."""
+    rows = [
+        {"attack": attack, "defense": defense, "threat": threat, "image": image, "psnr_aligned": score(defense, image)}
+        for threat, attack, defense, image in itertools.product(threats, attacks, defenses, range(images))
+    ]
+    rows += [{"attack": "grey", "defense": "none", "threat": "paper", "image": i, "psnr_aligned": 9.0} for i in (0, 1)]
+    frame = pd.DataFrame(rows).assign(dataset="samples", model="lenet", seed=0, status="ok")
+    return frame.assign(floor=frame["attack"] == "grey", ssim_aligned=frame["psnr_aligned"] / 100)
+
+
+def noisy(defense: str, image: int) -> float:
+    rng = np.random.default_rng([image, sum(map(ord, defense))])
+    return 20 - 5 * (defense == "noise") + image + rng.normal(0, 0.5)
+
+
+def table(parts: list[str], head: str) -> list[list[str]]:
+    (text,) = [part for part in parts if part.startswith(head)]
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_defenses_are_compared_in_pairs_on_the_same_images() -> None:
+    frame = results(noisy)
+    parts = differences(frame, BLOCK, METRICS, skips=False)
+    ((name, images, mean, median, p, corrected, *rest),) = table(parts, "dlg:")
+    apart = np.array([noisy("none", i) - noisy("noise", i) for i in range(10)])
+    assert (name, images) == ("none − noise", "10")
+    assert mean.startswith(f"{apart.mean():+.3f} [+")
+    assert median == f"{np.median(apart):+.3f}"
+    expected = stats.wilcoxon(apart, method="exact").pvalue
+    assert p == f"{expected:.3f}"
+    assert corrected == f"**{holm([expected, expected])[0]:.3f}**"
+    assert len(rest) == 4
+    assert "Too few images" not in "".join(parts)
+    assert not any(part.startswith("grey") for part in parts)
+
+
+def test_what_so_few_images_cannot_show_is_said() -> None:
+    parts = differences(results(noisy, images=4), BLOCK, METRICS, skips=False)
+    ((_, _, _, _, p, corrected, *_),) = table(parts, "dlg:")
+    assert (p, corrected) == ("0.125", "0.250")
+    assert "**Too few images**: on 4 images no p of these 2 tests can be below 0.250" in "".join(parts)
+    assert "at least 7" in "".join(parts)
+
+
+def test_a_difference_whose_interval_covers_0_is_not_bold() -> None:
+    parts = differences(results(lambda defense, image: 20 + (defense == "none") * (-1) ** image), BLOCK, METRICS, False)
+    assert "**" not in "".join(map("".join, table(parts, "dlg:")))
+
+
+def test_of_many_defenses_each_is_compared_with_none() -> None:
+    few = (*(f"noise(scale={scale})" for scale in range(1, ALL_PAIRS)), "none")
+    found = table(differences(results(noisy, few), BLOCK, METRICS, False), "dlg:")
+    assert len(found) == ALL_PAIRS * (ALL_PAIRS - 1) // 2
+    many = ("clip", *few)
+    found = table(differences(results(noisy, many), BLOCK, METRICS, False), "dlg:")
+    assert {row[0].partition(" − ")[0] for row in found} == {"none"}
+    assert len(found) == len(many) - 1
+
+
+def test_informed_attackers_are_compared_with_their_twins() -> None:
+    frame = results(noisy, threats=("paper", "informed=true"), attacks=("dlg", "ig"))
+    frame.loc[frame["threat"] == "informed=true", "psnr_aligned"] += 3
+    parts = differences(frame, ("samples", "lenet", "informed=true"), METRICS, False)
+    found = table(parts, "| difference")
+    assert [row[0] for row in found] == ["dlg, none", "dlg, noise", "ig, none", "ig, noise"]
+    assert {row[2] for row in found} == {"+3.000 [+3.000, +3.000]"}
+    assert any("What an attacker gains by knowing" in part for part in parts)
+    assert not any("by knowing" in part for part in differences(frame, BLOCK, METRICS, False))
+
+
+def test_nothing_to_compare_is_nothing_said() -> None:
+    assert differences(results(noisy, ("none",)), BLOCK, METRICS, False) == []
+    assert differences(results(noisy), ("samples", "lenet", "T1"), METRICS, False) == []
+    alone = results(noisy).query("defense == 'none' or image > 20")
+    assert differences(alone, BLOCK, METRICS, False) == []
+
+
+def test_a_run_that_skipped_what_was_settled_compares_nothing() -> None:
+    (caution,) = differences(results(noisy), BLOCK, METRICS, skips=True)
+    assert "fewer and harder images" in caution
+
+
+@pytest.mark.parametrize("metric", ["psnr_aligned", "ssim_aligned"])
+def test_a_metric_that_is_missing_is_left_out(metric: str) -> None:
+    frame = results(noisy)
+    frame[metric] = np.nan
+    ((*cells,),) = table(differences(frame, BLOCK, METRICS, False), "dlg:")
+    assert len(cells) == 2 + 4

@@ -1,0 +1,164 @@
+"""Intervals and paired tests: against scipy, against closed forms, and by how often they are right."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from leakbench.report.statistics import (
+    ALPHA,
+    bootstrap_interval,
+    holm,
+    least_images,
+    paired_difference,
+    sign_flip_test,
+    smallest_p,
+    wilcoxon_test,
+    wilson_interval,
+)
+
+# Shares
+
+
+@given(trials=st.integers(1, 200), data=st.data())
+def test_the_wilson_interval_is_scipys(trials: int, data: st.DataObject) -> None:
+    hits = data.draw(st.integers(0, trials))
+    expected = stats.binomtest(hits, trials).proportion_ci(method="wilson")
+    assert wilson_interval(hits / trials, trials) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_the_wilson_interval_of_no_trial_is_everything() -> None:
+    assert wilson_interval(0.0, 0) == (0.0, 1.0)
+
+
+# Bootstrap
+
+
+def test_seeds_are_drawn_within_the_images_that_are_drawn() -> None:
+    """Images alike and seeds apart: an interval over images alone would have no width."""
+    images = np.repeat(np.arange(10), 4)
+    values = np.tile([0.0, 0.0, 1.0, 1.0], 10)
+    low, high = bootstrap_interval(values, images)
+    expected = bootstrap_interval(values)  # nothing sets the images apart, so that all 40 values are alike
+    assert (low, high) == pytest.approx(expected, abs=0.06)
+    assert high - low > 0.2
+
+
+def test_the_variance_of_resamples_is_that_of_both_levels() -> None:
+    """Var = (sum over images of mean deviations^2 / I + mean over images of Var(seeds) / n) / I."""
+    rng = np.random.default_rng(3)
+    images = np.repeat(np.arange(30), 5)
+    values = np.repeat(rng.normal(0, 1, 30), 5) + rng.normal(0, 2, 150)
+    table = values.reshape(30, 5)
+    expected = (table.mean(1).var() + table.var(1).mean() / 5) / 30
+    low, high = bootstrap_interval(values, images, resamples=20_000)
+    assert (high - low) / (2 * stats.norm.ppf(0.975)) == pytest.approx(expected**0.5, rel=0.05)
+
+
+def test_images_with_different_numbers_of_seeds_keep_their_weight() -> None:
+    images = [0, 1, 1, 1, 2, 2, 1]  # in no order
+    values = [5.0, 1.0, 1.0, 1.0, 3.0, 3.0, 1.0]
+    low, high = bootstrap_interval(values, images)
+    assert (low, high) == (1.0, 5.0)
+    order = np.argsort(images, kind="stable")
+    assert bootstrap_interval(np.array(values)[order], np.array(images)[order]) == pytest.approx((low, high))
+
+
+def test_one_seed_an_image_is_the_plain_bootstrap() -> None:
+    values = np.random.default_rng(4).normal(0, 1, 25)
+    found = stats.bootstrap(
+        (values,), np.mean, method="percentile", n_resamples=20_000, rng=np.random.default_rng(5)
+    ).confidence_interval
+    assert bootstrap_interval(values, resamples=20_000) == pytest.approx((found.low, found.high), abs=0.03)
+    assert bootstrap_interval(values, np.arange(25)) == bootstrap_interval(values)
+
+
+def test_the_nested_interval_covers_the_mean_at_least_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(6)
+    images = np.repeat(np.arange(12), 3)
+    covered = 0
+    for _ in range(300):
+        low, high = bootstrap_interval(np.repeat(rng.normal(2, 1, 12), 3) + rng.normal(0, 1, 36), images)
+        covered += low <= 2 <= high
+    assert covered / 300 >= 0.95 - 3 * (0.05 * 0.95 / 300) ** 0.5
+
+
+# Wilcoxon
+
+
+@pytest.mark.parametrize("size", [2, 5, 12, 30])
+def test_wilcoxon_without_ties_is_exact(size: int) -> None:
+    values = np.random.default_rng(size).normal(0.3, 1, size)
+    assert wilcoxon_test(values) == pytest.approx(stats.wilcoxon(values, method="exact").pvalue)
+
+
+def test_wilcoxon_with_ties_and_zeros_tries_every_sign() -> None:
+    values = np.array([0.0, 1.0, 1.0, 2.0, -1.0, 3.0])
+    ranks = stats.rankdata(np.abs(values))
+    signs = 1 - 2 * ((np.arange(2**6)[:, None] >> np.arange(6)) & 1)
+    sums = (signs * np.where(values == 0, 0, ranks)).sum(1)
+    observed = (np.sign(values) * ranks).sum()
+    assert wilcoxon_test(values) == pytest.approx((np.abs(sums) >= abs(observed)).mean())
+
+
+def test_wilcoxon_edges() -> None:
+    assert wilcoxon_test([0.0, 0.0, 0.0]) == 1.0
+    assert wilcoxon_test([1.0, 2.0, 3.0, 4.0]) == 2 / 2**4
+    assert wilcoxon_test([1.0, 2.0, math.inf, 4.0]) == 2 / 2**4
+    assert math.isnan(wilcoxon_test([1.0]))
+    assert math.isnan(wilcoxon_test([]))
+    assert math.isnan(wilcoxon_test([1.0, math.nan]))
+    assert wilcoxon_test([1.0, 3.0, 2.0, 2.0], [0, 0, 1, 1]) == 2 / 2**2
+
+
+def test_wilcoxon_keeps_its_level() -> None:
+    rng = np.random.default_rng(7)
+    rejected = np.mean([wilcoxon_test(rng.standard_t(2, 12)) <= 0.05 for _ in range(200)])
+    assert 0 < rejected <= 0.05 + 3 * (0.05 * 0.95 / 200) ** 0.5
+
+
+# Few images
+
+
+@pytest.mark.parametrize("tests", [1, 3, 20])
+def test_the_smallest_p_is_reached_and_the_least_number_of_images_suffices(tests: int) -> None:
+    for images in (4, 9):
+        p = wilcoxon_test(np.arange(1.0, images + 1))
+        assert holm([p] + [1.0] * (tests - 1))[0] == pytest.approx(smallest_p(images, tests))
+    least = least_images(tests)
+    assert smallest_p(least, tests) <= ALPHA < smallest_p(least - 1, tests)
+
+
+# Paired differences
+
+
+def series(values: dict[tuple[int, int], float]) -> pd.Series:
+    return pd.Series(values, index=pd.MultiIndex.from_tuples(values, names=["image", "seed"]))
+
+
+def test_a_paired_difference_is_over_the_pairs_that_have_both() -> None:
+    first = series({(0, 0): 5.0, (0, 1): 7.0, (1, 0): 9.0, (2, 0): 4.0, (3, 0): math.nan})
+    second = series({(2, 0): 4.0, (1, 0): 1.0, (0, 1): 3.0, (0, 0): 3.0, (4, 0): 8.0})
+    found = paired_difference(first, second, wilcoxon_test)
+    assert found.images == 3
+    assert found.mean == pytest.approx((2 + 4 + 8 + 0) / 4)
+    assert found.median == 3.0
+    assert found.low <= found.mean <= found.high
+    assert found.p == wilcoxon_test([3.0, 8.0, 0.0])
+    assert paired_difference(first, second, sign_flip_test).p == sign_flip_test([3.0, 8.0, 0.0])
+
+
+def test_equal_infinities_differ_by_nothing_and_no_pair_is_no_difference() -> None:
+    both = series({(0, 0): math.inf, (1, 0): 2.0})
+    found = paired_difference(both, series({(0, 0): math.inf, (1, 0): 1.0}), wilcoxon_test)
+    assert (found.images, found.mean, found.median) == (2, 0.5, 0.5)
+    none = paired_difference(both, series({(7, 0): 1.0}), wilcoxon_test)
+    assert none.images == 0
+    assert math.isnan(none.mean)
+    assert math.isnan(none.p)

@@ -1,0 +1,372 @@
+"""The worst case over an ensemble: what is settled is not attacked again, and the report says who recovered what."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+from test_engine import Counter, Thief, Tiny, go, measured, no_assets, one  # noqa: F401
+from torch import Tensor
+
+from benchmarks import ranking as command
+from leakbench import Attack, LeakbenchError, Observation, Reconstruction, Rng, Unsupported, report
+from leakbench.engine import finished
+from leakbench.errors import BadOption
+from leakbench.matrix import Matrix, Stage, expand, load_suite, override
+from leakbench.report import worst_case
+from leakbench.report.worst_case import Standing, standings
+from leakbench.store import FILE, Store
+
+
+@dataclass(frozen=True)
+class Knows(Thief):
+    """Has these images at hand, and guesses the others by noise; the noise depends on how many trials come together."""
+
+    name: ClassVar[str] = "knows"
+    images: str = ""
+    seed: int | None = None
+
+    def give(self, images: Tensor, observation: Observation, rng: Rng) -> Reconstruction:
+        found = [image if one_of is None else one(one_of) for image, one_of in zip(images, map(self.known, rng.keys))]
+        return Reconstruction(torch.stack(found) + 1e-4 * len(images), evaluations=torch.full((len(images),), 10))
+
+    def known(self, key: str) -> int | None:
+        _, seed, _, image = key.split("/")
+        mine = image in self.images.split() and self.seed in (None, int(seed))
+        return int(image) if mine else None
+
+
+@dataclass(frozen=True)
+class Counts(Knows):
+    """The same, with no evaluations to count."""
+
+    name: ClassVar[str] = "counts"
+
+    def give(self, images: Tensor, observation: Observation, rng: Rng) -> Reconstruction:
+        return Reconstruction(super().give(images, observation, rng).images)
+
+
+@dataclass(frozen=True)
+class Blurs(Knows):
+    """Has the image, in part."""
+
+    name: ClassVar[str] = "blurs"
+
+    def give(self, images: Tensor, observation: Observation, rng: Rng) -> Reconstruction:
+        return Reconstruction(0.9 * super().give(images, observation, rng).images + 0.1 * images)
+
+
+@dataclass(frozen=True)
+class Fails(Knows):
+    """Has the image, and says that it diverged."""
+
+    name: ClassVar[str] = "fails"
+
+    def give(self, images: Tensor, observation: Observation, rng: Rng) -> Reconstruction:
+        found = super().give(images, observation, rng).images
+        return Reconstruction(found, failed=torch.ones(len(found), dtype=torch.bool))
+
+
+@dataclass(frozen=True)
+class KnowingFloor(Knows):
+    """A floor that has the image."""
+
+    name: ClassVar[str] = "knowing-floor"
+    floor: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Serves(Thief):
+    """Serves nothing."""
+
+    name: ClassVar[str] = "serves-none"
+
+    def check(self, observation: Observation) -> None:
+        raise Unsupported("the model is not what it wants")
+
+
+def ensemble(*stages: Attack | Sequence[Attack], **axes: Any) -> Matrix:
+    given: dict[str, Any] = {"defenses": ["none"], "models": ["lenet"], "datasets": [Tiny()], "images": 4}
+    given |= {"threshold": 0.6, "floors": False, "name": "worst"}
+    listed = [Stage(attacks=stage if isinstance(stage, (list, tuple)) else [stage]) for stage in stages]
+    return Matrix(**{**given, "stages": listed, **axes})
+
+
+def run_of(matrix: Matrix, out: Path, **options: Any) -> dict[str, list[int]]:
+    """Run a matrix and return the images that each attack was run on."""
+    results = go(matrix, out, **options)
+    names = results["attack"].str.partition("(")[0]
+    return {str(name): sorted(own["image"]) for name, own in results.groupby(names, sort=False)}
+
+
+def planned(out: Path) -> pd.DataFrame:
+    with Store.open(out / FILE, readonly=True) as store:
+        return store.trials()
+
+
+def standing(out: Path, threshold: float = 0.6) -> Standing:
+    (found,) = standings(planned(out), threshold)
+    return found
+
+
+# What is run
+
+
+def test_what_is_recovered_is_not_attacked_again(tmp_path):
+    matrix = ensemble(Knows("0 2"), Counts("2 3"), Thief(), floors=True)
+    seen = Counter()
+    ran = run_of(matrix, tmp_path, progress=seen)
+    everywhere = {floor: [0, 1, 2, 3] for floor in ("random", "grey", "mean")}
+    assert ran == {**everywhere, "knows": [0, 1, 2, 3], "counts": [1, 3], "thief": [1]}
+    left = planned(tmp_path)
+    assert len(left) == len(matrix.trials()) == 24
+    skipped = left[left["status"] == ""]
+    assert skipped["image"].tolist() == [0, 2, 0, 2, 3]
+    assert skipped["attack"].str.partition("(")[0].tolist() == ["counts"] * 2 + ["thief"] * 3
+    assert finished(tmp_path, matrix) == 24
+    assert sum(seen.chunks) == 24 - 5
+    seen = Counter()
+    assert run_of(matrix, tmp_path, progress=seen) == ran
+    assert seen.chunks == []
+
+
+def test_a_stage_ends_before_the_next_begins_and_within_it_order_counts_too(tmp_path):
+    ran = run_of(ensemble([Knows("0"), Counts("0 1")], Thief(), defenses=["none", "norm-only"], images=2), tmp_path)
+    assert ran == {"knows": [0, 0, 1, 1], "counts": [1, 1]}
+
+
+def test_an_image_is_settled_for_its_defense_and_seed_alone(tmp_path):
+    results = go(ensemble(Knows("0", seed=1), Thief(), defenses=["none", "norm-only"], seeds=2, images=1), tmp_path)
+    ran = results[results["attack"] == "thief"]
+    assert sorted(zip(ran["defense"], ran["seed"])) == [("none", 0), ("norm-only", 0)]
+
+
+def test_neither_floors_nor_failures_settle_anything(tmp_path):
+    ran = run_of(ensemble([KnowingFloor("0 1"), Fails("1 2")], Thief(), images=3), tmp_path)
+    assert ran["thief"] == [0, 1, 2]
+    ran = run_of(ensemble(Knows("0 1 2"), KnowingFloor("0"), images=3), tmp_path / "2")
+    assert ran["knowing-floor"] == [0, 1, 2]
+
+
+def test_without_a_threshold_everything_is_run(tmp_path):
+    ran = run_of(ensemble(Knows("0 1 2 3"), Thief(), threshold=None), tmp_path)
+    assert ran["thief"] == [0, 1, 2, 3]
+    with pytest.raises(BadOption, match="has no threshold"):
+        report.ranking(tmp_path)
+
+
+def test_a_threshold_works_without_stages_in_the_order_of_the_axes(tmp_path):
+    axes = {"defenses": ["none"], "models": ["lenet"], "datasets": [Tiny()], "images": 4, "floors": False}
+    plain = Matrix(attacks=[Knows("0"), Thief()], threshold=0.6, **axes)
+    assert run_of(plain, tmp_path)["thief"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_a_run_that_is_interrupted_goes_on_to_the_same_results(tmp_path, stop):
+    """The noise of ``Knows`` shows which trials came together."""
+    matrix = ensemble(Knows("0 5"), Knows("1 5 6", seed=0), Counts("2"), images=7)
+    whole = go(matrix, tmp_path / "whole", chunk=2)
+    with pytest.raises(KeyboardInterrupt):
+        go(matrix, tmp_path / "cut", chunk=2, progress=Counter(stop_after=stop))
+    again = go(matrix, tmp_path / "cut", chunk=2)
+    pd.testing.assert_frame_equal(measured(again), measured(whole))
+    assert standing(tmp_path / "cut").share == standing(tmp_path / "whole").share
+
+
+def test_a_higher_threshold_attacks_again_and_a_lower_one_does_not(tmp_path):
+    first = run_of(ensemble(Blurs("0 1"), Thief()), tmp_path)
+    assert first["thief"] == [2, 3]
+    assert run_of(ensemble(Blurs("0 1"), Thief(), threshold=0.5), tmp_path) == first
+    assert run_of(ensemble(Blurs("0 1"), Thief(), threshold=0.999), tmp_path)["thief"] == [0, 1, 2, 3]
+
+
+def test_an_attack_that_serves_nothing_is_a_row_with_its_reason(tmp_path):
+    results = go(ensemble(Knows("0 1 2 3"), Serves()), tmp_path)
+    own = results[results["attack"] == "serves-none"]
+    assert set(own["status"]) == {"unsupported"}
+    assert len(own) == 4
+    text = report_of(tmp_path)
+    assert "| serves-none | none | the model is not what it wants | 4 |" in squeezed(text)
+    with pytest.raises(Unsupported, match="not what it wants"):
+        go(ensemble(Serves()), tmp_path / "alone")
+    alone = ensemble(Serves(), floors=True)
+    go(alone, tmp_path / "floors")
+    assert "no attacker serves it" in report_of(tmp_path / "floors")
+
+
+def test_who_knows_a_defense_without_an_informed_attacker_is_left_out_with_the_reason(tmp_path):
+    stage = Stage(attacks=[Knows("0")], threats=["paper", {"informed": True}])
+    matrix = ensemble(defenses=["none", "precode(k=6)"], images=2, stages=[stage])
+    results = go(matrix, tmp_path)
+    own = results[results["threat"] == "informed=true"].set_index("defense")["status"]
+    assert set(own["none"]) == {"unsupported"}
+    assert set(own[["precode(k=6)"]]) == {"ok"}
+    assert "states no informed attacker" in report_of(tmp_path)
+
+
+# What is reported
+
+
+def report_of(out: Path) -> str:
+    """Return what ``report.write`` makes of a run's ensemble; pictures take time."""
+    with Store.open(out / FILE, readonly=True) as store:
+        return worst_case.markdown("worst", store.trials(), 0.6, store.threats(), store.components())
+
+
+def squeezed(text: str) -> str:
+    return re.sub(r" +", " ", text)
+
+
+def test_the_standing_counts_images_attackers_and_costs(tmp_path):
+    go(ensemble(Knows("0 2"), Counts("2 3"), Thief(), defenses=["none"], images=5), tmp_path)
+    found = standing(tmp_path)
+    assert (found.images, found.targets, found.share, found.open) == (5, 5, 0.6, 0)
+    expected = stats.binomtest(3, 5).proportion_ci(method="wilson")
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    first, second, third = found.efforts
+    assert [effort.attacker for effort in found.efforts] == ["knows", "counts", "thief"]
+    assert (first.tried, first.recovered, first.skipped, first.evaluations) == (5, 2, 0, 50)
+    assert (second.tried, second.recovered, second.skipped, second.evaluations) == (3, 1, 2, None)
+    assert (third.tried, third.recovered, third.skipped, third.failed) == (2, 0, 3, 0)
+    assert first.seconds > 0
+
+
+def test_seeds_of_an_image_are_not_independent_trials(tmp_path):
+    go(ensemble(Knows("0 1", seed=0), images=2, seeds=4), tmp_path)
+    found = standing(tmp_path)
+    assert (found.images, found.targets, found.share) == (2, 8, 0.25)
+    assert found.high - found.low > 0.6
+
+
+def test_the_ranking_begins_with_the_least_recovered_defense(tmp_path):
+    matrix = ensemble(Knows("0 1"), images=2, defenses=["none", "norm-only", "keylock(length=9)"])
+    go(matrix, tmp_path)
+    trials = planned(tmp_path)
+    trials.loc[trials["defense"] == "norm-only", "ssim_aligned"] = 0.1
+    trials.loc[(trials["defense"] == "none") & (trials["image"] == 0), "ssim_aligned"] = 0.1
+    found = standings(trials, 0.6)
+    assert [(one.defense, one.share) for one in found] == [
+        ("norm-only", 0.0),
+        ("none", 0.5),
+        ("keylock(length=9)", 1.0),
+    ]
+
+
+def test_the_report_is_made_of_the_run_alone(tmp_path):
+    go(ensemble(Knows("0 2"), Counts("2 3"), Thief(), floors=True), tmp_path)
+    report.write(tmp_path)
+    text = squeezed((tmp_path / "worst-case.md").read_text(encoding="utf-8"))
+    assert text == squeezed(report_of(tmp_path))
+    assert "| none | 75 % [30, 95] | knows 2, counts 1 | 4 | 10 |" in text
+    assert "| none | counts | 1 | 2 | 2 | 0 | 0 | – |" in text
+    assert "the floors recover: random 0 of 4, grey 0 of 4, mean 0 of 4." in text
+    assert "at least 0.6" in text
+    assert "what an attacker returns does not depend on it" in text
+    page = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "19 of 19 planned (19 ok)" in page
+    assert "over fewer and harder images" in page
+    assert "**Differences between defenses**" not in page
+    assert squeezed(report.ranking(tmp_path)).splitlines()[-1] in text
+
+
+def test_a_run_that_was_stopped_says_what_is_to_go(tmp_path):
+    matrix = ensemble(Knows("0"), Thief())
+    with pytest.raises(KeyboardInterrupt):
+        go(matrix, tmp_path, chunk=2, progress=Counter(stop_after=3))
+    assert standing(tmp_path).open == 1
+    assert "knows 1, 1 trials to go" in report_of(tmp_path)
+    assert finished(tmp_path, matrix) == 7
+
+
+def test_attackers_of_one_name_are_told_apart(tmp_path):
+    go(ensemble(Knows("0"), Knows("1"), Thief()), tmp_path)
+    names = [effort.attacker for effort in standing(tmp_path).efforts]
+    assert names == ["knows(images=0), paper", "knows(images=1), paper", "thief"]
+
+
+def test_the_ranking_goes_into_a_readme(tmp_path, monkeypatch):
+    go(ensemble(Knows("0 1 2 3")), tmp_path / "run")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{command.BEGIN}\n{command.END}\nafter\n")
+    monkeypatch.setattr("sys.argv", ["ranking", str(tmp_path / "run"), "--readme", str(readme)])
+    command.main()
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith(f"{command.END}\nafter\n")
+    assert "| none" in text
+    command.main()
+    assert readme.read_text() == text
+
+
+# The matrix
+
+
+def test_a_matrix_of_stages_can_be_written_and_read_again() -> None:
+    matrix = Matrix(**expand(load_suite("worst-case"), "smoke")[0])
+    again = Matrix(**matrix.describe())
+    assert [trial.id for trial in again.trials()] == [trial.id for trial in matrix.trials()]
+    assert again.threshold == matrix.threshold == 0.6
+    first = [trial.attack.name for trial in matrix.trials() if not trial.attack.floor]
+    assert list(dict.fromkeys(first)) == ["peel", "ig", "lb", "grnn", "ggl"]
+
+
+AXES: dict[str, Any] = {"defenses": ["none"], "models": ["lenet"], "datasets": ["samples"]}
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"),
+    [
+        ({}, "attacks is missing"),
+        ({"stages": []}, "stages is empty"),
+        ({"stages": ["dlg"]}, "write [[stages]]"),
+        ({"stages": [{"attack": ["dlg"]}]}, "did you mean 'attacks'"),
+        ({"stages": [{}]}, "attacks is missing"),
+        ({"stages": [{"attacks": []}]}, "attacks is empty"),
+        ({"stages": [{"attacks": ["dlgg"]}]}, "did you mean 'dlg'"),
+        ({"stages": [{"attacks": ["dlg"], "threats": ["papr"]}]}, "did you mean 'paper'"),
+        ({"stages": [{"attacks": ["dlg"]}], "attacks": ["ig"]}, "both stages and attacks"),
+        ({"stages": [{"attacks": ["dlg"]}], "threats": ["paper"]}, "both stages and threats"),
+        ({"attacks": ["dlg"], "threshold": 1.01}, "threshold=1.01"),
+        ({"attacks": ["dlg"], "threshold": -0.1}, "threshold=-0.1"),
+        ({"attacks": ["dlg"], "threshold": float("nan")}, "threshold=nan"),
+        ({"attacks": ["dlg"], "threshold": "much"}, "threshold='much'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_does_not_fit_is_one_line(axes: dict[str, Any], words: str) -> None:
+    with pytest.raises(LeakbenchError) as raised:
+        Matrix(**{**AXES, **axes})
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_what_is_given_takes_the_place_of_stages() -> None:
+    informed = {"informed": True}
+    axes = {**AXES, "stages": [{"attacks": ["dlg"]}, {"attacks": ["ig"], "threats": ["paper", informed]}]}
+    assert override(axes, {"images": 2}) == {**axes, "images": 2}
+    assert override(axes, {"threats": ["T1"]})["stages"] == [
+        {"attacks": ["dlg"], "threats": ["T1"]},
+        {"attacks": ["ig"], "threats": ["T1"]},
+    ]
+    named = Matrix(**override(axes, {"attacks": ["idlg", "dlg"]}))
+    assert [[attack.name for attack in stage.attacks] for stage in named.stages] == [["idlg"], ["dlg"]]
+    assert {trial.threat.informed for trial in named.trials()} == {False, True}
+    plain = {**AXES, "attacks": ["dlg"], "threats": ["paper"]}
+    assert override(plain, {"attacks": ["ig"]}) == {**plain, "attacks": ["ig"]}
+    with pytest.raises(BadOption, match=re.escape("[[stages]]")):
+        Matrix(**override({**AXES, "stages": 3}, {}))
+
+
+def test_a_default_scale() -> None:
+    axes = {**AXES, "attacks": ["dlg"], "default": "cpu", "scale": {"cpu": {"images": 3}, "full": {"images": 9}}}
+    assert expand(axes) == expand(axes, "cpu")
+    assert expand(axes, "full")[0]["images"] == 9
+    with pytest.raises(BadOption, match="unknown scale 'gpu'"):
+        expand({**axes, "default": "gpu"})
