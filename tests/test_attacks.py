@@ -13,12 +13,13 @@ from conftest import ATTACKS, CLASSES, DEFENSES, SHAPE, SMALL, clients, plain, r
 from torch import Tensor, nn
 
 from leakbench import attacks
-from leakbench.attacks.dlg import DLG, squared_distance
+from leakbench.attacks.dlg import DLG
 from leakbench.attacks.ig import IG, cosine_distance
 from leakbench.attacks.matching import GradientMatching, MatchingObjective, analytic_labels, total_variation
 from leakbench.attacks.quasi_newton import QuasiNewton
 from leakbench.errors import Unsupported
 from leakbench.gradients import Path
+from leakbench.gradients.bilinear import squared_distance
 from leakbench.models import OwnModule
 from leakbench.optim import Solution, Unknowns
 from leakbench.rng import Rng
@@ -117,6 +118,23 @@ def test_the_prior_is_added_to_the_objective_and_not_to_the_match() -> None:
     torch.testing.assert_close(values[0][0], values[0][1])
     torch.testing.assert_close(values[1][1], values[0][1])
     torch.testing.assert_close(values[1][0], values[0][0] + 0.5 * total_variation(image["image"]))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("defense", ["noise(scale=0.1)", "noise(scale=0.1, kind=laplace)", "quantise(bits=4)"])
+def test_an_informed_attacker_goes_by_the_law_of_what_the_defense_draws(defense: str) -> None:
+    observation = watch("lenet", defense, "informed=true", trials=2)
+    assert observation.defense is not None
+    observed = observation.gradient
+    start = {"image": rand(2, *SHAPE), "label": randn(2, CLASSES)}
+    for attack in (DLG(), IG(labels="joint")):
+        objective = attack._objective(observation, keys(2))
+        dummy = objective.dummy(start["image"], torch.softmax(start["label"], 1), {}, 0)
+        zeros = {name: torch.zeros_like(value) for name, value in observed.items()}
+        own, nothing = (observation.defense.likelihood(gradient, observed) for gradient in (dummy, zeros))
+        assert own is not None
+        assert nothing is not None
+        torch.testing.assert_close(objective.match(start, 0), own / nothing)
 
 
 def test_the_truth_is_a_minimum_of_the_objective() -> None:

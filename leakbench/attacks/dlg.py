@@ -6,19 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from leakbench.attacks.base import register
 from leakbench.attacks.matching import NonNegative
 from leakbench.attacks.quasi_newton import QuasiNewton
-from leakbench.gradients.bilinear import squared_norm
+from leakbench.gradients.bilinear import squared_distance
 from leakbench.types import Gradient
-
-
-def squared_distance(gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
-    """Return [T]: the sum over parameters of |g' - g|^2; the difference is taken first, so that it stays exact."""
-    return torch.stack([squared_norm(gradient[name] - target) for name, target in observed.items()]).sum(0)
 
 
 @register("dlg")

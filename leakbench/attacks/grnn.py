@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from leakbench.attacks.base import register
-from leakbench.attacks.dlg import squared_distance
 from leakbench.attacks.matching import Count, GradientMatching, MatchingObjective, NonNegative, Positive
+from leakbench.gradients.bilinear import squared_distance
 from leakbench.gradients.intercept import batch_norm
 from leakbench.optim import Solution, Unknowns, descend
 from leakbench.optim.rmsprop import EPS

@@ -231,8 +231,12 @@ class MatchingObjective:
             assert logits is not None, "an attack that seeks labels renders their logits"
             labels = torch.softmax(logits, 1)
         gradient = self.dummy(images, labels, unknowns, evaluation)
-        if self.observation.defense is not None:
-            gradient = self.observation.defense.surrogate(gradient, observed)
+        defense = self.observation.defense
+        if defense is not None:
+            gradient = defense.surrogate(gradient, observed)
+            unlikely = defense.likelihood(gradient, observed)
+            if unlikely is not None:
+                return unlikely / self._unlikely
         if self.attack.per_tensor:
             return self.attack.distance(gradient, observed)
         return self.attack.distance(pack(gradient), self._packed)
@@ -305,6 +309,15 @@ class MatchingObjective:
     @cached_property
     def _packed(self) -> Gradient:
         return pack(self.observation.gradient)
+
+    @cached_property
+    def _unlikely(self) -> Tensor:
+        """How unlikely a gradient of zeros is [T], so that the prior weighs as much as beside a relative distance."""
+        observed, defense = self.observation.gradient, self.observation.defense
+        assert defense is not None
+        unlikely = defense.likelihood({name: torch.zeros_like(value) for name, value in observed.items()}, observed)
+        assert unlikely is not None
+        return unlikely.clamp(min=torch.finfo(unlikely.dtype).tiny)
 
     @cached_property
     def _own(self) -> dict[str, Tensor]:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakbench.component import Component
-from leakbench.gradients.bilinear import squared_norm
 from leakbench.registry import Registry
 from leakbench.types import Gradient, Secret
 
@@ -114,16 +113,17 @@ class Defense(Component):
         """Return the [T, ...] dummy gradient as an informed attacker believes it would have been released."""
         return gradient
 
-    def likelihood(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
+    def likelihood(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor | None:
         """Return [T], -log p(observed | gradient) up to a constant: how unlikely an informed attacker finds a dummy.
 
-        By default the squared Euclidean distance over all parameters.
+        It stands in place of an attack's own distance, relative to what it is at a gradient of zeros. None, the
+        default, leaves the attack its own: what is sent follows from the gradient without noise.
 
         Args:
             gradient: the dummy gradient [T, *shape] by name, as ``surrogate`` returns it.
             observed: what was sent, [T, *shape] by name.
         """
-        return squared_distance(gradient, observed)
+        return None
 
     def recover(self, model: nn.Module, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
         """Return the secrets [T, *shape] that an informed attacker works out from what was sent, by name.
@@ -138,11 +138,6 @@ class Defense(Component):
     def note(self) -> str:
         """Return what a reader must know of the defense with these options, in one line, or an empty string."""
         return ""
-
-
-def squared_distance(gradient: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> Tensor:
-    """Return [T], the squared Euclidean distance over all parameters of gradients [T, *shape] by name."""
-    return torch.stack([squared_norm(gradient[name] - value) for name, value in observed.items()]).sum(0)
 
 
 registry: Registry[Defense] = Registry("defense", "leakbench.defenses", Defense)

@@ -11,8 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from leakbench.defenses.base import Defense, Step, register, squared_distance
+from leakbench.defenses.base import Defense, Step, register
 from leakbench.defenses.clip import Norm, clipped
+from leakbench.gradients.bilinear import squared_distance
 from leakbench.types import Gradient
 
 
@@ -58,10 +59,10 @@ class DP(Defense):
         """Return the dummy gradient of one example, clipped."""
         return clipped(gradient, self.clip)
 
-    def likelihood(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
+    def likelihood(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor | None:
         """Return [T], |g' - g|_2^2 / (2 (noise_multiplier * clip)^2) for a batch of one; see base."""
         variance = (self.noise_multiplier * self.clip) ** 2
-        return squared_distance(gradient, observed) / (2 * variance if variance > 0 else 1)
+        return squared_distance(gradient, observed) / (2 * variance) if variance > 0 else None
 
     def epsilon(self) -> float:
         """Return the epsilon of the whole training, infinite without noise; needs the extra ``dp``.

@@ -39,14 +39,14 @@ class Noise(Defense):
             for name, value in step.gradient().items()
         }
 
-    def likelihood(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
+    def likelihood(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor | None:
         """Return [T]: |g' - g|_2^2 / (2 scale^2) for Gaussian noise, |g' - g|_1 / b for Laplace noise; see base.
 
         Of relative noise the scale is that of each tensor, judged by what was sent, whose mean square is expected to be
         1 + scale^2 times the gradient's.
         """
         if self.scale == 0:
-            return super().likelihood(gradient, observed)
+            return None
         errors = []
         for name, value in observed.items():
             deviation = self._deviation(value) / ((1 + self.scale**2) ** 0.5 if self.relative else 1)

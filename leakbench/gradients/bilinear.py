@@ -7,6 +7,7 @@ plain autograd yields transposed weight gradients, which cost several strided co
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -114,3 +115,11 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 def squared_norm(a: Tensor) -> Tensor:
     """Return [T], the squared Euclidean norms of the rows of a [T, *shape]."""
     return SquaredNorm.apply(a.reshape(len(a), -1))
+
+
+def squared_distance(gradient: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> Tensor:
+    """Return [T]: the sum over the observed parameters, [T, *shape] by name, of |g' - g|^2.
+
+    The difference is taken first, so that it stays exact.
+    """
+    return torch.stack([squared_norm(gradient[name] - target) for name, target in observed.items()]).sum(0)
