@@ -37,6 +37,7 @@ COMMANDS = [
     ("run",),
     ("run", "matrix"),
     ("run", "sharing"),
+    ("run", "curves"),
     ("report",),
     ("list",),
     ("assets",),
@@ -125,7 +126,7 @@ def test_help_names_every_axis_and_every_kind(cli):
     text = cli("run", "matrix", "--help").out
     for option in (
         *("attack", "defense", "model", "dataset", "threat", "images", "seeds", "floors"),
-        *("suite", "name", "out", "device", "chunk", "strict", "plugin"),
+        *("suite", "scale", "threshold", "name", "out", "device", "chunk", "strict", "plugin"),
     ):
         assert f"--{option}" in text
     listing = cli("list", "--help").out
@@ -252,6 +253,36 @@ def test_a_suite_by_name_with_options(cli, place):
     assert set(results["model"]) == {models.spec(model) for model in suite.models}
 
 
+def test_the_worst_case_over_an_ensemble(cli, place):
+    suite = ("--suite", "worst-case", "--scale", "smoke", "--dataset", "samples(size=12)", "--images", 1)
+    over = ("--attack", "ig(steps=1)", "--attack", "ig(steps=2)", "--defense", "none", "--defense", "precode(k=6)")
+    done = cli("run", "matrix", *suite, *over, "--threshold", 0)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.splitlines()[-1] == "report: runs/worst-case-smoke/worst-case.md"
+    assert re.search(r"^\| none +\| ", done.out, re.M)
+    results = pd.read_csv("runs/worst-case-smoke/results.csv")
+    informed = results[results["threat"] == "informed=true"]
+    assert set(informed.loc[informed["defense"] == "none", "status"]) - {"ok"} == {"unsupported"}
+    (place / "runs/worst-case-smoke/worst-case.md").unlink()
+    assert "runs/worst-case-smoke/worst-case.md" in cli("report", "runs/worst-case-smoke").out.splitlines()
+    again = cli("run", "matrix", *suite, *over, "--threshold", 0)
+    assert "[" not in "".join(line[0] for line in again.out.splitlines() if line)
+
+
+def test_curves_over_noise_and_precision(cli, place):
+    strengths = ("--defense", "quantise(bits=2)", "--defense", "quantise(bits=8)", "--defense", "none")
+    small = ("--attack", "ig(steps=1)", "--dataset", "samples(size=12)", "--images", 1)
+    done = cli("run", "curves", "--scale", "smoke", *small, *strengths)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.splitlines()[-1] == "report: runs/curves-smoke/curves.md"
+    assert len(list((place / "runs/curves-smoke/grids").glob("curves-*.png"))) == 1
+    refused(cli("run", "curves", "--out", "x", *small, "--defense", "none"), "fewer than 2", "relative=true")
+    refused(cli("run", "curves", "--scale", "huge"), "'huge'", "cpu, smoke")
+    (place / "m.toml").write_text(TOML)
+    refused(cli("run", "curves", "m.toml", "--out", "x"), "fewer than 2")
+    assert not (place / "x").exists()
+
+
 def test_without_a_file_or_options_the_suite_quick_runs(cli, place, monkeypatch):
     seen = []
 
@@ -306,6 +337,10 @@ def test_without_a_file_or_options_the_suite_quick_runs(cli, place, monkeypatch)
         (("--seeds", "-3"), ["seeds=-3"]),
         (("--device", "tpu"), ["'tpu'", "cpu"]),
         (("--suite", "quik"), ["'quik'", "quick"]),
+        (("--threshold", "1.5"), ["threshold='1.5'", "less than or equal to 1"]),
+        (("--threshold", "-0.1"), ["threshold='-0.1'", "greater than or equal to 0"]),
+        (("--threshold", "nan"), ["threshold='nan'", "finite"]),
+        (("--threshold", "most"), ["threshold='most'", "valid number"]),
         (("--plugin", "none.py"), ["'none.py'", "does not exist"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -314,6 +349,11 @@ def test_bad_options_are_one_line_and_write_nothing(cli, place, change, words):
     given = dict(zip(SMALL[::2], SMALL[1::2]))
     given |= dict([change])
     refused(cli("run", "matrix", *(part for pair in given.items() for part in pair)), *words)
+    assert written(place) == []
+
+
+def test_to_inform_of_a_defense_without_an_informed_attacker_is_one_line(cli, place):
+    refused(cli("run", "matrix", *SMALL, "--attack", "dlg", "--threat", "informed=true"), "'none'", "informed=false")
     assert written(place) == []
 
 
