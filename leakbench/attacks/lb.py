@@ -17,7 +17,6 @@ from leakbench.optim import LineSearch
 from leakbench.rng import Rng
 from leakbench.types import Gradient, Observation, Reconstruction
 
-
 SMALLEST = 1e-4
 """A parameter whose gradient is smaller, relative to all of them, is weighted as if it were of this size.
 
