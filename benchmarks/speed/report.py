@@ -289,7 +289,35 @@ def _growth_table(curve: dict[str, Any]) -> str:
             line[f"{name}, share of floor"] = "" if share is None else f"{100 * share:.1f} %"
         lines.append(line)
     at = "" if curve["axis"] == "trials" else f", {curve['trials']} trials at once"
-    return f"IG, {TITLES[curve['model']]}{at}, time of an iteration of one trial:\n\n{_table(lines)}"
+    title = f"IG, {TITLES[curve['model']]}{at}, time of an iteration of one trial:"
+    return f"{title}\n\n{_table(lines)}{_bound(curve)}"
+
+
+def _bound(curve: dict[str, Any]) -> str:
+    """Return what the time of a step is made of, and the gain where many trials share it; of a growth with T."""
+    if curve["axis"] != "trials":
+        return ""
+    measured = {
+        point["value"]: seconds
+        for point in curve["points"]
+        if (seconds := median(per_iteration(point["subjects"][LEAKBENCH])))
+    }
+    if len(measured) < 2 or min(measured) != 1:
+        return ""
+    most = max(measured)
+    fixed = measured[1] - measured[most]
+    others = [
+        f"{median(per_iteration(times)) / measured[most]:.3g}× over {name}"  # type: ignore[operator]
+        for name in (REFERENCE, BREACHING)
+        if (times := curve["points"][0]["subjects"].get(name)) and median(per_iteration(times))
+    ]
+    gains = f" The gain is then {' and '.join(others)}." if others else ""
+    return (
+        f"\n\nA step costs {_number(fixed * 1e3)} ms whatever T is (dispatch of its operations), and "
+        f"{_number(measured[most] * 1e3)} ms a trial (their work), by the first and the last row: at T = 32 the "
+        f"fixed part is {100 * fixed / (fixed + 32 * measured[most]):.0f} %, at T = {most} "
+        f"{100 * fixed / (fixed + most * measured[most]):.0f} %.{gains}"
+    )
 
 
 def parity(folder: Path) -> dict[str, Any] | None:
