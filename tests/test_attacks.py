@@ -478,6 +478,7 @@ def test_trials_do_not_know_of_each_other(spec: str, defense: str) -> None:
             assert torch.equal(some.labels, together.labels[rows])
         if together.failed is not None:
             assert torch.equal(some.failed, together.failed[rows])
+        if together.evaluations is not None:
             assert torch.equal(some.evaluations, together.evaluations[rows])
 
 

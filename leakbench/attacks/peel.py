@@ -6,25 +6,23 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from leakbench.attacks.base import Attack, register
-from leakbench.attacks.chain import Activation, Chain, Convolution, Layer, Normalisation, Reshape, Scaling, find_chain
 from leakbench.attacks.matching import Positive, analytic_labels
-from leakbench.attacks.undo import (
+from leakbench.attacks.peeling.chain import Chain, find_chain
+from leakbench.attacks.peeling.equations import Prior, Solution, undo_convolution, undo_normalised
+from leakbench.attacks.peeling.layers import Activation, Convolution, Layer, Normalisation, Reshape, Scaling
+from leakbench.attacks.peeling.undo import (
     Estimate,
-    Prior,
-    Solution,
     Standardised,
     undo_activation,
-    undo_convolution,
     undo_linear,
     undo_normalisation,
-    undo_normalised,
     undo_scaling,
 )
 from leakbench.chunk import SHARE, free_memory
@@ -43,11 +41,11 @@ COPIES = 7
 CONTRAST = 0.2
 """The standard deviation that is given to an image whose contrast a normalisation has removed."""
 
-COLOUR = 0.2
-"""How much less than their common part the differences between an image's colours are assumed to change."""
+COLOUR = 0.15
+"""How much less the differences between an image's colours are assumed to change than their mean."""
 
-TINT = 0.15
-"""The standard deviation that is assumed of the differences between an image's colours."""
+SPREAD = 1.0
+"""The standard deviation of a pixel about the public mean, which keeps what nothing else tells near it."""
 
 
 @register("peel")
@@ -78,11 +76,11 @@ class Peel(Attack):
 
     def check(self, observation: Observation) -> None:
         """Raise Unsupported where the network is no chain of layers that can be undone."""
-        _supported(observation)
+        served_chain(observation)
 
     def probe(self, observation: Observation, rng: Rng) -> int | None:
         """Undo the layers down to the topmost convolution."""
-        chain = _supported(observation)
+        chain = served_chain(observation)
         convolutions = [index for index, layer in enumerate(chain.layers) if isinstance(layer, Convolution)]
         if not convolutions:
             return None
@@ -91,29 +89,27 @@ class Peel(Attack):
 
     def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
         """Return the image of every trial; nothing is drawn from rng."""
-        chain = _supported(observation)
+        chain = served_chain(observation)
         trials = observation.trials
         size = observation.slots or max(1, int(SHARE * free_memory(observation.device) / _bytes(chain)))
         bounds = [(begin, min(begin + size, trials)) for begin in range(0, trials, size)]
         parts = [self._peel(chain, _rows(observation, *each)) for each in bounds]
         images = torch.cat([value for value, _ in parts]).view(trials, *observation.image_shape)
-        failed = ~torch.isfinite(images.flatten(1)).all(1)
         return Reconstruction(
             images=images.to(observation.dtype),
             labels=read_labels(observation),
             objective=torch.cat([misfit for _, misfit in parts]).to(observation.dtype),
-            failed=failed,
+            failed=~torch.isfinite(images.flatten(1)).all(1),
             path="batched",
         )
 
     def _peel(self, chain: Chain, observation: Observation) -> tuple[Tensor, Tensor]:
-        """Return the input of the lowest layer [T, ...], and the misfit [T] of its equations."""
+        """Return the input of the lowest layer [T, ...], and the misfit [T] of the lowest convolution's equations."""
         tensors, sent = observation.weights, observation.gradient
         value, error, noise = undo_linear(tensors[chain.weight], sent[chain.weight], sent[chain.bias], self.precision)
-        misfit = torch.zeros_like(noise)
+        misfit = torch.zeros_like(noise.relative)
         output: Standardised | None = None
-        for index in reversed(range(len(chain.layers))):
-            layer = chain.layers[index]
+        for index, layer in reversed(list(enumerate(chain.layers))):
             if isinstance(layer, Reshape):
                 value, error = value.view(layer.inputs), error.view(layer.inputs)
             elif isinstance(layer, Activation):
@@ -123,8 +119,10 @@ class Peel(Attack):
             elif isinstance(layer, Normalisation):
                 output = undo_normalisation(layer, value, error, tensors)
             else:
+                whole = prod(layer.inputs) == prod(observation.image_shape)
+                image = whole and all(isinstance(lower, Reshape) for lower in chain.layers[:index])
+                prior = self._prior(observation) if image else None
                 kernel, by_weight = layer.kernel(tensors), layer.kernel(sent) if layer.weight in sent else None
-                prior = self._prior(layer, observation) if index == 0 else None
                 if output is None:
                     value, error = value.view(layer.outputs), error.view(layer.outputs)
                     if layer.bias is not None:
@@ -133,32 +131,32 @@ class Peel(Attack):
                     value, error = solution.value, solution.error
                 else:
                     solution = undo_normalised(layer, kernel, output, by_weight, noise, prior)
-                    if index == 0:
-                        value, error = _exposed(solution.value, observation.mean_image), solution.error
-                    else:
-                        factor = find_factor(chain.layers, index, output, solution, tensors, sent)
-                        value, error = solution.value.scaled(factor), solution.error.scaled(1 / factor)
+                    value, error = solution.value, solution.error
+                    if image:
+                        value = _exposed(value, observation.mean_image)
+                    elif index:
+                        unit = find_unit(chain.layers, index, output, solution, tensors, sent)[:, None, None, None]
+                        value, error = value.scaled(unit), error.scaled(1 / unit)
                     output = None
                 misfit = solution.misfit
         return value.mean, misfit
 
-    def _prior(self, layer: Convolution, observation: Observation) -> Prior:
-        """Return what is assumed of an image: neighbours are alike, in their colours even more, and colours are pale."""
-        channels, height, width = layer.inputs
-        like = next(iter(observation.weights.values()))
-        across, down = _path(width, like), _path(height, like)
-        eyes = torch.eye(width).to(across), torch.eye(height).to(across)
-        change = torch.kron(eyes[1], across) + torch.kron(down, eyes[0])
-        common = torch.full((channels, channels), 1 / channels).to(across)
-        apart = torch.eye(channels).to(across) - common
+    def _prior(self, observation: Observation) -> Prior:
+        """Return what is assumed of an image: neighbouring pixels are alike, and their colours change together."""
+        channels, height, width = observation.image_shape
+        mean = observation.mean_image.double().flatten()
+        eye = torch.eye(max(channels, height, width)).to(mean)
+        common = torch.full_like(eye[:channels, :channels], 1 / channels)
+        apart = eye[:channels, :channels] - common
         steps = common / (channels * self.roughness**2) + apart / (COLOUR * self.roughness) ** 2
+        across, down = (eye[:size, :size].diff(dim=0) for size in (width, height))
+        change = torch.kron(eye[:height, :height], across.T @ across) + torch.kron(down.T @ down, eye[:width, :width])
         matrix = torch.kron(steps, change)
-        matrix += torch.kron(common / channels + apart / TINT**2, torch.eye(height * width).to(across))
-        mean = observation.mean_image.double() if channels == len(observation.mean_image) else torch.zeros(layer.inputs)
-        return Prior(matrix, mean.to(across).flatten())
+        matrix.diagonal().add_(1 / SPREAD**2)
+        return Prior(matrix, mean)
 
 
-def find_factor(
+def find_unit(
     layers: Sequence[Layer],
     index: int,
     output: Standardised,
@@ -166,101 +164,93 @@ def find_factor(
     tensors: Mapping[str, Tensor],
     sent: Mapping[str, Tensor],
 ) -> Tensor:
-    """Return [T, 1, 1, 1]: the factor between a solution's value and the input of the normalised convolution.
+    """Return [T], the unit in which a solution has the input of the normalised convolution ``layers[index]``.
 
-    The input is an activation's output f(y), and y is a layer's of which something is known (``_hold``):
+    That input is an activation's output f(y), and something is known of y (``_clue``):
 
-    - a public shift beta of a normalisation: y has the mean beta in each channel;
-    - the gradient of a convolution's bias, which is the sum of the error at y over the channel;
-    - where neither is, a scale at which the upper normalisation's eps is just seen: z has the mean square
-      v / (v + eps) in a channel of variance v (at float32 to some per mille).
+    - ``shift``: y is normalised with a public beta, and has the mean beta in each channel;
+    - ``bias``: y is a convolution's output, and the sum of the error there over a channel is the bias's gradient;
+    - ``eps``: y is normalised with secrets, but the convolution's own normalisation is public, and its eps is just
+      seen: z has the mean square v / (v + eps) in a channel of variance v. This tells the unit to some per mille.
     """
-    kind, activation, lower = _hold(layers, index, sent)
+    clue, activation, lower = _clue(layers, index, sent)
     a, e = solution.value.mean, solution.error.mean
-    if kind == "eps":
+    if clue == "eps":
         upper = layers[index + 1]
-        assert isinstance(upper, Normalisation) and solution.scale is not None
-        return _by_eps(output, solution.scale, upper.eps)[:, None, None, None]
+        assert isinstance(upper, Normalisation)
+        assert solution.scale is not None
+        return _unit_by_eps(output, solution.scale, upper.eps)
     margin = torch.full_like(a, 1e-12)
 
-    def mismatch(factor: Tensor) -> Tensor:
-        y, slope, _ = activation.invert(factor[:, None, None, None] * a, margin)
+    def mismatch(unit: Tensor) -> Tensor:
+        y, slope, _ = activation.invert(unit[:, None, None, None] * a, margin)
         if isinstance(lower, Normalisation):
             gamma, beta = lower.coefficients(tensors, y)
             spread = y.flatten(2).std(2, unbiased=False) - gamma.abs()
-            # which eps makes inexact: for activations with which the mean tells nothing
+            # which eps makes inexact; it counts where f is so straight that the mean tells little
             return (y.mean((2, 3)) - beta).square().sum(1) + 1e-8 * spread.square().sum(1)
-        assert isinstance(lower, Convolution) and lower.bias is not None
-        total = (e * slope).flatten(2).sum(2) / factor[:, None]
-        return (total - sent[lower.bias]).square().sum(1)
+        assert isinstance(lower, Convolution)
+        assert lower.bias is not None
+        return ((e * slope).sum((2, 3)) / unit[:, None] - sent[lower.bias]).square().sum(1)
 
-    return _search(mismatch, 1 / a.square().mean((1, 2, 3)).sqrt())[:, None, None, None]
+    return _search(mismatch, 1 / a.square().mean((1, 2, 3)).sqrt())
 
 
-def _hold(layers: Sequence[Layer], index: int, sent: Mapping[str, Tensor]) -> tuple[str, Activation, Layer]:
-    """Return by what the factor at a normalised convolution is found, and the activation and the layer below it.
+def _clue(
+    layers: Sequence[Layer], index: int, sent: Mapping[str, Tensor]
+) -> tuple[Literal["shift", "bias", "eps"], Activation, Layer]:
+    """Return what tells the unit of a normalised convolution's input, and the activation and the layer below.
 
     Raises:
-        Unsupported: nothing tells the factor.
+        Unsupported: nothing does.
     """
-    name = layers[index].name
-    below = layers[max(0, index - 2) : index]
-    if len(below) == 2 and isinstance(below[1], Activation):
-        lower, activation = below
+    lower, activation = layers[index - 2 : index] if index > 1 else (None, None)
+    upper = layers[index + 1]
+    if isinstance(activation, Activation):
         if isinstance(lower, Normalisation) and not lower.secret:
             return "shift", activation, lower
         if isinstance(lower, Convolution) and lower.bias in sent:
             return "bias", activation, lower
-        upper = layers[index + 1]
         if isinstance(lower, Normalisation) and isinstance(upper, Normalisation) and not upper.secret:
             return "eps", activation, lower
     raise Unsupported(
-        f"peel cannot tell the scale of what goes into {name}, which is normalised: below it must be an activation on a "
-        "normalisation or on a convolution with a bias, and not both normalisations may be secret"
+        f"peel cannot tell the scale of the input of {layers[index].name}, whose output is normalised: below must be "
+        "an activation on a normalisation or on a convolution with a bias, and not both normalisations may be secret"
     )
 
 
-def _by_eps(output: Standardised, scale: Tensor, eps: float) -> Tensor:
-    """Return [T], the factor from 1 - mean(z^2) = eps / (v + eps), v + eps = (factor * scale)^2, by least squares."""
+def _unit_by_eps(output: Standardised, scale: Tensor, eps: float) -> Tensor:
+    """Return [T], the unit with 1 - mean(z^2) = eps / (unit * scale)^2 in each channel, by least squares."""
     z = output.value.mean
     missing = 1 - z.square().mean((2, 3))
-    weight = 1 / (z.square() * output.value.variance).mean((2, 3))
     expected = torch.where(output.alive, eps / scale.square(), 0.0)
-    weight = torch.where(output.alive, weight, 0.0)
-    inverse = (weight * expected * missing).sum(1) / (weight * expected.square()).sum(1)
-    return inverse.rsqrt()
+    trust = torch.where(output.alive, 1 / (z.square() * output.value.variance).mean((2, 3)), 0.0)
+    return ((trust * expected * missing).sum(1) / (trust * expected.square()).sum(1)).rsqrt()
 
 
-def _search(mismatch: Callable[[Tensor], Tensor], unit: Tensor) -> Tensor:
-    """Return [T], the factor with the smallest mismatch [T], on ever finer grids of its logarithm around a unit [T]."""
-    centre, width, points = torch.zeros_like(unit), 6.0, 121
+def _search(mismatch: Callable[[Tensor], Tensor], about: Tensor) -> Tensor:
+    """Return [T], the positive number of least mismatch [T], on ever finer grids of its logarithm about another [T]."""
+    centre, width, points = about.log(), 6.0, 121
     for _ in range(12):
-        grid = [centre + step for step in torch.linspace(-width, width, points).tolist()]
-        values = torch.stack([mismatch(unit * place.exp()) for place in grid])
+        grid = torch.stack([centre + step for step in torch.linspace(-width, width, points).tolist()])
+        values = torch.stack([mismatch(place.exp()) for place in grid])
         best = torch.where(torch.isnan(values), torch.inf, values).argmin(0)
-        centre = torch.stack(grid).gather(0, best[None])[0]
+        centre = grid.gather(0, best[None])[0]
         width, points = 2 * width / (points - 1), 21
-    return unit * centre.exp()
+    return centre.exp()
 
 
 def _exposed(value: Estimate, mean_image: Tensor) -> Estimate:
-    """Return images of unknown contrast with the public mean's brightness and the usual contrast."""
+    """Return images of unknown contrast with the usual one, and with the brightness of the public mean."""
     middle = value.mean.mean((1, 2, 3), keepdim=True)
     scale = CONTRAST / value.mean.std((1, 2, 3), unbiased=False, keepdim=True)
     return value.scaled(scale, float(mean_image.mean()) - scale * middle)
 
 
-def _path(length: int, like: Tensor) -> Tensor:
-    """Return the matrix of the sum of squared differences between neighbours in a row of this length."""
-    steps = torch.eye(length, device=like.device, dtype=torch.float64).diff(dim=0)
-    return steps.T @ steps
-
-
-def _supported(observation: Observation) -> Chain:
+def served_chain(observation: Observation) -> Chain:
     """Return the chain of an observation; raise Unsupported where it cannot be undone."""
     chain = find_chain(observation)
-    layers = chain.layers
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(chain.layers):
         if not isinstance(layer, Convolution):
             continue
         unknowns = prod(layer.inputs)
@@ -268,19 +258,16 @@ def _supported(observation: Observation) -> Chain:
             raise Unsupported(
                 f"peel solves for up to {LIMIT} values at once, and {layer.name} takes {unknowns}; use smaller images"
             )
-        if index == 0:
-            continue  # what is open of an image, its prior fills
-        taps = prod(layer.geometry.kernel) * layer.outputs[0] // layer.geometry.groups
-        places = layer.inputs[1] * layer.inputs[2]
-        known = prod(layer.outputs) + (
-            layer.inputs[0] * min(taps, places) if layer.weight in observation.gradient else 0
-        )
+        if all(isinstance(lower, Reshape) for lower in chain.layers[:index]):
+            continue  # what its equations leave open of an image, the prior fills
+        known = prod(layer.outputs)
+        if layer.weight in observation.gradient:
+            taps = prod(layer.geometry.kernel) * layer.outputs[0] // layer.geometry.groups
+            known += layer.inputs[0] * min(taps, layer.inputs[1] * layer.inputs[2])
         if known < unknowns:
-            raise Unsupported(
-                f"peel has {known} equations for the {unknowns} values that {layer.name} takes; it loses information"
-            )
-        if isinstance(layers[index + 1] if index + 1 < len(layers) else None, Normalisation):
-            _hold(layers, index, observation.gradient)
+            raise Unsupported(f"peel has {known} equations for the {unknowns} values that {layer.name} takes")
+        if isinstance(chain.layers[index + 1] if index + 1 < len(chain.layers) else None, Normalisation):
+            _clue(chain.layers, index, observation.gradient)
     return chain
 
 
@@ -295,10 +282,12 @@ def _rows(observation: Observation, begin: int, end: int) -> Observation:
     own = tensors_of(observation.model)
 
     def part(name: str, value: Tensor) -> Tensor:
-        if not value.is_floating_point() or value.ndim == own[name].ndim:
-            return value.double() if value.is_floating_point() else value
-        rows = value[begin:end]
-        return rows[:1].double().expand(rows.shape) if rows.stride(0) == 0 else rows.double()
+        if value.ndim > own[name].ndim:
+            shared = value.stride(0) == 0
+            value = value[begin:end]
+            if shared:
+                return value[:1].double().expand(value.shape)
+        return value.double() if value.is_floating_point() else value
 
     return replace(
         observation,

@@ -1,0 +1,291 @@
+"""The chain of layers between the image and the lowest linear layer whose gradient gives its input away.
+
+A linear layer s = W f + b on one image has dL/dW = (dL/db) f^T and dL/df = W^T dL/db. So where both gradients were
+sent, its input f and the error dL/df at it are known, whatever stands above. Below it a layer can be undone only if
+nothing else takes its input, and only if it is of a kind that is known here.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from leakbench.attacks.peeling.layers import (
+    Activation,
+    Convolution,
+    Curve,
+    Layer,
+    Normalisation,
+    Reshape,
+    Scaling,
+)
+from leakbench.defenses.keylock import KeyLock
+from leakbench.errors import Unsupported
+from leakbench.gradients.convolution import Geometry
+from leakbench.gradients.evaluate import tensors_of
+from leakbench.rng import generator, seeded
+from leakbench.types import Observation
+
+TOLERANCE = 1e-9
+"""How far the chain may be from the network on a random image in float64, relative to the values."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The layers from the image upwards, and the names of the parameters of the linear layer above them."""
+
+    layers: tuple[Layer, ...]
+    weight: str
+    bias: str
+
+
+def find_chain(observation: Observation) -> Chain:
+    """Return the chain of a network, after checking on a random image that it computes what the network does.
+
+    Raises:
+        Unsupported: there is no such chain; the message names the layer that stands in its way.
+    """
+    twin = _filled(observation)
+    try:
+        graph = _Tracer().trace(twin)
+    except Exception as error:  # whatever a forward that depends on its data, or that torch.fx does not know, raises
+        raise Unsupported(
+            f"peel cannot follow {type(twin).__name__}: {' '.join(str(error).split())}; "
+            "write its forward without branches on the data"
+        ) from error
+    image = torch.rand((1, *observation.image_shape), generator=generator("peel"), dtype=torch.float64)
+    run = fx.Interpreter(fx.GraphModule(twin, graph), garbage_collect_values=False)
+    with torch.no_grad(), seeded("peel"):
+        run.run(image)
+    chain, last = _walk(observation, twin, graph, run.env)
+    _check(chain, twin, image, run.env[last])
+    return chain
+
+
+class _Tracer(fx.Tracer):
+    """A tracer that takes every layer of torch's, and key-lock's, for what it is."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, KeyLock) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _filled(observation: Observation) -> nn.Module:
+    """Return the network of the first trial in float64 on the CPU, with draws in the place of hidden secrets."""
+    twin = copy.deepcopy(observation.model).to_empty(device="cpu").double()
+    laws = {secret.name: secret.law for secret in observation.secrets}
+    with torch.no_grad():
+        for name, tensor in tensors_of(twin).items():
+            if name in laws:
+                value = laws[name].draw(tuple(tensor.shape), generator("peel", name))
+            else:
+                value = observation.weights[name]
+            tensor.copy_(value[0] if value.ndim > tensor.ndim else value)
+    return twin
+
+
+def _walk(
+    observation: Observation, twin: nn.Module, graph: fx.Graph, values: Mapping[fx.Node, object]
+) -> tuple[Chain, fx.Node]:
+    """Follow the image upwards until a linear layer gives its input away; return the node of that input too."""
+    modules = dict(twin.named_modules())
+    uses = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    node = next(node for node in graph.nodes if node.op == "placeholder")
+    layers: list[Layer] = []
+    while True:
+        users = [user for user in node.users if not _reads_shape(user)]
+        if len(users) != 1:
+            raise Unsupported(
+                f"peel goes back through a chain of layers, and {node.name} goes {len(users)} ways "
+                "(a residual connection, or branches)"
+            )
+        (user,) = users
+        if user.op == "output":
+            raise Unsupported("peel begins at a linear layer, and none sent the gradients of its weight and its bias")
+        before, after = values[node], values[user]
+        others = [other for other in user.all_input_nodes if other is not node and not _reads_shape(other)]
+        if others or not isinstance(before, Tensor) or not isinstance(after, Tensor):
+            raise Unsupported(
+                f"peel goes back through a chain of layers, and {user.name} takes or gives several tensors"
+            )
+        name = str(user.target)
+        module = modules[name] if user.op == "call_module" else None
+        if module is not None and uses.count(name) > 1:
+            raise Unsupported(f"peel needs layers that run once, and {name} runs {uses.count(name)} times")
+        if isinstance(module, nn.Linear) and before.ndim == 2:
+            weight, bias = f"{name}.weight", f"{name}.bias"
+            if weight in observation.gradient and bias in observation.gradient:
+                return Chain(tuple(layers), weight, bias), node
+        layer = _function(user, before) if module is None else _module(name, module, before, after)
+        if isinstance(layer, Normalisation) and not (layers and isinstance(layers[-1], Convolution)):
+            raise Unsupported(f"peel needs a convolution right before a normalisation, and {name} has none")
+        layers += [] if layer is None else [layer]
+        node = user
+
+
+def _reads_shape(node: fx.Node) -> bool:
+    """Return whether a node looks at a tensor's shape alone."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel")
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in ("shape", "ndim", "device", "dtype")
+    inputs = node.all_input_nodes
+    return node.op == "call_function" and bool(inputs) and all(_reads_shape(other) for other in inputs)
+
+
+_CURVES: Mapping[type[nn.Module], tuple[Curve, str]] = {
+    nn.Sigmoid: ("sigmoid", ""),
+    nn.Tanh: ("tanh", ""),
+    nn.LeakyReLU: ("leaky-relu", "negative_slope"),
+    nn.ELU: ("elu", "alpha"),
+    nn.Softplus: ("softplus", "beta"),
+}
+"""The activations, and the attribute of the module that is their parameter."""
+
+
+def _module(name: str, module: nn.Module, before: Tensor, after: Tensor) -> Layer | None:
+    """Return the layer that a module is; None for the identity."""
+    kind = type(module)
+    if isinstance(module, nn.Conv2d) and kind is nn.Conv2d:
+        return _convolution(name, module, before, after)
+    if isinstance(module, nn.Linear) and kind is nn.Linear and before.ndim == 2:
+        return Convolution(
+            name=name,
+            weight=f"{name}.weight",
+            bias=None if module.bias is None else f"{name}.bias",
+            geometry=Geometry((1, 1), (0, 0), (1, 1), 1, (1, 1), (1, 1)),
+            inputs=(module.in_features, 1, 1),
+            outputs=(module.out_features, 1, 1),
+        )
+    if isinstance(module, KeyLock) or (isinstance(module, nn.BatchNorm2d) and kind is nn.BatchNorm2d):
+        return _normalisation(name, module)
+    if kind in _CURVES:
+        curve, parameter = _CURVES[kind]
+        return _activation(name, curve, float(getattr(module, parameter)) if parameter else 1.0)
+    if kind is nn.Unflatten or (kind is nn.Flatten and after.ndim == 2):
+        return Reshape(name, tuple(before.shape[1:]))
+    if kind is nn.Identity or (
+        isinstance(module, nn.modules.dropout._DropoutNd) and not (module.p and module.training)
+    ):
+        return None
+    raise _unknown(name, kind.__name__)
+
+
+def _convolution(name: str, module: nn.Conv2d, before: Tensor, after: Tensor) -> Convolution:
+    spread = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size)]
+    if module.padding_mode != "zeros" or (module.padding == "same" and any(total % 2 for total in spread)):
+        raise Unsupported(f"peel needs zeros around an image, as many on each side, and {name} pads otherwise")
+    around: list[int] | tuple[int, ...] = spread if isinstance(module.padding, str) else module.padding
+    if isinstance(module.padding, str):
+        around = [total // 2 if module.padding == "same" else 0 for total in spread]
+    return Convolution(
+        name=name,
+        weight=f"{name}.weight",
+        bias=None if module.bias is None else f"{name}.bias",
+        geometry=Geometry(
+            (module.stride[0], module.stride[1]),
+            (around[0], around[1]),
+            (module.dilation[0], module.dilation[1]),
+            module.groups,
+            (before.shape[2], before.shape[3]),
+            (module.kernel_size[0], module.kernel_size[1]),
+        ),
+        inputs=(before.shape[1], before.shape[2], before.shape[3]),
+        outputs=(after.shape[1], after.shape[2], after.shape[3]),
+    )
+
+
+def _normalisation(name: str, module: KeyLock | nn.BatchNorm2d) -> Normalisation | Scaling:
+    norm = module.norm if isinstance(module, KeyLock) else module
+    public = isinstance(module, nn.BatchNorm2d) and module.affine
+    layer = Normalisation(
+        name=name,
+        weight=f"{name}.weight" if public else None,
+        bias=f"{name}.bias" if public else None,
+        eps=norm.eps,
+        secret=isinstance(module, KeyLock),
+    )
+    if norm.training or norm.running_mean is None:
+        return layer
+    if layer.secret:
+        raise Unsupported(
+            f"peel tells a secret scale and shift by the statistics of the image itself, and {name} normalises by "
+            "running ones; attack the network in training mode"
+        )
+    return Scaling(name, layer)
+
+
+_FUNCTIONS: Mapping[Callable[..., object] | str, tuple[Curve, str, float]] = {
+    torch.sigmoid: ("sigmoid", "", 1.0),
+    F.sigmoid: ("sigmoid", "", 1.0),
+    "sigmoid": ("sigmoid", "", 1.0),
+    torch.tanh: ("tanh", "", 1.0),
+    F.tanh: ("tanh", "", 1.0),
+    "tanh": ("tanh", "", 1.0),
+    F.leaky_relu: ("leaky-relu", "negative_slope", 0.01),
+    F.elu: ("elu", "alpha", 1.0),
+    F.softplus: ("softplus", "beta", 1.0),
+}
+"""The activations as functions, and the name and the default of the argument that is their parameter."""
+
+_RESHAPES = (torch.flatten, torch.reshape, "flatten", "reshape", "view")
+
+
+def _function(node: fx.Node, before: Tensor) -> Layer | None:
+    """Return the layer that a function or a tensor's method is; None for the identity."""
+    if node.target in _RESHAPES:
+        return Reshape(node.name, tuple(before.shape[1:]))
+    if node.target == "contiguous" or (node.target is F.dropout and node.kwargs.get("training") is False):
+        return None
+    if node.target not in _FUNCTIONS:
+        raise _unknown(node.name, str(getattr(node.target, "__name__", node.target)))
+    curve, parameter, default = _FUNCTIONS[node.target]
+    given = node.args[1] if len(node.args) > 1 else node.kwargs.get(parameter, default)
+    if not isinstance(given, (int, float)):
+        raise _unknown(node.name, curve)
+    return _activation(node.name, curve, float(given))
+
+
+def _activation(name: str, curve: Curve, parameter: float) -> Activation:
+    if not (parameter > 0 and math.isfinite(parameter)):
+        raise Unsupported(f"peel needs an invertible activation, and {name} ({curve}) has the parameter {parameter:g}")
+    return Activation(name, curve, parameter)
+
+
+_REASONS = {
+    "pool": "pooling loses information",
+    "relu": "it is not invertible",
+    "elu": "it is not invertible",
+    "silu": "it is not invertible",
+    "dropout": "which units it dropped is not known",
+    "add": "a residual connection makes no chain",
+}
+
+
+def _unknown(name: str, kind: str) -> Unsupported:
+    reason = next((why for word, why in _REASONS.items() if word in kind.lower()), "it is none of the layers it knows")
+    return Unsupported(
+        f"peel cannot go back through {name} ({kind}): {reason}; it takes convolutions, linear layers, sigmoid, tanh, "
+        "leaky ReLU, ELU, softplus and batch normalisation"
+    )
+
+
+def _check(chain: Chain, twin: nn.Module, image: Tensor, features: object) -> None:
+    """Raise Unsupported where the chain does not compute what the network does."""
+    tensors = {name: value.detach()[None] for name, value in tensors_of(twin).items()}
+    for name, module in twin.named_modules():
+        if isinstance(module, KeyLock):
+            scale, shift = module.coefficients()
+            tensors |= {f"{name}:scale": scale.detach()[None], f"{name}:shift": shift.detach()[None]}
+    value = image
+    for layer in chain.layers:
+        value = layer.forward(value, tensors)
+    assert isinstance(features, Tensor)
+    same = value.numel() == features.numel()
+    if not same or not (value.flatten() - features.flatten()).norm() <= TOLERANCE * features.norm():
+        raise Unsupported("peel's chain of layers does not compute what the network does (a hook, or a custom layer)")

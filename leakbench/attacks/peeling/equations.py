@@ -1,0 +1,336 @@
+"""The input of a convolution, from its output and the error there, by weighted least squares.
+
+With a the input, s = w * a + b the output and e = dL/ds, forward and backward pass give two sets of equations that are
+linear in a: w * a = s - b, and corr(e, a) = dL/dw. Each has a weight, one over its variance. T trials.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from leakbench.attacks.peeling.layers import Convolution
+from leakbench.attacks.peeling.undo import Estimate, Noise, Standardised
+from leakbench.gradients.convolution import Geometry, convolve, input_gradient, weight_gradient
+
+JITTERS = (1e-14, 1e-12, 1e-10)
+"""What is added in turn to the diagonal, which is 1, of a system that rounding has made indefinite."""
+
+REFINEMENTS = 3
+"""How often a factored system is solved; each time but the first for what rounding has left."""
+
+GAIN = 0.2
+"""The standard deviation of w * a that is assumed where nothing tells it, for a kernel of norm 1."""
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What is assumed of an input beforehand: a is normal with this mean [n] and inverse covariance matrix [n, n]."""
+
+    matrix: Tensor
+    mean: Tensor
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a convolution gives away.
+
+    Attributes:
+        value: its input [T, C, H, W]; before a normalisation, in a unit of which nothing is known.
+        error: the error there, in one over that unit.
+        misfit: [T], how far the equations are from being met, in standard deviations (root mean square).
+        scale: [T, O], the standard deviation sigma of the outputs' channels in the unit of the input, negative where
+            that of the normalisation's scale was taken for its absolute value; None without a normalisation.
+    """
+
+    value: Estimate
+    error: Estimate
+    misfit: Tensor
+    scale: Tensor | None = None
+
+
+def undo_convolution(
+    layer: Convolution,
+    kernel: Tensor,
+    output: Estimate,
+    error: Estimate,
+    by_weight: Tensor | None,
+    noise: Noise,
+    prior: Prior | None,
+) -> Solution:
+    """Return the input a of a convolution from w * a = s - b and corr(e, a) = dL/dw.
+
+    Args:
+        layer: the convolution.
+        kernel: w, [T, O, C / groups, kh, kw].
+        output: s - b, [T, O, h, w].
+        error: e, [T, O, h, w].
+        by_weight: dL/dw, shaped like the kernel; None where it was not sent.
+        noise: of dL/dw.
+        prior: of a; None for a weak one about zero. Only then are variances returned.
+    """
+    norms = kernel.square().sum((2, 3, 4))
+    power = output.mean.square().mean((1, 2, 3)) / norms.mean(1)
+    equations = Equations.weighted(
+        layer, kernel, output.variance, error, by_weight, noise, power, torch.ones_like(norms), norms > 0
+    )
+    sent = torch.zeros_like(kernel) if by_weight is None else by_weight
+    belief = prior or _weak(layer, kernel)
+    trust = 1 / power if prior is None else torch.ones_like(power)
+
+    def residuals(a: Tensor) -> tuple[Tensor, Tensor]:
+        forward, gradient = equations.apply(a)
+        return output.mean - forward, sent - gradient
+
+    def rest(a: Tensor) -> Tensor:
+        return equations.adjoint(*residuals(a)) - trust[:, None] * ((a - belief.mean) @ belief.matrix)
+
+    matrix = equations.gram().addcmul_(trust[:, None, None], belief.matrix)
+    a, variance = solve_definite(matrix, rest, torch.zeros_like(matrix[:, 0]), with_variance=prior is None)
+    shape = (len(a), *layer.inputs)
+    return Solution(
+        Estimate(a.view(shape), variance.view(shape)), _below(layer, kernel, error), equations.misfit(*residuals(a))
+    )
+
+
+def undo_normalised(
+    layer: Convolution,
+    kernel: Tensor,
+    output: Standardised,
+    by_weight: Tensor | None,
+    noise: Noise,
+    prior: Prior | None,
+) -> Solution:
+    """Return the input a of a convolution before a normalisation, up to a factor.
+
+    The equations are w * a = sigma z + m and corr(h, a) = sigma dL/dw: linear and homogeneous in a and in each output
+    channel's sigma and m, which takes up the bias. The sigma of the clearest channel is set to 1.
+
+    Args:
+        layer: the convolution.
+        kernel: w, [T, O, C / groups, kh, kw].
+        output: z and h.
+        by_weight: dL/dw, shaped like the kernel; None where it was not sent.
+        noise: of dL/dw.
+        prior: of a, whose mean and scale do not count; None for a weak one. Only then are variances returned.
+    """
+    z = output.value.mean
+    trials, channels = output.alive.shape
+    norms = kernel.square().sum((2, 3, 4)).sqrt()
+    clearest = torch.where(output.alive, output.value.variance.mean((2, 3)), torch.inf).argmin(1)
+    norm = norms.gather(1, clearest[:, None])
+    power = (GAIN * norm[:, 0]) ** -2
+    equations = Equations.weighted(
+        layer, kernel, output.value.variance, output.error, by_weight, noise, power, norms / norm, output.alive
+    )
+    sent = torch.zeros_like(kernel) if by_weight is None else by_weight
+    belief = prior or _weak(layer, kernel)
+    count = prod(layer.inputs)
+    parts = [count, channels, channels]
+    rows, fixed = torch.arange(trials, device=z.device), count + clearest
+
+    def residuals(unknowns: Tensor) -> tuple[Tensor, Tensor]:
+        a, sigma, shift = unknowns.split(parts, 1)
+        forward, gradient = equations.apply(a)
+        return (
+            sigma[..., None, None] * z + shift[..., None, None] - forward,
+            sigma[..., None, None, None] * sent - gradient,
+        )
+
+    def rest(unknowns: Tensor) -> Tensor:
+        forward, gradient = residuals(unknowns)
+        pull = (unknowns[:, :count] @ belief.matrix) / power[:, None]
+        by_shift = equations.forward * forward
+        by_scale = (by_shift * z).sum((2, 3)) + equations.gradient * (gradient * sent).sum((2, 3, 4))
+        return torch.cat([equations.adjoint(forward, gradient) - pull, -by_scale, -by_shift.sum((2, 3))], 1)
+
+    matrix = z.new_zeros(trials, sum(parts), sum(parts))
+    matrix[:, :count, :count] = equations.gram().addcmul_(1 / power[:, None, None], belief.matrix)
+    for column in range(count, sum(parts)):
+        unit = torch.zeros_like(matrix[:, 0])
+        unit[:, column] = 1.0
+        matrix[:, column] = matrix[:, :, column] = -rest(unit)
+    own = matrix.diagonal(dim1=1, dim2=2)
+    own.add_((own == 0).to(own))  # the sigma and m of a dead channel are in no equation
+    matrix[rows, :, fixed] = matrix[rows, fixed] = 0.0
+    matrix[rows, fixed, fixed] = 1.0
+    start = torch.zeros_like(matrix[:, 0])
+    start[rows, fixed] = 1.0
+
+    def free(unknowns: Tensor) -> Tensor:
+        return rest(unknowns) * (1 - start)
+
+    unknowns, variance = solve_definite(matrix, free, start, with_variance=prior is None)
+    shape = (trials, *layer.inputs)
+    sigma = unknowns.split(parts, 1)[1]
+    inverse = torch.where(output.alive, 1 / sigma, 0.0)[..., None, None]
+    return Solution(
+        Estimate(unknowns[:, :count].reshape(shape), variance[:, :count].reshape(shape)),
+        _below(layer, kernel, output.error.scaled(inverse)),
+        equations.misfit(*residuals(unknowns)),
+        sigma,
+    )
+
+
+def _weak(layer: Convolution, like: Tensor) -> Prior:
+    """Return independent values of mean 0 and variance 1."""
+    count = prod(layer.inputs)
+    return Prior(torch.eye(count, dtype=like.dtype, device=like.device), like.new_zeros(count))
+
+
+def _below(layer: Convolution, kernel: Tensor, error: Estimate) -> Estimate:
+    """Return the error at a convolution's input."""
+    square = kernel[:1].square().expand_as(kernel) if kernel.stride(0) == 0 else kernel.square()
+    return Estimate(
+        input_gradient(error.mean, kernel, layer.geometry), input_gradient(error.variance, square, layer.geometry)
+    )
+
+
+@dataclass(frozen=True)
+class Equations:
+    """The equations w * a = r and corr(e, a) = g, as matrices of a [T, n], with a weight each.
+
+    Attributes:
+        layer: the convolution.
+        kernel: w, [T, O, C / groups, kh, kw].
+        error: e, [T, O, h, w].
+        forward: the weights of the first, [T, O, h, w].
+        gradient: the weights of the second, [T, O].
+    """
+
+    layer: Convolution
+    kernel: Tensor
+    error: Tensor
+    forward: Tensor
+    gradient: Tensor
+
+    @classmethod
+    def weighted(
+        cls,
+        layer: Convolution,
+        kernel: Tensor,
+        variance: Tensor,
+        error: Estimate,
+        by_weight: Tensor | None,
+        noise: Noise,
+        power: Tensor,
+        size: Tensor,
+        alive: Tensor,
+    ) -> Equations:
+        """Weigh the equations.
+
+        Args:
+            layer: the convolution.
+            kernel: w.
+            variance: of r, before it is multiplied by ``size``, [T, O, h, w].
+            error: e.
+            by_weight: g, before it is multiplied by ``size``; None where there are no such equations.
+            noise: of g.
+            power: [T], the expected square of a.
+            size: [T, O].
+            alive: [T, O], the channels that tell anything.
+        """
+        forward = 1 / (size.square()[..., None, None] * variance)
+        gradient = torch.zeros_like(size)
+        if by_weight is not None:
+            spread = power[:, None] * error.variance.sum((2, 3))
+            gradient = 1 / (size.square() * noise.variance(by_weight)[:, None] + spread)
+        forward, gradient = torch.where(alive[..., None, None], forward, 0.0), torch.where(alive, gradient, 0.0)
+        return cls(layer, kernel, error.mean, forward, gradient)
+
+    def apply(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        """Return w * a and corr(e, a)."""
+        image = a.reshape(len(a), *self.layer.inputs)
+        geometry = self.layer.geometry
+        return convolve(image, self.kernel, geometry), weight_gradient(image, self.error, geometry)
+
+    def adjoint(self, forward: Tensor, gradient: Tensor) -> Tensor:
+        """Return [T, n], the transpose of ``apply`` on rows [T, O, h, w] and [T, O, C / groups, kh, kw], weighted."""
+        geometry = self.layer.geometry
+        out = input_gradient(self.forward * forward, self.kernel, geometry)
+        out = out + input_gradient(self.error, self.gradient[..., None, None, None] * gradient, geometry)
+        return out.flatten(1)
+
+    def gram(self) -> Tensor:
+        """Return [T, n, n], ``adjoint`` of ``apply``."""
+        geometry, (channels, height, width) = self.layer.geometry, self.layer.inputs
+        trials, count = len(self.kernel), channels * height * width
+        eye = torch.eye(count, dtype=self.kernel.dtype, device=self.kernel.device).view(count, *self.layer.inputs)
+        shared = self.kernel.stride(0) == 0
+        out = eye.new_empty(trials, count, count)
+        for trial in range(trials):
+            kernel = self.kernel[trial : trial + 1].expand(count, *self.kernel.shape[1:])
+            if trial == 0 or not shared:
+                responses = convolve(eye, kernel, geometry)
+            out[trial] = input_gradient(responses * self.forward[trial], kernel, geometry).flatten(1)
+        blocks = self._gradient_blocks()
+        squares = out.view(trials, channels, height * width, channels, height * width)
+        for channel in range(channels):
+            squares[:, channel, :, channel] += blocks[:, channel * geometry.groups // channels]
+        return out
+
+    def _gradient_blocks(self) -> Tensor:
+        """Return [T, groups, H W, H W]: what corr(e, a) adds to ``gram`` for a channel of each group."""
+        geometry, (trials, outputs) = self.layer.geometry, self.gradient.shape
+        places = geometry.image[0] * geometry.image[1]
+        index = _taps(geometry, self.kernel.device)
+        shape = (trials, outputs, *index.shape)
+        rows = self.error.new_zeros(*shape[:3], places + 1)
+        rows = rows.scatter(3, index.expand(shape), self.error.reshape(trials, outputs, 1, -1).expand(shape))
+        rows = rows[..., :places] * self.gradient.sqrt()[..., None, None]
+        rows = rows.reshape(trials, geometry.groups, -1, places)
+        return rows.mT @ rows
+
+    def misfit(self, forward: Tensor, gradient: Tensor) -> Tensor:
+        """Return [T], the root mean square of residuals in standard deviations."""
+        weights = self.gradient[..., None, None, None]
+        total = (self.forward * forward.square()).sum((1, 2, 3)) + (weights * gradient.square()).sum((1, 2, 3, 4))
+        count = (self.forward > 0).sum((1, 2, 3)) + gradient[0, 0].numel() * (self.gradient > 0).sum(1)
+        return (total / count).sqrt()
+
+
+def _taps(geometry: Geometry, device: torch.device) -> Tensor:
+    """Return [kh kw, h w], the place in the image that each tap of the kernel meets in each window; H W outside."""
+    height, width = geometry.image
+    places = torch.arange(1, height * width + 1, dtype=torch.float64, device=device).view(1, 1, height, width)
+    windows = F.unfold(places, geometry.kernel, geometry.dilation, geometry.padding, geometry.stride)[0].long() - 1
+    return torch.where(windows < 0, height * width, windows)
+
+
+def solve_definite(
+    matrix: Tensor, rest: Callable[[Tensor], Tensor], start: Tensor, with_variance: bool
+) -> tuple[Tensor, Tensor]:
+    """Solve symmetric positive definite systems by Cholesky factors and iterative refinement.
+
+    Args:
+        matrix: [T, n, n]; overwritten.
+        rest: returns what is left of the right-hand sides [T, n] at a solution [T, n], more precisely than the matrix.
+        start: [T, n], where to begin.
+        with_variance: return the inverse's diagonal, which takes twice as long as the factors.
+
+    Returns:
+        The solution [T, n], NaN where no factor was found, and the inverse's diagonal [T, n], or zeros.
+    """
+    scale = torch.rsqrt(matrix.diagonal(dim1=1, dim2=2))
+    matrix *= scale[:, :, None]
+    matrix *= scale[:, None, :]
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    for jitter in JITTERS:
+        if not bool((info > 0).any()):
+            break
+        matrix.diagonal(dim1=1, dim2=2).add_(jitter)
+        again, status = torch.linalg.cholesky_ex(matrix)
+        factor = torch.where((info > 0)[:, None, None], again, factor)
+        info = torch.where(info > 0, status, info)
+    found = start
+    for _ in range(REFINEMENTS):
+        found = found + scale * torch.cholesky_solve((scale * rest(found))[..., None], factor)[..., 0]
+    found = torch.where((info > 0)[:, None], torch.nan, found)
+    if not with_variance:
+        return found, torch.zeros_like(found)
+    return found, scale.square() * torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)
