@@ -172,8 +172,15 @@ def test_a_key_or_a_lock_adds_nothing(threat: str) -> None:
     assert torch.equal(run(told).images, run(plainly).images)
 
 
+def test_the_eps_of_a_public_normalisation_tells_the_contrast() -> None:
+    observation, images, _ = see("lenet", "norm-only")
+    assert float((run(observation).images - images).abs().max()) < 0.03
+    rough = run(noisy(observation, 1e-2)).images
+    assert float((rough - images).abs().max()) > 0.1
+
+
 def test_an_image_of_lost_contrast_is_given_the_brightness_of_the_public_mean() -> None:
-    observation, _, _ = see("lenet", "norm-only")
+    observation, _, _ = see("lenet", "keylock(length=9, gate=sigmoid)")
     found = run(observation).images.flatten(1)
     torch.testing.assert_close(found.mean(1), SAMPLES.mean().mean().expand(TRIALS), rtol=0, atol=1e-5)
     torch.testing.assert_close(found.std(1, unbiased=False), torch.full((TRIALS,), 0.2), rtol=1e-5, atol=0)

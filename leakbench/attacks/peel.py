@@ -41,6 +41,9 @@ COPIES = 7
 CONTRAST = 0.2
 """The standard deviation that is given to an image whose contrast a normalisation has removed."""
 
+CLEAR = 0.2
+"""The relative error up to which the contrast that the eps of a normalisation tells is taken."""
+
 COLOUR = 0.15
 """How much less the differences between an image's colours are assumed to change than their mean."""
 
@@ -57,8 +60,9 @@ class Peel(Attack):
     it each convolution gives its input a by weighted least squares on w * a = s - b and corr(e, a) = dL/dw together,
     with s its output and e the error there. Before a normalisation of one image they are w * a = sigma z + m and
     corr(h, a) = sigma dL/dw, with sigma and m of each channel unknown too; z is the standardised channel and h the
-    error through the normalisation, so that neither key nor lock is needed. All in float64. The contrast of an image
-    that meets such a normalisation first is lost: it is returned with the brightness of the public mean.
+    error through the normalisation, so that neither key nor lock is needed. All in float64. An image that meets such a
+    normalisation first has lost its contrast, but for what the normalisation's eps shows where scale and shift are
+    public; elsewhere it is returned with the brightness of the public mean.
 
     Attributes:
         precision: the relative error that is assumed of the gradient, float32's by default; the larger one that the
@@ -133,7 +137,9 @@ class Peel(Attack):
                     solution = undo_normalised(layer, kernel, output, by_weight, noise, prior)
                     value, error = solution.value, solution.error
                     if image:
-                        value = _exposed(value, observation.mean_image)
+                        upper = chain.layers[index + 1]
+                        assert isinstance(upper, Normalisation)
+                        value = _exposed(output, solution, upper, observation.mean_image)
                     elif index:
                         unit = find_unit(chain.layers, index, output, solution, tensors, sent)[:, None, None, None]
                         value, error = value.scaled(unit), error.scaled(1 / unit)
@@ -178,8 +184,7 @@ def find_unit(
     if clue == "eps":
         upper = layers[index + 1]
         assert isinstance(upper, Normalisation)
-        assert solution.scale is not None
-        return _unit_by_eps(output, solution.scale, upper.eps)
+        return _unit_by_eps(output, solution, upper.eps)[0]
     margin = torch.full_like(a, 1e-12)
 
     def mismatch(unit: Tensor) -> Tensor:
@@ -219,13 +224,20 @@ def _clue(
     )
 
 
-def _unit_by_eps(output: Standardised, scale: Tensor, eps: float) -> Tensor:
-    """Return [T], the unit with 1 - mean(z^2) = eps / (unit * scale)^2 in each channel, by least squares."""
-    z = output.value.mean
+def _unit_by_eps(output: Standardised, solution: Solution, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the unit [T] with 1 - mean(z^2) = eps / (unit * scale)^2 in each channel, and its relative error [T].
+
+    NaN and negative where eps cannot be seen.
+    """
+    z, scale = output.value.mean, solution.scale
+    assert scale is not None
     missing = 1 - z.square().mean((2, 3))
     expected = torch.where(output.alive, eps / scale.square(), 0.0)
-    trust = torch.where(output.alive, 1 / (z.square() * output.value.variance).mean((2, 3)), 0.0)
-    return ((trust * expected * missing).sum(1) / (trust * expected.square()).sum(1)).rsqrt()
+    variance = 4 * (z.square() * output.value.variance).mean((2, 3)) / z[0, 0].numel()
+    trust = torch.where(output.alive, 1 / variance, 0.0)
+    weight = (trust * expected.square()).sum(1)
+    inverse_square = (trust * expected * missing).sum(1) / weight
+    return inverse_square.rsqrt(), weight.rsqrt() / (2 * inverse_square)
 
 
 def _search(mismatch: Callable[[Tensor], Tensor], about: Tensor) -> Tensor:
@@ -240,11 +252,21 @@ def _search(mismatch: Callable[[Tensor], Tensor], about: Tensor) -> Tensor:
     return centre.exp()
 
 
-def _exposed(value: Estimate, mean_image: Tensor) -> Estimate:
-    """Return images of unknown contrast with the usual one, and with the brightness of the public mean."""
+def _exposed(output: Standardised, solution: Solution, norm: Normalisation, mean_image: Tensor) -> Estimate:
+    """Return images in their own unit, where the normalisation is public and its eps is seen well enough.
+
+    Elsewhere contrast is lost: they get the usual one, and the brightness of the public mean.
+    """
+    value = solution.value
     middle = value.mean.mean((1, 2, 3), keepdim=True)
-    scale = CONTRAST / value.mean.std((1, 2, 3), unbiased=False, keepdim=True)
-    return value.scaled(scale, float(mean_image.mean()) - scale * middle)
+    usual = CONTRAST / value.mean.std((1, 2, 3), unbiased=False, keepdim=True)
+    lost = value.scaled(usual, float(mean_image.mean()) - usual * middle)
+    if norm.secret:
+        return lost
+    unit, error = (each[:, None, None, None] for each in _unit_by_eps(output, solution, norm.eps))
+    seen = value.scaled(unit)
+    clear = (error > 0) & (error < CLEAR)
+    return Estimate(torch.where(clear, seen.mean, lost.mean), torch.where(clear, seen.variance, lost.variance))
 
 
 def served_chain(observation: Observation) -> Chain:
