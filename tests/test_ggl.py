@@ -349,3 +349,12 @@ def test_a_budget_below_one_population_is_told_before_the_run() -> None:
     assert "\n" not in str(told.value)
     attacks.parse("ggl(generator=tiny, budget=50)").check(watch("lenet"))
     attacks.parse("ggl(generator=tiny, budget=49, optimizer=adam)").check(watch("lenet"))
+
+
+def test_a_population_is_measured_for_every_trial() -> None:
+    """What the choice of a chunk goes by: nothing is held between populations, and Adam holds its moments."""
+    observation, rng = watch("lenet", trials=3), Rng(("a", "b", "c"))
+    evolved = attacks.parse("ggl(budget=6, popsize=3, generator=tiny)")
+    assert evolved.probe(observation, rng) == 0
+    descended = attacks.parse("ggl(budget=6, popsize=3, generator=tiny, optimizer=adam)")
+    assert (descended.probe(observation, rng) or 0) > 0
