@@ -162,6 +162,16 @@ def test_without_a_threshold_everything_is_run(tmp_path):
         report.ranking(tmp_path)
 
 
+def test_what_attacks_return_does_not_depend_on_what_is_skipped(tmp_path):
+    stages = (Knows("0 2"), Counts("1"), Thief())
+    whole = go(ensemble(*stages, threshold=None), tmp_path / "whole", chunk=1)
+    part = go(ensemble(*stages), tmp_path / "part", chunk=1)
+    assert len(part) == 4 + 2 + 1
+    pd.testing.assert_frame_equal(measured(part), measured(whole.loc[part.index]))
+    with Store.open(tmp_path / "whole" / FILE) as first, Store.open(tmp_path / "part" / FILE) as second:
+        assert second.images(part.index) == first.images(part.index)
+
+
 def test_a_threshold_works_without_stages_in_the_order_of_the_axes(tmp_path):
     axes = {"defenses": ["none"], "models": ["lenet"], "datasets": [Tiny()], "images": 4, "floors": False}
     plain = Matrix(attacks=[Knows("0"), Thief()], threshold=0.6, **axes)
