@@ -11,7 +11,7 @@ DEVICE ?= cpu
 .PHONY: help setup demo trunks test test-full test-assets assets check format wheel clean
 
 help:
-	@echo "make demo         set up, and run every attack and defense on the images that ship with leakbench"
+	@echo "make demo         set up, and run three attacks against five defenses on the images that ship with leakbench"
 	@echo "make test         set up, and run the tests that need no network"
 	@echo "make test-full    run torchvision's networks of full size, which takes an hour"
 	@echo "make check        format, lint and types"

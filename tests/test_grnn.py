@@ -323,14 +323,15 @@ def test_a_key_can_be_sought_with_the_generator() -> None:
     assert not bool(found.failed.any())
 
 
-def test_a_network_of_ones_own_of_any_size() -> None:
+@pytest.mark.parametrize("side", [64, pytest.param(256, marks=pytest.mark.full)])
+def test_a_network_of_ones_own_of_any_size(side: int) -> None:
     torchvision = pytest.importorskip("torchvision")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = torchvision.models.resnet18(num_classes=5).train()
-    observation = leakbench.observe(network, rand(1, 3, 64, 64), torch.tensor([3]))
+    observation = leakbench.observe(network, rand(1, 3, side, side), torch.tensor([3]))
     found = leakbench.attack(f"grnn(steps=2, latent={LATENT}, tv=1e-6)", observation)
-    assert found.images.shape == (1, 3, 64, 64)
+    assert found.images.shape == (1, 3, side, side)
     assert found.path == "batched"
     assert not bool(found.failed.any())
 

@@ -136,7 +136,7 @@ def _table(pairs: Sequence[Pair], metrics: Sequence[str]) -> str:
         lines.append(line)
     images = max(found[metric][index].images for metric in metrics for index in rows)
     tests = sum(not math.isnan(p) for p in every)
-    return f"{table(headers, lines, left=1)}{_warning(images, tests)}"
+    return f"{table(headers, lines, left=1)}{warning(images, tests)}"
 
 
 def _cell(one: Difference, adjusted: float, places: int | None) -> list[str]:
@@ -147,7 +147,7 @@ def _cell(one: Difference, adjusted: float, places: int | None) -> list[str]:
     return [mean, median, p_value(one.p), corrected] if one.images else [ABSENT] * 4
 
 
-def _warning(images: int, tests: int) -> str:
+def warning(images: int, tests: int) -> str:
     """Return a paragraph where no difference, however large, could be shown on so many images."""
     if not tests or smallest_p(images, tests) <= ALPHA:
         return ""

@@ -11,6 +11,7 @@ import pandas as pd
 
 from leakbench.errors import BadOption, LeakbenchError
 from leakbench.report import compare, curves, grids, sharing, worst_case
+from leakbench.report.about import about
 from leakbench.report.csv import csv
 from leakbench.report.markdown import Picture, Run, markdown, run_name
 from leakbench.store import FILE, Store
@@ -95,7 +96,8 @@ def write_sharing(out: Path | str) -> list[Path]:
         pages = sharing.grids(results)
         for page in pages:
             written.append(_replace(out / "grids" / page.file, sharing.png(page, store.images(page.trials))))
-        text = sharing.markdown(results, store.metrics(), pages, store.components())
+        head = about(store.sessions(), results, len(store.trials()))
+        text = sharing.markdown(results, store.metrics(), pages, store.components(), head)
         written.append(_replace(out / "sharing.md", text.encode()))
     return written
 

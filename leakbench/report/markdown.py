@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from leakbench.report.about import about
 from leakbench.report.controls import control_gains
 from leakbench.report.differences import differences
 from leakbench.report.table import ANY, BLOCK, strongest, summarise, without_repeats
@@ -64,7 +65,7 @@ class Run:
 
 def markdown(run: Run, pictures: Sequence[Picture] = ()) -> str:
     """Return the report of a run; it depends on nothing but its arguments."""
-    parts = [f"# Leakage report: {escape(run.name)}", _about(run)]
+    parts = [f"# Leakage report: {escape(run.name)}", about(run.sessions, run.results, run.planned)]
     if not len(run.results):
         return "\n\n".join([*parts, "No trial has ended yet: there is nothing to show."]) + "\n"
     summary = summarise(run.results, run.metrics)
@@ -95,35 +96,6 @@ def run_name(sessions: Sequence[Session], folder: str) -> str:
         return folder
     name = matrix.get("name") if isinstance(matrix, dict) else None
     return name if isinstance(name, str) and name.strip() else folder
-
-
-def _about(run: Run) -> str:
-    """Return what was run, when, where and with which versions."""
-    counts = run.results["status"].value_counts()
-    statuses = ", ".join(f"{counts[s]} {s}" for s in ("ok", "failed", "unsupported", "error") if s in counts)
-    ended = f"{len(run.results)} of {run.planned} planned" + (f" ({statuses})" if statuses else "")
-    rows = [
-        ["trials", ended],
-        ["time in trials", f"{number(run.results['seconds'].sum(), 1)} s"],
-    ]
-    for session in run.sessions:
-        source = session.provenance
-        commit = "no checkout" if source.commit is None else f"commit {source.commit[:12]}"
-        dirty = " with uncommitted changes" if source.dirty else ""
-        packages = ", ".join(f"{name} {version}" for name, version in source.packages.items())
-        label = "" if len(run.sessions) == 1 else f", start {session.id}"
-        rows += [
-            [f"command{label}", escape(source.command)],
-            [f"time{label}", f"{session.started} to {session.ended or 'an unknown end: it was interrupted'}"],
-            [f"device{label}", escape(f"{source.device}, {source.threads} CPU threads")],
-            [f"versions{label}", escape(f"leakbench {source.version} ({commit}{dirty}), Python {source.python}")],
-            [f"packages{label}", escape(packages) or ABSENT],
-        ]
-    about = table(["run", ""], rows, left=2)
-    versions = {(s.provenance.version, s.provenance.commit, s.provenance.dirty) for s in run.sessions}
-    if len(versions) > 1:
-        return f"{about}\n\n**This run mixes versions of leakbench**: trials of different starts may not compare."
-    return about
 
 
 def _tables(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> list[str]:

@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from leakbench.report.differences import warning
 from leakbench.report.statistics import holm, paired_difference, sign_flip_test
 from leakbench.report.table import summarise
 from leakbench.report.text import decimals, escape, p_value, slug, table, with_interval
@@ -130,9 +131,13 @@ def markdown(
     metrics: Sequence[MetricInfo],
     pages: Sequence[Grid] = (),
     components: Sequence[Component] = (),
+    head: str = "",
 ) -> str:
-    """Return the study's report; it depends on nothing but its arguments."""
-    parts = ["# What key-lock's secrets are worth", _WORDS]
+    """Return the study's report, with the table of its run (``about``) as its head.
+
+    It depends on nothing but its arguments.
+    """
+    parts = ["# What key-lock's secrets are worth", head, _WORDS]
     blocks = list(_blocks(results))
     if not blocks:
         return (
@@ -219,7 +224,8 @@ def _tests(block: pd.DataFrame, metric: MetricInfo) -> str:
         for (first, second), one, adjusted in zip(pairs, found, holm([one.p for one in found]))
     ]
     title = f"**Paired differences in {escape(metric.name)}**:"
-    return f"{title}\n\n{table(['difference', 'images', 'mean', 'p', 'p (Holm)'], lines, left=1)}"
+    shown = table(["difference", "images", "mean", "p", "p (Holm)"], lines, left=1)
+    return f"{title}\n\n{shown}{warning(max(one.images for one in found), len(found))}"
 
 
 def _pairs(names: Sequence[str]) -> list[tuple[str, str]]:

@@ -1,0 +1,45 @@
+"""What was run, when, where and with which versions: the head of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from leakbench.report.text import ABSENT, escape, number, table
+from leakbench.store import Session
+
+
+def about(sessions: Sequence[Session], results: pd.DataFrame, planned: int) -> str:
+    """Return the table of a run's starts.
+
+    Args:
+        sessions: every start of the run.
+        results: one row per trial with a result (``Store.results``).
+        planned: how many trials were planned.
+    """
+    counts = results["status"].value_counts()
+    statuses = ", ".join(f"{counts[s]} {s}" for s in ("ok", "failed", "unsupported", "error") if s in counts)
+    ended = f"{len(results)} of {planned} planned" + (f" ({statuses})" if statuses else "")
+    rows = [
+        ["trials", ended],
+        ["time in trials", f"{number(results['seconds'].sum(), 1)} s"],
+    ]
+    for session in sessions:
+        source = session.provenance
+        commit = "no checkout" if source.commit is None else f"commit {source.commit[:12]}"
+        dirty = " with uncommitted changes" if source.dirty else ""
+        packages = ", ".join(f"{name} {version}" for name, version in source.packages.items())
+        label = "" if len(sessions) == 1 else f", start {session.id}"
+        rows += [
+            [f"command{label}", escape(source.command)],
+            [f"time{label}", f"{session.started} to {session.ended or 'an unknown end: it was interrupted'}"],
+            [f"device{label}", escape(f"{source.device}, {source.threads} CPU threads")],
+            [f"versions{label}", escape(f"leakbench {source.version} ({commit}{dirty}), Python {source.python}")],
+            [f"packages{label}", escape(packages) or ABSENT],
+        ]
+    head = table(["run", ""], rows, left=2)
+    versions = {(s.provenance.version, s.provenance.commit, s.provenance.dirty) for s in sessions}
+    if len(versions) > 1:
+        return f"{head}\n\n**This run mixes versions of leakbench**: trials of different starts may not compare."
+    return head
