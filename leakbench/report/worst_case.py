@@ -209,7 +209,7 @@ def _headline(found: Sequence[Standing]) -> str:
         evaluations = sum(effort.evaluations or 0 for effort in one.efforts)
         seconds = sum(effort.seconds for effort in one.efforts)
         by = [f"{escape(effort.attacker)} {effort.recovered}" for effort in one.efforts if effort.recovered]
-        left = [f"{one.open} trials to go"] if one.open else []
+        left = [f"{one.open} trial{'s' * (one.open > 1)} to go"] if one.open else []
         rows.append(
             [
                 escape(one.defense),
@@ -227,6 +227,8 @@ def _headline(found: Sequence[Standing]) -> str:
 def _share(one: Standing) -> str:
     if math.isnan(one.share):
         return ABSENT if one.open else "no attacker serves it"
+    if one.open:
+        return f"{percent(one.share)} so far"
     return f"{percent(one.share)} [{100 * one.low:.0f}, {100 * one.high:.0f}]"
 
 
