@@ -44,6 +44,7 @@ class Case:
         draws: it draws random numbers in training mode.
         plain: torch itself can differentiate it twice.
         path: the path that serves it.
+        tolerance: the largest relative error, to which rounding may grow on the way through the network.
     """
 
     make: Callable[..., nn.Module]
@@ -51,6 +52,7 @@ class Case:
     draws: bool = False
     plain: bool = True
     path: Path = "batched"
+    tolerance: float = 1e-10
 
 
 def small_resnet() -> nn.Module:
@@ -108,7 +110,8 @@ FULL = {
     "resnet18": Case(models.resnet18, 64),
     "resnet50": Case(models.resnet50, 64),
     "vgg16": Case(models.vgg16, draws=True),
-    "vgg16_bn": Case(models.vgg16_bn, 64, draws=True),
+    # thirteen normalisations of one image on top of each other: 4e-10 at 64 pixels, 6e-10 at 96
+    "vgg16_bn": Case(models.vgg16_bn, 64, draws=True, tolerance=1e-9),
     "densenet121": Case(models.densenet121, 64),
     "efficientnet_b0": Case(models.efficientnet_b0, 64, draws=True),
     "shufflenet_v2_x0_5": Case(models.shufflenet_v2_x0_5, 64),
@@ -199,9 +202,9 @@ def check(case: Case, mode: str, weights: str) -> None:
     names = tuple(name for name, _ in net.named_parameters())
     assert choose_path(Evaluator(net, names), tensors, tuple(x.shape[1:]), CLASSES) == case.path
     slow = derivatives(net, "one-at-a-time", tensors, x, y)
-    assert error(derivatives(net, case.path, tensors, x, y), slow) <= 1e-10
+    assert error(derivatives(net, case.path, tensors, x, y), slow) <= case.tolerance
     if case.plain and (mode == "eval" or not case.draws):
-        assert error(slow, untouched(net, tensors, x, y)) <= 1e-10
+        assert error(slow, untouched(net, tensors, x, y)) <= case.tolerance
 
 
 @pytest.mark.parametrize("weights", ["shared", "own"])
