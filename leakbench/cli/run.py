@@ -86,7 +86,7 @@ def matrix(
     The suite ``worst-case`` runs an ensemble of attackers behind every --defense, oblivious and informed, the cheapest
     first; what one of them recovers is not attacked again. OUT/worst-case.md ranks the defenses by the share of images
     recovered, and says by whom and at what cost. An --attack that is given takes the place of the ensemble. Its scales
-    are smoke (a minute) and cpu (the default: 13 defenses and 32 images in an hour on two cores).
+    are smoke (minutes) and cpu (the default: 13 defenses and 32 images, within an hour on two cores).
     """
     from leakbench import matrix as matrices
     from leakbench import report
@@ -136,7 +136,7 @@ def curves(
 
     The defenses are strengths: ``noise(scale=S, relative=true)``, noise of S times the root mean square of the gradient
     of each parameter tensor; ``quantise(bits=B)`` and ``quantise(bits=half)``, fewer bits an entry; and ``none``, the
-    exact gradient. Without a file the suite ``curves`` runs, whose scales are smoke (a minute) and cpu (the default).
+    exact gradient. Without a file the suite ``curves`` runs, whose scales are smoke (minutes) and cpu (the default).
     Every run with at least two such strengths has the figure; ``leakbench report OUT`` draws it again.
     """
     from leakbench import matrix as matrices
