@@ -90,6 +90,8 @@ def noisy(observation: Observation, scale: float) -> Observation:
         ("lenet", "keylock(length=9)", 25),
         ("lenet-bn", "none", 60),
         ("lenet-bn(mode=eval)", "none", 60),
+        ("lenet", "soteria(ratio=0.5)", 60),
+        ("lenet-bn", "soteria(ratio=0.05)", 60),
         ("lenet-bn", "keylock(length=9, gate=sigmoid)", 40),
         ("lenet-bn", "norm-only(layers=all)", 60),
     ],
@@ -191,7 +193,7 @@ def test_an_image_of_lost_contrast_is_given_the_brightness_of_the_public_mean() 
 
 def test_a_linear_layer_gives_its_input_and_the_error_there() -> None:
     d, f, weight = (randn(*shape, seed=seed).double() for seed, shape in enumerate([(2, 5), (2, 7), (2, 5, 7)]))
-    value, error, noise = undo_linear(weight, d[:, :, None] * f[:, None], d, 1e-9)
+    value, error, noise = undo_linear(weight, d[:, :, None] * f[:, None], d, 1e-9, never_zero=False)
     torch.testing.assert_close(value.mean, f, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(error.mean, torch.einsum("tk,tkd->td", d, weight), rtol=1e-12, atol=1e-12)
     assert noise.relative.tolist() == [1e-9, 1e-9]
@@ -201,7 +203,7 @@ def test_a_linear_layer_gives_its_input_and_the_error_there() -> None:
 def test_the_noise_of_a_gradient_is_seen_at_the_linear_layer() -> None:
     d, f, weight = (randn(*shape, seed=seed).double() for seed, shape in enumerate([(2, 20), (2, 300), (2, 20, 300)]))
     exact = d[:, :, None] * f[:, None]
-    _, _, noise = undo_linear(weight, exact + 0.01 * randn(2, 20, 300, seed=5), d, 1e-9)
+    _, _, noise = undo_linear(weight, exact + 0.01 * randn(2, 20, 300, seed=5), d, 1e-9, never_zero=False)
     torch.testing.assert_close(noise.absolute, torch.full_like(noise.absolute, 0.01), rtol=0.1, atol=0)
     torch.testing.assert_close(noise.relative, 0.01 / exact.square().mean((1, 2)).sqrt(), rtol=0.1, atol=0)
     assert bool((noise.variance(1e-6 * exact) >= noise.absolute.square()).all())

@@ -122,7 +122,7 @@ def undo_normalised(
     z = output.value.mean
     trials, channels = output.alive.shape
     norms = kernel.square().sum((2, 3, 4)).sqrt()
-    clearest = torch.where(output.alive, output.value.variance.mean((2, 3)), torch.inf).argmin(1)
+    clearest = torch.where(output.alive, (1 / output.value.variance).mean((2, 3)), 0.0).argmax(1)
     norm = norms.gather(1, clearest[:, None])
     power = (GAIN * norm[:, 0]) ** -2
     equations = Equations.weighted(

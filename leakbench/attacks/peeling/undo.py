@@ -20,7 +20,7 @@ DEAD = 9.0
 
 @dataclass(frozen=True)
 class Estimate:
-    """Values [T, *shape] and their variances."""
+    """Values [T, *shape] and their variances; infinite for a guess, which enters no equation as an observation."""
 
     mean: Tensor
     variance: Tensor
@@ -53,7 +53,7 @@ class Noise:
 
 
 def undo_linear(
-    weight: Tensor, by_weight: Tensor, by_bias: Tensor, precision: float
+    weight: Tensor, by_weight: Tensor, by_bias: Tensor, precision: float, *, never_zero: bool
 ) -> tuple[Estimate, Estimate, Noise]:
     """Return a linear layer's input f [T, D], the error dL/df there, and the noise of the gradient.
 
@@ -64,6 +64,7 @@ def undo_linear(
         by_weight: dL/dW [T, K, D].
         by_bias: dL/db [T, K].
         precision: the least relative noise that is assumed.
+        never_zero: f has no zeros, so that a column of zeros in dL/dW was put there, and its value is a guess.
     """
     d = by_bias[:, None]
     features = (d @ by_weight)[:, 0] / d.square().sum((1, 2))[:, None]
@@ -74,14 +75,18 @@ def undo_linear(
     variance = noise.relative.square()[:, None] * (power + power.mean(1, keepdim=True))
     each = torch.maximum((noise.relative[:, None] * by_bias).square(), noise.absolute.square()[:, None])
     error = Estimate((d @ weight)[:, 0], (each[:, None] @ weight.square())[:, 0])
-    return Estimate(features, variance), error, noise
+    hidden = (by_weight == 0).all(1) & never_zero
+    middle = features.sum(1, keepdim=True) / (~hidden).sum(1, keepdim=True)
+    value = Estimate(torch.where(hidden, middle, features), torch.where(hidden, torch.inf, variance))
+    return value, error, noise
 
 
 def undo_activation(layer: Activation, value: Estimate, error: Estimate) -> tuple[Estimate, Estimate]:
-    """Return an activation's input, and the error there."""
-    inputs, slope, bend = layer.invert(value.mean, value.variance.sqrt())
-    variance = slope.square() * error.variance + (error.mean * bend).square() * value.variance
-    return Estimate(inputs, value.variance / slope.square()), Estimate(slope * error.mean, variance)
+    """Return an activation's input, and the error there; a guess is taken for what it is worth."""
+    variance = torch.where(value.variance.isinf(), 0.0, value.variance)
+    inputs, slope, bend = layer.invert(value.mean, variance.sqrt())
+    spread = slope.square() * error.variance + (error.mean * bend).square() * variance
+    return Estimate(inputs, value.variance / slope.square()), Estimate(slope * error.mean, spread)
 
 
 def undo_scaling(
@@ -120,7 +125,9 @@ def undo_normalisation(
         beta, gamma = y.mean((2, 3)), y.flatten(2).std(2, unbiased=False)
     else:
         gamma, beta = layer.coefficients(tensors, y)
-    alive = gamma.square() > DEAD * value.variance.mean((2, 3))
+    seen = value.variance.isfinite()
+    known = torch.where(seen, value.variance, 0.0)
+    alive = gamma.square() * seen.sum((2, 3)) > DEAD * known.sum((2, 3))
     live = alive[..., None, None]
     gamma, beta = torch.where(alive, gamma, 1.0)[..., None, None], beta[..., None, None]
     z = torch.where(live, (y - beta) / gamma, 0.0)
@@ -129,6 +136,6 @@ def undo_normalisation(
     noise = value.variance / gamma.square()
     return Standardised(
         Estimate(z, noise),
-        Estimate(torch.where(live, h, 0.0), gamma.square() * (error.variance + cross.square() * noise)),
+        Estimate(torch.where(live, h, 0.0), gamma.square() * error.variance + cross.square() * known),
         alive,
     )
