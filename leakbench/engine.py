@@ -508,6 +508,7 @@ def _repeated(blank: Observation, trials: int, own: bool) -> Observation:
         weights={name: repeat(value, own) if name in parameters else value for name, value in blank.weights.items()},
         gradient={name: repeat(value, True) for name, value in blank.gradient.items()},
         labels=None if blank.labels is None else blank.labels.expand(trials),
+        targets=None if blank.targets is None else blank.targets.expand(trials, -1),
     )
 
 

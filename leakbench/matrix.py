@@ -69,7 +69,9 @@ class _Threat(BaseModel):
     model_config = ConfigDict(extra="forbid")
     labels: str = "inferred"
     reveals: frozenset[str] = frozenset()
-    informed: bool = False
+    informed: Annotated[
+        bool | Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")], Field(union_mode="left_to_right")
+    ] = False
     shares: str = "gradient"
     optimises: bool = False
 
@@ -183,6 +185,17 @@ class Matrix(_Axes):
         super().__init__(**axes)
         if not self.attacks and not self.stages:
             raise BadOption(f"matrix: {_missing('attacks')}")
+        self._check_informed()
+
+    def _check_informed(self) -> None:
+        """Raise BadOption where a threat model asks for an informed attacker that no defense states."""
+        known = ["true", *dict.fromkeys(name for defense in self.defenses for name in defense.attackers())]
+        for threat in (*self.threats, *(threat for stage in self.stages for threat in stage.threats)):
+            if isinstance(threat.informed, str) and threat.informed not in known:
+                raise BadOption(
+                    f"threat: informed={threat.informed!r} does not fit: no defense of the matrix states such an "
+                    f"attacker; write {' or '.join(known)}"
+                )
 
     def trials(self) -> tuple[Trial, ...]:
         """Return every trial of the cross product once, in the order of stages and axes."""

@@ -31,7 +31,8 @@ class ThreatModel:
         reveals: groups of the defense's secrets that are handed over, values and gradients, such as ``key``
             or ``lock``; ``GROUP-weights`` hands over the values alone.
         informed: the attacker knows which defense is in use and models what it declares (``relax``, ``surrogate``,
-            ``loss``). The layers that a defense adds are part of the architecture, which every attacker sees.
+            ``loss``); the name of one of the defense's further informed attackers (``Defense.attackers``) asks for
+            that one. The layers that a defense adds are part of the architecture, which every attacker sees.
         shares: what the client sends: a ``gradient``, or its ``weights`` after a step of unknown learning rate.
         optimises: the attacker searches, together with the image, for the secrets that it was not given and that are
             inputs of the network (a key): every attack runs with its option ``secrets=optimise``.
@@ -40,7 +41,7 @@ class ThreatModel:
 
     labels: Literal["inferred", "known"] = "inferred"
     reveals: frozenset[str] = frozenset()
-    informed: bool = False
+    informed: bool | str = False
     shares: Literal["gradient", "weights"] = "gradient"
     optimises: bool = False
     name: str = field(default="", compare=False)
@@ -79,6 +80,7 @@ class ThreatModel:
         )
         informed = (
             "the attacker knows the defense and models what it declares of its loss and its release"
+            + (f" (its informed attacker {self.informed!r})" if isinstance(self.informed, str) else "")
             if self.informed
             else "what the defense does to data, loss and gradient is not modelled"
         )
@@ -184,6 +186,8 @@ class Observation:
         threat: what was granted.
         defense: the defense in use, or None where the attacker is not informed of it.
         slots: how many trials fit into memory at a time; None for all of them.
+        targets: [T, K], the class probabilities of the clients' losses that an informed attacker worked out; None for
+            those of the labels.
     """
 
     model: nn.Module
@@ -197,6 +201,7 @@ class Observation:
     threat: ThreatModel = ThreatModel()
     defense: Defense | None = None
     slots: int | None = None
+    targets: Tensor | None = None
 
     @property
     def trials(self) -> int:

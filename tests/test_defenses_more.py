@@ -12,19 +12,24 @@ import torch
 from conftest import ALL_DEFENSES, CLASSES, SHAPE, clients, close, rand, randn, watch
 from PIL import Image
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
 import leakbench
 from leakbench import attacks, datasets, defenses, models
 from leakbench.attacks.base import prepare, work_out
+from leakbench.attacks.lb import layer_normalised_distance
+from leakbench.attacks.matching import GradientMatching, MatchingObjective, analytic_labels
 from leakbench.defenses import Defense, Step
 from leakbench.defenses.ats import POOL, transform
 from leakbench.defenses.soteria import sensitivity
 from leakbench.engine import run
 from leakbench.errors import BadOption, Unsupported
 from leakbench.gradients.bilinear import squared_distance
+from leakbench.gradients.evaluate import tensors_of
 from leakbench.matrix import Matrix, parse_threat
+from leakbench.optim import value_and_gradient
 from leakbench.rng import Rng
 from leakbench.types import Gradient, Observation
 from leakbench.victim import build, observe
@@ -637,6 +642,124 @@ def test_with_precodes_noise_the_clients_image_has_the_observed_gradient() -> No
     assert float(objective.match({"image": images}, 0).detach().abs().max()) < 1e-18
     elsewhere = objective.match({"image": images.flip(0)}, 0).detach()
     assert float(elsewhere.min()) > 1e-8
+
+
+def test_precodes_label_is_worked_out_where_the_published_rule_misses_it() -> None:
+    """A decoded feature has any sign, so that the sums over the classifier's weights mislead."""
+    observation = watch("lenet", "precode(k=6)", INFORMED, trials=8, fresh=True)
+    truth = [client.label for client in clients(8)]
+    known = work_out(observation)
+    assert known.labels.tolist() == truth
+    assert known.targets.tolist() == F.one_hot(torch.tensor(truth), CLASSES).tolist()
+    assert analytic_labels(observation).tolist() != truth
+    granted = work_out(watch("lenet", "precode(k=6)", {"informed": True, "labels": "known"}, trials=8))
+    assert granted.labels.tolist() == truth
+    assert work_out(watch("lenet", "precode(k=6)")).targets is None
+
+
+def objective(attack: str, observation: Observation) -> MatchingObjective:
+    acting, known = prepare(attacks.parse(attack), observation)
+    assert isinstance(acting, GradientMatching)
+    return acting._objective(known, Rng(tuple(map(str, range(known.trials))))).with_path()
+
+
+def own_images(trials: int) -> Tensor:
+    return torch.stack([client.image for client in clients(trials)])
+
+
+BELOW = ["lenet", "lenet-bn(mode=eval)", "resnet20(width=4, activation=sigmoid)"]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("model", BELOW)
+def test_a_splice_matches_the_layers_below_with_the_error_that_was_read_off(model: str) -> None:
+    """At the private image its distance is zero, and its second derivative is that of autograd through <f, e>."""
+    observation = watch(model, "precode(k=6, beta=0.3)", "informed=splice", fresh=True)
+    spliced = objective("lb", observation)
+    assert set(spliced.observation.gradient) < set(observation.gradient)
+    assert not any("coder" in name for name in spliced.observation.gradient)
+    assert spliced.observation.secrets == (), "the noise is never drawn"
+    assert float(spliced.match({"image": own_images(2)}, 0).detach().abs().max()) < 1e-18
+    start = rand(2, *SHAPE, seed=5)
+    assert float(spliced.match({"image": start}, 0).detach().min()) > 1e-6
+    _, found = value_and_gradient(lambda unknowns, n: spliced.match(unknowns, n), {"image": start}, 0)
+    relaxed, observed = spliced.observation.model, spliced.observation.gradient
+    for t in range(2):
+        own = {name: value[t] if value.ndim > tensors_of(relaxed)[name].ndim else value
+               for name, value in spliced.tensors.items()}  # fmt: skip
+        leaves = {name: own[name].clone().requires_grad_() for name in observed}
+        image = start[t : t + 1].clone().requires_grad_()
+        loss = functional_call(relaxed, {**own, **leaves}, (image,)).sum()
+        grads = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
+        dummy = {name: grad[None] for name, grad in zip(leaves, grads)}
+        distance = layer_normalised_distance(dummy, {name: value[t : t + 1] for name, value in observed.items()})
+        (slow,) = torch.autograd.grad(distance.sum(), image)
+        close(found["image"][t : t + 1], slow, 1e-9)
+
+
+@pytest.mark.usefixtures("float64")
+def test_who_omits_matches_the_layers_below_and_draws_noise_in_every_pass() -> None:
+    observation = watch("lenet", "precode(k=6)", "informed=omit")
+    omitting = objective("ig", observation)
+    below = set(omitting.observation.gradient)
+    assert below == {name for name in observation.gradient if not name.startswith("classifier.")} != set()
+    assert {name for name in observation.gradient if name.startswith("classifier.")}, "what is left out was sent"
+    assert omitting.observation.secrets == observation.secrets, "nothing is worked out but the label"
+    images = {"image": own_images(2)}
+    first, again, other = (omitting.match(images, n).detach() for n in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    (secret,) = observation.secrets
+    told = watch("lenet", "precode(k=6)", "informed=omit, reveals=noise")
+    assert float(objective("ig", told).match(images, 0).detach().abs().max()) < 1e-12, "with the noise nothing is left"
+    sought = objective("ig(secrets=optimise)", observation)
+    assert f"secret:{secret.name}" in sought.attack._begin(sought)
+
+
+def test_an_attacker_is_asked_for_by_name() -> None:
+    named = parse_threat("informed=splice")
+    assert named.informed == "splice"
+    assert named == parse_threat({"informed": "splice"})
+    assert named.spec() == "informed=splice"
+    assert "'splice'" in named.describe()
+    for plain in ("informed=true", {"informed": True}, "informed=yes"):
+        assert parse_threat(plain).settings()["informed"] is True
+    assert parse_threat("informed=false") == parse_threat("paper")
+    for bad in ({"informed": ""}, {"informed": "No Name"}, {"informed": 3}):
+        with pytest.raises(BadOption, match="informed="):
+            parse_threat(bad)
+    floor, _ = prepare(attacks.parse("grey"), watch("lenet", "none", "informed=splice"))
+    assert floor.name == "grey"
+    with pytest.raises(Unsupported, match=r"'prune' states no informed attacker 'splice'; write informed=true$"):
+        objective("ig", watch("lenet", "prune", "informed=splice"))
+    with pytest.raises(Unsupported, match=r"write informed=true or splice or omit$"):
+        objective("ig", watch("lenet", "precode(k=6)", "informed=splize"))
+
+
+def test_a_splice_needs_a_layer_below() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(SHAPE), CLASSES))
+    for name, attacker in defenses.parse("precode(k=6)").attackers().items():
+        with pytest.raises(Unsupported, match="no layer below its bottleneck"):
+            attacker.relax(attacker.wrap(network), ())
+        assert name in ("splice", "omit")
+
+
+def every_attacker() -> list[tuple[str, str]]:
+    """Return every defense with each of its informed attackers."""
+    parsed = {spec: defenses.parse(spec) for spec in ALL_DEFENSES}
+    named = [(spec, name) for spec, defense in parsed.items() for name in defense.attackers()]
+    return [(spec, "true") for spec, defense in parsed.items() if defense.informed] + named
+
+
+@pytest.mark.parametrize(("spec", "name"), every_attacker())
+def test_what_clients_do_does_not_depend_on_who_is_informed(spec: str, name: str) -> None:
+    plain, informed = watch("lenet", spec), watch("lenet", spec, f"informed={name}")
+    assert plain.gradient.keys() == informed.gradient.keys()
+    assert all(torch.equal(value, informed.gradient[key]) for key, value in plain.gradient.items())
+    for other in defenses.parse(spec).attackers().values():
+        assert other.settings() == defenses.parse(spec).settings()
+        assert 0 < len(other.informed) <= 120
+        assert not other.informed.endswith(".")
 
 
 STATED = {spec: defenses.parse(spec).informed for spec in ALL_DEFENSES}

@@ -57,13 +57,33 @@ def prepare(attack: Attack, observation: Observation) -> tuple[Attack, Observati
         Unsupported: the threat model has the attacker search for secrets, which this attack cannot; or it informs the
             attacker of a defense that gives it nothing to know.
     """
-    defense = observation.defense
-    if defense is not None and not defense.informed and not attack.floor:
+    known = observation if attack.floor else work_out(inform(observation))
+    return adapt(attack, observation.threat), known
+
+
+def inform(observation: Observation) -> Observation:
+    """Return the observation with the defense as the attacker models it that the threat model asks for.
+
+    Raises:
+        Unsupported: the defense states no such attacker.
+    """
+    defense, variant = observation.defense, observation.threat.informed
+    if defense is None:
+        return observation
+    if not defense.informed:
         raise Unsupported(
             f"to be informed of the defense {defense.name!r} adds nothing: it states no informed attacker; "
             "use a threat model with informed=false"
         )
-    return adapt(attack, observation.threat), work_out(observation)
+    if isinstance(variant, bool):
+        return observation
+    others = defense.attackers()
+    if variant not in others:
+        known = " or ".join(["true", *others])
+        raise Unsupported(
+            f"the defense {defense.name!r} states no informed attacker {variant!r}; write informed={known}"
+        )
+    return dataclasses.replace(observation, defense=others[variant])
 
 
 def adapt(attack: Attack, threat: ThreatModel) -> Attack:
@@ -80,14 +100,18 @@ def adapt(attack: Attack, threat: ThreatModel) -> Attack:
 
 
 def work_out(observation: Observation) -> Observation:
-    """Return what an informed attacker knows: the observation with the secrets that the defense lets it ``recover``."""
-    if observation.defense is None:
+    """Return what an informed attacker knows: secrets and class probabilities that the defense lets it work out."""
+    defense = observation.defense
+    if defense is None:
         return observation
-    hidden = {secret.name for secret in observation.secrets}
-    recovered = observation.defense.recover(observation.model, observation.gradient, observation.weights)
-    found = {name: value for name, value in recovered.items() if name in hidden}
+    seen = (observation.model, observation.gradient, observation.weights)
+    found = {name: value for name, value in defense.recover(*seen).items() if name not in observation.weights}
+    targets = defense.targets(*seen)
+    labels = observation.labels
     return dataclasses.replace(
         observation,
         weights={**observation.weights, **found},
+        labels=targets.argmax(1) if labels is None and targets is not None else labels,
+        targets=targets,
         secrets=tuple(secret for secret in observation.secrets if secret.name not in found),
     )

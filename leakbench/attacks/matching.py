@@ -227,7 +227,9 @@ class MatchingObjective:
 
     def _match(self, images: Tensor, logits: Tensor | None, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
         observed, labels = self.observation.gradient, self.labels
-        if labels is None:
+        if self.observation.targets is not None:
+            labels = self.observation.targets
+        elif labels is None:
             assert logits is not None, "an attack that seeks labels renders their logits"
             labels = torch.softmax(logits, 1)
         gradient = self.dummy(images, labels, unknowns, evaluation)
@@ -269,6 +271,7 @@ class MatchingObjective:
             weights=take(self.observation.weights),
             gradient=take(self.observation.gradient),
             labels=None if self.labels is None else self.labels[index],
+            targets=None if self.observation.targets is None else self.observation.targets[index],
         )
         return replace(
             self,
@@ -331,12 +334,13 @@ def _relaxed(observation: Observation) -> Observation:
     hidden = {secret.name for secret in observation.secrets}
     model = observation.defense.relax(observation.model, hidden)
     own = tensors_of(model)
+    matched = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     sought = tuple(secret for secret in observation.defense.secrets(model) if secret.sought)
     return replace(
         observation,
         model=model,
         weights={name: value for name, value in observation.weights.items() if name in own},
-        gradient={name: value for name, value in observation.gradient.items() if name in own},
+        gradient={name: value for name, value in observation.gradient.items() if name in matched},
         secrets=(*(secret for secret in observation.secrets if secret.name in own), *sought),
     )
 
@@ -378,7 +382,12 @@ def double(observation: Observation) -> Observation:
     def exact(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: value.double() if value.is_floating_point() else value for name, value in tensors.items()}
 
-    return replace(observation, weights=exact(observation.weights), gradient=exact(observation.gradient))
+    return replace(
+        observation,
+        weights=exact(observation.weights),
+        gradient=exact(observation.gradient),
+        targets=None if observation.targets is None else observation.targets.double(),
+    )
 
 
 def analytic_labels(observation: Observation) -> Tensor:

@@ -64,7 +64,7 @@ class Defense(Component):
 
     Attributes:
         informed: what an attacker who knows of the defense does about it, in a few words; empty where that is no more
-            than what an attacker does who does not. A subclass inherits it.
+            than what an attacker does who does not. A subclass inherits it. ``attackers`` has further ones.
         companions: how many further images of the client's own data ``encode`` needs beside the attacked one.
     """
 
@@ -101,7 +101,8 @@ class Defense(Component):
         """Return the network that an informed attacker differentiates through; the model is not changed.
 
         What it computes from secrets can be a tensor that is searched for instead: ``secrets`` of the relaxed network
-        names it, with ``sought``. Tensors of both networks have one name.
+        names it, with ``sought``. Tensors of both networks have one name. What was sent is matched for the parameters
+        of the relaxed network that require a gradient, and for no others.
 
         Args:
             model: the public architecture, without values.
@@ -128,10 +129,28 @@ class Defense(Component):
     def recover(self, model: nn.Module, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
         """Return the secrets [T, *shape] that an informed attacker works out from what was sent, by name.
 
+        Tensors that the relaxed network alone has can be among them.
+
         Args:
             model: the public architecture, without values.
             observed: what was sent, [T, *shape] per parameter; withheld names are absent.
             weights: the values that the attacker knows: parameters and revealed secrets [T, *shape], buffers [*shape].
+        """
+        return {}
+
+    def targets(self, model: nn.Module, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor | None:
+        """Return the class probabilities [T, K] of the client's loss that an informed attacker works out, or None.
+
+        They stand in place of the label in every attack's loss. The arguments are those of ``recover``.
+        """
+        return None
+
+    def attackers(self) -> Mapping[str, Defense]:
+        """Return the further informed attackers, each by the name under which a threat model asks for it.
+
+        ``informed = "NAME"`` asks for one, ``informed = true`` for what the defense's own hooks state. Each is this
+        defense with other hooks of the informed (``informed``, ``relax``, ``recover``, ``loss``, ...); what clients do
+        is what this one does.
         """
         return {}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -59,8 +59,9 @@ class Precode(Defense):
         beta: the weight of the divergence to N(0, I), in bits, in the client's loss.
     """
 
+    version: ClassVar[int] = 2  # 2: the informed read the label off the bias
     reference: ClassVar[str] = "Scheliga et al. 2022, PRECODE, WACV, section 4"
-    informed: ClassVar[str] = "matches the divergence in the loss too, and works out the noise from what is sent"
+    informed: ClassVar[str] = "works out noise and label from what is sent, and has the divergence in its loss too"
     k: Annotated[int, Field(ge=1, le=65536)] = 256
     beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
 
@@ -116,3 +117,100 @@ class Precode(Defense):
             noise = (code - mu) / F.softplus(raw)
             found[f"{name}.noise"] = noise.to(observed[layers[0]].dtype)
         return found
+
+    def targets(self, model: nn.Module, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor | None:
+        """Return the label as probabilities [T, K], the one class whose bias has a negative gradient, or None.
+
+        The sums over the classifier's weights that others go by mislead: its inputs, decoded, have any sign.
+        """
+        by_bias = observed.get(f"{list(linears(model))[-1]}.bias")
+        return None if by_bias is None else F.one_hot(by_bias.argmin(1), by_bias.shape[1]).to(by_bias.dtype)
+
+    def attackers(self) -> Mapping[str, Defense]:
+        """Return ``splice`` and ``omit``."""
+        return {"splice": Splicing(self.k, self.beta), "omit": Omitting(self.k, self.beta)}
+
+
+@dataclass(frozen=True)
+class Splicing(Precode):
+    """PRECODE to an attacker who splices: the layers below the bottleneck are matched, with their error read off.
+
+    The gradient of the encoder's bias is the error at its output, so that dL/df = W_e^T dL/db_e at the features f.
+    Whatever the bottleneck and all above it did, the gradients below are those of the loss <f, dL/df>.
+    """
+
+    name: ClassVar[str] = Precode.name
+    informed: ClassVar[str] = "reads off the error below the bottleneck, and matches the layers there alone"
+
+    def relax(self, model: nn.Module, hidden: Collection[str]) -> nn.Module:
+        """Return the network up to the features, and their product with the error [B] in place of logits."""
+        model = copy.deepcopy(model)
+        for name, bottleneck in heads(model).items():
+            replace_module(model, name, Splice(bottleneck.encoder.in_features))
+        if not list(model.parameters()):
+            raise Unsupported("precode has no layer below its bottleneck here to be matched; use informed=true")
+        return model
+
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Return <f, dL/df> [B] of a relaxed network."""
+        product: Tensor = model(x)
+        return product
+
+    def recover(self, model: nn.Module, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
+        """Return the error [T, D] at the features, W_e^T dL/db_e."""
+        return {
+            f"{name}.error": torch.einsum(
+                "tij,ti->tj", weights[f"{name}.0.encoder.weight"], observed[f"{name}.0.encoder.bias"]
+            )
+            for name in heads(model)
+        }
+
+
+class Splice(nn.Module):
+    """The product of features with a known error: the loss that leaves this error at them."""
+
+    error: Tensor
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.register_buffer("error", torch.zeros(features))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return [B] for features [B, D]."""
+        return (features * self.error).sum(-1)
+
+
+@dataclass(frozen=True)
+class Omitting(Precode):
+    """PRECODE to an attacker who leaves out the stochastic gradients, as its authors' later attack does.
+
+    The gradients of the bottleneck and of the classifier behind it, which say most of the noise, are not matched. The
+    attacker's own bottleneck draws its noise anew in every pass (or an attack searches for it: ``secrets=optimise``).
+    """
+
+    name: ClassVar[str] = Precode.name
+    informed: ClassVar[str] = (
+        "leaves out the gradients of the bottleneck and the classifier (Scheliga et al. 2022, arXiv 2208.04767)"
+    )
+
+    def relax(self, model: nn.Module, hidden: Collection[str]) -> nn.Module:
+        """Return the network with bottleneck and classifier frozen, so that their gradients are not matched."""
+        model = copy.deepcopy(model)
+        for name in heads(model):
+            model.get_submodule(name).requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise Unsupported("precode has no layer below its bottleneck here to be matched; use informed=true")
+        return model
+
+    def recover(self, model: nn.Module, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
+        """Return nothing: the noise stays unknown."""
+        return {}
+
+
+def heads(model: nn.Module) -> dict[str, VariationalBottleneck]:
+    """Return by name what ``wrap`` put in the classifier's place, the bottleneck and the classifier: its bottleneck."""
+    return {
+        name.rpartition(".")[0]: module
+        for name, module in model.named_modules()
+        if isinstance(module, VariationalBottleneck)
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 
@@ -97,9 +98,10 @@ def _defenses(results: pd.DataFrame) -> list[Pair]:
 def _informed(results: pd.DataFrame, block: tuple[str, str, str], own: pd.DataFrame) -> list[Pair]:
     """Return every attack of an informed threat model with its oblivious twin, behind each defense."""
     dataset, model, threat = block
-    if "informed=true" not in threat:
+    granted = parse_threat(threat)
+    if not granted.informed:
         return []
-    oblivious = parse_threat({**parse_threat(threat).settings(), "informed": False}).spec()
+    oblivious = replace(granted, informed=False).spec()
     twins = _attacks(results, (dataset, model, oblivious))
     pairs = []
     for attack, cells in own.groupby("attack", sort=False):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -101,12 +102,15 @@ def standings(trials: pd.DataFrame, threshold: float) -> list[Standing]:
 def _names(trials: pd.DataFrame) -> dict[tuple[str, str], str]:
     """Return (attack, threat) -> a short name: the attack's, where no other attacker has that."""
     attackers = [(str(a), str(t)) for a, t in trials[["attack", "threat"]].drop_duplicates().itertuples(index=False)]
-    short = {
-        (attack, threat): attack.partition("(")[0] + (" (informed)" if "informed=true" in threat else "")
-        for attack, threat in attackers
-    }
+    short = {(attack, threat): attack.partition("(")[0] + _knowing(threat) for attack, threat in attackers}
     known = list(short.values())
     return {pair: name if known.count(name) == 1 else f"{pair[0]}, {pair[1]}" for pair, name in short.items()}
+
+
+def _knowing(threat: str) -> str:
+    """Return what a short name adds for an attacker who is informed of the defense: " (informed)" or " (NAME)"."""
+    named = re.search(r"\binformed=([\w-]+)", threat)
+    return "" if named is None else f" ({'informed' if named[1] == 'true' else named[1]})"
 
 
 def _standing(block: pd.DataFrame, threshold: float, names: Mapping[tuple[str, str], str]) -> Standing:
