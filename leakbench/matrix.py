@@ -54,9 +54,7 @@ def parse_threat(value: object) -> ThreatModel:
             table["reveals"] = [part for part in str(table["reveals"]).split("+") if part]
         value = table
     if not isinstance(value, Mapping):
-        raise BadOption(
-            f"threat {value!r} is neither a preset's name nor a table of labels, reveals, informed, shares, optimises"
-        )
+        raise BadOption(f"threat {value!r} is neither a preset's name nor a table of {', '.join(_Threat.model_fields)}")
     try:
         return _Threat.model_validate(dict(value)).build()
     except ValidationError as error:
@@ -74,20 +72,30 @@ class _Threat(BaseModel):
     ] = False
     shares: str = "gradient"
     optimises: bool = False
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.01
+    local_steps: Annotated[int, Field(ge=1)] = 1
+    rate: str = "hidden"
 
     def build(self) -> ThreatModel:
         for field, value, known in (
             ("labels", self.labels, ("inferred", "known")),
             ("shares", self.shares, ("gradient", "weights")),
+            ("rate", self.rate, ("hidden", "known")),
         ):
             if value not in known:
                 raise BadOption(f"threat: {field}={value!r} does not fit; write {' or '.join(known)}")
+        local = sorted(self.model_fields_set & {"learning_rate", "local_steps", "rate"})
+        if self.shares == "gradient" and local:
+            raise BadOption(f"threat: {local[0]} is of local training before weights are sent; add shares=weights")
         return ThreatModel(
             self.labels,  # type: ignore[arg-type]
             self.reveals,
             self.informed,
             self.shares,  # type: ignore[arg-type]
             self.optimises,
+            self.learning_rate,
+            self.local_steps,
+            self.rate,  # type: ignore[arg-type]
         )
 
 

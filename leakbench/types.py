@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -33,7 +33,13 @@ class ThreatModel:
         informed: the attacker knows which defense is in use and models what it declares (``relax``, ``surrogate``,
             ``loss``); the name of one of the defense's further informed attackers (``Defense.attackers``) asks for
             that one. The layers that a defense adds are part of the architecture, which every attacker sees.
-        shares: what the client sends: a ``gradient``, or its ``weights`` after a step of unknown learning rate.
+        shares: what the client sends: a ``gradient``, or its ``weights`` after local training, of which the server, who
+            handed out the weights before, sees the update. Only parameters are sent: the running statistics of a
+            normalisation move while a client trains, and stay with it.
+        learning_rate: of the client's local training, under ``weights``: plain SGD on its one image. None in what an
+            attacker holds to whom it is not granted, and where nobody knows it (a recorded update).
+        local_steps: how many steps of it the client takes before it sends its weights; public.
+        rate: whether the attacker is granted the learning rate: ``hidden`` or ``known``.
         optimises: the attacker searches, together with the image, for the secrets that it was not given and that are
             inputs of the network (a key): every attack runs with its option ``secrets=optimise``.
         name: what the preset is called; two threat models that differ by name alone are equal.
@@ -44,17 +50,34 @@ class ThreatModel:
     informed: bool | str = False
     shares: Literal["gradient", "weights"] = "gradient"
     optimises: bool = False
+    learning_rate: float | None = 0.01
+    local_steps: int = 1
+    rate: Literal["hidden", "known"] = "hidden"
     name: str = field(default="", compare=False)
 
     def settings(self) -> dict[str, Any]:
-        """Return every field but the name as plain JSON values."""
+        """Return every field but the name as plain JSON values; those of local training where there is any."""
+        local = {"learning_rate": self.learning_rate, "local_steps": self.local_steps, "rate": self.rate}
         return {
             "labels": self.labels,
             "reveals": sorted(self.reveals),
             "informed": self.informed,
             "shares": self.shares,
             "optimises": self.optimises,
+            **(local if self.shares == "weights" else {}),
         }
+
+    def granted(self) -> ThreatModel:
+        """Return the threat model as an attacker may read it: without a learning rate that is hidden."""
+        hidden = self.shares == "weights" and self.rate == "hidden"
+        return replace(self, learning_rate=None) if hidden else self
+
+    @property
+    def unit(self) -> float | None:
+        """What is sent is the mean gradient of the client's steps times this; None where that is not known."""
+        if self.shares == "gradient":
+            return 1.0
+        return None if self.learning_rate is None else self.learning_rate * self.local_steps
 
     def spec(self) -> str:
         """Return the preset's name, or the fields that differ from ``paper`` as ``labels=known, reveals=key+lock``."""
@@ -63,10 +86,11 @@ class ThreatModel:
         for name, preset in PRESETS.items():
             if preset == self:
                 return name
+        usual = {**PRESETS["weights"].settings(), **PRESETS["paper"].settings()}
         parts = [
             f"{name}={'+'.join(value) if name == 'reveals' else str(value).lower()}"
             for name, value in self.settings().items()
-            if value != PRESETS["paper"].settings()[name]
+            if value != usual[name]
         ]
         return ", ".join(parts)
 
@@ -89,17 +113,27 @@ class ThreatModel:
             if self.optimises
             else ""
         )
-        sees = "the shared gradient" if self.shares == "gradient" else "the model before and after a local step"
+        sees = "the shared gradient" if self.shares == "gradient" else "the model before and after local training"
         return (
             f"An honest-but-curious server sees {sees} of one image, the architecture (with the layers that a defense "
             "adds, and the law by which its secrets are drawn) and the public weights; "
-            f"{label}; {secrets}{search}; {informed}."
+            f"{label}; {secrets}{search}; {informed}{self._local()}."
         )
+
+    def _local(self) -> str:
+        """Return the client's local training in words, and whether its learning rate is granted."""
+        if self.shares == "gradient":
+            return ""
+        steps = "one step" if self.local_steps == 1 else f"{self.local_steps} steps"
+        rate = "unknown learning rate" if self.learning_rate is None else f"learning rate {self.learning_rate:g}"
+        granted = "known to the attacker" if self.rate == "known" else "which the attacker does not know"
+        return f"; the client takes {steps} of SGD on its image with {rate}, {granted}, and sends no running statistics"
 
 
 PRESETS: Mapping[str, ThreatModel] = {
     "paper": ThreatModel(name="paper"),
     "known-label": ThreatModel(labels="known", name="known-label"),
+    "weights": ThreatModel(shares="weights", name="weights"),
     "T0": ThreatModel(name="T0"),
     "T1": ThreatModel(reveals=frozenset({"lock-weights"}), name="T1"),
     "T2": ThreatModel(reveals=frozenset({"lock-weights"}), optimises=True, name="T2"),
@@ -108,6 +142,7 @@ PRESETS: Mapping[str, ThreatModel] = {
     "T5": ThreatModel(reveals=frozenset({"lock", "key"}), name="T5"),
 }
 """Threat models by name. ``paper``: nothing but the gradient and the public weights; ``known-label``: and the label.
+``weights``: in place of the gradient the weights after one step of SGD, whose learning rate (0.01) is hidden.
 
 ``T0`` to ``T5`` are the levels of key-lock's study, in the order of what they grant. ``T0``: neither key nor lock
 (``paper``). ``T1``: the lock's weights, so that the key is all that is missing (what FedKL's released code runs).
@@ -177,17 +212,19 @@ class Observation:
             ``meta`` device, the values that the server knows are in ``weights``.
         weights: public parameters [T, *shape] (stride 0 along T where all trials share them), public buffers
             [*shape], and the revealed secrets [T, *shape].
-        gradient: what was sent, per parameter [T, *shape]; withheld names are absent.
+        gradient: what was sent, per parameter [T, *shape]; withheld names are absent. Where the client shares its
+            weights, the update: the weights before its local training less those that it sent.
         secrets: the secrets that were not revealed: their names and how they are drawn, never a value.
         labels: [T] int64, or None where the threat model does not grant them.
         image_shape: (C, H, W) of the images, whose values lie in [0, 1].
         num_classes: how many logits the model returns.
         mean_image: [C, H, W] in [0, 1], the mean of public images of the same kind.
-        threat: what was granted.
+        threat: what was granted; its ``learning_rate`` is None where that is hidden.
         defense: the defense in use, or None where the attacker is not informed of it.
         slots: how many trials fit into memory at a time; None for all of them.
         targets: [T, K], the class probabilities of the clients' losses that an informed attacker worked out; None for
             those of the labels.
+        unit: what was sent is ``gradient`` times this; not 1 where an attack works on the mean step of an update.
     """
 
     model: nn.Module
@@ -202,6 +239,7 @@ class Observation:
     defense: Defense | None = None
     slots: int | None = None
     targets: Tensor | None = None
+    unit: float = 1.0
 
     @property
     def trials(self) -> int:

@@ -60,7 +60,7 @@ def observe(
     mean_image: Tensor,
     device: torch.device | str = "cpu",
 ) -> Observation:
-    """Run one step of every client, and return what the server may see of them.
+    """Run the local training of every client, and return what the server may see of it.
 
     Args:
         model: the public architecture and weights.
@@ -76,8 +76,6 @@ def observe(
             (``check_reveals``), for all the defenses of a matrix together.
         Unsupported: model and defense do not go together.
     """
-    if threat.shares != "gradient":
-        raise Unsupported(f"the threat model shares {threat.shares!r}; this version observes shares='gradient'")
     shape = tuple(clients[0].image.shape)
     image_shape = (shape[0], shape[1], shape[2])
     networks: dict[str, nn.Module] = {}
@@ -85,6 +83,7 @@ def observe(
         if client.weights_key not in networks:
             networks[client.weights_key] = build(model, defense, image_shape, num_classes, client.weights_key)
     secrets = defense.secrets(next(iter(networks.values())))
+    _check_local(secrets, threat)
     values_hidden, gradients_hidden = _hidden(secrets, threat)
 
     sent: list[Gradient] = []
@@ -93,7 +92,7 @@ def observe(
         network = copy.deepcopy(networks[client.weights_key])
         drawn = _draw_secrets(network, secrets, client.key)
         revealed.append({name: value for name, value in drawn.items() if name not in values_hidden})
-        sent.append(_step(network, defense, client, gradients_hidden, num_classes))
+        sent.append(_step(network, defense, client, threat, secrets, gradients_hidden, num_classes))
     names = list(sent[0])
     gradient = {name: torch.stack([row[name] for row in sent]).to(device) for name in names}
 
@@ -127,7 +126,7 @@ def observe(
         image_shape=image_shape,
         num_classes=num_classes,
         mean_image=mean_image.to(device),
-        threat=threat,
+        threat=threat.granted(),
         defense=defense if threat.informed else None,
     )
 
@@ -153,7 +152,21 @@ def _hidden(secrets: Sequence[Secret], threat: ThreatModel) -> tuple[set[str], s
     return values, gradients
 
 
-def _draw_secrets(network: nn.Module, secrets: Sequence[Secret], key: str) -> dict[str, Tensor]:
+def _check_local(secrets: Sequence[Secret], threat: ThreatModel) -> None:
+    """Raise where the local training cannot be run, or does not fit what the threat model reveals."""
+    if threat.shares == "gradient":
+        return
+    if threat.learning_rate is None:
+        raise BadOption("the threat model shares weights and states no learning rate; give one, as learning_rate=0.01")
+    for secret in secrets:
+        if secret.fresh and threat.local_steps > 1 and threat.reveals & {secret.group, f"{secret.group}-weights"}:
+            raise Unsupported(
+                f"the secret {secret.group!r} is drawn anew in each of {threat.local_steps} local steps, and one value "
+                "can be revealed; use local_steps=1"
+            )
+
+
+def _draw_secrets(network: nn.Module, secrets: Sequence[Secret], key: str, *purpose: object) -> dict[str, Tensor]:
     """Draw this client's secrets into its network, and return them."""
     tensors = tensors_of(network)
     drawn = {}
@@ -161,7 +174,7 @@ def _draw_secrets(network: nn.Module, secrets: Sequence[Secret], key: str) -> di
         if secret.name not in tensors:
             raise BadOption(f"the defense names the secret {secret.name!r}, which is no tensor of its network")
         own = tensors[secret.name]
-        value = secret.law.draw(tuple(own.shape), generator(key, "secret", secret.name))
+        value = secret.law.draw(tuple(own.shape), generator(key, "secret", secret.name, *purpose))
         with torch.no_grad():
             own.copy_(value)
         drawn[secret.name] = value
@@ -182,13 +195,49 @@ def _batch(defense: Defense, client: Client, num_classes: int) -> tuple[Tensor, 
     return torch.stack(images), F.one_hot(torch.tensor(labels), num_classes).to(client.image.dtype)
 
 
-def _step(network: nn.Module, defense: Defense, client: Client, hidden: set[str], num_classes: int) -> Gradient:
+def _train(
+    network: nn.Module,
+    defense: Defense,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    secrets: Sequence[Secret],
+    key: str,
+) -> Gradient:
+    """Return a network's parameters after the client's local training: so many steps of SGD on its batch.
+
+    What is drawn anew for every pass is so for every step; the client's other secrets are trained with the rest.
+    """
+    assert threat.learning_rate is not None
+    network = copy.deepcopy(network)
+    fresh = [secret for secret in secrets if secret.fresh]
+    for index in range(threat.local_steps):
+        if index:
+            _draw_secrets(network, fresh, key, index)
+        gradient = Step(network, x, y, defense).gradient()
+        with torch.no_grad():
+            for name, value in gradient.items():
+                network.get_parameter(name).sub_(threat.learning_rate * value)
+    return {name: p.detach().clone() for name, p in network.named_parameters() if p.requires_grad}
+
+
+def _step(
+    network: nn.Module,
+    defense: Defense,
+    client: Client,
+    threat: ThreatModel,
+    secrets: Sequence[Secret],
+    hidden: set[str],
+    num_classes: int,
+) -> Gradient:
     """Return what one client sends, with the hidden names removed."""
     x, y = _batch(defense, client, num_classes)
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     with seeded(client.key, "step"):
         x, y = defense.encode(x, y, generator(client.key, "encode"))
-        released = defense.release(Step(network, x, y, defense), generator(client.key, "release"))
+        shares = threat.shares == "weights"
+        trained = _train(network, defense, x, y, threat, secrets, client.key) if shares else None
+        released = defense.release(Step(network, x, y, defense, trained), generator(client.key, "release"))
     sent = {}
     for name, value in released.items():
         if name in hidden:

@@ -109,8 +109,8 @@ def test_networks_that_do_not_fit_are_told() -> None:
         leakbench.observe(network(), x, y, num_classes=7)
     with pytest.raises(Unsupported, match="2-d convolution"):
         leakbench.observe(nn.Sequential(nn.Flatten(), nn.Linear(64, 5)), x, y, defense="keylock")
-    with pytest.raises(Unsupported, match="shares='gradient'"):
-        leakbench.observe(network(), x, y, threat="shares=weights")
+    with pytest.raises(Unsupported, match="acts on the gradient of each example"):
+        leakbench.observe(network(), x, y, defense="dp", threat="weights")
     with pytest.raises(LeakbenchError, match="did you mean"):
         leakbench.observe(network(), x, y, defense="nosie")
 

@@ -804,7 +804,7 @@ def test_bad_input_is_refused(tmp_path):
     refused(plan(), tmp_path, "'mps'", "cpu", device="mps")
     refused(plan(threats=[{"reveals": ["key"]}]), tmp_path, "'key'", "no secret")
     refused(plan(defenses=["keylock"], threats=[{"reveals": ["kee"]}]), tmp_path, "'kee'", "key", "lock")
-    refused(plan(threats=[{"shares": "weights"}]), tmp_path, "weights", "gradient")
+    refused(plan(attacks=["ig(steps=2)"], threats=["weights"]), tmp_path, "unknown learning rate", "rate=known")
     refused(plan(datasets=[Tiny(size=6)]), tmp_path, "8x8", "6x6")
     refused(plan(datasets=["mnist"]), tmp_path, "mnist", "leakbench assets fetch mnist")
     refused(plan(models=["lenet(weights=none-such.pt)"]), tmp_path, "none-such.pt")

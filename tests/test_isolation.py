@@ -113,11 +113,12 @@ def children(item: object) -> Iterator[tuple[str, object]]:
 
 @dataclass
 class Private:
-    """What must not be found: tensors by name, labels, and the strings and seeds from which draws could be repeated."""
+    """What must not be found: tensors by name, labels, numbers, and the strings from which draws could be repeated."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     labels: tuple[int, ...] = ()
     words: tuple[str, ...] = ()
+    numbers: tuple[float, ...] = ()
     classes: int = CLASSES
 
     def found_in(self, root: object) -> list[str]:
@@ -130,6 +131,8 @@ class Private:
                 found += [f"{word!r} at {path}" for word in self.words if word in item]
             elif isinstance(item, (int, np.integer)) and not isinstance(item, bool) and int(item) in self.labels:
                 found.append(f"label {item} at {path}")
+            elif isinstance(item, float) and item in self.numbers:
+                found.append(f"{item} at {path}")
             elif isinstance(item, np.ndarray):
                 found += self._like(torch.from_numpy(item.copy()), path)
             elif isinstance(item, Tensor) and item.device.type != "meta":
@@ -150,6 +153,10 @@ class Private:
         labels = torch.tensor(self.labels)
         if self.labels and item.numel() <= 8 and bool(torch.isin(item.flatten().double(), labels.double()).any()):
             found.append(f"a label in a tensor at {path}")
+        if self.numbers and item.numel() <= 8:
+            secret = torch.tensor(self.numbers, dtype=torch.float64)
+            if bool(torch.isclose(item.flatten().double()[:, None], secret, rtol=1e-6, atol=0).any()):
+                found.append(f"a number in a tensor at {path}")
         if self.labels and item.ndim and item.shape[-1] == self.classes:
             hot = torch.eye(self.classes)[labels]
             rows = whole.reshape(-1, self.classes).float()
@@ -248,6 +255,25 @@ def test_nothing_private_is_reachable_and_what_is_granted_is_there(defense: Defe
     assert {s.name for s in observation.secrets} == secret - set(values)
     assert observation.labels is None if threat.labels == "inferred" else observation.labels.tolist() == list(LABELS)
     assert observation.defense == (defense if threat.informed else None)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("defense", ["none", "keylock(length=9)", "precode(k=6)", "noise"])
+def test_a_hidden_learning_rate_is_nowhere_and_secrets_stay_home(defense: str, steps: int) -> None:
+    method = defenses.parse(defense)
+    private, _, _ = split(method, ThreatModel())
+    private.numbers = (0.0371, 1 / 0.0371, 0.0371 * steps, 1 / (0.0371 * steps))
+    hidden = ThreatModel(shares="weights", learning_rate=0.0371, local_steps=steps)
+    observation = see(method, hidden)
+    assert private.found_in(observation) == []
+    assert observation.threat == replace(hidden, learning_rate=None)
+    secret = {name for group in groups_of(method) for name in secret_names(method, group)}
+    assert not secret & (set(observation.weights) | set(observation.gradient))
+    known = see(method, replace(hidden, rate="known"))
+    assert known.threat.learning_rate == 0.0371
+    assert private.found_in(known) != []
+    for name, value in observation.gradient.items():
+        assert torch.equal(known.gradient[name], value)
 
 
 @pytest.mark.parametrize("fresh", [False, True])

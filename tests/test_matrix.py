@@ -116,6 +116,10 @@ def test_a_float_in_text_and_in_python_make_the_same_trial(value: float) -> None
         ({"threats": [{"informed": "splize"}], "defenses": ["none", "precode"]}, "write true or splice or omit"),
         ({"threats": [{"informed": 2}]}, "informed=2 does not fit"),
         ({"threats": ["shares=all"]}, "gradient or weights"),
+        ({"threats": ["shares=weights, rate=some"]}, "hidden or known"),
+        ({"threats": ["shares=weights, learning_rate=0"]}, "learning_rate='0' does not fit"),
+        ({"threats": ["shares=weights, local_steps=0"]}, "local_steps='0' does not fit"),
+        ({"threats": ["learning_rate=0.1"]}, "add shares=weights"),
         ({"images": 0}, "images"),
         ({"images": []}, "images"),
         ({"images": [-1]}, "images"),
@@ -266,6 +270,8 @@ def test_any_change_makes_another_trial() -> None:
         *(dataclasses.replace(base, threat=threat) for threat in (
             ThreatModel("known"), ThreatModel(reveals=frozenset({"key"})), ThreatModel(informed=True),
             ThreatModel(shares="weights"), ThreatModel(optimises=True), ThreatModel(reveals=frozenset({"key", "lock"})),
+            ThreatModel(shares="weights", learning_rate=0.1), ThreatModel(shares="weights", local_steps=5),
+            ThreatModel(shares="weights", rate="known"),
         )),
         *(dataclasses.replace(base, attack=attack) for attack in (
             DLG(steps=301), DLG(lr=0.5), DLG(tv=1e-6), DLG(restarts=2), DLG(labels="analytic"), DLG(secrets="optimise"),
@@ -332,13 +338,19 @@ def test_ones_own_network_is_a_model() -> None:
 
 
 NAMES = st.sampled_from(["key", "lock", "lock-weights", "noise", "key-weights"])
-THREATS = st.builds(
-    ThreatModel,
-    labels=st.sampled_from(["inferred", "known"]),
-    reveals=st.frozensets(NAMES, max_size=4),
-    informed=st.booleans(),
-    shares=st.sampled_from(["gradient", "weights"]),
-    optimises=st.booleans(),
+GRANTS = {
+    "labels": st.sampled_from(["inferred", "known"]),
+    "reveals": st.frozensets(NAMES, max_size=4),
+    "informed": st.booleans(),
+    "optimises": st.booleans(),
+}
+LOCAL = {
+    "learning_rate": st.sampled_from([0.01, 0.1, 0.00025]),
+    "local_steps": st.integers(1, 100),
+    "rate": st.sampled_from(["hidden", "known"]),
+}
+THREATS = st.one_of(
+    st.builds(ThreatModel, **GRANTS), st.builds(ThreatModel, shares=st.just("weights"), **GRANTS, **LOCAL)
 )
 
 

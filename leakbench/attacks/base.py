@@ -18,11 +18,14 @@ class Attack(Component):
 
     Attributes:
         floor: True for an attack that uses no gradient; tables show every other attack's gain over the best floor.
+        updates: True for an attack that works on an update of unknown learning rate; any other one is given the
+            gradient that the update is of, and needs a threat model that grants the rate.
         queue: how many times as many trials it is given as it works on at a time (``Observation.slots``); more than 1
             for an attack whose trials end at different times, and that then begins the next one in the free place.
     """
 
     floor: ClassVar[bool] = False
+    updates: ClassVar[bool] = False
     queue: ClassVar[int] = 1
 
     @abstractmethod
@@ -55,9 +58,10 @@ def prepare(attack: Attack, observation: Observation) -> tuple[Attack, Observati
 
     Raises:
         Unsupported: the threat model has the attacker search for secrets, which this attack cannot; or it informs the
-            attacker of a defense that gives it nothing to know.
+            attacker of a defense that gives it nothing to know; or the client shares weights, and the attack needs the
+            learning rate, which is not granted.
     """
-    known = observation if attack.floor else work_out(inform(observation))
+    known = observation if attack.floor else work_out(inform(per_step(attack, observation)))
     return adapt(attack, observation.threat), known
 
 
@@ -97,6 +101,29 @@ def adapt(attack: Attack, threat: ThreatModel) -> Attack:
     if "secrets" not in attack.options():
         raise Unsupported(f"{attack.name} cannot search for secrets; use a threat model with optimises=false")
     return dataclasses.replace(attack, secrets="optimise")  # type: ignore[type-var]
+
+
+def per_step(attack: Attack, observation: Observation) -> Observation:
+    """Return what an attack works on where the client shares its weights: the mean gradient of its local steps.
+
+    That is the update divided by the number of steps and, unless the attack has ``updates``, by the learning rate.
+
+    Raises:
+        Unsupported: the attack needs the learning rate, and it is not granted.
+    """
+    threat = observation.threat
+    if threat.shares == "gradient":
+        return observation
+    unit = float(threat.local_steps)
+    if not attack.updates:
+        if threat.learning_rate is None:
+            raise Unsupported(
+                f"{attack.name} needs the gradient, and an update of unknown learning rate does not give its size; use "
+                "dlm or dlm+, or a threat model with rate=known"
+            )
+        unit *= threat.learning_rate
+    gradient = {name: value / unit for name, value in observation.gradient.items()}
+    return dataclasses.replace(observation, gradient=gradient, unit=unit)
 
 
 def work_out(observation: Observation) -> Observation:

@@ -235,10 +235,12 @@ class MatchingObjective:
         gradient = self.dummy(images, labels, unknowns, evaluation)
         defense = self.observation.defense
         if defense is not None:
-            gradient = defense.surrogate(gradient, observed)
-            unlikely = defense.likelihood(gradient, observed)
+            unit = self.observation.threat.unit
+            released = defense.surrogate(_times(gradient, unit), self._sent)
+            unlikely = defense.likelihood(released, self._sent)
             if unlikely is not None:
                 return unlikely / self._unlikely
+            gradient = _times(released, None if unit is None else 1 / unit)
         if self.attack.per_tensor:
             return self.attack.distance(gradient, observed)
         return self.attack.distance(pack(gradient), self._packed)
@@ -314,9 +316,14 @@ class MatchingObjective:
         return pack(self.observation.gradient)
 
     @cached_property
+    def _sent(self) -> Mapping[str, Tensor]:
+        """What was sent, in the units in which it was."""
+        return _times(self.observation.gradient, self.observation.unit)
+
+    @cached_property
     def _unlikely(self) -> Tensor:
         """How unlikely a gradient of zeros is [T], so that the prior weighs as much as beside a relative distance."""
-        observed, defense = self.observation.gradient, self.observation.defense
+        observed, defense = self._sent, self.observation.defense
         assert defense is not None
         unlikely = defense.likelihood({name: torch.zeros_like(value) for name, value in observed.items()}, observed)
         assert unlikely is not None
@@ -335,6 +342,11 @@ def _relaxed(observation: Observation) -> Observation:
     model = observation.defense.relax(observation.model, hidden)
     own = tensors_of(model)
     matched = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if observation.threat.unit is None and observation.defense.models_release():
+        raise Unsupported(
+            f"what {observation.defense.name!r} does to an update counts in the units of the update, and the learning "
+            "rate is not known; use a threat model with rate=known, or informed=false"
+        )
     sought = tuple(secret for secret in observation.defense.secrets(model) if secret.sought)
     return replace(
         observation,
@@ -360,6 +372,11 @@ def _look(objective: MatchingObjective, unknowns: Unknowns) -> tuple[Tensor, Ten
         images.append(image)
         logits += [] if logit is None else [logit]
     return torch.cat(values), torch.cat(images), torch.cat(logits) if logits else None
+
+
+def _times(gradient: Mapping[str, Tensor], unit: float | None) -> Gradient:
+    """Return a gradient in other units; as it is for 1, and for those that are not known, where they do not matter."""
+    return dict(gradient) if unit in (None, 1.0) else {name: value * unit for name, value in gradient.items()}
 
 
 def pack(gradient: Mapping[str, Tensor]) -> Gradient:

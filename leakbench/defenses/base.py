@@ -14,37 +14,72 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakbench.component import Component
+from leakbench.errors import Unsupported
 from leakbench.registry import Registry
 from leakbench.types import Gradient, Secret
 
 
 class Step:
-    """One local step of one client: what a defense's ``release`` may draw on.
+    """The local training of one client: what a defense's ``release`` may draw on.
+
+    Where clients share gradients it is one step. Where they share weights, it is one or more steps of SGD, and what a
+    defense acts on is the update: a strength in absolute units counts in the update's, which are those of the gradient
+    times the learning rate.
 
     Attributes:
-        model: the client's network, secrets in place, in the mode it trains in.
+        model: the client's network before it trains, secrets in place, in the mode it trains in.
         images: [B, C, H, W], the data after ``encode``.
         labels: [B] int64 or [B, K] class probabilities, after ``encode``.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, defense: Defense) -> None:
+    def __init__(
+        self, model: nn.Module, images: Tensor, labels: Tensor, defense: Defense, trained: Gradient | None = None
+    ) -> None:
         self.model = model
         self.images = images
         self.labels = labels
         self._defense = defense
+        self._trained = trained
 
     def gradient(self) -> Gradient:
-        """Return the gradient of the mean loss over the batch, per trainable parameter."""
-        return self._gradient(self.images, self.labels)
+        """Return the gradient of the mean loss over the batch, per trainable parameter.
+
+        Where the client shares its weights, the update in its place: ``weights`` less ``trained``.
+        """
+        if self._trained is None:
+            return self._gradient(self.images, self.labels)
+        return {name: before - self._trained[name] for name, before in self.weights().items()}
 
     def per_example(self) -> Gradient:
-        """Return each example's own gradient, [B, *shape] per trainable parameter."""
+        """Return each example's own gradient, [B, *shape] per trainable parameter.
+
+        Raises:
+            Unsupported: the client shares its weights, in which examples are no longer apart.
+        """
+        if self._trained is not None:
+            raise Unsupported(
+                f"defense {self._defense.name!r} acts on the gradient of each example, and weights after local "
+                "training have none; use a threat model with shares=gradient"
+            )
         rows = [self._gradient(self.images[i : i + 1], self.labels[i : i + 1]) for i in range(len(self.images))]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     def weights(self) -> Gradient:
-        """Return the network's trainable parameters before the step."""
+        """Return the network's trainable parameters before the client trains."""
         return {name: parameter.detach().clone() for name, parameter in self._parameters().items()}
+
+    def trained(self) -> Gradient:
+        """Return the trainable parameters after the client's local training.
+
+        Raises:
+            Unsupported: the client shares a gradient.
+        """
+        if self._trained is None:
+            raise Unsupported(
+                f"defense {self._defense.name!r} acts on the weights that a client sends, and this one sends a "
+                "gradient; use a threat model with shares=weights"
+            )
+        return {name: value.clone() for name, value in self._trained.items()}
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -94,7 +129,10 @@ class Defense(Component):
         return F.cross_entropy(model(x), y, reduction="none")
 
     def release(self, step: Step, rng: torch.Generator) -> Gradient:
-        """Return what is sent, per parameter; secrets are removed afterwards in any case."""
+        """Return what is sent, per parameter; secrets are removed afterwards in any case.
+
+        Where the client shares its weights, that is the update as the server computes it from two models.
+        """
         return step.gradient()
 
     def relax(self, model: nn.Module, hidden: Collection[str]) -> nn.Module:
@@ -125,6 +163,11 @@ class Defense(Component):
             observed: what was sent, [T, *shape] by name.
         """
         return None
+
+    @classmethod
+    def models_release(cls) -> bool:
+        """Return whether an informed attacker models what becomes of a gradient before it is sent."""
+        return cls.surrogate is not Defense.surrogate or cls.likelihood is not Defense.likelihood
 
     def recover(self, model: nn.Module, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
         """Return the secrets [T, *shape] that an informed attacker works out from what was sent, by name.
