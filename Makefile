@@ -8,7 +8,7 @@ DATA := mnist fashion-mnist cifar10
 SCALE ?= full
 DEVICE ?= cpu
 
-.PHONY: help setup demo trunks test test-full test-assets assets check format wheel clean
+.PHONY: help setup demo trunks test test-full test-assets assets check format fuzz wheel clean
 
 help:
 	@echo "make demo         set up, and run three attacks against five defenses on the images that ship with leakbench"
@@ -18,6 +18,7 @@ help:
 	@echo "make assets       fetch the datasets and weights into the cache"
 	@echo "make test-assets  run the tests that need them"
 	@echo "make bench        measure speed into reports/speed (SCALE=smoke|full, DEVICE=cpu|cuda)"
+	@echo "make fuzz         feed a million hostile inputs to what reads files and specs, half an hour"
 	@echo "make wheel        build dist/*.whl"
 	@echo "make clean        remove what make made, the cache of datasets excepted"
 
@@ -62,6 +63,10 @@ bench: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+fuzz: setup
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable ".[fuzz]"
+	$(BIN)/python tools/fuzz.py
 
 wheel: setup
 	rm -rf dist

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import importlib
 import io
 import lzma
 import pickle
@@ -198,7 +199,7 @@ def _fuzz(name: str, runs: int, seed: int, out: Path) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["leakbench"]):
-        pass
+        importlib.import_module("leakbench.report.files")
     with tempfile.TemporaryDirectory() as folder, targets(Path(folder)) as known:
         target, start = known[name]
         corpus = Path(folder) / "corpus"
