@@ -28,7 +28,7 @@ from leakbench.metrics.base import Metric, Truth
 from leakbench.models.weights import Checkpoint
 from leakbench.progress import Silent
 from leakbench.rng import Rng, generator
-from leakbench.store import AFTER, BEFORE, FILE, Provenance, Store
+from leakbench.store import AFTER, BEFORE, FILE, Provenance, Statement, Store
 from leakbench.trial import Result, Trial
 from leakbench.types import Observation, Reconstruction
 from leakbench.victim import Client, build, check_reveals, groups_of, observe
@@ -118,6 +118,7 @@ def run(
     data = _load(trials)
     refused = _preflight(trials, strict, ensemble=matrix.threshold is not None)
     checkpoints = _checkpoints(trials)
+    statements = _statements(trials)
     scores, missing = _metrics()
     store = Store.open(folder / FILE) if existing else Store.create(folder / FILE)
     with store, full_precision():
@@ -125,6 +126,7 @@ def run(
         store.record_metrics([metrics.parse(name) for name in metrics.names()], _notes(trials))
         store.add_trials(trials)
         store.record_checkpoints(checkpoints)
+        store.record_statements(statements)
         done = store.done()
         waiting = [trial for trial in trials if trial.id not in done]
         progress.start(waiting, len(trials) - len(waiting))
@@ -542,6 +544,12 @@ def _checkpoints(trials: Sequence[Trial]) -> dict[str, Checkpoint]:
     models = {json.dumps(trial.settings["model"], sort_keys=True): trial.model for trial in trials}
     stated = {settings: model.checkpoint() for settings, model in models.items()}
     return {settings: checkpoint for settings, checkpoint in stated.items() if checkpoint is not None}
+
+
+def _statements(trials: Sequence[Trial]) -> dict[str, Statement]:
+    """Return what the defenses state of themselves, by their settings as JSON."""
+    defenses = {json.dumps(trial.settings["defense"], sort_keys=True): trial.defense for trial in trials}
+    return {settings: Statement.of(defense) for settings, defense in defenses.items()}
 
 
 def _finite(values: Tensor | None, row: int) -> float | None:

@@ -3,7 +3,8 @@
 Any SQLite tool can read it. Every table, picture and page that leakbench makes is a pure function of this file.
 
 - ``meta(key, value)``: ``schema`` (also ``PRAGMA user_version``), ``created_by``, ``created``; ``chunk/CELL``, how many
-  trials of a cell run at a time; ``checkpoint/SETTINGS`` (both JSON), what a model's file of trained weights states.
+  trials of a cell run at a time; ``checkpoint/SETTINGS`` (both JSON), what a model's file of trained weights states;
+  ``defense/SETTINGS`` (both JSON), what a defense states of itself.
 - ``sessions``: one row for every time the run was started or resumed: ``version``, git ``commit_id`` and ``dirty``
   where leakbench ran from a checkout, ``packages`` (JSON, name -> version), ``python``, ``device``, ``threads``,
   ``command``, ``matrix`` (JSON), ``started`` and ``ended`` (UTC; ``ended`` is NULL where the run was killed).
@@ -39,6 +40,7 @@ from typing import Self
 import pandas as pd
 import torch
 
+from leakbench.defenses import Defense
 from leakbench.errors import ForeignRun, LeakbenchError
 from leakbench.metrics.base import Metric
 from leakbench.models.weights import Checkpoint, Training
@@ -146,6 +148,25 @@ class MetricInfo:
 
 
 @dataclass(frozen=True)
+class Statement:
+    """What a defense states of itself; kept in the run, so that a report needs no plugin.
+
+    Attributes:
+        note: what a reader must know of its options (``Defense.note``).
+        informed: what those do who are informed of it, in words, by ``informed`` as a threat model writes it.
+    """
+
+    note: str
+    informed: Mapping[str, str]
+
+    @classmethod
+    def of(cls, defense: Defense) -> Statement:
+        """Return what a defense states."""
+        others = {name: other.informed for name, other in defense.attackers().items()}
+        return cls(defense.note(), {"true": defense.informed, **others} if defense.informed else {})
+
+
+@dataclass(frozen=True)
 class Component:
     """What a spec stands for, named as in ``Store.results``.
 
@@ -153,6 +174,7 @@ class Component:
         kind: ``dataset``, ``model``, ``defense`` or ``attack``.
         options: every option's value.
         checkpoint: what a model's file of trained weights stated when the run was started.
+        statement: what a defense states of itself; None for the others, and in runs of old.
     """
 
     kind: str
@@ -160,6 +182,7 @@ class Component:
     version: int
     options: Mapping[str, object]
     checkpoint: Checkpoint | None = None
+    statement: Statement | None = None
 
 
 @dataclass(frozen=True)
@@ -350,6 +373,12 @@ class Store:
         with self._transaction():
             self._db.executemany("INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO NOTHING", rows)
 
+    def record_statements(self, statements: Mapping[str, Statement]) -> None:
+        """Record what defenses state of themselves, by their settings (JSON); what is known is stated anew."""
+        rows = [(f"defense/{settings}", _text(json.dumps(asdict(stated)))) for settings, stated in statements.items()]
+        with self._transaction():
+            self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows)
+
     def record_metrics(self, metrics: Iterable[Metric], notes: Mapping[str, str] | None = None) -> None:
         """Record what the metrics mean, before their scores; a metric that is known already is described anew.
 
@@ -393,10 +422,8 @@ class Store:
         """Return every dataset, model, defense and attack that was planned, with all its options."""
         rows = self._rows("SELECT * FROM trials ORDER BY position")
         settings = [json.loads(row["settings"]) for row in rows]
-        checkpoints = {
-            row["key"].partition("/")[2]: _checkpoint(row["value"])
-            for row in self._rows("SELECT key, value FROM meta WHERE key LIKE 'checkpoint/%'")
-        }
+        checkpoints = {settings: _checkpoint(text) for settings, text in self._stated("checkpoint").items()}
+        statements = {settings: Statement(**json.loads(text)) for settings, text in self._stated("defense").items()}
         found = []
         for kind in ("dataset", "model", "defense", "attack"):
             pairs = [(row[kind], json.dumps(setting[kind], sort_keys=True)) for row, setting in zip(rows, settings)]
@@ -404,7 +431,8 @@ class Store:
                 own = json.loads(text)
                 options = {name: value for name, value in own.items() if name not in ("name", "version")}
                 checkpoint = checkpoints.get(text) if kind == "model" else None
-                found.append(Component(kind, label, int(own["version"]), options, checkpoint))
+                statement = statements.get(text) if kind == "defense" else None
+                found.append(Component(kind, label, int(own["version"]), options, checkpoint, statement))
         return found
 
     def write(self, results: Sequence[Result], session: int) -> None:
@@ -470,6 +498,11 @@ class Store:
                     truths[digest] = self._rows("SELECT png FROM truths WHERE digest = ?", (digest,))[0]["png"]
                 pictures[trial] = Pictures(truths[digest], png)
         return pictures
+
+    def _stated(self, kind: str) -> dict[str, str]:
+        """Return what was recorded of components of a kind, by their settings (JSON)."""
+        rows = self._rows("SELECT key, value FROM meta WHERE key LIKE ?", (f"{kind}/%",))
+        return {row["key"].partition("/")[2]: row["value"] for row in rows}
 
     def _configure(self) -> None:
         with _one_line_errors(self.path):

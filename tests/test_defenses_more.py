@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -30,7 +31,11 @@ from leakbench.gradients.bilinear import squared_distance
 from leakbench.gradients.evaluate import tensors_of
 from leakbench.matrix import Matrix, parse_threat
 from leakbench.optim import value_and_gradient
+from leakbench.report import worst_case
+from leakbench.report.markdown import Run as Report
+from leakbench.report.markdown import markdown
 from leakbench.rng import Rng
+from leakbench.store import FILE, Store
 from leakbench.types import Gradient, Observation
 from leakbench.victim import build, observe
 
@@ -824,6 +829,46 @@ def test_a_cell_in_which_there_is_nothing_to_know_is_a_row(tmp_path) -> None:
     assert "informed" in table.loc[table["status"] == "unsupported", "reason"].item()
     with pytest.raises(Unsupported, match="states no informed attacker"):
         run(Matrix(defenses=["none"], images=1, **axes), tmp_path / "other")
+
+
+@dataclass(frozen=True)
+class Halved(Signs):
+    """Send half of it, and know of it in two ways."""
+
+    informed: ClassVar[str] = "doubles | it"
+
+    def note(self) -> str:
+        return "Half of everything is sent."
+
+    def attackers(self) -> dict[str, Defense]:
+        return {"thrice": Thrice()}
+
+
+@dataclass(frozen=True)
+class Thrice(Halved):
+    """The same."""
+
+    informed: ClassVar[str] = "trebles it"
+
+
+def test_a_report_says_who_is_informed_of_every_defense_or_that_nobody_is(tmp_path) -> None:
+    """Without the plugin that the defenses came from: the words are in the run file."""
+    axes = {"models": ["lenet"], "datasets": ["samples(size=8)"], "images": 1, "attacks": ["grey", "ig(steps=1)"]}
+    used = [Signs(), Halved(), "precode(k=2)", "dp(noise_multiplier=0.01)"]
+    run(Matrix(defenses=used, threshold=0.5, **axes), tmp_path)
+    with Store.open(tmp_path / FILE, readonly=True) as store:
+        results, components = store.results(), store.components()
+        page = markdown(Report("x", store.sessions(), 8, results, store.metrics(), store.threats(), components))
+        worst = worst_case.markdown("x", store.trials(), 0.5, store.threats(), components)
+    for text in (page, worst):
+        lines = text.partition("What the defenses state")[2].splitlines()
+        cells = [[cell.strip() for cell in line.split("|")] for line in lines if line.startswith("| ")]
+        rows = {cell[1]: cell[2:4] for cell in cells}
+        assert rows["Signs"] == ["–", "none stated"]
+        assert rows["Halved"] == ["Half of everything is sent.", 'doubles &#124; it; "thrice": trebles it']
+        assert rows["precode(k=2)"][1].count("; ") == 2
+        assert rows["dp(noise_multiplier=0.01)"][0].startswith("epsilon = ")
+        assert "weak or no protection" in rows["dp(noise_multiplier=0.01)"][0]
 
 
 # bad input

@@ -16,6 +16,9 @@ from leakbench.defenses.clip import Norm, clipped
 from leakbench.gradients.bilinear import squared_distance
 from leakbench.types import Gradient
 
+WEAK = 10
+"""An epsilon above which Ponomareva et al. 2023 (How to DP-fy ML, section 5.2) call a guarantee weak, or none."""
+
 
 @register("dp")
 @dataclass(frozen=True)
@@ -86,4 +89,5 @@ class DP(Defense):
         except ImportError:
             return f"epsilon is not known: it needs dp-accounting; pip install 'leakbench[dp]'. It is for {training}."
         words = "epsilon is infinite" if math.isinf(epsilon) else f"epsilon = {epsilon:.3g} at delta = {self.delta:g}"
-        return f"{words} after {training} (Renyi accountant of dp-accounting; one example more or less)."
+        weak = f" Above {WEAK} that is weak or no protection (Ponomareva et al. 2023)." if epsilon > WEAK else ""
+        return f"{words} after {training} (Renyi accountant of dp-accounting; one example more or less).{weak}"

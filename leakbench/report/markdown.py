@@ -11,6 +11,7 @@ import pandas as pd
 from leakbench.report.about import about
 from leakbench.report.controls import control_gains
 from leakbench.report.differences import differences
+from leakbench.report.stated import stated
 from leakbench.report.table import ANY, BLOCK, strongest, summarise, without_repeats
 from leakbench.report.text import ABSENT, decimals, english, escape, number, table, with_interval
 from leakbench.report.trained import LEGEND, trained
@@ -304,6 +305,7 @@ def _legend(run: Run, summary: pd.DataFrame, pictures: bool) -> list[str]:
         words += [
             "What each name stands for, with every option, those left at their default included:",
             table(["kind", "name", "options", "version"], rows, left=4),
+            stated(run.components),
         ]
     if missing:
         words.append(
@@ -343,4 +345,4 @@ def _legend(run: Run, summary: pd.DataFrame, pictures: bool) -> list[str]:
             "them, clamped to [0, 1], without any fit of contrast; small images are enlarged without smoothing, images "
             "of more than 128 pixels are reduced. A red frame marks a trial that diverged."
         )
-    return [*words, "\n".join(f"- {point}" for point in points)]
+    return [*filter(None, words), "\n".join(f"- {point}" for point in points)]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from leakbench.matrix import RECOVERY
+from leakbench.report.stated import stated
 from leakbench.report.statistics import wilson_interval
 from leakbench.report.text import ABSENT, english, escape, number, percent, table
 from leakbench.store import Component, Session
@@ -311,4 +312,5 @@ def _legend(trials: pd.DataFrame, threats: Mapping[str, str], components: Sequen
     ]
     attackers = table(["attacker", "attack", "threat model"], rows, left=3)
     meanings = table(["kind", "name", "options"], options, left=3)
-    return "\n\n".join(part for part in ("## How to read this", words, attackers, meanings) if part)
+    parts = ("## How to read this", words, attackers, meanings, stated(components))
+    return "\n\n".join(part for part in parts if part)

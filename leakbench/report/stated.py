@@ -1,0 +1,25 @@
+"""What a report says of the defenses in use, in their own words: what options mean, and what the informed do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from leakbench.report.text import ABSENT, escape, table
+from leakbench.store import Component, Statement
+
+_TITLE = (
+    "What the defenses state of themselves: what a reader must know of their options, and what an attacker does who is "
+    'informed of them (`informed = true` in a threat model; a further one by its name, `informed = "NAME"`):'
+)
+
+
+def stated(components: Iterable[Component]) -> str:
+    """Return a table, in Markdown, with a row for every defense; empty where the run holds no such words."""
+    own = [(one.spec, one.statement) for one in components if one.statement is not None]
+    rows = [[escape(spec), escape(statement.note) or ABSENT, _attackers(statement)] for spec, statement in own]
+    return f"{_TITLE}\n\n{table(['defense', 'note', 'informed attacker'], rows, left=3)}" if rows else ""
+
+
+def _attackers(statement: Statement) -> str:
+    words = [escape(said if name == "true" else f'"{name}": {said}') for name, said in statement.informed.items()]
+    return "; ".join(words) or "none stated"
