@@ -13,17 +13,24 @@ class Component:
         name: the name it was registered under.
         version: raised whenever its numbers change, so that older results are not mistaken for new ones.
         reference: the paper, section or URL-free citation behind it.
+        assumes: what must hold for it to do what it is for, in a sentence; also of ``cost`` and ``fails``.
+        cost: what it takes.
+        fails: what is known to defeat it.
     """
 
     name: ClassVar[str] = ""
     version: ClassVar[int] = 1
     reference: ClassVar[str] = ""
+    assumes: ClassVar[str] = ""
+    cost: ClassVar[str] = ""
+    fails: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
-        """Name a subclass after itself until it is registered; nothing but version is inherited."""
+        """Name a subclass after itself until it is registered; nothing of these but version is inherited."""
         super().__init_subclass__()
         cls.name = cls.__dict__.get("name", cls.__qualname__)
-        cls.reference = cls.__dict__.get("reference", "")
+        for words in ("reference", "assumes", "cost", "fails"):
+            setattr(cls, words, cls.__dict__.get(words, ""))
 
     def options(self) -> dict[str, Any]:
         """Return every option with its value, defaults written out."""

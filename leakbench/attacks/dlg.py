@@ -25,6 +25,17 @@ class DLG(QuasiNewton):
     """
 
     reference: ClassVar[str] = "Zhu et al. 2019, Deep Leakage from Gradients, NeurIPS (released code)"
+    assumes: ClassVar[str] = (
+        "A network that can be differentiated twice with useful second derivatives (sigmoid, tanh); one image."
+    )
+    cost: ClassVar[str] = (
+        "Up to 20 evaluations of the gradient and its derivative a step: 6,000 by default; 100 pairs of "
+        "images in memory."
+    )
+    fails: ClassVar[str] = (
+        "Diverges on a share of images that depends on the weights drawn; ReLU networks; behind a "
+        "normalisation the contrast is not determined."
+    )
 
     def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
         """Return the squared distance."""
@@ -43,6 +54,13 @@ class IDLG(QuasiNewton):
     """
 
     reference: ClassVar[str] = "Zhao et al. 2020, iDLG, arXiv 2001.02610 (and the code of P. Zhao)"
+    assumes: ClassVar[str] = (
+        "As DLG, and a hard label with a classifier whose inputs are not negative, from which the label is read."
+    )
+    cost: ClassVar[str] = "As DLG; a trial that has matched ends early."
+    fails: ClassVar[str] = (
+        "As DLG; a wrong label (classifier inputs of any sign, as behind PRECODE; mixed labels) spoils the search."
+    )
     labels: Literal["joint", "analytic"] = "analytic"
     stop: NonNegative = 1e-6
 

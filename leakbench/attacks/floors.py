@@ -18,6 +18,9 @@ class RandomFloor(Attack):
     """Floor: uniform noise, no gradient used."""
 
     reference: ClassVar[str] = "a baseline by definition"
+    assumes: ClassVar[str] = "Nothing."
+    cost: ClassVar[str] = "Nothing."
+    fails: ClassVar[str] = "It is a floor: no recovery is expected of it."
     floor: ClassVar[bool] = True
 
     def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
@@ -31,6 +34,9 @@ class GreyFloor(Attack):
     """Floor: the constant image 0.5, no gradient used."""
 
     reference: ClassVar[str] = "a baseline by definition"
+    assumes: ClassVar[str] = "Nothing."
+    cost: ClassVar[str] = "Nothing."
+    fails: ClassVar[str] = "It is a floor; in PSNR it is above many published reconstructions."
     floor: ClassVar[bool] = True
 
     def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
@@ -45,6 +51,9 @@ class MeanFloor(Attack):
     """Floor: the mean of public images of the same kind, no gradient used."""
 
     reference: ClassVar[str] = "a baseline by definition"
+    assumes: ClassVar[str] = "Public images of the same kind."
+    cost: ClassVar[str] = "Nothing."
+    fails: ClassVar[str] = "It is a floor: no recovery is expected of it."
     floor: ClassVar[bool] = True
 
     def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:

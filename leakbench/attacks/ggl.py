@@ -94,6 +94,16 @@ class GGL(GradientMatching):
     """
 
     reference: ClassVar[str] = "Li et al. 2022, GGL, CVPR, sections 3.3, 4.2 and 4.4, arXiv 2203.15696 (released code)"
+    assumes: ClassVar[str] = (
+        "A generator whose training data resemble the images, and the label, read off the last layer."
+    )
+    cost: ClassVar[str] = (
+        "``budget`` evaluations of the gradient alone, 25,000 by default; no second derivative is needed."
+    )
+    fails: ClassVar[str] = (
+        "Returns what the generator can draw: of other images a distant look-alike. Put `prior` and "
+        "`control=wrong-gradient` beside it."
+    )
     per_tensor: ClassVar[bool] = True
     steps: ClassVar[int] = 1  # type: ignore[misc]  # the budget counts evaluations
     labels: ClassVar[Literal["analytic"]] = "analytic"  # type: ignore[misc]  # a generator draws one class
@@ -239,6 +249,9 @@ class PriorFloor(Attack):
     """
 
     reference: ClassVar[str] = "a baseline by definition"
+    assumes: ClassVar[str] = "The generator and the label that GGL has."
+    cost: ClassVar[str] = "One image of the generator; no gradient."
+    fails: ClassVar[str] = "It is a floor: what GGL shows beyond it is what leaked."
     floor: ClassVar[bool] = True
 
     generator: str = "dcgan"

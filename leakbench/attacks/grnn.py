@@ -44,6 +44,12 @@ class GRNN(GradientMatching):
     """
 
     reference: ClassVar[str] = "Ren et al. 2022, GRNN: Generative Regression Neural Network, ACM TIST (released code)"
+    assumes: ClassVar[str] = "A network that can be differentiated twice; images of 32 to 256 pixels."
+    cost: ClassVar[str] = (
+        "One evaluation a step through a generator of each trial's own weights: 1,000 by default; the weights "
+        "are most of the memory."
+    )
+    fails: ClassVar[str] = "Small budgets leave smooth images; behind a key-lock it ends at the floors."
     steps: Count = 1000
     lr: Positive = 1e-4
     tv: NonNegative = 1e-3

@@ -37,6 +37,12 @@ class IG(GradientMatching):
     """
 
     reference: ClassVar[str] = "Geiping et al. 2020, Inverting Gradients, NeurIPS, equation 4 (and released code)"
+    assumes: ClassVar[str] = "A hard label that the last layer gives away; a network in the mode that the client used."
+    cost: ClassVar[str] = "One evaluation a step: 4,000 by default."
+    fails: ClassVar[str] = (
+        "The cosine distance does not see the gradient's size; untrained ReLU networks and small budgets "
+        "leave blurred images; noise."
+    )
     steps: Count = 4000
     lr: Positive = 0.1
     tv: NonNegative = 1e-4

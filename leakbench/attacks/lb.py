@@ -44,6 +44,9 @@ class LB(QuasiNewton):
     """
 
     reference: ClassVar[str] = "Liu and Nocedal 1989, Math. Programming 45 (the optimiser); the objective is our own"
+    assumes: ClassVar[str] = "A network that can be differentiated twice; works in float64."
+    cost: ClassVar[str] = "Up to 25 evaluations a step with the line search, each at twice the cost of float32."
+    fails: ClassVar[str] = "Local minima: several starts help; noise and pruning, unless informed of them."
     per_tensor: ClassVar[bool] = True
     tolerance_grad: ClassVar[float] = 1e-12
     tolerance_change: ClassVar[float] = 1e-16

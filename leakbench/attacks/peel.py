@@ -80,6 +80,17 @@ class Peel(Attack):
         "in the family of Zhu and Blaschko 2021, R-GAP, ICLR, arXiv 2010.07733; "
         "the way through a normalisation of unknown scale and shift is this package's own"
     )
+    assumes: ClassVar[str] = (
+        "A chain of linear layers, convolutions, invertible activations (sigmoid, tanh, leaky ReLU) and batch "
+        "normalisation of one image; a gradient that is nearly exact."
+    )
+    cost: ClassVar[str] = (
+        "One least-squares problem a layer, in float64; no search. Time grows with the cube of a layer's inputs."
+    )
+    fails: ClassVar[str] = (
+        "ReLU, pooling and residual connections (unsupported); relative noise above 1e-4, half precision; "
+        "channels that a gate has shut are lost."
+    )
     precision: Annotated[float, Field(gt=0, le=1)] = 3e-7
     roughness: Positive = 0.1
 

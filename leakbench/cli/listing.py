@@ -113,8 +113,9 @@ def _show(registry: Registry[Any], plugins: list[Path] | None) -> None:
             typer.echo(f"    who is informed of it: {cls.informed or 'nothing to know'}")
             for variant, other in ({} if _required(registry, cls) else cls().attackers()).items():
                 typer.echo(f"    informed={variant}: {other.informed}")
-        if cls.reference:
-            typer.echo(f"    reference: {cls.reference}")
+        for word in ("assumes", "cost", "fails", "reference"):
+            if getattr(cls, word):
+                typer.echo(f"    {word}: {getattr(cls, word)}")
 
 
 def _required(registry: Registry[Any], cls: type[Any]) -> list[str]:

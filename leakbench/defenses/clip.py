@@ -29,6 +29,9 @@ class Clip(Defense):
     """
 
     reference: ClassVar[str] = "Li et al. 2022, GGL, arXiv 2203.15696, section 4 (gradient clipping)"
+    assumes: ClassVar[str] = "The attacker minds the gradient's size."
+    cost: ClassVar[str] = "Nothing but smaller steps."
+    fails: ClassVar[str] = "Any distance that does not see the size (cosine), or clipping the dummy too."
     informed: ClassVar[str] = "clips the dummy gradient too"
     norm: Norm = 1.0
 

@@ -43,6 +43,9 @@ class DP(Defense):
         "Abadi et al. 2016, Deep Learning with Differential Privacy, CCS, algorithm 1; epsilon as in Mironov et al. "
         "2019, arXiv 1908.10530"
     )
+    assumes: ClassVar[str] = "Nothing: its guarantee holds against every attacker, for the epsilon that it states."
+    cost: ClassVar[str] = "Accuracy; more so the smaller epsilon is."
+    fails: ClassVar[str] = "A large epsilon guarantees little; the report states it."
     informed: ClassVar[str] = "clips the dummy gradient too, and weighs an error by the noise's law (L2)"
     clip: Norm = 1.0
     noise_multiplier: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.1

@@ -104,6 +104,12 @@ class KeyLockDefense(Defense):
     """
 
     reference: ClassVar[str] = "Wei et al. 2023, FedKL, arXiv 2305.04095, section 3.3, equation 30 (and released code)"
+    assumes: ClassVar[str] = "The attacker knows neither key nor lock, and does not model scale and shift."
+    cost: ClassVar[str] = "Two linear layers a locked block; every client's model works with its own key alone."
+    fails: ClassVar[str] = (
+        "Closed forms and searches that treat scale and shift as unknown; the lock's gradients give the key. "
+        "What remains is what shut ReLU gates lose, and the contrast that the normalisation takes."
+    )
     informed: ClassVar[str] = (
         "works out the key from the lock's gradients where these are sent; otherwise searches for scale and shift"
     )

@@ -27,6 +27,9 @@ class Noise(Defense):
     """
 
     reference: ClassVar[str] = "Zhu et al. 2019, Deep Leakage from Gradients, NeurIPS, section 5.1 (states variances)"
+    assumes: ClassVar[str] = "The attacker matches gradients without their noise in mind."
+    cost: ClassVar[str] = "Slower training; strong noise costs accuracy. Nothing else."
+    fails: ClassVar[str] = "Weak noise: informed attackers average it out over the many entries of a gradient."
     informed: ClassVar[str] = "weighs an error by the noise's law: L2 for Gaussian noise, L1 for Laplace noise"
     scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     kind: Literal["gaussian", "laplace"] = "gaussian"

@@ -12,3 +12,6 @@ class NoDefense(Defense):
     """No defense: the plain gradient is sent."""
 
     reference: ClassVar[str] = "the control, by definition"
+    assumes: ClassVar[str] = "Nothing."
+    cost: ClassVar[str] = "Nothing."
+    fails: ClassVar[str] = "It is the control: everything that an attacker can take is there."

@@ -23,6 +23,9 @@ class NormOnly(Defense):
     reference: ClassVar[str] = (
         "control for arXiv 2305.04095: separates what the normalisation does from what the lock does"
     )
+    assumes: ClassVar[str] = "Nothing: it is the placebo beside key-lock."
+    cost: ClassVar[str] = "As a normalisation without scale and shift."
+    fails: ClassVar[str] = "It hides the contrast of an image and no more."
     layers: Layers = "first"
 
     def wrap(self, model: nn.Module) -> nn.Module:

@@ -61,6 +61,12 @@ class Precode(Defense):
 
     version: ClassVar[int] = 2  # 2: the informed read the label off the bias
     reference: ClassVar[str] = "Scheliga et al. 2022, PRECODE, WACV, section 4"
+    assumes: ClassVar[str] = "The attacker does not know the noise of the bottleneck."
+    cost: ClassVar[str] = "A bottleneck of its own, and a divergence in the loss."
+    fails: ClassVar[str] = (
+        "The noise follows from the gradients that are sent, in closed form; the layers below can be matched "
+        "without it."
+    )
     informed: ClassVar[str] = "works out noise and label from what is sent, and has the divergence in its loss too"
     k: Annotated[int, Field(ge=1, le=65536)] = 256
     beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3

@@ -29,6 +29,9 @@ class Prune(Defense):
     """
 
     reference: ClassVar[str] = "Zhu et al. 2019, Deep Leakage from Gradients, NeurIPS, section 5.2"
+    assumes: ClassVar[str] = "The attacker matches the zeros too."
+    cost: ClassVar[str] = "Less to send; strong pruning slows training."
+    fails: ClassVar[str] = "Matching where something was sent; the largest entries carry most of the image."
     informed: ClassVar[str] = "matches the gradient where what was sent is not zero"
     ratio: Ratio = 0.9
 

@@ -37,6 +37,9 @@ class Quantise(Defense):
         "Suresh et al. 2017, Distributed Mean Estimation with Limited Communication, ICML, section 2.2 (its levels, "
         "rounded to the nearest and not at random); IEEE 754-2008, binary16"
     )
+    assumes: ClassVar[str] = "The attack needs an exact gradient, as closed forms do."
+    cost: ClassVar[str] = "Less to send; few bits cost accuracy."
+    fails: ClassVar[str] = "Searches that take the rounding for noise."
     informed: ClassVar[str] = "takes the rounding for noise of its width, and weighs an error by it (L2)"
     bits: Annotated[int, Field(ge=1, le=16)] | Literal["half"] = 8
 

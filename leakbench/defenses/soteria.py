@@ -42,6 +42,9 @@ class Soteria(Defense):
         "Sun et al. 2021, Soteria: Provable Defense against Privacy Leakage in Federated Learning from Representation "
         "Perspective, CVPR, section 4 (and released code)"
     )
+    assumes: ClassVar[str] = "The attacker matches the classifier's pruned gradient."
+    cost: ClassVar[str] = "A derivative of every feature by the image, for every step."
+    fails: ClassVar[str] = "Leaving out the pruned columns: the layers below are sent as they are."
     informed: ClassVar[str] = "leaves out the columns of the classifier's gradient that were sent as zero"
     ratio: Ratio = 0.5
     offset: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-10
