@@ -29,7 +29,7 @@ from leakbench.models.weights import Checkpoint
 from leakbench.progress import Silent
 from leakbench.rng import Rng, generator
 from leakbench.store import AFTER, BEFORE, FILE, Provenance, Statement, Store
-from leakbench.trial import Result, Trial
+from leakbench.trial import Cell, Result, Trial
 from leakbench.types import Observation, Reconstruction
 from leakbench.victim import Client, build, check_reveals, groups_of, observe
 
@@ -133,24 +133,24 @@ def run(
         for line in missing:
             progress.note(line)
         work = _Work(data, refused, scores, where, strict, progress.note)
-        for _, members in itertools.groupby(trials, key=lambda trial: trial.cell):
+        for _, members in itertools.groupby(trials, key=lambda trial: trial.cell.key):
             cell = tuple(members)
-            if cell[0].cell not in refused:
+            if cell[0].cell.key not in refused:
                 settled = _settled(cell, store, matrix.threshold)
                 progress.spare([trial for trial in cell if trial.id in settled - done])
                 cell = tuple(trial for trial in cell if trial.id not in settled)
             if all(trial.id in done for trial in cell):
                 continue
-            size = chunk or store.chunk(cell[0].cell)
+            size = chunk or store.chunk(cell[0].cell.key)
             if size is None:
                 size = work.size(cell)
-                store.record_chunk(cell[0].cell, size)  # a run that is continued is cut into the same pieces
+                store.record_chunk(cell[0].cell.key, size)  # a run that is continued is cut into the same pieces
             width = size * cell[0].attack.queue
             for begin in range(0, len(cell), width):
                 todo = [trial for trial in cell[begin : begin + width] if trial.id not in done]
                 if not todo:
                     continue
-                progress.begin(_cell_words(todo[0]), len(todo))
+                progress.begin(todo[0].cell.words, len(todo))
                 results = work.results(todo, size)
                 store.write(results, session)
                 progress.finish(results)
@@ -199,7 +199,7 @@ class _Work:
     def size(self, cell: Sequence[Trial]) -> int:
         """Return how many of a cell's trials to run at a time, by measurement where the attack can be measured."""
         first, size = cell[0], min(len(cell), DEFAULT[self.device.type])
-        if len(cell) == 1 or first.cell in self.refused:
+        if len(cell) == 1 or first.cell.key in self.refused:
             return size
         try:
             attack, blank = prepare(first.attack, _blank(first, set(), self.device))
@@ -214,7 +214,7 @@ class _Work:
 
     def results(self, trials: Sequence[Trial], slots: int) -> list[Result]:
         """Return the results of trials of one cell; what fails together is tried in halves, then recorded."""
-        reason = self.refused.get(trials[0].cell)
+        reason = self.refused.get(trials[0].cell.key)
         if reason is not None:
             return [self._empty(trial, "unsupported", reason) for trial in trials]
         try:
@@ -234,7 +234,7 @@ class _Work:
                 return self.results(trials[:half], slots) + self.results(trials[half:], slots)
             reason = "out of memory" if memory else f"{type(error).__name__}: {' '.join(str(error).split())}"
             if self.strict:
-                raise LeakbenchError(f"{_cell_words(trials[0])}, image {trials[0].image}: {reason}") from error
+                raise LeakbenchError(f"{trials[0].cell.words}, image {trials[0].image}: {reason}") from error
             return [self._empty(trials[0], "error", reason)]
 
     def _chunk(self, trials: Sequence[Trial], slots: int) -> list[Result]:
@@ -369,9 +369,9 @@ def _data_key(trial: Trial) -> str:
     return trial.specs["dataset"]
 
 
-def _cell_words(trial: Trial) -> str:
-    specs = trial.specs
-    return f"{specs['attack']} against {specs['defense']}, {specs['model']} on {specs['dataset']}"
+def _cells_of(trials: Sequence[Trial]) -> list[Cell]:
+    """Return the cells of trials, each once."""
+    return list({trial.cell.key: trial.cell for trial in trials}.values())
 
 
 def _words(device: torch.device) -> str:
@@ -456,12 +456,12 @@ def _preflight(trials: Sequence[Trial], strict: bool, ensemble: bool) -> dict[st
             not served.
         BadOption: a threat model that reveals what no defense of the matrix has.
     """
-    cells = {trial.cell: trial for trial in trials}
+    cells = {trial.cell.key: trial for trial in trials}
     refused: dict[str, str] = {}
     observed: dict[str, Observation | Exception] = {}
     groups: set[str] = set()
     for cell, trial in cells.items():
-        key = json.dumps([trial.settings[part] for part in ("dataset", "model", "defense", "threat")])
+        key = json.dumps([trial.cell.settings[part] for part in ("dataset", "model", "defense", "threat")])
         try:
             if key not in observed:
                 observed[key] = _blank(trial, groups)
@@ -482,7 +482,7 @@ def _preflight(trials: Sequence[Trial], strict: bool, ensemble: bool) -> dict[st
         spec = cells[cell].specs["attack"]
         others = [other for other, trial in cells.items() if ensemble or trial.specs["attack"] == spec]
         if strict or all(other in refused for other in others):
-            raise Unsupported(f"{_cell_words(cells[cell])}: {reason}")
+            raise Unsupported(f"{cells[cell].cell.words}: {reason}")
     return refused
 
 
@@ -541,7 +541,7 @@ def _notes(trials: Sequence[Trial]) -> dict[str, str]:
 
 def _checkpoints(trials: Sequence[Trial]) -> dict[str, Checkpoint]:
     """Return what the models' files of trained weights state, by the models' settings as JSON."""
-    models = {json.dumps(trial.settings["model"], sort_keys=True): trial.model for trial in trials}
+    models = {json.dumps(cell.settings["model"], sort_keys=True): cell.model for cell in _cells_of(trials)}
     stated = {settings: model.checkpoint() for settings, model in models.items()}
     return {settings: checkpoint for settings, checkpoint in stated.items() if checkpoint is not None}
 

@@ -21,7 +21,7 @@ from leakbench.defenses import Defense
 from leakbench.errors import BadOption
 from leakbench.models import Model, OwnModule
 from leakbench.registry import split_options
-from leakbench.trial import Trial
+from leakbench.trial import Cell, Trial
 from leakbench.types import PRESETS, ThreatModel
 
 
@@ -210,16 +210,12 @@ class Matrix(_Axes):
         images = range(self.images) if isinstance(self.images, int) else self.images
         seeds = range(self.seeds) if isinstance(self.seeds, int) else self.seeds
         cells = [
-            (dataset, model, threat, defense, attack)
+            Cell(dataset, model, defense, attack, threat)
             for stage in self.stages or (Stage(attacks=self.attacks, threats=self.threats),)
             for dataset, model, threat in itertools.product(self.datasets, self.models, stage.threats)
             for defense, attack in [*self._floors(), *itertools.product(self.defenses, stage.attacks)]
         ]
-        trials = (
-            Trial(dataset, model, defense, attack, threat, image, seed)
-            for dataset, model, threat, defense, attack in cells
-            for seed, image in itertools.product(seeds, images)
-        )
+        trials = (Trial(cell, image, seed) for cell in cells for seed, image in itertools.product(seeds, images))
         return tuple({trial.id: trial for trial in trials}.values())
 
     def _floors(self) -> list[tuple[Defense, Attack]]:

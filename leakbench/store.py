@@ -2,15 +2,18 @@
 
 Any SQLite tool can read it. Every table, picture and page that leakbench makes is a pure function of this file.
 
-- ``meta(key, value)``: ``schema`` (also ``PRAGMA user_version``), ``created_by``, ``created``; ``chunk/CELL``, how many
-  trials of a cell run at a time; ``checkpoint/SETTINGS`` (both JSON), what a model's file of trained weights states;
+- ``meta(key, value)``: ``schema`` (also ``PRAGMA user_version``), ``created_by``, ``created``; ``planned``, the first
+  position that is free; ``checkpoint/SETTINGS`` (both JSON), what a model's file of trained weights states;
   ``defense/SETTINGS`` (both JSON), what a defense states of itself.
 - ``sessions``: one row for every time the run was started or resumed: ``version``, git ``commit_id`` and ``dirty``
   where leakbench ran from a checkout, ``packages`` (JSON, name -> version), ``python``, ``device``, ``threads``,
-  ``command``, ``matrix`` (JSON), ``started`` and ``ended`` (UTC; ``ended`` is NULL where the run was killed).
-- ``trials``: what was planned. ``id`` is the hash of ``settings`` (JSON, everything that identifies the trial);
-  ``dataset``, ``model``, ``defense``, ``attack`` and ``threat`` are specs; ``threat_words`` says the threat model in
-  words; ``floor`` is 1 for attacks that use no gradient; ``position`` is the order of planning.
+  ``command``, ``matrix`` (JSON), ``started`` and ``ended`` (UTC; ``ended`` is NULL where the run was killed),
+  ``shard`` (``i/n``, empty for the whole matrix), ``workers``.
+- ``cells``: what trials have in common. ``settings`` (JSON) is everything that identifies the cell; ``dataset``,
+  ``model``, ``defense``, ``attack`` and ``threat`` are specs; ``threat_words`` says the threat model in words;
+  ``floor`` is 1 for attacks that use no gradient; ``chunk`` is how many of its trials run at a time.
+- ``trials``: what was planned: an ``image`` and a ``seed`` of a cell (``cell_id``). ``id`` is the hash of the cell's
+  settings with these two; ``position`` is the order of planning.
 - ``results``: what came of a trial: ``status`` (ok, failed, unsupported, error), ``reason``, ``seconds``, ``label``
   (the true one), ``objective``, ``evaluations``, ``path``, ``truth`` (-> ``truths``), ``session_id``, ``finished``.
 - ``scores(trial_id, metric, value)``: one row per trial and metric; a metric that was not computed has no row.
@@ -40,18 +43,17 @@ from typing import Self
 import pandas as pd
 import torch
 
+from leakbench import schema
 from leakbench.defenses import Defense
 from leakbench.errors import ForeignRun, LeakbenchError
 from leakbench.metrics.base import Metric
 from leakbench.models.weights import Checkpoint, Training
-from leakbench.trial import Result, Trial, target
+from leakbench.trial import Cell, Result, Trial, target
 from leakbench.version import __version__
 
 FILE = "run.sqlite"
 """The name of the run file inside a run's folder."""
 
-SCHEMA = 1
-APPLICATION_ID = 0x6C6B6268
 PACKAGES = ("torch", "torchvision", "numpy", "pandas", "lpips", "nevergrad")
 BEFORE = ("trial", "dataset", "model", "defense", "attack", "threat", "image", "seed", "status", "seconds")
 """The columns of the results before the metrics."""
@@ -59,31 +61,6 @@ AFTER = ("reason", "objective", "evaluations", "floor", "path")
 """The columns of the results after the metrics."""
 
 _SPECS = ("dataset", "model", "threat", "defense", "attack")
-_TABLES = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE sessions (
-    id INTEGER PRIMARY KEY, version TEXT NOT NULL, commit_id TEXT, dirty INTEGER, packages TEXT NOT NULL,
-    python TEXT NOT NULL, device TEXT NOT NULL, threads INTEGER NOT NULL, command TEXT NOT NULL, matrix TEXT NOT NULL,
-    started TEXT NOT NULL, ended TEXT);
-CREATE TABLE trials (
-    id TEXT PRIMARY KEY, position INTEGER NOT NULL UNIQUE, dataset TEXT NOT NULL, model TEXT NOT NULL,
-    defense TEXT NOT NULL, attack TEXT NOT NULL, threat TEXT NOT NULL, threat_words TEXT NOT NULL,
-    image INTEGER NOT NULL, seed INTEGER NOT NULL, floor INTEGER NOT NULL, settings TEXT NOT NULL);
-CREATE TABLE truths (digest TEXT PRIMARY KEY, png BLOB NOT NULL);
-CREATE TABLE results (
-    trial_id TEXT PRIMARY KEY REFERENCES trials (id),
-    status TEXT NOT NULL CHECK (status IN ('ok', 'failed', 'unsupported', 'error')), reason TEXT NOT NULL,
-    seconds REAL NOT NULL, label INTEGER NOT NULL, objective REAL, evaluations INTEGER, path TEXT NOT NULL,
-    truth TEXT NOT NULL REFERENCES truths (digest), session_id INTEGER NOT NULL REFERENCES sessions (id),
-    finished TEXT NOT NULL);
-CREATE TABLE metrics (
-    name TEXT PRIMARY KEY, position INTEGER NOT NULL UNIQUE, higher_is_better INTEGER NOT NULL,
-    convention TEXT NOT NULL, note TEXT NOT NULL);
-CREATE TABLE scores (
-    trial_id TEXT NOT NULL REFERENCES results (trial_id), metric TEXT NOT NULL REFERENCES metrics (name),
-    value REAL NOT NULL, PRIMARY KEY (trial_id, metric)) WITHOUT ROWID;
-CREATE TABLE images (trial_id TEXT PRIMARY KEY REFERENCES results (trial_id), png BLOB NOT NULL);
-"""
 
 
 @dataclass(frozen=True)
@@ -97,6 +74,8 @@ class Provenance:
         threads: CPU threads that torch uses.
         command: the command line.
         matrix: the matrix as JSON.
+        shard: ``i/n``, or empty for the whole matrix.
+        workers: how many processes.
     """
 
     version: str
@@ -108,9 +87,11 @@ class Provenance:
     threads: int
     command: str
     matrix: str
+    shard: str = ""
+    workers: int = 1
 
     @classmethod
-    def collect(cls, command: str, device: str, matrix: str) -> Provenance:
+    def collect(cls, command: str, device: str, matrix: str, shard: str = "", workers: int = 1) -> Provenance:
         """Return the provenance of this process; ``matrix`` is JSON."""
         commit, dirty = _checkout(Path(__file__).resolve().parent.parent)
         versions = {name: _package_version(name) for name in PACKAGES}
@@ -124,6 +105,8 @@ class Provenance:
             threads=torch.get_num_threads(),
             command=command,
             matrix=matrix,
+            shard=shard,
+            workers=workers,
         )
 
 
@@ -223,12 +206,7 @@ class Store:
             with store._transaction():
                 if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                     raise LeakbenchError(f"{path} exists already; resume it, or choose another folder")
-                for statement in _TABLES.split(";\n"):
-                    db.execute(statement)
-                about = {"schema": str(SCHEMA), "created_by": f"leakbench {__version__}", "created": _now()}
-                db.executemany("INSERT INTO meta VALUES (?, ?)", about.items())
-                db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                db.execute(f"PRAGMA user_version = {SCHEMA}")
+                schema.create(db, {"created_by": f"leakbench {__version__}", "created": _now()})
             store._configure()
         except BaseException:
             db.close()
@@ -237,7 +215,7 @@ class Store:
 
     @classmethod
     def open(cls, path: str | Path, readonly: bool = False) -> Store:
-        """Return an existing run file.
+        """Return an existing run file; one of an older schema is migrated, in memory where it is only read.
 
         Raises:
             ForeignRun: there is no such file, it cannot be read, or leakbench did not write it.
@@ -249,15 +227,19 @@ class Store:
         try:
             with _one_line_errors(path):
                 application = db.execute("PRAGMA application_id").fetchone()[0]
-                schema = db.execute("PRAGMA user_version").fetchone()[0]
-                tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master")}
-            if application != APPLICATION_ID:
+                found = db.execute("PRAGMA user_version").fetchone()[0]
+            if application != schema.APPLICATION_ID:
                 raise ForeignRun(f"{path} is an SQLite file that leakbench did not write; give the path of a run file")
-            if schema > SCHEMA:
+            if found > schema.SCHEMA:
                 raise ForeignRun(
-                    f"{path} has schema {schema} and leakbench {__version__} reads up to {SCHEMA}; upgrade leakbench"
+                    f"{path} has schema {found} and leakbench {__version__} reads up to {schema.SCHEMA}; "
+                    f"upgrade leakbench"
                 )
-            missing = {"meta", "sessions", "trials", "results", "scores", "images", "truths", "metrics"} - tables
+            if found < schema.SCHEMA:
+                store._db = db = _migrated(path, db, readonly)
+            with _one_line_errors(path):
+                tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master")}
+            missing = set(schema.TABLES) - tables
             if missing:
                 raise ForeignRun(f"{path} has no table {min(missing)!r}: it is damaged; start the run anew")
             store._configure()
@@ -293,11 +275,13 @@ class Store:
             _text(provenance.command),
             _text(provenance.matrix),
             _now(),
+            provenance.shard,
+            provenance.workers,
         )
         with self._transaction():
             cursor = self._db.execute(
                 "INSERT INTO sessions (version, commit_id, dirty, packages, python, device, threads, command, matrix,"
-                " started) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                " started, shard, workers) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 row,
             )
         return int(cursor.lastrowid or 0)
@@ -322,6 +306,8 @@ class Store:
                     threads=row["threads"],
                     command=row["command"],
                     matrix=row["matrix"],
+                    shard=row["shard"],
+                    workers=row["workers"],
                 ),
                 started=row["started"],
                 ended=row["ended"],
@@ -329,10 +315,16 @@ class Store:
             for row in self._rows("SELECT * FROM sessions ORDER BY id")
         ]
 
-    def add_trials(self, trials: Iterable[Trial]) -> None:
-        """Record what is planned; trials that are known already stay as and where they are."""
+    def add_trials(self, trials: Sequence[Trial], among: Sequence[Trial] | None = None) -> None:
+        """Record what is planned; trials that are known already stay as and where they are.
+
+        Args:
+            trials: the trials.
+            among: everything that is planned, in order, where ``trials`` are a part of it (a shard): each gets the
+                position that it has there, so that shards that are merged are in the order of the whole.
+        """
         with self._transaction():
-            self._insert_trials(trials)
+            self._insert_trials(trials, among)
 
     def planned(self) -> set[str]:
         """Return the id of every trial that was planned."""
@@ -348,24 +340,26 @@ class Store:
         A trial has recovered its image where it did not fail and its score in the metric is at least the threshold.
         """
         rows = self._rows(
-            "SELECT id, settings FROM scores JOIN results USING (trial_id) JOIN trials ON id = trial_id"
+            "SELECT trials.id, image, seed, settings FROM scores JOIN results USING (trial_id)"
+            " JOIN trials ON trials.id = trial_id JOIN cells ON cells.id = cell_id"
             " WHERE metric = ? AND value >= ? AND status = 'ok' AND NOT floor",
             (metric, threshold),
         )
         found: dict[str, set[str]] = {}
         for row in rows:
-            found.setdefault(target(json.loads(row["settings"])), set()).add(row["id"])
+            attacked = target(json.loads(row["settings"]), row["image"], row["seed"])
+            found.setdefault(attacked, set()).add(row["id"])
         return found
 
     def chunk(self, cell: str) -> int | None:
-        """Return how many trials of a cell run at a time, or None where that was not recorded."""
-        rows = self._rows("SELECT value FROM meta WHERE key = ?", (f"chunk/{cell}",))
-        return int(rows[0]["value"]) if rows else None
+        """Return how many trials of a cell (``Cell.key``) run at a time, or None where that was not recorded."""
+        rows = self._rows("SELECT chunk FROM cells WHERE settings = ?", (cell,))
+        return rows[0]["chunk"] if rows else None
 
     def record_chunk(self, cell: str, size: int) -> None:
-        """Record how many trials of a cell run at a time."""
+        """Record how many trials of a cell that was planned run at a time."""
         with self._transaction():
-            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"chunk/{cell}", str(size)))
+            self._db.execute("UPDATE cells SET chunk = ? WHERE settings = ?", (size, cell))
 
     def record_checkpoints(self, checkpoints: Mapping[str, Checkpoint]) -> None:
         """Record what files of trained weights state, by their models' settings (JSON); what is known stays."""
@@ -415,12 +409,12 @@ class Store:
 
     def threats(self) -> dict[str, str]:
         """Return every threat model: its spec and what it grants in words."""
-        rows = self._rows("SELECT threat, threat_words FROM trials GROUP BY threat ORDER BY min(position)")
+        rows = self._rows("SELECT threat, threat_words FROM cells GROUP BY threat ORDER BY min(id)")
         return {row["threat"]: row["threat_words"] for row in rows}
 
     def components(self) -> list[Component]:
         """Return every dataset, model, defense and attack that was planned, with all its options."""
-        rows = self._rows("SELECT * FROM trials ORDER BY position")
+        rows = self._cells()
         settings = [json.loads(row["settings"]) for row in rows]
         checkpoints = {settings: _checkpoint(text) for settings, text in self._stated("checkpoint").items()}
         statements = {settings: Statement(**json.loads(text)) for settings, text in self._stated("defense").items()}
@@ -438,7 +432,7 @@ class Store:
     def write(self, results: Sequence[Result], session: int) -> None:
         """Write a chunk of results, all or none; a result of a trial that has one already replaces it."""
         with self._transaction():
-            self._insert_trials(result.trial for result in results)
+            self._insert_trials([result.trial for result in results])
             for result in results:
                 self._write(result, session)
 
@@ -460,18 +454,22 @@ class Store:
         A trial without a result has an empty ``status``: it was not run yet, or need not be (``Matrix.threshold``).
         """
         rows = self._rows(
-            "SELECT id AS trial, dataset, model, defense, attack, threat, image, seed, coalesce(status, '') AS status,"
-            " seconds, coalesce(reason, '') AS reason, objective, evaluations, floor, coalesce(path, '') AS path,"
-            " settings FROM trials LEFT JOIN results ON id = trial_id ORDER BY position"
+            "SELECT trials.id AS trial, image, seed, coalesce(status, '') AS status, seconds, coalesce(reason, '') AS"
+            " reason, objective, evaluations, floor, coalesce(path, '') AS path, cell_id FROM trials"
+            " JOIN cells ON cells.id = cell_id LEFT JOIN results ON trials.id = trial_id"
+            " ORDER BY position, trials.rowid"
         )
         scores = self._rows("SELECT trial_id, metric, value FROM scores")
         names = [metric.name for metric in self.metrics()]
-        planned = {column: [row[column] for row in rows] for column in (*BEFORE, *AFTER)}
-        settings = [json.loads(row["settings"]) for row in rows]
+        own = [column for column in (*BEFORE, *AFTER) if column not in _SPECS]
+        planned = {column: [row[column] for row in rows] for column in own}
+        cells = self._cells()
         for name in _SPECS:
-            pairs = list(zip(planned[name], (json.dumps(setting[name], sort_keys=True) for setting in settings)))
+            texts = [json.dumps(json.loads(cell["settings"])[name], sort_keys=True) for cell in cells]
+            pairs = [(cell[name], text) for cell, text in zip(cells, texts)]
             labels = _labels(dict.fromkeys(pairs))
-            planned[name] = [labels[pair] for pair in pairs]
+            by_cell = {cell["id"]: labels[pair] for cell, pair in zip(cells, pairs)}
+            planned[name] = [by_cell[row["cell_id"]] for row in rows]
         frame = pd.DataFrame(planned).astype(
             dict.fromkeys(("trial", *_SPECS, "status", "reason", "path"), "str")
             | dict.fromkeys(("image", "seed"), "int64")
@@ -528,29 +526,50 @@ class Store:
                     self._db.execute("ROLLBACK")
                 raise
 
-    def _insert_trials(self, trials: Iterable[Trial]) -> None:
-        position = self._db.execute("SELECT coalesce(max(position) + 1, 0) FROM trials").fetchone()[0]
+    def _cells(self) -> list[sqlite3.Row]:
+        """Return every cell of which a trial was planned, in the order of planning."""
+        return self._rows(
+            "SELECT cells.* FROM cells JOIN (SELECT cell_id, min(position) AS first, min(rowid) AS row FROM trials"
+            " GROUP BY cell_id) ON cells.id = cell_id ORDER BY first, row"
+        )
+
+    def _insert_trials(self, trials: Sequence[Trial], among: Sequence[Trial] | None = None) -> None:
+        known = self._db.execute("SELECT value FROM meta WHERE key = 'planned'").fetchone()
+        largest = self._db.execute("SELECT coalesce(max(position) + 1, 0) FROM trials").fetchone()[0]
+        begin = max(largest, int(known["value"]) if known else 0)
+        among = trials if among is None else among
+        order = {trial.id: begin + place for place, trial in enumerate(among)}
+        cells: dict[str, int] = {}
+        added = 0
         for trial in trials:
-            specs = trial.specs
-            cursor = self._db.execute(
-                "INSERT INTO trials (id, position, dataset, model, defense, attack, threat, threat_words, image, seed,"
-                " floor, settings) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
-                (
-                    trial.id,
-                    position,
-                    _text(specs["dataset"]),
-                    _text(specs["model"]),
-                    _text(specs["defense"]),
-                    _text(specs["attack"]),
-                    _text(specs["threat"]),
-                    _text(trial.threat.describe()),
-                    trial.image,
-                    trial.seed,
-                    bool(trial.attack.floor),
-                    json.dumps(trial.settings, sort_keys=True),
-                ),
-            )
-            position += cursor.rowcount
+            if trial.cell.key not in cells:
+                cells[trial.cell.key] = self._insert_cell(trial.cell)
+            added += self._db.execute(
+                "INSERT INTO trials (id, position, cell_id, image, seed) VALUES (?, ?, ?, ?, ?)"
+                " ON CONFLICT (id) DO NOTHING",
+                (trial.id, order[trial.id], cells[trial.cell.key], trial.image, trial.seed),
+            ).rowcount
+        if added:
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('planned', ?)", (str(begin + len(among)),))
+
+    def _insert_cell(self, cell: Cell) -> int:
+        """Return the number of a cell, which it gets where it has none."""
+        specs = cell.specs
+        self._db.execute(
+            "INSERT INTO cells (settings, dataset, model, defense, attack, threat, threat_words, floor)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (settings) DO NOTHING",
+            (
+                cell.key,
+                _text(specs["dataset"]),
+                _text(specs["model"]),
+                _text(specs["defense"]),
+                _text(specs["attack"]),
+                _text(specs["threat"]),
+                _text(cell.threat.describe()),
+                bool(cell.attack.floor),
+            ),
+        )
+        return int(self._db.execute("SELECT id FROM cells WHERE settings = ?", (cell.key,)).fetchone()["id"])
 
     def _write(self, result: Result, session: int) -> None:
         trial = result.trial.id
@@ -607,6 +626,21 @@ def _labels(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
             apart = f"version {version}" if versions.count(version) == 1 else f"settings {digest}"
             labels[spec, settings] = spec if len(group) == 1 else f"{spec} [{apart}]"
     return labels
+
+
+def _migrated(path: Path, db: sqlite3.Connection, readonly: bool) -> sqlite3.Connection:
+    """Return a database of an older schema as one of this: the file itself, or where it is only read a copy of it."""
+    with _one_line_errors(path):
+        if readonly:
+            copy = sqlite3.connect(":memory:", isolation_level=None)
+            db.backup(copy)
+            db.close()
+            db = copy
+        try:
+            schema.migrate(db)
+        except (KeyError, ValueError) as error:
+            raise ForeignRun(f"{path} is damaged: {error!r}; restore a copy or start the run anew") from error
+    return db
 
 
 def _check_file(path: Path) -> None:

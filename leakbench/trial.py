@@ -19,58 +19,38 @@ from leakbench.types import ThreatModel
 Status = Literal["ok", "failed", "unsupported", "error"]
 
 
-def target(settings: Mapping[str, Any]) -> str:
-    """Return what trials of these settings attack, whatever the attack and the threat model."""
-    return json.dumps({**settings, "attack": None, "threat": None}, sort_keys=True)
+def target(cell: Mapping[str, Any], image: int, seed: int) -> str:
+    """Return what a trial of a cell of these settings attacks, whatever the attack and the threat model."""
+    return json.dumps({**cell, "attack": None, "threat": None, "image": image, "seed": seed}, sort_keys=True)
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One attack on one private image behind one defense.
-
-    Attributes:
-        image: the index of the image in the dataset.
-        seed: what the weights, the client's draws and the attacker's start come from.
-    """
+class Cell:
+    """One cell of the matrix: what its trials, one for each image and seed, have in common."""
 
     dataset: Dataset
     model: Model
     defense: Defense
     attack: Attack
     threat: ThreatModel
-    image: int
-    seed: int
-
-    @cached_property
-    def id(self) -> str:
-        """16 hex digits: a hash of every resolved setting, defaults written out and component versions included."""
-        text = json.dumps(self.settings, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Everything that identifies the trial, as plain JSON values."""
+        """Everything that identifies the cell, as plain JSON values."""
         settings = {
             "dataset": self.dataset.settings(),
             "model": self.model.settings(),
             "defense": self.defense.settings(),
             "attack": self.attack.settings(),
             "threat": self.threat.settings(),
-            "image": self.image,
-            "seed": self.seed,
         }
         plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))  # a path, say, becomes text
         return plain
 
     @cached_property
-    def cell(self) -> str:
-        """What the trials of one cell of the matrix share: every setting but the image and the seed."""
-        return json.dumps({**self.settings, "image": None, "seed": None}, sort_keys=True)
-
-    @cached_property
-    def target(self) -> str:
-        """What is attacked: every setting but the attack and the threat model."""
-        return target(self.settings)
+    def key(self) -> str:
+        """The settings as text."""
+        return cell_key(self.settings)
 
     @cached_property
     def specs(self) -> dict[str, str]:
@@ -82,6 +62,82 @@ class Trial:
             "attack": attacks.spec(self.attack),
             "threat": self.threat.spec(),
         }
+
+    @property
+    def words(self) -> str:
+        """The cell as messages name it."""
+        specs = self.specs
+        return f"{specs['attack']} against {specs['defense']}, {specs['model']} on {specs['dataset']}"
+
+
+def cell_key(settings: Mapping[str, Any]) -> str:
+    """Return the settings of a trial or a cell as the text that identifies the cell."""
+    return json.dumps({**settings, "image": None, "seed": None}, sort_keys=True)
+
+
+def trial_id(cell: Mapping[str, Any], image: int, seed: int) -> str:
+    """Return 16 hex digits: a hash of every resolved setting, defaults written out and component versions included."""
+    text = json.dumps({**cell, "image": image, "seed": seed}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One attack on one private image behind one defense.
+
+    Attributes:
+        image: the index of the image in the dataset.
+        seed: what the weights, the client's draws and the attacker's start come from.
+    """
+
+    cell: Cell
+    image: int
+    seed: int
+
+    @cached_property
+    def id(self) -> str:
+        """What identifies the trial (``trial_id``)."""
+        return trial_id(self.cell.settings, self.image, self.seed)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that identifies the trial, as plain JSON values."""
+        return {**self.cell.settings, "image": self.image, "seed": self.seed}
+
+    @property
+    def dataset(self) -> Dataset:
+        """The cell's."""
+        return self.cell.dataset
+
+    @property
+    def model(self) -> Model:
+        """The cell's."""
+        return self.cell.model
+
+    @property
+    def defense(self) -> Defense:
+        """The cell's."""
+        return self.cell.defense
+
+    @property
+    def attack(self) -> Attack:
+        """The cell's."""
+        return self.cell.attack
+
+    @property
+    def threat(self) -> ThreatModel:
+        """The cell's."""
+        return self.cell.threat
+
+    @property
+    def specs(self) -> dict[str, str]:
+        """The cell's."""
+        return self.cell.specs
+
+    @property
+    def target(self) -> str:
+        """What is attacked: every setting but the attack and the threat model."""
+        return target(self.cell.settings, self.image, self.seed)
 
 
 @dataclass(frozen=True)

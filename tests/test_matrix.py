@@ -262,29 +262,34 @@ def test_spelled_out_defaults_make_the_same_trial() -> None:
     assert one(threats=[{"labels": "inferred", "reveals": [], "informed": False, "shares": "gradient"}]).id == plain
 
 
+def elsewhere(trial: Trial, **components: Any) -> Trial:
+    """The same image and seed in another cell."""
+    return dataclasses.replace(trial, cell=dataclasses.replace(trial.cell, **components))
+
+
 def test_any_change_makes_another_trial() -> None:
     base = one()
     others = [
         dataclasses.replace(base, seed=1),
         dataclasses.replace(base, image=1),
-        *(dataclasses.replace(base, threat=threat) for threat in (
+        *(elsewhere(base, threat=threat) for threat in (
             ThreatModel("known"), ThreatModel(reveals=frozenset({"key"})), ThreatModel(informed=True),
             ThreatModel(shares="weights"), ThreatModel(optimises=True), ThreatModel(reveals=frozenset({"key", "lock"})),
             ThreatModel(shares="weights", learning_rate=0.1), ThreatModel(shares="weights", local_steps=5),
             ThreatModel(shares="weights", rate="known"),
         )),
-        *(dataclasses.replace(base, attack=attack) for attack in (
+        *(elsewhere(base, attack=attack) for attack in (
             DLG(steps=301), DLG(lr=0.5), DLG(tv=1e-6), DLG(restarts=2), DLG(labels="analytic"), DLG(secrets="optimise"),
             attacks.parse("idlg"), attacks.parse("ig"),
         )),
-        *(dataclasses.replace(base, defense=defenses.parse(spec)) for spec in (
+        *(elsewhere(base, defense=defenses.parse(spec)) for spec in (
             "noise", "noise(scale=0.02)", "noise(kind=laplace)", "precode", "keylock", "keylock(gate=none)",
             "norm-only",
         )),
-        *(dataclasses.replace(base, model=models.parse(spec)) for spec in (
+        *(elsewhere(base, model=models.parse(spec)) for spec in (
             "lenet(init=default)", "lenet(fresh=true)", "lenet-bn", "lenet-bn(mode=eval)", "resnet20",
         )),
-        dataclasses.replace(base, dataset=datasets.parse("samples(size=16)")),
+        elsewhere(base, dataset=datasets.parse("samples(size=16)")),
     ]  # fmt: skip
     ids = [trial.id for trial in [base, *others]]
     assert len(set(ids)) == len(ids)

@@ -24,7 +24,7 @@ from leakbench.report import bootstrap_interval, console_table, grids, strongest
 from leakbench.report.markdown import Run, markdown, run_name
 from leakbench.report.text import decimals, escape, number, with_interval
 from leakbench.store import FILE, MetricInfo, Pictures, Session, Store
-from leakbench.trial import Result, Trial
+from leakbench.trial import Cell, Result, Trial
 from leakbench.types import PRESETS, ThreatModel
 
 PSNR, MSE = MetricInfo("psnr", True, "dB", ""), MetricInfo("mse", False, "0 to 1", "")
@@ -37,7 +37,7 @@ def make(attack, defense, image, seed=0, psnr=None, status="ok", threat=PRESETS[
     scored = status in ("ok", "failed")
     value = 10.0 + image if psnr is None else psnr
     return result(
-        Trial(Data(), Net(), defense, attack, threat, image, seed),
+        Trial(Cell(Data(), Net(), defense, attack, threat), image, seed),
         status=status,
         reason="" if status == "ok" else f"because {status}",
         scores={"psnr": value, "mse": 1 / value} if scored else {},

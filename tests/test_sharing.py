@@ -22,7 +22,7 @@ from leakbench.report import compare
 from leakbench.report import sharing as study
 from leakbench.report.statistics import holm, sign_flip_test
 from leakbench.store import FILE, Store
-from leakbench.trial import Result, Trial
+from leakbench.trial import Cell, Result, Trial
 from leakbench.types import PRESETS
 
 BENCHMARKS = sorted((Path(__file__).parent.parent / "benchmarks").glob("table*.toml"))
@@ -153,7 +153,7 @@ NAMES = ["none", "norm-only", "nothing", "nothing, lock weights known", "key", "
 
 def trial(attack, defense, threat, image: int, psnr: float) -> Result:
     return result(
-        Trial(Data(), Net(), defense, attack, threat, image, 0),
+        Trial(Cell(Data(), Net(), defense, attack, threat), image, 0),
         status="ok",
         scores={"psnr": psnr, "mse": 1 / psnr},
         reconstruction=png(image * 7 + int(psnr), 28),

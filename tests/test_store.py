@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import shutil
 import signal
 import sqlite3
 import string
@@ -23,6 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
+from leakbench import schema
 from leakbench.attacks import Attack
 from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
@@ -31,8 +34,11 @@ from leakbench.metrics import Metric
 from leakbench.models import Model
 from leakbench.rng import Rng
 from leakbench.store import AFTER, BEFORE, FILE, Provenance, Store
-from leakbench.trial import Result, Trial
+from leakbench.trial import Cell, Result, Trial, trial_id
 from leakbench.types import Observation, Reconstruction, ThreatModel
+
+SCHEMAS = Path(__file__).parent / "schemas"
+"""A file of each schema, written by the leakbench that had it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +114,7 @@ METRICS = [
 
 
 def trial(image: int = 0, seed: int = 0, attack: Attack | None = None, defense: Defense | None = None) -> Trial:
-    return Trial(Data(), Net(), defense or Guard(), attack or Thief(), ThreatModel(), image, seed)
+    return Trial(Cell(Data(), Net(), defense or Guard(), attack or Thief(), ThreatModel()), image, seed)
 
 
 def png(seed: int, size: int = 4) -> bytes:
@@ -501,3 +507,63 @@ def test_provenance_of_this_process():
     assert here.threads == torch.get_num_threads()
     assert (here.commit is None) == (here.dirty is None)
     assert here.commit is None or len(here.commit) == 40
+
+
+@pytest.mark.parametrize("readonly", [True, False])
+def test_a_file_of_schema_1_is_read_as_one_of_this(tmp_path, readonly):
+    shutil.copy(SCHEMAS / "1.sqlite", tmp_path / FILE)
+    before = (tmp_path / FILE).read_bytes()
+    with Store.open(tmp_path / FILE, readonly=readonly) as store:
+        results = store.results()
+        cells = [(cell["settings"], cell["chunk"]) for cell in store._cells()]
+        sizes = {store.chunk(settings) for settings, _ in cells}
+        pictures = store.images(results["trial"])
+        (session,) = store.sessions()
+        assert len(store.done()) == 38
+        assert store.planned() == set(results["trial"])
+        assert store._db.execute("PRAGMA foreign_key_check").fetchall() == []
+        assert {spec.spec for spec in store.components()} >= {"lenet", "resnet20", "samples", "raises-for-bright"}
+        assert store._db.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()[0] == str(schema.SCHEMA)
+    assert results["status"].value_counts().to_dict() == {"ok": 31, "unsupported": 5, "error": 4, "failed": 2}
+    assert (results["attack"][0], results["model"][0], results["image"][0]) == ("random", "lenet", 0)
+    assert len(cells) == 14
+    assert sizes == {2, 3, None}
+    assert all(picture.truth.startswith(b"\x89PNG") for picture in pictures.values())
+    assert (session.provenance.shard, session.provenance.workers) == ("", 1)
+    assert ((tmp_path / FILE).read_bytes() == before) is readonly
+    for trial, (image, seed, cell) in _planned(tmp_path / FILE).items():
+        assert trial_id(json.loads(cell), image, seed) == trial
+
+
+def _planned(path: Path) -> dict[str, tuple[int, int, str]]:
+    with Store.open(path, readonly=True) as store:
+        rows = store._db.execute("SELECT trials.id, image, seed, settings FROM trials JOIN cells ON cells.id = cell_id")
+        return {row[0]: tuple(row)[1:] for row in rows}
+
+
+def test_a_file_of_schema_1_that_was_migrated_has_the_tables_of_a_new_one(tmp_path):
+    shutil.copy(SCHEMAS / "1.sqlite", tmp_path / FILE)
+    new = Store.create(tmp_path / "new" / FILE)
+    with Store.open(tmp_path / FILE) as old, new:
+        for table in schema.TABLES:
+            shapes = [store._db.execute(f"PRAGMA table_info({table})").fetchall() for store in (old, new)]
+            assert [tuple(row) for row in shapes[0]] == [tuple(row) for row in shapes[1]]
+            keys = [store._db.execute(f"PRAGMA foreign_key_list({table})").fetchall() for store in (old, new)]
+            assert [tuple(row) for row in keys[0]] == [tuple(row) for row in keys[1]]
+
+
+def test_every_schema_before_this_one_has_a_file():
+    assert {path.name for path in SCHEMAS.iterdir()} >= {f"{number}.sqlite" for number in range(1, schema.SCHEMA)}
+
+
+def test_a_file_of_schema_1_whose_settings_are_no_json_is_refused_and_stays(tmp_path):
+    shutil.copy(SCHEMAS / "1.sqlite", tmp_path / FILE)
+    db = sqlite3.connect(tmp_path / FILE)
+    db.execute("UPDATE trials SET settings = '{' WHERE position = 20")
+    db.commit()
+    db.close()
+    before = (tmp_path / FILE).read_bytes()
+    for readonly in (True, False):
+        with pytest.raises(ForeignRun, match="damaged"):
+            Store.open(tmp_path / FILE, readonly=readonly)
+    assert (tmp_path / FILE).read_bytes() == before

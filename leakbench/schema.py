@@ -1,0 +1,111 @@
+"""The tables of the run file, and how a file of an older schema becomes one of this.
+
+A schema is never changed once it was released: a change raises ``SCHEMA`` and adds a migration to ``_MIGRATIONS``. The
+tests keep a file of each.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Mapping
+
+from leakbench.trial import cell_key
+
+SCHEMA = 2
+APPLICATION_ID = 0x6C6B6268
+TABLES = ("meta", "sessions", "cells", "trials", "truths", "results", "metrics", "scores", "images")
+
+_CELLS = """
+CREATE TABLE cells (
+    id INTEGER PRIMARY KEY, settings TEXT NOT NULL UNIQUE, dataset TEXT NOT NULL, model TEXT NOT NULL,
+    defense TEXT NOT NULL, attack TEXT NOT NULL, threat TEXT NOT NULL, threat_words TEXT NOT NULL,
+    floor INTEGER NOT NULL, chunk INTEGER)"""
+_TRIALS = """
+CREATE TABLE trials (
+    id TEXT PRIMARY KEY, position INTEGER NOT NULL, cell_id INTEGER NOT NULL REFERENCES cells (id),
+    image INTEGER NOT NULL, seed INTEGER NOT NULL)"""
+_STATEMENTS = (
+    "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    """
+CREATE TABLE sessions (
+    id INTEGER PRIMARY KEY, version TEXT NOT NULL, commit_id TEXT, dirty INTEGER, packages TEXT NOT NULL,
+    python TEXT NOT NULL, device TEXT NOT NULL, threads INTEGER NOT NULL, command TEXT NOT NULL, matrix TEXT NOT NULL,
+    started TEXT NOT NULL, ended TEXT, shard TEXT NOT NULL DEFAULT '', workers INTEGER NOT NULL DEFAULT 1)""",
+    _CELLS,
+    _TRIALS,
+    "CREATE TABLE truths (digest TEXT PRIMARY KEY, png BLOB NOT NULL)",
+    """
+CREATE TABLE results (
+    trial_id TEXT PRIMARY KEY REFERENCES trials (id),
+    status TEXT NOT NULL CHECK (status IN ('ok', 'failed', 'unsupported', 'error')), reason TEXT NOT NULL,
+    seconds REAL NOT NULL, label INTEGER NOT NULL, objective REAL, evaluations INTEGER, path TEXT NOT NULL,
+    truth TEXT NOT NULL REFERENCES truths (digest), session_id INTEGER NOT NULL REFERENCES sessions (id),
+    finished TEXT NOT NULL)""",
+    """
+CREATE TABLE metrics (
+    name TEXT PRIMARY KEY, position INTEGER NOT NULL UNIQUE, higher_is_better INTEGER NOT NULL,
+    convention TEXT NOT NULL, note TEXT NOT NULL)""",
+    """
+CREATE TABLE scores (
+    trial_id TEXT NOT NULL REFERENCES results (trial_id), metric TEXT NOT NULL REFERENCES metrics (name),
+    value REAL NOT NULL, PRIMARY KEY (trial_id, metric)) WITHOUT ROWID""",
+    "CREATE TABLE images (trial_id TEXT PRIMARY KEY REFERENCES results (trial_id), png BLOB NOT NULL)",
+)
+
+
+def create(db: sqlite3.Connection, about: Mapping[str, str]) -> None:
+    """Make the tables in an empty database, inside the caller's transaction; ``about`` goes to ``meta``."""
+    for statement in _STATEMENTS:
+        db.execute(statement)
+    db.executemany("INSERT INTO meta VALUES (?, ?)", {"schema": str(SCHEMA), **about}.items())
+    db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    db.execute(f"PRAGMA user_version = {SCHEMA}")
+
+
+def migrate(db: sqlite3.Connection) -> None:
+    """Bring a database of an older schema to this one, all or nothing; one of this schema stays as it is.
+
+    Foreign keys must be off, and no transaction open. Another process may do the same at the same time.
+    """
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        found = db.execute("PRAGMA user_version").fetchone()[0]
+        for schema in range(found, SCHEMA):
+            _MIGRATIONS[schema](db)
+        db.execute("UPDATE meta SET value = ? WHERE key = 'schema'", (str(SCHEMA),))
+        db.execute(f"PRAGMA user_version = {SCHEMA}")
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
+def _to_2(db: sqlite3.Connection) -> None:
+    """What the trials of a cell share is stored once, in ``cells``; sessions know their shard and their workers."""
+    db.execute(_CELLS)
+    db.execute(_TRIALS.replace("TABLE trials", "TABLE trials_2"))
+    names = ("dataset", "model", "defense", "attack", "threat", "threat_words", "floor")
+    chunks = {
+        str(key).partition("/")[2]: int(value)
+        for key, value in db.execute("SELECT key, value FROM meta WHERE key LIKE 'chunk/%'")
+    }
+    cells: dict[str, int] = {}
+    trials = db.execute(f"SELECT id, position, image, seed, settings, {', '.join(names)} FROM trials ORDER BY position")
+    for trial, position, image, seed, settings, *words in trials:
+        key = cell_key(json.loads(settings))
+        if key not in cells:
+            cells[key] = len(cells) + 1
+            row = (cells[key], key, *words, chunks.get(key))
+            db.execute("INSERT INTO cells VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+        db.execute("INSERT INTO trials_2 VALUES (?, ?, ?, ?, ?)", (trial, position, cells[key], image, seed))
+    db.execute("DELETE FROM meta WHERE key LIKE 'chunk/%'")
+    db.execute("DROP TABLE trials")
+    db.execute("ALTER TABLE trials_2 RENAME TO trials")
+    db.execute("ALTER TABLE sessions ADD COLUMN shard TEXT NOT NULL DEFAULT ''")
+    db.execute("ALTER TABLE sessions ADD COLUMN workers INTEGER NOT NULL DEFAULT 1")
+
+
+_MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {1: _to_2}
+"""Schema -> what makes the next one of it."""
