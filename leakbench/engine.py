@@ -548,7 +548,7 @@ def _checkpoints(trials: Sequence[Trial]) -> dict[str, Checkpoint]:
 
 def _statements(trials: Sequence[Trial]) -> dict[str, Statement]:
     """Return what the defenses state of themselves, by their settings as JSON."""
-    defenses = {json.dumps(trial.settings["defense"], sort_keys=True): trial.defense for trial in trials}
+    defenses = {json.dumps(cell.settings["defense"], sort_keys=True): cell.defense for cell in _cells_of(trials)}
     return {settings: Statement.of(defense) for settings, defense in defenses.items()}
 
 
