@@ -25,7 +25,8 @@ from leakbench.trial import Cell, Trial
 from leakbench.types import PRESETS, ThreatModel
 
 
-def _components(axis: str, parse: Callable[[Any], Any], value: object) -> tuple[Any, ...]:
+def components(axis: str, parse: Callable[[Any], Any], value: object) -> tuple[Any, ...]:
+    """Return what each item of an axis, or the one item, stands for; raise BadOption for an empty axis."""
     items = value if isinstance(value, (list, tuple)) else [value]
     if not items:
         raise BadOption(f"{axis} is empty; name at least one")
@@ -110,13 +111,13 @@ FLOORS = ("random", "grey", "mean")
 RECOVERY = "ssim_aligned"
 """The metric by which an image counts as recovered."""
 
-Attacks = Annotated[tuple[SkipValidation[Attack], ...], BeforeValidator(partial(_components, "attacks", attacks.parse))]
+Attacks = Annotated[tuple[SkipValidation[Attack], ...], BeforeValidator(partial(components, "attacks", attacks.parse))]
 Threats = Annotated[
-    tuple[SkipValidation[ThreatModel], ...], BeforeValidator(partial(_components, "threats", parse_threat))
+    tuple[SkipValidation[ThreatModel], ...], BeforeValidator(partial(components, "threats", parse_threat))
 ]
 
 
-class _Axes(BaseModel):
+class Axes(BaseModel):
     """What is checked as a whole, and told in one line where it does not fit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -128,7 +129,7 @@ class _Axes(BaseModel):
             raise BadOption(f"{type(self).__name__.lower()}: {_explain(error, type(self))}") from None
 
 
-class Stage(_Axes):
+class Stage(Axes):
     """A step of an ensemble: attacks that meet every defense, under each threat model, before the next step begins.
 
     Raises:
@@ -147,7 +148,7 @@ def _stage(value: object) -> Stage:
     return Stage(**{str(key): item for key, item in value.items()})
 
 
-class Matrix(_Axes):
+class Matrix(Axes):
     """A cross product of components, images and seeds; each axis takes specs, components, or both.
 
     Attributes:
@@ -173,14 +174,14 @@ class Matrix(_Axes):
     name: Annotated[str, Field(max_length=100, pattern=r"^\w[\w .()=,+-]*$")] = "matrix"
     attacks: Attacks = ()
     defenses: Annotated[
-        tuple[SkipValidation[Defense], ...], BeforeValidator(partial(_components, "defenses", defenses.parse))
+        tuple[SkipValidation[Defense], ...], BeforeValidator(partial(components, "defenses", defenses.parse))
     ]
-    models: Annotated[tuple[SkipValidation[Model], ...], BeforeValidator(partial(_components, "models", _model))]
+    models: Annotated[tuple[SkipValidation[Model], ...], BeforeValidator(partial(components, "models", _model))]
     datasets: Annotated[
-        tuple[SkipValidation[Dataset], ...], BeforeValidator(partial(_components, "datasets", datasets.parse))
+        tuple[SkipValidation[Dataset], ...], BeforeValidator(partial(components, "datasets", datasets.parse))
     ]
     threats: Threats = (PRESETS["paper"],)
-    stages: Annotated[tuple[SkipValidation[Stage], ...], BeforeValidator(partial(_components, "stages", _stage))] = ()
+    stages: Annotated[tuple[SkipValidation[Stage], ...], BeforeValidator(partial(components, "stages", _stage))] = ()
     threshold: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     images: Indices = 8
     seeds: Indices = [0]
@@ -213,16 +214,18 @@ class Matrix(_Axes):
             Cell(dataset, model, defense, attack, threat)
             for stage in self.stages or (Stage(attacks=self.attacks, threats=self.threats),)
             for dataset, model, threat in itertools.product(self.datasets, self.models, stage.threats)
-            for defense, attack in [*self._floors(), *itertools.product(self.defenses, stage.attacks)]
+            for defense, attack in [*self._floors(model), *itertools.product(self.defenses, stage.attacks)]
         ]
         trials = (Trial(cell, image, seed) for cell in cells for seed, image in itertools.product(seeds, images))
         return tuple({trial.id: trial for trial in trials}.values())
 
-    def _floors(self) -> list[tuple[Defense, Attack]]:
-        """Return the added floors; they look at no gradient, so they meet no defense."""
+    def _floors(self, model: Model) -> list[tuple[Defense, Attack]]:
+        """Return the added floors; they look at no gradient, so they meet no defense but that of a checkpoint."""
         named = {attack.name for attack in (*self.attacks, *(one for stage in self.stages for one in stage.attacks))}
         wanted = [floor for floor in FLOORS if self.floors and floor not in named]
-        return [(defenses.parse("none"), attacks.parse(floor)) for floor in wanted]
+        checkpoint = model.checkpoint()
+        behind = (checkpoint.defense if checkpoint else "") or "none"
+        return [(defenses.parse(behind), attacks.parse(floor)) for floor in wanted]
 
     def describe(self) -> dict[str, Any]:
         """Return the matrix as plain JSON values: specs in place of components."""

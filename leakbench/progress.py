@@ -111,7 +111,7 @@ class Display(Silent):
             attack = result.trial.specs["attack"]
             self.left[attack] -= 1
             self.seconds[attack].append(result.seconds)
-        left = _duration(self._time_left())
+        left = duration(self._time_left())
         failures = f"{self.failures} failed" + (f", {self.unscored} without a score" if self.unscored else "")
         self.bar.update(self.task, completed=self.done, failures=failures, left=f"about {left} left")
         if not self.console.is_terminal:
@@ -133,7 +133,8 @@ class Display(Silent):
         return total
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time in words: ``2h 05m``, ``3m 07s`` or ``12s``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"

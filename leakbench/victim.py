@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from leakbench import defenses
 from leakbench.defenses.base import Defense, Step
 from leakbench.errors import BadOption, Unsupported
 from leakbench.gradients.evaluate import architecture, tensors_of
 from leakbench.models.base import Model
+from leakbench.models.weights import load
 from leakbench.rng import generator, seeded
 from leakbench.types import Gradient, Observation, Secret, ThreatModel
 
@@ -44,11 +46,24 @@ class Client:
 def build(
     model: Model, defense: Defense, image_shape: tuple[int, int, int], num_classes: int, weights_key: str
 ) -> nn.Module:
-    """Return the network that clients run under a defense; the part it shares with no defense has the same weights."""
+    """Return the network that clients run under a defense; the part it shares with no defense has the same weights.
+
+    Raises:
+        BadOption: the model's checkpoint was trained behind another defense.
+    """
     with seeded(weights_key, "model"):
         plain = model.build(image_shape, num_classes)
     with seeded(weights_key, "defense"):
-        return defense.wrap(plain)
+        network = defense.wrap(plain)
+    checkpoint = model.checkpoint()
+    if checkpoint is not None and checkpoint.defense:
+        if defenses.parse(checkpoint.defense).settings() != defense.settings():
+            raise BadOption(
+                f"the checkpoint {checkpoint.file!r} is of a network trained behind {checkpoint.defense!r}; attack it "
+                f"behind that defense, and not behind {defenses.spec(defense)!r}"
+            )
+        load(network, checkpoint.file, secrets=True)
+    return network
 
 
 def observe(
@@ -84,13 +99,15 @@ def observe(
             networks[client.weights_key] = build(model, defense, image_shape, num_classes, client.weights_key)
     secrets = defense.secrets(next(iter(networks.values())))
     _check_local(secrets, threat)
+    checkpoint = model.checkpoint()
+    behind = checkpoint is not None and bool(checkpoint.defense)
     values_hidden, gradients_hidden = _hidden(secrets, threat)
 
     sent: list[Gradient] = []
     revealed: list[Gradient] = []
     for client in clients:
         network = copy.deepcopy(networks[client.weights_key])
-        drawn = _draw_secrets(network, secrets, client.key)
+        drawn = _draw_secrets(network, secrets, client.key, trained=behind)
         revealed.append({name: value for name, value in drawn.items() if name not in values_hidden})
         sent.append(_step(network, defense, client, threat, secrets, gradients_hidden, num_classes))
     names = list(sent[0])
@@ -166,14 +183,19 @@ def _check_local(secrets: Sequence[Secret], threat: ThreatModel) -> None:
             )
 
 
-def _draw_secrets(network: nn.Module, secrets: Sequence[Secret], key: str, *purpose: object) -> dict[str, Tensor]:
-    """Draw this client's secrets into its network, and return them."""
+def _draw_secrets(
+    network: nn.Module, secrets: Sequence[Secret], key: str, *purpose: object, trained: bool = False
+) -> dict[str, Tensor]:
+    """Draw this client's secrets into its network, and return them; of a ``trained`` network the fresh ones alone."""
     tensors = tensors_of(network)
     drawn = {}
     for secret in secrets:
         if secret.name not in tensors:
             raise BadOption(f"the defense names the secret {secret.name!r}, which is no tensor of its network")
         own = tensors[secret.name]
+        if trained and not secret.fresh:
+            drawn[secret.name] = own.detach().clone()
+            continue
         value = secret.law.draw(tuple(own.shape), generator(key, "secret", secret.name, *purpose))
         with torch.no_grad():
             own.copy_(value)

@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from leakbench.cli import assets, listing, report, run, train
+from leakbench.cli import accuracy, assets, listing, report, run, train
 from leakbench.errors import LeakbenchError
 from leakbench.version import __version__
 
@@ -18,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+run.app.command("accuracy")(accuracy.accuracy)
 app.add_typer(run.app, name="run")
 app.add_typer(train.app, name="train")
 app.add_typer(assets.app, name="assets")

@@ -16,14 +16,21 @@ def report(
         typer.Option(help="Write OUT/paper.md too: FedKL's published figures beside the run's."),
     ] = None,
 ) -> None:
-    """Write OUT/report.md with OUT/grids, and OUT/results.csv, from OUT/run.sqlite."""
+    """Write OUT/report.md with OUT/grids, and OUT/results.csv, from OUT/run.sqlite; of trainings OUT/accuracy.md."""
     from leakbench import report as reports
     from leakbench.errors import BadOption
+    from leakbench.report import accuracy
+    from leakbench.store import FILE
 
     formats = set(format or ["md", "csv"])
     unknown = sorted(formats - {"md", "csv"})
     if unknown:
         raise BadOption(f"unknown format {unknown[0]!r}; known: md, csv")
+    if accuracy.trained(out):
+        for path in accuracy.write(out):
+            typer.echo(str(path))
+        if not (out / FILE).exists():
+            return
     for path in reports.write(out, formats):
         typer.echo(str(path))
     if compare is not None:

@@ -30,6 +30,7 @@ class Step:
         model: the client's network before it trains, secrets in place, in the mode it trains in.
         images: [B, C, H, W], the data after ``encode``.
         labels: [B] int64 or [B, K] class probabilities, after ``encode``.
+        losses: the mean loss of every gradient that was computed so far.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Step:
         self.model = model
         self.images = images
         self.labels = labels
+        self.losses: list[float] = []
         self._defense = defense
         self._trained = trained
 
@@ -87,6 +89,7 @@ class Step:
     def _gradient(self, images: Tensor, labels: Tensor) -> Gradient:
         parameters = self._parameters()
         loss = self._defense.loss(self.model, images, labels).mean()
+        self.losses.append(float(loss.detach()))
         grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         return {
             name: torch.zeros_like(parameters[name]) if grad is None else grad.detach()
@@ -118,8 +121,9 @@ class Defense(Component):
         """Return the images [B, C, H, W] and labels ([B] or [B, K]) that the client trains on.
 
         Args:
-            x: [1 + companions, C, H, W] in [0, 1], the attacked image first.
-            y: [1] int64; class probabilities [1 + companions, K] for a defense that has companions.
+            x: [1 + companions, C, H, W] in [0, 1], the attacked image first; in training, a defense without companions
+                is given a whole batch [B, C, H, W].
+            y: [1] or [B] int64; class probabilities [1 + companions, K] for a defense that has companions.
             rng: what the defense draws from.
         """
         return x, y

@@ -47,8 +47,9 @@ class Architecture(Model):
         """Return the network with its weights, in its mode; see ``network``."""
         network = self.network(image_shape, num_classes)
         initialise(network, self.init)
-        if self.weights is not None:
-            load(network, self.weights)
+        checkpoint = self.checkpoint()
+        if checkpoint is not None and not checkpoint.defense:
+            load(network, checkpoint.file)  # that of a network behind a defense is loaded once that is in place
         return network.train(self.mode == "train")
 
     def fresh_weights(self) -> bool:

@@ -62,6 +62,8 @@ class Training:
         stage: where in the training, such as ``untrained`` or ``epoch 12 of 200``.
         test_accuracy: the share of the test images that the network classifies rightly, in [0, 1].
         dataset: the spec of the dataset whose training images it saw and whose test images it was tested on.
+        defense: the spec of the defense that it was trained behind; the file then holds the network with the layers
+            that the defense adds, and one client's secrets. Empty for a network as the model builds it.
 
     Raises:
         BadOption: a value that does not fit.
@@ -70,6 +72,7 @@ class Training:
     stage: str
     test_accuracy: float
     dataset: str
+    defense: str = ""
 
     def __post_init__(self) -> None:
         for name in ("stage", "dataset"):
@@ -93,9 +96,19 @@ class Checkpoint:
     file: str
     training: Training | None = None
 
+    @property
+    def defense(self) -> str:
+        """The spec of the defense that the network was trained behind; empty for none."""
+        return "" if self.training is None else self.training.defense
 
-def save(network: nn.Module, path: str | Path, *, stage: str, test_accuracy: float, dataset: str) -> None:
+
+def save(
+    network: nn.Module, path: str | Path, *, stage: str, test_accuracy: float, dataset: str, defense: str = ""
+) -> None:
     """Write a network's state dict as a file that ``weights=`` takes and that states how far the network was trained.
+
+    Of a network behind a ``defense`` all tensors are written, secrets that no state dict holds included: the file is
+    what a client keeps, and is attacked behind that defense alone.
 
     The same state and words give the same bytes. A file that was there is replaced in one step.
 
@@ -105,22 +118,25 @@ def save(network: nn.Module, path: str | Path, *, stage: str, test_accuracy: flo
         stage: see ``Training``.
         test_accuracy: see ``Training``; in [0, 1].
         dataset: see ``Training``.
+        defense: see ``Training``.
 
     Raises:
         BadOption: a value that does not fit, or a path that ends otherwise.
         LeakbenchError: the file cannot be written.
     """
-    training = Training(stage, test_accuracy, dataset)
+    training = Training(stage, test_accuracy, dataset, defense)
     file = Path(path).expanduser()
     if file.suffix != ".safetensors":
         raise BadOption(f"the path {str(path)!r} does not end in .safetensors; only such a file states its training")
-    state = {name: value.detach().cpu().clone().contiguous() for name, value in network.state_dict().items()}
+    own = {**network.state_dict(), **dict(network.named_buffers())} if defense else network.state_dict()
+    state = {name: value.detach().cpu().clone().contiguous() for name, value in own.items()}
     draft = file.with_name(f".{file.name}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             # one entry alone: several come in an order of their own each time, and a file is known by its bytes
-            save_file(state, draft, {TRAINING: json.dumps(asdict(training))})
+            words = {name: value for name, value in asdict(training).items() if name != "defense" or value}
+            save_file(state, draft, {TRAINING: json.dumps(words)})
             draft.replace(file)
         finally:
             draft.unlink(missing_ok=True)
@@ -149,8 +165,10 @@ def stated(path: str) -> Checkpoint:
         ) from None
 
 
-def load(model: nn.Module, path: str) -> None:
+def load(model: nn.Module, path: str, *, secrets: bool = False) -> None:
     """Load a checkpoint into a network: a ``.safetensors`` file, or a state dict that ``torch.save`` wrote.
+
+    With ``secrets`` the file is that of a network behind a defense, whose every buffer it holds (see ``save``).
 
     Pickled code is never run: torch files are read with ``weights_only=True``.
 
@@ -175,7 +193,7 @@ def load(model: nn.Module, path: str) -> None:
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CorruptAsset(f"the checkpoint {path!r} is not a state dict; save model.state_dict()")
-    expected = model.state_dict()
+    expected = {**model.state_dict(), **(dict(model.named_buffers()) if secrets else {})}
     for name, value in expected.items():
         if name not in state:
             raise BadOption(f"the checkpoint {path!r} has no tensor {name!r}; it is of another network")
@@ -187,7 +205,9 @@ def load(model: nn.Module, path: str) -> None:
     extra = sorted(set(state) - set(expected))
     if extra:
         raise BadOption(f"the checkpoint {path!r} has the extra tensor {extra[0]!r}; it is of another network")
-    model.load_state_dict(state)
+    with torch.no_grad():
+        for name, value in expected.items():
+            value.copy_(state[name])
 
 
 def fingerprint(path: str) -> str:

@@ -43,12 +43,34 @@ class Figure(BaseModel):
     standard: Positive | None = None
 
 
+class Accuracy(BaseModel):
+    """A published test accuracy.
+
+    Attributes:
+        table: the table's number in the paper.
+        mode: ``centralised`` or ``fedavg``.
+        model: the model's name here; likewise dataset and defense.
+        of: of what.
+        percent: as printed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    table: str
+    mode: str
+    model: str
+    dataset: str
+    defense: str
+    of: str
+    percent: Positive
+
+
 class Published(BaseModel):
     """The published figures and where they are from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     source: str
     figure: tuple[Figure, ...]
+    accuracy: tuple[Accuracy, ...]
 
 
 def published() -> Published:

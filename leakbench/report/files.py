@@ -39,22 +39,22 @@ def write(out: Path | str, formats: Collection[str] = FORMATS) -> list[Path]:
     with Store.open(out / FILE, readonly=True) as store:
         results = store.results()
         if "csv" in formats:
-            written.append(_replace(out / "results.csv", csv(results).encode()))
+            written.append(replace(out / "results.csv", csv(results).encode()))
         if "md" in formats:
             pictures = []
             for page in _pages(store, results):
                 path = out / "grids" / page.file
-                written.append(_replace(path, grids.png(page, store.images(page.trials))))
+                written.append(replace(path, grids.png(page, store.images(page.trials))))
                 pictures.append(Picture(page.block, f"grids/{page.file}", page.title))
             sessions = store.sessions()
             name = run_name(sessions, out.resolve().name)
             trials, threshold = store.trials(), worst_case.threshold_of(sessions)
             planned = len(trials) - (0 if threshold is None else worst_case.skipped(trials, threshold))
             run = Run(name, sessions, planned, results, store.metrics(), store.threats(), store.components())
-            written.append(_replace(out / "report.md", markdown(run, pictures).encode()))
+            written.append(replace(out / "report.md", markdown(run, pictures).encode()))
             if threshold is not None:
                 text = worst_case.markdown(name, trials, threshold, store.threats(), store.components())
-                written.append(_replace(out / "worst-case.md", text.encode()))
+                written.append(replace(out / "worst-case.md", text.encode()))
             elif curves.kinds(store.components()):
                 written += _write_curves(out, store, results)
             _remove_others(out / "grids", {picture.path.removeprefix("grids/") for picture in pictures})
@@ -65,8 +65,8 @@ def _write_curves(out: Path, store: Store, results: pd.DataFrame) -> list[Path]:
     """Write ``curves.md`` and its ``grids/curves-*.png``."""
     metrics, components = store.metrics(), store.components()
     pages = curves.pages(results, metrics)
-    written = [_replace(out / "grids" / page.file, curves.png(page, components)) for page in pages]
-    return [*written, _replace(out / curves.FILE, curves.markdown(pages, components, metrics).encode())]
+    written = [replace(out / "grids" / page.file, curves.png(page, components)) for page in pages]
+    return [*written, replace(out / curves.FILE, curves.markdown(pages, components, metrics).encode())]
 
 
 def ranking(out: Path | str) -> str:
@@ -95,10 +95,10 @@ def write_sharing(out: Path | str) -> list[Path]:
         results = store.results()
         pages = sharing.grids(results)
         for page in pages:
-            written.append(_replace(out / "grids" / page.file, sharing.png(page, store.images(page.trials))))
+            written.append(replace(out / "grids" / page.file, sharing.png(page, store.images(page.trials))))
         head = about(store.sessions(), results, len(store.trials()))
         text = sharing.markdown(results, store.metrics(), pages, store.components(), head)
-        written.append(_replace(out / "sharing.md", text.encode()))
+        written.append(replace(out / "sharing.md", text.encode()))
     return written
 
 
@@ -111,7 +111,7 @@ def write_comparison(out: Path | str) -> Path:
     out = Path(out)
     with Store.open(out / FILE, readonly=True) as store:
         text = compare.markdown(store.results(), store.metrics(), compare.published(), store.components())
-    return _replace(out / "paper.md", text.encode())
+    return replace(out / "paper.md", text.encode())
 
 
 def _pages(store: Store, results: pd.DataFrame) -> list[grids.Page]:
@@ -122,7 +122,7 @@ def _pages(store: Store, results: pd.DataFrame) -> list[grids.Page]:
     return grids.pages(results, grids.rows_within(found, [pictures[trial].truth for trial in firsts]))
 
 
-def _replace(path: Path, data: bytes) -> Path:
+def replace(path: Path, data: bytes) -> Path:
     """Write a file whole or not at all."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:

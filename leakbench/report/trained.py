@@ -9,8 +9,9 @@ from leakbench.report.text import escape
 from leakbench.store import Component
 
 LEGEND = (
-    "**Trained weights**: stage and test accuracy are as the file stated them when the run was started, and of the "
-    "network without a defense. They were not measured in this run, and what a defense adds to a network is untrained."
+    "**Trained weights**: stage and test accuracy are as the file stated them when the run was started; they were not "
+    "measured in this run. Unless it says that the network was trained behind the defense, they are of the "
+    "network without a defense, and what a defense adds to it is untrained."
 )
 
 
@@ -25,4 +26,5 @@ def _words(checkpoint: Checkpoint) -> str:
         return f"Trained weights: {file}; stage and accuracy not stated in the file."
     accuracy = f"{100 * training.test_accuracy:.2f} %"
     stage, dataset = escape(training.stage), escape(training.dataset)
-    return f"Trained weights: {file}, stage {stage}, test accuracy {accuracy} on {dataset}."
+    behind = f" behind {escape(training.defense)}, with that client's own secrets" if training.defense else ""
+    return f"Trained weights: {file}, stage {stage}, test accuracy {accuracy} on {dataset}{behind}."

@@ -1,0 +1,245 @@
+"""What both modes of training have in common: the start, what is measured after each round, and what is kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leakbench.defenses import Defense
+from leakbench.models import weights
+from leakbench.models.weights import Checkpoint
+from leakbench.rng import generator
+from leakbench.training.data import Data
+from leakbench.training.settings import Arm, Recipe
+from leakbench.training.steps import Score, State, Trainee, draw, evaluate
+from leakbench.training.thief import Theft
+from leakbench.victim import build
+
+GLOBAL = "global"
+"""The view of a model that works without secrets."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What one holder of the model measures: the server, or a client with its secrets.
+
+    Attributes:
+        name: ``global``, or ``client N`` with N from 1 on.
+        validation: on the held-out images; None where there are none.
+        test: on the test images.
+    """
+
+    name: str
+    validation: Score | None
+    test: Score
+
+
+@dataclass(frozen=True)
+class Round:
+    """What was measured after a round (an epoch of a centralised training).
+
+    Attributes:
+        number: from 1 on.
+        rate: the learning rate.
+        loss: the mean training loss of the steps, the defense's own terms included.
+        views: what each holder of the model measures.
+        seconds: the wall time of training and measuring.
+        failures: of each client that failed, which it was and why; it had no part in the average.
+    """
+
+    number: int
+    rate: float
+    loss: float
+    views: tuple[View, ...]
+    seconds: float
+    failures: tuple[str, ...] = ()
+
+    def accuracy(self, part: str) -> float:
+        """Return the mean accuracy of all views on ``validation`` or ``test``."""
+        scores = [view.validation if part == "validation" else view.test for view in self.views]
+        return sum(score.accuracy for score in scores if score is not None) / len(scores)
+
+    def plain(self) -> dict[str, Any]:
+        """Return the round as plain JSON values; a loss that is not finite as None."""
+        value: dict[str, Any] = _finite(asdict(self))
+        return value
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Round:
+        """Return what ``plain`` wrote."""
+        views = tuple(
+            View(view["name"], _score(view["validation"]), _score(view["test"]))  # type: ignore[arg-type]
+            for view in plain["views"]
+        )
+        loss = math.nan if plain["loss"] is None else plain["loss"]
+        return cls(plain["number"], plain["rate"], loss, views, plain["seconds"], tuple(plain["failures"]))
+
+
+def _score(plain: Mapping[str, Any] | None) -> Score | None:
+    if plain is None:
+        return None
+    return Score(math.nan if plain["loss"] is None else plain["loss"], plain["correct"], plain["count"])
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A checkpoint.
+
+    Attributes:
+        name: ``initial``, ``1 epoch``, ``25 %``, ``100 %`` or ``best``.
+        number: after which round.
+        file: its name in the arm's folder.
+        accuracy: on the test images, in [0, 1], of the holder whose secrets it has.
+    """
+
+    name: str
+    number: int
+    file: str
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of an arm.
+
+    Attributes:
+        status: ``ok``; ``failed``: the loss became infinite or undefined; ``unsupported`` or ``error``: no numbers.
+        reason: one line that says why, empty for ``ok``.
+        rounds: what was measured after each.
+        best: the number of the best round (``Recipe.select``), 0 without rounds.
+        stages: the checkpoints.
+        thefts: what the model of the best round is worth to a thief.
+        images: how many images were trained on.
+    """
+
+    status: str
+    reason: str
+    rounds: tuple[Round, ...] = ()
+    best: int = 0
+    stages: tuple[Stage, ...] = ()
+    thefts: tuple[Theft, ...] = ()
+    images: int = 0
+
+    def plain(self) -> dict[str, Any]:
+        """Return the outcome as plain JSON values."""
+        value: dict[str, Any] = _finite(asdict(self))
+        return value
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Outcome:
+        """Return what ``plain`` wrote."""
+        return cls(
+            plain["status"],
+            plain["reason"],
+            tuple(Round.of(one) for one in plain["rounds"]),
+            plain["best"],
+            tuple(Stage(**one) for one in plain["stages"]),
+            tuple(Theft(one["kind"], tuple(one["correct"]), one["count"]) for one in plain["thefts"]),
+            plain["images"],
+        )
+
+    def chosen(self) -> Round:
+        """Return the best round."""
+        return self.rounds[self.best - 1]
+
+
+@dataclass(frozen=True)
+class Session:
+    """An arm that is being trained: its images, and a network to work in.
+
+    Attributes:
+        initial: the tensors that the training begins with: ``shared`` and trained secrets.
+    """
+
+    arm: Arm
+    data: Data
+    trainee: Trainee
+    initial: State = field(repr=False)
+
+
+Told = Callable[[Round], None]
+"""Told of every round that is finished, those of an earlier start included."""
+
+
+def start(arm: Arm, data: Data, device: torch.device | str = "cpu") -> Session:
+    """Make an arm's first model.
+
+    Args:
+        arm: what is trained.
+        data: its images (``data.load``).
+        device: where the network goes.
+
+    Raises:
+        BadOption: the checkpoint is of another model.
+        Unsupported: model, defense and images do not go together.
+    """
+    network = build(arm.model, arm.defense, data.image_shape, data.num_classes, f"training/{arm.seed}")
+    trainee = Trainee.of(network.train().to(device), arm.defense)
+    trained = trainee.parameters()
+    checkpoint: Checkpoint | None = arm.model.checkpoint()
+    if checkpoint is None or not checkpoint.defense:
+        locks = [secret for secret in trainee.lasting if secret.name in trained]
+        trainee.load(draw(locks, trainee, generator("training", arm.seed, "lock")))
+    return Session(arm, data, trainee, {**trainee.shared(), **trainee.private()})
+
+
+def view(session: Session, name: str, *key: object) -> View:
+    """Return what the network as it is scores on held-out and test images; what is drawn comes from the key."""
+    data, trainee, seed = session.data, session.trainee, session.arm.seed
+    held = evaluate(trainee, data.validation, seed, "validation", *key) if len(data.validation) else None
+    return View(name, held, evaluate(trainee, data.test, seed, "test", *key))
+
+
+def best_of(rounds: Sequence[Round], recipe: Recipe) -> int:
+    """Return the number of the best round so far, the first of equals; see ``Recipe.select``."""
+    if recipe.select == "last":
+        return rounds[-1].number
+    return max(rounds, key=lambda one: (one.accuracy(recipe.select), -one.number)).number
+
+
+def stages_of(recipe: Recipe) -> dict[str, int]:
+    """Return after which round each stage is reached; of stages at the same round the last one's name stands.
+
+    Where a round has several local epochs, ``1 epoch`` stands for the first round.
+    """
+    named = {"initial": 0, "1 epoch": 1, "25 %": math.ceil(recipe.rounds / 4), "100 %": recipe.rounds}
+    last = {number: name for name, number in named.items()}
+    return {name: number for name, number in named.items() if last[number] == name}
+
+
+def diverged(one: Round) -> bool:
+    """Return whether a round's training loss is infinite or undefined."""
+    return not math.isfinite(one.loss)
+
+
+def keep(session: Session, folder: Path, name: str, number: int, accuracy: float) -> Stage:
+    """Write the network as it is as a checkpoint that the matrix of attacks takes.
+
+    Of a defense that changes the network, the file holds the defended network with its secrets, and is attacked behind
+    that defense; of any other it holds the plain network.
+    """
+    arm = session.arm
+    file = f"{name.replace(' %', '-percent').replace(' ', '-')}.safetensors"
+    unit = "round" if arm.recipe.mode == "fedavg" else "epoch"
+    weights.save(
+        session.trainee.network,
+        folder / file,
+        stage=f"{name} ({unit} {number} of {arm.recipe.rounds})",
+        test_accuracy=accuracy,
+        dataset=arm.specs["dataset"],
+        defense=arm.specs["defense"] if type(arm.defense).wrap is not Defense.wrap else "",
+    )
+    return Stage(name, number, file, accuracy)

@@ -1,0 +1,169 @@
+"""The images of a training: all of them in memory as bytes, split into parts and for clients, augmented in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from leakbench.datasets import Dataset
+from leakbench.datasets.stored import Stored
+from leakbench.errors import BadOption
+from leakbench.rng import generator
+from leakbench.training.settings import Augmentation, Recipe
+
+EACH = 5
+"""Of a dataset without two splits, each fifth image is for tests."""
+PADDING = 4
+
+_CHUNK = 5000
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images in memory.
+
+    Attributes:
+        pixels: [N, C, H, W] uint8; what a dataset returns is rounded to 8 bits.
+        labels: [N] int64.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: Tensor) -> Images:
+        """Return the images at these rows."""
+        return Images(self.pixels[rows], self.labels[rows])
+
+
+@dataclass(frozen=True)
+class Data:
+    """The three parts of a training's images; ``validation`` is empty where none are held out.
+
+    Attributes:
+        source: what the parts depend on (``source_of``).
+    """
+
+    train: Images
+    validation: Images
+    test: Images
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    source: str
+
+
+def source_of(dataset: Dataset, recipe: Recipe, seed: int) -> str:
+    """Return a text that is equal where the parts of the images are."""
+    return f"{dataset.settings()} {recipe.images} {recipe.tested} {recipe.held_out} {seed}"
+
+
+def load(dataset: Dataset, recipe: Recipe, seed: int) -> Data:
+    """Return the images of a training; which are held out depends on the seed, and on nothing of model or defense.
+
+    Raises:
+        MissingAsset: the dataset is not in the cache.
+        BadOption: there are too few images for the recipe.
+    """
+    check(dataset, recipe)
+    seen, unseen, train, test = _parts(dataset)
+    order = torch.randperm(len(train), generator=generator("training", seed, "held out"))
+    chosen = order[: recipe.images]
+    kept = len(chosen) - int(recipe.held_out * len(chosen))
+    held = torch.tensor([train[int(row)] for row in chosen])
+    parts = (read(seen, held[:kept]), read(seen, held[kept:]), read(unseen, torch.tensor(test[: recipe.tested])))
+    return Data(*parts, dataset.image_shape, dataset.num_classes, source_of(dataset, recipe, seed))
+
+
+def check(dataset: Dataset, recipe: Recipe) -> None:
+    """Raise BadOption where a dataset has too few images for a recipe, before any is read."""
+    _, _, train, test = _parts(dataset)
+    count = min(len(train), recipe.images or len(train))
+    kept = count - int(recipe.held_out * count)
+    if recipe.held_out and kept == count:
+        raise BadOption(f"validation={recipe.validation:g} of {count} images holds none out; give a larger share")
+    if not len(test):
+        raise BadOption(f"dataset {dataset.name!r} has {len(train)} images, too few to test on; give a larger one")
+    if recipe.mode == "fedavg":
+        pieces = recipe.clients * (recipe.shards if recipe.split == "shards" else 1)
+        if kept < pieces:
+            what = f"with {recipe.shards} shards each" if recipe.split == "shards" else ""
+            raise BadOption(
+                f"{recipe.clients} clients {what} are more than the {kept} training images of {dataset.name!r}; "
+                "give fewer clients"
+            )
+
+
+def _parts(dataset: Dataset) -> tuple[Dataset, Dataset, Sequence[int], Sequence[int]]:
+    """Return what is trained on and what is tested on, with the indices of each."""
+    if isinstance(dataset, Stored):
+        seen, unseen = replace(dataset, split="train"), replace(dataset, split="test")
+        return seen, unseen, range(len(seen)), range(len(unseen))
+    test = range(0, len(dataset), EACH)
+    return dataset, dataset, [index for index in range(len(dataset)) if index % EACH], test
+
+
+def read(dataset: Dataset, indices: Tensor) -> Images:
+    """Return the images of a dataset at these indices."""
+    pixels = torch.empty((len(indices), *dataset.image_shape), dtype=torch.uint8)
+    labels = torch.empty(len(indices), dtype=torch.int64)
+    for start in range(0, len(indices), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        images, labels[rows] = dataset.load(indices[rows].tolist())
+        pixels[rows] = images.mul(255).round().to(torch.uint8)
+    return Images(pixels, labels)
+
+
+def partition(labels: Tensor, recipe: Recipe, seed: int) -> list[Tensor]:
+    """Return the rows of the training images that each client has: as many each, none twice, in order.
+
+    With ``shards`` the rows are sorted by label and cut into clients * shards pieces, which are dealt at random, as in
+    McMahan et al. 2017, Communication-Efficient Learning of Deep Networks from Decentralized Data, section 3.
+
+    Args:
+        labels: [N] int64, at least one a piece.
+    """
+    rng = generator("training", seed, "partition")
+    pieces = recipe.clients * (recipe.shards if recipe.split == "shards" else 1)
+    size = len(labels) // pieces
+    order = torch.randperm(len(labels), generator=rng)
+    if recipe.split == "shards":
+        order = order[labels[order].argsort(stable=True)]
+    dealt = torch.randperm(pieces, generator=rng).view(recipe.clients, -1)
+    parts = order[: pieces * size].view(pieces, size)
+    return [parts[own].flatten().sort().values for own in dealt]
+
+
+def batches(
+    images: Images, size: int, augment: Sequence[Augmentation], rng: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield every image once, in a random order: x [B, C, H, W] in [0, 1] and y [B]; the last batch can be smaller."""
+    order = torch.randperm(len(images), generator=rng)
+    for rows in order.split(size):
+        yield floats(augmented(images.pixels[rows], augment, rng)), images.labels[rows]
+
+
+def floats(pixels: Tensor) -> Tensor:
+    """Return bytes as float32 in [0, 1]."""
+    return pixels.float().div_(255)
+
+
+def augmented(pixels: Tensor, kinds: Sequence[Augmentation], rng: torch.Generator) -> Tensor:
+    """Return images [B, C, H, W], each mirrored and cropped by draws of its own; see ``Recipe.augment``."""
+    count, _, height, width = pixels.shape
+    if "crop" in kinds:
+        padded = F.pad(pixels, (PADDING,) * 4)
+        top, left = torch.randint(2 * PADDING + 1, (2, count), generator=rng)
+        rows = (top[:, None] + torch.arange(height))[:, None, :, None]
+        columns = (left[:, None] + torch.arange(width))[:, None, None, :]
+        channels = torch.arange(pixels.shape[1])[None, :, None, None]
+        pixels = padded[torch.arange(count)[:, None, None, None], channels, rows, columns]
+    if "flip" in kinds:
+        mirrored = torch.rand(count, generator=rng) < 0.5
+        pixels = torch.where(mirrored[:, None, None, None], pixels.flip(3), pixels)
+    return pixels

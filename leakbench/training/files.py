@@ -1,0 +1,68 @@
+"""The files of a training: its state after the last finished round, its checkpoints, and the record of its numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leakbench.errors import CorruptAsset, LeakbenchError
+
+RECORD = "record.json"
+"""What came of an arm, in the arm's folder."""
+STATE = "state.pt"
+"""Where a training goes on."""
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write plain values as JSON, whole or not at all."""
+    _replace(path, lambda draft: draft.write_text(json.dumps(value, indent=1), encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what ``write_json`` wrote; raise CorruptAsset where it cannot be read."""
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorruptAsset(f"{path} cannot be read: {_one_line(error)}; remove its folder and run it again") from None
+    return value
+
+
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write tensors and plain values, whole or not at all."""
+    _replace(path, lambda draft: torch.save(dict(state), draft))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return what ``write_state`` wrote; raise CorruptAsset where it cannot be read. Pickled code is never run."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        raise CorruptAsset(
+            f"the state of a training {path} cannot be read ({type(error).__name__}); remove it, and the training "
+            "begins anew"
+        ) from None
+    return state
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(draft)
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter where a disk is full
+        raise LeakbenchError(
+            f"{path} cannot be written: {_one_line(error)}; make room or choose another --out"
+        ) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,188 @@
+"""Train every arm that has no outcome yet, into one folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leakbench.errors import BadOption, CorruptAsset, LeakbenchError, Unsupported
+from leakbench.gradients import full_precision
+from leakbench.store import Provenance
+from leakbench.training import centralised
+from leakbench.training import data as parts
+from leakbench.training.arm import Outcome, Round, start
+from leakbench.training.data import Data, load, source_of
+from leakbench.training.files import RECORD, STATE, read_json, write_json
+from leakbench.training.settings import Arm
+from leakbench.victim import build
+
+FORMAT = "leakbench-accuracy-1"
+FOLDER = "arms"
+"""Where in a run's folder the arms are, each in a folder of its own."""
+
+
+class Silent:
+    """Told of the progress; tells nobody."""
+
+    def begin(self, arm: Arm, number: int, arms: int) -> None:
+        """Tell that an arm, the number-th of so many, begins or goes on."""
+
+    def round(self, one: Round) -> None:
+        """Tell what was measured after a round."""
+
+    def end(self, outcome: Outcome) -> None:
+        """Tell what came of the arm."""
+
+    def note(self, line: str) -> None:
+        """Tell something worth a line of its own."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """An arm and what came of it, as its file has it.
+
+    Attributes:
+        specs: dataset, model and defense.
+        recipe: every option of the training.
+        seed: of every draw.
+        settings: what identifies the arm.
+        outcome: what came of it.
+        provenance: the command, commit and versions of the start that ended it.
+        folder: of the arm.
+    """
+
+    specs: dict[str, str]
+    recipe: dict[str, Any]
+    seed: int
+    settings: dict[str, Any]
+    outcome: Outcome
+    provenance: dict[str, Any]
+    folder: Path
+
+
+def train(
+    arms: Sequence[Arm], out: Path, *, device: str = "cpu", command: str = "", progress: Silent | None = None
+) -> list[Record]:
+    """Train every arm that has no outcome in ``out``, and return the records of all of them.
+
+    An arm that was stopped goes on after its last finished round. One that cannot be trained, or fails, is a record
+    with a status and a reason.
+
+    Args:
+        arms: what to train.
+        out: the run's folder.
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``; federated clients train on the CPU
+            unless a device is named.
+        command: the command line, for the provenance.
+        progress: what is told of the progress.
+
+    Raises:
+        LeakbenchError: one line on what does not fit, before anything is trained.
+    """
+    progress = progress or Silent()
+    where = _device(device)
+    folders = [out / FOLDER / arm.folder for arm in arms]
+    done = [_finished(folder, arm) for folder, arm in zip(folders, arms)]
+    for arm in arms:
+        check(arm)
+    images: Data | None = None
+    with full_precision():
+        for number, (arm, folder, known) in enumerate(zip(arms, folders, done), 1):
+            if known:
+                continue
+            progress.begin(arm, number, len(arms))
+            if images is None or images.source != source_of(arm.dataset, arm.recipe, arm.seed):
+                images = load(arm.dataset, arm.recipe, arm.seed)
+            outcome = _one(arm, folder, where, images, progress)
+            source = asdict(Provenance.collect(command, str(where), ""))
+            del source["matrix"]
+            record = {
+                "format": FORMAT,
+                "id": arm.id,
+                "specs": arm.specs,
+                "recipe": arm.recipe.settings(),
+                "seed": arm.seed,
+                "settings": arm.settings,
+                "outcome": outcome.plain(),
+                "provenance": source,
+            }
+            write_json(folder / RECORD, record)
+            (folder / STATE).unlink(missing_ok=True)
+            shutil.rmtree(folder / "clients", ignore_errors=True)
+            progress.end(outcome)
+    return [read(folder) for folder in folders]
+
+
+def check(arm: Arm) -> None:
+    """Raise one line on what does not fit of an arm, without training it; what is unsupported is told later."""
+    parts.check(arm.dataset, arm.recipe)
+    arm.dataset.load([0])
+    try:
+        build(arm.model, arm.defense, arm.dataset.image_shape, arm.dataset.num_classes, "blank")
+    except Unsupported:
+        return
+
+
+def _one(arm: Arm, folder: Path, device: torch.device, images: Data, progress: Silent) -> Outcome:
+    """Return what comes of an arm; what a component raises is its outcome."""
+    try:
+        if arm.recipe.mode == "fedavg":
+            raise BadOption("mode='fedavg' is not there yet; write mode = 'centralised'")
+        return centralised.train(start(arm, images, device), folder, progress.round)
+    except Unsupported as error:
+        return Outcome("unsupported", str(error))
+    except LeakbenchError:
+        raise
+    except Exception as error:  # whatever a component raises costs its own arm, not the run
+        return Outcome("error", f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _finished(folder: Path, arm: Arm) -> bool:
+    """Return whether an arm has an outcome that stands: one without numbers is tried again."""
+    if not (folder / RECORD).exists():
+        return False
+    record = read_json(folder / RECORD)
+    if record.get("format") != FORMAT or record.get("id") != arm.id:
+        raise BadOption(f"{folder} holds another training; choose another --out")
+    return bool(record["outcome"]["rounds"])
+
+
+def finished(arms: Sequence[Arm], out: Path) -> int:
+    """Return how many of the arms have an outcome in ``out``."""
+    return sum((out / FOLDER / arm.folder / RECORD).exists() for arm in arms)
+
+
+def read(folder: Path) -> Record:
+    """Return the record of an arm's folder; raise CorruptAsset where it is none."""
+    plain = read_json(folder / RECORD)
+    try:
+        outcome = Outcome.of(plain["outcome"])
+        names = ("specs", "recipe", "seed", "settings", "provenance")
+        specs, recipe, seed, settings, provenance = (plain[name] for name in names)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CorruptAsset(f"{folder / RECORD} is no record of a training ({error}); remove its folder") from None
+    return Record(specs, recipe, seed, settings, outcome, provenance, folder)
+
+
+def records(out: Path) -> list[Record]:
+    """Return the record of every arm that has an outcome in a run's folder, by name."""
+    return [read(path.parent) for path in sorted((out / FOLDER).glob(f"*/{RECORD}"))]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise BadOption(f"device {name!r} is unknown; give auto, cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BadOption(f"device {name!r} is not there: torch sees no CUDA device; give cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise BadOption(f"device {name!r} is unknown; give auto, cpu, cuda or cuda:0")
+    return device

@@ -1,0 +1,206 @@
+"""Steps of SGD on what a defense releases, and what a network is worth on images that it has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from leakbench.defenses import Defense
+from leakbench.defenses.base import Step
+from leakbench.errors import BadOption
+from leakbench.gradients.evaluate import tensors_of
+from leakbench.rng import generator
+from leakbench.training.data import Images, floats
+from leakbench.training.settings import Recipe
+from leakbench.types import Gradient, Secret
+
+State = dict[str, Tensor]
+"""Tensor name -> value, of a network's parameters and buffers."""
+
+EVALUATED = 500
+"""How many images are evaluated at a time."""
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A network that is trained behind a defense; training changes the network.
+
+    Attributes:
+        network: as ``Defense.wrap`` returned it.
+        secrets: what ``Defense.secrets`` says of it.
+        shapes: the shape of every secret.
+    """
+
+    network: nn.Module
+    defense: Defense
+    secrets: tuple[Secret, ...]
+    shapes: Mapping[str, torch.Size]
+
+    @classmethod
+    def of(cls, network: nn.Module, defense: Defense) -> Trainee:
+        """Return a network and what of it is secret."""
+        secrets = defense.secrets(network)
+        tensors = tensors_of(network)
+        return cls(network, defense, secrets, {secret.name: tensors[secret.name].shape for secret in secrets})
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    @property
+    def lasting(self) -> tuple[Secret, ...]:
+        """The secrets that a client keeps: a key, a lock."""
+        return tuple(secret for secret in self.secrets if not secret.fresh)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return what is trained, by name."""
+        return {name: value for name, value in self.network.named_parameters() if value.requires_grad}
+
+    def shared(self) -> State:
+        """Return copies of everything but secrets: what a server can see."""
+        private = {secret.name for secret in self.secrets}
+        own = self.network.state_dict()
+        return {name: value.detach().clone() for name, value in own.items() if name not in private}
+
+    def private(self) -> State:
+        """Return copies of the lasting secrets: what a client keeps."""
+        tensors = tensors_of(self.network)
+        return {secret.name: tensors[secret.name].detach().clone() for secret in self.lasting}
+
+    @torch.no_grad()
+    def load(self, *states: Mapping[str, Tensor]) -> None:
+        """Copy tensors into the network."""
+        tensors = tensors_of(self.network)
+        for state in states:
+            for name, value in state.items():
+                tensors[name].copy_(value)
+
+    def refresh(self, rows: int, rng: torch.Generator) -> None:
+        """Draw the fresh secrets of a pass, one draw for each of so many examples: [rows, *shape]."""
+        for secret in self.secrets:
+            if secret.fresh:
+                self._put(secret, secret.law.draw((rows, *self.shapes[secret.name]), rng))
+
+    def settle(self) -> None:
+        """Give fresh secrets their own shape again, as zeros."""
+        for secret in self.secrets:
+            if secret.fresh:
+                self._put(secret, torch.zeros(self.shapes[secret.name]))
+
+    def _put(self, secret: Secret, value: Tensor) -> None:
+        module, _, tensor = secret.name.rpartition(".")
+        setattr(self.network.get_submodule(module), tensor, value.to(self.device))
+
+
+def draw(secrets: Sequence[Secret], trainee: Trainee, rng: torch.Generator) -> State:
+    """Return a draw of each of these secrets by its law."""
+    return {secret.name: secret.law.draw(tuple(trainee.shapes[secret.name]), rng) for secret in secrets}
+
+
+def optimiser(trainee: Trainee, recipe: Recipe, momentum: Mapping[str, Tensor]) -> torch.optim.SGD:
+    """Return SGD over everything that is trained, with its momentum where there is one."""
+    parameters = trainee.parameters()
+    sgd = torch.optim.SGD(
+        list(parameters.values()),
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        weight_decay=recipe.weight_decay,
+    )
+    for name, value in momentum.items():
+        sgd.state[parameters[name]]["momentum_buffer"] = value.to(trainee.device, copy=True)
+    return sgd
+
+
+def momentum_of(trainee: Trainee, sgd: torch.optim.SGD) -> State:
+    """Return copies of the momentum of everything that is trained."""
+    buffers = {name: sgd.state[value].get("momentum_buffer") for name, value in trainee.parameters().items()}
+    return {name: value.detach().clone() for name, value in buffers.items() if value is not None}
+
+
+def descend(
+    trainee: Trainee, sgd: torch.optim.SGD, x: Tensor, y: Tensor, rng: torch.Generator, *, defended: bool, classes: int
+) -> float:
+    """Take one step on a batch x [B, C, H, W] in [0, 1] with labels y [B]; return its mean training loss.
+
+    Args:
+        trainee: what is trained; its network is changed.
+        sgd: its optimiser.
+        rng: what the defense draws from.
+        defended: the defense acts on the gradient (``release``); otherwise on data, network and loss alone.
+        classes: how many there are.
+    """
+    x, y = _encoded(trainee.defense, x, y, rng, classes)
+    trainee.refresh(len(x), rng)
+    step = Step(trainee.network, x.to(trainee.device), y.to(trainee.device), trainee.defense)
+    gradient = trainee.defense.release(step, rng) if defended else step.gradient()
+    check(gradient, trainee.parameters(), trainee.defense)
+    for name, parameter in trainee.parameters().items():
+        parameter.grad = gradient[name].to(parameter) if name in gradient else None
+    sgd.step()
+    return sum(step.losses) / max(1, len(step.losses))
+
+
+def check(released: Gradient, parameters: Mapping[str, Tensor], defense: Defense) -> None:
+    """Raise BadOption where a defense released what is none of the parameters, or of another shape."""
+    for name, value in released.items():
+        if name not in parameters or value.shape != parameters[name].shape:
+            raise BadOption(f"defense {defense.name!r} released {name!r}, which is no parameter or of another shape")
+
+
+def _encoded(defense: Defense, x: Tensor, y: Tensor, rng: torch.Generator, classes: int) -> tuple[Tensor, Tensor]:
+    """Return what a defense encodes of a batch; one with companions is given other images of the batch as these."""
+    if not defense.companions:
+        return defense.encode(x, y, rng)
+    labels = F.one_hot(y, classes).to(x.dtype)
+    encoded = []
+    for row in range(len(x)):
+        rows = torch.tensor([row, *(int(torch.randint(len(x), (), generator=rng)) for _ in range(defense.companions))])
+        encoded.append(defense.encode(x[rows], labels[rows], rng))
+    images, targets = zip(*encoded)
+    return torch.cat(images), torch.cat(targets)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a network is worth on images.
+
+    Attributes:
+        loss: the mean cross-entropy; nothing that a defense adds to its loss is in it.
+        correct: how many images it classifies rightly.
+        count: how many images there were.
+    """
+
+    loss: float
+    correct: int
+    count: int
+
+    @property
+    def accuracy(self) -> float:
+        """The share of images that are classified rightly."""
+        return self.correct / self.count
+
+
+@torch.no_grad()
+def evaluate(trainee: Trainee, images: Images, *key: object) -> Score:
+    """Return the score of a network in evaluation mode; fresh secrets are drawn by the key."""
+    network, rng = trainee.network, generator("training", "evaluate", *key)
+    mode = network.training
+    network.eval()
+    loss = 0.0
+    correct = 0
+    for start in range(0, len(images), EVALUATED):
+        rows = slice(start, start + EVALUATED)
+        x, y = floats(images.pixels[rows]).to(trainee.device), images.labels[rows].to(trainee.device)
+        trainee.refresh(len(x), rng)
+        logits = network(x)
+        loss += float(F.cross_entropy(logits, y, reduction="sum"))
+        correct += int((logits.argmax(1) == y).sum())
+    trainee.settle()
+    network.train(mode)
+    return Score(loss / len(images), correct, len(images))

@@ -1,0 +1,94 @@
+"""What a stolen global model is worth without the secrets that belong to it: every way of being wrong apart."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leakbench.rng import generator
+from leakbench.training.data import Images
+from leakbench.training.steps import State, Trainee, draw, evaluate
+
+OWN = "own key and lock"
+"""Nobody's theft: each client with its own secrets."""
+
+KINDS = {
+    OWN: "each client with its own secrets, as it uses the model",
+    "another client's key and lock": "a thief who has all secrets of a client (the same figures as the client's own)",
+    "another client's key, own lock": "the lock of one client with the key of another, every pair of clients",
+    "fresh key, initial lock": "a key drawn by its law, and the lock that the server began with: the paper's text",
+    "fresh key, fresh lock": "key and lock drawn by their laws",
+    "zero lock": "the lock's tensors are zero, as released: scale and shift are 0 and the output is constant",
+}
+"""Kinds of secrets -> what they are. A *key* is a private tensor that is not trained, a *lock* one that is."""
+
+
+@dataclass(frozen=True)
+class Theft:
+    """The test accuracy of the global model with secrets of one kind.
+
+    Attributes:
+        kind: one of ``KINDS``.
+        correct: of each draw, how many test images were classified rightly.
+        count: how many test images there were.
+    """
+
+    kind: str
+    correct: tuple[int, ...]
+    count: int
+
+
+def thefts(
+    trainee: Trainee,
+    shared: Mapping[str, Tensor],
+    privates: Sequence[State],
+    initial: Mapping[str, Tensor],
+    images: Images,
+    *,
+    draws: int,
+    seed: int,
+) -> list[Theft]:
+    """Return what the global model is worth with every kind of secrets; nothing for a model without secrets.
+
+    Args:
+        trainee: a network to test in; its tensors are overwritten.
+        shared: the global model.
+        privates: the secrets of each client.
+        initial: those that the first model had.
+        images: to test on.
+        draws: how many draws of what is drawn.
+        seed: what they come from.
+    """
+    if not trainee.lasting or not draws:
+        return []
+    trained = trainee.parameters()
+    keys = [secret for secret in trainee.lasting if secret.name not in trained]
+    locks = [secret for secret in trainee.lasting if secret.name in trained]
+    own = list(privates)
+    first = {secret.name: initial[secret.name] for secret in locks}
+    fresh_keys = [draw(keys, trainee, generator("thief", seed, "key", number)) for number in range(draws)]
+    fresh_locks = [draw(locks, trainee, generator("thief", seed, "lock", number)) for number in range(draws)]
+    zero = {secret.name: torch.zeros(trainee.shapes[secret.name]) for secret in locks}
+    names = [secret.name for secret in keys]
+    crossed = [{**mine, **{name: other[name] for name in names}} for mine, other in itertools.permutations(own, 2)]
+    guesses: dict[str, list[State]] = {
+        OWN: own,
+        "another client's key and lock": own if len(own) > 1 else [],
+        "another client's key, own lock": crossed if keys and locks else [],
+        "fresh key, initial lock": [{**first, **key} for key in fresh_keys] if keys else [],
+        "fresh key, fresh lock": [{**lock, **key} for lock, key in zip(fresh_locks, fresh_keys)],
+        "zero lock": [{**zero, **key} for key in fresh_keys] if locks else [],
+    }
+    found = []
+    for kind, states in guesses.items():
+        scores = []
+        for number, state in enumerate(states):
+            trainee.load(shared, state)
+            scores.append(evaluate(trainee, images, seed, "thief", kind, number))
+        if scores:
+            found.append(Theft(kind, tuple(score.correct for score in scores), len(images)))
+    return found

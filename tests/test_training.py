@@ -1,0 +1,569 @@
+"""Training behind a defense: what is trained, what is released, what is kept, and what a report says of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import randn
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import leakbench
+from leakbench import datasets, defenses, models
+from leakbench.cli.main import app
+from leakbench.datasets import Dataset
+from leakbench.defenses import Defense
+from leakbench.defenses.base import Step
+from leakbench.errors import BadOption, CorruptAsset
+from leakbench.matrix import Matrix
+from leakbench.models.weights import stated
+from leakbench.report import accuracy as report
+from leakbench.training import Accuracy, Arm, Record, Silent, train
+from leakbench.training.arm import Round, Session, start
+from leakbench.training.clients import UpdateStep, begin, local_round
+from leakbench.training.data import augmented, batches, load, partition, read
+from leakbench.training.files import RECORD, STATE
+from leakbench.training.run import FOLDER
+from leakbench.training.steps import Trainee, descend, evaluate, optimiser
+from leakbench.types import Gradient
+from leakbench.victim import Client, build, observe
+
+
+@datasets.register("halves")
+@dataclass(frozen=True)
+class Halves(Dataset):
+    """Grey images of 8 x 8 pixels, bright in one of two halves: class 0 above, class 1 below."""
+
+    num_classes = 2
+    image_shape = (1, 8, 8)
+
+    def __len__(self) -> int:
+        return 80
+
+    def load(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        labels = torch.tensor([index // 5 % 2 for index in indices])
+        noise = torch.stack([randn(1, 8, 8, seed=index) for index in indices]) / 5
+        halves = torch.zeros(len(indices), 1, 8, 8)
+        for row, label in enumerate(labels):
+            halves[row, :, 4 * int(label) : 4 * int(label) + 4] = 0.6
+        return (halves + 0.2 + noise).clamp(0, 1), labels
+
+    def mean(self) -> Tensor:
+        return torch.full((1, 8, 8), 0.5)
+
+
+SMALL: dict[str, Any] = {
+    "models": ["lenet"],
+    "datasets": ["halves"],
+    "defenses": ["none"],
+    "rounds": 3,
+    "batch": 16,
+    "lr": 0.05,
+    "thief": 2,
+}
+
+
+def study(**options: Any) -> Accuracy:
+    return Accuracy(**{**SMALL, **options})
+
+
+def arm(defense: str = "none", **options: Any) -> Arm:
+    return study(defenses=[defense], **options).arms()[0]
+
+
+def session(defense: str = "none", **options: Any) -> Session:
+    own = arm(defense, **options)
+    return start(own, load(own.dataset, own.recipe, own.seed))
+
+
+def numbers(record: Record) -> list[Any]:
+    """Everything measured, but not how long it took."""
+    rounds = [replace(one, seconds=0.0).plain() for one in record.outcome.rounds]
+    return [rounds, record.outcome.best, record.outcome.thefts, record.outcome.stages]
+
+
+class Stop(Silent):
+    """Stops a training as Ctrl-C does, after so many rounds."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def round(self, one: Round) -> None:
+        if one.number == self.after:
+            raise KeyboardInterrupt
+
+
+# settings
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mode": "fedavg", "fraction": 0.2}, "fraction=0.2 of 3 clients selects nobody; give at least 0.333"),
+        ({"momentum": 0}, "nesterov=true needs a momentum above 0"),
+        ({"validation": 0}, "select='validation' needs held-out images"),
+        ({"round": 3}, "unknown key 'round'; did you mean 'rounds'?"),
+        ({"mode": "federated"}, "mode='federated' does not fit"),
+        ({"augment": ["flop"]}, "augment="),
+        ({"models": []}, "models is empty"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_is_told_in_one_line(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadOption) as error:
+        study(**options)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mode": "fedavg", "clients": 99}, "99 clients  are more than the 58 training images of 'halves'"),
+        ({"mode": "fedavg", "clients": 10, "split": "shards", "shards": 9}, "with 9 shards each"),
+        ({"images": 5}, "validation=0.1 of 5 images holds none out"),
+    ],
+)
+def test_too_few_images_are_told_before_anything_is_trained(
+    tmp_path: Path, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(BadOption, match=words):
+        train(study(**options).arms(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_arm_is_known_by_what_its_numbers_depend_on() -> None:
+    assert arm().id == arm(clients=7).id  # there are no clients
+    assert arm(mode="fedavg").id != arm(mode="fedavg", clients=7).id
+    assert len({arm().id, arm("noise").id, arm(lr=0.1).id, arm(seeds=[1]).id, arm(mode="fedavg").id}) == 5
+
+
+def test_the_learning_rate_falls_at_the_milestones() -> None:
+    recipe = arm(milestones=[1, 3], lr=1.0, gamma=0.5).recipe
+    assert [recipe.rate(number) for number in (1, 2, 3, 4)] == [1, 0.5, 0.5, 0.25]
+
+
+# data
+
+
+def test_parts_are_apart_and_the_same_for_every_defense() -> None:
+    recipe = arm().recipe
+    data = load(datasets.parse("halves"), recipe, 0)
+    assert [len(data.train), len(data.validation), len(data.test)] == [58, 6, 16]
+    rows = [image.numpy().tobytes() for part in (data.train, data.validation, data.test) for image in part.pixels]
+    assert len(set(rows)) == 80
+    assert torch.equal(data.test.labels, read(datasets.parse("halves"), torch.arange(0, 80, 5)).labels)
+    assert not torch.equal(data.train.pixels, load(datasets.parse("halves"), recipe, 1).train.pixels)
+
+
+def test_clients_have_as_many_images_each_and_none_twice() -> None:
+    labels = torch.arange(60) % 6
+    for split in ("iid", "shards"):
+        parts = partition(labels, arm(mode="fedavg", clients=4, split=split).recipe, 0)
+        assert [len(part) for part in parts] == [len(parts[0])] * 4
+        assert len(set(torch.cat(parts).tolist())) == sum(map(len, parts))
+    assert max(len(labels[part].unique()) for part in parts) <= 4  # two pieces of 7 or 8 rows meet 2 labels each
+    iid = partition(labels, arm(mode="fedavg", clients=4).recipe, 0)
+    assert sum(map(len, iid)) == 60
+
+
+def test_augmentation_moves_each_image_by_itself() -> None:
+    pixels = (255 * torch.rand(6, 2, 8, 8, generator=torch.Generator().manual_seed(0))).to(torch.uint8)
+    assert torch.equal(augmented(pixels, (), torch.Generator()), pixels)
+    flipped = augmented(pixels, ("flip",), torch.Generator().manual_seed(1))
+    kinds = [(torch.equal(new, old), torch.equal(new, old.flip(2))) for new, old in zip(flipped, pixels)]
+    assert {(True, False), (False, True)} == set(kinds)
+    cropped = augmented(pixels, ("crop",), torch.Generator().manual_seed(1))
+    padded = nn.functional.pad(pixels, (4, 4, 4, 4))
+    for new, old in zip(cropped, padded):
+        assert any(torch.equal(new, old[:, top : top + 8, left : left + 8]) for top in range(9) for left in range(9))
+    assert len({new.numpy().tobytes() for new in cropped}) == 6
+
+
+def test_batches_hold_every_image_once() -> None:
+    data = load(datasets.parse("halves"), arm().recipe, 0)
+    found = list(batches(data.train, 16, (), torch.Generator().manual_seed(0)))
+    assert [len(y) for _, y in found] == [16, 16, 16, 10]
+    images = torch.cat([x for x, _ in found]).mul(255).round().to(torch.uint8)
+    assert sorted(map(bytes, images.flatten(1).numpy())) == sorted(map(bytes, data.train.pixels.flatten(1).numpy()))
+
+
+# steps
+
+
+def test_a_step_is_that_of_sgd_on_what_the_defense_released() -> None:
+    own = session("prune(ratio=0.5)")
+    trainee, recipe = own.trainee, own.arm.recipe
+    x, y = next(batches(own.data.train, 16, (), torch.Generator().manual_seed(0)))
+    twin = build(own.arm.model, own.arm.defense, (1, 8, 8), 2, "training/0").train()
+    plain = torch.optim.SGD(twin.parameters(), recipe.rate(1), 0.9, nesterov=True, weight_decay=5e-4)
+    sgd = optimiser(trainee, recipe, {})
+    for _ in range(3):
+        loss = descend(trainee, sgd, x, y, torch.Generator(), defended=True, classes=2)
+        released = own.arm.defense.release(Step(twin, x, y, own.arm.defense), torch.Generator())
+        for name, parameter in twin.named_parameters():
+            parameter.grad = released[name]
+        expected = nn.functional.cross_entropy(twin(x), y)
+        plain.step()
+        assert loss == pytest.approx(float(expected.detach()))
+    for name, value in trainee.parameters().items():
+        assert torch.equal(value, twin.get_parameter(name))
+
+
+@pytest.mark.parametrize("spec", ["none", "noise", "clip", "prune", "dp", "quantise", "mixup", "ats", "norm-only"])
+def test_every_defense_trains_and_its_loss_is_finite(spec: str) -> None:
+    own = session(spec)
+    before = own.trainee.shared()
+    x, y = next(batches(own.data.train, 8, (), torch.Generator().manual_seed(0)))
+    sgd = optimiser(own.trainee, own.arm.recipe, {})
+    loss = descend(own.trainee, sgd, x, y, torch.Generator().manual_seed(0), defended=True, classes=2)
+    assert 0 < loss < 100
+    moved = {name: float((value - before[name]).abs().max()) for name, value in own.trainee.shared().items()}
+    assert moved["classifier.weight"] > 0
+    assert own.trainee.shared().keys() == before.keys()
+
+
+def test_noise_is_of_its_scale_and_dp_clips_each_example() -> None:
+    own = session("dp(clip=0.01, noise_multiplier=0)", weight_decay=0, momentum=0, nesterov=False, lr=1.0)
+    before = own.trainee.shared()
+    x, y = next(batches(own.data.train, 8, (), torch.Generator().manual_seed(0)))
+    descend(own.trainee, optimiser(own.trainee, own.arm.recipe, {}), x, y, torch.Generator(), defended=True, classes=2)
+    after = own.trainee.shared()
+    assert sum(float((after[name] - before[name]).square().sum()) for name in after) ** 0.5 <= 0.0101
+
+
+def test_precode_draws_noise_for_every_example_and_leaves_its_buffer_as_it_was() -> None:
+    own = session("precode(k=5)")
+    seen: list[Tensor] = []
+
+    def watch(module: nn.Module, inputs: object) -> None:
+        if hasattr(module, "noise"):
+            seen.append(module.noise)
+
+    hooks = [module.register_forward_pre_hook(watch) for module in own.trainee.network.modules()]
+    x, y = next(batches(own.data.train, 16, (), torch.Generator().manual_seed(0)))
+    sgd, rng = optimiser(own.trainee, own.arm.recipe, {}), torch.Generator().manual_seed(0)
+    for _ in range(2):
+        descend(own.trainee, sgd, x, y, rng, defended=True, classes=2)
+    assert [tuple(noise.shape) for noise in seen] == [(16, 5), (16, 5)]
+    assert len(torch.cat(seen).unique()) == 160
+    score = evaluate(own.trainee, own.data.test, "once")
+    assert evaluate(own.trainee, own.data.test, "once") == score
+    assert evaluate(own.trainee, own.data.test, "again").loss != score.loss  # the noise stays on in evaluation
+    for hook in hooks:
+        hook.remove()
+    assert not own.trainee.lasting
+    assert tuple(dict(own.trainee.network.named_buffers())[own.trainee.secrets[0].name].shape) == (5,)
+
+
+def test_an_evaluation_is_in_evaluation_mode_and_changes_nothing() -> None:
+    own = session("norm-only")
+    before = {name: value.clone() for name, value in own.trainee.network.state_dict().items()}
+    score = evaluate(own.trainee, own.data.test)
+    assert own.trainee.network.training
+    assert all(torch.equal(value, before[name]) for name, value in own.trainee.network.state_dict().items())
+    network = own.trainee.network.eval()
+    logits = network(own.data.test.pixels.float() / 255)
+    assert score.correct == int((logits.argmax(1) == own.data.test.labels).sum())
+    assert score.loss == pytest.approx(float(nn.functional.cross_entropy(logits, own.data.test.labels).detach()), rel=1e-5)
+
+
+# a client's round
+
+
+def rounds_of(own: Session, count: int) -> list[dict[str, Tensor]]:
+    """What one client sends in each of so many rounds, the global model being the last that it sent."""
+    trainee = own.trainee
+    kept = begin(trainee, 0, own.arm.seed)
+    shared, sent = trainee.shared(), []
+    for number in range(1, count + 1):
+        out, kept = local_round(
+            trainee, own.data.train, own.arm.recipe, kept, shared, client=0, number=number, seed=0, classes=2
+        )
+        shared = out.shared
+        sent.append(shared)
+    return sent
+
+
+def test_one_client_alone_trains_as_a_single_party_does(tmp_path: Path) -> None:
+    (record,) = train([arm()], tmp_path)
+    federated = rounds_of(session(mode="fedavg", clients=1), 3)[-1]
+    network = models.parse("lenet").build((1, 8, 8), 2)
+    from leakbench.models.weights import load as load_weights
+
+    load_weights(network, str(record.folder / "100-percent.safetensors"))
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(federated[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_no_secret_is_sent_and_the_key_never_moves() -> None:
+    own = session("keylock(length=9)", mode="fedavg", clients=2)
+    trainee = own.trainee
+    first = begin(trainee, 0, 0)
+    names = {secret.name for secret in trainee.secrets}
+    sent, kept = local_round(
+        trainee, own.data.train, own.arm.recipe, first, trainee.shared(), client=0, number=1, seed=0, classes=2
+    )
+    assert not names & sent.shared.keys()
+    assert kept.private.keys() == names
+    (key,) = [name for name in names if name.endswith("key")]
+    assert torch.equal(kept.private[key], first.private[key])
+    assert not torch.equal(kept.private[key], begin(trainee, 1, 0).private[key])  # another client, another key
+    locks = names - {key}
+    assert any(not torch.equal(kept.private[name], first.private[name]) for name in locks)
+    assert all(torch.equal(first.private[name], own.initial[name]) for name in locks)  # the server's first lock
+    assert locks <= kept.momentum.keys()
+
+
+def test_the_defense_acts_on_the_update_that_is_sent() -> None:
+    plain = session("none", mode="fedavg", clients=2)
+    before = plain.trainee.shared()
+    free = rounds_of(plain, 1)[0]
+    norm = sum(float((free[name] - before[name]).square().sum()) for name in free) ** 0.5
+    clipped = rounds_of(session(f"clip(norm={norm / 4})", mode="fedavg", clients=2), 1)[0]
+    for name, value in clipped.items():
+        torch.testing.assert_close(value - before[name], (free[name] - before[name]) / 4, rtol=1e-3, atol=1e-6)
+    dp = session("dp(clip=0.001, noise_multiplier=0)", mode="fedavg", clients=2)
+    update = {name: randn(*value.shape, seed=1) for name, value in dp.trainee.parameters().items()}
+    step = UpdateStep(dp.trainee, torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64), update)
+    released = dp.arm.defense.release(step, torch.Generator())
+    assert sum(float(value.square().sum()) for value in released.values()) ** 0.5 == pytest.approx(0.001, rel=1e-3)
+
+
+def test_what_a_defense_withholds_does_not_move() -> None:
+    class Silentium(Defense):
+        def release(self, step: Step, rng: torch.Generator) -> Gradient:
+            return {"classifier.bias": step.gradient()["classifier.bias"]}
+
+    own = session(mode="fedavg", clients=1)
+    trainee = Trainee.of(own.trainee.network, Silentium())
+    before = trainee.shared()
+    sent, _ = local_round(
+        trainee, own.data.train, own.arm.recipe, begin(trainee, 0, 0), before, client=0, number=1, seed=0, classes=2
+    )
+    moved = {name for name, value in sent.shared.items() if not torch.equal(value, before[name])}
+    assert moved == {"classifier.bias"}
+
+
+# whole trainings
+
+
+def test_a_training_learns_and_two_of_one_seed_give_the_same_numbers(tmp_path: Path) -> None:
+    arms = study(defenses=["none", "keylock(length=9)", "noise"], rounds=8).arms()
+    first, second = train(arms, tmp_path / "a"), train(arms, tmp_path / "b")
+    assert [numbers(one) for one in first] == [numbers(one) for one in second]
+    assert first[0].outcome.chosen().accuracy("test") >= 0.9
+    assert first[0].outcome.rounds[-1].loss < first[0].outcome.rounds[0].loss / 2
+    for one in first:
+        assert one.outcome.status == "ok"
+        assert not (one.folder / STATE).exists()
+        assert [stage.name for stage in one.outcome.stages] == ["initial", "1 epoch", "25 %", "100 %", "best"]
+        for stage in one.outcome.stages:
+            training = stated(str(one.folder / stage.file)).training
+            assert training is not None
+            assert training.test_accuracy == stage.accuracy
+    other = train(study(seeds=[1]).arms(), tmp_path / "c")
+    assert numbers(other[0]) != numbers(first[0])
+
+
+def test_a_training_goes_on_to_the_same_numbers_after_its_last_round(tmp_path: Path) -> None:
+    arms = study(defenses=["keylock(length=9)"], rounds=5, augment=["flip"]).arms()
+    whole = train(arms, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(arms, tmp_path / "cut", progress=Stop(2))
+    folder = tmp_path / "cut" / FOLDER / arms[0].folder
+    assert (folder / STATE).exists()
+    assert not (folder / RECORD).exists()
+    (folder / f".{STATE}.1").write_bytes(b"half a file of a start that was killed")
+    cut = train(arms, tmp_path / "cut")
+    assert numbers(cut[0]) == numbers(whole[0])
+    for stage in whole[0].outcome.stages:
+        assert (cut[0].folder / stage.file).read_bytes() == (whole[0].folder / stage.file).read_bytes()
+    seen: list[Arm] = []
+
+    class Watch(Silent):
+        def begin(self, arm: Arm, number: int, arms: int) -> None:
+            seen.append(arm)
+
+    assert [numbers(one) for one in train(arms, tmp_path / "cut", progress=Watch())] == [numbers(cut[0])]
+    assert not seen
+
+
+def test_a_damaged_state_is_told_in_one_line(tmp_path: Path) -> None:
+    (own,) = study().arms()
+    folder = tmp_path / FOLDER / own.folder
+    folder.mkdir(parents=True)
+    (folder / STATE).write_bytes(b"not a state")
+    with pytest.raises(CorruptAsset, match="remove it, and the training begins anew"):
+        train([own], tmp_path)
+
+
+def test_what_cannot_be_trained_is_a_record_with_a_reason(tmp_path: Path) -> None:
+    @defenses.register("breaks-in-training")
+    @dataclass(frozen=True)
+    class Breaks(Defense):
+        """Raises in its third step."""
+
+        def release(self, step: Step, rng: torch.Generator) -> Gradient:
+            raise RuntimeError("no\nluck")
+
+    found = train(study(defenses=["soteria", "breaks-in-training", "none"], rounds=1).arms(), tmp_path)
+    statuses = [(one.outcome.status, one.outcome.reason) for one in found]
+    assert statuses[0] == ("unsupported", "soteria is defined for one image, and the batch has 16")
+    assert statuses[1] == ("error", "RuntimeError: no luck")
+    assert statuses[2] == ("ok", "")
+    text = report.write(tmp_path)[-1].read_text()
+    assert "soteria, seed 0: unsupported: soteria is defined for one image" in text
+    assert "RuntimeError: no luck" in text
+
+
+def test_a_training_that_diverges_says_so_and_keeps_its_numbers(tmp_path: Path) -> None:
+    (one,) = train(study(lr=1e30, rounds=4).arms(), tmp_path)
+    assert one.outcome.status == "failed"
+    assert "the training loss was nan" in one.outcome.reason
+    assert len(one.outcome.rounds) < 4
+    assert "(diverged)" in report.write(tmp_path)[-1].read_text()
+
+
+def test_the_best_round_is_the_first_of_the_highest_accuracy_where_it_was_asked_for(tmp_path: Path) -> None:
+    for select, part in (("validation", "validation"), ("test", "test")):
+        (one,) = train(study(select=select, rounds=4).arms(), tmp_path / select)
+        values = [each.accuracy(part) for each in one.outcome.rounds]
+        assert one.outcome.best == values.index(max(values)) + 1
+        assert (one.outcome.rounds[0].views[0].validation is None) == (select == "test")
+        assert one.outcome.images == (58 if select == "validation" else 64)
+    assert "chosen on the test images, as the paper does" in report.write(tmp_path / "test")[-1].read_text()
+    (one,) = train(study(select="last").arms(), tmp_path / "last")
+    assert one.outcome.best == 3
+
+
+# a thief
+
+
+def test_every_way_of_being_wrong_is_kept_apart(tmp_path: Path) -> None:
+    (one,) = train(study(defenses=["keylock(length=64)"], rounds=8, thief=5, lr=0.1).arms(), tmp_path)
+    found = {theft.kind: theft for theft in one.outcome.thefts}
+    assert list(found) == ["own key and lock", "fresh key, initial lock", "fresh key, fresh lock", "zero lock"]
+    assert [len(theft.correct) for theft in found.values()] == [1, 5, 5, 5]
+    own = found["own key and lock"].correct[0]
+    assert own == one.outcome.chosen().views[0].test.correct
+    assert own >= 14
+    zero = set(found["zero lock"].correct)
+    assert len(zero) == 1  # the output is constant: the share of one class
+    assert zero <= {8}
+    assert min(found["fresh key, fresh lock"].correct) < own
+
+
+# what is attacked
+
+
+@pytest.mark.parametrize("spec", ["none", "noise", "precode(k=5)", "keylock(length=9)", "norm-only"])
+def test_a_checkpoint_is_attacked_behind_its_defense_with_its_own_secrets(tmp_path: Path, spec: str) -> None:
+    (one,) = train(study(defenses=[spec]).arms(), tmp_path)
+    file = str(one.folder / "best.safetensors")
+    model, defense = models.parse(f'lenet(weights="{file}")'), defenses.parse(spec)
+    wraps = type(defense).wrap is not Defense.wrap
+    checkpoint = stated(file)
+    assert checkpoint.training is not None
+    assert checkpoint.defense == (spec if wraps else "")
+    network = build(model, defense, (1, 8, 8), 2, "any")
+    trainee = Trainee.of(network, defense)
+    data = load(datasets.parse("halves"), arm().recipe, 0)
+    if not any(secret.fresh for secret in trainee.secrets):
+        assert evaluate(trainee, data.test).correct == one.outcome.chosen().views[0].test.correct
+    images, labels = datasets.parse("halves").load([0])
+    client = Client(images[0], int(labels[0]), "w", "c")
+    seen = observe(model, defense, leakbench.ThreatModel(), [client], 2, torch.full((1, 8, 8), 0.5))
+    shared = trainee.shared()
+    for name, value in seen.weights.items():
+        torch.testing.assert_close(value if value.shape == shared[name].shape else value[0], shared[name])
+    private = trainee.private()
+    assert not private.keys() & seen.weights.keys()
+    if private:
+        granted = leakbench.ThreatModel(reveals=frozenset({"key", "lock"}))
+        told = observe(model, defense, granted, [client], 2, torch.full((1, 8, 8), 0.5))
+        for name, value in private.items():
+            assert torch.equal(told.weights[name][0], value)
+        assert any(float(told.gradient[name].abs().max()) > 0 for name in private if name in told.gradient)
+
+
+def test_the_matrix_attacks_the_checkpoint_of_a_defended_network(tmp_path: Path) -> None:
+    (one,) = train(study(defenses=["keylock(length=9)"], rounds=1).arms(), tmp_path)
+    model = f'lenet(weights="{one.folder / "best.safetensors"}")'
+    axes: dict[str, Any] = {"attacks": ["ig(steps=2)"], "models": [model], "datasets": ["halves"], "images": 1}
+    run = leakbench.run(Matrix(defenses=["keylock(length=9)"], **axes), tmp_path / "run")
+    results = run.results()
+    assert set(results["status"]) == {"ok"}
+    assert len(results) == 4  # and three floors
+    run.report()
+    assert "behind keylock(length=9), with that client" in (tmp_path / "run" / "report.md").read_text()
+    for other in ("none", "keylock(length=8)"):
+        with pytest.raises(BadOption, match="is of a network trained behind 'keylock"):
+            leakbench.run(Matrix(defenses=[other], floors=False, **axes), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_training_begins_with_a_checkpoint_and_refuses_that_of_another_model(tmp_path: Path) -> None:
+    (one,) = train(study(rounds=6).arms(), tmp_path / "first")
+    file = one.folder / "best.safetensors"
+    (two,) = train(study(models=[f'lenet(weights="{file}")'], rounds=1, lr=1e-9).arms(), tmp_path / "second")
+    assert two.outcome.rounds[0].views[0].test.correct == one.outcome.chosen().views[0].test.correct
+    with pytest.raises(BadOption, match="it is of another network"):
+        train(study(models=[f'resnet20(weights="{file}")']).arms(), tmp_path / "third")
+    assert not (tmp_path / "third").exists()
+
+
+# the command
+
+
+def toml(tmp_path: Path) -> Path:
+    file = tmp_path / "small.toml"
+    text = 'models = ["lenet"]\ndatasets = ["halves"]\nrounds = 2\nbatch = 16\nlr = 0.05\nthief = 2\n'
+    file.write_text(text + 'defenses = ["none"]\n[scale.smoke]\nrounds = 1\n[scale.cpu]\nname = "other"\n')
+    return file
+
+
+def test_the_command_trains_and_reports(tmp_path: Path) -> None:
+    file, out = toml(tmp_path), tmp_path / "out"
+    line = ["run", "accuracy", str(file), "--scale", "smoke", "--defense", "none", "--defense", "keylock(length=9)"]
+    result = CliRunner().invoke(app, [*line, "--seeds", "2", "--out", str(out)], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "report:" in result.output
+    text = (out / "accuracy.md").read_text()
+    assert (out / "accuracy.csv").read_text().count("\n") == 1 + 4
+    assert len(list((out / "curves").glob("*.png"))) == 1
+    assert "| keylock(length=9)" in text
+    assert "fresh key, initial lock" in text
+    for record in (out / FOLDER).glob(f"*/{RECORD}"):
+        assert json.loads(record.read_text())["provenance"]["version"] == leakbench.__version__
+    (out / "accuracy.md").unlink()
+    again = CliRunner().invoke(app, ["report", str(out)], catch_exceptions=False)
+    assert again.exit_code == 0
+    assert (out / "accuracy.md").read_text() == text
+
+
+def test_the_command_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from leakbench.training import centralised
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(centralised, "train", stop)
+    result = CliRunner().invoke(app, ["run", "accuracy", str(toml(tmp_path)), "--scale", "cpu", "--out", str(tmp_path)])
+    assert result.exit_code == 130
+    assert "stopped: 0 of 1 trainings are done; to go on: leakbench" in result.output
+
+
+def test_the_figures_of_the_paper_that_ship_are_of_known_components() -> None:
+    from leakbench.report.compare import published
+
+    for figure in published().accuracy:
+        assert figure.model in models.names()
+        assert figure.dataset in datasets.names()
+        assert figure.defense in defenses.names()
+        assert figure.mode in ("centralised", "fedavg")
