@@ -270,7 +270,9 @@ def test_an_evaluation_is_in_evaluation_mode_and_changes_nothing() -> None:
     network = own.trainee.network.eval()
     logits = network(own.data.test.pixels.float() / 255)
     assert score.correct == int((logits.argmax(1) == own.data.test.labels).sum())
-    assert score.loss == pytest.approx(float(nn.functional.cross_entropy(logits, own.data.test.labels).detach()), rel=1e-5)
+    assert score.loss == pytest.approx(
+        float(nn.functional.cross_entropy(logits, own.data.test.labels).detach()), rel=1e-5
+    )
 
 
 # a client's round
