@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DOCS := .venv-docs
 READY := $(VENV)/.ready
 TRUNKS := lpips-alex lpips-vgg
 DATA := mnist fashion-mnist cifar10
 SCALE ?= full
 DEVICE ?= cpu
 
-.PHONY: help setup demo trunks test test-full test-assets assets check format fuzz wheel clean
+.PHONY: help setup demo trunks test test-full test-assets assets check format fuzz docs reference wheel clean
 
 help:
 	@echo "make demo         set up, and run three attacks against five defenses on the images that ship with leakbench"
@@ -19,6 +20,8 @@ help:
 	@echo "make test-assets  run the tests that need them"
 	@echo "make bench        measure speed into reports/speed (SCALE=smoke|full, DEVICE=cpu|cuda)"
 	@echo "make fuzz         feed a million hostile inputs to what reads files and specs, half an hour"
+	@echo "make docs         build the documentation into build/docs, and run the tutorial"
+	@echo "make reference    write the pages of docs/reference from the code"
 	@echo "make wheel        build dist/*.whl"
 	@echo "make clean        remove what make made, the cache of datasets excepted"
 
@@ -39,7 +42,7 @@ trunks: setup
 	@$(BIN)/leakbench assets fetch $(TRUNKS) || echo "LPIPS is left out: no source of its weights could be reached"
 
 test: setup
-	$(BIN)/python -m pytest -n 2 -m "not assets and not full"
+	$(BIN)/python -m pytest -n 2 -m "not assets and not full and not docs"
 
 test-full: setup
 	$(BIN)/python -m pytest -m full
@@ -68,9 +71,17 @@ fuzz: setup
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable ".[fuzz]"
 	$(BIN)/python tools/fuzz.py
 
+docs: setup
+	@$(DOCS)/bin/mkdocs --version >/dev/null 2>&1 || { $(PYTHON) -m venv $(DOCS) && $(DOCS)/bin/python -m pip install --quiet --upgrade pip && $(DOCS)/bin/python -m pip install --quiet --group docs; }
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	$(BIN)/python -m pytest -m docs
+
+reference: setup
+	$(BIN)/python tools/reference.py
+
 wheel: setup
 	rm -rf dist
 	$(BIN)/python -m build --wheel --outdir dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DOCS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

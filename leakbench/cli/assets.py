@@ -51,7 +51,7 @@ def list_assets() -> None:
 
 @app.command()
 def fetch(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Assets, or `all`.", show_default=False)],
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Assets, or ``all``.", show_default=False)],
     from_file: Annotated[
         Path | None, typer.Option("--from", help="Take it from this file, carried in by hand; download nothing.")
     ] = None,

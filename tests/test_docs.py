@@ -1,0 +1,59 @@
+"""The documentation tells the truth: its commands and its Python run, and its reference is that of the code."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from leakbench.cli.main import main
+from tools import reference
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```', re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    """Leave the registries as they were, whatever plugins a page registers."""
+    import leakbench
+
+    for registry in (leakbench.attacks.registry, leakbench.defenses.registry):
+        monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+
+
+@pytest.mark.docs
+def test_the_tutorial_runs_as_written(tmp_path, monkeypatch, registries):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LEAKBENCH_HOME", str(tmp_path / "cache"))  # no LPIPS, which takes as long as the rest
+    ran = 0
+    for kind, title, text in BLOCK.findall((DOCS / "tutorial.md").read_text(encoding="utf-8")):
+        if title:
+            Path(title).write_text(text, encoding="utf-8")
+        elif kind == "python":
+            exec(text, {})
+        for line in text.splitlines() if kind == "sh" else ():
+            assert line.startswith("leakbench "), line
+            monkeypatch.setattr(sys, "argv", shlex.split(line))
+            with pytest.raises(SystemExit) as end:
+                main()
+            assert end.value.code == 0, line
+            ran += 1
+    assert ran >= 6
+    for folder in ("first", "threats", "mine", "sign", "python"):
+        assert (tmp_path / "runs" / folder / "run.sqlite").is_file()
+    assert "sign" in (tmp_path / "runs" / "sign-worst" / "worst-case.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", sorted(reference.pages()))
+def test_the_reference_is_what_the_code_says(name):
+    written = (DOCS / "reference" / name).read_text(encoding="utf-8")
+    assert written == reference.pages()[name], "run `make reference`"
+
+
+def test_every_page_is_in_the_navigation():
+    named = set(re.findall(r": ([\w/]+\.md)", (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")))
+    assert named == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
