@@ -22,7 +22,7 @@ help:
 	@echo "make fuzz         feed a million hostile inputs to what reads files and specs, half an hour"
 	@echo "make docs         build the documentation into build/docs, and run the tutorial"
 	@echo "make reference    write the pages of docs/reference from the code"
-	@echo "make wheel        build dist/*.whl"
+	@echo "make wheel        build and check dist/*.tar.gz, and dist/*.whl from it"
 	@echo "make clean        remove what make made, the cache of datasets excepted"
 
 setup: $(READY)
@@ -81,7 +81,8 @@ reference: setup
 
 wheel: setup
 	rm -rf dist
-	$(BIN)/python -m build --wheel --outdir dist .
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) $(DOCS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -57,3 +57,9 @@ def test_the_reference_is_what_the_code_says(name):
 def test_every_page_is_in_the_navigation():
     named = set(re.findall(r": ([\w/]+\.md)", (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")))
     assert named == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+
+
+def test_the_citation_names_the_version():
+    import leakbench
+
+    assert f"\nversion: {leakbench.__version__}\n" in (DOCS.parent / "CITATION.cff").read_text(encoding="utf-8")
