@@ -53,7 +53,6 @@ SMALL = {
     "keylock": "keylock(length=9)",
     "dlg": "dlg(steps=1)",  # a step of L-BFGS is up to twenty iterations
     "idlg": "idlg(steps=1)",
-    "lb": "lb(steps=1)",
     "ggl": "ggl(budget=6, popsize=3, generator=tiny)",
     "prior": "prior(generator=tiny)",
 }

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from conftest import rand, randn, watch
+from conftest import CLASSES, rand, randn, watch
 
 import leakbench
 from leakbench import attacks
 from leakbench.attacks.lb import layer_normalised_distance
+from leakbench.rng import Rng
 
 
-def test_every_parameter_counts_alike_whatever_its_size() -> None:
+def test_parameters_count_by_how_large_they_are_not_by_its_square() -> None:
     observed = {"small": 1e-2 * randn(3, 4, seed=1), "large": 10 * randn(3, 2, 5, seed=2)}
     zero = {name: torch.zeros_like(value) for name, value in observed.items()}
     torch.testing.assert_close(layer_normalised_distance(zero, observed), torch.ones(3))
-    half = {"small": observed["small"] / 2, "large": observed["large"]}
-    torch.testing.assert_close(layer_normalised_distance(half, observed), torch.full((3,), 0.125))
     torch.testing.assert_close(layer_normalised_distance(observed, observed), torch.zeros(3))
+    half = {"small": observed["small"] / 2, "large": observed["large"]}
+    small, large = (observed[name].flatten(1).norm(dim=1) for name in ("small", "large"))
+    torch.testing.assert_close(layer_normalised_distance(half, observed), 0.25 * small / (small + large))
 
 
 def test_the_rounding_of_a_parameter_without_gradient_is_not_magnified() -> None:
@@ -36,15 +39,46 @@ def test_it_searches_in_float64_and_returns_what_it_was_given() -> None:
     assert observation.gradient["classifier.weight"].dtype == torch.float32
 
 
-def test_it_ends_nearer_than_dlg_for_the_same_evaluations() -> None:
+@pytest.mark.parametrize("line_search", ["none", "strong-wolfe"])
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_a_step_is_an_evaluation_whatever_the_line_search_takes(line_search: str, restarts: int) -> None:
+    observation = watch("lenet", threat="known-label", trials=2)
+    found = leakbench.attack(f"lb(steps=37, line_search={line_search}, restarts={restarts})", observation)
+    both_ends = 2  # where start and end are compared
+    assert found.evaluations is not None
+    assert found.evaluations.tolist() == [restarts * (37 + both_ends)] * 2
+
+
+def test_of_several_starts_the_one_that_matches_best_is_returned() -> None:
+    observation = watch("lenet", threat="known-label", trials=3)
+    one, two, three = (
+        leakbench.attack(f"lb(steps=30, spread=1, restarts={restarts})", observation).objective
+        for restarts in (1, 2, 3)
+    )
+    assert one is not None
+    assert two is not None
+    assert three is not None
+    assert bool((two <= one).all())
+    assert bool((three <= two).all())
+    assert bool((three < one).any())
+
+
+def test_it_ends_nearer_than_dlg_and_ig_for_the_same_evaluations() -> None:
     observation = watch("lenet", threat="known-label", trials=4)
-    strong = leakbench.attack("lb(steps=40)", observation)
-    plain = leakbench.attack("dlg(steps=40)", observation)
-    attack = attacks.parse("lb(steps=1)")
     truth = torch.cat([rand(1, 1, 8, 8, seed=100 + t) for t in range(4)])
 
-    def error(images: torch.Tensor) -> torch.Tensor:
-        return (images - truth).square().flatten(1).mean(1)
+    def error(attack: str) -> float:
+        images = leakbench.attack(attack, observation).images
+        return float((images - truth).square().flatten(1).mean(1).median())
 
-    assert float(error(strong.images).median()) < 0.1 * float(error(plain.images).median().clamp(min=1e-3))
-    assert attack.name == "lb"
+    strong = error("lb(steps=200, tv=0)")  # the images are noise
+    assert strong < 0.1 * error("dlg(steps=10)")
+    assert strong < 0.1 * error("ig(steps=200, tv=0)")
+
+
+@pytest.mark.parametrize("defense", ["none", "precode(k=6)", "keylock(length=9)", "noise(scale=0.1, relative=true)"])
+def test_labels_are_read_off_whatever_the_sign_of_the_features_and_through_noise(defense: str) -> None:
+    observation = watch("lenet", defense, trials=8)
+    found = attacks.parse("lb(steps=1)")(observation, Rng(tuple("abcdefgh")))
+    assert found.labels is not None
+    assert found.labels.tolist() == [(3 * t + 1) % CLASSES for t in range(8)]

@@ -324,7 +324,7 @@ def test_a_matrix_of_stages_can_be_written_and_read_again() -> None:
     assert [trial.id for trial in again.trials()] == [trial.id for trial in matrix.trials()]
     assert again.threshold == matrix.threshold == 0.6
     first = [trial.attack.name for trial in matrix.trials() if not trial.attack.floor]
-    assert list(dict.fromkeys(first)) == ["peel", "ig", "lb", "grnn", "ggl"]
+    assert list(dict.fromkeys(first)) == ["peel", "lb", "ig", "grnn", "ggl"]
 
 
 AXES: dict[str, Any] = {"defenses": ["none"], "models": ["lenet"], "datasets": ["samples"]}

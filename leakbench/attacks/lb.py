@@ -13,34 +13,62 @@ from leakbench.attacks.base import register
 from leakbench.attacks.matching import Count, NonNegative, double
 from leakbench.attacks.quasi_newton import QuasiNewton
 from leakbench.gradients.bilinear import squared_norm
-from leakbench.optim import LineSearch
+from leakbench.models.surgery import linears
+from leakbench.optim import LineSearch, Unknowns
 from leakbench.rng import Rng
 from leakbench.types import Gradient, Observation, Reconstruction
 
 SMALLEST = 1e-4
-"""A parameter whose gradient is smaller, relative to all of them, is weighted as if it were of this size.
+"""A parameter whose gradient is smaller, relative to the largest, is weighted as if it were of this size.
 
 The bias of a convolution before a normalisation has no gradient but rounding, which must not be magnified.
 """
 
 
 def layer_normalised_distance(gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
-    """Return [T]: the mean over parameters of |g' - g|^2 / max(|g|, SMALLEST |all of g|)^2."""
-    sizes = {name: squared_norm(target) for name, target in observed.items()}
-    floor = (SMALLEST**2 * torch.stack(list(sizes.values())).sum(0)).clamp(min=torch.finfo(torch.float32).tiny)
-    terms = [
-        squared_norm(gradient[name] - target) / torch.maximum(sizes[name], floor) for name, target in observed.items()
-    ]
-    return torch.stack(terms).mean(0)
+    """Return [T]: the sum over parameters of |g' - g|^2 / s, over the sum of |g|^2 / s, with s = |g|.
+
+    Between the squared distance (s = 1), in which the largest parameters are all that counts, and relative errors
+    (s = |g|^2), in which the smallest count as much. A gradient of zeros is at 1.
+    """
+    squares = {name: squared_norm(target) for name, target in observed.items()}
+    sizes = {name: square.sqrt() for name, square in squares.items()}
+    tiny = torch.finfo(torch.float32).tiny
+    floor = (SMALLEST * torch.stack(list(sizes.values())).amax(0)).clamp(min=tiny)
+    weights = {name: 1 / torch.maximum(size, floor) for name, size in sizes.items()}
+    whole = torch.stack([weights[name] * square for name, square in squares.items()]).sum(0).clamp(min=tiny)
+    error = torch.stack([weights[name] * squared_norm(gradient[name] - target) for name, target in observed.items()])
+    return error.sum(0) / whole
+
+
+def rank_one_labels(observation: Observation) -> Tensor | None:
+    """Return [T] int64: the class whose logit the loss falls with; None where weight or bias of no classifier was sent.
+
+    For one image the gradient of the classifier's weight and bias is d (f, 1)^T, with d the derivative of the loss by
+    the logits and f the features. The leading left singular vector of what was sent gives d up to its sign, and the
+    bias the sign. Unlike the rule of iDLG this asks nothing of the sign of f, and noise averages out over the rows.
+    """
+    for name, layer in reversed(linears(observation.model).items()):
+        weight, bias = (observation.gradient.get(f"{name}.{tensor}") for tensor in ("weight", "bias"))
+        if layer.out_features != observation.num_classes or weight is None or bias is None or not bool(bias.any()):
+            continue
+        rows = torch.cat([weight, bias[..., None]], 2).nan_to_num().double()
+        error = torch.linalg.eigh(rows @ rows.mT).eigenvectors[..., -1]
+        return (error * (error * bias).sum(1, keepdim=True)).argmin(1)
+    return None
 
 
 @register("lb")
 @dataclass(frozen=True)
 class LB(QuasiNewton):
-    """L-BFGS with a line search, in float64, on the layer-normalised distance plus total variation.
+    """L-BFGS with a line search, in float64, on the layer-normalised distance plus total variation, from grey.
 
-    Every parameter's gradient counts alike, whatever its size. An attack that fails by its optimiser says nothing about
-    a defense; this one is to fail by the defense. See QuasiNewton and GradientMatching for the options.
+    An attack that fails by its optimiser says nothing about a defense; this one is to fail by the defense. A step is
+    one evaluation of the gradient, as for ``ig``: however many of them a line search takes, the budget is ``steps``.
+    See QuasiNewton and GradientMatching for the other options.
+
+    Attributes:
+        spread: the deviation of the start around grey; far from grey, saturated activations hide the image.
     """
 
     reference: ClassVar[str] = "Liu and Nocedal 1989, Math. Programming 45 (the optimiser); the objective is our own"
@@ -51,14 +79,29 @@ class LB(QuasiNewton):
     tolerance_grad: ClassVar[float] = 1e-12
     tolerance_change: ClassVar[float] = 1e-16
 
-    steps: Count = 60
-    tv: NonNegative = 1e-6
+    steps: Count = 1200
+    tv: NonNegative = 1e-3
     labels: Literal["joint", "analytic"] = "analytic"
     line_search: LineSearch = "strong-wolfe"
+    spread: NonNegative = 0.01
 
     def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
         """Return the layer-normalised distance."""
         return layer_normalised_distance(gradient, observed)
+
+    def start(self, observation: Observation, rng: Rng) -> Unknowns:
+        """Return an image from N(0.5, spread^2), and label logits from N(0, 1) where labels are sought."""
+        start = super().start(observation, rng)
+        return start | {"image": 0.5 + self.spread * start["image"]}
+
+    def read_labels(self, observation: Observation) -> Tensor:
+        """Return the labels [T] by ``rank_one_labels``, or else by the published rule."""
+        found = rank_one_labels(observation)
+        return super().read_labels(observation) if found is None else found
+
+    def budget(self) -> int:
+        """Return ``steps``."""
+        return self.steps
 
     def probe(self, observation: Observation, rng: Rng) -> int | None:
         """Evaluate the objective and its gradient once, in float64."""

@@ -93,6 +93,10 @@ class GradientMatching(Attack):
         """Return images [T, C, H, W], and label logits [T, K] where labels are sought; differentiable."""
         return unknowns["image"], unknowns.get("label")
 
+    def read_labels(self, observation: Observation) -> Tensor:
+        """Return the labels [T] for ``labels=analytic``: by the published rule; raises Unsupported."""
+        return analytic_labels(observation)
+
     def prior(self, images: Tensor) -> Tensor:
         """Return [T], what is added to the distance for images [T, C, H, W]: the weighted total variation."""
         return self.tv * total_variation(images) if self.tv else images.new_zeros(len(images))
@@ -138,7 +142,7 @@ class GradientMatching(Attack):
             model, tuple(observation.gradient), plain_loss if defense is None else defense.loss, "batched"
         )
         if observation.labels is None and self.labels == "analytic":
-            observation = replace(observation, labels=analytic_labels(observation))
+            observation = replace(observation, labels=self.read_labels(observation))
         own = tensors_of(model)
         secrets = {
             secret.name: _draw(secret, own[secret.name], rng, "secret", observation.dtype)

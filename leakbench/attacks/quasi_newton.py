@@ -38,8 +38,13 @@ class QuasiNewton(GradientMatching):
             tolerance_change=self.tolerance_change,
             line_search=self.line_search,
             stop_below=self.done_below(),
+            budget=self.budget(),
             slots=objective.observation.slots,
         )
+
+    def budget(self) -> int | None:
+        """Return the evaluations after which a trial is done; any number by default."""
+        return None
 
     def done_below(self) -> float:
         """Return the objective below which, at every tenth outer step, a trial is done; none is by default."""

@@ -31,6 +31,7 @@ class _Rules:
     tolerance_change: float
     stop_below: float
     stop_every: int
+    budget: int | None
 
 
 class _State(Rows):
@@ -87,6 +88,7 @@ def lbfgs(
     line_search: LineSearch = "none",
     stop_below: float = -math.inf,
     stop_every: int = 10,
+    budget: int | None = None,
     slots: int | None = None,
 ) -> Solution:
     """Minimise each trial by L-BFGS; the parameters mean what they mean in ``torch.optim.LBFGS``.
@@ -108,6 +110,7 @@ def lbfgs(
         line_search: ``strong-wolfe`` searches along each direction (torch's ``strong_wolfe``).
         stop_below: a trial is done when its objective is below this at the end of every ``stop_every``-th outer step.
         stop_every: see ``stop_below``.
+        budget: a trial is done after so many evaluations; any number by default.
         slots: how many trials are worked on at a time, all by default; a trial that is done makes room for the next.
 
     Raises:
@@ -115,7 +118,7 @@ def lbfgs(
     """
     if slots is not None and slots < 1:
         raise ValueError(f"slots={slots} does not fit; give at least 1")
-    rules = _Rules(steps, lr, max_iter, tolerance_grad, tolerance_change, stop_below, stop_every)
+    rules = _Rules(steps, lr, max_iter, tolerance_grad, tolerance_change, stop_below, stop_every, budget)
     shapes = {name: tensor.shape[1:] for name, tensor in start.items()}
     sizes = [shape.numel() for shape in shapes.values()]
 
@@ -211,6 +214,8 @@ def _advance(state: _State, loss: Tensor, gradient: Tensor, rules: _Rules, used:
         step = torch.where(stepped, state.step, 0.0)
     else:
         limit = rules.max_iter * 5 // 4 - state.spent
+        if rules.budget is not None:
+            limit = torch.minimum(limit, rules.budget - state.evaluations - 1)
         slope = (gradient * state.direction).sum(1)
         search.begin(stepped, state.step, loss, slope, gradient, state.reach, limit)
         step = torch.where(search.searching, search.t, 0.0)
@@ -232,6 +237,8 @@ def _end_steps(state: _State, arrived: Tensor, loss: Tensor, peak: Tensor, rules
     between = arrived & (state.inner == 0)
     below = (state.outer > 0) & (state.outer % rules.stop_every == 0) & (loss < rules.stop_below)
     state.done = state.done | (between & ((peak <= rules.tolerance_grad) | (state.outer >= rules.steps) | below))
+    if rules.budget is not None:
+        state.done = state.done | (arrived & (state.evaluations >= rules.budget))
     return over
 
 
