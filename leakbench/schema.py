@@ -6,6 +6,7 @@ tests keep a file of each.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 from collections.abc import Callable, Mapping
@@ -61,6 +62,44 @@ def create(db: sqlite3.Connection, about: Mapping[str, str]) -> None:
     db.executemany("INSERT INTO meta VALUES (?, ?)", {"schema": str(SCHEMA), **about}.items())
     db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     db.execute(f"PRAGMA user_version = {SCHEMA}")
+
+
+def flaw(db: sqlite3.Connection) -> str:
+    """Return what is wrong with a database of this schema that somebody else may have made; empty for nothing.
+
+    Its tables must be tables with the columns of the schema, and every value of the type that its column states:
+    SQLite itself holds neither against a file. Nothing may be in it that runs when it is read or written.
+    """
+    kinds = dict(db.execute("SELECT name, type FROM sqlite_master WHERE type != 'index'").fetchall())
+    for name, kind in kinds.items():
+        if kind in ("view", "trigger"):
+            return f"it holds the {kind} {name!r}, which leakbench never makes"
+    with contextlib.closing(sqlite3.connect(":memory:")) as sound:
+        create(sound, {})
+        for table in TABLES:
+            if table not in kinds:
+                return f"it has no table {table!r}"
+            columns = _columns(sound, table)
+            if _columns(db, table) != columns:
+                return f"the columns of its table {table!r} are not those of schema {SCHEMA}"
+            wrong = [f"typeof({name}) NOT IN ({_admitted(*column)})" for name, column in columns.items()]
+            if db.execute(f"SELECT 1 FROM {table} WHERE {' OR '.join(wrong)} LIMIT 1").fetchone():
+                return f"its table {table!r} holds a value of another type than the column's"
+    return ""
+
+
+def _columns(db: sqlite3.Connection, table: str) -> dict[str, tuple[str, bool, bool]]:
+    """Return by column: its type, whether it must have a value, and whether it is part of the primary key."""
+    return {
+        name: (kind, bool(needed), bool(key))
+        for _, name, kind, needed, _, key in map(tuple, db.execute(f"PRAGMA table_info({table})"))
+    }
+
+
+def _admitted(kind: str, needed: bool, key: bool) -> str:
+    """Return the names that ``typeof`` may give for the values of a column, as SQL."""
+    names = [kind.lower()] if needed or key else [kind.lower(), "null"]
+    return ", ".join(f"'{name}'" for name in names)
 
 
 def migrate(db: sqlite3.Connection) -> None:

@@ -42,12 +42,13 @@ from typing import Self
 
 import pandas as pd
 import torch
+from pydantic import TypeAdapter
 
 from leakbench import schema
 from leakbench.defenses import Defense
 from leakbench.errors import ForeignRun, LeakbenchError
 from leakbench.metrics.base import Metric
-from leakbench.models.weights import Checkpoint, Training
+from leakbench.models.weights import Checkpoint
 from leakbench.trial import Cell, Result, Trial, target
 from leakbench.version import __version__
 
@@ -238,10 +239,9 @@ class Store:
             if found < schema.SCHEMA:
                 store._db = db = _migrated(path, db, readonly)
             with _one_line_errors(path):
-                tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master")}
-            missing = set(schema.TABLES) - tables
-            if missing:
-                raise ForeignRun(f"{path} has no table {min(missing)!r}: it is damaged; start the run anew")
+                flaw = schema.flaw(db)
+            if flaw:
+                raise ForeignRun(f"{path}: {flaw}: it is damaged, or leakbench did not write it; start the run anew")
             store._configure()
         except BaseException:
             db.close()
@@ -293,27 +293,28 @@ class Store:
 
     def sessions(self) -> list[Session]:
         """Return every session, in order of start."""
-        return [
-            Session(
-                id=row["id"],
-                provenance=Provenance(
-                    version=row["version"],
-                    commit=row["commit_id"],
-                    dirty=None if row["dirty"] is None else bool(row["dirty"]),
-                    packages=json.loads(row["packages"]),
-                    python=row["python"],
-                    device=row["device"],
-                    threads=row["threads"],
-                    command=row["command"],
-                    matrix=row["matrix"],
-                    shard=row["shard"],
-                    workers=row["workers"],
-                ),
-                started=row["started"],
-                ended=row["ended"],
-            )
-            for row in self._rows("SELECT * FROM sessions ORDER BY id")
-        ]
+        with _decoding(self.path):
+            return [
+                Session(
+                    id=row["id"],
+                    provenance=Provenance(
+                        version=row["version"],
+                        commit=row["commit_id"],
+                        dirty=None if row["dirty"] is None else bool(row["dirty"]),
+                        packages=_PACKAGES.validate_json(row["packages"]),
+                        python=row["python"],
+                        device=row["device"],
+                        threads=row["threads"],
+                        command=row["command"],
+                        matrix=row["matrix"],
+                        shard=row["shard"],
+                        workers=row["workers"],
+                    ),
+                    started=row["started"],
+                    ended=row["ended"],
+                )
+                for row in self._rows("SELECT * FROM sessions ORDER BY id")
+            ]
 
     def add_trials(self, trials: Sequence[Trial], among: Sequence[Trial] | None = None) -> None:
         """Record what is planned; trials that are known already stay as and where they are.
@@ -346,9 +347,10 @@ class Store:
             (metric, threshold),
         )
         found: dict[str, set[str]] = {}
-        for row in rows:
-            attacked = target(json.loads(row["settings"]), row["image"], row["seed"])
-            found.setdefault(attacked, set()).add(row["id"])
+        with _decoding(self.path):
+            for row in rows:
+                attacked = target(json.loads(row["settings"]), row["image"], row["seed"])
+                found.setdefault(attacked, set()).add(row["id"])
         return found
 
     def chunk(self, cell: str) -> int | None:
@@ -414,19 +416,24 @@ class Store:
 
     def components(self) -> list[Component]:
         """Return every dataset, model, defense and attack that was planned, with all its options."""
-        rows = self._cells()
-        settings = [json.loads(row["settings"]) for row in rows]
-        checkpoints = {settings: _checkpoint(text) for settings, text in self._stated("checkpoint").items()}
-        statements = {settings: Statement(**json.loads(text)) for settings, text in self._stated("defense").items()}
-        found = []
-        for kind in ("dataset", "model", "defense", "attack"):
-            pairs = [(row[kind], json.dumps(setting[kind], sort_keys=True)) for row, setting in zip(rows, settings)]
-            for (_, text), label in _labels(dict.fromkeys(pairs)).items():
-                own = json.loads(text)
-                options = {name: value for name, value in own.items() if name not in ("name", "version")}
-                checkpoint = checkpoints.get(text) if kind == "model" else None
-                statement = statements.get(text) if kind == "defense" else None
-                found.append(Component(kind, label, int(own["version"]), options, checkpoint, statement))
+        with _decoding(self.path):
+            rows = self._cells()
+            settings = [json.loads(row["settings"]) for row in rows]
+            checkpoints = {
+                settings: _CHECKPOINT.validate_json(text) for settings, text in self._stated("checkpoint").items()
+            }
+            statements = {
+                settings: _STATEMENT.validate_json(text) for settings, text in self._stated("defense").items()
+            }
+            found = []
+            for kind in ("dataset", "model", "defense", "attack"):
+                pairs = [(row[kind], json.dumps(setting[kind], sort_keys=True)) for row, setting in zip(rows, settings)]
+                for (_, text), label in _labels(dict.fromkeys(pairs)).items():
+                    own = json.loads(text)
+                    options = {name: value for name, value in own.items() if name not in ("name", "version")}
+                    checkpoint = checkpoints.get(text) if kind == "model" else None
+                    statement = statements.get(text) if kind == "defense" else None
+                    found.append(Component(kind, label, int(own["version"]), options, checkpoint, statement))
         return found
 
     def write(self, results: Sequence[Result], session: int) -> None:
@@ -460,27 +467,28 @@ class Store:
             " ORDER BY position, trials.rowid"
         )
         scores = self._rows("SELECT trial_id, metric, value FROM scores")
-        names = [metric.name for metric in self.metrics()]
-        own = [column for column in (*BEFORE, *AFTER) if column not in _SPECS]
-        planned = {column: [row[column] for row in rows] for column in own}
-        cells = self._cells()
-        for name in _SPECS:
-            texts = [json.dumps(json.loads(cell["settings"])[name], sort_keys=True) for cell in cells]
-            pairs = [(cell[name], text) for cell, text in zip(cells, texts)]
-            labels = _labels(dict.fromkeys(pairs))
-            by_cell = {cell["id"]: labels[pair] for cell, pair in zip(cells, pairs)}
-            planned[name] = [by_cell[row["cell_id"]] for row in rows]
-        frame = pd.DataFrame(planned).astype(
-            dict.fromkeys(("trial", *_SPECS, "status", "reason", "path"), "str")
-            | dict.fromkeys(("image", "seed"), "int64")
-            | {"seconds": "float64", "objective": "float64", "evaluations": "Int64", "floor": "bool"}
-        )
-        values = pd.DataFrame([tuple(row) for row in scores], columns=["trial", "metric", "value"])
-        wide = values.pivot(index="trial", columns="metric", values="value").reindex(
-            index=frame["trial"], columns=names
-        )
-        for name in names:
-            frame[name] = wide[name].to_numpy(dtype="float64")
+        with _decoding(self.path):
+            names = [metric.name for metric in self.metrics()]
+            own = [column for column in (*BEFORE, *AFTER) if column not in _SPECS]
+            planned = {column: [row[column] for row in rows] for column in own}
+            cells = self._cells()
+            for name in _SPECS:
+                texts = [json.dumps(json.loads(cell["settings"])[name], sort_keys=True) for cell in cells]
+                pairs = [(cell[name], text) for cell, text in zip(cells, texts)]
+                labels = _labels(dict.fromkeys(pairs))
+                by_cell = {cell["id"]: labels[pair] for cell, pair in zip(cells, pairs)}
+                planned[name] = [by_cell[row["cell_id"]] for row in rows]
+            frame = pd.DataFrame(planned).astype(
+                dict.fromkeys(("trial", *_SPECS, "status", "reason", "path"), "str")
+                | dict.fromkeys(("image", "seed"), "int64")
+                | {"seconds": "float64", "objective": "float64", "evaluations": "Int64", "floor": "bool"}
+            )
+            values = pd.DataFrame([tuple(row) for row in scores], columns=["trial", "metric", "value"])
+            wide = values.pivot(index="trial", columns="metric", values="value").reindex(
+                index=frame["trial"], columns=names
+            )
+            for name in names:
+                frame[name] = wide[name].to_numpy(dtype="float64")
         return frame[[*BEFORE, *names, *AFTER]]
 
     def images(self, trials: Iterable[str]) -> dict[str, Pictures]:
@@ -493,7 +501,10 @@ class Store:
             )
             for digest, png in rows:
                 if digest not in truths:
-                    truths[digest] = self._rows("SELECT png FROM truths WHERE digest = ?", (digest,))[0]["png"]
+                    found = self._rows("SELECT png FROM truths WHERE digest = ?", (digest,))
+                    if not found:
+                        raise ForeignRun(f"{self.path} lacks the private image of trial {trial}; start the run anew")
+                    truths[digest] = found[0]["png"]
                 pictures[trial] = Pictures(truths[digest], png)
         return pictures
 
@@ -606,11 +617,21 @@ class Store:
             self._db.execute("INSERT INTO images VALUES (?, ?)", (trial, result.reconstruction))
 
 
-def _checkpoint(text: str) -> Checkpoint:
-    """Return what ``Store.record_checkpoints`` wrote."""
-    value = json.loads(text)
-    training = value["training"]
-    return Checkpoint(value["file"], None if training is None else Training(**training))
+@contextlib.contextmanager
+def _decoding(path: Path) -> Iterator[None]:
+    """Turn what a file's own words make the readers raise into the one line that says what to do."""
+    try:
+        yield
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ForeignRun(
+            f"{path} holds words of another form than leakbench writes ({cause}); start the run anew"
+        ) from (error)
+
+
+_PACKAGES = TypeAdapter(dict[str, str])
+_CHECKPOINT = TypeAdapter(Checkpoint)
+_STATEMENT = TypeAdapter(Statement)
 
 
 def _labels(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:

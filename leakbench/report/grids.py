@@ -139,7 +139,7 @@ def rows_within(found: Sequence[Page], truths: Sequence[bytes], budget: int = BU
     """
     row = 0
     for page, truth in zip(found, truths):
-        image = _picture(truth)
+        image = picture(truth)
         row += 3 * image.width * image.height * (len(page.columns) + 1) if image is not None else 0
     return max(1, min(ROWS, budget // max(1, row)))
 
@@ -325,20 +325,20 @@ def _truths(page: Page, pictures: Mapping[str, Pictures]) -> dict[int, bytes]:
     }
 
 
-def _picture(data: bytes | None) -> Image.Image | None:
-    """Return the picture, reduced by a whole factor where it is too large; None where there is none."""
+def picture(data: bytes | None) -> Image.Image | None:
+    """Return a PNG as an image, reduced by a whole factor where it is too large; None where there is none."""
     if data is None:
         return None
     try:
         image = Image.open(BytesIO(data)).convert("RGB")
-    except (UnidentifiedImageError, OSError):
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError):
         return None
     return image.reduce(math.ceil(max(image.size) / THUMBNAIL))
 
 
 def _thumbnail(data: bytes | None) -> Image.Image | None:
     """Return the picture as it is shown: enlarged by a whole factor, without smoothing."""
-    image = _picture(data)
+    image = picture(data)
     if image is None:
         return None
     factor = max(1, THUMBNAIL // max(image.size))

@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
 
 from leakbench.report.differences import warning
+from leakbench.report.grids import picture
 from leakbench.report.statistics import holm, paired_difference, sign_flip_test
 from leakbench.report.table import summarise
 from leakbench.report.text import decimals, escape, p_value, slug, table, with_interval
@@ -104,9 +104,9 @@ def png(grid: Grid, pictures: Mapping[str, Pictures]) -> bytes:
     for label, row in grid.rows:
         line: list[bytes | None] = []
         for column, trial in enumerate(row):
-            picture = pictures.get(trial) if trial is not None else None
-            line.append(picture.reconstruction if picture else None)
-            truth[column] = truth[column] or (picture.truth if picture else None)
+            pair = pictures.get(trial) if trial is not None else None
+            line.append(pair.reconstruction if pair else None)
+            truth[column] = truth[column] or (pair.truth if pair else None)
         lines.append((label, line))
     lines.append(("truth", truth))
     figure = Figure(figsize=(2.6 + 0.95 * columns, 0.3 + 0.95 * len(lines)), dpi=96)
@@ -116,9 +116,9 @@ def png(grid: Grid, pictures: Mapping[str, Pictures]) -> bytes:
         box = ((2.5 + 0.95 * left) / width, 1 - (0.2 + 0.95 * (top + 1)) / height, 0.9 / width, 0.9 / height)
         axes = figure.add_axes(box)
         axes.set_axis_off()
-        data = line[left]
-        if data is not None:
-            axes.imshow(np.asarray(Image.open(BytesIO(data)).convert("RGB")), interpolation="nearest", aspect="equal")
+        image = picture(line[left])
+        if image is not None:
+            axes.imshow(np.asarray(image), interpolation="nearest", aspect="equal")
         if left == 0:
             figure.text(2.4 / width, box[1] + box[3] / 2, label, ha="right", va="center", fontsize=9, wrap=True)
     stream = BytesIO()
