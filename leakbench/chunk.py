@@ -27,7 +27,7 @@ LIMIT = 10.0
 _GROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current")
 
 
-def choose(step: Callable[[int], int | None], trials: int, device: torch.device) -> int:
+def choose(step: Callable[[int], int | None], trials: int, device: torch.device, share: float = SHARE) -> int:
     """Return how many of ``trials`` trials to run at a time, from short measurements with 1, 2, 4, ... trials.
 
     Args:
@@ -35,6 +35,7 @@ def choose(step: Callable[[int], int | None], trials: int, device: torch.device)
             holds beside what that piece needs (``Attack.probe``).
         trials: how many there are.
         device: where the work runs.
+        share: the part of the free memory that they may take.
     """
     begin = time.perf_counter()
     best, best_cost = 1, float("inf")
@@ -47,7 +48,7 @@ def choose(step: Callable[[int], int | None], trials: int, device: torch.device)
             if not out_of_memory(error):
                 raise
             break
-        if size > 1 and used > SHARE * free:
+        if size > 1 and used > share * free:
             break
         cost = seconds / size
         if size <= FEWEST or cost < GAIN * best_cost:
@@ -55,7 +56,7 @@ def choose(step: Callable[[int], int | None], trials: int, device: torch.device)
         else:
             idle += 1
         late = size >= FEWEST and time.perf_counter() - begin > LIMIT
-        if idle == 2 or late or 2 * used > SHARE * free:
+        if idle == 2 or late or 2 * used > share * free:
             break
         size = trials if size < trials < 2 * size else 2 * size
     pieces = -(-trials // best)

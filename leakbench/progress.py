@@ -45,12 +45,13 @@ class Silent:
 class Display(Silent):
     """Cell, trials done, failures and time left: a live bar in a terminal, one line a chunk elsewhere."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, workers: int = 1) -> None:
         self.console = console
-        self.cell = ""
+        self.workers = workers
         self.total = self.done = self.failures = self.unscored = 0
         self.left: dict[str, int] = defaultdict(int)
-        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.trials: dict[str, int] = defaultdict(int)
         self.started = time.monotonic()
         self.bar = Progress(
             SpinnerColumn(),
@@ -99,7 +100,6 @@ class Display(Silent):
 
     def begin(self, cell: str, trials: int) -> None:
         """Show the cell."""
-        self.cell = cell
         self.bar.update(self.task, description=cell)
 
     def finish(self, results: Sequence[Result]) -> None:
@@ -110,27 +110,28 @@ class Display(Silent):
         for result in results:
             attack = result.trial.specs["attack"]
             self.left[attack] -= 1
-            self.seconds[attack].append(result.seconds)
+            self.seconds[attack] += result.seconds
+            self.trials[attack] += 1
         left = duration(self._time_left())
         failures = f"{self.failures} failed" + (f", {self.unscored} without a score" if self.unscored else "")
         self.bar.update(self.task, completed=self.done, failures=failures, left=f"about {left} left")
+        words = results[0].trial.cell.words
         if not self.console.is_terminal:
             self.note(
-                f"[{self.done}/{self.total}] {self.cell}: {len(results)} trial{'s' * (len(results) > 1)}, "
+                f"[{self.done}/{self.total}] {words}: {len(results)} trial{'s' * (len(results) > 1)}, "
                 f"{failures} so far, about {left} left"
             )
 
     def _time_left(self) -> float:
         """Return seconds, from the mean of each attack's trials so far (of all, for an attack not seen yet)."""
-        every = [second for seconds in self.seconds.values() for second in seconds]
-        if not every:
+        if not any(self.trials.values()):
             return 0.0
-        overall = sum(every) / len(every)
+        overall = sum(self.seconds.values()) / sum(self.trials.values())
         total = 0.0
         for attack, left in self.left.items():
-            seen = self.seconds[attack]
-            total += left * (sum(seen) / len(seen) if seen else overall)
-        return total
+            seen = self.trials[attack]
+            total += left * (self.seconds[attack] / seen if seen else overall)
+        return total / self.workers
 
 
 def duration(seconds: float) -> str:

@@ -27,6 +27,8 @@ from leakbench.errors import BadOption
 T = TypeVar("T", bound=Component)
 C = TypeVar("C", bound=type[Any])
 
+_PLUGIN = "leakbench_plugin_"
+"""What the names of the modules of plugin files begin with."""
 _OPEN, _CLOSE = "([{", ")]}"
 
 
@@ -196,7 +198,7 @@ def load_plugin(path: str | Path) -> None:
     file = Path(path).resolve()
     if not file.is_file():
         raise BadOption(f"the plugin file {str(path)!r} does not exist; give the path of a Python file")
-    name = f"leakbench_plugin_{file.stem}_{hashlib.sha256(bytes(file)).hexdigest()[:8]}"
+    name = f"{_PLUGIN}{file.stem}_{hashlib.sha256(bytes(file)).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise BadOption(f"the plugin file {str(path)!r} is no Python file; its name must end in .py")
@@ -209,6 +211,12 @@ def load_plugin(path: str | Path) -> None:
         raise BadOption(
             f"the plugin {str(path)!r} does not import: {type(error).__name__}: {_one_line(error)}"
         ) from error
+
+
+def plugins() -> list[Path]:
+    """Return the files that ``load_plugin`` has imported, in their order."""
+    modules = [module for name, module in sys.modules.items() if name.startswith(_PLUGIN)]
+    return [Path(module.__file__) for module in modules if module.__file__ is not None]
 
 
 def split_spec(spec: str, kind: str) -> tuple[str, str | None, dict[str, str]]:

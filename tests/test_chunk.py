@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from leakbench import attacks, chunk, engine
+from leakbench import attacks, chunk, engine, work
 from leakbench.attacks.base import Attack
 from leakbench.matrix import Matrix
 from leakbench.rng import Rng
@@ -104,8 +104,8 @@ def test_free_memory_is_within_the_machine_and_a_containers_limit(
 @pytest.mark.parametrize("spec", [name for name in attacks.names() if not attacks.parse(name).floor and name != "ggl"])
 def test_every_searching_attack_can_be_measured(spec: str) -> None:
     trial = _plan(attack=spec).trials()[0]
-    blank = engine._blank(trial, set())
-    several = engine._repeated(blank, 3, own=False)
+    blank = work.blank(trial, set())
+    several = work.repeated(blank, 3, own=False)
     assert several.trials == 3
     rng = Rng(("a", "b", "c"), CPU)
     held = trial.attack.probe(several, rng)
@@ -114,31 +114,31 @@ def test_every_searching_attack_can_be_measured(spec: str) -> None:
 
 def test_a_continued_run_is_cut_into_the_same_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    spied = engine._Work._chunk
+    spied = work.Worker._together
 
-    def spy(self: engine._Work, trials: list[object], slots: int) -> object:
+    def spy(self: work.Worker, data: object, trials: list[object], slots: int) -> object:
         sizes.append(len(trials))
         if len(sizes) == 2:
             raise KeyboardInterrupt
-        return spied(self, trials, slots)  # type: ignore[arg-type]
+        return spied(self, data, trials, slots)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(engine._Work, "_chunk", spy)
-    monkeypatch.setattr(engine, "choose", lambda step, trials, device: 2)
+    monkeypatch.setattr(work.Worker, "_together", spy)
+    monkeypatch.setattr(work, "choose", lambda step, trials, device, share: 2)
     with pytest.raises(KeyboardInterrupt):
         engine.run(_plan(images=5), tmp_path)
     with Store.open(tmp_path / FILE, readonly=True) as store:
-        assert store.chunk(_plan().trials()[0].cell) == 2
-    monkeypatch.setattr(engine, "choose", lambda step, trials, device: 5)
+        assert store.chunk(_plan().trials()[0].cell.key) == 2
+    monkeypatch.setattr(work, "choose", lambda step, trials, device, share: 5)
     engine.run(_plan(images=5), tmp_path)
     assert sizes == [2, 2, 2, 1]
 
 
 def test_an_attack_that_cannot_be_measured_takes_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(chunk.DEFAULT, "cpu", 3)
-    monkeypatch.setattr(engine, "choose", lambda step, trials, device: pytest.fail("measured"))
+    monkeypatch.setattr(work, "choose", lambda step, trials, device, share: pytest.fail("measured"))
     engine.run(_plan(attack="grey", images=4), tmp_path)
     with Store.open(tmp_path / FILE, readonly=True) as store:
-        assert store.chunk(_plan(attack="grey").trials()[0].cell) == 3
+        assert store.chunk(_plan(attack="grey").trials()[0].cell.key) == 3
 
 
 def test_a_queue_is_worked_off_in_the_slots_that_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +151,7 @@ def test_a_queue_is_worked_off_in_the_slots_that_fit(tmp_path: Path, monkeypatch
 
     _call = type(plain).__call__
     monkeypatch.setattr(type(plain), "__call__", spy)
-    monkeypatch.setattr(engine, "choose", lambda step, trials, device: 2)
+    monkeypatch.setattr(work, "choose", lambda step, trials, device, share: 2)
     queued = engine.run(_plan(attack="dlg(steps=1)", images=9), tmp_path / "queue").results()
     assert seen == [(8, 2), (1, 2)]
     alone = engine.run(_plan(attack="dlg(steps=1)", images=9), tmp_path / "alone", chunk=1).results()

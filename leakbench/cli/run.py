@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +42,20 @@ Name = Annotated[str | None, typer.Option(help="The run's name.")]
 Out = Annotated[Path | None, typer.Option(help="The run's folder (default: runs/NAME); an old run goes on.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Chunk = Annotated[int | None, typer.Option(min=1, help="Trials at a time; halved where they do not fit.")]
+Workers = Annotated[
+    int,
+    typer.Option(
+        min=1, help="Processes that do the trials; they share the threads, and the GPUs if --device names none."
+    ),
+]
+TimeLimit = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        help="What a trial may take, and a chunk as many times as much as it has trials. What takes longer is stopped, "
+        "tried again one trial at a time, and then an error.",
+    ),
+]
 Plugins = Annotated[
     list[Path] | None,
     typer.Option("--plugin", help="A Python file that registers components; it is run. Repeatable."),
@@ -74,6 +89,8 @@ def matrix(
     out: Out = None,
     device: Device = "auto",
     chunk: Chunk = None,
+    workers: Workers = 1,
+    time_limit: TimeLimit = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse cells that cannot be served; stop at a component's first error.")
     ] = False,
@@ -104,7 +121,8 @@ def matrix(
     settings = {"name": name, "floors": floors, "threshold": threshold}
     override = {**given, **{key: value for key, value in settings.items() if value is not None}}
     plans = [matrices.Matrix(**matrices.override(row, override)) for row in matrices.expand(axes, scale)]
-    finished = _run(plans, out, device, chunk, strict)
+    how = _How(device, chunk, workers, time_limit, strict)
+    finished = _run(plans, out, how)
     finished.report()
     if plans[-1].threshold is not None:
         typer.echo(report.ranking(finished.out))
@@ -130,6 +148,8 @@ def curves(
     out: Out = None,
     device: Device = "auto",
     chunk: Chunk = None,
+    workers: Workers = 1,
+    time_limit: TimeLimit = None,
     plugin: Plugins = None,
 ) -> None:
     """Measure what leaks as the gradient becomes less exact; write OUT/curves.md with a figure, beside the report.
@@ -146,7 +166,7 @@ def curves(
     axes = matrices.load_suite("curves") if file is None else matrices.load(file)
     plans = [matrices.Matrix(**matrices.override(row, given)) for row in matrices.expand(axes, scale)]
     report.check(plans)
-    finished = _run(plans, out, device, chunk, strict=False)
+    finished = _run(plans, out, _How(device, chunk, workers, time_limit))
     finished.report()
     typer.echo(f"report: {finished.out / report.FILE}")
 
@@ -164,6 +184,8 @@ def sharing(
     out: Annotated[Path | None, typer.Option(help="The run's folder (default: runs/sharing-SCALE).")] = None,
     device: Device = "auto",
     chunk: Chunk = None,
+    workers: Workers = 1,
+    time_limit: TimeLimit = None,
     plugin: Plugins = None,
 ) -> None:
     """Study what sharing key-lock's key, lock or both is worth to an attacker; write OUT/sharing.md beside the report.
@@ -180,7 +202,7 @@ def sharing(
     given = _given(plugin, attack, None, model, dataset, None, images, seeds)
     rows = matrices.expand(matrices.load_suite("sharing"), scale)
     plans = [matrices.Matrix(**{**row, **given, "name": f"sharing-{scale}"}) for row in rows]
-    finished = _run(plans, out, device, chunk, strict=False)
+    finished = _run(plans, out, _How(device, chunk, workers, time_limit))
     finished.report()
     for path in report.write_sharing(finished.out):
         if path.suffix == ".md":
@@ -216,7 +238,18 @@ def _given(
     )
 
 
-def _run(plans: Sequence[Matrix], out: Path | None, device: str, chunk: int | None, strict: bool) -> Run:
+@dataclass(frozen=True)
+class _How:
+    """How a run is done, whatever it is."""
+
+    device: str
+    chunk: int | None
+    workers: int
+    time_limit: float | None
+    strict: bool = False
+
+
+def _run(plans: Sequence[Matrix], out: Path | None, how: _How) -> Run:
     """Run matrices into one folder; after Ctrl-C say how much is done and how to go on."""
     from leakbench import engine
     from leakbench.progress import Display
@@ -225,10 +258,8 @@ def _run(plans: Sequence[Matrix], out: Path | None, device: str, chunk: int | No
     folder = out or Path("runs") / plans[0].name
     try:
         for plan in plans:
-            with Display(_console()) as display:
-                finished = engine.run(
-                    plan, folder, device=device, chunk=chunk, strict=strict, progress=display, command=command
-                )
+            with Display(_console(), how.workers) as display:
+                finished = engine.run(plan, folder, **vars(how), progress=display, command=command)
     except KeyboardInterrupt:
         done, planned = sum(engine.finished(folder, plan) for plan in plans), sum(len(p.trials()) for p in plans)
         typer.echo(f"stopped: {done} of {planned} trials are done; to go on: {command}", err=True)

@@ -1,0 +1,117 @@
+"""Workers: the same numbers as one process, and nothing lost with a worker that dies, hangs or cannot start."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pandas as pd
+import pytest
+import torch
+from test_engine import (  # noqa: F401
+    Counter,
+    RaisesForOne,
+    Thief,
+    Tiny,
+    done,
+    go,
+    measured,
+    no_assets,
+    plan,
+)
+
+from leakbench import LeakbenchError, Reconstruction, workers
+from leakbench.store import FILE, Store
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums do not depend on the number of threads then."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+    assert not multiprocessing.active_children()
+
+
+@dataclass(frozen=True)
+class Dies(Thief):
+    """Kills its process at one image: always, or so many times (counted by files in a folder)."""
+
+    name: ClassVar[str] = "dies"
+    folder: str = ""
+    times: int = 1
+    image: int = 2
+
+    def give(self, images, observation, rng):
+        if self.rows(rng, self.image) and len(list(Path(self.folder).iterdir())) < self.times:
+            (Path(self.folder) / f"{time.monotonic_ns()}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Reconstruction(images)
+
+
+@dataclass(frozen=True)
+class Hangs(Thief):
+    """Does not come back at one image."""
+
+    name: ClassVar[str] = "hangs"
+
+    def give(self, images, observation, rng):
+        if self.rows(rng, 2):
+            time.sleep(1000)
+        return Reconstruction(images)
+
+
+def test_workers_give_the_bytes_of_one_process(tmp_path):
+    matrix = plan(attacks=["random", "ig(steps=2)", RaisesForOne()], defenses=["none", "noise(scale=0.1)"], images=5)
+    alone, seen = go(matrix, tmp_path / "1", chunk=2), Counter()
+    two = go(matrix, tmp_path / "2", chunk=2, workers=2, progress=seen)
+    pd.testing.assert_frame_equal(measured(alone), measured(two))
+    assert list(alone.index) == list(two.index)
+    assert sum(seen.chunks) == 30
+    with Store.open(tmp_path / "1" / FILE) as first, Store.open(tmp_path / "2" / FILE) as second:
+        assert first.images(alone.index) == second.images(alone.index)
+        assert [session.provenance.workers for session in second.sessions()] == [2]
+
+
+def test_a_worker_that_dies_costs_nothing(tmp_path):
+    (tmp_path / "deaths").mkdir()
+    seen = Counter()
+    matrix = plan(attacks=[Dies(str(tmp_path / "deaths"), times=1), "random"])
+    results = go(matrix, tmp_path / "run", chunk=4, workers=2, progress=seen)
+    assert set(results["status"]) == {"ok"}
+    assert len(list((tmp_path / "deaths").iterdir())) == 1
+    assert sum(seen.chunks) == 8
+    assert [line for line in seen.notes if "SIGKILL" in line]
+
+
+def test_what_hangs_is_stopped_at_the_time_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "LOADING", 8.0)
+    results = go(plan(attacks=[Hangs()], images=[3, 2]), tmp_path, chunk=2, time_limit=1).set_index("image")
+    assert results["status"].to_dict() == {3: "ok", 2: "error"}
+    assert "longer than 1 s" in results["reason"][2]
+
+
+def test_ctrl_c_ends_the_workers_and_the_run_goes_on(tmp_path):
+    matrix = plan(attacks=["random", "mean"], images=8)
+    with pytest.raises(KeyboardInterrupt):
+        go(matrix, tmp_path, chunk=2, workers=2, progress=Counter(stop_after=2))
+    assert not multiprocessing.active_children()
+    assert 4 <= len(done(tmp_path)) < 16
+    assert len(go(matrix, tmp_path, chunk=2)) == 16
+
+
+def test_a_component_that_no_process_can_import_is_refused_in_one_line(tmp_path):
+    @dataclass(frozen=True)
+    class Local(Thief):
+        name: ClassVar[str] = "local"
+
+    with pytest.raises(LeakbenchError, match=r"define it at the top level of a module, or run with workers=1") as told:
+        go(plan(attacks=[Local()]), tmp_path / "run", workers=2)
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "run").exists()
