@@ -24,6 +24,7 @@ from test_engine import (  # noqa: F401
     no_assets,
     plan,
 )
+from test_worst_case import Counts, Knows, ensemble, planned
 
 from leakbench import LeakbenchError, Reconstruction, workers
 from leakbench.store import FILE, Store
@@ -88,6 +89,16 @@ def test_a_worker_that_dies_costs_nothing(tmp_path):
     assert len(list((tmp_path / "deaths").iterdir())) == 1
     assert sum(seen.chunks) == 8
     assert [line for line in seen.notes if "SIGKILL" in line]
+
+
+def test_an_ensemble_spares_the_same_trials_with_workers(tmp_path):
+    matrix = ensemble(Knows("0 2"), Counts("2 3"), Thief(), defenses=["none", "noise(scale=0.01)"], floors=True)
+    alone, two = go(matrix, tmp_path / "1", chunk=2), go(matrix, tmp_path / "2", chunk=2, workers=2)
+    assert len(alone) < len(matrix.trials())
+    pd.testing.assert_frame_equal(measured(alone), measured(two))
+    pd.testing.assert_frame_equal(
+        planned(tmp_path / "1").drop(columns="seconds"), planned(tmp_path / "2").drop(columns="seconds")
+    )
 
 
 def test_what_hangs_is_stopped_at_the_time_limit(tmp_path, monkeypatch):
