@@ -1,0 +1,81 @@
+"""Files and specs that other people made: what comes out of the readers is an answer or one line."""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+from contextlib import closing
+
+import pytest
+
+from leakbench.errors import ForeignRun, LeakbenchError
+from leakbench.report.files import write
+from leakbench.store import FILE, Store
+from tools import fuzz
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("hostile")
+
+
+@pytest.fixture(scope="module")
+def hostile(work):
+    with fuzz.targets(work) as known:
+        yield known
+
+
+@pytest.mark.parametrize("name", fuzz.SHARES)
+def test_only_the_documented_error_comes_out(hostile, name):
+    target, start = hostile[name]
+    rng = random.Random(name)
+    for number in range(4 if name.startswith("run-") else 60):
+        data = bytearray(rng.choice(start))
+        for _ in range(rng.randrange(1 + min(number, 12))):
+            at = rng.randrange(len(data) + 1)
+            data[at : at + rng.randrange(3)] = rng.randbytes(rng.randrange(4))
+        fuzz.tried(target, bytes(data))
+
+
+@pytest.fixture
+def run(hostile, work, tmp_path):
+    """A sound run, for a test to spoil; ``targets`` has made it."""
+    (tmp_path / FILE).write_bytes((work / "run" / FILE).read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("UPDATE truths SET png = 'text'", "truths"),
+        ("UPDATE trials SET image = 'many'", "trials"),
+        ("UPDATE cells SET settings = '[]' WHERE id = 1", "words of another form"),
+        ("UPDATE cells SET settings = '{\"dataset\": 3}' WHERE id = 1", "words of another form"),
+        ("UPDATE sessions SET packages = '[1]'", "words of another form"),
+        ("DELETE FROM truths", "private image"),
+        ("DROP TABLE scores", "no table 'scores'"),
+        ("ALTER TABLE results DROP COLUMN path", "columns"),
+        ("CREATE VIEW other AS SELECT 1", "view"),
+        ("CREATE TRIGGER other AFTER INSERT ON results BEGIN DELETE FROM results; END", "trigger"),
+    ],
+)
+def test_a_spoilt_run_is_refused_in_one_line(run, change, words):
+    with closing(sqlite3.connect(run / FILE)) as db, db:
+        db.execute(change)
+    with pytest.raises(ForeignRun) as caught:
+        write(run)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_picture_that_is_none_leaves_its_place_empty(run):
+    with closing(sqlite3.connect(run / FILE)) as db, db:
+        db.execute("UPDATE images SET png = x'00'")
+    assert write(run)
+
+
+def test_a_trigger_is_refused_by_who_writes_too(run):
+    with closing(sqlite3.connect(run / FILE)) as db, db:
+        db.execute("CREATE TRIGGER other AFTER INSERT ON results BEGIN DELETE FROM results; END")
+    with pytest.raises(LeakbenchError, match="trigger"):
+        Store.open(run / FILE)
