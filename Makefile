@@ -9,12 +9,13 @@ DATA := mnist fashion-mnist cifar10
 SCALE ?= full
 DEVICE ?= cpu
 
-.PHONY: help setup demo trunks test test-full test-assets assets check format fuzz docs reference wheel clean
+.PHONY: help setup demo trunks test test-full test-browser test-assets assets check format fuzz docs reference wheel clean
 
 help:
 	@echo "make demo         set up, and run three attacks against five defenses on the images that ship with leakbench"
 	@echo "make test         set up, and run the tests that need no network"
 	@echo "make test-full    run torchvision's networks of full size, which takes an hour"
+	@echo "make test-browser open the pages in a headless Chromium; installs it as root on Debian, or says that it did not run"
 	@echo "make check        format, lint and types"
 	@echo "make assets       fetch the datasets and weights into the cache"
 	@echo "make test-assets  run the tests that need them"
@@ -42,10 +43,19 @@ trunks: setup
 	@$(BIN)/leakbench assets fetch $(TRUNKS) || echo "LPIPS is left out: no source of its weights could be reached"
 
 test: setup
-	$(BIN)/python -m pytest -n 2 -m "not assets and not full and not docs"
+	$(BIN)/python -m pytest -n 2 -m "not assets and not full and not docs and not browser"
 
 test-full: setup
 	$(BIN)/python -m pytest -m full
+
+# Debian's Chromium, driven by Playwright; no browser is downloaded.
+test-browser: setup
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	    && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || true
+	@$(BIN)/python -c 'import playwright' 2>/dev/null || $(BIN)/python -m pip install --quiet --group browser || true
+	@if command -v chromium >/dev/null && $(BIN)/python -c 'import playwright' 2>/dev/null; \
+	then $(BIN)/python -m pytest -m browser; \
+	else echo "the tests in a browser were NOT run: no chromium on the PATH, or no Playwright; install the package chromium, and Playwright with pip install --group browser"; fi
 
 assets: setup
 	$(BIN)/leakbench assets fetch $(TRUNKS) $(DATA)

@@ -384,7 +384,7 @@ def axes_from_options(options: Mapping[str, Sequence[str]]) -> dict[str, Any]:
 def _indices(name: str, values: list[str]) -> int | list[int]:
     text = ",".join(values)
     try:
-        numbers = [int(part) for part in text.split(",")]
+        numbers = [int(part) for part in text.removesuffix(",").split(",")]
     except ValueError:
-        raise BadOption(f"--{name} {text!r} is no number; write {name} 8, or a list such as 0,3,5") from None
+        raise BadOption(f"--{name} {text!r} is no number; write {name} 8, or a list such as 0,3,5 or 3,") from None
     return numbers[0] if len(numbers) == 1 and "," not in text else numbers

@@ -242,8 +242,8 @@ def test_errors_are_one_line(tmp_path):
     with pytest.raises(ForeignRun):
         write(tmp_path)
     run(tmp_path, [make(DLG, NONE, 0)])
-    with pytest.raises(BadOption, match="html"):
-        write(tmp_path, {"html"})
+    with pytest.raises(BadOption, match="docx"):
+        write(tmp_path, {"docx"})
     (tmp_path / "results.csv").mkdir()
     with pytest.raises(LeakbenchError, match=r"results\.csv cannot be written"):
         write(tmp_path)

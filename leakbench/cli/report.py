@@ -10,7 +10,9 @@ import typer
 
 def report(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a run.")],
-    format: Annotated[list[str] | None, typer.Option("--format", help="md or csv; repeatable (default: both).")] = None,
+    format: Annotated[
+        list[str] | None, typer.Option("--format", help="md, csv or html; repeatable (default: md and csv).")
+    ] = None,
     compare: Annotated[
         Literal["paper"] | None,
         typer.Option(help="Write OUT/paper.md too: FedKL's published figures beside the run's."),
@@ -22,10 +24,10 @@ def report(
     from leakbench.report import accuracy
     from leakbench.store import FILE
 
-    formats = set(format or ["md", "csv"])
-    unknown = sorted(formats - {"md", "csv"})
+    formats = set(format or reports.DEFAULT)
+    unknown = sorted(formats - set(reports.FORMATS))
     if unknown:
-        raise BadOption(f"unknown format {unknown[0]!r}; known: md, csv")
+        raise BadOption(f"unknown format {unknown[0]!r}; known: {', '.join(reports.FORMATS)}")
     if accuracy.trained(out):
         for path in accuracy.write(out):
             typer.echo(str(path))

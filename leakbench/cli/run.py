@@ -33,8 +33,10 @@ Threats = Annotated[
         "--threat", help='A threat model: a preset, or "labels=known, reveals=key+lock, informed=true"; repeatable.'
     ),
 ]
-Images = Annotated[list[str] | None, typer.Option(help="The first N images, or indices such as 0,3,5; repeatable.")]
-Seeds = Annotated[list[str] | None, typer.Option(help="N seeds from 0 on, or a list such as 3,4.")]
+Images = Annotated[
+    list[str] | None, typer.Option(help="The first N images, or indices such as 0,3,5 (or 3, for one); repeatable.")
+]
+Seeds = Annotated[list[str] | None, typer.Option(help="N seeds from 0 on, or a list such as 3,4 (3, is one).")]
 Floors = Annotated[
     bool | None, typer.Option("--floors/--no-floors", help="Add the floors random, grey and mean (default: yes).")
 ]

@@ -10,17 +10,20 @@ from pathlib import Path
 import pandas as pd
 
 from leakbench.errors import BadOption, LeakbenchError
-from leakbench.report import compare, curves, grids, sharing, worst_case
+from leakbench.report import compare, curves, grids, html, sharing, utility, worst_case
 from leakbench.report.about import about
 from leakbench.report.csv import csv
 from leakbench.report.markdown import Picture, Run, markdown, run_name
 from leakbench.store import FILE, Store
 
-FORMATS = ("md", "csv")
+FORMATS = ("md", "csv", "html")
+"""What a report can be written as."""
+
+DEFAULT = ("md", "csv")
 _GRID = re.compile(r"\d{3}-.*\.png")
 
 
-def write(out: Path | str, formats: Collection[str] = FORMATS) -> list[Path]:
+def write(out: Path | str, formats: Collection[str] = DEFAULT) -> list[Path]:
     """Write ``report.md`` with ``grids/*.png`` and ``results.csv`` beside the run file in ``out``; return their paths.
 
     A run that skipped what was settled (``Matrix.threshold``) has ``worst-case.md`` too, and one that varies the noise
@@ -28,7 +31,7 @@ def write(out: Path | str, formats: Collection[str] = FORMATS) -> list[Path]:
     name, for a run without one), and replace those of an earlier report.
 
     Raises:
-        BadOption: a format other than ``md`` and ``csv``.
+        BadOption: a format that is not one of ``FORMATS``.
         ForeignRun: there is no readable run file in ``out``.
     """
     for name in formats:
@@ -40,17 +43,20 @@ def write(out: Path | str, formats: Collection[str] = FORMATS) -> list[Path]:
         results = store.results()
         if "csv" in formats:
             written.append(replace(out / "results.csv", csv(results).encode()))
+        sessions = store.sessions()
+        name = run_name(sessions, out.resolve().name)
+        trials, threshold = store.trials(), worst_case.threshold_of(sessions)
+        planned = len(trials) - (0 if threshold is None else worst_case.skipped(trials, threshold))
+        run = Run(name, sessions, planned, results, store.metrics(), store.threats(), store.components())
+        if "html" in formats:
+            text = html.html(run, trials, store.images, utility.load(out / utility.FILE))
+            written.append(replace(out / "report.html", text.encode("utf-8", "replace")))
         if "md" in formats:
             pictures = []
             for page in _pages(store, results):
                 path = out / "grids" / page.file
                 written.append(replace(path, grids.png(page, store.images(page.trials))))
                 pictures.append(Picture(page.block, f"grids/{page.file}", page.title))
-            sessions = store.sessions()
-            name = run_name(sessions, out.resolve().name)
-            trials, threshold = store.trials(), worst_case.threshold_of(sessions)
-            planned = len(trials) - (0 if threshold is None else worst_case.skipped(trials, threshold))
-            run = Run(name, sessions, planned, results, store.metrics(), store.threats(), store.components())
             written.append(replace(out / "report.md", markdown(run, pictures).encode()))
             if threshold is not None:
                 text = worst_case.markdown(name, trials, threshold, store.threats(), store.components())

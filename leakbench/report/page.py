@@ -1,0 +1,91 @@
+"""Pages in HTML: one file each, which loads nothing from anywhere and says so to the browser."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib import resources
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+STYLES = ("style.css",)
+"""The look that every page shares: colours for light and dark, type, tables, cards, print."""
+
+SCRIPTS = ("base.js",)
+"""What every page does: the toggle of the theme, tables that sort, buttons that copy."""
+
+
+def render(
+    template: str,
+    context: Mapping[str, object],
+    data: object = None,
+    styles: Sequence[str] = STYLES,
+    scripts: Sequence[str] = SCRIPTS,
+) -> str:
+    """Return a page whose Content-Security-Policy admits its own scripts and styles by their hash, and nothing else.
+
+    Args:
+        template: a template in ``report/pages`` that extends ``base.html.j2``; all it is given is escaped.
+        context: what the template shows; ``title`` is needed.
+        data: JSON values for the scripts (``leakbench.data()``); a number that is not finite arrives as null or, where
+            infinite, as the text ``inf`` or ``-inf``. None for no data.
+        styles: style sheets in ``report/pages``, in order; likewise ``scripts``.
+    """
+    style, script = "\n".join(map(_text, styles)), "\n".join(map(_text, scripts))
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            context,
+            policy=policy,
+            style=Markup(style),
+            script=Markup(script),
+            data=None if data is None else Markup(embedded(data)),
+        )
+    )
+
+
+def embedded(data: object) -> str:
+    """Return JSON that may stand inside a script element: no ``<`` that could end it."""
+    return json.dumps(_finite(data), ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def picture(png: bytes) -> str:
+    """Return a PNG as the address of an image (``src``)."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else "inf" if value > 0 else "-inf"
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _text(name: str) -> str:
+    return (resources.files("leakbench") / "report" / "pages" / name).read_text(encoding="utf-8").strip()
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("leakbench.report", "pages"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )

@@ -1,0 +1,448 @@
+"""The page of a run: that it loads nothing, escapes everything, shows what its rules say, and stays small."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import shlex
+import sys
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from skimage.color import rgb2lab
+from test_engine import no_assets  # noqa: F401
+from test_report import DLG, GREY, IG, NOISE, NONE, crossing, make, run
+from test_store import METRICS, Score, TinyAttack, TinyData, TinyDefense, TinyModel, named, png, provenance, result
+
+from leakbench import matrix as matrices
+from leakbench.cli.main import main
+from leakbench.errors import BadOption
+from leakbench.matrix import axes_from_options
+from leakbench.report import html as pages
+from leakbench.report import write
+from leakbench.report.again import again
+from leakbench.report.page import embedded, render
+from leakbench.report.sprites import COLUMNS, sheets
+from leakbench.report.utility import FILE as STUDY
+from leakbench.report.utility import Interval, Point, front
+from leakbench.store import FILE, Component, MetricInfo, Session, Store
+from leakbench.trial import Result, Trial
+from leakbench.types import PRESETS
+
+NASTY = "</script><script>alert(1)</script><!-- \"'&amp; {{ 7*7 }} \u2028 中文 🙈"
+ALIGNED = [named(Score, name, higher_is_better=True, convention="c")() for name in ("psnr_aligned", "ssim_aligned")]
+
+
+class Tags(HTMLParser):
+    """Every element of a page with its attributes, and the text inside."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None], list[str]]] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs), []))
+
+    def handle_data(self, data: str) -> None:
+        if self.found:
+            self.found[-1][2].append(data)
+
+    def texts(self, tag: str) -> list[str]:
+        return ["".join(text) for name, _, text in self.found if name == tag]
+
+    def data(self) -> Any:
+        (text,) = ["".join(text) for tag, attrs, text in self.found if attrs.get("id") == "data"]
+        return json.loads(text)
+
+
+def page(folder: Path, results: list[Result], metrics=METRICS, matrix: str | None = None) -> str:
+    run(folder, results, metrics)
+    if matrix is not None:
+        with Store.open(folder / FILE) as store:
+            store.start_session(dataclasses.replace(provenance(), matrix=matrix))
+    (path,) = write(folder, {"html"})
+    return path.read_text(encoding="utf-8")
+
+
+def scored(attack, defense, image, value: float, seed: int = 0, status: str = "ok", **changes) -> Result:
+    scores = {"psnr": 10 * value, "mse": 1 - value, "psnr_aligned": 20 * value, "ssim_aligned": value}
+    return result(
+        Trial(named(TinyData, "d")(), named(TinyModel, "m")(), defense, attack, PRESETS["paper"], image, seed),
+        scores=scores if status in ("ok", "failed") else {},
+        status=status,
+        reconstruction=png(7 * image + seed, 8) if status in ("ok", "failed") else None,
+        truth=png(1000 + image, 8),
+        **changes,
+    )
+
+
+# It loads nothing and runs nothing but its own
+
+
+def test_nothing_is_loaded_and_the_policy_says_so(tmp_path):
+    text = page(tmp_path, crossing())
+    tags = Tags(text)
+    (policy,) = [attrs["content"] for _, attrs, _ in tags.found if attrs.get("http-equiv") == "Content-Security-Policy"]
+    rules = dict(rule.strip().split(" ", 1) for rule in str(policy).split(";"))
+    assert rules["default-src"] == "'none'"
+    assert rules["img-src"] == "data:"
+    assert set(rules) == {"default-src", "img-src", "style-src", "script-src", "base-uri", "form-action"}
+    scripts = re.findall("<script>(.*?)</script>", text, re.DOTALL)
+    styles = re.findall("<style>(.*?)</style>", text, re.DOTALL)
+    for source, (code,) in (("script-src", scripts), ("style-src", styles)):
+        digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+        assert rules[source] == f"'sha256-{digest}'", code[:40]
+    for _, attrs, _ in tags.found:
+        assert not [name for name in attrs if name.startswith("on") or name in ("style", "src", "srcset", "action")]
+        assert str(attrs.get("href", "#")).startswith(("#", "data:,"))
+    assert not re.findall(r"@import|url\(|fetch\(|XMLHttp|innerHTML|outerHTML|insertAdjacent|eval\(", text)
+
+
+def test_whatever_is_in_a_name_is_text(tmp_path):
+    attack, defense = named(TinyAttack, "thief")(note=NASTY), named(TinyDefense, "guard")(note=NASTY)
+    results = [make(attack, defense, i, status="error") for i in (0, 1)]
+    results = [dataclasses.replace(one, reason=NASTY) for one in results]
+    text = page(tmp_path, [*results, make(attack, defense, 2), make(GREY, defense, 0)])
+    tags = Tags(text)
+    assert len(tags.texts("script")) == 2 + len(tags.data()["sheets"])
+    assert "alert(1)" not in "".join(t for t in tags.texts("script") if "alert(1)" in t and "<script>" in t)
+    data = tags.data()
+    assert NASTY.partition("(")[0] in data["axes"]["defense"][-1] + data["axes"]["attack"][-1] + text
+    assert any("中文 🙈" in reason for reason in data["trials"]["reasons"])
+    assert "49" not in data["axes"]["defense"][-1]
+    assert "<script>alert" not in text
+
+
+def test_data_survive_being_embedded():
+    value = {"a": [NASTY, 1.5, float("nan"), float("inf"), -float("inf"), None, True], "b": "<!--<script>"}
+    text = embedded(value)
+    assert "<" not in text
+    assert json.loads(text) == {"a": [NASTY, 1.5, None, "inf", "-inf", None, True], "b": "<!--<script>"}
+    with pytest.raises(Exception, match="undefined"):
+        render("report.html.j2", {"title": "x"})
+
+
+# What it shows
+
+
+def test_the_worst_case_is_said_in_words(tmp_path):
+    results = [scored(GREY, NONE, i, 0.1) for i in range(20)]
+    results += [
+        scored(attack, NONE, i, 0.9 if (i % 2 == k) else 0.2) for k, attack in enumerate((DLG, IG)) for i in range(20)
+    ]
+    results += [scored(attack, NOISE, i, 0.3) for attack in (DLG, IG) for i in range(20)]
+    text = page(tmp_path, results, [*METRICS, *ALIGNED])
+    words = " ".join(Tags(text).texts("p"))
+    assert (
+        "“noise(scale=0.01)” gives away least: none of 20 images recovered (95\xa0% interval up to 16\xa0%)." in words
+    )
+    assert "“none” gives away most: 20 of 20 images recovered (95\xa0% interval 84 to 100\xa0%)." in words
+    assert "overlap" not in words
+    assert "dlg: 10, ig(step=0.01): 10" in text
+    assert re.search(r"<strong>\+9\.0 \[\+\d\.\d, \+1\d\.\d\]</strong> · dlg, paper", text)
+
+
+def test_few_images_are_said_to_tell_nothing_apart(tmp_path):
+    results = [scored(GREY, NONE, 0, 0.1), scored(DLG, NONE, 0, 0.9), scored(DLG, NOISE, 0, 0.1)]
+    words = " ".join(Tags(page(tmp_path, results, [*METRICS, *ALIGNED])).texts("p"))
+    assert "so few images do not tell them apart" in words
+
+
+def test_the_gallery_has_the_best_the_median_and_the_worst(tmp_path):
+    metric = MetricInfo("ssim_aligned", True, "", "")
+    rows = [(i, 0, value) for i, value in enumerate([0.2, 0.9, 0.9, 0.5, 0.1, math.nan])]
+    cell = pd.DataFrame(rows, columns=["image", "seed", "ssim_aligned"], index=[10, 11, 12, 13, 14, 15])
+    assert pages.chosen(cell, metric) == [11, 13, 14]  # of equals the first image; 3rd of 5; nothing without a score
+    assert pages.chosen(cell[:4], metric) == [11, 12, 10]  # the lower of two in the middle
+    assert pages.chosen(cell[:2], metric) == [11, 10]
+    assert pages.chosen(cell[:1], metric) == [10]
+    assert pages.chosen(cell[5:], metric) == []
+    assert pages.chosen(cell, dataclasses.replace(metric, higher_is_better=False)) == [14, 13, 12][::1]
+
+
+def test_every_defense_has_its_strongest_attack_in_the_gallery(tmp_path):
+    results = [scored(GREY, NONE, i, 0.5) for i in range(4)]
+    results += [scored(DLG, defense, i, 0.3) for defense in (NONE, NOISE) for i in range(4)]
+    results += [scored(IG, NONE, i, 0.9) for i in range(4)] + [scored(IG, NOISE, i, 0.1) for i in range(4)]
+    data = Tags(page(tmp_path, results, [*METRICS, *ALIGNED])).data()
+    first = {(data["axes"]["defense"][row[3]], data["axes"]["attack"][row[4]]) for row in data["galleries"] if row[6]}
+    assert first == {("none", "ig(step=0.01)"), ("noise(scale=0.01)", "dlg")}
+    assert all(data["trials"]["picture"][i] >= 0 for row in data["galleries"] for i in row[5])
+
+
+def test_the_matrix_has_the_summary_and_its_colours(tmp_path):
+    results = [scored(GREY, NONE, i, 0.5) for i in range(8)]
+    results += [scored(DLG, NONE, i, 0.9) for i in range(8)] + [scored(IG, NONE, i, 0.6) for i in range(8)]
+    results += [scored(DLG, NOISE, i, 0.1) for i in range(8)]
+    data = Tags(page(tmp_path, results, [*METRICS, *ALIGNED])).data()
+    at = [metric["name"] for metric in data["metrics"]].index("ssim_aligned")
+    cells = {
+        (data["axes"]["attack"][row[4]], data["axes"]["defense"][row[3]]): row[11 + 8 * at : 19 + 8 * at]
+        for row in data["cells"]
+    }
+    assert cells["dlg", "none"] == [0.9, 0.9, 0.9, 8, 0.4, 0.4, 0.4, 4]
+    assert cells["ig(step=0.01)", "none"] == [0.6, 0.6, 0.6, 8, 0.1, 0.1, 0.1, pytest.approx(1, abs=1)]
+    assert cells["dlg", "noise(scale=0.01)"][-1] == -1
+    assert cells["grey", "(any)"][4:] == [None, None, None, 0]
+    assert [pages._step(value, 4.0) for value in (math.nan, -1, 0, 0.5, 1, 2.5, 4, math.inf)] == [
+        0,
+        -1,
+        0,
+        1,
+        2,
+        3,
+        4,
+        4,
+    ]
+
+
+STRANGE = {
+    "nothing ran": ([], METRICS),
+    "one trial": ([scored(DLG, NONE, 0, 0.5)], [*METRICS, *ALIGNED]),
+    "floors alone": ([scored(GREY, NONE, 0, 0.5)], [*METRICS, *ALIGNED]),
+    "all failed": ([scored(DLG, NONE, i, 0.2, status="failed") for i in range(3)], [*METRICS, *ALIGNED]),
+    "all broke": ([scored(DLG, NONE, i, 0.2, status="error") for i in range(3)], [*METRICS, *ALIGNED]),
+    "no metric": ([dataclasses.replace(scored(DLG, NONE, 0, 0.5), scores={})], []),
+    "infinite": ([make(a, NONE, i, psnr=math.inf if i else 5.0) for a in (GREY, DLG) for i in range(3)], METRICS),
+    "a broken picture": ([dataclasses.replace(scored(DLG, NONE, 0, 0.5), reconstruction=b"no")], [*METRICS, *ALIGNED]),
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_every_run_has_a_page(tmp_path, case):
+    results, metrics = STRANGE[case]
+    text = page(tmp_path, results, metrics)
+    assert "nan" not in re.sub(r"base64,[^<]*", "", text).lower().replace("nan\\b", "").split("<script")[0]
+    first = (tmp_path / "report.html").read_bytes()
+    assert write(tmp_path, {"html"})[0].read_bytes() == first
+
+
+def test_a_run_that_skipped_shows_who_recovered_what(tmp_path):
+    results = [scored(DLG, NONE, 0, 0.9), scored(IG, NONE, 1, 0.9), scored(DLG, NONE, 1, 0.1)]
+    text = page(tmp_path, results, [*METRICS, *ALIGNED], matrix='{"name": "w", "threshold": 0.6}')
+    assert "dlg: 1, ig: 1" in text
+    assert "What each attacker did" in text
+    assert "strongest attacker's gain" not in text
+    assert matrices.load_suite("worst-case")["threshold"] == pages.RECOVERED
+
+
+# Pictures
+
+
+def test_tiles_are_the_pictures():
+    colour = [png(i, 5) for i in range(20)]
+    grey = BytesIO()
+    Image.fromarray(np.arange(25, dtype=np.uint8).reshape(5, 5)).save(grey, "png")
+    made, places = sheets([*colour, grey.getvalue(), colour[3], b"broken"])
+    assert len(made) == 2
+    assert places[3] == places[21]
+    assert places[22] is None
+    assert Image.open(BytesIO(made[1].png)).mode == "L"
+    for data, place in zip([*colour, grey.getvalue()], places):
+        assert place is not None
+        sheet, at = place
+        x, y = at % COLUMNS * 5, at // COLUMNS * 5
+        shown = Image.open(BytesIO(made[sheet].png)).convert("RGB").crop((x, y, x + 5, y + 5))
+        assert np.array_equal(shown, Image.open(BytesIO(data)).convert("RGB"))
+
+
+def test_large_pictures_are_reduced_and_many_fill_several_sheets():
+    made, places = sheets([png(0, 300), *(png(1 + i, 2) for i in range(300))])
+    assert (made[0].width, made[0].height) == (100, 100)
+    assert len(made) == 3
+    assert places[300] == (2, 43)
+
+
+def test_a_page_stays_below_its_limit_and_says_what_it_leaves_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "LIMIT", pages._CODE + 60_000)
+    results = [scored(attack, NONE, i, i / 60) for attack in (GREY, DLG, IG) for i in range(60)]
+    text = page(tmp_path, results, [*METRICS, *ALIGNED])
+    assert len(text.encode()) < pages.LIMIT
+    data = Tags(text).data()
+    places = data["trials"]["picture"]
+    assert f"{places.count(-2)} of 180 trials are shown without their picture" in text
+    assert 9 <= 180 - places.count(-2) < 180
+    assert all(places[i] >= 0 for row in data["galleries"] for i in row[5])
+    kept = [data["trials"]["image"][i] for i, place in enumerate(places) if place >= 0]
+    assert {0, 1, 2} <= set(kept)
+
+
+def test_a_thousand_pictures_of_noise_fit(tmp_path):
+    """What compresses worst: the page's own estimate of a picture's size holds within a few per cent."""
+    pictures = [png(i, 32) for i in range(256)]
+    made, _ = sheets(pictures)
+    assert sum(len(sheet.png) for sheet in made) <= sum(map(len, pictures))
+    assert 2000 * len(made[0].png) / 256 * 4 / 3 + pages._CODE < 0.95 * pages.LIMIT
+
+
+# The command that makes a trial again
+
+
+def test_the_command_makes_the_same_trial(tmp_path, monkeypatch, capsys, no_assets):  # noqa: F811
+    def leakbench(*words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["leakbench", *words])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 0, capsys.readouterr()
+
+    monkeypatch.chdir(tmp_path)
+    axes = ["--attack", "ig(steps=1, lr=0.02)", "--defense", "none", "--defense", "keylock(length=9)"]
+    rest = ["--threat", "labels=known, reveals=key", "--images", "5,", "--seeds", "3,"]
+    leakbench("run", "matrix", *axes, "--model", "lenet", "--dataset", "samples", *rest, "--out", "first")
+    with Store.open(Path("first") / FILE, readonly=True) as store:
+        results, components, sessions = store.results(), store.components(), store.sessions()
+    data = Tags(Path(write("first", {"html"})[0]).read_text()).data()["trials"]
+    for attack, defense in (("grey", "none"), ("ig(steps=1, lr=0.02)", "keylock(length=9)")):
+        trial = results[(results["attack"] == attack) & (results["defense"] == defense)].iloc[0]
+        command = again(trial, components, sessions).command(trial["trial"], 5, 3)
+        head, tail, note = data["commands"][data["again"][data["id"].index(trial["trial"])]]
+        assert command == head + tail.format(image=5, seed=3, trial=trial["trial"])
+        assert ("keylock(length=9) runs too" in note) == (defense == "none")
+        leakbench(*shlex.split(command)[1:])
+        with Store.open(Path(f"runs/again-{trial['trial']}") / FILE, readonly=True) as store:
+            same = store.results().set_index("trial")
+        assert len(same) == 1 + (defense == "none")
+        assert same.loc[trial["trial"], "psnr"] == pytest.approx(trial["psnr"], abs=1e-3)
+
+
+def test_commands_of_strange_trials():
+    session = Session(
+        1, dataclasses.replace(provenance(), command="leakbench run matrix --plugin 'my file.py'"), "", ""
+    )
+    gpu = Session(2, dataclasses.replace(provenance(), command="run('", device="cuda:0 (H200, CUDA 13)"), "", "")
+    known = [
+        Component("dataset", "samples", 1, {}),
+        Component("model", "lenet", 1, {}),
+        Component("attack", 'a(note="it\'s; rm -rf /")', 1, {}),
+        Component("defense", "guard [settings 0a1b2c]", 1, {"scale": 0.5, "on": True, "file": None, "n": [1, 2]}),
+    ]
+    cell = {one.kind: one.spec for one in known} | {"threat": "labels=known, informed=true"}
+    made = again(cell, known, [session, gpu])
+    words = shlex.split(made.command("ab12", 7, 1))
+    assert words[:5] == ["leakbench", "run", "matrix", "--plugin", "my file.py"]
+    assert words[words.index("--attack") + 1] == 'a(note="it\'s; rm -rf /")'
+    assert words[words.index("--defense") + 1] == "guard(scale=0.5, on=true, file=none, n=[1, 2])"
+    assert words[-9:] == [
+        "--images",
+        "7,",
+        "--seeds",
+        "1,",
+        "--no-floors",
+        "--device",
+        "cuda",
+        "--out",
+        "runs/again-ab12",
+    ]
+    assert not made.note
+    older = dataclasses.replace(known[3], spec="guard [version 1]")
+    assert "version 1" in again({**cell, "defense": older.spec}, [*known[:3], older], []).note
+    network = Component("model", "module(label=Net)", 1, {"label": "Net", "module": "0" * 16})
+    python = again({**cell, "model": network.spec}, [*known, network], [])
+    assert python.command("ab12", 7, 1).startswith("leakbench.run(leakbench.Matrix(attacks=[")
+    assert "models=[network]" in python.command("ab12", 7, 1)
+    compile(python.command("ab12", 7, 1), "command", "eval")
+    assert "given in Python" in python.note
+
+
+def test_one_index_is_a_number_with_a_comma():
+    assert axes_from_options({"images": ["3,"], "seeds": ["0,"]}) == {"images": [3], "seeds": [0]}
+    assert axes_from_options({"images": ["3"], "seeds": ["0,2"]}) == {"images": 3, "seeds": [0, 2]}
+    with pytest.raises(BadOption, match="or 3,"):
+        axes_from_options({"images": [","]})
+
+
+# Utility
+
+
+def point(label: str, utility: float, leakage: float) -> Point:
+    return Point(
+        label=label,
+        utility=Interval(value=utility, low=utility - 0.02, high=min(1, utility + 0.02)),
+        leakage=Interval(value=leakage, low=0.0, high=1.0),
+    )
+
+
+def test_the_front_has_what_no_other_point_beats():
+    points = [
+        point("a", 0.9, 0.9),
+        point("b", 0.8, 0.2),
+        point("c", 0.7, 0.3),
+        point("d", 0.5, 0.0),
+        point("e", 0.8, 0.2),
+    ]
+    assert [one.label for one in front(points)] == ["d", "b", "e", "a"]
+
+
+def test_a_study_beside_the_run_is_shown(tmp_path):
+    run(tmp_path, [make(DLG, NONE, 0)])
+    points = [point("none", 0.9, 0.9), point("noise <i>", 0.5, 0.1)]
+    study = {"utility": "accuracy", "leakage": "recovered", "points": [one.model_dump() for one in points]}
+    (tmp_path / STUDY).write_text(json.dumps(study))
+    text = write(tmp_path, {"html"})[0].read_text()
+    assert "Utility against leakage" in text
+    assert "noise &lt;i&gt;" in text
+    (tmp_path / STUDY).write_text('{"utility": "x", "leakage": "y", "points": [{"label": "a"}]}')
+    with pytest.raises(BadOption, match=r"points\.0\.utility"):
+        write(tmp_path, {"html"})
+
+
+# Colours
+
+WHITE_BLIND = {  # Machado, Oliveira and Fernandes 2009, severity 1
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+def colours(theme: int) -> dict[str, np.ndarray]:
+    text = (Path(pages.__file__).parent / "pages" / "style.css").read_text()
+    found = re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)", text)
+    return {name: np.array([int(both[theme][i : i + 2], 16) / 255 for i in (1, 3, 5)]) for name, *both in found}
+
+
+def linear(colour: np.ndarray) -> np.ndarray:
+    return np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
+
+
+def contrast(one: np.ndarray, other: np.ndarray) -> float:
+    low, high = sorted(float(linear(colour) @ [0.2126, 0.7152, 0.0722]) for colour in (one, other))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme", [0, 1])
+def test_text_can_be_read_in_both_themes(theme):
+    known = colours(theme)
+    for ground in ("page", "surface", "raised", "gain-below", "gain-1", "gain-2", "gain-3"):
+        assert contrast(known["ink"], known[ground]) >= 4.5, ground
+    assert contrast(known["gain-4-ink"], known["gain-4"]) >= 4.5
+    for ground in ("page", "surface", "raised"):
+        assert contrast(known["muted"], known[ground]) >= 4.5, ground
+        assert contrast(known["accent"], known[ground]) >= 4.5, ground
+        assert contrast(known["leak"], known[ground]) >= 3, ground
+
+
+@pytest.mark.parametrize("theme", [0, 1])
+@pytest.mark.parametrize("blind", [None, *WHITE_BLIND])
+def test_the_steps_of_the_gain_are_told_apart_by_all(theme, blind):
+    known = colours(theme)
+    steps = [known[name] for name in ("gain-below", "surface", "gain-1", "gain-2", "gain-3", "gain-4")]
+    if blind is not None:
+        seen = np.clip(np.array([linear(step) for step in steps]) @ np.array(WHITE_BLIND[blind]).T, 0, 1)
+        steps = list(np.where(seen <= 0.0031308, 12.92 * seen, 1.055 * seen ** (1 / 2.4) - 0.055))
+    lab = rgb2lab(np.array(steps)[None])[0]
+    for i in range(len(lab)):
+        for j in range(i):
+            assert np.linalg.norm(lab[i] - lab[j]) > 5, (i, j)
