@@ -36,7 +36,7 @@ from leakbench.report.sprites import COLUMNS, sheets
 from leakbench.report.utility import FILE as STUDY
 from leakbench.report.utility import Interval, Point, front
 from leakbench.store import FILE, Component, MetricInfo, Session, Store
-from leakbench.trial import Result, Trial
+from leakbench.trial import Cell, Result, Trial
 from leakbench.types import PRESETS
 
 NASTY = "</script><script>alert(1)</script><!-- \"'&amp; {{ 7*7 }} \u2028 中文 🙈"
@@ -79,7 +79,7 @@ def page(folder: Path, results: list[Result], metrics=METRICS, matrix: str | Non
 def scored(attack, defense, image, value: float, seed: int = 0, status: str = "ok", **changes) -> Result:
     scores = {"psnr": 10 * value, "mse": 1 - value, "psnr_aligned": 20 * value, "ssim_aligned": value}
     return result(
-        Trial(named(TinyData, "d")(), named(TinyModel, "m")(), defense, attack, PRESETS["paper"], image, seed),
+        Trial(Cell(named(TinyData, "d")(), named(TinyModel, "m")(), defense, attack, PRESETS["paper"]), image, seed),
         scores=scores if status in ("ok", "failed") else {},
         status=status,
         reconstruction=png(7 * image + seed, 8) if status in ("ok", "failed") else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,7 @@ _SHOWN = ("psnr_aligned", "ssim_aligned", "lpips_vgg", "psnr")
 _RANKED = (RECOVERY, "psnr_aligned", "psnr")
 _STEPS = 4
 _PAPER = "paper_"
+_INFORMED = re.compile(r"\binformed=([\w-]+)")
 
 PicturesOf = Callable[[Sequence[str]], Mapping[str, Pictures]]
 """From trials to their pictures (``Store.images``)."""
@@ -100,6 +102,7 @@ def html(run: Run, trials: pd.DataFrame, pictures: PicturesOf, study: Study | No
         "axes": axes,
         "words": [run.threats.get(threat, "") for threat in axes["threat"]],
         "options": _options(run, axes),
+        "statements": _statements(run, axes),
         "metrics": _metric_data(metrics, summary),
         "ranked": None if ranking is None else metrics.index(ranking),
         "statuses": list(STATUSES),
@@ -291,6 +294,19 @@ def _options(run: Run, axes: Mapping[str, Sequence[str]]) -> dict[str, list[dict
     """Return every option of each component, in the order of its axis."""
     known = {(one.kind, one.spec): {**one.options, "version": one.version} for one in run.components}
     found = {kind: [known.get((kind, spec), {}) for spec in axes[kind]] for kind in _AXES if kind != "threat"}
+    return found
+
+
+def _statements(run: Run, axes: Mapping[str, Sequence[str]]) -> list[list[list[str]]]:
+    """Return what each defense states of itself, once for each threat model: its note, and what the informed do."""
+    known = {one.spec: one.statement for one in run.components if one.kind == "defense"}
+    found = []
+    for defense in axes["defense"]:
+        own = known.get(defense)
+        informed = {} if own is None else own.informed
+        ways = [_INFORMED.search(threat) for threat in axes["threat"]]
+        words = [informed.get(way[1], "") if way is not None else "" for way in ways]
+        found.append([[text for text in ("" if own is None else own.note, word) if text] for word in words])
     return found
 
 

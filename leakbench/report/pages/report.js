@@ -263,7 +263,9 @@
     const settings = AXES.map((axis) => {
       const own = axis === "threat" ? null : Object.entries(data.options[axis][trials[axis][i]]);
       const options = own === null ? data.words[trials.threat[i]] : own.map(([key, v]) => `${key}=${JSON.stringify(v)}`).join(", ");
-      return [axis === "threat" ? "threat model" : axis, element("span", { className: "spec", textContent: spec(i, axis) }), element("div", { className: "muted small", textContent: options })];
+      const said = axis === "defense" ? data.statements[trials.defense[i]][trials.threat[i]] : [];
+      const lines = [options, ...said].map((text) => element("div", { className: "muted small", textContent: text }));
+      return [axis === "threat" ? "threat model" : axis, element("span", { className: "spec", textContent: spec(i, axis) }), ...lines];
     });
     const objective = trials.objective[i], evaluations = trials.evaluations[i], path = trials.paths[trials.path[i]];
     const cost = [
