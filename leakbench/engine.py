@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import os
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +27,7 @@ from leakbench.metrics.base import Metric
 from leakbench.models.weights import Checkpoint
 from leakbench.progress import Silent
 from leakbench.schedule import LOSSES, Schedule, settled
+from leakbench.shard import part
 from leakbench.store import AFTER, BEFORE, FILE, Provenance, Statement, Store
 from leakbench.trial import Cell, Result, Trial
 from leakbench.victim import check_reveals
@@ -78,6 +82,7 @@ def run(
     strict: bool = False,
     workers: int = 1,
     time_limit: float | None = None,
+    shard: str = "",
     progress: Silent | None = None,
     command: str = "",
 ) -> Run:
@@ -94,6 +99,7 @@ def run(
             and the GPUs if ``device`` names none. Chunks of the same trials give the same numbers whoever does them.
         time_limit: seconds that a trial may take, a chunk as many times as much as it has trials. What takes longer is
             stopped, tried again one trial at a time, and then an error.
+        shard: ``i/n``: run this part of the matrix alone (``leakbench.shard.part``); empty for all of it.
         progress: what is told of the progress; nothing by default.
         command: the command line, for the provenance.
 
@@ -110,7 +116,8 @@ def run(
         raise BadOption(f"time_limit={time_limit:g} does not fit; give seconds above 0")
     folder = Path(out) if out is not None else Path("runs") / matrix.name
     _check_indices(matrix)
-    trials = matrix.trials()
+    trials = planned(matrix, shard)
+    whole = matrix.trials() if shard else trials
     existing = _has_content(folder / FILE)
     if existing:
         Store.open(folder / FILE, readonly=True).close()  # a foreign file is told before anything is loaded
@@ -118,13 +125,13 @@ def run(
     data = _load(trials)
     scores, missing = _metrics()
     with full_precision(), _executor(Work(scores, where, strict), workers, time_limit) as executor:
-        refused = _preflight(trials, strict, matrix.threshold is not None, executor)
+        refused = _preflight(whole, strict, matrix.threshold is not None, executor)
         checkpoints, statements = _checkpoints(trials), _statements(trials)
-        provenance = Provenance.collect(command, _words(where), json.dumps(matrix.describe()), workers=workers)
-        with Store.open(folder / FILE) if existing else Store.create(folder / FILE) as store:
+        provenance = Provenance.collect(command, _words(where), json.dumps(matrix.describe()), shard, workers)
+        with Store.open(folder / FILE) if existing else Store.create(folder / FILE) as store, _alone(folder):
             session = store.start_session(provenance)
             store.record_metrics([metrics.parse(name) for name in metrics.names()], _notes(trials))
-            store.add_trials(trials)
+            store.add_trials(trials, among=whole)
             store.record_checkpoints(checkpoints)
             store.record_statements(statements)
             done = store.done()
@@ -172,6 +179,33 @@ def run(
     return Run(folder)
 
 
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a run's folder until the end of this process at the latest, however it ends.
+
+    Raises:
+        LeakbenchError: another process holds it.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LeakbenchError(
+                f"{folder} is being run by another process; wait for it, or choose another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
 def _executor(work: Work, workers: int, time_limit: float | None) -> Executor:
     """Return who does the tasks."""
     if workers == 1 and time_limit is None:
@@ -201,11 +235,17 @@ def _has_content(file: Path) -> bool:
     return file.exists() and not (file.is_file() and file.stat().st_size == 0)
 
 
-def finished(folder: Path, matrix: Matrix) -> int:
-    """Return how many trials of a matrix have a result in a run's folder, or need none (``Matrix.threshold``)."""
+def planned(matrix: Matrix, shard: str = "") -> Sequence[Trial]:
+    """Return the trials of a matrix, or of a shard of it."""
+    trials = matrix.trials()
+    return part(trials, shard, ensemble=matrix.threshold is not None) if shard else trials
+
+
+def finished(folder: Path, matrix: Matrix, shard: str = "") -> int:
+    """Return how many trials of a matrix or shard have a result in a folder, or need none (``Matrix.threshold``)."""
     if not (folder / FILE).exists():
         return 0
-    trials = matrix.trials()
+    trials = planned(matrix, shard)
     with Store.open(folder / FILE, readonly=True) as store:
         return len({trial.id for trial in trials} & (store.done() | settled(trials, store, matrix.threshold)))
 

@@ -313,7 +313,7 @@ class Store:
                     started=row["started"],
                     ended=row["ended"],
                 )
-                for row in self._rows("SELECT * FROM sessions ORDER BY id")
+                for row in self.query("SELECT * FROM sessions ORDER BY id")
             ]
 
     def add_trials(self, trials: Sequence[Trial], among: Sequence[Trial] | None = None) -> None:
@@ -329,18 +329,18 @@ class Store:
 
     def planned(self) -> set[str]:
         """Return the id of every trial that was planned."""
-        return {row["id"] for row in self._rows("SELECT id FROM trials")}
+        return {row["id"] for row in self.query("SELECT id FROM trials")}
 
     def done(self) -> set[str]:
         """Return the id of every trial whose result stands; one that ended in an error is worth another try."""
-        return {row["trial_id"] for row in self._rows("SELECT trial_id FROM results WHERE status != 'error'")}
+        return {row["trial_id"] for row in self.query("SELECT trial_id FROM results WHERE status != 'error'")}
 
     def recovered(self, metric: str, threshold: float) -> dict[str, set[str]]:
         """Return what attacks (floors are none) have recovered: ``Trial.target`` -> the trials that did it.
 
         A trial has recovered its image where it did not fail and its score in the metric is at least the threshold.
         """
-        rows = self._rows(
+        rows = self.query(
             "SELECT trials.id, image, seed, settings FROM scores JOIN results USING (trial_id)"
             " JOIN trials ON trials.id = trial_id JOIN cells ON cells.id = cell_id"
             " WHERE metric = ? AND value >= ? AND status = 'ok' AND NOT floor",
@@ -355,7 +355,7 @@ class Store:
 
     def chunk(self, cell: str) -> int | None:
         """Return how many trials of a cell (``Cell.key``) run at a time, or None where that was not recorded."""
-        rows = self._rows("SELECT chunk FROM cells WHERE settings = ?", (cell,))
+        rows = self.query("SELECT chunk FROM cells WHERE settings = ?", (cell,))
         return rows[0]["chunk"] if rows else None
 
     def record_chunk(self, cell: str, size: int) -> None:
@@ -406,12 +406,12 @@ class Store:
         """Return what is known of every metric, in the order they were recorded."""
         return [
             MetricInfo(row["name"], bool(row["higher_is_better"]), row["convention"], row["note"])
-            for row in self._rows("SELECT * FROM metrics ORDER BY position")
+            for row in self.query("SELECT * FROM metrics ORDER BY position")
         ]
 
     def threats(self) -> dict[str, str]:
         """Return every threat model: its spec and what it grants in words."""
-        rows = self._rows("SELECT threat, threat_words FROM cells GROUP BY threat ORDER BY min(id)")
+        rows = self.query("SELECT threat, threat_words FROM cells GROUP BY threat ORDER BY min(id)")
         return {row["threat"]: row["threat_words"] for row in rows}
 
     def components(self) -> list[Component]:
@@ -435,6 +435,101 @@ class Store:
                     statement = statements.get(text) if kind == "defense" else None
                     found.append(Component(kind, label, int(own["version"]), options, checkpoint, statement))
         return found
+
+    def threshold(self) -> float | None:
+        """Return from which score on an image counted as recovered in the last session; None where all trials run."""
+        sessions = self.sessions()
+        value = json.loads(sessions[-1].provenance.matrix).get("threshold") if sessions else None
+        return None if value is None else float(value)
+
+    def absorb(self, other: Store) -> int:
+        """Add what another run file holds, all or nothing, and return how many results were added.
+
+        A trial that has a result keeps it, unless it is an error and the other one is none. Sessions that are the same
+        in both are kept once, and what the cells, metrics and files mean stays as it is here.
+        """
+        with self._transaction():
+            sessions = {row["id"]: self._absorb_session(row) for row in other.query("SELECT * FROM sessions")}
+            cells = {row["id"]: self._absorb_cell(row) for row in other.query("SELECT * FROM cells ORDER BY id")}
+            trials = other.query("SELECT * FROM trials ORDER BY position, rowid")
+            self._db.executemany(
+                "INSERT INTO trials (id, position, cell_id, image, seed) VALUES (?, ?, ?, ?, ?)"
+                " ON CONFLICT (id) DO NOTHING",
+                ((row["id"], row["position"], cells[row["cell_id"]], row["image"], row["seed"]) for row in trials),
+            )
+            for row in other.query("SELECT * FROM metrics ORDER BY position"):
+                self._db.execute(
+                    "INSERT INTO metrics SELECT ?, coalesce(max(position) + 1, 0), ?, ?, ? FROM metrics WHERE true"
+                    " ON CONFLICT (name) DO NOTHING",
+                    (row["name"], row["higher_is_better"], row["convention"], row["note"]),
+                )
+            self._db.executemany(
+                "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO NOTHING",
+                (tuple(row) for row in other.query("SELECT key, value FROM meta WHERE key LIKE '%/%'")),
+            )
+            self._absorb_planned(other)
+            return self._absorb_results(other, sessions)
+
+    def _absorb_session(self, row: sqlite3.Row) -> int:
+        columns = [name for name in row.keys() if name not in ("id", "ended")]  # noqa: SIM118
+        same = " AND ".join(f"{name} IS ?" for name in columns)
+        values = [row[name] for name in columns]
+        known = self._db.execute(f"SELECT id FROM sessions WHERE {same}", values).fetchone()
+        if known is None:
+            places = ", ".join("?" for _ in columns)
+            known_id = self._db.execute(
+                f"INSERT INTO sessions ({', '.join(columns)}) VALUES ({places})", values
+            ).lastrowid
+        else:
+            known_id = known["id"]
+        self._db.execute("UPDATE sessions SET ended = coalesce(ended, ?) WHERE id = ?", (row["ended"], known_id))
+        return int(known_id or 0)
+
+    def _absorb_cell(self, row: sqlite3.Row) -> int:
+        columns = [name for name in row.keys() if name != "id"]  # noqa: SIM118
+        self._db.execute(
+            f"INSERT INTO cells ({', '.join(columns)}) VALUES ({', '.join('?' for _ in columns)})"
+            " ON CONFLICT (settings) DO UPDATE SET chunk = coalesce(chunk, excluded.chunk)",
+            [row[name] for name in columns],
+        )
+        return int(self._db.execute("SELECT id FROM cells WHERE settings = ?", (row["settings"],)).fetchone()["id"])
+
+    def _absorb_planned(self, other: Store) -> None:
+        values = [int(row["value"]) for row in other.query("SELECT value FROM meta WHERE key = 'planned'")]
+        own = self._db.execute("SELECT value FROM meta WHERE key = 'planned'").fetchone()
+        values += [] if own is None else [int(own["value"])]
+        if values:
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('planned', ?)", (str(max(values)),))
+
+    def _absorb_results(self, other: Store, sessions: Mapping[int, int]) -> int:
+        own = {row["trial_id"]: row["status"] for row in self._db.execute("SELECT trial_id, status FROM results")}
+        offered = other.query("SELECT * FROM results")
+        wanted = {
+            row["trial_id"]: row
+            for row in offered
+            if own.get(row["trial_id"]) is None or (own[row["trial_id"]] == "error" and row["status"] != "error")
+        }
+        if not wanted:
+            return 0
+        for table in ("scores", "images", "results"):
+            self._db.executemany(f"DELETE FROM {table} WHERE trial_id = ?", ((trial,) for trial in wanted))
+        truths = {row["truth"] for row in wanted.values()}
+        self._db.executemany(
+            "INSERT INTO truths VALUES (?, ?) ON CONFLICT (digest) DO NOTHING",
+            (tuple(row) for row in other._each("SELECT digest, png FROM truths") if row["digest"] in truths),
+        )
+        columns = [name for name in offered[0].keys() if name != "session_id"]  # noqa: SIM118
+        self._db.executemany(
+            f"INSERT INTO results ({', '.join(columns)}, session_id) VALUES ({', '.join('?' for _ in columns)}, ?)",
+            ([*(row[name] for name in columns), sessions[row["session_id"]]] for row in wanted.values()),
+        )
+        for table, names in (("scores", ("trial_id", "metric", "value")), ("images", ("trial_id", "png"))):
+            rows = other._each(f"SELECT {', '.join(names)} FROM {table}")
+            self._db.executemany(
+                f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' for _ in names)})",
+                (tuple(row) for row in rows if row["trial_id"] in wanted),
+            )
+        return len(wanted)
 
     def write(self, results: Sequence[Result], session: int) -> None:
         """Write a chunk of results, all or none; a result of a trial that has one already replaces it."""
@@ -460,13 +555,13 @@ class Store:
 
         A trial without a result has an empty ``status``: it was not run yet, or need not be (``Matrix.threshold``).
         """
-        rows = self._rows(
+        rows = self.query(
             "SELECT trials.id AS trial, image, seed, coalesce(status, '') AS status, seconds, coalesce(reason, '') AS"
             " reason, objective, evaluations, floor, coalesce(path, '') AS path, cell_id FROM trials"
             " JOIN cells ON cells.id = cell_id LEFT JOIN results ON trials.id = trial_id"
             " ORDER BY position, trials.rowid"
         )
-        scores = self._rows("SELECT trial_id, metric, value FROM scores")
+        scores = self.query("SELECT trial_id, metric, value FROM scores")
         with _decoding(self.path):
             names = [metric.name for metric in self.metrics()]
             own = [column for column in (*BEFORE, *AFTER) if column not in _SPECS]
@@ -496,12 +591,12 @@ class Store:
         pictures: dict[str, Pictures] = {}
         truths: dict[str, bytes] = {}
         for trial in trials:
-            rows = self._rows(
+            rows = self.query(
                 "SELECT truth, images.png FROM results LEFT JOIN images USING (trial_id) WHERE trial_id = ?", (trial,)
             )
             for digest, png in rows:
                 if digest not in truths:
-                    found = self._rows("SELECT png FROM truths WHERE digest = ?", (digest,))
+                    found = self.query("SELECT png FROM truths WHERE digest = ?", (digest,))
                     if not found:
                         raise ForeignRun(f"{self.path} lacks the private image of trial {trial}; start the run anew")
                     truths[digest] = found[0]["png"]
@@ -510,8 +605,13 @@ class Store:
 
     def _stated(self, kind: str) -> dict[str, str]:
         """Return what was recorded of components of a kind, by their settings (JSON)."""
-        rows = self._rows("SELECT key, value FROM meta WHERE key LIKE ?", (f"{kind}/%",))
+        rows = self.query("SELECT key, value FROM meta WHERE key LIKE ?", (f"{kind}/%",))
         return {row["key"].partition("/")[2]: row["value"] for row in rows}
+
+    def query(self, query: str, values: Sequence[object] = ()) -> list[sqlite3.Row]:
+        """Return the rows of a query in SQL; the tables are described above."""
+        with _one_line_errors(self.path):
+            return self._db.execute(query, values).fetchall()
 
     def _configure(self) -> None:
         with _one_line_errors(self.path):
@@ -520,9 +620,10 @@ class Store:
             if not self.readonly:
                 self._db.execute("PRAGMA journal_mode = WAL").fetchone()
 
-    def _rows(self, query: str, values: Sequence[object] = ()) -> list[sqlite3.Row]:
+    def _each(self, query: str) -> Iterator[sqlite3.Row]:
+        """Yield the rows of a query that has too many to hold."""
         with _one_line_errors(self.path):
-            return self._db.execute(query, values).fetchall()
+            yield from self._db.execute(query)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -539,7 +640,7 @@ class Store:
 
     def _cells(self) -> list[sqlite3.Row]:
         """Return every cell of which a trial was planned, in the order of planning."""
-        return self._rows(
+        return self.query(
             "SELECT cells.* FROM cells JOIN (SELECT cell_id, min(position) AS first, min(rowid) AS row FROM trials"
             " GROUP BY cell_id) ON cells.id = cell_id ORDER BY first, row"
         )

@@ -498,7 +498,7 @@ def test_kill_9_loses_at_most_a_chunk(tmp_path):
         assert len(frame) == done
         assert frame["psnr"].notna().all()
     with Store.open(tmp_path / FILE) as store:
-        assert [tuple(row) for row in store._rows("PRAGMA integrity_check")] == [("ok",)]
+        assert [tuple(row) for row in store.query("PRAGMA integrity_check")] == [("ok",)]
 
 
 def test_provenance_of_this_process():

@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from leakbench.cli import accuracy, assets, listing, report, run, train
+from leakbench.cli import accuracy, assets, listing, report, run, runs, train
 from leakbench.errors import LeakbenchError
 from leakbench.version import __version__
 
@@ -24,6 +24,8 @@ app.add_typer(train.app, name="train")
 app.add_typer(assets.app, name="assets")
 app.add_typer(listing.app, name="list")
 app.command("report")(report.report)
+app.command("check")(runs.check)
+app.command("merge")(runs.merge)
 
 
 def _version(value: bool) -> None:

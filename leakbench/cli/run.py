@@ -58,6 +58,12 @@ TimeLimit = Annotated[
         "tried again one trial at a time, and then an error.",
     ),
 ]
+Shard = Annotated[
+    str,
+    typer.Option(
+        metavar="I/N", help="Run this part of the matrix alone, from 1/N to N/N; leakbench merge puts them together."
+    ),
+]
 Plugins = Annotated[
     list[Path] | None,
     typer.Option("--plugin", help="A Python file that registers components; it is run. Repeatable."),
@@ -93,6 +99,7 @@ def matrix(
     chunk: Chunk = None,
     workers: Workers = 1,
     time_limit: TimeLimit = None,
+    shard: Shard = "",
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse cells that cannot be served; stop at a component's first error.")
     ] = False,
@@ -123,7 +130,7 @@ def matrix(
     settings = {"name": name, "floors": floors, "threshold": threshold}
     override = {**given, **{key: value for key, value in settings.items() if value is not None}}
     plans = [matrices.Matrix(**matrices.override(row, override)) for row in matrices.expand(axes, scale)]
-    how = _How(device, chunk, workers, time_limit, strict)
+    how = _How(device, chunk, workers, time_limit, shard, strict)
     finished = _run(plans, out, how)
     finished.report()
     if plans[-1].threshold is not None:
@@ -152,6 +159,7 @@ def curves(
     chunk: Chunk = None,
     workers: Workers = 1,
     time_limit: TimeLimit = None,
+    shard: Shard = "",
     plugin: Plugins = None,
 ) -> None:
     """Measure what leaks as the gradient becomes less exact; write OUT/curves.md with a figure, beside the report.
@@ -168,7 +176,7 @@ def curves(
     axes = matrices.load_suite("curves") if file is None else matrices.load(file)
     plans = [matrices.Matrix(**matrices.override(row, given)) for row in matrices.expand(axes, scale)]
     report.check(plans)
-    finished = _run(plans, out, _How(device, chunk, workers, time_limit))
+    finished = _run(plans, out, _How(device, chunk, workers, time_limit, shard))
     finished.report()
     typer.echo(f"report: {finished.out / report.FILE}")
 
@@ -188,6 +196,7 @@ def sharing(
     chunk: Chunk = None,
     workers: Workers = 1,
     time_limit: TimeLimit = None,
+    shard: Shard = "",
     plugin: Plugins = None,
 ) -> None:
     """Study what sharing key-lock's key, lock or both is worth to an attacker; write OUT/sharing.md beside the report.
@@ -204,7 +213,7 @@ def sharing(
     given = _given(plugin, attack, None, model, dataset, None, images, seeds)
     rows = matrices.expand(matrices.load_suite("sharing"), scale)
     plans = [matrices.Matrix(**{**row, **given, "name": f"sharing-{scale}"}) for row in rows]
-    finished = _run(plans, out, _How(device, chunk, workers, time_limit))
+    finished = _run(plans, out, _How(device, chunk, workers, time_limit, shard))
     finished.report()
     for path in report.write_sharing(finished.out):
         if path.suffix == ".md":
@@ -248,6 +257,7 @@ class _How:
     chunk: int | None
     workers: int
     time_limit: float | None
+    shard: str
     strict: bool = False
 
 
@@ -263,7 +273,8 @@ def _run(plans: Sequence[Matrix], out: Path | None, how: _How) -> Run:
             with Display(_console(), how.workers) as display:
                 finished = engine.run(plan, folder, **vars(how), progress=display, command=command)
     except KeyboardInterrupt:
-        done, planned = sum(engine.finished(folder, plan) for plan in plans), sum(len(p.trials()) for p in plans)
+        done = sum(engine.finished(folder, plan, how.shard) for plan in plans)
+        planned = sum(len(engine.planned(plan, how.shard)) for plan in plans)
         typer.echo(f"stopped: {done} of {planned} trials are done; to go on: {command}", err=True)
         raise typer.Exit(130) from None
     return finished
