@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from leakbench.version import __version__
 
 if TYPE_CHECKING:
-    from leakbench import attacks, datasets, defenses, generators, metrics, models
+    from leakbench import attacks, datasets, defenses, flower, generators, metrics, models
     from leakbench.api import attack, keylock, observe
     from leakbench.attacks.base import Attack
     from leakbench.datasets.base import Dataset
@@ -50,7 +50,7 @@ _HOME = {
     "observe": "leakbench.api",
     "run": "leakbench.engine",
 }
-_PACKAGES = ("attacks", "datasets", "defenses", "generators", "metrics", "models")
+_PACKAGES = ("attacks", "datasets", "defenses", "flower", "generators", "metrics", "models")
 
 __all__ = [
     "Attack",
@@ -77,6 +77,7 @@ __all__ = [
     "attacks",
     "datasets",
     "defenses",
+    "flower",
     "generators",
     "keylock",
     "metrics",

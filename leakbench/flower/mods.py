@@ -1,0 +1,235 @@
+"""Defenses as client mods: what a Flower client sends is what the defense releases, and its secrets stay with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType
+from torch import Tensor, nn
+
+from leakbench import defenses
+from leakbench.defenses import Defense
+from leakbench.defenses.base import Step
+from leakbench.errors import BadOption
+from leakbench.gradients.evaluate import tensors_of
+from leakbench.rng import generator
+from leakbench.types import Gradient, Secret
+
+Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Message]
+
+SECRETS = "leakbench.secrets"
+"""The record of a client's state that holds its secrets."""
+RELEASES = "leakbench.releases"
+"""The record of a client's state that counts what was released, by defense."""
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+"""What torch's normalisations call the tensors that are no parameters."""
+
+
+def mod(defense: str | Defense, network: nn.Module | None = None, *, seed: int | None = None) -> Mod:
+    """Return a client mod that lets a defense act on what a Flower client sends: ``ClientApp(mods=[mod("noise")])``.
+
+    The reply to a ``train`` message must hold one ArrayRecord, of the arrays that were received, trained further. The
+    defense's ``release`` gets the update (received less trained, in place of the gradient, in the weights' units; for
+    ``dp`` the client is the one example), and the reply holds what was received less what is released. Running
+    statistics and integers are sent as they are, and so are metrics.
+
+    A defense with secrets (``keylock``; the noise of ``precode``) has changed the network: the app trains
+    ``leakbench.keylock(model)``, or what the defense's ``wrap(model)`` returns, and gives one such network here. Its
+    secrets are taken out of every reply, kept in ``Context.state``, and put back into the arrays that come next; those
+    that no state dict holds (the key) ``leakbench.flower.restore(model, context)`` puts into the client's network. The
+    lock of every client begins as that of ``network``; the key is drawn by each.
+
+    Args:
+        defense: acts on the update, or has secrets.
+        network: what the clients train; needed for secrets. It also tells parameters from buffers, which are otherwise
+            told by torch's names for them.
+        seed: of the defense's draws, for tests: who knows it knows the noise. By default the operating system's.
+
+    Raises:
+        BadOption: the defense can do nothing here, and what to do instead. In the client, where it makes the message
+            fail and nothing is sent: the reply is not the received arrays, trained further.
+
+    Example:
+        >>> from flwr.clientapp import ClientApp
+        >>> app = ClientApp(mods=[mod("clip(norm=1)"), mod("noise(scale=0.001)")])  # the last one acts first
+    """
+    acting = _Acting(defenses.parse(defense), network, seed)
+
+    def defended(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+        return acting(message, context, call_next)
+
+    return defended
+
+
+def restore(model: nn.Module, context: Context) -> None:
+    """Put a client's secrets, which the mod keeps in its context, into its network: the network is changed.
+
+    Raises:
+        BadOption: the context holds none, or one that the network has not.
+    """
+    if SECRETS not in context.state:
+        raise BadOption(
+            "this client has no secrets; give its ClientApp mods=[leakbench.flower.mod('keylock', network)]"
+        )
+    tensors = tensors_of(model)
+    with torch.no_grad():
+        for name, value in _tensors(context.state.array_records[SECRETS]).items():
+            if name not in tensors:
+                raise BadOption(
+                    f"the secret {name!r} is no tensor of {type(model).__name__}; give the mod that network"
+                )
+            tensors[name].copy_(value)
+
+
+class UpdateStep(Step):
+    """A client's local training as one step, whose gradient is the weights before less those after."""
+
+    def __init__(self, defense: Defense, before: Gradient, update: Gradient) -> None:
+        self._defense = defense
+        self._before = before
+        self._update = update
+
+    def __getattr__(self, name: str) -> object:
+        raise BadOption(
+            f"defense {self._defense.name!r} needs the client's {name}, which no mod sees; call release in the client"
+        )
+
+    def gradient(self) -> Gradient:
+        """Return the update, per parameter."""
+        return {name: value.clone() for name, value in self._update.items()}
+
+    def per_example(self) -> Gradient:
+        """Return the update as that of one example."""
+        return {name: value[None].clone() for name, value in self._update.items()}
+
+    def weights(self) -> Gradient:
+        """Return the parameters that were received."""
+        return {name: value.clone() for name, value in self._before.items()}
+
+
+@dataclass(frozen=True)
+class _Acting:
+    """The mod: a defense, the network that it changed, and the seed of its draws."""
+
+    defense: Defense
+    network: nn.Module | None
+    seed: int | None
+
+    def __post_init__(self) -> None:
+        own, name = type(self.defense), self.defense.name
+        if own.encode is not Defense.encode:
+            raise BadOption(f"defense {name!r} acts on the data; call its encode on every batch in the client instead")
+        if own.wrap is not Defense.wrap and own.secrets is Defense.secrets:
+            raise BadOption(f"defense {name!r} changes the network alone; train its wrap(model), and leave the mod out")
+        if own.secrets is not Defense.secrets and not self._secrets():
+            instead = "leakbench.keylock(model)" if name == "keylock" else "its wrap(model)"
+            raise BadOption(
+                f"defense {name!r} keeps tensors of the network secret, and "
+                f"{'no network is given' if self.network is None else 'this one has none'}; train {instead} in the "
+                f"app, and give such a network: mod({name!r}, network)"
+            )
+        probe = {"probe": torch.zeros(2)}
+        self.defense.release(UpdateStep(self.defense, probe, probe), generator("probe"))
+
+    def __call__(self, message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
+        """Answer a message: secrets in, secrets out, and the update released."""
+        secrets = self._secrets()
+        received = {name: _tensors(record) for name, record in message.content.array_records.items()}
+        if secrets:
+            own = self._own(context)
+            inside = self._inside()
+            for name, arrays in received.items():
+                message.content[name] = _record(arrays | {key: own[key] for key in own if key in inside})
+        reply = call_next(message, context)
+        if reply.has_error():
+            return reply
+        hidden = {secret.name for secret in secrets}
+        for name, record in list(reply.content.array_records.items()):
+            arrays = _tensors(record)
+            kept = {key: value for key, value in arrays.items() if key in hidden and not self._fresh(key)}
+            if kept:
+                context.state[SECRETS] = _record(_tensors(context.state.array_records[SECRETS]) | kept)
+            reply.content[name] = _record({key: value for key, value in arrays.items() if key not in hidden})
+        if message.metadata.message_type.split(".")[0] == MessageType.TRAIN:
+            self._release(received, reply, context, hidden)
+        return reply
+
+    def _release(self, received: Mapping[str, Gradient], reply: Message, context: Context, hidden: set[str]) -> None:
+        if type(self.defense).release is Defense.release:
+            return
+        records = reply.content.array_records
+        if len(records) != 1 or len(received) != 1:
+            raise BadOption(
+                f"a message with {len(received)} ArrayRecords and a reply with {len(records)}; a mod protects an app "
+                "that exchanges one, the weights"
+            )
+        ((name, record),) = records.items()
+        (before,) = received.values()
+        after = _tensors(record)
+        for key, value in after.items():
+            if key not in before or before[key].shape != value.shape:
+                raise BadOption(
+                    f"the reply's array {key!r} was not received in this shape, so that its update is not known; reply "
+                    "with the arrays that were received, trained further"
+                )
+        parameters = [key for key, value in after.items() if value.is_floating_point() and self._is_parameter(key)]
+        update = {key: before[key] - after[key] for key in parameters}
+        step = UpdateStep(self.defense, {key: before[key] for key in parameters}, update)
+        released = self.defense.release(step, self._rng(context))
+        for key in parameters:
+            after[key] = before[key] - released.get(key, torch.zeros_like(update[key])).to(before[key])
+        reply.content[name] = _record(after)
+
+    def _secrets(self) -> tuple[Secret, ...]:
+        return () if self.network is None else self.defense.secrets(self.network)
+
+    def _fresh(self, name: str) -> bool:
+        return any(secret.fresh for secret in self._secrets() if secret.name == name)
+
+    def _inside(self) -> set[str]:
+        """Return the names of the secrets that the network's state dict holds."""
+        return set() if self.network is None else set(self.network.state_dict())
+
+    def _is_parameter(self, name: str) -> bool:
+        if self.network is None:
+            return not name.endswith(BUFFERS)
+        return name in dict(self.network.named_parameters())
+
+    def _own(self, context: Context) -> Gradient:
+        """Return the client's secrets, begun with where it has none; zeros for those that are drawn in each pass."""
+        assert self.network is not None
+        tensors, inside = tensors_of(self.network), self._inside()
+        held = _tensors(context.state.array_records.get(SECRETS, ArrayRecord()))
+        rng = self._generator("secrets", context.node_id)
+        for secret in self._secrets():
+            if not secret.fresh and secret.name not in held:
+                value = tensors[secret.name].detach()
+                held[secret.name] = value if secret.name in inside else secret.law.draw(tuple(value.shape), rng)
+        context.state[SECRETS] = _record(held)
+        fresh = {secret.name: torch.zeros_like(tensors[secret.name]) for secret in self._secrets() if secret.fresh}
+        return held | fresh
+
+    def _rng(self, context: Context) -> torch.Generator:
+        """Return what this release draws from: no two of a client's draw the same."""
+        counts = context.state.config_records.get(RELEASES, ConfigRecord())
+        spec = defenses.registry.spec(self.defense)
+        number = int(counts.get(spec, 0)) + 1
+        context.state[RELEASES] = ConfigRecord({**counts, spec: number})
+        return self._generator("release", spec, context.node_id, number)
+
+    def _generator(self, *key: object) -> torch.Generator:
+        if self.seed is not None:
+            return generator("flower", self.seed, *key)
+        rng = torch.Generator()
+        rng.seed()
+        return rng
+
+
+def _tensors(record: ArrayRecord) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
+
+
+def _record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    return ArrayRecord({name: Array(value.detach().cpu().numpy()) for name, value in tensors.items()})

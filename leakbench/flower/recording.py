@@ -1,0 +1,144 @@
+"""What clients of a running Flower app send, recorded for an audit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from safetensors.numpy import save_file
+
+from leakbench.errors import BadOption
+
+
+def record(
+    strategy: Strategy,
+    folder: str | Path,
+    *,
+    clients: Collection[int] | None = None,
+    rounds: Collection[int] | None = None,
+) -> Strategy:
+    """Return a strategy that does what ``strategy`` does, and writes down what clients were sent and what they replied.
+
+    For every round and client there is a folder ``round-0001/client-ID`` with ``before.safetensors`` (the arrays that
+    the client received), ``after.safetensors`` (those of its reply, as they arrived) and ``facts.json``: ``round``,
+    ``client`` (its node id), ``examples`` (null where the reply does not say), ``metrics`` and ``strategy``. A folder
+    appears when it is whole. ``leakbench audit --before ... --after ...`` reads the two files. Replies with errors are
+    not recorded.
+
+    Args:
+        strategy: a strategy of Flower's message API, such as ``flwr.serverapp.strategy.FedAvg``.
+        folder: where the recording goes; it must not exist, or be empty.
+        clients: node ids to record; all by default.
+        rounds: the rounds to record, from 1 on; all by default.
+
+    Raises:
+        BadOption: the folder holds something, or the strategy runs its rounds in a way of its own.
+    """
+    if not isinstance(strategy, Strategy):
+        raise BadOption(f"{type(strategy).__name__} is no strategy of Flower's message API (flwr.serverapp.strategy)")
+    if type(strategy).start is not Strategy.start:
+        raise BadOption(f"{type(strategy).__name__} runs its rounds in a way of its own, which cannot be recorded")
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise BadOption(f"{str(folder)!r} holds something already; give a folder that is empty or does not exist")
+    path.mkdir(parents=True, exist_ok=True)
+    return Recording(strategy, path, clients, rounds)
+
+
+class Recording(Strategy):
+    """A strategy beside which what passes is written down; every other attribute is the strategy's own."""
+
+    def __init__(
+        self, strategy: Strategy, folder: Path, clients: Collection[int] | None, rounds: Collection[int] | None
+    ) -> None:
+        self._strategy = strategy
+        self._folder = folder
+        self._clients = None if clients is None else frozenset(clients)
+        self._rounds = None if rounds is None else frozenset(rounds)
+        self._before: dict[int, ArrayRecord] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._strategy, name)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return the strategy's messages, and keep what is sent to the chosen clients."""
+        messages = list(self._strategy.configure_train(server_round, arrays, config, grid))
+        wanted = self._rounds is None or server_round in self._rounds
+        self._before = {
+            message.metadata.dst_node_id: _only(message, "sent to")
+            for message in messages
+            if wanted and (self._clients is None or message.metadata.dst_node_id in self._clients)
+        }
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Write down the replies of the chosen clients, and return what the strategy makes of all."""
+        replies = list(replies)
+        for reply in replies:
+            client = reply.metadata.src_node_id
+            if client in self._before and not reply.has_error():
+                self._write(server_round, client, reply)
+        return self._strategy.aggregate_train(server_round, replies)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return the strategy's messages."""
+        return self._strategy.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Return what the strategy makes of the replies."""
+        return self._strategy.aggregate_evaluate(server_round, replies)
+
+    def summary(self) -> None:
+        """Log the strategy's summary."""
+        self._strategy.summary()
+
+    def _write(self, server_round: int, client: int, reply: Message) -> None:
+        metrics = {name: value for record in reply.content.metric_records.values() for name, value in record.items()}
+        facts = {
+            "round": server_round,
+            "client": client,
+            "examples": metrics.get(getattr(self._strategy, "weighted_by_key", "num-examples")),
+            "metrics": metrics,
+            "strategy": type(self._strategy).__name__,
+        }
+        parent = self._folder / f"round-{server_round:04d}"
+        parent.mkdir(exist_ok=True)
+        whole = Path(tempfile.mkdtemp(prefix=".client-", dir=parent))
+        try:
+            whole.chmod(0o755)
+            save_file(_arrays(self._before[client]), whole / "before.safetensors")
+            save_file(_arrays(_only(reply, "from")), whole / "after.safetensors")
+            (whole / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
+            os.replace(whole, parent / f"client-{client}")
+        except BaseException:
+            shutil.rmtree(whole, ignore_errors=True)
+            raise
+
+
+def _only(message: Message, direction: str) -> ArrayRecord:
+    """Return a message's one ArrayRecord."""
+    records = list(message.content.array_records.values())
+    if len(records) != 1:
+        raise BadOption(
+            f"a message {direction} a client has {len(records)} ArrayRecords; one, the weights, is recorded"
+        )
+    return records[0]
+
+
+def _arrays(record: ArrayRecord) -> dict[str, np.ndarray]:
+    return {name: np.array(array.numpy(), order="C") for name, array in record.items()}
