@@ -2,7 +2,7 @@
 
 Flower's own ``run_simulation`` is deprecated and ``flwr run`` needs a server and installs packages; both give nodes
 random ids, hand over replies as they come, and finish in good order when every client failed. This grid numbers the
-nodes, keeps the order of the replies, so that one seed gives the same numbers, and shows every failure.
+nodes and orders the replies by them, so that one seed gives the same numbers, and shows every failure.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ class Pool:
 
 
 class SimulatedGrid(Grid):
-    """Nodes 1 to N, whose replies come in the order of the messages."""
+    """Nodes 1 to N, whose replies come in their order; strategies shuffle the messages and add up as replies come."""
 
     def __init__(
         self, contexts: list[Context], carrier: Carrier, failed: Callable[[Failure], None] | None = None
@@ -246,11 +246,12 @@ class SimulatedGrid(Grid):
         return self._deliver(messages, None)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the replies to these messages, each once."""
-        return [self._replies.pop(id) for id in message_ids if id in self._replies]
+        """Return the replies to these messages in the order of the nodes, each once."""
+        replies = [self._replies.pop(id) for id in message_ids if id in self._replies]
+        return sorted(replies, key=lambda reply: reply.metadata.src_node_id)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Return the replies in the order of the messages; an error stands for one that did not come in time."""
+        """Return the replies in the order of the nodes; an error stands for one that did not come in time."""
         return self.pull_messages(self._deliver(messages, timeout))
 
     def _deliver(self, messages: Iterable[Message], timeout: float | None) -> list[str]:
@@ -339,14 +340,13 @@ def _pool(client: ClientApp, count: int) -> Iterator[Pool]:
     import ray
 
     own = not ray.is_initialized()
-    folder = tempfile.mkdtemp(prefix="ray-") if own else ""
+    folder = tempfile.mkdtemp(prefix="leakbench-ray-") if own else ""
     path = os.environ.get("PYTHONPATH")
     try:
         if own:
             os.environ["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
             ray.init(
                 address="local",
-                _node_ip_address="127.0.0.1",
                 num_cpus=count,
                 include_dashboard=False,
                 log_to_driver=False,

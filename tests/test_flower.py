@@ -1,0 +1,371 @@
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import leakbench
+from leakbench.errors import BadOption, LeakbenchError
+
+
+def test_without_the_extra_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for name in ("mod", "record", "simulate"):
+        with pytest.raises(LeakbenchError, match=r"flwr and ray .* pip install 'leakbench\[fl\]'"):
+            getattr(leakbench.flower, name)
+
+
+@pytest.fixture
+def app():
+    leakbench.flower.require()
+    import tests.flower_app as app
+
+    return app
+
+
+def run(app, client, **options):
+    simulation = {key: options.pop(key) for key in ("workers", "failed") if key in options}
+    server, results = app.server_app(**options)
+    leakbench.flower.simulate(server, client, app.CLIENTS, **simulation)
+    return results["result"]
+
+
+def arrays(result) -> dict[str, torch.Tensor]:
+    return dict(result.arrays.to_torch_state_dict())
+
+
+def by_hand(app, rounds: int) -> dict[str, torch.Tensor]:
+    """Federated averaging without Flower."""
+    shared = {name: value.double() for name, value in app.network().state_dict().items()}
+    for _ in range(rounds):
+        total = {name: torch.zeros_like(value) for name, value in shared.items()}
+        for client in range(app.CLIENTS):
+            net = app.network()
+            net.load_state_dict(shared)
+            images, labels = app.data(client)
+            nn.functional.cross_entropy(net(images), labels).backward()
+            with torch.no_grad():
+                for parameter in net.parameters():
+                    parameter -= 0.1 * parameter.grad
+            for name, value in net.state_dict().items():
+                total[name] += value.double() * len(images) / sum(app.EXAMPLES)
+        shared = total
+    return shared
+
+
+@pytest.mark.fl
+def test_a_simulation_is_federated_averaging(app) -> None:
+    spy: list = []
+    result = run(app, app.client_app(), rounds=3, spy=spy)
+    expected = by_hand(app, 3)
+    for name, value in arrays(result).items():
+        torch.testing.assert_close(value.double(), expected[name], atol=1e-6, rtol=1e-5)
+    assert [message.metadata.src_node_id for message in spy[3:6]] == [1, 2, 3]
+    assert result.train_metrics_clientapp[3]["rounds"] == 3  # a client's state lives from round to round
+
+
+@pytest.mark.fl
+def test_a_client_that_raises_is_never_averaged_around_in_silence(app) -> None:
+    with pytest.raises(LeakbenchError) as caught:
+        run(app, app.client_app(failing=1))
+    assert str(caught.value) == "client 1 failed to train in round 2: ValueError: the disk is full"
+    seen: list = []
+    result = run(app, app.client_app(failing=1), failed=seen.append)
+    assert [(failure.client, failure.round, failure.kind) for failure in seen] == [(1, 2, "train"), (1, 3, "train")]
+    assert "in train" in seen[0].trace
+    assert set(result.train_metrics_clientapp) == {1, 2, 3}
+
+
+@pytest.mark.fl
+def test_bad_simulations_are_refused(app) -> None:
+    server, _ = app.server_app()
+    with pytest.raises(BadOption, match="clients is 0"):
+        leakbench.flower.simulate(server, app.client_app(), 0)
+    from leakbench.flower import simulation
+
+    asked = simulation.SimulatedGrid([], simulation.Inline(app.client_app()))
+    for _ in range(simulation.PATIENCE):
+        asked.get_node_ids()
+    with pytest.raises(LeakbenchError, match="waits for more clients than the 0"):
+        asked.get_node_ids()
+
+
+@pytest.mark.fl
+def test_nothing_is_sent_over_the_network(app, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flwr.supercore import telemetry
+
+    def refused(*arguments: object) -> None:
+        raise AssertionError(f"a connection to {arguments[1:]}")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    run(app, app.client_app())
+    assert telemetry.FLWR_TELEMETRY_ENABLED == "0"
+
+
+def wire(message) -> bytes:
+    from flwr.common.serde import message_to_proto
+
+    return message_to_proto(message).SerializeToString()
+
+
+def carries(messages: list, tensor: torch.Tensor) -> bool:
+    return any(tensor.numpy().tobytes() in wire(message) for message in messages)
+
+
+@pytest.mark.fl
+def test_no_secret_leaves_a_client(app) -> None:
+    locked = app.network(locked=True)
+    spy: list = []
+    secrets: list = []
+    keep = leakbench.flower.mod("keylock(length=8)", locked, seed=0)  # a seed whose gates are not all shut
+    result = run(app, app.client_app(keep, locked=True, secrets=secrets), locked=True, spy=spy)
+    assert len(spy) == 18
+    assert len(secrets) == 9
+    for message in spy:
+        assert not any("key" in name or ".scale." in name or ".shift." in name for name in message.content["arrays"])
+    for own in secrets:
+        for name, value in own.items():
+            assert name == "client" or not carries(spy, value), (name, value)
+    assert any(carries(spy, value) for value in app.network().state_dict().values() if value.numel() > 3)
+    # each client has one key of its own, and its lock goes on from where it was
+    of = [[own for own in secrets if int(own["client"]) == client] for client in range(app.CLIENTS)]
+    for client in range(app.CLIENTS):
+        assert all(torch.equal(own["key"], of[client][0]["key"]) for own in of[client])
+        assert not torch.equal(of[client][0]["key"], of[client - 1][0]["key"])
+        assert not torch.equal(of[client][0]["norm.scale.weight"], of[client][1]["norm.scale.weight"])
+    assert "norm.scale.weight" not in result.arrays
+
+
+def first_updates(app, *mods) -> list[dict[str, torch.Tensor]]:
+    """Return what each client's weights lost in the first round, as the server sees it."""
+    spy: list = []
+    run(app, app.client_app(*mods), spy=spy, rounds=1)
+    sent, replies = sorted(spy[: app.CLIENTS], key=lambda m: m.metadata.dst_node_id), spy[app.CLIENTS :]
+    return [
+        {
+            name: before.double() - reply.content["arrays"].to_torch_state_dict()[name].double()
+            for name, before in message.content["arrays"].to_torch_state_dict().items()
+        }
+        for message, reply in zip(sent, replies)
+    ]
+
+
+def norm(update: dict[str, torch.Tensor]) -> float:
+    names = [name for name, _ in nn.Module.named_parameters(NET())]
+    return float(torch.cat([update[name].flatten() for name in names]).norm())
+
+
+def NET() -> nn.Module:
+    import tests.flower_app as app
+
+    return app.network()
+
+
+@pytest.mark.fl
+def test_a_mod_releases_the_update(app) -> None:
+    mod = leakbench.flower.mod
+    plain = first_updates(app)
+    clipped = first_updates(app, mod("clip(norm=0.01)"))
+    assert all(norm(update) > 0.02 for update in plain)
+    assert [norm(update) for update in clipped] == pytest.approx([0.01] * 3, rel=1e-3)
+    pruned = first_updates(app, mod("prune(ratio=0.5)"))
+    noisy = first_updates(app, mod("noise(scale=0.1)", seed=1))
+    again = first_updates(app, mod("noise(scale=0.1)", seed=1))
+    for before, small, changed, repeated in zip(plain, pruned, noisy, again):
+        zeros = small["fc.weight"] == 0
+        assert zeros.double().mean() == pytest.approx(0.5, abs=0.01)
+        torch.testing.assert_close(small["fc.weight"][~zeros], before["fc.weight"][~zeros], atol=1e-7, rtol=0)
+        assert float((changed["fc.weight"] - before["fc.weight"]).std()) == pytest.approx(0.1, rel=0.1)
+        assert torch.equal(changed["fc.weight"], repeated["fc.weight"])
+        for name in ("norm.running_mean", "norm.num_batches_tracked"):
+            assert torch.equal(changed[name], before[name])
+    assert not torch.equal(noisy[0]["conv.weight"] - plain[0]["conv.weight"], noisy[1]["conv.weight"])
+    both = first_updates(app, mod("clip(norm=0.01)"), mod("noise(scale=0.1)"))  # the last acts first
+    assert [norm(update) for update in both] == pytest.approx([0.01] * 3, rel=1e-3)
+
+
+@pytest.mark.fl
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("mixup", "acts on the data; call its encode"),
+        ("norm-only", "changes the network alone; train its wrap"),
+        ("keylock", r"no network is given; train leakbench.keylock\(model\)"),
+        ("precode", r"no network is given; train its wrap\(model\)"),
+        ("soteria", "needs the client's images, which no mod sees"),
+    ],
+)
+def test_what_a_mod_cannot_do_is_refused_with_the_way_to_do_it(app, spec: str, says: str) -> None:
+    with pytest.raises(BadOption, match=says):
+        leakbench.flower.mod(spec)
+    if spec == "keylock":
+        with pytest.raises(BadOption, match="this one has none"):
+            leakbench.flower.mod(spec, app.network())
+
+
+@pytest.mark.fl
+def test_precode_keeps_its_noise(app) -> None:
+    from flwr.app import ArrayRecord, Context, Message, RecordDict
+
+    from leakbench.flower import simulation
+
+    net = leakbench.defenses.parse("precode(k=4)").wrap(app.network())
+    (name,) = [name for name in net.state_dict() if name.endswith("noise")]
+    keep = leakbench.flower.mod("precode(k=4)", net)
+    public = {key: value for key, value in net.state_dict().items() if key != name}
+    with simulation._identity():
+        message = Message(RecordDict({"arrays": ArrayRecord(public)}), dst_node_id=1, message_type="evaluate")
+
+    def client(message: Message, context: Context) -> Message:
+        net.load_state_dict(message.content["arrays"].to_torch_state_dict())  # strict: the noise is there
+        return Message(RecordDict({"arrays": ArrayRecord(net.state_dict())}), reply_to=message)
+
+    reply = keep(message, Context(1, 1, {}, RecordDict(), {}), client)
+    assert set(reply.content["arrays"]) == set(public)
+
+
+@pytest.mark.fl
+def test_a_recording_is_what_was_on_the_wire(app, tmp_path: Path) -> None:
+    from flwr.serverapp.strategy import FedAvg
+
+    spy: list = []
+    strategy = leakbench.flower.record(
+        FedAvg(fraction_evaluate=0.0), tmp_path / "updates", clients=[1, 3], rounds=[1, 2]
+    )
+    result = run(app, app.client_app(), strategy=strategy, spy=spy, rounds=3)
+    plain = run(app, app.client_app(), rounds=3)
+    for name, value in arrays(plain).items():
+        assert torch.equal(arrays(result)[name], value)
+    found = sorted(str(path.relative_to(tmp_path / "updates")) for path in tmp_path.glob("updates/*/*"))
+    assert found == [f"round-000{n}/client-{c}" for n in (1, 2) for c in (1, 3)]
+    for number in (1, 2):
+        for client in (1, 3):
+            folder = tmp_path / "updates" / f"round-000{number}" / f"client-{client}"
+            start = 6 * (number - 1)
+            (message,) = [m for m in spy[start : start + 3] if m.metadata.dst_node_id == client]
+            (reply,) = [m for m in spy[start + 3 : start + 6] if m.metadata.src_node_id == client]
+            for file, source in (("before", message), ("after", reply)):
+                recorded = load_file(folder / f"{file}.safetensors")
+                assert set(recorded) == set(app.network().state_dict())
+                for name, value in source.content["arrays"].to_torch_state_dict().items():
+                    assert torch.equal(recorded[name], value)
+            facts = json.loads((folder / "facts.json").read_text())
+            assert (facts["round"], facts["client"]) == (number, client)
+            assert facts["examples"] == app.EXAMPLES[client - 1]
+            assert facts["strategy"] == "FedAvg"
+    with pytest.raises(BadOption, match="holds something already"):
+        leakbench.flower.record(FedAvg(), tmp_path / "updates")
+    with pytest.raises(BadOption, match="no strategy of Flower's message API"):
+        leakbench.flower.record("fedavg", tmp_path / "other")
+
+
+@pytest.mark.fl
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ray_gives_the_same_numbers_and_failures(app) -> None:
+    here = run(app, app.client_app(failing=1), failed=[].append)
+    seen: list = []
+    there = run(app, app.client_app(failing=1), failed=seen.append, workers=2)
+    assert [(failure.client, failure.round) for failure in seen] == [(1, 2), (1, 3)]
+    for name, value in arrays(here).items():
+        assert torch.equal(arrays(there)[name], value)
+    assert not left()
+    gc.collect()  # Ray leaves /dev/null open
+
+
+SCRIPT = """
+import os, sys, time
+import leakbench.flower as flower
+flower.require()
+from flwr.app import ArrayRecord, Context, Message
+from flwr.clientapp import ClientApp
+import tests.flower_app as app
+
+client = ClientApp()
+
+@client.train()
+def train(message, context):
+    open(os.environ["FOLDER"] + "/" + str(os.getpid()), "w").close()
+    import time
+    time.sleep(60)
+
+try:
+    flower.simulate(app.server_app()[0], client, 3, workers=int(sys.argv[1]))
+except flower.LeakbenchError as error:
+    print(error)
+    sys.exit(2)
+"""
+
+
+def left() -> list[str]:
+    """Return the folders that simulations over Ray left."""
+    import tempfile
+
+    return [str(path) for path in Path(tempfile.gettempdir()).glob("leakbench-ray-*")]
+
+
+def alive(group: int) -> list[int]:
+    """Return the processes of a session."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+@pytest.mark.fl
+@pytest.mark.parametrize("how", ["interrupt", "interrupt-here", "kill"])
+def test_a_simulation_that_is_stopped_leaves_nothing(tmp_path: Path, how: str) -> None:
+    workers = 0 if how == "interrupt-here" else 2
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(workers)],
+        env=os.environ | {"FOLDER": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=Path(__file__).parent.parent,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        while not list(tmp_path.iterdir()):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.2)
+        if how == "kill":
+            os.kill(int(next(tmp_path.iterdir()).name), signal.SIGKILL)
+        else:
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        output, errors = process.communicate(timeout=90)
+        if how == "kill":
+            assert process.returncode == 2
+            assert "Ray lost the process of client" in output
+            assert len(output.splitlines()) == 1
+        else:
+            assert process.returncode in (130, -signal.SIGINT)
+            assert "KeyboardInterrupt" in errors
+        for _ in range(50):
+            if not alive(process.pid):
+                break
+            time.sleep(0.2)
+        assert not alive(process.pid)
+        assert not left()
+    finally:
+        for pid in alive(process.pid):
+            os.kill(pid, signal.SIGKILL)
