@@ -3,19 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DOCS := .venv-docs
+EXTRAS := .venv-extras
 READY := $(VENV)/.ready
 TRUNKS := lpips-alex lpips-vgg
 DATA := mnist fashion-mnist cifar10
 SCALE ?= full
 DEVICE ?= cpu
 
-.PHONY: help setup demo trunks test test-full test-browser test-assets assets check format fuzz docs reference wheel clean
+.PHONY: help setup demo trunks test test-full test-browser test-extras test-assets assets check format fuzz docs reference wheel clean
 
 help:
 	@echo "make demo         set up, and run three attacks against five defenses on the images that ship with leakbench"
 	@echo "make test         set up, and run the tests that need no network"
 	@echo "make test-full    run torchvision's networks of full size, which takes an hour"
 	@echo "make test-browser open the pages in a headless Chromium; installs it as root on Debian, or says that it did not run"
+	@echo "make test-extras  set up .venv-extras with Flower and Ray, and run the tests that need them"
 	@echo "make check        format, lint and types"
 	@echo "make assets       fetch the datasets and weights into the cache"
 	@echo "make test-assets  run the tests that need them"
@@ -43,7 +45,7 @@ trunks: setup
 	@$(BIN)/leakbench assets fetch $(TRUNKS) || echo "LPIPS is left out: no source of its weights could be reached"
 
 test: setup
-	$(BIN)/python -m pytest -n 2 -m "not assets and not full and not docs and not browser"
+	$(BIN)/python -m pytest -n 2 -m "not assets and not full and not docs and not browser and not fl and not ray"
 
 test-full: setup
 	$(BIN)/python -m pytest -m full
@@ -56,6 +58,17 @@ test-browser: setup
 	@if command -v chromium >/dev/null && $(BIN)/python -c 'import playwright' 2>/dev/null; \
 	then $(BIN)/python -m pytest -m browser; \
 	else echo "the tests in a browser were NOT run: no chromium on the PATH, or no Playwright; install the package chromium, and Playwright with pip install --group browser"; fi
+
+# Flower pins older versions of typer and rich, so that it has an environment of its own; the command line runs there too.
+$(EXTRAS)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(EXTRAS)
+	$(EXTRAS)/bin/python -m pip install --quiet --upgrade pip
+	$(EXTRAS)/bin/python -m pip install --quiet --editable ".[dev,fl]"
+	@touch $@
+
+test-extras: $(EXTRAS)/.ready
+	$(EXTRAS)/bin/python -m pytest -m "fl or ray"
+	$(EXTRAS)/bin/python -m pytest -n 2 -m "not assets and not full" tests/test_cli.py tests/test_registry.py
 
 assets: setup
 	$(BIN)/leakbench assets fetch $(TRUNKS) $(DATA)
@@ -95,4 +108,4 @@ wheel: setup
 	$(BIN)/python -m twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) $(DOCS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DOCS) $(EXTRAS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

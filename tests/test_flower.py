@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -273,6 +274,22 @@ def test_a_recording_is_what_was_on_the_wire(app, tmp_path: Path) -> None:
 
 
 @pytest.mark.fl
+def test_the_lines_of_the_readme_run(app, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (block,) = [
+        code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "leakbench.flower import" in code
+    ]
+    exec(block, {})
+    folders = sorted(path.name for path in tmp_path.glob("updates/round-0001/*"))
+    assert folders == ["client-1", "client-2", "client-3"]
+    for folder in tmp_path.glob("updates/round-0001/*"):
+        before, after = (load_file(folder / f"{name}.safetensors") for name in ("before", "after"))
+        update = torch.cat([(before[name] - after[name]).flatten() for name in before])
+        assert float(update.norm()) <= 0.51
+
+
+@pytest.mark.fl
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ray_gives_the_same_numbers_and_failures(app) -> None:
     here = run(app, app.client_app(failing=1), failed=[].append)
@@ -355,8 +372,8 @@ def test_a_simulation_that_is_stopped_leaves_nothing(tmp_path: Path, how: str) -
         output, errors = process.communicate(timeout=90)
         if how == "kill":
             assert process.returncode == 2
-            assert "Ray lost the process of client" in output
-            assert len(output.splitlines()) == 1
+            assert output.splitlines()[-1].startswith("Ray lost the process of client")  # behind Ray's own notice
+            assert errors == ""
         else:
             assert process.returncode in (130, -signal.SIGINT)
             assert "KeyboardInterrupt" in errors

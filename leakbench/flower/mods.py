@@ -53,7 +53,7 @@ def mod(defense: str | Defense, network: nn.Module | None = None, *, seed: int |
 
     Example:
         >>> from flwr.clientapp import ClientApp
-        >>> app = ClientApp(mods=[mod("clip(norm=1)"), mod("noise(scale=0.001)")])  # the last one acts first
+        >>> app = ClientApp(mods=[mod("noise(scale=0.001)"), mod("clip(norm=1)")])  # the last one acts first
     """
     acting = _Acting(defenses.parse(defense), network, seed)
 
