@@ -38,7 +38,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pandas as pd
 import torch
@@ -167,6 +167,24 @@ class Component:
     options: Mapping[str, object]
     checkpoint: Checkpoint | None = None
     statement: Statement | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything that identifies a planned trial, and where its result came from.
+
+    Attributes:
+        settings: ``Trial.settings``.
+        threat: what its threat model grants, in words.
+        label: the true label; None, like ``session`` (its number), where the trial has no result.
+        finished: when, in UTC; empty without a result.
+    """
+
+    settings: Mapping[str, Any]
+    threat: str
+    label: int | None
+    session: int | None
+    finished: str
 
 
 @dataclass(frozen=True)
@@ -585,6 +603,19 @@ class Store:
             for name in names:
                 frame[name] = wide[name].to_numpy(dtype="float64")
         return frame[[*BEFORE, *names, *AFTER]]
+
+    def records(self) -> dict[str, Record]:
+        """Return what identifies every planned trial, by its id in the order of planning."""
+        rows = self._rows(
+            "SELECT id, settings, threat_words, label, session_id, coalesce(finished, '') AS finished"
+            " FROM trials LEFT JOIN results ON id = trial_id ORDER BY position"
+        )
+        return {
+            row["id"]: Record(
+                json.loads(row["settings"]), row["threat_words"], row["label"], row["session_id"], row["finished"]
+            )
+            for row in rows
+        }
 
     def images(self, trials: Iterable[str]) -> dict[str, Pictures]:
         """Return the PNGs of these trials by id; trials without a result are left out."""

@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from leakbench.cli import accuracy, assets, listing, report, run, runs, train
+from leakbench.cli import accuracy, assets, compare, listing, report, run, runs, train
 from leakbench.errors import LeakbenchError
 from leakbench.version import __version__
 
@@ -26,6 +26,8 @@ app.add_typer(listing.app, name="list")
 app.command("report")(report.report)
 app.command("check")(runs.check)
 app.command("merge")(runs.merge)
+app.command("show")(compare.show)
+app.command("diff")(compare.diff)
 
 
 def _version(value: bool) -> None:

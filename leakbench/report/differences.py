@@ -52,12 +52,12 @@ def differences(
     between = [
         f"{escape(attack)}:\n\n{found}"
         for attack, cells in own.groupby("attack", sort=False)
-        if (found := _table(_defenses(cells), names))
+        if (found := paired_table(_defenses(cells), names)[0])
     ]
-    informed = _table(_informed(results, block, own), names)
+    informed, _ = paired_table(_informed(results, block, own), names)
     if not (between or informed):
         return []
-    parts = [_WORDS]
+    parts = [WORDS]
     if between:
         parts.append("**Differences between defenses**, by attack; above 0, more leaks behind the first one:")
         parts += between
@@ -67,7 +67,7 @@ def differences(
     return parts
 
 
-_WORDS = (
+WORDS = (
     "Differences are paired by image and seed. **mean** has its 95 % bootstrap interval; **median** is over images, "
     "each by the mean of its seeds; **p** is that of a two-sided Wilcoxon signed-rank test on these, **(Holm)** "
     f"corrected for all tests of the table. Bold: shown, since that p is at most {ALPHA:g} and the interval leaves 0 "
@@ -114,15 +114,18 @@ def _informed(results: pd.DataFrame, block: tuple[str, str, str], own: pd.DataFr
     return pairs
 
 
-def _table(pairs: Sequence[Pair], metrics: Sequence[str]) -> str:
-    """Return the table of differences, and a warning where so few images cannot show any."""
+def paired_table(pairs: Sequence[Pair], metrics: Sequence[str]) -> tuple[str, int]:
+    """Return the table of differences, with a warning where so few images cannot show any, and how many are shown.
+
+    The text is empty where no pair has an image.
+    """
     found = {
         metric: [paired_difference(first[metric], second[metric], test) for _, first, second in pairs]
         for metric in metrics
     }
     rows = [index for index in range(len(pairs)) if any(found[metric][index].images for metric in metrics)]
     if not rows:
-        return ""
+        return "", 0
     every = [found[metric][index].p for metric in metrics for index in rows]
     adjusted = dict(zip(((metric, index) for metric in metrics for index in rows), holm(every)))
     headers = ["difference", "images"]
@@ -130,20 +133,25 @@ def _table(pairs: Sequence[Pair], metrics: Sequence[str]) -> str:
         unit = f", {METRICS[metric]}" if METRICS[metric] else ""
         headers += [f"{escape(metric)}: mean{unit}", "median", "p", "p (Holm)"]
     places = {metric: decimals([found[metric][index].mean for index in rows]) for metric in metrics}
-    lines = []
+    lines, shown = [], 0
     for index in rows:
         line = [pairs[index][0], str(max(found[metric][index].images for metric in metrics))]
         for metric in metrics:
             line += _cell(found[metric][index], adjusted[metric, index], places[metric])
+            shown += _shown(found[metric][index], adjusted[metric, index])
         lines.append(line)
     images = max(found[metric][index].images for metric in metrics for index in rows)
     tests = sum(not math.isnan(p) for p in every)
-    return f"{table(headers, lines, left=1)}{warning(images, tests)}"
+    return f"{table(headers, lines, left=1)}{warning(images, tests)}", shown
+
+
+def _shown(one: Difference, adjusted: float) -> bool:
+    """Return whether a difference is shown: its corrected p is small, and its interval leaves 0 out."""
+    return adjusted <= ALPHA and (one.low > 0 or one.high < 0)
 
 
 def _cell(one: Difference, adjusted: float, places: int | None) -> list[str]:
-    shown = adjusted <= ALPHA and (one.low > 0 or one.high < 0)
-    corrected = f"**{p_value(adjusted)}**" if shown else p_value(adjusted)
+    corrected = f"**{p_value(adjusted)}**" if _shown(one, adjusted) else p_value(adjusted)
     mean = with_interval(one.mean, one.low, one.high, places, sign=True)
     median = number(one.median, places, sign=True)
     return [mean, median, p_value(one.p), corrected] if one.images else [ABSENT] * 4

@@ -1,0 +1,68 @@
+"""``leakbench show`` and ``leakbench diff``: one trial, and what changed between two runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+
+
+def show(
+    run: Run,
+    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="The id of a trial, or its first digits.")],
+) -> None:
+    """Show one trial: settings, threat model in words, status, every metric with its convention, cost, command.
+
+    The command makes the trial again: its run has a trial of the same id.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    from leakbench.cli.run import _console
+    from leakbench.report.show import show as find
+    from leakbench.store import FILE, Store
+
+    with Store.open(run / FILE, readonly=True) as store:
+        shown = find(store, trial)
+    console = _console()
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column(overflow="fold")
+    for label, words in (("trial", shown.trial), *shown.facts):
+        facts.add_row(label, Text(words))
+    console.print(facts)
+    if shown.metrics is not None:
+        console.print(shown.metrics)
+    console.print(Text("to make it again:", style="bold"))
+    console.print(shown.command, markup=False, highlight=False, soft_wrap=True)
+    if shown.note:
+        console.print(shown.note, markup=False, highlight=False)
+
+
+def diff(
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="The folder of a run.")],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The folder of a run.")],
+) -> None:
+    """Say what changed from RUN_A to RUN_B beyond chance, on the trials that both have, in Markdown.
+
+    Trials are paired by image, seed and cell. Each cell has its mean difference with a 95 % bootstrap interval, and
+    Wilcoxon signed-rank tests on images with Holm's correction over all cells. Trials of one run alone, trials that
+    ended otherwise, and versions and settings that differ are named.
+
+    Exits with 0 where no difference is shown beyond chance, with 1 where one is, and with 2 where the runs cannot be
+    compared.
+    """
+    from leakbench.report.diff import Arm
+    from leakbench.report.diff import diff as compare
+    from leakbench.store import FILE, Store
+
+    arms = []
+    for run in (run_a, run_b):
+        with Store.open(run / FILE, readonly=True) as store:
+            arms.append(Arm.of(str(run), store))
+    comparison = compare(*arms)
+    typer.echo(comparison.text, nl=False)
+    raise typer.Exit(1 if comparison.shown else 0)
