@@ -38,7 +38,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import pandas as pd
 import torch
@@ -174,13 +174,13 @@ class Record:
     """Everything that identifies a planned trial, and where its result came from.
 
     Attributes:
-        settings: ``Trial.settings``.
+        cell: the settings of its cell (``Cell.key``), JSON.
         threat: what its threat model grants, in words.
         label: the true label; None, like ``session`` (its number), where the trial has no result.
         finished: when, in UTC; empty without a result.
     """
 
-    settings: Mapping[str, Any]
+    cell: str
     threat: str
     label: int | None
     session: int | None
@@ -607,13 +607,11 @@ class Store:
     def records(self) -> dict[str, Record]:
         """Return what identifies every planned trial, by its id in the order of planning."""
         rows = self._rows(
-            "SELECT id, settings, threat_words, label, session_id, coalesce(finished, '') AS finished"
-            " FROM trials LEFT JOIN results ON id = trial_id ORDER BY position"
+            "SELECT trials.id, settings, threat_words, label, session_id, coalesce(finished, '') AS finished"
+            " FROM trials JOIN cells ON cells.id = cell_id LEFT JOIN results ON trials.id = trial_id ORDER BY position"
         )
         return {
-            row["id"]: Record(
-                json.loads(row["settings"]), row["threat_words"], row["label"], row["session_id"], row["finished"]
-            )
+            row["id"]: Record(row["settings"], row["threat_words"], row["label"], row["session_id"], row["finished"])
             for row in rows
         }
 

@@ -91,7 +91,7 @@ def diff(first: Arm, second: Arm) -> Comparison:
             f"no trial of {first.name} has its like in {second.name}: no cell, image and seed that ended in both; "
             "compare runs of one matrix"
         )
-    varying = [axis for axis in range(len(AXES)) if len({one.specs[axis] for one, _ in pairs}) > 1] or [0, 1]
+    varying = [axis for axis in range(len(AXES)) if axis < 2 or len({one.specs[axis] for one, _ in pairs}) > 1]
     attacked = [(one, other) for one, other in pairs if not one.floor]
     known = {metric.name for metric in (*first.metrics, *second.metrics)}
     compared = [name for name in METRICS if name in known]
@@ -113,12 +113,9 @@ def diff(first: Arm, second: Arm) -> Comparison:
 def _cells(arm: Arm) -> list[_Cell]:
     """Return the cells of a run that have a result."""
     ended = arm.trials[arm.trials["status"] != ""]
-    text = {
-        trial: json.dumps({**record.settings, "image": None, "seed": None}, sort_keys=True)
-        for trial, record in arm.records.items()
-    }
+    keys = {trial: record.cell for trial, record in arm.records.items()}
     found = []
-    for settings, own in ended.groupby(ended["trial"].map(text), sort=False):
+    for settings, own in ended.groupby(ended["trial"].map(keys), sort=False):
         specs = tuple(_APART.sub("", str(own[axis].iloc[0])) for axis in AXES)
         found.append(_Cell(specs, str(settings), bool(own["floor"].iloc[0]), own.set_index(_TARGET)))
     return found
