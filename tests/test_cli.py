@@ -39,6 +39,8 @@ COMMANDS = [
     ("run", "sharing"),
     ("run", "curves"),
     ("report",),
+    ("show",),
+    ("diff",),
     ("list",),
     ("assets",),
     ("assets", "fetch"),
