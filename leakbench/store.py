@@ -606,7 +606,7 @@ class Store:
 
     def records(self) -> dict[str, Record]:
         """Return what identifies every planned trial, by its id in the order of planning."""
-        rows = self._rows(
+        rows = self.query(
             "SELECT trials.id, settings, threat_words, label, session_id, coalesce(finished, '') AS finished"
             " FROM trials JOIN cells ON cells.id = cell_id LEFT JOIN results ON trials.id = trial_id ORDER BY position"
         )
