@@ -115,3 +115,20 @@ def test_a_metric_that_is_missing_is_left_out(metric: str) -> None:
     frame[metric] = np.nan
     ((*cells,),) = table(differences(frame, BLOCK, METRICS, False), "dlg:")
     assert len(cells) == 2 + 4
+
+
+def test_the_leading_attacker_is_above_the_best_of_the_others_on_so_many_images() -> None:
+    scores = {"dlg": [10.0] * 8 + [31, 31], "ig": [12.0] * 10, "peel": [30.0] * 10}
+    frame = results(lambda defense, image: 0.0, defenses=("none",), attacks=("dlg", "ig", "peel"))
+    own = ~frame["floor"]
+    frame.loc[own, "psnr_aligned"] = [scores[a][i] for a, i in zip(frame["attack"][own], frame["image"][own])]
+    parts = differences(frame, BLOCK, METRICS, skips=False)
+    head = next(index for index, part in enumerate(parts) if part.startswith("**The leading attacker**"))
+    ((defense, attack, images, share, gain),) = table(parts[head + 1 :], "|")
+    assert (defense, attack, images) == ("none", "peel", "10")
+    assert share == "80 % [49, 94]"
+    assert gain.startswith("+14.20 [+")  # 8 images by 18 dB, 2 by -1
+
+
+def test_one_attacker_alone_leads_nothing() -> None:
+    assert not any("leading" in part for part in differences(results(noisy), BLOCK, METRICS, skips=False))

@@ -10,7 +10,16 @@ from dataclasses import replace
 import pandas as pd
 
 from leakbench.matrix import parse_threat
-from leakbench.report.statistics import ALPHA, Difference, holm, least_images, paired_difference, smallest_p
+from leakbench.report.statistics import (
+    ALPHA,
+    Difference,
+    bootstrap_interval,
+    holm,
+    least_images,
+    paired_difference,
+    smallest_p,
+    wilson_interval,
+)
 from leakbench.report.statistics import wilcoxon_test as test
 from leakbench.report.table import BLOCK
 from leakbench.report.text import ABSENT, decimals, escape, number, p_value, table, with_interval
@@ -37,7 +46,7 @@ def differences(
     """Return the Markdown on the differences of one dataset, model and threat model.
 
     For each attack, defenses are compared in pairs; behind each defense, an informed attacker with the same attacker
-    uninformed. Wilcoxon signed-rank tests on images, with Holm's correction over all tests of a table.
+    uninformed, and the leading attacker with the best of the others. Wilcoxon signed-rank tests on images, with Holm's correction over all tests of a table.
 
     Args:
         results: those of the whole run (``Store.results``).
@@ -55,15 +64,19 @@ def differences(
         if (found := paired_table(_defenses(cells), names)[0])
     ]
     informed, _ = paired_table(_informed(results, block, own), names)
-    if not (between or informed):
+    leading = _leading(own) if "psnr_aligned" in names else ""
+    if not (between or informed or leading):
         return []
-    parts = [WORDS]
+    parts = [WORDS] if between or informed else []
     if between:
         parts.append("**Differences between defenses**, by attack; above 0, more leaks behind the first one:")
         parts += between
     if informed:
         parts.append("**What an attacker gains by knowing the defense**, over the same attack that does not:")
         parts.append(informed)
+    if leading:
+        parts.append(_LEADING)
+        parts.append(leading)
     return parts
 
 
@@ -73,6 +86,35 @@ WORDS = (
     f"corrected for all tests of the table. Bold: shown, since that p is at most {ALPHA:g} and the interval leaves 0 "
     "out. All else is not told apart by so few images, which does not make it equal."
 )
+
+
+_LEADING = (
+    "**The leading attacker** behind each defense: the one that is most often above all others of this table, by "
+    "psnr_aligned, on the same image (each by the mean of its seeds); and by how much it is above, or below, the best "
+    "of the others there. Intervals of shares are Wilson's."
+)
+
+
+def _leading(own: pd.DataFrame) -> str:
+    """Return the table of leading attackers; empty where no two attackers met the same image behind a defense."""
+    found = []
+    for defense, cells in own.groupby("defense", sort=False):
+        means = cells.pivot_table(index="image", columns="attack", values="psnr_aligned", aggfunc="mean", sort=False)
+        means = means.dropna()  # pivot_table leaves out attackers without any value
+        if len(means.columns) < 2 or means.empty:
+            continue
+        gains = {name: means[name] - means.drop(columns=name).max(axis=1) for name in means.columns}
+        attack, gain = max(gains.items(), key=lambda item: ((item[1] > 0).mean(), item[1].mean()))
+        share = float((gain > 0).mean())
+        shares = [f"{100 * value:.0f}" for value in (share, *wilson_interval(share, len(gain)))]
+        found.append((escape(defense), escape(attack), len(gain), "{} % [{}, {}]".format(*shares), gain))
+    places = decimals([float(gain.mean()) for *_, gain in found])
+    lines = [
+        [*map(str, row), with_interval(float(gain.mean()), *bootstrap_interval(gain.to_numpy()), places, sign=True)]
+        for *row, gain in found
+    ]
+    headers = ["defense", "attack", "images", "above all others on", "over the best other: mean, dB"]
+    return table(headers, lines, left=2) if lines else ""
 
 
 def _attacks(results: pd.DataFrame, block: tuple[str, str, str]) -> pd.DataFrame:
