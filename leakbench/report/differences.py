@@ -46,7 +46,8 @@ def differences(
     """Return the Markdown on the differences of one dataset, model and threat model.
 
     For each attack, defenses are compared in pairs; behind each defense, an informed attacker with the same attacker
-    uninformed, and the leading attacker with the best of the others. Wilcoxon signed-rank tests on images, with Holm's correction over all tests of a table.
+    uninformed, and the leading attacker with the best of the others. Wilcoxon signed-rank tests on images, with Holm's
+    correction over all tests of a table.
 
     Args:
         results: those of the whole run (``Store.results``).
