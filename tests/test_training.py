@@ -78,8 +78,7 @@ def arm(defense: str = "none", **options: Any) -> Arm:
 
 
 def session(defense: str = "none", **options: Any) -> Session:
-    own = arm(defense, **options)
-    return start(own, load(own.dataset, own.recipe, own.seed))
+    return start(arm(defense, **options))
 
 
 def numbers(record: Record) -> list[Any]:
@@ -281,7 +280,7 @@ def test_an_evaluation_is_in_evaluation_mode_and_changes_nothing() -> None:
 def rounds_of(own: Session, count: int) -> list[dict[str, Tensor]]:
     """What one client sends in each of so many rounds, the global model being the last that it sent."""
     trainee = own.trainee
-    kept = begin(trainee, 0, own.arm.seed)
+    kept = begin(trainee, 0, own.arm.seed, own.initial)
     shared, sent = trainee.shared(), []
     for number in range(1, count + 1):
         out, kept = local_round(
@@ -306,7 +305,7 @@ def test_one_client_alone_trains_as_a_single_party_does(tmp_path: Path) -> None:
 def test_no_secret_is_sent_and_the_key_never_moves() -> None:
     own = session("keylock(length=9)", mode="fedavg", clients=2)
     trainee = own.trainee
-    first = begin(trainee, 0, 0)
+    first = begin(trainee, 0, 0, own.initial)
     names = {secret.name for secret in trainee.secrets}
     sent, kept = local_round(
         trainee, own.data.train, own.arm.recipe, first, trainee.shared(), client=0, number=1, seed=0, classes=2
@@ -315,7 +314,9 @@ def test_no_secret_is_sent_and_the_key_never_moves() -> None:
     assert kept.private.keys() == names
     (key,) = [name for name in names if name.endswith("key")]
     assert torch.equal(kept.private[key], first.private[key])
-    assert not torch.equal(kept.private[key], begin(trainee, 1, 0).private[key])  # another client, another key
+    assert not torch.equal(
+        kept.private[key], begin(trainee, 1, 0, own.initial).private[key]
+    )  # another client, another key
     locks = names - {key}
     assert any(not torch.equal(kept.private[name], first.private[name]) for name in locks)
     assert all(torch.equal(first.private[name], own.initial[name]) for name in locks)  # the server's first lock
@@ -346,7 +347,15 @@ def test_what_a_defense_withholds_does_not_move() -> None:
     trainee = Trainee.of(own.trainee.network, Silentium())
     before = trainee.shared()
     sent, _ = local_round(
-        trainee, own.data.train, own.arm.recipe, begin(trainee, 0, 0), before, client=0, number=1, seed=0, classes=2
+        trainee,
+        own.data.train,
+        own.arm.recipe,
+        begin(trainee, 0, 0, own.initial),
+        before,
+        client=0,
+        number=1,
+        seed=0,
+        classes=2,
     )
     moved = {name for name, value in sent.shared.items() if not torch.equal(value, before[name])}
     assert moved == {"classifier.bias"}

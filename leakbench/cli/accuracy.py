@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 if TYPE_CHECKING:
-    from leakbench.training.settings import Arm
+    from rich.console import Console
+
+    from leakbench.training.settings import Accuracy, Arm
+
+Plan = TypeVar("Plan", bound="Accuracy")
 
 File = Annotated[Path | None, typer.Argument(metavar="[FILE.toml]", help="What to train; options override it.")]
 Scale = Annotated[str | None, typer.Option(help="Which of the file's scales, such as smoke, cpu or full.")]
 Out = Annotated[Path | None, typer.Option(help="The run's folder (default: runs/NAME); an old run goes on.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Workers = Annotated[
+    int, typer.Option(min=0, help="Ray processes that share the clients of fedavg; 0: one after another, without Ray.")
+]
 Plugins = Annotated[
     list[Path] | None,
     typer.Option("--plugin", help="A Python file that registers components; it is run. Repeatable."),
@@ -45,6 +53,7 @@ def accuracy(
     name: Annotated[str | None, typer.Option(help="The run's name.")] = None,
     out: Out = None,
     device: Device = "auto",
+    workers: Workers = 0,
     plugin: Plugins = None,
 ) -> None:
     """Train models behind defenses, centralised or federated; write OUT/accuracy.md with curves, and checkpoints.
@@ -68,8 +77,16 @@ def accuracy(
         "name": name,
     }
     lists = {"defenses": defense, "models": model, "datasets": dataset, "seeds": seeds}
-    arms, folder = plan(file, scale, given, lists, out, plugin)
-    train(arms, folder, device)
+    from leakbench.training.settings import Accuracy
+
+    plans, folder = plan(Accuracy, file, scale, given, lists, out, plugin)
+    arms = list({arm.id: arm for one in plans for arm in one.arms()}.values())
+    with _stoppable(arms, folder) as (command, console):
+        from leakbench import training
+        from leakbench.training.progress import Rounds
+
+        with Rounds(console) as told:
+            training.train(arms, folder, device=device, workers=workers, command=command, progress=told)
     from leakbench.report import accuracy as report
 
     for path in report.write(folder):
@@ -77,41 +94,86 @@ def accuracy(
             typer.echo(f"report: {path}")
 
 
+def tradeoff(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE.toml", help="What to train, and [attack]; options override it.")
+    ],
+    scale: Scale = None,
+    defense: Annotated[list[str] | None, typer.Option("--defense", help="A defense; repeatable.")] = None,
+    model: Annotated[list[str] | None, typer.Option("--model", help="A model; repeatable.")] = None,
+    dataset: Annotated[list[str] | None, typer.Option("--dataset", help="A dataset; repeatable.")] = None,
+    seeds: Annotated[list[str] | None, typer.Option(help="N seeds from 0 on, or a list such as 3,4.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds of fedavg, or epochs.")] = None,
+    name: Annotated[str | None, typer.Option(help="The run's name.")] = None,
+    out: Out = None,
+    device: Device = "auto",
+    workers: Workers = 0,
+    plugin: Plugins = None,
+) -> None:
+    """Train behind defenses, attack the checkpoints, and draw utility against leakage; write OUT/tradeoff.md.
+
+    One point is a defense with its options: the accuracy of the network trained behind it, and the share of images
+    that the best attacker recovers, beside LPIPS; with intervals, and the Pareto front marked. The file is that of
+    `run accuracy` with `stages`, the checkpoints to attack, and a table [attack] with the axes of a matrix. Started
+    again, it does only what is missing.
+    """
+    from leakbench.training.settings import Tradeoff
+
+    lists = {"defenses": defense, "models": model, "datasets": dataset, "seeds": seeds}
+    plans, folder = plan(Tradeoff, file, scale, {"rounds": rounds, "name": name}, lists, out, plugin)
+    arms = [arm for one in plans for arm in one.arms()]
+    with _stoppable(arms, folder) as (command, console):
+        from leakbench.progress import Display
+        from leakbench.training import tradeoff as study
+        from leakbench.training.progress import Rounds
+
+        with Rounds(console) as told:
+            study.train(plans, folder, device=device, workers=workers, command=command, progress=told)
+        study.attack(plans, folder, device=device, command=command, progress=lambda: Display(console))
+    from leakbench import report as reports
+    from leakbench.report import accuracy as costs
+    from leakbench.report import tradeoff as report
+
+    reports.write(folder)
+    costs.write(folder)
+    for path in report.write(folder):
+        if path.suffix == ".md":
+            typer.echo(f"report: {path}")
+
+
 def plan(
+    kind: type[Plan],
     file: Path | None,
     scale: str | None,
     given: dict[str, Any],
     lists: dict[str, list[str] | None],
     out: Path | None,
     plugin: Sequence[Path] | None,
-) -> tuple[list[Arm], Path]:
-    """Return the arms of a file and options, and the run's folder."""
+) -> tuple[list[Plan], Path]:
+    """Return what a file and options state, and the run's folder."""
     from leakbench import matrix
     from leakbench.registry import load_plugin
-    from leakbench.training.settings import Accuracy
 
     for path in plugin or []:
         load_plugin(path)
     axes = {} if file is None else matrix.load(file)
     override = {key: value for key, value in given.items() if value is not None}
     override |= matrix.axes_from_options({key: value or [] for key, value in lists.items()})
-    plans = [Accuracy(**{**row, **override}) for row in matrix.expand(axes, scale)]
-    arms = {arm.id: arm for one in plans for arm in one.arms()}
-    return list(arms.values()), out or Path("runs") / plans[0].name
+    plans = [kind(**{**row, **override}) for row in matrix.expand(axes, scale)]
+    return plans, out or Path("runs") / plans[0].name
 
 
-def train(arms: Sequence[Arm], folder: Path, device: str) -> None:
-    """Train arms into a folder; after Ctrl-C say how much is done and how to go on."""
+@contextmanager
+def _stoppable(arms: Sequence[Arm], folder: Path) -> Iterator[tuple[str, Console]]:
+    """Yield the command line and a console; after Ctrl-C say how much is done and how to go on."""
     from rich.console import Console
 
     from leakbench import training
-    from leakbench.training.progress import Rounds
 
     command = "leakbench " + shlex.join(sys.argv[1:])
     console = Console()
     try:
-        with Rounds(console if console.is_terminal else Console(width=120)) as progress:
-            training.train(arms, folder, device=device, command=command, progress=progress)
+        yield command, console if console.is_terminal else Console(width=120)
     except KeyboardInterrupt:
         done = training.finished(arms, folder)
         typer.echo(f"stopped: {done} of {len(arms)} trainings are done; to go on: {command}", err=True)

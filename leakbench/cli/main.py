@@ -19,6 +19,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 run.app.command("accuracy")(accuracy.accuracy)
+run.app.command("tradeoff")(accuracy.tradeoff)
 app.add_typer(run.app, name="run")
 app.add_typer(train.app, name="train")
 app.add_typer(assets.app, name="assets")

@@ -21,7 +21,7 @@ def report(
     """Write OUT/report.md with OUT/grids, and OUT/results.csv, from OUT/run.sqlite; of trainings OUT/accuracy.md."""
     from leakbench import report as reports
     from leakbench.errors import BadOption
-    from leakbench.report import accuracy
+    from leakbench.report import accuracy, tradeoff
     from leakbench.store import FILE
 
     formats = set(format or reports.DEFAULT)
@@ -33,6 +33,9 @@ def report(
             typer.echo(str(path))
         if not (out / FILE).exists():
             return
+    if tradeoff.has_points(out):
+        for path in tradeoff.write(out):
+            typer.echo(str(path))
     for path in reports.write(out, formats):
         typer.echo(str(path))
     if compare is not None:

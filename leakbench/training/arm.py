@@ -14,7 +14,7 @@ from leakbench.defenses import Defense
 from leakbench.models import weights
 from leakbench.models.weights import Checkpoint
 from leakbench.rng import generator
-from leakbench.training.data import Data
+from leakbench.training.data import Data, load
 from leakbench.training.settings import Arm, Recipe
 from leakbench.training.steps import Score, State, Trainee, draw, evaluate
 from leakbench.training.thief import Theft
@@ -174,20 +174,18 @@ Told = Callable[[Round], None]
 """Told of every round that is finished, those of an earlier start included."""
 
 
-def start(arm: Arm, data: Data, device: torch.device | str = "cpu") -> Session:
-    """Make an arm's first model.
-
-    Args:
-        arm: what is trained.
-        data: its images (``data.load``).
-        device: where the network goes.
+def start(arm: Arm, device: torch.device | str = "cpu") -> Session:
+    """Load an arm's images and make its first model.
 
     Raises:
-        BadOption: the checkpoint is of another model.
+        MissingAsset: the dataset is not in the cache.
+        BadOption: there are too few images, or the checkpoint is of another model.
         Unsupported: model, defense and images do not go together.
     """
+    data = load(arm.dataset, arm.recipe, arm.seed)
     network = build(arm.model, arm.defense, data.image_shape, data.num_classes, f"training/{arm.seed}")
-    trainee = Trainee.of(network.train().to(device), arm.defense)
+    placed = network.train().to(device=torch.device(device), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    trainee = Trainee.of(placed, arm.defense)
     trained = trainee.parameters()
     checkpoint: Checkpoint | None = arm.model.checkpoint()
     if checkpoint is None or not checkpoint.defense:

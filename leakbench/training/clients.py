@@ -66,15 +66,21 @@ class UpdateStep(Step):
         return {name: value[None].clone() for name, value in self._update.items()}
 
 
-def begin(trainee: Trainee, client: int, seed: int) -> Own:
+def begin(trainee: Trainee, client: int, seed: int, initial: Mapping[str, Tensor]) -> Own:
     """Return what a client has before its first round: a key of its own, and the lock that the server began with.
 
     Secrets that are trained (a lock) are part of the first model, which the server makes; those that are not (a key)
     are drawn by each client.
+
+    Args:
+        trainee: a network; only its names and shapes are looked at.
+        client: its number.
+        seed: what keys come from.
+        initial: the tensors of the first model.
     """
     trained = trainee.parameters()
     keys = [secret for secret in trainee.lasting if secret.name not in trained]
-    first = {name: value for name, value in trainee.private().items() if name in trained}
+    first = {secret.name: initial[secret.name] for secret in trainee.lasting if secret.name in trained}
     return Own({**first, **draw(keys, trainee, generator("training", seed, "key", client))})
 
 

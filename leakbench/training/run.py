@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from leakbench.errors import BadOption, CorruptAsset, LeakbenchError, Unsupported
+from leakbench.flower import require
 from leakbench.gradients import full_precision
 from leakbench.store import Provenance
 from leakbench.training import centralised
 from leakbench.training import data as parts
 from leakbench.training.arm import Outcome, Round, start
-from leakbench.training.data import Data, load, source_of
 from leakbench.training.files import RECORD, STATE, read_json, write_json
 from leakbench.training.settings import Arm
 from leakbench.victim import build
@@ -66,7 +66,13 @@ class Record:
 
 
 def train(
-    arms: Sequence[Arm], out: Path, *, device: str = "cpu", command: str = "", progress: Silent | None = None
+    arms: Sequence[Arm],
+    out: Path,
+    *,
+    device: str = "cpu",
+    workers: int = 0,
+    command: str = "",
+    progress: Silent | None = None,
 ) -> list[Record]:
     """Train every arm that has no outcome in ``out``, and return the records of all of them.
 
@@ -76,8 +82,8 @@ def train(
     Args:
         arms: what to train.
         out: the run's folder.
-        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``; federated clients train on the CPU
-            unless a device is named.
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        workers: so many Ray processes share the clients of fedavg; with 0 they train one after another in this process.
         command: the command line, for the provenance.
         progress: what is told of the progress.
 
@@ -88,17 +94,16 @@ def train(
     where = _device(device)
     folders = [out / FOLDER / arm.folder for arm in arms]
     done = [_finished(folder, arm) for folder, arm in zip(folders, arms)]
+    if any(arm.recipe.mode == "fedavg" for arm in arms):
+        require()
     for arm in arms:
         check(arm)
-    images: Data | None = None
     with full_precision():
         for number, (arm, folder, known) in enumerate(zip(arms, folders, done), 1):
             if known:
                 continue
             progress.begin(arm, number, len(arms))
-            if images is None or images.source != source_of(arm.dataset, arm.recipe, arm.seed):
-                images = load(arm.dataset, arm.recipe, arm.seed)
-            outcome = _one(arm, folder, where, images, progress)
+            outcome = _one(arm, folder, where, workers, progress)
             source = asdict(Provenance.collect(command, str(where), ""))
             del source["matrix"]
             record = {
@@ -128,12 +133,14 @@ def check(arm: Arm) -> None:
         return
 
 
-def _one(arm: Arm, folder: Path, device: torch.device, images: Data, progress: Silent) -> Outcome:
+def _one(arm: Arm, folder: Path, device: torch.device, workers: int, progress: Silent) -> Outcome:
     """Return what comes of an arm; what a component raises is its outcome."""
     try:
         if arm.recipe.mode == "fedavg":
-            raise BadOption("mode='fedavg' is not there yet; write mode = 'centralised'")
-        return centralised.train(start(arm, images, device), folder, progress.round)
+            from leakbench.training import federated
+
+            return federated.train(start(arm, device), folder, progress.round, workers)
+        return centralised.train(start(arm, device), folder, progress.round)
     except Unsupported as error:
         return Outcome("unsupported", str(error))
     except LeakbenchError:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SkipValidation
@@ -16,13 +17,14 @@ from leakbench import datasets, defenses, models
 from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
 from leakbench.errors import BadOption
-from leakbench.matrix import Axes, Count, Indices, components
+from leakbench.matrix import Axes, Count, Indices, Matrix, components
 from leakbench.models import Model
 from leakbench.report.text import slug
 
 Mode = Literal["centralised", "fedavg"]
 Augmentation = Literal["flip", "crop"]
 Select = Literal["validation", "test", "last"]
+StageName = Literal["initial", "1 epoch", "25 %", "100 %", "best"]
 
 FEDERATED = ("clients", "fraction", "local_epochs", "split", "shards")
 """The options that a centralised training does not have."""
@@ -144,6 +146,34 @@ class Accuracy(Recipe):
         product = itertools.product(self.datasets, self.models, self.defenses, seeds)
         arms = (Arm(dataset, model, defense, seed, recipe) for dataset, model, defense, seed in product)
         return tuple({arm.id: arm for arm in arms}.values())
+
+
+class Tradeoff(Accuracy):
+    """What ``leakbench run tradeoff`` trains and then attacks.
+
+    Attributes:
+        stages: the checkpoints that are attacked: ``initial``, ``1 epoch``, ``25 %``, ``100 %`` or ``best``.
+        attack: axes of a matrix (attacks, threats, images, stages, threshold, ...): what meets each checkpoint.
+    """
+
+    stages: Annotated[tuple[StageName, ...], Field(min_length=1)] = ("initial", "100 %")
+    attack: dict[str, Any]
+
+    def matrix(self, arm: Arm, checkpoint: Path, *, check: bool = False) -> Matrix:
+        """Return what attacks a checkpoint of an arm, behind the arm's defense; ``check``: before there is one.
+
+        Raises:
+            BadOption: the axes do not fit, or the model takes no checkpoint.
+        """
+        taken = [name for name in ("models", "defenses", "datasets") if name in self.attack]
+        if taken:
+            raise BadOption(f"attack: {taken[0]} are those that are trained; leave {taken[0]} out of [attack]")
+        if "weights" not in models.registry.fields(type(arm.model)):
+            raise BadOption(f"model {arm.model.name!r} takes no weights= and cannot be attacked after training")
+        options = arm.model.options() if check else {**arm.model.options(), "weights": str(checkpoint)}
+        trained = models.registry.build(arm.model.name, options)
+        own = {"models": [trained], "defenses": [arm.defense], "datasets": [arm.dataset], "name": self.name}
+        return Matrix(**{**self.attack, **own})
 
 
 @dataclass(frozen=True)

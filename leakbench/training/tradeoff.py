@@ -1,0 +1,105 @@
+"""Train behind defenses, then attack the checkpoints: what each defense costs beside what it saves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from leakbench import engine
+from leakbench.matrix import Matrix
+from leakbench.progress import Silent as Display
+from leakbench.training.files import read_json, write_json
+from leakbench.training.run import FOLDER, Record, Silent, read
+from leakbench.training.run import train as train_arms
+from leakbench.training.settings import Arm, Tradeoff
+
+POINTS = "tradeoff.json"
+"""Which cells of the run attack which checkpoint, in a run's folder."""
+THRESHOLD = 0.6
+"""The ``ssim_aligned`` from which an image counts as recovered where the attack states none."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A checkpoint that is attacked.
+
+    Attributes:
+        arm: the name of the arm's folder.
+        stage: the checkpoint's.
+        model: the spec under which the run has it.
+        defense: the spec of the defense.
+        accuracy: of the checkpoint itself on the test images, in [0, 1].
+    """
+
+    arm: str
+    stage: str
+    model: str
+    defense: str
+    accuracy: float
+
+
+def train(
+    plans: Sequence[Tradeoff],
+    out: Path,
+    *,
+    device: str = "cpu",
+    workers: int = 0,
+    command: str = "",
+    progress: Silent | None = None,
+) -> list[Record]:
+    """Train every arm of every plan that has no outcome in ``out``; see ``training.train``.
+
+    Raises:
+        LeakbenchError: one line on what does not fit, of the attacks too, before anything is trained.
+    """
+    arms = {}
+    for plan in plans:
+        for arm in plan.arms():
+            plan.matrix(arm, Path("checkpoint.safetensors"), check=True)
+            arms[arm.id] = arm
+    return train_arms(list(arms.values()), out, device=device, workers=workers, command=command, progress=progress)
+
+
+def attack(
+    plans: Sequence[Tradeoff],
+    out: Path,
+    *,
+    device: str = "cpu",
+    command: str = "",
+    progress: Callable[[], Display] = Display,
+) -> list[Target]:
+    """Attack the checkpoints of the trainings in ``out``, in ``out/run.sqlite``, where that is still missing.
+
+    Args:
+        plans: what was trained, and by what it is attacked.
+        out: the run's folder.
+        device: where the attacks run.
+        command: the command line, for the provenance.
+        progress: makes what is told of the attacks on a checkpoint.
+    """
+    targets = []
+    for plan in plans:
+        for arm in plan.arms():
+            outcome = read(out / FOLDER / arm.folder).outcome
+            for stage in outcome.stages if outcome.rounds else ():
+                if stage.name not in plan.stages:
+                    continue
+                matrix = plan.matrix(arm, out / FOLDER / arm.folder / stage.file)
+                with progress() as told:
+                    engine.run(matrix, out, device=device, progress=told, command=command)
+                targets.append(_target(arm, matrix, stage.name, stage.accuracy))
+    threshold = next((plan.attack["threshold"] for plan in plans if "threshold" in plan.attack), THRESHOLD)
+    write_json(out / POINTS, {"threshold": threshold, "targets": [asdict(target) for target in targets]})
+    return targets
+
+
+def _target(arm: Arm, matrix: Matrix, stage: str, accuracy: float) -> Target:
+    described = matrix.describe()
+    return Target(arm.folder, stage, described["models"][0], described["defenses"][0], accuracy)
+
+
+def targets_of(out: Path) -> tuple[float, list[Target]]:
+    """Return the threshold and the checkpoints that were attacked; raise CorruptAsset where there is no such file."""
+    plain = read_json(out / POINTS)
+    return plain["threshold"], [Target(**one) for one in plain["targets"]]
