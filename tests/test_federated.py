@@ -14,6 +14,8 @@ pytest.importorskip("flwr")
 
 from test_training import Stop, numbers, study
 
+pytestmark = pytest.mark.fl
+
 from leakbench import defenses
 from leakbench.defenses import Defense
 from leakbench.flower.simulation import SimulatedGrid

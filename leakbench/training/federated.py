@@ -204,7 +204,7 @@ class _Server:
         )
 
 
-class _Averaging(FedAvg):  # type: ignore[misc]  # Flower is an extra, without which mypy does not know it
+class _Averaging(FedAvg):
     """Flower's FedAvg; clients are sampled by the arm's seed, rounds go on counting, and every reply is looked at."""
 
     def __init__(self, server: _Server, done: int) -> None:
