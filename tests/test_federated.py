@@ -1,5 +1,7 @@
 """Federated training on Flower: what is averaged, what stays with a client, what is told of one that fails."""
 
+# ruff: noqa: E402 (what is imported below needs Flower)
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
