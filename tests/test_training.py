@@ -200,6 +200,7 @@ def test_a_step_is_that_of_sgd_on_what_the_defense_released() -> None:
     trainee, recipe = own.trainee, own.arm.recipe
     x, y = next(batches(own.data.train, 16, (), torch.Generator().manual_seed(0)))
     twin = build(own.arm.model, own.arm.defense, (1, 8, 8), 2, "training/0").train()
+    twin = twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     plain = torch.optim.SGD(twin.parameters(), recipe.rate(1), 0.9, nesterov=True, weight_decay=5e-4)
     sgd = optimiser(trainee, recipe, {})
     for _ in range(3):
