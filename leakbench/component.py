@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+LATER = {"later": True}
+"""The metadata of an option (``dataclasses.field``) that was added when there were results without it."""
+
 
 class Component:
     """A frozen dataclass whose fields are its options; the first docstring line describes it in listings.
@@ -39,8 +42,16 @@ class Component:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
 
     def settings(self) -> dict[str, Any]:
-        """Return what identifies the component in a trial: name, version and every option."""
-        return {"name": self.name, "version": self.version, **self.options()}
+        """Return what identifies the component in a trial: name, version and every option.
+
+        An option that was added later (``LATER``) is left out at its default: earlier trials stay what they are.
+        """
+        options = self.options()
+        fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        for own in fields:
+            if own.metadata == LATER and options[own.name] == own.default:
+                del options[own.name]
+        return {"name": self.name, "version": self.version, **options}
 
     @classmethod
     def summary(cls) -> str:

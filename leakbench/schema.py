@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 
 from leakbench.trial import cell_key
 
-SCHEMA = 2
+SCHEMA = 3
 APPLICATION_ID = 0x6C6B6268
-TABLES = ("meta", "sessions", "cells", "trials", "truths", "results", "metrics", "scores", "images")
+TABLES = ("meta", "sessions", "cells", "trials", "truths", "results", "metrics", "scores", "findings", "images")
 
 _CELLS = """
 CREATE TABLE cells (
@@ -26,6 +26,10 @@ _TRIALS = """
 CREATE TABLE trials (
     id TEXT PRIMARY KEY, position INTEGER NOT NULL, cell_id INTEGER NOT NULL REFERENCES cells (id),
     image INTEGER NOT NULL, seed INTEGER NOT NULL)"""
+_FINDINGS = """
+CREATE TABLE findings (
+    trial_id TEXT NOT NULL REFERENCES results (trial_id), name TEXT NOT NULL, value REAL NOT NULL,
+    PRIMARY KEY (trial_id, name)) WITHOUT ROWID"""
 _STATEMENTS = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     """
@@ -51,6 +55,7 @@ CREATE TABLE metrics (
 CREATE TABLE scores (
     trial_id TEXT NOT NULL REFERENCES results (trial_id), metric TEXT NOT NULL REFERENCES metrics (name),
     value REAL NOT NULL, PRIMARY KEY (trial_id, metric)) WITHOUT ROWID""",
+    _FINDINGS,
     "CREATE TABLE images (trial_id TEXT PRIMARY KEY REFERENCES results (trial_id), png BLOB NOT NULL)",
 )
 
@@ -146,5 +151,10 @@ def _to_2(db: sqlite3.Connection) -> None:
     db.execute("ALTER TABLE sessions ADD COLUMN workers INTEGER NOT NULL DEFAULT 1")
 
 
-_MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {1: _to_2}
+def _to_3(db: sqlite3.Connection) -> None:
+    """What attacks found beside images and labels is kept."""
+    db.execute(_FINDINGS)
+
+
+_MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {1: _to_2, 2: _to_3}
 """Schema -> what makes the next one of it."""

@@ -17,6 +17,7 @@ Any SQLite tool can read it. Every table, picture and page that leakbench makes 
 - ``results``: what came of a trial: ``status`` (ok, failed, unsupported, error), ``reason``, ``seconds``, ``label``
   (the true one), ``objective``, ``evaluations``, ``path``, ``truth`` (-> ``truths``), ``session_id``, ``finished``.
 - ``scores(trial_id, metric, value)``: one row per trial and metric; a metric that was not computed has no row.
+- ``findings(trial_id, name, value)``: further numbers that an attack found (dlm's ``scale``).
 - ``images(trial_id, png)``: the reconstruction, clamped to [0, 1].
 - ``truths(digest, png)``: the private images, each stored once, by the SHA-256 of the PNG.
 - ``metrics``: what each metric means: ``position``, ``name``, ``higher_is_better``, ``convention``, ``note``.
@@ -529,7 +530,7 @@ class Store:
         }
         if not wanted:
             return 0
-        for table in ("scores", "images", "results"):
+        for table in ("scores", "findings", "images", "results"):
             self._db.executemany(f"DELETE FROM {table} WHERE trial_id = ?", ((trial,) for trial in wanted))
         truths = {row["truth"] for row in wanted.values()}
         self._db.executemany(
@@ -541,7 +542,11 @@ class Store:
             f"INSERT INTO results ({', '.join(columns)}, session_id) VALUES ({', '.join('?' for _ in columns)}, ?)",
             ([*(row[name] for name in columns), sessions[row["session_id"]]] for row in wanted.values()),
         )
-        for table, names in (("scores", ("trial_id", "metric", "value")), ("images", ("trial_id", "png"))):
+        for table, names in (
+            ("scores", ("trial_id", "metric", "value")),
+            ("findings", ("trial_id", "name", "value")),
+            ("images", ("trial_id", "png")),
+        ):
             rows = other._each(f"SELECT {', '.join(names)} FROM {table}")
             self._db.executemany(
                 f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' for _ in names)})",
@@ -614,6 +619,11 @@ class Store:
             row["id"]: Record(row["settings"], row["threat_words"], row["label"], row["session_id"], row["finished"])
             for row in rows
         }
+
+    def findings(self) -> pd.DataFrame:
+        """Return what attacks found beside images and labels: ``trial``, ``name`` and ``value``, one row each."""
+        rows = self.query("SELECT trial_id, name, value FROM findings ORDER BY trial_id, name")
+        return pd.DataFrame([tuple(row) for row in rows], columns=["trial", "name", "value"])
 
     def images(self, trials: Iterable[str]) -> dict[str, Pictures]:
         """Return the PNGs of these trials by id; trials without a result are left out."""
@@ -718,6 +728,7 @@ class Store:
         self._db.execute("INSERT INTO truths VALUES (?, ?) ON CONFLICT (digest) DO NOTHING", (digest, result.truth))
         self._db.execute("DELETE FROM scores WHERE trial_id = ?", (trial,))
         self._db.execute("DELETE FROM images WHERE trial_id = ?", (trial,))
+        self._db.execute("DELETE FROM findings WHERE trial_id = ?", (trial,))
         self._db.execute(
             "INSERT OR REPLACE INTO results (trial_id, status, reason, seconds, label, objective, evaluations, path,"
             " truth, session_id, finished) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -743,6 +754,8 @@ class Store:
                     f"{self.path}: the scores hold {name!r}, which is no metric of this run; record the metric first"
                 )
         self._db.executemany("INSERT INTO scores VALUES (?, ?, ?)", scores)
+        found = [(trial, name, float(value)) for name, value in result.findings.items()]
+        self._db.executemany("INSERT INTO findings VALUES (?, ?, ?)", found)
         if result.reconstruction is not None:
             self._db.execute("INSERT INTO images VALUES (?, ?)", (trial, result.reconstruction))
 

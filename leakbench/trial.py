@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -156,6 +156,7 @@ class Result:
         objective: the attack's own final objective, where it has one.
         evaluations: how often the attack evaluated its objective, where it counts.
         path: how the gradients were computed, ``batched``, ``vmap`` or ``one-at-a-time``.
+        findings: further numbers that the attack found, by name (``Reconstruction.findings``); finite ones alone.
     """
 
     trial: Trial
@@ -169,3 +170,4 @@ class Result:
     objective: float | None = None
     evaluations: int | None = None
     path: str = ""
+    findings: Mapping[str, float] = field(default_factory=dict)

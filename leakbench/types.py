@@ -273,6 +273,7 @@ class Reconstruction:
         failed: [T] bool, the trials that the attack itself knows to have diverged; None for none.
         evaluations: [T] int64, evaluations of the objective and its gradient; None where it has none.
         path: how gradients were computed, ``batched``, ``vmap`` or ``one-at-a-time``; empty where none were.
+        findings: further numbers that the attack found, [T] by name; the run keeps them (``Store.findings``).
     """
 
     images: Tensor
@@ -281,3 +282,4 @@ class Reconstruction:
     failed: Tensor | None = None
     evaluations: Tensor | None = None
     path: str = ""
+    findings: Mapping[str, Tensor] = field(default_factory=dict)

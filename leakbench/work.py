@@ -216,6 +216,7 @@ class Worker:
                 objective=_finite(guess.objective, row),
                 evaluations=None if guess.evaluations is None else int(guess.evaluations[row]),
                 path=guess.path,
+                findings=_found(guess, row),
             )
             for row, trial in enumerate(trials)
         ]
@@ -361,6 +362,12 @@ def repeated(blank: Observation, trials: int, own: bool) -> Observation:
         labels=None if blank.labels is None else blank.labels.expand(trials),
         targets=None if blank.targets is None else blank.targets.expand(trials, -1),
     )
+
+
+def _found(guess: Reconstruction, row: int) -> dict[str, float]:
+    """Return what an attack found of one trial beside image and label; what is not finite is left out."""
+    found = {name: _finite(values, row) for name, values in guess.findings.items()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _finite(values: Tensor | None, row: int) -> float | None:

@@ -509,9 +509,10 @@ def test_provenance_of_this_process():
     assert here.commit is None or len(here.commit) == 40
 
 
+@pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("readonly", [True, False])
-def test_a_file_of_schema_1_is_read_as_one_of_this(tmp_path, readonly):
-    shutil.copy(SCHEMAS / "1.sqlite", tmp_path / FILE)
+def test_a_file_of_an_older_schema_is_read_as_one_of_this(tmp_path, readonly, number):
+    shutil.copy(SCHEMAS / f"{number}.sqlite", tmp_path / FILE)
     before = (tmp_path / FILE).read_bytes()
     with Store.open(tmp_path / FILE, readonly=readonly) as store:
         results = store.results()
@@ -522,6 +523,7 @@ def test_a_file_of_schema_1_is_read_as_one_of_this(tmp_path, readonly):
         assert len(store.done()) == 38
         assert store.planned() == set(results["trial"])
         assert store._db.execute("PRAGMA foreign_key_check").fetchall() == []
+        assert store.findings().empty
         assert {spec.spec for spec in store.components()} >= {"lenet", "resnet20", "samples", "raises-for-bright"}
         assert store._db.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()[0] == str(schema.SCHEMA)
     assert results["status"].value_counts().to_dict() == {"ok": 31, "unsupported": 5, "error": 4, "failed": 2}
@@ -541,8 +543,9 @@ def _planned(path: Path) -> dict[str, tuple[int, int, str]]:
         return {row[0]: tuple(row)[1:] for row in rows}
 
 
-def test_a_file_of_schema_1_that_was_migrated_has_the_tables_of_a_new_one(tmp_path):
-    shutil.copy(SCHEMAS / "1.sqlite", tmp_path / FILE)
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_file_that_was_migrated_has_the_tables_of_a_new_one(tmp_path, number):
+    shutil.copy(SCHEMAS / f"{number}.sqlite", tmp_path / FILE)
     new = Store.create(tmp_path / "new" / FILE)
     with Store.open(tmp_path / FILE) as old, new:
         for table in schema.TABLES:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import CLASSES, SHAPE, clients, close, rand, watch
+from conftest import CLASSES, ON_WEIGHTS, SHAPE, clients, close, plain, rand, randn, same, watch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from leakbench import attacks, defenses
 from leakbench.attacks.base import prepare
+from leakbench.attacks.matching import MatchingObjective
+from leakbench.engine import run
 from leakbench.errors import BadOption, Unsupported
 from leakbench.matrix import Matrix, parse_threat
 from leakbench.models import parse
+from leakbench.optim import value_and_gradient
 from leakbench.rng import Rng
+from leakbench.store import Store
 from leakbench.types import ThreatModel
 from leakbench.victim import build
 
@@ -89,12 +98,163 @@ def test_an_informed_attacker_models_the_defense_in_the_units_of_the_update() ->
         attack._objective(hidden, Rng(("a", "b")))
 
 
+@pytest.mark.parametrize("snapshots", ["both", "after"])
+def test_weight_noise_is_that_of_the_law_with_and_without_its_own_clipping(snapshots: str) -> None:
+    """On a layer of many weights; the released code's phi enlarges the noise and undoes the clipping."""
+    threat = "shares=weights, learning_rate=0.01"
+    plain = watch("mlp", "none", threat).gradient["1.weight"]
+    weight = watch("mlp", "none", threat).weights["1.weight"]
+    phi = float(weight[0].norm(dim=1).max()) / (0.2 + 1e-6)
+    times = 2**0.5 if snapshots == "both" else 1.0
+    for kind, deviation in (("gaussian", 0.5), ("laplace", 0.5 * 2**0.5)):
+        spec = f"scale=0.5, kind={kind}, snapshots={snapshots}"
+        unclipped = watch("mlp", f"weight-noise({spec}, clip=none)", threat).gradient["1.weight"]
+        released = watch("mlp", f"weight-noise({spec}, as_released=true)", threat).gradient["1.weight"]
+        assert float((unclipped - plain).std()) == pytest.approx(times * deviation, rel=0.05)
+        assert float((released - plain).std()) == pytest.approx(times * deviation * phi, rel=0.05)
+    exact = watch("mlp", f"weight-noise(scale=0, snapshots={snapshots})", threat).gradient["1.weight"]
+    released = watch("mlp", f"weight-noise(scale=0, as_released=true, snapshots={snapshots})", threat)
+    close(released.gradient["1.weight"], plain, 1e-3)
+    if snapshots == "both":
+        trained = weight - plain
+        other = [float(row.norm(dim=1).max()) / (0.2 + 1e-6) for row in trained]
+        close(exact, torch.stack([w / phi - t / o for w, t, o in zip(weight, trained, other)]), 1e-3)
+
+
+def test_weight_sparsify_sends_no_small_weight() -> None:
+    threat = "shares=weights, learning_rate=0.01"
+    plain = watch("mlp", "none", threat)
+    before, after = plain.weights["1.weight"], plain.weights["1.weight"] - plain.gradient["1.weight"]
+    for ratio in (0.0, 0.9):
+        one = watch("mlp", f"weight-sparsify(ratio={ratio}, snapshots=after)", threat)
+        sent = before - one.gradient["1.weight"]
+        assert float((sent.abs() < 1e-7).float().mean()) == pytest.approx(ratio, abs=0.01)
+        kept = sent.abs() > 1e-7
+        torch.testing.assert_close(sent[kept], after[kept])
+        both = watch("mlp", f"weight-sparsify(ratio={ratio})", threat).gradient["1.weight"]
+        assert float((both == 0).float().mean()) >= ratio - 0.02
+
+
+@pytest.mark.parametrize("name", ON_WEIGHTS)
+def test_defenses_of_weights_have_none_of_a_gradient(name: str) -> None:
+    with pytest.raises(Unsupported, match="shares=weights"):
+        watch("lenet", name)
+    first, second = (watch("lenet", name, "weights") for _ in range(2))
+    assert same(plain(first), plain(second))
+
+
 def test_fresh_noise_is_drawn_in_every_local_step() -> None:
     one = watch("lenet", "precode(k=6)", KNOWN).gradient
     two = watch("lenet", "precode(k=6)", f"{KNOWN}, local_steps=2").gradient
     assert one.keys() == two.keys()
     with pytest.raises(Unsupported, match="local_steps=1"):
         watch("lenet", "precode(k=6)", f"{KNOWN}, local_steps=2, reveals=noise")
+
+
+# dlm and dlm+
+
+
+def objective_of(spec: str, threat: str, factor: float = 1.0, model: str = "lenet") -> MatchingObjective:
+    attack, known = prepare(attacks.parse(spec), watch(model, threat=threat))
+    known = replace(known, gradient={name: factor * value for name, value in known.gradient.items()})
+    return attack._objective(known, Rng(("a", "b"))).with_path()  # type: ignore[attr-defined, no-any-return]
+
+
+@given(factor=st.floats(1e-4, 1e4))
+@settings(max_examples=15)
+def test_dlm_plus_does_not_change_with_the_learning_rate(factor: float) -> None:
+    """Scaling the update leaves objective and gradient unchanged to 1e-6."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        one = objective_of("dlm+", "shares=weights, labels=known")
+        other = objective_of("dlm+", "shares=weights, labels=known", factor)
+        start = {"image": randn(2, *SHAPE, seed=1).double()}
+        value, gradient = value_and_gradient(one, start, 0)
+        scaled, scaled_gradient = value_and_gradient(other, start, 0)
+        close(scaled, value, 1e-6)
+        close(scaled_gradient["image"], gradient["image"], 1e-6)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("scale", ["log", "plain"])
+@pytest.mark.parametrize("local", ["summed", "unrolled"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_true_image_at_one_over_the_rate_is_a_minimum(scale: str, local: str, steps: int) -> None:
+    """Exact for one step, and for several where they are unrolled; the derivatives by image and k vanish."""
+    threat = f"shares=weights, labels=known, learning_rate=0.05, local_steps={steps}"
+    objective = objective_of(f"dlm(scale={scale}, local={local})", threat)
+    k = torch.full((2, 1), 20.0)
+    truth = {"image": torch.stack([client.image for client in clients(2)]), "scale": k.log() if scale == "log" else k}
+    other = {**truth, "image": torch.rand(2, *SHAPE)}
+    value, gradient = value_and_gradient(objective, truth, 0)
+    off, _ = value_and_gradient(objective, other, 0)
+    exact = steps == 1 or local == "unrolled"
+    assert bool((value < 1e-12 * off).all()) == exact
+    assert objective.attack.findings(truth)["scale"].tolist() == pytest.approx([20.0] * 2)
+    if exact:
+        assert all(float(part.abs().max()) < 1e-6 for part in gradient.values())
+
+
+@pytest.mark.usefixtures("float64")
+def test_unrolled_steps_agree_with_finite_differences() -> None:
+    threat = "shares=weights, labels=known, learning_rate=0.05, local_steps=3"
+    objective = objective_of("dlm(local=unrolled)", threat)
+    start = {"image": torch.rand(2, *SHAPE), "scale": torch.tensor([[2.5], [3.5]])}
+    _, gradient = value_and_gradient(objective, start, 0)
+    for name in start:
+        along = torch.randn_like(start[name])
+        ends = [objective({**start, name: start[name] + sign * 1e-5 * along}, 0).detach() for sign in (1, -1)]
+        slope = (gradient[name] * along).flatten(1).sum(1)
+        close(slope, (ends[0] - ends[1]) / 2e-5, 1e-6)
+
+
+def test_the_plain_scale_can_collapse_and_the_learned_logarithm_cannot() -> None:
+    """Where the dummy gradient vanishes: the plain objective falls to zero with k, the other is 1 whatever k is."""
+    zero = {"w": torch.zeros(1, 6)}
+    for scale, value in (("plain", 0.0), ("log", 1.0)):
+        attack = attacks.parse(f"dlm(scale={scale})")
+        small = attack.distance(zero, {"w": 1e-6 * randn(1, 6)})  # type: ignore[attr-defined]
+        assert float(small) == pytest.approx(value, abs=1e-6)
+
+
+def test_who_does_not_know_the_rate_cannot_unroll() -> None:
+    threat = "shares=weights, local_steps=2"
+    with pytest.raises(Unsupported, match="neither known nor"):
+        objective_of("dlm+(local=unrolled)", threat)
+    objective_of("dlm+(local=unrolled)", f"{threat}, rate=known")
+    objective_of("ig(local=unrolled)", f"{threat}, rate=known")
+
+
+@pytest.mark.parametrize(("spec", "seed"), [("dlm(steps=40)", 0), ("dlm+(steps=40)", 0)])
+def test_an_image_is_recovered_without_the_learning_rate(spec: str, seed: int) -> None:
+    observation = watch("lenet", threat="shares=weights, learning_rate=0.003", trials=4)
+    attack, known = prepare(attacks.parse(spec), observation)
+    found = attack(known, Rng(tuple(f"{seed} {row}" for row in range(4))))
+    truth = torch.stack([client.image for client in clients(4)])
+    recovered = ((found.images - truth).square().flatten(1).mean(1) < 1e-3) & ~found.failed
+    assert int(recovered.sum()) >= 2
+    if "scale" in found.findings:
+        torch.testing.assert_close(
+            found.findings["scale"][recovered] * 0.003, torch.ones(int(recovered.sum())), rtol=0.03, atol=0
+        )
+
+
+def test_a_run_keeps_what_was_found(tmp_path: Path) -> None:
+    matrix = Matrix(
+        attacks=["dlm(steps=1)", "dlm+(steps=1)"],
+        defenses=["none", "weight-sparsify"],
+        models=["mlp(hidden=4)"],
+        datasets=["samples(size=8)"],
+        threats=["weights"],
+        images=2,
+    )
+    run(matrix, tmp_path)
+    with Store.open(tmp_path / "run.sqlite", readonly=True) as store:
+        results, findings = store.results(), store.findings()
+    assert set(findings["name"]) == {"scale"}
+    assert set(findings["trial"]) <= set(results[results["attack"] == "dlm(steps=1)"]["trial"])
 
 
 def test_what_nobody_knows_cannot_be_run() -> None:

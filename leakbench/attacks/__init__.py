@@ -1,6 +1,6 @@
 """The registered attacks: one file each."""
 
-from leakbench.attacks import dlg, ig, lb, peel, grnn, ggl, floors  # isort: skip (listed in this order)
+from leakbench.attacks import dlg, dlm, ig, lb, peel, grnn, ggl, floors  # isort: skip (listed in this order)
 from leakbench.attacks.base import Attack, register, registry
 
 get = registry.get
@@ -11,6 +11,7 @@ spec = registry.spec
 __all__ = [
     "Attack",
     "dlg",
+    "dlm",
     "floors",
     "get",
     "ggl",

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from leakbench.attacks.base import register
-from leakbench.attacks.matching import Count, GradientMatching, MatchingObjective, NonNegative, Positive
+from leakbench.attacks.matching import Count, GradientMatching, MatchingObjective, NonNegative, Positive, root
 from leakbench.gradients.bilinear import squared_distance
 from leakbench.gradients.intercept import batch_norm
 from leakbench.optim import Solution, Unknowns, descend
@@ -201,12 +201,6 @@ def convolve_doubled(x: Tensor, weight: Tensor) -> Tensor:
     first, middle, last = torch.stack(pairs, 4).flatten(3, 4).unbind(1)
     pairs = [F.pad(first, (1, -1)) + middle + last, first + middle + F.pad(last, (-1, 1))]
     return torch.stack(pairs, 4).flatten(3, 4)
-
-
-def root(squared: Tensor) -> Tensor:
-    """Return the square root of [T], whose derivative at zero is taken as zero."""
-    positive = squared > 0
-    return torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0)
 
 
 def sorted_distance(gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:

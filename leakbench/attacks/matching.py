@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -17,8 +17,10 @@ from pydantic import Field
 from torch import Tensor
 
 from leakbench.attacks.base import Attack
+from leakbench.component import LATER
 from leakbench.errors import Unsupported
 from leakbench.gradients import Evaluator, choose_path, plain_loss
+from leakbench.gradients.bilinear import squared_norm
 from leakbench.gradients.evaluate import tensors_of
 from leakbench.models.surgery import linears
 from leakbench.optim import Evaluation, Solution, Unknowns, take_rows, value_and_gradient
@@ -54,6 +56,9 @@ class GradientMatching(Attack):
         secrets: the defense's secrets that are not revealed: ``sample`` draws them by their law (a key once, noise at
             every evaluation, as the network itself would); ``optimise`` searches for those that are inputs of the
             network (a key, noise), starting from such a draw, and samples those that are weights.
+        local: where a client takes several steps before it sends its weights: ``summed`` matches one gradient, at the
+            weights before, to the mean of all steps; ``unrolled`` repeats the client's steps with the dummy, by the
+            learning rate that was granted or is learned.
     """
 
     steps: Count = 300
@@ -62,6 +67,7 @@ class GradientMatching(Attack):
     restarts: Count = 1
     labels: Literal["joint", "analytic"] = "joint"
     secrets: Literal["sample", "optimise"] = "sample"
+    local: Literal["summed", "unrolled"] = field(default="summed", metadata=LATER)
 
     per_tensor: ClassVar[bool] = False
     held: ClassVar[int] = 5
@@ -78,6 +84,14 @@ class GradientMatching(Attack):
     @abstractmethod
     def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
         """Minimise the objective from this start."""
+
+    def factor(self, unknowns: Unknowns) -> Tensor | None:
+        """Return [T], what is learned that an update is multiplied by before it is matched (1 / rate); None for 1."""
+        return None
+
+    def findings(self, unknowns: Unknowns) -> Mapping[str, Tensor]:
+        """Return further numbers [T] that the attack found, by name."""
+        return {}
 
     def start(self, observation: Observation, rng: Rng) -> Unknowns:
         """Return what the search starts from, name -> [T, *shape]: image, and label logits where labels are sought.
@@ -133,6 +147,7 @@ class GradientMatching(Attack):
             failed=pick([run.failed for run in runs]),
             evaluations=torch.stack([run.evaluations for run in runs]).sum(0),
             path=first.evaluator.path,
+            findings={name: pick([run.findings[name] for run in runs]) for name in runs[0].findings},
         )
 
     def _objective(self, observation: Observation, rng: Rng) -> MatchingObjective:
@@ -143,6 +158,8 @@ class GradientMatching(Attack):
         )
         if observation.labels is None and self.labels == "analytic":
             observation = replace(observation, labels=self.read_labels(observation))
+        if self.local == "unrolled" and observation.threat.shares == "weights":
+            _check_unrolled(self, observation)
         own = tensors_of(model)
         secrets = {
             secret.name: _draw(secret, own[secret.name], rng, "secret", observation.dtype)
@@ -169,7 +186,8 @@ class GradientMatching(Attack):
             labels = logits.argmax(1)
         # a search that ends no closer than it began has diverged, whatever it returns
         failed = ~finite | ~torch.isfinite(match) | (match >= begun)
-        return _Run(images, labels, match, failed, solution.evaluations + 2)
+        findings = {name: value.detach() for name, value in self.findings(solution.unknowns).items()}
+        return _Run(images, labels, match, failed, solution.evaluations + 2, findings)
 
     def _begin(self, objective: MatchingObjective) -> Unknowns:
         """Return the start of the search, secrets that are sought included."""
@@ -191,6 +209,7 @@ class _Run:
     objective: Tensor
     failed: Tensor
     evaluations: Tensor
+    findings: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -245,16 +264,50 @@ class MatchingObjective:
             if unlikely is not None:
                 return unlikely / self._unlikely
             gradient = _times(released, None if unit is None else 1 / unit)
+        factor = self.attack.factor(unknowns)
         if self.attack.per_tensor:
-            return self.attack.distance(gradient, observed)
-        return self.attack.distance(pack(gradient), self._packed)
+            return self.attack.distance(gradient, _scaled(observed, factor))
+        return self.attack.distance(pack(gradient), _scaled(self._packed, factor))
+
+    def ratio(self, unknowns: Unknowns) -> Tensor:
+        """Return [T], |g'| / |g| for the dummy and the observed gradient."""
+        images, logits = self.render(unknowns)
+        labels = self.labels if logits is None else torch.softmax(logits, 1)
+        assert labels is not None, "an attack that seeks labels renders their logits"
+        with torch.no_grad():
+            gradient = self._gradient(self._filled(unknowns, 0), images, labels, 0)
+        observed = self.observation.gradient
+        own, other = (torch.stack([squared_norm(x[name]) for name in observed]).sum(0) for x in (gradient, observed))
+        return (own / other).sqrt()
 
     def dummy(self, images: Tensor, labels: Tensor, unknowns: Unknowns, evaluation: Evaluation) -> Gradient:
-        """Return the gradient [T, *shape] of images [T, C, H, W] and labels; under ``no_grad`` it has no graph."""
+        """Return the gradient [T, *shape] of images [T, C, H, W] and labels; under ``no_grad`` it has no graph.
+
+        Where local steps are unrolled, the mean of their gradients.
+        """
+        tensors, threat = self._filled(unknowns, evaluation), self.observation.threat
+        steps = threat.local_steps if self.attack.local == "unrolled" and threat.shares == "weights" else 1
+        if steps == 1:
+            return self._gradient(tensors, images, labels, evaluation)
+        factor = self.attack.factor(unknowns)
+        trained = tuple(name for name, parameter in self.evaluator.model.named_parameters() if parameter.requires_grad)
+        every = replace(self, evaluator=replace(self.evaluator, names=trained))
+        total: Gradient = {}
+        for _ in range(steps):
+            gradient = every._gradient(tensors, images, labels, evaluation)
+            total = {name: total[name] + gradient[name] if total else gradient[name] for name in self.evaluator.names}
+            move = _scaled(gradient, threat.learning_rate if factor is None else 1 / factor)
+            tensors = tensors | {name: tensors[name] - move[name] for name in trained}
+        return {name: value / steps for name, value in total.items()}
+
+    def _gradient(
+        self, tensors: Mapping[str, Tensor], images: Tensor, labels: Tensor, evaluation: Evaluation
+    ) -> Gradient:
+        """Return the gradient of images and labels at these tensors."""
         differentiable = torch.is_grad_enabled()
         with torch.enable_grad():
             return self.evaluator.gradient(
-                self._filled(unknowns, evaluation),
+                tensors,
                 images,
                 labels,
                 create_graph=differentiable,
@@ -378,6 +431,25 @@ def _look(objective: MatchingObjective, unknowns: Unknowns) -> tuple[Tensor, Ten
     return torch.cat(values), torch.cat(images), torch.cat(logits) if logits else None
 
 
+def _check_unrolled(attack: GradientMatching, observation: Observation) -> None:
+    """Raise Unsupported where an attack cannot repeat the client's steps: nothing gives it a learning rate."""
+    learned = type(attack).factor is not GradientMatching.factor
+    if observation.threat.learning_rate is None and not learned:
+        raise Unsupported(
+            f"{attack.name} with local=unrolled repeats the client's steps, and the learning rate is neither known nor "
+            "learned; use a threat model with rate=known, dlm, or local=summed"
+        )
+
+
+def _scaled(gradient: Mapping[str, Tensor], factor: Tensor | float | None) -> Gradient:
+    """Return gradients [T, *shape] times a factor, one for all or [T]; as they are for None."""
+    if factor is None:
+        return dict(gradient)
+    if not isinstance(factor, Tensor):
+        return {name: value * factor for name, value in gradient.items()}
+    return {name: value * factor.view(-1, *[1] * (value.ndim - 1)) for name, value in gradient.items()}
+
+
 def _times(gradient: Mapping[str, Tensor], unit: float | None) -> Gradient:
     """Return a gradient in other units; as it is for 1, and for those that are not known, where they do not matter."""
     return dict(gradient) if unit in (None, 1.0) else {name: value * unit for name, value in gradient.items()}
@@ -395,6 +467,12 @@ def total_variation(x: Tensor) -> Tensor:
     across = (x[..., 1:] - x[..., :-1]).abs().flatten(1).mean(1)
     down = (x[..., 1:, :] - x[..., :-1, :]).abs().flatten(1).mean(1)
     return across + down
+
+
+def root(squared: Tensor) -> Tensor:
+    """Return the square root of [T], whose derivative at zero is taken as zero."""
+    positive = squared > 0
+    return torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0)
 
 
 def double(observation: Observation) -> Observation:

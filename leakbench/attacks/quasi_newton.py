@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from torch import Tensor
 
 from leakbench.attacks.matching import GradientMatching, MatchingObjective
-from leakbench.optim import LineSearch, Solution, Unknowns, lbfgs
+from leakbench.component import LATER
+from leakbench.optim import LineSearch, Solution, Unknowns, descend, lbfgs
 
 HISTORY = 100
 """How many pairs of steps and gradient differences are kept, as in torch."""
@@ -18,6 +21,10 @@ class QuasiNewton(GradientMatching):
 
     Attributes:
         line_search: ``none``, as published, or torch's ``strong-wolfe``, which costs up to 25 evaluations a step.
+        solver: ``lbfgs``; ``adam``, whose step size is ``lr`` and which takes ``steps`` steps of one evaluation; or
+            ``signed-adam``, the same by the sign of the image's gradient, with the image boxed to [0, 1] and the step
+            size falling tenfold after 3/8, 5/8 and 7/8 of the steps, as in IG: for networks of ReLUs, on which L-BFGS
+            stalls.
     """
 
     queue: ClassVar[int] = 4  # trials end at different times
@@ -25,9 +32,25 @@ class QuasiNewton(GradientMatching):
     tolerance_grad: ClassVar[float] = 1e-7
     tolerance_change: ClassVar[float] = 1e-9
     line_search: LineSearch = "none"
+    solver: Literal["lbfgs", "adam", "signed-adam"] = field(default="lbfgs", metadata=LATER)
 
     def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
-        """Run at most ``steps`` outer steps."""
+        """Run at most ``steps`` outer steps of L-BFGS, or ``steps`` steps of Adam."""
+        if self.solver != "lbfgs":
+            signed = self.solver == "signed-adam"
+
+            def project(name: str, tensor: Tensor) -> Tensor:
+                return tensor.clamp(0, 1) if signed and name == "image" else tensor
+
+            return descend(
+                objective,
+                start,
+                steps=self.steps,
+                lr=dict.fromkeys(start, self.lr),
+                sign=("image",) if signed else (),
+                milestones=tuple(self.steps * part // 8 for part in (3, 5, 7)) if signed else (),
+                project=project,
+            )
         return lbfgs(
             objective,
             start,

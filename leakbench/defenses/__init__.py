@@ -2,7 +2,21 @@
 
 # In the order in which they are listed.
 # isort: off
-from leakbench.defenses import none, noise, prune, clip, dp, quantise, soteria, precode, mixup, ats, keylock, norm_only
+from leakbench.defenses import (
+    none,
+    noise,
+    prune,
+    clip,
+    dp,
+    quantise,
+    soteria,
+    precode,
+    mixup,
+    ats,
+    keylock,
+    norm_only,
+    weights,
+)
 
 # isort: on
 from leakbench.defenses.base import Defense, Step, register, registry
@@ -33,4 +47,5 @@ __all__ = [
     "registry",
     "soteria",
     "spec",
+    "weights",
 ]

@@ -1,6 +1,6 @@
 """The registered models: one file a family; and a user's own network as a model."""
 
-from leakbench.models import lenet, resnet, resnet18, vgg
+from leakbench.models import lenet, mlp, resnet, resnet18, vgg
 from leakbench.models.base import Model, register, registry
 from leakbench.models.module import OwnModule
 
@@ -14,6 +14,7 @@ __all__ = [
     "OwnModule",
     "get",
     "lenet",
+    "mlp",
     "names",
     "parse",
     "register",

@@ -1,0 +1,115 @@
+"""DLM and DLM+: leakage from the weights before and after local training, whose learning rate is not known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from leakbench.attacks.base import register
+from leakbench.attacks.matching import Count, MatchingObjective, Positive, root
+from leakbench.attacks.quasi_newton import QuasiNewton
+from leakbench.gradients.bilinear import squared_distance, squared_norm
+from leakbench.optim import Unknowns
+from leakbench.types import Gradient
+
+SCALE = "scale"
+"""The unknown that the update is multiplied by, or its logarithm."""
+
+
+@dataclass(frozen=True)
+class Updates(QuasiNewton):
+    """Matching of an update of unknown learning rate; see QuasiNewton and GradientMatching for the options.
+
+    The released code takes L-BFGS, and for fully connected networks 5000 steps of Adam at lr 0.1 (DLM) or 0.01 (DLM+).
+    """
+
+    updates: ClassVar[bool] = True
+    tolerance_grad: ClassVar[float] = 1e-9
+    tolerance_change: ClassVar[float] = 1e-12
+    steps: Count = 200
+
+
+@register("dlm")
+@dataclass(frozen=True)
+class DLM(Updates):
+    """Deep Leakage from Model: the distance of the dummy gradient to the update times a scale k, which is learned.
+
+    |g' - k u|^2 over image, soft label and k, for the update u of one local step (the mean of several); k is 1 /
+    learning rate where it matches. Where soft labels are sought, others with a smaller gradient of the same direction
+    match too, with a smaller k. See Updates, QuasiNewton and GradientMatching for the other options.
+
+    Attributes:
+        scale: ``log`` learns log k, and has the distance relative to |k u|^2, so that neither k nor the gradient can
+            collapse to zero; ``plain`` is the released code's k itself.
+        k0: the first k (released: 60 to 240, at a rate of 0.01); none: |g'| / |u| at the start, times ``spread`` to the
+            power of a number drawn from U(-1, 1), another one for each of the ``restarts``.
+        spread: see ``k0``.
+    """
+
+    reference: ClassVar[str] = (
+        "Zhao et al. 2022, Deep Leakage from Model in Federated Learning, arXiv 2206.04887 (code)"
+    )
+    scale: Literal["log", "plain"] = "log"
+    k0: Positive | None = None
+    spread: Positive = 4.0
+
+    def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
+        """Return the squared distance, relative to the scaled update for ``log``."""
+        distance = squared_distance(gradient, observed)
+        if self.scale == "plain":
+            return distance
+        return distance / torch.stack([squared_norm(value) for value in observed.values()]).sum(0)
+
+    def factor(self, unknowns: Unknowns) -> Tensor | None:
+        """Return k [T]."""
+        value = unknowns[SCALE][:, 0]
+        return value.exp() if self.scale == "log" else value
+
+    def findings(self, unknowns: Unknowns) -> Mapping[str, Tensor]:
+        """Return k."""
+        factor = self.factor(unknowns)
+        assert factor is not None
+        return {SCALE: factor}
+
+    def _begin(self, objective: MatchingObjective) -> Unknowns:
+        """Return the start of the search, k included."""
+        start = super()._begin(objective)
+        observation = objective.observation
+        if self.k0 is not None:
+            k = torch.full((observation.trials,), self.k0, device=observation.device, dtype=observation.dtype)
+        else:
+            k = objective.ratio(start)
+            exponent = 2 * objective.rng.uniform(SCALE, ()).to(k) - 1
+            k = k * self.spread**exponent
+        return start | {SCALE: (k.log() if self.scale == "log" else k)[:, None]}
+
+
+@register("dlm+")
+@dataclass(frozen=True)
+class DLMPlus(Updates):
+    """DLM+: the distance of the normalised dummy gradient to the normalised update, which no learning rate changes.
+
+    With n(u) = mean_l |u_l| over the parameter tensors l: sum_l |g'_l / n(g') - u_l / n(u)|^2 over the image, and the
+    label read off the update (the released code is given it). See Updates, QuasiNewton and GradientMatching for the
+    other options.
+    """
+
+    reference: ClassVar[str] = (
+        "Zhao et al. 2022, Deep Leakage from Model in Federated Learning, arXiv 2206.04887 (code)"
+    )
+    per_tensor: ClassVar[bool] = True
+    labels: Literal["joint", "analytic"] = "analytic"
+
+    def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
+        """Return the squared distance after both are divided by their mean norm."""
+        return squared_distance(normalised(gradient, observed), normalised(observed, observed))
+
+
+def normalised(gradient: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> Gradient:
+    """Return gradients [T, *shape] of these names, divided by the mean over the names of their Euclidean norms."""
+    norm = torch.stack([root(squared_norm(gradient[name])) for name in names]).mean(0)
+    return {name: gradient[name] / norm.view(-1, *[1] * (gradient[name].ndim - 1)) for name in names}
