@@ -227,18 +227,17 @@ def test_who_does_not_know_the_rate_cannot_unroll() -> None:
     objective_of("ig(local=unrolled)", f"{threat}, rate=known")
 
 
-@pytest.mark.parametrize(("spec", "seed"), [("dlm(steps=40)", 0), ("dlm+(steps=40)", 0)])
-def test_an_image_is_recovered_without_the_learning_rate(spec: str, seed: int) -> None:
+@pytest.mark.parametrize("spec", ["dlm(steps=40, labels=analytic)", "dlm+(steps=40)"])
+def test_an_image_is_recovered_without_the_learning_rate(spec: str) -> None:
     observation = watch("lenet", threat="shares=weights, learning_rate=0.003", trials=4)
     attack, known = prepare(attacks.parse(spec), observation)
-    found = attack(known, Rng(tuple(f"{seed} {row}" for row in range(4))))
+    found = attack(known, Rng(tuple(f"0 {row}" for row in range(4))))
     truth = torch.stack([client.image for client in clients(4)])
     recovered = ((found.images - truth).square().flatten(1).mean(1) < 1e-3) & ~found.failed
     assert int(recovered.sum()) >= 2
     if "scale" in found.findings:
-        torch.testing.assert_close(
-            found.findings["scale"][recovered] * 0.003, torch.ones(int(recovered.sum())), rtol=0.03, atol=0
-        )
+        scaled = found.findings["scale"][recovered] * 0.003
+        torch.testing.assert_close(scaled, torch.ones_like(scaled), rtol=0.03, atol=0)
 
 
 def test_a_run_keeps_what_was_found(tmp_path: Path) -> None:

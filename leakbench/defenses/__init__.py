@@ -2,21 +2,8 @@
 
 # In the order in which they are listed.
 # isort: off
-from leakbench.defenses import (
-    none,
-    noise,
-    prune,
-    clip,
-    dp,
-    quantise,
-    soteria,
-    precode,
-    mixup,
-    ats,
-    keylock,
-    norm_only,
-    weights,
-)
+from leakbench.defenses import none, noise, prune, clip, dp, quantise, soteria, precode, mixup, ats, keylock, norm_only
+from leakbench.defenses import weights
 
 # isort: on
 from leakbench.defenses.base import Defense, Step, register, registry

@@ -61,9 +61,7 @@ class WeightNoise(OnWeights):
         as_released: send phi (W / phi + noise), as the released code does.
     """
 
-    reference: ClassVar[str] = (
-        "Zhao et al. 2022, Deep Leakage from Model in Federated Learning, arXiv 2206.04887 (code)"
-    )
+    reference: ClassVar[str] = "Zhao et al. 2022, Deep Leakage from Model in Federated Learning, arXiv 2206.04887"
     scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
     kind: Literal["gaussian", "laplace"] = "gaussian"
     clip: Bound | None = 0.2
@@ -103,9 +101,7 @@ class WeightSparsify(OnWeights):
         ratio: the share of each tensor's entries that becomes zero.
     """
 
-    reference: ClassVar[str] = (
-        "Zhao et al. 2022, Deep Leakage from Model in Federated Learning, arXiv 2206.04887 (code)"
-    )
+    reference: ClassVar[str] = "Zhao et al. 2022, Deep Leakage from Model in Federated Learning, arXiv 2206.04887"
     informed: ClassVar[str] = "matches the update where it is not zero"
     ratio: Ratio = 0.5
     snapshots: Snapshots = "both"
