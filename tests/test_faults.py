@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import psutil
 import pytest
 import torch
 from test_cli import SMALL, cli, place, refused, written  # noqa: F401
@@ -23,7 +26,8 @@ from test_engine import (  # noqa: F401
 )
 
 import leakbench
-from leakbench import Attack, Defense, Gradient, LeakbenchError, Reconstruction, Step, Unsupported
+from leakbench import Attack, Defense, Gradient, LeakbenchError, Reconstruction, Step, Unsupported, workers
+from leakbench.check import check
 from leakbench.store import FILE
 
 
@@ -286,3 +290,79 @@ def test_two_networks_of_one_class_are_two_models(tmp_path):
         assert both.loc[alone.index, "psnr"].tolist() == alone["psnr"].tolist()
         assert both.loc[alone.index, "objective"].tolist() == alone["objective"].tolist()
     assert len(set(both["model"])) == 2
+
+
+@dataclass(frozen=True)
+class DefenseNan(Defense):
+    """Sends no numbers for one image."""
+
+    name: ClassVar[str] = "nan"
+
+    def release(self, step: Step, rng: torch.Generator) -> Gradient:
+        scale = float("nan") if torch.equal(step.images, one(1)[None]) else 1.0
+        return {name: scale * value for name, value in step.gradient().items()}
+
+
+def test_a_defense_that_returns_nan_fails_for_that_image_alone(tmp_path):
+    results = go(plan(attacks=["ig(steps=2)"], defenses=[DefenseNan(), "none"], images=3), tmp_path)
+    status = results.set_index(["defense", "image"])["status"].to_dict()
+    assert status.pop(("nan", 1)) in ("failed", "error")
+    assert set(status.values()) == {"ok"}
+    assert check(tmp_path).code in (0, 1)
+
+
+@dataclass(frozen=True)
+class DefenseHangs(Defense):
+    """Does not come back, from the blank image that is tried before a run on."""
+
+    name: ClassVar[str] = "hangs"
+
+    def release(self, step: Step, rng: torch.Generator) -> Gradient:
+        time.sleep(1000)
+        raise AssertionError
+
+
+def test_a_defense_that_hangs_is_stopped_and_costs_its_own_trials(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "LOADING", 8.0)
+    matrix = plan(attacks=["random"], defenses=[DefenseHangs(), "none"], images=1)
+    results = go(matrix, tmp_path, time_limit=1).set_index("defense")
+    assert results["status"].to_dict() == {"hangs": "error", "none": "ok"}
+    assert "longer than 1 s" in results["reason"]["hangs"]
+
+
+@dataclass(frozen=True)
+class Greedy(Thief):
+    """Takes 300 MiB a trial of a process that may take 1 GiB more than it has."""
+
+    name: ClassVar[str] = "greedy"
+
+    def give(self, images, observation, rng):
+        resource = pytest.importorskip("resource")
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**30, hard))
+        try:
+            torch.empty(len(images), 300 * 2**20, dtype=torch.uint8)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+        return Reconstruction(images)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only here the address space of a process is limited")
+def test_a_worker_that_runs_out_of_memory_tries_fewer_trials_at_a_time(tmp_path):
+    seen = Counter()
+    results = go(plan(attacks=[Greedy()], images=8), tmp_path, chunk=8, time_limit=600, progress=seen)
+    assert set(results["status"]) == {"ok"}
+    assert "8 trials at a time do not fit into memory; trying 4" in seen.notes
+
+
+def test_a_folder_is_run_by_one_process_at_a_time(tmp_path):
+    matrix = plan(attacks=["random"], images=2)
+
+    class Second(Counter):
+        def start(self, waiting, done):
+            with pytest.raises(LeakbenchError, match="being run by another process"):
+                go(matrix, tmp_path)
+            super().start(waiting, done)
+
+    assert len(go(matrix, tmp_path, progress=Second())) == 2
+    assert len(go(plan(attacks=["random"], images=3), tmp_path)) == 3

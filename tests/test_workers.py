@@ -27,7 +27,9 @@ from test_engine import (  # noqa: F401
 from test_worst_case import Counts, Knows, ensemble, planned
 
 from leakbench import LeakbenchError, Reconstruction, workers
+from leakbench.schedule import LOSSES, Schedule
 from leakbench.store import FILE, Store
+from leakbench.work import Data, Measure
 
 
 @pytest.fixture(autouse=True)
@@ -126,3 +128,31 @@ def test_a_component_that_no_process_can_import_is_refused_in_one_line(tmp_path)
         go(plan(attacks=[Local()]), tmp_path / "run", workers=2)
     assert "\n" not in str(told.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_task_whose_workers_die_is_tried_again_then_halved_then_given_up(tmp_path):
+    trials = plan(images=4).trials()
+    image = torch.zeros(1, 12, 12)
+    data = {"tiny": Data(dict.fromkeys(range(4), image), dict.fromkeys(range(4), 0), image, 4)}
+    with Store.create(tmp_path / FILE) as store:
+        store.add_trials(trials)
+        schedule = Schedule(trials, store, data, threshold=None, size=None, workers=1, spare=lambda spared: None)
+        for _ in range(LOSSES):
+            task = schedule.next()
+            assert isinstance(task, Measure)
+            assert schedule.next() is None
+            assert schedule.lost(task, "by SIGKILL") == []
+        assert store.chunk(trials[0].cell.key) == 1
+        store.record_chunk(trials[0].cell.key, 4)
+        schedule = Schedule(trials, store, data, threshold=None, size=None, workers=1, spare=lambda spared: None)
+        given_up, tried = [], []
+        while (task := schedule.next()) is not None:
+            tried.append(len(task.trials))
+            if any(trial.image == 1 for trial in task.trials):
+                given_up += schedule.lost(task, "by SIGKILL")
+            else:
+                schedule.finished(task)
+        assert tried == [4, 4, 4, 2, 2, 2, 1, 1, 1, 1, 2]
+        (result,) = given_up
+        assert (result.trial.image, result.status) == (1, "error")
+        assert result.reason == "3 workers died with it, the last one by SIGKILL"

@@ -177,4 +177,4 @@ def _stoppable(arms: Sequence[Arm], folder: Path) -> Iterator[tuple[str, Console
     except KeyboardInterrupt:
         done = training.finished(arms, folder)
         typer.echo(f"stopped: {done} of {len(arms)} trainings are done; to go on: {command}", err=True)
-        raise typer.Exit(130) from None
+        raise SystemExit(130) from None

@@ -60,12 +60,13 @@ def main() -> None:
         typer.echo(message)  # the help of a group that was called alone
         raise SystemExit(2) from None
     except (typer.Abort, KeyboardInterrupt):
-        sys.stderr.write("stopped before the run began; nothing was written\n")
-        raise SystemExit(130) from None
+        code = 130
     except LeakbenchError as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename or 'the file system'}: {error.strerror}; make room or choose another folder")
+    if code == 130:  # a command with more to say of it has ended by itself
+        sys.stderr.write("stopped; nothing that was written is lost: start the same command again\n")
     raise SystemExit(code or 0)
 
 

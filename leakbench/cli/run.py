@@ -276,7 +276,7 @@ def _run(plans: Sequence[Matrix], out: Path | None, how: _How) -> Run:
         done = sum(engine.finished(folder, plan, how.shard) for plan in plans)
         planned = sum(len(engine.planned(plan, how.shard)) for plan in plans)
         typer.echo(f"stopped: {done} of {planned} trials are done; to go on: {command}", err=True)
-        raise typer.Exit(130) from None
+        raise SystemExit(130) from None
     return finished
 
 

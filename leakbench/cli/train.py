@@ -87,6 +87,6 @@ def generator(
             weights = run(recipe, folder, device=device, command=command, told=told)
     except KeyboardInterrupt:
         typer.echo(f"stopped; to go on: {command}", err=True)
-        raise typer.Exit(130) from None
+        raise SystemExit(130) from None
     for path in [weights, *assess(recipe, folder, command)]:
         typer.echo(str(path))
