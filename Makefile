@@ -72,7 +72,8 @@ $(EXTRAS)/.ready: pyproject.toml
 
 test-extras: $(EXTRAS)/.ready
 	$(EXTRAS)/bin/python -m pytest -m "fl or ray"
-	$(EXTRAS)/bin/python -m pytest -n 2 -m "not assets and not full" tests/test_cli.py tests/test_registry.py
+	$(EXTRAS)/bin/python -m pytest tests/test_registry.py
+	$(EXTRAS)/bin/leakbench list defenses >/dev/null
 
 assets: setup
 	$(BIN)/leakbench assets fetch $(TRUNKS) $(DATA)

@@ -73,6 +73,18 @@ def client_app(
             secrets.append({"client": torch.tensor(number), "key": get_key(net), **lock})
         return Message(RecordDict({"arrays": ArrayRecord(net.state_dict()), "metrics": metrics}), reply_to=message)
 
+    @app.evaluate(mods=list(mods))
+    def evaluate(message: Message, context: Context) -> Message:
+        net = network(locked).eval()
+        net.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        if locked:
+            restore(net, context)
+        images, labels = data(int(context.node_config["partition-id"]))
+        with torch.no_grad():
+            accuracy = (net(images).argmax(1) == labels).float().mean().item()
+        metrics = MetricRecord({"num-examples": len(images), "eval_acc": accuracy})
+        return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
     return app
 
 

@@ -128,15 +128,20 @@ def carries(messages: list, tensor: torch.Tensor) -> bool:
 
 @pytest.mark.fl
 def test_no_secret_leaves_a_client(app) -> None:
+    from flwr.serverapp.strategy import FedAvg
+
     locked = app.network(locked=True)
     spy: list = []
     secrets: list = []
     keep = leakbench.flower.mod("keylock(length=8)", locked, seed=0)  # a seed whose gates are not all shut
-    result = run(app, app.client_app(keep, locked=True, secrets=secrets), locked=True, spy=spy)
-    assert len(spy) == 18
+    client = app.client_app(keep, locked=True, secrets=secrets)
+    result = run(app, client, strategy=FedAvg(), locked=True, spy=spy)
+    assert len(spy) == 36
+    assert len(result.evaluate_metrics_clientapp) == 3
     assert len(secrets) == 9
     for message in spy:
-        assert not any("key" in name or ".scale." in name or ".shift." in name for name in message.content["arrays"])
+        names = [name for record in message.content.array_records.values() for name in record]
+        assert not any("key" in name or ".scale." in name or ".shift." in name for name in names)
     for own in secrets:
         for name, value in own.items():
             assert name == "client" or not carries(spy, value), (name, value)
@@ -243,9 +248,7 @@ def test_a_recording_is_what_was_on_the_wire(app, tmp_path: Path) -> None:
     from flwr.serverapp.strategy import FedAvg
 
     spy: list = []
-    strategy = leakbench.flower.record(
-        FedAvg(fraction_evaluate=0.0), tmp_path / "updates", clients=[1, 3], rounds=[1, 2]
-    )
+    strategy = leakbench.flower.record(FedAvg(), tmp_path / "updates", clients=[1, 3], rounds=[1, 2])
     result = run(app, app.client_app(), strategy=strategy, spy=spy, rounds=3)
     plain = run(app, app.client_app(), rounds=3)
     for name, value in arrays(plain).items():
@@ -255,7 +258,7 @@ def test_a_recording_is_what_was_on_the_wire(app, tmp_path: Path) -> None:
     for number in (1, 2):
         for client in (1, 3):
             folder = tmp_path / "updates" / f"round-000{number}" / f"client-{client}"
-            start = 6 * (number - 1)
+            start = 12 * (number - 1)  # of training; then six messages of an evaluation
             (message,) = [m for m in spy[start : start + 3] if m.metadata.dst_node_id == client]
             (reply,) = [m for m in spy[start + 3 : start + 6] if m.metadata.src_node_id == client]
             for file, source in (("before", message), ("after", reply)):
