@@ -203,6 +203,18 @@ def _draw_secrets(
     return drawn
 
 
+def trained_on(defense: Defense, client: Client, num_classes: int) -> Tensor | None:
+    """Return the image [C, H, W] that a client's step is taken on, where its defense changes it; else None.
+
+    It is as private as the client's image: for metrics alone. None also where a step is taken on several images.
+    """
+    if type(defense).encode is Defense.encode:
+        return None
+    with seeded(client.key, "step"):
+        images, _ = defense.encode(*_batch(defense, client, num_classes), generator(client.key, "encode"))
+    return images[0] if len(images) == 1 else None
+
+
 def _batch(defense: Defense, client: Client, num_classes: int) -> tuple[Tensor, Tensor]:
     """Return what a client's defense encodes: see ``Defense.encode``."""
     if not defense.companions:

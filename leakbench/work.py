@@ -19,7 +19,7 @@ from leakbench.metrics.base import Metric, Truth
 from leakbench.rng import Rng, generator
 from leakbench.trial import Result, Trial
 from leakbench.types import Observation, Reconstruction
-from leakbench.victim import Client, build, groups_of, observe
+from leakbench.victim import Client, build, groups_of, observe, trained_on
 
 
 @dataclass(frozen=True)
@@ -182,11 +182,12 @@ class Worker:
         """Observe, attack and score trials of one cell, so many at a time."""
         begin = time.perf_counter()
         first = trials[0]
+        clients = [_client(trial, data) for trial in trials]
         observation = observe(
             first.model,
             first.defense,
             first.threat,
-            [_client(trial, data) for trial in trials],
+            clients,
             data.num_classes,
             data.mean,
             self.work.device,
@@ -198,6 +199,7 @@ class Worker:
         truth = Truth(
             torch.stack([data.images[trial.image] for trial in trials]).to(self.work.device),
             torch.tensor([data.labels[trial.image] for trial in trials], device=self.work.device),
+            self._encoded([trained_on(first.defense, client, data.num_classes) for client in clients]),
         )
         # the one place where reconstruction and truth meet
         scores = self._score(guess, truth)
@@ -220,6 +222,11 @@ class Worker:
             )
             for row, trial in enumerate(trials)
         ]
+
+    def _encoded(self, images: Sequence[Tensor | None]) -> Tensor | None:
+        """Return the images that clients trained on as one tensor, or None where a defense leaves them as they are."""
+        known = [image for image in images if image is not None]
+        return torch.stack(known).to(self.work.device) if len(known) == len(images) else None
 
     def _score(self, guess: Reconstruction, truth: Truth) -> dict[str, list[float]]:
         """Return every metric's values by row, NaN where the metric raises, which is told."""
@@ -263,7 +270,8 @@ def _row(guess: Reconstruction, truth: Truth, row: int) -> tuple[Reconstruction,
     """Return one trial's reconstruction and truth, as a batch of one."""
     labels = None if guess.labels is None else guess.labels[row : row + 1]
     only = Reconstruction(guess.images[row : row + 1], labels)
-    return only, Truth(truth.images[row : row + 1], truth.labels[row : row + 1])
+    encoded = None if truth.encoded is None else truth.encoded[row : row + 1]
+    return only, Truth(truth.images[row : row + 1], truth.labels[row : row + 1], encoded)
 
 
 def png(image: Tensor) -> bytes:

@@ -45,9 +45,10 @@ class ATS(Defense):
     One of the policies is drawn, each with the same probability, and its sub-policies are applied one after another,
     always and not with the probabilities that the released list states, as the released code does. Where an operation
     has a direction (shear, translate, color, brightness, contrast, sharpness), it is drawn. Images are rounded to 8
-    bits. No policy is searched for: those that the authors found are options. What is compared with a reconstruction
-    is the image as it was, so that a shift alone, which hides nothing from the eye, counts as protection in metrics
-    by pixel.
+    bits. No policy is searched for: those that the authors found are options. A reconstruction is compared with the
+    image as it was, where a shift alone, which hides nothing from the eye, counts as protection in metrics by pixel,
+    and with the transformed image, in the metrics ``*_encoded``. Every attack matches the transformed image, so that
+    there is no informed attacker.
 
     Attributes:
         policy: numbers of sub-policies (0 to 49), ``-`` between those of one policy and ``+`` between policies.

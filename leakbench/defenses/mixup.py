@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from leakbench.defenses.base import Defense, register
+from leakbench.gradients.linear import target_probabilities
+from leakbench.models.surgery import linears
 
 
 @register("mixup")
@@ -19,8 +22,8 @@ class MixUp(Defense):
     """MixUp: train on a blend of the attacked image with another one of the client's, and of their labels.
 
     The client trains on the one example l * x + (1 - l) * x', y alike, with l drawn from Beta(alpha, alpha) for every
-    step. x' is any other image of the dataset, drawn for the client. What is attacked, and compared with, is x, which
-    can be the fainter one.
+    step. x' is any other image of the dataset, drawn for the client. What is attacked is x, which can be the fainter
+    one; a reconstruction is compared with it and, in the metrics ``*_encoded``, with the blend.
 
     Attributes:
         alpha: of the Beta law: small values mix little (l near 0 or 1), large ones halve; 1 is uniform.
@@ -30,6 +33,7 @@ class MixUp(Defense):
     assumes: ClassVar[str] = "The attacker wants the images apart."
     cost: ClassVar[str] = "Training on blends, which often helps accuracy."
     fails: ClassVar[str] = "What is recovered is the blend, in which both images are seen."
+    informed: ClassVar[str] = "reads both labels and their shares off the classifier's gradient, and matches the blend"
     companions: ClassVar[int] = 1
     alpha: Annotated[float, Field(ge=1e-3, le=1e6)] = 1.0
 
@@ -38,3 +42,13 @@ class MixUp(Defense):
         seed = int(torch.randint(2**62, (), generator=rng))
         share = float(np.random.default_rng(seed).beta(self.alpha, self.alpha))
         return share * x[:1] + (1 - share) * x[1:2], share * y[:1] + (1 - share) * y[1:2]
+
+    def targets(self, model: nn.Module, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor | None:
+        """Return the blend's class probabilities [T, K], or None where the classifier is no linear layer with a bias.
+
+        See ``target_probabilities``. Who takes the blend for an image of one class matches another gradient.
+        """
+        names = [f"{name}.{tensor}" for name in list(linears(model))[-1:] for tensor in ("weight", "bias")]
+        if not names or not set(names) <= observed.keys():
+            return None
+        return target_probabilities(*(observed[name] for name in names), *(weights[name] for name in names))

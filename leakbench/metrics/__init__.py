@@ -1,6 +1,6 @@
 """The registered metrics, one file for each convention."""
 
-from leakbench.metrics import standard, lpips, aligned, label, paper  # isort: skip (listed in this order)
+from leakbench.metrics import standard, lpips, aligned, label, paper, encoded  # isort: skip (listed in this order)
 from leakbench.metrics.base import Metric, Truth, register, registry
 
 get = registry.get
@@ -12,6 +12,7 @@ __all__ = [
     "Metric",
     "Truth",
     "aligned",
+    "encoded",
     "get",
     "label",
     "lpips",

@@ -15,10 +15,17 @@ from leakbench.types import Reconstruction
 
 @dataclass(frozen=True)
 class Truth:
-    """What the metrics compare with: images [T, C, H, W] in [0, 1] and labels [T] int64."""
+    """What the metrics compare with.
+
+    Attributes:
+        images: [T, C, H, W] in [0, 1], the private images.
+        labels: [T] int64.
+        encoded: [T, C, H, W], the images that the clients trained on, where their defense changes these; else None.
+    """
 
     images: Tensor
     labels: Tensor
+    encoded: Tensor | None = None
 
 
 class Metric(Component):

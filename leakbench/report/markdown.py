@@ -25,6 +25,7 @@ FETCH = "leakbench assets fetch lpips-vgg lpips-alex"
 """The command that fetches the weights of LPIPS."""
 
 _PAPER = "paper_"
+_ENCODED = ("psnr_encoded", "ssim_encoded")
 _RANKED = ("psnr", "lpips_vgg", "psnr_aligned")
 _VERDICTS = ("lpips_vgg", "lpips_alex")
 _REASONS = 25
@@ -101,7 +102,7 @@ def run_name(sessions: Sequence[Session], folder: str) -> str:
 
 def _tables(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> list[str]:
     """Return the tables of one dataset, model and threat model."""
-    standard = _standard(metrics)
+    standard = [metric for metric in _standard(metrics) if metric.name not in _ENCODED or _has(block, metric.name)]
     paper = [metric for metric in metrics if metric.name.startswith(_PAPER)]
     parts = [_main_table(block, standard), _gain_table(block, standard), _strongest_table(block, standard)]
     if paper:
@@ -116,6 +117,11 @@ def _standard(metrics: Sequence[MetricInfo]) -> list[MetricInfo]:
     """Return the metrics of the main table: those of ``MAIN`` first; LPIPS has its columns even where it is absent."""
     known = _KNOWN | {metric.name: metric for metric in metrics if not metric.name.startswith(_PAPER)}
     return [known[name] for name in dict.fromkeys((*MAIN, *known)) if name in known]
+
+
+def _has(block: pd.DataFrame, name: str) -> bool:
+    """Return whether any cell has a value of a metric."""
+    return name in block and bool(block[name].notna().any())
 
 
 def _header(metric: MetricInfo) -> str:
@@ -336,6 +342,13 @@ def _legend(run: Run, summary: pd.DataFrame, pictures: bool) -> list[str]:
             f"**{english(map(escape, aligned))}** {'is' if len(aligned) == 1 else 'are'} taken after the best global "
             "brightness and contrast fit to the private image. BatchNorm on a batch of one image makes the contrast "
             "unidentifiable: there, a perfect structure has a poor plain psnr, so look at the aligned columns."
+        )
+    if any(_has(summary, name) for name in _ENCODED):
+        points.append(
+            f"**{english(map(escape, _ENCODED))}** compare, aligned, with the image that the client trained on, where "
+            "a defense changes the image before the step; every other metric compares with the image as it was. What "
+            "leaks is the former: where it is high and the others are low, look at the pictures, for a shift or a "
+            "blend of two images hides little from the eye."
         )
     if trained(run.components):
         points.append(LEGEND)
