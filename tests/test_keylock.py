@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 
 import pytest
 import torch
 import torchvision
-from conftest import CLASSES, SHAPE, rand, randn, tensors_of, watch
+from conftest import CLASSES, SHAPE, clients, rand, randn, tensors_of, watch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -408,21 +409,100 @@ def test_free_scale_and_shift_compute_what_the_lock_does() -> None:
     torch.testing.assert_close(relaxed(x), locked(x), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("gate", ["relu", "sigmoid", "none"])
-@pytest.mark.parametrize("lock_init", ["default", "uniform"])
-def test_the_search_starts_at_the_mean_gate_of_random_locks(gate: str, lock_init: str) -> None:
-    defense = KeyLockDefense(length=200, gate=gate, lock_init=lock_init)
-    locked = defense.wrap(nn.Conv2d(1, 4000, 1))
-    rng = seeded()
+def drawn(defense: KeyLockDefense, locked: nn.Module, rng: torch.Generator) -> None:
     for secret in defense.secrets(locked):
         value = tensors_of(locked)[secret.name]
         value.data.copy_(secret.law.draw(tuple(value.shape), rng))
+
+
+@pytest.mark.parametrize("gate", ["relu", "sigmoid", "none"])
+@pytest.mark.parametrize(
+    "options", [{}, {"lock_init": "uniform"}, {"keys": "normal"}, {"drift": 2.0}, {"layers": "all"}], ids=str
+)
+def test_the_search_starts_at_the_mean_gate_of_random_locks(gate: str, options: dict[str, object]) -> None:
+    """Scale and shift alike, and in a chain every lock by the law of its own key; measured on drawn locks."""
+    defense = KeyLockDefense(length=200, gate=gate, **options)
+    locked = defense.wrap(nn.Sequential(nn.Conv2d(1, 300, 1), nn.Conv2d(300, 300, 1)))
+    secrets, rng = defense.secrets(locked), seeded()
+    sizes: dict[str, list[Tensor]] = {}
+    for _ in range(4):
+        drawn(defense, locked, rng)
+        for name, lock in locks(locked).items():
+            for kind, value in zip(("gamma", "beta"), lock.coefficients()):
+                sizes.setdefault(f"{name}.{kind}", []).append(value.detach().abs())
+    starts = defense.secrets(defense.relax(locked, [secret.name for secret in secrets]))
+    assert [start.name for start in starts] == list(sizes)
+    for start in starts:
+        values = start.law.draw((4000,), seeded(1))
+        assert float(values.mean()) == pytest.approx(float(torch.cat(sizes[start.name]).mean()), rel=0.15)
+        assert float(values.std()) > 0, "several starts differ"
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("gate", ["relu", "sigmoid"])
+def test_training_moves_a_lock_by_one_number_a_channel(gate: str) -> None:
+    """Steps of SGD with one key add a multiple of it to every row: a lock with this drift computes the same."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(6 * 36, CLASSES))
+    locked = leakbench.keylock(network, length=9, gate=gate, rng=seeded())
     (lock,) = locks(locked).values()
-    gamma = lock.coefficients()[0].detach()
-    (start, _) = defense.secrets(defense.relax(locked, [secret.name for secret in defense.secrets(locked)]))
-    drawn = start.law.draw((4000,), seeded(1))
-    assert float(drawn.mean()) == pytest.approx(float(gamma.abs().mean()), rel=0.15)
-    assert float(drawn.std()) > 0
+    before = copy.deepcopy(lock)
+    optimiser = torch.optim.SGD(locked.parameters(), lr=0.5)
+    for step in range(5):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(locked(rand(4, 1, 8, 8, seed=step)), torch.arange(4) % CLASSES).backward()
+        optimiser.step()
+    stale = KeyLock(6, 9, gate, drift=True)
+    stale.load_state_dict(before.state_dict())
+    stale.key.copy_(lock.key)
+    for layer in ("scale", "shift"):
+        now, then = getattr(lock, layer), getattr(before, layer)
+        moved = (now.bias - then.bias).detach()
+        torch.testing.assert_close(
+            (now.weight - then.weight).detach(), moved[:, None] * lock.key, rtol=1e-9, atol=1e-12
+        )
+        getattr(stale, f"{layer}_drift").copy_(moved * (1 + lock.key.square().sum()))
+        assert float(moved.abs().max()) > 1e-4
+    for found, expected in zip(stale.coefficients(), lock.coefficients()):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def gates(tensors: Mapping[str, Tensor], path: str, key: Tensor, drift: bool = False) -> Tensor:
+    """Return gamma and beta [T, 2, C] of locks with sigmoid gates and keys [T, S]."""
+    found = []
+    for layer in ("scale", "shift"):
+        weight, bias = (tensors[f"{path}.{layer}.{tensor}"] for tensor in ("weight", "bias"))
+        before = torch.einsum("tcs,ts->tc", weight, key) + bias
+        found.append(torch.sigmoid(before + tensors[f"{path}.{layer}_drift"] if drift else before))
+    return torch.stack(found, 1)
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_search_starts_at_what_a_stale_lock_makes_of_the_mean_key() -> None:
+    spec = "keylock(length=400, gate=sigmoid, lock_init=uniform, drift=0.3)"
+    everything = watch("lenet", spec, "reveals=lock+key+drift").weights
+    (path,) = locks(watch("lenet", spec).model)
+    for name, value in watch("lenet", spec.replace("0.3", "0"), "T5").weights.items():
+        assert torch.equal(value, everything[name]), "key and initial lock are drawn as without drift"
+    truth = gates(everything, path, everything[f"{path}.key"], drift=True)
+    away = {}
+    for name in ("true", "free"):
+        observation = watch("lenet", spec, f"reveals=lock-weights, labels=known, informed={name}")
+        assert {secret.group for secret in observation.secrets} == {"key", "drift"}
+        acting, known = prepare(attacks.parse("ig(steps=5)"), observation)
+        assert isinstance(acting, GradientMatching)
+        objective = acting._objective(known, Rng(("first", "second"))).with_path()
+        assert not any(".scale." in sent for sent in objective.observation.gradient)
+        begin = acting._begin(objective)
+        sought = [f"secret:{path}.{kind}" for kind in ("gamma", "beta")]
+        base = gates(objective.tensors, path, torch.full((2, 400), 0.5)) if name == "true" else torch.zeros_like(truth)
+        away[name] = float((base + torch.stack([begin[kind] for kind in sought], 1) - truth).square().mean())
+        exact = dict(zip(sought, (truth - base).unbind(1)))
+        images = torch.stack([client.image for client in clients(2)])
+        match = objective.match({**begin, **exact, "image": images}, 0).detach()
+        assert float(match.abs().max()) < 1e-12, "with scale and shift nothing is left"
+        assert float(objective.match({**begin, "image": images}, 0).detach().min()) > 1e-9
+    assert away["true"] < 0.75 * away["free"]
 
 
 def test_scale_and_shift_are_sought_only_where_key_or_lock_are_hidden() -> None:

@@ -22,6 +22,8 @@ Gate = Literal["relu", "sigmoid", "none"]
 
 LOCK = tuple(f"{layer}.{tensor}" for layer in ("scale", "shift") for tensor in ("weight", "bias"))
 """The tensors of a lock's layers."""
+DRIFT = ("scale_drift", "shift_drift")
+"""What training has added to them, in a lock that has it."""
 START = 0.1
 """How far starts of free scales and shifts lie apart, relative to their mean."""
 
@@ -33,9 +35,16 @@ class KeyLock(nn.Module):
 
     The key is a tensor of the module that no state dict holds. A lock with a ``previous`` one has no key of its own:
     it takes that lock's gamma and beta, one after the other.
+
+    A lock with ``drift`` has been trained since its layers were drawn: ``scale_drift`` and ``shift_drift`` [C] are what
+    this added before the gates.
     """
 
     key: Tensor
+    scale_drift: Tensor
+    shift_drift: Tensor
+    gamma: Tensor
+    beta: Tensor
 
     def __init__(
         self,
@@ -44,27 +53,65 @@ class KeyLock(nn.Module):
         gate: Gate,
         norm: nn.BatchNorm2d | None = None,
         previous: KeyLock | None = None,
+        drift: bool = False,
     ) -> None:
         super().__init__()
         self.gate = gate
+        self.drift = drift
+        self.displaced = False
+        self.mean: float | None = None
         self.norm = norm or plain_norm(channels, None)
         self.scale = nn.Linear(length, channels)
         self.shift = nn.Linear(length, channels)
         self._previous = (previous,)  # in a tuple, so that it is no part of this module
         if previous is None:
             self.register_buffer("key", torch.zeros(length), persistent=False)
+        if drift:
+            for name in ("scale_drift", "shift_drift"):
+                self.register_buffer(name, torch.zeros(channels), persistent=False)
+
+    def displace(self, mean: float | None) -> None:
+        """Take the drift out, and put numbers of one's own in: gamma and beta [C] are added behind the gates.
+
+        Args:
+            mean: of the key's entries, which then takes the key's place; None to keep the key.
+        """
+        if mean is not None and not self.chained:
+            del self.key
+            self.mean = mean
+        if self.drift:
+            del self.scale_drift, self.shift_drift
+        self.drift, self.displaced = False, True
+        for name in ("gamma", "beta"):
+            self.register_buffer(name, torch.zeros_like(self.shift.bias), persistent=False)
+        for layer in (self.scale, self.shift):
+            layer.requires_grad_(False)  # behind another gate than the client's, their gradients are others
+
+    @property
+    def previous(self) -> KeyLock | None:
+        """The lock whose gamma and beta are the key, or None."""
+        return self._previous[0]
 
     @property
     def chained(self) -> bool:
         """Whether the key is another lock's gamma and beta."""
-        return self._previous[0] is not None
+        return self.previous is not None
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """Return gamma and beta, [C] each ([T, C] for a key [T, S])."""
-        previous = self._previous[0]
-        key = self.key if previous is None else torch.cat(previous.coefficients(), -1)
         gate = _GATES[self.gate]
-        return gate(self.scale(key)), gate(self.shift(key))
+        scale, shift = self._before(self.scale), self._before(self.shift)
+        if self.drift:
+            scale, shift = scale + self.scale_drift, shift + self.shift_drift
+        gamma, beta = gate(scale), gate(shift)
+        return (gamma + self.gamma, beta + self.beta) if self.displaced else (gamma, beta)
+
+    def _before(self, layer: nn.Linear) -> Tensor:
+        """Return what a layer makes of the key, of its mean, or of the lock before."""
+        if self.mean is not None:
+            return self.mean * layer.weight.sum(-1) + layer.bias
+        out: Tensor = layer(self.key if self.previous is None else torch.cat(self.previous.coefficients(), -1))
+        return out
 
     def forward(self, u: Tensor) -> Tensor:
         """Return the scaled and shifted normalisation of u [B, C, H, W]."""
@@ -73,13 +120,17 @@ class KeyLock(nn.Module):
 
 
 class FreeAffine(nn.Module):
-    """gamma * BatchNorm(u) + beta with gamma and beta [C] of one's own: a lock to someone without key and lock."""
+    """gamma * BatchNorm(u) + beta with gamma and beta [C] of one's own: a lock to someone without key and lock.
+
+    The mean is that of gamma and beta over keys and locks, or their size where it is 0.
+    """
 
     gamma: Tensor
     beta: Tensor
 
-    def __init__(self, lock: KeyLock) -> None:
+    def __init__(self, lock: KeyLock, mean: float) -> None:
         super().__init__()
+        self.mean = mean
         self.norm = lock.norm
         for name in ("gamma", "beta"):
             self.register_buffer(name, torch.zeros_like(lock.shift.bias))
@@ -101,6 +152,11 @@ class KeyLockDefense(Defense):
         lock_init: the lock weights' law: torch's ``default`` for linear layers, or ``uniform``: U(-0.5, 0.5).
         layers: ``first`` locks the first block, as published; ``all`` locks every block, each with the scale and
             shift of the block before as its key, as a variant in the released code does.
+        drift: how far training has moved the client's lock from the initial one, which the server handed out: the
+            standard deviation of what it added to scale and shift before the gates, in units of their own. 0 is the
+            lock of an untrained network. A step of SGD adds a multiple of the key to every row of W, and the same
+            multiple to b, so that what training does to a lock with one key is one number a channel; it is a secret
+            of its own (group ``drift``), and ``lock-weights`` are then those of the initial lock, which is stale.
     """
 
     reference: ClassVar[str] = "Wei et al. 2023, FedKL, arXiv 2305.04095, section 3.3, equation 30 (and released code)"
@@ -110,14 +166,16 @@ class KeyLockDefense(Defense):
         "Closed forms and searches that treat scale and shift as unknown; the lock's gradients give the key. "
         "What remains is what shut ReLU gates lose, and the contrast that the normalisation takes."
     )
+    version: ClassVar[int] = 2  # 2: the informed start from a lock that is known
     informed: ClassVar[str] = (
-        "works out the key from the lock's gradients where these are sent; otherwise searches for scale and shift"
+        "works out the key from the lock's gradients, or searches for scale and shift from those of a known lock on"
     )
     length: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
     gate: Gate = "relu"
     keys: Literal["uniform", "normal"] = "uniform"
     lock_init: Literal["default", "uniform"] = "default"
     layers: Layers = "first"
+    drift: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Return a copy whose normalisation is a key-lock, inserted where the network has none; the key is zero."""
@@ -126,13 +184,13 @@ class KeyLockDefense(Defense):
         def make(channels: int, old: nn.Module | None) -> nn.Module:
             previous = chain[-1] if chain else None
             length = self.length if previous is None else 2 * previous.scale.out_features
-            chain.append(KeyLock(channels, length, self.gate, plain_norm(channels, old), previous))
+            chain.append(KeyLock(channels, length, self.gate, plain_norm(channels, old), previous, self.drift > 0))
             return chain[-1]
 
         return replace_norms(model, make, self.layers)
 
     def secrets(self, model: nn.Module) -> tuple[Secret, ...]:
-        """Return the key (group ``key``) and the weights and biases of all lock layers (group ``lock``)."""
+        """Return the key (group ``key``), the weights and biases of all lock layers (``lock``), and their ``drift``."""
         law: Law = Uniform() if self.keys == "uniform" else Normal()
         found = []
         for name, lock in locks(model).items():
@@ -143,39 +201,66 @@ class KeyLockDefense(Defense):
                 found += [
                     Secret(f"{name}.{layer}.{tensor}", "lock", Uniform(-width, width)) for tensor in ("weight", "bias")
                 ]
-        start = Normal(self._mean_gate(), START * self._mean_gate())
-        found += [
-            Secret(f"{name}.{tensor}", "lock", start, sought=True)
-            for name, module in model.named_modules()
-            if isinstance(module, FreeAffine)
-            for tensor in ("gamma", "beta")
-        ]
+            if lock.drift:
+                moved = Normal(0, self.drift * self._deviation(lock))
+                found += [Secret(f"{name}.{layer}_drift", "drift", moved) for layer in ("scale", "shift")]
+        for name, module in model.named_modules():
+            if isinstance(module, FreeAffine):
+                start = Normal(module.mean, START * module.mean)
+            elif isinstance(module, KeyLock) and module.displaced:
+                start = Normal(0, START * self._mean_gate(module))
+            else:
+                continue
+            found += [Secret(f"{name}.{tensor}", "lock", start, sought=True) for tensor in ("gamma", "beta")]
         return tuple(found)
 
     def relax(self, model: nn.Module, hidden: Collection[str]) -> nn.Module:
         """Return the network with scale and shift of every lock free, unless key and locks are all known.
 
-        They are 2 C numbers, whatever key and lock they come from.
+        They are 2 C numbers, whatever key and lock they come from. Where a lock is known, and the key or what training
+        has added to the lock is not, the search for them starts at what that lock makes of the key, or of the mean key.
         """
-        private = [f"{name}.{tensor}" for name in locks(model) for tensor in ("key", *LOCK)]
-        if not set(private) & set(hidden):
+        return self._relaxed(model, set(hidden), aided=True)
+
+    def attackers(self) -> Mapping[str, Defense]:
+        """Return ``free``."""
+        return {"free": Unaided(self.length, self.gate, self.keys, self.lock_init, self.layers, self.drift)}
+
+    def _relaxed(self, model: nn.Module, hidden: set[str], aided: bool) -> nn.Module:
+        private = {f"{name}.{tensor}" for name in locks(model) for tensor in ("key", *LOCK, *DRIFT)}
+        if not private & hidden:
             return model
+        known = aided and not {f"{name}.{tensor}" for name in locks(model) for tensor in LOCK} & hidden
         model = copy.deepcopy(model)
         for name, lock in locks(model).items():
-            replace_module(model, name, FreeAffine(lock))
+            if known:
+                lock.displace((0.5 if self.keys == "uniform" else 0.0) if f"{name}.key" in hidden else None)
+            else:
+                replace_module(model, name, FreeAffine(lock, self._mean_gate(lock)))
         return model
 
-    def _mean_gate(self) -> float:
-        """Return the mean of gamma and beta over keys and locks; without a gate, where it is 0, of their size.
+    def _deviation(self, lock: KeyLock) -> float:
+        """Return the standard deviation of W key + b over keys and initial locks.
 
-        W key + b is nearly normal, with mean 0 and variance (S E[key^2] + 1) w^2 / 3 for weights from U(-w, w).
+        The sum is nearly normal, with mean 0 and variance (S E[key^2] + 1) w^2 / 3 for weights from U(-w, w).
         """
-        width = 0.5 if self.lock_init == "uniform" else self.length**-0.5
+        length = lock.scale.in_features
+        width = 0.5 if self.lock_init == "uniform" else length**-0.5
         square = 1 / 3 if self.keys == "uniform" else 1.0
-        deviation = width * math.sqrt((self.length * square + 1) / 3)
+        if lock.previous is not None:
+            variance = self._moved(lock.previous) ** 2
+            square = {"relu": variance / 2, "sigmoid": 0.25 + variance / 16, "none": variance}[self.gate]
+        return width * math.sqrt((length * square + 1) / 3)
+
+    def _moved(self, lock: KeyLock) -> float:
+        """Return the standard deviation of what goes through the gates, drift included."""
+        return self._deviation(lock) * math.hypot(1, self.drift)
+
+    def _mean_gate(self, lock: KeyLock) -> float:
+        """Return the mean of gamma and beta over keys and locks; without a gate, where it is 0, of their size."""
         if self.gate == "sigmoid":
             return 0.5
-        return deviation * math.sqrt((1 if self.gate == "relu" else 4) / (2 * math.pi))
+        return self._moved(lock) * math.sqrt((1 if self.gate == "relu" else 4) / (2 * math.pi))
 
     def recover(self, model: nn.Module, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
         """Return the key, the input of scale and shift, which their gradients give exactly where both were sent."""
@@ -189,6 +274,18 @@ class KeyLockDefense(Defense):
             if not lock.chained and len(rows) == 2:
                 found[f"{name}.key"] = layer_input(torch.cat(rows["weight"], 1), torch.cat(rows["bias"], 1))
         return found
+
+
+@dataclass(frozen=True)
+class Unaided(KeyLockDefense):
+    """Key-lock to an attacker who begins at the mean of scale and shift, whatever is known of the lock."""
+
+    name: ClassVar[str] = KeyLockDefense.name
+    informed: ClassVar[str] = "searches for scale and shift from their mean over keys and locks on"
+
+    def relax(self, model: nn.Module, hidden: Collection[str]) -> nn.Module:
+        """Return the network with scale and shift of every lock free, unless key and locks are all known."""
+        return self._relaxed(model, set(hidden), aided=False)
 
 
 def locks(model: nn.Module) -> dict[str, KeyLock]:
