@@ -100,18 +100,15 @@ class KeyLock(nn.Module):
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """Return gamma and beta, [C] each ([T, C] for a key [T, S])."""
         gate = _GATES[self.gate]
-        scale, shift = self._before(self.scale), self._before(self.shift)
+        if self.mean is None:
+            key = self.key if self.previous is None else torch.cat(self.previous.coefficients(), -1)
+            scale, shift = self.scale(key), self.shift(key)
+        else:
+            scale, shift = (self.mean * layer.weight.sum(-1) + layer.bias for layer in (self.scale, self.shift))
         if self.drift:
             scale, shift = scale + self.scale_drift, shift + self.shift_drift
         gamma, beta = gate(scale), gate(shift)
         return (gamma + self.gamma, beta + self.beta) if self.displaced else (gamma, beta)
-
-    def _before(self, layer: nn.Linear) -> Tensor:
-        """Return what a layer makes of the key, of its mean, or of the lock before."""
-        if self.mean is not None:
-            return self.mean * layer.weight.sum(-1) + layer.bias
-        out: Tensor = layer(self.key if self.previous is None else torch.cat(self.previous.coefficients(), -1))
-        return out
 
     def forward(self, u: Tensor) -> Tensor:
         """Return the scaled and shifted normalisation of u [B, C, H, W]."""
