@@ -6,7 +6,7 @@ One client step is plain torch on the CPU, one trial at a time; what the server 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -146,6 +146,37 @@ def observe(
         threat=threat.granted(),
         defense=defense if threat.informed else None,
     )
+
+
+def layer_inputs(
+    model: Model, defense: Defense, client: Client, num_classes: int, layers: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return what layers of a client's network take in its first step, by name: the truth of what they give away.
+
+    Private: for the evaluation of closed forms alone. A layer that does not run is left out; of one that runs several
+    times all inputs are joined.
+    """
+    shape = tuple(client.image.shape)
+    network = build(model, defense, (shape[0], shape[1], shape[2]), num_classes, client.weights_key)
+    _draw_secrets(network, defense.secrets(network), client.key)
+    taken: dict[str, list[Tensor]] = {name: [] for name in layers}
+    for name, own in taken.items():
+        network.get_submodule(name).register_forward_pre_hook(_keep(own))
+    x, y = _batch(defense, client, num_classes)
+    with seeded(client.key, "step"):
+        x, y = defense.encode(x, y, generator(client.key, "encode"))
+        with torch.no_grad():
+            defense.loss(network, x, y)
+    return {name: torch.cat([value.flatten() for value in values]) for name, values in taken.items() if values}
+
+
+def _keep(taken: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """Return a hook that keeps what a module takes."""
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        taken.append(inputs[0].detach().clone())
+
+    return hook
 
 
 def groups_of(defense: Defense, network: nn.Module) -> set[str]:

@@ -41,6 +41,7 @@ COMMANDS = [
     ("report",),
     ("show",),
     ("diff",),
+    ("audit",),
     ("list",),
     ("assets",),
     ("assets", "fetch"),

@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from leakbench.cli import accuracy, assets, compare, listing, report, run, runs, train
+from leakbench.cli import accuracy, assets, audit, compare, listing, report, run, runs, train
 from leakbench.errors import LeakbenchError
 from leakbench.version import __version__
 
@@ -29,6 +29,7 @@ app.command("check")(runs.check)
 app.command("merge")(runs.merge)
 app.command("show")(compare.show)
 app.command("diff")(compare.diff)
+app.command("audit")(audit.audit)
 
 
 def _version(value: bool) -> None:

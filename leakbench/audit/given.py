@@ -1,0 +1,331 @@
+"""What the user gives an audit: a network from a factory, its weights and input normalisation, images, an update."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from leakbench import datasets
+from leakbench.datasets import Dataset
+from leakbench.datasets.folder import SUFFIXES
+from leakbench.errors import BadOption, CorruptAsset, MissingAsset, Unsupported
+from leakbench.models import weights
+from leakbench.models.module import OwnModule
+from leakbench.rng import seeded
+
+SCALE, OWN = "normalise", "network"
+"""The names of an input normalisation and of the network behind it."""
+
+
+def factory(target: str, plugins: Sequence[Path] = ()) -> nn.Module:
+    """Return the network that a callable without arguments makes; its draws are seeded, so that it is always the same.
+
+    Args:
+        target: ``package.module:name``, or ``name`` alone where exactly one plugin has it. The current folder is
+            looked in, as Python does.
+        plugins: Python files that were loaded before (``load_plugin``).
+
+    Raises:
+        BadOption: there is no such callable, it fails, or what it returns is no ``nn.Module``.
+    """
+    module_name, colon, name = target.rpartition(":")
+    if not name or (colon and not module_name):
+        raise BadOption(f"--model {target!r} is not package.module:factory; write one such as my_app.models:build")
+    maker: Any
+    if colon:
+        if str(Path.cwd()) not in sys.path and "" not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
+        try:
+            maker = importlib.import_module(module_name)
+        except Exception as error:  # whatever the user's module raises while it is imported
+            raise BadOption(f"--model {target!r}: {module_name!r} does not import: {_line(error)}") from error
+        for part in name.split("."):
+            maker = getattr(maker, part, None)
+    else:
+        found = [module for module in _plugin_modules(plugins) if hasattr(module, name)]
+        if len(found) != 1:
+            raise BadOption(
+                f"--model {target!r} is in {len(found)} of the plugins; write package.module:factory, or give "
+                "the --plugin that has it"
+            )
+        maker = getattr(found[0], name)
+    if not callable(maker):
+        raise BadOption(f"--model {target!r}: {module_name!r} has no callable {name!r}; name a function or a class")
+    try:
+        with seeded("audit", "model"):
+            made = maker()
+    except Exception as error:  # whatever the user's factory raises
+        raise BadOption(f"--model {target!r} cannot be called without arguments: {_line(error)}") from error
+    if not isinstance(made, nn.Module):
+        raise BadOption(f"--model {target!r} returns {type(made).__name__}; return an nn.Module")
+    return made
+
+
+def _plugin_modules(plugins: Sequence[Path]) -> list[Any]:
+    files = {str(Path(path).resolve()) for path in plugins}
+    return [module for module in list(sys.modules.values()) if str(getattr(module, "__file__", "")) in files]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """An input normalisation (x - mean) / std, a number a channel or one for all."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Scale:
+        """Return what ``MEAN/STD`` states, such as ``0.5/0.5`` or ``0.49,0.46,0.41/0.23,0.22,0.23``.
+
+        Raises:
+            BadOption: the text is not of this form, or a standard deviation is not positive.
+        """
+        halves = text.split("/")
+        try:
+            mean, std = (tuple(float(part) for part in half.split(",")) for half in halves)
+        except ValueError:
+            raise BadOption(
+                f"--normalise {text!r} is not MEAN/STD; write one such as 0.485,0.456,0.406/0.229,0.224,0.225"
+            ) from None
+        if len(mean) != len(std) or not all(np.isfinite((*mean, *std))) or min(std) <= 0:
+            raise BadOption(f"--normalise {text!r}: give as many means as positive standard deviations")
+        return cls(mean, std)
+
+    def layer(self, channels: int) -> nn.Module:
+        """Return the normalisation as a layer of fixed statistics, in evaluation mode, for so many channels."""
+        if len(self.mean) not in (1, channels):
+            raise BadOption(f"--normalise has {len(self.mean)} means, and the images have {channels} channels")
+        layer = nn.BatchNorm2d(channels, eps=1e-12, affine=False).eval()
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        layer.running_mean.copy_(torch.tensor(self.mean).expand(channels))
+        layer.running_var.copy_(torch.tensor(self.std, dtype=torch.float64).square().expand(channels))
+        return layer
+
+    def __str__(self) -> str:
+        """Return the normalisation as it is written."""
+        return "/".join(",".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+
+
+def subject(
+    module: nn.Module, label: str, channels: int, mode: Literal["train", "eval"], scale: Scale | None = None
+) -> OwnModule:
+    """Return a network in a mode, behind its input normalisation, as a model of a matrix; the module is not copied."""
+    module.train(mode == "train")
+    if scale is not None:
+        module = nn.Sequential(OrderedDict({SCALE: scale.layer(channels), OWN: module}))
+    return OwnModule(label, module)
+
+
+def classes_of(own: OwnModule, image_shape: tuple[int, int, int]) -> int:
+    """Return how many classes a network tells apart, after one training step on a grey image.
+
+    Raises:
+        Unsupported: the network cannot be run, or trained, on one image of this shape; the message says why.
+    """
+    classes = int(own.logits(torch.full((1, *image_shape), 0.5)).shape[1])
+    if classes < 2:
+        raise Unsupported(f"model {own.label!r} returns {classes} logit; give it one output a class, two at least")
+    network = own.build(image_shape, classes)
+    with seeded("audit", "step"):
+        try:
+            loss = nn.functional.cross_entropy(network(torch.full((1, *image_shape), 0.5)), torch.tensor([0]))
+            parameters = [p for p in network.parameters() if p.requires_grad]
+            if not parameters:
+                raise Unsupported(f"model {own.label!r} has no parameter that is trained; there is nothing to share")
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            words = _line(error)
+            if "more than 1 value per channel" in words:
+                raise Unsupported(
+                    f"model {own.label!r} takes statistics over a batch, which one image does not have at its "
+                    f"smallest layer ({words}); give larger images, or --mode eval"
+                ) from error
+            raise Unsupported(f"model {own.label!r} cannot take a training step on one image: {words}") from error
+    if not any(gradient is not None and bool(gradient.any()) for gradient in gradients):
+        raise Unsupported(f"model {own.label!r} has a gradient of zeros: nothing that is trained changes its loss")
+    return classes
+
+
+@dataclass(frozen=True)
+class Audited(Dataset):
+    """A dataset whose labels are classes of the audited network, which may have more.
+
+    Attributes:
+        inner: the dataset; label i is class i.
+        classes: of the network.
+    """
+
+    name: ClassVar[str] = "data"
+    inner: str
+    classes: int
+
+    @property
+    def _inner(self) -> Dataset:
+        return datasets.parse(self.inner)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        return self._inner.image_shape
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the network tells apart."""
+        return self.classes
+
+    def __len__(self) -> int:
+        """How many images there are."""
+        return len(self._inner)
+
+    def load(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return images [N, C, H, W] in [0, 1] and labels [N] at these indices."""
+        return self._inner.load(indices)
+
+    def mean(self) -> Tensor:
+        """Return the mean of the public images, [C, H, W]."""
+        return self._inner.mean()
+
+    def settings(self) -> dict[str, Any]:
+        """Return what identifies the images, and the number of classes."""
+        return {**super().settings(), "inner": self._inner.settings()}
+
+
+def images_of(spec: str, size: int | None) -> Dataset:
+    """Return the dataset of a spec such as ``folder:PATH``, with images of this size where one is given."""
+    dataset = datasets.parse(spec)
+    if size is None:
+        return dataset
+    if "size" not in datasets.registry.fields(type(dataset)):
+        raise BadOption(f"--size {size}: the dataset {dataset.name!r} has one size; leave --size out")
+    return datasets.registry.build(dataset.name, {**dataset.options(), "size": size})
+
+
+def load_checkpoint(network: nn.Module, path: str) -> None:
+    """Load trained weights into a network; see ``models.weights.load``. Values go into the network's own tensors."""
+    weights.load(network, path)
+
+
+@dataclass(frozen=True)
+class Update:
+    """A recorded update: the parameters before and after a client's local training, by name."""
+
+    before: Mapping[str, Tensor]
+    after: Mapping[str, Tensor]
+
+
+def read_update(network: nn.Module, before: str, after: str) -> Update:
+    """Return a recorded update of a network.
+
+    Each file is a ``.safetensors`` file, a state dict of ``torch.save`` (read with ``weights_only=True``), or an
+    ``.npz`` of NumPy arrays, either by name or in the order of the network's state dict, as Flower sends them. The
+    file before must have every tensor of the network, that after it every trained parameter.
+
+    Raises:
+        MissingAsset: a file does not exist.
+        CorruptAsset: a file cannot be read.
+        BadOption: its tensors are not those of the network, or nothing changed between the two.
+    """
+    state = network.state_dict()
+    found = []
+    for option, path in (("--before", before), ("--after", after)):
+        tensors = _read(path, option, list(state))
+        trained = [name for name, value in network.named_parameters() if value.requires_grad]
+        for name in state if option == "--before" else trained:
+            if name not in tensors:
+                raise BadOption(f"{option} {path!r} has no tensor {name!r}; it is of another network")
+        for name, value in tensors.items():
+            if name not in state:
+                raise BadOption(f"{option} {path!r} has the extra tensor {name!r}; it is of another network")
+            if value.shape != state[name].shape:
+                raise BadOption(
+                    f"{option} {path!r} has {name!r} of shape {tuple(value.shape)}, not {tuple(state[name].shape)}; "
+                    "it is of another network"
+                )
+            if not bool(torch.isfinite(value).all()):
+                raise BadOption(f"{option} {path!r}: {name!r} holds values that are not finite; record it again")
+        found.append({name: value.to(state[name].dtype) for name, value in tensors.items()})
+    update = Update(*found)
+    changed = [name for name, value in update.after.items() if bool((value != update.before[name]).any())]
+    if not changed:
+        raise BadOption(f"--before {before!r} and --after {after!r} hold the same values; nothing was trained")
+    return update
+
+
+def _read(path: str, option: str, names: Sequence[str]) -> dict[str, Tensor]:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise MissingAsset(f"{option} {path!r} does not exist; give a .safetensors, a .npz or a state dict")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        if file.suffix == ".npz":
+            with np.load(file, allow_pickle=False) as arrays:
+                keys = list(arrays.files)
+                loaded = [torch.from_numpy(np.array(arrays[key])) for key in keys]
+            if set(keys) <= set(names):
+                return dict(zip(keys, loaded))
+            if len(keys) != len(names):
+                raise BadOption(
+                    f"{option} {path!r} has {len(keys)} arrays, and the network's state dict {len(names)}; it is of "
+                    "another network"
+                )
+            return dict(zip(names, loaded))
+        state: object = torch.load(file, map_location="cpu", weights_only=True)
+    except BadOption:
+        raise
+    except Exception as error:  # whatever a damaged or hostile file makes the readers raise
+        raise CorruptAsset(
+            f"{option} {path!r} cannot be read as plain tensors ({type(error).__name__}); save a state dict with "
+            "safetensors or torch.save, or arrays with numpy.savez"
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CorruptAsset(f"{option} {path!r} is not a state dict; save model.state_dict()")
+    return state
+
+
+def read_image(path: str, image_shape: tuple[int, int, int]) -> Tensor:
+    """Return [C, H, W] in [0, 1]: an image file, scaled on its short side, its centre cut out.
+
+    Raises:
+        MissingAsset: there is no such file.
+        CorruptAsset: it is no image.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise MissingAsset(f"--truth {path!r} is no file; give an image ({', '.join(SUFFIXES)})")
+    channels, height, width = image_shape
+    try:
+        with Image.open(file) as opened:
+            image = opened.convert("L" if channels == 1 else "RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise CorruptAsset(f"--truth {path!r} is no image that can be read ({type(error).__name__})") from None
+    scale = max(height / image.height, width / image.width)
+    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    image = image.resize(size, Image.Resampling.BILINEAR)
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    pixels = torch.from_numpy(np.array(image.crop((left, top, left + width, top + height)))).float() / 255
+    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
+
+
+def behind_scale(update: Update) -> Update:
+    """Return an update with the names that the parameters have behind an input normalisation."""
+    before, after = ({f"{OWN}.{name}": value for name, value in arm.items()} for arm in (update.before, update.after))
+    return Update(before, after)
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

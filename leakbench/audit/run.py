@@ -1,0 +1,531 @@
+"""Audit a network on images, or one recorded update: run the attackers, and say what they found and needed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from leakbench import attacks, datasets, defenses, engine, metrics
+from leakbench.attacks.base import prepare
+from leakbench.audit.findings import Audit, Behind, Sight
+from leakbench.audit.gate import Gate
+from leakbench.audit.given import SCALE, Audited, Update, classes_of
+from leakbench.audit.layers import ClosedForm, Labels, closed_forms, labels_of, shares
+from leakbench.datasets import Dataset
+from leakbench.defenses import Defense
+from leakbench.errors import BadOption, LeakbenchError, MissingAsset, Unsupported
+from leakbench.gradients import full_precision
+from leakbench.gradients.evaluate import architecture
+from leakbench.matrix import RECOVERY, Matrix, expand, load_suite, override
+from leakbench.metrics.base import Truth
+from leakbench.models.module import OwnModule
+from leakbench.models.surgery import linears
+from leakbench.progress import Silent
+from leakbench.report.text import english, number
+from leakbench.report.worst_case import Effort, standings
+from leakbench.rng import Rng
+from leakbench.store import FILE, Store
+from leakbench.types import PRESETS, Observation, Reconstruction, ThreatModel
+from leakbench.victim import Client, layer_inputs, observe
+from leakbench.work import png
+
+Budget = Literal["quick", "standard", "thorough"]
+
+
+def audit_model(
+    own: OwnModule,
+    data: str,
+    protections: Sequence[Defense],
+    out: Path,
+    *,
+    budget: Budget = "standard",
+    images: int | Sequence[int] | None = None,
+    threats: Sequence[str] = (),
+    threshold: float | None = None,
+    facts: Sequence[tuple[str, str]] = (),
+    gate: Gate | None = None,
+    device: str = "auto",
+    progress: Silent | None = None,
+    command: str = "",
+) -> Audit:
+    """Attack a network on images behind each defense, into the run file of a folder, and return what is found.
+
+    Args:
+        own: the network, in its mode, from images in [0, 1] to logits.
+        data: the spec of a dataset; label i is the network's class i.
+        protections: what the client does, each audited by itself.
+        out: the folder; an audit that was stopped goes on.
+        budget: which stages of the suite ``audit`` are run.
+        images: how many, or which; those of the budget by default.
+        threats: in place of those of the stages.
+        threshold: from which ``ssim_aligned`` on an image counts as recovered; the suite's by default.
+        facts: more of what the audit was done with.
+        gate: the line that must not be crossed.
+        device: see ``engine.run``.
+        progress: see ``engine.run``.
+        command: see ``engine.run``.
+
+    Raises:
+        Unsupported: behind one of the defenses no attacker could attack the network; it is not thereby safe.
+        LeakbenchError: one line on what does not fit.
+    """
+    inner = datasets.parse(data)
+    classes = classes_of(own, inner.image_shape)
+    if inner.num_classes > classes:
+        raise BadOption(
+            f"--data {data!r} has {inner.num_classes} classes, and the network tells {classes} apart; give one "
+            "subfolder a class of the network, in the order of its outputs"
+        )
+    dataset = Audited(datasets.spec(inner), classes)
+    axes = expand(load_suite("audit"), budget)[0]
+    chosen = images if images is not None else min(int(axes["images"]), len(dataset))
+    given: dict[str, Any] = {"models": [own], "datasets": [dataset], "defenses": list(protections), "images": chosen}
+    given |= {"threats": list(threats)} if threats else {}
+    given |= {} if threshold is None else {"threshold": threshold}
+    matrix = Matrix(**override(axes, given))
+    assert matrix.threshold is not None
+    indices = list(range(chosen)) if isinstance(chosen, int) else list(chosen)
+    engine._check_indices(matrix)
+    looked = {defenses.spec(one): _look(own, one, dataset, indices) for one in protections}
+    engine.run(matrix, out, device=device, progress=progress, command=command)
+    with Store.open(out / FILE, readonly=True) as store:
+        wanted = {trial.id for trial in matrix.trials()}
+        trials = store.trials()
+        trials = trials[trials["trial"].isin(wanted)].reset_index(drop=True)
+        known = [metric for metric in store.metrics() if not metric.name.startswith("paper_")]
+        behind = []
+        for one in standings(trials, matrix.threshold):
+            mine = trials[~trials["floor"] & (trials["defense"] == one.defense)]
+            _refuse_unattacked(own.label, one.defense, mine)
+            spec = one.defense.partition(" [")[0]
+            layers, forms, labels = looked[spec]
+            scores = {
+                metric.name: float(values.max() if metric.higher_is_better else values.min())
+                for metric in known
+                if len(values := mine[mine["status"] == "ok"][metric.name].dropna())
+            }
+            behind.append(
+                Behind(
+                    defense=one.defense,
+                    note=defenses.parse(spec).note(),
+                    images=one.images,
+                    share=one.share,
+                    low=one.low,
+                    high=one.high,
+                    floor=_floor(trials, matrix.threshold),
+                    efforts=one.efforts,
+                    layers=layers,
+                    forms=forms,
+                    labels=labels,
+                    scores=scores,
+                    sights=tuple(_sight(store, mine, index, one.efforts, matrix.threshold) for index in indices),
+                )
+            )
+    order = {defenses.spec(one): place for place, one in enumerate(protections)}
+    behind.sort(key=lambda one: order.get(one.defense.partition(" [")[0], 0))
+    ran = {threat.spec() for stage in matrix.stages for threat in stage.threats}
+    network = own.build(dataset.image_shape, classes)
+    return Audit(
+        title=own.label,
+        facts=(*facts, *_about(network, dataset.image_shape, classes, budget, matrix, len(indices))),
+        threats=_threats(ran, shares="gradient"),
+        assumptions=_assumptions(network, behind, matrix),
+        behind=tuple(behind),
+        untried=_untried(matrix, ran, recorded=False),
+        threshold=matrix.threshold,
+        gate=gate,
+    )
+
+
+def _look(
+    own: OwnModule, defense: Defense, dataset: Dataset, indices: Sequence[int]
+) -> tuple[tuple[Any, ...], tuple[ClosedForm, ...], Labels]:
+    """Return what the gradient behind a defense gives away by itself: shares of layers, closed forms, labels."""
+    further = [index for index in range(len(dataset)) if index not in indices][: defense.companions]
+    images, labels = dataset.load([*indices, *further])
+    others = tuple((image, int(label)) for image, label in zip(images[len(indices) :], labels[len(indices) :]))
+    if len(others) < defense.companions:
+        raise Unsupported(
+            f"defense {defense.name!r} mixes {defense.companions} further images into the attacked one, and the data "
+            f"has {len(others)} that are not attacked; give more images, or --images with fewer"
+        )
+    clients = [
+        Client(image, int(label), "weights/0", f"audit/{index}", others)
+        for index, image, label in zip(indices, images, labels)
+    ]
+    classes = dataset.num_classes
+    seen = observe(own, defense, PRESETS["paper"], clients, classes, dataset.mean())
+    names = list(linears(seen.model))
+    inputs = [layer_inputs(own, defense, client, classes, names) for client in clients]
+    truth = {name: [row[name] for row in inputs] for name in names if all(name in row for row in inputs)}
+    read = labels_of(seen, [client.label for client in clients])
+    return tuple(shares(seen)), tuple(closed_forms(seen, truth)), read
+
+
+def _refuse_unattacked(label: str, defense: str, trials: pd.DataFrame) -> None:
+    """Raise Unsupported where no attacker came through, which says nothing of what leaks."""
+    if (trials["status"] == "ok").any():
+        return
+    reasons = dict.fromkeys(
+        f"{row['attack']}: {row['reason']}" for row in trials[trials["status"] != ""].to_dict("records")
+    )
+    raise Unsupported(
+        f"no attacker could attack {label!r} behind {defense}, which does not make it safe; {'; '.join(reasons)}"
+    )
+
+
+def _floor(trials: pd.DataFrame, threshold: float) -> float:
+    floors = trials[trials["floor"] & (trials["status"] == "ok")]
+    if not len(floors):
+        return math.nan
+    return float((floors.groupby("image")[RECOVERY].max() >= threshold).mean())
+
+
+def _sight(store: Store, trials: pd.DataFrame, index: int, efforts: Sequence[Effort], threshold: float) -> Sight:
+    """Return an image with the reconstruction that comes closest to it."""
+    rows = trials[trials["image"] == index]
+    ended = rows[rows["status"] == "ok"].sort_values(RECOVERY, ascending=False, kind="stable")
+    if not len(ended):
+        held = rows[rows["status"] != ""]
+        pictures = store.images(held["trial"].head(1))
+        truth = next(iter(pictures.values())).truth if pictures else None
+        return Sight(index, truth, None, "", "no attacker returned an image", False)
+    best = ended.iloc[0]
+    pictures = store.images([best["trial"]])
+    found = pictures[best["trial"]]
+    score = float(best[RECOVERY])
+    words = f"SSIM {number(score, 2)}, PSNR {number(float(best['psnr_aligned']), 1)} dB, after alignment"
+    knowing = "" if best["threat"] == "paper" else f", {best['threat']}"
+    return Sight(index, found.truth, found.reconstruction, f"{best['attack']}{knowing}", words, score >= threshold)
+
+
+def audit_update(
+    own: OwnModule,
+    update: Update,
+    image_shape: tuple[int, int, int],
+    *,
+    budget: Budget = "standard",
+    rate: float | None = None,
+    local_steps: int = 1,
+    truth: Tensor | None = None,
+    label: int | None = None,
+    threshold: float | None = None,
+    facts: Sequence[tuple[str, str]] = (),
+    gate: Gate | None = None,
+    progress: Silent | None = None,
+) -> Audit:
+    """Attack one recorded update of a network, and return what is found.
+
+    Args:
+        own: the network, in the mode in which the client trained it.
+        update: its parameters before and after, with the names that they have in ``own.module``.
+        image_shape: (C, H, W) of the image that the client trained on.
+        budget: which stages of the suite ``audit`` are run.
+        rate: the learning rate, where it is known.
+        local_steps: how many steps the client took.
+        truth: [C, H, W] in [0, 1], the private image, to be compared with alone; no attacker sees it.
+        label: the true label, likewise.
+        threshold: see ``audit_model``.
+        facts: see ``audit_model``.
+        gate: the line that must not be crossed.
+        progress: is told a line for every attacker.
+
+    Raises:
+        Unsupported: no attacker could attack the update; it is not thereby safe.
+    """
+    classes = classes_of(own, image_shape)
+    network = own.build(image_shape, classes)
+    network.load_state_dict({**network.state_dict(), **update.before})
+    threat = ThreatModel(
+        shares="weights", learning_rate=rate, local_steps=local_steps, rate="hidden" if rate is None else "known"
+    )
+    observation = _observed(network, update, image_shape, classes, threat)
+    matrix = Matrix(**override(expand(load_suite("audit"), budget)[0], {"threats": [threat]}))
+    limit = matrix.threshold if threshold is None else threshold
+    assert limit is not None
+    steps = replace(observation, threat=replace(threat, shares="gradient"))
+    unit = (1.0 if rate is None else rate) * local_steps
+    forms = tuple(closed_forms(replace(steps, gradient={n: v / unit for n, v in observation.gradient.items()}), None))
+    labels = labels_of(steps, None if label is None else [label])
+    efforts, guesses = _attack(matrix, observation, truth, limit, progress or Silent())
+    if not guesses:
+        reasons = "; ".join(f"{one.attacker}: {', '.join(one.unscored)}" for one in efforts)
+        raise Unsupported(
+            f"no attacker could attack the update of {own.label!r}, which does not make it safe; {reasons}"
+        )
+    scores: dict[str, float] = {}
+    best = 0
+    if truth is not None:
+        rows = [_scores(guess, truth, label) for _, guess in guesses]
+        for name, higher in _known_metrics().items():
+            values = [row[name] for row in rows if name in row and not math.isnan(row[name])]
+            if values:
+                scores[name] = max(values) if higher else min(values)
+        best = max(range(len(rows)), key=lambda index: rows[index].get(RECOVERY, -math.inf))
+    recovered = scores.get(RECOVERY, math.nan) >= limit if truth is not None else None
+    warnings = _doubts(forms)
+    attacker, guess = guesses[best]
+    words = "no truth was given" if truth is None else f"SSIM {number(scores[RECOVERY], 2)} after alignment"
+    sight = Sight(
+        0, None if truth is None else png(truth), png(guess.images[0].float().cpu()), attacker, words, recovered
+    )
+    share = math.nan if recovered is None else float(recovered)
+    behind = Behind(
+        defense="the update as it was recorded",
+        note="",
+        images=1,
+        share=share,
+        low=math.nan,
+        high=math.nan,
+        floor=math.nan,
+        efforts=efforts,
+        layers=tuple(shares(observation)),
+        forms=forms,
+        labels=labels,
+        scores=scores,
+        sights=(
+            sight,
+            *(
+                Sight(0, None, png(one.images[0].float().cpu()), name, "what this attacker returned", None)
+                for name, one in (guesses if truth is None else [])
+                if one is not guess
+            ),
+        ),
+        warnings=warnings,
+    )
+    return Audit(
+        title=own.label,
+        facts=(*facts, *_about(network, image_shape, classes, budget, matrix, 1)),
+        threats=((threat.spec(), threat.granted().describe(), True), *_threats(set(), shares="weights")),
+        assumptions=_assumptions_of_update(network, forms, labels, rate, local_steps, label),
+        behind=(behind,),
+        untried=_untried(matrix, {threat.spec()}, recorded=True),
+        threshold=limit,
+        gate=gate,
+    )
+
+
+def _observed(
+    network: nn.Module, update: Update, image_shape: tuple[int, int, int], classes: int, threat: ThreatModel
+) -> Observation:
+    """Return what the server saw of an update: the weights before, and what changed."""
+    buffers = {name: buffer.detach().clone() for name, buffer in network.named_buffers()}
+    parameters = {name: value.detach()[None] for name, value in network.named_parameters()}
+    trained = [name for name, value in network.named_parameters() if value.requires_grad]
+    return Observation(
+        model=architecture(network),
+        weights={**parameters, **buffers},
+        gradient={name: (update.before[name] - update.after[name])[None] for name in trained},
+        secrets=(),
+        labels=None,
+        image_shape=image_shape,
+        num_classes=classes,
+        mean_image=torch.full(image_shape, 0.5),
+        threat=threat.granted(),
+    )
+
+
+def _attack(
+    matrix: Matrix, observation: Observation, truth: Tensor | None, threshold: float, progress: Silent
+) -> tuple[tuple[Effort, ...], list[tuple[str, Reconstruction]]]:
+    """Run every attack of the stages on one observation; after a recovery the others are skipped."""
+    efforts, guesses = [], []
+    settled = False
+    for attack in dict.fromkeys(attack for stage in matrix.stages for attack in stage.attacks):
+        name = attacks.spec(attack)
+        if settled:
+            efforts.append(Effort(name, 0, 0, 0, 1, 0, {}, None, 0.0))
+            continue
+        begin = time.perf_counter()
+        reason = ""
+        guess: Reconstruction | None = None
+        try:
+            acting, known = prepare(attack, observation)
+            acting.check(known)
+            with full_precision():
+                guess = acting(known, Rng(("audit/update",), observation.device))
+        except Unsupported as error:
+            reason = str(error)
+        except Exception as error:  # whatever an attack raises on this network is its reason
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        seconds = time.perf_counter() - begin
+        failed = guess is not None and (
+            not bool(torch.isfinite(guess.images).all()) or (guess.failed is not None and bool(guess.failed.any()))
+        )
+        hit = False
+        if guess is not None and not failed:
+            guesses.append((name, guess))
+            hit = truth is not None and _scores(guess, truth, None).get(RECOVERY, -1.0) >= threshold
+            settled = hit
+        counted = None if guess is None or guess.evaluations is None else int(guess.evaluations.sum())
+        tried = int(guess is not None)
+        unscored = {reason: 1} if reason else {}
+        efforts.append(Effort(name, tried, int(hit), int(failed), 0, 0, unscored, counted, seconds))
+        progress.note(f"{name}: {reason or ('diverged' if failed else 'recovered the image' if hit else 'done')}")
+    return tuple(efforts), guesses
+
+
+def _known_metrics() -> Mapping[str, bool]:
+    """Return the metrics that can be computed here: name -> whether higher means more leakage."""
+    found = {}
+    for name in metrics.names():
+        metric = metrics.parse(name)
+        try:
+            metric.check()
+        except MissingAsset:
+            continue
+        if not name.startswith("paper_"):
+            found[name] = metric.higher_is_better
+    return found
+
+
+def _scores(guess: Reconstruction, truth: Tensor, label: int | None) -> dict[str, float]:
+    """Return the metrics of one reconstruction; the one place where it meets the truth."""
+    known = Truth(truth[None].to(guess.images.device), torch.tensor([-1 if label is None else label]))
+    found = {}
+    with torch.no_grad():
+        for name in _known_metrics():
+            if name != "label_correct" or label is not None:
+                found[name] = float(metrics.parse(name).score(replace(guess, images=guess.images.float()), known)[0])
+    return found
+
+
+def _doubts(forms: Iterable[ClosedForm]) -> tuple[str, ...]:
+    """Return a warning where the update is not that of one image in one step."""
+    worst = max((form.leftover for form in forms), default=math.nan)
+    if worst <= 1e-3:
+        return ()
+    if math.isnan(worst):
+        return ("No linear layer tells whether the update is that of one image: the attackers assume so.",)
+    return (
+        f"{100 * worst:.2g} % of the last layers' update cannot come from one image in one step: it is of several "
+        "images or steps, or noise was added. Attackers of one image are the wrong ones for several; what they miss is "
+        "not thereby safe.",
+    )
+
+
+def _about(
+    network: nn.Module, image_shape: tuple[int, int, int], classes: int, budget: str, matrix: Matrix, images: int
+) -> tuple[tuple[str, str], ...]:
+    parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    stages = "; ".join(", ".join(attacks.spec(attack) for attack in stage.attacks) for stage in matrix.stages)
+    shape = " x ".join(map(str, image_shape))
+    mode = "training" if _in_training(network) else "evaluation"
+    return (
+        ("network", f"{parameters:,} trained parameters, {classes} classes, in {mode} mode"),
+        ("images", f"{images} of shape {shape}, values in [0, 1]"),
+        ("budget", f"{budget}: {stages}"),
+        ("recovered", f"an SSIM of at least {matrix.threshold:g} after the best fit of brightness and contrast"),
+    )
+
+
+def _in_training(network: nn.Module) -> bool:
+    return any(module.training for module in network.modules() if not list(module.children()))
+
+
+def _threats(ran: set[str], shares: str) -> tuple[tuple[str, str, bool], ...]:
+    """Return what a server sees under each threat model that this kind of audit can be asked for."""
+    models = {"paper": PRESETS["paper"], "known-label": PRESETS["known-label"]}
+    models["informed=true"] = replace(PRESETS["paper"], informed=True, name="")
+    models["weights"] = PRESETS["weights"]
+    models["weights, rate known"] = replace(PRESETS["weights"], rate="known", name="")
+    found = [(name, threat.describe(), threat.spec() in ran) for name, threat in models.items()]
+    known = {threat.spec() for threat in models.values()}
+    found += [(spec, PRESETS[spec].describe(), True) for spec in sorted(ran - known) if spec in PRESETS]
+    return tuple(row for row in found if shares == "gradient" or row[0] in ("paper", "known-label"))
+
+
+def _normalises(network: nn.Module) -> str:
+    batch = nn.modules.batchnorm._BatchNorm
+    kinds = (batch, nn.modules.instancenorm._InstanceNorm)
+    layers = [module for name, module in network.named_modules() if name != SCALE]
+    trained = sum(isinstance(one, kinds) and one.training for one in layers)
+    fixed = sum(isinstance(one, batch) and not one.training for one in layers)
+    if trained:
+        return (
+            f"layers that normalise by the statistics of the one image: {trained}, which hide its brightness "
+            "and contrast and no more; a batch of several would mix images"
+        )
+    if fixed:
+        return f"layers that normalise by running statistics, which are public: {fixed}"
+    return "no layer normalises over a batch"
+
+
+def _assumptions(network: nn.Module, behind: Sequence[Behind], matrix: Matrix) -> tuple[tuple[str, str], ...]:
+    granted = {threat.labels for stage in matrix.stages for threat in stage.threats}
+    rows = []
+    for one in behind:
+        read = "cannot be read off" if one.labels.read is None else f"{one.labels.right} of {one.forms_images} read off"
+        rows.append(f"{one.defense}: {read}")
+    label = "inferred, never given" if granted == {"inferred"} else "given, where the threat model grants it"
+    shared = {threat.shares for stage in matrix.stages for threat in stage.threats}
+    rate = "not needed: the gradient itself is sent" if shared == {"gradient"} else "as the threat model grants it"
+    return (
+        ("the label", f"{label}; {'; '.join(rows)}"),
+        ("one image a step", "so it was: every client trained on a single image"),
+        ("the mode", f"training mode {'on' if _in_training(network) else 'off'}; {_normalises(network)}"),
+        ("the learning rate", rate),
+        ("the weights", "public, exact: the server handed them out"),
+        ("images", "values in [0, 1] and the shape are public; no other image of the client's was used"),
+    )
+
+
+def _assumptions_of_update(
+    network: nn.Module, forms: Sequence[ClosedForm], labels: Labels, rate: float | None, steps: int, label: int | None
+) -> tuple[tuple[str, str], ...]:
+    read = "cannot be read off" if labels.read is None else f"read off the update: class {labels.read[0]}"
+    check = (
+        "" if label is None or labels.right is None else (", which is right" if labels.right else ", which is wrong")
+    )
+    leftover = max((form.leftover for form in forms), default=math.nan)
+    one = (
+        "not tested: no linear layer with a bias was sent"
+        if math.isnan(leftover)
+        else f"tested: a single image in one step explains all but {100 * leftover:.2g} % of the last layers' update"
+    )
+    return (
+        ("the label", f"inferred; {read}{check}"),
+        ("one image, in all steps", one),
+        ("the mode", f"training mode {'on' if _in_training(network) else 'off'} (--mode); {_normalises(network)}"),
+        ("the learning rate", "not known" if rate is None else f"known: {rate:g}; {steps} local step(s) of plain SGD"),
+        ("the weights before", "public, exact, as recorded"),
+    )
+
+
+def _untried(matrix: Matrix, ran: set[str], recorded: bool) -> tuple[str, ...]:
+    """Return what was not tried, so that nobody takes silence for safety."""
+    tried = {attack.name for stage in matrix.stages for attack in stage.attacks}
+    others = [name for name in attacks.names() if name not in tried and not attacks.get(name).floor]
+    lines = [f"Attacks: {english(others)}."] if others else []
+    lines.append("Several images in a step, momentum or Adam on the client, text.")
+    if not recorded:
+        missed = [name for name, _, done in _threats(ran, "gradient") if not done]
+        lines += [f"Threat models: {english(missed)} (--threat runs one)."] if missed else []
+        lines.append("Other weights than these: what leaks changes while a network is trained.")
+    lines.append("More steps and restarts than the budget has: an attacker with more time may see more.")
+    return tuple(lines)
+
+
+def refuse_unmeasured(audit: Audit) -> None:
+    """Raise where what the line is about was not measured, or could not be judged.
+
+    Raises:
+        LeakbenchError: the line is neither crossed nor kept, as far as is known.
+    """
+    missing = audit.unmeasured()
+    if missing:
+        raise LeakbenchError(
+            f"--fail-if '{audit.gate}' cannot be judged for {', '.join(missing)}: it was not measured; give "
+            "--truth, or fetch what the metric needs"
+        )
+    doubts = [one for one in audit.behind if one.warnings]
+    if audit.gate is not None and doubts and not audit.crossings():
+        raise LeakbenchError(f"--fail-if '{audit.gate}' cannot be judged: {doubts[0].warnings[0]}")

@@ -1,0 +1,270 @@
+"""The audit of one's own network, and of a recorded update."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from test_cli import cli, place, refused  # noqa: F401
+from torch import nn
+
+from leakbench import Unsupported, datasets
+from leakbench.audit import Gate, Scale, factory, parse_gate
+from leakbench.audit.given import classes_of, subject
+from leakbench.audit.layers import closed_forms, labels_of, shares
+from leakbench.errors import BadOption
+from leakbench.report.page import picture
+
+NETS = """
+from torch import nn
+
+def build():
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 12 * 12, 20), nn.Sigmoid(), nn.Linear(20, 70))
+
+def pooled():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 70))
+
+def batch():
+    return nn.Sequential(nn.Flatten(), nn.Linear(432, 8), nn.BatchNorm1d(8), nn.Linear(8, 70))
+
+class Blind(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(432, 70)
+
+    def forward(self, x):
+        return self.last(x.detach().round().flatten(1))
+
+def fails():
+    raise RuntimeError("no")
+
+number = 3
+"""
+DATA = ("--data", "samples(size=12)", "--budget", "quick")
+
+
+@pytest.fixture
+def nets(place: Path) -> Path:  # noqa: F811
+    """A plugin with factories."""
+    (place / "nets.py").write_text(NETS)
+    return place
+
+
+def audit(cli, name: str, *more: object):  # noqa: F811
+    return cli("audit", "--plugin", "nets.py", "--model", name, "--out", "out", *more)
+
+
+@pytest.mark.parametrize(
+    ("text", "gate"),
+    [
+        ("recovered > 0.1", Gate("recovered", ">", 0.1)),
+        ("psnr>=20", Gate("psnr", ">=", 20)),
+        (" mse <= 1e-3 ", Gate("mse", "<=", 1e-3)),
+        ("labels<.5", Gate("labels", "<", 0.5)),
+    ],
+)
+def test_a_line_is_parsed(text: str, gate: Gate) -> None:
+    assert parse_gate(text, ["psnr", "mse"]) == gate
+    assert parse_gate(str(gate), ["psnr", "mse"]) == gate
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "recovered", "recovered > x", "recovered > 0.1 or 1", "leak > 1", "recovered == 1", "__import__('os') > 1"],
+)
+def test_what_is_no_line_is_refused(text: str) -> None:
+    with pytest.raises(BadOption, match="--fail-if"):
+        parse_gate(text, ["psnr"])
+
+
+@pytest.mark.parametrize("sign", [">", ">=", "<", "<="])
+def test_a_line_is_crossed_as_its_sign_says(sign: str) -> None:
+    gate = Gate("recovered", sign, 0.5)
+    expected = {
+        ">": [False, False, True],
+        ">=": [False, True, True],
+        "<": [True, False, False],
+        "<=": [True, True, False],
+    }
+    assert [gate.crossed(value) for value in (0.4, 0.5, 0.6)] == expected[sign]
+    assert not gate.crossed(math.nan)
+
+
+def test_an_audit_that_leaks_crosses_the_line(cli, nets: Path) -> None:  # noqa: F811
+    done = audit(cli, "build", *DATA, "--defense", "none", "--defense", "clip", "--fail-if", "recovered > 0.5")
+    assert done.code == 1
+    assert "The line 'recovered > 0.5' is crossed (none: 1; clip: 1)." in done.out
+    text = (nets / "out" / "audit.md").read_text()
+    assert "1 gives away the image itself exactly, in closed form, for every image" in text
+    assert "The label is read off what was sent, rightly for 2 of 2 images." in text
+    assert "**known-label** (not run)" in text
+    assert "## What was not tried" in text
+    page = (nets / "out" / "audit.html").read_text()
+    assert "default-src &#39;none&#39;" in page
+    assert picture(b"") in page
+    assert page.count("<figure") == 4
+    assert audit(cli, "build", *DATA, "--fail-if", "recovered > 0.5").code == 1
+    assert (nets / "out" / "audit.md").read_text() != text
+
+
+def test_an_audit_that_keeps_the_line_passes_and_claims_no_safety(cli, nets: Path) -> None:  # noqa: F811
+    done = audit(cli, "pooled", *DATA, "--images", "1", "--fail-if", "recovered > 0.5")
+    assert (done.code, done.err.count("error")) == (0, 0)
+    assert "is not crossed" in done.out
+    assert "That is no proof of safety" in done.out
+    assert audit(cli, "pooled", *DATA, "--images", "1", "--fail-if", "labels > 0.5").code == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "words"),
+    [
+        ("batch", DATA, ["statistics over a batch", "--mode eval"]),
+        ("Blind", DATA, ["no attacker could attack", "does not make it safe"]),
+        ("build", ("--data", "samples(size=16)"), ["takes no image of shape (3, 16, 16)"]),
+        ("fails", DATA, ["cannot be called without arguments: RuntimeError: no"]),
+        ("number", DATA, ["no callable 'number'"]),
+        ("absent", DATA, ["is in 0 of the plugins"]),
+        ("no.such.module:build", DATA, ["does not import"]),
+        ("build", (*DATA, "--normalise", "0.5"), ["MEAN/STD"]),
+        ("build", (*DATA, "--normalise", "0.5/0"), ["positive"]),
+        ("build", (*DATA, "--normalise", "0,0/1,1"), ["2 means", "3 channels"]),
+        ("build", (*DATA, "--fail-if", "recovered"), ["--fail-if"]),
+        ("build", (*DATA, "--checkpoint", "absent.pt"), ["absent.pt"]),
+        ("build", (*DATA, "--rate", "0.1"), ["--rate is of a recorded update"]),
+        ("build", (), ["neither --data nor --before"]),
+        ("build", ("--before", "a.npz"), ["give both"]),
+        ("build", ("--before", "a.npz", "--after", "b.npz"), ["--size is missing"]),
+        ("build", ("--before", "a.npz", "--after", "b.npz", "--size", "12"), ["a.npz", "does not exist"]),
+    ],
+)
+def test_bad_input_is_one_line_and_two(cli, nets: Path, name: str, more: tuple[str, ...], words: list[str]) -> None:  # noqa: F811
+    done = audit(cli, name, *more)
+    assert done.code == 2
+    assert [line for line in done.err.splitlines() if line.startswith("error: ")] == done.err.splitlines()[-1:]
+    for word in words:
+        assert word in done.err
+    assert not (nets / "out" / "audit.md").exists()
+
+
+@pytest.fixture
+def recorded(nets: Path, cli) -> nn.Module:  # noqa: F811
+    """The files of an update of one image, in every format, and its truth."""
+    from leakbench.registry import load_plugin
+
+    load_plugin(nets / "nets.py")
+    network = factory("build", [nets / "nets.py"])
+    images, labels = datasets.parse("samples(size=12)").load([3])
+    Image.fromarray((images[0].permute(1, 2, 0) * 255).round().byte().numpy()).save(nets / "truth.png")
+    _write(nets, "before", network)
+    loss = nn.functional.cross_entropy(network(images), labels)
+    with torch.no_grad():
+        for parameter, by in zip(network.parameters(), torch.autograd.grad(loss, list(network.parameters()))):
+            parameter -= 0.1 * by
+    _write(nets, "after", network)
+    return network
+
+
+def _write(folder: Path, arm: str, network: nn.Module) -> None:
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    save_file(state, folder / f"{arm}.safetensors")
+    torch.save(state, folder / f"{arm}.pt")
+    arrays = [value.numpy() for value in state.values()]
+    np.savez(folder / f"{arm}.npz", *arrays)
+    np.savez(folder / f"{arm}-named.npz", **{name: value.numpy() for name, value in state.items()})
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".npz", "-named.npz"])
+def test_a_recorded_update_is_audited(cli, nets: Path, recorded: nn.Module, suffix: str) -> None:  # noqa: F811
+    files = ("--before", f"before{suffix}", "--after", f"after{suffix}", "--size", "12", "--rate", "0.1")
+    more = ("--truth", "truth.png", "--label", "3", "--budget", "quick", "--fail-if", "recovered > 0.5")
+    done = audit(cli, "build", *files, *more)
+    assert (done.code, "The server sees 100 % of the images, first by peel." in done.out) == (1, True)
+    text = (nets / "out" / "audit.md").read_text()
+    assert "read off the update: class 3, which is right" in text
+    assert "a single image in one step explains all but" in text
+    assert "known: 0.1; 1 local step" in text
+
+
+def test_what_was_not_measured_is_not_passed(cli, nets: Path, recorded: nn.Module) -> None:  # noqa: F811
+    files = ("--before", "before.npz", "--after", "after.npz", "--size", "12", "--budget", "quick")
+    done = audit(cli, "build", *files, "--rate", "0.1", "--fail-if", "recovered > 0.5")
+    assert (done.code, "cannot be judged" in done.err, "--truth" in done.err) == (2, True, True)
+    assert "without the truth nobody can say" in (nets / "out" / "audit.md").read_text()
+
+
+def test_an_update_of_two_images_is_not_judged(cli, nets: Path, recorded: nn.Module) -> None:  # noqa: F811
+    network = factory("build", [nets / "nets.py"])
+    images, labels = datasets.parse("samples(size=12)").load([3, 9])
+    loss = nn.functional.cross_entropy(network(images), labels)
+    with torch.no_grad():
+        for parameter, by in zip(network.parameters(), torch.autograd.grad(loss, list(network.parameters()))):
+            parameter -= 0.1 * by
+    _write(nets, "two", network)
+    files = ("--before", "before.pt", "--after", "two.pt", "--size", "12", "--rate", "0.1", "--budget", "quick")
+    done = audit(cli, "build", *files, "--truth", "truth.png", "--fail-if", "psnr > 90")
+    assert (done.code, "of several images or steps, or noise" in done.err) == (2, True)
+
+
+@pytest.mark.parametrize("change", ["name", "shape", "nan", "same", "pickle"])
+def test_a_foreign_update_is_refused(cli, nets: Path, recorded: nn.Module, change: str) -> None:  # noqa: F811
+    state = torch.load(nets / "after.pt", weights_only=True)
+    if change == "name":
+        state["other"] = state.pop("1.weight")
+    elif change == "shape":
+        state["1.weight"] = state["1.weight"][:3]
+    elif change == "nan":
+        state["1.bias"][0] = math.nan
+    torch.save(state, nets / "bad.pt")
+    if change == "same":
+        (nets / "bad.pt").write_bytes((nets / "before.pt").read_bytes())
+    if change == "pickle":
+        (nets / "bad.pt").write_bytes(pickle.dumps({"1.weight": print}))
+    done = audit(cli, "build", "--before", "before.pt", "--after", "bad.pt", "--size", "12", "--rate", "0.1")
+    refused(done, "bad.pt")
+
+
+def test_a_normalisation_is_in_front_and_stays_fixed() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5))
+    own = subject(plain, "own", 3, "train", Scale.parse("0.5,0.4,0.3/0.2,0.25,0.3"))
+    x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(values)[:, None, None] for values in ([0.5, 0.4, 0.3], [0.2, 0.25, 0.3]))
+    network = own.build((3, 8, 8), 5)
+    assert torch.allclose(network(x), plain((x - mean) / std), atol=1e-5)
+    assert network[1].training
+    assert not network[0].training
+    assert not list(network[0].parameters())
+    assert classes_of(own, (3, 8, 8)) == 5
+    with pytest.raises(Unsupported, match="takes no image"):
+        classes_of(own, (3, 9, 9))
+
+
+def test_layers_shares_and_closed_forms_are_those_of_the_gradient() -> None:
+    import leakbench
+
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 6), nn.Sigmoid(), nn.Linear(6, 4))
+    images = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([0, 3, 1])
+    seen = leakbench.observe(network, images, labels)
+    found = shares(seen)
+    assert [one.layer for one in found] == ["1", "3"]
+    assert sum(one.share for one in found) == pytest.approx(1)
+    sizes = [
+        seen.gradient[f"{name}.{part}"].double().flatten(1).square().sum(1)
+        for name in "13"
+        for part in ("weight", "bias")
+    ]
+    assert found[0].share == pytest.approx(float(((sizes[0] + sizes[1]) / sum(sizes)).mean()))
+    first, second = closed_forms(
+        seen, {"1": list(images), "3": list(torch.sigmoid(network[1](images.flatten(1))).detach())}
+    )
+    assert (first.pixels, first.exact, second.pixels, second.exact) == (True, True, False, True)
+    assert 0 < first.error < 1e-4
+    wrong = closed_forms(seen, {"1": list(images.flip(0)), "3": [torch.zeros(6)] * 3})
+    assert [one.exact for one in wrong] == [False, False]
+    assert labels_of(seen, [0, 3, 2]).right == 2
