@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -338,8 +339,6 @@ def left() -> list[str]:
 
 def alive(group: int) -> list[int]:
     """Return the processes of a session."""
-    import psutil
-
     found = []
     for process in psutil.process_iter():
         try:
@@ -351,7 +350,7 @@ def alive(group: int) -> list[int]:
 
 
 @pytest.mark.fl
-@pytest.mark.parametrize("how", ["interrupt", "interrupt-here", "kill"])
+@pytest.mark.parametrize("how", ["interrupt", "interrupt-here", "kill", "kill-ray"])
 def test_a_simulation_that_is_stopped_leaves_nothing(tmp_path: Path, how: str) -> None:
     workers = 0 if how == "interrupt-here" else 2
     process = subprocess.Popen(
@@ -370,10 +369,16 @@ def test_a_simulation_that_is_stopped_leaves_nothing(tmp_path: Path, how: str) -
             time.sleep(0.2)
         if how == "kill":
             os.kill(int(next(tmp_path.iterdir()).name), signal.SIGKILL)
+        elif how == "kill-ray":
+            (server,) = [one for one in psutil.Process(process.pid).children() if one.name() == "raylet"]
+            server.kill()
         else:
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         output, errors = process.communicate(timeout=90)
-        if how == "kill":
+        if how == "kill-ray":
+            assert process.returncode == 2
+            assert output.splitlines()[-1].startswith("Ray was interrupted")  # behind Ray's own log
+        elif how == "kill":
             assert process.returncode == 2
             assert output.splitlines()[-1].startswith("Ray lost the process of client")  # behind Ray's own notice
             assert errors == ""

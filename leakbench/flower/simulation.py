@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from uuid import uuid4
 
+import psutil
 import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -40,6 +41,8 @@ PATIENCE = 10
 """How often a ServerApp may ask for the nodes without sending anything before it is taken to wait for more of them."""
 STORE = 256 * 2**20
 """Bytes of Ray's object store, through which messages of more than 100 KB pass; what is beyond goes to the disk."""
+WATCH = 1.0
+"""How often, in seconds, a look is taken at whether Ray is still there."""
 
 
 @dataclass(frozen=True)
@@ -164,14 +167,15 @@ class Inline:
 class Pool:
     """Clients in Ray processes; a client has one message at a time."""
 
-    def __init__(self, start: Callable[[], Any], count: int) -> None:
+    def __init__(self, start: Callable[[], Any], count: int, servers: Sequence[psutil.Process] = ()) -> None:
         self._start = start
+        self._servers = servers
         self._idle = [start() for _ in range(count)]
 
     def carry(self, jobs: Sequence[Job], contexts: list[Context], timeout: float | None) -> dict[str, Answer]:
         """Return the answers that came in time; a process that did not answer is ended, and another started."""
         import ray
-        from ray.exceptions import GetTimeoutError, RayError
+        from ray.exceptions import RayError
 
         end = None if timeout is None else time.monotonic() + timeout
         waiting, answers = deque(jobs), {}
@@ -184,14 +188,17 @@ class Pool:
                     busy[worker.run.remote(job.data, contexts[job.client])] = (job, worker)
                     taken.add(job.client)
                     waiting.remove(job)
-            left = None if end is None else max(0.0, end - time.monotonic())
-            ready, _ = ray.wait(list(busy), timeout=left)
+            ready, _ = ray.wait(list(busy), timeout=WATCH)
             if not ready:
-                break
+                self._watch()
+                if end is not None and time.monotonic() > end:
+                    break
+                continue
             job, worker = busy[ready[0]]
             try:
                 answers[job.id] = ray.get(ready[0])
-            except (RayError, GetTimeoutError) as error:
+            except RayError as error:
+                self._watch()
                 raise LeakbenchError(
                     f"Ray lost the process of client {job.client} ({_one_line(error)}); start again, with fewer "
                     "workers if memory ran out"
@@ -203,6 +210,12 @@ class Pool:
             ray.kill(worker)
             self._idle.append(self._start())
         return answers
+
+    def _watch(self) -> None:
+        """Raise LeakbenchError where a server of Ray's has ended: Ray itself would end this process some time later."""
+        for server in self._servers:
+            if not server.is_running() or server.status() == psutil.STATUS_ZOMBIE:
+                raise LeakbenchError("Ray was interrupted: a server of its own has ended; start again")
 
 
 class SimulatedGrid(Grid):
@@ -354,7 +367,8 @@ def _pool(client: ClientApp, count: int) -> Iterator[Pool]:
                 object_store_memory=STORE,
                 _temp_dir=folder,
             )
-        yield _started(client, count)
+        servers = [one for one in psutil.Process().children() if one.name() in ("raylet", "gcs_server")] if own else []
+        yield _started(client, count, servers)
     finally:
         if own:
             ray.shutdown()
@@ -365,7 +379,7 @@ def _pool(client: ClientApp, count: int) -> Iterator[Pool]:
                 os.environ["PYTHONPATH"] = path
 
 
-def _started(client: ClientApp, count: int) -> Pool:
+def _started(client: ClientApp, count: int, servers: Sequence[psutil.Process]) -> Pool:
     """Return a pool of processes that hold the ClientApp; raise BadOption where it cannot be pickled."""
     import ray
 
@@ -374,7 +388,7 @@ def _started(client: ClientApp, count: int) -> Pool:
     except (TypeError, AttributeError) as error:
         raise BadOption(f"the ClientApp cannot be pickled for Ray ({_one_line(error)}); take workers=0") from error
     process = ray.remote(num_cpus=1)(Worker)
-    return Pool(lambda: process.remote(held), count)
+    return Pool(lambda: process.remote(held), count, servers)
 
 
 class Worker:
