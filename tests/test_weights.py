@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from conftest import CLASSES, ON_WEIGHTS, SHAPE, clients, close, plain, rand, randn, same, watch
@@ -20,8 +22,9 @@ from leakbench.errors import BadOption, Unsupported
 from leakbench.matrix import Matrix, parse_threat
 from leakbench.models import parse
 from leakbench.optim import value_and_gradient
+from leakbench.report import weights
 from leakbench.rng import Rng
-from leakbench.store import Store
+from leakbench.store import Record, Store
 from leakbench.types import ThreatModel
 from leakbench.victim import build
 
@@ -270,3 +273,50 @@ def test_trials_of_gradients_keep_their_names_and_words_say_the_training() -> No
     assert "learning rate 0.1, which the attacker does not know" in words
     assert parse_threat("weights").spec() == "weights"
     assert parse_threat(KNOWN).spec() == "shares=weights, learning_rate=0.1, rate=known"
+
+
+# the report
+
+
+def a_run(trials: int = 6) -> tuple[pd.DataFrame, dict[str, Record], pd.DataFrame]:
+    """Return results, records and findings: dlg with the rate recovers all, dlm half, with k r = 1 there alone."""
+    lines, records, scales = [], {}, []
+    for attack, rate in (("dlg", "known"), ("dlm", "hidden")):
+        for scale in (None, 1e-3, 1.0):
+            for image in range(trials):
+                trial = f"{attack} {scale} {image}"
+                found = scale is None and (attack == "dlg" or image % 2 == 0)
+                options = {"name": "weight-noise", "scale": scale, "kind": "gaussian", "clip": None}
+                defense = {"name": "none"} if scale is None else {**options, "as_released": False, "snapshots": "both"}
+                threat = {"shares": "weights", "learning_rate": 0.01, "local_steps": 1, "rate": rate}
+                settings = {"attack": {"name": attack}, "defense": defense, "threat": threat}
+                records[trial] = Record(json.dumps(settings), "", 0, 1, "")
+                lines.append({
+                    "trial": trial, "dataset": "d", "model": "m", "defense": "x", "attack": attack, "threat": "t",
+                    "image": image, "seed": 0, "status": "failed" if image == 5 and attack == "dlm" else "ok",
+                    "floor": False, "ssim_aligned": 0.9 if found else 0.1, "psnr_aligned": 20.0,
+                })  # fmt: skip
+                if attack == "dlm":
+                    scales.append((trial, "scale", 100.0 if found else 1e6))
+    return pd.DataFrame(lines), records, pd.DataFrame(scales, columns=["trial", "name", "value"])
+
+
+def test_the_report_compares_with_the_rate_and_shows_the_scale_and_the_strengths() -> None:
+    trials = weights.rows(*a_run())
+    assert len(trials) == 36
+    text = weights.markdown("mine", trials, 0)
+    table = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line] for line in table]
+    (dlg,) = (line for line in cells if line[4:6] == ["dlg", "known"] and line[0] == "d")
+    (dlm,) = (line for line in cells if line[4:6] == ["dlm", "hidden"] and line[0] == "d")
+    assert dlg[6:9] == ["6", "0", "100 % [61 %, 100 %]"]
+    assert dlm[6:9] == ["6", "1", "50 % [19 %, 81 %]"]
+    assert dlm[10] == "dlg"
+    assert dlm[11].startswith("−50 % [")
+    assert dlm[12] == "yes"
+    assert ["m", "0.01", "1", "dlm", "3 of 6", "1", "1", "1"] in cells
+    strengths = [line[1] for line in cells if line[0].startswith("weight-noise, gaussian, no clipping")]
+    assert strengths == ["0", "0", "0.001", "0.001", "1", "1"]
+    assert "not finished" in weights.markdown("mine", trials, 3)
+    assert weights.scale_png(trials) == weights.scale_png(trials)
+    assert weights.defense_png(trials).startswith(b"\x89PNG")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from leakbench.errors import BadOption, LeakbenchError
-from leakbench.report import compare, curves, grids, html, sharing, utility, worst_case
+from leakbench.report import compare, curves, grids, html, sharing, utility, weights, worst_case
 from leakbench.report.about import about
 from leakbench.report.csv import csv
 from leakbench.report.markdown import Picture, Run, markdown, run_name
@@ -27,8 +27,9 @@ def write(out: Path | str, formats: Collection[str] = DEFAULT) -> list[Path]:
     """Write ``report.md`` with ``grids/*.png`` and ``results.csv`` beside the run file in ``out``; return their paths.
 
     A run that skipped what was settled (``Matrix.threshold``) has ``worst-case.md`` too, and one that varies the noise
-    or the precision of the gradient has ``curves.md``. The files depend on nothing but the run file (and the folder's
-    name, for a run without one), and replace those of an earlier report.
+    or the precision of the gradient has ``curves.md``; where clients share weights there is ``weights.md``. The files
+    depend on nothing but the run file (and the folder's name, for a run without one), and replace those of an earlier
+    report.
 
     Raises:
         BadOption: a format that is not one of ``FORMATS``.
@@ -63,8 +64,22 @@ def write(out: Path | str, formats: Collection[str] = DEFAULT) -> list[Path]:
                 written.append(replace(out / "worst-case.md", text.encode()))
             elif curves.kinds(store.components()):
                 written += _write_curves(out, store, results)
+            written += _write_weights(out, name, store, results, planned - len(results))
             _remove_others(out / "grids", {picture.path.removeprefix("grids/") for picture in pictures})
     return written
+
+
+def _write_weights(out: Path, name: str, store: Store, results: pd.DataFrame, unfinished: int) -> list[Path]:
+    """Write ``weights.md`` and its ``grids/weights-*.png``, where clients share weights."""
+    trials = weights.rows(results, store.records(), store.findings())
+    if trials.empty:
+        return []
+    written = []
+    if (trials["scale"].notna() & (trials["family"] == "")).any():
+        written.append(replace(out / weights.SCALE, weights.scale_png(trials)))
+    if weights.families(trials):
+        written.append(replace(out / weights.CURVES, weights.defense_png(trials)))
+    return [*written, replace(out / weights.FILE, weights.markdown(name, trials, unfinished).encode())]
 
 
 def _write_curves(out: Path, store: Store, results: pd.DataFrame) -> list[Path]:
