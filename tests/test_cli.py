@@ -42,6 +42,7 @@ COMMANDS = [
     ("show",),
     ("diff",),
     ("audit",),
+    ("leaderboard",),
     ("list",),
     ("assets",),
     ("assets", "fetch"),

@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from leakbench.cli import accuracy, assets, audit, compare, listing, report, run, runs, train
+from leakbench.cli import accuracy, assets, audit, compare, leaderboard, listing, report, run, runs, train
 from leakbench.errors import LeakbenchError
 from leakbench.version import __version__
 
@@ -30,6 +30,7 @@ app.command("merge")(runs.merge)
 app.command("show")(compare.show)
 app.command("diff")(compare.diff)
 app.command("audit")(audit.audit)
+app.command("leaderboard")(leaderboard.leaderboard)
 
 
 def _version(value: bool) -> None:

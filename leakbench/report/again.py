@@ -49,7 +49,7 @@ def again(cell: Mapping[str, object], components: Sequence[Component], sessions:
     """
     known = {(one.kind, one.spec): one for one in components}
     own = {axis: known[axis, str(cell[axis])] for axis in _AXES}
-    specs = {axis: _spec(one) for axis, one in own.items()}
+    specs = {axis: spec_of(one) for axis, one in own.items()}
     note = " ".join(
         f"The {axis} {spec} was of version {own[axis].version}; it takes a leakbench that has this version."
         for axis, spec in specs.items()
@@ -74,7 +74,7 @@ def again(cell: Mapping[str, object], components: Sequence[Component], sessions:
     return Again(shlex.join(words), tail, note)
 
 
-def _spec(one: Component) -> str:
+def spec_of(one: Component) -> str:
     """Return a spec that parses to the component; every option is written where the shortest one no longer does."""
     plain = _APART.sub("", one.spec)
     if plain == one.spec:
@@ -89,7 +89,7 @@ def _owners(components: Iterable[Component], own: Component) -> list[str]:
     for one in components:
         name = one.spec.partition("(")[0].partition(" [")[0]
         if one.kind == "defense" and name != own.spec.partition("(")[0].partition(" [")[0] and _keeps_secrets(name):
-            found.setdefault(name, _spec(one))
+            found.setdefault(name, spec_of(one))
     return list(found.values())
 
 

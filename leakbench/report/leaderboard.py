@@ -1,0 +1,224 @@
+"""The leaderboard: the worst case behind each defense of one or more runs, an entry each, and a page of them all."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from leakbench.errors import BadOption
+from leakbench.matrix import RECOVERY
+from leakbench.report import utility
+from leakbench.report.files import replace
+from leakbench.report.html import RECOVERED, along
+from leakbench.report.markdown import run_name
+from leakbench.report.page import render
+from leakbench.report.text import slug
+from leakbench.report.worst_case import Effort, Standing, standings, threshold_of
+from leakbench.store import FILE, Store
+
+SCHEMA_FILE = "entry.schema.json"
+
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1, max_length=2000)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Attacker(_Strict):
+    """What one attacker of the ensemble did."""
+
+    name: Text
+    recovered: Annotated[Count, Field(description="images, once for each seed, that it was the first to recover")]
+    tried: Annotated[Count, Field(description="trials with a score")]
+    failed: Annotated[Count, Field(description="trials that diverged, part of tried")]
+    skipped: Annotated[Count, Field(description="trials not run, since the image had been recovered")]
+    evaluations: Annotated[Count | None, Field(description="of the objective; null where it counts none")]
+
+
+class TrialOf(_Strict):
+    """One trial, by which the entry can be checked."""
+
+    id: Annotated[str, Field(pattern="^[0-9a-f]{16}$", description="the hash of every resolved setting")]
+    attack: Text
+    threat: Text
+    image: Count
+    seed: int
+    status: Literal["ok", "failed", "unsupported", "error"]
+    score: Annotated[float | None, Field(description="ssim_aligned; null where there is none")]
+
+
+class Cost(_Strict):
+    """What the defense costs in accuracy, where a training study of the run says so."""
+
+    accuracy: Share
+    without: Annotated[Share | None, Field(description="that without any defense; null where it was not measured")]
+
+
+class Entry(_Strict):
+    """The worst case behind one defense, for one dataset and model."""
+
+    schema_: Annotated[Literal["leakbench-leaderboard-1"], Field(alias="schema")] = "leakbench-leaderboard-1"
+    run: Text
+    dataset: Text
+    model: Text
+    defense: Text
+    settings: Annotated[dict[str, Any], Field(description="every option of dataset, model and defense, with versions")]
+    threshold: Annotated[Share, Field(description="the ssim_aligned from which an image is recovered")]
+    images: Annotated[int, Field(ge=1)]
+    recovered: Annotated[Share, Field(description="share of the images that at least one attacker recovered")]
+    low: Annotated[Share, Field(description="lower end of the 95 % Wilson interval of the share")]
+    high: Share
+    floor: Annotated[Share | None, Field(description="share that a floor recovers; null where none was run")]
+    best_attacker: Annotated[str | None, Field(description="who was first to recover most; null where nobody did")]
+    attackers: list[Attacker]
+    accuracy: Cost | None = None
+    versions: Annotated[list[Text], Field(description="of leakbench, with the commit where there was one")]
+    trials: Annotated[list[TrialOf], Field(min_length=1)]
+
+
+def schema() -> str:
+    """Return the JSON Schema of an entry."""
+    described = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Entry.model_json_schema(by_alias=True)}
+    return json.dumps(described, indent=1) + "\n"
+
+
+def read(path: Path) -> Entry:
+    """Return the entry in a JSON file.
+
+    Raises:
+        BadOption: there is no such file, or it does not fit the schema.
+    """
+    try:
+        return Entry.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise BadOption(f"{path} cannot be read: {error.strerror}; give the JSON file of an entry") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        words = " ".join(str(first["msg"]).split())
+        raise BadOption(f"{path} is no entry of a leaderboard: {where}: {words}; see {SCHEMA_FILE}") from None
+
+
+def entries(store: Store, name: str, study: utility.Study | None = None) -> list[Entry]:
+    """Return the entries of a run: one for each dataset, model and defense whose trials have all ended.
+
+    Args:
+        store: the run file.
+        name: the run's, where it has none of its own.
+        study: what its training study says.
+    """
+    sessions = store.sessions()
+    limit = threshold_of(sessions)
+    threshold = RECOVERED if limit is None else limit
+    trials, components = store.trials(), {(one.kind, one.spec): one for one in store.components()}
+    versions = list(dict.fromkeys(_version(session.provenance) for session in sessions))
+    found = []
+    for one in standings(trials, threshold):
+        if one.open or not one.images:
+            continue
+        scene = trials[(trials["dataset"] == one.dataset) & (trials["model"] == one.model)]
+        own = scene[(scene["defense"] == one.defense) & ~scene["floor"] & (scene["status"] != "")]
+        floors = scene[scene["floor"] & (scene["status"] == "ok")]
+        known = {kind: components[kind, getattr(one, kind)] for kind in ("dataset", "model", "defense")}
+        found.append(
+            Entry(
+                run=run_name(sessions, name),
+                dataset=one.dataset,
+                model=one.model,
+                defense=one.defense,
+                settings={kind: {"version": item.version, **item.options} for kind, item in known.items()},
+                threshold=threshold,
+                images=one.images,
+                recovered=one.share,
+                low=one.low,
+                high=one.high,
+                floor=float((floors.groupby("image")[RECOVERY].max() >= threshold).mean()) if len(floors) else None,
+                best_attacker=_best(one),
+                attackers=[_attacker(effort) for effort in one.efforts],
+                accuracy=_cost(study, one.defense),
+                versions=versions,
+                trials=[
+                    TrialOf(
+                        id=row["trial"],
+                        attack=row["attack"],
+                        threat=row["threat"],
+                        image=row["image"],
+                        seed=row["seed"],
+                        status=row["status"],
+                        score=None if math.isnan(row[RECOVERY]) else row[RECOVERY],
+                    )
+                    for row in own.to_dict("records")
+                ],
+            )
+        )
+    return found
+
+
+def _version(source: Any) -> str:
+    commit = "" if source.commit is None else f" at commit {source.commit}"
+    return f"leakbench {source.version}{commit}{' with uncommitted changes' if source.dirty else ''}"
+
+
+def _best(one: Standing) -> str | None:
+    most = max(one.efforts, key=lambda effort: effort.recovered, default=None)
+    return most.attacker if most is not None and most.recovered else None
+
+
+def _attacker(effort: Effort) -> Attacker:
+    return Attacker(
+        name=effort.attacker,
+        recovered=effort.recovered,
+        tried=effort.tried,
+        failed=effort.failed,
+        skipped=effort.skipped,
+        evaluations=effort.evaluations,
+    )
+
+
+def _cost(study: utility.Study | None, defense: str) -> Cost | None:
+    """Return what a study says of a defense; None where it says nothing."""
+    if study is None:
+        return None
+    values = {point.label: point.utility.value for point in study.points}
+    return Cost(accuracy=values[defense], without=values.get("none")) if defense in values else None
+
+
+def write(runs: Sequence[Path], out: Path) -> list[Path]:
+    """Write ``index.html``, ``entries/*.json`` and their JSON Schema into a folder; return their paths.
+
+    Raises:
+        BadOption: no run has an entry: a defense all of whose trials have ended.
+        ForeignRun: a folder holds no readable run.
+    """
+    found: list[Entry] = []
+    for run in runs:
+        study = utility.load(run / utility.FILE)
+        with Store.open(run / FILE, readonly=True) as store:
+            found += entries(store, run.resolve().name, study)
+    if not found:
+        raise BadOption("no run has a defense all of whose trials have ended; finish a run, such as --suite worst-case")
+    found.sort(key=lambda one: (one.dataset, one.model, one.recovered, one.high))
+    written, rows = [], []
+    taken: dict[str, int] = {}
+    for one in found:
+        name = slug((one.run, one.dataset, one.model, one.defense))
+        taken[name] = taken.get(name, 0) + 1
+        file = f"entries/{name}{'' if taken[name] == 1 else f'-{taken[name]}'}.json"
+        text = one.model_dump_json(by_alias=True, indent=1) + "\n"
+        written.append(replace(out / file, text.encode()))
+        rows.append((one, file))
+    written.append(replace(out / SCHEMA_FILE, schema().encode()))
+    scenes: dict[tuple[str, str, float], list[tuple[Entry, str]]] = {}
+    for one, file in rows:
+        scenes.setdefault((one.dataset, one.model, one.threshold), []).append((one, file))
+    context = {"title": "Leaderboard of defenses", "scenes": scenes, "schema_file": SCHEMA_FILE, "along": along}
+    written.append(replace(out / "index.html", render("leaderboard.html.j2", context).encode()))
+    return written
