@@ -30,7 +30,8 @@ CSV = "accuracy.csv"
 PAPER_BATCH = 64
 """The batch by which FedKL's code divides."""
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: told apart by all
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31")
+"""Okabe and Ito's, which all can tell apart, and a brown."""
 _DASHES = ("-", "--", "-.", ":")
 _CURVES = re.compile(r"curves-\d{2}-.*\.png")
 

@@ -131,7 +131,8 @@ def _point(results: pd.DataFrame, targets: Sequence[Target], arms: Sequence[Reco
     models = [target.model for target in targets]
     own = results[results["model"].isin(models) & (results["defense"] == targets[0].defense) & ~results["floor"]]
     scored = own[own["status"].isin(["ok", "failed"])]
-    recovered = scored.assign(hit=scored[RECOVERY] >= threshold)
+    measured = scored[scored[RECOVERY].notna()]  # images of fewer than 11 pixels a side have no SSIM
+    recovered = measured.assign(hit=measured[RECOVERY] >= threshold)
     hits = recovered.groupby(["model", "seed", "image"])["hit"].any()
     share = float(hits.mean()) if len(hits) else math.nan
     places = len(set(hits.index.get_level_values("image")))
@@ -181,9 +182,10 @@ def _axes(scene: Scene) -> dict[str, list[Value]]:
 
 
 def _on_front(scene: Scene, name: str, values: Sequence[Value]) -> list[int]:
-    """Return the front; a distance leaks less where it is larger."""
-    sign = -1 if name == "distance" else 1
-    return front([(point.accuracy.mean, sign * value.mean) for point, value in zip(scene.points, values)])
+    """Return the front; a distance leaks less where it is larger, up to that of the best floor, which leaks nothing."""
+    most = math.inf if math.isnan(scene.floor) else scene.floor
+    leakages = [value.mean if name == "share" else -min(value.mean, most) for value in values]
+    return front([(point.accuracy.mean, leakage) for point, leakage in zip(scene.points, leakages)])
 
 
 def markdown(pictures: Sequence[tuple[str, Sequence[Scene]]], threshold: float, name: str) -> str:
@@ -207,8 +209,8 @@ test images, in per cent, with a 95 % Wilson interval. **recovered** is the shar
 least one attacker, oblivious or informed, found a reconstruction with an SSIM of at least {threshold:g} after \
 alignment; its interval is Wilson's over images. **LPIPS** (VGG) is that of the best reconstruction of any attacker, \
 image by image, the mean over images with a 95 % bootstrap interval: 0 is exact, and the dashed line is the best \
-floor, a guess without the gradient. Where a reconstruction was found, later attackers were spared if the run has a \
-threshold, so that LPIPS there is an upper bound.
+floor, a guess without the gradient, beyond which nothing leaks. Where a reconstruction was found, later attackers \
+were spared if the run has a threshold, so that LPIPS there is an upper bound.
 
 The attacked images are test images, which no network was trained on. A point is **on the front** (●, line) where no \
 other one has both at least its accuracy and at most its leakage, by the points alone; where intervals overlap, the \

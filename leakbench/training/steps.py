@@ -123,6 +123,13 @@ def momentum_of(trainee: Trainee, sgd: torch.optim.SGD) -> State:
     return {name: value.detach().clone() for name, value in buffers.items() if value is not None}
 
 
+class _OnCpu(Step):
+    """A step whose gradients are on the CPU, where defenses draw."""
+
+    def _gradient(self, images: Tensor, labels: Tensor) -> Gradient:
+        return {name: value.cpu() for name, value in super()._gradient(images, labels).items()}
+
+
 def descend(
     trainee: Trainee, sgd: torch.optim.SGD, x: Tensor, y: Tensor, rng: torch.Generator, *, defended: bool, classes: int
 ) -> float:
@@ -137,7 +144,8 @@ def descend(
     """
     x, y = _encoded(trainee.defense, x, y, rng, classes)
     trainee.refresh(len(x), rng)
-    step = Step(trainee.network, x.to(trainee.device), y.to(trainee.device), trainee.defense)
+    kind = Step if type(trainee.defense).release is Defense.release else _OnCpu
+    step = kind(trainee.network, x.to(trainee.device), y.to(trainee.device), trainee.defense)
     gradient = trainee.defense.release(step, rng) if defended else step.gradient()
     check(gradient, trainee.parameters(), trainee.defense)
     for name, parameter in trainee.parameters().items():
