@@ -53,8 +53,8 @@ SMALL = {
     "keylock": "keylock(length=9)",
     "dlg": "dlg(steps=1)",  # a step of L-BFGS is up to twenty iterations
     "idlg": "idlg(steps=1)",
-    "dlm": "dlm(steps=1)",
-    "dlm+": "dlm+(steps=1)",
+    "dlm": "dlm(steps=3, solver=adam, lr=0.01)",  # twenty iterations of L-BFGS amplify rounding too far
+    "dlm+": "dlm+(steps=3, solver=adam, lr=0.01)",
     "ggl": "ggl(budget=6, popsize=3, generator=tiny)",
     "prior": "prior(generator=tiny)",
 }
