@@ -191,6 +191,15 @@ def test_a_recorded_update_is_audited(cli, nets: Path, recorded: nn.Module, suff
     assert "known: 0.1; 1 local step" in text
 
 
+def test_an_update_of_unknown_rate_is_attacked_by_those_that_need_none(cli, nets: Path, recorded: nn.Module) -> None:  # noqa: F811
+    done = audit(cli, "build", "--before", "before.pt", "--after", "after.pt", "--size", "12", "--budget", "quick")
+    assert (done.code, done.err) == (0, "")
+    text = (nets / "out" / "audit.md").read_text()
+    assert "| dlm+(steps=150" in text
+    assert "**the learning rate**: not known" in text
+    assert "1 gives away the image itself exactly" in text
+
+
 def test_what_was_not_measured_is_not_passed(cli, nets: Path, recorded: nn.Module) -> None:  # noqa: F811
     files = ("--before", "before.npz", "--after", "after.npz", "--size", "12", "--budget", "quick")
     done = audit(cli, "build", *files, "--rate", "0.1", "--fail-if", "recovered > 0.5")

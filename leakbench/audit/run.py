@@ -228,7 +228,7 @@ def audit_update(
         own: the network, in the mode in which the client trained it.
         update: its parameters before and after, with the names that they have in ``own.module``.
         image_shape: (C, H, W) of the image that the client trained on.
-        budget: which stages of the suite ``audit`` are run.
+        budget: which stages of the suite ``audit`` are run; others where the learning rate is not known.
         rate: the learning rate, where it is known.
         local_steps: how many steps the client took.
         truth: [C, H, W] in [0, 1], the private image, to be compared with alone; no attacker sees it.
@@ -248,7 +248,8 @@ def audit_update(
         shares="weights", learning_rate=rate, local_steps=local_steps, rate="hidden" if rate is None else "known"
     )
     observation = _observed(network, update, image_shape, classes, threat)
-    matrix = Matrix(**override(expand(load_suite("audit"), budget)[0], {"threats": [threat]}))
+    scale = budget if rate is not None else f"{budget}-update"
+    matrix = Matrix(**override(expand(load_suite("audit"), scale)[0], {"threats": [threat]}))
     limit = matrix.threshold if threshold is None else threshold
     assert limit is not None
     steps = replace(observation, threat=replace(threat, shares="gradient"))

@@ -1,0 +1,67 @@
+"""What the example audits are of: ``python -m benchmarks.audit FOLDER`` writes photographs and a recorded update.
+
+The network is torchvision's ResNet-18 as torchvision draws it, with 3 outputs; the photographs are those of scikit-image
+(their credits are in CREDITS.md of the samples). Then, from the checkout:
+
+leakbench audit --model benchmarks.audit:build --data folder:FOLDER/photos --size 64 --normalise NORMALISE \\
+    --defense none --defense keylock --defense "noise(scale=0.01)" --budget quick --out reports/audit/resnet18
+leakbench audit --model benchmarks.audit:build --before FOLDER/before.safetensors --after FOLDER/after.safetensors \\
+    --size 64 --normalise NORMALISE --rate 0.05 --truth FOLDER/photos/1-chelsea/chelsea.png --label 1 --budget quick \\
+    --out reports/audit/update
+
+with NORMALISE 0.485,0.456,0.406/0.229,0.224,0.225.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import skimage.data
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.models import resnet18
+
+from leakbench.audit.given import Scale, factory, read_image, subject
+
+PHOTOGRAPHS = ("0-astronaut", "1-chelsea", "2-coffee")
+NORMALISE = "0.485,0.456,0.406/0.229,0.224,0.225"
+SIZE = 64
+RATE = 0.05
+
+
+def build() -> nn.Module:
+    """Return the network."""
+    return resnet18(num_classes=len(PHOTOGRAPHS))
+
+
+def main() -> None:
+    """Write FOLDER/photos, one subfolder a class, and the weights before and after a client's step on one of them."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.audit", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    for name in PHOTOGRAPHS:
+        photograph = name.partition("-")[2]
+        pixels = np.asarray(getattr(skimage.data, photograph)())
+        path = folder / "photos" / name / f"{photograph}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    network = factory("benchmarks.audit:build")
+    own = subject(network, "client", 3, "train", Scale.parse(NORMALISE))
+    _save(network, folder / "before.safetensors")
+    image = read_image(str(folder / "photos" / "1-chelsea" / "chelsea.png"), (3, SIZE, SIZE))
+    optimiser = torch.optim.SGD(network.parameters(), lr=RATE)
+    nn.functional.cross_entropy(own.module(image[None]), torch.tensor([1])).backward()
+    optimiser.step()
+    _save(network, folder / "after.safetensors")
+
+
+def _save(network: nn.Module, path: Path) -> None:
+    save_file({name: value.clone().contiguous() for name, value in network.state_dict().items()}, path)
+
+
+if __name__ == "__main__":
+    main()
