@@ -1,6 +1,6 @@
 """What the example audits are of: ``python -m benchmarks.audit FOLDER`` writes photographs and a recorded update.
 
-The network is torchvision's ResNet-18 as torchvision draws it, with 3 outputs; the photographs are those of scikit-image
+The network is torchvision's ResNet-18 as torchvision draws it, with 3 outputs; the photographs are of scikit-image
 (their credits are in CREDITS.md of the samples). Then, from the checkout:
 
 leakbench audit --model benchmarks.audit:build --data folder:FOLDER/photos --size 64 --normalise NORMALISE \\
