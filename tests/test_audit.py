@@ -173,13 +173,14 @@ def recorded(nets: Path, cli) -> nn.Module:  # noqa: F811
 def _write(folder: Path, arm: str, network: nn.Module) -> None:
     state = {name: value.clone() for name, value in network.state_dict().items()}
     save_file(state, folder / f"{arm}.safetensors")
+    save_file({str(index): value for index, value in enumerate(state.values())}, folder / f"{arm}-numbered.safetensors")
     torch.save(state, folder / f"{arm}.pt")
     arrays = [value.numpy() for value in state.values()]
     np.savez(folder / f"{arm}.npz", *arrays)
     np.savez(folder / f"{arm}-named.npz", **{name: value.numpy() for name, value in state.items()})
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".npz", "-named.npz"])
+@pytest.mark.parametrize("suffix", [".safetensors", "-numbered.safetensors", ".pt", ".npz", "-named.npz"])
 def test_a_recorded_update_is_audited(cli, nets: Path, recorded: nn.Module, suffix: str) -> None:  # noqa: F811
     files = ("--before", f"before{suffix}", "--after", f"after{suffix}", "--size", "12", "--rate", "0.1")
     more = ("--truth", "truth.png", "--label", "3", "--budget", "quick", "--fail-if", "recovered > 0.5")
@@ -215,6 +216,8 @@ def test_an_update_of_two_images_is_not_judged(cli, nets: Path, recorded: nn.Mod
         for parameter, by in zip(network.parameters(), torch.autograd.grad(loss, list(network.parameters()))):
             parameter -= 0.1 * by
     _write(nets, "two", network)
+    np.savez(nets / "few.npz", np.zeros(3))
+    refused(audit(cli, "build", "--before", "few.npz", "--after", "two.pt", "--size", "12"), "1 arrays without names")
     files = ("--before", "before.pt", "--after", "two.pt", "--size", "12", "--rate", "0.1", "--budget", "quick")
     done = audit(cli, "build", *files, "--truth", "truth.png", "--fail-if", "psnr > 90")
     assert (done.code, "of several images or steps, or noise" in done.err) == (2, True)

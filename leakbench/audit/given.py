@@ -229,8 +229,8 @@ def read_update(network: nn.Module, before: str, after: str) -> Update:
     """Return a recorded update of a network.
 
     Each file is a ``.safetensors`` file, a state dict of ``torch.save`` (read with ``weights_only=True``), or an
-    ``.npz`` of NumPy arrays, either by name or in the order of the network's state dict, as Flower sends them. The
-    file before must have every tensor of the network, that after it every trained parameter.
+    ``.npz`` of NumPy arrays; by name, or numbered from 0 in the order of the network's state dict, as Flower sends
+    arrays. The file before must have every tensor of the network, that after it every trained parameter.
 
     Raises:
         MissingAsset: a file does not exist.
@@ -264,27 +264,19 @@ def read_update(network: nn.Module, before: str, after: str) -> Update:
 
 
 def _read(path: str, option: str, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return a file's tensors by the names of the network's state dict."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise MissingAsset(f"{option} {path!r} does not exist; give a .safetensors, a .npz or a state dict")
+    state: object
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
-        if file.suffix == ".npz":
+            state = load_file(file)
+        elif file.suffix == ".npz":
             with np.load(file, allow_pickle=False) as arrays:
-                keys = list(arrays.files)
-                loaded = [torch.from_numpy(np.array(arrays[key])) for key in keys]
-            if set(keys) <= set(names):
-                return dict(zip(keys, loaded))
-            if len(keys) != len(names):
-                raise BadOption(
-                    f"{option} {path!r} has {len(keys)} arrays, and the network's state dict {len(names)}; it is of "
-                    "another network"
-                )
-            return dict(zip(names, loaded))
-        state: object = torch.load(file, map_location="cpu", weights_only=True)
-    except BadOption:
-        raise
+                state = {key.removeprefix("arr_"): torch.from_numpy(np.array(arrays[key])) for key in arrays.files}
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file makes the readers raise
         raise CorruptAsset(
             f"{option} {path!r} cannot be read as plain tensors ({type(error).__name__}); save a state dict with "
@@ -294,7 +286,14 @@ def _read(path: str, option: str, names: Sequence[str]) -> dict[str, Tensor]:
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CorruptAsset(f"{option} {path!r} is not a state dict; save model.state_dict()")
-    return state
+    if set(state) != {str(place) for place in range(len(state))}:
+        return state
+    if len(state) != len(names):
+        raise BadOption(
+            f"{option} {path!r} has {len(state)} arrays without names, and the network's state dict {len(names)}; it "
+            "is of another network"
+        )
+    return {name: state[str(place)] for place, name in enumerate(names)}
 
 
 def read_image(path: str, image_shape: tuple[int, int, int]) -> Tensor:
