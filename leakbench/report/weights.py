@@ -153,7 +153,7 @@ def _undefended(trials: pd.DataFrame) -> str:
         dataset, model, rate, steps = place
         cells = dict(list(group.groupby(["method", "known"], sort=False)))
         granted = {method: cell for (method, known), cell in cells.items() if known}
-        for (method, known), cell in cells.items():
+        for (method, known), cell in sorted(cells.items(), key=lambda pair: not pair[0][1]):
             share = Share.of(cell)
             line = [escape(dataset), escape(model), f"{rate:g}", str(steps), escape(method)]
             line += ["known" if known else "hidden", str(share.n), str(int((cell["status"] == "failed").sum()))]
