@@ -67,7 +67,7 @@ test-browser: setup
 $(EXTRAS)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(EXTRAS)
 	$(EXTRAS)/bin/python -m pip install --quiet --upgrade pip
-	$(EXTRAS)/bin/python -m pip install --quiet --editable ".[dev,fl]"
+	$(EXTRAS)/bin/python -m pip install --quiet --editable ".[dev,fl,ray]"
 	@touch $@
 
 test-extras: $(EXTRAS)/.ready

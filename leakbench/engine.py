@@ -80,9 +80,12 @@ def run(
     device: str = "auto",
     chunk: int | None = None,
     strict: bool = False,
-    workers: int = 1,
+    workers: int | None = None,
     time_limit: float | None = None,
     shard: str = "",
+    executor: str = "local",
+    ray_address: str = "",
+    gpus_per_worker: float | None = None,
     progress: Silent | None = None,
     command: str = "",
 ) -> Run:
@@ -97,9 +100,14 @@ def run(
         strict: refuse a matrix with any cell that an attack cannot serve, and stop at the first error of a component.
         workers: how many processes do the trials; with 1 (and no time limit) it is this one. They share the threads,
             and the GPUs if ``device`` names none. Chunks of the same trials give the same numbers whoever does them.
+            By default 1, and with Ray as many as its cluster has room for.
         time_limit: seconds that a trial may take, a chunk as many times as much as it has trials. What takes longer is
             stopped, tried again one trial at a time, and then an error.
         shard: ``i/n``: run this part of the matrix alone (``leakbench.shard.part``); empty for all of it.
+        executor: ``local``, or ``ray`` for the machines of a Ray cluster (extra ``ray``).
+        ray_address: the cluster's; by default what ``RAY_ADDRESS`` says, and otherwise this machine.
+        gpus_per_worker: with Ray, the part of a GPU that a worker has; by default a whole one where ``device`` is CUDA,
+            or ``auto`` and this machine has one, and otherwise none.
         progress: what is told of the progress; nothing by default.
         command: the command line, for the provenance.
 
@@ -107,10 +115,15 @@ def run(
         LeakbenchError: one line on what does not fit; nothing was written then.
     """
     progress = progress or Silent()
-    where = _device(device)
+    gpus = gpus_per_worker if executor == "ray" else None
+    where = _device(device) if not gpus else torch.device("cuda")
+    if executor not in ("local", "ray"):
+        raise BadOption(f"executor {executor!r} is not known; write local or ray")
+    if gpus is not None and not 0 <= gpus < float("inf"):
+        raise BadOption(f"gpus_per_worker={gpus:g} does not fit; give 0 or more")
     if chunk is not None and chunk < 1:
         raise BadOption(f"chunk={chunk} does not fit; give at least 1")
-    if workers < 1:
+    if workers is not None and workers < 1:
         raise BadOption(f"workers={workers} does not fit; give at least 1")
     if time_limit is not None and not time_limit > 0:
         raise BadOption(f"time_limit={time_limit:g} does not fit; give seconds above 0")
@@ -124,10 +137,16 @@ def run(
     keep_freed_memory()
     data = _load(trials)
     scores, missing = _metrics()
-    with full_precision(), _executor(Work(scores, where, strict), workers, time_limit) as executor:
-        refused = _preflight(whole, strict, matrix.threshold is not None, executor)
+    work = Work(scores, where, strict)
+    if executor == "ray":
+        gpus = float(where.type == "cuda") if gpus is None else gpus
+        does: Executor = _ray(work, workers, gpus, time_limit, ray_address)
+    else:
+        does = _local(work, workers or 1, time_limit)
+    with full_precision(), does:
+        refused = _preflight(whole, strict, matrix.threshold is not None, does)
         checkpoints, statements = _checkpoints(trials), _statements(trials)
-        provenance = Provenance.collect(command, _words(where), json.dumps(matrix.describe()), shard, workers)
+        provenance = Provenance.collect(command, _words(where), json.dumps(matrix.describe()), shard, does.workers)
         with Store.open(folder / FILE) if existing else Store.create(folder / FILE) as store, _alone(folder):
             session = store.start_session(provenance)
             store.record_metrics([metrics.parse(name) for name in metrics.names()], _notes(trials))
@@ -155,11 +174,11 @@ def run(
                 data,
                 threshold=matrix.threshold,
                 size=chunk,
-                workers=workers,
+                workers=does.workers,
                 spare=progress.spare,
             )
             told: set[str] = set()
-            for event in executor.run(schedule.next, lambda task: _tell(task, progress)):
+            for event in does.run(schedule.next, lambda task: _tell(task, progress)):
                 match event:
                     case Note() if event.line not in told:
                         told.add(event.line)
@@ -206,8 +225,15 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _executor(work: Work, workers: int, time_limit: float | None) -> Executor:
-    """Return who does the tasks."""
+def _ray(work: Work, workers: int | None, gpus: float, time_limit: float | None, address: str) -> Executor:
+    """Return the actors of a Ray cluster; one that has a GPU to itself has one thread."""
+    from leakbench.rays import Rays
+
+    return Rays(replace(work, device=torch.device("cuda" if gpus else "cpu")), workers, gpus, 1, time_limit, address)
+
+
+def _local(work: Work, workers: int, time_limit: float | None) -> Executor:
+    """Return who does the tasks on this machine."""
     if workers == 1 and time_limit is None:
         return Here(work)
     count = torch.cuda.device_count() if work.device.type == "cuda" and work.device.index is None else 1

@@ -76,7 +76,13 @@ Event = Done | Lost | Late | Note
 
 
 class Executor(ABC):
-    """Does tasks; entered before the first, and left when all is done or anything went wrong."""
+    """Does tasks; entered before the first, and left when all is done or anything went wrong.
+
+    Attributes:
+        workers: how many tasks are done at a time.
+    """
+
+    workers: int = 1
 
     def __enter__(self) -> Self:
         return self
@@ -186,6 +192,7 @@ class Processes(Executor):
         self._deaths = 0
         self._workers: list[_Process] = []
         self._works = works
+        self.workers = len(works)
 
     def __enter__(self) -> Self:
         try:
@@ -206,9 +213,9 @@ class Processes(Executor):
     def submit(self, task: Task) -> None:
         """Send the task to a worker that has none."""
         worker = next(worker for worker in self._workers if worker.ready and worker.task is None)
-        message = _packed(task)
+        message = packed(task)
         worker.task = task
-        self._set_deadline(worker, _trials(task))
+        self._set_deadline(worker, trials_of(task))
         with contextlib.suppress(OSError):  # it has died: its death is told by ``wait``
             worker.pipe.send_bytes(message)
 
@@ -243,7 +250,7 @@ class Processes(Executor):
     def _start(self, work: Work) -> _Process:
         here, there = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")
-        process = context.Process(target=_serve, args=(there, _packed(work), self._plugins, self._threads), daemon=True)
+        process = context.Process(target=_serve, args=(there, packed(work), self._plugins, self._threads), daemon=True)
         with _sigint_blocked():  # Ctrl-C goes to all processes of a terminal; the driver alone answers it
             process.start()
         there.close()
@@ -294,7 +301,7 @@ class Processes(Executor):
             worker.deadline = time.monotonic() + self._limit * trials + (LOADING if worker.fresh else 0.0)
 
 
-def _trials(task: Task) -> int:
+def trials_of(task: Task) -> int:
     """Return how many trials a task takes the time of."""
     match task:
         case Chunk():
@@ -305,7 +312,7 @@ def _trials(task: Task) -> int:
             return 1
 
 
-def _packed(value: object) -> bytes:
+def packed(value: object) -> bytes:
     """Return what a worker is sent.
 
     Raises:
@@ -364,10 +371,10 @@ def _serve(pipe: Connection, work: bytes, plugins: Sequence[Path], threads: int)
         except (EOFError, OSError):
             raise
         except Exception as error:
-            send("error", _sendable(error))
+            send("error", sendable(error))
 
 
-def _sendable(error: Exception) -> LeakbenchError:
+def sendable(error: Exception) -> LeakbenchError:
     """Return what ends the run, without the frames that no pipe can carry."""
     if isinstance(error, LeakbenchError):
         return type(error)(str(error))

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -45,10 +45,22 @@ Out = Annotated[Path | None, typer.Option(help="The run's folder (default: runs/
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Chunk = Annotated[int | None, typer.Option(min=1, help="Trials at a time; halved where they do not fit.")]
 Workers = Annotated[
-    int,
+    int | None,
     typer.Option(
-        min=1, help="Processes that do the trials; they share the threads, and the GPUs if --device names none."
+        min=1,
+        help="Processes that do the trials; they share the threads, and the GPUs if --device names none (default: 1; "
+        "with Ray as many as the cluster has room for).",
     ),
+]
+Executor = Annotated[
+    Literal["local", "ray"], typer.Option(help="Where the workers run: here, or on the machines of a Ray cluster.")
+]
+RayAddress = Annotated[
+    str, typer.Option(metavar="ADDRESS", help="The Ray cluster (default: RAY_ADDRESS, or else this machine alone).")
+]
+Gpus = Annotated[
+    float | None,
+    typer.Option("--gpus-per-worker", min=0, metavar="NUMBER", help="With Ray: GPUs of each worker, such as 0.25."),
 ]
 TimeLimit = Annotated[
     float | None,
@@ -97,9 +109,12 @@ def matrix(
     out: Out = None,
     device: Device = "auto",
     chunk: Chunk = None,
-    workers: Workers = 1,
+    workers: Workers = None,
     time_limit: TimeLimit = None,
     shard: Shard = "",
+    executor: Executor = "local",
+    ray_address: RayAddress = "",
+    gpus_per_worker: Gpus = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse cells that cannot be served; stop at a component's first error.")
     ] = False,
@@ -130,7 +145,7 @@ def matrix(
     settings = {"name": name, "floors": floors, "threshold": threshold}
     override = {**given, **{key: value for key, value in settings.items() if value is not None}}
     plans = [matrices.Matrix(**matrices.override(row, override)) for row in matrices.expand(axes, scale)]
-    how = _How(device, chunk, workers, time_limit, shard, strict)
+    how = _How(device, chunk, workers, time_limit, shard, executor, ray_address, gpus_per_worker, strict)
     finished = _run(plans, out, how)
     finished.report()
     if plans[-1].threshold is not None:
@@ -157,9 +172,12 @@ def curves(
     out: Out = None,
     device: Device = "auto",
     chunk: Chunk = None,
-    workers: Workers = 1,
+    workers: Workers = None,
     time_limit: TimeLimit = None,
     shard: Shard = "",
+    executor: Executor = "local",
+    ray_address: RayAddress = "",
+    gpus_per_worker: Gpus = None,
     plugin: Plugins = None,
 ) -> None:
     """Measure what leaks as the gradient becomes less exact; write OUT/curves.md with a figure, beside the report.
@@ -176,7 +194,7 @@ def curves(
     axes = matrices.load_suite("curves") if file is None else matrices.load(file)
     plans = [matrices.Matrix(**matrices.override(row, given)) for row in matrices.expand(axes, scale)]
     report.check(plans)
-    finished = _run(plans, out, _How(device, chunk, workers, time_limit, shard))
+    finished = _run(plans, out, _How(device, chunk, workers, time_limit, shard, executor, ray_address, gpus_per_worker))
     finished.report()
     typer.echo(f"report: {finished.out / report.FILE}")
 
@@ -194,9 +212,12 @@ def sharing(
     out: Annotated[Path | None, typer.Option(help="The run's folder (default: runs/sharing-SCALE).")] = None,
     device: Device = "auto",
     chunk: Chunk = None,
-    workers: Workers = 1,
+    workers: Workers = None,
     time_limit: TimeLimit = None,
     shard: Shard = "",
+    executor: Executor = "local",
+    ray_address: RayAddress = "",
+    gpus_per_worker: Gpus = None,
     plugin: Plugins = None,
 ) -> None:
     """Study what sharing key-lock's key, lock or both is worth to an attacker; write OUT/sharing.md beside the report.
@@ -213,7 +234,7 @@ def sharing(
     given = _given(plugin, attack, None, model, dataset, None, images, seeds)
     rows = matrices.expand(matrices.load_suite("sharing"), scale)
     plans = [matrices.Matrix(**{**row, **given, "name": f"sharing-{scale}"}) for row in rows]
-    finished = _run(plans, out, _How(device, chunk, workers, time_limit, shard))
+    finished = _run(plans, out, _How(device, chunk, workers, time_limit, shard, executor, ray_address, gpus_per_worker))
     finished.report()
     for path in report.write_sharing(finished.out):
         if path.suffix == ".md":
@@ -255,9 +276,12 @@ class _How:
 
     device: str
     chunk: int | None
-    workers: int
+    workers: int | None
     time_limit: float | None
     shard: str
+    executor: str
+    ray_address: str
+    gpus_per_worker: float | None
     strict: bool = False
 
 
@@ -270,7 +294,7 @@ def _run(plans: Sequence[Matrix], out: Path | None, how: _How) -> Run:
     folder = out or Path("runs") / plans[0].name
     try:
         for plan in plans:
-            with Display(_console(), how.workers) as display:
+            with Display(_console(), how.workers or 1) as display:
                 finished = engine.run(plan, folder, **vars(how), progress=display, command=command)
     except KeyboardInterrupt:
         done = sum(engine.finished(folder, plan, how.shard) for plan in plans)

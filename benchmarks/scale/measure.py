@@ -1,0 +1,136 @@
+"""One measurement, in a process of its own: its figures as JSON on the last line of its output."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import psutil
+import torch
+
+import leakbench
+from leakbench import engine
+from leakbench.progress import Silent
+from leakbench.store import FILE
+from leakbench.trial import Result, Trial
+from leakbench.work import Check, Chunk, Measure, Refusal, Task, png
+from leakbench.workers import Done, Event, Executor
+
+SCORES = tuple(name for name in leakbench.metrics.names() if not name.startswith("lpips"))
+
+
+class Clock(Silent):
+    """When the first and the last chunk were stored, and how many trials between them."""
+
+    def __init__(self) -> None:
+        self.begin = self.end = 0.0
+        self.trials = 0
+
+    def finish(self, results):
+        now = time.perf_counter()
+        if not self.begin:
+            self.begin = now
+        else:
+            self.trials += len(results)
+        self.end = now
+
+
+class Instant(Executor):
+    """Answers every task at once: what is left is what leakbench itself does for a trial."""
+
+    def __init__(self) -> None:
+        noise = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        self._pngs = [png(image) for image in noise]
+        self._task: Task | None = None
+
+    def idle(self) -> bool:
+        return self._task is None
+
+    def running(self) -> bool:
+        return self._task is not None
+
+    def submit(self, task: Task) -> None:
+        self._task = task
+
+    def wait(self) -> list[Event]:
+        task, self._task = self._task, None
+        match task:
+            case Check():
+                return [Done(task, Refusal({}, frozenset()))]
+            case Measure():
+                return [Done(task, 32)]
+            case Chunk():
+                return [Done(task, [self._result(trial) for trial in task.trials])]
+        raise AssertionError
+
+    def close(self) -> None:
+        self._task = None
+
+    def _result(self, trial: Trial) -> Result:
+        image, seed = trial.image, trial.seed
+        value = (37 * image + 101 * seed + 13 * len(trial.specs["attack"])) % 997 / 997
+        scores = {name: value + place for place, name in enumerate(SCORES)}
+        return Result(trial, "ok", "", 0.01, scores, self._pngs[(image + seed) % 64], self._pngs[image], image % 10)
+
+
+def matrix(trials: int) -> leakbench.Matrix:
+    """50 cells of 20 images and so many seeds."""
+    attacks = [f"ig(steps={steps})" for steps in range(1, 11)]
+    defenses = ["none", "keylock", "norm-only", "precode", "noise"]
+    axes = {"attacks": attacks, "defenses": defenses, "models": ["lenet"], "datasets": ["samples"]}
+    return leakbench.Matrix(**axes, images=20, seeds=trials // 1000, floors=False, name="scale")
+
+
+def trivial(out: str, trials: int) -> dict[str, float]:
+    """Plan, schedule and store so many trials that take no time."""
+    before = psutil.Process().memory_info().rss
+    begin = time.perf_counter()
+    with mock.patch.object(engine, "_local", lambda *work: Instant()):
+        leakbench.run(matrix(trials), out, device="cpu")
+    seconds = time.perf_counter() - begin
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    size = (Path(out) / FILE).stat().st_size
+    return {"trials": trials, "seconds": seconds, "before": before, "peak": peak, "bytes": size}
+
+
+def workers(out: str, count: int, images: int) -> dict[str, float]:
+    """Run real trials, without what starting takes."""
+    torch.set_num_threads(count if count > 1 else 1)  # one thread each
+    clock = Clock()
+    axes = {"attacks": ["ig(steps=100)"], "models": ["lenet"], "datasets": ["samples"], "images": images}
+    defenses = ["none", "norm-only", "keylock", "noise"]
+    plan = leakbench.Matrix(**axes, defenses=defenses, floors=False, name="workers")
+    begin = time.perf_counter()
+    leakbench.run(plan, out, device="cpu", chunk=8, workers=count, progress=clock)
+    seconds = clock.end - clock.begin
+    whole = time.perf_counter() - begin
+    return {"trials": clock.trials, "seconds": seconds, "whole": whole, "rate": clock.trials / seconds}
+
+
+def report(out: str) -> dict[str, float]:
+    """Write the report of a run."""
+    begin = time.perf_counter()
+    written = engine.Run(Path(out)).report()
+    seconds = time.perf_counter() - begin
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": seconds, "files": len(written), "peak": peak}
+
+
+def check(out: str) -> dict[str, float]:
+    """Verify a run."""
+    from leakbench.check import check as verify
+
+    begin = time.perf_counter()
+    state = verify(Path(out))
+    assert state.code == 0, state.lines()
+    return {"seconds": time.perf_counter() - begin}
+
+
+if __name__ == "__main__":
+    what, folder, *numbers = sys.argv[1:]
+    verbs = {"trivial": trivial, "workers": workers, "report": report, "check": check}
+    print(json.dumps(verbs[what](folder, *map(int, numbers))))
