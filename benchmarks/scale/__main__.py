@@ -1,4 +1,4 @@
-"""How leakbench scales: ``python -m benchmarks.scale`` measures it into ``reports/scale``; the machine must be quiet."""
+"""How leakbench scales: ``python -m benchmarks.scale`` measures it into ``reports/scale``, on a quiet machine."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def trivial(out: str, trials: int) -> dict[str, float]:
     """Plan, schedule and store so many trials that take no time."""
     before = psutil.Process().memory_info().rss
     begin = time.perf_counter()
-    with mock.patch.object(engine, "_local", lambda *work: Instant()):
+    with mock.patch.object(engine, "_local", return_value=Instant()):
         leakbench.run(matrix(trials), out, device="cpu")
     seconds = time.perf_counter() - begin
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

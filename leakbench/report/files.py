@@ -57,7 +57,7 @@ def write(out: Path | str, formats: Collection[str] = DEFAULT) -> list[Path]:
             for page in _pages(store, results):
                 path = out / "grids" / page.file
                 written.append(replace(path, grids.png(page, store.images(page.trials))))
-                pictures.append(Picture(page.block, f"grids/{page.file}", page.title))
+                pictures.append(Picture(page.block, f"grids/{page.file}", page.title, page.seed))
             written.append(replace(out / "report.md", markdown(run, pictures).encode()))
             if threshold is not None:
                 text = worst_case.markdown(name, trials, threshold, store.threats(), store.components())

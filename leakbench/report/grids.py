@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from io import BytesIO
 from pathlib import Path
 
@@ -32,6 +32,9 @@ COLUMNS = 7
 
 BUDGET = 3_500_000
 """So many bytes of pixels (before enlarging and compressing) all grids of a report may show; they then fit 5 MB."""
+
+PAGES = 60
+"""About so many pages a report has; a run with many seeds shows its first ones, and at least one."""
 
 THUMBNAIL = 128
 _UNDER = ("psnr", "psnr_aligned")
@@ -86,6 +89,7 @@ class Page:
     Attributes:
         file: the file's name.
         title: what it shows.
+        seed: whose trials these are.
         legend: what stands under each reconstruction.
         columns: neighbours of the same attack share a header.
     """
@@ -93,6 +97,7 @@ class Page:
     block: tuple[str, str, str]
     file: str
     title: str
+    seed: int
     legend: str
     images: tuple[int, ...]
     columns: tuple[Column, ...]
@@ -104,8 +109,11 @@ class Page:
 
 
 def pages(results: pd.DataFrame, rows: int = ROWS) -> list[Page]:
-    """Return what the grids show: one page or more for every dataset, model, threat model and seed."""
-    once = without_repeats(results)
+    """Return what the grids show: one page or more for every dataset, model, threat model and seed.
+
+    Where these are more than ``PAGES``, only the first seeds have pages, as many as fit and at least one.
+    """
+    once = _first_seeds(without_repeats(results))
     under = [name for name in _UNDER if name in once and once[name].notna().any()]
     numbers = f"Under each reconstruction: {' / '.join(under)} in dB. " if under else ""
     legend = f"{numbers}Red frame: the attack diverged."
@@ -123,12 +131,24 @@ def pages(results: pd.DataFrame, rows: int = ROWS) -> list[Page]:
                     block=(dataset, model, threat),
                     file=f"{len(found) + 1:03}-{slug}-seed{seed}.png",
                     title=f"{dataset} · {model} · threat model {threat} · seed {seed}{part}",
+                    seed=int(seed),
                     legend=legend,
                     images=images,
                     columns=chunk,
                 )
             )
     return found
+
+
+def _first_seeds(results: pd.DataFrame) -> pd.DataFrame:
+    """Return the results of the seeds that have pages."""
+    each = 0
+    for _, block in results.groupby(list(BLOCK), sort=False):
+        columns = block[["attack", "defense"]].drop_duplicates()
+        each += -(-len(columns) // COLUMNS)
+    most = max(1, PAGES // max(1, each))
+    seeds = sorted(results["seed"].unique())[:most]
+    return results[results["seed"].isin(seeds)]
 
 
 def rows_within(found: Sequence[Page], truths: Sequence[bytes], budget: int = BUDGET) -> int:
@@ -374,4 +394,4 @@ def _measure(font: Font) -> Callable[[str], float]:
     """Return a function from a text to its width in pixels."""
     renderer = FigureCanvasAgg(Figure(dpi=_DPI)).get_renderer()
     properties = font.properties
-    return lambda text: renderer.get_text_width_height_descent(text, properties, ismath=False)[0]
+    return cache(lambda text: renderer.get_text_width_height_descent(text, properties, ismath=False)[0])

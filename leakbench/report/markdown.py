@@ -42,6 +42,7 @@ class Picture:
     block: tuple[str, str, str]
     path: str
     title: str
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def markdown(run: Run, pictures: Sequence[Picture] = ()) -> str:
         parts += _reasons(results)
         shown = [picture for picture in pictures if picture.block == (dataset, model, threat)]
         parts += [f"![{escape(picture.title)}]({picture.path})" for picture in shown]
-    parts += _legend(run, summary, bool(pictures))
+    parts += _legend(run, summary, pictures)
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -286,7 +287,7 @@ def _options(component: Component) -> str:
     return ", ".join(f"{name}={json.dumps(value)}" for name, value in component.options.items())
 
 
-def _legend(run: Run, summary: pd.DataFrame, pictures: bool) -> list[str]:
+def _legend(run: Run, summary: pd.DataFrame, pictures: Sequence[Picture]) -> list[str]:
     """Return the explanation of every column, and what to remember."""
     metrics = [*_standard(run.metrics), *(m for m in run.metrics if m.name.startswith(_PAPER))]
     missing = [m.name for m in metrics if "lpips" in m.name and (m.name not in summary or summary[m.name].isna().all())]
@@ -353,9 +354,11 @@ def _legend(run: Run, summary: pd.DataFrame, pictures: bool) -> list[str]:
     if trained(run.components):
         points.append(LEGEND)
     if pictures:
+        shown, seeds = len({picture.seed for picture in pictures}), run.results["seed"].nunique()
+        fewer = f" Of the {seeds} seeds, the first {shown} are shown." if shown < seeds else ""
         points.append(
             "**Pictures** show the first images by index, never a choice. Reconstructions are as the attack returned "
             "them, clamped to [0, 1], without any fit of contrast; small images are enlarged without smoothing, images "
-            "of more than 128 pixels are reduced. A red frame marks a trial that diverged."
+            "of more than 128 pixels are reduced. A red frame marks a trial that diverged." + fewer
         )
     return [*filter(None, words), "\n".join(f"- {point}" for point in points)]
