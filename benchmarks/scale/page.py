@@ -35,8 +35,8 @@ def text(figures: dict[str, Any]) -> str:
         "before it began. [figures.json](figures.json) has the figures.",
         f"## {count:,} trials that take no time",
         f"50 cells, 20 images of 32 x 32 pixels and {count // 1000} seeds. Every trial is planned, scheduled and "
-        "stored with its scores and two pictures, of noise, which compresses worst. What is left is what leakbench itself "
-        "costs.",
+        "stored with its scores and two pictures, of noise, which compresses worst. What is left is what leakbench "
+        "itself costs.",
         _table(("", "measured", "goal"), rows),
         "## Trials a second",
         "`ig(steps=100)` against four defenses on LeNet, eight trials at a time and one thread a worker, from the "
