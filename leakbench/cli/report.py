@@ -11,8 +11,9 @@ import typer
 def report(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a run.")],
     format: Annotated[
-        list[str] | None, typer.Option("--format", help="md, csv or html; repeatable (default: md and csv).")
+        list[str] | None, typer.Option("--format", help="md, csv, html or latex; repeatable (default: md and csv).")
     ] = None,
+    figures: Annotated[bool, typer.Option("--figures", help="Write OUT/figures too, as PDF and SVG.")] = False,
     compare: Annotated[
         Literal["paper"] | None,
         typer.Option(help="Write OUT/paper.md too: FedKL's published figures beside the run's."),
@@ -37,6 +38,8 @@ def report(
         for path in tradeoff.write(out):
             typer.echo(str(path))
     for path in reports.write(out, formats):
+        typer.echo(str(path))
+    for path in reports.write_figures(out) if figures else []:
         typer.echo(str(path))
     if compare is not None:
         typer.echo(str(reports.write_comparison(out)))

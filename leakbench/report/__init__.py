@@ -1,7 +1,7 @@
 """Tables, pictures and pages of a run: pure functions of its file."""
 
 from leakbench.report.console import console_table
-from leakbench.report.files import DEFAULT, FORMATS, ranking, write, write_comparison, write_sharing
+from leakbench.report.files import DEFAULT, FORMATS, ranking, write, write_comparison, write_figures, write_sharing
 from leakbench.report.statistics import bootstrap_interval
 from leakbench.report.table import strongest, summarise
 
@@ -15,5 +15,6 @@ __all__ = [
     "summarise",
     "write",
     "write_comparison",
+    "write_figures",
     "write_sharing",
 ]

@@ -194,11 +194,17 @@ def _table(page: Page, kind: Kind, components: Sequence[Component], metrics: Seq
 
 
 def png(page: Page, components: Sequence[Component]) -> bytes:
-    """Return a page's curves as a PNG: a column for each axis, a row for each metric, a line for each attack."""
+    """Return a page's curves as a PNG."""
+    stream = BytesIO()
+    FigureCanvasAgg(figure(page, components)).print_png(stream, metadata={"Software": None})
+    return stream.getvalue()
+
+
+def figure(page: Page, components: Sequence[Component]) -> Figure:
+    """Return a page's curves: a column for each axis, a row for each metric, a line for each attack."""
     axes = kinds(components)
-    figure = Figure(figsize=(5.6 * len(axes), 3.3 * len(METRICS) + 0.9), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    panels = figure.subplots(len(METRICS), len(axes), squeeze=False, sharey="row")
+    drawn = Figure(figsize=(5.6 * len(axes), 3.3 * len(METRICS) + 0.9), layout="constrained")
+    panels = drawn.subplots(len(METRICS), len(axes), squeeze=False, sharey="row")
     attacks = page.summary[~page.summary["floor"].astype(bool)]["attack"].drop_duplicates().tolist()
     for column, kind in enumerate(axes):
         rows = _rows(page, kind, components)
@@ -207,11 +213,9 @@ def png(page: Page, components: Sequence[Component]) -> bytes:
             if column == 0:
                 panel.set_ylabel(_UNITS[metric])
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, max(1, len(labels))), fontsize=9)
-    figure.suptitle(" · ".join(page.block), fontsize=11)
-    stream = BytesIO()
-    canvas.print_png(stream, metadata={"Software": None})
-    return stream.getvalue()
+    drawn.legend(handles, labels, loc="outside lower center", ncols=min(4, max(1, len(labels))), fontsize=9)
+    drawn.suptitle(" · ".join(page.block), fontsize=11)
+    return drawn
 
 
 def _draw(

@@ -10,13 +10,13 @@ from pathlib import Path
 import pandas as pd
 
 from leakbench.errors import BadOption, LeakbenchError
-from leakbench.report import compare, curves, grids, html, sharing, utility, weights, worst_case
+from leakbench.report import compare, curves, figures, grids, html, latex, sharing, utility, weights, worst_case
 from leakbench.report.about import about
 from leakbench.report.csv import csv
 from leakbench.report.markdown import Picture, Run, markdown, run_name
 from leakbench.store import FILE, Store
 
-FORMATS = ("md", "csv", "html")
+FORMATS = ("md", "csv", "html", "latex")
 """What a report can be written as."""
 
 DEFAULT = ("md", "csv")
@@ -41,17 +41,17 @@ def write(out: Path | str, formats: Collection[str] = DEFAULT) -> list[Path]:
     out = Path(out)
     written = []
     with Store.open(out / FILE, readonly=True) as store:
-        results = store.results()
+        run, trials = _run(store, out)
+        results, threshold = run.results, worst_case.threshold_of(run.sessions)
         if "csv" in formats:
             written.append(replace(out / "results.csv", csv(results).encode()))
-        sessions = store.sessions()
-        name = run_name(sessions, out.resolve().name)
-        trials, threshold = store.trials(), worst_case.threshold_of(sessions)
-        planned = len(trials) - (0 if threshold is None else worst_case.skipped(trials, threshold))
-        run = Run(name, sessions, planned, results, store.metrics(), store.threats(), store.components())
         if "html" in formats:
             text = html.html(run, trials, store.images, utility.load(out / utility.FILE))
             written.append(replace(out / "report.html", text.encode("utf-8", "replace")))
+        if "latex" in formats:
+            written.append(replace(out / "report.tex", latex.latex(run).encode()))
+            if text := latex.table6(run):
+                written.append(replace(out / "table6.tex", text.encode()))
         if "md" in formats:
             pictures = []
             for page in _pages(store, results):
@@ -60,7 +60,7 @@ def write(out: Path | str, formats: Collection[str] = DEFAULT) -> list[Path]:
                 pictures.append(Picture(page.block, f"grids/{page.file}", page.title, page.seed))
             written.append(replace(out / "report.md", markdown(run, pictures).encode()))
             if threshold is not None:
-                text = worst_case.markdown(name, trials, threshold, store.threats(), store.components())
+                text = worst_case.markdown(run.name, trials, threshold, store.threats(), store.components())
                 written.append(replace(out / "worst-case.md", text.encode()))
             elif curves.kinds(store.components()):
                 written += _write_curves(out, store, results)
@@ -80,6 +80,31 @@ def _write_weights(out: Path, name: str, store: Store, results: pd.DataFrame, un
     if weights.families(trials):
         written.append(replace(out / weights.CURVES, weights.defense_png(trials)))
     return [*written, replace(out / weights.FILE, weights.markdown(name, trials, unfinished).encode())]
+
+
+def write_figures(out: Path | str) -> list[Path]:
+    """Write ``figures/*.pdf`` and ``figures/*.svg`` beside the run file in ``out``; return their paths.
+
+    Raises:
+        BadOption: ``tradeoff.json`` in ``out`` is no study of utility and leakage.
+        ForeignRun: there is no readable run file in ``out``.
+    """
+    out = Path(out)
+    with Store.open(out / FILE, readonly=True) as store:
+        run, trials = _run(store, out)
+        study = utility.load(out / utility.FILE)
+        found = figures.figures(run, trials, _pages(store, run.results), store.images, study)
+        return [replace(out / "figures" / name, data) for name, data in found]
+
+
+def _run(store: Store, out: Path) -> tuple[Run, pd.DataFrame]:
+    """Return what a report says of a run, and every planned trial."""
+    sessions, trials = store.sessions(), store.trials()
+    threshold = worst_case.threshold_of(sessions)
+    planned = len(trials) - (0 if threshold is None else worst_case.skipped(trials, threshold))
+    name = run_name(sessions, out.resolve().name)
+    run = Run(name, sessions, planned, store.results(), store.metrics(), store.threats(), store.components())
+    return run, trials
 
 
 def _write_curves(out: Path, store: Store, results: pd.DataFrame) -> list[Path]:

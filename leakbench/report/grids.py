@@ -365,6 +365,11 @@ def _thumbnail(data: bytes | None) -> Image.Image | None:
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
+def drawable(char: str, font: Font = _REGULAR) -> bool:
+    """Return whether a font has a character."""
+    return bool(get_font(str(_FONTS / font.file)).get_char_index(ord(char)))
+
+
 def _shorten(text: str, most: int = 240) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
@@ -372,10 +377,7 @@ def _shorten(text: str, most: int = 240) -> str:
 def _wrap(text: str, width: float, font: Font) -> list[str]:
     """Return the text in lines that are no wider than this; characters that the font lacks are written as escapes."""
     measure = _measure(font)
-    known = get_font(str(_FONTS / font.file))
-    shown = "".join(
-        c if c.isprintable() and known.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in text
-    )
+    shown = "".join(c if c.isprintable() and drawable(c, font) else c.encode("unicode_escape").decode() for c in text)
     lines, line = [], ""
     for piece in re.findall(r"[^ ,(=_/\-]*[ ,(=_/\-]?", shown):
         if line and measure((line + piece).rstrip()) > width:

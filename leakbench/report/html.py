@@ -147,6 +147,14 @@ def html(run: Run, trials: pd.DataFrame, pictures: PicturesOf, study: Study | No
     return render("report.html.j2", context, data, (*STYLES, "report.css"), (*SCRIPTS, "report.js"))
 
 
+def worst(run: Run, trials: pd.DataFrame) -> list[Scene]:
+    """Return the worst case behind each defense, for each dataset and model; arguments are those of ``html``."""
+    own = threshold_of(run.sessions)
+    metrics = _metrics(run)
+    summary = summarise(run.results, [metric for metric in metrics if metric.name == "psnr_aligned"])
+    return _scenes(trials, summary, metrics, RECOVERED if own is None else own, own is not None)
+
+
 def plural(count: int, noun: str) -> str:
     """Return ``1 image`` or ``4 images``."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
