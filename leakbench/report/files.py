@@ -64,7 +64,7 @@ def write(out: Path | str, formats: Collection[str] = DEFAULT) -> list[Path]:
                 written.append(replace(out / "worst-case.md", text.encode()))
             elif curves.kinds(store.components()):
                 written += _write_curves(out, store, results)
-            written += _write_weights(out, name, store, results, planned - len(results))
+            written += _write_weights(out, run.name, store, results, run.planned - len(results))
             _remove_others(out / "grids", {picture.path.removeprefix("grids/") for picture in pictures})
     return written
 
