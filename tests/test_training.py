@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from leakbench.cli.main import app
 from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
 from leakbench.defenses.base import Step
-from leakbench.errors import BadOption, CorruptAsset
+from leakbench.errors import BadOption, CorruptAsset, LeakbenchError
 from leakbench.matrix import Matrix
 from leakbench.models.weights import stated
 from leakbench.report import accuracy as report
@@ -123,7 +124,7 @@ def test_a_recipe_that_does_not_fit_is_told_in_one_line(options: dict[str, Any],
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"mode": "fedavg", "clients": 99}, "99 clients  are more than the 58 training images of 'halves'"),
+        ({"mode": "fedavg", "clients": 99}, "99 clients are more than the 58 training images of 'halves'"),
         ({"mode": "fedavg", "clients": 10, "split": "shards", "shards": 9}, "with 9 shards each"),
         ({"images": 5}, "validation=0.1 of 5 images holds none out"),
     ],
@@ -133,6 +134,13 @@ def test_too_few_images_are_told_before_anything_is_trained(
 ) -> None:
     with pytest.raises(BadOption, match=words):
         train(study(**options).arms(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_flower_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LeakbenchError, match=r"pip install 'leakbench\[fl\]'"):
+        train(study(mode="fedavg").arms(), tmp_path)
     assert not list(tmp_path.iterdir())
 
 

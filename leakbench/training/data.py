@@ -93,9 +93,9 @@ def check(dataset: Dataset, recipe: Recipe) -> None:
     if recipe.mode == "fedavg":
         pieces = recipe.clients * (recipe.shards if recipe.split == "shards" else 1)
         if kept < pieces:
-            what = f"with {recipe.shards} shards each" if recipe.split == "shards" else ""
+            what = f" with {recipe.shards} shards each" if recipe.split == "shards" else ""
             raise BadOption(
-                f"{recipe.clients} clients {what} are more than the {kept} training images of {dataset.name!r}; "
+                f"{recipe.clients} clients{what} are more than the {kept} training images of {dataset.name!r}; "
                 "give fewer clients"
             )
 

@@ -94,10 +94,10 @@ def train(
     where = _device(device)
     folders = [out / FOLDER / arm.folder for arm in arms]
     done = [_finished(folder, arm) for folder, arm in zip(folders, arms)]
-    if any(arm.recipe.mode == "fedavg" for arm in arms):
-        require()
     for arm in arms:
         check(arm)
+    if any(arm.recipe.mode == "fedavg" for arm in arms):
+        require()
     with full_precision():
         for number, (arm, folder, known) in enumerate(zip(arms, folders, done), 1):
             if known:
