@@ -93,7 +93,6 @@ def audit_model(
     matrix = Matrix(**override(axes, given))
     assert matrix.threshold is not None
     indices = list(range(chosen)) if isinstance(chosen, int) else list(chosen)
-    engine._check_indices(matrix)
     looked = {defenses.spec(one): _look(own, one, dataset, indices) for one in protections}
     engine.run(matrix, out, device=device, progress=progress, command=command)
     with Store.open(out / FILE, readonly=True) as store:
