@@ -54,11 +54,11 @@ def leaks(one: Behind) -> list[str]:
         what = "the image itself" if form.pixels else f"its {form.inputs:,} inputs (features of the image)"
         check = "" if math.isnan(form.error) else f"; measured against the truth, they are off by {form.error:.1g}"
         if form.exact:
-            lines.append(f"{form.layer} gives away {what} exactly, in closed form, for every image{check}.")
+            lines.append(f"Layer {form.layer} gives away {what} exactly, in closed form, for every image{check}.")
         else:
             lines.append(
-                f"{form.layer} does not give its {form.inputs:,} inputs away exactly: {100 * form.leftover:.2g} % of "
-                f"its gradient is explained by no single input{check}."
+                f"Layer {form.layer} does not give its {form.inputs:,} inputs away: {100 * form.leftover:.2g} % "
+                f"of its gradient is explained by no single input{check}."
             )
     if one.labels.read is None:
         lines.append("The label cannot be read off what was sent.")
@@ -69,7 +69,7 @@ def leaks(one: Behind) -> list[str]:
             f"The label is read off what was sent, rightly for {one.labels.right} of {one.forms_images} images."
         )
     top = sorted(one.layers, key=lambda layer: -layer.share)[:3]
-    shares = ", ".join(f"{layer.layer} {percent(layer.share)}" for layer in top if layer.share > 0)
+    shares = ", ".join(f"{layer.layer} ({percent(layer.share)})" for layer in top if layer.share > 0)
     lines.append(f"Most of what a search matches lies in: {shares}.")
     withheld = [layer.layer for layer in one.layers if layer.withheld]
     lines += [f"Withheld by the defense: {', '.join(withheld)}."] if withheld else []
