@@ -642,3 +642,16 @@ def test_the_study_of_sharing_writes_its_own_report(cli, place):
     assert "not in this run" in (place / "x/paper.md").read_text()
     refused(cli("run", "sharing", "--scale", "big"), "'big'", "known: smoke, cpu, full")
     assert cli("report", "x", "--compare", "other").code == 2
+
+
+@pytest.mark.parametrize("command", ["--help", "run matrix --help", "check --help"])
+def test_help_does_not_load_torch(command):
+    script = (
+        f"import sys\nsys.argv = ['leakbench', *{command.split()!r}]\nfrom leakbench.cli.main import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'torch', 'pandas', 'numpy', 'matplotlib', 'scipy', 'ray'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: leakbench" in done.stdout

@@ -27,16 +27,16 @@ class Clock(Silent):
     """When the first and the last chunk were stored, and how many trials between them."""
 
     def __init__(self) -> None:
-        self.begin = self.end = 0.0
+        self.first = self.last = 0.0
         self.trials = 0
 
     def finish(self, results):
         now = time.perf_counter()
-        if not self.begin:
-            self.begin = now
+        if not self.first:
+            self.first = now
         else:
             self.trials += len(results)
-        self.end = now
+        self.last = now
 
 
 class Instant(Executor):
@@ -106,7 +106,7 @@ def workers(out: str, count: int, images: int) -> dict[str, float]:
     plan = leakbench.Matrix(**axes, defenses=defenses, floors=False, name="workers")
     begin = time.perf_counter()
     leakbench.run(plan, out, device="cpu", chunk=8, workers=count, progress=clock)
-    seconds = clock.end - clock.begin
+    seconds = clock.last - clock.first
     whole = time.perf_counter() - begin
     return {"trials": clock.trials, "seconds": seconds, "whole": whole, "rate": clock.trials / seconds}
 
