@@ -561,14 +561,17 @@ class Store:
             for result in results:
                 self._write(result, session)
 
-    def results(self) -> pd.DataFrame:
+    def results(self, planned: pd.DataFrame | None = None) -> pd.DataFrame:
         """Return one row per trial that has a result: ``BEFORE``, every recorded metric, ``AFTER``.
 
         Rows are in order of dataset, model, threat, defense and attack (each by its first planning), seed, image. A
         metric that was not computed is NaN. Where one spec stands for components of different settings (a version was
         raised, or a default changed, between two sessions), the version or a hash of the settings is added to it.
+
+        Args:
+            planned: what ``trials`` has returned, for who has asked already.
         """
-        planned = self.trials()
+        planned = self.trials() if planned is None else planned
         ranks = {f"{name} rank": pd.factorize(planned[name])[0] for name in _SPECS}
         ended = planned.assign(**ranks)[planned["status"] != ""]
         return ended.sort_values([*ranks, "seed", "image", "trial"], ignore_index=True)[list(planned.columns)]

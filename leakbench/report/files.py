@@ -103,7 +103,7 @@ def _run(store: Store, out: Path) -> tuple[Run, pd.DataFrame]:
     threshold = worst_case.threshold_of(sessions)
     planned = len(trials) - (0 if threshold is None else worst_case.skipped(trials, threshold))
     name = run_name(sessions, out.resolve().name)
-    run = Run(name, sessions, planned, store.results(), store.metrics(), store.threats(), store.components())
+    run = Run(name, sessions, planned, store.results(trials), store.metrics(), store.threats(), store.components())
     return run, trials
 
 
