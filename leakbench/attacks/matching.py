@@ -6,6 +6,7 @@ at once. The search space is the image itself, or whatever else an image can be 
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,11 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 SECRET = "secret:"
 SMALL = 2**16
 """Gradients of up to this many values are joined; a copy of larger ones costs more than the operations it saves."""
+ROUGHNESS = 0.05
+"""What the absolute difference of neighbouring pixels is expected to be, in an image of [0, 1]; that of 32 photographs.
+
+It is the scale of the Laplace law that the total variation stands for beside a likelihood.
+"""
 FINAL = -1
 """The evaluation at which start and end of a search are compared; what is drawn anew is the same for both."""
 
@@ -49,7 +55,8 @@ class GradientMatching(Attack):
     Attributes:
         steps: the solver's steps.
         lr: the solver's step size.
-        tv: the weight of the image's total variation.
+        tv: the weight of the image's total variation; beside the likelihood of strong noise it weighs what the
+            posterior gives it instead.
         restarts: independent starts; the one with the smallest matching distance is returned.
         labels: where the threat model does not grant the label: ``joint`` optimises soft labels with the image,
             ``analytic`` reads the label off the last layer's gradient.
@@ -379,12 +386,18 @@ class MatchingObjective:
 
     @cached_property
     def _unlikely(self) -> Tensor:
-        """How unlikely a gradient of zeros is [T], so that the prior weighs as much as beside a relative distance."""
-        observed, defense = self._sent, self.observation.defense
+        """What a likelihood is divided by [T], so that it stands beside the weighted total variation.
+
+        That is how unlikely a gradient of zeros is, as beside a relative distance; or more, where the noise is so
+        strong that the total variation must weigh what it does in the posterior (maximum a posteriori): an image of N
+        values and total variation v is unlikely by N v / ROUGHNESS.
+        """
+        observed, defense, tv = self._sent, self.observation.defense, self.attack.tv
         assert defense is not None
         unlikely = defense.likelihood({name: torch.zeros_like(value) for name, value in observed.items()}, observed)
         assert unlikely is not None
-        return unlikely.clamp(min=torch.finfo(unlikely.dtype).tiny)
+        least = math.prod(self.observation.image_shape) / (ROUGHNESS * tv) if tv else torch.finfo(unlikely.dtype).tiny
+        return unlikely.clamp(min=least)
 
     @cached_property
     def _own(self) -> dict[str, Tensor]:

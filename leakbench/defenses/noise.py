@@ -13,6 +13,9 @@ from torch import Tensor
 from leakbench.defenses.base import Defense, Step, register
 from leakbench.types import Gradient
 
+SMOOTH = 0.1
+"""Within how many deviations of 0 an absolute value is rounded off."""
+
 
 @register("noise")
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Noise(Defense):
     """
 
     reference: ClassVar[str] = "Zhu et al. 2019, Deep Leakage from Gradients, NeurIPS, section 5.1 (states variances)"
+    version: ClassVar[int] = 2  # 2: what the informed weigh
     assumes: ClassVar[str] = "The attacker matches gradients without their noise in mind."
     cost: ClassVar[str] = "Slower training; strong noise costs accuracy. Nothing else."
     fails: ClassVar[str] = "Weak noise: informed attackers average it out over the many entries of a gradient."
@@ -45,6 +49,7 @@ class Noise(Defense):
     def likelihood(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor | None:
         """Return [T]: |g' - g|_2^2 / (2 scale^2) for Gaussian noise, |g' - g|_1 / b for Laplace noise; see base.
 
+        An absolute value is rounded off near 0 (SMOOTH), for searches that need a slope.
         Of relative noise the scale is that of each tensor, judged by what was sent, whose mean square is expected to be
         1 + scale^2 times the gradient's.
         """
@@ -54,7 +59,9 @@ class Noise(Defense):
         for name, value in observed.items():
             deviation = self._deviation(value) / ((1 + self.scale**2) ** 0.5 if self.relative else 1)
             error = ((gradient[name] - value) / torch.where(deviation > 0, deviation, 1.0)).flatten(1)
-            errors.append(error.square().sum(1) / 2 if self.kind == "gaussian" else error.abs().sum(1) * 2**0.5)
+            square = error.square()
+            absolute = (square + SMOOTH**2).sqrt() - SMOOTH
+            errors.append(square.sum(1) / 2 if self.kind == "gaussian" else absolute.sum(1) * 2**0.5)
         return torch.stack(errors).sum(0)
 
     def _deviation(self, value: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ class Quantise(Defense):
         bits: bits an entry, or ``half``.
     """
 
+    version: ClassVar[int] = 2  # 2: what the informed weigh
     reference: ClassVar[str] = (
         "Suresh et al. 2017, Distributed Mean Estimation with Limited Communication, ICML, section 2.2 (its levels, "
         "rounded to the nearest and not at random); IEEE 754-2008, binary16"
@@ -51,12 +52,14 @@ class Quantise(Defense):
         """Return [T], the sum of (g' - g)^2 / (2 w^2 / 12) over all entries; see base.
 
         w is the distance of an entry's neighbours on the grid, and w^2 / 12 the variance of a rounding error that is
-        uniform between them; no less than 2^-24, so that a tensor of equal entries has one.
+        uniform between them. In half precision it is the root mean square over a tensor: entries that are small by
+        chance would outweigh all others, and a search far from the truth would follow them alone. It is no less than
+        2^-24, so that a tensor of equal entries has one.
         """
         errors = []
         for name, value in observed.items():
-            width = self._width(value).clamp(min=SMALLEST)
-            errors.append(6 * ((gradient[name] - value) / width).flatten(1).square().sum(1))
+            square = self._width(value).flatten(1).square().mean(1).clamp(min=SMALLEST**2)
+            errors.append(6 * (gradient[name] - value).flatten(1).square().sum(1) / square)
         return torch.stack(errors).sum(0)
 
     def _rounded(self, value: Tensor) -> Tensor:
