@@ -62,6 +62,8 @@ SMALL = {
 
 LARGE = ("resnet18", "resnet32", "resnet34", "vgg16")
 """Models too large for a test of every combination; ``test_models`` takes narrow ones."""
+FLAT = ("mlp",)
+"""Models without a convolution, which key-lock and its placebo need; ``test_weights`` has their tests."""
 
 
 def changes_network(defense: Defense) -> bool:
@@ -69,7 +71,7 @@ def changes_network(defense: Defense) -> bool:
     return type(defense).wrap is not Defense.wrap or type(defense).loss is not Defense.loss
 
 
-MODELS = sorted(set(models.names()) - set(LARGE))
+MODELS = sorted(set(models.names()) - set(LARGE) - set(FLAT))
 MODES = [*MODELS, *(f"{name}(mode=eval)" for name in MODELS if "mode" in models.registry.fields(models.get(name)))]
 ON_WEIGHTS = ["weight-noise", "weight-sparsify"]
 """Defenses of clients that send their weights; they have none of a gradient."""

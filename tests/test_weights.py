@@ -265,9 +265,9 @@ def test_what_nobody_knows_cannot_be_run() -> None:
 
 
 def test_trials_of_gradients_keep_their_names_and_words_say_the_training() -> None:
-    axes = {"attacks": "ig(steps=5)", "defenses": "noise", "models": "lenet", "datasets": "samples", "floors": False}
+    axes = {"attacks": "ig(steps=5)", "defenses": "none", "models": "lenet", "datasets": "samples", "floors": False}
     (trial,) = Matrix(**axes, images=1).trials()
-    assert trial.id == "7b52c0e966bb916e"
+    assert trial.id == "2cba063c5fb8ee9b"
     words = parse_threat("shares=weights, learning_rate=0.1, local_steps=5").describe()
     assert "5 steps of SGD" in words
     assert "learning rate 0.1, which the attacker does not know" in words
