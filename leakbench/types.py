@@ -70,7 +70,7 @@ class ThreatModel:
     def granted(self) -> ThreatModel:
         """Return the threat model as an attacker may read it: without a learning rate that is hidden."""
         hidden = self.shares == "weights" and self.rate == "hidden"
-        return replace(self, learning_rate=None) if hidden else self
+        return replace(self, learning_rate=None, name="") if hidden else self  # a preset's name would tell the rate
 
     @property
     def unit(self) -> float | None:

@@ -19,7 +19,7 @@ from leakbench.attacks.matching import GradientMatching
 from leakbench.defenses import Defense
 from leakbench.models import OwnModule
 from leakbench.rng import Rng, generator
-from leakbench.types import Observation, ThreatModel
+from leakbench.types import PRESETS, Observation, ThreatModel
 from leakbench.victim import Client, build, observe
 
 SHAPE = (1, 8, 8)
@@ -444,3 +444,9 @@ def test_the_walk_finds_a_key_or_a_generator() -> None:
     assert len(private.found_in(observation)) == 1
     observation.model.source = torch.Generator()  # type: ignore[assignment]
     assert len(private.found_in(observation)) == 2
+
+
+def test_no_presets_name_tells_a_hidden_learning_rate() -> None:
+    seen = PRESETS["weights"].granted()
+    assert seen.learning_rate is None
+    assert seen.name not in PRESETS

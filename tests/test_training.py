@@ -20,14 +20,14 @@ from leakbench import datasets, defenses, models
 from leakbench.cli.main import app
 from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
-from leakbench.defenses.base import Step
+from leakbench.defenses.base import Step, UpdateStep
 from leakbench.errors import BadOption, CorruptAsset, LeakbenchError
 from leakbench.matrix import Matrix
 from leakbench.models.weights import stated
 from leakbench.report import accuracy as report
 from leakbench.training import Accuracy, Arm, Record, Silent, train
 from leakbench.training.arm import Round, Session, start
-from leakbench.training.clients import UpdateStep, begin, local_round
+from leakbench.training.clients import begin, local_round
 from leakbench.training.data import augmented, batches, load, partition, read
 from leakbench.training.files import RECORD, STATE
 from leakbench.training.run import FOLDER
@@ -342,9 +342,21 @@ def test_the_defense_acts_on_the_update_that_is_sent() -> None:
         torch.testing.assert_close(value - before[name], (free[name] - before[name]) / 4, rtol=1e-3, atol=1e-6)
     dp = session("dp(clip=0.001, noise_multiplier=0)", mode="fedavg", clients=2)
     update = {name: randn(*value.shape, seed=1) for name, value in dp.trainee.parameters().items()}
-    step = UpdateStep(dp.trainee, torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64), update)
+    step = UpdateStep(dp.arm.defense, before, update)
     released = dp.arm.defense.release(step, torch.Generator())
     assert sum(float(value.square().sum()) for value in released.values()) ** 0.5 == pytest.approx(0.001, rel=1e-3)
+
+
+def test_defenses_of_weights_act_on_what_is_sent() -> None:
+    plain = session("none", mode="fedavg", clients=2)
+    before = plain.trainee.shared()
+    free = rounds_of(plain, 1)[0]
+    sent = rounds_of(session("weight-sparsify(ratio=0.5, snapshots=after)", mode="fedavg", clients=2), 1)[0]
+    shared = [name for name in plain.trainee.parameters() if name in before]
+    zeros = {
+        kind: sum(int((state[name] == 0).sum()) for name in shared) for kind, state in (("free", free), ("sent", sent))
+    }
+    assert zeros["sent"] > zeros["free"] + 0.2 * sum(before[name].numel() for name in shared)
 
 
 def test_what_a_defense_withholds_does_not_move() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakbench.component import Component
-from leakbench.errors import Unsupported
+from leakbench.errors import BadOption, Unsupported
 from leakbench.registry import Registry
 from leakbench.types import Gradient, Secret
 
@@ -95,6 +95,53 @@ class Step:
             name: torch.zeros_like(parameters[name]) if grad is None else grad.detach()
             for name, grad in zip(parameters, grads)
         }
+
+
+class UpdateStep(Step):
+    """Local training that is over: its gradient is the update, ``weights`` less ``trained``, over what is shared.
+
+    ``per_example`` has the update as the one example, so that DP-SGD's clipping and noise act on clients, not images.
+
+    Args:
+        defense: what acts on it.
+        before: the parameters that the client received, by name.
+        update: ``before`` less the parameters after training.
+        seen: the client's network and its last batch, where the defense may see them.
+    """
+
+    def __init__(
+        self,
+        defense: Defense,
+        before: Gradient,
+        update: Gradient,
+        seen: tuple[nn.Module, Tensor, Tensor] | None = None,
+    ) -> None:
+        self._defense = defense
+        self._before = before
+        self._update = update
+        if seen is not None:
+            self.model, self.images, self.labels = seen
+
+    def __getattr__(self, name: str) -> object:
+        raise BadOption(
+            f"defense {self._defense.name!r} needs the client's {name}, which no mod sees; call release in the client"
+        )
+
+    def gradient(self) -> Gradient:
+        """Return the update, per shared parameter."""
+        return {name: value.clone() for name, value in self._update.items()}
+
+    def per_example(self) -> Gradient:
+        """Return the update as that of one example."""
+        return {name: value[None].clone() for name, value in self._update.items()}
+
+    def weights(self) -> Gradient:
+        """Return the parameters that were received."""
+        return {name: self._before[name].clone() for name in self._update}
+
+    def trained(self) -> Gradient:
+        """Return the parameters after the client's local training."""
+        return {name: self._before[name] - value for name, value in self._update.items()}
 
 
 class Defense(Component):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from leakbench import defenses
 from leakbench.defenses import Defense
-from leakbench.defenses.base import Step
+from leakbench.defenses.base import UpdateStep
 from leakbench.errors import BadOption
 from leakbench.gradients.evaluate import tensors_of
 from leakbench.rng import generator
@@ -81,32 +81,6 @@ def restore(model: nn.Module, context: Context) -> None:
                     f"the secret {name!r} is no tensor of {type(model).__name__}; give the mod that network"
                 )
             tensors[name].copy_(value)
-
-
-class UpdateStep(Step):
-    """A client's local training as one step, whose gradient is the weights before less those after."""
-
-    def __init__(self, defense: Defense, before: Gradient, update: Gradient) -> None:
-        self._defense = defense
-        self._before = before
-        self._update = update
-
-    def __getattr__(self, name: str) -> object:
-        raise BadOption(
-            f"defense {self._defense.name!r} needs the client's {name}, which no mod sees; call release in the client"
-        )
-
-    def gradient(self) -> Gradient:
-        """Return the update, per parameter."""
-        return {name: value.clone() for name, value in self._update.items()}
-
-    def per_example(self) -> Gradient:
-        """Return the update as that of one example."""
-        return {name: value[None].clone() for name, value in self._update.items()}
-
-    def weights(self) -> Gradient:
-        """Return the parameters that were received."""
-        return {name: value.clone() for name, value in self._before.items()}
 
 
 @dataclass(frozen=True)

@@ -198,8 +198,13 @@ def families(trials: pd.DataFrame) -> list[str]:
 
 
 def _levels(trials: pd.DataFrame, family: str) -> pd.DataFrame:
-    """Return the trials of a family and, at strength 0, those without a defense of the same places and attacks."""
+    """Return the trials of a family and, as its strength 0, those without a defense of the same places and attacks.
+
+    A family that has a strength 0, or that clips whatever the strength is, is left as it is.
+    """
     own = trials[trials["family"] == family]
+    if "clipped" in family or (own["strength"] == 0).any():
+        return own
     keys = [*_PLACE, "method", "known"]
     return pd.concat([trials[trials["family"] == ""].merge(own[keys].drop_duplicates(), on=keys), own])
 

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from leakbench.defenses.base import Step
+from leakbench.defenses.base import UpdateStep
 from leakbench.rng import generator, seeded
 from leakbench.training.data import Images, batches
 from leakbench.training.settings import Recipe
 from leakbench.training.steps import State, Trainee, check, descend, draw, momentum_of, optimiser
-from leakbench.types import Gradient
 
 
 @dataclass(frozen=True)
@@ -44,26 +43,6 @@ class Sent:
     examples: int
     loss: float
     steps: int
-
-
-class UpdateStep(Step):
-    """A client's local training as one step: its gradient is what the training took off the weights.
-
-    ``gradient`` is the weights before less those after, over all that is shared; ``per_example`` has it as the one
-    example, so that DP-SGD's clipping and noise act on clients and not on images.
-    """
-
-    def __init__(self, trainee: Trainee, images: Tensor, labels: Tensor, update: Gradient) -> None:
-        super().__init__(trainee.network, images, labels, trainee.defense)
-        self._update = update
-
-    def gradient(self) -> Gradient:
-        """Return the update, per shared parameter."""
-        return {name: value.clone() for name, value in self._update.items()}
-
-    def per_example(self) -> Gradient:
-        """Return the update with a leading axis of one."""
-        return {name: value[None].clone() for name, value in self._update.items()}
 
 
 def begin(trainee: Trainee, client: int, seed: int, initial: Mapping[str, Tensor]) -> Own:
@@ -128,7 +107,9 @@ def local_round(
     after = trainee.shared()
     parameters = trainee.parameters()
     update = {name: shared[name].cpu() - after[name].cpu() for name in after if name in parameters}
-    released = trainee.defense.release(UpdateStep(trainee, x, y, update), generator(*key, "release"))
+    before = {name: shared[name].cpu() for name in update}
+    step = UpdateStep(trainee.defense, before, update, (trainee.network, x, y))
+    released = trainee.defense.release(step, generator(*key, "release"))
     check(released, update, trainee.defense)
     sent = {name: value.cpu() for name, value in after.items()}
     sent |= {name: shared[name].cpu() - released.get(name, torch.zeros_like(value)) for name, value in update.items()}
