@@ -77,7 +77,7 @@ def check(run: Path) -> State:
     with Store.open(run / FILE if run.is_dir() else run, readonly=True) as store:
         try:
             return _state(store)
-        except (LeakbenchError, sqlite3.Error, ValueError, KeyError) as error:
+        except (LeakbenchError, sqlite3.Error, AttributeError, KeyError, TypeError, ValueError) as error:
             fault = f"it cannot be read to its end: {' '.join(str(error).split())}"
             return State(0, {}, 0, {}, {}, (fault,), ())
 

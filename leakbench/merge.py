@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from leakbench.errors import BadOption, LeakbenchError
-from leakbench.store import FILE, Store
+from leakbench.store import FILE, Store, decoding
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def merge(runs: Sequence[Path], out: Path, *, force: bool = False) -> Merged:
 
 def _check(stores: Sequence[Store]) -> None:
     """Raise LeakbenchError where runs differ in matrix or version."""
-    matrices = [{_matrix(session.provenance.matrix) for session in store.sessions()} for store in stores]
+    matrices = [_matrices(store) for store in stores]
     most = max(matrices, key=len)
     for store, own in zip(stores, matrices):
         if not own <= most:
@@ -80,10 +80,11 @@ def _check(stores: Sequence[Store]) -> None:
                     )
 
 
-def _matrix(text: str) -> str:
-    """Return a matrix as JSON without the run's name."""
-    axes = json.loads(text)
-    return json.dumps({key: value for key, value in axes.items() if key != "name"}, sort_keys=True)
+def _matrices(store: Store) -> set[str]:
+    """Return the matrices of a run as JSON, without the run's name."""
+    with decoding(store.path):
+        found = [json.loads(session.provenance.matrix).items() for session in store.sessions()]
+    return {json.dumps({key: value for key, value in axes if key != "name"}, sort_keys=True) for axes in found}
 
 
 def _difference(first: set[str], second: set[str]) -> str:

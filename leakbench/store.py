@@ -312,7 +312,7 @@ class Store:
 
     def sessions(self) -> list[Session]:
         """Return every session, in order of start."""
-        with _decoding(self.path):
+        with decoding(self.path):
             return [
                 Session(
                     id=row["id"],
@@ -366,7 +366,7 @@ class Store:
             (metric, threshold),
         )
         found: dict[str, set[str]] = {}
-        with _decoding(self.path):
+        with decoding(self.path):
             for row in rows:
                 attacked = target(json.loads(row["settings"]), row["image"], row["seed"])
                 found.setdefault(attacked, set()).add(row["id"])
@@ -435,7 +435,7 @@ class Store:
 
     def components(self) -> list[Component]:
         """Return every dataset, model, defense and attack that was planned, with all its options."""
-        with _decoding(self.path):
+        with decoding(self.path):
             rows = self._cells()
             settings = [json.loads(row["settings"]) for row in rows]
             checkpoints = {
@@ -467,7 +467,7 @@ class Store:
         A trial that has a result keeps it, unless it is an error and the other one is none. Sessions that are the same
         in both are kept once, and what the cells, metrics and files mean stays as it is here.
         """
-        with self._transaction():
+        with decoding(other.path), self._transaction():
             sessions = {row["id"]: self._absorb_session(row) for row in other.query("SELECT * FROM sessions")}
             cells = {row["id"]: self._absorb_cell(row) for row in other.query("SELECT * FROM cells ORDER BY id")}
             trials = other.query("SELECT * FROM trials ORDER BY position, rowid")
@@ -588,7 +588,7 @@ class Store:
             " ORDER BY position, trials.rowid"
         )
         scores = self.query("SELECT trial_id, metric, value FROM scores")
-        with _decoding(self.path):
+        with decoding(self.path):
             names = [metric.name for metric in self.metrics()]
             own = [column for column in (*BEFORE, *AFTER) if column not in _SPECS]
             planned = {column: [row[column] for row in rows] for column in own}
@@ -764,7 +764,7 @@ class Store:
 
 
 @contextlib.contextmanager
-def _decoding(path: Path) -> Iterator[None]:
+def decoding(path: Path) -> Iterator[None]:
     """Turn what a file's own words make the readers raise into the one line that says what to do."""
     try:
         yield
@@ -833,7 +833,10 @@ def _connect(path: Path, readonly: bool) -> sqlite3.Connection:
     if not readonly:
         with _one_line_errors(path):
             return sqlite3.connect(f"{uri}?mode=rw", uri=True, timeout=30, isolation_level=None)
-    log = path.with_name(f"{path.name}-wal")
+    log, journal = (path.with_name(f"{path.name}-{what}") for what in ("wal", "journal"))
+    if journal.exists() and journal.stat().st_size:  # a migration was killed: who may write undoes its half
+        with _one_line_errors(path), contextlib.closing(sqlite3.connect(f"{uri}?mode=rw", uri=True)) as db:
+            db.execute("PRAGMA schema_version").fetchone()
     with _one_line_errors(path):
         db = sqlite3.connect(f"{uri}?mode=ro", uri=True, timeout=30, isolation_level=None)
         try:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import random
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
-from leakbench.errors import ForeignRun, LeakbenchError
+from leakbench.assets import archives
+from leakbench.errors import CorruptAsset, ForeignRun, LeakbenchError
+from leakbench.merge import merge
 from leakbench.report.files import write
 from leakbench.store import FILE, Store
 from tools import fuzz
@@ -79,3 +84,48 @@ def test_a_trigger_is_refused_by_who_writes_too(run):
         db.execute("CREATE TRIGGER other AFTER INSERT ON results BEGIN DELETE FROM results; END")
     with pytest.raises(LeakbenchError, match="trigger"):
         Store.open(run / FILE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE sessions SET matrix = '[]'",
+        "UPDATE sessions SET matrix = 'x'",
+        "INSERT OR REPLACE INTO meta VALUES ('planned', 'x')",
+        "DELETE FROM cells",
+    ],
+)
+def test_a_spoilt_run_is_not_merged(run, change, tmp_path):
+    with closing(sqlite3.connect(run / FILE)) as db, db:
+        db.execute("PRAGMA foreign_keys = OFF")
+        db.execute(change)
+    with pytest.raises(LeakbenchError) as caught:
+        merge([run], tmp_path / "whole")
+    assert len(str(caught.value).splitlines()) == 1
+    assert not Path(tmp_path / "whole" / FILE).exists() or not Store.open(tmp_path / "whole" / FILE).planned()
+
+
+@pytest.mark.parametrize("size", [b"-60       ", b"-1000     "])
+def test_a_package_whose_member_has_a_negative_size_is_refused(tmp_path, size):
+    (tmp_path / "package").write_bytes(
+        b"!<arch>\n" + b"control.tar     0           0     0     100644  " + size + b"`\n"
+    )
+    with pytest.raises(CorruptAsset, match="negative"):
+        archives.read(tmp_path / "package", ["wanted"])
+
+
+def test_the_half_of_a_killed_migration_is_undone(tmp_path):
+    """A journal that a killed writer left is played back, also for who only reads."""
+    path = tmp_path / FILE
+    path.write_bytes((Path(__file__).parent / "schemas" / "1.sqlite").read_bytes())
+    with Store.open(path, readonly=True) as store:
+        before = len(store.results())
+    script = (
+        "import os, sqlite3, sys; db = sqlite3.connect(sys.argv[1], isolation_level=None); "
+        "db.execute('PRAGMA cache_size = 1'); db.execute('BEGIN'); db.execute('DELETE FROM scores'); "
+        "db.execute('DELETE FROM images'); db.execute('DELETE FROM results'); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(path)], check=False)
+    assert path.with_name(f"{FILE}-journal").stat().st_size
+    with Store.open(path, readonly=True) as store:
+        assert len(store.results()) == before

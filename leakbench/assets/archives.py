@@ -119,6 +119,8 @@ def _without_ar(raw: IO[bytes], file: Path) -> IO[bytes]:
         return raw
     while header := raw.read(60):
         size = int(header[48:58])
+        if size < 0:
+            raise ValueError("a member of negative size")
         if header.startswith(b"data.tar"):
             return io.BytesIO(_bounded(raw, file, LIMIT))
         raw.seek(size + size % 2, io.SEEK_CUR)

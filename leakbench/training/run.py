@@ -117,8 +117,9 @@ def train(
                 "provenance": source,
             }
             write_json(folder / RECORD, record)
-            (folder / STATE).unlink(missing_ok=True)
-            shutil.rmtree(folder / "clients", ignore_errors=True)
+            if outcome.rounds:  # one that broke goes on after its last round
+                (folder / STATE).unlink(missing_ok=True)
+                shutil.rmtree(folder / "clients", ignore_errors=True)
             progress.end(outcome)
     return [read(folder) for folder in folders]
 
