@@ -29,7 +29,7 @@ from leakbench.training import Accuracy, Arm, Record, Silent, train
 from leakbench.training.arm import Round, Session, start
 from leakbench.training.clients import begin, local_round
 from leakbench.training.data import augmented, batches, load, partition, read
-from leakbench.training.files import RECORD, STATE
+from leakbench.training.files import RECORD, STATE, read_state
 from leakbench.training.run import FOLDER
 from leakbench.training.steps import Trainee, descend, evaluate, optimiser
 from leakbench.types import Gradient
@@ -401,6 +401,22 @@ def test_a_training_learns_and_two_of_one_seed_give_the_same_numbers(tmp_path: P
             assert training.test_accuracy == stage.accuracy
     other = train(study(seeds=[1]).arms(), tmp_path / "c")
     assert numbers(other[0]) != numbers(first[0])
+
+
+def test_a_training_that_broke_goes_on_after_its_last_round(tmp_path: Path) -> None:
+    class Break(Silent):
+        def round(self, one: Round) -> None:
+            if one.number == 3:
+                raise RuntimeError("out of memory")
+
+    arms = study(rounds=4).arms()
+    (whole,) = train(arms, tmp_path / "whole")
+    (broken,) = train(arms, tmp_path / "cut", progress=Break())
+    assert (broken.outcome.status, broken.outcome.reason) == ("error", "RuntimeError: out of memory")
+    assert (broken.folder / STATE).exists()
+    assert len(read_state(broken.folder / STATE)["rounds"]) == 3
+    (cut,) = train(arms, tmp_path / "cut")
+    assert numbers(cut) == numbers(whole)
 
 
 def test_a_training_goes_on_to_the_same_numbers_after_its_last_round(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from leakbench.errors import LeakbenchError
@@ -30,13 +31,16 @@ __all__ = ["Failure", "mod", "record", "require", "restore", "simulate"]
 
 
 def require() -> None:
-    """Turn the telemetry of Flower and Ray off, unless the environment says otherwise; to be called before importing.
+    """Turn the telemetry of Flower and Ray off, unless the environment says otherwise; also where Flower was imported.
 
     Raises:
         LeakbenchError: the extra is not installed.
     """
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    loaded = sys.modules.get("flwr.supercore.telemetry")
+    if loaded is not None:  # Flower was imported before, and read the environment then
+        loaded.FLWR_TELEMETRY_ENABLED = os.environ["FLWR_TELEMETRY_ENABLED"]  # type: ignore[attr-defined]
     missing = [name for name in ("flwr", "ray") if importlib.util.find_spec(name) is None]
     if missing:
         raise LeakbenchError(f"{' and '.join(missing)} is not installed; pip install 'leakbench[fl]'")

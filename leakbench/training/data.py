@@ -72,18 +72,18 @@ def load(dataset: Dataset, recipe: Recipe, seed: int) -> Data:
 @lru_cache(maxsize=1)
 def _loaded(dataset: Dataset, images: int | None, tested: int | None, held_out: float, seed: int, home: Path) -> Data:
     """Return what ``load`` does, from the cache of datasets in ``home``."""
-    seen, unseen, train, test = _parts(dataset)
+    seen, other, train, test = parts(dataset)
     order = torch.randperm(len(train), generator=generator("training", seed, "held out"))
     chosen = order[:images]
     kept = len(chosen) - int(held_out * len(chosen))
     held = torch.tensor([train[int(row)] for row in chosen])
-    parts = (read(seen, held[:kept]), read(seen, held[kept:]), read(unseen, torch.tensor(test[:tested])))
-    return Data(*parts, dataset.image_shape, dataset.num_classes)
+    read_parts = (read(seen, held[:kept]), read(seen, held[kept:]), read(other, torch.tensor(test[:tested])))
+    return Data(*read_parts, dataset.image_shape, dataset.num_classes)
 
 
 def check(dataset: Dataset, recipe: Recipe) -> None:
     """Raise BadOption where a dataset has too few images for a recipe, before any is read."""
-    _, _, train, test = _parts(dataset)
+    _, _, train, test = parts(dataset)
     count = min(len(train), recipe.images or len(train))
     kept = count - int(recipe.held_out * count)
     if recipe.held_out and kept == count:
@@ -100,11 +100,31 @@ def check(dataset: Dataset, recipe: Recipe) -> None:
             )
 
 
-def _parts(dataset: Dataset) -> tuple[Dataset, Dataset, Sequence[int], Sequence[int]]:
+def unseen(dataset: Dataset, images: int | Sequence[int]) -> tuple[Dataset, int | list[int]]:
+    """Return a dataset and images of it that no training on the dataset sees: the first so many, or these indices.
+
+    Raises:
+        BadOption: there are not so many, or one of these is trained on.
+    """
+    _, other, _, test = parts(dataset)
+    if isinstance(images, int):
+        if images > len(test):
+            raise BadOption(
+                f"images={images} are more than the {len(test)} test images of {dataset.name!r}; give fewer"
+            )
+        chosen = list(test[:images])
+        return other, images if chosen == list(range(images)) else chosen
+    for index in images:
+        if index not in test:
+            raise BadOption(f"image {index} of {dataset.name!r} is no test image; give some of {list(test[:4])}, ...")
+    return other, list(images)
+
+
+def parts(dataset: Dataset) -> tuple[Dataset, Dataset, Sequence[int], Sequence[int]]:
     """Return what is trained on and what is tested on, with the indices of each."""
     if isinstance(dataset, Stored):
-        seen, unseen = replace(dataset, split="train"), replace(dataset, split="test")
-        return seen, unseen, range(len(seen)), range(len(unseen))
+        seen, other = replace(dataset, split="train"), replace(dataset, split="test")
+        return seen, other, range(len(seen)), range(len(other))
     test = range(0, len(dataset), EACH)
     return dataset, dataset, [index for index in range(len(dataset)) if index % EACH], test
 

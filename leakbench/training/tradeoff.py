@@ -9,12 +9,13 @@ from pathlib import Path
 from leakbench import engine
 from leakbench.matrix import Matrix
 from leakbench.progress import Silent as Display
+from leakbench.training.data import unseen
 from leakbench.training.files import read_json, write_json
 from leakbench.training.run import FOLDER, Record, Silent, read
 from leakbench.training.run import train as train_arms
 from leakbench.training.settings import Arm, Tradeoff
 
-POINTS = "tradeoff.json"
+POINTS = "targets.json"
 """Which cells of the run attack which checkpoint, in a run's folder."""
 THRESHOLD = 0.6
 """The ``ssim_aligned`` from which an image counts as recovered where the attack states none."""
@@ -56,9 +57,16 @@ def train(
     arms = {}
     for plan in plans:
         for arm in plan.arms():
-            plan.matrix(arm, Path("checkpoint.safetensors"), check=True)
+            _matrix(plan, arm, Path("checkpoint.safetensors"), check=True)
             arms[arm.id] = arm
     return train_arms(list(arms.values()), out, device=device, workers=workers, command=command, progress=progress)
+
+
+def _matrix(plan: Tradeoff, arm: Arm, checkpoint: Path, *, check: bool = False) -> Matrix:
+    """Return what attacks a checkpoint (``Tradeoff.matrix``), on images that it was not trained on."""
+    matrix = plan.matrix(arm, checkpoint, check=check)
+    dataset, images = unseen(arm.dataset, matrix.images)
+    return matrix.model_copy(update={"datasets": (dataset,), "images": images})
 
 
 def attack(
@@ -85,7 +93,7 @@ def attack(
             for stage in outcome.stages if outcome.rounds else ():
                 if stage.name not in plan.stages:
                     continue
-                matrix = plan.matrix(arm, out / FOLDER / arm.folder / stage.file)
+                matrix = _matrix(plan, arm, out / FOLDER / arm.folder / stage.file)
                 with progress() as told:
                     engine.run(matrix, out, device=device, progress=told, command=command)
                 targets.append(_target(arm, matrix, stage.name, stage.accuracy))
