@@ -380,3 +380,17 @@ def test_a_default_scale() -> None:
     assert expand(axes, "full")[0]["images"] == 9
     with pytest.raises(BadOption, match="unknown scale 'gpu'"):
         expand({**axes, "default": "gpu"})
+
+
+def test_a_trial_without_the_score_is_no_miss() -> None:
+    """Images too small for SSIM are not judged, rather than counted as withstood."""
+    row = {
+        "dataset": "d", "model": "m", "defense": "none", "threat": "paper", "attack": "peel", "image": 0, "seed": 0,
+        "status": "ok", "reason": "", "floor": False, "evaluations": 1, "seconds": 1.0, "ssim_aligned": float("nan"),
+    }  # fmt: skip
+    (found,) = standings(pd.DataFrame([row]), 0.6)
+    assert found.images == 0
+    assert found.share != found.share
+    assert found.efforts[0].unscored == {worst_case.UNSCORED: 1}
+    (seen,) = standings(pd.DataFrame([row, {**row, "image": 1, "ssim_aligned": 0.9}]), 0.6)
+    assert (seen.images, seen.share) == (1, 1.0)

@@ -30,7 +30,7 @@ from leakbench.models.module import OwnModule
 from leakbench.models.surgery import linears
 from leakbench.progress import Silent
 from leakbench.report.text import english, number
-from leakbench.report.worst_case import Effort, standings
+from leakbench.report.worst_case import UNSCORED, Effort, standings
 from leakbench.rng import Rng
 from leakbench.store import FILE, Store
 from leakbench.types import PRESETS, Observation, Reconstruction, ThreatModel
@@ -171,10 +171,10 @@ def _look(
 
 def _refuse_unattacked(label: str, defense: str, trials: pd.DataFrame) -> None:
     """Raise Unsupported where no attacker came through, which says nothing of what leaks."""
-    if (trials["status"] == "ok").any():
+    if ((trials["status"] == "ok") & trials[RECOVERY].notna()).any():
         return
     reasons = dict.fromkeys(
-        f"{row['attack']}: {row['reason']}" for row in trials[trials["status"] != ""].to_dict("records")
+        f"{row['attack']}: {row['reason'] or UNSCORED}" for row in trials[trials["status"] != ""].to_dict("records")
     )
     raise Unsupported(
         f"no attacker could attack {label!r} behind {defense}, which does not make it safe; {'; '.join(reasons)}"

@@ -16,6 +16,7 @@ from leakbench.report.statistics import wilson_interval
 from leakbench.report.text import ABSENT, english, escape, number, percent, table
 from leakbench.store import Component, Session
 
+UNSCORED = f"{RECOVERY} is not defined for images of fewer than 11 pixels a side"
 _TARGET = ["image", "seed"]
 _SCENE = ["dataset", "model"]
 
@@ -119,7 +120,7 @@ def _standing(block: pd.DataFrame, threshold: float, names: Mapping[tuple[str, s
     recovered = (block["status"] == "ok") & (block[RECOVERY] >= threshold)
     first = block[recovered].drop_duplicates(_TARGET)
     settled = pd.MultiIndex.from_frame(block[_TARGET]).isin(pd.MultiIndex.from_frame(first[_TARGET]))
-    scored = block["status"].isin(("ok", "failed"))
+    scored = block["status"].isin(("ok", "failed")) & block[RECOVERY].notna()
     targets = block[scored].drop_duplicates(_TARGET)
     hit = pd.MultiIndex.from_frame(targets[_TARGET]).isin(pd.MultiIndex.from_frame(first[_TARGET]))
     by_image = pd.Series(hit, index=targets["image"], dtype=float).groupby(level=0).mean()
@@ -128,15 +129,16 @@ def _standing(block: pd.DataFrame, threshold: float, names: Mapping[tuple[str, s
     waiting = block["status"] == ""
     efforts = []
     for (attack, threat), own in block.groupby(["attack", "threat"], sort=False):
-        ended = own[own["status"].isin(("ok", "failed"))]
-        reasons = own[own["status"].isin(("unsupported", "error"))]["reason"].value_counts(sort=False)
+        ended = own[scored[own.index]]
+        lacking = own[(own["status"] != "") & ~scored[own.index]]
+        reasons = lacking["reason"].where(lacking["reason"] != "", UNSCORED).value_counts(sort=False)
         counted = ended["evaluations"].dropna()
         efforts.append(
             Effort(
                 attacker=names[str(attack), str(threat)],
                 tried=len(ended),
                 recovered=len(first.index.intersection(own.index)),
-                failed=int((own["status"] == "failed").sum()),
+                failed=int((ended["status"] == "failed").sum()),
                 skipped=int((waiting & settled)[own.index].sum()),
                 open=int((waiting & ~settled)[own.index].sum()),
                 unscored={str(reason): int(count) for reason, count in reasons.items()},
