@@ -230,7 +230,7 @@ def split_spec(spec: str, kind: str) -> tuple[str, str | None, dict[str, str]]:
         options = split_options(text[start + 1 : -1], f"{kind} {spec!r}")
         text = text[:start].strip()
     name, colon, first = text.partition(":")
-    if not name or any(c in name for c in "()[]{}=, \t\n'\""):
+    if not name or not name.isprintable() or any(c in name for c in "()[]{}=, '\""):
         raise BadOption(f"{kind} {spec!r} is not a spec; write name or name(option=value, ...)")
     if colon and not first:
         raise BadOption(f"{kind} {spec!r}: nothing stands after ':'; write {name}:VALUE")

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from leakbench import defenses
 from leakbench.assets import archives
-from leakbench.errors import CorruptAsset, ForeignRun, LeakbenchError
+from leakbench.errors import BadOption, CorruptAsset, ForeignRun, LeakbenchError
 from leakbench.merge import merge
 from leakbench.report.files import write
 from leakbench.store import FILE, Store
@@ -129,3 +130,9 @@ def test_the_half_of_a_killed_migration_is_undone(tmp_path):
     assert path.with_name(f"{FILE}-journal").stat().st_size
     with Store.open(path, readonly=True) as store:
         assert len(store.results()) == before
+
+
+def test_a_name_of_control_characters_is_refused_in_one_line():
+    with pytest.raises(BadOption) as caught:
+        defenses.parse("\x0b11:")
+    assert len(str(caught.value).splitlines()) == 1
