@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from leakbench.allocator import release_freed_memory
+from leakbench.errors import BadOption
 
 DEFAULT = {"cpu": 32, "cuda": 256}
 """Trials at a time for an attack that cannot be measured."""
@@ -115,3 +116,24 @@ def _peak() -> int:
         return int(psutil.Process().memory_info().rss)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if psutil.MACOS else peak * 1024
+
+
+def device_named(name: str) -> torch.device:
+    """Return the device of a name; ``auto`` is CUDA where there is one.
+
+    Raises:
+        BadOption: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in DEFAULT:
+        raise BadOption(f"device {name!r} is not known; write auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BadOption(f"device {name!r} was asked for, and torch finds no CUDA device; write --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BadOption(f"device {name!r} does not exist; there are {torch.cuda.device_count()} CUDA devices")
+    return device

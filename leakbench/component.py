@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any, ClassVar
 
 LATER = {"later": True}
 """The metadata of an option (``dataclasses.field``) that was added when there were results without it."""
+
+
+def as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings as plain JSON values; what JSON has no form for, a path say, becomes text."""
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return plain
 
 
 class Component:

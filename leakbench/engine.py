@@ -18,7 +18,7 @@ from rich.table import Table
 
 from leakbench import datasets, metrics
 from leakbench.allocator import keep_freed_memory
-from leakbench.chunk import DEFAULT
+from leakbench.chunk import device_named
 from leakbench.datasets import Dataset
 from leakbench.errors import BadOption, LeakbenchError, MissingAsset, Unsupported
 from leakbench.gradients import full_precision
@@ -116,7 +116,7 @@ def run(
     """
     progress = progress or Silent()
     gpus = gpus_per_worker if executor == "ray" else None
-    where = _device(device) if not gpus else torch.device("cuda")
+    where = device_named(device) if not gpus else torch.device("cuda")
     if executor not in ("local", "ray"):
         raise BadOption(f"executor {executor!r} is not known; write local or ray")
     if gpus is not None and not 0 <= gpus < float("inf"):
@@ -286,22 +286,6 @@ def _words(device: torch.device) -> str:
     if device.type != "cuda":
         return str(device)
     return f"{device} ({torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda})"
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in DEFAULT:
-        raise BadOption(f"device {name!r} is not known; write auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BadOption(f"device {name!r} was asked for, and torch finds no CUDA device; write --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BadOption(f"device {name!r} does not exist; there are {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def _check_indices(matrix: Matrix) -> None:

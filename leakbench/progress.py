@@ -42,30 +42,29 @@ class Silent:
         """Tell that a chunk was stored."""
 
 
-class Display(Silent):
-    """Cell, trials done, failures and time left: a live bar in a terminal, one line a chunk elsewhere."""
+class Bar:
+    """A live bar in a terminal, with a column of one's own; lines alone elsewhere.
 
-    def __init__(self, console: Console, workers: int = 1) -> None:
+    Args:
+        console: where to.
+        beside: what stands beside the count at first.
+    """
+
+    def __init__(self, console: Console, beside: str) -> None:
         self.console = console
-        self.workers = workers
-        self.total = self.done = self.failures = self.unscored = 0
-        self.left: dict[str, int] = defaultdict(int)
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.trials: dict[str, int] = defaultdict(int)
-        self.started = time.monotonic()
         self.bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[failures]}"),
+            TextColumn("{task.fields[beside]}"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
             console=console,
             disable=not console.is_terminal,
             transient=True,
         )
-        self.task = self.bar.add_task("starting", total=None, failures="0 failed", left="")
+        self.task = self.bar.add_task("starting", total=None, beside=beside, left="")
 
     def __enter__(self) -> Self:
         """Start the live display."""
@@ -77,6 +76,23 @@ class Display(Silent):
     ) -> None:
         """Stop the live display."""
         self.bar.stop()
+
+    def note(self, line: str) -> None:
+        """Print one line above the bar."""
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class Display(Bar, Silent):
+    """Cell, trials done, failures and time left: a live bar in a terminal, one line a chunk elsewhere."""
+
+    def __init__(self, console: Console, workers: int = 1) -> None:
+        super().__init__(console, "0 failed")
+        self.workers = workers
+        self.total = self.done = self.failures = self.unscored = 0
+        self.left: dict[str, int] = defaultdict(int)
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.trials: dict[str, int] = defaultdict(int)
+        self.started = time.monotonic()
 
     def start(self, waiting: Sequence[Trial], done: int) -> None:
         """Show the totals."""
@@ -94,10 +110,6 @@ class Display(Silent):
             self.left[trial.specs["attack"]] -= 1
         self.bar.update(self.task, total=self.total)
 
-    def note(self, line: str) -> None:
-        """Print one line above the bar."""
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
     def begin(self, cell: str, trials: int) -> None:
         """Show the cell."""
         self.bar.update(self.task, description=cell)
@@ -114,7 +126,7 @@ class Display(Silent):
             self.trials[attack] += 1
         left = duration(self._time_left())
         failures = f"{self.failures} failed" + (f", {self.unscored} without a score" if self.unscored else "")
-        self.bar.update(self.task, completed=self.done, failures=failures, left=f"about {left} left")
+        self.bar.update(self.task, completed=self.done, beside=failures, left=f"about {left} left")
         words = results[0].trial.cell.words
         if not self.console.is_terminal:
             self.note(

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from leakbench import attacks, datasets, defenses, models
 from leakbench.attacks import Attack
+from leakbench.component import as_json
 from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
 from leakbench.models import Model
@@ -37,15 +38,15 @@ class Cell:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Everything that identifies the cell, as plain JSON values."""
-        settings = {
-            "dataset": self.dataset.settings(),
-            "model": self.model.settings(),
-            "defense": self.defense.settings(),
-            "attack": self.attack.settings(),
-            "threat": self.threat.settings(),
-        }
-        plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))  # a path, say, becomes text
-        return plain
+        return as_json(
+            {
+                "dataset": self.dataset.settings(),
+                "model": self.model.settings(),
+                "defense": self.defense.settings(),
+                "attack": self.attack.settings(),
+                "threat": self.threat.settings(),
+            }
+        )
 
     @cached_property
     def key(self) -> str:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from leakbench.cli.run import Datasets, Defenses, Device, Models, Plugins, _console
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -21,22 +23,17 @@ Plan = TypeVar("Plan", bound="Accuracy")
 File = Annotated[Path | None, typer.Argument(metavar="[FILE.toml]", help="What to train; options override it.")]
 Scale = Annotated[str | None, typer.Option(help="Which of the file's scales, such as smoke, cpu or full.")]
 Out = Annotated[Path | None, typer.Option(help="The run's folder (default: runs/NAME); an old run goes on.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Workers = Annotated[
     int, typer.Option(min=0, help="Ray processes that share the clients of fedavg; 0: one after another, without Ray.")
-]
-Plugins = Annotated[
-    list[Path] | None,
-    typer.Option("--plugin", help="A Python file that registers components; it is run. Repeatable."),
 ]
 
 
 def accuracy(
     file: File = None,
     scale: Scale = None,
-    defense: Annotated[list[str] | None, typer.Option("--defense", help="A defense; repeatable.")] = None,
-    model: Annotated[list[str] | None, typer.Option("--model", help="A model; repeatable.")] = None,
-    dataset: Annotated[list[str] | None, typer.Option("--dataset", help="A dataset; repeatable.")] = None,
+    defense: Defenses = None,
+    model: Models = None,
+    dataset: Datasets = None,
     seeds: Annotated[list[str] | None, typer.Option(help="N seeds from 0 on, or a list such as 3,4.")] = None,
     mode: Annotated[str | None, typer.Option(help="centralised, or fedavg (needs the extra fl).")] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds of fedavg, or epochs.")] = None,
@@ -99,9 +96,9 @@ def tradeoff(
         Path, typer.Argument(metavar="FILE.toml", help="What to train, and [attack]; options override it.")
     ],
     scale: Scale = None,
-    defense: Annotated[list[str] | None, typer.Option("--defense", help="A defense; repeatable.")] = None,
-    model: Annotated[list[str] | None, typer.Option("--model", help="A model; repeatable.")] = None,
-    dataset: Annotated[list[str] | None, typer.Option("--dataset", help="A dataset; repeatable.")] = None,
+    defense: Defenses = None,
+    model: Models = None,
+    dataset: Datasets = None,
     seeds: Annotated[list[str] | None, typer.Option(help="N seeds from 0 on, or a list such as 3,4.")] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds of fedavg, or epochs.")] = None,
     name: Annotated[str | None, typer.Option(help="The run's name.")] = None,
@@ -166,14 +163,11 @@ def plan(
 @contextmanager
 def _stoppable(arms: Sequence[Arm], folder: Path) -> Iterator[tuple[str, Console]]:
     """Yield the command line and a console; after Ctrl-C say how much is done and how to go on."""
-    from rich.console import Console
-
     from leakbench import training
 
     command = "leakbench " + shlex.join(sys.argv[1:])
-    console = Console()
     try:
-        yield command, console if console.is_terminal else Console(width=120)
+        yield command, _console()
     except KeyboardInterrupt:
         done = training.finished(arms, folder)
         typer.echo(f"stopped: {done} of {len(arms)} trainings are done; to go on: {command}", err=True)

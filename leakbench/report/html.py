@@ -240,7 +240,6 @@ def _defended(
         hit = own[(own["status"] == "ok") & (own[RECOVERY] >= threshold)]
         counts = hit.groupby(["attack", "threat"], sort=False).size().sort_values(ascending=False, kind="stable")
         several = own["threat"].nunique() > 1
-        several = own["threat"].nunique() > 1
         by = ", ".join(
             f"{attack}{f' ({threat})' if several else ''}: {count}"
             for attack, threat, count in counts.head(3).reset_index(name="count").itertuples(index=False, name=None)

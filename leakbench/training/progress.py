@@ -2,62 +2,34 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Self
-
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from leakbench.progress import duration
+from leakbench.progress import Bar, duration
 from leakbench.training.arm import Outcome, Round
 from leakbench.training.run import Silent
 from leakbench.training.settings import Arm
 
 
-class Rounds(Silent):
+class Rounds(Bar, Silent):
     """Arm, rounds done, loss, accuracy and time left: a live bar in a terminal, one line a round elsewhere."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
+        super().__init__(console, "")
         self.words, self.total = "", 0
         self.seconds: list[float] = []
-        self.bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
-        self.task = self.bar.add_task("starting", total=None, numbers="", left="")
-
-    def __enter__(self) -> Self:
-        """Start the live display."""
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop the live display."""
-        self.bar.stop()
 
     def begin(self, arm: Arm, number: int, arms: int) -> None:
         """Show the arm."""
         self.words, self.total, self.seconds = arm.words(), arm.recipe.rounds, []
         self.note(f"training {number} of {arms}: {self.words}, {self.total} rounds")
-        self.bar.update(self.task, description=self.words, total=self.total, completed=0, numbers="", left="")
+        self.bar.update(self.task, description=self.words, total=self.total, completed=0, beside="", left="")
 
     def round(self, one: Round) -> None:
         """Show what was measured after a round."""
         self.seconds.append(one.seconds)
         left = duration((self.total - one.number) * sum(self.seconds) / len(self.seconds))
         numbers = f"loss {one.loss:.4f}, test {100 * one.accuracy('test'):.2f} %"
-        self.bar.update(self.task, completed=one.number, numbers=numbers, left=f"about {left} left")
+        self.bar.update(self.task, completed=one.number, beside=numbers, left=f"about {left} left")
         if not self.console.is_terminal:
             self.note(f"[{one.number}/{self.total}] {numbers}, about {left} left")
         for failure in one.failures:
@@ -67,7 +39,3 @@ class Rounds(Silent):
         """Tell how the arm ended where it did not end well."""
         if outcome.reason:
             self.note(f"{outcome.status}: {outcome.reason}")
-
-    def note(self, line: str) -> None:
-        """Print one line above the bar."""
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)

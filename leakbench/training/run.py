@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from leakbench.chunk import device_named
 from leakbench.errors import BadOption, CorruptAsset, LeakbenchError, Unsupported
 from leakbench.flower import require
 from leakbench.gradients import full_precision
@@ -91,7 +92,7 @@ def train(
         LeakbenchError: one line on what does not fit, before anything is trained.
     """
     progress = progress or Silent()
-    where = _device(device)
+    where = device_named(device)
     folders = [out / FOLDER / arm.folder for arm in arms]
     done = [_finished(folder, arm) for folder, arm in zip(folders, arms)]
     for arm in arms:
@@ -180,17 +181,3 @@ def read(folder: Path) -> Record:
 def records(out: Path) -> list[Record]:
     """Return the record of every arm that has an outcome in a run's folder, by name."""
     return [read(path.parent) for path in sorted((out / FOLDER).glob(f"*/{RECORD}"))]
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise BadOption(f"device {name!r} is unknown; give auto, cpu, cuda or cuda:0") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BadOption(f"device {name!r} is not there: torch sees no CUDA device; give cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise BadOption(f"device {name!r} is unknown; give auto, cpu, cuda or cuda:0")
-    return device

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SkipValidation
 
 from leakbench import datasets, defenses, models
+from leakbench.component import as_json
 from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
 from leakbench.errors import BadOption
@@ -189,15 +190,15 @@ class Arm:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Everything that the numbers depend on, as plain JSON values."""
-        settings = {
-            "dataset": self.dataset.settings(),
-            "model": self.model.settings(),
-            "defense": self.defense.settings(),
-            "seed": self.seed,
-            "recipe": self.recipe.settings(),
-        }
-        plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
-        return plain
+        return as_json(
+            {
+                "dataset": self.dataset.settings(),
+                "model": self.model.settings(),
+                "defense": self.defense.settings(),
+                "seed": self.seed,
+                "recipe": self.recipe.settings(),
+            }
+        )
 
     @cached_property
     def id(self) -> str:
