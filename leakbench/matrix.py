@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import itertools
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -108,6 +109,9 @@ Indices = Count | Annotated[list[Index], Field(min_length=1)]
 FLOORS = ("random", "grey", "mean")
 """The floors that a matrix adds to its attacks."""
 
+EVERY = "every"
+"""What a threat model of a matrix says of ``informed`` for each informed attacker that each defense states."""
+
 RECOVERY = "ssim_aligned"
 """The metric by which an image counts as recovered."""
 
@@ -157,7 +161,8 @@ class Matrix(Axes):
         defenses: specs or Defense objects.
         models: specs, Model objects, or networks (``nn.Module``) from images in [0, 1] to logits.
         datasets: specs or Dataset objects.
-        threats: presets' names, tables or ThreatModel objects.
+        threats: presets' names, tables or ThreatModel objects. ``informed = "every"`` asks for each informed attacker
+            that each defense states, and leaves out the defenses that state none.
         stages: in place of attacks and threats: an ensemble that runs one stage after another, the cheapest first.
         threshold: in [0, 1]; a trial need not be run where another one, behind the same defense, has recovered its
             image with a ``ssim_aligned`` of at least this. The truth thus decides what is still to be measured, and
@@ -198,13 +203,19 @@ class Matrix(Axes):
 
     def _check_informed(self) -> None:
         """Raise BadOption where a threat model asks for an informed attacker that no defense states."""
-        known = ["true", *dict.fromkeys(name for defense in self.defenses for name in defense.attackers())]
+        stated = {variant for defense in self.defenses for variant in _informed(defense)} - {True}
+        known = ["true", EVERY, *sorted(map(str, stated))]
         for threat in (*self.threats, *(threat for stage in self.stages for threat in stage.threats)):
             if isinstance(threat.informed, str) and threat.informed not in known:
                 raise BadOption(
                     f"threat: informed={threat.informed!r} does not fit: no defense of the matrix states such an "
                     f"attacker; write {' or '.join(known)}"
                 )
+        if not self.stages and not any(behind for _, behind in self._grants(self.threats)):
+            raise BadOption(
+                f"threat: informed={EVERY!r} does not fit: no defense of the matrix states an informed attacker; add "
+                "one that does, or a threat model with informed=false"
+            )
 
     def trials(self) -> tuple[Trial, ...]:
         """Return every trial of the cross product once, in the order of stages and axes."""
@@ -213,11 +224,23 @@ class Matrix(Axes):
         cells = [
             Cell(dataset, model, defense, attack, threat)
             for stage in self.stages or (Stage(attacks=self.attacks, threats=self.threats),)
-            for dataset, model, threat in itertools.product(self.datasets, self.models, stage.threats)
-            for defense, attack in [*self._floors(model), *itertools.product(self.defenses, stage.attacks)]
+            for dataset, model, (threat, behind) in itertools.product(
+                self.datasets, self.models, self._grants(stage.threats)
+            )
+            for defense, attack in [*self._floors(model), *itertools.product(behind, stage.attacks)]
         ]
         trials = (Trial(cell, image, seed) for cell in cells for seed, image in itertools.product(seeds, images))
         return tuple({trial.id: trial for trial in trials}.values())
+
+    def _grants(self, threats: Sequence[ThreatModel]) -> Iterator[tuple[ThreatModel, tuple[Defense, ...]]]:
+        """Yield these threat models, each with the defenses that meet it."""
+        for threat in threats:
+            if threat.informed != EVERY:
+                yield threat, self.defenses
+                continue
+            for variant in dict.fromkeys(variant for defense in self.defenses for variant in _informed(defense)):
+                behind = tuple(defense for defense in self.defenses if variant in _informed(defense))
+                yield replace(threat, informed=variant, name=""), behind
 
     def _floors(self, model: Model) -> list[tuple[Defense, Attack]]:
         """Return the added floors; they look at no gradient, so they meet no defense but that of a checkpoint."""
@@ -242,6 +265,11 @@ class Matrix(Axes):
             "floors": self.floors,
             **ensemble,
         }
+
+
+def _informed(defense: Defense) -> tuple[bool | str, ...]:
+    """Return the informed attackers that a defense states, as a threat model asks for them."""
+    return (True, *defense.attackers()) if defense.informed else ()
 
 
 def _describe(own: Sequence[Attack], threats: Sequence[ThreatModel]) -> dict[str, Any]:

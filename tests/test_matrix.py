@@ -113,7 +113,10 @@ def test_a_float_in_text_and_in_python_make_the_same_trial(value: float) -> None
         ({"threats": ["labels=known, labels=known"]}, "given twice"),
         ({"threats": [7]}, "neither a preset's name nor a table"),
         ({"threats": ["informed=perhaps"]}, "no defense of the matrix states such an attacker; write true"),
-        ({"threats": [{"informed": "splize"}], "defenses": ["none", "precode"]}, "write true or splice or omit"),
+        (
+            {"threats": [{"informed": "splize"}], "defenses": ["none", "precode"]},
+            "write true or every or omit or splice",
+        ),
         ({"threats": [{"informed": 2}]}, "informed=2 does not fit"),
         ({"threats": ["shares=all"]}, "gradient or weights"),
         ({"threats": ["shares=weights, rate=some"]}, "hidden or known"),
@@ -400,3 +403,21 @@ def test_whole_numbers_in_python_make_the_trial_that_text_makes() -> None:
 def test_a_threat_table_with_other_keys_is_told() -> None:
     with pytest.raises(BadOption):
         parse_threat({1: "known"})
+
+
+def test_every_informed_attacker_of_every_defense() -> None:
+    chosen = matrix(
+        defenses=["none", "precode", "noise"], threats=["paper", "labels=known, informed=every"], images=[0]
+    )
+    met = [(str(trial.threat.informed), trial.defense.name) for trial in chosen.trials()]
+    assert met == [
+        *(("False", name) for name in ("none", "precode", "noise")),
+        *(("True", name) for name in ("precode", "noise")),
+        ("splice", "precode"),
+        ("omit", "precode"),
+    ]
+    assert {trial.threat.labels for trial in chosen.trials()[3:]} == {"known"}
+    by_name = matrix(defenses=["precode"], threats=["labels=known, informed=splice"], images=[0])
+    assert chosen.trials()[5].id == by_name.trials()[0].id
+    with pytest.raises(BadOption, match="no defense of the matrix states an informed attacker"):
+        matrix(threats=["informed=every"])
