@@ -106,13 +106,7 @@ class Registry(Generic[T]):
         for option in options:
             if option not in fields:
                 raise BadOption(f"{self.kind} {name!r} has no option {option!r}; {_suggest(option, fields)}")
-        missing = [
-            field.name
-            for field in fields.values()
-            if field.name not in options
-            and field.default is dataclasses.MISSING
-            and field.default_factory is dataclasses.MISSING
-        ]
+        missing = [option for option in self.required(cls) if option not in options]
         if missing:
             raise BadOption(f"{self.kind} {name!r} needs the option {missing[0]!r}; write {name}({missing[0]}=...)")
         hints = typing.get_type_hints(cls, include_extras=True)
@@ -140,6 +134,13 @@ class Registry(Generic[T]):
         if not dataclasses.is_dataclass(cls):
             return {}
         return {field.name: field for field in dataclasses.fields(cls) if field.init}
+
+    @classmethod
+    def required(cls, component: type[Component]) -> list[str]:
+        """Return the names of a component's options that have no default."""
+        none = dataclasses.MISSING
+        fields = cls.fields(component).items()
+        return [name for name, field in fields if field.default is none and field.default_factory is none]
 
     @staticmethod
     def type_text(cls: type[Component], option: str) -> str:

@@ -6,7 +6,6 @@ python tools/reference.py --check  say which are out of date, and exit with 1
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import sys
 from inspect import cleandoc
@@ -71,8 +70,7 @@ def _plain(text: str) -> str:
 def _informed(registry: Registry[Any], cls: type[Any]) -> str:
     words = f"who is informed of it {escape(cls.informed)}" if cls.informed else "none is stated"
     lines = [f"**Informed attacker**: {words}."]
-    required = [field for field in registry.fields(cls).values() if field.default is dataclasses.MISSING]
-    for name, other in {} if required else cls().attackers().items():  # type: ignore[union-attr]
+    for name, other in {} if registry.required(cls) else cls().attackers().items():  # type: ignore[union-attr]
         lines.append(f'- `informed = "{name}"`: {escape(other.informed)}.')
     return "\n\n".join([lines[0], "\n".join(lines[1:])]).strip()
 
@@ -96,8 +94,7 @@ def _options(registry: Registry[Any], cls: type[Any]) -> str:
     meanings = _meanings(cls)
     rows = ["| option | values | default | meaning |", "|:--|:--|:--|:--|"]
     for field in fields.values():
-        missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        default = "required" if missing else f"`{option_text(field.default)}`"
+        default = "required" if field.name in registry.required(cls) else f"`{option_text(field.default)}`"
         values, meaning = escape(registry.type_text(cls, field.name)), _plain(meanings.get(field.name, ""))
         rows.append(f"| `{field.name}` | {values} | {default} | {meaning} |")
     return "\n".join(rows)

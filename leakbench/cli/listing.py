@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -104,22 +103,15 @@ def _show(registry: Registry[Any], plugins: list[Path] | None) -> None:
         cls = registry.get(name)
         typer.echo(f"{name}\n    {cls.summary()}")
         for field in registry.fields(cls).values():
-            default = "required" if field.name in _required(registry, cls) else f"default {option_text(field.default)}"
+            default = "required" if field.name in registry.required(cls) else f"default {option_text(field.default)}"
             typer.echo(f"      {field.name}: {registry.type_text(cls, field.name)} ({default})")
         convention = getattr(cls, "convention", "")
         if convention:
             typer.echo(f"    convention: {convention}")
         if registry.kind == "defense":
             typer.echo(f"    who is informed of it: {cls.informed or 'nothing to know'}")
-            for variant, other in ({} if _required(registry, cls) else cls().attackers()).items():
+            for variant, other in ({} if registry.required(cls) else cls().attackers()).items():
                 typer.echo(f"    informed={variant}: {other.informed}")
         for word in ("assumes", "cost", "fails", "reference"):
             if getattr(cls, word):
                 typer.echo(f"    {word}: {getattr(cls, word)}")
-
-
-def _required(registry: Registry[Any], cls: type[Any]) -> list[str]:
-    """Return the names of the options that have no default."""
-    missing = dataclasses.MISSING
-    fields = registry.fields(cls).items()
-    return [name for name, field in fields if field.default is missing and field.default_factory is missing]
