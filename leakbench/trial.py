@@ -41,7 +41,7 @@ class Cell:
         return as_json(
             {
                 "dataset": self.dataset.settings(),
-                "model": self.model.settings(),
+                "model": {**self.model.settings(), **self.model.behaviour(self.dataset.image_shape)},
                 "defense": self.defense.settings(),
                 "attack": self.attack.settings(),
                 "threat": self.threat.settings(),

@@ -33,6 +33,18 @@ def pooled():
 def batch():
     return nn.Sequential(nn.Flatten(), nn.Linear(432, 8), nn.BatchNorm1d(8), nn.Linear(8, 70))
 
+class Branched(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.last = nn.Linear(432, 9), nn.Linear(432, 9), nn.Linear(9, 70)
+
+    def forward(self, x):
+        x = x.permute(0, 2, 3, 1).flatten(1)
+        return self.last(self.one(x).relu() + self.two(x).relu())
+
+def moving():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(400, 70))
+
 class Blind(nn.Module):
     def __init__(self):
         super().__init__()
@@ -47,6 +59,7 @@ def fails():
 number = 3
 """
 DATA = ("--data", "samples(size=12)", "--budget", "quick")
+FILES = ("--before", "before.pt", "--after", "after.pt", "--size", "12")
 
 
 @pytest.fixture
@@ -121,6 +134,35 @@ def test_an_audit_that_keeps_the_line_passes_and_claims_no_safety(cli, nets: Pat
     assert audit(cli, "pooled", *DATA, "--images", "1", "--fail-if", "labels > 0.5").code == 1
 
 
+def test_pixels_that_are_given_away_in_closed_form_count_as_recovered(cli, nets: Path) -> None:  # noqa: F811
+    done = audit(cli, "Branched", *DATA, "--fail-if", "recovered > 0.5")
+    assert (done.code, "The server sees 100 % of the images" in done.out) == (1, True)
+    assert "first by analytic" in done.out
+    text = (nets / "out" / "audit.md").read_text()
+    assert "Layer one gives away the image itself exactly, in closed form" in text
+
+
+def test_attackers_that_broke_are_no_pass(cli, nets: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    def broken(self: object, observation: object, rng: object) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr("leakbench.attacks.peel.Peel.__call__", broken)
+    monkeypatch.setattr("leakbench.attacks.peel.served_chain", lambda observation: None)
+    done = audit(cli, "pooled", *DATA, "--images", "1", "--fail-if", "recovered > 0.5")
+    assert (done.code, "cannot be judged" in done.err) == (2, True)
+    assert "1 trial of peel (paper) ended in an error (RuntimeError: out of luck)" in done.err
+    assert "out of luck" in (nets / "out" / "audit.html").read_text()
+    assert audit(cli, "pooled", *DATA, "--images", "1", "--fail-if", "labels > 0.5").code == 1  # crossed all the same
+
+
+def test_a_threat_model_of_ones_own_is_on_the_page(cli, nets: Path) -> None:  # noqa: F811
+    threat = "labels=known, shares=weights, rate=known, local_steps=2"
+    assert audit(cli, "build", *DATA, "--images", "1", "--threat", threat, "--budget", "quick").code == 0
+    text = (nets / "out" / "audit.md").read_text()
+    assert "the client takes 2 steps of SGD on its image with learning rate 0.01, known to the attacker" in text
+    assert "**paper** (not run)" in text
+
+
 @pytest.mark.parametrize(
     ("name", "more", "words"),
     [
@@ -137,6 +179,11 @@ def test_an_audit_that_keeps_the_line_passes_and_claims_no_safety(cli, nets: Pat
         ("build", (*DATA, "--fail-if", "recovered"), ["--fail-if"]),
         ("build", (*DATA, "--checkpoint", "absent.pt"), ["absent.pt"]),
         ("build", (*DATA, "--rate", "0.1"), ["--rate is of a recorded update"]),
+        ("build", (*DATA, "--local-steps", "1"), ["--local-steps is of a recorded update"]),
+        ("build", (*DATA, "--channels", "3"), ["--channels is of a recorded update"]),
+        ("build", (*FILES, "--device", "cpu"), ["--device is of an audit on images"]),
+        ("build", (*FILES, "--checkpoint", "a.pt"), ["--checkpoint is of an audit on images"]),
+        ("build", (*FILES, "--threshold", "0.5"), ["--threshold is for the comparison with --truth"]),
         ("build", (), ["neither --data nor --before"]),
         ("build", ("--before", "a.npz"), ["give both"]),
         ("build", ("--before", "a.npz", "--after", "b.npz"), ["--size is missing"]),
@@ -159,15 +206,21 @@ def recorded(nets: Path, cli) -> nn.Module:  # noqa: F811
 
     load_plugin(nets / "nets.py")
     network = factory("build", [nets / "nets.py"])
-    images, labels = datasets.parse("samples(size=12)").load([3])
+    images, _ = datasets.parse("samples(size=12)").load([3])
     Image.fromarray((images[0].permute(1, 2, 0) * 255).round().byte().numpy()).save(nets / "truth.png")
     _write(nets, "before", network)
+    step(network, [3], 0.1)
+    _write(nets, "after", network)
+    return network
+
+
+def step(network: nn.Module, indices: list[int], rate: float) -> None:
+    """Take a client's step on images of the samples."""
+    images, labels = datasets.parse("samples(size=12)").load(indices)
     loss = nn.functional.cross_entropy(network(images), labels)
     with torch.no_grad():
         for parameter, by in zip(network.parameters(), torch.autograd.grad(loss, list(network.parameters()))):
-            parameter -= 0.1 * by
-    _write(nets, "after", network)
-    return network
+            parameter -= rate * by
 
 
 def _write(folder: Path, arm: str, network: nn.Module) -> None:
@@ -185,7 +238,7 @@ def test_a_recorded_update_is_audited(cli, nets: Path, recorded: nn.Module, suff
     files = ("--before", f"before{suffix}", "--after", f"after{suffix}", "--size", "12", "--rate", "0.1")
     more = ("--truth", "truth.png", "--label", "3", "--budget", "quick", "--fail-if", "recovered > 0.5")
     done = audit(cli, "build", *files, *more)
-    assert (done.code, "The server sees 100 % of the images, first by peel." in done.out) == (1, True)
+    assert (done.code, "The server sees 100 % of the images, first by analytic." in done.out) == (1, True)
     text = (nets / "out" / "audit.md").read_text()
     assert "read off the update: class 3, which is right" in text
     assert "a single image in one step explains all but" in text
@@ -202,19 +255,48 @@ def test_an_update_of_unknown_rate_is_attacked_by_those_that_need_none(cli, nets
 
 
 def test_what_was_not_measured_is_not_passed(cli, nets: Path, recorded: nn.Module) -> None:  # noqa: F811
-    files = ("--before", "before.npz", "--after", "after.npz", "--size", "12", "--budget", "quick")
-    done = audit(cli, "build", *files, "--rate", "0.1", "--fail-if", "recovered > 0.5")
+    network = factory("pooled", [nets / "nets.py"])
+    _write(nets, "before", network)
+    step(network, [3], 0.1)
+    _write(nets, "after", network)
+    more = ("--size", "12", "--budget", "quick", "--rate", "0.1", "--fail-if", "recovered > 0.5")
+    done = audit(cli, "pooled", "--before", "before.npz", "--after", "after.npz", *more)
     assert (done.code, "cannot be judged" in done.err, "--truth" in done.err) == (2, True, True)
     assert "without the truth nobody can say" in (nets / "out" / "audit.md").read_text()
 
 
+def test_pixels_in_a_recorded_update_need_no_truth_to_be_judged(cli, nets: Path, recorded: nn.Module) -> None:  # noqa: F811
+    done = audit(cli, "build", *FILES, "--budget", "quick", "--fail-if", "recovered > 0.5")
+    assert (done.code, "The server sees 100 % of the images, first by analytic." in done.out) == (1, True)
+    assert "read off in closed form" in (nets / "out" / "audit.md").read_text()
+
+
+def test_the_threshold_of_a_recorded_update_is_the_one_that_is_shown(cli, nets: Path, recorded: nn.Module) -> None:  # noqa: F811
+    more = ("--truth", "truth.png", "--threshold", "0.93", "--budget", "quick")
+    assert audit(cli, "build", *FILES, *more).code == 0
+    assert "an SSIM of at least 0.93 after" in (nets / "out" / "audit.md").read_text()
+
+
+def test_an_update_that_is_lost_in_rounding_is_not_judged(cli, nets: Path, recorded: nn.Module) -> None:  # noqa: F811
+    network = factory("build", [nets / "nets.py"])
+    _write(nets, "before", network)
+    step(network, [3], 1e-6)
+    _write(nets, "after", network)
+    done = audit(cli, "build", *FILES, "--truth", "truth.png", "--budget", "quick", "--fail-if", "psnr > 99")
+    assert (done.code, "rounding alone may be" in done.err) == (2, True)
+
+
+def test_running_statistics_alone_are_no_update(cli, nets: Path, recorded: nn.Module) -> None:  # noqa: F811
+    network = factory("moving", [nets / "nets.py"])
+    _write(nets, "before", network)
+    network(torch.rand(4, 3, 12, 12))
+    _write(nets, "after", network)
+    refused(audit(cli, "moving", *FILES), "the same trained parameters")
+
+
 def test_an_update_of_two_images_is_not_judged(cli, nets: Path, recorded: nn.Module) -> None:  # noqa: F811
     network = factory("build", [nets / "nets.py"])
-    images, labels = datasets.parse("samples(size=12)").load([3, 9])
-    loss = nn.functional.cross_entropy(network(images), labels)
-    with torch.no_grad():
-        for parameter, by in zip(network.parameters(), torch.autograd.grad(loss, list(network.parameters()))):
-            parameter -= 0.1 * by
+    step(network, [3, 9], 0.1)
     _write(nets, "two", network)
     np.savez(nets / "few.npz", np.zeros(3))
     refused(audit(cli, "build", "--before", "few.npz", "--after", "two.pt", "--size", "12"), "1 arrays without names")

@@ -655,3 +655,15 @@ def test_help_does_not_load_torch(command):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Usage: leakbench" in done.stdout
+
+
+def test_an_error_that_nobody_foresaw_has_a_code_of_its_own(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr("leakbench.report.show.show", broken)
+    shutil.copy(Path(__file__).parent / "schemas" / "2.sqlite", FILE)
+    done = cli("show", ".", "a")
+    assert (done.code, done.out) == (70, "")
+    assert "Traceback" in done.err
+    assert done.err.splitlines()[-1].startswith("error: ZeroDivisionError: by zero; this is a bug")

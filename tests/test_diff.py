@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
+import math
 import shlex
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from test_cli import cli, place, refused  # noqa: F401
-from test_store import Guard, TinyAttack, TinyDefense, ready, result, trial
+from test_store import Guard, TinyAttack, TinyDefense, provenance, ready, result, trial
 
 from leakbench.errors import BadOption
-from leakbench.report.diff import Arm, Comparison, diff
+from leakbench.report.diff import Arm, Comparison, _ensembles, diff
 from leakbench.report.show import find, show
-from leakbench.store import FILE, Store
+from leakbench.store import FILE, Session, Store
 from leakbench.trial import Result
 
 SMALL = ("--model", "lenet", "--dataset", "samples(size=12)", "--defense", "keylock(length=9)", "--attack")
@@ -155,3 +159,25 @@ def test_the_exit_code_says_whether_a_difference_is_shown(cli, place: Path, monk
     monkeypatch.setattr("leakbench.report.diff.diff", lambda *arms: Comparison("text\n", 2))
     assert cli("diff", ran, ran).code == 1
     refused(cli("diff", ran, place), "run.sqlite")
+
+
+def skipping(name: str, recovered: int, threshold: float | None = 0.6) -> Arm:
+    """A run that attacked no image again that the first of two attackers had recovered: so many of ten."""
+    rows = [("dlg", i, "ok", 0.9 if i < recovered else 0.1) for i in range(10)]
+    rows += [("ig", i, "ok" if i >= recovered else "", 0.2 if i >= recovered else math.nan) for i in range(10)]
+    trials = pd.DataFrame(rows, columns=["attack", "image", "status", "ssim_aligned"])
+    same = {"dataset": "d", "model": "m", "defense": "none", "threat": "paper", "seed": 0, "floor": False}
+    matrix = json.dumps({"name": name} if threshold is None else {"name": name, "threshold": threshold})
+    session = Session(1, dataclasses.replace(provenance(), matrix=matrix), "", "")
+    return Arm(name, trials.assign(**same), {}, [], [session])
+
+
+def test_runs_that_skipped_are_compared_by_what_all_attackers_recover() -> None:
+    text, shown = _ensembles(skipping("old", 1), skipping("new", 9))
+    assert shown == 1
+    (row,) = [line for line in text.splitlines() if line.startswith("| d, m, none")]
+    assert [cell.strip() for cell in row.split("|")[2:8]] == ["10", "10 %", "90 %", "8", "0", "0.008"]
+    assert _ensembles(skipping("old", 4), skipping("new", 6))[1] == 0
+    assert _ensembles(skipping("old", 4, None), skipping("new", 6, None)) == ("", 0)
+    text, shown = _ensembles(skipping("old", 4), skipping("new", 6, 0.8))
+    assert (shown, "from 0.6 on in old, and from 0.8 in new" in text) == (0, True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -68,7 +70,8 @@ def test_an_entry_is_checked_by_running_its_trials_again(cli, ran: Path) -> None
     (file,) = [path for path in (ran / "board" / "entries").iterdir() if read(path).defense == "none"]
     done = cli("leaderboard", "check", file, "ran", "--sample", "2")
     assert (done.code, done.err) == (0, "")
-    assert "of 2 trials run again, 0 recover an image that was not recovered, and 0 no longer do" in done.out
+    assert re.search(r"of 2 trials run again \(--seed \d+\), 0 recover an image .*, and 0 no longer do", done.out)
+    assert "so few trials can refute by their settings alone" in done.out
     assert done.out.endswith("the entry holds\n")
     entry = json.loads(file.read_text())
     file.write_text(json.dumps({**entry, "recovered": 0.0}))
@@ -89,7 +92,7 @@ def test_what_no_run_or_no_folder_is_given_for_is_refused(cli, place: Path) -> N
     refused(cli("leaderboard", "ran"), "--out")
 
 
-@pytest.mark.parametrize(("flips", "holds"), [(0, True), (5, True), (6, False)])
+@pytest.mark.parametrize(("flips", "holds"), [(0, True), (6, True), (7, False)])
 def test_a_sample_holds_unless_its_flips_go_one_way_beyond_chance(flips: int, holds: bool) -> None:
     def repeat(index: int) -> Repeat:
         of = TrialOf(id="0" * 16, attack="dlg", threat="paper", image=index, seed=0, status="ok", score=0.1)
@@ -98,3 +101,37 @@ def test_a_sample_holds_unless_its_flips_go_one_way_beyond_chance(flips: int, ho
     found = Check((), tuple(map(repeat, range(8))), 0.6)
     assert (found.more, found.less, found.holds) == (flips, 0, holds)
     assert not Check(("recovered",), found.repeats, 0.6).holds
+
+
+def test_scores_that_all_rise_refute_and_noise_does_not() -> None:
+    def sample(change: float) -> Check:
+        trials = [
+            TrialOf(id="0" * 16, attack="dlg", threat="paper", image=i, seed=0, status="ok", score=0.2)
+            for i in range(16)
+        ]
+        return Check((), tuple(Repeat(one, "ok", 0.2 + change * (i % 5 + 1)) for i, one in enumerate(trials)), 0.6)
+
+    assert (sample(0.02).more, sample(0.02).holds) == (0, False)
+    assert sample(0.001).holds
+
+
+def test_what_an_attacker_serves_in_one_place_alone_refutes() -> None:
+    refused = TrialOf(id="0" * 16, attack="dlg", threat="paper", image=0, seed=0, status="unsupported", score=None)
+    assert Check((), (Repeat(refused, "unsupported", math.nan),), 0.6).holds
+    assert not Check((), (Repeat(refused, "ok", 0.1),), 0.6).holds
+
+
+def test_what_has_not_ended_or_broke_has_no_entry_and_is_named(cli, place: Path, monkeypatch) -> None:  # noqa: F811
+    def broken(self: object, observation: object, rng: object) -> None:
+        raise RuntimeError("out of luck")
+
+    more = ("--attack", "peel", "--images", "1", "--threshold", "0.6", "--out", "ran")
+    assert cli("run", "matrix", *MATRIX[:-2], *more).code == 0
+    monkeypatch.setattr("leakbench.attacks.peel.Peel.__call__", broken)
+    assert cli("run", "matrix", *MATRIX, *more).code == 0
+    done = cli("leaderboard", "ran", "--out", "board")
+    assert (done.code, len(list((place / "board" / "entries").iterdir()))) == (0, 1)
+    line = "noise(scale=1.0), on samples(size=12), lenet(init=default) (run matrix): 1 trial ended in an error"
+    assert line in done.err
+    assert line in (place / "board" / "index.html").read_text()
+    refused(cli("leaderboard", "ran", "--out", "board", "--sample", "3"), "--sample is of leaderboard check")

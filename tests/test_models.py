@@ -509,3 +509,26 @@ def test_a_non_persistent_buffer_counts_in_a_modules_identity() -> None:
             return (x * self.factor).flatten(1)
 
     assert OwnModule("a", Scaled(1.0)).settings() != OwnModule("a", Scaled(2.0)).settings()
+
+
+class Once(nn.Module):
+    """Layers that are listed alike, whatever ``forward`` does with them."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.last = nn.Linear(12, 3)
+        self._scale = scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(x.flatten(1)) * self._scale
+
+
+def test_a_module_is_identified_by_what_its_forward_computes() -> None:
+    def found(scale: float, dtype: torch.dtype = torch.float32) -> dict[str, str]:
+        torch.manual_seed(0)
+        return OwnModule("a", Once(scale).to(dtype)).behaviour((3, 2, 2))
+
+    assert found(1.0) == found(1.0)
+    assert found(1.0) != found(1.001)
+    assert found(1.0)["behaviour"]
+    assert OwnModule("a", Once(1.0)).behaviour((3, 5, 5)) == {"behaviour": ""}  # it takes no such image

@@ -1,6 +1,6 @@
 """The registered attacks: one file each."""
 
-from leakbench.attacks import dlg, dlm, ig, lb, peel, grnn, ggl, floors  # isort: skip (listed in this order)
+from leakbench.attacks import dlg, dlm, ig, lb, analytic, peel, grnn, ggl, floors  # isort: skip (listed in this order)
 from leakbench.attacks.base import Attack, register, registry
 
 get = registry.get
@@ -10,6 +10,7 @@ spec = registry.spec
 
 __all__ = [
     "Attack",
+    "analytic",
     "dlg",
     "dlm",
     "floors",

@@ -42,7 +42,7 @@ class Behind:
         images: how many at least one attacker could attack.
         share: of these, recovered by at least one attacker; NaN without a truth.
         low: of the share's 95 % interval (Wilson's); ``high`` likewise.
-        floor: the share that a floor recovers, without any gradient; NaN where none was run.
+        floor: the share that the best floor recovers, without any gradient; NaN where none was run.
         efforts: what each attacker did, in the order in which they came.
         layers: where the size of what is sent lies.
         forms: what linear layers give away in closed form.
@@ -72,6 +72,8 @@ class Behind:
         if gate.name == RECOVERED:
             return None if self.share != self.share else self.share
         if gate.name == LABELS:
+            if self.labels.read is None:
+                return 0.0
             return None if self.labels.right is None else self.labels.right / max(1, self.forms_images)
         return self.scores.get(gate.name)
 

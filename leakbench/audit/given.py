@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -219,10 +220,23 @@ def load_checkpoint(network: nn.Module, path: str) -> None:
 
 @dataclass(frozen=True)
 class Update:
-    """A recorded update: the parameters before and after a client's local training, by name."""
+    """A recorded update.
+
+    Attributes:
+        before: the parameters before a client's local training, by name, and the network's buffers.
+        after: the parameters after it.
+        eps: the relative distance of neighbouring numbers in the coarser of the types that they were recorded in.
+    """
 
     before: Mapping[str, Tensor]
     after: Mapping[str, Tensor]
+    eps: float
+
+    def rounding(self, name: str) -> float:
+        """Return the part of a parameter's change, in norm, that may be mere rounding of the recorded numbers."""
+        before, after = self.before[name].double(), self.after[name].double()
+        change = float((after - before).norm())
+        return self.eps * float(before.norm()) / change if change else math.inf
 
 
 def read_update(network: nn.Module, before: str, after: str) -> Update:
@@ -238,10 +252,11 @@ def read_update(network: nn.Module, before: str, after: str) -> Update:
         BadOption: its tensors are not those of the network, or nothing changed between the two.
     """
     state = network.state_dict()
+    trained = [name for name, value in network.named_parameters() if value.requires_grad]
     found = []
+    eps = 0.0
     for option, path in (("--before", before), ("--after", after)):
         tensors = _read(path, option, list(state))
-        trained = [name for name, value in network.named_parameters() if value.requires_grad]
         for name in state if option == "--before" else trained:
             if name not in tensors:
                 raise BadOption(f"{option} {path!r} has no tensor {name!r}; it is of another network")
@@ -253,13 +268,17 @@ def read_update(network: nn.Module, before: str, after: str) -> Update:
                     f"{option} {path!r} has {name!r} of shape {tuple(value.shape)}, not {tuple(state[name].shape)}; "
                     "it is of another network"
                 )
+            if name in trained and not value.is_floating_point():
+                raise BadOption(f"{option} {path!r}: {name!r} holds {value.dtype}, no real numbers; record it again")
             if not bool(torch.isfinite(value).all()):
                 raise BadOption(f"{option} {path!r}: {name!r} holds values that are not finite; record it again")
+        eps = max(eps, *(torch.finfo(tensors[name].dtype).eps for name in trained))
         found.append({name: value.to(state[name].dtype) for name, value in tensors.items()})
-    update = Update(*found)
-    changed = [name for name, value in update.after.items() if bool((value != update.before[name]).any())]
-    if not changed:
-        raise BadOption(f"--before {before!r} and --after {after!r} hold the same values; nothing was trained")
+    update = Update(found[0], found[1], eps)
+    if not any(bool((update.after[name] != update.before[name]).any()) for name in trained):
+        raise BadOption(
+            f"--before {before!r} and --after {after!r} hold the same trained parameters; nothing was trained"
+        )
     return update
 
 
@@ -323,7 +342,7 @@ def read_image(path: str, image_shape: tuple[int, int, int]) -> Tensor:
 def behind_scale(update: Update) -> Update:
     """Return an update with the names that the parameters have behind an input normalisation."""
     before, after = ({f"{OWN}.{name}": value for name, value in arm.items()} for arm in (update.before, update.after))
-    return Update(before, after)
+    return replace(update, before=before, after=after)
 
 
 def _line(error: BaseException) -> str:

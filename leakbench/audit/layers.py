@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from leakbench.attacks.analytic import pixel_layers, widths
 from leakbench.attacks.peel import read_labels
-from leakbench.gradients.linear import layer_input
+from leakbench.gradients.linear import layer_direction, layer_input, unexplained
 from leakbench.models.surgery import linears
 from leakbench.types import Observation
 
@@ -39,7 +40,7 @@ class Share:
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """What a linear layer with a bias gives away without any search: its input, for every image.
+    """What a linear layer gives away without any search: its input, for every image.
 
     Attributes:
         layer: its name.
@@ -48,7 +49,8 @@ class ClosedForm:
         leftover: the part of the norm of the layer's gradient that no single input explains, the largest of all images:
             0 for one image in one step without noise, and larger where several were mixed, or noise was added.
         error: the relative error of the input against the truth, the largest of all images; NaN without a truth.
-        pixels: whether the input has as many values as the image.
+        pixels: whether the input is the image: its pixels, each moved, scaled and shifted in a way that is public.
+        factor: whether the input is known but for a factor, since no gradient of a bias was sent.
     """
 
     layer: str
@@ -57,6 +59,7 @@ class ClosedForm:
     leftover: float
     error: float
     pixels: bool
+    factor: bool
 
     @property
     def exact(self) -> bool:
@@ -104,40 +107,46 @@ def shares(observation: Observation) -> list[Share]:
 
 
 def closed_forms(observation: Observation, truth: Mapping[str, Sequence[Tensor]] | None) -> list[ClosedForm]:
-    """Return what linear layers give away of their inputs: x = (dL/dW)^T (dL/db) / |dL/db|^2, in float64.
+    """Return what linear layers give away of their inputs, in float64: see ``layer_input`` and ``layer_direction``.
+
+    A layer that runs on several vectors (tokens) gives none of them away, and is left out, as is one that sent nothing.
 
     Args:
         observation: what was seen.
         truth: layer -> the inputs that it really had, one an image, each [.., inputs]; None where they are not known.
-            A layer that ran on several vectors (tokens) gives none of them away, and is left out.
     """
+    pixels, taken = pixel_layers(observation), widths(observation)
     found = []
     for name, layer in linears(observation.model).items():
         weight, bias = (observation.gradient.get(f"{name}.{part}") for part in ("weight", "bias"))
-        if weight is None or bias is None or not bool(bias.any()):
+        if weight is None or not bool(weight.any()) or taken.get(name) != layer.in_features:
             continue
-        weight, bias = weight.double(), bias.double()
-        value = layer_input(weight, bias)
-        size = weight.flatten(1).norm(dim=1).clamp(min=torch.finfo(weight.dtype).tiny)
-        leftover = (weight - bias[..., None] * value[:, None]).flatten(1).norm(dim=1) / size
         inputs = None if truth is None else truth.get(name)
         if inputs is not None and any(real.numel() != layer.in_features for real in inputs):
             continue
+        weight = weight.double()
+        sent = None if bias is None or not bool(bias.any()) else bias.double()
+        value = layer_direction(weight) if sent is None else layer_input(weight, sent)
+        by_bias = torch.einsum("tcs,ts->tc", weight, value) if sent is None else sent
+        errors = [] if inputs is None else [_error(*each, sent is None) for each in zip(value, inputs)]
         found.append(
             ClosedForm(
                 layer=name,
                 inputs=layer.in_features,
                 images=observation.trials,
-                leftover=float(leftover.max()),
-                error=math.nan if inputs is None else max(map(_error, value.cpu(), inputs)),
-                pixels=layer.in_features == math.prod(observation.image_shape),
+                leftover=float(unexplained(weight, by_bias, value).max()),
+                error=max(errors, default=math.nan),
+                pixels=name in pixels,
+                factor=sent is None,
             )
         )
     return found
 
 
-def _error(value: Tensor, real: Tensor) -> float:
-    real = real.flatten().double()
+def _error(value: Tensor, real: Tensor, factor: bool) -> float:
+    """Return the relative error of a layer's input, after the best factor where that is not known."""
+    value, real = value.cpu(), real.flatten().double()
+    value = value * (value @ real) if factor else value
     size = float(real.norm())
     return float((value - real).norm()) / size if size else float(value.norm())
 

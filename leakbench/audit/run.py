@@ -18,7 +18,7 @@ from leakbench.attacks.base import prepare
 from leakbench.audit.findings import Audit, Behind, Sight
 from leakbench.audit.gate import Gate
 from leakbench.audit.given import SCALE, Audited, Update, classes_of
-from leakbench.audit.layers import ClosedForm, Labels, closed_forms, labels_of, shares
+from leakbench.audit.layers import EXACT, ClosedForm, Labels, closed_forms, labels_of, shares
 from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
 from leakbench.errors import BadOption, LeakbenchError, MissingAsset, Unsupported
@@ -29,8 +29,8 @@ from leakbench.metrics.base import Truth
 from leakbench.models.module import OwnModule
 from leakbench.models.surgery import linears
 from leakbench.progress import Silent
-from leakbench.report.text import english, number
-from leakbench.report.worst_case import UNSCORED, Effort, standings
+from leakbench.report.text import english, number, part
+from leakbench.report.worst_case import UNSCORED, Effort, floor_share, standings
 from leakbench.rng import Rng
 from leakbench.store import FILE, Store
 from leakbench.types import PRESETS, Observation, Reconstruction, ThreatModel
@@ -38,6 +38,9 @@ from leakbench.victim import Client, layer_inputs, observe
 from leakbench.work import png
 
 Budget = Literal["quick", "standard", "thorough"]
+
+EXACTLY = "analytic"
+"""The attack whose answer needs no truth to be judged where nothing of the update is left over."""
 
 
 def audit_model(
@@ -119,22 +122,23 @@ def audit_model(
                     share=one.share,
                     low=one.low,
                     high=one.high,
-                    floor=_floor(trials, matrix.threshold),
+                    floor=floor_share(trials, matrix.threshold),
                     efforts=one.efforts,
                     layers=layers,
                     forms=forms,
                     labels=labels,
                     scores=scores,
                     sights=tuple(_sight(store, mine, index, one.efforts, matrix.threshold) for index in indices),
+                    warnings=_gaps(mine, indices),
                 )
             )
     order = {defenses.spec(one): place for place, one in enumerate(protections)}
     behind.sort(key=lambda one: order.get(one.defense.partition(" [")[0], 0))
-    ran = {threat.spec() for stage in matrix.stages for threat in stage.threats}
+    ran = [threat for stage in matrix.stages for threat in stage.threats]
     network = own.build(dataset.image_shape, classes)
     return Audit(
         title=own.label,
-        facts=(*facts, *_about(network, dataset.image_shape, classes, budget, matrix, len(indices))),
+        facts=(*facts, *_about(network, dataset.image_shape, classes, budget, matrix, matrix.threshold, len(indices))),
         threats=_threats(ran, shares="gradient"),
         assumptions=_assumptions(network, behind, matrix),
         behind=tuple(behind),
@@ -181,11 +185,22 @@ def _refuse_unattacked(label: str, defense: str, trials: pd.DataFrame) -> None:
     )
 
 
-def _floor(trials: pd.DataFrame, threshold: float) -> float:
-    floors = trials[trials["floor"] & (trials["status"] == "ok")]
-    if not len(floors):
-        return math.nan
-    return float((floors.groupby("image")[RECOVERY].max() >= threshold).mean())
+def _gaps(trials: pd.DataFrame, indices: Sequence[int]) -> tuple[str, ...]:
+    """Return warnings of what is not known behind a defense: trials that broke, images that nobody rebuilt."""
+    broken = trials[trials["status"] == "error"].groupby(["attack", "threat", "reason"], sort=False).size()
+    lines = [
+        f"{count} trial{'s' * (count != 1)} of {attack} ({threat}) ended in an error ({reason}): what would have been "
+        "seen is not known."
+        for attack, threat, reason, count in broken.reset_index(name="count").itertuples(index=False, name=None)
+    ]
+    ended = trials[(trials["status"] == "ok") & trials[RECOVERY].notna()]
+    missed = [index for index in indices if index not in set(ended["image"])]
+    if missed:
+        lines.append(
+            f"Of {len(missed)} of the {len(indices)} images (index {english(map(str, missed))}) no attacker returned "
+            "anything: every one diverged, broke or could not act, which does not make them safe."
+        )
+    return tuple(lines)
 
 
 def _sight(store: Store, trials: pd.DataFrame, index: int, efforts: Sequence[Effort], threshold: float) -> Sight:
@@ -255,7 +270,8 @@ def audit_update(
     unit = (1.0 if rate is None else rate) * local_steps
     forms = tuple(closed_forms(replace(steps, gradient={n: v / unit for n, v in observation.gradient.items()}), None))
     labels = labels_of(steps, None if label is None else [label])
-    efforts, guesses = _attack(matrix, observation, truth, limit, progress or Silent())
+    certain = truth is None and any(form.pixels and form.exact and not form.factor for form in forms)
+    efforts, guesses, broken = _attack(matrix, observation, truth, certain, limit, progress or Silent())
     if not guesses:
         reasons = "; ".join(f"{one.attacker}: {', '.join(one.unscored)}" for one in efforts)
         raise Unsupported(
@@ -269,11 +285,16 @@ def audit_update(
             values = [row[name] for row in rows if name in row and not math.isnan(row[name])]
             if values:
                 scores[name] = max(values) if higher else min(values)
-        best = max(range(len(rows)), key=lambda index: rows[index].get(RECOVERY, -math.inf))
-    recovered = scores.get(RECOVERY, math.nan) >= limit if truth is not None else None
-    warnings = _doubts(forms)
+        best = max(range(len(rows)), key=lambda index: _worth(rows[index]))
+    warnings = (*_doubts(forms, update), *broken)
     attacker, guess = guesses[best]
-    words = "no truth was given" if truth is None else f"SSIM {number(scores[RECOVERY], 2)} after alignment"
+    recovered, words = None, "no truth was given"
+    if RECOVERY in scores:
+        recovered, words = scores[RECOVERY] >= limit, f"SSIM {number(scores[RECOVERY], 2)} after alignment"
+    elif truth is not None:
+        words = UNSCORED
+    elif certain and attacker == EXACTLY:
+        recovered, words = True, "read off in closed form; the update leaves no room for another image"
     sight = Sight(
         0, None if truth is None else png(truth), png(guess.images[0].float().cpu()), attacker, words, recovered
     )
@@ -303,11 +324,11 @@ def audit_update(
     )
     return Audit(
         title=own.label,
-        facts=(*facts, *_about(network, image_shape, classes, budget, matrix, 1)),
-        threats=((threat.spec(), threat.granted().describe(), True), *_threats(set(), shares="weights")),
+        facts=(*facts, *_about(network, image_shape, classes, budget, matrix, limit, 1)),
+        threats=((threat.spec(), threat.granted().describe(), True), *_threats([], shares="weights")),
         assumptions=_assumptions_of_update(network, forms, labels, rate, local_steps, label),
         behind=(behind,),
-        untried=_untried(matrix, {threat.spec()}, recorded=True),
+        untried=_untried(matrix, [threat], recorded=True),
         threshold=limit,
         gate=gate,
     )
@@ -334,10 +355,22 @@ def _observed(
 
 
 def _attack(
-    matrix: Matrix, observation: Observation, truth: Tensor | None, threshold: float, progress: Silent
-) -> tuple[tuple[Effort, ...], list[tuple[str, Reconstruction]]]:
-    """Run every attack of the stages on one observation; after a recovery the others are skipped."""
-    efforts, guesses = [], []
+    matrix: Matrix, observation: Observation, truth: Tensor | None, certain: bool, threshold: float, progress: Silent
+) -> tuple[tuple[Effort, ...], list[tuple[str, Reconstruction]], list[str]]:
+    """Run every attack of the stages on one observation; after a recovery the others are skipped.
+
+    Args:
+        matrix: its stages.
+        observation: the update.
+        truth: see ``audit_update``.
+        certain: whether the answer of ``EXACTLY`` is the image, as the update itself shows.
+        threshold: see ``audit_update``.
+        progress: see ``audit_update``.
+
+    Returns:
+        What each did, what those returned that did not diverge, and a warning for each that broke.
+    """
+    efforts, guesses, broken = [], [], []
     settled = False
     for attack in dict.fromkeys(attack for stage in matrix.stages for attack in stage.attacks):
         name = attacks.spec(attack)
@@ -356,6 +389,7 @@ def _attack(
             reason = str(error)
         except Exception as error:  # whatever an attack raises on this network is its reason
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            broken.append(f"{name} ended in an error ({reason}): what it would have seen is not known.")
         seconds = time.perf_counter() - begin
         failed = guess is not None and (
             not bool(torch.isfinite(guess.images).all()) or (guess.failed is not None and bool(guess.failed.any()))
@@ -363,14 +397,15 @@ def _attack(
         hit = False
         if guess is not None and not failed:
             guesses.append((name, guess))
-            hit = truth is not None and _scores(guess, truth, None).get(RECOVERY, -1.0) >= threshold
+            close = truth is not None and _scores(guess, truth, None).get(RECOVERY, -1.0) >= threshold
+            hit = close or (certain and name == EXACTLY)
             settled = hit
         counted = None if guess is None or guess.evaluations is None else int(guess.evaluations.sum())
         tried = int(guess is not None)
         unscored = {reason: 1} if reason else {}
         efforts.append(Effort(name, tried, int(hit), int(failed), 0, 0, unscored, counted, seconds))
         progress.note(f"{name}: {reason or ('diverged' if failed else 'recovered the image' if hit else 'done')}")
-    return tuple(efforts), guesses
+    return tuple(efforts), guesses, broken
 
 
 def _known_metrics() -> Mapping[str, bool]:
@@ -398,22 +433,41 @@ def _scores(guess: Reconstruction, truth: Tensor, label: int | None) -> dict[str
     return found
 
 
-def _doubts(forms: Iterable[ClosedForm]) -> tuple[str, ...]:
-    """Return a warning where the update is not that of one image in one step."""
-    worst = max((form.leftover for form in forms), default=math.nan)
-    if worst <= 1e-3:
-        return ()
-    if math.isnan(worst):
+def _worth(scores: Mapping[str, float]) -> float:
+    """Return by what the closest of several reconstructions is found; a score that is not defined comes last."""
+    value = scores.get(RECOVERY, math.nan)
+    return -math.inf if math.isnan(value) else value
+
+
+def _doubts(forms: Iterable[ClosedForm], update: Update) -> tuple[str, ...]:
+    """Return a warning where the update is not that of one image in one step, beyond the rounding of its numbers."""
+    known = [(form.leftover, update.rounding(f"{form.layer}.weight")) for form in forms]
+    if not known:
         return ("No linear layer tells whether the update is that of one image: the attackers assume so.",)
+    coarse = min(rounding for _, rounding in known)
+    if coarse > EXACT:
+        return (
+            f"The update is so small beside the weights that rounding alone may be {part(min(1.0, coarse))} of it: "
+            "whether it is that of one image cannot be told, and attackers see it as through noise.",
+        )
+    worst = max((leftover for leftover, rounding in known if leftover > max(EXACT, rounding)), default=0.0)
+    if not worst:
+        return ()
     return (
-        f"{100 * worst:.2g} % of the last layers' update cannot come from one image in one step: it is of several "
+        f"{part(worst)} of the update of a linear layer cannot come from one image in one step: it is of several "
         "images or steps, or noise was added. Attackers of one image are the wrong ones for several; what they miss is "
         "not thereby safe.",
     )
 
 
 def _about(
-    network: nn.Module, image_shape: tuple[int, int, int], classes: int, budget: str, matrix: Matrix, images: int
+    network: nn.Module,
+    image_shape: tuple[int, int, int],
+    classes: int,
+    budget: str,
+    matrix: Matrix,
+    threshold: float,
+    images: int,
 ) -> tuple[tuple[str, str], ...]:
     parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
     stages = "; ".join(", ".join(attacks.spec(attack) for attack in stage.attacks) for stage in matrix.stages)
@@ -423,7 +477,7 @@ def _about(
         ("network", f"{parameters:,} trained parameters, {classes} classes, in {mode} mode"),
         ("images", f"{images} of shape {shape}, values in [0, 1]"),
         ("budget", f"{budget}: {stages}"),
-        ("recovered", f"an SSIM of at least {matrix.threshold:g} after the best fit of brightness and contrast"),
+        ("recovered", f"an SSIM of at least {threshold:g} after the best fit of brightness and contrast"),
     )
 
 
@@ -431,15 +485,15 @@ def _in_training(network: nn.Module) -> bool:
     return any(module.training for module in network.modules() if not list(module.children()))
 
 
-def _threats(ran: set[str], shares: str) -> tuple[tuple[str, str, bool], ...]:
-    """Return what a server sees under each threat model that this kind of audit can be asked for."""
+def _threats(ran: Sequence[ThreatModel], shares: str) -> tuple[tuple[str, str, bool], ...]:
+    """Return what a server sees under each threat model that this kind of audit can be asked for, and what was run."""
     models = {"paper": PRESETS["paper"], "known-label": PRESETS["known-label"]}
     models["informed=true"] = replace(PRESETS["paper"], informed=True, name="")
     models["weights"] = PRESETS["weights"]
     models["weights, rate known"] = replace(PRESETS["weights"], rate="known", name="")
-    found = [(name, threat.describe(), threat.spec() in ran) for name, threat in models.items()]
-    known = {threat.spec() for threat in models.values()}
-    found += [(spec, PRESETS[spec].describe(), True) for spec in sorted(ran - known) if spec in PRESETS]
+    found = [(name, threat.describe(), threat in ran) for name, threat in models.items()]
+    others = [threat for threat in dict.fromkeys(ran) if threat not in models.values()]
+    found += [(threat.spec(), threat.describe(), True) for threat in others]
     return tuple(row for row in found if shares == "gradient" or row[0] in ("paper", "known-label"))
 
 
@@ -487,9 +541,9 @@ def _assumptions_of_update(
     )
     leftover = max((form.leftover for form in forms), default=math.nan)
     one = (
-        "not tested: no linear layer with a bias was sent"
+        "not tested: no linear layer that runs once was sent"
         if math.isnan(leftover)
-        else f"tested: a single image in one step explains all but {100 * leftover:.2g} % of the last layers' update"
+        else f"tested: a single image in one step explains all but {part(leftover)} of the linear layers' update"
     )
     return (
         ("the label", f"inferred; {read}{check}"),
@@ -500,7 +554,7 @@ def _assumptions_of_update(
     )
 
 
-def _untried(matrix: Matrix, ran: set[str], recorded: bool) -> tuple[str, ...]:
+def _untried(matrix: Matrix, ran: Sequence[ThreatModel], recorded: bool) -> tuple[str, ...]:
     """Return what was not tried, so that nobody takes silence for safety."""
     tried = {attack.name for stage in matrix.stages for attack in stage.attacks}
     others = [name for name in attacks.names() if name not in tried and not attacks.get(name).floor]

@@ -59,8 +59,10 @@ def audit(
     ] = None,
     label: Annotated[int | None, typer.Option(min=0, help="Its label, likewise.")] = None,
     rate: Annotated[float | None, typer.Option(help="The learning rate of a recorded update, where known.")] = None,
-    local_steps: Annotated[int, typer.Option(min=1, help="How many steps a recorded update took.")] = 1,
-    channels: Annotated[int, typer.Option(min=1, max=3, help="Of a recorded update's images: 1 or 3.")] = 3,
+    local_steps: Annotated[int | None, typer.Option(min=1, help="How many steps a recorded update took (1).")] = None,
+    channels: Annotated[
+        int | None, typer.Option(min=1, max=3, help="Of a recorded update's images: 1 or 3 (3).")
+    ] = None,
     fail_if: Annotated[
         str | None,
         typer.Option(
@@ -69,7 +71,10 @@ def audit(
             "read off), or a metric of the image that leaks most; with >, >=, < or <=.",
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[
+        str | None,
+        typer.Option(help="auto (the default), cpu, cuda or cuda:N; a recorded update is attacked on the CPU."),
+    ] = None,
     plugin: Annotated[
         list[Path] | None,
         typer.Option("--plugin", help="A Python file that has the factory, or components; it is run."),
@@ -81,8 +86,9 @@ def audit(
     was not tried. What no attacker can attack is refused with the reason, and never passed as safe.
 
     Exits with 0; with 1 where --fail-if is crossed; with 2 on bad input, where the network cannot be attacked, and
-    where --fail-if cannot be judged. In a CI job: leakbench audit --model app.models:build --data folder:tests/images
-    --size 32 --budget quick --fail-if "recovered > 0.1" --out audit
+    where --fail-if cannot be judged (attackers broke, or images that none returned); with 70 on a bug. In a CI job:
+    leakbench audit --model app.models:build --data folder:tests/images --size 32 --budget quick
+    --fail-if "recovered > 0.1" --out audit
     """
     from leakbench import audit as audits
     from leakbench import defenses, metrics
@@ -101,7 +107,27 @@ def audit(
         load_plugin(path)
     gate = None if fail_if is None else audits.parse_gate(fail_if, metrics.names())
     recorded = before is not None or after is not None
-    _check_given(recorded, before, after, data, size, truth, label, rate, defense, threat, images)
+    _check_given(recorded, before, after, data, size, rate)
+    foreign = (
+        {
+            "--data": data,
+            "--checkpoint": checkpoint,
+            "--defense": defense,
+            "--threat": threat,
+            "--images": images,
+            "--device": device,
+        }
+        if recorded
+        else {"--truth": truth, "--label": label, "--rate": rate, "--local-steps": local_steps, "--channels": channels}
+    )
+    for option, given in foreign.items():
+        if given is not None and given != []:
+            kind = "an audit on images; leave it out beside --before and --after"
+            raise BadOption(
+                f"{option} is of {kind if recorded else 'a recorded update; give --before and --after too'}"
+            )
+    if recorded and threshold is not None and truth is None:
+        raise BadOption("--threshold is for the comparison with --truth; give that too")
     if channels == 2:
         raise BadOption("--channels 2: images have 1 (grey) or 3 (RGB)")
     scale = None if normalise is None else audits.Scale.parse(normalise)
@@ -118,9 +144,9 @@ def audit(
             assert after is not None
             assert size is not None
             update = audits.read_update(network, before, after)
-            shape = (channels, size, size)
+            shape = (channels or 3, size, size)
             facts[1] = ("update", f"{before} to {after}")
-            own = subject(network, model, channels, mode, scale)
+            own = subject(network, model, shape[0], mode, scale)
             with Display(_console()) as display:
                 found = audits.audit_update(
                     own,
@@ -128,7 +154,7 @@ def audit(
                     shape,
                     budget=budget,
                     rate=rate,
-                    local_steps=local_steps,
+                    local_steps=local_steps or 1,
                     truth=None if truth is None else read_image(truth, shape),
                     label=label,
                     threshold=threshold,
@@ -153,7 +179,7 @@ def audit(
                     threshold=threshold,
                     facts=[*facts, ("data", spec(dataset))],
                     gate=gate,
-                    device=device,
+                    device=device or "auto",
                     progress=display,
                     command=command,
                 )
@@ -173,34 +199,16 @@ def audit(
 
 
 def _check_given(
-    recorded: bool,
-    before: str | None,
-    after: str | None,
-    data: str | None,
-    size: int | None,
-    truth: str | None,
-    label: int | None,
-    rate: float | None,
-    defense: list[str] | None,
-    threat: list[str] | None,
-    images: str | None,
+    recorded: bool, before: str | None, after: str | None, data: str | None, size: int | None, rate: float | None
 ) -> None:
-    """Raise BadOption where options do not go together."""
+    """Raise BadOption where what is audited is not given in full."""
     from leakbench.errors import BadOption
 
-    if not recorded:
-        if data is None:
-            raise BadOption("neither --data nor --before and --after is given; give images, or a recorded update")
-        for name, value in (("--truth", truth), ("--label", label), ("--rate", rate)):
-            if value is not None:
-                raise BadOption(f"{name} is of a recorded update; give --before and --after, or leave it out")
-        return
-    if before is None or after is None:
+    if not recorded and data is None:
+        raise BadOption("neither --data nor --before and --after is given; give images, or a recorded update")
+    if recorded and (before is None or after is None):
         raise BadOption("a recorded update has two files; give both --before and --after")
-    for option, given in (("--data", data), ("--defense", defense), ("--threat", threat), ("--images", images)):
-        if given:
-            raise BadOption(f"{option} is of an audit on images; leave it out beside --before and --after")
-    if size is None:
+    if recorded and size is None:
         raise BadOption("--size is missing: a recorded update does not say how large its image was")
     if rate is not None and not 0 < rate < float("inf"):
         raise BadOption(f"--rate {rate:g} does not fit; give a learning rate above 0")

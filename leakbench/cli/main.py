@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from typing import Annotated, NoReturn
 
 import typer
@@ -51,8 +52,15 @@ def options(
 USAGE: type[Exception] = typer.BadParameter.__mro__[1]  # the base of typer's usage errors, which it does not export
 
 
+CRASHED = 70
+"""The exit code of an error that nobody foresaw (``EX_SOFTWARE`` of sysexits.h): never 1, which is an answer."""
+
+
 def main() -> None:
-    """Run the command line; exit with 0, 2 on bad input (one line on stderr), or 130 after Ctrl-C."""
+    """Run the command line; exit with 0, 2 on bad input (one line on stderr), 70 on a bug, or 130 after Ctrl-C.
+
+    Commands that answer a question (``audit --fail-if``, ``diff``, ``check``, ``leaderboard check``) say no with 1.
+    """
     try:
         code = app(prog_name="leakbench", standalone_mode=False)
     except USAGE as error:
@@ -67,9 +75,19 @@ def main() -> None:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename or 'the file system'}: {error.strerror}; make room or choose another folder")
+    except Exception as error:
+        traceback.print_exc()
+        sys.stderr.write(
+            f"error: {_line(error)}; this is a bug of leakbench or of a plugin: report it with these lines\n"
+        )
+        raise SystemExit(CRASHED) from None
     if code == 130:  # a command with more to say of it has ended by itself
         sys.stderr.write("stopped; nothing that was written is lost: start the same command again\n")
     raise SystemExit(code or 0)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _fail(message: str) -> NoReturn:

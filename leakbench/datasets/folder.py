@@ -37,13 +37,11 @@ class Listing:
         classes: the names of the class folders, sorted.
         attacked: the images that may be attacked with their labels, in the order of their names.
         public: the images that the mean is taken of.
-        fingerprint: 16 hex digits: a hash of the names and sizes of all of these.
     """
 
     classes: tuple[str, ...]
     attacked: tuple[tuple[Path, int], ...]
     public: tuple[Path, ...]
-    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,8 @@ class Folders(Dataset):
     """
 
     zoom: ClassVar[float] = 1.0
+    whole: ClassVar[bool] = True
+    """Whether the fingerprint is of the contents of the files, or of their sizes alone."""
 
     path: str
     size: Size = 32
@@ -110,8 +110,9 @@ class Folders(Dataset):
         return (total / len(public)).float()
 
     def settings(self) -> dict[str, Any]:
-        """Return name, version and options, and a fingerprint of the data: names and sizes of the files."""
-        return {**super().settings(), "fingerprint": self.listing().fingerprint}
+        """Return name, version and options, and a fingerprint of the data: names and contents of the files."""
+        self.listing()
+        return {**super().settings(), "fingerprint": _fingerprint(self.folder, self.whole)}
 
     def _read(self, file: Path) -> Tensor:
         image = torch.from_numpy(_pixels(file, self.size, round(self.size * self.zoom))).permute(2, 0, 1)
@@ -149,6 +150,7 @@ class ImageNet(Folders):
     reference: ClassVar[str] = "Russakovsky et al. 2015, ImageNet Large Scale Visual Recognition Challenge, IJCV"
 
     zoom: ClassVar[float] = 256 / 224
+    whole: ClassVar[bool] = False
 
     size: Size = 224
 
@@ -178,14 +180,28 @@ def _listing(folder: Path) -> Listing:
         raise BadOption(f"the folder {str(attacked)!r} holds no image in a subfolder; make one subfolder a class")
     classes = tuple(sorted({file.parent.name for file in [*images, *others]}))
     labels = {name: label for label, name in enumerate(classes)}
-    lines = [f"{file.relative_to(folder).as_posix()}\t{file.stat().st_size}\n" for file in [*images, *others]]
     taken = min(len(others), MEAN_IMAGES)
     return Listing(
         classes=classes,
         attacked=tuple((file, labels[file.parent.name]) for file in images),
         public=tuple(others[number * len(others) // taken] for number in range(taken)),
-        fingerprint=hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()[:16],
     )
+
+
+@functools.cache
+def _fingerprint(folder: Path, whole: bool) -> str:
+    """Return 16 hex digits: a hash of the names of a listing's files and of their contents, or else their sizes."""
+    listing = _listing(folder)
+    digest = hashlib.sha256("\n".join(listing.classes).encode("utf-8", "surrogateescape"))
+    for file in dict.fromkeys([*(file for file, _ in listing.attacked), *listing.public]):
+        digest.update(file.relative_to(folder).as_posix().encode("utf-8", "surrogateescape") + b"\t")
+        try:
+            with file.open("rb") as opened:
+                content = hashlib.file_digest(opened, "sha256").hexdigest() if whole else str(file.stat().st_size)
+        except OSError as error:
+            raise CorruptAsset(f"{file} cannot be read ({error.strerror}); repair or remove it") from None
+        digest.update(content.encode() + b"\n")
+    return digest.hexdigest()[:16]
 
 
 def _images(folder: Path) -> list[Path]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+POWERS = 30
+"""Rounds of the power iteration of ``layer_direction``."""
+
 
 def layer_input(by_weight: Tensor, by_bias: Tensor) -> Tensor:
     """Return the input of a linear layer, which its gradient gives away.
@@ -24,6 +27,42 @@ def layer_input(by_weight: Tensor, by_bias: Tensor) -> Tensor:
     rows, values = by_bias / largest, by_weight / largest[..., None]
     square = rows.square().sum(1, keepdim=True)
     return (rows[..., None] * values).sum(1) / torch.where(square > 0, square, torch.ones_like(square))
+
+
+def layer_direction(by_weight: Tensor) -> Tensor:
+    """Return the input of a linear layer up to a factor, where the gradient by its bias is not there.
+
+    dL/dW = (dL/db) x^T has rank one, and x is its right singular vector; found from the largest row by power iteration,
+    which is exact at once where the rank is one.
+
+    Args:
+        by_weight: [T, C, S], dL/dW of a step that ran the layer on one x alone.
+
+    Returns:
+        [T, S] of norm 1, of either sign; zero where dL/dW is.
+    """
+    largest = by_weight.flatten(1).abs().amax(1)[:, None, None]
+    value = by_weight / torch.where(largest > 0, largest, torch.ones_like(largest))
+    row = value.norm(dim=2).argmax(1)
+    found = value[torch.arange(len(value), device=value.device), row]
+    for _ in range(POWERS):
+        size = found.norm(dim=1, keepdim=True)
+        found = found / torch.where(size > 0, size, torch.ones_like(size))
+        found = torch.einsum("tcs,tc->ts", value, torch.einsum("tcs,ts->tc", value, found))
+    size = found.norm(dim=1, keepdim=True)
+    return found / torch.where(size > 0, size, torch.ones_like(size))
+
+
+def unexplained(by_weight: Tensor, by_bias: Tensor, taken: Tensor) -> Tensor:
+    """Return [T], the part of the norm of dL/dW that is not (dL/db) x^T: 0 for one input, up to 1.
+
+    Args:
+        by_weight: [T, C, S], dL/dW.
+        by_bias: [T, C], dL/db.
+        taken: [T, S], x.
+    """
+    size = by_weight.flatten(1).norm(dim=1).clamp(min=torch.finfo(by_weight.dtype).tiny)
+    return (by_weight - by_bias[..., None] * taken[:, None]).flatten(1).norm(dim=1) / size
 
 
 def target_probabilities(by_weight: Tensor, by_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -26,6 +26,10 @@ class Model(Component):
         """Return whether every trial draws its own weights instead of sharing its seed's."""
         return False
 
+    def behaviour(self, image_shape: tuple[int, int, int]) -> dict[str, str]:
+        """Return what identifies the network beside ``settings``, where these do not say all, on images of a shape."""
+        return {}
+
     def checkpoint(self) -> Checkpoint | None:
         """Return which file of trained weights is loaded and what it states; None where weights are drawn."""
         return None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from leakbench.errors import Unsupported
 from leakbench.models.base import Model
+from leakbench.rng import generator, seeded
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,7 @@ class OwnModule(Model):
     name: ClassVar[str] = "module"
     label: str
     module: nn.Module = field(repr=False)
+    _behaviours: dict[tuple[int, int, int], str] = field(default_factory=dict, init=False, repr=False)
 
     def build(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
         """Return a copy of the module, after checking that it maps a blank image to ``num_classes`` logits."""
@@ -61,6 +63,12 @@ class OwnModule(Model):
         """Return the label, and a hash of the architecture, mode and values."""
         return {"name": self.name, "version": self.version, "label": self.label, "module": self._fingerprint}
 
+    def behaviour(self, image_shape: tuple[int, int, int]) -> dict[str, str]:
+        """Return a hash of what ``forward`` computes, which no listing of layers tells; found once for each shape."""
+        if image_shape not in self._behaviours:
+            self._behaviours[image_shape] = _behaviour(self.module, image_shape)
+        return {"behaviour": self._behaviours[image_shape]}
+
     @cached_property
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(repr(self.module).encode())
@@ -69,3 +77,23 @@ class OwnModule(Model):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def _behaviour(module: nn.Module, image_shape: tuple[int, int, int]) -> str:
+    """Return a hash of a module's logits and gradient on a fixed image and its label; empty where it has none.
+
+    In float64, and of so few digits that another machine finds the same; in float32 where the module knows no other.
+    """
+    image = torch.rand((1, *image_shape), generator=generator("behaviour"), dtype=torch.float64)
+    for dtype, digits in ((torch.float64, 6), (torch.float32, 3)):
+        probe = copy.deepcopy(module).cpu().to(dtype)
+        try:
+            with seeded("behaviour"):
+                logits = probe(image.to(dtype))
+                nn.functional.cross_entropy(logits, torch.zeros(1, dtype=torch.int64)).backward()
+        except Exception:  # whatever a user's module raises: it is refused, with its reason, when it is built
+            continue
+        sizes = [0.0 if p.grad is None else float(p.grad.double().norm()) for p in probe.parameters()]
+        values = [f"{value:.{digits}g}" for value in (*logits.detach().flatten().tolist(), *sizes)]
+        return hashlib.sha256(" ".join(values).encode()).hexdigest()[:16]
+    return ""

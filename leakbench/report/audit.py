@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from leakbench.audit.findings import Audit, Behind
 from leakbench.report.page import STYLES, picture, render
-from leakbench.report.text import ABSENT, escape, number, percent, table
+from leakbench.report.text import ABSENT, escape, number, part, percent, table
 
 LISTED = 12
 """The layers that are listed by themselves, those with the largest shares."""
@@ -52,13 +52,14 @@ def leaks(one: Behind) -> list[str]:
     lines = []
     for form in one.forms:
         what = "the image itself" if form.pixels else f"its {form.inputs:,} inputs (features of the image)"
+        but = ", but for a factor (no bias was sent)" if form.factor else ""
         check = "" if math.isnan(form.error) else f"; measured against the truth, they are off by {form.error:.1g}"
         if form.exact:
-            lines.append(f"Layer {form.layer} gives away {what} exactly, in closed form, for every image{check}.")
+            lines.append(f"Layer {form.layer} gives away {what} exactly, in closed form, for every image{but}{check}.")
         else:
             lines.append(
-                f"Layer {form.layer} does not give its {form.inputs:,} inputs away: {100 * form.leftover:.2g} % "
-                f"of its gradient is explained by no single input{check}."
+                f"Layer {form.layer} does not give {what} away exactly: {part(form.leftover)} of its gradient is "
+                f"explained by no single input{check}."
             )
     if one.labels.read is None:
         lines.append("The label cannot be read off what was sent.")

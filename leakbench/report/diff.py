@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+from scipy import stats
 
 from leakbench.errors import BadOption
-from leakbench.report.differences import METRICS, WORDS, Pair, paired_table
-from leakbench.report.text import ABSENT, escape, table
+from leakbench.matrix import RECOVERY
+from leakbench.report.differences import METRICS, WORDS, Pair, paired_table, warning
+from leakbench.report.statistics import ALPHA, holm
+from leakbench.report.text import ABSENT, escape, p_value, percent, table
+from leakbench.report.worst_case import threshold_of
 from leakbench.store import MetricInfo, Record, Session, Store
 
 AXES = ("attack", "defense", "model", "dataset", "threat")
@@ -99,6 +103,8 @@ def diff(first: Arm, second: Arm) -> Comparison:
         (_name(one, varying), _scores(other.trials, compared), _scores(one.trials, compared)) for one, other in attacked
     ]
     differences, shown = paired_table(rows, compared)
+    ensembles, moved = _ensembles(first, second)
+    shown += moved
     parts = [
         f"# {escape(first.name)} → {escape(second.name)}",
         _verdict(pairs, attacked, compared, shown, second.name),
@@ -106,8 +112,78 @@ def diff(first: Arm, second: Arm) -> Comparison:
     ]
     if differences:
         parts += [WORDS, f"Second run less first, by cell; above 0, more leaks in {escape(second.name)}:", differences]
-    parts += [_statuses(pairs, varying), _floors(pairs), _settings(pairs, varying), _alone(first, second, pairs)]
+    parts += [
+        ensembles,
+        _statuses(pairs, varying),
+        _floors(pairs),
+        _settings(pairs, varying),
+        _alone(first, second, pairs),
+    ]
     return Comparison("\n\n".join(part for part in parts if part) + "\n", shown)
+
+
+_SKIPPED = (
+    "**What the ensemble of attackers recovers.** A run with a threshold attacks no image again that one attacker has "
+    "recovered, so a cell above holds the images alone that those before it left over in both runs. Here an image "
+    "(each of its seeds) counts as recovered where any attacker recovered it; **p** is McNemar's exact one, **(Holm)** "
+    "corrected for all rows:"
+)
+
+
+def _ensembles(first: Arm, second: Arm) -> tuple[str, int]:
+    """Return by dataset, model and defense what all attackers together recover, and how many differences are shown.
+
+    Empty where neither run skipped what was settled.
+    """
+    limits = threshold_of(first.sessions), threshold_of(second.sessions)
+    if limits == (None, None):
+        return "", 0
+    if limits[0] != limits[1]:
+        words = [ABSENT if limit is None else f"{limit:g}" for limit in limits]
+        return (
+            f"**Other trials were skipped**: an image was settled from {words[0]} on in {escape(first.name)}, and from "
+            f"{words[1]} in {escape(second.name)} ({ABSENT}: every trial was run). Attackers met other images there.",
+            0,
+        )
+    arms = [_recovered(arm.trials, float(str(limits[0]))) for arm in (first, second)]
+    found = []
+    for scene, before in arms[0].items():
+        after = arms[1].get(scene, pd.Series(dtype=bool))
+        both = before.index.intersection(after.index)
+        if len(both):
+            more, less = int((after[both] & ~before[both]).sum()), int((before[both] & ~after[both]).sum())
+            p = float(stats.binomtest(more, more + less).pvalue) if more + less else 1.0
+            found.append((scene, len(both), before[both].mean(), after[both].mean(), more, less, p))
+    adjusted = holm([row[-1] for row in found])
+    rows = [
+        [
+            ", ".join(map(escape, scene)),
+            str(count),
+            percent(float(one)),
+            percent(float(other)),
+            str(more),
+            str(less),
+            p_value(p),
+            f"**{p_value(corrected)}**" if corrected <= ALPHA else p_value(corrected),
+        ]
+        for (scene, count, one, other, more, less, p), corrected in zip(found, adjusted)
+    ]
+    if not rows:
+        return "", 0
+    headers = ["behind", "images", "first run", "second run", "newly recovered", "no longer", "p", "p (Holm)"]
+    text = f"{_SKIPPED}\n\n{table(headers, rows, left=1)}{warning(max(row[1] for row in found), len(found))}"
+    return text, sum(corrected <= ALPHA for corrected in adjusted)
+
+
+def _recovered(trials: pd.DataFrame, threshold: float) -> dict[tuple[str, ...], pd.Series]:
+    """Return by dataset, model and defense whether any attacker recovered each (image, seed) that has a score."""
+    scored = trials[~trials["floor"].to_numpy(dtype=bool) & trials["status"].isin(("ok", "failed"))]
+    scored = scored[scored[RECOVERY].notna()]
+    scored = scored.assign(hit=(scored["status"] == "ok") & (scored[RECOVERY] >= threshold))
+    axes = [scored[axis].str.replace(_APART, "", regex=True) for axis in ("dataset", "model", "defense")]
+    return {
+        tuple(map(str, scene)): own.groupby(_TARGET)["hit"].any() for scene, own in scored.groupby(axes, sort=False)
+    }
 
 
 def _cells(arm: Arm) -> list[_Cell]:

@@ -20,7 +20,7 @@ from leakbench.report.sprites import COLUMNS, LARGEST, ROWS, Sheet, png, sheets,
 from leakbench.report.table import ANY, BLOCK, STATUSES, strongest, summarise, without_repeats
 from leakbench.report.text import ABSENT, decimals, english, number, percent, with_interval
 from leakbench.report.utility import Point, Study, front
-from leakbench.report.worst_case import Standing, standings, threshold_of
+from leakbench.report.worst_case import Standing, floor_share, standings, threshold_of
 from leakbench.store import MetricInfo, Pictures
 
 RECOVERED = 0.6
@@ -66,7 +66,7 @@ class Scene:
 
     Attributes:
         words: what a reader should take away.
-        floor: the largest share of images that a floor recovers; None without a floor.
+        floor: the share of images that the best floor recovers; None without a floor.
         least: the lower end of the axis of gains, ``most`` the upper one.
     """
 
@@ -161,11 +161,10 @@ def plural(count: int, noun: str) -> str:
 
 
 def share(one: Standing) -> str:
-    """Return how much is recovered, in few words."""
+    """Return how much is recovered, in few words: a count of images, or with several seeds of each a share."""
     if math.isnan(one.share):
         return "not tried yet" if one.open else "no attacker has a score"
-    whole = one.share * one.images
-    counted = f"{whole:.0f} of {one.images}" if abs(whole - round(whole)) < 1e-9 else percent(one.share)
+    counted = f"{one.share * one.images:.0f} of {one.images}" if one.targets == one.images else percent(one.share)
     return f"{counted} so far" if one.open else counted
 
 
@@ -206,7 +205,8 @@ def _scenes(
         ends = [edge for row in rows if row.gain for edge in row.gain if math.isfinite(edge)]
         words = _words(rows) if any(m.name == RECOVERY for m in metrics) else ()
         least, most = min([0.0, *ends]), max([1.0, *ends])
-        found.append(Scene(dataset, model, words, tuple(rows), _floor(here, threshold), least, most))
+        floor = floor_share(here, threshold)
+        found.append(Scene(dataset, model, words, tuple(rows), None if math.isnan(floor) else floor, least, most))
     return found
 
 
@@ -246,14 +246,6 @@ def _defended(
         )
     attacker, value = ("", None) if best is None else best
     return Defended(one, by, value, attacker)
-
-
-def _floor(trials: pd.DataFrame, threshold: float) -> float | None:
-    """Return the largest share of images that a floor recovers."""
-    floors = trials[trials["floor"].to_numpy(dtype=bool) & trials["status"].isin(("ok", "failed"))]
-    floors = floors.drop_duplicates(["attack", "image", "seed"])
-    shares = [float((own[RECOVERY] >= threshold).mean()) for _, own in floors.groupby("attack", sort=False)]
-    return max(shares, default=None)
 
 
 def _words(rows: Sequence[Defended]) -> tuple[str, ...]:

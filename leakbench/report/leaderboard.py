@@ -14,11 +14,11 @@ from leakbench.errors import BadOption
 from leakbench.matrix import RECOVERY
 from leakbench.report import utility
 from leakbench.report.files import replace
-from leakbench.report.html import RECOVERED, along
+from leakbench.report.html import RECOVERED, along, plural
 from leakbench.report.markdown import run_name
 from leakbench.report.page import render
 from leakbench.report.text import slug
-from leakbench.report.worst_case import Effort, Standing, standings, threshold_of
+from leakbench.report.worst_case import Effort, Standing, floor_share, standings, threshold_of
 from leakbench.store import FILE, Store
 
 SCHEMA_FILE = "entry.schema.json"
@@ -51,7 +51,7 @@ class TrialOf(_Strict):
     threat: Text
     image: Count
     seed: int
-    status: Literal["ok", "failed", "unsupported", "error"]
+    status: Literal["ok", "failed", "unsupported"]
     score: Annotated[float | None, Field(description="ssim_aligned; null where there is none")]
 
 
@@ -76,7 +76,7 @@ class Entry(_Strict):
     recovered: Annotated[Share, Field(description="share of the images that at least one attacker recovered")]
     low: Annotated[Share, Field(description="lower end of the 95 % Wilson interval of the share")]
     high: Share
-    floor: Annotated[Share | None, Field(description="share that a floor recovers; null where none was run")]
+    floor: Annotated[Share | None, Field(description="share that the best floor recovers; null where none was run")]
     best_attacker: Annotated[str | None, Field(description="who was first to recover most; null where nobody did")]
     attackers: list[Attacker]
     accuracy: Cost | None = None
@@ -107,26 +107,35 @@ def read(path: Path) -> Entry:
         raise BadOption(f"{path} is no entry of a leaderboard: {where}: {words}; see {SCHEMA_FILE}") from None
 
 
-def entries(store: Store, name: str, study: utility.Study | None = None) -> list[Entry]:
-    """Return the entries of a run: one for each dataset, model and defense whose trials have all ended.
+def entries(store: Store, name: str, study: utility.Study | None = None) -> tuple[list[Entry], list[str]]:
+    """Return the entries of a run: one for each dataset, model and defense whose trials have all ended with an answer.
 
     Args:
         store: the run file.
         name: the run's, where it has none of its own.
         study: what its training study says.
+
+    Returns:
+        The entries, and a line for each defense that has none.
     """
     sessions = store.sessions()
     limit = threshold_of(sessions)
     threshold = RECOVERED if limit is None else limit
     trials, components = store.trials(), {(one.kind, one.spec): one for one in store.components()}
     versions = list(dict.fromkeys(_version(session.provenance) for session in sessions))
-    found = []
+    found, missing = [], []
     for one in standings(trials, threshold):
-        if one.open or not one.images:
-            continue
         scene = trials[(trials["dataset"] == one.dataset) & (trials["model"] == one.model)]
         own = scene[(scene["defense"] == one.defense) & ~scene["floor"] & (scene["status"] != "")]
-        floors = scene[scene["floor"] & (scene["status"] == "ok")]
+        broken = int((own["status"] == "error").sum())
+        if one.open or broken or not one.images:
+            reasons = [f"{plural(one.open, 'trial')} not run yet"] if one.open else []
+            reasons += [f"{plural(broken, 'trial')} ended in an error"] if broken else []
+            reasons += [] if reasons else ["no attacker has a score"]
+            where = f"{one.defense}, on {one.dataset}, {one.model}"
+            missing.append(f"{where} (run {run_name(sessions, name)}): {' and '.join(reasons)}")
+            continue
+        floor = floor_share(scene, threshold)
         known = {kind: components[kind, getattr(one, kind)] for kind in ("dataset", "model", "defense")}
         found.append(
             Entry(
@@ -140,7 +149,7 @@ def entries(store: Store, name: str, study: utility.Study | None = None) -> list
                 recovered=one.share,
                 low=one.low,
                 high=one.high,
-                floor=float((floors.groupby("image")[RECOVERY].max() >= threshold).mean()) if len(floors) else None,
+                floor=None if math.isnan(floor) else floor,
                 best_attacker=_best(one),
                 attackers=[_attacker(effort) for effort in one.efforts],
                 accuracy=_cost(study, one.defense),
@@ -159,7 +168,7 @@ def entries(store: Store, name: str, study: utility.Study | None = None) -> list
                 ],
             )
         )
-    return found
+    return found, missing
 
 
 def _version(source: Any) -> str:
@@ -191,20 +200,29 @@ def _cost(study: utility.Study | None, defense: str) -> Cost | None:
     return Cost(accuracy=values[defense], without=values.get("none")) if defense in values else None
 
 
-def write(runs: Sequence[Path], out: Path) -> list[Path]:
-    """Write ``index.html``, ``entries/*.json`` and their JSON Schema into a folder; return their paths.
+def write(runs: Sequence[Path], out: Path) -> tuple[list[Path], list[str]]:
+    """Write ``index.html``, ``entries/*.json`` and their JSON Schema into a folder.
+
+    Returns:
+        Their paths, and a line for each defense that has no entry.
 
     Raises:
-        BadOption: no run has an entry: a defense all of whose trials have ended.
+        BadOption: no run has an entry: a defense all of whose trials have ended with an answer.
         ForeignRun: a folder holds no readable run.
     """
     found: list[Entry] = []
+    missing: list[str] = []
     for run in runs:
         study = utility.load(run / utility.FILE)
         with Store.open(run / FILE, readonly=True) as store:
-            found += entries(store, run.resolve().name, study)
+            own, lacking = entries(store, run.resolve().name, study)
+        found += own
+        missing += lacking
     if not found:
-        raise BadOption("no run has a defense all of whose trials have ended; finish a run, such as --suite worst-case")
+        raise BadOption(
+            f"no run has a defense all of whose trials have ended{''.join(f'; {line}' for line in missing[:1])}; "
+            "finish a run, such as --suite worst-case"
+        )
     found.sort(key=lambda one: (one.dataset, one.model, one.recovered, one.high))
     written, rows = [], []
     taken: dict[str, int] = {}
@@ -219,6 +237,12 @@ def write(runs: Sequence[Path], out: Path) -> list[Path]:
     scenes: dict[tuple[str, str, float], list[tuple[Entry, str]]] = {}
     for one, file in rows:
         scenes.setdefault((one.dataset, one.model, one.threshold), []).append((one, file))
-    context = {"title": "Leaderboard of defenses", "scenes": scenes, "schema_file": SCHEMA_FILE, "along": along}
+    context = {
+        "title": "Leaderboard of defenses",
+        "scenes": scenes,
+        "missing": missing,
+        "schema_file": SCHEMA_FILE,
+        "along": along,
+    }
     written.append(replace(out / "index.html", render("leaderboard.html.j2", context).encode()))
-    return written
+    return written, missing

@@ -81,6 +81,11 @@ def percent(share: float) -> str:
     return f"{bounded} %"
 
 
+def part(share: float) -> str:
+    """Return a share in per cent with three digits, however small; below a hundredth of a per cent it says so."""
+    return "less than 0.01 %" if share < 1e-4 else f"{100 * share:.3g} %"
+
+
 def slug(parts: Iterable[str]) -> str:
     """Return a file name's part made of names."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(part[:30] for part in parts)).strip("-.")

@@ -150,6 +150,20 @@ def _standing(block: pd.DataFrame, threshold: float, names: Mapping[tuple[str, s
     return Standing(dataset, model, defense, len(by_image), len(targets), share, low, high, tuple(efforts))
 
 
+def floor_share(trials: pd.DataFrame, threshold: float) -> float:
+    """Return the share of images that the best floor by itself recovers, each image by its seeds; NaN without one.
+
+    Args:
+        trials: those of one dataset and model (``Store.trials``); a floor counts once, whatever the threat model.
+        threshold: see ``standings``.
+    """
+    floors = trials[trials["floor"].to_numpy(dtype=bool) & trials["status"].isin(("ok", "failed"))]
+    floors = floors.drop_duplicates(["attack", *_TARGET])
+    hit = ((floors[RECOVERY] >= threshold) & (floors["status"] == "ok")).groupby([floors["attack"], floors["image"]])
+    shares = hit.mean().groupby(level=0).mean()
+    return float(shares.max()) if len(shares) else math.nan
+
+
 def skipped(trials: pd.DataFrame, threshold: float) -> int:
     """Return how many planned trials need not be run, since another one has recovered the image."""
     return sum(effort.skipped for one in standings(trials, threshold) for effort in one.efforts)
