@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import pickle
 from pathlib import Path
@@ -14,11 +15,13 @@ from safetensors.torch import save_file
 from test_cli import cli, place, refused  # noqa: F401
 from torch import nn
 
+import leakbench
 from leakbench import Unsupported, datasets
 from leakbench.audit import Gate, Scale, factory, parse_gate
 from leakbench.audit.given import classes_of, subject
 from leakbench.audit.layers import closed_forms, labels_of, shares
 from leakbench.errors import BadOption
+from leakbench.registry import load_plugin
 from leakbench.report.page import picture
 
 NETS = """
@@ -202,8 +205,6 @@ def test_bad_input_is_one_line_and_two(cli, nets: Path, name: str, more: tuple[s
 @pytest.fixture
 def recorded(nets: Path, cli) -> nn.Module:  # noqa: F811
     """The files of an update of one image, in every format, and its truth."""
-    from leakbench.registry import load_plugin
-
     load_plugin(nets / "nets.py")
     network = factory("build", [nets / "nets.py"])
     images, _ = datasets.parse("samples(size=12)").load([3])
@@ -305,6 +306,45 @@ def test_an_update_of_two_images_is_not_judged(cli, nets: Path, recorded: nn.Mod
     assert (done.code, "of several images or steps, or noise" in done.err) == (2, True)
 
 
+@pytest.mark.fl
+def test_a_recording_of_a_flower_app_is_audited(cli, nets: Path) -> None:  # noqa: F811
+    """An app whose clients train on one image each, recorded by the strategy's wrapper: what the server sees."""
+    leakbench.flower.require()
+    from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import Grid, ServerApp
+    from flwr.serverapp.strategy import FedAvg
+
+    load_plugin(nets / "nets.py")
+    client, server = ClientApp(), ServerApp()
+    network = factory("Branched", [nets / "nets.py"])
+
+    @client.train()
+    def train(message: Message, context: Context) -> Message:
+        own = copy.deepcopy(network)
+        own.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        step(own, [int(context.node_config["partition-id"])], 0.1)
+        reply = {"arrays": ArrayRecord(own.state_dict()), "metrics": MetricRecord({"num-examples": 1})}
+        return Message(RecordDict(reply), reply_to=message)
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        strategy = leakbench.flower.record(FedAvg(fraction_evaluate=0.0), nets / "updates", rounds=[1])
+        strategy.start(grid, ArrayRecord(network.state_dict()), num_rounds=1)
+
+    leakbench.flower.simulate(server, client, 2)
+    folders = sorted((nets / "updates" / "round-0001").iterdir())
+    assert len(folders) == 2
+    for number, folder in enumerate(folders):
+        image = datasets.parse("samples(size=12)").load([number])[0][0]
+        Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy()).save(nets / "truth.png")
+        files = ("--before", folder / "before.safetensors", "--after", folder / "after.safetensors", "--size", "12")
+        done = audit(
+            cli, "Branched", *files, "--truth", "truth.png", "--budget", "quick", "--fail-if", "recovered > 0.5"
+        )
+        assert (done.code, "The server sees 100 % of the images, first by analytic." in done.out) == (1, True)
+
+
 @pytest.mark.parametrize("change", ["name", "shape", "nan", "same", "pickle"])
 def test_a_foreign_update_is_refused(cli, nets: Path, recorded: nn.Module, change: str) -> None:  # noqa: F811
     state = torch.load(nets / "after.pt", weights_only=True)
@@ -339,8 +379,6 @@ def test_a_normalisation_is_in_front_and_stays_fixed() -> None:
 
 
 def test_layers_shares_and_closed_forms_are_those_of_the_gradient() -> None:
-    import leakbench
-
     network = nn.Sequential(nn.Flatten(), nn.Linear(48, 6), nn.Sigmoid(), nn.Linear(6, 4))
     images = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([0, 3, 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,9 +13,13 @@ import numpy as np
 import pytest
 from test_html import ALIGNED, NASTY, scored
 from test_report import DLG, GREY, IG, MEAN, NOISE, NONE, make, run
-from test_store import METRICS, TinyAttack, TinyDefense, named
+from test_store import METRICS, TinyAttack, TinyDefense, named, png
 
-from leakbench.report import write
+from leakbench.audit.findings import Audit, Behind, Sight
+from leakbench.audit.gate import Gate
+from leakbench.audit.layers import ClosedForm, Labels, Share
+from leakbench.report import audit, leaderboard, write
+from leakbench.report.worst_case import Effort
 
 pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("default")]
 
@@ -293,3 +298,70 @@ def test_strange_runs_open_without_a_complaint(opened, tmp_path, case):
     if results:
         page.locator("#trials-list .open").first.click()
         assert page.locator("dialog#trial").is_visible()
+
+
+def found(defense: str, share: float) -> Behind:
+    """What an audit found behind a defense, with names that try to break out of their places."""
+    images = 4
+    sights = [
+        Sight(i, png(1000 + i, 16), png(i, 16) if i else None, NASTY, f"SSIM 0.9 {NASTY}", i < share * images)
+        for i in range(images)
+    ]
+    efforts = [Effort(NASTY, images, round(share * images), 0, 0, 0, {NASTY: 1}, 1234, 5.6)]
+    layers = [Share(f"block{i}.{NASTY}", "Conv2d", 100, 0, 1 / 40) for i in range(40)]
+    forms = [ClosedForm("fc", 512, images, 1e-7, 1e-6, False, False)]
+    return Behind(
+        defense=defense,
+        note=NASTY,
+        images=images,
+        share=share,
+        low=0.0,
+        high=0.9,
+        floor=0.0,
+        efforts=tuple(efforts),
+        layers=tuple(layers),
+        forms=tuple(forms),
+        labels=Labels((1, 2, 3, 0), 4),
+        scores={},
+        sights=tuple(sights),
+        warnings=(NASTY,),
+    )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_of_an_audit_fits_and_stays_text(opened, tmp_path, scheme, width):
+    behind = (found("none", 0.75), found(f"noise {NASTY}", 0.0))
+    told = Audit(NASTY, (("model", NASTY),), (("paper", NASTY, True),), (("label", NASTY),), behind, (NASTY,), 0.6)
+    path = tmp_path / "audit.html"
+    path.write_text(audit.html(dataclasses.replace(told, gate=Gate("recovered", ">", 0.1)), f"leakbench {NASTY}"))
+    page = opened(path, width=width, color_scheme=scheme)
+    assert "is crossed (none: 0.75)" in page.locator("#verdict").inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert page.locator("figure.seen").count() == 3
+    assert page.locator("figure img").count() == 2 * (4 + 3)
+    assert page.evaluate("[...document.images].every((one) => one.complete && one.naturalWidth === 16)")
+    assert page.evaluate("document.querySelectorAll('script').length") == 1
+    assert "alert(1)" in page.locator("#untried").inner_text()
+    page.locator("nav a", has_text="Not tried").click()
+    assert page.url.endswith("#untried")
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_of_a_leaderboard_sorts_and_names_what_is_left_out(opened, tmp_path, width):
+    more = [*METRICS, *ALIGNED]
+    results = [scored(DLG, defense, i, leak) for defense, leak in ((NONE, 0.9), (STRANGE, 0.2)) for i in range(4)]
+    results += [scored(DLG, NOISE, i, 0.3, status="error" if i else "ok") for i in range(2)]
+    run(tmp_path / "run", results, more)
+    paths, missing = leaderboard.write([tmp_path / "run"], tmp_path / "board")
+    assert len(paths) == 2 + 2
+    assert len(missing) == 1
+    page = opened(tmp_path / "board" / "index.html", width=width)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert "noise(scale=0.01)" in page.locator("#missing").inner_text()
+    cells = page.locator("table.sortable tbody td:first-child")
+    assert [text.startswith("none") for text in cells.all_inner_texts()] == [False, True]
+    page.locator("table.sortable thead button").nth(1).click()
+    assert [text.startswith("none") for text in cells.all_inner_texts()] == [True, False]
+    assert page.locator("table.sortable tbody a").first.get_attribute("href").startswith("entries/")
+    assert "alert(1)" in page.locator("table.sortable").inner_text()
