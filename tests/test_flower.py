@@ -278,9 +278,9 @@ def test_a_recording_is_what_was_on_the_wire(app, tmp_path: Path) -> None:
 
 
 @pytest.mark.fl
-def test_the_lines_of_the_readme_run(app, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lines_of_the_documentation_run(app, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parent.parent / "docs" / "flower.md").read_text(encoding="utf-8")
     (block,) = [
         code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "leakbench.flower import" in code
     ]
