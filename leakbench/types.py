@@ -225,6 +225,8 @@ class Observation:
         targets: [T, K], the class probabilities of the clients' losses that an informed attacker worked out; None for
             those of the labels.
         unit: what was sent is ``gradient`` times this; not 1 where an attack works on the mean step of an update.
+        shown: per parameter [T, *shape] bool, where ``gradient`` is what an informed attacker found it to be before the
+            defense acted; elsewhere it is zero and nothing is known of it. None: what was sent, everywhere.
     """
 
     model: nn.Module
@@ -240,6 +242,7 @@ class Observation:
     slots: int | None = None
     targets: Tensor | None = None
     unit: float = 1.0
+    shown: Mapping[str, Tensor] | None = None
 
     @property
     def trials(self) -> int:

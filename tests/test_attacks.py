@@ -137,7 +137,7 @@ def test_an_informed_attacker_goes_by_the_law_of_what_the_defense_draws(defense:
         objective = attack._objective(observation, keys(2))
         dummy = objective.dummy(start["image"], torch.softmax(start["label"], 1), {}, 0)
         zeros = {name: torch.zeros_like(value) for name, value in observed.items()}
-        own, nothing = (observation.defense.likelihood(gradient, observed) for gradient in (dummy, zeros))
+        own, nothing = (observation.defense.likelihood(gradient, observed, {}) for gradient in (dummy, zeros))
         assert own is not None
         assert nothing is not None
         least = math.prod(SHAPE) / (ROUGHNESS * attack.tv) if attack.tv else 0.0

@@ -85,7 +85,10 @@ def test_hooks_do_not_change_their_arguments(defense: str) -> None:
     assert {name: value.shape for name, value in sent.items()} == {n: p.shape for n, p in parameters.items()}
     gradient = {name: 2 * value[None] for name, value in sent.items()}
     observed = {name: value[None].clone() for name, value in sent.items()}
-    method.likelihood(method.surrogate(gradient, observed), observed)
+    weights = {name: value[None] for name, value in parameters.items()}
+    method.undo(observed, weights)
+    method.likelihood(method.surrogate(gradient, observed, weights), observed, weights)
+    assert all(torch.equal(weights[name][0], value) for name, value in network.named_parameters())
     assert all(torch.equal(gradient[name][0], 2 * sent[name]) for name in sent)
     assert all(torch.equal(observed[name][0], sent[name]) for name in sent)
     text = str(network)

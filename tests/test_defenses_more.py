@@ -114,7 +114,7 @@ def test_each_dummy_is_clipped_by_its_own_norm() -> None:
         name: value * torch.tensor([0.01, 1.0, 30.0]).view(3, *[1] * (value.ndim - 1))
         for name, value in gradient.items()
     }
-    found = defenses.parse("clip(norm=2)").surrogate(gradient, gradient)
+    found = defenses.parse("clip(norm=2)").surrogate(gradient, gradient, {})
     for t in range(3):
         row = torch.cat([value[t].flatten() for value in gradient.values()])
         own = torch.cat([value[t].flatten() for value in found.values()])
@@ -124,7 +124,7 @@ def test_each_dummy_is_clipped_by_its_own_norm() -> None:
 def test_a_dummy_gradient_of_zero_is_differentiated() -> None:
     """The derivative of a norm at 0 is infinite; the clip's is not."""
     zero = torch.zeros(2, 6, requires_grad=True)
-    (found,) = torch.autograd.grad(defenses.parse("clip").surrogate({"a": zero}, {"a": zero})["a"].sum(), zero)
+    (found,) = torch.autograd.grad(defenses.parse("clip").surrogate({"a": zero}, {"a": zero}, {})["a"].sum(), zero)
     assert torch.equal(found, torch.ones(2, 6))
 
 
@@ -132,12 +132,17 @@ def test_a_dummy_gradient_of_zero_is_differentiated() -> None:
 def test_informed_hooks_are_differentiated_right() -> None:
     """To second order, by finite differences: a line search needs no less."""
     observed = {"a": randn(2, 3, 4, seed=7), "b": randn(2, 5, seed=8)}
-    for spec in ("clip(norm=2)", "noise", "prune", "soteria", "quantise(bits=3)", "dp"):
+    weights = {"a": randn(2, 3, 4, seed=5), "b": randn(2, 5, seed=6)}
+    on_weights = [
+        f"weight-noise(scale=0.5, clip=1, {options})"
+        for options in ("kind=laplace", "snapshots=after", "snapshots=after, kind=laplace", "as_released=true")
+    ]
+    for spec in ("clip(norm=2)", "noise", "quantise(bits=3)", "dp", *on_weights):
         method = defenses.parse(spec)
 
         def value(a: Tensor, b: Tensor, method: Defense = method) -> Tensor:
-            released = method.surrogate({"a": a, "b": b}, observed)
-            unlikely = method.likelihood(released, observed)
+            released = method.surrogate({"a": a, "b": b}, observed, weights)
+            unlikely = method.likelihood(released, observed, weights)
             return squared_distance(released, observed) if unlikely is None else unlikely
 
         dummies = tuple((value + randn(*value.shape, seed=9)).requires_grad_() for value in observed.values())
@@ -284,13 +289,13 @@ def test_soteria_says_where_it_is_not_defined() -> None:
 
 def test_the_informed_leave_out_the_columns_that_soteria_masked() -> None:
     plain, sent = released("soteria(ratio=0.4)")
-    dummy = {name: randn(1, *value.shape) for name, value in plain.items()}
-    found = defenses.parse("soteria").surrogate(dummy, rows(sent))
+    found = defenses.parse("soteria").undo(rows(sent), {})
     dead = (sent["classifier.weight"] == 0).all(0)
     assert 0 < int(dead.sum()) < len(dead)
-    for name, value in dummy.items():
-        expected = torch.where(dead, 0.0, value) if name == "classifier.weight" else value
-        assert torch.equal(found[name], expected)
+    for name, value in plain.items():
+        masked = dead.expand_as(value) if name == "classifier.weight" else torch.zeros_like(value, dtype=torch.bool)
+        assert torch.equal(torch.isnan(found[name][0]), masked)
+        assert torch.equal(found[name][0][~masked], value[~masked])
 
 
 # quantise
@@ -348,7 +353,7 @@ def test_a_quantisation_error_is_weighed_by_the_grids_width(bits: str) -> None:
             width = (given.max(1) - given.min(1))[:, None] / 7
         error = dummy[name].double().numpy().reshape(2, -1) - given
         expected += (error**2 / (2 * width**2 / 12)).sum(1)
-    np.testing.assert_allclose(method.likelihood(dummy, observed).numpy(), expected, rtol=1e-4)
+    np.testing.assert_allclose(method.likelihood(dummy, observed, {}).numpy(), expected, rtol=1e-4)
 
 
 # mixup
@@ -578,13 +583,24 @@ def test_ats_needs_grey_or_colour() -> None:
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     "defense",
-    ["prune(ratio=0.7)", "clip(norm=0.3)", "clip(norm=1e5)", "dp(clip=0.3, noise_multiplier=0)", "soteria(ratio=0.7)"],
+    ["clip(norm=0.3)", "clip(norm=1e5)", "dp(clip=0.3, noise_multiplier=0)"],
 )
 def test_the_surrogate_of_the_clients_own_gradient_is_what_was_sent(defense: str) -> None:
     plain, sent = released(defense)
-    found = defenses.parse(defense).surrogate(rows(plain), rows(sent))
+    found = defenses.parse(defense).surrogate(rows(plain), rows(sent), {})
     for name, value in sent.items():
         torch.testing.assert_close(found[name][0], value, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("defense", ["prune(ratio=0.7)", "soteria(ratio=0.7)"])
+def test_a_mask_shows_what_was_sent_of_the_clients_own_gradient(defense: str) -> None:
+    plain, sent = released(defense)
+    found = defenses.parse(defense).undo(rows(sent), {})
+    hidden = torch.cat([torch.isnan(value).flatten() for value in found.values()])
+    assert 0 < int(hidden.sum()) < len(hidden)
+    for name, value in plain.items():
+        shown = ~torch.isnan(found[name][0])
+        assert torch.equal(found[name][0][shown], value[shown])
 
 
 @pytest.mark.usefixtures("float64")
@@ -598,14 +614,14 @@ def test_the_likelihood_of_noise_is_minus_the_log_of_its_density(kind: str) -> N
     def density(dummy: Gradient) -> Tensor:
         return torch.stack([law.log_prob(observed[name] - dummy[name]).flatten(1).sum(1) for name in observed]).sum(0)
 
-    first, second = (method.likelihood(dummy, observed) for dummy in dummies)
+    first, second = (method.likelihood(dummy, observed, {}) for dummy in dummies)
     rtol = 1e-10 if kind == "gaussian" else 0.02  # Laplace's absolute value is rounded off near 0
     torch.testing.assert_close(first - second, density(dummies[1]) - density(dummies[0]), rtol=rtol, atol=1e-10)
-    assert torch.equal(method.likelihood(observed, observed), torch.zeros(2))
+    assert torch.equal(method.likelihood(observed, observed, {}), torch.zeros(2))
     for certain in ("noise(scale=0)", "dp(noise_multiplier=0)", "none", "prune"):
-        assert defenses.parse(certain).likelihood(dummies[0], observed) is None
-    dp = defenses.parse("dp(clip=0.5, noise_multiplier=0.6)").likelihood(dummies[0], observed)
-    gaussian = defenses.parse("noise(scale=0.3)").likelihood(dummies[0], observed)
+        assert defenses.parse(certain).likelihood(dummies[0], observed, {}) is None
+    dp = defenses.parse("dp(clip=0.5, noise_multiplier=0.6)").likelihood(dummies[0], observed, {})
+    gaussian = defenses.parse("noise(scale=0.3)").likelihood(dummies[0], observed, {})
     torch.testing.assert_close(dp, gaussian)
 
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
-from conftest import ALL_DEFENSES, SMALL, rand, watch
+from conftest import ALL_DEFENSES, ON_WEIGHTS, SMALL, rand, watch
 from torch import Tensor, nn
 
 from leakbench import attacks, defenses, models
+from leakbench.attacks.base import prepare
 from leakbench.attacks.matching import GradientMatching
 from leakbench.defenses import Defense
 from leakbench.models import OwnModule
@@ -258,14 +259,17 @@ def test_nothing_private_is_reachable_and_what_is_granted_is_there(defense: Defe
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("defense", ["none", "keylock(length=9)", "precode(k=6)", "noise"])
+@pytest.mark.parametrize("defense", ["none", "keylock(length=9)", "precode(k=6)", "noise", *ON_WEIGHTS])
 def test_a_hidden_learning_rate_is_nowhere_and_secrets_stay_home(defense: str, steps: int) -> None:
     method = defenses.parse(defense)
-    private, _, _ = split(method, ThreatModel())
+    private, _, _ = split(method if defense not in ON_WEIGHTS else defenses.parse("none"), ThreatModel())
     private.numbers = (0.0371, 1 / 0.0371, 0.0371 * steps, 1 / (0.0371 * steps))
     hidden = ThreatModel(shares="weights", learning_rate=0.0371, local_steps=steps)
     observation = see(method, hidden)
     assert private.found_in(observation) == []
+    if defense in ON_WEIGHTS:
+        attack, known = prepare(attacks.parse("dlm"), see(method, replace(hidden, informed=True)))
+        assert private.found_in(attack._objective(known, Rng(("a", "b", "c")))) == []  # type: ignore[attr-defined]
     assert observation.threat == replace(hidden, learning_rate=None)
     secret = {name for group in groups_of(method) for name in secret_names(method, group)}
     assert not secret & (set(observation.weights) | set(observation.gradient))

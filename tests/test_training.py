@@ -351,7 +351,7 @@ def test_defenses_of_weights_act_on_what_is_sent() -> None:
     plain = session("none", mode="fedavg", clients=2)
     before = plain.trainee.shared()
     free = rounds_of(plain, 1)[0]
-    sent = rounds_of(session("weight-sparsify(ratio=0.5, snapshots=after)", mode="fedavg", clients=2), 1)[0]
+    sent = rounds_of(session("weight-sparsify(ratio=0.5)", mode="fedavg", clients=2), 1)[0]
     shared = [name for name in plain.trainee.parameters() if name in before]
     zeros = {
         kind: sum(int((state[name] == 0).sum()) for name in shared) for kind, state in (("free", free), ("sent", sent))

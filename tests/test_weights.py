@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -16,12 +16,14 @@ from torch.nn import functional as F
 
 from leakbench import attacks, defenses
 from leakbench.attacks.base import prepare
+from leakbench.attacks.dlm import DLM
 from leakbench.attacks.matching import MatchingObjective
+from leakbench.defenses import Step
 from leakbench.engine import run
 from leakbench.errors import BadOption, Unsupported
 from leakbench.matrix import Matrix, parse_threat
 from leakbench.models import parse
-from leakbench.optim import value_and_gradient
+from leakbench.optim import Solution, Unknowns, value_and_gradient
 from leakbench.report import weights
 from leakbench.rng import Rng
 from leakbench.store import Record, Store
@@ -96,9 +98,170 @@ def test_an_informed_attacker_models_the_defense_in_the_units_of_the_update() ->
     truth = {"image": torch.stack([client.image for client in clients(2)])}
     other = {"image": torch.stack([rand(*SHAPE, seed=5)] * 2)}
     assert bool((objective(truth, 0) < 1e-6 * objective(other, 0)).all())
-    hidden = watch("lenet", "clip", "shares=weights, informed=true")
-    with pytest.raises(Unsupported, match="rate=known"):
-        attack._objective(hidden, Rng(("a", "b")))
+
+
+SECOND = "shares=weights, informed=true, labels=known"
+
+
+@pytest.mark.parametrize("attack", ["dlg", "dlm"])
+def test_what_follows_from_a_gradient_is_worked_out_in_its_units(attack: str) -> None:
+    """The probabilities that mixup blends, of an attack that gets the gradient and of one that gets the update."""
+    known = "shares=weights, informed=true, rate=known, learning_rate=0.03"
+    truth = prepare(attacks.parse("dlg"), watch("lenet", "mixup", "informed=true"))[1].targets
+    _, seen = prepare(attacks.parse(attack), watch("lenet", "mixup", known))
+    assert truth is not None
+    assert seen.targets is not None
+    torch.testing.assert_close(seen.targets, truth, rtol=0, atol=1e-4)
+    for threat, why in ((SECOND, "own units"), (f"{known}, local_steps=2", "a sum of several")):
+        with pytest.raises(Unsupported, match=why):
+            prepare(attacks.parse("dlm"), watch("lenet", "mixup", threat))
+
+
+def test_a_secret_drawn_in_every_step_is_worked_out_of_one_step_alone() -> None:
+    told = watch("lenet", "precode(k=6)", "shares=weights, reveals=noise").weights
+    _, known = prepare(attacks.parse("dlm+"), watch("lenet", "precode(k=6)", SECOND))
+    (name,) = known.weights.keys() - watch("lenet", "precode(k=6)", SECOND).weights.keys()
+    torch.testing.assert_close(known.weights[name], told[name], rtol=0, atol=0.01)
+    for threat in ("informed=true", "informed=splice"):
+        with pytest.raises(Unsupported, match="a sum of several"):
+            prepare(attacks.parse("dlg"), watch("lenet", "precode(k=6)", f"{KNOWN}, local_steps=2, {threat}"))
+    prepare(attacks.parse("dlm"), watch("lenet", "precode(k=6)", "shares=weights, local_steps=2, informed=omit"))
+
+
+def test_a_key_is_worked_out_of_several_steps() -> None:
+    several = "shares=weights, local_steps=3, informed=true, reveals=lock"
+    told = watch("lenet", "keylock(length=9)", "reveals=key+lock").weights
+    seen = watch("lenet", "keylock(length=9)", several)
+    _, known = prepare(attacks.parse("dlm"), seen)
+    (name,) = known.weights.keys() - seen.weights.keys()
+    torch.testing.assert_close(known.weights[name], told[name], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("spec", ["clip", "noise", "weight-noise", "prune", "soteria", "weight-sparsify"])
+def test_what_counts_in_units_needs_a_rate_that_is_known_or_learned_and_a_mask_needs_none(spec: str) -> None:
+    seen = watch("lenet", spec, "shares=weights, informed=true")
+    counts = spec in ("clip", "noise", "weight-noise")
+    prepare(attacks.parse("dlm"), seen)
+    if not counts:
+        _, known = prepare(attacks.parse("dlm+"), seen)
+        assert known.shown is not None
+        return
+    with pytest.raises(Unsupported, match="nor learned by dlm") as error:
+        prepare(attacks.parse("dlm+"), seen)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("spec", ["clip(norm=0.01)", "weight-noise(scale=0)", "weight-noise(scale=1e-9)"])
+@pytest.mark.parametrize("snapshots", ["", ", snapshots=after"])
+def test_a_learned_rate_models_what_counts_in_the_updates_units(spec: str, snapshots: str) -> None:
+    """The true image with the true rate, which nobody told, explains what was sent; another rate does not."""
+    spec = spec[:-1] + (snapshots if "weight" in spec else "") + ")"
+    attack, known = prepare(attacks.parse("dlm"), watch("lenet", spec, f"{SECOND}, learning_rate=0.05"))
+    objective = attack._objective(known, Rng(("a", "b"))).with_path()  # type: ignore[attr-defined]
+    images = torch.stack([client.image for client in clients(2)])
+    values = [objective.match({"image": images, "scale": torch.full((2, 1), k).log()}, 0) for k in (20.0, 40.0)]
+    other = objective.match({"image": images.flip(3), "scale": torch.full((2, 1), 20.0).log()}, 0)
+    limit = 1e-4 if spec.startswith("weight-noise(scale=1e-9") else 1e-9
+    assert bool((values[0] < limit * other).all())
+    if "clip" in spec or "scale=1e-9" in spec:  # a cosine does not see the size of the whole
+        assert bool((values[0] < 0.1 * values[1]).all()) == ("clip" not in spec)
+
+
+def masks(spec: str, threat: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return the true update, what an informed attacker takes for it, and where."""
+    plain = watch("lenet", "none", threat).gradient
+    _, known = prepare(attacks.parse("dlm+"), watch("lenet", spec, f"{threat}, informed=true"))
+    assert known.shown is not None
+    steps = known.threat.local_steps
+    return dict(plain), {name: value * steps for name, value in known.gradient.items()}, dict(known.shown)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.9])
+@pytest.mark.parametrize("snapshots", ["both", "after"])
+def test_who_knows_of_sparse_weights_has_the_update_of_those_that_were_kept(
+    snapshots: str, ratio: float, steps: int
+) -> None:
+    threat = f"shares=weights, learning_rate=0.1, local_steps={steps}"
+    spec = f"weight-sparsify(ratio={ratio}, snapshots={snapshots})"
+    plain, known, shown = masks(spec, threat)
+    raw = watch("lenet", spec, threat)
+    wrong = 0
+    for name, update in plain.items():
+        after = raw.weights[name] - update
+        kept = torch.stack([row.abs() >= torch.quantile(row.abs().flatten(), ratio) for row in after])
+        assert float((kept == shown[name]).float().mean()) > 0.999  # but for rounding at the percentile
+        torch.testing.assert_close(known[name][shown[name]], update[shown[name]], rtol=0, atol=1e-6)
+        assert not bool(known[name][~shown[name]].any())
+        wrong += int(((raw.gradient[name] - update).abs() > 1e-4).sum())
+    assert (wrong > 0) == (ratio > 0)  # what was observed is not the update, of those that crossed the percentile
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_true_image_matches_sparse_weights_for_who_knows_of_them() -> None:
+    threat = "shares=weights, labels=known, learning_rate=0.05"
+    truth = {"image": torch.stack([client.image for client in clients(2)])}
+    values = {}
+    for informed in ("false", "true"):
+        seen = watch("lenet", "weight-sparsify(ratio=0.5)", f"{threat}, informed={informed}")
+        attack, known = prepare(attacks.parse("dlm+"), seen)
+        objective = attack._objective(known, Rng(("a", "b"))).with_path()  # type: ignore[attr-defined]
+        values[informed] = objective.match(truth, 0)
+    assert bool((values["true"] < 1e-12 * values["false"]).all())
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("snapshots", ["both", "after"])
+@pytest.mark.parametrize("kind", ["gaussian", "laplace"])
+@pytest.mark.parametrize("released", [False, True])
+def test_the_likelihood_of_weight_noise_is_minus_the_log_of_its_density(
+    kind: str, snapshots: str, released: bool
+) -> None:
+    """The density of a difference of two draws by a numerical convolution."""
+    method = defenses.parse(f"weight-noise(scale=0.3, kind={kind}, snapshots={snapshots}, as_released={released})")
+    weights = {"a": randn(2, 3, 4).double(), "b": 0.01 * randn(2, 7, seed=1).double()}
+    observed = {name: randn(*value.shape, seed=2).double() for name, value in weights.items()}
+    dummies = [
+        {name: 3 * randn(*value.shape, seed=seed).double() for name, value in weights.items()} for seed in (5, 6)
+    ]
+
+    def phi(name: str, row: int) -> float:
+        weight = weights[name][row]
+        norm = weight.norm(dim=1).max() if weight.ndim > 1 else weight.norm()
+        return max(1.0, float(norm) / (0.2 + 1e-6)) if released else 1.0
+
+    def unlikely(dummy: dict[str, torch.Tensor], row: int) -> float:
+        total = 0.0
+        for name, value in dummy.items():
+            scale = 0.3 * phi(name, row)
+            law = torch.distributions.Normal(0, scale) if kind == "gaussian" else torch.distributions.Laplace(0, scale)
+            for error in (value - observed[name])[row].flatten():
+                if snapshots == "after":
+                    total -= float(law.log_prob(error))
+                    continue
+                other = torch.linspace(-25, 25, 20_001).double() * scale
+                product = (law.log_prob(other) + law.log_prob(error - other)).exp()
+                total -= float(torch.trapezoid(product, other).log())
+        return total
+
+    first, second = (method.likelihood(dummy, observed, weights) for dummy in dummies)
+    assert first is not None
+    assert second is not None
+    expected = [unlikely(dummies[0], row) - unlikely(dummies[1], row) for row in range(2)]
+    torch.testing.assert_close(first - second, torch.tensor(expected), rtol=0.02, atol=1e-3)
+    assert defenses.parse("weight-noise(scale=0)").likelihood(observed, observed, weights) is None
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("options", ["", ", snapshots=after", ", as_released=true", ", clip=none"])
+def test_the_surrogate_of_the_clients_update_is_what_was_sent_without_noise(options: str) -> None:
+    plain = watch("lenet", "none", "weights")
+    spec = f"weight-noise(scale=0{options})"
+    sent = watch("lenet", spec, "weights").gradient
+    found = defenses.parse(spec).surrogate(dict(plain.gradient), sent, plain.weights)
+    for name, value in sent.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.parametrize("snapshots", ["both", "after"])
@@ -136,6 +299,51 @@ def test_weight_sparsify_sends_no_small_weight() -> None:
         torch.testing.assert_close(sent[kept], after[kept])
         both = watch("mlp", f"weight-sparsify(ratio={ratio})", threat).gradient["1.weight"]
         assert float((both == 0).float().mean()) >= ratio - 0.02
+
+
+@pytest.mark.parametrize("spec", [*ON_WEIGHTS, "weight-noise(as_released=true, snapshots=after)"])
+def test_defenses_of_weights_keep_shapes_and_arguments_and_train_with_the_model_that_they_send(spec: str) -> None:
+    method = defenses.parse(spec)
+    network = build(parse("lenet"), method, SHAPE, CLASSES, "weights")
+    before = {name: value.detach().clone() for name, value in network.named_parameters()}
+    trained = {name: value - 0.01 * randn(*value.shape, seed=3) for name, value in before.items()}
+    kept = {name: value.clone() for name, value in trained.items()}
+    step = Step(network, rand(1, *SHAPE), torch.tensor([1]), method, trained)
+    released, again = (method.release(step, torch.Generator().manual_seed(0)) for _ in range(2))
+    replied = method.reply(step, torch.Generator().manual_seed(0))
+    for name, value in released.items():
+        assert value.shape == before[name].shape
+        assert value.dtype == torch.float32
+        assert not value.requires_grad
+        assert torch.equal(value, again[name])
+        defended = method.defended(trained[name], torch.Generator())  # type: ignore[attr-defined]
+        assert defended.shape == value.shape
+        assert torch.equal(trained[name], kept[name])
+        assert torch.equal(network.get_parameter(name), before[name])
+    rows = {name: value[None].clone() for name, value in released.items()}
+    weights = {name: value[None].clone() for name, value in before.items()}
+    method.undo(rows, weights)
+    method.likelihood(method.surrogate(rows, rows, weights), rows, weights)
+    assert all(torch.equal(rows[name][0], released[name]) for name in released)
+    assert all(torch.equal(weights[name][0], before[name]) for name in before)
+    after = {name: before[name] - value for name, value in replied.items()}
+    if spec == "weight-sparsify":  # what is averaged is the sparse model itself
+        assert float(torch.cat([(value.abs() < 1e-7).flatten() for value in after.values()]).float().mean()) > 0.45
+
+
+@pytest.mark.parametrize("attack", ["dlg(steps=1)", "dlm(steps=1)", "dlm+(steps=1)", "ig(steps=2)", "lb(steps=3)"])
+@pytest.mark.parametrize("defense", ON_WEIGHTS)
+@pytest.mark.parametrize("informed", ["false", "true"])
+def test_attacks_answer_in_shape_behind_defenses_of_weights(attack: str, defense: str, informed: str) -> None:
+    method = attacks.parse(attack)
+    threat = f"shares=weights, informed={informed}, rate={'hidden' if method.updates else 'known'}"
+    if attack.startswith("dlm+") and defense == "weight-noise" and informed == "true":
+        return  # refused: see above
+    acting, known = prepare(method, watch("lenet", defense, threat))
+    found = acting(known, Rng(("a", "b")))
+    assert found.images.shape == (2, *SHAPE)
+    assert found.failed is not None
+    assert bool(torch.isfinite(found.images[~found.failed]).all())
 
 
 @pytest.mark.parametrize("name", ON_WEIGHTS)
@@ -220,6 +428,78 @@ def test_the_plain_scale_can_collapse_and_the_learned_logarithm_cannot() -> None
         attack = attacks.parse(f"dlm(scale={scale})")
         small = attack.distance(zero, {"w": 1e-6 * randn(1, 6)})  # type: ignore[attr-defined]
         assert float(small) == pytest.approx(value, abs=1e-6)
+
+
+def test_k_cannot_win_by_itself() -> None:
+    """Starts, ends and restarts are compared by the direction alone, and a rate is never negative."""
+    zero, update = {"w": torch.zeros(2, 6)}, {"w": randn(2, 6)}
+    dummy = {"w": randn(2, 6, seed=1)}
+    for scale in ("plain", "log"):
+        attack = attacks.parse(f"dlm(scale={scale}, labels=analytic, restarts=1)")
+        k = torch.tensor([1e-6, 1e6])
+        cosine = torch.nn.functional.cosine_similarity(dummy["w"], update["w"])
+        close(attack.judge(dummy, update, k), 1 - cosine, 1e-5)  # type: ignore[attr-defined]
+        assert torch.equal(attack.judge(zero, update, k), torch.ones(2))  # type: ignore[attr-defined]
+    collapsed = Collapsed(scale="plain", labels="analytic", restarts=1)
+    _, known = prepare(collapsed, watch("lenet", threat="weights"))
+    objective = collapsed._objective(known, Rng(("a", "b"))).with_path()
+    start = collapsed._begin(objective)
+    end = collapsed.solve(objective, start).unknowns
+    assert bool((objective(end, 0) < objective(start, 0)).all())  # by the plain distance it would be a success
+    found = collapsed(known, Rng(("a", "b")))
+    assert found.failed is not None
+    assert bool(found.failed.all())
+    negative = {**end, "scale": -start["scale"]}
+    assert bool(torch.isinf(objective.match(negative, 0)).all())
+
+
+@dataclass(frozen=True)
+class Collapsed(DLM):
+    """DLM whose search takes nothing but k to zero."""
+
+    def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
+        end = {**start, "scale": 0 * start["scale"] + 1e-9}
+        at = objective(end, 0).detach()
+        return Solution(end, at, torch.isfinite(at), torch.ones(len(at), dtype=torch.int64))
+
+
+def test_restarts_begin_at_other_values_of_k() -> None:
+    def first(spec: str, restart: int) -> torch.Tensor:
+        objective = objective_of(spec, "weights")
+        return objective.attack._begin(replace(objective, restart=restart))["scale"][:, 0].exp()
+
+    ratio = first("dlm(restarts=1)", 0)
+    for restart, times in enumerate((0.25, 1.0, 4.0)):
+        torch.testing.assert_close(first("dlm", restart), times * ratio)
+    for restart, k in enumerate((60.0, 120.0, 240.0)):
+        torch.testing.assert_close(first("dlm(k0=120, spread=2)", restart), torch.full((2,), k))
+    objective = objective_of("dlm(restarts=1, labels=analytic)", "weights")
+    start = objective.attack._begin(objective)
+    dummy = objective.dummy(start["image"], objective.labels, start, 0)  # type: ignore[arg-type]
+    size, other = (
+        torch.stack([value.detach().flatten(1).square().sum(1) for value in gradient.values()]).sum(0).sqrt()
+        for gradient in (dummy, objective.observation.gradient)
+    )
+    torch.testing.assert_close(start["scale"][:, 0].exp(), size / other)
+    few = replace(objective, observation=replace(objective.observation, slots=1))
+    torch.testing.assert_close(few.ratio(start), objective.ratio(start))
+    assert [len(own["image"]) for _, own in few.parts(start)] == [1, 1]
+
+
+def test_what_is_drawn_anew_is_so_in_every_unrolled_step() -> None:
+    threat = "shares=weights, labels=known, learning_rate=1e-9, local_steps=2, rate=known"
+    attack, known = prepare(attacks.parse("dlg(local=unrolled)"), watch("lenet", "precode(k=6)", threat))
+    objective = attack._objective(known, Rng(("a", "b"))).with_path()  # type: ignore[attr-defined]
+    image = torch.stack([client.image for client in clients(2)])
+    draws = [objective._fresh({}, 3, step) for step in range(2)]
+    ((name, noise),) = draws[0].items()
+    assert not torch.equal(noise, draws[1][name])
+    own = [objective._gradient({**objective._filled({}, 3), **drawn}, image, known.labels, 3) for drawn in draws]
+    for layer, value in objective.dummy(image, known.labels, {}, 3).items():
+        close(value, (own[0][layer] + own[1][layer]) / 2, 1e-4)
+    sought = replace(attack, secrets="optimise")  # type: ignore[type-var]
+    with pytest.raises(Unsupported, match="each of the client's 2 steps"):
+        sought._objective(known, Rng(("a", "b")))  # type: ignore[attr-defined]
 
 
 def test_who_does_not_know_the_rate_cannot_unroll() -> None:
@@ -314,9 +594,41 @@ def test_the_report_compares_with_the_rate_and_shows_the_scale_and_the_strengths
     assert dlm[10] == "dlg"
     assert dlm[11].startswith("−50 % [")
     assert dlm[12] == "yes"
-    assert ["m", "0.01", "1", "dlm", "3 of 6", "1", "1", "1"] in cells
+    assert ["d", "m", "0.01", "1", "dlm", "hidden", "3 of 6", "1", "1", "1"] in cells
     strengths = [line[1] for line in cells if line[0].startswith("weight-noise, gaussian, no clipping")]
     assert strengths == ["0", "0", "0.001", "0.001", "1", "1"]
     assert "not finished" in weights.markdown("mine", trials, 3)
     assert weights.scale_png(trials) == weights.scale_png(trials)
+    assert weights.defense_png(trials).startswith(b"\x89PNG")
+
+
+def test_the_report_keeps_options_grants_and_places_apart() -> None:
+    """Two specs of one attack, an informed one and one that is told the label are rows and lines of their own."""
+    results, records, findings = a_run()
+    parts = [results]
+    for change in ({"attack": "dlm(lr=2.0)"}, {"labels": "known"}, {"informed": True}, {"local_steps": 5}):
+        own = results[results["attack"] == "dlm"].copy()
+        own["trial"] = own["trial"] + f" {change}"
+        own["attack"] = change.get("attack", "dlm")
+        for trial in own["trial"]:
+            settings = json.loads(records[trial.rpartition(" {")[0]].cell)
+            settings["threat"] |= {name: value for name, value in change.items() if name != "attack"}
+            records[trial] = Record(json.dumps(settings), "", 0, 1, "")
+        parts.append(own)
+    trials = weights.rows(pd.concat(parts), records, findings)
+    text = weights.markdown("mine", trials, 0)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    undefended = {tuple(line[3:6]) for line in cells if line[0] == "d" and line[6:7] == ["6"]}
+    assert undefended == {
+        *(("1", attack, "hidden") for attack in ("dlm", "dlm(lr=2.0)", "dlm, label known", "dlm, informed")),
+        ("1", "dlg", "known"),
+        ("5", "dlm", "hidden"),
+    }
+    assert ["d", "m", "dlm(lr=2.0)"] in cells
+    behind = [line for line in cells if line[0].startswith("weight-noise") and line[6] == "dlm, informed"]
+    assert [(line[1], line[8], line[10].split()[0]) for line in behind] == [
+        ("0", "6", "50"),
+        ("0.001", "6", "0"),
+        ("1", "6", "0"),
+    ]
     assert weights.defense_png(trials).startswith(b"\x89PNG")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from leakbench.attacks.base import register
-from leakbench.attacks.matching import Count, MatchingObjective, Positive, root
+from leakbench.attacks.matching import Count, MatchingObjective, Positive, root, scaled
 from leakbench.attacks.quasi_newton import QuasiNewton
 from leakbench.gradients.bilinear import squared_distance, squared_norm
 from leakbench.optim import Unknowns
@@ -40,19 +40,33 @@ class DLM(Updates):
 
     |g' - k u|^2 over image, soft label and k, for the update u of one local step (the mean of several); k is 1 /
     learning rate where it matches. Where soft labels are sought, others with a smaller gradient of the same direction
-    match too, with a smaller k. See Updates, QuasiNewton and GradientMatching for the other options.
+    match too, with a smaller k. Starts of k are compared, and a search's end with its start, by 1 - cos(g', u), in
+    which k has no part: neither a small nor a large k wins by itself. An informed attacker has k too for the rate that
+    turns a dummy gradient into the update that a defense acts on. See Updates, QuasiNewton and GradientMatching for the
+    other options.
 
     Attributes:
         scale: ``log`` learns log k, and has the distance relative to |k u|^2, so that neither k nor the gradient can
             collapse to zero; ``plain`` is the released code's k itself.
-        k0: the first k (released: 60 to 240, at a rate of 0.01); none: |g'| / |u| at the start, times ``spread`` to the
-            power of a number drawn from U(-1, 1), another one for each of the ``restarts``.
-        spread: see ``k0``.
+        k0: the middle of the first ks; none: |g'| / |u| at the start.
+        spread: the first k of each of the ``restarts`` is k0 times a power of this, with exponents from -1 to 1 at
+            equal distances, or 0 for one alone. The released code's 60 to 240, at a rate of 0.01, is k0=120, spread=2.
     """
 
     reference: ClassVar[str] = (
         "Zhao et al. 2022, Deep Leakage from Model in Federated Learning, arXiv 2206.04887 (code)"
     )
+    version: ClassVar[int] = 2  # 2: the starts of k, and how they are compared
+    assumes: ClassVar[str] = (
+        "A network that can be differentiated twice; the weights before and after local training of one image."
+    )
+    cost: ClassVar[str] = "As DLG, for every start of k."
+    fails: ClassVar[str] = (
+        "Several local steps that are matched by their mean; clipped or sparsified weights, unless informed; noise "
+        "stronger than the update."
+    )
+    learns_rate: ClassVar[bool] = True
+    restarts: Count = 3
     scale: Literal["log", "plain"] = "log"
     k0: Positive | None = None
     spread: Positive = 4.0
@@ -63,6 +77,12 @@ class DLM(Updates):
         if self.scale == "plain":
             return distance
         return distance / torch.stack([squared_norm(value) for value in observed.values()]).sum(0)
+
+    def judge(self, gradient: Gradient, observed: Mapping[str, Tensor], factor: Tensor | None) -> Tensor:
+        """Return 1 - cos(g', u), as half the squared distance of the two at length 1, exact near 0; 1 for zeros."""
+        sizes = [torch.stack([squared_norm(value) for value in x.values()]).sum(0) for x in (gradient, observed)]
+        own, other = (scaled(x, 1 / root(size)) for x, size in zip((gradient, observed), sizes))
+        return torch.where((sizes[0] > 0) & (sizes[1] > 0), squared_distance(own, other) / 2, 1.0)
 
     def factor(self, unknowns: Unknowns) -> Tensor | None:
         """Return k [T]."""
@@ -78,13 +98,9 @@ class DLM(Updates):
     def _begin(self, objective: MatchingObjective) -> Unknowns:
         """Return the start of the search, k included."""
         start = super()._begin(objective)
-        observation = objective.observation
-        if self.k0 is not None:
-            k = torch.full((observation.trials,), self.k0, device=observation.device, dtype=observation.dtype)
-        else:
-            k = objective.ratio(start)
-            exponent = 2 * objective.rng.uniform(SCALE, ()).to(k) - 1
-            k = k * self.spread**exponent
+        exponent = 2 * objective.restart / (self.restarts - 1) - 1 if self.restarts > 1 else 0.0
+        k = torch.full_like(start["image"][:, 0, 0, 0], self.k0) if self.k0 else objective.ratio(start)
+        k = k * self.spread**exponent
         return start | {SCALE: (k.log() if self.scale == "log" else k)[:, None]}
 
 
@@ -100,6 +116,13 @@ class DLMPlus(Updates):
 
     reference: ClassVar[str] = (
         "Zhao et al. 2022, Deep Leakage from Model in Federated Learning, arXiv 2206.04887 (code)"
+    )
+    assumes: ClassVar[str] = (
+        "As DLM, and a hard label with a classifier whose inputs are not negative, from which the label is read."
+    )
+    cost: ClassVar[str] = "As DLG."
+    fails: ClassVar[str] = (
+        "As DLM; and defenses that count in the update's units cannot be modelled without the learning rate."
     )
     per_tensor: ClassVar[bool] = True
     labels: Literal["joint", "analytic"] = "analytic"

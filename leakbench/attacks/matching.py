@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, ClassVar, Literal, Self
@@ -57,7 +57,7 @@ class GradientMatching(Attack):
         lr: the solver's step size.
         tv: the weight of the image's total variation; beside the likelihood of strong noise it weighs what the
             posterior gives it instead.
-        restarts: independent starts; the one with the smallest matching distance is returned.
+        restarts: independent starts; the one that matches best (``judge``) is returned.
         labels: where the threat model does not grant the label: ``joint`` optimises soft labels with the image,
             ``analytic`` reads the label off the last layer's gradient.
         secrets: the defense's secrets that are not revealed: ``sample`` draws them by their law (a key once, noise at
@@ -87,6 +87,16 @@ class GradientMatching(Attack):
         Both arrive packed (``pack``), as the distances of most attacks do not tell the parameters apart; an attack
         whose distance does sets ``per_tensor`` and gets them by name.
         """
+
+    def judge(self, gradient: Gradient, observed: Mapping[str, Tensor], factor: Tensor | None) -> Tensor:
+        """Return [T], by what restarts are compared, and the end of a search with its start: the distance.
+
+        Args:
+            gradient: as for ``distance``.
+            observed: as for ``distance``, without the factor.
+            factor: what ``factor`` returned.
+        """
+        return self.distance(gradient, scaled(observed, factor))
 
     @abstractmethod
     def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
@@ -134,12 +144,12 @@ class GradientMatching(Attack):
         self._objective(observation, Rng(tuple(map(str, range(observation.trials))), observation.device)).with_path()
 
     def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
-        """Return the best of ``restarts`` searches by the matching distance, for every trial."""
+        """Return the best of ``restarts`` searches by what ``judge`` says, for every trial."""
         first = self._objective(observation, rng).with_path()
         runs = [self._search(first)]
         for index in range(1, self.restarts):
             other = self._objective(observation, rng.fork(f"restart {index}"))
-            runs.append(self._search(replace(other, evaluator=first.evaluator)))
+            runs.append(self._search(replace(other, evaluator=first.evaluator, restart=index)))
         objective = torch.stack([torch.where(run.failed, torch.inf, run.objective) for run in runs])
         best = torch.where(torch.isnan(objective), torch.inf, objective).argmin(0)
         rows = torch.arange(len(best), device=best.device)
@@ -185,6 +195,8 @@ class GradientMatching(Attack):
         start = self._begin(objective)
         solution = self.solve(objective, start)
         begun, _, _ = _look(objective, start)
+        if objective.observation.threat.unit is None:
+            begun = objective.no_more_than_nothing(begun)
         match, images, logits = _look(objective, solution.unknowns)
         finite = solution.finite & torch.isfinite(images.flatten(1)).all(1)
         labels = objective.labels
@@ -229,6 +241,7 @@ class MatchingObjective:
         evaluator: how dummy gradients are computed.
         tensors: every tensor of the network that is fixed: public weights, revealed and sampled secrets.
         rng: what is drawn anew at each evaluation (noise, the masks of dropout) comes from.
+        restart: which of the attack's ``restarts`` this is, from 0 on.
     """
 
     attack: GradientMatching
@@ -236,6 +249,7 @@ class MatchingObjective:
     evaluator: Evaluator
     tensors: Mapping[str, Tensor]
     rng: Rng
+    restart: int = 0
 
     @property
     def labels(self) -> Tensor | None:
@@ -245,47 +259,91 @@ class MatchingObjective:
     def __call__(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
         """Return [T], the matching distance plus the prior."""
         images, logits = self.render(unknowns)
-        return self._match(images, logits, unknowns, evaluation) + self.attack.prior(images)
+        return self._distance(images, logits, unknowns, evaluation) + self.attack.prior(images)
 
     def match(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
-        """Return [T], the matching distance alone."""
-        return self._match(*self.render(unknowns), unknowns, evaluation)
+        """Return [T], how well these unknowns match (``judge``), without the prior; infinite for a negative rate."""
+        match = self._distance(*self.render(unknowns), unknowns, evaluation, judge=True)
+        factor = self.attack.factor(unknowns)
+        return match if factor is None else torch.where(factor > 0, match, torch.inf)
 
     def render(self, unknowns: Unknowns) -> tuple[Tensor, Tensor | None]:
         """Return the images [T, C, H, W] of these unknowns, and the label logits [T, K] where labels are sought."""
         return self.attack.render(unknowns, self.observation)
 
-    def _match(self, images: Tensor, logits: Tensor | None, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
-        observed, labels = self.observation.gradient, self.labels
-        if self.observation.targets is not None:
-            labels = self.observation.targets
-        elif labels is None:
-            assert logits is not None, "an attack that seeks labels renders their logits"
-            labels = torch.softmax(logits, 1)
-        gradient = self.dummy(images, labels, unknowns, evaluation)
-        defense = self.observation.defense
-        if defense is not None:
-            unit = self.observation.threat.unit
-            released = defense.surrogate(_times(gradient, unit), self._sent)
-            unlikely = defense.likelihood(released, self._sent)
+    def no_more_than_nothing(self, match: Tensor) -> Tensor:
+        """Return ``match`` [T], or what a gradient of zeros is at where that is less and a likelihood is gone by.
+
+        A rate that is learned can make any gradient an update of zero.
+        """
+        likelihood = self._of_nothing
+        return match if likelihood is None else torch.minimum(match, likelihood / self._unlikely)
+
+    def _distance(
+        self, images: Tensor, logits: Tensor | None, unknowns: Unknowns, evaluation: Evaluation, judge: bool = False
+    ) -> Tensor:
+        gradient = self._masked(self.dummy(images, self._labels(logits), unknowns, evaluation))
+        factor, defense = self.attack.factor(unknowns), self.observation.defense
+        if defense is not None and defense.models_release():
+            unit = self._unit(factor)
+            known = (self._sent, self.observation.weights)
+            gradient = defense.surrogate(scaled(gradient, unit), *known)
+            unlikely = defense.likelihood(gradient, *known)
             if unlikely is not None:
                 return unlikely / self._unlikely
-            gradient = _times(released, None if unit is None else 1 / unit)
-        factor = self.attack.factor(unknowns)
-        if self.attack.per_tensor:
-            return self.attack.distance(gradient, _scaled(observed, factor))
-        return self.attack.distance(pack(gradient), _scaled(self._packed, factor))
+            gradient = scaled(gradient, 1 / unit)
+        observed: Mapping[str, Tensor] = self.observation.gradient
+        if not self.attack.per_tensor:
+            gradient, observed = pack(gradient), self._packed
+        if judge:
+            return self.attack.judge(gradient, observed, factor)
+        return self.attack.distance(gradient, scaled(observed, factor))
 
     def ratio(self, unknowns: Unknowns) -> Tensor:
         """Return [T], |g'| / |g| for the dummy and the observed gradient."""
-        images, logits = self.render(unknowns)
-        labels = self.labels if logits is None else torch.softmax(logits, 1)
-        assert labels is not None, "an attack that seeks labels renders their logits"
-        with torch.no_grad():
-            gradient = self._gradient(self._filled(unknowns, 0), images, labels, 0)
-        observed = self.observation.gradient
-        own, other = (torch.stack([squared_norm(x[name]) for name in observed]).sum(0) for x in (gradient, observed))
-        return (own / other).sqrt()
+        found = []
+        for some, own in self.parts(unknowns):
+            images, logits = some.render(own)
+            with torch.no_grad():
+                labels = some._labels(logits)
+                gradient = some._masked(some._gradient(some._filled(own, 0), images, labels, 0))
+            observed = some.observation.gradient
+            sizes = [torch.stack([squared_norm(x[name]) for name in observed]).sum(0) for x in (gradient, observed)]
+            found.append((sizes[0] / sizes[1]).sqrt())
+        return torch.cat(found)
+
+    def parts(self, unknowns: Unknowns) -> Iterator[tuple[MatchingObjective, Unknowns]]:
+        """Yield the objective and the unknowns of as many trials at a time as fit."""
+        trials = self.observation.trials
+        size = self.observation.slots or trials
+        for begin in range(0, trials, size):
+            part = range(begin, min(begin + size, trials))
+            some = self if size >= trials else self.select(part)
+            yield some, {name: value[begin : part.stop].detach() for name, value in unknowns.items()}
+
+    def _labels(self, logits: Tensor | None) -> Tensor:
+        """Return the labels [T], or class probabilities [T, K], of the dummy gradient."""
+        if self.observation.targets is not None:
+            return self.observation.targets
+        if self.labels is not None:
+            return self.labels
+        assert logits is not None, "an attack that seeks labels renders their logits"
+        return torch.softmax(logits, 1)
+
+    def _masked(self, gradient: Gradient) -> Gradient:
+        """Return the dummy gradient, with zeros where nothing is known of the observed one."""
+        shown = self.observation.shown
+        if shown is None:
+            return gradient
+        return {name: torch.where(shown[name], value, 0.0) for name, value in gradient.items()}
+
+    def _unit(self, factor: Tensor | None) -> Tensor | float:
+        """Return what the mean gradient is multiplied by to be what was sent, with a rate that is known or learned."""
+        unit = self.observation.threat.unit
+        if unit is not None:
+            return unit
+        assert factor is not None, "an attack without a rate is not informed of what counts in units (prepare)"
+        return self.observation.unit / factor
 
     def dummy(self, images: Tensor, labels: Tensor, unknowns: Unknowns, evaluation: Evaluation) -> Gradient:
         """Return the gradient [T, *shape] of images [T, C, H, W] and labels; under ``no_grad`` it has no graph.
@@ -300,17 +358,19 @@ class MatchingObjective:
         trained = tuple(name for name, parameter in self.evaluator.model.named_parameters() if parameter.requires_grad)
         every = replace(self, evaluator=replace(self.evaluator, names=trained))
         total: Gradient = {}
-        for _ in range(steps):
-            gradient = every._gradient(tensors, images, labels, evaluation)
+        for step in range(steps):
+            if step:
+                tensors = tensors | self._fresh(unknowns, evaluation, step)
+            gradient = every._gradient(tensors, images, labels, evaluation, step)
             total = {name: total[name] + gradient[name] if total else gradient[name] for name in self.evaluator.names}
-            move = _scaled(gradient, threat.learning_rate if factor is None else 1 / factor)
+            move = scaled(gradient, threat.learning_rate if factor is None else 1 / factor)
             tensors = tensors | {name: tensors[name] - move[name] for name in trained}
         return {name: value / steps for name, value in total.items()}
 
     def _gradient(
-        self, tensors: Mapping[str, Tensor], images: Tensor, labels: Tensor, evaluation: Evaluation
+        self, tensors: Mapping[str, Tensor], images: Tensor, labels: Tensor, evaluation: Evaluation, step: int = 0
     ) -> Gradient:
-        """Return the gradient of images and labels at these tensors."""
+        """Return the gradient of images and labels at these tensors, in one of the local steps."""
         differentiable = torch.is_grad_enabled()
         with torch.enable_grad():
             return self.evaluator.gradient(
@@ -318,7 +378,7 @@ class MatchingObjective:
                 images,
                 labels,
                 create_graph=differentiable,
-                generators=lambda: self.rng.generators(self._purposes("layers", evaluation)),
+                generators=lambda: self.rng.generators(self._purposes("layers", evaluation, step)),
             )
 
     def select(self, rows: Sequence[int]) -> Self:
@@ -338,6 +398,7 @@ class MatchingObjective:
             gradient=take(self.observation.gradient),
             labels=None if self.labels is None else self.labels[index],
             targets=None if self.observation.targets is None else self.observation.targets[index],
+            shown=None if self.observation.shown is None else take(self.observation.shown),
         )
         return replace(
             self,
@@ -360,20 +421,23 @@ class MatchingObjective:
 
     def _filled(self, unknowns: Unknowns, evaluation: Evaluation) -> dict[str, Tensor]:
         """Return every tensor of the network: fixed, sought, and drawn for this evaluation."""
-        tensors, own, dtype = dict(self.tensors), self._own, self.observation.dtype
-        for secret in self.observation.secrets:
-            if SECRET + secret.name in unknowns:
-                tensors[secret.name] = unknowns[SECRET + secret.name]
-            elif secret.fresh:
-                tensors[secret.name] = _draw(
-                    secret, own[secret.name], self.rng, self._purposes("pass", evaluation), dtype
-                )
-        return tensors
+        names = {secret.name: SECRET + secret.name for secret in self.observation.secrets}
+        sought = {name: unknowns[own] for name, own in names.items() if own in unknowns}
+        return {**self.tensors, **sought, **self._fresh(unknowns, evaluation)}
 
-    def _purposes(self, of: str, evaluation: Evaluation) -> list[str]:
-        """Return by trial what is drawn for: something in this evaluation."""
+    def _fresh(self, unknowns: Unknowns, evaluation: Evaluation, step: int = 0) -> dict[str, Tensor]:
+        """Return what is drawn for one of the local steps of this evaluation."""
+        purposes = self._purposes("pass", evaluation, step)
+        return {
+            secret.name: _draw(secret, self._own[secret.name], self.rng, purposes, self.observation.dtype)
+            for secret in self.observation.secrets
+            if secret.fresh and SECRET + secret.name not in unknowns
+        }
+
+    def _purposes(self, of: str, evaluation: Evaluation, step: int = 0) -> list[str]:
+        """Return by trial what is drawn for: something in this evaluation, in one of the local steps."""
         each = [evaluation] * len(self.rng.keys) if isinstance(evaluation, int) else evaluation
-        return [f"{of} {number}" for number in each]
+        return [f"{of} {number}" + (f" step {step}" if step else "") for number in each]
 
     @cached_property
     def _packed(self) -> Gradient:
@@ -382,7 +446,7 @@ class MatchingObjective:
     @cached_property
     def _sent(self) -> Mapping[str, Tensor]:
         """What was sent, in the units in which it was."""
-        return _times(self.observation.gradient, self.observation.unit)
+        return scaled(self.observation.gradient, self.observation.unit)
 
     @cached_property
     def _unlikely(self) -> Tensor:
@@ -392,12 +456,19 @@ class MatchingObjective:
         strong that the total variation must weigh what it does in the posterior (maximum a posteriori): an image of N
         values and total variation v is unlikely by N v / ROUGHNESS.
         """
-        observed, defense, tv = self._sent, self.observation.defense, self.attack.tv
-        assert defense is not None
-        unlikely = defense.likelihood({name: torch.zeros_like(value) for name, value in observed.items()}, observed)
+        unlikely, tv = self._of_nothing, self.attack.tv
         assert unlikely is not None
         least = math.prod(self.observation.image_shape) / (ROUGHNESS * tv) if tv else torch.finfo(unlikely.dtype).tiny
         return unlikely.clamp(min=least)
+
+    @cached_property
+    def _of_nothing(self) -> Tensor | None:
+        """How unlikely a gradient of zeros is [T]; None where there is no likelihood."""
+        defense, known = self.observation.defense, (self._sent, self.observation.weights)
+        if defense is None:
+            return None
+        zeros = {name: torch.zeros_like(value) for name, value in self._sent.items()}
+        return defense.likelihood(defense.surrogate(zeros, *known), *known)
 
     @cached_property
     def _own(self) -> dict[str, Tensor]:
@@ -412,30 +483,21 @@ def _relaxed(observation: Observation) -> Observation:
     model = observation.defense.relax(observation.model, hidden)
     own = tensors_of(model)
     matched = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if observation.threat.unit is None and observation.defense.models_release():
-        raise Unsupported(
-            f"what {observation.defense.name!r} does to an update counts in the units of the update, and the learning "
-            "rate is not known; use a threat model with rate=known, or informed=false"
-        )
     sought = tuple(secret for secret in observation.defense.secrets(model) if secret.sought)
     return replace(
         observation,
         model=model,
         weights={name: value for name, value in observation.weights.items() if name in own},
         gradient={name: value for name, value in observation.gradient.items() if name in matched},
+        shown=observation.shown and {name: value for name, value in observation.shown.items() if name in matched},
         secrets=(*(secret for secret in observation.secrets if secret.name in own), *sought),
     )
 
 
 def _look(objective: MatchingObjective, unknowns: Unknowns) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the matching distance [T], the images and the label logits, of as many trials at a time as fit."""
-    trials = objective.observation.trials
-    size = objective.observation.slots or trials
     values, images, logits = [], [], []
-    for begin in range(0, trials, size):
-        part = range(begin, min(begin + size, trials))
-        some = objective if size >= trials else objective.select(part)
-        own = {name: value[begin : part.stop].detach() for name, value in unknowns.items()}
+    for some, own in objective.parts(unknowns):
         values.append(some.match(own, FINAL).detach())
         with torch.no_grad():
             image, logit = some.render(own)
@@ -445,27 +507,27 @@ def _look(objective: MatchingObjective, unknowns: Unknowns) -> tuple[Tensor, Ten
 
 
 def _check_unrolled(attack: GradientMatching, observation: Observation) -> None:
-    """Raise Unsupported where an attack cannot repeat the client's steps: nothing gives it a learning rate."""
-    learned = type(attack).factor is not GradientMatching.factor
-    if observation.threat.learning_rate is None and not learned:
+    """Raise Unsupported where an attack cannot repeat the client's steps: it lacks their rate, or seeks their draws."""
+    if observation.threat.learning_rate is None and not attack.learns_rate:
         raise Unsupported(
             f"{attack.name} with local=unrolled repeats the client's steps, and the learning rate is neither known nor "
             "learned; use a threat model with rate=known, dlm, or local=summed"
         )
+    drawn = [secret.group for secret in observation.secrets if secret.fresh]
+    if drawn and attack.secrets == "optimise" and observation.threat.local_steps > 1:
+        raise Unsupported(
+            f"{attack.name} seeks one value of the secret {drawn[0]!r}, and each of the client's "
+            f"{observation.threat.local_steps} steps has its own; use secrets=sample, or local=summed"
+        )
 
 
-def _scaled(gradient: Mapping[str, Tensor], factor: Tensor | float | None) -> Gradient:
-    """Return gradients [T, *shape] times a factor, one for all or [T]; as they are for None."""
-    if factor is None:
+def scaled(gradient: Mapping[str, Tensor], factor: Tensor | float | None) -> Gradient:
+    """Return gradients [T, *shape] times a factor, one for all or [T]; as they are for None or 1."""
+    if factor is None or (isinstance(factor, float) and factor == 1.0):
         return dict(gradient)
     if not isinstance(factor, Tensor):
         return {name: value * factor for name, value in gradient.items()}
     return {name: value * factor.view(-1, *[1] * (value.ndim - 1)) for name, value in gradient.items()}
-
-
-def _times(gradient: Mapping[str, Tensor], unit: float | None) -> Gradient:
-    """Return a gradient in other units; as it is for 1, and for those that are not known, where they do not matter."""
-    return dict(gradient) if unit in (None, 1.0) else {name: value * unit for name, value in gradient.items()}
 
 
 def pack(gradient: Mapping[str, Tensor]) -> Gradient:

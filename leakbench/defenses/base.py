@@ -151,10 +151,15 @@ class Defense(Component):
         informed: what an attacker who knows of the defense does about it, in a few words; empty where that is no more
             than what an attacker does who does not. A subclass inherits it. ``attackers`` has further ones.
         companions: how many further images of the client's own data ``encode`` needs beside the attacked one.
+        scale_free: ``recover`` and ``targets`` work on any multiple of the gradient, so that an update of unknown
+            learning rate will do.
+        summed: ``recover`` and ``targets`` work on the mean gradient of several local steps, and not of one alone.
     """
 
     informed: ClassVar[str] = ""
     companions: ClassVar[int] = 0
+    scale_free: ClassVar[bool] = False
+    summed: ClassVar[bool] = False
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Return the network that the client trains, made from a copy of ``model``; secrets are named tensors of it."""
@@ -186,6 +191,14 @@ class Defense(Component):
         """
         return step.gradient()
 
+    def reply(self, step: Step, rng: torch.Generator) -> Gradient:
+        """Return what a client that trains sends: the model it was given less the one it sends back, per parameter.
+
+        By default what is released. A defense whose server compares other models than these two says here what becomes
+        of the training.
+        """
+        return self.release(step, rng)
+
     def relax(self, model: nn.Module, hidden: Collection[str]) -> nn.Module:
         """Return the network that an informed attacker differentiates through; the model is not changed.
 
@@ -199,11 +212,31 @@ class Defense(Component):
         """
         return model
 
-    def surrogate(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Gradient:
-        """Return the [T, ...] dummy gradient as an informed attacker believes it would have been released."""
+    def undo(self, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
+        """Return what went into ``release``, as far as what was sent shows it: NaN where it does not.
+
+        An informed attacker works on that in place of what was sent, and leaves out what is not shown. No entry may
+        depend on the learning rate: it need not be known.
+
+        Args:
+            observed: what was sent, [T, *shape] per parameter, to the bit.
+            weights: the values that the attacker knows: see ``recover``.
+        """
+        return dict(observed)
+
+    def surrogate(self, gradient: Gradient, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
+        """Return the [T, ...] dummy gradient as an informed attacker believes it would have been released.
+
+        Args:
+            gradient: the dummy gradient [T, *shape] by name; where the client shares its weights, the dummy update.
+            observed: what was sent, [T, *shape] by name.
+            weights: the values that the attacker knows: see ``recover``.
+        """
         return gradient
 
-    def likelihood(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor | None:
+    def likelihood(
+        self, gradient: Gradient, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+    ) -> Tensor | None:
         """Return [T], -log p(observed | gradient) up to a constant: how unlikely an informed attacker finds a dummy.
 
         It stands in place of an attack's own distance, relative to what it is at a gradient of zeros. None, the
@@ -212,13 +245,19 @@ class Defense(Component):
         Args:
             gradient: the dummy gradient [T, *shape] by name, as ``surrogate`` returns it.
             observed: what was sent, [T, *shape] by name.
+            weights: the values that the attacker knows: see ``recover``.
         """
         return None
 
     @classmethod
     def models_release(cls) -> bool:
-        """Return whether an informed attacker models what becomes of a gradient before it is sent."""
+        """Return whether an informed attacker models what becomes of a gradient before it is sent, in its units."""
         return cls.surrogate is not Defense.surrogate or cls.likelihood is not Defense.likelihood
+
+    @classmethod
+    def works_out(cls) -> bool:
+        """Return whether an informed attacker works out secrets or class probabilities (``recover``, ``targets``)."""
+        return cls.recover is not Defense.recover or cls.targets is not Defense.targets
 
     def recover(self, model: nn.Module, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
         """Return the secrets [T, *shape] that an informed attacker works out from what was sent, by name.
@@ -227,7 +266,8 @@ class Defense(Component):
 
         Args:
             model: the public architecture, without values.
-            observed: what was sent, [T, *shape] per parameter; withheld names are absent.
+            observed: the gradient that was sent, [T, *shape] per parameter; withheld names are absent. Of clients that
+                share weights the mean gradient of their steps, or a multiple of it where the rate is hidden.
             weights: the values that the attacker knows: parameters and revealed secrets [T, *shape], buffers [*shape].
         """
         return {}

@@ -40,7 +40,7 @@ class Clip(Defense):
         rows = clipped({name: value[None] for name, value in step.gradient().items()}, self.norm)
         return {name: value[0] for name, value in rows.items()}
 
-    def surrogate(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Gradient:
+    def surrogate(self, gradient: Gradient, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
         """Return the dummy gradient, clipped."""
         return clipped(gradient, self.norm)
 

@@ -62,11 +62,13 @@ class DP(Defense):
             for name, value in clipped(step.per_example(), self.clip).items()
         }
 
-    def surrogate(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Gradient:
+    def surrogate(self, gradient: Gradient, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
         """Return the dummy gradient of one example, clipped."""
         return clipped(gradient, self.clip)
 
-    def likelihood(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor | None:
+    def likelihood(
+        self, gradient: Gradient, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+    ) -> Tensor | None:
         """Return [T], |g' - g|_2^2 / (2 (noise_multiplier * clip)^2) for a batch of one; see base."""
         variance = (self.noise_multiplier * self.clip) ** 2
         return squared_distance(gradient, observed) / (2 * variance) if variance > 0 else None

@@ -167,6 +167,8 @@ class KeyLockDefense(Defense):
     informed: ClassVar[str] = (
         "works out the key from the lock's gradients, or searches for scale and shift from those of a known lock on"
     )
+    scale_free: ClassVar[bool] = True
+    summed: ClassVar[bool] = True
     length: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
     gate: Gate = "relu"
     keys: Literal["uniform", "normal"] = "uniform"

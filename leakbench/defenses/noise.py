@@ -46,7 +46,9 @@ class Noise(Defense):
             for name, value in step.gradient().items()
         }
 
-    def likelihood(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor | None:
+    def likelihood(
+        self, gradient: Gradient, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+    ) -> Tensor | None:
         """Return [T]: |g' - g|_2^2 / (2 scale^2) for Gaussian noise, |g' - g|_1 / b for Laplace noise; see base.
 
         An absolute value is rounded off near 0 (SMOOTH), for searches that need a slope.

@@ -68,6 +68,7 @@ class Precode(Defense):
         "without it."
     )
     informed: ClassVar[str] = "works out noise and label from what is sent, and has the divergence in its loss too"
+    scale_free: ClassVar[bool] = True
     k: Annotated[int, Field(ge=1, le=65536)] = 256
     beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
 
@@ -146,6 +147,7 @@ class Splicing(Precode):
     """
 
     name: ClassVar[str] = Precode.name
+    scale_free: ClassVar[bool] = False
     informed: ClassVar[str] = "reads off the error below the bottleneck, and matches the layers there alone"
 
     def relax(self, model: nn.Module, hidden: Collection[str]) -> nn.Module:
@@ -195,6 +197,7 @@ class Omitting(Precode):
     """
 
     name: ClassVar[str] = Precode.name
+    summed: ClassVar[bool] = True
     informed: ClassVar[str] = (
         "leaves out the gradients of the bottleneck and the classifier (Scheliga et al. 2022, arXiv 2208.04767)"
     )

@@ -42,16 +42,16 @@ class Prune(Defense):
             for name, value in step.gradient().items()
         }
 
-    def surrogate(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Gradient:
-        """Return the dummy gradient with zeros where zeros were sent."""
-        return {name: torch.where(observed[name] != 0, value, 0.0) for name, value in gradient.items()}
+    def undo(self, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
+        """Return what was sent, without the zeros."""
+        return {name: torch.where(value != 0, value, torch.nan) for name, value in observed.items()}
 
 
 def percentile(values: Tensor, ratio: float) -> float:
     """Return the percentile 100 * ratio of all values, interpolated linearly between neighbours (``numpy.quantile``).
 
     Args:
-        values: of any shape, on the CPU.
+        values: of any shape.
         ratio: in [0, 1].
     """
-    return float(np.quantile(values.numpy(), ratio))
+    return float(np.quantile(values.cpu().numpy(), ratio))

@@ -48,7 +48,7 @@ class Quantise(Defense):
         """Return the rounded gradient."""
         return {name: self._rounded(value) for name, value in step.gradient().items()}
 
-    def likelihood(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
+    def likelihood(self, gradient: Gradient, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
         """Return [T], the sum of (g' - g)^2 / (2 w^2 / 12) over all entries; see base.
 
         w is the distance of an entry's neighbours on the grid, and w^2 / 12 the variance of a rounding error that is

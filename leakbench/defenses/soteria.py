@@ -62,14 +62,14 @@ class Soteria(Defense):
         weight = gradient[f"{name}.weight"]
         return gradient | {f"{name}.weight": torch.where(scores < percentile(scores, self.ratio), 0.0, weight)}
 
-    def surrogate(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Gradient:
-        """Return the dummy gradient with zero columns where the classifier's were sent as zero.
+    def undo(self, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
+        """Return what was sent without the columns of the classifier's weight that were sent as zero.
 
         The classifier's weight is the last of the matrices that were sent.
         """
         name = [name for name, value in observed.items() if value.ndim == 3][-1]
         live = (observed[name] != 0).any(1, keepdim=True)
-        return gradient | {name: torch.where(live, gradient[name], 0.0)}
+        return {**observed, name: torch.where(live, observed[name], torch.nan)}
 
 
 def sensitivity(model: nn.Module, classifier: nn.Linear, image: Tensor, offset: float) -> Tensor:

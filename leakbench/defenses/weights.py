@@ -12,7 +12,9 @@ from pydantic import Field
 from torch import Tensor
 
 from leakbench.defenses.base import Defense, Step, register
+from leakbench.defenses.noise import SMOOTH
 from leakbench.defenses.prune import Ratio, percentile
+from leakbench.gradients.bilinear import shared
 from leakbench.types import Gradient
 
 Snapshots = Literal["both", "after"]
@@ -22,10 +24,12 @@ Bound = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class OnWeights(Defense):
     """A defense that acts on each parameter tensor of the model that is sent; what the server sees is the update.
 
+    In training, where clients get the exact model and send their own back, it acts on the second alone.
+
     Attributes:
         snapshots: ``both`` as released: the server compares two models that went through the defense, each with draws
             of its own; ``after``: it compares the second with the exact one that it handed out. Dummy gradients are
-            taken at the exact weights in either case.
+            taken at the exact weights in either case; of the models that are compared, an attacker has the difference.
     """
 
     snapshots: Snapshots = "both"
@@ -36,10 +40,17 @@ class OnWeights(Defense):
 
     def release(self, step: Step, rng: torch.Generator) -> Gradient:
         """Return the update between two defended models; raise Unsupported where a gradient is sent."""
+        return self._between(step, rng, self.snapshots == "both")
+
+    def reply(self, step: Step, rng: torch.Generator) -> Gradient:
+        """Return the exact model less the defended one; raise Unsupported where a gradient is sent."""
+        return self._between(step, rng, False)
+
+    def _between(self, step: Step, rng: torch.Generator, both: bool) -> Gradient:
         trained = step.trained()
         sent = {}
         for name, weight in step.weights().items():
-            before = self.defended(weight, rng) if self.snapshots == "both" else weight
+            before = self.defended(weight, rng) if both else weight
             sent[name] = before - self.defended(trained[name], rng)
         return sent
 
@@ -61,7 +72,12 @@ class WeightNoise(OnWeights):
         as_released: send phi (W / phi + noise), as the released code does.
     """
 
+    version: ClassVar[int] = 2  # 2: has an informed attacker
     reference: ClassVar[str] = "Zhao et al. 2022, Deep Leakage from Model in Federated Learning, arXiv 2206.04887"
+    assumes: ClassVar[str] = "The attacker matches the update without its noise, or the clipping, in mind."
+    cost: ClassVar[str] = "Accuracy: a noise that hides an update is large beside the steps of the training."
+    fails: ClassVar[str] = "Noise below the size of the update; the clipping by itself hides nothing of who models it."
+    informed: ClassVar[str] = "clips the dummy's weights too, and weighs an error by the law of the models' noise"
     scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
     kind: Literal["gaussian", "laplace"] = "gaussian"
     clip: Bound | None = 0.2
@@ -70,16 +86,59 @@ class WeightNoise(OnWeights):
 
     def defended(self, weight: Tensor, rng: torch.Generator) -> Tensor:
         """Return the tensor, clipped and with noise."""
-        phi = self.divisor(weight)
+        phi = self._divisor(weight[None])[0]
         noisy = weight / phi + self._noise(weight, rng)
         return noisy * phi if self.as_released else noisy
 
-    def divisor(self, weight: Tensor) -> float:
-        """Return phi >= 1, by which a tensor is divided."""
+    def surrogate(self, gradient: Gradient, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
+        """Return the dummy update as it is without noise: W / phi(W) - W' / phi(W'), for W' = W less the dummy.
+
+        Each model is divided by its own phi, which is one where nothing is clipped, or where the clipping is undone
+        (``as_released``); the first model is exact with ``snapshots=after``.
+        """
+        if self.clip is None or self.as_released:
+            return gradient
+        sent = {}
+        for name, value in gradient.items():
+            before = weights[name]
+            after = before - value
+            first = before / self._divisor(before) if self.snapshots == "both" else before
+            sent[name] = first - after / self._divisor(after)
+        return sent
+
+    def likelihood(
+        self, gradient: Gradient, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+    ) -> Tensor | None:
+        """Return [T], the sum over all entries of -log p(e) for the error e = (u' - u) / scale; see base.
+
+        Where both models have noise, e is the difference of two draws: of variance 2, e^2 / 4, for Gaussian noise; for
+        Laplace noise of density (1 + |e|) exp(-|e|) / 4, |e| - log(1 + |e|). Of one model's noise it is e^2 / 2 or |e|,
+        rounded off near 0 (SMOOTH).
+        With ``as_released`` the scale is ``scale * phi`` for each tensor. The second model's phi is not known: that of
+        the public weights stands for it, from which it differs as little as the update is small beside the weights.
+        """
+        if self.scale == 0:
+            return None
+        errors = []
+        for name, value in observed.items():
+            scale = self.scale * self._divisor(weights[name]) if self.as_released else self.scale
+            errors.append(self._unlikely((gradient[name] - value) / scale).flatten(1).sum(1))
+        return torch.stack(errors).sum(0)
+
+    def _unlikely(self, error: Tensor) -> Tensor:
+        """Return -log p of errors in units of the noise's scale, each up to a constant."""
+        if self.kind == "gaussian":
+            return error.square() / (4 if self.snapshots == "both" else 2)
+        if self.snapshots == "both":
+            return error.abs() - error.abs().log1p()
+        return (error.square() + SMOOTH**2).sqrt() - SMOOTH
+
+    def _divisor(self, weight: Tensor) -> Tensor:
+        """Return phi >= 1 [T, 1, ...], by which tensors [T, *shape] of one parameter are divided."""
         if self.clip is None:
-            return 1.0
-        norm = float(weight.norm() if weight.ndim < 2 else weight.norm(dim=1).max())
-        return max(1.0, norm / (self.clip + 1e-6))
+            return weight.new_ones((1,) * weight.ndim)
+        norm = weight.norm(dim=min(2, weight.ndim - 1)).flatten(1).amax(1) if weight.ndim > 1 else weight.abs()
+        return (norm / (self.clip + 1e-6)).clamp(min=1).view(-1, *[1] * (weight.ndim - 1))
 
     def _noise(self, like: Tensor, rng: torch.Generator) -> Tensor:
         if self.kind == "gaussian":
@@ -101,15 +160,37 @@ class WeightSparsify(OnWeights):
         ratio: the share of each tensor's entries that becomes zero.
     """
 
+    version: ClassVar[int] = 2  # 2: what the informed know of the update
     reference: ClassVar[str] = "Zhao et al. 2022, Deep Leakage from Model in Federated Learning, arXiv 2206.04887"
-    informed: ClassVar[str] = "matches the update where it is not zero"
+    assumes: ClassVar[str] = "The attacker takes the difference of two sparse models for the update."
+    cost: ClassVar[str] = "Less to send; a network without most of its weights needs many rounds to learn again."
+    fails: ClassVar[str] = "Who has the weights that were handed out: what was kept shows its update exactly."
+    informed: ClassVar[str] = "takes the update of the weights that were kept from the public ones; matches no others"
     ratio: Ratio = 0.5
     snapshots: Snapshots = "both"
 
     def defended(self, weight: Tensor, rng: torch.Generator) -> Tensor:
         """Return the tensor without its small entries; nothing is drawn."""
-        return torch.where(weight.abs() < percentile(weight.abs(), self.ratio), 0.0, weight)
+        return _sparse(weight, self.ratio)
 
-    def surrogate(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Gradient:
-        """Return the dummy update with zeros where zeros were seen."""
-        return {name: torch.where(observed[name] != 0, value, 0.0) for name, value in gradient.items()}
+    def undo(self, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
+        """Return the update of every weight that is in the second model, and NaN for the others.
+
+        With S(W) the sparse model of the public weights W, which anyone can make (W itself with ``snapshots=after``),
+        and d = S(W) - S(W') what was observed, the second model is S(W') = S(W) - d. Where it is not zero it holds W'
+        itself, and the update is W - W' = d + W - S(W): d where W was kept too, d + W where W had been dropped. Where
+        it is zero, W' is below its tensor's percentile, and d is W or 0 whatever the update was. That bound, which
+        hardly any weight of a small update comes near, is all there is; it is not used.
+        """
+        found = {}
+        for name, value in observed.items():
+            weight = weights[name]
+            rows = weight[:1] if shared(weight) else weight
+            first = torch.stack([_sparse(row, self.ratio) for row in rows]) if self.snapshots == "both" else rows
+            found[name] = torch.where(first != value, value + (weight - first), torch.nan)
+        return found
+
+
+def _sparse(weight: Tensor, ratio: float) -> Tensor:
+    """Return a tensor with zeros below the percentile of its magnitudes."""
+    return torch.where(weight.abs() < percentile(weight.abs(), ratio), 0.0, weight)

@@ -151,7 +151,7 @@ class _Acting:
         parameters = [key for key, value in after.items() if value.is_floating_point() and self._is_parameter(key)]
         update = {key: before[key] - after[key] for key in parameters}
         step = UpdateStep(self.defense, {key: before[key] for key in parameters}, update)
-        released = self.defense.release(step, self._rng(context))
+        released = self.defense.reply(step, self._rng(context))
         for key in parameters:
             after[key] = before[key] - released.get(key, torch.zeros_like(update[key])).to(before[key])
         reply.content[name] = _record(after)

@@ -31,14 +31,16 @@ CURVES = "grids/weights-defenses.png"
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: told apart by all
 _MARKERS = "osD^vP"
 _PLACE = ("dataset", "model", "rate", "steps")
+_WHO = ("method", "known")
 
 
 def rows(results: pd.DataFrame, records: Mapping[str, Record], findings: pd.DataFrame) -> pd.DataFrame:
     """Return one row for each trial on shared weights that was run, floors left out.
 
     Beside the columns of the results: ``rate`` and ``steps`` of the local training, ``known`` (the rate was granted),
-    ``method`` (the attack's name), ``recovered``, ``scale`` (k, NaN without), ``family`` and ``strength`` of a defense
-    of weights; the family is empty for none, and None for any other defense.
+    ``method`` (the attack, and what else it was told), ``unaware`` (the method without knowledge of the defense),
+    ``recovered``, ``scale`` (k, NaN without), ``family`` and ``strength`` of a defense of weights; the family is empty
+    for none, and None for any other defense.
     """
     scales = findings[findings["name"] == "scale"].set_index("trial")["value"]
     found = []
@@ -48,26 +50,39 @@ def rows(results: pd.DataFrame, records: Mapping[str, Record], findings: pd.Data
         if threat["shares"] != "weights" or row["floor"] or row["status"] not in ("ok", "failed"):
             continue
         family, strength = _strength(settings["defense"])
+        informed, told = _told(threat)
         found.append(
             {str(name): value for name, value in row.items()}
             | {
                 "rate": threat["learning_rate"],
                 "steps": threat["local_steps"],
                 "known": threat["rate"] == "known",
-                "method": _method(settings),
+                "name": settings["attack"]["name"],
+                "told": told,
+                "informed": informed,
                 "recovered": row["status"] == "ok" and row[RECOVERY] >= THRESHOLD,
                 "scale": float(scales.get(row["trial"], math.nan)),
                 "family": family,
                 "strength": strength,
             }
         )
-    return pd.DataFrame(found)
+    return _labelled(pd.DataFrame(found)) if found else pd.DataFrame()
 
 
-def _method(settings: Mapping[str, Any]) -> str:
-    """Return an attack's name, and whether it repeats the client's steps."""
-    attack = settings["attack"]
-    return str(attack["name"]) + (", unrolled" if attack.get("local") == "unrolled" else "")
+def _told(threat: Mapping[str, Any]) -> tuple[str, str]:
+    """Return in a few words whether an attacker is informed of the defense, and what else but the rate it is told."""
+    informed = threat.get("informed", False)
+    variant = f", informed ({informed})" if isinstance(informed, str) else ", informed" if informed else ""
+    told = ", label known" if threat.get("labels") == "known" else ""
+    told += f", {'+'.join(threat['reveals'])} revealed" if threat.get("reveals") else ""
+    return variant, told + (", secrets sought" if threat.get("optimises") else "")
+
+
+def _labelled(trials: pd.DataFrame) -> pd.DataFrame:
+    """Return trials with the columns ``method`` and ``unaware``: an attack's name, or its spec where names repeat."""
+    specs = trials.groupby(["dataset", "model", "name"])["attack"].transform("nunique")
+    label = trials["name"].where(specs == 1, trials["attack"]) + trials["told"]
+    return trials.assign(unaware=label, method=label + trials["informed"])
 
 
 def _strength(defense: Mapping[str, Any]) -> tuple[str | None, float]:
@@ -115,7 +130,7 @@ def markdown(name: str, trials: pd.DataFrame, unfinished: int) -> str:
     parts = [f"# Leakage from weights: {escape(name)}"]
     if unfinished:
         parts.append(f"**The run is not finished**: {unfinished} of its trials have no result yet.")
-    parts += [_WORDS, "## Without a defense", _undefended(trials)]
+    parts += [_WORDS, _attacks(trials), "## Without a defense", _undefended(trials)]
     if trials["scale"].notna().any():
         parts += ["## The learned scale", _SCALE_WORDS, f"![k times the learning rate]({SCALE})", _scales(trials)]
     if families(trials):
@@ -140,8 +155,16 @@ Filled marks are recovered images, hollow ones are not; where k is not positive,
 edge."""
 
 _DEFENSE_WORDS = """\
-The same images, weights and starts at every strength; 0 is no defense. The noise counts in the units of the weights. \
-What each strength costs in test accuracy is not in this run."""
+The same images, weights and starts at every strength; 0 is no defense, of which nobody is informed. The noise counts \
+in the units of the weights. An attacker that is *informed* models what the defense states of itself. What each \
+strength costs in test accuracy is measured by `leakbench run tradeoff` (`benchmarks/dlm-cost.toml`)."""
+
+
+def _attacks(trials: pd.DataFrame) -> str:
+    """Return what the attacks were, where their names alone do not say it."""
+    short = trials[trials["name"] != trials["attack"]].drop_duplicates(["dataset", "model", "name", "attack"])
+    lines = [[escape(row[name]) for name in ("dataset", "model", "attack")] for row in short.to_dict("records")]
+    return table(["dataset", "model", "attack, with its options"], lines, left=3) if lines else ""
 
 
 def _undefended(trials: pd.DataFrame) -> str:
@@ -151,15 +174,18 @@ def _undefended(trials: pd.DataFrame) -> str:
     lines = []
     for place, group in plain.groupby(list(_PLACE), sort=False):
         dataset, model, rate, steps = place
-        cells = dict(list(group.groupby(["method", "known"], sort=False)))
-        granted = {method: cell for (method, known), cell in cells.items() if known}
+        cells = dict(list(group.groupby(list(_WHO), sort=False)))
         for (method, known), cell in sorted(cells.items(), key=lambda pair: not pair[0][1]):
             share = Share.of(cell)
             line = [escape(dataset), escape(model), f"{rate:g}", str(steps), escape(method)]
             line += ["known" if known else "hidden", str(share.n), str(int((cell["status"] == "failed").sum()))]
             line += [share.text(), number(float(cell["psnr_aligned"].mean()), 1)]
-            against = "" if known else str(next(iter(granted), ""))
-            lines.append(line + (_short(cell, granted[against], against) if against else [ABSENT] * 3))
+            others = [
+                (str(name), other)
+                for (name, granted), other in cells.items()
+                if granted and not known and other["told"].iloc[0] == cell["told"].iloc[0]
+            ]
+            lines.append(line + (_short(cell, others[0][1], others[0][0]) if others else [ABSENT] * 3))
     return table(headers, lines, left=2)
 
 
@@ -182,14 +208,16 @@ def _points(share: float) -> str:
 
 def _scales(trials: pd.DataFrame) -> str:
     learned = trials[trials["scale"].notna() & (trials["family"] == "")]
-    headers = ["model", "learning rate", "local steps", "attack", "recovered", "median k r", "least", "largest"]
+    headers = ["dataset", "model", "learning rate", "local steps", "attack", "rate", "recovered"]
+    headers += ["median k r", "least", "largest"]
     lines = []
-    for key, cell in learned.groupby(["model", "rate", "steps", "method"], sort=False):
-        model, rate, steps, method = key
+    for key, cell in learned.groupby([*_PLACE, *_WHO], sort=False):
+        dataset, model, rate, steps, method, known = key
         own = (cell["scale"] * cell["rate"])[cell["recovered"].astype(bool)]
-        line = [escape(model), f"{rate:g}", str(steps), escape(method), f"{len(own)} of {len(cell)}"]
+        line = [escape(dataset), escape(model), f"{rate:g}", str(steps), escape(method)]
+        line += ["known" if known else "hidden", f"{len(own)} of {len(cell)}"]
         lines.append(line + [f"{value:.4g}" if len(own) else ABSENT for value in (own.median(), own.min(), own.max())])
-    return table(headers, lines, left=1)
+    return table(headers, lines, left=2)
 
 
 def families(trials: pd.DataFrame) -> list[str]:
@@ -200,38 +228,42 @@ def families(trials: pd.DataFrame) -> list[str]:
 def _levels(trials: pd.DataFrame, family: str) -> pd.DataFrame:
     """Return the trials of a family and, as its strength 0, those without a defense of the same places and attacks.
 
-    A family that has a strength 0, or that clips whatever the strength is, is left as it is.
+    Of an informed attack these are the trials of the one that is not: there is nothing to be informed of. A family that
+    has a strength 0, or that clips whatever the strength is, is left as it is.
     """
     own = trials[trials["family"] == family]
-    if "clipped" in family or (own["strength"] == 0).any():
+    if ("clipped" in family and "as released" not in family) or (own["strength"] == 0).any():
         return own
-    keys = [*_PLACE, "method", "known"]
-    return pd.concat([trials[trials["family"] == ""].merge(own[keys].drop_duplicates(), on=keys), own])
+    keys = [*_PLACE, "unaware", "known"]
+    none = trials[(trials["family"] == "") & (trials["informed"] == "")].drop(columns="method")
+    return pd.concat([none.merge(own[[*keys, "method"]].drop_duplicates(), on=keys), own])
 
 
 def _defended(trials: pd.DataFrame) -> str:
-    headers = ["defense", "strength", "model", "learning rate", "attack", "rate", "n", "failed", "recovered"]
+    headers = ["defense", "strength", "dataset", "model", "learning rate", "local steps", "attack", "rate"]
+    headers += ["n", "failed", "recovered"]
     lines = []
     for family in families(trials):
-        group = _levels(trials, family).groupby(["model", "rate", "steps", "strength", "method", "known"], sort=False)
-        for key, cell in sorted(group, key=lambda pair: pair[0][:4]):
-            model, rate, _, strength, method, known = key
+        group = _levels(trials, family).groupby([*_PLACE, "strength", *_WHO], sort=False)
+        for key, cell in sorted(group, key=lambda pair: pair[0][:5]):
+            dataset, model, rate, steps, strength, method, known = key
             share = Share.of(cell)
-            line = [escape(family), f"{strength:g}", escape(model), f"{rate:g}", escape(method)]
-            line += ["known" if known else "hidden", str(share.n), str(int((cell["status"] == "failed").sum()))]
-            lines.append([*line, share.text()])
+            line = [escape(family), f"{strength:g}", escape(dataset), escape(model), f"{rate:g}", str(steps)]
+            line += [escape(method), "known" if known else "hidden", str(share.n)]
+            lines.append([*line, str(int((cell["status"] == "failed").sum())), share.text()])
     return table(headers, lines, left=1)
 
 
 def scale_png(trials: pd.DataFrame) -> bytes:
-    """Return k times the learning rate of every trial that learned k, by model and local training, as a PNG."""
+    """Return k times the learning rate of every trial that learned k, by network and local training, as a PNG."""
     learned = trials[trials["scale"].notna() & (trials["family"] == "")]
-    models = learned["model"].drop_duplicates().tolist()
+    learned = learned.assign(network=learned["model"] + " on " + learned["dataset"])
+    models = learned["network"].drop_duplicates().tolist()
     figure = Figure(figsize=(1.5 + 4.4 * len(models), 3.8), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
     for panel, model in zip(panels, models):
-        own = learned[learned["model"] == model]
+        own = learned[learned["network"] == model]
         places = list(dict.fromkeys(zip(own["rate"], own["steps"], own["method"])))
         for index, (rate, steps, method) in enumerate(places):
             cell = own[(own["rate"] == rate) & (own["steps"] == steps) & (own["method"] == method)]
@@ -266,7 +298,7 @@ def defense_png(trials: pd.DataFrame) -> bytes:
     figure = Figure(figsize=(0.8 + 4.4 * columns, (0.5 + 3.1 * lines) * len(places) + 0.6), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(lines * len(places), columns, squeeze=False, sharey=True)
-    methods = trials[["method", "known"]].drop_duplicates().to_records(index=False).tolist()
+    methods = trials[[*_WHO, "unaware"]].drop_duplicates().sort_values(["known", "unaware"], ascending=[False, True])
     for index, place in enumerate(places):
         here = trials[(trials[list(_PLACE)] == list(place)).all(axis=1)]
         for number_, family in enumerate(kinds):
@@ -274,8 +306,9 @@ def defense_png(trials: pd.DataFrame) -> bytes:
             if not (here["family"] == family).any():
                 panel.axis("off")
                 continue
-            _draw(panel, _levels(here, family), methods)
-            panel.set_title(f"{place[1]}, rate {place[2]:g}: {family}", fontsize=8)
+            _draw(panel, _levels(here, family), methods.to_records(index=False).tolist())
+            steps = f"{place[3]} step{'s' * (place[3] > 1)}"
+            panel.set_title(f"{place[1]} on {place[0]}, rate {place[2]:g}, {steps}\n{family}", fontsize=8)
             if number_ % columns == 0:
                 panel.set_ylabel("images recovered")
         for spare in range(len(kinds), lines * columns):
@@ -285,10 +318,11 @@ def defense_png(trials: pd.DataFrame) -> bytes:
     return _png(canvas)
 
 
-def _draw(panel: Any, trials: pd.DataFrame, methods: Sequence[tuple[str, bool]]) -> None:
-    """Draw the shares of one family along its strengths, evenly spaced, a line for each attack."""
+def _draw(panel: Any, trials: pd.DataFrame, methods: Sequence[tuple[str, bool, str]]) -> None:
+    """Draw the shares of one family along its strengths, evenly spaced, a line for each attack; dashed: informed."""
     strengths = sorted(trials["strength"].unique())
-    for index, (method, known) in enumerate(methods):
+    colours = list(dict.fromkeys((unaware, known) for _, known, unaware in methods))
+    for index, (method, known, unaware) in enumerate(methods):
         own = trials[(trials["method"] == method) & (trials["known"] == known)]
         levels = [(place, own[own["strength"] == strength]) for place, strength in enumerate(strengths)]
         points = [(place, Share.of(cell)) for place, cell in levels if len(cell)]
@@ -296,7 +330,10 @@ def _draw(panel: Any, trials: pd.DataFrame, methods: Sequence[tuple[str, bool]])
             continue
         x = np.array([place for place, _ in points]) + 0.08 * (index - (len(methods) - 1) / 2)
         mean, low, high = (np.array([getattr(share, name) for _, share in points]) for name in ("value", "low", "high"))
-        style = {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
+        place = colours.index((unaware, known))
+        style = {"color": _COLOURS[place % len(_COLOURS)], "marker": _MARKERS[place % len(_MARKERS)]}
+        if method != unaware:
+            style |= {"linestyle": "--", "markerfacecolor": "white"}
         bars = np.stack([mean - low, high - mean]).clip(min=0)
         label = f"{method}, rate {'known' if known else 'hidden'}"
         panel.errorbar(x, mean, bars, capsize=3, markersize=5, linewidth=1.4, label=label, **style)

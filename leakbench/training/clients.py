@@ -109,7 +109,7 @@ def local_round(
     update = {name: shared[name].cpu() - after[name].cpu() for name in after if name in parameters}
     before = {name: shared[name].cpu() for name in update}
     step = UpdateStep(trainee.defense, before, update, (trainee.network, x, y))
-    released = trainee.defense.release(step, generator(*key, "release"))
+    released = trainee.defense.reply(step, generator(*key, "release"))
     check(released, update, trainee.defense)
     sent = {name: value.cpu() for name, value in after.items()}
     sent |= {name: shared[name].cpu() - released.get(name, torch.zeros_like(value)) for name, value in update.items()}
