@@ -137,7 +137,7 @@ class WeightNoise(OnWeights):
         """Return phi >= 1 [T, 1, ...], by which tensors [T, *shape] of one parameter are divided."""
         if self.clip is None:
             return weight.new_ones((1,) * weight.ndim)
-        norm = weight.norm(dim=min(2, weight.ndim - 1)).flatten(1).amax(1) if weight.ndim > 1 else weight.abs()
+        norm = weight.norm(dim=2).flatten(1).amax(1) if weight.ndim > 2 else weight.flatten(1).norm(dim=1)
         return (norm / (self.clip + 1e-6)).clamp(min=1).view(-1, *[1] * (weight.ndim - 1))
 
     def _noise(self, like: Tensor, rng: torch.Generator) -> Tensor:
