@@ -91,19 +91,24 @@ class WeightNoise(OnWeights):
         return noisy * phi if self.as_released else noisy
 
     def surrogate(self, gradient: Gradient, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
-        """Return the dummy update as it is without noise: W / phi(W) - W' / phi(W'), for W' = W less the dummy.
+        """Return the dummy update as it is without noise: W / phi(W) - W' / phi', for W' = W less the dummy.
 
-        Each model is divided by its own phi, which is one where nothing is clipped, or where the clipping is undone
-        (``as_released``); the first model is exact with ``snapshots=after``.
+        The first model is exact with ``snapshots=after``. The second model's phi' is one number a tensor: it is the one
+        by which W' comes closest to the second model as observed (least squares). Taken from the dummy instead, it
+        would move all entries of a tensor with one row of it, and a search would follow that one number. It is 1 where
+        W is not clipped; with ``as_released``, which undoes the clipping, all are.
         """
         if self.clip is None or self.as_released:
             return gradient
         sent = {}
         for name, value in gradient.items():
             before = weights[name]
-            after = before - value
-            first = before / self._divisor(before) if self.snapshots == "both" else before
-            sent[name] = first - after / self._divisor(after)
+            after, phi = before - value, self._divisor(before)
+            first = before / phi if self.snapshots == "both" else before
+            axes = tuple(range(1, after.ndim))
+            size = after.square().sum(axes, keepdim=True)
+            share = ((first - observed[name]) * after).sum(axes, keepdim=True) / torch.where(size > 0, size, 1.0)
+            sent[name] = first - after * torch.where(phi > 1, share, 1.0)
         return sent
 
     def likelihood(
