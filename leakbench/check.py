@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import sqlite3
 from collections import Counter
@@ -11,11 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
-from leakbench.errors import LeakbenchError
+from leakbench.errors import LeakbenchError, one_line
 from leakbench.matrix import RECOVERY
-from leakbench.store import FILE, Store
+from leakbench.pictures import decoded
+from leakbench.store import FILE, Store, decoding
 from leakbench.trial import target, trial_id
 
 SHOWN = 10
@@ -65,7 +63,7 @@ class State:
             1: "sound, and not complete: start the run again to do what is missing",
             3: "not sound: restore a copy, or start the run anew in another folder",
         }
-        return [*found, verdict[self.code]]
+        return [one_line(line) for line in (*found, verdict[self.code])]
 
 
 def check(run: Path) -> State:
@@ -76,9 +74,10 @@ def check(run: Path) -> State:
     """
     with Store.open(run / FILE if run.is_dir() else run, readonly=True) as store:
         try:
-            return _state(store)
-        except (LeakbenchError, sqlite3.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-            fault = f"it cannot be read to its end: {' '.join(str(error).split())}"
+            with decoding(store.path):
+                return _state(store)
+        except (LeakbenchError, sqlite3.Error) as error:
+            fault = f"it cannot be read to its end: {one_line(error)}"
             return State(0, {}, 0, {}, {}, (fault,), ())
 
 
@@ -117,30 +116,34 @@ def _identities(store: Store) -> Iterator[str]:
 
 def _results(store: Store) -> Iterator[str]:
     sizes: dict[str, tuple[int, int] | None] = {}
-    for row in store.query("SELECT digest, png FROM truths"):
+    for row in store.each("SELECT digest, png FROM truths"):
         sizes[row["digest"]] = _size(row["png"])
         if sizes[row["digest"]] is None:
             yield f"private image {row['digest'][:16]}: it is no PNG"
         if hashlib.sha256(row["png"]).hexdigest() != row["digest"]:
             yield f"private image {row['digest'][:16]}: it is not the one that was stored"
-    scores = Counter(row["trial_id"] for row in store.query("SELECT trial_id FROM scores"))
     infinite = {
         row["trial_id"]: row["metric"]
         for row in store.query("SELECT trial_id, metric FROM scores WHERE NOT abs(value) < 9e999")
     }
-    pictures = {row["trial_id"]: row["png"] for row in store.query("SELECT trial_id, png FROM images")}
-    for row in store.query("SELECT trial_id, status, reason, truth FROM results"):
+    # pictures are looked at one after the other: a run may have more of them than fit into memory
+    ended = store.each(
+        "SELECT trial_id, status, reason, truth, png,"
+        " EXISTS (SELECT 1 FROM scores WHERE scores.trial_id = results.trial_id) AS scored"
+        " FROM results LEFT JOIN images USING (trial_id)"
+    )
+    for row in ended:
         trial, scored = row["trial_id"], row["status"] in ("ok", "failed")
-        size = _size(pictures[trial]) if trial in pictures else None
-        if scored and trial not in pictures:
+        size = None if row["png"] is None else _size(row["png"])
+        if scored and row["png"] is None:
             yield f"trial {trial}: it is {row['status']} and has no picture"
         elif scored and (size is None or size != sizes.get(row["truth"])):
             yield f"trial {trial}: its picture is no PNG of the size of the private image"
-        if scored and not scores[trial]:
+        if scored and not row["scored"]:
             yield f"trial {trial}: it is {row['status']} and has no score"
         if trial in infinite:
             yield f"trial {trial}: its {infinite[trial]} is not finite"
-        if not scored and (scores[trial] or trial in pictures):
+        if not scored and (row["scored"] or row["png"] is not None):
             yield f"trial {trial}: it is {row['status']} and has scores or a picture"
         if row["status"] != "ok" and not row["reason"]:
             yield f"trial {trial}: it is {row['status']} without a reason"
@@ -148,12 +151,8 @@ def _results(store: Store) -> Iterator[str]:
 
 def _size(png: bytes) -> tuple[int, int] | None:
     """Return width and height of a PNG that can be read to its end, or None."""
-    try:
-        with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
-            image.load()
-            return image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None
+    image = decoded(png)
+    return None if image is None else image.size
 
 
 def _missing(store: Store) -> tuple[dict[str, int], int]:

@@ -130,6 +130,8 @@ def run(
     folder = Path(out) if out is not None else Path("runs") / matrix.name
     _check_indices(matrix)
     trials = planned(matrix, shard)
+    if not trials:
+        raise BadOption(f"shard {shard} of {len(matrix.trials())} trials would be empty; choose a smaller n")
     whole = matrix.trials() if shard else trials
     existing = _has_content(folder / FILE)
     if existing:
@@ -196,6 +198,23 @@ def run(
                         keep(schedule.late(task, time_limit or 0.0))
             store.end_session(session)
     return Run(folder)
+
+
+def check(
+    matrix: Matrix, *, device: str = "auto", strict: bool = False, time_limit: float | None = None
+) -> Sequence[Trial]:
+    """Return the trials of a matrix, after one step on a blank image for each cell: what ``run`` would refuse raises.
+
+    For who runs several matrices, so that the last one is not refused after the first has run for hours.
+
+    Raises:
+        LeakbenchError: see ``run``.
+    """
+    _check_indices(matrix)
+    trials = matrix.trials()
+    with full_precision(), _local(Work((), device_named(device), strict), 1, time_limit) as does:
+        _preflight(trials, strict, matrix.threshold is not None, does)
+    return trials
 
 
 @contextlib.contextmanager

@@ -23,3 +23,8 @@ class ForeignRun(LeakbenchError):
 
 class Unsupported(LeakbenchError):
     """An attack that cannot serve this model, dataset or threat model; the message says why."""
+
+
+def one_line(text: object) -> str:
+    """Return text in one line and without control characters, which a terminal would obey, whoever wrote it."""
+    return " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())

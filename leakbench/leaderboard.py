@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 from leakbench import engine
-from leakbench.errors import BadOption, LeakbenchError
+from leakbench.errors import BadOption, LeakbenchError, one_line
 from leakbench.matrix import RECOVERY, Matrix
 from leakbench.progress import Silent
 from leakbench.report import utility
@@ -201,4 +201,4 @@ def words(found: Check) -> Sequence[str]:
             f"so few trials can refute by their settings alone, never by their scores: that takes at least {LEAST}"
         )
     lines.append("the entry holds" if found.holds else "the entry does not hold")
-    return lines
+    return [one_line(line) for line in lines]

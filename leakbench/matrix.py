@@ -106,6 +106,9 @@ Index = Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)]
 Indices = Count | Annotated[list[Index], Field(min_length=1)]
 
 
+MOST = 10_000_000
+"""No matrix has more trials, and no plan more trainings."""
+
 FLOORS = ("random", "grey", "mean")
 """The floors that a matrix adds to its attacks."""
 
@@ -218,7 +221,11 @@ class Matrix(Axes):
             )
 
     def trials(self) -> tuple[Trial, ...]:
-        """Return every trial of the cross product once, in the order of stages and axes."""
+        """Return every trial of the cross product once, in the order of stages and axes.
+
+        Raises:
+            BadOption: there would be more than ``MOST``.
+        """
         images = range(self.images) if isinstance(self.images, int) else self.images
         seeds = range(self.seeds) if isinstance(self.seeds, int) else self.seeds
         cells = [
@@ -229,6 +236,7 @@ class Matrix(Axes):
             )
             for defense, attack in [*self._floors(model), *itertools.product(behind, stage.attacks)]
         ]
+        check_count("trials", len(cells), images, seeds)
         trials = (Trial(cell, image, seed) for cell in cells for seed, image in itertools.product(seeds, images))
         return tuple({trial.id: trial for trial in trials}.values())
 
@@ -270,6 +278,21 @@ class Matrix(Axes):
 def _informed(defense: Defense) -> tuple[bool | str, ...]:
     """Return the informed attackers that a defense states, as a threat model asks for them."""
     return (True, *defense.attackers()) if defense.informed else ()
+
+
+def check_count(what: str, others: int, *axes: Sequence[int]) -> None:
+    """Raise BadOption where a cross product is too large to be held.
+
+    Args:
+        what: what is counted, in words.
+        others: how many there are for each element of the product of the axes.
+        axes: images, seeds; they may be ranges of any length.
+    """
+    count = others
+    for axis in axes:
+        count *= axis.stop if isinstance(axis, range) else len(axis)
+    if count > MOST:
+        raise BadOption(f"{count:,} {what} are too many; give fewer images or seeds, for at most {MOST:,}")
 
 
 def _describe(own: Sequence[Attack], threats: Sequence[ThreatModel]) -> dict[str, Any]:

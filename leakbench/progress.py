@@ -11,6 +11,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from leakbench.errors import one_line
 from leakbench.trial import Result, Trial
 
 
@@ -79,7 +80,7 @@ class Bar:
 
     def note(self, line: str) -> None:
         """Print one line above the bar."""
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(one_line(line), markup=False, highlight=False, soft_wrap=True)
 
 
 class Display(Bar, Silent):
@@ -112,7 +113,7 @@ class Display(Bar, Silent):
 
     def begin(self, cell: str, trials: int) -> None:
         """Show the cell."""
-        self.bar.update(self.task, description=cell)
+        self.bar.update(self.task, description=one_line(cell))
 
     def finish(self, results: Sequence[Result]) -> None:
         """Show what is done, failed and left."""

@@ -13,7 +13,7 @@ import pickle
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,10 +24,13 @@ from leakbench.errors import BadOption, LeakbenchError
 from leakbench.gradients import full_precision
 from leakbench.registry import load_plugin, plugins
 from leakbench.work import Task, Work, Worker
-from leakbench.workers import LOADING, STARTS, Done, Event, Executor, Late, Lost, Note, packed, sendable, trials_of
+from leakbench.workers import Event, Note, Pool, Seat, packed, sendable
 
 PATIENCE = 120.0
 """Seconds without any actor that is ready, after which the cluster is taken to be too small."""
+
+PAUSE = 1.0
+"""Seconds after which the driver looks at what no actor tells."""
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -64,18 +67,15 @@ class Host:
 
 
 @dataclass
-class _Seat:
-    """An actor as the driver sees it, and what it was asked last."""
+class _Actor(Seat):
+    """An actor, and what it was asked last."""
 
     actor: Any
     asked: Any
-    ready: bool = False
-    fresh: bool = True
-    task: Task | None = None
-    deadline: float | None = None
+    death: str = field(default="stopped", init=False)
 
 
-class Rays(Executor):
+class Rays(Pool[_Actor]):
     """Actors of a Ray cluster.
 
     Args:
@@ -93,11 +93,9 @@ class Rays(Executor):
     def __init__(
         self, work: Work, workers: int | None, gpus: float, threads: int, limit: float | None, address: str
     ) -> None:
-        self._work, self._count, self._gpus, self._threads = work, workers, gpus, threads
-        self._limit, self._address = limit, address
+        super().__init__(limit)
+        self._work, self._count, self._gpus, self._threads, self._address = work, workers, gpus, threads, address
         self.workers = workers or 1
-        self._seats: list[_Seat] = []
-        self._deaths = 0
         self._own = False
 
     def __enter__(self) -> Self:
@@ -132,48 +130,6 @@ class Rays(Executor):
         self._since = time.monotonic()
         return self
 
-    def idle(self) -> bool:
-        """Return whether an actor that is ready has no task."""
-        return any(seat.ready and seat.task is None for seat in self._seats)
-
-    def running(self) -> bool:
-        """Return whether an actor has a task."""
-        return any(seat.task is not None for seat in self._seats)
-
-    def submit(self, task: Task) -> None:
-        """Have an actor that has none do the task."""
-        seat = next(seat for seat in self._seats if seat.ready and seat.task is None)
-        seat.asked = seat.actor.do.remote(packed(task))
-        seat.task = task
-        if self._limit is not None:
-            loading = LOADING if seat.fresh else 0.0
-            seat.deadline = time.monotonic() + self._limit * trials_of(task) + loading
-
-    def wait(self) -> list[Event]:
-        """Wait for answers, deaths and deadlines."""
-        due = [seat.deadline for seat in self._seats if seat.deadline is not None]
-        timeout = min([1.0, *(max(0.0, at - time.monotonic()) for at in due)])
-        asked = {seat.asked: place for place, seat in enumerate(self._seats) if seat.asked is not None}
-        ended, _ = self._ray.wait(list(asked), num_returns=1, timeout=timeout)
-        events: list[Event] = []
-        for place in [asked[reference] for reference in ended]:
-            if not self._read(self._seats[place], events):
-                self._seats[place] = self._start()
-        for place, seat in enumerate(self._seats):
-            if seat.deadline is not None and seat.deadline <= time.monotonic():
-                assert seat.task is not None  # a deadline is a task's
-                events.append(Late(seat.task))
-                self._ray.kill(seat.actor)
-                self._seats[place] = self._start()
-        if any(seat.ready for seat in self._seats):
-            self._since = time.monotonic()
-        elif time.monotonic() - self._since > PATIENCE:
-            raise LeakbenchError(
-                f"no worker started within {PATIENCE:g} s: the Ray cluster has no node with {self._threads} free CPUs "
-                f"and {self._gpus:g} GPUs; ask for less, or add nodes"
-            )
-        return events
-
     def close(self) -> None:
         """End the actors, and Ray where it was started here."""
         for seat in self._seats:
@@ -199,32 +155,60 @@ class Rays(Executor):
             )
         return int(sum(fit))
 
-    def _start(self) -> _Seat:
+    def _start(self) -> _Actor:
         actor = self._host.remote(self._packed, plugins(), sys.path, self._threads)
-        return _Seat(actor, actor.ready.remote())
+        return _Actor(actor, actor.ready.remote())
 
-    def _read(self, seat: _Seat, events: list[Event]) -> bool:
-        """Take in what an actor has answered, and return whether it lives."""
+    def _send(self, seat: _Actor, task: Task) -> None:
+        seat.asked = seat.actor.do.remote(packed(task))
+
+    def _heard(self, timeout: float | None) -> list[int]:
+        if any(seat.ready for seat in self._seats):
+            self._since = time.monotonic()
+        elif time.monotonic() - self._since > PATIENCE:
+            raise LeakbenchError(
+                f"no worker started within {PATIENCE:g} s: the Ray cluster has no node with {self._threads} free CPUs "
+                f"and {self._gpus:g} GPUs; ask for less, or add nodes"
+            )
+        asked = {seat.asked: place for place, seat in enumerate(self._seats) if seat.asked is not None}
+        seconds = PAUSE if timeout is None else min(PAUSE, timeout)
+        try:
+            ended, _ = self._ray.wait(list(asked), num_returns=1, timeout=seconds)
+        except (self._ray.exceptions.RayError, ConnectionError) as error:
+            raise LeakbenchError(f"the Ray cluster is lost: {_line(error)}; start the run again") from None
+        return [asked[reference] for reference in ended]
+
+    def _read(self, seat: _Actor, events: list[Event]) -> bool:
         errors = self._ray.exceptions
         try:
             answer = self._ray.get(seat.asked)
-        except (errors.RayActorError, errors.WorkerCrashedError, errors.ObjectLostError, errors.NodeDiedError) as error:
-            reason = " ".join(str(error).split())
-            if seat.task is not None:
-                events.append(Lost(seat.task, f"with its actor ({type(error).__name__})"))
-            self._deaths += not seat.ready
-            if self._deaths == STARTS:
-                raise LeakbenchError(f"{STARTS} Ray actors in a row died before they were ready: {reason}") from None
-            return False
+        except errors.RayError as error:
+            seat.death = _line(error)
+            broken = isinstance(error, (errors.RayTaskError, errors.RuntimeEnvSetupError))
+            if broken or getattr(error, "actor_init_failed", False):
+                raise LeakbenchError(f"a Ray actor failed: {seat.death}; see the logs of its node") from None
+            return False  # it died, its node did, Ray took its memory back, or it cannot be reached
         seat.asked = None
         if not seat.ready:
-            seat.ready, self._deaths = True, 0
+            self._started(seat)
             return True
         notes, value = pickle.loads(answer)
         events += [Note(line) for line in notes]
         if isinstance(value, LeakbenchError):
             raise value
-        assert seat.task is not None  # it answers what it was asked
-        events.append(Done(seat.task, value))
-        seat.task, seat.deadline, seat.fresh = None, None, False
+        self._answered(seat, value, events)
         return True
+
+    def _end(self, seat: _Actor) -> str:
+        with contextlib.suppress(Exception):  # one that cannot be reached may still live, and hold its share of a GPU
+            self._ray.kill(seat.actor)
+        return f"with its actor ({seat.death})"
+
+    def _successor(self, seat: _Actor) -> _Actor:
+        return self._start()
+
+
+def _line(error: Exception) -> str:
+    """Return the kind of an error of Ray's and the last line of what it says, which holds the cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return ": ".join([type(error).__name__, *lines[-1:]])

@@ -246,6 +246,7 @@ class Store:
         store = cls(path, db, readonly)
         try:
             with _one_line_errors(path):
+                db.execute("PRAGMA trusted_schema = OFF")  # nothing in somebody else's schema runs a function
                 application = db.execute("PRAGMA application_id").fetchone()[0]
                 found = db.execute("PRAGMA user_version").fetchone()[0]
             if application != schema.APPLICATION_ID:
@@ -535,7 +536,7 @@ class Store:
         truths = {row["truth"] for row in wanted.values()}
         self._db.executemany(
             "INSERT INTO truths VALUES (?, ?) ON CONFLICT (digest) DO NOTHING",
-            (tuple(row) for row in other._each("SELECT digest, png FROM truths") if row["digest"] in truths),
+            (tuple(row) for row in other.each("SELECT digest, png FROM truths") if row["digest"] in truths),
         )
         columns = [name for name in offered[0].keys() if name != "session_id"]  # noqa: SIM118
         self._db.executemany(
@@ -547,7 +548,7 @@ class Store:
             ("findings", ("trial_id", "name", "value")),
             ("images", ("trial_id", "png")),
         ):
-            rows = other._each(f"SELECT {', '.join(names)} FROM {table}")
+            rows = other.each(f"SELECT {', '.join(names)} FROM {table}")
             self._db.executemany(
                 f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' for _ in names)})",
                 (tuple(row) for row in rows if row["trial_id"] in wanted),
@@ -655,17 +656,17 @@ class Store:
         with _one_line_errors(self.path):
             return self._db.execute(query, values).fetchall()
 
+    def each(self, query: str) -> Iterator[sqlite3.Row]:
+        """Yield the rows of a query in SQL that are too many, or too large, to hold."""
+        with _one_line_errors(self.path):
+            yield from self._db.execute(query)
+
     def _configure(self) -> None:
         with _one_line_errors(self.path):
             self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA foreign_keys = ON")
             if not self.readonly:
                 self._db.execute("PRAGMA journal_mode = WAL").fetchone()
-
-    def _each(self, query: str) -> Iterator[sqlite3.Row]:
-        """Yield the rows of a query that has too many to hold."""
-        with _one_line_errors(self.path):
-            yield from self._db.execute(query)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:

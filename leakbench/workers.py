@@ -19,12 +19,12 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Generic, Self, TypeVar
 
 import torch
 
@@ -165,87 +165,152 @@ class Here(Executor):
 
 
 @dataclass
-class _Process:
-    """A worker process as the driver sees it."""
+class Seat:
+    """A worker as the driver sees it.
+
+    Attributes:
+        ready: it has loaded everything.
+        fresh: it has not ended a task yet.
+        task: what it does.
+        deadline: until when it may, by the monotonic clock; None without a limit.
+    """
+
+    ready: bool = field(default=False, init=False)
+    fresh: bool = field(default=True, init=False)
+    task: Task | None = field(default=None, init=False)
+    deadline: float | None = field(default=None, init=False)
+
+
+S = TypeVar("S", bound=Seat)
+
+
+class Pool(Executor, Generic[S]):
+    """Long-lived workers that hold a task each; one that dies, or takes too long, is replaced.
+
+    Args:
+        limit: seconds that a trial may take; a chunk has as many times as much as it has trials.
+    """
+
+    def __init__(self, limit: float | None) -> None:
+        self._limit = limit
+        self._seats: list[S] = []
+        self._deaths = 0
+
+    def idle(self) -> bool:
+        """Return whether a worker that is ready has no task."""
+        return any(seat.ready and seat.task is None for seat in self._seats)
+
+    def running(self) -> bool:
+        """Return whether a worker has a task."""
+        return any(seat.task is not None for seat in self._seats)
+
+    def submit(self, task: Task) -> None:
+        """Send the task to a worker that has none."""
+        seat = next(seat for seat in self._seats if seat.ready and seat.task is None)
+        self._send(seat, task)
+        seat.task = task
+        self._set_deadline(seat, trials_of(task))
+
+    def wait(self) -> list[Event]:
+        """Wait for answers, deaths and deadlines."""
+        due = [seat.deadline for seat in self._seats if seat.deadline is not None]
+        timeout = None if not due else max(0.0, min(due) - time.monotonic())
+        events: list[Event] = []
+        dead = {place for place in self._heard(timeout) if not self._read(self._seats[place], events)}
+        for place, seat in enumerate(self._seats):
+            late = place not in dead and seat.deadline is not None and seat.deadline <= time.monotonic()
+            if late:
+                assert seat.task is not None  # a deadline is a task's
+                events.append(Late(seat.task))
+                seat.task = None
+            if late or place in dead:
+                reason = self._end(seat)
+                if seat.task is not None:
+                    events.append(Lost(seat.task, reason))
+                self._deaths += not seat.ready
+                if self._deaths == STARTS:
+                    raise LeakbenchError(
+                        f"{STARTS} workers in a row died before they were ready, the last {reason}; give fewer "
+                        "--workers, or free memory"
+                    )
+                self._seats[place] = self._successor(seat)
+        return events
+
+    @abstractmethod
+    def _send(self, seat: S, task: Task) -> None:
+        """Have a worker do a task; one that is dead is found to be so by ``_heard``."""
+
+    @abstractmethod
+    def _heard(self, timeout: float | None) -> list[int]:
+        """Wait so many seconds at most, and return the places of workers that have sent something, or died."""
+
+    @abstractmethod
+    def _read(self, seat: S, events: list[Event]) -> bool:
+        """Take in what a worker has sent, and return whether it lives."""
+
+    @abstractmethod
+    def _end(self, seat: S) -> str:
+        """End a worker, and return how it died."""
+
+    @abstractmethod
+    def _successor(self, seat: S) -> S:
+        """Return a new worker in the place of one that has ended."""
+
+    def _started(self, seat: S) -> None:
+        """Take note that a worker is ready."""
+        seat.ready, self._deaths = True, 0
+
+    def _answered(self, seat: S, answer: Answer, events: list[Event]) -> None:
+        """Take note that a worker has ended its task."""
+        assert seat.task is not None  # it answers what it was sent
+        events.append(Done(seat.task, answer))
+        seat.task, seat.deadline, seat.fresh = None, None, False
+
+    def _set_deadline(self, seat: S, trials: int) -> None:
+        if self._limit is not None:
+            seat.deadline = time.monotonic() + self._limit * trials + (LOADING if seat.fresh else 0.0)
+
+
+@dataclass
+class _Process(Seat):
+    """A worker process."""
 
     process: SpawnProcess
     pipe: Connection
     work: Work
-    ready: bool = False
-    fresh: bool = True
-    task: Task | None = None
-    deadline: float | None = None
 
 
-class Processes(Executor):
+class Processes(Pool[_Process]):
     """Long-lived processes on this machine, spawned, each with a pipe to the driver.
 
     Args:
         works: what every task needs, one for each process; they differ in the device.
         threads: the threads of each process.
-        limit: seconds that a trial may take; a chunk has as many times as much as it has trials.
+        limit: seconds that a trial may take.
     """
 
     def __init__(self, works: Sequence[Work], threads: int, limit: float | None = None) -> None:
-        self._threads, self._limit = threads, limit
+        super().__init__(limit)
+        self._works, self._threads = works, threads
         self._plugins = plugins()
-        self._deaths = 0
-        self._workers: list[_Process] = []
-        self._works = works
         self.workers = len(works)
 
     def __enter__(self) -> Self:
         try:
-            self._workers = [self._start(work) for work in self._works]
+            self._seats = [self._start(work) for work in self._works]
         except BaseException:
             self.close()
             raise
         return self
 
-    def idle(self) -> bool:
-        """Return whether a worker that is ready has no task."""
-        return any(worker.ready and worker.task is None for worker in self._workers)
-
-    def running(self) -> bool:
-        """Return whether a worker has a task."""
-        return any(worker.task is not None for worker in self._workers)
-
-    def submit(self, task: Task) -> None:
-        """Send the task to a worker that has none."""
-        worker = next(worker for worker in self._workers if worker.ready and worker.task is None)
-        message = packed(task)
-        worker.task = task
-        self._set_deadline(worker, trials_of(task))
-        with contextlib.suppress(OSError):  # it has died: its death is told by ``wait``
-            worker.pipe.send_bytes(message)
-
-    def wait(self) -> list[Event]:
-        """Wait for answers, deaths and deadlines."""
-        due = [worker.deadline for worker in self._workers if worker.deadline is not None]
-        timeout = None if not due else max(0.0, min(due) - time.monotonic())
-        watched = [watched for worker in self._workers for watched in (worker.pipe, worker.process.sentinel)]
-        ready = set(wait(watched, timeout))
-        events: list[Event] = []
-        for place, worker in enumerate(self._workers):
-            alive = True
-            if worker.pipe in ready or worker.process.sentinel in ready:
-                alive = self._read(worker, events)
-            if alive and worker.deadline is not None and worker.deadline <= time.monotonic():
-                assert worker.task is not None  # a deadline is a task's
-                events.append(Late(worker.task))
-                worker.task, alive = None, False
-            if not alive:
-                self._workers[place] = self._replaced(worker, events)
-        return events
-
     def close(self) -> None:
         """Kill every process: none of them has anything to lose."""
-        for worker in self._workers:
-            worker.process.kill()
-        for worker in self._workers:
-            worker.process.join()
-            worker.pipe.close()
-        self._workers = []
+        for seat in self._seats:
+            seat.process.kill()
+        for seat in self._seats:
+            seat.process.join()
+            seat.pipe.close()
+        self._seats = []
 
     def _start(self, work: Work) -> _Process:
         here, there = multiprocessing.Pipe()
@@ -256,49 +321,48 @@ class Processes(Executor):
         there.close()
         return _Process(process, here, work)
 
-    def _replaced(self, worker: _Process, events: list[Event]) -> _Process:
-        """Return a new worker in the place of one that is dead or is to be."""
-        worker.process.kill()
-        worker.process.join()
-        worker.pipe.close()
-        reason = _death(worker.process.exitcode)
-        if worker.task is not None:
-            events.append(Lost(worker.task, reason))
-        if not worker.ready:
-            self._deaths += 1
-            if (worker.process.exitcode or 0) >= 0 or self._deaths == STARTS:
-                raise LeakbenchError(
-                    f"a worker process ended before it was ready: {reason}; run with --workers 1 to see why, and in a "
-                    "script of your own call leakbench.run under if __name__ == '__main__'"
-                )
-        return self._start(worker.work)
+    def _send(self, seat: _Process, task: Task) -> None:
+        message = packed(task)
+        with contextlib.suppress(OSError):  # it has died
+            seat.pipe.send_bytes(message)
 
-    def _read(self, worker: _Process, events: list[Event]) -> bool:
-        """Take in what a worker has sent, and return whether it lives."""
+    def _heard(self, timeout: float | None) -> list[int]:
+        ready = set(wait([watched for seat in self._seats for watched in (seat.pipe, seat.process.sentinel)], timeout))
+        return [place for place, seat in enumerate(self._seats) if seat.pipe in ready or seat.process.sentinel in ready]
+
+    def _read(self, seat: _Process, events: list[Event]) -> bool:
         try:
-            while worker.pipe.poll():
-                kind, value = pickle.loads(worker.pipe.recv_bytes())
+            while seat.pipe.poll():
+                kind, value = pickle.loads(seat.pipe.recv_bytes())
                 match kind:
                     case "ready":
-                        worker.ready, self._deaths = True, 0
+                        self._started(seat)
                     case "note":
                         events.append(Note(value))
                     case "begin":
-                        self._set_deadline(worker, value)
+                        self._set_deadline(seat, value)
                     case "done":
-                        assert worker.task is not None  # it answers what it was sent
-                        events.append(Done(worker.task, value))
-                        worker.task = worker.deadline = None
-                        worker.fresh = False
+                        self._answered(seat, value, events)
                     case "error":
                         raise value
         except (EOFError, OSError):
             return False
-        return worker.process.is_alive()
+        return seat.process.is_alive()
 
-    def _set_deadline(self, worker: _Process, trials: int) -> None:
-        if self._limit is not None:
-            worker.deadline = time.monotonic() + self._limit * trials + (LOADING if worker.fresh else 0.0)
+    def _end(self, seat: _Process) -> str:
+        seat.process.kill()
+        seat.process.join()
+        seat.pipe.close()
+        reason = _death(seat.process.exitcode)
+        if not seat.ready and (seat.process.exitcode or 0) >= 0:
+            raise LeakbenchError(
+                f"a worker process ended before it was ready: {reason}; run with --workers 1 to see why, and in a "
+                "script of your own call leakbench.run under if __name__ == '__main__'"
+            )
+        return reason
+
+    def _successor(self, seat: _Process) -> _Process:
+        return self._start(seat.work)
 
 
 def trials_of(task: Task) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -25,6 +26,7 @@ from leakbench import LeakbenchError, Matrix, Reconstruction
 from leakbench.check import check
 from leakbench.engine import finished
 from leakbench.store import FILE, Store
+from leakbench.work import Data, without_score
 
 pytestmark = pytest.mark.torture
 KILLS = 50
@@ -44,9 +46,33 @@ def matrix() -> Matrix:
     return plan(attacks=attacks, defenses=["none", "noise(scale=0.01)"], images=16, seeds=2)
 
 
+def count_writes(store: Store) -> None:
+    """Have every row of results that is written leave another in a table of the same file, by the same transaction."""
+    store._db.execute("CREATE TABLE IF NOT EXISTS writes (trial TEXT, status TEXT)")
+    store._db.execute(
+        "CREATE TEMP TRIGGER counts AFTER INSERT ON main.results"
+        " BEGIN INSERT INTO writes VALUES (new.trial_id, new.status); END"
+    )
+
+
+def repeats(out: Path) -> int:
+    """How often a result that stood was written again."""
+    with Store.open(out / FILE, readonly=True) as store:
+        rows = store.query("SELECT count(*) AS n FROM writes WHERE status != 'error' GROUP BY trial")
+        return sum(row["n"] - 1 for row in rows)
+
+
 def drive(out: str) -> None:
-    """Be the driver of a run."""
+    """Be the driver of a run whose writes are counted."""
     torch.set_num_threads(1)
+    configure = Store._configure
+
+    def counted(store: Store) -> None:
+        configure(store)
+        if not store.readonly:
+            count_writes(store)
+
+    Store._configure = counted
     leakbench.run(matrix(), out, chunk=4, workers=2, device="cpu")
 
 
@@ -60,6 +86,13 @@ def driver(out: Path, log: Path) -> subprocess.Popen[bytes]:
             stderr=told,
             start_new_session=True,
         )
+
+
+def held(matrix: Matrix) -> Data:
+    """What the clients of a matrix of two images hold."""
+    (dataset,) = matrix.datasets
+    images, labels = dataset.load([0, 1])
+    return Data(dict(enumerate(images)), dict(enumerate(labels.tolist())), dataset.mean(), dataset.num_classes)
 
 
 def written(out: Path) -> dict[str, tuple[int, str]]:
@@ -120,17 +153,44 @@ def test_kill_9_of_drivers_and_workers_loses_nothing_and_does_nothing_twice(tmp_
             assert process.wait() in (0, -signal.SIGKILL), (tmp_path / "log").read_text()
         results = leakbench.Run(out).results().set_index("trial")
         lost += len(set(whole.index) - set(results.index))
-        twice += len(results) - results.index.nunique()
+        twice += len(results) - results.index.nunique() + repeats(out)
         pd.testing.assert_frame_equal(measured(results), measured(whole))
         assert list(results.index) == list(whole.index)
         assert check(out).code == 0
+    figures = {
+        "kills": drivers + workers,
+        "drivers": drivers,
+        "workers": workers,
+        "runs": runs,
+        "trials": len(whole),
+        "lost": lost,
+        "duplicated": twice,
+        "seconds": round(time.monotonic() - begin),
+    }
     with capsys.disabled():
         print(
-            f"\n{drivers + workers} kills ({drivers} of drivers, {workers} of workers) over {runs} runs of "
-            f"{len(whole)} trials: lost = {lost}, duplicated = {twice}; tables equal to the undisturbed run's"
+            "\n{kills} kills ({drivers} of drivers, {workers} of workers) over {runs} runs of {trials} trials: "
+            "lost = {lost}, duplicated = {duplicated}; tables equal to the undisturbed run's".format(**figures)
         )
+    if "LEAKBENCH_FIGURES" in os.environ:  # python -m benchmarks.scale --page takes it into its page
+        (Path(os.environ["LEAKBENCH_FIGURES"]) / "torture.json").write_text(json.dumps(figures, indent=2) + "\n")
     assert (lost, twice) == (0, 0)
     assert drivers + workers >= KILLS
+
+
+def test_a_result_that_is_written_again_is_counted(tmp_path):
+    matrix = plan(attacks=["random"], images=2)
+    results = go(matrix, tmp_path)
+    with Store.open(tmp_path / FILE) as store:
+        count_writes(store)
+        again = [without_score(held(matrix), trial, "unsupported", "again") for trial in matrix.trials()]
+        store.write(again, 1)
+        assert len(results) == len(store.results()) == 2
+    assert repeats(tmp_path) == 0
+    with Store.open(tmp_path / FILE) as store:
+        count_writes(store)
+        store.write(again[:1], 1)
+    assert repeats(tmp_path) == 1
 
 
 @pytest.fixture

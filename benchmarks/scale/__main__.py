@@ -38,13 +38,17 @@ def start_up(times: int = 7) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure, and write ``figures.json`` and ``README.md``."""
+    """Measure, and write ``figures.json`` and ``README.md``, or the latter alone."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
     parser.add_argument("--trials", type=int, default=100_000, help="trivial trials; a multiple of 1,000")
     parser.add_argument("--images", type=int, default=32, help="images a cell where workers are compared")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--out", type=Path, default=ROOT / "reports" / "scale")
+    parser.add_argument("--page", action="store_true", help="measure nothing: write the page from the figures again")
     chosen = parser.parse_args(arguments)
+    if chosen.page:
+        print(page.write(chosen.out))
+        return
     if chosen.trials < 1000 or chosen.trials % 1000:
         parser.error(f"--trials {chosen.trials} does not fit; give a multiple of 1,000")
     figures: dict[str, object] = {
@@ -65,8 +69,7 @@ def main(arguments: Sequence[str]) -> None:
         figures["check"] = measured("check", f"{folder}/trivial")
     chosen.out.mkdir(parents=True, exist_ok=True)
     (chosen.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    (chosen.out / "README.md").write_text(page.text(figures), encoding="utf-8")
-    print(chosen.out / "README.md")
+    print(page.write(chosen.out))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 MILLION = 10**6
 
 
-def text(figures: dict[str, Any]) -> str:
-    """Return the page."""
+def write(out: Path) -> Path:
+    """Write the page from ``figures.json``, and from ``torture.json`` and ``fuzz.json`` where there are any."""
+    found = {name: _read(out / f"{name}.json") for name in ("figures", "torture", "fuzz")}
+    page = out / "README.md"
+    page.write_text(text(found["figures"], found["torture"], found["fuzz"]), encoding="utf-8")
+    return page
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def text(figures: dict[str, Any], torture: dict[str, Any], fuzz: dict[str, Any]) -> str:
+    """Return the page; without figures of the kills or of the fuzzing it does not speak of them."""
     trivial, report, start = figures["trivial"], figures["report"], figures["help"]
     count = int(trivial["trials"])
     overhead = 1000 * trivial["seconds"] / count
@@ -53,8 +67,44 @@ def text(figures: dict[str, Any]) -> str:
         f"- **Report**: {report['seconds'] * MILLION / count / 60:.0f} min and "
         f"{report['peak'] * MILLION / count / 2**30:.0f} GiB of memory at most, were both in proportion to the trials. "
         "Pictures are drawn of the first seeds alone, whatever their number.",
+        *_torture(torture),
+        *_fuzz(fuzz),
     ]
     return "\n\n".join(parts).replace("\n\n- ", "\n- ").replace("paper\n- ", "paper\n\n- ") + "\n"
+
+
+def _torture(figures: dict[str, Any]) -> list[str]:
+    """Return what ``make torture`` found."""
+    if not figures:
+        return []
+    return [
+        "## Kills",
+        "`make torture` kills drivers and workers (`kill -9`) at random moments, and starts the run again until it is "
+        "done. Every write of a result leaves a row in a ledger, by the same transaction: a trial is lost where a "
+        "result that stood is gone, and duplicated where it was written again.",
+        "{kills} kills ({drivers} of drivers, {workers} of workers) over {runs} runs of {trials} trials, in {seconds} "
+        "s: **lost = {lost}, duplicated = {duplicated}**; the tables are those of an undisturbed run.".format(
+            **figures
+        ),
+    ]
+
+
+def _fuzz(figures: dict[str, Any]) -> list[str]:
+    """Return what ``make fuzz`` found."""
+    if not figures:
+        return []
+    rows = [
+        (f"`{name}`", f"{own['inputs']:,}", f"{own['seconds']:,} s", str(own["found"])) for name, own in figures.items()
+    ]
+    total = [sum(own[what] for own in figures.values()) for what in ("inputs", "seconds", "found")]
+    rows.append(("**in all**", f"**{total[0]:,}**", f"{total[1]:,} s", str(total[2])))
+    return [
+        "## Hostile inputs",
+        "`make fuzz` feeds what reads specs, TOML, archives, weights, JSON and run files with inputs that libFuzzer "
+        "makes; nothing but the documented error of one line may come out. A finding here is an input that made "
+        "something else come out of the code as it is committed.",
+        _table(("target", "inputs", "time", "findings"), rows),
+    ]
 
 
 def _table(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

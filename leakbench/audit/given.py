@@ -23,6 +23,7 @@ from leakbench.datasets.folder import SUFFIXES
 from leakbench.errors import BadOption, CorruptAsset, MissingAsset, Unsupported
 from leakbench.models import weights
 from leakbench.models.module import OwnModule
+from leakbench.pictures import FORMATS
 from leakbench.rng import seeded
 
 SCALE, OWN = "normalise", "network"
@@ -327,7 +328,7 @@ def read_image(path: str, image_shape: tuple[int, int, int]) -> Tensor:
         raise MissingAsset(f"--truth {path!r} is no file; give an image ({', '.join(SUFFIXES)})")
     channels, height, width = image_shape
     try:
-        with Image.open(file) as opened:
+        with Image.open(file, formats=FORMATS) as opened:
             image = opened.convert("L" if channels == 1 else "RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise CorruptAsset(f"--truth {path!r} is no image that can be read ({type(error).__name__})") from None

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from leakbench.cli import accuracy, assets, audit, compare, leaderboard, listing, report, run, runs, train
-from leakbench.errors import LeakbenchError
+from leakbench.errors import LeakbenchError, one_line
 from leakbench.version import __version__
 
 app = typer.Typer(
@@ -91,5 +91,5 @@ def _line(error: Exception) -> str:
 
 
 def _fail(message: str) -> NoReturn:
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.stderr.write(f"error: {one_line(message)}\n")
     raise SystemExit(2)

@@ -286,13 +286,20 @@ class _How:
 
 
 def _run(plans: Sequence[Matrix], out: Path | None, how: _How) -> Run:
-    """Run matrices into one folder; after Ctrl-C say how much is done and how to go on."""
+    """Run matrices into one folder; after Ctrl-C say how much is done and how to go on.
+
+    Of several, each is checked before the first one runs, and those of which a shard has no trial are left out.
+    """
     from leakbench import engine
     from leakbench.progress import Display
 
     command = "leakbench " + shlex.join(sys.argv[1:])
     folder = out or Path("runs") / plans[0].name
     try:
+        if len(plans) > 1:
+            for plan in plans:
+                engine.check(plan, device=how.device, strict=how.strict, time_limit=how.time_limit)
+            plans = [plan for plan in plans if engine.planned(plan, how.shard)] or plans
         for plan in plans:
             with Display(_console(), how.workers or 1) as display:
                 finished = engine.run(plan, folder, **vars(how), progress=display, command=command)

@@ -18,6 +18,7 @@ from torch import Tensor
 from leakbench.datasets.base import Dataset, register
 from leakbench.datasets.images import Channels, Size, check_indices, convert
 from leakbench.errors import BadOption, CorruptAsset
+from leakbench.pictures import FORMATS
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 ATTACKED = ("val", "test")
@@ -218,7 +219,7 @@ def _images(folder: Path) -> list[Path]:
 def _pixels(file: Path, side: int, short_side: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Return [side, side, 3]: an image scaled on its short side, its centre square cut out."""
     try:
-        with Image.open(file) as opened:
+        with Image.open(file, formats=FORMATS) as opened:
             image = opened.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise CorruptAsset(

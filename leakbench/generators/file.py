@@ -1,11 +1,19 @@
-"""A generator of the user's own: a TorchScript or torch.export file, described by a TOML file beside it."""
+"""A generator of the user's own: a TorchScript or torch.export file, described by a TOML file beside it.
+
+Such a file is a program: it is run with the user's rights, like a plugin, so it should come from somebody who is
+trusted. Python's pickles and compiled code in it are never loaded.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import os
 import tomllib
 import warnings
+import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -20,6 +28,9 @@ from leakbench.types import Law, Normal, Uniform
 
 LAWS: dict[str, Law] = {"normal": Normal(), "truncated-normal": TruncatedNormal(), "uniform": Uniform(-1.0, 1.0)}
 """The laws of a latent's coordinates by name."""
+
+FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+"""The variable by which torch.load refuses whatever is no tensor, also where its caller admits more."""
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -53,8 +64,8 @@ class Description(BaseModel):
 class FileGenerator(Generator):
     """A generator of your own, file:PATH: TorchScript or torch.export (.pt2), with PATH's name.toml beside it.
 
-    The network is called with latents [N, d], and with labels [N] int64 where it has classes. Neither format holds
-    Python code that loading would run.
+    The network is called with latents [N, d], and with labels [N] int64 where it has classes. The file is a program
+    and is run: give one that you made, or trust as you would a plugin. Pickles and compiled code in it are refused.
 
     Attributes:
         path: the file; see ``Description`` for the TOML.
@@ -113,10 +124,13 @@ class _Called(nn.Module):
 
 def _load(file: Path) -> nn.Module:
     reasons = []
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _tensors_alone():
         warnings.simplefilter("ignore")  # TorchScript is deprecated and still what many generators come in
         try:
+            _check_archive(file)
             return torch.export.load(file).module()
+        except CorruptAsset:
+            raise
         except Exception as error:
             reasons.append(f"torch.export: {type(error).__name__}")
         try:
@@ -129,6 +143,33 @@ def _load(file: Path) -> nn.Module:
     )
 
 
+@contextlib.contextmanager
+def _tensors_alone() -> Iterator[None]:
+    """Have ``torch.load`` admit tensors and plain values alone: ``torch.export.load`` would unpickle anything."""
+    before = os.environ.get(FORCE)
+    os.environ[FORCE] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(FORCE)
+        if before is not None:
+            os.environ[FORCE] = before
+
+
+def _check_archive(file: Path) -> None:
+    """Raise CorruptAsset where an archive of torch.export holds objects that no ``torch.load`` reads, or libraries."""
+    with zipfile.ZipFile(file) as archive:
+        for member in archive.namelist():
+            if "/data/aotinductor/" in member:
+                raise CorruptAsset(f"the generator {str(file)!r} holds compiled code; save it with torch.export.save")
+            name = member.partition("/data/constants/")[2]
+            if name.startswith(("custom_obj", "opaque_obj")):
+                raise CorruptAsset(
+                    f"the generator {str(file)!r} holds the object {name!r} beside its tensors, which could run "
+                    "anything; save a network of tensors alone"
+                )
+
+
 def _describe(file: Path) -> Description:
     """Return the description beside a file; raise BadOption where there is none or it does not fit."""
     toml = file.with_suffix(".toml")
@@ -137,7 +178,7 @@ def _describe(file: Path) -> Description:
     except (OSError, UnicodeDecodeError):
         fields = ", ".join(Description.model_fields)
         raise BadOption(f"the generator {str(file)!r} needs a description {str(toml)!r} with {fields}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise BadOption(f"the description {str(toml)!r} is no TOML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         first = error.errors()[0]

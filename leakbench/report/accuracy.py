@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from leakbench.errors import BadOption
 from leakbench.report.compare import Published, published
 from leakbench.report.files import replace
+from leakbench.report.grids import plain
 from leakbench.report.statistics import wilson_interval
 from leakbench.report.text import ABSENT, english, escape, number, slug, table
 from leakbench.training import Record, records
@@ -376,7 +377,7 @@ def png(block: Block) -> bytes:
                 continue
             x = [each.number for each in rounds]
             style = {"color": colour, "linestyle": dash, "linewidth": 1.5}
-            label = defense if first == 0 else None
+            label = plain(defense) if first == 0 else None
             left.plot(x, [100 * each.accuracy("test") for each in rounds], label=label, **style)
             losses = [mean(view.test.loss for view in each.views) for each in rounds]
             right.plot(x, losses, **style)
@@ -391,7 +392,7 @@ def png(block: Block) -> bytes:
         panel.xaxis.get_major_locator().set_params(integer=True)
     right.set_yscale("log")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
-    figure.suptitle(block.title, fontsize=11)
+    figure.suptitle(plain(block.title), fontsize=11)
     stream = BytesIO()
     canvas.print_png(stream, metadata={"Software": None})
     return stream.getvalue()

@@ -138,7 +138,7 @@ def markdown(audit: Audit, command: str) -> str:
     parts.append("\n".join(f"- **{escape(label)}**: {escape(words)}." for label, words in audit.assumptions))
     parts.append("## What was not tried")
     parts.append("\n".join(f"- {escape(line)}" for line in audit.untried))
-    parts.append(f"Made by `{command}`.")
+    parts.append(f"Made by {escape(command)}")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -7,6 +7,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from leakbench.errors import one_line
 from leakbench.report.table import BLOCK
 from leakbench.report.text import decimals, number, with_interval
 
@@ -20,7 +21,7 @@ def console_table(summary: pd.DataFrame) -> list[Table]:
     shown = {name: head for name, head in _SHOWN.items() if name in summary and summary[name].notna().any()}
     for key, block in summary.groupby(list(BLOCK), sort=False):
         table = Table(
-            title=Text(" · ".join(map(str, key))),
+            title=Text(one_line(" · ".join(map(str, key)))),
             title_justify="left",
             title_style="bold",
             caption="means; gain: psnr over the best floor, with its 95 % interval; report.md has every metric",
@@ -40,7 +41,8 @@ def console_table(summary: pd.DataFrame) -> list[Table]:
         places = {name: decimals(block[name]) for name in shown}
         for row in block.to_dict("records"):
             unscored = ", ".join(f"{row[status]} {status}" for status in ("unsupported", "error") if row[status])
-            cells = [Text(f"{row['attack']} (floor)" if row["floor"] else row["attack"]), Text(row["defense"])]
+            attack = one_line(row["attack"])
+            cells = [Text(f"{attack} (floor)" if row["floor"] else attack), Text(one_line(row["defense"]))]
             cells += [Text(str(row["n"])), Text(str(row["failed"]), style="red" if row["failed"] else "")]
             cells += [Text(unscored or "0", style="red" if unscored else "")] if missing else []
             cells += [Text(number(row[name], places[name])) for name in shown]

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from leakbench import defenses
 from leakbench.errors import BadOption
 from leakbench.matrix import Matrix
+from leakbench.report.grids import plain
 from leakbench.report.table import BLOCK, summarise
 from leakbench.report.text import ABSENT, decimals, escape, slug, table, with_interval
 from leakbench.store import Component, MetricInfo
@@ -214,7 +215,7 @@ def figure(page: Page, components: Sequence[Component]) -> Figure:
                 panel.set_ylabel(_UNITS[metric])
     handles, labels = panels[0, 0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=min(4, max(1, len(labels))), fontsize=9)
-    drawn.suptitle(" · ".join(page.block), fontsize=11)
+    drawn.suptitle(plain(" · ".join(page.block)), fontsize=11)
     return drawn
 
 
@@ -240,7 +241,7 @@ def _draw(
         x, mean, low, high = np.array(points).T
         bars = np.nan_to_num(np.stack([mean - low, high - mean])).clip(min=0)
         style = {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
-        panel.errorbar(x, mean, bars, capsize=3, markersize=5, linewidth=1.4, label=attack, **style)
+        panel.errorbar(x, mean, bars, capsize=3, markersize=5, linewidth=1.4, label=plain(attack), **style)
     floors = page.summary[page.summary["floor"].astype(bool)][metric].dropna()
     if len(floors):
         panel.axhline(floors.max(), color="#5b5b5b", linestyle="--", linewidth=1, label="best floor")

@@ -112,6 +112,5 @@ def _utility(study: Study) -> Figure:
 
 def _plain(text: str, width: int) -> str:
     """Return text that is no formula to Matplotlib, with what its font lacks written out, in up to three lines."""
-    known = "".join(c if c.isprintable() and grids.drawable(c) else c.encode("unicode_escape").decode() for c in text)
-    lines = textwrap.wrap(known, width, max_lines=3, placeholder=" …")
+    lines = textwrap.wrap(grids.spelled(text), width, max_lines=3, placeholder=" …")
     return "\n".join(lines).replace("$", r"\$")

@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, get_font
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from leakbench.pictures import decoded
 from leakbench.report.table import ANY, BLOCK, without_repeats
 from leakbench.report.text import number
 from leakbench.store import Pictures
@@ -349,10 +350,10 @@ def picture(data: bytes | None) -> Image.Image | None:
     """Return a PNG as an image, reduced by a whole factor where it is too large; None where there is none."""
     if data is None:
         return None
-    try:
-        image = Image.open(BytesIO(data)).convert("RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError):
+    image = decoded(data)
+    if image is None:
         return None
+    image = image.convert("RGB")
     return image.reduce(math.ceil(max(image.size) / THUMBNAIL))
 
 
@@ -363,6 +364,16 @@ def _thumbnail(data: bytes | None) -> Image.Image | None:
         return None
     factor = max(1, THUMBNAIL // max(image.size))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def plain(text: str) -> str:
+    """Return text as Matplotlib's own labels show it: no formula, and what the font lacks written out."""
+    return spelled(text).replace("$", r"\$")
+
+
+def spelled(text: str, font: Font = _REGULAR) -> str:
+    """Return text with the characters that a font lacks written as escapes."""
+    return "".join(c if c.isprintable() and drawable(c, font) else c.encode("unicode_escape").decode() for c in text)
 
 
 def drawable(char: str, font: Font = _REGULAR) -> bool:
@@ -377,7 +388,7 @@ def _shorten(text: str, most: int = 240) -> str:
 def _wrap(text: str, width: float, font: Font) -> list[str]:
     """Return the text in lines that are no wider than this; characters that the font lacks are written as escapes."""
     measure = _measure(font)
-    shown = "".join(c if c.isprintable() and drawable(c, font) else c.encode("unicode_escape").decode() for c in text)
+    shown = spelled(text, font)
     lines, line = [], ""
     for piece in re.findall(r"[^ ,(=_/\-]*[ ,(=_/\-]?", shown):
         if line and measure((line + piece).rstrip()) > width:

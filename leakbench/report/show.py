@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from leakbench.errors import BadOption
+from leakbench.errors import BadOption, one_line
 from leakbench.report.again import again
 from leakbench.report.text import ABSENT, decimals, number
 from leakbench.store import MetricInfo, Record, Session, Store
@@ -80,10 +80,10 @@ def show(store: Store, prefix: str) -> Shown:
     repeat = again({axis: str(row[axis]) for axis in (*AXES, "threat")}, components, sessions)
     return Shown(
         trial=trial,
-        facts=tuple(facts),
+        facts=tuple((label, "\n".join(map(one_line, words.split("\n")))) for label, words in facts),
         metrics=_metrics(row, trials, scored) if scored else None,
-        command=repeat.command(trial, int(row["image"]), int(row["seed"])),
-        note=repeat.note,
+        command="".join(filter(str.isprintable, repeat.command(trial, int(row["image"]), int(row["seed"])))),
+        note=one_line(repeat.note),
     )
 
 
@@ -136,5 +136,6 @@ def _metrics(row: pd.Series, trials: pd.DataFrame, metrics: list[MetricInfo]) ->
             best = ordered.iloc[0]
             floor = f"{number(float(best[metric.name]), places)} ({best['attack']})"
         more = "higher" if metric.higher_is_better else "lower"
-        table.add_row(*map(Text, (metric.name, number(value, places), floor, more, metric.convention)))
+        cells = (metric.name, number(value, places), floor, more, metric.convention)
+        table.add_row(*(Text(one_line(cell)) for cell in cells))
     return table

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from leakbench.pictures import decoded
 
 LARGEST = 128
 """A picture with a longer side is reduced by a whole factor."""
@@ -56,10 +58,10 @@ def sheets(pictures: Iterable[bytes]) -> tuple[list[Sheet], list[tuple[int, int]
 
 def tile(data: bytes) -> Image.Image | None:
     """Return a picture as a sheet holds it: reduced where it is large, grey where it has no colour."""
-    try:
-        image = Image.open(BytesIO(data)).convert("RGB")
-    except (UnidentifiedImageError, OSError):
+    image = decoded(data)
+    if image is None:
         return None
+    image = image.convert("RGB")
     factor = -(-max(image.size) // LARGEST)
     image = image.reduce(factor) if factor > 1 else image
     red, green, blue = (channel.tobytes() for channel in image.split())

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from tabulate import tabulate
 
+from leakbench.errors import one_line
+
 ABSENT = "–"
 """What stands for a number that there is none of."""
 
@@ -16,8 +18,7 @@ _SPECIAL = re.compile(r"[&<>|`*\\$~#@]|\[(?=\^)|\](?=[(\[:])|(?<![^\W_])_|_(?![^
 
 def escape(text: object) -> str:
     """Return text that Markdown shows as it is, in one line, inside a table as well as outside."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
-    return _SPECIAL.sub(lambda match: "".join(f"&#{ord(c)};" for c in match[0]), line)
+    return _SPECIAL.sub(lambda match: "".join(f"&#{ord(c)};" for c in match[0]), one_line(text))
 
 
 def decimals(values: Iterable[float]) -> int | None:

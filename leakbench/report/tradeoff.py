@@ -14,9 +14,11 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from leakbench.errors import CorruptAsset
 from leakbench.matrix import RECOVERY
 from leakbench.report import accuracy as accuracies
 from leakbench.report.files import replace
+from leakbench.report.grids import plain
 from leakbench.report.statistics import bootstrap_interval, wilson_interval
 from leakbench.report.text import ABSENT, english, escape, number, slug, table, with_interval
 from leakbench.store import FILE as RUN
@@ -112,7 +114,9 @@ def scenes_of(
     by_folder = {one.folder.name: one for one in found}
     grouped: dict[tuple[str, str, str], dict[str, list[Target]]] = {}
     for target in targets:
-        one = by_folder[target.arm]
+        one = by_folder.get(target.arm)
+        if one is None:
+            raise CorruptAsset(f"the training {target.arm!r} that was attacked is gone; start the trade-off again")
         key = (one.specs["dataset"], one.specs["model"], target.stage)
         grouped.setdefault(key, {}).setdefault(target.defense, []).append(target)
     scenes = []
@@ -268,7 +272,7 @@ def png(scenes: Sequence[Scene]) -> bytes:
             if name in _axes(scene):
                 _draw(panel, scene, name, _axes(scene)[name])
             if row == 0:
-                panel.set_title(f"attacked at stage: {scene.stage}", fontsize=10)
+                panel.set_title(plain(f"attacked at stage: {scene.stage}"), fontsize=10)
             if column == 0:
                 panel.set_ylabel(_UNITS[name])
             if row == len(rows) - 1:
@@ -276,7 +280,7 @@ def png(scenes: Sequence[Scene]) -> bytes:
             panel.grid(alpha=0.3)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
-    figure.suptitle(f"{scenes[0].model} on {scenes[0].dataset}: utility against leakage", fontsize=11)
+    figure.suptitle(plain(f"{scenes[0].model} on {scenes[0].dataset}: utility against leakage"), fontsize=11)
     stream = BytesIO()
     canvas.print_png(stream, metadata={"Software": None})
     return stream.getvalue()
@@ -305,7 +309,7 @@ def _draw(panel: Any, scene: Scene, name: str, values: Sequence[Value]) -> None:
             markersize=7,
             capsize=3,
             linewidth=1.2,
-            label=point.defense,
+            label=plain(point.defense),
         )
     line = sorted((100 * scene.points[index].accuracy.mean, scale * values[index].mean) for index in kept)
     if len(line) > 1:

@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from leakbench.matrix import RECOVERY
+from leakbench.report.grids import plain
 from leakbench.report.statistics import Array, bootstrap_interval, wilson_interval
 from leakbench.report.text import ABSENT, escape, number, percent, table
 from leakbench.store import Record
@@ -280,7 +281,7 @@ def scale_png(trials: pd.DataFrame) -> bytes:
         panel.set_xlim(-0.6, len(places) - 0.4)
         panel.set_yscale("log")
         panel.set_ylim(8e-3, 1.25e2)
-        panel.set_title(model, fontsize=10)
+        panel.set_title(plain(model), fontsize=10)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("learned scale k × learning rate")
     handles, names = panels[0].get_legend_handles_labels()
@@ -308,7 +309,8 @@ def defense_png(trials: pd.DataFrame) -> bytes:
                 continue
             _draw(panel, _levels(here, family), methods.to_records(index=False).tolist())
             steps = f"{place[3]} step{'s' * (place[3] > 1)}"
-            panel.set_title(f"{place[1]} on {place[0]}, rate {place[2]:g}, {steps}\n{family}", fontsize=8)
+            title = plain(f"{place[1]} on {place[0]}, rate {place[2]:g}, {steps}")
+            panel.set_title(f"{title}\n{plain(family)}", fontsize=8)
             if number_ % columns == 0:
                 panel.set_ylabel("images recovered")
         for spare in range(len(kinds), lines * columns):
@@ -336,7 +338,7 @@ def _draw(panel: Any, trials: pd.DataFrame, methods: Sequence[tuple[str, bool, s
             style |= {"linestyle": "--", "markerfacecolor": "white"}
         bars = np.stack([mean - low, high - mean]).clip(min=0)
         label = f"{method}, rate {'known' if known else 'hidden'}"
-        panel.errorbar(x, mean, bars, capsize=3, markersize=5, linewidth=1.4, label=label, **style)
+        panel.errorbar(x, mean, bars, capsize=3, markersize=5, linewidth=1.4, label=plain(label), **style)
     panel.set_xticks(range(len(strengths)), [f"{strength:g}" for strength in strengths], fontsize=8)
     panel.set_ylim(-0.05, 1.05)
     panel.grid(alpha=0.3)

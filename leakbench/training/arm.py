@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, TypeAdapter
 
 from leakbench.defenses import Defense
 from leakbench.models import weights
@@ -16,7 +17,7 @@ from leakbench.models.weights import Checkpoint
 from leakbench.rng import generator
 from leakbench.training.data import Data, load
 from leakbench.training.settings import Arm, Recipe
-from leakbench.training.steps import Score, State, Trainee, draw, evaluate
+from leakbench.training.steps import Loss, Score, State, Trainee, draw, evaluate
 from leakbench.training.thief import Theft
 from leakbench.victim import build
 
@@ -54,8 +55,8 @@ class Round:
 
     number: int
     rate: float
-    loss: float
-    views: tuple[View, ...]
+    loss: Loss
+    views: Annotated[tuple[View, ...], Field(min_length=1)]
     seconds: float
     failures: tuple[str, ...] = ()
 
@@ -71,19 +72,8 @@ class Round:
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Round:
-        """Return what ``plain`` wrote."""
-        views = tuple(
-            View(view["name"], _score(view["validation"]), _score(view["test"]))  # type: ignore[arg-type]
-            for view in plain["views"]
-        )
-        loss = math.nan if plain["loss"] is None else plain["loss"]
-        return cls(plain["number"], plain["rate"], loss, views, plain["seconds"], tuple(plain["failures"]))
-
-
-def _score(plain: Mapping[str, Any] | None) -> Score | None:
-    if plain is None:
-        return None
-    return Score(math.nan if plain["loss"] is None else plain["loss"], plain["correct"], plain["count"])
+        """Return what ``plain`` wrote; raise ValueError for anything else."""
+        return _ROUND.validate_python(plain)
 
 
 def _finite(value: Any) -> Any:
@@ -107,8 +97,13 @@ class Stage:
 
     name: str
     number: int
-    file: str
+    file: Annotated[str, Field(pattern=r"^[\w-]+\.safetensors$")]
     accuracy: float
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Stage:
+        """Return what ``vars`` gave; raise ValueError for anything else."""
+        return _STAGE.validate_python(plain)
 
 
 @dataclass(frozen=True)
@@ -131,7 +126,7 @@ class Outcome:
     best: int = 0
     stages: tuple[Stage, ...] = ()
     thefts: tuple[Theft, ...] = ()
-    images: int = 0
+    images: Annotated[int, Field(ge=0)] = 0
 
     def plain(self) -> dict[str, Any]:
         """Return the outcome as plain JSON values."""
@@ -140,20 +135,19 @@ class Outcome:
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Outcome:
-        """Return what ``plain`` wrote."""
-        return cls(
-            plain["status"],
-            plain["reason"],
-            tuple(Round.of(one) for one in plain["rounds"]),
-            plain["best"],
-            tuple(Stage(**one) for one in plain["stages"]),
-            tuple(Theft(one["kind"], tuple(one["correct"]), one["count"]) for one in plain["thefts"]),
-            plain["images"],
-        )
+        """Return what ``plain`` wrote; raise ValueError for anything else."""
+        outcome = _OUTCOME.validate_python(plain)
+        numbers = [one.number for one in outcome.rounds]
+        if numbers != list(range(1, len(numbers) + 1)) or outcome.best not in (numbers or [0]):
+            raise ValueError("its rounds are not numbered from 1 on, or the best one is none of them")
+        return outcome
 
     def chosen(self) -> Round:
         """Return the best round."""
         return self.rounds[self.best - 1]
+
+
+_ROUND, _STAGE, _OUTCOME = TypeAdapter(Round), TypeAdapter(Stage), TypeAdapter(Outcome)
 
 
 @dataclass(frozen=True)

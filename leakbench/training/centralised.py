@@ -21,7 +21,7 @@ from leakbench.training.arm import (
     view,
 )
 from leakbench.training.data import batches
-from leakbench.training.files import STATE, read_state, write_state
+from leakbench.training.files import STATE, read_state, restoring, write_state
 from leakbench.training.steps import State, Trainee, descend, draw, momentum_of, optimiser
 from leakbench.training.thief import thefts
 
@@ -49,11 +49,13 @@ def train(session: Session, folder: Path, told: Told) -> Outcome:
     sgd = optimiser(trainee, recipe, {})
     if (folder / STATE).exists():
         state = read_state(folder / STATE)
-        rounds = [Round.of(one) for one in state["rounds"]]
-        stages = [Stage(**one) for one in state["stages"]]
-        best = state["best"]
-        trainee.load(state["network"])
-        sgd = optimiser(trainee, recipe, state["momentum"])
+        with restoring(folder / STATE):
+            rounds = [Round.of(one) for one in state["rounds"]]
+            stages = [Stage.of(one) for one in state["stages"]]
+            best = state["best"]
+            trainee.load(best)
+            trainee.load(state["network"])
+            sgd = optimiser(trainee, recipe, state["momentum"])
         for one in rounds:
             told(one)
     else:

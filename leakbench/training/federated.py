@@ -39,7 +39,7 @@ from leakbench.training.arm import (
 )
 from leakbench.training.clients import Own, begin, local_round
 from leakbench.training.data import partition
-from leakbench.training.files import STATE, read_state, write_state
+from leakbench.training.files import STATE, read_state, restoring, write_state
 from leakbench.training.settings import Arm
 from leakbench.training.steps import Score, State, Trainee
 from leakbench.training.thief import thefts
@@ -97,9 +97,10 @@ class _Server:
         self.begun = time.perf_counter()
         if (folder / STATE).exists():
             state = read_state(folder / STATE)
-            self.rounds = [Round.of(one) for one in state["rounds"]]
-            self.stages = [Stage(**one) for one in state["stages"]]
-            self.best, self.shared = state["best"], state["shared"]
+            with restoring(folder / STATE):
+                self.rounds = [Round.of(one) for one in state["rounds"]]
+                self.stages = [Stage.of(one) for one in state["stages"]]
+                self.best, self.shared = state["best"], state["shared"]
             for path in (folder / CLIENTS).glob("*.pt"):
                 if _number(path) > len(self.rounds):  # of a round that did not end
                     path.unlink()

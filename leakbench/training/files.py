@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Return what ``write_json`` wrote; raise CorruptAsset where it cannot be read."""
     try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value: object = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CorruptAsset(f"{path} cannot be read: {_one_line(error)}; remove its folder and run it again") from None
+    if not isinstance(value, dict):
+        raise CorruptAsset(f"{path} holds no table; remove its folder and run it again")
     return value
 
 
@@ -40,13 +43,28 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
 def read_state(path: Path) -> dict[str, Any]:
     """Return what ``write_state`` wrote; raise CorruptAsset where it cannot be read. Pickled code is never run."""
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: object = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError
     except Exception as error:  # whatever a damaged file makes the reader raise
-        raise CorruptAsset(
-            f"the state of a training {path} cannot be read ({type(error).__name__}); remove it, and the training "
-            "begins anew"
-        ) from None
+        raise _no_state(path, error) from None
     return state
+
+
+@contextlib.contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Turn what a state of another form makes its reader raise into the line that ``read_state`` has."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise _no_state(path, error) from None
+
+
+def _no_state(path: Path, error: Exception) -> CorruptAsset:
+    return CorruptAsset(
+        f"the state of a training {path} cannot be read ({type(error).__name__}); remove it, and the training begins "
+        "anew"
+    )
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from leakbench.chunk import device_named
 from leakbench.errors import BadOption, CorruptAsset, LeakbenchError, Unsupported
@@ -19,7 +20,7 @@ from leakbench.training import centralised
 from leakbench.training import data as parts
 from leakbench.training.arm import Outcome, Round, start
 from leakbench.training.files import RECORD, STATE, read_json, write_json
-from leakbench.training.settings import Arm
+from leakbench.training.settings import Arm, Recipe
 from leakbench.victim import build
 
 FORMAT = "leakbench-accuracy-1"
@@ -105,19 +106,7 @@ def train(
                 continue
             progress.begin(arm, number, len(arms))
             outcome = _one(arm, folder, where, workers, progress)
-            source = asdict(Provenance.collect(command, str(where), ""))
-            del source["matrix"]
-            record = {
-                "format": FORMAT,
-                "id": arm.id,
-                "specs": arm.specs,
-                "recipe": arm.recipe.settings(),
-                "seed": arm.seed,
-                "settings": arm.settings,
-                "outcome": outcome.plain(),
-                "provenance": source,
-            }
-            write_json(folder / RECORD, record)
+            write_json(folder / RECORD, plain(arm, outcome, Provenance.collect(command, str(where), "")))
             if outcome.rounds:  # one that broke goes on after its last round
                 (folder / STATE).unlink(missing_ok=True)
                 shutil.rmtree(folder / "clients", ignore_errors=True)
@@ -158,7 +147,7 @@ def _finished(folder: Path, arm: Arm) -> bool:
     record = read_json(folder / RECORD)
     if record.get("format") != FORMAT or record.get("id") != arm.id:
         raise BadOption(f"{folder} holds another training; choose another --out")
-    return bool(record["outcome"]["rounds"])
+    return bool(read(folder).outcome.rounds)
 
 
 def finished(arms: Sequence[Arm], out: Path) -> int:
@@ -166,16 +155,46 @@ def finished(arms: Sequence[Arm], out: Path) -> int:
     return sum((out / FOLDER / arm.folder / RECORD).exists() for arm in arms)
 
 
+def plain(arm: Arm, outcome: Outcome, provenance: Provenance) -> dict[str, Any]:
+    """Return what ``read`` takes, as JSON values."""
+    source = asdict(provenance)
+    del source["matrix"]
+    return {
+        "format": FORMAT,
+        "id": arm.id,
+        "specs": arm.specs,
+        "recipe": arm.recipe.settings(),
+        "seed": arm.seed,
+        "settings": arm.settings,
+        "outcome": outcome.plain(),
+        "provenance": source,
+    }
+
+
 def read(folder: Path) -> Record:
     """Return the record of an arm's folder; raise CorruptAsset where it is none."""
-    plain = read_json(folder / RECORD)
+    found = read_json(folder / RECORD)
     try:
-        outcome = Outcome.of(plain["outcome"])
-        names = ("specs", "recipe", "seed", "settings", "provenance")
-        specs, recipe, seed, settings, provenance = (plain[name] for name in names)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CorruptAsset(f"{folder / RECORD} is no record of a training ({error}); remove its folder") from None
-    return Record(specs, recipe, seed, settings, outcome, provenance, folder)
+        source = asdict(_PROVENANCE.validate_python({**found["provenance"], "matrix": ""}))
+        del source["matrix"]
+        return Record(
+            specs={axis: _TEXT.validate_python(found["specs"][axis]) for axis in ("dataset", "model", "defense")},
+            recipe=Recipe(**found["recipe"]).settings(),
+            seed=_WHOLE.validate_python(found["seed"]),
+            settings=_TABLE.validate_python(found["settings"]),
+            outcome=Outcome.of(found["outcome"]),
+            provenance=source,
+            folder=folder,
+        )
+    except (KeyError, TypeError, ValueError, LeakbenchError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CorruptAsset(f"{folder / RECORD} is no record of a training ({reason}); remove its folder") from None
+
+
+_PROVENANCE = TypeAdapter(Provenance)
+_TEXT = TypeAdapter(str)
+_WHOLE = TypeAdapter(int)
+_TABLE = TypeAdapter(dict[str, Any])
 
 
 def records(out: Path) -> list[Record]:

@@ -18,7 +18,7 @@ from leakbench.component import as_json
 from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
 from leakbench.errors import BadOption
-from leakbench.matrix import Axes, Count, Indices, Matrix, components
+from leakbench.matrix import Axes, Count, Indices, Matrix, check_count, components
 from leakbench.models import Model
 from leakbench.report.text import slug
 
@@ -144,6 +144,7 @@ class Accuracy(Recipe):
         """Return every arm once, in the order of the axes."""
         recipe = Recipe(**{name: getattr(self, name) for name in Recipe.model_fields})
         seeds = range(self.seeds) if isinstance(self.seeds, int) else self.seeds
+        check_count("trainings", len(self.datasets) * len(self.models) * len(self.defenses), seeds)
         product = itertools.product(self.datasets, self.models, self.defenses, seeds)
         arms = (Arm(dataset, model, defense, seed, recipe) for dataset, model, defense, seed in product)
         return tuple({arm.id: arm for arm in arms}.values())

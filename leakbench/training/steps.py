@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
+from typing import Annotated
 
 import torch
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +23,9 @@ from leakbench.types import Gradient, Secret
 
 State = dict[str, Tensor]
 """Tensor name -> value, of a network's parameters and buffers."""
+
+Loss = Annotated[float, BeforeValidator(lambda value: nan if value is None else value)]
+"""One that is not finite is None in a file."""
 
 EVALUATED = 500
 """How many images are evaluated at a time."""
@@ -184,9 +190,9 @@ class Score:
         count: how many images there were.
     """
 
-    loss: float
-    correct: int
-    count: int
+    loss: Loss
+    correct: Annotated[int, Field(ge=0)]
+    count: Annotated[int, Field(ge=1)]
 
     @property
     def accuracy(self) -> float:

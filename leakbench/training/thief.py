@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from leakbench.rng import generator
@@ -27,6 +29,12 @@ KINDS = {
 """Kinds of secrets -> what they are. A *key* is a private tensor that is not trained, a *lock* one that is."""
 
 
+def _known(kind: str) -> str:
+    if kind not in KINDS:
+        raise ValueError(f"{kind!r} is no kind of secrets")
+    return kind
+
+
 @dataclass(frozen=True)
 class Theft:
     """The test accuracy of the global model with secrets of one kind.
@@ -37,9 +45,9 @@ class Theft:
         count: how many test images there were.
     """
 
-    kind: str
-    correct: tuple[int, ...]
-    count: int
+    kind: Annotated[str, AfterValidator(_known)]
+    correct: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    count: Annotated[int, Field(ge=1)]
 
 
 def thefts(

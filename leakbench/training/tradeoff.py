@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from leakbench import engine
+from leakbench.errors import CorruptAsset
 from leakbench.matrix import Matrix
 from leakbench.progress import Silent as Display
 from leakbench.training.data import unseen
@@ -37,7 +41,7 @@ class Target:
     stage: str
     model: str
     defense: str
-    accuracy: float
+    accuracy: Annotated[float, Field(ge=0, le=1)]
 
 
 def train(
@@ -110,4 +114,15 @@ def _target(arm: Arm, matrix: Matrix, stage: str, accuracy: float) -> Target:
 def targets_of(out: Path) -> tuple[float, list[Target]]:
     """Return the threshold and the checkpoints that were attacked; raise CorruptAsset where there is no such file."""
     plain = read_json(out / POINTS)
-    return plain["threshold"], [Target(**one) for one in plain["targets"]]
+    try:
+        return _THRESHOLD.validate_python(plain.get("threshold")), _TARGETS.validate_python(plain.get("targets"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CorruptAsset(
+            f"{out / POINTS} does not name what was attacked ({' '.join(str(first['msg']).split())}); "
+            "start the trade-off again"
+        ) from None
+
+
+_THRESHOLD = TypeAdapter(Annotated[float, Field(ge=0, le=1)])
+_TARGETS = TypeAdapter(list[Target])

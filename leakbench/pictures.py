@@ -1,0 +1,28 @@
+"""Pictures out of files that somebody else may have made."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+from PIL import Image
+
+MOST = 2**24
+"""Pixels; no picture of a run has more."""
+
+FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Pillow's names of the formats of images that are read from a user's folder: of others, some run other programs."""
+
+
+def decoded(png: bytes) -> Image.Image | None:
+    """Return a PNG as it is, read to its end; None for anything else, and for one of more than ``MOST`` pixels."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+                if image.width * image.height > MOST:
+                    return None
+                image.load()
+                return image
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return None
