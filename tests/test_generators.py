@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import pickle
 import re
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -25,6 +29,7 @@ from leakbench.generators import files
 from leakbench.generators.assess import assess, nearest
 from leakbench.generators.base import Loaded, TruncatedNormal, check_fit, is_mean, load
 from leakbench.generators.dcgan import SHIPPED
+from leakbench.generators.file import FORCE
 from leakbench.generators.train import CHECKPOINT, WEIGHTS, Recipe, overlap, read, splits, train
 
 CPU = torch.device("cpu")
@@ -319,6 +324,51 @@ def test_a_file_of_neither_format_is_told_and_nothing_of_it_runs(tmp_path: Path)
         one_line(told)
     with pytest.raises(BadOption, match="does not exist"):
         generators.parse(f"file:{tmp_path / 'none.pt'}").settings()
+
+
+class Touches:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("ran"),)
+
+
+def repacked(file: Path, change: Callable[[str, bytes], bytes], more: dict[str, bytes]) -> None:
+    """Write an archive again, its members changed and others added."""
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    root = next(iter(members)).partition("/")[0]
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, change(name, content))
+        for name, content in more.items():
+            archive.writestr(f"{root}/{name}", content)
+
+
+def test_pickles_and_libraries_in_an_archive_are_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    stream = io.BytesIO()
+    torch.save(Touches(), stream)
+
+    def pickled(name: str, content: bytes) -> bytes:
+        if name.endswith("_weights_config.json"):
+            return content.replace(b'"use_pickle": false', b'"use_pickle": true')
+        return stream.getvalue() if "/data/weights/" in name else content
+
+    def same(name: str, content: bytes) -> bytes:
+        return content
+
+    changes: list[tuple[Callable[[str, bytes], bytes], dict[str, bytes], str]] = [
+        (pickled, {}, "torch.export: UnpicklingError"),
+        (same, {"data/constants/opaque_obj_0": pickle.dumps(Touches())}, "'opaque_obj_0' beside its tensors"),
+        (same, {"data/aotinductor/model/model.so": b"code"}, "compiled code"),
+    ]
+    for change, more, words in changes:
+        file = exported(tmp_path)
+        repacked(file, change, more)
+        with pytest.raises(CorruptAsset, match=words) as told:
+            load(generators.parse(f"file:{file}"), CPU, torch.float32)
+        one_line(told)
+        assert not (tmp_path / "ran").exists()
+    assert FORCE not in os.environ
 
 
 # BigGAN-deep

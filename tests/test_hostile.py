@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import sqlite3
 import subprocess
@@ -10,13 +11,22 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
+from PIL import EpsImagePlugin, Image
+from rich.console import Console
 
-from leakbench import defenses
+from leakbench import Matrix, datasets, defenses
 from leakbench.assets import archives
+from leakbench.check import check
 from leakbench.errors import BadOption, CorruptAsset, ForeignRun, LeakbenchError
 from leakbench.merge import merge
+from leakbench.pictures import decoded
+from leakbench.progress import Display
+from leakbench.report import show
 from leakbench.report.files import write
+from leakbench.report.grids import plain
 from leakbench.store import FILE, Store
+from leakbench.training import Accuracy
 from tools import fuzz
 
 
@@ -136,3 +146,59 @@ def test_a_name_of_control_characters_is_refused_in_one_line():
     with pytest.raises(BadOption) as caught:
         defenses.parse("\x0b11:")
     assert len(str(caught.value).splitlines()) == 1
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(%pipe%touch ran) (w) file\n%%EOF\n"
+
+
+def test_a_picture_of_a_format_that_runs_programs_is_none(tmp_path, monkeypatch):
+    """Pillow gives PostScript to Ghostscript, whatever the name of its file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given, **more: pytest.fail("it was run"))
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    (tmp_path / "images" / "a" / "x.png").write_bytes(POSTSCRIPT)
+    with pytest.raises(CorruptAsset, match="no image"):
+        datasets.parse("folder:images").load([0])
+    assert decoded(POSTSCRIPT) is None
+
+
+def test_a_picture_of_too_many_pixels_is_none():
+    stream = io.BytesIO()
+    Image.new("1", (2**14, 2**11)).save(stream, "PNG")
+    assert decoded(stream.getvalue()) is None
+    assert decoded(stream.getvalue()[:-40]) is None
+
+
+def test_what_a_terminal_would_obey_is_not_printed(run, capsys):
+    words = "\x1b]0;title\x07 \x1b[2J\r\nfault"
+    with closing(sqlite3.connect(run / FILE)) as db, db:
+        db.execute("UPDATE results SET status = 'error', reason = ? WHERE rowid = 1", (words,))
+        db.execute("DELETE FROM scores")
+        db.execute("DELETE FROM images")
+        db.execute("UPDATE cells SET attack = attack || ?", (words,))
+    lines = check(run).lines()
+    assert any("]0;title" in line for line in lines)
+    assert all(line.isprintable() for line in lines)
+    with Store.open(run / FILE, readonly=True) as store:
+        shown = show.show(store, min(store.planned()))
+    texts = [shown.command, shown.note, *(part for _, words in shown.facts for part in words.split("\n"))]
+    assert all(text.isprintable() for text in texts)
+    Display(Console()).note(words)
+    assert capsys.readouterr().out == "]0;title [2J fault\n"
+
+
+@pytest.mark.parametrize("axes", [{"images": 2**62}, {"seeds": 2**62}, {"images": 20, "seeds": 10**6}])
+def test_a_matrix_that_no_memory_holds_is_refused(axes):
+    plan = {"attacks": ["grey"], "defenses": ["none"], "models": ["lenet"], "datasets": ["samples"]}
+    with pytest.raises(BadOption, match="too many; give fewer"):
+        Matrix(**plan, **axes).trials()
+    del plan["attacks"]
+    with pytest.raises(BadOption, match="too many; give fewer"):
+        Accuracy(**plan, seeds=2**62).arms()
+
+
+def test_a_formula_in_a_name_is_no_formula_in_a_figure():
+    """Matplotlib reads what stands between dollars, and raises where that is no formula."""
+    figure = Figure()
+    figure.suptitle(plain("folder:/$\\frac{$ 中"))
+    figure.savefig(io.BytesIO())

@@ -44,10 +44,8 @@ def test_shards_have_every_trial_once_and_none_is_much_larger(count, images):
     ).trials()
     shards = []
     for place_ in range(1, count + 1):
-        try:
-            shards.append(part(trials, f"{place_}/{count}", ensemble=False))
-        except BadOption:
-            assert images == 1
+        shards.append(part(trials, f"{place_}/{count}", ensemble=False))
+        assert shards[-1] or images == 1
     assert sorted(trial.id for shard in shards for trial in shard) == sorted(trial.id for trial in trials)
     assert max(map(len, shards)) <= max(8, 2.5 * len(trials) / count)
     assert shards[0] == part(trials, f"1/{count}", ensemble=False)
@@ -138,6 +136,38 @@ def test_runs_that_differ_are_refused_in_one_line_unless_told(tmp_path, sql, wor
     assert "\n" not in str(told.value)
     assert not (tmp_path / "c").exists()
     assert merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c", force=True).added == 2
+
+
+ROWS = """
+models = ["lenet"]
+datasets = ["samples"]
+floors = false
+[[rows]]
+attacks = ["grey"]
+defenses = ["none"]
+images = 1
+[[rows]]
+attacks = ["random"]
+defenses = ["none", "noise(scale=0.01)"]
+images = 12
+"""
+
+
+def test_a_shard_leaves_out_the_rows_of_which_it_has_nothing(cli, place):  # noqa: F811
+    (place / "m.toml").write_text(ROWS)
+    parts = [f"s{number}" for number in (1, 2, 3)]
+    for number, out in enumerate(parts, 1):
+        assert cli("run", "matrix", "m.toml", "--shard", f"{number}/3", "--out", out).code == 0
+    assert merge([place / out for out in parts], place / "all").planned == 25
+    assert check(place / "all").code == 0
+    refused(cli("run", "matrix", "m.toml", "--shard", "99/99", "--out", "none"), "would be empty")
+    assert not (place / "none").exists()
+
+
+def test_a_row_that_does_not_fit_is_refused_before_the_first_one_runs(cli, place):  # noqa: F811
+    (place / "m.toml").write_text(ROWS.replace('"random"', '"ggl"'))
+    refused(cli("run", "matrix", "m.toml", "--out", "none"), "ggl")
+    assert not (place / "none").exists()
 
 
 DAMAGES = {

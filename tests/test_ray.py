@@ -16,10 +16,12 @@ import pytest
 import torch
 from test_engine import TESTS, Counter, Thief, go, measured, no_assets, plan  # noqa: F401
 
-from leakbench import LeakbenchError, Reconstruction
+from leakbench import LeakbenchError, Reconstruction, rays
 from leakbench.check import check
 from leakbench.rays import ENVIRONMENT
 from leakbench.store import FILE, Store
+from leakbench.work import Chunk, Work
+from leakbench.workers import Lost
 
 pytestmark = [
     pytest.mark.ray,
@@ -108,6 +110,45 @@ def test_what_hangs_is_stopped(cluster, tmp_path, monkeypatch):
     options = {"executor": "ray", "ray_address": cluster.address, "workers": 1, "time_limit": 1}
     results = go(plan(attacks=[Stays()], images=[3, 2]), tmp_path, chunk=2, **options).set_index("image")
     assert results["status"].to_dict() == {3: "ok", 2: "error"}
+
+
+def test_a_plugin_that_a_node_lacks_is_one_line(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr("leakbench.rays.plugins", lambda: [tmp_path / "nowhere.py"])
+    with pytest.raises(LeakbenchError, match=r"nowhere\.py") as told:
+        go(plan(), tmp_path / "run", executor="ray", ray_address=cluster.address)
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_actor_that_ray_has_no_memory_for_is_replaced_and_one_out_of_reach_is_killed():
+    """Ray's own errors, which no test can cause at will, from a stand-in for its module."""
+    exceptions = pytest.importorskip("ray").exceptions
+    killed: list[str] = []
+
+    class Ray:
+        def __init__(self) -> None:
+            self.exceptions = exceptions
+            self.raised = [exceptions.OutOfMemoryError("too much"), exceptions.ActorUnavailableError("gone", None)]
+
+        def wait(self, asked: list[str], num_returns: int, timeout: float) -> tuple[list[str], list[str]]:
+            return asked[:num_returns], []
+
+        def get(self, asked: str) -> bytes:
+            raise self.raised.pop(0)
+
+        def kill(self, actor: str) -> None:
+            killed.append(actor)
+
+    pool = rays.Rays(Work((), torch.device("cpu"), False), 1, 0.0, 1, None, "")
+    pool._ray, pool._since, task = Ray(), time.monotonic(), Chunk((), 1, None)
+    pool._start = lambda: rays._Actor("next", "asked")
+    for actor, words in (("first", "OutOfMemoryError: too much"), ("second", "ActorUnavailableError")):
+        seat = rays._Actor(actor, "asked")
+        seat.ready, seat.task, pool._seats = True, task, [seat]
+        (event,) = pool.wait()
+        assert isinstance(event, Lost)
+        assert words in event.reason
+        assert (killed[-1], pool._seats[0].actor) == (actor, "next")
 
 
 def test_a_lost_node_loses_nothing(cluster, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -25,6 +26,7 @@ import leakbench
 from leakbench import LeakbenchError, Matrix, Reconstruction
 from leakbench.check import check
 from leakbench.engine import finished
+from leakbench.merge import merge
 from leakbench.store import FILE, Store
 from leakbench.work import Data, without_score
 
@@ -220,6 +222,55 @@ def test_a_full_disk_loses_no_result_and_the_run_goes_on(small_disk, tmp_path):
     assert {trial: after[trial] for trial in before} == before
     pd.testing.assert_frame_equal(measured(results), measured(go(many, tmp_path / "whole", chunk=8)))
     assert check(small_disk / "run").code == 0
+
+
+def test_a_report_on_a_full_disk_is_one_line_and_the_old_one_stays(small_disk):
+    go(plan(attacks=["random"], images=2), small_disk / "run")
+    run = leakbench.Run(small_disk / "run")
+    before = {path: path.read_bytes() for path in run.report()}
+    go(plan(attacks=["random"], images=3), small_disk / "run")
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
+        while filler.write(bytes(4096)):
+            pass
+    with pytest.raises(LeakbenchError, match="free space") as told:
+        run.report()
+    assert "\n" not in str(told.value)
+    assert {path: path.read_bytes() for path in before} == before
+    (small_disk / "filler").unlink()
+    assert len(run.report()) == len(before)
+
+
+def killed(parts: list[str], out: str) -> None:
+    """Be a merge that is killed in the middle of the second run that it adds."""
+    insert, added = Store._absorb_results, []
+
+    def dies(self: Store, other: Store, sessions: dict[int, int]) -> int:
+        count = insert(self, other, sessions)
+        added.append(count)
+        if len(added) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return count
+
+    Store._absorb_results = dies
+    merge([Path(part) for part in parts], Path(out))
+
+
+def test_a_merge_that_was_killed_is_started_again(tmp_path):
+    matrix = plan(attacks=["random", "mean"], images=16)
+    whole = go(matrix, tmp_path / "whole")
+    parts = [tmp_path / str(number) for number in (1, 2, 3)]
+    for number, part in enumerate(parts, 1):
+        go(matrix, part, shard=f"{number}/3")
+    script = f"import test_torture; test_torture.killed({list(map(str, parts))!r}, {str(tmp_path / 'all')!r})"
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path})
+    assert run.returncode == -signal.SIGKILL
+    assert len(written(tmp_path / "all")) == len(written(parts[0]))
+    assert check(tmp_path / "all").faults == ()
+    merge(parts, tmp_path / "all")
+    merged = leakbench.Run(tmp_path / "all").results().set_index("trial")
+    pd.testing.assert_frame_equal(measured(merged), measured(whole))
+    assert check(tmp_path / "all").code == 0
 
 
 def test_a_run_file_that_cannot_be_written_is_one_line_and_is_still_read(small_disk):
