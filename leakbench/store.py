@@ -691,7 +691,8 @@ class Store:
     def _insert_trials(self, trials: Sequence[Trial], among: Sequence[Trial] | None = None) -> None:
         known = self._db.execute("SELECT value FROM meta WHERE key = 'planned'").fetchone()
         largest = self._db.execute("SELECT coalesce(max(position) + 1, 0) FROM trials").fetchone()[0]
-        begin = max(largest, int(known["value"]) if known else 0)
+        with decoding(self.path):
+            begin = max(largest, int(known["value"]) if known else 0)
         among = trials if among is None else among
         order = {trial.id: begin + place for place, trial in enumerate(among)}
         cells: dict[str, int] = {}

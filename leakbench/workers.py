@@ -417,6 +417,12 @@ def _sigint_blocked() -> Iterator[None]:
 def _serve(pipe: Connection, work: bytes, plugins: Sequence[Path], threads: int) -> None:
     """Be a worker: do tasks until the driver ends."""
     _end_with_the_driver()
+    with contextlib.suppress(
+        ImportError
+    ):  # it makes a semaphore otherwise, of which a warning is left by who is killed
+        from tqdm import tqdm
+
+        tqdm.set_lock(threading.RLock())
 
     def send(kind: str, value: object = None) -> None:
         pipe.send_bytes(pickle.dumps((kind, value), pickle.HIGHEST_PROTOCOL))

@@ -13,16 +13,20 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from test_cli import cli, place, refused  # noqa: F401
+from test_html import NASTY, Tags
 from torch import nn
 
 import leakbench
 from leakbench import Unsupported, datasets
 from leakbench.audit import Gate, Scale, factory, parse_gate
+from leakbench.audit.findings import Audit, Behind, Sight
 from leakbench.audit.given import classes_of, subject
-from leakbench.audit.layers import closed_forms, labels_of, shares
+from leakbench.audit.layers import Labels, Share, closed_forms, labels_of, shares
 from leakbench.errors import BadOption
 from leakbench.registry import load_plugin
+from leakbench.report.audit import html, markdown
 from leakbench.report.page import picture
+from leakbench.report.worst_case import Effort
 
 NETS = """
 from torch import nn
@@ -70,6 +74,20 @@ def nets(place: Path) -> Path:  # noqa: F811
     """A plugin with factories."""
     (place / "nets.py").write_text(NETS)
     return place
+
+
+def test_whatever_is_in_a_name_is_text_on_both_pages() -> None:
+    effort = Effort(NASTY, 1, 0, 0, 0, 0, {NASTY: 1}, 5, 0.5)
+    sight = Sight(0, None, None, NASTY, NASTY, None)
+    shares = (Share(NASTY, NASTY, 3, 0, 1.0),)
+    behind = Behind(
+        NASTY, NASTY, 1, 0.0, 0.0, 1.0, 0.0, (effort,), shares, (), Labels(None, None), {}, (sight,), (NASTY,)
+    )
+    found = Audit(NASTY, ((NASTY, NASTY),), ((NASTY, NASTY, True),), ((NASTY, NASTY),), (behind,), (NASTY,), 0.6)
+    for text in (html(found, NASTY), markdown(found, NASTY)):
+        assert "<script>alert" not in text
+        assert "<!--" not in text
+    assert len(Tags(html(found, NASTY)).texts("script")) == 1
 
 
 def audit(cli, name: str, *more: object):  # noqa: F811

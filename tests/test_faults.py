@@ -355,6 +355,26 @@ def test_a_worker_that_runs_out_of_memory_tries_fewer_trials_at_a_time(tmp_path)
     assert "8 trials at a time do not fit into memory; trying 4" in seen.notes
 
 
+@dataclass(frozen=True)
+class GreedyOnGpu(Thief):
+    """Takes a fifth of the GPU's memory a trial."""
+
+    name: ClassVar[str] = "greedy-on-gpu"
+
+    def give(self, images, observation, rng):
+        _, whole = torch.cuda.mem_get_info()
+        torch.empty(len(images), whole // 5, dtype=torch.uint8, device=images.device)
+        return Reconstruction(images)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+def test_a_gpu_that_runs_out_of_memory_is_given_fewer_trials_at_a_time(tmp_path):
+    seen = Counter()
+    leakbench.run(plan(attacks=[GreedyOnGpu()], images=8), tmp_path, device="cuda", chunk=8, progress=seen)
+    assert set(leakbench.Run(tmp_path).results()["status"]) == {"ok"}
+    assert "8 trials at a time do not fit into memory; trying 4" in seen.notes
+
+
 def test_a_folder_is_run_by_one_process_at_a_time(tmp_path):
     matrix = plan(attacks=["random"], images=2)
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from PIL import EpsImagePlugin, Image
 from rich.console import Console
 
+import leakbench
 from leakbench import Matrix, datasets, defenses
 from leakbench.assets import archives
 from leakbench.check import check
@@ -114,6 +115,14 @@ def test_a_spoilt_run_is_not_merged(run, change, tmp_path):
         merge([run], tmp_path / "whole")
     assert len(str(caught.value).splitlines()) == 1
     assert not Path(tmp_path / "whole" / FILE).exists() or not Store.open(tmp_path / "whole" / FILE).planned()
+
+
+def test_a_run_whose_count_of_trials_is_none_is_not_continued(run):
+    axes = {"attacks": ["grey"], "defenses": ["none"], "models": ["lenet"], "datasets": ["samples"], "floors": False}
+    with closing(sqlite3.connect(run / FILE)) as db, db:
+        db.execute("UPDATE meta SET value = '{}' WHERE key = 'planned'")
+    with pytest.raises(ForeignRun, match="words of another form"):
+        leakbench.run(Matrix(**axes, images=3), run, device="cpu")
 
 
 @pytest.mark.parametrize("size", [b"-60       ", b"-1000     "])

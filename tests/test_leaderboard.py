@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 from test_cli import cli, place, refused  # noqa: F401
+from test_html import ALIGNED, NASTY, Tags, scored
+from test_report import run
+from test_store import METRICS, TinyAttack, TinyDefense, named
 
 from leakbench.leaderboard import Check, Repeat
-from leakbench.report.leaderboard import Entry, TrialOf, read, schema
+from leakbench.report.leaderboard import Entry, TrialOf, read, schema, write
 
 MATRIX = (
     "--model",
@@ -57,6 +60,21 @@ def test_entries_are_what_the_run_says(ran: Path) -> None:
     assert all(f"entries/{file.name}" in page for file in files)
     assert page.index("noise(scale=1.0)") < page.index('<td class="spec">none')
     assert (ran / "board" / "entry.schema.json").read_text() == schema()
+
+
+def test_whatever_is_in_a_name_is_text_on_the_page_and_in_the_entries(tmp_path: Path) -> None:
+    attack, defense = named(TinyAttack, "thief")(note=NASTY), named(TinyDefense, "guard")(note=NASTY)
+    crossed = [scored(attack, defense, image, 0.7) for image in (0, 1)]
+    run(tmp_path / NASTY.replace("/", "-"), crossed, [*METRICS, *ALIGNED])
+    page = next(
+        path for path in write([tmp_path / NASTY.replace("/", "-")], tmp_path / "board") if path.suffix == ".html"
+    )
+    text = page.read_text(encoding="utf-8")
+    assert len(Tags(text).texts("script")) == 1
+    assert "<script>alert" not in text
+    assert "<!--" not in text
+    (entry,) = (tmp_path / "board" / "entries").iterdir()
+    assert NASTY.partition(" {{")[0] in read(entry).defense.replace('\\"', '"')
 
 
 def test_the_schema_names_every_field() -> None:

@@ -27,11 +27,14 @@ from torch import Tensor, nn
 
 from leakbench import schema
 from leakbench.attacks import Attack
+from leakbench.check import check
 from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
 from leakbench.errors import ForeignRun, LeakbenchError
+from leakbench.merge import merge
 from leakbench.metrics import Metric
 from leakbench.models import Model
+from leakbench.report.files import write
 from leakbench.rng import Rng
 from leakbench.store import AFTER, BEFORE, FILE, Provenance, Store
 from leakbench.trial import Cell, Result, Trial, trial_id
@@ -543,7 +546,7 @@ def _planned(path: Path) -> dict[str, tuple[int, int, str]]:
         return {row[0]: tuple(row)[1:] for row in rows}
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_file_that_was_migrated_has_the_tables_of_a_new_one(tmp_path, number):
     shutil.copy(SCHEMAS / f"{number}.sqlite", tmp_path / FILE)
     new = Store.create(tmp_path / "new" / FILE)
@@ -555,8 +558,41 @@ def test_a_file_that_was_migrated_has_the_tables_of_a_new_one(tmp_path, number):
             assert [tuple(row) for row in keys[0]] == [tuple(row) for row in keys[1]]
 
 
-def test_every_schema_before_this_one_has_a_file():
-    assert {path.name for path in SCHEMAS.iterdir()} >= {f"{number}.sqlite" for number in range(1, schema.SCHEMA)}
+def test_every_schema_has_a_file():
+    assert {path.name for path in SCHEMAS.iterdir()} == {f"{number}.sqlite" for number in range(1, schema.SCHEMA + 1)}
+
+
+def test_a_released_file_of_this_schema_is_read_as_it_is(tmp_path):
+    shutil.copy(SCHEMAS / f"{schema.SCHEMA}.sqlite", tmp_path / FILE)
+    before = (tmp_path / FILE).read_bytes()
+    with Store.open(tmp_path / FILE, readonly=True) as store:
+        results, found = store.results(), store.findings()
+        (session,) = store.sessions()
+        statements = {one.spec: one.statement for one in store.components() if one.kind == "defense"}
+        metrics = [metric.name for metric in store.metrics()]
+        assert set(store.threats()) == {"paper", "weights"}
+    assert results["status"].value_counts().to_dict() == {"ok": 34, "unsupported": 12, "error": 8}
+    assert set(results[results["status"] == "error"]["reason"]) == {"ValueError: too bright"}
+    assert set(found["name"]) == {"scale"}
+    assert set(found["trial"]) <= set(results["trial"])
+    assert (session.provenance.version, session.provenance.workers, session.ended is None) == ("0.1.0", 2, False)
+    assert statements.keys() == {"none", "raises-for-bright"}
+    assert all(statement is not None for statement in statements.values())
+    assert {"psnr", "ssim_aligned"} <= set(metrics)
+    assert (tmp_path / FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize("number", range(1, schema.SCHEMA + 1))
+def test_released_files_are_sound_reported_and_merged(tmp_path, number):
+    (tmp_path / "old").mkdir()
+    shutil.copy(SCHEMAS / f"{number}.sqlite", tmp_path / "old" / FILE)
+    state = check(tmp_path / "old")
+    assert (state.code, state.faults, state.missing) == (1, (), {})
+    assert "error" in state.ended
+    assert (tmp_path / "old" / "report.md") in write(tmp_path / "old", ["md"])
+    merged = merge([tmp_path / "old"], tmp_path / "new")
+    assert merged.added == merged.planned == state.planned
+    assert check(tmp_path / "new").ended == state.ended
 
 
 def test_a_file_of_schema_1_whose_settings_are_no_json_is_refused_and_stays(tmp_path):

@@ -335,6 +335,7 @@ def _runs(work: Path) -> dict[str, tuple[Target, list[bytes]]]:
     from leakbench.check import check
     from leakbench.report import diff, show
     from leakbench.report import files as reports
+    from leakbench.report import leaderboard as boards
     from leakbench.store import FILE, Store
 
     run, hurt = _sound(work), work / "hurt"
@@ -383,6 +384,7 @@ def _runs(work: Path) -> dict[str, tuple[Target, list[bytes]]]:
         with Store.open(hurt / FILE, readonly=True) as store:
             show.show(store, trials[len(data) % len(trials)])
             diff.diff(arm, diff.Arm.of("hurt", store))
+            boards.entries(store, "hurt")
 
     def examine(data: bytes) -> None:
         for line in check(hurt).lines():

@@ -19,7 +19,7 @@ from leakbench.report.markdown import run_name
 from leakbench.report.page import render
 from leakbench.report.text import slug
 from leakbench.report.worst_case import Effort, Standing, floor_share, standings, threshold_of
-from leakbench.store import FILE, Store
+from leakbench.store import FILE, Store, decoding
 
 SCHEMA_FILE = "entry.schema.json"
 
@@ -137,8 +137,8 @@ def entries(store: Store, name: str, study: utility.Study | None = None) -> tupl
             continue
         floor = floor_share(scene, threshold)
         known = {kind: components[kind, getattr(one, kind)] for kind in ("dataset", "model", "defense")}
-        found.append(
-            Entry(
+        with decoding(store.path):
+            entry = Entry(
                 run=run_name(sessions, name),
                 dataset=one.dataset,
                 model=one.model,
@@ -167,7 +167,7 @@ def entries(store: Store, name: str, study: utility.Study | None = None) -> tupl
                     for row in own.to_dict("records")
                 ],
             )
-        )
+        found.append(entry)
     return found, missing
 
 
