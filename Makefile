@@ -23,7 +23,7 @@ help:
 	@echo "make assets       fetch the datasets and weights into the cache"
 	@echo "make test-assets  run the tests that need them"
 	@echo "make bench        measure speed into reports/speed (SCALE=smoke|full, DEVICE=cpu|cuda)"
-	@echo "make fuzz         feed a million hostile inputs to what reads files and specs, half an hour"
+	@echo "make fuzz         feed a million hostile inputs to what reads files and specs, hours"
 	@echo "make docs         build the documentation into build/docs, and run the tutorial"
 	@echo "make reference    write the pages of docs/reference from the code"
 	@echo "make wheel        build and check dist/*.tar.gz, and dist/*.whl from it"

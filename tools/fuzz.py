@@ -1,6 +1,6 @@
 """Feed the readers of files and specs with hostile bytes: only a LeakbenchError may come out.
 
-    python tools/fuzz.py                      every target, 1,000,000 inputs in all (about an hour on one core)
+    python tools/fuzz.py                      every target, 1,000,000 inputs in all (hours on one core)
     python tools/fuzz.py --target toml --runs 5000 --seed 3
 
 Each target runs in a process of its own under atheris (libFuzzer with coverage of this package); an input that makes
