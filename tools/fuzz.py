@@ -115,10 +115,10 @@ def altered(value: Any, data: bytes) -> Any:
                 del within[key]
                 break
             elif isinstance(within, dict) and rng.random() < 0.1:
-                within[text[:20]] = within[key]
+                within[text[:20]] = copy.deepcopy(within[key])
                 break
             else:
-                within[key] = rng.choice(odd)
+                within[key] = copy.deepcopy(rng.choice(odd))
                 break
     return value
 
@@ -299,7 +299,8 @@ def _documents(work: Path) -> dict[str, tuple[Target, list[bytes]]]:
         accuracy.markdown(blocks, published(), "study")
         accuracy.csv(found)
         threshold, stated = attacked.targets_of(study)
-        tradeoff.markdown([("picture.png", tradeoff.scenes_of(results, found, stated, threshold))], threshold, "study")
+        scenes = tradeoff.scenes_of(results, found, stated, threshold)
+        tradeoff.markdown([("picture.png", [scene]) for scene in scenes], threshold, "study")
 
     def recorded(data: bytes) -> None:
         (study / attacked.POINTS).write_text(json.dumps(attacks))
