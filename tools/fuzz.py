@@ -269,7 +269,7 @@ def _documents(work: Path) -> dict[str, tuple[Target, list[bytes]]]:
     run = _sound(work)
     with Store.open(run / FILE, readonly=True) as store:
         results = store.results()
-        (known,) = boards.entries(store, "run")
+        (known,), _ = boards.entries(store, "run")
     (arm,) = Accuracy(models=["lenet"], datasets=["samples"], defenses=["none"]).arms()
     score = Score(1.5, 3, 10)
     rounds = (arms.Round(1, 0.1, 2.0, (arms.View("global", score, score),), 0.5, ("client 2: it was tired",)),)

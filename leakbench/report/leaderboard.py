@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from leakbench.errors import BadOption
+from leakbench.errors import BadOption, one_line
 from leakbench.matrix import RECOVERY
 from leakbench.report import utility
 from leakbench.report.files import replace
@@ -133,7 +133,7 @@ def entries(store: Store, name: str, study: utility.Study | None = None) -> tupl
             reasons += [f"{plural(broken, 'trial')} ended in an error"] if broken else []
             reasons += [] if reasons else ["no attacker has a score"]
             where = f"{one.defense}, on {one.dataset}, {one.model}"
-            missing.append(f"{where} (run {run_name(sessions, name)}): {' and '.join(reasons)}")
+            missing.append(one_line(f"{where} (run {run_name(sessions, name)}): {' and '.join(reasons)}"))
             continue
         floor = floor_share(scene, threshold)
         known = {kind: components[kind, getattr(one, kind)] for kind in ("dataset", "model", "defense")}
