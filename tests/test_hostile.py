@@ -117,6 +117,13 @@ def test_a_spoilt_run_is_not_merged(run, change, tmp_path):
     assert not Path(tmp_path / "whole" / FILE).exists() or not Store.open(tmp_path / "whole" / FILE).planned()
 
 
+def test_a_trial_of_no_session_is_not_shown(run):
+    with closing(sqlite3.connect(run / FILE)) as db, db:
+        db.execute("UPDATE results SET session_id = 7")
+    with Store.open(run / FILE, readonly=True) as store, pytest.raises(ForeignRun, match="words of another form"):
+        show.show(store, min(store.planned()))
+
+
 def test_a_run_whose_count_of_trials_is_none_is_not_continued(run):
     axes = {"attacks": ["grey"], "defenses": ["none"], "models": ["lenet"], "datasets": ["samples"], "floors": False}
     with closing(sqlite3.connect(run / FILE)) as db, db:

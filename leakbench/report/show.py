@@ -15,7 +15,7 @@ from rich.text import Text
 from leakbench.errors import BadOption, one_line
 from leakbench.report.again import again
 from leakbench.report.text import ABSENT, decimals, number
-from leakbench.store import MetricInfo, Record, Session, Store
+from leakbench.store import MetricInfo, Record, Session, Store, decoding
 
 AXES = ("dataset", "model", "defense", "attack")
 _LISTED = 4
@@ -62,29 +62,31 @@ def show(store: Store, prefix: str) -> Shown:
 
     Raises:
         BadOption: see ``find``.
+        ForeignRun: the run does not say what it should of the trial.
     """
     trial = find(store, prefix)
-    trials = store.trials()
-    row = trials[trials["trial"] == trial].iloc[0]
-    record, components, sessions = store.records()[trial], store.components(), store.sessions()
-    specs = {one.kind: one for one in components if one.spec == row[one.kind]}
-    facts = [(axis, _component(specs[axis].spec, specs[axis].version, specs[axis].options)) for axis in AXES]
-    facts.append(("threat model", f"{row['threat']}: {record.threat}"))
-    label = "" if record.label is None else f", whose label is {record.label}"
-    facts.append(("image", f"index {row['image']}{label}; seed {row['seed']}"))
-    facts.append(("status", _status(str(row["status"]), str(row["reason"]))))
-    if record.session is not None:
-        facts += [("cost", _cost(row)), ("made by", _source(record, sessions))]
-    metrics = store.metrics()
-    scored = [metric for metric in metrics if not math.isnan(row[metric.name])]
-    repeat = again({axis: str(row[axis]) for axis in (*AXES, "threat")}, components, sessions)
-    return Shown(
-        trial=trial,
-        facts=tuple((label, "\n".join(map(one_line, words.split("\n")))) for label, words in facts),
-        metrics=_metrics(row, trials, scored) if scored else None,
-        command="".join(filter(str.isprintable, repeat.command(trial, int(row["image"]), int(row["seed"])))),
-        note=one_line(repeat.note),
-    )
+    with decoding(store.path):
+        trials = store.trials()
+        row = trials[trials["trial"] == trial].iloc[0]
+        record, components, sessions = store.records()[trial], store.components(), store.sessions()
+        specs = {one.kind: one for one in components if one.spec == row[one.kind]}
+        facts = [(axis, _component(specs[axis].spec, specs[axis].version, specs[axis].options)) for axis in AXES]
+        facts.append(("threat model", f"{row['threat']}: {record.threat}"))
+        label = "" if record.label is None else f", whose label is {record.label}"
+        facts.append(("image", f"index {row['image']}{label}; seed {row['seed']}"))
+        facts.append(("status", _status(str(row["status"]), str(row["reason"]))))
+        if record.session is not None:
+            facts += [("cost", _cost(row)), ("made by", _source(record, sessions))]
+        metrics = store.metrics()
+        scored = [metric for metric in metrics if not math.isnan(row[metric.name])]
+        repeat = again({axis: str(row[axis]) for axis in (*AXES, "threat")}, components, sessions)
+        return Shown(
+            trial=trial,
+            facts=tuple((label, "\n".join(map(one_line, words.split("\n")))) for label, words in facts),
+            metrics=_metrics(row, trials, scored) if scored else None,
+            command="".join(filter(str.isprintable, repeat.command(trial, int(row["image"]), int(row["seed"])))),
+            note=one_line(repeat.note),
+        )
 
 
 def _component(spec: str, version: int, options: Mapping[str, object]) -> str:
