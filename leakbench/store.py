@@ -32,6 +32,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import sqlite3
 import subprocess
@@ -812,6 +813,19 @@ def _migrated(path: Path, db: sqlite3.Connection, readonly: bool) -> sqlite3.Con
     return db
 
 
+_NAMES_ANOTHER = bytes.fromhex("d9d505f920a163d7")
+"""How a journal ends that belongs to several files; a run is one file."""
+
+
+def _tail(file: Path, size: int) -> bytes:
+    """Return the last bytes of a file; nothing where there is none."""
+    if not file.is_file():
+        return b""
+    with file.open("rb") as opened:
+        opened.seek(-min(size, file.stat().st_size), os.SEEK_END)
+        return opened.read()
+
+
 def _check_file(path: Path) -> None:
     """Raise ForeignRun where the path is not a file that could be a database."""
     try:
@@ -821,10 +835,13 @@ def _check_file(path: Path) -> None:
             raise ForeignRun(f"{path} is not a file; give the path of a run file")
         with path.open("rb") as file:
             head = file.read(16)
+        tail = _tail(path.with_name(f"{path.name}-journal"), len(_NAMES_ANOTHER))
     except OSError as error:
         raise ForeignRun(f"{path} cannot be read: {error.strerror}; check the path and its permissions") from None
     if not head:
         raise ForeignRun(f"{path} is empty: the run was killed before it began; remove the file and start anew")
+    if tail == _NAMES_ANOTHER:
+        raise ForeignRun(f"the journal of {path} names another file, which SQLite would delete; remove the journal")
     if head != b"SQLite format 3\0":
         raise ForeignRun(f"{path} is not an SQLite file; give the path of a run file")
 

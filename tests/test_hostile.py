@@ -158,6 +158,26 @@ def test_the_half_of_a_killed_migration_is_undone(tmp_path):
         assert len(store.results()) == before
 
 
+def test_a_journal_that_names_another_file_deletes_nothing(run, tmp_path):
+    """SQLite plays a journal back that somebody else made, and deletes the file that it names as its own journal."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    journal = tmp_path / f"{FILE}-journal"
+    script = (
+        "import os, sqlite3, sys; db = sqlite3.connect(sys.argv[1], isolation_level=None); "
+        "db.execute('PRAGMA cache_size = 1'); db.execute('BEGIN'); db.execute('DELETE FROM images'); "
+        "db.execute('DELETE FROM scores'); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(run / FILE)], check=False)
+    name, page = str(victim).encode(), int.from_bytes((run / FILE).read_bytes()[16:18], "big")
+    words = (2**30 // page + 1).to_bytes(4, "big") + name + len(name).to_bytes(4, "big") + sum(name).to_bytes(4, "big")
+    journal.write_bytes(journal.read_bytes() + words + bytes.fromhex("d9d505f920a163d7"))
+    for readonly in (True, False):
+        with pytest.raises(ForeignRun, match="names another file"):
+            Store.open(run / FILE, readonly)
+    assert victim.read_text() == "mine"
+
+
 def test_a_name_of_control_characters_is_refused_in_one_line():
     with pytest.raises(BadOption) as caught:
         defenses.parse("\x0b11:")

@@ -152,11 +152,10 @@ class _State:
     def load(self, file: Path, recipe: Recipe) -> None:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
-            before, step = content["recipe"], int(content["step"])
+            before, step = dict(content["recipe"]), int(content["step"])
+            states = {name: content[name] for name in self._parts()}
         except Exception as error:
-            raise CorruptAsset(
-                f"the checkpoint {str(file)!r} cannot be read ({type(error).__name__}); delete it to begin anew"
-            ) from None
+            raise _no_checkpoint(file, error) from None
         changed = [name for name, value in asdict(recipe).items() if name != "steps" and before.get(name) != value]
         if changed or step > recipe.steps:
             name = changed[0] if changed else "steps"
@@ -165,13 +164,22 @@ class _State:
                 f"the checkpoint {str(file)!r} was made with {name}={was}, not {getattr(recipe, name)}; "
                 "give the same options, or another folder"
             )
-        for name, part in self._parts().items():
-            part.load_state_dict(content[name])
+        try:
+            for name, part in self._parts().items():
+                part.load_state_dict(states[name])
+        except Exception as error:  # tensors of other names and shapes, or no tensors
+            raise _no_checkpoint(file, error) from None
         self.step = step
 
     def _parts(self) -> dict[str, Any]:
         names = ("decoder", "critic", "average", "decoder_adam", "critic_adam")
         return {name: getattr(self, name) for name in names}
+
+
+def _no_checkpoint(file: Path, error: Exception) -> CorruptAsset:
+    return CorruptAsset(
+        f"the checkpoint {str(file)!r} cannot be read ({type(error).__name__}); delete it to begin anew"
+    )
 
 
 def train(
