@@ -58,6 +58,10 @@ def test_it_is_a_documented_frozen_dataclass(registry: Registry[Any], name: str)
     assert 10 < len(summary) <= 120
     assert not summary.startswith(f"{cls.__name__}(")
     assert isinstance(cls.version, int)
+    if registry in (attacks.registry, defenses.registry):
+        assert cls.assumes, "`list` says what it assumes"
+        assert cls.cost, "`list` says what it costs"
+        assert cls.fails, "`list` says what defeats it"
     assert cls.version >= 1
     floor = getattr(cls, "floor", False)
     if registry.kind in ("attack", "defense", "model") and name != "none" and not floor:

@@ -33,6 +33,15 @@ def test_the_python_lines_run(tmp_path, monkeypatch):
     assert tuple(scope["guess"].images.shape) == (2, 3, 32, 32)
 
 
+def test_the_defenses_that_nobody_can_be_informed_of_are_those_that_are_named():
+    from leakbench import defenses
+
+    (named,) = re.findall(r"where it states nothing \(([^)]*)\)", TEXT)
+    own = {name: defenses.get(name) for name in defenses.names()}
+    silent = {name for name, cls in own.items() if cls.__module__.startswith("leakbench.") and not cls.informed}
+    assert set(re.findall(r"`([^`]+)`", named)) == silent
+
+
 def test_the_defense_of_the_readme_runs(tmp_path, monkeypatch):
     import leakbench
     from leakbench.registry import load_plugin

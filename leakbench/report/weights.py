@@ -340,6 +340,7 @@ def _draw(panel: Any, trials: pd.DataFrame, methods: Sequence[tuple[str, bool, s
         label = f"{method}, rate {'known' if known else 'hidden'}"
         panel.errorbar(x, mean, bars, capsize=3, markersize=5, linewidth=1.4, label=plain(label), **style)
     panel.set_xticks(range(len(strengths)), [f"{strength:g}" for strength in strengths], fontsize=8)
+    panel.set_xlim(-0.5, len(strengths) - 0.5)
     panel.set_ylim(-0.05, 1.05)
     panel.grid(alpha=0.3)
 
