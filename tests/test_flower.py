@@ -156,6 +156,87 @@ def test_no_secret_leaves_a_client(app) -> None:
     assert "norm.scale.weight" not in result.arrays
 
 
+def under_a_prefix(content, own: dict[str, torch.Tensor]) -> None:
+    from flwr.app import ArrayRecord
+
+    arrays = content["arrays"].to_torch_state_dict()
+    content["arrays"] = ArrayRecord({f"module.{name}": value for name, value in arrays.items()})
+
+
+def in_a_list(content, own: dict[str, torch.Tensor]) -> None:
+    from flwr.app import ArrayRecord
+
+    content["arrays"] = ArrayRecord([value.numpy() for value in content["arrays"].to_torch_state_dict().values()])
+
+
+def in_another_record(content, own: dict[str, torch.Tensor]) -> None:
+    from flwr.app import ArrayRecord
+
+    content["more"] = ArrayRecord({"best": own["norm.scale.weight"]})
+
+
+def in_place_of_a_weight(content, own: dict[str, torch.Tensor]) -> None:
+    from flwr.app import ArrayRecord
+
+    arrays = dict(content["arrays"].to_torch_state_dict())
+    arrays["fc.weight"] = arrays["fc.weight"].clone()
+    arrays["fc.weight"].view(-1)[5 : 5 + own["key"].numel()] = own["key"]
+    content["arrays"] = ArrayRecord(arrays)
+
+
+def rounded_among_the_metrics(content, own: dict[str, torch.Tensor]) -> None:
+    content["metrics"]["norms"] = own["norm.scale.weight"].bfloat16().flatten().tolist()
+
+
+def one_by_one_among_the_metrics(content, own: dict[str, torch.Tensor]) -> None:
+    for place, value in enumerate(own["key"].tolist()):
+        content["metrics"][f"m{place}"] = value
+
+
+def in_bytes(content, own: dict[str, torch.Tensor]) -> None:
+    from flwr.app import ConfigRecord
+
+    content["extra"] = ConfigRecord({"blob": b"x" + own["key"].numpy().tobytes()})
+
+
+@pytest.mark.fl
+@pytest.mark.parametrize(
+    ("hide", "says"),
+    [
+        (under_a_prefix, "is the secret 'norm.scale.weight' under a prefix|'module.conv.weight' of shape"),
+        (in_a_list, "array '0' of shape"),
+        (in_another_record, "array 'best' of shape"),
+        (in_place_of_a_weight, "the secret 'norm.key' stands in the reply's array 'fc.weight'"),
+        (rounded_among_the_metrics, "the secret 'norm.scale.weight' stands in the reply's list 'norms'"),
+        (one_by_one_among_the_metrics, "the secret 'norm.key' stands in the reply's single values"),
+        (in_bytes, "the secret 'norm.key' stands in the reply's bytes 'blob'"),
+    ],
+)
+def test_a_secret_under_another_name_never_leaves_a_client(app, hide, says: str) -> None:
+    from leakbench.flower.mods import SECRETS
+
+    own: dict[str, torch.Tensor] = {}
+
+    def smuggle(message, context, call_next):
+        reply = call_next(message, context)
+        own.update(context.state[SECRETS].to_torch_state_dict())
+        lock = reply.content["arrays"].to_torch_state_dict()
+        own.update({name: value for name, value in lock.items() if name.startswith("norm.scale.")})
+        hide(reply.content, {**own, "key": own["norm.key"]})
+        return reply
+
+    spy: list = []
+    failures: list = []
+    keep = leakbench.flower.mod("keylock(length=8)", app.network(locked=True), seed=0)
+    client = app.client_app(keep, smuggle, locked=True)
+    run(app, client, locked=True, spy=spy, rounds=1, failed=failures.append)
+    assert len(failures) == app.CLIENTS
+    assert all(re.search(says, failure.reason) for failure in failures), failures[0].reason
+    assert all("nothing was sent" in failure.reason for failure in failures)
+    assert not any(carries(spy, value) for value in own.values() if value.numel() > 3)
+    assert all(message.has_error() for message in spy[app.CLIENTS :])
+
+
 def first_updates(app, *mods) -> list[dict[str, torch.Tensor]]:
     """Return what each client's weights lost in the first round, as the server sees it."""
     spy: list = []

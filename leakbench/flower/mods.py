@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from torch import Tensor, nn
 
 from leakbench import defenses
@@ -25,6 +26,10 @@ RELEASES = "leakbench.releases"
 """The record of a client's state that counts what was released, by defense."""
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 """What torch's normalisations call the tensors that are no parameters."""
+FEW, MANY = 4, 16
+"""By fewer numbers than ``FEW`` no secret is known; one of ``MANY`` or more is known where each is rounded."""
+EXACT, ROUNDED = 1e-6, 0.01
+"""How far a number can be from a secret's, as a share of it, to count as the same; bfloat16 rounds by 0.4 %."""
 
 
 def mod(defense: str | Defense, network: nn.Module | None = None, *, seed: int | None = None) -> Mod:
@@ -39,7 +44,9 @@ def mod(defense: str | Defense, network: nn.Module | None = None, *, seed: int |
     ``leakbench.keylock(model)``, or what the defense's ``wrap(model)`` returns, and gives one such network here. Its
     secrets are taken out of every reply, kept in ``Context.state``, and put back into the arrays that come next; those
     that no state dict holds (the key) ``leakbench.flower.restore(model, context)`` puts into the client's network. The
-    lock of every client begins as that of ``network``; the key is drawn by each.
+    lock of every client begins as that of ``network``; the key is drawn by each. A reply fails where it holds any other
+    array than those of the network's state dict, by name and shape (a prefix, or arrays in a list, could hide a
+    secret), or where the numbers of a secret stand in whatever else it holds: arrays, metrics, configuration.
 
     Args:
         defense: acts on the update, or has secrets.
@@ -49,7 +56,7 @@ def mod(defense: str | Defense, network: nn.Module | None = None, *, seed: int |
 
     Raises:
         BadOption: the defense can do nothing here, and what to do instead. In the client, where it makes the message
-            fail and nothing is sent: the reply is not the received arrays, trained further.
+            fail and nothing is sent: the reply is not the received arrays, trained further, or a secret is in it.
 
     Example:
         >>> from flwr.clientapp import ClientApp
@@ -120,15 +127,38 @@ class _Acting:
         if reply.has_error():
             return reply
         hidden = {secret.name for secret in secrets}
+        known = list(_tensors(context.state.array_records[SECRETS]).items()) if secrets else []
         for name, record in list(reply.content.array_records.items()):
             arrays = _tensors(record)
+            known += [(key, value) for key, value in arrays.items() if key in hidden]
             kept = {key: value for key, value in arrays.items() if key in hidden and not self._fresh(key)}
             if kept:
                 context.state[SECRETS] = _record(_tensors(context.state.array_records[SECRETS]) | kept)
             reply.content[name] = _record({key: value for key, value in arrays.items() if key not in hidden})
+        if secrets:
+            self._refuse_secrets(reply.content, hidden, known)
         if message.metadata.message_type.split(".")[0] == MessageType.TRAIN:
             self._release(received, reply, context, hidden)
         return reply
+
+    def _refuse_secrets(self, content: RecordDict, hidden: set[str], known: Sequence[tuple[str, Tensor]]) -> None:
+        """Raise BadOption where what is left of a reply can hold a secret: ``known`` are those that were seen."""
+        assert self.network is not None
+        public = {name: value.shape for name, value in self.network.state_dict().items() if name not in hidden}
+        for record in content.array_records.values():
+            for name, value in _tensors(record).items():
+                if name not in public or value.shape != public[name]:
+                    like = next((secret for secret in sorted(hidden) if name.endswith(f".{secret}")), "")
+                    why = f"is the secret {like!r} under a prefix" if like else "could be one of its secrets"
+                    raise BadOption(
+                        f"the reply's array {name!r} of shape {tuple(value.shape)} is none of "
+                        f"{type(self.network).__name__} and {why}; nothing was sent: reply with that network's "
+                        "state_dict(), and give the mod the same network"
+                    )
+        for place, part in _parts(content):
+            for name, value in known:
+                if _holds(part, value):
+                    raise BadOption(f"the secret {name!r} stands in the reply's {place}; nothing was sent: leave it out")
 
     def _release(self, received: Mapping[str, Gradient], reply: Message, context: Context, hidden: set[str]) -> None:
         if type(self.defense).release is Defense.release:
@@ -199,6 +229,39 @@ class _Acting:
         rng = torch.Generator()
         rng.seed()
         return rng
+
+
+def _parts(content: RecordDict) -> Iterator[tuple[str, np.ndarray | bytes]]:
+    """Yield everything in a message that numbers can stand in: what it is called, and float64, flat, or bytes."""
+    for record in content.array_records.values():
+        for name, array in record.items():
+            yield f"array {name!r}", array.numpy().astype(np.float64, copy=False).ravel()
+    for record in (*content.metric_records.values(), *content.config_records.values()):
+        yield "single values", np.array([one for one in record.values() if isinstance(one, (int, float))], dtype=np.float64)
+        for name, value in record.items():
+            if isinstance(value, bytes):
+                yield f"bytes {name!r}", value
+            elif isinstance(value, list):
+                yield f"list {name!r}", np.array([one for one in value if isinstance(one, (int, float))], np.float64)
+                for one in value:
+                    if isinstance(one, bytes):
+                        yield f"bytes {name!r}", one
+
+
+def _holds(part: np.ndarray | bytes, secret: Tensor) -> bool:
+    """Return whether a secret stands in a part, all of it in order; one whose entries are alike cannot be told."""
+    wanted = secret.detach().double().flatten().numpy()
+    if wanted.size < FEW or np.ptp(wanted) == 0:
+        return False
+    if isinstance(part, bytes):
+        return any(wanted.astype(kind).tobytes() in part for kind in (np.float16, np.float32, np.float64))
+    if wanted.size > part.size:
+        return False
+    within = np.abs(wanted) * (ROUNDED if wanted.size >= MANY else EXACT)
+    last = part.size - wanted.size + 1
+    most = int(np.abs(wanted).argmax())
+    starts = np.flatnonzero(np.abs(part[most : most + last] - wanted[most]) <= within[most])
+    return any(bool((np.abs(part[start : start + wanted.size] - wanted) <= within).all()) for start in starts)
 
 
 def _tensors(record: ArrayRecord) -> dict[str, Tensor]:
