@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import os
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +15,7 @@ from rich.table import Table
 
 from leakbench import datasets, metrics
 from leakbench.allocator import keep_freed_memory
+from leakbench.alone import alone
 from leakbench.chunk import device_named
 from leakbench.datasets import Dataset
 from leakbench.errors import BadOption, LeakbenchError, MissingAsset, Unsupported
@@ -149,7 +147,7 @@ def run(
         refused = _preflight(whole, strict, matrix.threshold is not None, does)
         checkpoints, statements = _checkpoints(trials), _statements(trials)
         provenance = Provenance.collect(command, _words(where), json.dumps(matrix.describe()), shard, does.workers)
-        with Store.open(folder / FILE) if existing else Store.create(folder / FILE) as store, _alone(folder):
+        with Store.open(folder / FILE) if existing else Store.create(folder / FILE) as store, alone(folder):
             session = store.start_session(provenance)
             store.record_metrics([metrics.parse(name) for name in metrics.names()], _notes(trials))
             store.add_trials(trials, among=whole)
@@ -215,33 +213,6 @@ def check(
     with full_precision(), _local(Work((), device_named(device), strict), 1, time_limit) as does:
         _preflight(trials, strict, matrix.threshold is not None, does)
     return trials
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a run's folder until the end of this process at the latest, however it ends.
-
-    Raises:
-        LeakbenchError: another process holds it.
-    """
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LeakbenchError(
-                f"{folder} is being run by another process; wait for it, or choose another folder"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(handle)
 
 
 def _ray(work: Work, workers: int | None, gpus: float, time_limit: float | None, address: str) -> Executor:

@@ -22,7 +22,7 @@ from leakbench import defenses
 from leakbench.defenses import Defense
 from leakbench.flower.simulation import SimulatedGrid
 from leakbench.report import accuracy as report
-from leakbench.training import Record, Silent, train
+from leakbench.training import Record, Silent, federated, train
 from leakbench.training.arm import Round, start
 from leakbench.training.clients import begin, local_round
 from leakbench.training.data import partition
@@ -169,7 +169,37 @@ def test_a_client_that_fails_is_counted_and_told(tmp_path: Path) -> None:
         "soteria is defined for one image, and the batch has 3",
     )
     text = report.write(tmp_path)[-1].read_text()
-    assert f"{len(failures)} times a client failed and had no part in the average, first in round" in text
+    assert f"{len(failures)} times a client failed to train and had no part in the average; first: {failures[0]}" in text
+    numbers_told = {int(failure.split()[1]) for failure in failures}
+    assert numbers_told <= {1, 2, 3}  # as in every table
+
+
+def test_a_client_that_cannot_test_is_told_apart_and_its_round_is_not_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = federated.view
+
+    def fails(session: Any, name: str, *key: object) -> Any:
+        if key[:1] == (0,) and key[1] in (1, 3):  # the first client, in rounds 1 and 3
+            raise ValueError("the battery is empty")
+        return original(session, name, *key)
+
+    options: dict[str, Any] = {"rounds": 3, "defenses": ["keylock(length=16)"]}
+    (whole,) = train(fedavg(**options).arms(), tmp_path / "whole")
+    monkeypatch.setattr(federated, "view", fails)
+    (one,) = train(fedavg(**options).arms(), tmp_path / "cut")
+    assert [each.failures for each in one.outcome.rounds] == [()] * 3
+    told = [each.untested for each in one.outcome.rounds]
+    assert told[0] == ("client 1 failed to evaluate in round 1: ValueError: the battery is empty",)
+    assert [len(each) for each in told] == [1, 0, 1]
+    assert [view.name for view in one.outcome.rounds[0].views] == ["client 2", "client 3"]
+    assert one.outcome.best == 2
+    # checkpoints hold the first client's secrets, and its accuracy stands beside them
+    assert one.outcome.stages[:-1] == whole.outcome.stages[:-1]
+    assert Round.of(one.outcome.rounds[0].plain()) == one.outcome.rounds[0]
+    text = report.write(tmp_path / "cut")[-1].read_text()
+    assert "2 times a client could not test the model" in text
+    assert "had no part in the average" not in text
 
 
 def test_some_clients_take_part_in_a_round_by_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

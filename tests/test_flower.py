@@ -82,10 +82,10 @@ def test_a_simulation_is_federated_averaging(app) -> None:
 def test_a_client_that_raises_is_never_averaged_around_in_silence(app) -> None:
     with pytest.raises(LeakbenchError) as caught:
         run(app, app.client_app(failing=1))
-    assert str(caught.value) == "client 1 failed to train in round 2: ValueError: the disk is full"
+    assert str(caught.value) == "client 2 failed to train in round 2: ValueError: the disk is full"
     seen: list = []
     result = run(app, app.client_app(failing=1), failed=seen.append)
-    assert [(failure.client, failure.round, failure.kind) for failure in seen] == [(1, 2, "train"), (1, 3, "train")]
+    assert [(failure.client, failure.round, failure.kind) for failure in seen] == [(2, 2, "train"), (2, 3, "train")]
     assert "in train" in seen[0].trace
     assert set(result.train_metrics_clientapp) == {1, 2, 3}
 
@@ -380,7 +380,7 @@ def test_ray_gives_the_same_numbers_and_failures(app) -> None:
     here = run(app, app.client_app(failing=1), failed=[].append)
     seen: list = []
     there = run(app, app.client_app(failing=1), failed=seen.append, workers=2)
-    assert [(failure.client, failure.round) for failure in seen] == [(1, 2), (1, 3)]
+    assert [(failure.client, failure.round) for failure in seen] == [(2, 2), (2, 3)]
     for name, value in arrays(here).items():
         assert torch.equal(arrays(there)[name], value)
     assert not left()

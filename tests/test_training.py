@@ -427,8 +427,11 @@ def test_a_training_goes_on_to_the_same_numbers_after_its_last_round(tmp_path: P
     folder = tmp_path / "cut" / FOLDER / arms[0].folder
     assert (folder / STATE).exists()
     assert not (folder / RECORD).exists()
-    (folder / f".{STATE}.1").write_bytes(b"half a file of a start that was killed")
+    for name in (f".{STATE}.1", ".best.safetensors.part", "clients/.0-1.pt.77"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"half a file of a start that was killed")
     cut = train(arms, tmp_path / "cut")
+    assert not [path for path in folder.rglob(".*")]
     assert numbers(cut[0]) == numbers(whole[0])
     for stage in whole[0].outcome.stages:
         assert (cut[0].folder / stage.file).read_bytes() == (whole[0].folder / stage.file).read_bytes()
@@ -440,6 +443,24 @@ def test_a_training_goes_on_to_the_same_numbers_after_its_last_round(tmp_path: P
 
     assert [numbers(one) for one in train(arms, tmp_path / "cut", progress=Watch())] == [numbers(cut[0])]
     assert not seen
+
+
+def test_a_folder_is_trained_in_by_one_process_at_a_time(tmp_path: Path) -> None:
+    class Second(Silent):
+        def round(self, one: Round) -> None:
+            with pytest.raises(LeakbenchError, match="being run by another process"):
+                train(study(seeds=[1]).arms(), tmp_path)
+
+    assert len(train(study(rounds=1).arms(), tmp_path, progress=Second())) == 1
+    assert len(train(study(rounds=1, seeds=2).arms(), tmp_path)) == 2
+
+
+def test_every_stage_has_a_checkpoint_however_short_the_training_is(tmp_path: Path) -> None:
+    (one,) = train(study(rounds=1).arms(), tmp_path)
+    stages = {stage.name: stage for stage in one.outcome.stages}
+    assert list(stages) == ["initial", "1 epoch", "25 %", "100 %", "best"]
+    assert {stages[name].number for name in ("1 epoch", "25 %", "100 %", "best")} == {1}
+    assert {"1-epoch.safetensors", "25-percent.safetensors"} <= {path.name for path in one.folder.iterdir()}
 
 
 def test_a_damaged_state_is_told_in_one_line(tmp_path: Path) -> None:

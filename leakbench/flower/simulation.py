@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
@@ -34,6 +35,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from leakbench.errors import BadOption, LeakbenchError
+from leakbench.registry import load_plugin, plugins
 
 RUN = 1
 """The id of the one run of a simulation."""
@@ -50,7 +52,7 @@ class Failure:
     """A message that a client did not answer as it should.
 
     Attributes:
-        client: its number, from 0 on.
+        client: its node id, from 1 on.
         round: the round as the strategy counts (``server-round`` in the message), 0 where it does not say.
         kind: what was asked of it: ``train``, ``evaluate``, ``query``.
         reason: in one line.
@@ -71,7 +73,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Job:
-    """A message on its way: its id, the client that it is for, and what is on the wire."""
+    """A message on its way: its id, the place of the client that it is for, from 0 on, and what is on the wire."""
 
     id: str
     client: int
@@ -105,17 +107,19 @@ def simulate(
 ) -> None:
     """Run a Flower app to its end: the ServerApp in this thread, and so many clients.
 
-    Node ids are 1 to ``clients``; a client's number, from 0 on, is ``context.node_config["partition-id"]``. Each
-    client's context stays with it from message to message; messages pass through Flower's wire format both ways. A
-    strategy that samples clients does so by Python's global ``random``: seed it in the ServerApp. Nothing is sent over
-    the network, and Flower's log is shown from errors on alone.
+    Clients are known by their node ids, 1 to ``clients``; ``context.node_config["partition-id"]``, the part of the
+    data that is theirs, is one less, as Flower has it. Each client's context stays with it from message to message;
+    messages pass through Flower's wire format both ways. A strategy that samples clients does so by Python's global
+    ``random``: seed it in the ServerApp. Nothing is sent over the network, and Flower's log is shown from errors on
+    alone.
 
     Args:
         server: its ``main`` gets the grid.
         client: what every client runs; with ``workers`` it is pickled.
         clients: how many.
         workers: so many Ray processes of one thread share the clients; with 0 they run one after another in this
-            thread. The numbers are the same, as far as the number of torch's threads does not change them.
+            thread. The numbers are the same, as far as the number of torch's threads does not change them: the
+            processes load the plugins that this one has, and compute in its precision.
         failed: called for every message that a client failed to answer; the strategy then goes on with the rest, as
             Flower's strategies do. Without it the first failure ends the simulation.
 
@@ -200,7 +204,7 @@ class Pool:
             except RayError as error:
                 self._watch()
                 raise LeakbenchError(
-                    f"Ray lost the process of client {job.client} ({_one_line(error)}); start again, with fewer "
+                    f"Ray lost the process of client {job.client + 1} ({_one_line(error)}); start again, with fewer "
                     "workers if memory ran out"
                 ) from error
             contexts[job.client] = answers[job.id].context
@@ -293,7 +297,7 @@ class SimulatedGrid(Grid):
             reply.metadata.__dict__["_message_id"] = str(uuid4())
             self._replies[job.id] = reply
             if reply.has_error():
-                self._tell(message, job.client, reply.error, came.trace if came else "")
+                self._tell(message, reply.error, came.trace if came else "")
         return [job.id for job in jobs]
 
     def _answers(
@@ -306,11 +310,12 @@ class SimulatedGrid(Grid):
             for message, job in zip(messages[first : first + size], jobs[first : first + size]):
                 yield message, job, answers.get(job.id)
 
-    def _tell(self, message: Message, client: int, error: Error, trace: str) -> None:
+    def _tell(self, message: Message, error: Error, trace: str) -> None:
         records = message.content.config_records.values()
         number = next((record["server-round"] for record in records if "server-round" in record), 0)
         kind = message.metadata.message_type.split(".")[0]
-        failure = Failure(client, int(number), kind, " ".join((error.reason or "no reason given").split()), trace)
+        reason = " ".join((error.reason or "no reason given").split())
+        failure = Failure(message.metadata.dst_node_id, int(number), kind, reason, trace)
         if self._failed is None:
             raise LeakbenchError(str(failure))
         self._failed(failure)
@@ -384,19 +389,33 @@ def _started(client: ClientApp, count: int, servers: Sequence[psutil.Process]) -
     import ray
 
     try:
-        held = ray.put(client)
+        packed = ray.cloudpickle.dumps(client)
     except (TypeError, AttributeError) as error:
         raise BadOption(f"the ClientApp cannot be pickled for Ray ({_one_line(error)}); take workers=0") from error
+    held = ray.put(packed)
+    precision = (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())
     process = ray.remote(num_cpus=1)(Worker)
-    return Pool(lambda: process.remote(held), count, servers)
+    return Pool(lambda: process.remote(held, plugins(), precision), count, servers)
 
 
 class Worker:
-    """A Ray process that answers messages in one thread."""
+    """A Ray process that answers messages in one thread.
 
-    def __init__(self, client: ClientApp) -> None:
+    Args:
+        client: the ClientApp, pickled: it can need what plugins register.
+        files: the plugins.
+        precision: whether CUDA convolutions may be in TF32, and torch's precision of float32 products.
+    """
+
+    def __init__(self, client: bytes, files: Sequence[Path], precision: tuple[bool, str]) -> None:
+        import ray
+
+        for file in files:
+            load_plugin(file)
         torch.set_num_threads(1)
-        self._client = client
+        torch.backends.cudnn.allow_tf32 = precision[0]
+        torch.set_float32_matmul_precision(precision[1])
+        self._client = ray.cloudpickle.loads(client)
 
     def run(self, data: bytes, context: Context) -> Answer:
         """Return the answer to a message."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakbench import datasets
+from leakbench.alone import alone
 from leakbench.datasets import Dataset
 from leakbench.datasets.stored import Stored
 from leakbench.errors import BadOption, CorruptAsset
@@ -205,39 +206,41 @@ def train(
         BadOption: the dataset has no training split, an option does not fit, or ``out`` holds another training.
         MissingAsset: the dataset is not in the cache.
         CorruptAsset: the checkpoint is damaged, or an attacked image is among the training images.
+        LeakbenchError: another process trains in ``out``.
     """
     seen, unseen = splits(recipe.dataset)
     channels, classes = seen.image_shape[0], seen.num_classes
     state = _State(recipe, classes, channels, torch.device(device))
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint = out / CHECKPOINT
-    if checkpoint.exists():
-        state.load(checkpoint, recipe)
-    images = read(seen)
-    shared = overlap(images, read(unseen))
-    if shared:
-        raise CorruptAsset(f"{shared} attacked images of {recipe.dataset!r} are among its training images; refused")
-    while state.step < recipe.steps:
-        critic, decoder = _update(state, recipe, images)
-        told(state.step, critic, decoder)
-        if state.step % every == 0 or state.step == recipe.steps:
-            state.save(checkpoint, recipe)
-    _settle(state.average, recipe, classes)
-    trained = Trained(
-        data=datasets.spec(seen),
-        licence="Apache-2.0",
-        command=command,
-        steps=recipe.steps,
-        seed=recipe.seed,
-        latent=recipe.latent,
-        classes=classes,
-        channels=channels,
-        width=recipe.width,
-    )
-    native = replace(seen, size=None)
-    # a dataset's mean is that of the split which it does not attack
-    files.write(out / WEIGHTS, trained, state.average.cpu().eval(), replace(native, split="test").mean(), native.mean())
-    return out / WEIGHTS
+    with alone(out):
+        checkpoint = out / CHECKPOINT
+        if checkpoint.exists():
+            state.load(checkpoint, recipe)
+        images = read(seen)
+        shared = overlap(images, read(unseen))
+        if shared:
+            raise CorruptAsset(f"{shared} attacked images of {recipe.dataset!r} are among its training images; refused")
+        while state.step < recipe.steps:
+            critic, decoder = _update(state, recipe, images)
+            told(state.step, critic, decoder)
+            if state.step % every == 0 or state.step == recipe.steps:
+                state.save(checkpoint, recipe)
+        _settle(state.average, recipe, classes)
+        trained = Trained(
+            data=datasets.spec(seen),
+            licence="Apache-2.0",
+            command=command,
+            steps=recipe.steps,
+            seed=recipe.seed,
+            latent=recipe.latent,
+            classes=classes,
+            channels=channels,
+            width=recipe.width,
+        )
+        native = replace(seen, size=None)
+        # a dataset's mean is that of the split which it does not attack
+        files.write(out / WEIGHTS, trained, state.average.cpu().eval(), replace(native, split="test").mean(), native.mean())
+        return out / WEIGHTS
 
 
 def _update(state: _State, recipe: Recipe, images: Images) -> tuple[float, float]:

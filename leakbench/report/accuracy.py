@@ -218,7 +218,7 @@ def _costs(block: Block) -> str:
             continue
         value, low, high = interval(own)
         best = [outcome.chosen() for outcome in ended]
-        failed = sum(len(one.failures) for outcome in ended for one in outcome.rounds)
+        failed = sum(len(one.failures) + len(one.untested) for outcome in ended for one in outcome.rounds)
         status = "" if all(outcome.status == "ok" for outcome in ended) else " (diverged)"
         several = len(ended) > 1
         rows.append(
@@ -266,13 +266,18 @@ def _reasons(block: Block) -> str:
                 lines.append(
                     f"- {escape(defense)}, seed {one.seed}: {one.outcome.status}: {escape(one.outcome.reason)}"
                 )
-            failures = [(each.number, text) for each in one.outcome.rounds for text in each.failures]
-            if failures:
-                first, text = failures[0]
-                lines.append(
-                    f"- {escape(defense)}, seed {one.seed}: {len(failures)} times a client failed and had no part in "
-                    f"the average, first in round {first}: {escape(text)}"
-                )
+            rounds = one.outcome.rounds
+            told = {
+                "failed to train and had no part in the average": [text for each in rounds for text in each.failures],
+                "could not test the model, so that the round's accuracy is that of the others, and the round was not "
+                "chosen where another one could be": [text for each in rounds for text in each.untested],
+            }
+            for words, failures in told.items():
+                if failures:
+                    times = "once" if len(failures) == 1 else f"{len(failures)} times"
+                    lines.append(
+                        f"- {escape(defense)}, seed {one.seed}: {times} a client {words}; first: {escape(failures[0])}"
+                    )
     return "\n".join(lines)
 
 
@@ -357,6 +362,7 @@ def csv(found: Sequence[Record]) -> str:
                         "test_loss": view.test.loss,
                         "test_accuracy": view.test.accuracy,
                         "failed_clients": len(each.failures),
+                        "untested_clients": len(each.untested),
                         "seconds": round(each.seconds, 3),
                     }
                 )

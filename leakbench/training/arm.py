@@ -50,7 +50,9 @@ class Round:
         loss: the mean training loss of the steps, the defense's own terms included.
         views: what each holder of the model measures.
         seconds: the wall time of training and measuring.
-        failures: of each client that failed, which it was and why; it had no part in the average.
+        failures: of each client that failed to train, which it was and why; it had no part in the average.
+        untested: of each client that could not test the model with its secrets, which it was and why; ``views`` has
+            the others alone.
     """
 
     number: int
@@ -59,6 +61,7 @@ class Round:
     views: Annotated[tuple[View, ...], Field(min_length=1)]
     seconds: float
     failures: tuple[str, ...] = ()
+    untested: tuple[str, ...] = ()
 
     def accuracy(self, part: str) -> float:
         """Return the mean accuracy of all views on ``validation`` or ``test``."""
@@ -196,20 +199,22 @@ def view(session: Session, name: str, *key: object) -> View:
 
 
 def best_of(rounds: Sequence[Round], recipe: Recipe) -> int:
-    """Return the number of the best round so far, the first of equals; see ``Recipe.select``."""
+    """Return the number of the best round so far, the first of equals, among those that every client has tested.
+
+    See ``Recipe.select``; where no round was tested by every client, all of them compete.
+    """
     if recipe.select == "last":
         return rounds[-1].number
-    return max(rounds, key=lambda one: (one.accuracy(recipe.select), -one.number)).number
+    tested = [one for one in rounds if not one.untested] or rounds
+    return max(tested, key=lambda one: (one.accuracy(recipe.select), -one.number)).number
 
 
 def stages_of(recipe: Recipe) -> dict[str, int]:
-    """Return after which round each stage is reached; of stages at the same round the last one's name stands.
+    """Return after which round each stage is reached; of a short training several are reached at once.
 
     Where a round has several local epochs, ``1 epoch`` stands for the first round.
     """
-    named = {"initial": 0, "1 epoch": 1, "25 %": math.ceil(recipe.rounds / 4), "100 %": recipe.rounds}
-    last = {number: name for name, number in named.items()}
-    return {name: number for name, number in named.items() if last[number] == name}
+    return {"initial": 0, "1 epoch": 1, "25 %": math.ceil(recipe.rounds / 4), "100 %": recipe.rounds}
 
 
 def diverged(one: Round) -> bool:

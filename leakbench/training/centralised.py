@@ -42,7 +42,7 @@ def train(session: Session, folder: Path, told: Told) -> Outcome:
     arm, trainee, recipe = session.arm, session.trainee, session.arm.recipe
     classes = session.data.num_classes
     _draw_keys(session)
-    names = {number: name for name, number in stages_of(recipe).items()}
+    reached = stages_of(recipe)
     rounds: list[Round] = []
     stages: list[Stage] = []
     best: State = {}
@@ -75,8 +75,8 @@ def train(session: Session, folder: Path, told: Told) -> Outcome:
         loss = sum(losses) / len(losses)
         seen = view(session, GLOBAL, number)
         rounds.append(Round(number, recipe.rate(number), loss, (seen,), time.perf_counter() - begin))
-        if number in names:
-            stages.append(keep(session, folder, names[number], number, seen.test.accuracy))
+        for name in [name for name, at in reached.items() if at == number]:
+            stages.append(keep(session, folder, name, number, seen.test.accuracy))
         if best_of(rounds, recipe) == number:
             best = _tensors(trainee)
         state = _state(rounds, stages, best, trainee)

@@ -46,6 +46,8 @@ from leakbench.training.thief import thefts
 
 CLIENTS = "clients"
 """The folder of the clients' files, in an arm's folder."""
+FIRST = "client 1"
+"""Whose secrets are in the checkpoints."""
 
 
 def train(session: Session, folder: Path, told: Told, workers: int = 0) -> Outcome:
@@ -86,7 +88,7 @@ class _Server:
     def __init__(self, session: Session, folder: Path, told: Told) -> None:
         self.session, self.folder, self.told = session, folder, told
         self.recipe, self.trainee = session.arm.recipe, session.trainee
-        self.names = {number: name for name, number in stages_of(self.recipe).items()}
+        self.reached = stages_of(self.recipe)
         self.rounds: list[Round] = []
         self.stages: list[Stage] = []
         self.best: State = {}
@@ -134,14 +136,15 @@ class _Server:
         number = len(self.rounds) + 1
         self.shared = _tensors(arrays, self.trainee)
         views = tuple(self.views) if self.trainee.lasting else tuple(self.measure(number))
+        untested = tuple(str(failure) for failure in self.failures if failure.kind == "evaluate")
         if not views:
-            raise RuntimeError(f"no client could test its model in round {number}: {self.failures[0].reason}")
+            raise RuntimeError(f"no client could test its model in round {number}: {untested[0]}")
         seconds = time.perf_counter() - self.begun
-        failures = tuple(str(failure) for failure in self.failures)
-        one = Round(number, self.recipe.rate(number), self.loss, views, seconds, failures)
+        failures = tuple(str(failure) for failure in self.failures if failure.kind != "evaluate")
+        one = Round(number, self.recipe.rate(number), self.loss, views, seconds, failures, untested)
         self.rounds.append(one)
-        if number in self.names:
-            self.keep(self.names[number], number, views[0].test.accuracy)
+        for name in [name for name, at in self.reached.items() if at == number]:
+            self.keep(name, number, self.first(one))
         if best_of(self.rounds, self.recipe) == number:
             self.best = self.shared
         write_state(
@@ -162,8 +165,17 @@ class _Server:
     def measure(self, number: int) -> list[View]:
         """Return what the global model scores, with the secrets of the first client where it needs any."""
         self.trainee.load(self.shared, self.private(0, number))
-        name = "client 1" if self.trainee.lasting else GLOBAL
-        return [view(self.session, name, name, number)]
+        return [view(self.session, self.whose, self.whose, number)]
+
+    @property
+    def whose(self) -> str:
+        """The view of the model with the secrets that checkpoints hold: those of the first client, or none."""
+        return FIRST if self.trainee.lasting else GLOBAL
+
+    def first(self, one: Round) -> float:
+        """Return the test accuracy of a round's checkpoint, measured here where its client could not."""
+        found = next((view for view in one.views if view.name == self.whose), None) or self.measure(one.number)[0]
+        return found.test.accuracy
 
     def private(self, client: int, number: int) -> State:
         """Return a client's secrets after a round."""
@@ -182,7 +194,7 @@ class _Server:
         """Return what came of the rounds."""
         number = best_of(self.rounds, self.recipe)
         self.shared = self.best
-        self.keep("best", number, self.rounds[number - 1].views[0].test.accuracy)
+        self.keep("best", number, self.first(self.rounds[number - 1]))
         stolen = thefts(
             self.trainee,
             self.best,

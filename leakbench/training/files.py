@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,14 @@ RECORD = "record.json"
 """What came of an arm, in the arm's folder."""
 STATE = "state.pt"
 """Where a training goes on."""
+_DRAFT = re.compile(r"\..+\.(\d+|part)")
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote left of its files, in a folder and those in it."""
+    for path in folder.rglob(".*"):
+        if _DRAFT.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -32,7 +32,7 @@ class Rounds(Bar, Silent):
         self.bar.update(self.task, completed=one.number, beside=numbers, left=f"about {left} left")
         if not self.console.is_terminal:
             self.note(f"[{one.number}/{self.total}] {numbers}, about {left} left")
-        for failure in one.failures:
+        for failure in (*one.failures, *one.untested):
             self.note(f"round {one.number}: {failure}")
 
     def end(self, outcome: Outcome) -> None:

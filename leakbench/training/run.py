@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
+from leakbench.alone import alone
 from leakbench.chunk import device_named
 from leakbench.errors import BadOption, CorruptAsset, LeakbenchError, Unsupported
 from leakbench.flower import require
@@ -19,7 +20,7 @@ from leakbench.store import Provenance
 from leakbench.training import centralised
 from leakbench.training import data as parts
 from leakbench.training.arm import Outcome, Round, start
-from leakbench.training.files import RECORD, STATE, read_json, write_json
+from leakbench.training.files import RECORD, STATE, read_json, remove_drafts, write_json
 from leakbench.training.settings import Arm, Recipe
 from leakbench.victim import build
 
@@ -90,21 +91,23 @@ def train(
         progress: what is told of the progress.
 
     Raises:
-        LeakbenchError: one line on what does not fit, before anything is trained.
+        LeakbenchError: one line on what does not fit, before anything is trained; another process trains in ``out``.
     """
     progress = progress or Silent()
     where = device_named(device)
     folders = [out / FOLDER / arm.folder for arm in arms]
-    done = [_finished(folder, arm) for folder, arm in zip(folders, arms)]
     for arm in arms:
         check(arm)
     if any(arm.recipe.mode == "fedavg" for arm in arms):
         require()
-    with full_precision():
+    out.mkdir(parents=True, exist_ok=True)
+    with alone(out), full_precision():
+        done = [_finished(folder, arm) for folder, arm in zip(folders, arms)]
         for number, (arm, folder, known) in enumerate(zip(arms, folders, done), 1):
             if known:
                 continue
             progress.begin(arm, number, len(arms))
+            remove_drafts(folder)
             outcome = _one(arm, folder, where, workers, progress)
             write_json(folder / RECORD, plain(arm, outcome, Provenance.collect(command, str(where), "")))
             if outcome.rounds:  # one that broke goes on after its last round

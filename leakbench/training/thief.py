@@ -24,7 +24,8 @@ KINDS = {
     "another client's key, own lock": "the lock of one client with the key of another, every pair of clients",
     "fresh key, initial lock": "a key drawn by its law, and the lock that the server began with: the paper's text",
     "fresh key, fresh lock": "key and lock drawn by their laws",
-    "zero lock": "the lock's tensors are zero, as released: scale and shift are 0 and the output is constant",
+    "zero lock": "the lock's tensors are zero, as the released code has them by mistake: behind ReLU gates scale and "
+    "shift are 0 and the output is constant; behind sigmoid gates both are 1/2, whatever the key",
 }
 """Kinds of secrets -> what they are. A *key* is a private tensor that is not trained, a *lock* one that is."""
 
