@@ -34,7 +34,7 @@ from leakbench.report.again import again
 from leakbench.report.page import embedded, render
 from leakbench.report.sprites import COLUMNS, sheets
 from leakbench.report.utility import FILE as STUDY
-from leakbench.report.utility import Interval, Point, front
+from leakbench.report.utility import Interval, Point, Study
 from leakbench.report.worst_case import Standing
 from leakbench.store import FILE, Component, MetricInfo, Session, Store
 from leakbench.trial import Cell, Result, Trial
@@ -397,19 +397,29 @@ def test_the_front_has_what_no_other_point_beats():
         point("d", 0.5, 0.0),
         point("e", 0.8, 0.2),
     ]
-    assert [one.label for one in front(points)] == ["d", "b", "e", "a"]
+    study = Study(title="t", utility="u", leakage="l", points=tuple(points))
+    assert [one.label for one in study.front()] == ["d", "b", "e", "a"]
+
+
+def test_labels_of_points_that_meet_stand_apart():
+    points = [point(f"noise(scale={place})", 0.94 + place / 1e4, 1.0) for place in range(6)]
+    marks = pages.scatter(Study(title="t", utility="u", leakage="l", points=tuple(points))).marks
+    assert len({mark.at[1] for mark in marks}) == 6
+    assert all(abs(one.at[1] - other.at[1]) > 12 for one in marks for other in marks if one is not other)
+    assert all(26 < mark.at[1] < 330 for mark in marks)
 
 
 def test_a_study_beside_the_run_is_shown(tmp_path):
     run(tmp_path, [make(DLG, NONE, 0)])
     points = [point("none", 0.9, 0.9), point("noise <i>", 0.5, 0.1)]
-    study = {"utility": "accuracy", "leakage": "recovered", "points": [one.model_dump() for one in points]}
-    (tmp_path / STUDY).write_text(json.dumps(study))
+    study = {"title": "t", "utility": "accuracy", "leakage": "recovered", "points": [p.model_dump() for p in points]}
+    (tmp_path / STUDY).write_text(json.dumps({"studies": [study]}))
     text = write(tmp_path, {"html"})[0].read_text()
     assert "Utility against leakage" in text
     assert "noise &lt;i&gt;" in text
-    (tmp_path / STUDY).write_text('{"utility": "x", "leakage": "y", "points": [{"label": "a"}]}')
-    with pytest.raises(BadOption, match=r"points\.0\.utility"):
+    text = '{"studies": [{"title": "t", "utility": "x", "leakage": "y", "points": [{"label": "a"}]}]}'
+    (tmp_path / STUDY).write_text(text)
+    with pytest.raises(BadOption, match=r"studies\.0\.points\.0\.utility"):
         write(tmp_path, {"html"})
 
 

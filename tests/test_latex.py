@@ -105,9 +105,10 @@ def test_figures_are_the_same_each_time(tmp_path):
     results.append(scored(DLG, named(TinyDefense, "guard")(note=NASTY + " $x$"), 0, 0.9))
     run(tmp_path, results, [*METRICS, *ALIGNED])
     points = [point("a $x$ 中", 0.9, 0.9).model_dump(), point("b", 0.5, 0.1).model_dump()]
-    (tmp_path / STUDY).write_text(json.dumps({"utility": "accuracy", "leakage": "recovered", "points": points}))
+    study = {"title": "t", "utility": "accuracy", "leakage": "recovered", "points": points}
+    (tmp_path / STUDY).write_text(json.dumps({"studies": [study]}))
     first = {path.name: path.read_bytes() for path in write_figures(tmp_path)}
-    assert {name.partition(".")[0] for name in first} == {"worst-case-001-d-m", "grid-001-d-m-paper-seed0", "utility"}
+    assert {name.partition(".")[0] for name in first} == {"worst-case-001-d-m", "grid-001-d-m-paper-seed0", "utility-01-t"}
     for name, data in first.items():
         assert data.startswith(b"%PDF-" if name.endswith(".pdf") else b"<?xml"), name
         assert b"/CreationDate" not in data

@@ -35,11 +35,11 @@ def ran(cli, place: Path) -> Path:  # noqa: F811
     assert cli("run", "matrix", *MATRIX, *more).code == 0
     values = {"value": 0.8, "low": 0.7, "high": 0.9}
     points = [
-        {"label": label, "utility": {**values, "value": v}, "leakage": values}
+        {"label": label, "models": ["lenet(init=default)"], "utility": {**values, "value": v}, "leakage": values}
         for label, v in (("none", 0.8), ("noise(scale=1.0)", 0.75))
     ]
     (place / "ran" / "tradeoff.json").write_text(
-        json.dumps({"utility": "accuracy", "leakage": "share", "points": points})
+        json.dumps({"studies": [{"title": "t", "utility": "accuracy", "leakage": "share", "points": points}]})
     )
     assert cli("leaderboard", "ran", "--out", "board").code == 0
     return place

@@ -16,7 +16,7 @@ from leakbench.report import curves, grids
 from leakbench.report.html import PicturesOf, Scene, worst
 from leakbench.report.markdown import Run
 from leakbench.report.text import slug
-from leakbench.report.utility import Study, front
+from leakbench.report.utility import Study
 from leakbench.report.worst_case import Standing
 
 FORMATS = ("pdf", "svg")
@@ -26,12 +26,12 @@ _SETTINGS: Any = {"svg.hashsalt": "leakbench", "svg.fonttype": "path", "pdf.font
 
 
 def figures(
-    run: Run, trials: pd.DataFrame, pages: Sequence[grids.Page], pictures: PicturesOf, study: Study | None = None
+    run: Run, trials: pd.DataFrame, pages: Sequence[grids.Page], pictures: PicturesOf, studies: Sequence[Study] = ()
 ) -> Iterator[tuple[str, bytes]]:
     """Yield the name and the content of every figure.
 
     They are the worst case behind each defense, for each dataset and model; the grids of ``report.md``; what leaks as
-    the gradient becomes less exact, for a run that varies it; utility against leakage, where a study is given. A run
+    the gradient becomes less exact, for a run that varies it; utility against leakage, one for each study that is given. A run
     file keeps no value of the iterations of an attack, so there is no curve over these.
 
     Args:
@@ -48,8 +48,9 @@ def figures(
     if curves.kinds(run.components):
         for shown in curves.pages(run.results, run.metrics):
             yield from _both(shown.file.removesuffix(".png"), curves.figure(shown, run.components))
-    if study is not None:
-        yield from _both("utility", _utility(study))
+    for index, study in enumerate(studies, 1):
+        name = slug(study.title.split(" · "))
+        yield from _both(f"utility-{index:02}-{name}", _utility(study))
 
 
 def _both(name: str, drawn: Figure) -> Iterator[tuple[str, bytes]]:
@@ -91,7 +92,7 @@ def _utility(study: Study) -> Figure:
     """Draw every point with its intervals, and the Pareto front as a line."""
     drawn = Figure(figsize=(6.4, 4.2), layout="constrained")
     panel = drawn.subplots()
-    best = front(study.points)
+    best = study.front()
     for point in study.points:
         x, y = point.utility, point.leakage
         panel.plot([x.low, x.high], [y.value, y.value], color=_GREY, linewidth=1)

@@ -86,14 +86,14 @@ def write_figures(out: Path | str) -> list[Path]:
     """Write ``figures/*.pdf`` and ``figures/*.svg`` beside the run file in ``out``; return their paths.
 
     Raises:
-        BadOption: ``tradeoff.json`` in ``out`` is no study of utility and leakage.
+        BadOption: ``tradeoff.json`` in ``out`` holds no studies of utility and leakage.
         ForeignRun: there is no readable run file in ``out``.
     """
     out = Path(out)
     with Store.open(out / FILE, readonly=True) as store:
         run, trials = _run(store, out)
-        study = utility.load(out / utility.FILE)
-        found = figures.figures(run, trials, _pages(store, run.results), store.images, study)
+        studies = utility.load(out / utility.FILE)
+        found = figures.figures(run, trials, _pages(store, run.results), store.images, studies)
         return [replace(out / "figures" / name, data) for name, data in found]
 
 

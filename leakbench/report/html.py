@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from leakbench.report.page import SCRIPTS, STYLES, embedded, picture, render
 from leakbench.report.sprites import COLUMNS, LARGEST, ROWS, Sheet, png, sheets, tile
 from leakbench.report.table import ANY, BLOCK, STATUSES, strongest, summarise, without_repeats
 from leakbench.report.text import ABSENT, decimals, english, number, percent, with_interval
-from leakbench.report.utility import Point, Study, front
+from leakbench.report.utility import Study
 from leakbench.report.worst_case import Standing, floor_share, standings, threshold_of
 from leakbench.store import MetricInfo, Pictures
 
@@ -37,6 +37,7 @@ _SHOWN = ("psnr_aligned", "ssim_aligned", "lpips_vgg", "psnr")
 _RANKED = (RECOVERY, "psnr_aligned", "psnr")
 _STEPS = 4
 _PAPER = "paper_"
+_LETTER, _LINE = 6.6, 14  # pixels of a letter and a line of the labels in a figure
 _INFORMED = re.compile(r"\binformed=([\w-]+)")
 
 PicturesOf = Callable[[Sequence[str]], Mapping[str, Pictures]]
@@ -79,14 +80,14 @@ class Scene:
     most: float
 
 
-def html(run: Run, trials: pd.DataFrame, pictures: PicturesOf, study: Study | None = None) -> str:
+def html(run: Run, trials: pd.DataFrame, pictures: PicturesOf, studies: Sequence[Study] = ()) -> str:
     """Return the page of a run; it depends on nothing but its arguments.
 
     Args:
         run: all that the report says; its results have every trial that ended.
         trials: every planned trial in the order of planning (``Store.trials``).
         pictures: from the trials of ``run`` to their pictures.
-        study: utility and leakage, where a training study measured them.
+        studies: utility and leakage, where trainings were studied beside.
     """
     once = without_repeats(run.results)
     metrics = _metrics(run)
@@ -132,8 +133,7 @@ def html(run: Run, trials: pd.DataFrame, pictures: PicturesOf, study: Study | No
         "metrics": metrics,
         "ranking": ranking,
         "left_out": left_out,
-        "study": study,
-        "scatter": None if study is None else scatter(study.points),
+        "studies": [(study, scatter(study)) for study in studies],
         "sheets": [picture(sheet.png) for sheet in found],
         "ANY": ANY,
         "percent": percent,
@@ -507,7 +507,10 @@ def _cost(data: bytes) -> int:
 
 @dataclass(frozen=True)
 class Mark:
-    """A point of the figure of utility and leakage, in pixels of its 640 x 380; ``front`` where none beats it."""
+    """A point of the figure of utility and leakage, in pixels of its 640 x 380; ``front`` where none beats it.
+
+    The label begins at ``at`` (``anchor`` start) or ends there; ``away`` where it is so far off that a line leads to it.
+    """
 
     label: str
     x: float
@@ -517,6 +520,9 @@ class Mark:
     top: float
     bottom: float
     front: bool
+    at: tuple[float, float] = (0.0, 0.0)
+    anchor: str = "start"
+    away: bool = False
 
 
 @dataclass(frozen=True)
@@ -529,10 +535,10 @@ class Scatter:
     yticks: tuple[tuple[float, str], ...]
 
 
-def scatter(points: Sequence[Point]) -> Scatter:
+def scatter(study: Study) -> Scatter:
     """Return where the points of a study stand: utility to the right, leakage upwards, both in whole tenths."""
-    lows = [point.utility.low for point in points]
-    highs = [point.utility.high for point in points]
+    lows = [point.utility.low for point in study.points]
+    highs = [point.utility.high for point in study.points]
     least = math.floor(10 * min(lows, default=0)) / 10
     most = max(math.ceil(10 * max(highs, default=1)) / 10, least + 0.1)
 
@@ -540,22 +546,47 @@ def scatter(points: Sequence[Point]) -> Scatter:
         return round(60 + 560 * (value - least) / (most - least), 1)
 
     def y(value: float) -> float:
-        return round(330 - 300 * value, 1)
+        return round(330 - 290 * value, 1)
 
-    best = front(points)
-    marks = tuple(
+    best = study.front()
+    marks = [
         Mark(
             one.label,
             *(x(one.utility.value), y(one.leakage.value), x(one.utility.low), x(one.utility.high)),
             *(y(one.leakage.high), y(one.leakage.low)),
             one in best,
         )
-        for one in points
-    )
+        for one in study.points
+    ]
     ticks = [round(least + step / 10, 1) for step in range(round(10 * (most - least)) + 1)]
     return Scatter(
-        marks,
+        _labelled(marks),
         " ".join(f"{x(one.utility.value)},{y(one.leakage.value)}" for one in best),
         tuple((x(value), percent(value)) for value in ticks),
         tuple((y(value), percent(value)) for value in (0.0, 0.25, 0.5, 0.75, 1.0)),
     )
+
+
+def _labelled(marks: Sequence[Mark]) -> tuple[Mark, ...]:
+    """Return marks with places for their labels that meet neither each other nor a mark, where there are such places."""
+    taken = [(mark.x - 7, mark.y - 7, mark.x + 7, mark.y + 7) for mark in marks]
+    placed = []
+    for mark in marks:
+        width = _LETTER * len(mark.label)
+        right = mark.x < 340
+        for step in sorted(range(-20, 21), key=lambda step: (abs(step), step)):
+            x, y = mark.x + (10 if right else -10), mark.y + 4 + _LINE * step
+            box = (x if right else x - width, y - 10, x + width if right else x, y + 3)
+            if 40 <= y <= 326 and not any(_meet(box, other) for other in taken):
+                break
+        else:
+            x, y, box = mark.x, mark.y - 8, (mark.x, mark.y, mark.x, mark.y)
+        taken.append(box)
+        anchor = "start" if right else "end"
+        placed.append(replace(mark, at=(round(x, 1), round(y, 1)), anchor=anchor, away=abs(step) > 1))
+    return tuple(placed)
+
+
+def _meet(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Return whether two boxes (left, top, right, bottom) meet."""
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]

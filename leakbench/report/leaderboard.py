@@ -107,13 +107,15 @@ def read(path: Path) -> Entry:
         raise BadOption(f"{path} is no entry of a leaderboard: {where}: {words}; see {SCHEMA_FILE}") from None
 
 
-def entries(store: Store, name: str, study: utility.Study | None = None) -> tuple[list[Entry], list[str]]:
+def entries(
+    store: Store, name: str, studies: Sequence[utility.Study] = ()
+) -> tuple[list[Entry], list[str]]:
     """Return the entries of a run: one for each dataset, model and defense whose trials have all ended with an answer.
 
     Args:
         store: the run file.
         name: the run's, where it has none of its own.
-        study: what its training study says.
+        studies: what the trainings beside it say.
 
     Returns:
         The entries, and a line for each defense that has none.
@@ -152,7 +154,7 @@ def entries(store: Store, name: str, study: utility.Study | None = None) -> tupl
                 floor=None if math.isnan(floor) else floor,
                 best_attacker=_best(one),
                 attackers=[_attacker(effort) for effort in one.efforts],
-                accuracy=_cost(study, one.defense),
+                accuracy=_cost(studies, one.model, one.defense),
                 versions=versions,
                 trials=[
                     TrialOf(
@@ -192,12 +194,13 @@ def _attacker(effort: Effort) -> Attacker:
     )
 
 
-def _cost(study: utility.Study | None, defense: str) -> Cost | None:
-    """Return what a study says of a defense; None where it says nothing."""
-    if study is None:
-        return None
-    values = {point.label: point.utility.value for point in study.points}
-    return Cost(accuracy=values[defense], without=values.get("none")) if defense in values else None
+def _cost(studies: Sequence[utility.Study], model: str, defense: str) -> Cost | None:
+    """Return what the first study of an attacked network says of a defense; None where none says anything."""
+    for study in studies:
+        values = {point.label: point.utility.value for point in study.points}
+        if any(point.label == defense and model in point.models for point in study.points):
+            return Cost(accuracy=values[defense], without=values.get("none"))
+    return None
 
 
 def write(runs: Sequence[Path], out: Path) -> tuple[list[Path], list[str]]:
@@ -213,9 +216,9 @@ def write(runs: Sequence[Path], out: Path) -> tuple[list[Path], list[str]]:
     found: list[Entry] = []
     missing: list[str] = []
     for run in runs:
-        study = utility.load(run / utility.FILE)
+        studies = utility.load(run / utility.FILE)
         with Store.open(run / FILE, readonly=True) as store:
-            own, lacking = entries(store, run.resolve().name, study)
+            own, lacking = entries(store, run.resolve().name, studies)
         found += own
         missing += lacking
     if not found:

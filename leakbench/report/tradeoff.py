@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from leakbench.errors import CorruptAsset
 from leakbench.matrix import RECOVERY
 from leakbench.report import accuracy as accuracies
+from leakbench.report import utility
 from leakbench.report.files import replace
 from leakbench.report.grids import plain
 from leakbench.report.statistics import bootstrap_interval, wilson_interval
@@ -54,6 +55,7 @@ class Point:
         images: how many images were attacked, seeds counted apart.
         strongest: who recovered most.
         failed: trials that ended without a score.
+        models: the specs under which the run has the attacked checkpoints, one a seed.
     """
 
     defense: str
@@ -64,6 +66,7 @@ class Point:
     images: int
     strongest: str
     failed: int
+    models: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class Scene:
 def write(out: Path | str) -> list[Path]:
     """Write ``tradeoff.md`` with ``tradeoff/*.png`` from the trainings and the run in ``out``; return paths.
 
+    The points go to ``tradeoff.json`` too, from which the page of the run, its figures and a leaderboard take them.
+
     Raises:
         CorruptAsset: there is no trade-off in ``out``.
         ForeignRun: there is no readable run file in ``out``.
@@ -88,8 +93,9 @@ def write(out: Path | str) -> list[Path]:
     threshold, targets = targets_of(out)
     with Store.open(out / RUN, readonly=True) as store:
         results = store.results()
-    scenes = scenes_of(results, records(out), targets, threshold)
-    written = []
+    found = records(out)
+    scenes = scenes_of(results, found, targets, threshold)
+    written = [replace(out / utility.FILE, studies(scenes, threshold).model_dump_json(indent=1).encode() + b"\n")]
     groups: dict[tuple[str, str], list[Scene]] = {}
     for scene in scenes:
         groups.setdefault((scene.dataset, scene.model), []).append(scene)
@@ -98,7 +104,7 @@ def write(out: Path | str) -> list[Path]:
         path = out / "tradeoff" / f"tradeoff-{index:02}-{slug(names)}.png"
         written.append(replace(path, png(group)))
         pictures.append((path.name, group))
-    written.append(replace(out / FILE, markdown(pictures, threshold, out.resolve().name).encode()))
+    written.append(replace(out / FILE, markdown(pictures, threshold, out.resolve().name, left_out(found, targets)).encode()))
     return written
 
 
@@ -156,25 +162,55 @@ def _point(results: pd.DataFrame, targets: Sequence[Target], arms: Sequence[Reco
         images=len(hits),
         strongest="" if by.empty else str(by.idxmax()),
         failed=int((~own["status"].isin(["ok", "failed", "unsupported"])).sum()),
+        models=tuple(models),
     )
 
 
-def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the points (utility, leakage) that no other beats in one without being worse in the other.
+def left_out(found: Sequence[Record], targets: Sequence[Target]) -> list[str]:
+    """Return one line on each training that has no checkpoint of a stage at which others were attacked, and why."""
+    attacked = {(target.arm, target.stage) for target in targets}
+    lines = []
+    for one in found:
+        for stage in dict.fromkeys(target.stage for target in targets):
+            if (one.folder.name, stage) not in attacked:
+                why = f"{one.outcome.status}: {one.outcome.reason}" if one.outcome.reason else "not in this study"
+                lines.append(f"- {escape(one.specs['defense'])}, seed {one.seed}, stage {escape(stage)}: {escape(why)}")
+    return lines
 
-    Args:
-        points: higher utility and lower leakage are better; those with NaN are on no front.
-    """
-    kept = []
-    for index, (utility, leakage) in enumerate(points):
-        if math.isnan(utility) or math.isnan(leakage):
-            continue
-        beaten = any(
-            other >= utility and less <= leakage and (other > utility or less < leakage) for other, less in points
+
+def studies(scenes: Sequence[Scene], threshold: float) -> utility.Studies:
+    """Return the points of every scene that have a share of images recovered."""
+    found = []
+    for scene in scenes:
+        points = tuple(
+            utility.Point(
+                label=point.defense,
+                models=point.models,
+                utility=_interval(point.accuracy),
+                leakage=_interval(point.share),
+            )
+            for point in scene.points
+            if not (math.isnan(point.accuracy.mean) or math.isnan(point.share.mean))
         )
-        if not beaten:
-            kept.append(index)
-    return kept
+        note = (
+            f"{scene.model} on {scene.dataset}, attacked at stage {scene.stage} of its training behind each defense. "
+            f"An image counts as recovered from an SSIM of {threshold:g} after alignment on. The accuracy is that of "
+            "the best round of the training, whatever the stage."
+        )
+        found.append(
+            utility.Study(
+                title=f"{scene.dataset} · {scene.model} · stage {scene.stage}",
+                utility="test accuracy of the trained network",
+                leakage="images recovered by at least one attacker",
+                note=note,
+                points=points,
+            )
+        )
+    return utility.Studies(studies=tuple(found))
+
+
+def _interval(value: Value) -> utility.Interval:
+    return utility.Interval(value=value.mean, low=value.low, high=value.high)
 
 
 def _axes(scene: Scene) -> dict[str, list[Value]]:
@@ -189,17 +225,21 @@ def _on_front(scene: Scene, name: str, values: Sequence[Value]) -> list[int]:
     """Return the front; a distance leaks less where it is larger, up to that of the best floor, which leaks nothing."""
     most = math.inf if math.isnan(scene.floor) else scene.floor
     leakages = [value.mean if name == "share" else -min(value.mean, most) for value in values]
-    return front([(point.accuracy.mean, leakage) for point, leakage in zip(scene.points, leakages)])
+    return utility.front([(point.accuracy.mean, leakage) for point, leakage in zip(scene.points, leakages)])
 
 
-def markdown(pictures: Sequence[tuple[str, Sequence[Scene]]], threshold: float, name: str) -> str:
-    """Return the report; it depends on nothing but its arguments."""
+def markdown(
+    pictures: Sequence[tuple[str, Sequence[Scene]]], threshold: float, name: str, missing: Sequence[str] = ()
+) -> str:
+    """Return the report; it depends on nothing but its arguments. ``missing`` are lines of ``left_out``."""
     parts = [f"# Utility against leakage: {escape(name)}", _words(threshold)]
     for file, scenes in pictures:
         title = f"{scenes[0].model} on {scenes[0].dataset}"
         parts += [f"## {escape(title)}", f"![{escape(title)}](tradeoff/{file})"]
         for scene in scenes:
             parts += [f"**Attacked at stage {escape(scene.stage)}**:", _table(scene)]
+    if missing:
+        parts += ["**Not attacked**:", "\n".join(missing)]
     parts.append(
         "Trainings, curves and what a thief gets: [accuracy.md](accuracy.md). Every attack: [report.md](report.md)."
     )

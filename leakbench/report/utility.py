@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -29,57 +30,80 @@ class Point(BaseModel):
     """One defense at one strength.
 
     Attributes:
-        label: how the point is called, its defense's spec for example.
+        label: how the point is called: its defense's spec.
+        models: the specs under which the run has the attacked networks, one a seed.
         utility: such as the test accuracy; higher is better.
         leakage: such as the share of images recovered by the best attacker; lower is better.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     label: str
+    models: tuple[str, ...] = ()
     utility: Interval
     leakage: Interval
 
 
 class Study(BaseModel):
-    """What a training study says of utility and leakage.
+    """What trainings and attacks say of utility and leakage: points that compare.
 
     Attributes:
+        title: what is compared: dataset, model and stage of the training.
         utility: what the utility is, in words: the axis of the figure; likewise ``leakage``.
         note: how it was measured.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    title: str
     utility: str
     leakage: str
     note: str = ""
     points: tuple[Point, ...]
 
+    def front(self) -> list[Point]:
+        """Return the points on the Pareto front, by utility."""
+        kept = front([(point.utility.value, point.leakage.value) for point in self.points])
+        return sorted((self.points[index] for index in kept), key=lambda point: point.utility.value)
 
-def load(path: Path) -> Study | None:
-    """Return the study in a JSON file; None where there is no such file.
+
+class Studies(BaseModel):
+    """The content of ``FILE``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    studies: tuple[Study, ...] = ()
+
+
+def load(path: Path) -> tuple[Study, ...]:
+    """Return the studies in a JSON file; none where there is no such file.
 
     Raises:
-        BadOption: the file is no study.
+        BadOption: the file holds something else.
     """
     if not path.is_file():
-        return None
+        return ()
     try:
-        return Study.model_validate_json(path.read_bytes())
+        return Studies.model_validate_json(path.read_bytes()).studies
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise BadOption(f"{path} is no study of utility and leakage: {where}: {first['msg']}; write it again") from None
+        raise BadOption(
+            f"{path} holds no studies of utility and leakage: {where}: {first['msg']}; remove it, and "
+            "`leakbench report` writes it again"
+        ) from None
 
 
-def front(points: Sequence[Point]) -> list[Point]:
-    """Return the points that no other one beats: none leaks less at the same utility or more; by utility."""
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Return the places of the points (utility, leakage) that no other beats in one without being worse in the other.
 
-    def beaten(one: Point) -> bool:
-        return any(
-            other.utility.value >= one.utility.value
-            and other.leakage.value <= one.leakage.value
-            and (other.utility.value, other.leakage.value) != (one.utility.value, one.leakage.value)
-            for other in points
+    Args:
+        points: higher utility and lower leakage are better; those with NaN are on no front.
+    """
+    kept = []
+    for index, (utility, leakage) in enumerate(points):
+        if math.isnan(utility) or math.isnan(leakage):
+            continue
+        beaten = any(
+            other >= utility and less <= leakage and (other > utility or less < leakage) for other, less in points
         )
-
-    return sorted((one for one in points if not beaten(one)), key=lambda one: one.utility.value)
+        if not beaten:
+            kept.append(index)
+    return kept
