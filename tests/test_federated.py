@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.fl
 from leakbench import defenses
 from leakbench.defenses import Defense
 from leakbench.flower.simulation import SimulatedGrid
+from leakbench.registry import load_plugin
 from leakbench.report import accuracy as report
 from leakbench.training import Record, Silent, federated, train
 from leakbench.training.arm import Round, start
@@ -169,7 +171,9 @@ def test_a_client_that_fails_is_counted_and_told(tmp_path: Path) -> None:
         "soteria is defined for one image, and the batch has 3",
     )
     text = report.write(tmp_path)[-1].read_text()
-    assert f"{len(failures)} times a client failed to train and had no part in the average; first: {failures[0]}" in text
+    assert (
+        f"{len(failures)} times a client failed to train and had no part in the average; first: {failures[0]}" in text
+    )
     numbers_told = {int(failure.split()[1]) for failure in failures}
     assert numbers_told <= {1, 2, 3}  # as in every table
 
@@ -226,3 +230,32 @@ def test_some_clients_take_part_in_a_round_by_the_seed(tmp_path: Path, monkeypat
 def test_a_record_of_before_is_read_again(tmp_path: Path) -> None:
     found: list[Record] = train(fedavg(rounds=1).arms(), tmp_path)
     assert [numbers(one) for one in train(fedavg(rounds=1).arms(), tmp_path)] == [numbers(found[0])]
+
+
+PLUGIN = """
+from dataclasses import dataclass
+from leakbench import Defense, defenses
+
+@defenses.register("halved-in-a-file")
+@dataclass(frozen=True)
+class Halved(Defense):
+    def release(self, step, rng):
+        return {name: value.half().float() for name, value in step.gradient().items()}
+"""
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_processes_of_ray_load_plugins_and_compute_as_this_one(tmp_path: Path) -> None:
+    file = tmp_path / "halved.py"
+    file.write_text(PLUGIN)
+    load_plugin(file)
+    arms = fedavg(rounds=1, datasets=["samples(size=16, channels=1)"], defenses=["halved-in-a-file"]).arms()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        (here,), (there,) = train(arms, tmp_path / "a"), train(arms, tmp_path / "b", workers=2)
+    finally:
+        torch.set_num_threads(threads)
+    assert (there.outcome.status, there.outcome.reason) == ("ok", "")
+    assert numbers(there) == numbers(here)
+    gc.collect()  # Ray leaves /dev/null open

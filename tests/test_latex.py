@@ -108,7 +108,11 @@ def test_figures_are_the_same_each_time(tmp_path):
     study = {"title": "t", "utility": "accuracy", "leakage": "recovered", "points": points}
     (tmp_path / STUDY).write_text(json.dumps({"studies": [study]}))
     first = {path.name: path.read_bytes() for path in write_figures(tmp_path)}
-    assert {name.partition(".")[0] for name in first} == {"worst-case-001-d-m", "grid-001-d-m-paper-seed0", "utility-01-t"}
+    assert {name.partition(".")[0] for name in first} == {
+        "worst-case-001-d-m",
+        "grid-001-d-m-paper-seed0",
+        "utility-01-t",
+    }
     for name, data in first.items():
         assert data.startswith(b"%PDF-" if name.endswith(".pdf") else b"<?xml"), name
         assert b"/CreationDate" not in data

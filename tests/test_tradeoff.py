@@ -14,7 +14,10 @@ from typer.testing import CliRunner
 from leakbench.cli.main import app
 from leakbench.errors import BadOption
 from leakbench.report import tradeoff as report
-from leakbench.report.tradeoff import Point, Scene, Value, front
+from leakbench.report import utility, write
+from leakbench.report.leaderboard import entries
+from leakbench.report.tradeoff import Point, Scene, Value
+from leakbench.report.utility import front
 from leakbench.store import FILE, Store
 from leakbench.training import records
 from leakbench.training.settings import Tradeoff
@@ -104,11 +107,38 @@ def test_checkpoints_are_attacked_and_drawn_against_their_accuracy(tmp_path: Pat
     text = (tmp_path / "tradeoff.md").read_text()
     assert "**Attacked at stage best**" in text
     assert len(list((tmp_path / "tradeoff").glob("*.png"))) == 1
+    first, last = utility.load(tmp_path / utility.FILE)
+    assert (first.title, last.title) == (
+        "samples(size=16, channels=1) · lenet · stage initial",
+        first.title[:-7] + "best",
+    )
+    for shown, scene in zip((first, last), scenes):
+        assert [point.label for point in shown.points] == ["none", "noise(scale=10.0)"]
+        assert [point.leakage.value for point in shown.points] == [one.share.mean for one in scene.points]
+        assert [point.utility.value for point in shown.points] == [one.accuracy.mean for one in scene.points]
+    text = write(tmp_path, {"html"})[0].read_text()
+    assert text.index("Utility against leakage") < text.index("The worst case behind each defense")
+    with Store.open(tmp_path / FILE, readonly=True) as store:
+        board = entries(store, "run", (first, last))
+    costs = {one.defense: one.accuracy for one in board}
+    for point in first.points:
+        cost = costs[point.label]
+        assert cost is not None
+        assert (cost.accuracy, cost.without) == (point.utility.value, first.points[0].utility.value)
     before = len(results)
     assert attack(plans, tmp_path) == targets
     assert targets_of(tmp_path) == (0.6, targets)
     with Store.open(tmp_path / FILE, readonly=True) as store:
         assert len(store.results()) == before
+
+
+def test_what_could_not_be_attacked_is_said(tmp_path: Path) -> None:
+    plans = [study(defenses=["none", "soteria"], stages=["best"], rounds=1)]
+    train(plans, tmp_path)
+    assert [one.defense for one in attack(plans, tmp_path)] == ["none"]
+    report.write(tmp_path)
+    text = (tmp_path / "tradeoff.md").read_text()
+    assert "- soteria, seed 0, stage best: unsupported: soteria is defined for one image" in text
 
 
 def test_the_command_goes_from_training_to_the_picture(tmp_path: Path) -> None:

@@ -431,7 +431,7 @@ def test_a_training_goes_on_to_the_same_numbers_after_its_last_round(tmp_path: P
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"half a file of a start that was killed")
     cut = train(arms, tmp_path / "cut")
-    assert not [path for path in folder.rglob(".*")]
+    assert not list(folder.rglob(".*"))
     assert numbers(cut[0]) == numbers(whole[0])
     for stage in whole[0].outcome.stages:
         assert (cut[0].folder / stage.file).read_bytes() == (whole[0].folder / stage.file).read_bytes()

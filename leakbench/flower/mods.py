@@ -158,7 +158,9 @@ class _Acting:
         for place, part in _parts(content):
             for name, value in known:
                 if _holds(part, value):
-                    raise BadOption(f"the secret {name!r} stands in the reply's {place}; nothing was sent: leave it out")
+                    raise BadOption(
+                        f"the secret {name!r} stands in the reply's {place}; nothing was sent: leave it out"
+                    )
 
     def _release(self, received: Mapping[str, Gradient], reply: Message, context: Context, hidden: set[str]) -> None:
         if type(self.defense).release is Defense.release:
@@ -237,7 +239,10 @@ def _parts(content: RecordDict) -> Iterator[tuple[str, np.ndarray | bytes]]:
         for name, array in record.items():
             yield f"array {name!r}", array.numpy().astype(np.float64, copy=False).ravel()
     for record in (*content.metric_records.values(), *content.config_records.values()):
-        yield "single values", np.array([one for one in record.values() if isinstance(one, (int, float))], dtype=np.float64)
+        yield (
+            "single values",
+            np.array([one for one in record.values() if isinstance(one, (int, float))], dtype=np.float64),
+        )
         for name, value in record.items():
             if isinstance(value, bytes):
                 yield f"bytes {name!r}", value

@@ -239,7 +239,9 @@ def train(
         )
         native = replace(seen, size=None)
         # a dataset's mean is that of the split which it does not attack
-        files.write(out / WEIGHTS, trained, state.average.cpu().eval(), replace(native, split="test").mean(), native.mean())
+        files.write(
+            out / WEIGHTS, trained, state.average.cpu().eval(), replace(native, split="test").mean(), native.mean()
+        )
         return out / WEIGHTS
 
 

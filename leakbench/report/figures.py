@@ -31,8 +31,8 @@ def figures(
     """Yield the name and the content of every figure.
 
     They are the worst case behind each defense, for each dataset and model; the grids of ``report.md``; what leaks as
-    the gradient becomes less exact, for a run that varies it; utility against leakage, one for each study that is given. A run
-    file keeps no value of the iterations of an attack, so there is no curve over these.
+    the gradient becomes less exact, for a run that varies it; utility against leakage, one for each study that is
+    given. A run file keeps no value of the iterations of an attack, so there is no curve over these.
 
     Args:
         run: all that the report says; its results have every trial that ended.

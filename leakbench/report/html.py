@@ -509,7 +509,7 @@ def _cost(data: bytes) -> int:
 class Mark:
     """A point of the figure of utility and leakage, in pixels of its 640 x 380; ``front`` where none beats it.
 
-    The label begins at ``at`` (``anchor`` start) or ends there; ``away`` where it is so far off that a line leads to it.
+    The label begins at ``at`` (``anchor`` start) or ends there; ``away`` where a line has to lead to it.
     """
 
     label: str
@@ -568,7 +568,7 @@ def scatter(study: Study) -> Scatter:
 
 
 def _labelled(marks: Sequence[Mark]) -> tuple[Mark, ...]:
-    """Return marks with places for their labels that meet neither each other nor a mark, where there are such places."""
+    """Return marks with places for labels that meet neither each other nor a mark, where there are such places."""
     taken = [(mark.x - 7, mark.y - 7, mark.x + 7, mark.y + 7) for mark in marks]
     placed = []
     for mark in marks:

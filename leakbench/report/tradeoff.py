@@ -104,7 +104,9 @@ def write(out: Path | str) -> list[Path]:
         path = out / "tradeoff" / f"tradeoff-{index:02}-{slug(names)}.png"
         written.append(replace(path, png(group)))
         pictures.append((path.name, group))
-    written.append(replace(out / FILE, markdown(pictures, threshold, out.resolve().name, left_out(found, targets)).encode()))
+    written.append(
+        replace(out / FILE, markdown(pictures, threshold, out.resolve().name, left_out(found, targets)).encode())
+    )
     return written
 
 
@@ -194,8 +196,8 @@ def studies(scenes: Sequence[Scene], threshold: float) -> utility.Studies:
         )
         note = (
             f"{scene.model} on {scene.dataset}, attacked at stage {scene.stage} of its training behind each defense. "
-            f"An image counts as recovered from an SSIM of {threshold:g} after alignment on. The accuracy is that of "
-            "the best round of the training, whatever the stage."
+            f"An image counts as recovered where its SSIM after alignment is at least {threshold:g}. The accuracy is "
+            "that of the best round of the training, whatever the stage."
         )
         found.append(
             utility.Study(
