@@ -119,7 +119,7 @@ def test_checkpoints_are_attacked_and_drawn_against_their_accuracy(tmp_path: Pat
     text = write(tmp_path, {"html"})[0].read_text()
     assert text.index("Utility against leakage") < text.index("The worst case behind each defense")
     with Store.open(tmp_path / FILE, readonly=True) as store:
-        board = entries(store, "run", (first, last))
+        board, _ = entries(store, "run", (first, last))
     costs = {one.defense: one.accuracy for one in board}
     for point in first.points:
         cost = costs[point.label]

@@ -107,9 +107,7 @@ def read(path: Path) -> Entry:
         raise BadOption(f"{path} is no entry of a leaderboard: {where}: {words}; see {SCHEMA_FILE}") from None
 
 
-def entries(
-    store: Store, name: str, studies: Sequence[utility.Study] = ()
-) -> tuple[list[Entry], list[str]]:
+def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> tuple[list[Entry], list[str]]:
     """Return the entries of a run: one for each dataset, model and defense whose trials have all ended with an answer.
 
     Args:
