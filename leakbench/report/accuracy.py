@@ -298,8 +298,9 @@ def _thieves(block: Block) -> str:
         return ""
     words = (
         "What the global model of the best round is worth with other secrets, on the test images, in per cent: mean ± "
-        "standard deviation over draws (least to largest). Guessing is worth one class in so many. With the secrets of "
-        "a client there is one figure a client; pairs are all pairs of clients."
+        "standard deviation over draws (least to largest). Guessing is worth one class in so many. The global model "
+        "is the same for all clients, so that who uses a client's key and lock does not matter: of these there is one "
+        "figure a client and seed, and more need more seeds or clients. Pairs are all ordered pairs of clients."
     )
     return f"{words}\n\n" + table(["defense", "secrets", "n", "accuracy", "what it is"], rows, left=2)
 

@@ -154,8 +154,8 @@ def _finished(folder: Path, arm: Arm) -> bool:
 
 
 def finished(arms: Sequence[Arm], out: Path) -> int:
-    """Return how many of the arms have an outcome in ``out``."""
-    return sum((out / FOLDER / arm.folder / RECORD).exists() for arm in arms)
+    """Return how many of the arms have an outcome in ``out`` that stands."""
+    return sum(_finished(out / FOLDER / arm.folder, arm) for arm in arms)
 
 
 def plain(arm: Arm, outcome: Outcome, provenance: Provenance) -> dict[str, Any]:
