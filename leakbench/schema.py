@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 from leakbench.trial import cell_key
 
-SCHEMA = 3
+SCHEMA = 4
 APPLICATION_ID = 0x6C6B6268
 TABLES = ("meta", "sessions", "cells", "trials", "truths", "results", "metrics", "scores", "findings", "images")
 
@@ -46,7 +46,7 @@ CREATE TABLE results (
     status TEXT NOT NULL CHECK (status IN ('ok', 'failed', 'unsupported', 'error')), reason TEXT NOT NULL,
     seconds REAL NOT NULL, label INTEGER NOT NULL, objective REAL, evaluations INTEGER, path TEXT NOT NULL,
     truth TEXT NOT NULL REFERENCES truths (digest), session_id INTEGER NOT NULL REFERENCES sessions (id),
-    finished TEXT NOT NULL)""",
+    finished TEXT NOT NULL, curve BLOB)""",
     """
 CREATE TABLE metrics (
     name TEXT PRIMARY KEY, position INTEGER NOT NULL UNIQUE, higher_is_better INTEGER NOT NULL,
@@ -156,5 +156,10 @@ def _to_3(db: sqlite3.Connection) -> None:
     db.execute(_FINDINGS)
 
 
-_MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {1: _to_2, 2: _to_3}
+def _to_4(db: sqlite3.Connection) -> None:
+    """How the objective fell is kept."""
+    db.execute("ALTER TABLE results ADD COLUMN curve BLOB")
+
+
+_MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {1: _to_2, 2: _to_3, 3: _to_4}
 """Schema -> what makes the next one of it."""

@@ -15,7 +15,8 @@ Any SQLite tool can read it. Every table, picture and page that leakbench makes 
 - ``trials``: what was planned: an ``image`` and a ``seed`` of a cell (``cell_id``). ``id`` is the hash of the cell's
   settings with these two; ``position`` is the order of planning.
 - ``results``: what came of a trial: ``status`` (ok, failed, unsupported, error), ``reason``, ``seconds``, ``label``
-  (the true one), ``objective``, ``evaluations``, ``path``, ``truth`` (-> ``truths``), ``session_id``, ``finished``.
+  (the true one), ``objective``, ``evaluations``, ``path``, ``truth`` (-> ``truths``), ``session_id``, ``finished``,
+  ``curve`` (the objective at some evaluations, see ``leakbench.curve``; NULL where there is none).
 - ``scores(trial_id, metric, value)``: one row per trial and metric; a metric that was not computed has no row.
 - ``findings(trial_id, name, value)``: further numbers that an attack found (dlm's ``scale``).
 - ``images(trial_id, png)``: the reconstruction, clamped to [0, 1].
@@ -47,6 +48,7 @@ import torch
 from pydantic import TypeAdapter
 
 from leakbench import schema
+from leakbench.curve import decoded
 from leakbench.defenses import Defense
 from leakbench.errors import ForeignRun, LeakbenchError
 from leakbench.metrics.base import Metric
@@ -647,6 +649,12 @@ class Store:
                 pictures[trial] = Pictures(truths[digest], png)
         return pictures
 
+    def curves(self) -> dict[str, list[tuple[int, float]]]:
+        """Return by trial the objective at some evaluations of its search; trials without are left out."""
+        rows = self.query("SELECT trial_id, curve FROM results WHERE curve IS NOT NULL")
+        with decoding(self.path):
+            return {row["trial_id"]: decoded(row["curve"]) for row in rows}
+
     def _stated(self, kind: str) -> dict[str, str]:
         """Return what was recorded of components of a kind, by their settings (JSON)."""
         rows = self.query("SELECT key, value FROM meta WHERE key LIKE ?", (f"{kind}/%",))
@@ -737,7 +745,7 @@ class Store:
         self._db.execute("DELETE FROM findings WHERE trial_id = ?", (trial,))
         self._db.execute(
             "INSERT OR REPLACE INTO results (trial_id, status, reason, seconds, label, objective, evaluations, path,"
-            " truth, session_id, finished) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            " truth, session_id, finished, curve) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 trial,
                 result.status,
@@ -750,6 +758,7 @@ class Store:
                 digest,
                 session,
                 _now(),
+                result.curve or None,
             ),
         )
         scores = [(trial, name, float(value)) for name, value in result.scores.items() if not math.isnan(value)]

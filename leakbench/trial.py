@@ -158,6 +158,7 @@ class Result:
         evaluations: how often the attack evaluated its objective, where it counts.
         path: how the gradients were computed, ``batched``, ``vmap`` or ``one-at-a-time``.
         findings: further numbers that the attack found, by name (``Reconstruction.findings``); finite ones alone.
+        curve: the objective at some evaluations (``Curve.rows``); empty where there is none.
     """
 
     trial: Trial
@@ -172,3 +173,4 @@ class Result:
     evaluations: int | None = None
     path: str = ""
     findings: Mapping[str, float] = field(default_factory=dict)
+    curve: bytes = b""

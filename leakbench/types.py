@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from leakbench.curve import Curve
 from leakbench.errors import BadOption
 
 if TYPE_CHECKING:
@@ -277,6 +278,7 @@ class Reconstruction:
         evaluations: [T] int64, evaluations of the objective and its gradient; None where it has none.
         path: how gradients were computed, ``batched``, ``vmap`` or ``one-at-a-time``; empty where none were.
         findings: further numbers that the attack found, [T] by name; the run keeps them (``Store.findings``).
+        curve: the objective at some evaluations of the search; None where it has none.
     """
 
     images: Tensor
@@ -286,3 +288,4 @@ class Reconstruction:
     evaluations: Tensor | None = None
     path: str = ""
     findings: Mapping[str, Tensor] = field(default_factory=dict)
+    curve: Curve | None = None

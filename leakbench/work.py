@@ -14,6 +14,7 @@ from torch import Tensor
 
 from leakbench.attacks.base import prepare
 from leakbench.chunk import DEFAULT, SHARE, choose, out_of_memory
+from leakbench.curve import marks
 from leakbench.errors import BadOption, LeakbenchError, Unsupported
 from leakbench.metrics.base import Metric, Truth
 from leakbench.rng import Rng, generator
@@ -205,6 +206,7 @@ class Worker:
         scores = self._score(guess, truth)
         seconds = (time.perf_counter() - begin) / len(trials)
         images, truths = guess.images.cpu(), truth.images.cpu()
+        courses = [b""] * len(trials) if guess.curve is None else guess.curve.rows()
         return [
             Result(
                 trial=trial,
@@ -219,6 +221,7 @@ class Worker:
                 evaluations=None if guess.evaluations is None else int(guess.evaluations[row]),
                 path=guess.path,
                 findings=_found(guess, row),
+                curve=courses[row],
             )
             for row, trial in enumerate(trials)
         ]
@@ -290,6 +293,12 @@ def _checked(guess: Reconstruction, observation: Observation, trial: Trial) -> R
     if tuple(guess.images.shape) != expected:
         raise BadOption(
             f"attack {trial.attack.name!r} returned images of shape {tuple(guess.images.shape)}, not {expected}"
+        )
+    curve = guess.curve
+    if curve is not None and tuple(curve.values.shape) != (expected[0], len(marks(curve.limit, curve.every))):
+        raise BadOption(
+            f"attack {trial.attack.name!r} returned a curve of shape {tuple(curve.values.shape)}; give one value for "
+            "each trial and mark"
         )
     images = guess.images.detach().float()
     failed = ~torch.isfinite(images.flatten(1)).all(1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, ClassVar, Literal, Self
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from leakbench.attacks.base import Attack
 from leakbench.component import LATER
+from leakbench.curve import Curve
 from leakbench.errors import Unsupported
 from leakbench.gradients import Evaluator, choose_path, plain_loss
 from leakbench.gradients.bilinear import squared_norm
@@ -165,6 +166,7 @@ class GradientMatching(Attack):
             evaluations=torch.stack([run.evaluations for run in runs]).sum(0),
             path=first.evaluator.path,
             findings={name: pick([run.findings[name] for run in runs]) for name in runs[0].findings},
+            curve=_joined([run.curve for run in runs], pick),
         )
 
     def _objective(self, observation: Observation, rng: Rng) -> MatchingObjective:
@@ -206,7 +208,7 @@ class GradientMatching(Attack):
         # a search that ends no closer than it began has diverged, whatever it returns
         failed = ~finite | ~torch.isfinite(match) | (match >= begun)
         findings = {name: value.detach() for name, value in self.findings(solution.unknowns).items()}
-        return _Run(images, labels, match, failed, solution.evaluations + 2, findings)
+        return _Run(images, labels, match, failed, solution.evaluations + 2, findings, solution.curve)
 
     def _begin(self, objective: MatchingObjective) -> Unknowns:
         """Return the start of the search, secrets that are sought included."""
@@ -229,6 +231,13 @@ class _Run:
     failed: Tensor
     evaluations: Tensor
     findings: Mapping[str, Tensor]
+    curve: Curve | None
+
+
+def _joined(curves: Sequence[Curve | None], pick: Callable[[Sequence[Tensor]], Tensor]) -> Curve | None:
+    """Return the curve of the search that was picked for each trial."""
+    known = [curve for curve in curves if curve is not None]
+    return replace(known[0], values=pick([curve.values for curve in known])) if len(known) == len(curves) else None
 
 
 @dataclass(frozen=True)

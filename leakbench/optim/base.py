@@ -9,6 +9,8 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from leakbench.curve import Curve
+
 Unknowns = dict[str, Tensor]
 """Name -> [T, *shape]: everything that the attacker searches for."""
 
@@ -42,12 +44,14 @@ class Solution:
         value: [T], the objective at the last evaluation; NaN or infinite in diverged rows.
         finite: [T] bool, False for a trial whose objective or gradient became non-finite.
         evaluations: [T] int64, evaluations of the objective and its gradient.
+        curve: the objective on the way.
     """
 
     unknowns: Unknowns
     value: Tensor
     finite: Tensor
     evaluations: Tensor
+    curve: Curve | None = None
 
 
 def value_and_gradient(objective: Objective, unknowns: Unknowns, evaluation: Evaluation) -> tuple[Tensor, Unknowns]:

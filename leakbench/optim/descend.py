@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from leakbench.curve import Curve, marks
 from leakbench.optim.base import Objective, Solution, Unknowns, rows_finite, where_rows
 from leakbench.optim.graph import recorded
 from leakbench.optim.rmsprop import Gain, RMSprop
@@ -53,11 +54,15 @@ def descend(
     best = {name: tensor.clone() for name, tensor in unknowns.items()}  # the last iterate known to be finite
     value = torch.full((trials,), float("nan"), device=device)
     evaluate = recorded(objective, unknowns)
+    places = marks(steps)
+    seen: list[Tensor] = []
     for step in range(steps):
         if step in milestones:
             for group in optimiser.param_groups:
                 group["lr"] *= decay
         value, gradient = evaluate(unknowns, step)
+        if step + 1 in places:
+            seen.append(value.clone())
         evaluations += finite
         finite = finite & rows_finite(value, gradient)
         if step % 50 == 0 and not bool(finite.any()):  # to look is to wait for the device
@@ -72,4 +77,6 @@ def descend(
             if projected is not tensor:
                 tensor.copy_(projected)
     unknowns = {name: where_rows(finite, tensor, best[name]) for name, tensor in unknowns.items()}
-    return Solution(unknowns, torch.where(finite, value, torch.nan), finite, evaluations)
+    seen += [torch.full_like(value, torch.nan)] * (len(places) - len(seen))
+    curve = Curve(steps, 1, torch.stack(seen, 1))
+    return Solution(unknowns, torch.where(finite, value, torch.nan), finite, evaluations, curve)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from leakbench.chunk import out_of_memory
+from leakbench.curve import Curve, marks
 from leakbench.errors import BadOption
 from leakbench.optim.base import Objective, Solution, Unknowns
 from leakbench.rng import Rng
@@ -81,6 +82,8 @@ def evolve(
     sizes = [shape.numel() for shape in shapes.values()]
     origin = torch.cat([tensor.detach().flatten(1) for tensor in start.values()], 1)
     trials = len(origin)
+    places = marks(budget, popsize)
+    seen: list[Tensor] = []
     evaluate = _Pieces(objective, batch or trials * popsize)
 
     def unpack(flat: Tensor) -> Unknowns:
@@ -114,9 +117,12 @@ def evolve(
             best = torch.where(better[:, None], candidates_flat, best)
             value = torch.where(better, lowest, value)
             done += count
+            if done in places:
+                seen.append(value)
     finite = torch.isfinite(value)
     evaluations = torch.full((trials,), budget, dtype=torch.int64, device=origin.device)
-    return Solution(unpack(best), torch.where(finite, value, torch.nan), finite, evaluations)
+    curve = Curve(budget, popsize, torch.stack(seen, 1))
+    return Solution(unpack(best), torch.where(finite, value, torch.nan), finite, evaluations, curve)
 
 
 class _Pieces:

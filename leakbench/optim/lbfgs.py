@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from leakbench.curve import Curve, marks
 from leakbench.optim.base import Objective, Solution, Unknowns, largest, value_and_gradient
 from leakbench.optim.history import History, Rows
 from leakbench.optim.wolfe import StrongWolfe
@@ -139,10 +140,18 @@ def lbfgs(
     search = StrongWolfe(x[: len(rows)], tolerance_change) if line_search == "strong-wolfe" else None
     state = _State(x[: len(rows)].clone(), history, search)
     poll = 1 if device.type == "cpu" else 8  # elsewhere, to look is to wait for the device
+    limit = steps * (max_iter * 5 // 4) if budget is None else budget
+    places = {place: column for column, place in enumerate(marks(limit))}
+    seen = x.new_full((trials, len(places)), torch.nan)
     tick = 0
     while rows:
         loss, gradients = value_and_gradient(live, unpack(state.at), [tick - first for first in begun])
         gradient = torch.cat([gradients[name].flatten(1) for name in shapes], 1)
+        due = [(slot, places[own]) for slot, first in enumerate(begun) if (own := tick - first + 1) in places]
+        if due:
+            slots_due, columns = (list(part) for part in zip(*due))
+            kept = torch.where(state.done, torch.nan, loss)[slots_due]
+            seen[[rows[slot] for slot in slots_due], columns] = kept
         used = max(1, min(history, tick - min(begun)))
         _advance(state, loss, gradient, rules, used)
         tick += 1
@@ -166,7 +175,7 @@ def lbfgs(
             rows, begun = [rows[slot] for slot in keep.tolist()], [begun[slot] for slot in keep.tolist()]
         if rows:
             live = objective.select(rows)
-    return Solution(unpack(x), value, finite, evaluations)
+    return Solution(unpack(x), value, finite, evaluations, Curve(limit, 1, seen))
 
 
 def _advance(state: _State, loss: Tensor, gradient: Tensor, rules: _Rules, used: int) -> None:

@@ -12,8 +12,8 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-from leakbench.report import curves, grids
-from leakbench.report.html import PicturesOf, Scene, worst
+from leakbench.report import curves, descent, grids
+from leakbench.report.html import Curves, PicturesOf, Scene, worst
 from leakbench.report.markdown import Run
 from leakbench.report.text import slug
 from leakbench.report.utility import Study
@@ -26,19 +26,26 @@ _SETTINGS: Any = {"svg.hashsalt": "leakbench", "svg.fonttype": "path", "pdf.font
 
 
 def figures(
-    run: Run, trials: pd.DataFrame, pages: Sequence[grids.Page], pictures: PicturesOf, studies: Sequence[Study] = ()
+    run: Run,
+    trials: pd.DataFrame,
+    pages: Sequence[grids.Page],
+    pictures: PicturesOf,
+    studies: Sequence[Study] = (),
+    courses: Curves | None = None,
 ) -> Iterator[tuple[str, bytes]]:
     """Yield the name and the content of every figure.
 
     They are the worst case behind each defense, for each dataset and model; the grids of ``report.md``; what leaks as
-    the gradient becomes less exact, for a run that varies it; utility against leakage, one for each study that is
-    given. A run file keeps no value of the iterations of an attack, so there is no curve over these.
+    the gradient becomes less exact, for a run that varies it; how the objective of each attack falls over its
+    evaluations; utility against leakage, one for each study that is given.
 
     Args:
         run: all that the report says; its results have every trial that ended.
         trials: every planned trial in the order of planning (``Store.trials``).
         pages: of ``grids.pages``.
         pictures: from trials to their pictures (``Store.images``).
+        studies: utility and leakage.
+        courses: by trial, the objective at some evaluations (``Store.curves``).
     """
     scored = [scene for scene in worst(run, trials) if _known(scene)]
     for index, scene in enumerate(scored):
@@ -48,6 +55,8 @@ def figures(
     if curves.kinds(run.components):
         for shown in curves.pages(run.results, run.metrics):
             yield from _both(shown.file.removesuffix(".png"), curves.figure(shown, run.components))
+    for index, (names, drawn) in enumerate(descent.pages(run.results, courses or {}), 1):
+        yield from _both(f"objective-{index:03}-{slug(names)}", drawn)
     for index, study in enumerate(studies, 1):
         name = slug(study.title.split(" · "))
         yield from _both(f"utility-{index:02}-{name}", _utility(study))

@@ -46,7 +46,7 @@ def write(out: Path | str, formats: Collection[str] = DEFAULT) -> list[Path]:
         if "csv" in formats:
             written.append(replace(out / "results.csv", csv(results).encode()))
         if "html" in formats:
-            text = html.html(run, trials, store.images, utility.load(out / utility.FILE))
+            text = html.html(run, trials, store.images, utility.load(out / utility.FILE), store.curves())
             written.append(replace(out / "report.html", text.encode("utf-8", "replace")))
         if "latex" in formats:
             written.append(replace(out / "report.tex", latex.latex(run).encode()))
@@ -93,7 +93,7 @@ def write_figures(out: Path | str) -> list[Path]:
     with Store.open(out / FILE, readonly=True) as store:
         run, trials = _run(store, out)
         studies = utility.load(out / utility.FILE)
-        found = figures.figures(run, trials, _pages(store, run.results), store.images, studies)
+        found = figures.figures(run, trials, _pages(store, run.results), store.images, studies, store.curves())
         return [replace(out / "figures" / name, data) for name, data in found]
 
 

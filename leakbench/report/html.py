@@ -80,7 +80,17 @@ class Scene:
     most: float
 
 
-def html(run: Run, trials: pd.DataFrame, pictures: PicturesOf, studies: Sequence[Study] = ()) -> str:
+Curves = Mapping[str, Sequence[tuple[int, float]]]
+"""By trial: the objective at some evaluations (``Store.curves``)."""
+
+
+def html(
+    run: Run,
+    trials: pd.DataFrame,
+    pictures: PicturesOf,
+    studies: Sequence[Study] = (),
+    curves: Curves | None = None,
+) -> str:
     """Return the page of a run; it depends on nothing but its arguments.
 
     Args:
@@ -88,6 +98,7 @@ def html(run: Run, trials: pd.DataFrame, pictures: PicturesOf, studies: Sequence
         trials: every planned trial in the order of planning (``Store.trials``).
         pictures: from the trials of ``run`` to their pictures.
         studies: utility and leakage, where trainings were studied beside.
+        curves: how the objective of each trial fell, where that is known.
     """
     once = without_repeats(run.results)
     metrics = _metrics(run)
@@ -109,7 +120,7 @@ def html(run: Run, trials: pd.DataFrame, pictures: PicturesOf, studies: Sequence
         "statuses": list(STATUSES),
         "cells": _cells(summary, metrics, axes),
         "galleries": galleries,
-        "trials": _trials(once, metrics, axes, run),
+        "trials": {**_trials(once, metrics, axes, run), **_courses(once, curves or {})},
     }
     room = LIMIT - _CODE - len(embedded(data).encode())
     found, places = _sprites(once, galleries, pictures, room)
@@ -449,6 +460,20 @@ def _trials(
         "again": [cells[key] for key in raw.itertuples(index=False, name=None)],
         "commands": [[one.head, one.tail, one.note] for one in own.values()],
     }
+
+
+def _courses(once: pd.DataFrame, curves: Curves) -> dict[str, Any]:
+    """Return the lists of evaluations, and of each trial the number of its list and its objective there, or None."""
+    marks: dict[tuple[int, ...], int] = {}
+    found: list[list[object] | None] = []
+    for trial in once["trial"]:
+        points = curves.get(trial, ())
+        if len(points) < 2:
+            found.append(None)
+            continue
+        at = marks.setdefault(tuple(place for place, _ in points), len(marks))
+        found.append([at, *(float(f"{value:.3g}") for _, value in points)])
+    return {"marks": [list(places) for places in marks], "curve": found}
 
 
 _NONE, _LEFT_OUT = -1, -2

@@ -255,6 +255,28 @@
   function facts(pairs) {
     return element("dl", { className: "facts" }, ...pairs.flatMap(([name, ...words]) => [element("dt", { textContent: name }), element("dd", {}, ...words)]));
   }
+  /** A trial's objective over its evaluations, both by their logarithms (values by themselves where one is not positive). */
+  function course(at, values) {
+    const svg = (name, set, ...inside) => {
+      const one = document.createElementNS("http://www.w3.org/2000/svg", name);
+      for (const [key, value] of Object.entries(set)) one.setAttribute(key, value);
+      one.append(...inside);
+      return one;
+    };
+    const log = Math.min(...values) > 0;
+    const xs = at.map((place) => Math.log(place)), ys = values.map((value) => log ? Math.log(value) : value);
+    const span = (all) => [Math.min(...all), Math.max(...all)];
+    const scale = ([low, high], from, to) => (value) => from + (to - from) * (high > low ? (value - low) / (high - low) : 0.5);
+    const x = scale(span(xs), 8, 312), y = scale(span(ys), 100, 16);
+    const text = (place, height, anchor, words) => svg("text", { x: place, y: height, "text-anchor": anchor }, words);
+    const [low, high] = span(values);
+    const label = `Objective over evaluations: ${number(values[0], null)} at ${at[0]}, ${number(values.at(-1), null)} at ${at.at(-1)}`;
+    return svg("svg", { class: "course", viewBox: "0 0 320 120", role: "img", "aria-label": label },
+      svg("line", { x1: 8, x2: 312, y1: 104, y2: 104 }),
+      svg("polyline", { points: xs.map((place, k) => `${x(place).toFixed(1)},${y(ys[k]).toFixed(1)}`).join(" ") }),
+      text(8, 11, "start", `objective ${number(high, null)} to ${number(low, null)}${log ? ", logarithmic" : ""}`),
+      text(8, 117, "start", at[0].toLocaleString("en")), text(312, 117, "end", `${at.at(-1).toLocaleString("en")} evaluations`));
+  }
   function show(i) {
     const at = listed.indexOf(i);
     const step = (to, word, label) => element("button", { type: "button", textContent: word, disabled: at < 0 || to < 0 || to >= listed.length, onclick: () => show(listed[to]), set: { "aria-label": label } });
@@ -272,7 +294,7 @@
       ["time", `${number(trials.seconds[i], 2)} s (its share of the chunk it ran in)`],
       ["evaluations", evaluations === null ? "the attack counts none" : evaluations.toLocaleString("en")],
       ["gradients", path || "none"],
-      ["loss", objective === null ? "the attack has none" : `${number(objective, null)} at the end; a run file keeps no curve of it`],
+      ["loss", objective === null ? "the attack has none" : `${number(objective, null)} at the end`, ...(trials.curve[i] ? [course(trials.marks[trials.curve[i][0]], trials.curve[i].slice(1))] : [])],
     ];
     const [head, tail, note] = trials.commands[trials.again[i]];
     const command = head + tail.replaceAll("{image}", trials.image[i]).replaceAll("{seed}", trials.seed[i]).replaceAll("{trial}", trials.id[i]);

@@ -1,0 +1,79 @@
+"""Curves over iterations: how the objective of each attack falls behind each defense."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from leakbench.report.html import Curves
+from leakbench.report.table import BLOCK
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: told apart by all
+_LINES = ("-", "--", ":", "-.")
+_LEAST = 2
+
+
+def pages(results: pd.DataFrame, curves: Curves) -> Iterator[tuple[tuple[str, str, str], Figure]]:
+    """Yield for each dataset, model and threat model a figure: a panel an attack, a line a defense.
+
+    A line is the median over images and seeds at each evaluation that at least half of the trials reached, its band
+    goes from the lower to the upper quartile. Objectives of different attacks have different units.
+
+    Args:
+        results: one row per trial with a result (``Store.results``).
+        curves: by trial, the objective at some evaluations (``Store.curves``).
+    """
+    known = results[results["trial"].isin({trial for trial, points in curves.items() if len(points) >= _LEAST})]
+    for key, block in known.groupby(list(BLOCK), sort=False):
+        dataset, model, threat = (str(part) for part in key)
+        yield (dataset, model, threat), _figure(block, curves, (dataset, model, threat))
+
+
+def _figure(block: pd.DataFrame, curves: Curves, names: tuple[str, str, str]) -> Figure:
+    attacks = list(dict.fromkeys(block["attack"].astype(str)))
+    defenses = list(dict.fromkeys(block["defense"].astype(str)))
+    drawn = Figure(figsize=(5.6, 2.9 * len(attacks) + 0.6 + 0.2 * len(defenses)), layout="constrained")
+    panels = drawn.subplots(len(attacks), 1, squeeze=False)[:, 0]
+    for attack, panel in zip(attacks, panels):
+        positive = True
+        for place, defense in enumerate(defenses):
+            own = block[(block["attack"] == attack) & (block["defense"] == defense)]
+            at, low, middle, high = _quartiles([curves[trial] for trial in own["trial"]])
+            if not len(at):
+                continue
+            positive &= bool((low > 0).all())
+            colour, line = _COLOURS[place % len(_COLOURS)], _LINES[place // len(_COLOURS) % len(_LINES)]
+            panel.plot(at, middle, line, color=colour, label=_plain(defense))
+            panel.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+        panel.set_xscale("log")
+        panel.set_yscale("log" if positive else "linear")
+        panel.set_title(_plain(attack), fontsize=9)
+        panel.set_ylabel("objective", fontsize=9)
+        panel.grid(alpha=0.3)
+    panels[-1].set_xlabel("evaluations of the objective and its gradient", fontsize=9)
+    drawn.suptitle(_plain(" · ".join(names)), fontsize=10)
+    found = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels())}
+    drawn.legend(found.values(), found.keys(), loc="outside lower center", fontsize=8, frameon=False, ncols=2)
+    return drawn
+
+
+def _quartiles(curves: Sequence[Sequence[tuple[int, float]]]) -> tuple[np.ndarray, ...]:  # type: ignore[type-arg]
+    """Return evaluations, and the quartiles of the objective at those that at least half of the curves have."""
+    values: dict[int, list[float]] = {}
+    for curve in curves:
+        for place, value in curve:
+            values.setdefault(place, []).append(value)
+    kept = [place for place in sorted(values) if 2 * len(values[place]) >= len(curves)]
+    quartiles = np.array([np.quantile(values[place], (0.25, 0.5, 0.75)) for place in kept]).reshape(-1, 3)
+    return np.array(kept), quartiles[:, 0], quartiles[:, 1], quartiles[:, 2]
+
+
+def _plain(text: str) -> str:
+    """Return text that is no formula to Matplotlib."""
+    short = text if len(text) <= 60 else f"{text[:59]}…"
+    return "".join(c if c.isprintable() and ord(c) < 0x250 else "?" for c in short.replace("…", "...")).replace(
+        "$", r"\$"
+    )
