@@ -46,7 +46,7 @@ class Curve:
         return [_encoded(self.limit, self.every, row) for row in self.values.detach().float().cpu().numpy()]
 
 
-def _encoded(limit: int, every: int, values: np.ndarray) -> bytes:  # type: ignore[type-arg]
+def _encoded(limit: int, every: int, values: np.ndarray) -> bytes:
     known = np.flatnonzero(np.isfinite(values))
     if not len(known) or limit > _LARGEST:
         return b""

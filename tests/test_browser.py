@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_html import ALIGNED, NASTY, scored
 from test_report import DLG, GREY, IG, MEAN, NOISE, NONE, make, run
 from test_store import METRICS, TinyAttack, TinyDefense, named, png
@@ -18,6 +19,7 @@ from test_store import METRICS, TinyAttack, TinyDefense, named, png
 from leakbench.audit.findings import Audit, Behind, Sight
 from leakbench.audit.gate import Gate
 from leakbench.audit.layers import ClosedForm, Labels, Share
+from leakbench.curve import Curve, marks
 from leakbench.report import audit, leaderboard, write
 from leakbench.report.worst_case import Effort
 
@@ -53,6 +55,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
             leak - 0.02 * i - (0.1 if attack is IG else 0),
             status="failed" if i == 7 else "ok",
             objective=0.25,
+            curve=Curve(300, 1, torch.logspace(2, -1, len(marks(300)))[None]).rows()[0],
         )
         for defense, leak in leaks.items()
         for attack in (DLG, IG)
@@ -152,9 +155,12 @@ def test_a_picture_opens_its_trial_and_escape_closes_it(opened, report):
         "An honest-but-curious server",
         "ssim_aligned ↑",
         "0.50 s",
-        "keeps no curve",
+        "2.50e−1 at the end",
     ):
         assert part in text, part
+    drawn = dialog.locator("svg.course")
+    assert drawn.get_attribute("aria-label").startswith("Objective over evaluations: 1.00e+2 at 1, 1.00e−1 at 300")
+    assert len(drawn.locator("polyline").get_attribute("points").split()) == len(marks(300))
     command = page.locator("#trial-command").inner_text()
     trial = dialog.locator("dd code").first.inner_text()
     assert command.startswith("leakbench run matrix --attack")

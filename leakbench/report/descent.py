@@ -60,7 +60,7 @@ def _figure(block: pd.DataFrame, curves: Curves, names: tuple[str, str, str]) ->
     return drawn
 
 
-def _quartiles(curves: Sequence[Sequence[tuple[int, float]]]) -> tuple[np.ndarray, ...]:  # type: ignore[type-arg]
+def _quartiles(curves: Sequence[Sequence[tuple[int, float]]]) -> tuple[np.ndarray, ...]:
     """Return evaluations, and the quartiles of the objective at those that at least half of the curves have."""
     values: dict[int, list[float]] = {}
     for curve in curves:
