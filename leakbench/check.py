@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from leakbench import curve
 from leakbench.errors import LeakbenchError, one_line
 from leakbench.matrix import RECOVERY
 from leakbench.pictures import decoded
@@ -128,7 +129,7 @@ def _results(store: Store) -> Iterator[str]:
     }
     # pictures are looked at one after the other: a run may have more of them than fit into memory
     ended = store.each(
-        "SELECT trial_id, status, reason, truth, png,"
+        "SELECT trial_id, status, reason, truth, png, curve,"
         " EXISTS (SELECT 1 FROM scores WHERE scores.trial_id = results.trial_id) AS scored"
         " FROM results LEFT JOIN images USING (trial_id)"
     )
@@ -141,6 +142,8 @@ def _results(store: Store) -> Iterator[str]:
             yield f"trial {trial}: its picture is no PNG of the size of the private image"
         if scored and not row["scored"]:
             yield f"trial {trial}: it is {row['status']} and has no score"
+        if row["curve"] is not None and not _curved(row["curve"]):
+            yield f"trial {trial}: its curve is no curve of an objective"
         if trial in infinite:
             yield f"trial {trial}: its {infinite[trial]} is not finite"
         if not scored and (row["scored"] or row["png"] is not None):
@@ -153,6 +156,15 @@ def _size(png: bytes) -> tuple[int, int] | None:
     """Return width and height of a PNG that can be read to its end, or None."""
     image = decoded(png)
     return None if image is None else image.size
+
+
+def _curved(data: bytes) -> bool:
+    """Return whether bytes are a curve that can be read."""
+    try:
+        curve.decoded(data)
+    except ValueError:
+        return False
+    return True
 
 
 def _missing(store: Store) -> tuple[dict[str, int], int]:

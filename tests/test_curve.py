@@ -14,6 +14,7 @@ from test_optim import Rows, rosenbrock, starts, torch_lbfgs
 from test_report import DLG, GREY, NONE, run
 from test_store import METRICS
 
+from leakbench.check import check
 from leakbench.curve import POINTS, Curve, decoded, marks
 from leakbench.errors import ForeignRun
 from leakbench.merge import merge
@@ -92,3 +93,4 @@ def test_curves_go_through_the_run_file_into_the_page_and_the_figures(tmp_path: 
         store._db.execute("UPDATE results SET curve = x'00' WHERE trial_id = ?", (trial,))
         with pytest.raises(ForeignRun, match="a loss curve of 1 bytes"):
             store.curves()
+    assert f"trial {trial}: its curve is no curve of an objective" in check(tmp_path / "b").faults
