@@ -305,7 +305,7 @@ _UNITS = {"share": "images recovered, %", "distance": "LPIPS (VGG) of the best r
 def png(scenes: Sequence[Scene]) -> bytes:
     """Return utility against leakage as a PNG: a column for each stage, a row for each measure of leakage."""
     rows = max((list(_axes(scene)) for scene in scenes), key=len)
-    figure = Figure(figsize=(5.6 * len(scenes), 3.9 * len(rows) + 1.2), layout="constrained")
+    figure = Figure(figsize=(max(8.4, 5.6 * len(scenes)), 3.9 * len(rows) + 1.2), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(len(rows), len(scenes), squeeze=False, sharex=True, sharey="row")
     for column, scene in enumerate(scenes):
@@ -321,7 +321,7 @@ def png(scenes: Sequence[Scene]) -> bytes:
                 panel.set_xlabel("test accuracy of the trained network, %")
             panel.grid(alpha=0.3)
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, 1 + len(scenes)), fontsize=9)
     figure.suptitle(plain(f"{scenes[0].model} on {scenes[0].dataset}: utility against leakage"), fontsize=11)
     stream = BytesIO()
     canvas.print_png(stream, metadata={"Software": None})
@@ -338,7 +338,7 @@ def _draw(panel: Any, scene: Scene, name: str, values: Sequence[Value]) -> None:
         across = [[x - 100 * point.accuracy.low], [100 * point.accuracy.high - x]]
         along = np.nan_to_num(np.array([[y - scale * value.low], [scale * value.high - y]])).clip(min=0)
         colour = accuracies.COLOURS[index % len(accuracies.COLOURS)]
-        marker = "osD^vPX*"[index % 8]
+        marker = "osD^vPX*"[(index + index // len(accuracies.COLOURS)) % 8]
         face = colour if index in kept else "white"
         panel.errorbar(
             x,
