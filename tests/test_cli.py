@@ -667,3 +667,12 @@ def test_an_error_that_nobody_foresaw_has_a_code_of_its_own(cli, monkeypatch: py
     assert (done.code, done.out) == (70, "")
     assert "Traceback" in done.err
     assert done.err.splitlines()[-1].startswith("error: ZeroDivisionError: by zero; this is a bug")
+
+
+def test_what_a_folder_of_trainings_has_no_page_of_is_refused(
+    cli, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "trained").mkdir()
+    monkeypatch.setattr("leakbench.report.accuracy.trained", lambda out: True)
+    for option in (("--figures",), ("--format", "html"), ("--compare", "paper")):
+        refused(cli("report", "trained", *option), f"{option[0]} is of a run of attacks")

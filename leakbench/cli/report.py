@@ -30,6 +30,9 @@ def report(
     if unknown:
         raise BadOption(f"unknown format {unknown[0]!r}; known: {', '.join(reports.FORMATS)}")
     if accuracy.trained(out):
+        for option, given in (("--format", format), ("--figures", figures), ("--compare", compare)):
+            if given and not (out / FILE).exists():
+                raise BadOption(f"{option} is of a run of attacks, and {str(out)!r} has trainings alone; leave it out")
         for path in accuracy.write(out):
             typer.echo(str(path))
         if not (out / FILE).exists():
