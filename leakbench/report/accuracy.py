@@ -13,6 +13,7 @@ from statistics import mean, stdev
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from leakbench.errors import BadOption
 from leakbench.report.compare import Published, published
@@ -293,7 +294,7 @@ def _thieves(block: Block) -> str:
                 if theft.kind == kind
                 for correct in theft.correct
             ]
-            rows.append([escape(defense), escape(kind), str(len(values)), _spread(values), escape(KINDS[kind])])
+            rows.append([escape(defense), escape(kind), escape(KINDS[kind]), str(len(values)), _spread(values)])
     if not rows:
         return ""
     words = (
@@ -302,7 +303,7 @@ def _thieves(block: Block) -> str:
         "is the same for all clients, so that who uses a client's key and lock does not matter: of these there is one "
         "figure a client and seed, and more need more seeds or clients. Pairs are all ordered pairs of clients."
     )
-    return f"{words}\n\n" + table(["defense", "secrets", "n", "accuracy", "what it is"], rows, left=2)
+    return f"{words}\n\n" + table(["defense", "secrets", "what it is", "n", "accuracy"], rows, left=3)
 
 
 def _published(block: Block, paper: Published) -> str:
@@ -397,7 +398,10 @@ def png(block: Block) -> bytes:
         panel.set_title(title, fontsize=10)
         panel.grid(alpha=0.3)
         panel.xaxis.get_major_locator().set_params(integer=True)
-    right.set_yscale("log")
+    if right.dataLim.y1 > 10 * right.dataLim.y0:
+        right.set_yscale("log")
+        right.yaxis.set_major_formatter("{x:g}")
+        right.yaxis.set_minor_formatter(NullFormatter())
     handles, labels = left.get_legend_handles_labels()
     longest = max(map(len, labels), default=0)
     figure.legend(handles, labels, loc="outside lower center", ncols=4 if longest < 24 else 3, fontsize=9)
