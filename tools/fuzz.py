@@ -457,7 +457,7 @@ def _fuzz(name: str, runs: int, seed: int, out: Path) -> None:
         corpus.mkdir()
         for number, data in enumerate(start):
             (corpus / str(number)).write_bytes(data)
-        options = [f"-runs={runs}", f"-seed={seed}", "-max_len=4096", "-timeout=60", "-rss_limit_mb=6000"]
+        options = [f"-runs={runs}", f"-seed={seed}", "-max_len=4096", "-timeout=300", "-rss_limit_mb=6000"]
         found = out / f"{name}-"
         atheris.Setup(
             [sys.argv[0], *options, f"-artifact_prefix={found}", str(corpus)], lambda data: tried(target, data)
