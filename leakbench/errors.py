@@ -4,6 +4,9 @@
 class LeakbenchError(Exception):
     """Something the user can put right; the command line prints its one line and exits with 2."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
 
 class BadOption(LeakbenchError, ValueError):
     """A component, option or value that does not exist or does not fit."""
@@ -25,6 +28,11 @@ class Unsupported(LeakbenchError):
     """An attack that cannot serve this model, dataset or threat model; the message says why."""
 
 
+def printable(text: object) -> str:
+    """Return text without line breaks and control characters, which a terminal would obey, whoever wrote it."""
+    return "".join(char if char.isprintable() else " " for char in str(text))
+
+
 def one_line(text: object) -> str:
-    """Return text in one line and without control characters, which a terminal would obey, whoever wrote it."""
-    return " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
+    """Return printable text with single spaces."""
+    return " ".join(printable(text).split())

@@ -117,6 +117,14 @@ def test_a_spoilt_run_is_not_merged(run, change, tmp_path):
     assert not Path(tmp_path / "whole" / FILE).exists() or not Store.open(tmp_path / "whole" / FILE).planned()
 
 
+def test_what_sqlite_says_of_a_damaged_schema_is_printable(run):
+    content = (run / FILE).read_bytes()
+    (run / FILE).write_bytes(content.replace(b"CREATE TABLE sessions", b"CREATE TABLE \x1d\x1b[1m ns", 1))
+    with pytest.raises(ForeignRun, match="malformed database schema") as caught:
+        Store.open(run / FILE, readonly=True)
+    assert str(caught.value).isprintable()
+
+
 def test_a_trial_of_no_session_is_not_shown(run):
     with closing(sqlite3.connect(run / FILE)) as db, db:
         db.execute("UPDATE results SET session_id = 7")
