@@ -324,12 +324,16 @@ def _published(block: Block, paper: Published) -> str:
             continue
         ours = mean(accuracy(one) for one in ended)
         paper_ours = mean(_as_paper(one.chosen()) for one in ended)
-        stolen = {theft.kind: theft for one in ended for theft in one.thefts}
+        stolen = [
+            correct / theft.count
+            for each in ended
+            for theft in each.thefts
+            if theft.kind == "fresh key, initial lock"
+            for correct in theft.correct
+        ]
         for one in fits:
-            theft = stolen.get("fresh key, initial lock") if one.of == "random key" else None
             if one.of == "random key":
-                values = [] if theft is None else [correct / theft.count for correct in theft.correct]
-                cells = [_percent(mean(values)) if values else ABSENT, ABSENT]
+                cells = [_percent(mean(stolen)) if stolen else ABSENT, ABSENT]
             else:
                 cells = [_percent(ours), _percent(paper_ours)]
             rows.append([one.table, escape(defense), escape(one.of), f"{one.percent:.2f}", *cells])
