@@ -147,7 +147,7 @@ class Splicing(Precode):
     """
 
     name: ClassVar[str] = Precode.name
-    scale_free: ClassVar[bool] = False
+    scale_free: ClassVar[bool] = False  # the error is in the gradient's units
     informed: ClassVar[str] = "reads off the error below the bottleneck, and matches the layers there alone"
 
     def relax(self, model: nn.Module, hidden: Collection[str]) -> nn.Module:
