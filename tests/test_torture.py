@@ -410,7 +410,8 @@ def test_ctrl_c_at_any_time_ends_all_processes_and_leaves_a_sound_run(tmp_path, 
             phases.append(f"{phase}: done")
             shutil.rmtree(out)
             continue
-        assert process.returncode == 130, stderr
+        # Python ends by the signal where it came while a string was executed, as in dataclasses: 130 to a shell too
+        assert process.returncode in (130, -signal.SIGINT), stderr
         assert "Traceback" not in stderr, stderr
         lines = stderr.strip().splitlines()
         assert len(lines) == 1, stderr
