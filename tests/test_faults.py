@@ -250,6 +250,16 @@ def test_a_file_that_exits_is_refused(cli, place):  # noqa: F811
     refused(cli("list", "defenses", "--plugin", "exits.py"), "exits.py", "not today")
 
 
+def test_what_a_library_makes_of_ctrl_c_while_it_is_loaded_is_a_stop(cli, place):  # noqa: F811
+    (place / "slow.py").write_text(
+        "import os, signal\n\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n"
+        "    raise RecursionError('as numpy does') from None\n"
+    )
+    done = cli("list", "defenses", "--plugin", "slow.py")
+    assert (done.code, done.err.splitlines()) == (130, [done.err.strip()])
+    assert done.err.startswith("stopped")
+
+
 def test_a_name_that_leads_elsewhere_is_refused(cli, place):  # noqa: F811
     refused(cli("run", "matrix", *SMALL, "--images", 1, "--name", "../../outside"), "outside")
     assert written(place) == []

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
 from typing import Annotated, NoReturn
 
 import typer
@@ -62,7 +66,8 @@ def main() -> None:
     Commands that answer a question (``audit --fail-if``, ``diff``, ``check``, ``leaderboard check``) say no with 1.
     """
     try:
-        code = app(prog_name="leakbench", standalone_mode=False)
+        with _noting_interrupts() as stopped:
+            code = app(prog_name="leakbench", standalone_mode=False)
     except USAGE as error:
         message = error.format_message()  # type: ignore[attr-defined]
         if "\n" not in message:
@@ -71,19 +76,44 @@ def main() -> None:
         raise SystemExit(2) from None
     except (typer.Abort, KeyboardInterrupt):
         code = 130
-    except LeakbenchError as error:
-        _fail(str(error))
-    except OSError as error:
-        _fail(f"{error.filename or 'the file system'}: {error.strerror}; make room or choose another folder")
     except Exception as error:
-        traceback.print_exc()
-        sys.stderr.write(
-            f"error: {_line(error)}; this is a bug of leakbench or of a plugin: report it with these lines\n"
-        )
-        raise SystemExit(CRASHED) from None
+        if not stopped:
+            _end(error)
+        code = 130  # what a library that was being loaded made of Ctrl-C
     if code == 130:  # a command with more to say of it has ended by itself
         sys.stderr.write("stopped; nothing that was written is lost: start the same command again\n")
     raise SystemExit(code or 0)
+
+
+@contextlib.contextmanager
+def _noting_interrupts() -> Iterator[list[int]]:
+    """Yield a list that gets an entry with every Ctrl-C, which raises KeyboardInterrupt as ever."""
+    seen: list[int] = []
+
+    def note(number: int, frame: object) -> NoReturn:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    main_thread = threading.current_thread() is threading.main_thread()  # the one that takes signals
+    if not main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield seen
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(error: Exception) -> NoReturn:
+    """Say what went wrong and exit."""
+    if isinstance(error, LeakbenchError):
+        _fail(str(error))
+    if isinstance(error, OSError):
+        _fail(f"{error.filename or 'the file system'}: {error.strerror}; make room or choose another folder")
+    traceback.print_exception(error)
+    sys.stderr.write(f"error: {_line(error)}; this is a bug of leakbench or of a plugin: report it with these lines\n")
+    raise SystemExit(CRASHED) from None
 
 
 def _line(error: Exception) -> str:
