@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -250,7 +251,15 @@ def test_a_file_that_exits_is_refused(cli, place):  # noqa: F811
     refused(cli("list", "defenses", "--plugin", "exits.py"), "exits.py", "not today")
 
 
-def test_what_a_library_makes_of_ctrl_c_while_it_is_loaded_is_a_stop(cli, place):  # noqa: F811
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, also where the tests were started with SIGINT ignored (behind a shell's &)."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_what_a_library_makes_of_ctrl_c_while_it_is_loaded_is_a_stop(cli, place, interruptible):  # noqa: F811
     (place / "slow.py").write_text(
         "import os, signal\n\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n"
         "    raise RecursionError('as numpy does') from None\n"
