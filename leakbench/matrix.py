@@ -75,7 +75,7 @@ class _Threat(BaseModel):
     shares: str = "gradient"
     optimises: bool = False
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.01
-    local_steps: Annotated[int, Field(ge=1)] = 1
+    local_steps: Annotated[int, Field(ge=1, le=10_000)] = 1
     rate: str = "hidden"
 
     def build(self) -> ThreatModel:

@@ -584,7 +584,7 @@ def a_run(trials: int = 6) -> tuple[pd.DataFrame, dict[str, Record], pd.DataFram
 def test_the_report_compares_with_the_rate_and_shows_the_scale_and_the_strengths() -> None:
     trials = weights.rows(*a_run())
     assert len(trials) == 36
-    text = weights.markdown("mine", trials, 0)
+    text = weights.markdown("mine", trials, 0, 0)
     table = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line] for line in table]
     (dlg,) = (line for line in cells if line[4:6] == ["dlg", "known"] and line[0] == "d")
@@ -597,7 +597,10 @@ def test_the_report_compares_with_the_rate_and_shows_the_scale_and_the_strengths
     assert ["d", "m", "0.01", "1", "dlm", "hidden", "3 of 6", "1", "1", "1"] in cells
     strengths = [line[1] for line in cells if line[0].startswith("weight-noise, gaussian, no clipping")]
     assert strengths == ["0", "0", "0.001", "0.001", "1", "1"]
-    assert "not finished" in weights.markdown("mine", trials, 3)
+    told = weights.markdown("mine", trials.assign(family=None, defense="noise"), 3, 2)
+    assert "not finished" in told
+    assert "2 trials ended in an error" in told
+    assert "in report.md alone: noise" in told
     assert weights.scale_png(trials) == weights.scale_png(trials)
     assert weights.defense_png(trials).startswith(b"\x89PNG")
 
@@ -616,7 +619,7 @@ def test_the_report_keeps_options_grants_and_places_apart() -> None:
             records[trial] = Record(json.dumps(settings), "", 0, 1, "")
         parts.append(own)
     trials = weights.rows(pd.concat(parts), records, findings)
-    text = weights.markdown("mine", trials, 0)
+    text = weights.markdown("mine", trials, 0, 0)
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     undefended = {tuple(line[3:6]) for line in cells if line[0] == "d" and line[6:7] == ["6"]}
     assert undefended == {

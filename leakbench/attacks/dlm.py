@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from leakbench.attacks.base import register
-from leakbench.attacks.matching import Count, MatchingObjective, Positive, root, scaled
+from leakbench.attacks.matching import Count, MatchingObjective, root, scaled
 from leakbench.attacks.quasi_newton import QuasiNewton
 from leakbench.gradients.bilinear import squared_distance, squared_norm
 from leakbench.optim import Unknowns
@@ -18,6 +19,9 @@ from leakbench.types import Gradient
 
 SCALE = "scale"
 """The unknown that the update is multiplied by, or its logarithm."""
+
+Factor = Annotated[float, Field(ge=1e-12, le=1e12)]
+"""A factor that stays finite in float32 whatever it is multiplied by here."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,8 @@ class DLM(Updates):
     learns_rate: ClassVar[bool] = True
     restarts: Count = 3
     scale: Literal["log", "plain"] = "log"
-    k0: Positive | None = None
-    spread: Positive = 4.0
+    k0: Factor | None = None
+    spread: Factor = 4.0
 
     def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
         """Return the squared distance, relative to the scaled update for ``log``."""

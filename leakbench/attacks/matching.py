@@ -595,7 +595,7 @@ def _classifier_gradient(observation: Observation) -> Tensor:
             if gradient is not None and layer.out_features == observation.num_classes and bool(gradient.any()):
                 return gradient
     raise Unsupported(
-        "the label cannot be read off the gradient: no gradient of a linear classifier was sent; "
+        "the label cannot be read off the gradient: no gradient of a linear classifier was sent, or one of zeros; "
         "use labels=joint, or a threat model with labels=known"
     )
 

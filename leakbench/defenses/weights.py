@@ -75,7 +75,7 @@ class WeightNoise(OnWeights):
     version: ClassVar[int] = 2  # 2: has an informed attacker
     reference: ClassVar[str] = "Zhao et al. 2022, Deep Leakage from Model in Federated Learning, arXiv 2206.04887"
     assumes: ClassVar[str] = "The attacker matches the update without its noise, or the clipping, in mind."
-    cost: ClassVar[str] = "Accuracy: a noise that hides an update is large beside the steps of the training."
+    cost: ClassVar[str] = "Accuracy, where the noise is large beside what a round of training moves the weights by."
     fails: ClassVar[str] = "Noise below the size of the update; the clipping by itself hides nothing of who models it."
     informed: ClassVar[str] = "clips the dummy's weights too, and weighs an error by the law of the models' noise"
     scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3

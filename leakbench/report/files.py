@@ -72,6 +72,7 @@ def write(out: Path | str, formats: Collection[str] = DEFAULT) -> list[Path]:
 def _write_weights(out: Path, name: str, store: Store, results: pd.DataFrame, unfinished: int) -> list[Path]:
     """Write ``weights.md`` and its ``grids/weights-*.png``, where clients share weights."""
     trials = weights.rows(results, store.records(), store.findings())
+    errors = int((results["status"] == "error").sum())
     if trials.empty:
         return []
     written = []
@@ -79,7 +80,7 @@ def _write_weights(out: Path, name: str, store: Store, results: pd.DataFrame, un
         written.append(replace(out / weights.SCALE, weights.scale_png(trials)))
     if weights.families(trials):
         written.append(replace(out / weights.CURVES, weights.defense_png(trials)))
-    return [*written, replace(out / weights.FILE, weights.markdown(name, trials, unfinished).encode())]
+    return [*written, replace(out / weights.FILE, weights.markdown(name, trials, unfinished, errors).encode())]
 
 
 def write_figures(out: Path | str) -> list[Path]:

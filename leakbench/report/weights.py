@@ -41,7 +41,7 @@ def rows(results: pd.DataFrame, records: Mapping[str, Record], findings: pd.Data
     Beside the columns of the results: ``rate`` and ``steps`` of the local training, ``known`` (the rate was granted),
     ``method`` (the attack, and what else it was told), ``unaware`` (the method without knowledge of the defense),
     ``recovered``, ``scale`` (k, NaN without), ``family`` and ``strength`` of a defense of weights; the family is empty
-    for none, and None for any other defense.
+    for none, and None for any other defense, which no table of the report has.
     """
     scales = findings[findings["name"] == "scale"].set_index("trial")["value"]
     found = []
@@ -120,17 +120,24 @@ class Share:
         return f"{percent(self.value)} [{percent(self.low)}, {percent(self.high)}]"
 
 
-def markdown(name: str, trials: pd.DataFrame, unfinished: int) -> str:
+def markdown(name: str, trials: pd.DataFrame, unfinished: int, errors: int) -> str:
     """Return the report; it depends on nothing but its arguments.
 
     Args:
         name: of the run.
         trials: what ``rows`` returned.
         unfinished: how many planned trials have no result yet.
+        errors: how many trials ended in an error, and are in no table.
     """
     parts = [f"# Leakage from weights: {escape(name)}"]
     if unfinished:
         parts.append(f"**The run is not finished**: {unfinished} of its trials have no result yet.")
+    if errors:
+        parts.append(f"**{errors} trials ended in an error** and are in no table; report.md says why.")
+    others = sorted(trials.loc[trials["family"].isna(), "defense"].unique())
+    if others:
+        names = ", ".join(map(escape, others))
+        parts.append(f"Defenses that are none of weights are in report.md alone: {names}.")
     parts += [_WORDS, _attacks(trials), "## Without a defense", _undefended(trials)]
     if trials["scale"].notna().any():
         parts += ["## The learned scale", _SCALE_WORDS, f"![k times the learning rate]({SCALE})", _scales(trials)]
@@ -151,8 +158,9 @@ that has it, on the same images: the difference of the shares with a 95 % bootst
 the two shares' own intervals overlap."""
 
 _SCALE_WORDS = """\
-`dlm` learns the factor k between update and gradient; at a learning rate r it should end at 1/r, that is k r = 1. \
-Filled marks are recovered images, hollow ones are not; where k is not positive, or off the axis, the mark is at its \
+`dlm` learns the factor k between update and gradient; for one step at a learning rate r it should end at 1/r, that is \
+k r = 1. Of several steps that are matched by their mean none need: where the first gradient is much larger than the \
+others, k r ends near the number of steps. Filled marks are recovered images, hollow ones are not; where k is not positive, or off the axis, the mark is at its \
 edge."""
 
 _DEFENSE_WORDS = """\
