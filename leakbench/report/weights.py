@@ -160,8 +160,8 @@ the two shares' own intervals overlap."""
 _SCALE_WORDS = """\
 `dlm` learns the factor k between update and gradient; for one step at a learning rate r it should end at 1/r, that is \
 k r = 1. Of several steps that are matched by their mean none need: where the first gradient is much larger than the \
-others, k r ends near the number of steps. Filled marks are recovered images, hollow ones are not; where k is not positive, or off the axis, the mark is at its \
-edge."""
+others, k r ends near the number of steps. Filled marks are recovered images, hollow ones are not; where k is not \
+positive, or off the axis, the mark is at its edge."""
 
 _DEFENSE_WORDS = """\
 The same images, weights and starts at every strength; 0 is no defense, of which nobody is informed. The noise counts \
