@@ -22,16 +22,19 @@ from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
 from leakbench.defenses.base import Step, UpdateStep
 from leakbench.errors import BadOption, CorruptAsset, LeakbenchError
-from leakbench.matrix import Matrix
+from leakbench.matrix import Matrix, expand
+from leakbench.matrix import load as load_axes
 from leakbench.models.weights import stated
 from leakbench.report import accuracy as report
 from leakbench.training import Accuracy, Arm, Record, Silent, train
-from leakbench.training.arm import Round, Session, start
+from leakbench.training.arm import Outcome, Round, Session, View, start
 from leakbench.training.clients import begin, local_round
 from leakbench.training.data import augmented, batches, load, partition, read
 from leakbench.training.files import RECORD, STATE, read_state
 from leakbench.training.run import FOLDER
-from leakbench.training.steps import Trainee, descend, evaluate, optimiser
+from leakbench.training.settings import Tradeoff
+from leakbench.training.steps import Score, Trainee, descend, evaluate, optimiser
+from leakbench.training.thief import Theft
 from leakbench.types import Gradient
 from leakbench.victim import Client, build, observe
 
@@ -58,6 +61,8 @@ class Halves(Dataset):
     def mean(self) -> Tensor:
         return torch.full((1, 8, 8), 0.5)
 
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 SMALL: dict[str, Any] = {
     "models": ["lenet"],
@@ -509,6 +514,63 @@ def test_the_best_round_is_the_first_of_the_highest_accuracy_where_it_was_asked_
     assert "chosen on the test images, as the paper does" in report.write(tmp_path / "test")[-1].read_text()
     (one,) = train(study(select="last").arms(), tmp_path / "last")
     assert one.outcome.best == 3
+
+
+def scored(defense: str, seed: int, views: dict[str, int], zero: Sequence[int] = ()) -> Record:
+    """Return the record of one round of fedavg: of 10,000 test images, so many right in the view of each holder."""
+    own = arm(defense, mode="fedavg", seeds=[seed])
+    seen = tuple(View(name, None, Score(0.1, correct, 10_000)) for name, correct in views.items())
+    stolen = (Theft("zero lock", tuple(zero), 10_000),) if zero else ()
+    outcome = Outcome("ok", "", (Round(1, 0.01, 0.1, seen, 1.0),), 1, (), stolen)
+    return Record(own.specs, own.recipe.settings(), seed, own.settings, outcome, {}, Path(own.folder))
+
+
+def test_what_a_client_loses_is_told_against_the_undefended_of_its_seed() -> None:
+    found = [
+        scored("none", 0, {"global": 9781}),
+        scored("none", 1, {"global": 9779}),
+        scored("keylock", 0, {"client 1": 9690, "client 3": 9625}, zero=[892] * 5),
+        scored("keylock", 1, {"client 1": 9781}, zero=[1135] * 5),
+        scored("keylock", 2, {"client 1": 9500}, zero=[980, 981]),
+    ]
+    (block,) = report.blocks_of(found)
+    rows = [[cell.strip() for cell in line.split("|")[2:-2]] for line in report._clients(block).splitlines()[4:]]
+    assert rows == [
+        ["0", "client 1", "96.90", "+0.91"],
+        ["0", "client 3", "96.25", "+1.56"],
+        ["1", "client 1", "97.81", "−0.02"],
+        ["2", "client 1", "95.00", "–"],
+    ]
+    (zero,) = [line for line in report._thieves(block).splitlines() if "| zero lock" in line]
+    assert zero.split("|")[4].strip() == "4"  # one a seed where the key makes no difference, and both of seed 2
+
+
+def test_beside_the_papers_figures_it_says_where_the_recipe_is_another() -> None:
+    same = report.PAPER
+    other = report.blocks_of([scored("keylock", 0, {"client 1": 9690})])[0]
+    text = report._otherwise(other)
+    assert (
+        "rounds 200 (here 3), batch 64 (here 16), lr 0.01 (here 0.05), milestones 60, 120 and 160 (here none)" in text
+    )
+    one = scored("keylock", 0, {"client 1": 9690})
+    paper = report.blocks_of([replace(one, recipe={**one.recipe, **same})])[0]
+    assert "here" not in report._otherwise(paper)
+
+
+@pytest.mark.parametrize("name", ["table1", "table3", "tradeoff", "dlm-cost"])
+def test_the_scales_of_the_benchmarks_are_trainings(name: str) -> None:
+    file = load_axes(BENCHMARKS / f"{name}.toml")
+    kind = Tradeoff if "tradeoff" in name or "cost" in name else Accuracy
+    for scale in file["scale"]:
+        assert [arm for row in expand(file, scale) for arm in kind(**row).arms()]
+
+
+def test_what_the_scale_cpu_of_table_3_trains_the_wide_one_need_not_train_again() -> None:
+    file = load_axes(BENCHMARKS / "table3.toml")
+    arms = {scale: [arm for row in expand(file, scale) for arm in Accuracy(**row).arms()] for scale in ("cpu", "wide")}
+    assert [(one.specs["defense"], one.seed) for one in arms["cpu"]] == [("none", 0), ("keylock", 0)]
+    assert {one.id for one in arms["cpu"]} < {one.id for one in arms["wide"]}
+    assert len(arms["wide"]) == 6
 
 
 # a thief

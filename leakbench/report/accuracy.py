@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -24,11 +25,23 @@ from leakbench.report.text import ABSENT, english, escape, number, slug, table
 from leakbench.training import Record, records
 from leakbench.training.arm import GLOBAL, Outcome, Round
 from leakbench.training.run import FOLDER
-from leakbench.training.thief import KINDS
+from leakbench.training.thief import KINDS, ZERO, Theft
 
 FILE = "accuracy.md"
 """The name of the report in a run's folder."""
 CSV = "accuracy.csv"
+PAPER: dict[str, Any] = {
+    "rounds": 200,
+    "batch": 64,
+    "lr": 0.01,
+    "momentum": 0.9,
+    "nesterov": True,
+    "weight_decay": 5e-4,
+    "milestones": [60, 120, 160],
+    "gamma": 0.2,
+    "select": "test",
+}
+"""The recipe that FedKL's code is published with (of a centralised training, epochs stand for rounds)."""
 PAPER_BATCH = 64
 """The batch by which FedKL's code divides."""
 
@@ -151,7 +164,8 @@ _WORDS = """\
 **accuracy** is the share of the test images that the network of the best round classifies rightly, in per cent; of a \
 defense with secrets, the mean over the clients, each with its own. Brackets are 95 % Wilson intervals over the test \
 images (of one training; they say nothing of other seeds). **of seeds** is the mean over seeds, ± their standard \
-deviation. **cost** is the accuracy without a defense less that with it, in points. **paper's convention** divides the \
+deviation. **cost** is the accuracy without a defense less that with it, in points; of one client, without a defense \
+from the same seed. **paper's convention** divides the \
 correct images by the batches of 64, the last one counted as full, as FedKL's code does: lower by 0.48 % of itself on \
 10,000 images; it belongs beside the paper's figures alone.
 
@@ -244,8 +258,16 @@ def _as_paper(one: Round) -> float:
 
 
 def _clients(block: Block) -> str:
+    controls = {one.seed: accuracy(one.outcome) for one in block.arms.get("none", ())}
     rows = [
-        [escape(defense), str(one.seed), view.name, _percent(view.test.accuracy), number(view.test.loss, 4)]
+        [
+            escape(defense),
+            str(one.seed),
+            view.name,
+            _percent(view.test.accuracy),
+            _percent(controls.get(one.seed, math.nan) - view.test.accuracy, sign=True),
+            number(view.test.loss, 4),
+        ]
         for defense, own in block.arms.items()
         for one in own
         if one.outcome.rounds
@@ -255,7 +277,7 @@ def _clients(block: Block) -> str:
     if not rows:
         return ""
     return "Each client with its own secrets, on all test images:\n\n" + table(
-        ["defense", "seed", "client", "accuracy", "test loss"], rows, left=3
+        ["defense", "seed", "client", "accuracy", "cost, points", "test loss"], rows, left=3
     )
 
 
@@ -292,7 +314,7 @@ def _thieves(block: Block) -> str:
                 for one in own
                 for theft in one.outcome.thefts
                 if theft.kind == kind
-                for correct in theft.correct
+                for correct in _different(theft)
             ]
             rows.append([escape(defense), escape(kind), escape(KINDS[kind]), str(len(values)), _spread(values)])
     if not rows:
@@ -301,9 +323,15 @@ def _thieves(block: Block) -> str:
         "What the global model of the best round is worth with other secrets, on the test images, in per cent: mean ± "
         "standard deviation over draws (least to largest). Guessing is worth one class in so many. The global model "
         "is the same for all clients, so that who uses a client's key and lock does not matter: of these there is one "
-        "figure a client and seed, and more need more seeds or clients. Pairs are all ordered pairs of clients."
+        "figure a client and seed, and more need more seeds or clients. Pairs are all ordered pairs of clients. Where "
+        "the key makes no difference to a zero lock, its draws count once a seed."
     )
     return f"{words}\n\n" + table(["defense", "secrets", "what it is", "n", "accuracy"], rows, left=3)
+
+
+def _different(theft: Theft) -> tuple[int, ...]:
+    """Return the correct images of each draw; one alone of a zero lock to which the key makes no difference."""
+    return theft.correct[:1] if theft.kind == ZERO and len(set(theft.correct)) == 1 else theft.correct
 
 
 def _published(block: Block, paper: Published) -> str:
@@ -342,7 +370,30 @@ def _published(block: Block, paper: Published) -> str:
     if not rows:
         return ""
     headers = ["table", "defense", "of", "paper", "ours", "ours, paper's convention"]
-    return f"Beside {escape(paper.source)}, in per cent:\n\n" + table(headers, rows, left=3)
+    return f"Beside {escape(paper.source)}, in per cent. {_otherwise(block)}\n\n" + table(headers, rows, left=3)
+
+
+def _otherwise(block: Block) -> str:
+    """Return in which of the options that the paper publishes its recipe differs, in words."""
+    own = next(iter(block.arms.values()))[0].recipe
+    others = [
+        f"{name} {_plain(value)} (here {_plain(own[name])})" for name, value in PAPER.items() if own[name] != value
+    ]
+    recipe = (
+        f"Its recipe is another: {english(others)}" if others else "Its recipe is this one as far as it is published"
+    )
+    return (
+        f"{recipe}. Its networks differ in more than the defense (normalisation, shortcuts, pooling), and the options "
+        "of models and defenses for each cell are not published: what differs between these figures is no measure of "
+        "the defense."
+    )
+
+
+def _plain(value: object) -> str:
+    """Return the value of an option in words."""
+    if isinstance(value, list):
+        return english(map(str, value)) if value else "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def csv(found: Sequence[Record]) -> str:

@@ -17,6 +17,8 @@ from leakbench.training.steps import State, Trainee, draw, evaluate
 
 OWN = "own key and lock"
 """Nobody's theft: each client with its own secrets."""
+ZERO = "zero lock"
+"""What FedKL's released code evaluates."""
 
 KINDS = {
     OWN: "each client with its own secrets, as it uses the model",
@@ -24,7 +26,7 @@ KINDS = {
     "another client's key, own lock": "the lock of one client with the key of another, every pair of clients",
     "fresh key, initial lock": "a key drawn by its law, and the lock that the server began with: the paper's text",
     "fresh key, fresh lock": "key and lock drawn by their laws",
-    "zero lock": "the lock's tensors are zero, as the released code has them by mistake: behind ReLU gates scale and "
+    ZERO: "the lock's tensors are zero, as the released code has them by mistake: behind ReLU gates scale and "
     "shift are 0 and the output is constant; behind sigmoid gates both are 1/2, whatever the key",
 }
 """Kinds of secrets -> what they are. A *key* is a private tensor that is not trained, a *lock* one that is."""
@@ -90,7 +92,7 @@ def thefts(
         "another client's key, own lock": crossed if keys and locks else [],
         "fresh key, initial lock": [{**first, **key} for key in fresh_keys] if keys else [],
         "fresh key, fresh lock": [{**lock, **key} for lock, key in zip(fresh_locks, fresh_keys)],
-        "zero lock": [{**zero, **key} for key in fresh_keys] if locks else [],
+        ZERO: [{**zero, **key} for key in fresh_keys] if locks else [],
     }
     found = []
     for kind, states in guesses.items():
