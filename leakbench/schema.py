@@ -84,6 +84,8 @@ def flaw(db: sqlite3.Connection) -> str:
         for table in TABLES:
             if table not in kinds:
                 return f"it has no table {table!r}"
+            if db.execute("SELECT 1 FROM pragma_table_xinfo(?) WHERE hidden", (table,)).fetchone():
+                return f"its table {table!r} has a computed column, which leakbench never makes"
             columns = _columns(sound, table)
             if _columns(db, table) != columns:
                 return f"the columns of its table {table!r} are not those of schema {SCHEMA}"

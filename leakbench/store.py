@@ -280,7 +280,9 @@ class Store:
     def close(self) -> None:
         """Close the file; a file that was written is left as one file, without a write-ahead log beside it."""
         if not self.readonly:
-            with contextlib.suppress(sqlite3.Error):  # somebody else reads it: the log stays, and is read with it
+            with contextlib.suppress(
+                sqlite3.Error, UnicodeDecodeError
+            ):  # somebody else reads it: the log stays, and is read with it
                 self._db.execute("PRAGMA busy_timeout = 0")
                 self._db.execute("PRAGMA journal_mode = DELETE")
         self._db.close()
@@ -902,6 +904,8 @@ def _one_line_errors(path: Path) -> Iterator[None]:
         code = getattr(error, "sqlite_errorcode", None)
         kind, fix = _ERRORS.get((code or 0) & 0xFF, (LeakbenchError, "check that the file is a run file and is whole"))
         raise kind(f"{path}: {error}; {fix}") from error
+    except UnicodeDecodeError as error:  # SQLite's own words on a file whose names are not UTF-8
+        raise ForeignRun(f"{path}: it holds names that are no text; {_ERRORS[sqlite3.SQLITE_CORRUPT][1]}") from error
     except OverflowError:
         raise LeakbenchError(f"{path}: a whole number has more than 64 bits; choose a smaller seed") from None
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import random
 import sqlite3
+import struct
 import subprocess
 import sys
+import zlib
 from contextlib import closing
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from rich.console import Console
 import leakbench
 from leakbench import Matrix, datasets, defenses
 from leakbench.assets import archives
+from leakbench.audit.given import read_image
 from leakbench.check import check
 from leakbench.errors import BadOption, CorruptAsset, ForeignRun, LeakbenchError
 from leakbench.merge import merge
@@ -72,6 +75,7 @@ def run(hostile, work, tmp_path):
         ("DELETE FROM truths", "private image"),
         ("DROP TABLE scores", "no table 'scores'"),
         ("ALTER TABLE results DROP COLUMN path", "columns"),
+        ("ALTER TABLE sessions ADD COLUMN more BLOB AS (zeroblob(900000000)) VIRTUAL", "computed column"),
         ("CREATE VIEW other AS SELECT 1", "view"),
         ("CREATE TRIGGER other AFTER INSERT ON results BEGIN DELETE FROM results; END", "trigger"),
     ],
@@ -85,10 +89,54 @@ def test_a_spoilt_run_is_refused_in_one_line(run, change, words):
     assert "\n" not in str(caught.value)
 
 
-def test_a_picture_that_is_none_leaves_its_place_empty(run):
+@pytest.mark.parametrize(
+    ("name", "place"), [(b"truthstruths", 0), (b"truthstruths", 6), (b"CREATE TABLE truths", 14)], ids=str
+)
+@pytest.mark.parametrize("readonly", [True, False])
+def test_a_name_that_is_no_text_is_refused_in_one_line(run, name, place, readonly):
+    """One byte of the name, of the table that it belongs to, or of the SQL of an entry of ``sqlite_master``."""
+    content = (run / FILE).read_bytes()
+    assert content.count(name) == 1
+    at = content.index(name) + place
+    (run / FILE).write_bytes(content[:at] + b"\x80" + content[at + 1 :])
+    with pytest.raises(ForeignRun) as caught:
+        Store.open(run / FILE, readonly=readonly)
+    assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(LeakbenchError):
+        check(run)
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+HEADER = struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)
+PIXELS = zlib.compress(bytes(8 * (1 + 3 * 8)))
+PARTS = [(b"IHDR", HEADER), (b"IDAT", PIXELS), (b"iCCP", b""), (b"IEND", b"")]
+PROFILE = b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in PARTS)
+"""A picture whose colour profile is empty, for which Pillow raises IndexError as it reads to the end."""
+
+
+@pytest.mark.parametrize("png", [b"\0", PROFILE], ids=["bytes", "profile"])
+def test_a_picture_that_is_none_leaves_its_place_empty(run, png):
     with closing(sqlite3.connect(run / FILE)) as db, db:
-        db.execute("UPDATE images SET png = x'00'")
+        db.execute("UPDATE images SET png = ?", (png,))
     assert write(run)
+    state = check(run)
+    assert len(state.faults) == sum(state.ended.values()) > 0
+    assert all("its picture is no PNG of the size" in fault for fault in state.faults)
+
+
+def test_whatever_an_image_makes_its_reader_raise_is_one_line(tmp_path):
+    with pytest.raises(IndexError), Image.open(io.BytesIO(PROFILE)) as image:
+        image.load()
+    file = tmp_path / "a" / "x.png"
+    file.parent.mkdir()
+    file.write_bytes(PROFILE)
+    with pytest.raises(CorruptAsset, match=r"x\.png is no image that can be read \(IndexError\)"):
+        datasets.parse(f"folder:{tmp_path}").load([0])
+    with pytest.raises(CorruptAsset, match=r"no image that can be read \(IndexError\)"):
+        read_image(str(file), (3, 8, 8))
 
 
 def test_a_trigger_is_refused_by_who_writes_too(run):

@@ -50,7 +50,7 @@ def factory(target: str, plugins: Sequence[Path] = ()) -> nn.Module:
             sys.path.insert(0, str(Path.cwd()))
         try:
             maker = importlib.import_module(module_name)
-        except Exception as error:  # whatever the user's module raises while it is imported
+        except (Exception, SystemExit) as error:  # whatever the user's module raises while it is imported
             raise BadOption(f"--model {target!r}: {module_name!r} does not import: {_line(error)}") from error
         for part in name.split("."):
             maker = getattr(maker, part, None)
@@ -67,7 +67,7 @@ def factory(target: str, plugins: Sequence[Path] = ()) -> nn.Module:
     try:
         with seeded("audit", "model"):
             made = maker()
-    except Exception as error:  # whatever the user's factory raises
+    except (Exception, SystemExit) as error:  # whatever the user's factory raises
         raise BadOption(f"--model {target!r} cannot be called without arguments: {_line(error)}") from error
     if not isinstance(made, nn.Module):
         raise BadOption(f"--model {target!r} returns {type(made).__name__}; return an nn.Module")
@@ -330,11 +330,11 @@ def read_image(path: str, image_shape: tuple[int, int, int]) -> Tensor:
     try:
         with Image.open(file, formats=FORMATS) as opened:
             image = opened.convert("L" if channels == 1 else "RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        scale = max(height / image.height, width / image.width)
+        size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    except Exception as error:  # whatever a damaged or hostile file makes Pillow raise
         raise CorruptAsset(f"--truth {path!r} is no image that can be read ({type(error).__name__})") from None
-    scale = max(height / image.height, width / image.width)
-    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    image = image.resize(size, Image.Resampling.BILINEAR)
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
     pixels = torch.from_numpy(np.array(image.crop((left, top, left + width, top + height)))).float() / 255
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)

@@ -221,12 +221,12 @@ def _pixels(file: Path, side: int, short_side: int) -> np.ndarray[Any, np.dtype[
     try:
         with Image.open(file, formats=FORMATS) as opened:
             image = opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        scale = short_side / min(image.size)
+        width, height = (max(short_side, round(length * scale)) for length in image.size)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    except Exception as error:  # whatever a damaged or hostile file makes Pillow raise
         raise CorruptAsset(
             f"{file} is no image that can be read ({type(error).__name__}); repair or remove it"
         ) from None
-    scale = short_side / min(image.size)
-    width, height = (max(short_side, round(length * scale)) for length in image.size)
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = (width - side) // 2, (height - side) // 2
     return np.array(image.crop((left, top, left + side, top + side)))
