@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from leakbench.alone import alone
 from leakbench.errors import BadOption, LeakbenchError
 from leakbench.store import FILE, Store, decoding
 
@@ -39,7 +40,7 @@ def merge(runs: Sequence[Path], out: Path, *, force: bool = False) -> Merged:
         force: merge runs of different matrices, or of different versions of what the numbers depend on, all the same.
 
     Raises:
-        LeakbenchError: one line on what differs; nothing was written then.
+        LeakbenchError: one line on what differs, or another process works in ``out``; nothing was written then.
     """
     if not runs:
         raise BadOption("no run is given; give the folders of at least one")
@@ -48,10 +49,14 @@ def merge(runs: Sequence[Path], out: Path, *, force: bool = False) -> Merged:
         files = [run / FILE if run.is_dir() else run for run in runs]
         sources = [stack.enter_context(Store.open(file, readonly=True)) for file in files]
         exists = target.exists()
+        if exists:
+            stack.enter_context(alone(out))
         before = [stack.enter_context(Store.open(target, readonly=True))] if exists else []
         if not force:
             _check([*before, *sources])
         merged = stack.enter_context(Store.open(target) if exists else Store.create(target))
+        if not exists:
+            stack.enter_context(alone(out))
         others = [source for source in sources if not (exists and source.path.samefile(target))]
         added = sum(merged.absorb(source) for source in others)
         return Merged(added, len(merged.done()), len(merged.planned()))

@@ -138,6 +138,23 @@ def test_runs_that_differ_are_refused_in_one_line_unless_told(tmp_path, sql, wor
     assert merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c", force=True).added == 2
 
 
+def test_nothing_is_merged_into_a_folder_that_is_being_run(tmp_path):
+    matrix = plan(attacks=["grey"], images=2)
+    go(matrix, tmp_path / "a")
+    told = []
+
+    class Second(Counter):
+        def finish(self, results):
+            with pytest.raises(LeakbenchError, match="another process") as refusal:
+                merge([tmp_path / "a"], tmp_path / "b", force=True)
+            told.append(str(refusal.value))
+            super().finish(results)
+
+    go(matrix, tmp_path / "b", progress=Second())
+    assert told
+    assert merge([tmp_path / "a"], tmp_path / "b").added == 0
+
+
 ROWS = """
 models = ["lenet"]
 datasets = ["samples"]
