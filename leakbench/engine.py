@@ -299,7 +299,7 @@ def _load(trials: Sequence[Trial]) -> dict[str, Data]:
             data[name] = _load_one(dataset, indices)
         except LeakbenchError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reason = " ".join(str(error).split())
             raise LeakbenchError(f"dataset {name!r} cannot be read: {type(error).__name__}: {reason}") from error
     return data

@@ -182,7 +182,7 @@ class Registry(Generic[T]):
         for entry in importlib.metadata.entry_points(group=self.group):
             try:
                 entry.load()
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self._entry_points_loaded = False
                 raise BadOption(
                     f"the plugin {entry.value!r} (entry point {entry.name!r} of {self.group}) does not import: "

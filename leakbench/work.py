@@ -153,7 +153,7 @@ class Worker:
                 return attack.probe(repeated(seen, trials, first.model.fresh_weights()), rng)
 
             return size if step(1) is None else choose(step, trials, device, self.work.share)
-        except Exception:  # a component that fails does so again, and is recorded, when its trials run
+        except (Exception, SystemExit):  # a component that fails does so again, and is recorded, when its trials run
             return size
 
     def results(self, data: Data, trials: Sequence[Trial], slots: int) -> list[Result]:
@@ -161,7 +161,7 @@ class Worker:
         self.begin(len(trials))
         try:
             return self._together(data, trials, slots)
-        except Exception as error:  # whatever a component raises costs its own trials, not the run
+        except (Exception, SystemExit) as error:  # whatever a component raises costs its own trials, not the run
             if isinstance(error, Unsupported) and len(trials) == 1 and not self.work.strict:
                 return [without_score(data, trials[0], "unsupported", str(error))]
             memory = out_of_memory(error)
@@ -243,7 +243,7 @@ class Worker:
             if len(values) != rows:
                 raise ValueError(f"it returned {len(values)} values for {rows} images; return one an image")
             return values
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if self.work.strict or out_of_memory(error):
                 raise
             if rows > 1:
@@ -337,7 +337,7 @@ def _refusal(trials: Sequence[Trial]) -> Refusal:
         return Refusal({trial.cell.key: str(error) for trial in trials}, frozenset(groups))
     except LeakbenchError:
         raise
-    except Exception:  # a component that fails is recorded, with its reason, when its trials run
+    except (Exception, SystemExit):  # a component that fails is recorded, with its reason, when its trials run
         return Refusal({}, frozenset(groups))
     refused = {}
     for trial in trials:
@@ -348,7 +348,7 @@ def _refusal(trials: Sequence[Trial]) -> Refusal:
             refused[trial.cell.key] = str(error)
         except LeakbenchError:
             raise
-        except Exception:  # the same
+        except (Exception, SystemExit):  # the same
             continue
     return Refusal(refused, frozenset(groups))
 

@@ -51,6 +51,51 @@ def test_a_defense_that_always_raises_costs_its_own_trials(tmp_path):
     assert set(results[results["defense"] == "raises"]["reason"]) == {"RuntimeError: no release today"}
 
 
+@dataclass(frozen=True)
+class DefenseExits(Defense):
+    """Ends the process, where it is not ``blank`` for all images but the blank one that is tried before a run."""
+
+    name: ClassVar[str] = "exits"
+    blank: bool = True
+
+    def release(self, step: Step, rng: torch.Generator) -> Gradient:
+        if self.blank or not bool((step.images == 0.5).all()):
+            sys.exit(0)
+        return step.gradient()
+
+
+@pytest.mark.parametrize("blank", [True, False], ids=["at once", "in a trial"])
+def test_a_defense_that_exits_costs_its_own_trials(tmp_path, blank):
+    results = go(plan(attacks=["random", "ig(steps=2)"], defenses=["none", DefenseExits(blank)]), tmp_path)
+    own = results[results["defense"] != "none"]
+    assert (len(own), set(own["status"]), set(own["reason"])) == (8, {"error"}, {"SystemExit: 0"})
+    assert set(results[results["defense"] == "none"]["status"]) == {"ok"}
+
+
+@dataclass(frozen=True)
+class DefenseBreaks(Defense):
+    """Sends something else than its network's gradient for one image."""
+
+    name: ClassVar[str] = "breaks"
+    how: str = "shape"
+
+    def release(self, step: Step, rng: torch.Generator) -> Gradient:
+        gradient = step.gradient()
+        if not torch.equal(step.images, one(1)[None]):
+            return gradient
+        return {} if self.how == "nothing" else {name: value[:1] for name, value in gradient.items()}
+
+
+@pytest.mark.parametrize("how", ["shape", "nothing"])
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_a_defense_that_releases_wrong_shapes_for_an_image_costs_that_one(tmp_path, how, chunk):
+    matrix = plan(attacks=["ig(steps=2)"], defenses=[DefenseBreaks(how), "none"], images=3)
+    results = go(matrix, tmp_path, chunk=chunk)
+    own = results[results["defense"] != "none"].set_index("image")
+    assert own["status"].to_dict() == {0: "ok", 1: "error", 2: "ok"}
+    assert set(results[results["defense"] == "none"]["status"]) == {"ok"}
+
+
 def test_strict_tells_of_a_defense_that_always_raises_in_one_line(tmp_path):
     with pytest.raises(LeakbenchError, match="RuntimeError: no release today"):
         go(plan(defenses=[DefenseRaises()]), tmp_path, strict=True)

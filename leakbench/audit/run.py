@@ -387,7 +387,7 @@ def _attack(
                 guess = acting(known, Rng(("audit/update",), observation.device))
         except Unsupported as error:
             reason = str(error)
-        except Exception as error:  # whatever an attack raises on this network is its reason
+        except (Exception, SystemExit) as error:  # whatever an attack raises on this network is its reason
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             broken.append(f"{name} ended in an error ({reason}): what it would have seen is not known.")
         seconds = time.perf_counter() - begin

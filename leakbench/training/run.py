@@ -139,7 +139,7 @@ def _one(arm: Arm, folder: Path, device: torch.device, workers: int, progress: S
         return Outcome("unsupported", str(error))
     except LeakbenchError:
         raise
-    except Exception as error:  # whatever a component raises costs its own arm, not the run
+    except (Exception, SystemExit) as error:  # whatever a component raises costs its own arm, not the run
         return Outcome("error", f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
