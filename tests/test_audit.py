@@ -60,6 +60,18 @@ class Blind(nn.Module):
     def forward(self, x):
         return self.last(x.detach().round().flatten(1))
 
+def two():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(400, 2))
+
+def flat_two():
+    return nn.Sequential(nn.Flatten(), nn.Linear(432, 2))
+
+def straight_two():
+    return nn.Sequential(nn.Flatten(), nn.Linear(432, 9), nn.Linear(9, 2))
+
+def curved_two():
+    return nn.Sequential(nn.Flatten(), nn.Linear(432, 9), nn.Sigmoid(), nn.Linear(9, 2))
+
 def fails():
     raise RuntimeError("no")
 
@@ -235,7 +247,10 @@ def recorded(nets: Path, cli) -> nn.Module:  # noqa: F811
 
 def step(network: nn.Module, indices: list[int], rate: float) -> None:
     """Take a client's step on images of the samples."""
-    images, labels = datasets.parse("samples(size=12)").load(indices)
+    _descend(network, *datasets.parse("samples(size=12)").load(indices), rate)
+
+
+def _descend(network: nn.Module, images: torch.Tensor, labels: torch.Tensor, rate: float) -> None:
     loss = nn.functional.cross_entropy(network(images), labels)
     with torch.no_grad():
         for parameter, by in zip(network.parameters(), torch.autograd.grad(loss, list(network.parameters()))):
@@ -322,6 +337,48 @@ def test_an_update_of_two_images_is_not_judged(cli, nets: Path, recorded: nn.Mod
     files = ("--before", "before.pt", "--after", "two.pt", "--size", "12", "--rate", "0.1", "--budget", "quick")
     done = audit(cli, "build", *files, "--truth", "truth.png", "--fail-if", "psnr > 90")
     assert (done.code, "of several images or steps, or noise" in done.err) == (2, True)
+
+
+@pytest.mark.parametrize(("name", "images"), [("two", 16), ("flat_two", 16), ("straight_two", 16), ("flat_two", 1)])
+def test_two_outputs_cannot_tell_one_image_from_several(
+    cli,  # noqa: F811
+    nets: Path,
+    recorded: nn.Module,
+    name: str,
+    images: int,
+) -> None:
+    """The rows of their gradients are multiples of each other, whatever the batch was."""
+    _record(nets, name, images)
+    files = ("--before", "before.pt", "--after", "after.pt", "--size", "12", "--rate", "0.1", "--budget", "quick")
+    truth = ("--truth", "truth.png") if name == "two" else ()
+    done = audit(cli, name, *files, *truth, "--fail-if", "recovered > 0.1")
+    assert (done.code, "cannot be judged" in done.err) == (2, True)
+    text = (nets / "out" / "audit.md").read_text()
+    assert "was not tested: of no linear layer would several images leave anything over" in text
+    assert "**one image, in all steps**: not tested" in text
+    assert "in closed form, for every image" not in text
+
+
+@pytest.mark.parametrize(("images", "code"), [(1, 1), (16, 2)])
+def test_a_layer_before_two_outputs_tells_one_image_from_several(
+    cli,  # noqa: F811
+    nets: Path,
+    recorded: nn.Module,
+    images: int,
+    code: int,
+) -> None:
+    _record(nets, "curved_two", images)
+    files = ("--before", "before.pt", "--after", "after.pt", "--size", "12", "--budget", "quick")
+    done = audit(cli, "curved_two", *files, "--fail-if", "recovered > 0.1")
+    assert (done.code, "of several images" in (nets / "out" / "audit.md").read_text()) == (code, code == 2)
+
+
+def _record(nets: Path, name: str, images: int) -> None:
+    network = factory(name, [nets / "nets.py"])
+    _write(nets, "before", network)
+    drawn = torch.rand(images, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    _descend(network, drawn, torch.arange(images) % 2, 0.1)
+    _write(nets, "after", network)
 
 
 @pytest.mark.fl

@@ -315,7 +315,7 @@ def found(defense: str, share: float) -> Behind:
     ]
     efforts = [Effort(NASTY, images, round(share * images), 0, 0, 0, {NASTY: 1}, 1234, 5.6)]
     layers = [Share(f"block{i}.{NASTY}", "Conv2d", 100, 0, 1 / 40) for i in range(40)]
-    forms = [ClosedForm("fc", 512, images, 1e-7, 1e-6, False, False)]
+    forms = [ClosedForm("fc", 512, images, 1e-7, True, 1e-6, False, False)]
     return Behind(
         defense=defense,
         note=NASTY,

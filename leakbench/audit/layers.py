@@ -18,6 +18,9 @@ from leakbench.types import Observation
 EXACT = 1e-3
 """The part of a linear layer's gradient that no single input explains, up to which its input is taken for exact."""
 
+SPREAD = 10 * EXACT
+"""The part of a layer's gradient that its further rows must hold, for a mixture of inputs to leave more than ``EXACT``."""
+
 
 @dataclass(frozen=True)
 class Share:
@@ -48,6 +51,8 @@ class ClosedForm:
         images: how many images were observed.
         leftover: the part of the norm of the layer's gradient that no single input explains, the largest of all images:
             0 for one image in one step without noise, and larger where several were mixed, or noise was added.
+        tells: whether several images would leave something over. Rows that are multiples of each other whatever the
+            images leave nothing: the two of a classifier of two classes, or the only one that is not zero.
         error: the relative error of the input against the truth, the largest of all images; NaN without a truth.
         pixels: whether the input is the image: its pixels, each moved, scaled and shifted in a way that is public.
         factor: whether the input is known but for a factor, since no gradient of a bias was sent.
@@ -57,6 +62,7 @@ class ClosedForm:
     inputs: int
     images: int
     leftover: float
+    tells: bool
     error: float
     pixels: bool
     factor: bool
@@ -64,7 +70,7 @@ class ClosedForm:
     @property
     def exact(self) -> bool:
         """Whether the input follows from what was sent: as far as the gradient says by itself, or else the truth."""
-        return self.leftover <= EXACT and not self.error > EXACT
+        return self.leftover <= EXACT and (self.tells if math.isnan(self.error) else self.error <= EXACT)
 
 
 @dataclass(frozen=True)
@@ -135,12 +141,25 @@ def closed_forms(observation: Observation, truth: Mapping[str, Sequence[Tensor]]
                 inputs=layer.in_features,
                 images=observation.trials,
                 leftover=float(unexplained(weight, by_bias, value).max()),
+                tells=_tells(weight),
                 error=max(errors, default=math.nan),
                 pixels=name in pixels,
                 factor=sent is None,
             )
         )
     return found
+
+
+def _tells(weight: Tensor) -> bool:
+    """Return whether enough rows of dL/dW [T, C, S] count: two that are independent, so three where they sum to zero.
+
+    The derivatives of the cross-entropy by the logits sum to zero, and so do the rows of a classifier's gradient.
+    """
+    size = weight.flatten(1).norm(dim=1)
+    rows = weight.norm(dim=2).sort(dim=1, descending=True).values
+    dependent = weight.sum(1).norm(dim=1) <= EXACT * size
+    rest = torch.where(dependent, rows[:, 2:].norm(dim=1), rows[:, 1:].norm(dim=1))
+    return bool((rest > SPREAD * size).all())
 
 
 def _error(value: Tensor, real: Tensor, factor: bool) -> float:

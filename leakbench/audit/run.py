@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +32,7 @@ from leakbench.models.surgery import linears
 from leakbench.progress import Silent
 from leakbench.report.text import english, number, part
 from leakbench.report.worst_case import UNSCORED, Effort, floor_share, standings
-from leakbench.rng import Rng
+from leakbench.rng import Rng, seeded
 from leakbench.store import FILE, Store
 from leakbench.types import PRESETS, Observation, Reconstruction, ThreatModel
 from leakbench.victim import Client, layer_inputs, observe
@@ -268,7 +269,9 @@ def audit_update(
     assert limit is not None
     steps = replace(observation, threat=replace(threat, shares="gradient"))
     unit = (1.0 if rate is None else rate) * local_steps
-    forms = tuple(closed_forms(replace(steps, gradient={n: v / unit for n, v in observation.gradient.items()}), None))
+    sent = replace(steps, gradient={name: value / unit for name, value in observation.gradient.items()})
+    telling = _telling(network, sent)
+    forms = tuple(replace(one, tells=one.tells and one.layer in telling) for one in closed_forms(sent, None))
     labels = labels_of(steps, None if label is None else [label])
     certain = truth is None and any(form.pixels and form.exact and not form.factor for form in forms)
     efforts, guesses, broken = _attack(matrix, observation, truth, certain, limit, progress or Silent())
@@ -352,6 +355,25 @@ def _observed(
         mean_image=torch.full(image_shape, 0.5),
         threat=threat.granted(),
     )
+
+
+def _telling(network: nn.Module, observation: Observation) -> set[str]:
+    """Return the linear layers in which two images would leave something over: a control of the test of one image.
+
+    Two public images, of unlike classes, are mixed as a batch mixes them; a layer in which they too look like one (behind
+    a bottleneck, or a stack of linear layers before two classes) tells nothing.
+    """
+    probe = copy.deepcopy(network)
+    named = {name: value for name, value in probe.named_parameters() if value.requires_grad}
+    total = {name: torch.zeros_like(value) for name, value in named.items()}
+    with seeded("audit", "control"):
+        coarse = torch.rand(2, observation.image_shape[0], 3, 3)
+        for label, image in enumerate(nn.functional.interpolate(coarse, observation.image_shape[1:])):
+            loss = nn.functional.cross_entropy(probe(image[None]), torch.tensor([label]))
+            found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+            total = {name: total[name] if by is None else total[name] + by for name, by in zip(named, found)}
+    mixed = replace(observation, gradient={name: value[None] for name, value in total.items()})
+    return {form.layer for form in closed_forms(mixed, None) if form.tells and form.leftover > EXACT}
 
 
 def _attack(
@@ -441,18 +463,23 @@ def _worth(scores: Mapping[str, float]) -> float:
 
 def _doubts(forms: Iterable[ClosedForm], update: Update) -> tuple[str, ...]:
     """Return a warning where the update is not that of one image in one step, beyond the rounding of its numbers."""
-    known = [(form.leftover, update.rounding(f"{form.layer}.weight")) for form in forms]
+    known = [(form.leftover, update.rounding(f"{form.layer}.weight"), form.tells) for form in forms]
     if not known:
         return ("No linear layer tells whether the update is that of one image: the attackers assume so.",)
-    coarse = min(rounding for _, rounding in known)
+    coarse = min(rounding for _, rounding, _ in known)
     if coarse > EXACT:
         return (
             f"The update is so small beside the weights that rounding alone may be {part(min(1.0, coarse))} of it: "
             "whether it is that of one image cannot be told, and attackers see it as through noise.",
         )
-    worst = max((leftover for leftover, rounding in known if leftover > max(EXACT, rounding)), default=0.0)
+    worst = max((leftover for leftover, rounding, _ in known if leftover > max(EXACT, rounding)), default=0.0)
     if not worst:
-        return ()
+        if any(tells and rounding <= EXACT for _, rounding, tells in known):
+            return ()
+        return (
+            "Whether the update is that of one image was not tested: of no linear layer would several images leave "
+            "anything over, as with two classes. The attackers assume one.",
+        )
     return (
         f"{part(worst)} of the update of a linear layer cannot come from one image in one step: it is of several "
         "images or steps, or noise was added. Attackers of one image are the wrong ones for several; what they miss is "
@@ -540,9 +567,12 @@ def _assumptions_of_update(
         "" if label is None or labels.right is None else (", which is right" if labels.right else ", which is wrong")
     )
     leftover = max((form.leftover for form in forms), default=math.nan)
+    untold = leftover <= EXACT and not any(form.tells for form in forms)
     one = (
         "not tested: no linear layer that runs once was sent"
         if math.isnan(leftover)
+        else "not tested: of no linear layer would several images leave anything over"
+        if untold
         else f"tested: a single image in one step explains all but {part(leftover)} of the linear layers' update"
     )
     return (

@@ -56,6 +56,11 @@ def leaks(one: Behind) -> list[str]:
         check = "" if math.isnan(form.error) else f"; measured against the truth, they are off by {form.error:.1g}"
         if form.exact:
             lines.append(f"Layer {form.layer} gives away {what} exactly, in closed form, for every image{but}{check}.")
+        elif not form.tells and math.isnan(form.error):
+            lines.append(
+                f"Layer {form.layer} gives away {what} where the update is of one image, which too few independent rows "
+                "of its gradient cannot tell."
+            )
         else:
             lines.append(
                 f"Layer {form.layer} does not give {what} away exactly: {part(form.leftover)} of its gradient is "
