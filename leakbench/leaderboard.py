@@ -18,7 +18,7 @@ from leakbench.errors import BadOption, LeakbenchError, one_line
 from leakbench.matrix import RECOVERY, Matrix
 from leakbench.progress import Silent
 from leakbench.report import utility
-from leakbench.report.again import spec_of
+from leakbench.report.again import owners, spec_of
 from leakbench.report.leaderboard import Entry, TrialOf, entries
 from leakbench.report.statistics import ALPHA, holm, least_images, wilcoxon_test
 from leakbench.store import FILE, Store
@@ -157,20 +157,21 @@ def check(
     with tempfile.TemporaryDirectory() as folder:
         for place, trial in enumerate(chosen):
             row = planned.loc[trial.id]
+            threat, own = str(row["threat"]), components["defense", str(row["defense"])]
             axes = {
                 f"{axis}s": [spec_of(components[axis, str(row[axis])])]
                 for axis in ("attack", "defense", "model", "dataset")
             }
-            matrix = Matrix(
-                **axes, threats=[str(row["threat"])], images=[trial.image], seeds=[trial.seed], floors=False
-            )
-            (made,) = matrix.trials()
-            if made.id != trial.id:
+            axes["defenses"] += owners(components.values(), own, threat)
+            matrix = Matrix(**axes, threats=[threat], images=[trial.image], seeds=[trial.seed], floors=False)
+            made, *others = matrix.trials()
+            if trial.id not in [one.id for one in (made, *others)]:
                 raise BadOption(
                     f"trial {trial.id} ({trial.attack}) has other settings here (as {made.id}): it takes the "
                     f"leakbench, data and plugins that made it: {', '.join(entry.versions)}"
                 )
-            again = engine.run(matrix, Path(folder) / str(place), device=device, progress=progress).results().iloc[0]
+            done = engine.run(matrix, Path(folder) / str(place), device=device, progress=progress).results()
+            again = done.set_index("trial").loc[trial.id]
             if again["status"] == "error":
                 raise LeakbenchError(
                     f"trial {trial.id} ({trial.attack}) ends in an error here ({again['reason']}), so that nothing can "

@@ -60,15 +60,15 @@ def again(cell: Mapping[str, object], components: Sequence[Component], sessions:
         axes = ", ".join(f"{axis}s=[{specs[axis]!r}]" for axis in ("attack", "defense", "dataset"))
         head = f"leakbench.run(leakbench.Matrix({axes}, models=[network], threats=[{str(cell['threat'])!r}]"
         return Again(head, ', images=[{image}], seeds=[{seed}], floors=False), "runs/again-{trial}")', note.strip())
-    owners = _owners(known.values(), own["defense"]) if parse_threat(str(cell["threat"])).reveals else []
-    if owners:
-        note = f"{', '.join(owners)} runs too, so that a defense has the secret that is revealed. {note}".strip()
+    others = owners(known.values(), own["defense"], str(cell["threat"]))
+    if others:
+        note = f"{', '.join(others)} runs too, so that a defense has the secret that is revealed. {note}".strip()
     words = ["leakbench", "run", "matrix"]
     for path in _plugins(sessions):
         words += ["--plugin", path]
     for axis in ("attack", "defense", "model", "dataset"):
         words += [f"--{axis}", specs[axis]]
-    words += [word for spec in owners for word in ("--defense", spec)]
+    words += [word for spec in others for word in ("--defense", spec)]
     words += ["--threat", str(cell["threat"])]
     tail = " --images {image}, --seeds {seed}, --no-floors --device " + _device(sessions) + " --out runs/again-{trial}"
     return Again(shlex.join(words), tail, note)
@@ -83,9 +83,14 @@ def spec_of(one: Component) -> str:
     return f"{plain.partition('(')[0]}({options})" if options else plain
 
 
-def _owners(components: Iterable[Component], own: Component) -> list[str]:
-    """Return the run's other kinds of defenses with secrets: a matrix must hold one that has what a threat reveals."""
+def owners(components: Iterable[Component], own: Component, threat: str) -> list[str]:
+    """Return the specs of the run's other kinds of defenses with secrets, where the threat model reveals some.
+
+    A matrix must hold a defense that has what a threat model reveals.
+    """
     found: dict[str, str] = {}
+    if not parse_threat(threat).reveals:
+        return []
     for one in components:
         name = one.spec.partition("(")[0].partition(" [")[0]
         if one.kind == "defense" and name != own.spec.partition("(")[0].partition(" [")[0] and _keeps_secrets(name):
