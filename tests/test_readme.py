@@ -11,7 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "reports/first-matrix/report.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "reports/README.md", "reports/first-matrix/report.md"]
+)
 def test_every_relative_link_leads_to_a_file(page):
     file = ROOT / page
     links = re.findall(r"\]\(([^)#:]+)\)", file.read_text(encoding="utf-8"))
