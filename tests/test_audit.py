@@ -72,6 +72,15 @@ def straight_two():
 def curved_two():
     return nn.Sequential(nn.Flatten(), nn.Linear(432, 9), nn.Sigmoid(), nn.Linear(9, 2))
 
+def convolved():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid(), nn.Conv2d(4, 70, 10), nn.Flatten())
+
+def small():
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 70))
+
+def frozen():
+    return build().requires_grad_(False)
+
 def fails():
     raise RuntimeError("no")
 
@@ -373,10 +382,33 @@ def test_a_layer_before_two_outputs_tells_one_image_from_several(
     assert (done.code, "of several images" in (nets / "out" / "audit.md").read_text()) == (code, code == 2)
 
 
-def _record(nets: Path, name: str, images: int) -> None:
+def test_labels_that_no_rule_reads_are_not_judged(cli, nets: Path) -> None:  # noqa: F811
+    more = ("--images", "1", "--threat", "known-label", "--fail-if", "labels > 0.5")
+    done = audit(cli, "convolved", *DATA, *more)
+    assert (done.code, "no rule reads labels off what was sent" in done.err) == (2, True)
+    assert "The label cannot be read off what was sent." in (nets / "out" / "audit.md").read_text()
+
+
+def test_an_image_smaller_than_the_window_of_ssim_is_compared_by_the_others(
+    cli,  # noqa: F811
+    nets: Path,
+    recorded: nn.Module,
+) -> None:
+    _record(nets, "small", 1, size=8)
+    files = ("--before", "before.pt", "--after", "after.pt", "--size", "8", "--truth", "truth.png", "--budget", "quick")
+    done = audit(cli, "small", *files, "--fail-if", "recovered > 0.5")
+    assert (done.code, "images as large as the metric needs" in done.err) == (2, True)
+    assert audit(cli, "small", *files, "--fail-if", "psnr > 1").code == 1
+
+
+def test_an_update_of_a_frozen_network_is_refused(cli, nets: Path, recorded: nn.Module) -> None:  # noqa: F811
+    refused(audit(cli, "frozen", *FILES), "nothing is trained")
+
+
+def _record(nets: Path, name: str, images: int, size: int = 12) -> None:
     network = factory(name, [nets / "nets.py"])
     _write(nets, "before", network)
-    drawn = torch.rand(images, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    drawn = torch.rand(images, 3, size, size, generator=torch.Generator().manual_seed(0))
     _descend(network, drawn, torch.arange(images) % 2, 0.1)
     _write(nets, "after", network)
 
@@ -418,6 +450,25 @@ def test_a_recording_of_a_flower_app_is_audited(cli, nets: Path) -> None:  # noq
             cli, "Branched", *files, "--truth", "truth.png", "--budget", "quick", "--fail-if", "recovered > 0.5"
         )
         assert (done.code, "The server sees 100 % of the images, first by analytic." in done.out) == (1, True)
+
+
+@pytest.mark.fl
+def test_a_recording_of_the_quick_start_is_of_several_images_and_is_not_judged(cli, nets: Path) -> None:  # noqa: F811
+    leakbench.flower.require()
+    from flwr.serverapp.strategy import FedAvg
+
+    import tests.flower_app as app
+
+    (nets / "nets.py").write_text("from tests.flower_app import network as quick_start\n")
+    strategy = leakbench.flower.record(FedAvg(fraction_evaluate=0.0), nets / "updates", rounds=[1])
+    server, _ = app.server_app(strategy, rounds=1)
+    leakbench.flower.simulate(server, app.client_app(), app.CLIENTS)
+    folder = sorted((nets / "updates" / "round-0001").iterdir())[0]
+    files = ("--before", folder / "before.safetensors", "--after", folder / "after.safetensors", "--size", "8")
+    more = ("--channels", "1", "--rate", "0.1", "--budget", "quick", "--fail-if", "recovered > 0.1")
+    done = audit(cli, "quick_start", *files, *more)
+    assert done.code == 2
+    assert "of several images or steps" in (nets / "out" / "audit.md").read_text()
 
 
 @pytest.mark.parametrize("change", ["name", "shape", "nan", "same", "pickle"])

@@ -72,8 +72,6 @@ class Behind:
         if gate.name == RECOVERED:
             return None if self.share != self.share else self.share
         if gate.name == LABELS:
-            if self.labels.read is None:
-                return 0.0
             return None if self.labels.right is None else self.labels.right / max(1, self.forms_images)
         return self.scores.get(gate.name)
 

@@ -251,9 +251,12 @@ def read_update(network: nn.Module, before: str, after: str) -> Update:
         MissingAsset: a file does not exist.
         CorruptAsset: a file cannot be read.
         BadOption: its tensors are not those of the network, or nothing changed between the two.
+        Unsupported: nothing of the network is trained.
     """
     state = network.state_dict()
     trained = [name for name, value in network.named_parameters() if value.requires_grad]
+    if not trained:
+        raise Unsupported("the network has no parameter that is trained: nothing is trained, and nothing to share")
     found = []
     eps = 0.0
     for option, path in (("--before", before), ("--after", after)):

@@ -19,7 +19,7 @@ EXACT = 1e-3
 """The part of a linear layer's gradient that no single input explains, up to which its input is taken for exact."""
 
 SPREAD = 10 * EXACT
-"""The part of a layer's gradient that its further rows must hold, for a mixture of inputs to leave more than ``EXACT``."""
+"""The part of a layer's gradient that further rows must hold, for a mixture of inputs to leave more than ``EXACT``."""
 
 
 @dataclass(frozen=True)

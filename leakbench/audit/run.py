@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from leakbench import attacks, datasets, defenses, engine, metrics
 from leakbench.attacks.base import prepare
 from leakbench.audit.findings import Audit, Behind, Sight
-from leakbench.audit.gate import Gate
+from leakbench.audit.gate import LABELS, Gate
 from leakbench.audit.given import SCALE, Audited, Update, classes_of
 from leakbench.audit.layers import EXACT, ClosedForm, Labels, closed_forms, labels_of, shares
 from leakbench.datasets import Dataset
@@ -360,8 +361,8 @@ def _observed(
 def _telling(network: nn.Module, observation: Observation) -> set[str]:
     """Return the linear layers in which two images would leave something over: a control of the test of one image.
 
-    Two public images, of unlike classes, are mixed as a batch mixes them; a layer in which they too look like one (behind
-    a bottleneck, or a stack of linear layers before two classes) tells nothing.
+    Two public images, of unlike classes, are mixed as a batch mixes them; a layer in which they too look like one (of
+    a stack of linear layers before two classes, say) tells nothing.
     """
     probe = copy.deepcopy(network)
     named = {name: value for name, value in probe.named_parameters() if value.requires_grad}
@@ -445,12 +446,14 @@ def _known_metrics() -> Mapping[str, bool]:
 
 
 def _scores(guess: Reconstruction, truth: Tensor, label: int | None) -> dict[str, float]:
-    """Return the metrics of one reconstruction; the one place where it meets the truth."""
+    """Return the metrics of one reconstruction, without those that its size does not allow; it meets the truth here."""
     known = Truth(truth[None].to(guess.images.device), torch.tensor([-1 if label is None else label]))
     found = {}
     with torch.no_grad():
         for name in _known_metrics():
-            if name != "label_correct" or label is not None:
+            if name == "label_correct" and label is None:
+                continue
+            with contextlib.suppress(ValueError):  # the image is smaller than the metric's window
                 found[name] = float(metrics.parse(name).score(replace(guess, images=guess.images.float()), known)[0])
     return found
 
@@ -605,11 +608,15 @@ def refuse_unmeasured(audit: Audit) -> None:
         LeakbenchError: the line is neither crossed nor kept, as far as is known.
     """
     missing = audit.unmeasured()
-    if missing:
-        raise LeakbenchError(
-            f"--fail-if '{audit.gate}' cannot be judged for {', '.join(missing)}: it was not measured; give "
-            "--truth, or fetch what the metric needs"
+    if missing and not audit.crossings():
+        unread = [one.defense for one in audit.behind if one.labels.read is None]
+        why = (
+            "no rule reads labels off what was sent, which hides none; judge by another line"
+            if audit.gate is not None and audit.gate.name == LABELS and unread
+            else "it was not measured; give --truth (--label for labels), images as large as the metric needs, or "
+            "fetch what it needs"
         )
+        raise LeakbenchError(f"--fail-if '{audit.gate}' cannot be judged for {', '.join(missing)}: {why}")
     doubts = [one for one in audit.behind if one.warnings]
     if audit.gate is not None and doubts and not audit.crossings():
         raise LeakbenchError(f"--fail-if '{audit.gate}' cannot be judged: {doubts[0].warnings[0]}")

@@ -58,8 +58,8 @@ def leaks(one: Behind) -> list[str]:
             lines.append(f"Layer {form.layer} gives away {what} exactly, in closed form, for every image{but}{check}.")
         elif not form.tells and math.isnan(form.error):
             lines.append(
-                f"Layer {form.layer} gives away {what} where the update is of one image, which too few independent rows "
-                "of its gradient cannot tell."
+                f"Layer {form.layer} gives away {what} if the update is of one image, which its gradient, of too few "
+                "independent rows, cannot tell."
             )
         else:
             lines.append(
