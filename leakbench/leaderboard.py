@@ -171,7 +171,7 @@ def check(
                     f"leakbench, data and plugins that made it: {', '.join(entry.versions)}"
                 )
             done = engine.run(matrix, Path(folder) / str(place), device=device, progress=progress).results()
-            again = done.set_index("trial").loc[trial.id]
+            again = done[done["trial"] == trial.id].iloc[0]
             if again["status"] == "error":
                 raise LeakbenchError(
                     f"trial {trial.id} ({trial.attack}) ends in an error here ({again['reason']}), so that nothing can "
