@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from conftest import close
 
 import leakbench
 from benchmarks.readme import filled
+from benchmarks.scale import measure as scale
+from benchmarks.scale import page
 from benchmarks.speed import __main__ as command
 from benchmarks.speed import measure, parity, peer, reference, report
 from benchmarks.speed.measure import Subject, Times
@@ -267,3 +270,23 @@ def test_a_share_counts_what_is_not_finite_as_no_success() -> None:
     found = report.shares(trials, 18.0)
     assert found["success"][:2] == (1, 3)
     assert found["diverged"][:2] == (2, 3)
+
+
+def test_the_clock_of_several_workers_counts_nothing_that_was_done_before_it_began(monkeypatch) -> None:
+    now = iter([3.0, 3.0, 4.0, 4.0, 5.0, 5.0])
+    monkeypatch.setattr(scale.time, "perf_counter", lambda: next(now))
+    clock = scale.Clock(2)
+    for _ in range(6):
+        clock.finish([None] * 8)
+    assert (clock.trials, clock.last - clock.first) == (32, 2.0)  # 16 a second, of two workers that each do 8
+
+
+def test_the_page_of_the_scale_is_that_of_its_figures(tmp_path: Path) -> None:
+    committed = ROOT / "reports" / "scale"
+    for name in ("figures", "torture", "fuzz"):
+        shutil.copy(committed / f"{name}.json", tmp_path)
+    assert page.write(tmp_path).read_text() == (committed / "README.md").read_text()
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    for own in figures["workers"].values():
+        own["left_out"] = 2
+    assert "older count" not in page.text(figures, {}, {})

@@ -424,3 +424,4 @@ def test_ctrl_c_at_any_time_ends_all_processes_and_leaves_a_sound_run(tmp_path, 
             assert check(out).code in (0, 1)
     with capsys.disabled():
         print(f"\nCtrl-C {len(phases)} times: {sorted(set(phases))}")
+    assert any(phase.startswith("run: stopped") for phase in phases), phases

@@ -24,19 +24,23 @@ SCORES = tuple(name for name in leakbench.metrics.names() if not name.startswith
 
 
 class Clock(Silent):
-    """When the first and the last chunk were stored, and how many trials between them."""
+    """When as many chunks were stored as there are workers, when the last was, and how many trials between the two.
 
-    def __init__(self) -> None:
+    Workers begin together: what they did before the clock begins must not be counted, for none of them.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self.chunks = self.trials = 0
         self.first = self.last = 0.0
-        self.trials = 0
 
     def finish(self, results):
-        now = time.perf_counter()
-        if not self.first:
-            self.first = now
+        self.last = time.perf_counter()
+        self.chunks += 1
+        if self.chunks <= self.workers:
+            self.first = self.last
         else:
             self.trials += len(results)
-        self.last = now
 
 
 class Instant(Executor):
@@ -100,7 +104,7 @@ def trivial(out: str, trials: int) -> dict[str, float]:
 def workers(out: str, count: int, images: int) -> dict[str, float]:
     """Run real trials, without what starting takes."""
     torch.set_num_threads(count if count > 1 else 1)  # one thread each
-    clock = Clock()
+    clock = Clock(count)
     axes = {"attacks": ["ig(steps=100)"], "models": ["lenet"], "datasets": ["samples"], "images": images}
     defenses = ["none", "norm-only", "keylock", "noise"]
     plan = leakbench.Matrix(**axes, defenses=defenses, floors=False, name="workers")
@@ -108,7 +112,8 @@ def workers(out: str, count: int, images: int) -> dict[str, float]:
     leakbench.run(plan, out, device="cpu", chunk=8, workers=count, progress=clock)
     seconds = clock.last - clock.first
     whole = time.perf_counter() - begin
-    return {"trials": clock.trials, "seconds": seconds, "whole": whole, "rate": clock.trials / seconds}
+    rate = clock.trials / seconds
+    return {"trials": clock.trials, "seconds": seconds, "whole": whole, "rate": rate, "left_out": count}
 
 
 def report(out: str) -> dict[str, float]:
