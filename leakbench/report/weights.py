@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from leakbench.matrix import RECOVERY
+from leakbench.registry import split_spec
 from leakbench.report.grids import plain
 from leakbench.report.statistics import Array, bootstrap_interval, wilson_interval
 from leakbench.report.text import ABSENT, escape, number, percent, table
@@ -80,10 +81,26 @@ def _told(threat: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _labelled(trials: pd.DataFrame) -> pd.DataFrame:
-    """Return trials with the columns ``method`` and ``unaware``: an attack's name, or its spec where names repeat."""
-    specs = trials.groupby(["dataset", "model", "name"])["attack"].transform("nunique")
-    label = trials["name"].where(specs == 1, trials["attack"]) + trials["told"]
+    """Return trials with the columns ``method`` and ``unaware``: an attack's name, with what sets it apart."""
+    short = {
+        (*place, spec): label
+        for place, group in trials.groupby(["dataset", "model", "name"], sort=False)
+        for spec, label in _apart(str(place[2]), list(group["attack"].unique())).items()
+    }
+    keys = zip(trials["dataset"], trials["model"], trials["name"], trials["attack"])
+    label = pd.Series([short[key] for key in keys], index=trials.index) + trials["told"]
     return trials.assign(unaware=label, method=label + trials["informed"])
+
+
+def _apart(name: str, specs: Sequence[str]) -> dict[str, str]:
+    """Return for each spec of one attack its name with the options that not all of them have."""
+    options = {spec: split_spec(spec, "attack")[2] for spec in specs}
+    shared = set.intersection(*(set(own.items()) for own in options.values()))
+    words = {
+        spec: ", ".join(f"{option}={value}" for option, value in own.items() if (option, value) not in shared)
+        for spec, own in options.items()
+    }
+    return {spec: f"{name}({rest})" if rest else name for spec, rest in words.items()}
 
 
 def _strength(defense: Mapping[str, Any]) -> tuple[str | None, float]:
@@ -307,7 +324,8 @@ def defense_png(trials: pd.DataFrame) -> bytes:
     figure = Figure(figsize=(0.8 + 4.4 * columns, (0.5 + 3.1 * lines) * len(places) + 0.6), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(lines * len(places), columns, squeeze=False, sharey=True)
-    methods = trials[[*_WHO, "unaware"]].drop_duplicates().sort_values(["known", "unaware"], ascending=[False, True])
+    drawn = trials[trials["family"].isin(kinds)]
+    methods = drawn[[*_WHO, "unaware"]].drop_duplicates().sort_values(["known", "unaware"], ascending=[False, True])
     for index, place in enumerate(places):
         here = trials[(trials[list(_PLACE)] == list(place)).all(axis=1)]
         for number_, family in enumerate(kinds):
