@@ -85,6 +85,14 @@ def test_what_does_not_fit_is_told_before_anything_is_trained(
     assert not list(tmp_path.iterdir())
 
 
+def test_rows_of_different_thresholds_are_refused(tmp_path: Path) -> None:
+    rows = [study(attack={**ATTACK, "threshold": 0.5}), study(attack=ATTACK, seeds=[1])]
+    for does in (train, attack):
+        with pytest.raises(BadOption, match=r"threshold=0\.6 of one row beside 0\.5"):
+            does(rows, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_checkpoints_are_attacked_and_drawn_against_their_accuracy(tmp_path: Path) -> None:
     plans = [study(defenses=["none", "noise(scale=10)"], stages=["initial", "best"], rounds=1)]
     train(plans, tmp_path)

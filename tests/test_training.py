@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +21,7 @@ from typer.testing import CliRunner
 
 import leakbench
 from leakbench import datasets, defenses, models
+from leakbench.cli.accuracy import plan
 from leakbench.cli.main import app
 from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
@@ -450,6 +455,58 @@ def test_a_training_goes_on_to_the_same_numbers_after_its_last_round(tmp_path: P
     assert not seen
 
 
+def test_convolutions_of_a_training_on_cuda_are_deterministic(tmp_path: Path) -> None:
+    seen = []
+
+    class Watch(Silent):
+        def round(self, one: Round) -> None:
+            seen.append((torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32))
+
+    before = torch.backends.cudnn.deterministic
+    train(study(rounds=1).arms(), tmp_path, progress=Watch())
+    assert seen == [(True, False)]
+    assert torch.backends.cudnn.deterministic == before
+
+
+@defenses.register("killed-in-training")
+@dataclass(frozen=True)
+class Killed(Defense):
+    """None, but its process kills itself in the release that the environment counts to."""
+
+    def release(self, step: Step, rng: torch.Generator) -> Gradient:
+        left = int(os.environ.get("LEAKBENCH_TEST_KILL", "0"))
+        os.environ["LEAKBENCH_TEST_KILL"] = str(left - 1)
+        if left == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step.gradient()
+
+
+@pytest.mark.parametrize(
+    ("mode", "kill"),
+    # 58 images are 4 steps an epoch: the second step of the third; and the second of three clients in the third round
+    [("centralised", 10), pytest.param("fedavg", 8, marks=pytest.mark.fl)],
+)
+def test_a_training_that_was_killed_goes_on_to_the_same_record(tmp_path: Path, mode: str, kill: int) -> None:
+    if mode == "fedavg":
+        pytest.importorskip("flwr")
+    plain = f"study(mode={mode!r}, defenses=['killed-in-training'], rounds=4)"
+    script = f"from pathlib import Path; from test_training import study, train; train({plain}.arms(), Path({{!r}}))"
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    own = {**os.environ, "OMP_NUM_THREADS": "1", "LEAKBENCH_TEST_KILL": str(kill)}
+    command = [sys.executable, "-c", script.format(str(cut))]
+    process = subprocess.run(command, cwd=Path(__file__).parent, env=own, capture_output=True, timeout=120)
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    arms = study(mode=mode, defenses=["killed-in-training"], rounds=4).arms()
+    folder = cut / FOLDER / arms[0].folder
+    assert not (folder / RECORD).exists()
+    assert len(read_state(folder / STATE)["rounds"]) == 2
+    ((resumed,), (uncut,)) = (train(arms, out) for out in (cut, whole))
+    assert numbers(resumed) == numbers(uncut)
+    assert [stage.file for stage in resumed.outcome.stages] == [stage.file for stage in uncut.outcome.stages]
+    for stage in uncut.outcome.stages:
+        assert (resumed.folder / stage.file).read_bytes() == (uncut.folder / stage.file).read_bytes()
+
+
 def test_a_folder_is_trained_in_by_one_process_at_a_time(tmp_path: Path) -> None:
     class Second(Silent):
         def round(self, one: Round) -> None:
@@ -676,6 +733,59 @@ def test_the_command_trains_and_reports(tmp_path: Path) -> None:
     again = CliRunner().invoke(app, ["report", str(out)], catch_exceptions=False)
     assert again.exit_code == 0
     assert (out / "accuracy.md").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("shared", "options", "words"),
+    [
+        ("clients = 3\n", [], "clients=3 is of fedavg"),
+        ("", ["--fraction", "0.5"], "fraction=0.5 is of fedavg"),
+        ("", ["--split", "iid", "--mode", "centralised"], "split='iid' is of fedavg"),
+        ('mode = "fedavg"\nclients = 3\n', ["--mode", "centralised", "--local-epochs", "2"], "local_epochs=2 is of"),
+    ],
+)
+def test_options_of_fedavg_are_refused_where_they_change_nothing(
+    tmp_path: Path, shared: str, options: list[str], words: str
+) -> None:
+    file = toml(tmp_path)
+    file.write_text(shared + file.read_text())
+    line = ["run", "accuracy", str(file), "--scale", "smoke", "--out", str(tmp_path / "out"), *options]
+    result = CliRunner().invoke(app, line)
+    assert isinstance(result.exception, BadOption)
+    assert words in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_fedavg_may_be_shared_by_rows_of_both_modes(tmp_path: Path) -> None:
+    file = toml(tmp_path)
+    rows = '[[scale.both.rows]]\nmode = "fedavg"\n[[scale.both.rows]]\n'
+    file.write_text('clients = 3\nsplit = "shards"\n' + file.read_text() + "[scale.both]\n" + rows)
+    plans, _ = plan(Accuracy, file, "both", {"fraction": 0.7}, {}, None, None)
+    assert [(one.mode, one.clients, one.fraction) for one in plans] == [("fedavg", 3, 0.7), ("centralised", 3, 1.0)]
+    (alone,), _ = plan(Accuracy, toml(tmp_path), "smoke", {"rounds": 2}, {}, None, None)
+    assert [arm.id for arm in plans[1].arms()] == [arm.id for arm in alone.arms()]
+    (own,), _ = plan(Accuracy, BENCHMARKS / "table3.toml", "cpu", {"mode": "centralised"}, {}, None, None)
+    assert own.mode == "centralised"
+
+
+@pytest.mark.parametrize("kind", ["accuracy", "tradeoff"])
+def test_where_every_training_failed_the_command_says_so_and_exits_with_1(tmp_path: Path, kind: str) -> None:
+    file, out = toml(tmp_path), tmp_path / "out"
+    if kind == "tradeoff":
+        file.write_text(file.read_text().replace('"halves"', '"samples(size=16, channels=1)"') + ATTACK)
+    line = ["run", kind, str(file), "--scale", "smoke", "--out", str(out)]
+    result = CliRunner().invoke(app, [*line, "--defense", "soteria"], catch_exceptions=False)
+    assert result.exit_code == 1
+    assert "the only training failed; the first: unsupported: soteria is defined for one image" in result.output
+    assert "soteria, seed 0: unsupported" in (out / "accuracy.md").read_text()
+    assert not (out / "tradeoff.md").exists()
+    assert CliRunner().invoke(app, ["report", str(out)], catch_exceptions=False).exit_code == 0
+    both = CliRunner().invoke(app, [*line, "--defense", "soteria", "--defense", "none"], catch_exceptions=False)
+    assert both.exit_code == 0
+    assert (out / "tradeoff.md").exists() == (kind == "tradeoff")
+
+
+ATTACK = '[attack]\nattacks = ["peel"]\nimages = 1\nfloors = false\n'
 
 
 def test_the_command_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

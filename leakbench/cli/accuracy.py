@@ -16,6 +16,7 @@ from leakbench.cli.run import Datasets, Defenses, Device, Models, Plugins, _cons
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from leakbench.training import Record
     from leakbench.training.settings import Accuracy, Arm
 
 Plan = TypeVar("Plan", bound="Accuracy")
@@ -59,6 +60,7 @@ def accuracy(
     stay with their client. The test accuracy is that of the round that is best on held-out training images. What the
     global model is worth without its secrets stands below. A training that was stopped goes on after its last round.
     Further options (momentum, milestones, augment, shards, ...) are keys of the file; see benchmarks/table3.toml.
+    The exit code is 1 where every training failed.
     """
     given = {
         "mode": mode,
@@ -83,12 +85,11 @@ def accuracy(
         from leakbench.training.progress import Rounds
 
         with Rounds(console) as told:
-            training.train(arms, folder, device=device, workers=workers, command=command, progress=told)
+            found = training.train(arms, folder, device=device, workers=workers, command=command, progress=told)
     from leakbench.report import accuracy as report
 
-    for path in report.write(folder):
-        if path.suffix == ".md":
-            typer.echo(f"report: {path}")
+    _told(report.write(folder))
+    _exit(found)
 
 
 def tradeoff(
@@ -112,7 +113,7 @@ def tradeoff(
     One point is a defense with its options: the accuracy of the network trained behind it, and the share of images
     that the best attacker recovers, beside LPIPS; with intervals, and the Pareto front marked. The file is that of
     `run accuracy` with `stages`, the checkpoints to attack, and a table [attack] with the axes of a matrix. Started
-    again, it does only what is missing.
+    again, it does only what is missing. The exit code is 1 where every training failed.
     """
     from leakbench.training.settings import Tradeoff
 
@@ -125,17 +126,34 @@ def tradeoff(
         from leakbench.training.progress import Rounds
 
         with Rounds(console) as told:
-            study.train(plans, folder, device=device, workers=workers, command=command, progress=told)
-        study.attack(plans, folder, device=device, command=command, progress=lambda: Display(console))
+            found = study.train(plans, folder, device=device, workers=workers, command=command, progress=told)
+        targets = study.attack(plans, folder, device=device, command=command, progress=lambda: Display(console))
     from leakbench import report as reports
     from leakbench.report import accuracy as costs
     from leakbench.report import tradeoff as report
 
-    reports.write(folder)
-    costs.write(folder)
-    for path in report.write(folder):
+    written = costs.write(folder)
+    if targets:  # else nothing was attacked
+        reports.write(folder)
+        written = report.write(folder)
+    _told(written)
+    _exit(found)
+
+
+def _told(written: Sequence[Path]) -> None:
+    """Tell where the reports are."""
+    for path in written:
         if path.suffix == ".md":
             typer.echo(f"report: {path}")
+
+
+def _exit(found: Sequence[Record]) -> None:
+    """Exit with 1 where no training ended well."""
+    if all(one.outcome.status != "ok" for one in found):
+        first = found[0].outcome
+        count = "the only training" if len(found) == 1 else f"each of the {len(found)} trainings"
+        typer.echo(f"{count} failed; the first: {first.status}: {first.reason}", err=True)
+        raise typer.Exit(1)
 
 
 def plan(
@@ -156,8 +174,23 @@ def plan(
     axes = {} if file is None else matrix.load(file)
     override = {key: value for key, value in given.items() if value is not None}
     override |= matrix.axes_from_options({key: value or [] for key, value in lists.items()})
-    plans = [kind(**{**row, **override}) for row in matrix.expand(axes, scale)]
+    rows = matrix.expand(axes, scale)
+    plans = [kind(**_fitting({**row, **override}, rows, override)) for row in rows]
     return plans, out or Path("runs") / plans[0].name
+
+
+def _fitting(stated: dict[str, Any], rows: Sequence[dict[str, Any]], override: dict[str, Any]) -> dict[str, Any]:
+    """Return what a row and options state, without what a centralised one shares with rows of fedavg.
+
+    What options state stays, where they leave no row of fedavg: it is refused, as it would change nothing.
+    """
+    from leakbench.training.settings import FEDERATED
+
+    federated = any(row.get("mode") == "fedavg" for row in rows)
+    if stated.get("mode") == "fedavg" or not federated:
+        return stated
+    kept = override if "mode" in override else {}
+    return {name: value for name, value in stated.items() if name not in FEDERATED or name in kept}
 
 
 @contextmanager

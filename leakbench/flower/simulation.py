@@ -393,7 +393,8 @@ def _started(client: ClientApp, count: int, servers: Sequence[psutil.Process]) -
     except (TypeError, AttributeError) as error:
         raise BadOption(f"the ClientApp cannot be pickled for Ray ({_one_line(error)}); take workers=0") from error
     held = ray.put(packed)
-    precision = (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())
+    cudnn = torch.backends.cudnn
+    precision = (cudnn.allow_tf32, cudnn.deterministic, torch.get_float32_matmul_precision())
     process = ray.remote(num_cpus=1)(Worker)
     return Pool(lambda: process.remote(held, plugins(), precision), count, servers)
 
@@ -404,17 +405,18 @@ class Worker:
     Args:
         client: the ClientApp, pickled: it can need what plugins register.
         files: the plugins.
-        precision: whether CUDA convolutions may be in TF32, and torch's precision of float32 products.
+        precision: whether CUDA convolutions may be in TF32, whether they are deterministic, and torch's precision of
+            float32 products.
     """
 
-    def __init__(self, client: bytes, files: Sequence[Path], precision: tuple[bool, str]) -> None:
+    def __init__(self, client: bytes, files: Sequence[Path], precision: tuple[bool, bool, str]) -> None:
         import ray
 
         for file in files:
             load_plugin(file)
         torch.set_num_threads(1)
-        torch.backends.cudnn.allow_tf32 = precision[0]
-        torch.set_float32_matmul_precision(precision[1])
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = precision[:2]
+        torch.set_float32_matmul_precision(precision[2])
         self._client = ray.cloudpickle.loads(client)
 
     def run(self, data: bytes, context: Context) -> Answer:

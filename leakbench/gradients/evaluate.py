@@ -35,9 +35,15 @@ Path = Literal["batched", "vmap", "one-at-a-time"]
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
-def full_precision() -> AbstractContextManager[None]:
-    """Return a context in which CUDA convolutions are made in float32, not in TF32's ten bits of mantissa."""
-    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+def full_precision(deterministic: bool = False) -> AbstractContextManager[None]:
+    """Return a context in which CUDA convolutions are made in float32, not in TF32's ten bits of mantissa.
+
+    Args:
+        deterministic: with those of cuDNN's algorithms alone that give the same numbers every time.
+    """
+    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(
+        enabled=True, deterministic=deterministic, allow_tf32=False
+    )
     return flags
 
 

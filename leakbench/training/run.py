@@ -101,7 +101,7 @@ def train(
     if any(arm.recipe.mode == "fedavg" for arm in arms):
         require()
     out.mkdir(parents=True, exist_ok=True)
-    with alone(out), full_precision():
+    with alone(out), full_precision(deterministic=True):
         done = [_finished(folder, arm) for folder, arm in zip(folders, arms)]
         for number, (arm, folder, known) in enumerate(zip(arms, folders, done), 1):
             if known:

@@ -61,7 +61,7 @@ class Recipe(Axes):
         thief: draws of each kind of wrong secret with which a stolen model is tested; 0 tests none.
 
     Raises:
-        BadOption: one line on the first thing that does not fit.
+        BadOption: one line on the first thing that does not fit; an option of fedavg that is given in another mode.
     """
 
     mode: Mode = "centralised"
@@ -91,6 +91,12 @@ class Recipe(Axes):
             raise BadOption("nesterov=true needs a momentum above 0; write nesterov = false")
         if self.select == "validation" and self.validation == 0:
             raise BadOption("select='validation' needs held-out images and validation=0; give validation = 0.1")
+        idle = [name for name in FEDERATED if name in self.model_fields_set and self.mode != "fedavg"]
+        if idle:
+            raise BadOption(
+                f"{idle[0]}={getattr(self, idle[0])!r} is of fedavg, and mode={self.mode!r}; leave {idle[0]} out, or "
+                "give mode fedavg"
+            )
         if self.mode == "fedavg" and self.sampled < 1:
             least = 1 / self.clients
             raise BadOption(
@@ -142,7 +148,7 @@ class Accuracy(Recipe):
 
     def arms(self) -> tuple[Arm, ...]:
         """Return every arm once, in the order of the axes."""
-        recipe = Recipe(**{name: getattr(self, name) for name in Recipe.model_fields})
+        recipe = Recipe(**{name: getattr(self, name) for name in Recipe.model_fields if name in self.model_fields_set})
         seeds = range(self.seeds) if isinstance(self.seeds, int) else self.seeds
         check_count("trainings", len(self.datasets) * len(self.models) * len(self.defenses), seeds)
         product = itertools.product(self.datasets, self.models, self.defenses, seeds)

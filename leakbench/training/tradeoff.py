@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 
 from leakbench import engine
-from leakbench.errors import CorruptAsset
+from leakbench.errors import BadOption, CorruptAsset
 from leakbench.matrix import Matrix
 from leakbench.progress import Silent as Display
 from leakbench.training.data import unseen
@@ -59,6 +59,7 @@ def train(
         LeakbenchError: one line on what does not fit, of the attacks too, before anything is trained.
     """
     arms = {}
+    _threshold(plans)
     for plan in plans:
         for arm in plan.arms():
             _matrix(plan, arm, Path("checkpoint.safetensors"), check=True)
@@ -89,8 +90,11 @@ def attack(
         device: where the attacks run.
         command: the command line, for the provenance.
         progress: makes what is told of the attacks on a checkpoint.
+
+    Raises:
+        BadOption: rows with different thresholds.
     """
-    targets = []
+    threshold, targets = _threshold(plans), []
     for plan in plans:
         for arm in plan.arms():
             outcome = read(out / FOLDER / arm.folder).outcome
@@ -101,9 +105,19 @@ def attack(
                 with progress() as told:
                     engine.run(matrix, out, device=device, progress=told, command=command)
                 targets.append(_target(arm, matrix, stage.name, stage.accuracy))
-    threshold = next((plan.attack["threshold"] for plan in plans if "threshold" in plan.attack), THRESHOLD)
     write_json(out / POINTS, {"threshold": threshold, "targets": [asdict(target) for target in targets]})
     return targets
+
+
+def _threshold(plans: Sequence[Tradeoff]) -> float:
+    """Return the threshold of all plans; raise BadOption where they have several, as one report has one."""
+    found = list(dict.fromkeys(plan.attack.get("threshold", THRESHOLD) for plan in plans))
+    if len(found) > 1:
+        raise BadOption(
+            f"attack: threshold={found[1]!r} of one row beside {found[0]!r} of another (it is {THRESHOLD} where a row "
+            "states none); give all rows one, or each a run of its own"
+        )
+    return float(found[0])
 
 
 def _target(arm: Arm, matrix: Matrix, stage: str, accuracy: float) -> Target:
