@@ -402,8 +402,10 @@ def test_ctrl_c_at_any_time_ends_all_processes_and_leaves_a_sound_run(tmp_path, 
         while process.poll() is None and len(written(out)) < awaited:
             time.sleep(0.05)
         time.sleep(draw.uniform(0.0, {"start": 8.0, "run": 2.0, "report": 4.0}[phase]))
-        children = here.children(recursive=True) if process.poll() is None else []
-        os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+        children = []
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):  # it was done before
+            children = here.children(recursive=True)
+            os.killpg(process.pid, signal.SIGINT)  # what a terminal does
         _, stderr = process.communicate(timeout=60)
         assert gone(children)
         ending = (
