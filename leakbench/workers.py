@@ -419,9 +419,8 @@ def _sigint_blocked() -> Iterator[None]:
 def _serve(pipe: Connection, work: bytes, plugins: Sequence[Path], threads: int) -> None:
     """Be a worker: do tasks until the driver ends."""
     _end_with_the_driver()
-    with contextlib.suppress(
-        ImportError
-    ):  # it makes a semaphore otherwise, of which a warning is left by who is killed
+    # a progress bar of a library's makes a semaphore otherwise, and whoever is killed leaves a warning of it behind
+    with contextlib.suppress(ImportError):
         from tqdm import tqdm
 
         tqdm.set_lock(threading.RLock())

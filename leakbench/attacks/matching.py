@@ -436,12 +436,10 @@ class MatchingObjective:
 
     def _fresh(self, unknowns: Unknowns, evaluation: Evaluation, step: int = 0) -> dict[str, Tensor]:
         """Return what is drawn for one of the local steps of this evaluation."""
-        purposes = self._purposes("pass", evaluation, step)
-        return {
-            secret.name: _draw(secret, self._own[secret.name], self.rng, purposes, self.observation.dtype)
-            for secret in self.observation.secrets
-            if secret.fresh and SECRET + secret.name not in unknowns
-        }
+        drawn = [secret for secret in self.observation.secrets if secret.fresh and SECRET + secret.name not in unknowns]
+        purposes = self._purposes("pass", evaluation, step) if drawn else []
+        own, dtype = self._own, self.observation.dtype
+        return {secret.name: _draw(secret, own[secret.name], self.rng, purposes, dtype) for secret in drawn}
 
     def _purposes(self, of: str, evaluation: Evaluation, step: int = 0) -> list[str]:
         """Return by trial what is drawn for: something in this evaluation, in one of the local steps."""

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from leakbench.errors import BadOption
+from leakbench.report import grids
 from leakbench.report.compare import Published, published
 from leakbench.report.files import replace
 from leakbench.report.grids import plain
@@ -45,8 +46,8 @@ PAPER: dict[str, Any] = {
 PAPER_BATCH = 64
 """The batch by which FedKL's code divides."""
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31")
-"""Okabe and Ito's, which all can tell apart, and a brown."""
+COLOURS = (*grids.COLOURS, "#000000", "#8c6d31")
+"""Those of all figures, black and a brown."""
 _DASHES = ("-", "--", "-.", ":")
 _CURVES = re.compile(r"curves-\d{2}-.*\.png")
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from leakbench import defenses
 from leakbench.errors import BadOption
 from leakbench.matrix import Matrix
-from leakbench.report.grids import plain
+from leakbench.report.grids import COLOURS, plain
 from leakbench.report.table import BLOCK, summarise
 from leakbench.report.text import ABSENT, decimals, escape, slug, table, with_interval
 from leakbench.store import Component, MetricInfo
@@ -30,7 +30,6 @@ METRICS = ("psnr_aligned", "ssim_aligned")
 LEAST = 2
 """A run with fewer strengths of a kind has no curve."""
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: told apart by all
 _MARKERS = "osD^vP"
 _UNITS = {"psnr_aligned": "PSNR after alignment, dB", "ssim_aligned": "SSIM after alignment"}
 
@@ -240,7 +239,7 @@ def _draw(
             continue
         x, mean, low, high = np.array(points).T
         bars = np.nan_to_num(np.stack([mean - low, high - mean])).clip(min=0)
-        style = {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
         panel.errorbar(x, mean, bars, capsize=3, markersize=5, linewidth=1.4, label=plain(attack), **style)
     floors = page.summary[page.summary["floor"].astype(bool)][metric].dropna()
     if len(floors):

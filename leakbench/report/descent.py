@@ -8,12 +8,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from leakbench.report.grids import COLOURS, plain
 from leakbench.report.html import Curves
 from leakbench.report.table import BLOCK
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: told apart by all
 _LINES = ("-", "--", ":", "-.")
 _LEAST = 2
+_LONGEST = 60
+"""The most letters of a label."""
 
 
 def pages(results: pd.DataFrame, curves: Curves) -> Iterator[tuple[tuple[str, str, str], Figure]]:
@@ -45,7 +47,7 @@ def _figure(block: pd.DataFrame, curves: Curves, names: tuple[str, str, str]) ->
             if not len(at):
                 continue
             positive &= bool((low > 0).all())
-            colour, line = _COLOURS[place % len(_COLOURS)], _LINES[place // len(_COLOURS) % len(_LINES)]
+            colour, line = COLOURS[place % len(COLOURS)], _LINES[place // len(COLOURS) % len(_LINES)]
             panel.plot(at, middle, line, color=colour, label=_plain(defense))
             panel.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
         panel.set_xscale("log")
@@ -72,8 +74,5 @@ def _quartiles(curves: Sequence[Sequence[tuple[int, float]]]) -> tuple[np.ndarra
 
 
 def _plain(text: str) -> str:
-    """Return text that is no formula to Matplotlib."""
-    short = text if len(text) <= 60 else f"{text[:59]}…"
-    return "".join(c if c.isprintable() and ord(c) < 0x250 else "?" for c in short.replace("…", "...")).replace(
-        "$", r"\$"
-    )
+    """Return text that is no formula to Matplotlib, cut where it is long."""
+    return plain(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…")

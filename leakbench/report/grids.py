@@ -37,6 +37,9 @@ BUDGET = 3_500_000
 PAGES = 60
 """About so many pages a report has; a run with many seeds shows its first ones, and at least one."""
 
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""Of the lines of all figures: Okabe and Ito's, which all can tell apart."""
+
 THUMBNAIL = 128
 _UNDER = ("psnr", "psnr_aligned")
 _DPI = 128

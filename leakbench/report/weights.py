@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from leakbench.matrix import RECOVERY
 from leakbench.registry import split_spec
-from leakbench.report.grids import plain
+from leakbench.report.grids import COLOURS, plain
 from leakbench.report.statistics import Array, bootstrap_interval, wilson_interval
 from leakbench.report.text import ABSENT, escape, number, percent, table
 from leakbench.store import Record
@@ -30,7 +30,6 @@ THRESHOLD = 0.6
 SCALE = "grids/weights-scale.png"
 CURVES = "grids/weights-defenses.png"
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: told apart by all
 _MARKERS = "osD^vP"
 _PLACE = ("dataset", "model", "rate", "steps")
 _WHO = ("method", "known")
@@ -296,10 +295,8 @@ def scale_png(trials: pd.DataFrame) -> bytes:
             value = (cell["scale"] * rate).clip(1e-2, 1e2).to_numpy(dtype=np.float64)
             x = index + np.linspace(-0.25, 0.25, len(cell))
             done = cell["recovered"].to_numpy(dtype=bool)
-            panel.scatter(x[done], value[done], s=28, color=_COLOURS[0], label="recovered", zorder=3)
-            panel.scatter(
-                x[~done], value[~done], s=28, facecolors="none", edgecolors=_COLOURS[1], label="not recovered"
-            )
+            panel.scatter(x[done], value[done], s=28, color=COLOURS[0], label="recovered", zorder=3)
+            panel.scatter(x[~done], value[~done], s=28, facecolors="none", edgecolors=COLOURS[1], label="not recovered")
         panel.axhline(1, color="#5b5b5b", linestyle="--", linewidth=1)
         labels = [f"{method}\nrate {rate:g}\n{steps} step{'s' * (steps > 1)}" for rate, steps, method in places]
         panel.set_xticks(range(len(places)), labels, fontsize=8)
@@ -359,7 +356,7 @@ def _draw(panel: Any, trials: pd.DataFrame, methods: Sequence[tuple[str, bool, s
         x = np.array([place for place, _ in points]) + 0.08 * (index - (len(methods) - 1) / 2)
         mean, low, high = (np.array([getattr(share, name) for _, share in points]) for name in ("value", "low", "high"))
         place = colours.index((unaware, known))
-        style = {"color": _COLOURS[place % len(_COLOURS)], "marker": _MARKERS[place % len(_MARKERS)]}
+        style = {"color": COLOURS[place % len(COLOURS)], "marker": _MARKERS[place % len(_MARKERS)]}
         if method != unaware:
             style |= {"linestyle": "--", "markerfacecolor": "white"}
         bars = np.stack([mean - low, high - mean]).clip(min=0)

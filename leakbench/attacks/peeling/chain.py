@@ -61,10 +61,8 @@ def find_chain(observation: Observation) -> Chain:
         ) from error
     image = torch.rand((1, *observation.image_shape), generator=generator("peel"), dtype=torch.float64)
     run = fx.Interpreter(fx.GraphModule(twin, graph), garbage_collect_values=False)
-    run.args_iter = iter([image])
     with torch.no_grad(), seeded("peel"):
-        for node in graph.nodes:  # ``run.run`` has a progress bar, whose semaphore a killed worker leaves behind
-            run.env[node] = run.run_node(node)
+        run.run(image)
     chain, last = _walk(observation, twin, graph, run.env)
     _check(chain, twin, image, run.env[last])
     return chain
