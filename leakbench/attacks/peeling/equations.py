@@ -6,6 +6,7 @@ linear in a: w * a = s - b, and corr(e, a) = dL/dw. Each has a weight, one over 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -259,19 +260,28 @@ class Equations:
     def gram(self) -> Tensor:
         """Return [T, n, n], ``adjoint`` of ``apply``."""
         geometry, (channels, height, width) = self.layer.geometry, self.layer.inputs
-        trials, count = len(self.kernel), channels * height * width
-        eye = torch.eye(count, dtype=self.kernel.dtype, device=self.kernel.device).view(count, *self.layer.inputs)
-        shared = self.kernel.stride(0) == 0
-        out = eye.new_empty(trials, count, count)
-        for trial in range(trials):
-            kernel = self.kernel[trial : trial + 1].expand(count, *self.kernel.shape[1:])
-            if trial == 0 or not shared:
-                responses = convolve(eye, kernel, geometry)
-            out[trial] = input_gradient(responses * self.forward[trial], kernel, geometry).flatten(1)
+        trials, places, share = len(self.kernel), height * width, channels // geometry.groups
+        count = channels * places
+        out = self.kernel.new_zeros(trials, count, count)
+        squares = out.view(trials, channels, places, channels, places)
         blocks = self._gradient_blocks()
-        squares = out.view(trials, channels, height * width, channels, height * width)
         for channel in range(channels):
-            squares[:, channel, :, channel] += blocks[:, channel * geometry.groups // channels]
+            squares[:, channel, :, channel] = blocks[:, channel // share]
+
+        # each window of w * a adds the square of its inputs: channel and tap, of a group
+        taps = _taps(geometry, self.kernel.device)
+        first = places * torch.arange(share, device=taps.device)
+        inputs = (first[:, None, None] + taps.clamp(max=places - 1)).flatten(0, 1).mT
+        inside = (taps < places).repeat(share, 1).mT
+        kernels = self.kernel.reshape(trials, geometry.groups, -1, inputs.shape[1])
+        weights = self.forward.reshape(trials, geometry.groups, kernels.shape[2], -1).mT
+        at_once = max(1, count**2 // inputs.shape[1] ** 2)
+        for windows in torch.arange(len(inputs)).split(at_once):
+            entries = (inputs[windows, :, None] * count + inputs[windows, None]).flatten()
+            for trial, group in itertools.product(range(trials), range(geometry.groups)):
+                kernel = kernels[trial, group] * inside[windows, None]
+                square = (kernel * weights[trial, group, windows, :, None]).mT @ kernel
+                out[trial].view(-1)[group * share * places * (count + 1) :].index_add_(0, entries, square.flatten())
         return out
 
     def _gradient_blocks(self) -> Tensor:
