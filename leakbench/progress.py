@@ -84,11 +84,18 @@ class Bar:
 
 
 class Display(Bar, Silent):
-    """Cell, trials done, failures and time left: a live bar in a terminal, one line a chunk elsewhere."""
+    """Cell, trials done, failures and time left: a live bar in a terminal, one line a chunk elsewhere.
 
-    def __init__(self, console: Console, workers: int = 1) -> None:
+    Args:
+        console: where to.
+        workers: how many work at once.
+        part: what the trials are a part of, such as ``matrix 2 of 6``.
+    """
+
+    def __init__(self, console: Console, workers: int = 1, part: str = "") -> None:
         super().__init__(console, "0 failed")
         self.workers = workers
+        self.part = f"{part}: " if part else ""
         self.total = self.done = self.failures = self.unscored = 0
         self.left: dict[str, int] = defaultdict(int)
         self.seconds: dict[str, float] = defaultdict(float)
@@ -102,7 +109,7 @@ class Display(Bar, Silent):
             self.left[trial.specs["attack"]] += 1
         self.bar.update(self.task, total=self.total, completed=done)
         again = f", {done} of them done before" if done else ""
-        self.note(f"{self.total} trials{again}")
+        self.note(f"{self.part}{self.total} trial{'s' * (self.total != 1)}{again}")
 
     def spare(self, trials: Sequence[Trial]) -> None:
         """Take trials out of the totals."""
@@ -113,7 +120,7 @@ class Display(Bar, Silent):
 
     def begin(self, cell: str, trials: int) -> None:
         """Show the cell."""
-        self.bar.update(self.task, description=one_line(cell))
+        self.bar.update(self.task, description=one_line(f"{self.part}{cell}"))
 
     def finish(self, results: Sequence[Result]) -> None:
         """Show what is done, failed and left."""
@@ -131,7 +138,7 @@ class Display(Bar, Silent):
         words = results[0].trial.cell.words
         if not self.console.is_terminal:
             self.note(
-                f"[{self.done}/{self.total}] {words}: {len(results)} trial{'s' * (len(results) > 1)}, "
+                f"{self.part}[{self.done}/{self.total}] {words}: {len(results)} trial{'s' * (len(results) > 1)}, "
                 f"{failures} so far, about {left} left"
             )
 

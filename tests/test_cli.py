@@ -619,6 +619,8 @@ def test_a_scale_of_a_matrix_runs_all_its_rows_into_one_folder(cli, place):
     (place / "m.toml").write_text(ROWS)
     done = cli("run", "matrix", "m.toml", "--scale", "smoke", "--out", "x", "--device", "cpu")
     assert (done.code, done.err) == (0, "")
+    assert "matrix 1 of 2: 1 trial" in done.out
+    assert "matrix 2 of 2: [2/2] random against keylock(length=5), lenet on samples(size=12)" in done.out
     results = pd.read_csv("x/results.csv")
     found = list(zip(results["defense"], results["threat"], results["image"]))
     assert sorted(found) == [("keylock(length=5)", "T1", 0), ("keylock(length=5)", "T5", 0), ("none", "paper", 0)]

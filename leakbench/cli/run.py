@@ -300,8 +300,9 @@ def _run(plans: Sequence[Matrix], out: Path | None, how: _How) -> Run:
             for plan in plans:
                 engine.check(plan, device=how.device, strict=how.strict, time_limit=how.time_limit)
             plans = [plan for plan in plans if engine.planned(plan, how.shard)] or plans
-        for plan in plans:
-            with Display(_console(), how.workers or 1) as display:
+        for number, plan in enumerate(plans, 1):
+            part = f"matrix {number} of {len(plans)}" if len(plans) > 1 else ""
+            with Display(_console(), how.workers or 1, part) as display:
                 finished = engine.run(plan, folder, **vars(how), progress=display, command=command)
     except KeyboardInterrupt:
         done = sum(engine.finished(folder, plan, how.shard) for plan in plans)
