@@ -1,4 +1,4 @@
-"""The ranking of defenses in the README: ``python -m benchmarks.ranking reports/worst-case`` writes it from a run."""
+"""The ranking of defenses in the README: ``python -m benchmarks.ranking runs/worst-case`` writes it from a run."""
 
 from __future__ import annotations
 

@@ -393,7 +393,10 @@ def _checkpoints(trials: Sequence[Trial]) -> dict[str, Checkpoint]:
     return {settings: checkpoint for settings, checkpoint in stated.items() if checkpoint is not None}
 
 
-def _statements(trials: Sequence[Trial]) -> dict[str, Statement]:
-    """Return what the defenses state of themselves, by their settings as JSON."""
-    defenses = {json.dumps(cell.settings["defense"], sort_keys=True): cell.defense for cell in _cells_of(trials)}
-    return {settings: Statement.of(defense) for settings, defense in defenses.items()}
+def _statements(trials: Sequence[Trial]) -> dict[tuple[str, str], Statement]:
+    """Return what defenses and datasets state of themselves, by the kind and the settings as JSON."""
+    cells = _cells_of(trials)
+    defenses = {json.dumps(cell.settings["defense"], sort_keys=True): cell.defense for cell in cells}
+    notes = {json.dumps(cell.settings["dataset"], sort_keys=True): cell.dataset.note() for cell in cells}
+    found = {("defense", settings): Statement.of(defense) for settings, defense in defenses.items()}
+    return found | {("dataset", settings): Statement(note, {}) for settings, note in notes.items() if note}

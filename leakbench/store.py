@@ -137,11 +137,11 @@ class MetricInfo:
 
 @dataclass(frozen=True)
 class Statement:
-    """What a defense states of itself; kept in the run, so that a report needs no plugin.
+    """What a defense or a dataset states of itself; kept in the run, so that a report needs no plugin.
 
     Attributes:
-        note: what a reader must know of its options (``Defense.note``).
-        informed: what those do who are informed of it, in words, by ``informed`` as a threat model writes it.
+        note: what a reader must know of its options (``Defense.note``), or its images (``Dataset.note``).
+        informed: what those do who are informed of a defense, in words, by ``informed`` as a threat model writes it.
     """
 
     note: str
@@ -162,7 +162,8 @@ class Component:
         kind: ``dataset``, ``model``, ``defense`` or ``attack``.
         options: every option's value.
         checkpoint: what a model's file of trained weights stated when the run was started.
-        statement: what a defense states of itself; None for the others, and in runs of old.
+        statement: what a defense states of itself, or a dataset that has a note; None for the others, and in runs of
+            old.
     """
 
     kind: str
@@ -394,9 +395,9 @@ class Store:
         with self._transaction():
             self._db.executemany("INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO NOTHING", rows)
 
-    def record_statements(self, statements: Mapping[str, Statement]) -> None:
-        """Record what defenses state of themselves, by their settings (JSON); what is known is stated anew."""
-        rows = [(f"defense/{settings}", _text(json.dumps(asdict(stated)))) for settings, stated in statements.items()]
+    def record_statements(self, statements: Mapping[tuple[str, str], Statement]) -> None:
+        """Record what components state of themselves, by kind and settings (JSON); what is known is stated anew."""
+        rows = [(f"{kind}/{own}", _text(json.dumps(asdict(stated)))) for (kind, own), stated in statements.items()]
         with self._transaction():
             self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rows)
 
@@ -448,7 +449,9 @@ class Store:
                 settings: _CHECKPOINT.validate_json(text) for settings, text in self._stated("checkpoint").items()
             }
             statements = {
-                settings: _STATEMENT.validate_json(text) for settings, text in self._stated("defense").items()
+                (kind, settings): _STATEMENT.validate_json(text)
+                for kind in ("dataset", "defense")
+                for settings, text in self._stated(kind).items()
             }
             found = []
             for kind in ("dataset", "model", "defense", "attack"):
@@ -457,7 +460,7 @@ class Store:
                     own = json.loads(text)
                     options = {name: value for name, value in own.items() if name not in ("name", "version")}
                     checkpoint = checkpoints.get(text) if kind == "model" else None
-                    statement = statements.get(text) if kind == "defense" else None
+                    statement = statements.get((kind, text))
                     found.append(Component(kind, label, int(own["version"]), options, checkpoint, statement))
         return found
 

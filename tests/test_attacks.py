@@ -141,7 +141,8 @@ def test_an_informed_attacker_goes_by_the_law_of_what_the_defense_draws(defense:
         assert own is not None
         assert nothing is not None
         least = math.prod(SHAPE) / (ROUGHNESS * attack.tv) if attack.tv else 0.0
-        torch.testing.assert_close(objective.match(start, 0), own / nothing.clamp(min=least))
+        expected = own / nothing.clamp(min=least) + attack.prior(start["image"])
+        torch.testing.assert_close(objective.match(start, 0), expected)
 
 
 def test_the_truth_is_a_minimum_of_the_objective() -> None:

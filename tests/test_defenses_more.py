@@ -688,6 +688,32 @@ def objective(attack: str, observation: Observation) -> MatchingObjective:
     return acting._objective(known, Rng(tuple(map(str, range(known.trials))))).with_path()
 
 
+@pytest.mark.parametrize(
+    ("attack", "same"),
+    [("lb", True), ("lb(line_search=none)", False), ("dlg", False), ("lb(solver=adam)", False), ("ig", False)],
+)
+def test_a_line_search_meets_one_draw_of_the_noise(attack: str, same: bool) -> None:
+    """It compares evaluations, which are of one function then; another start of the search has another draw."""
+    seen = watch("lenet", "precode(k=6)")
+    own = objective(attack, seen)
+    start = {"image": own_images(2).to(own.observation.dtype), "label": torch.zeros(2, CLASSES, dtype=torch.float64)}
+    first, second = (own(start, evaluation).detach() for evaluation in (3, 4))
+    assert bool((first == second).all()) is same
+    other = replace(own, rng=own.rng.fork("restart 1"))
+    assert not bool((other(start, 3).detach() == first).any())
+
+
+@pytest.mark.parametrize(("defense", "counts"), [("noise(scale=0.1)", True), ("clip", False)])
+def test_what_a_likelihood_finds_is_judged_with_the_prior(defense: str, counts: bool) -> None:
+    own = objective("lb(tv=0.01)", watch("lenet", defense, INFORMED))
+    start = {"image": own_images(2).to(own.observation.dtype)}
+    match = own.match(start, 0).detach()
+    prior = own.attack.prior(start["image"])
+    assert bool((prior > 0).all())
+    distance = own._distance(*own.render(start), start, 0, judge=True).detach()
+    torch.testing.assert_close(match, distance + prior if counts else distance, rtol=1e-12, atol=0)
+
+
 def own_images(trials: int) -> Tensor:
     return torch.stack([client.image for client in clients(trials)])
 
@@ -897,6 +923,14 @@ def test_a_cell_in_which_there_is_nothing_to_know_is_a_row(tmp_path) -> None:
     assert "informed" in table.loc[table["status"] == "unsupported", "reason"].item()
     with pytest.raises(Unsupported, match="states no informed attacker"):
         run(Matrix(defenses=["none"], images=1, **axes), tmp_path / "other")
+
+
+def test_what_a_dataset_says_of_its_images_stands_in_every_report(tmp_path) -> None:
+    axes = {"models": ["lenet"], "images": 2, "threshold": 0.6, "floors": False, "defenses": ["none"]}
+    finished = run(Matrix(datasets=["samples(size=8)"], attacks=["dlg(steps=1)"], **axes), tmp_path / "run")
+    finished.report(["md", "html"])
+    for file in ("report.md", "worst-case.md", "report.html"):
+        assert "crops of 7 photographs" in (tmp_path / "run" / file).read_text(encoding="utf-8"), file
 
 
 @dataclass(frozen=True)

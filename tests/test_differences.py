@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from leakbench.report.differences import ALL_PAIRS, differences
-from leakbench.report.statistics import holm
+from leakbench.report.statistics import holm, needed_images, paired_difference, wilcoxon_test
 from leakbench.store import MetricInfo
 
 METRICS = [MetricInfo("psnr", True, "dB", ""), MetricInfo("psnr_aligned", True, "dB", "")]
@@ -71,6 +71,21 @@ def test_what_so_few_images_cannot_show_is_said() -> None:
     assert "at least 7" in "".join(parts)
 
 
+def test_what_so_few_images_cannot_show_of_the_size_that_was_measured_is_said() -> None:
+    """The row with fewer images is warned of, however many the others have."""
+    rng = np.random.default_rng(0)
+    small, frame = rng.normal(0.5, 1, 20), results(noisy, ("none", "noise", "clip"), images=20)
+    base = frame["defense"] == "none"
+    frame.loc[frame["defense"] == "clip", "psnr_aligned"] = frame["psnr_aligned"][base & ~frame["floor"]].array + small
+    parts = differences(frame.drop(columns="ssim_aligned").assign(ssim_aligned=np.nan), BLOCK, METRICS, skips=False)
+    apart = pd.Series(small, index=pd.MultiIndex.from_product([range(20), [0]], names=["image", "seed"]))
+    needed = needed_images(paired_difference(apart, 0 * apart, wilcoxon_test), tests=3)
+    assert "**Too few images for what was measured**" in "".join(parts)
+    assert f"none − clip (psnr_aligned) on {needed}, not 20." in "".join(parts)
+    few = frame[(frame["defense"] != "clip") | (frame["image"] < 3)]
+    assert "**Too few images**: on 3 images no p of these" in "".join(differences(few, BLOCK, METRICS, skips=False))
+
+
 def test_a_difference_whose_interval_covers_0_is_not_bold() -> None:
     parts = differences(results(lambda defense, image: 20 + (defense == "none") * (-1) ** image), BLOCK, METRICS, False)
     assert "**" not in "".join(map("".join, table(parts, "dlg:")))
@@ -95,6 +110,16 @@ def test_informed_attackers_are_compared_with_their_twins() -> None:
     assert {row[2] for row in found} == {"+3.000 [+3.000, +3.000]"}
     assert any("What an attacker gains by knowing" in part for part in parts)
     assert not any("by knowing" in part for part in differences(frame, BLOCK, METRICS, False))
+
+
+def test_a_twin_that_searches_for_the_secrets_is_compared_too() -> None:
+    frame = results(noisy, threats=("paper", "optimises=true", "informed=true"))
+    frame.loc[frame["threat"] == "informed=true", "psnr_aligned"] += 3
+    frame.loc[frame["threat"] == "optimises=true", "psnr_aligned"] += 2
+    found = table(differences(frame, ("samples", "lenet", "informed=true"), METRICS, False), "| difference")
+    over = ", over the search for the secrets"
+    assert [row[0] for row in found] == ["dlg, none", "dlg, noise", f"dlg, none{over}", f"dlg, noise{over}"]
+    assert [row[2].partition(" ")[0] for row in found] == ["+3.000", "+3.000", "+1.000", "+1.000"]
 
 
 def test_nothing_to_compare_is_nothing_said() -> None:

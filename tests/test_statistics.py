@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -13,9 +14,11 @@ from scipy import stats
 
 from leakbench.report.statistics import (
     ALPHA,
+    Difference,
     bootstrap_interval,
     holm,
     least_images,
+    needed_images,
     paired_difference,
     sign_flip_test,
     smallest_p,
@@ -162,3 +165,15 @@ def test_equal_infinities_differ_by_nothing_and_no_pair_is_no_difference() -> No
     assert none.images == 0
     assert math.isnan(none.mean)
     assert math.isnan(none.p)
+
+
+def test_on_the_images_that_it_takes_four_of_five_runs_show_a_difference() -> None:
+    rng = np.random.default_rng(3)
+    one = Difference(10, 0.5, 0.0, 1.0, 0.5, 0.1, 1.0)
+    assert needed_images(replace(one, mean=0.0), 1) == math.inf
+    assert math.isnan(needed_images(replace(one, spread=math.nan), 1))
+    assert needed_images(replace(one, mean=100.0), 4) == least_images(4)
+    for tests in (1, 10):
+        count = int(needed_images(one, tests))
+        shown = [wilcoxon_test(rng.normal(0.5, 1.0, count)) <= ALPHA / tests for _ in range(600)]
+        assert 0.75 <= np.mean(shown) <= 0.85

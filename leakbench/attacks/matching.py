@@ -62,7 +62,8 @@ class GradientMatching(Attack):
         labels: where the threat model does not grant the label: ``joint`` optimises soft labels with the image,
             ``analytic`` reads the label off the last layer's gradient.
         secrets: the defense's secrets that are not revealed: ``sample`` draws them by their law (a key once, noise at
-            every evaluation, as the network itself would); ``optimise`` searches for those that are inputs of the
+            every evaluation, as the network itself would, or once where the solver ``compares`` evaluations);
+            ``optimise`` searches for those that are inputs of the
             network (a key, noise), starting from such a draw, and samples those that are weights.
         local: where a client takes several steps before it sends its weights: ``summed`` matches one gradient, at the
             weights before, to the mean of all steps; ``unrolled`` repeats the client's steps with the dummy, by the
@@ -102,6 +103,11 @@ class GradientMatching(Attack):
     @abstractmethod
     def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
         """Minimise the objective from this start."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether the solver compares evaluations, so that what is drawn at each must stay the same in a search."""
+        return False
 
     def factor(self, unknowns: Unknowns) -> Tensor | None:
         """Return [T], what is learned that an update is multiplied by before it is matched (1 / rate); None for 1."""
@@ -271,8 +277,15 @@ class MatchingObjective:
         return self._distance(images, logits, unknowns, evaluation) + self.attack.prior(images)
 
     def match(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
-        """Return [T], how well these unknowns match (``judge``), without the prior; infinite for a negative rate."""
-        match = self._distance(*self.render(unknowns), unknowns, evaluation, judge=True)
+        """Return [T], how well these unknowns match (``judge``); infinite for a negative rate.
+
+        Without the prior, unless they match by a likelihood, which means nothing without it: where noise is strong, the
+        image that it fits best is noise.
+        """
+        images, logits = self.render(unknowns)
+        match = self._distance(images, logits, unknowns, evaluation, judge=True)
+        if self._of_nothing is not None:
+            match = match + self.attack.prior(images)
         factor = self.attack.factor(unknowns)
         return match if factor is None else torch.where(factor > 0, match, torch.inf)
 
@@ -443,6 +456,8 @@ class MatchingObjective:
 
     def _purposes(self, of: str, evaluation: Evaluation, step: int = 0) -> list[str]:
         """Return by trial what is drawn for: something in this evaluation, in one of the local steps."""
+        if self.attack.compares:
+            evaluation = 0
         each = [evaluation] * len(self.rng.keys) if isinstance(evaluation, int) else evaluation
         return [f"{of} {number}" + (f" step {step}" if step else "") for number in each]
 

@@ -65,6 +65,11 @@ class QuasiNewton(GradientMatching):
             slots=objective.observation.slots,
         )
 
+    @property
+    def compares(self) -> bool:
+        """Whether a line search does."""
+        return self.solver == "lbfgs" and self.line_search != "none"
+
     def budget(self) -> int | None:
         """Return the evaluations after which a trial is done; any number by default."""
         return None

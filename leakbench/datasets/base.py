@@ -41,6 +41,10 @@ class Dataset(Component):
     def mean(self) -> Tensor:
         """Return [C, H, W] in [0, 1], the mean of public images, none of which is ever attacked."""
 
+    def note(self) -> str:
+        """Return what a reader must know of figures over these images, in one line, or an empty string."""
+        return ""
+
 
 registry: Registry[Dataset] = Registry("dataset", "leakbench.datasets", Dataset)
 register = registry.register

@@ -64,6 +64,13 @@ class Samples(Dataset):
         rows = torch.tensor(list(indices), dtype=torch.int64)
         return convert(images[rows], self.size, self.channels), labels[rows]
 
+    def note(self) -> str:
+        """Return that the crops are not independent."""
+        return (
+            f"These images are crops of {CLASSES} photographs, and crops of one are alike. Intervals and tests take "
+            "images as independent, so that they are surer here than they should be. CIFAR-10 has no such groups."
+        )
+
     def mean(self) -> Tensor:
         """Return [C, H, W], the mean of the public crops."""
         images, _ = _sheet("public")

@@ -39,7 +39,7 @@ class DP(Defense):
         delta: the guarantee's delta.
     """
 
-    version: ClassVar[int] = 2  # 2: what the informed weigh
+    version: ClassVar[int] = 3  # 3: the informed weigh the prior with it
     reference: ClassVar[str] = (
         "Abadi et al. 2016, Deep Learning with Differential Privacy, CCS, algorithm 1; epsilon as in Mironov et al. "
         "2019, arXiv 1908.10530"

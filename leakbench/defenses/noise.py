@@ -30,7 +30,7 @@ class Noise(Defense):
     """
 
     reference: ClassVar[str] = "Zhu et al. 2019, Deep Leakage from Gradients, NeurIPS, section 5.1 (states variances)"
-    version: ClassVar[int] = 2  # 2: what the informed weigh
+    version: ClassVar[int] = 3  # 3: the informed weigh the prior with it
     assumes: ClassVar[str] = "The attacker matches gradients without their noise in mind."
     cost: ClassVar[str] = "Slower training; strong noise costs accuracy. Nothing else."
     fails: ClassVar[str] = "Weak noise: informed attackers average it out over the many entries of a gradient."

@@ -59,7 +59,7 @@ class Precode(Defense):
         beta: the weight of the divergence to N(0, I), in bits, in the client's loss.
     """
 
-    version: ClassVar[int] = 2  # 2: the informed read the label off the bias
+    version: ClassVar[int] = 3  # 3: a line search meets one draw of the noise
     reference: ClassVar[str] = "Scheliga et al. 2022, PRECODE, WACV, section 4"
     assumes: ClassVar[str] = "The attacker does not know the noise of the bottleneck."
     cost: ClassVar[str] = "A bottleneck of its own, and a divergence in the loss."

@@ -33,7 +33,7 @@ class Quantise(Defense):
         bits: bits an entry, or ``half``.
     """
 
-    version: ClassVar[int] = 2  # 2: what the informed weigh
+    version: ClassVar[int] = 3  # 3: the informed weigh the prior with it
     reference: ClassVar[str] = (
         "Suresh et al. 2017, Distributed Mean Estimation with Limited Communication, ICML, section 2.2 (its levels, "
         "rounded to the nearest and not at random); IEEE 754-2008, binary16"

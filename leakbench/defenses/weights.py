@@ -72,7 +72,7 @@ class WeightNoise(OnWeights):
         as_released: send phi (W / phi + noise), as the released code does.
     """
 
-    version: ClassVar[int] = 2  # 2: has an informed attacker
+    version: ClassVar[int] = 3  # 3: the informed weigh the prior with it
     reference: ClassVar[str] = "Zhao et al. 2022, Deep Leakage from Model in Federated Learning, arXiv 2206.04887"
     assumes: ClassVar[str] = "The attacker matches the update without its noise, or the clipping, in mind."
     cost: ClassVar[str] = "Accuracy, where the noise is large beside what a round of training moves the weights by."

@@ -13,7 +13,7 @@ from scipy import stats
 
 from leakbench.errors import BadOption
 from leakbench.matrix import RECOVERY
-from leakbench.report.differences import METRICS, WORDS, Pair, paired_table, warning
+from leakbench.report.differences import METRICS, WORDS, Pair, paired_table, too_few
 from leakbench.report.statistics import ALPHA, holm
 from leakbench.report.text import ABSENT, escape, p_value, percent, table
 from leakbench.report.worst_case import threshold_of
@@ -171,7 +171,7 @@ def _ensembles(first: Arm, second: Arm) -> tuple[str, int]:
     if not rows:
         return "", 0
     headers = ["behind", "images", "first run", "second run", "newly recovered", "no longer", "p", "p (Holm)"]
-    text = f"{_SKIPPED}\n\n{table(headers, rows, left=1)}{warning(max(row[1] for row in found), len(found))}"
+    text = f"{_SKIPPED}\n\n{table(headers, rows, left=1)}{too_few(min(row[1] for row in found), len(found))}"
     return text, sum(corrected <= ALPHA for corrected in adjusted)
 
 

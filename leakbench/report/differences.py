@@ -12,10 +12,12 @@ import pandas as pd
 from leakbench.matrix import parse_threat
 from leakbench.report.statistics import (
     ALPHA,
+    POWER,
     Difference,
     bootstrap_interval,
     holm,
     least_images,
+    needed_images,
     paired_difference,
     smallest_p,
     wilson_interval,
@@ -27,6 +29,12 @@ from leakbench.store import MetricInfo
 
 METRICS = {"psnr_aligned": "dB", "ssim_aligned": ""}
 """The metrics in which arms are compared, with their units; in both, more is more leakage."""
+
+NAMED = 5
+"""Of so many differences it is said on how many images they would be shown."""
+
+MOST = 10_000
+"""A difference that takes more images than this is as good as none."""
 
 ALL_PAIRS = 5
 """Of up to so many defenses every pair is compared; of more, each with the first one alone."""
@@ -139,21 +147,27 @@ def _defenses(results: pd.DataFrame) -> list[Pair]:
 
 
 def _informed(results: pd.DataFrame, block: tuple[str, str, str], own: pd.DataFrame) -> list[Pair]:
-    """Return every attack of an informed threat model with its oblivious twin, behind each defense."""
+    """Return every attack of an informed threat model with its oblivious twins, behind each defense.
+
+    One twin draws the secrets that it is not told, the other, where it was run, searches for them.
+    """
     dataset, model, threat = block
     granted = parse_threat(threat)
     if not granted.informed:
         return []
-    oblivious = replace(granted, informed=False).spec()
-    twins = _attacks(results, (dataset, model, oblivious))
+    oblivious = {"": replace(granted, informed=False)}
+    if not granted.optimises:
+        oblivious[", over the search for the secrets"] = replace(granted, informed=False, optimises=True)
     pairs = []
-    for attack, cells in own.groupby("attack", sort=False):
-        other = _cells(twins[twins["attack"] == attack], "defense")
-        pairs += [
-            (f"{escape(attack)}, {escape(defense)}", cell, other[defense])
-            for defense, cell in _cells(cells, "defense").items()
-            if defense in other
-        ]
+    for over, twin in oblivious.items():
+        twins = _attacks(results, (dataset, model, twin.spec()))
+        for attack, cells in own.groupby("attack", sort=False):
+            other = _cells(twins[twins["attack"] == attack], "defense")
+            pairs += [
+                (f"{escape(attack)}, {escape(defense)}{over}", cell, other[defense])
+                for defense, cell in _cells(cells, "defense").items()
+                if defense in other
+            ]
     return pairs
 
 
@@ -183,9 +197,14 @@ def paired_table(pairs: Sequence[Pair], metrics: Sequence[str]) -> tuple[str, in
             line += _cell(found[metric][index], adjusted[metric, index], places[metric])
             shown += _shown(found[metric][index], adjusted[metric, index])
         lines.append(line)
-    images = max(found[metric][index].images for metric in metrics for index in rows)
     tests = sum(not math.isnan(p) for p in every)
-    return f"{table(headers, lines, left=1)}{warning(images, tests)}", shown
+    unshown = [
+        (f"{pairs[index][0]} ({escape(metric)})", found[metric][index])
+        for metric in metrics
+        for index in rows
+        if not _shown(found[metric][index], adjusted[metric, index])
+    ]
+    return f"{table(headers, lines, left=1)}{warning(unshown, tests)}", shown
 
 
 def _shown(one: Difference, adjusted: float) -> bool:
@@ -200,7 +219,7 @@ def _cell(one: Difference, adjusted: float, places: int | None) -> list[str]:
     return [mean, median, p_value(one.p), corrected] if one.images else [ABSENT] * 4
 
 
-def warning(images: int, tests: int) -> str:
+def too_few(images: int, tests: int) -> str:
     """Return a paragraph where no difference, however large, could be shown on so many images."""
     if not tests or smallest_p(images, tests) <= ALPHA:
         return ""
@@ -208,3 +227,25 @@ def warning(images: int, tests: int) -> str:
         f"\n\n**Too few images**: on {images} image{'s' * (images != 1)} no p of these {tests} tests can be below "
         f"{p_value(smallest_p(images, tests))}, whatever the attack; it takes at least {least_images(tests)}."
     )
+
+
+def warning(unshown: Sequence[tuple[str, Difference]], tests: int) -> str:
+    """Return a paragraph where images are too few to show a difference of any size, or of the size that was measured.
+
+    Args:
+        unshown: what each difference is called that none of so many tests showed.
+        tests: how many tests the table has.
+    """
+    unshown = [(name, one) for name, one in unshown if one.images]
+    if not unshown or not tests:
+        return ""
+    needs = sorted((needed_images(one, tests), name, one.images) for name, one in unshown)
+    short = [f"{name} on {need:.0f}, not {own}" for need, name, own in needs if own < need <= MOST]
+    said = too_few(min(one.images for _, one in unshown), tests)
+    if short:
+        rest = f"; and {len(short) - NAMED} more" if len(short) > NAMED else ""
+        said += (
+            "\n\n**Too few images for what was measured**: if a difference is real and of the size that it has here, "
+            f"{100 * POWER:.0f} % of such runs would show it on about so many images: {'; '.join(short[:NAMED])}{rest}."
+        )
+    return said

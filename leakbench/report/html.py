@@ -17,6 +17,7 @@ from leakbench.report.again import again
 from leakbench.report.markdown import MAIN, Run
 from leakbench.report.page import SCRIPTS, STYLES, embedded, picture, render
 from leakbench.report.sprites import COLUMNS, LARGEST, ROWS, Sheet, png, sheets, tile
+from leakbench.report.stated import notes
 from leakbench.report.table import ANY, BLOCK, STATUSES, strongest, summarise, without_repeats
 from leakbench.report.text import ABSENT, decimals, english, number, percent, with_interval
 from leakbench.report.utility import Study
@@ -105,7 +106,7 @@ def html(
     own = threshold_of(run.sessions)
     threshold = RECOVERED if own is None else own
     summary = summarise(run.results, metrics)
-    scenes = _scenes(trials, summary, metrics, threshold, own is not None)
+    scenes = _scenes(trials, summary, metrics, threshold, own is not None, notes(run.components))
     axes = {axis: list(dict.fromkeys(once[axis].astype(str))) for axis in _AXES}
     ranked = next((name for name in _RANKED if any(m.name == name for m in metrics)), "")
     ranking = next((metric for metric in metrics if metric.name == ranked), metrics[0] if metrics else None)
@@ -163,7 +164,7 @@ def worst(run: Run, trials: pd.DataFrame) -> list[Scene]:
     own = threshold_of(run.sessions)
     metrics = _metrics(run)
     summary = summarise(run.results, [metric for metric in metrics if metric.name == "psnr_aligned"])
-    return _scenes(trials, summary, metrics, RECOVERED if own is None else own, own is not None)
+    return _scenes(trials, summary, metrics, RECOVERED if own is None else own, own is not None, notes(run.components))
 
 
 def plural(count: int, noun: str) -> str:
@@ -199,7 +200,12 @@ def _metrics(run: Run) -> list[MetricInfo]:
 
 
 def _scenes(
-    trials: pd.DataFrame, summary: pd.DataFrame, metrics: Sequence[MetricInfo], threshold: float, skips: bool
+    trials: pd.DataFrame,
+    summary: pd.DataFrame,
+    metrics: Sequence[MetricInfo],
+    threshold: float,
+    skips: bool,
+    images: Mapping[str, str],
 ) -> list[Scene]:
     """Return the worst case behind each defense; gains are left out where attackers skipped what others recovered."""
     if RECOVERY not in trials:
@@ -215,6 +221,7 @@ def _scenes(
         rows.sort(key=lambda row: (_last(row.standing.share), -math.inf if row.gain is None else row.gain[0]))
         ends = [edge for row in rows if row.gain for edge in row.gain if math.isfinite(edge)]
         words = _words(rows) if any(m.name == RECOVERY for m in metrics) else ()
+        words += (images[dataset],) if dataset in images else ()
         least, most = min([0.0, *ends]), max([1.0, *ends])
         floor = floor_share(here, threshold)
         found.append(Scene(dataset, model, words, tuple(rows), None if math.isnan(floor) else floor, least, most))

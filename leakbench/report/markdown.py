@@ -11,7 +11,7 @@ import pandas as pd
 from leakbench.report.about import about
 from leakbench.report.controls import control_gains
 from leakbench.report.differences import differences
-from leakbench.report.stated import stated
+from leakbench.report.stated import notes, stated
 from leakbench.report.table import ANY, BLOCK, strongest, summarise, without_repeats
 from leakbench.report.text import ABSENT, decimals, english, escape, number, table, with_interval
 from leakbench.report.trained import LEGEND, trained
@@ -72,13 +72,13 @@ def markdown(run: Run, pictures: Sequence[Picture] = ()) -> str:
     if not len(run.results):
         return "\n\n".join([*parts, "No trial has ended yet: there is nothing to show."]) + "\n"
     summary = summarise(run.results, run.metrics)
-    words = trained(run.components)
+    words, images = trained(run.components), notes(run.components)
     heading = None
     for key, block in summary.groupby(list(BLOCK), sort=False):
         dataset, model, threat = (str(part) for part in key)
         if heading != (dataset, model):
             heading = (dataset, model)
-            parts += [f"## {escape(dataset)}, {escape(model)}", words.get(model, "")]
+            parts += [f"## {escape(dataset)}, {escape(model)}", escape(images.get(dataset, "")), words.get(model, "")]
         results = run.results[(run.results[list(BLOCK)] == [dataset, model, threat]).all(axis=1)]
         parts += [f"### Threat model: {escape(threat)}", escape(run.threats.get(threat, ""))]
         parts += _tables(block, run.metrics)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from leakbench.report.differences import warning
 from leakbench.report.grids import picture
-from leakbench.report.statistics import holm, paired_difference, sign_flip_test
+from leakbench.report.statistics import ALPHA, holm, paired_difference, sign_flip_test
 from leakbench.report.table import summarise
 from leakbench.report.text import decimals, escape, p_value, slug, table, with_interval
 from leakbench.report.trained import trained
@@ -213,19 +213,22 @@ def _tests(block: pd.DataFrame, metric: MetricInfo) -> str:
     if not found:
         return ""
     places = decimals([one.mean for one in found])
+    names = [f"{escape(first)} − {escape(second)}" for first, second in pairs]
+    corrected = holm([one.p for one in found])
     lines = [
         [
-            f"{escape(first)} − {escape(second)}",
+            name,
             str(one.images),
             with_interval(one.mean, one.low, one.high, places, sign=True),
             p_value(one.p),
             p_value(adjusted),
         ]
-        for (first, second), one, adjusted in zip(pairs, found, holm([one.p for one in found]))
+        for name, one, adjusted in zip(names, found, corrected)
     ]
+    unshown = [(name, one) for name, one, adjusted in zip(names, found, corrected) if not adjusted <= ALPHA]
     title = f"**Paired differences in {escape(metric.name)}**:"
     shown = table(["difference", "images", "mean", "p", "p (Holm)"], lines, left=1)
-    return f"{title}\n\n{shown}{warning(max(one.images for one in found), len(found))}"
+    return f"{title}\n\n{shown}{warning(unshown, len(found))}"
 
 
 def _pairs(names: Sequence[str]) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What a report says of the defenses in use, in their own words: what options mean, and what the informed do."""
+"""What a report says of defenses and datasets in their own words: options, what the informed do, and the images."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ _TITLE = (
 
 def stated(components: Iterable[Component]) -> str:
     """Return a table, in Markdown, with a row for every defense; empty where the run holds no such words."""
-    own = [(one.spec, one.statement) for one in components if one.statement is not None]
+    own = [(one.spec, one.statement) for one in components if one.kind == "defense" and one.statement is not None]
     rows = [[escape(spec), escape(statement.note) or ABSENT, _attackers(statement)] for spec, statement in own]
     return f"{_TITLE}\n\n{table(['defense', 'note', 'informed attacker'], rows, left=3)}" if rows else ""
+
+
+def notes(components: Iterable[Component]) -> dict[str, str]:
+    """Return what a reader must know of the images of each dataset that has a note."""
+    return {one.spec: one.statement.note for one in components if one.kind == "dataset" and one.statement is not None}
 
 
 def _attackers(statement: Statement) -> str:

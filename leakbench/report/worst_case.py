@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from leakbench.matrix import RECOVERY
-from leakbench.report.stated import stated
+from leakbench.report.stated import notes, stated
 from leakbench.report.statistics import wilson_interval
 from leakbench.report.text import ABSENT, english, escape, number, percent, table
 from leakbench.store import Component, Session
@@ -43,7 +43,7 @@ class Effort:
         open: trials that have not ended yet.
         unscored: reason -> trials that ended without a score.
         evaluations: of the objective and its gradient, all trials together; None where the attack counts none.
-        seconds: all trials together.
+        seconds: all trials together, those that ended without a score too.
     """
 
     attacker: str
@@ -143,7 +143,7 @@ def _standing(block: pd.DataFrame, threshold: float, names: Mapping[tuple[str, s
                 open=int((waiting & ~settled)[own.index].sum()),
                 unscored={str(reason): int(count) for reason, count in reasons.items()},
                 evaluations=int(counted.sum()) if len(counted) else None,
-                seconds=float(ended["seconds"].sum()),
+                seconds=float(own["seconds"].sum()),
             )
         )
     dataset, model, defense = (str(block[axis].iloc[0]) for axis in (*_SCENE, "defense"))
@@ -194,10 +194,11 @@ def markdown(
         components: what each spec stands for.
     """
     parts = [f"# Worst case: {escape(name)}", _words(threshold)]
-    scenes = _scenes(standings(trials, threshold))
+    scenes, images = _scenes(standings(trials, threshold)), notes(components)
     for (dataset, model), own in scenes.items():
         here = trials[(trials[_SCENE] == [dataset, model]).all(axis=1)]
-        parts += [f"## {escape(dataset)}, {escape(model)}", _headline(own), _floors(here, threshold)]
+        parts += [f"## {escape(dataset)}, {escape(model)}", escape(images.get(dataset, ""))]
+        parts += [_headline(own), _floors(here, threshold)]
         parts += ["### What each attacker did", _attackers(own), _reasons(own)]
     if not scenes:
         return "\n\n".join([*parts, "No attack was planned: there is nothing to show."]) + "\n"
