@@ -25,6 +25,16 @@ def test_every_committed_report_stays_small():
         assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 5_000_000
 
 
+def test_the_ranking_is_that_of_the_committed_report():
+    begin, _, rest = TEXT.partition("<!-- worst case: begin")
+    rows = [line for line in rest.partition("<!-- worst case: end")[0].splitlines() if line.startswith("|")]
+    report = (ROOT / "reports" / "worst-case" / "worst-case.md").read_text(encoding="utf-8").splitlines()
+    first = report.index(rows[0])
+    assert len(rows) > 10
+    assert rows == report[first : first + len(rows)]
+    assert not report[first + len(rows)].startswith("|")
+
+
 def test_the_python_lines_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (block,) = [code for code in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if "leakbench.run" in code]

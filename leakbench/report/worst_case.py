@@ -214,11 +214,12 @@ def _scenes(found: Sequence[Standing]) -> dict[tuple[str, str], list[Standing]]:
 
 def _words(threshold: float) -> str:
     return (
-        "A defense is worth what it withstands of the best attacker. Here attackers come in the order of their cost, "
-        f"and an image is **recovered** where the reconstruction of one of them has an SSIM of at least {threshold:g} "
-        "after the best fit of brightness and contrast to the private image. What is recovered is settled: later "
-        "attackers are not run on it. So the private image decides which trials are run, as it decides every score; no "
-        "attacker sees it, and what an attacker returns does not depend on it.\n\n"
+        "A defense is worth what it withstands of the best attacker. Attackers come in the order of the matrix, in "
+        "the suite those first that evaluate the fewest gradients. An image is **recovered** where the reconstruction "
+        f"of one of them has an SSIM of at least {threshold:g} after the best fit of brightness and contrast to the "
+        "private image. What is recovered is settled: later attackers are not run on it. So the private image decides "
+        "which trials are run, as it decides every score; no attacker sees it, and what an attacker returns does not "
+        "depend on it.\n\n"
         "The least recovered defense comes first. Brackets hold 95 % intervals (Wilson's, for as many trials as there "
         "are images: seeds of one image are not independent); defenses whose intervals overlap are not told apart. "
         "A defense that withstands these attackers may still fall to another one."
