@@ -100,7 +100,8 @@ WORDS = (
 _LEADING = (
     "**The leading attacker** behind each defense: the one that is most often above all others of this table, by "
     "psnr_aligned, on the same image (each by the mean of its seeds); and by how much it is above, or below, the best "
-    "of the others there. Intervals of shares are Wilson's."
+    "of the others there. It is picked by the images that it is then counted on, which is kind to it where the lead is "
+    "short. Intervals of shares are Wilson's."
 )
 
 
