@@ -5,6 +5,7 @@ from __future__ import annotations
 from io import BytesIO
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from conftest import watch
@@ -105,5 +106,9 @@ def test_a_run_over_strengths_has_a_table_and_a_figure(tmp_path: Path) -> None:
     assert min(image.size) > 500
     before = (tmp_path / picture).read_bytes()
     with Store.open(tmp_path / FILE, readonly=True) as store:
-        (page,) = curves.pages(store.results(), store.metrics())
+        (page,) = curves.pages(store.results(), store.metrics(), store.components())
         assert curves.png(page, store.components()) == before
+        other = results[results["defense"].isin(["none", "quantise(bits=2)"])].assign(threat="optimises=true")
+        both = pd.concat([results, other], ignore_index=True)
+        (same,) = curves.pages(both, store.metrics(), store.components())
+        assert (same.block, same.file) == (page.block, page.file), "one strength alone makes no curve"

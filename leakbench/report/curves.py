@@ -113,15 +113,18 @@ class Page:
     summary: pd.DataFrame
 
 
-def pages(results: pd.DataFrame, metrics: Sequence[MetricInfo]) -> list[Page]:
-    """Return one page for each dataset, model and threat model with a result."""
+def pages(results: pd.DataFrame, metrics: Sequence[MetricInfo], components: Sequence[Component]) -> list[Page]:
+    """Return one page for each dataset, model and threat model under which a curve's strengths were attacked."""
     shown = [metric for metric in metrics if metric.name in METRICS]
     summary = summarise(results, shown)
     found: list[Page] = []
     for key, block in summary.groupby(list(BLOCK), sort=False):
         dataset, model, threat = (str(part) for part in key)
         names = (dataset, model, threat)
-        found.append(Page(names, f"curves-{len(found) + 1:03}-{slug(names)}.png", block))
+        page = Page(names, f"curves-{len(found) + 1:03}-{slug(names)}.png", block)
+        ran = [[level.defense for level, _ in _rows(page, kind, components)] for kind in kinds(components)]
+        if any(len(set(strengths) - {"none"}) >= LEAST for strengths in ran):
+            found.append(page)
     return found
 
 

@@ -109,9 +109,11 @@ def _run(store: Store, out: Path) -> tuple[Run, pd.DataFrame]:
 
 
 def _write_curves(out: Path, store: Store, results: pd.DataFrame) -> list[Path]:
-    """Write ``curves.md`` and its ``grids/curves-*.png``."""
+    """Write ``curves.md`` and its ``grids/curves-*.png``, where there is a page."""
     metrics, components = store.metrics(), store.components()
-    pages = curves.pages(results, metrics)
+    pages = curves.pages(results, metrics, components)
+    if not pages:
+        return []
     written = [replace(out / "grids" / page.file, curves.png(page, components)) for page in pages]
     return [*written, replace(out / curves.FILE, curves.markdown(pages, components, metrics).encode())]
 
