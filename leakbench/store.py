@@ -281,9 +281,8 @@ class Store:
     def close(self) -> None:
         """Close the file; a file that was written is left as one file, without a write-ahead log beside it."""
         if not self.readonly:
-            with contextlib.suppress(
-                sqlite3.Error, UnicodeDecodeError
-            ):  # somebody else reads it: the log stays, and is read with it
+            # somebody else reads it: the log stays, and is read with it
+            with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
                 self._db.execute("PRAGMA busy_timeout = 0")
                 self._db.execute("PRAGMA journal_mode = DELETE")
         self._db.close()

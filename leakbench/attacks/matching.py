@@ -63,8 +63,8 @@ class GradientMatching(Attack):
             ``analytic`` reads the label off the last layer's gradient.
         secrets: the defense's secrets that are not revealed: ``sample`` draws them by their law (a key once, noise at
             every evaluation, as the network itself would, or once where the solver ``compares`` evaluations);
-            ``optimise`` searches for those that are inputs of the
-            network (a key, noise), starting from such a draw, and samples those that are weights.
+            ``optimise`` searches for those that are inputs of the network (a key, noise), starting from such a draw,
+            and samples those that are weights.
         local: where a client takes several steps before it sends its weights: ``summed`` matches one gradient, at the
             weights before, to the mean of all steps; ``unrolled`` repeats the client's steps with the dummy, by the
             learning rate that was granted or is learned.

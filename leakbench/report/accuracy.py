@@ -20,7 +20,6 @@ from leakbench.errors import BadOption
 from leakbench.report import grids
 from leakbench.report.compare import Published, published
 from leakbench.report.files import replace
-from leakbench.report.grids import plain
 from leakbench.report.statistics import wilson_interval
 from leakbench.report.text import ABSENT, english, escape, number, slug, table
 from leakbench.training import Record, records
@@ -441,7 +440,7 @@ def png(block: Block) -> bytes:
                 continue
             x = [each.number for each in rounds]
             style = {"color": colour, "linestyle": dash, "linewidth": 1.5}
-            label = plain(defense) if first == 0 else None
+            label = grids.plain(defense) if first == 0 else None
             left.plot(x, [100 * each.accuracy("test") for each in rounds], label=label, **style)
             losses = [mean(view.test.loss for view in each.views) for each in rounds]
             right.plot(x, losses, **style)
@@ -461,7 +460,7 @@ def png(block: Block) -> bytes:
     handles, labels = left.get_legend_handles_labels()
     longest = max(map(len, labels), default=0)
     figure.legend(handles, labels, loc="outside lower center", ncols=4 if longest < 24 else 3, fontsize=9)
-    figure.suptitle(plain(block.title), fontsize=11)
+    figure.suptitle(grids.plain(block.title), fontsize=11)
     stream = BytesIO()
     canvas.print_png(stream, metadata={"Software": None})
     return stream.getvalue()

@@ -121,10 +121,9 @@ def pages(results: pd.DataFrame, metrics: Sequence[MetricInfo], components: Sequ
     for key, block in summary.groupby(list(BLOCK), sort=False):
         dataset, model, threat = (str(part) for part in key)
         names = (dataset, model, threat)
-        page = Page(names, f"curves-{len(found) + 1:03}-{slug(names)}.png", block)
-        ran = [[level.defense for level, _ in _rows(page, kind, components)] for kind in kinds(components)]
-        if any(len(set(strengths) - {"none"}) >= LEAST for strengths in ran):
-            found.append(page)
+        attacked = set(block.loc[~block["floor"].astype(bool), "defense"])
+        if kinds([one for one in components if one.spec in attacked]):
+            found.append(Page(names, f"curves-{len(found) + 1:03}-{slug(names)}.png", block))
     return found
 
 
