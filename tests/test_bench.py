@@ -1,4 +1,4 @@
-"""The benchmark of speed: its arithmetic, its one-at-a-time loops, its tables, and a smoke run. No time is asserted."""
+"""The benchmarks: arithmetic, one-at-a-time loops, tables, a smoke run, and slopes. No time is asserted."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from conftest import close
 
 import leakbench
+from benchmarks import slope
 from benchmarks.readme import filled
 from benchmarks.scale import measure as scale
 from benchmarks.scale import page
@@ -290,3 +291,11 @@ def test_the_page_of_the_scale_is_that_of_its_figures(tmp_path: Path) -> None:
     for own in figures["workers"].values():
         own["left_out"] = 2
     assert "older count" not in page.text(figures, {}, {})
+
+
+@pytest.mark.parametrize(("model", "expected"), [("resnet20(activation=sigmoid)", 2.0), ("resnet20", 0.0)])
+def test_kinks_hide_the_way_back_from_every_derivative(model: str, expected: float) -> None:
+    """Where activations are smooth, the distance is a square near the private image; behind ReLUs it has no slope."""
+    for distance, found in slope.measure(model, (32, 33), 1e-4):
+        assert bool((distance > 0).all())
+        torch.testing.assert_close(found, torch.full_like(found, expected), atol=0.1, rtol=0)
