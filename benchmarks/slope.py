@@ -1,14 +1,16 @@
-"""Does the slope of a matching distance lead to the private image? ``python -m benchmarks.slope FILE`` writes a table.
+"""What a slope of the matching distance knows of the private image: ``python -m benchmarks.slope FILE`` writes tables.
 
-A private image x is left by a step s of normal noise. Measured at x + s is a distance D between the gradient there and
-at x, and the derivative of D along s, <D', s>, over D. Where D is smooth this is 2 near x, since D grows as the square
-of the step; as long as it is above 0, downhill leads back. Where a network has kinks, its gradient jumps from one side
-of a kink to the other. D then grows by jumps of which no derivative knows: the ratio is 0, and a search that goes by
-slopes has nothing to go by, whatever its budget and whatever the defense.
+A private image x is left by a step s of normal noise. D is a distance between the gradients at x + s and at x, without
+a prior. The share is <D', s> / D, the derivative of D along the step over D itself. Where D is smooth it tends to 2 as
+the step becomes small, since D then grows as the square of the step: the slope knows how far the image is. Where it
+tends to 0, D has grown by jumps that no derivative sees: where a network has kinks (ReLU), its gradient jumps from one
+side of a kink to the other. At large steps a smooth D ends below 2 as well, since it bends and saturates. The cosine is
+that of D' and s: how much of the steepest descent leads back to x. For directions drawn at random it is 0, with a
+deviation of 0.018 an image here.
 
-D is the layer-normalised distance that `lb` minimises, and the cosine distance of `ig`, both without a prior. No
-defense, the weights of seed 0 before training, labels known, float64; the images are the samples 32 to 63. Brackets are
-95 % bootstrap intervals over images.
+This is of infinitesimal steps from there, one direction an image, one draw of weights (those of seed 0, before
+training), no defense, labels known, float64. It is not what a search of finite steps finds. The images are the samples
+32 to 63; brackets are 95 % bootstrap intervals over them.
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from leakbench import defenses, models
 from leakbench.attacks.ig import cosine_distance
@@ -34,13 +38,25 @@ from leakbench.store import Provenance
 from leakbench.victim import build
 
 MODELS = ("lenet", "resnet20(activation=sigmoid)", "resnet20")
-DISTANCES = (layer_normalised_distance, cosine_distance)
+DISTANCES = {
+    "The layer-normalised distance of lb": layer_normalised_distance,
+    "The cosine distance of ig": cosine_distance,
+}
 DEVIATIONS = (1e-4, 1e-3, 0.01, 0.03, 0.1)
 IMAGES = range(32, 64)
 
 
-def measure(model: str, indices: Sequence[int], deviation: float) -> list[tuple[Tensor, Tensor]]:
-    """Return distances [T] and relative slopes [T] at these samples plus noise of this deviation, pixels in 0-1."""
+@dataclass(frozen=True)
+class Slopes:
+    """What is measured of one distance, [T] each: the distance, the share <D', s> / D, and the cosine of D' and s."""
+
+    distance: Tensor
+    share: Tensor
+    cosine: Tensor
+
+
+def measure(model: str, indices: Sequence[int], deviation: float) -> list[Slopes]:
+    """Return the slopes of each of DISTANCES at these samples plus noise of this deviation, pixels in 0-1."""
     dataset = Samples()
     images, labels = dataset.load(indices)
     images = images.double()
@@ -57,10 +73,13 @@ def measure(model: str, indices: Sequence[int], deviation: float) -> list[tuple[
     near = (images + step).requires_grad_()
     gradient = evaluator.gradient(tensors, near, labels)
     found = []
-    for measured in DISTANCES:
-        distance = measured(gradient, private)
+    for of in DISTANCES.values():
+        distance = of(gradient, private)
         (slope,) = torch.autograd.grad(distance.sum(), near, retain_graph=True)
-        found.append((distance.detach(), (slope * step).flatten(1).sum(1) / distance.detach()))
+        distance = distance.detach()
+        along = (slope * step).flatten(1).sum(1)
+        cosine = functional.cosine_similarity(slope.flatten(1), step.flatten(1))
+        found.append(Slopes(distance, along / distance, cosine))
     return found
 
 
@@ -69,22 +88,21 @@ def _cell(values: Tensor) -> str:
     return f"{values.mean():.2g} [{low:.2g}, {high:.2g}]"
 
 
-def table(indices: Sequence[int]) -> str:
-    """Return a Markdown table of these samples: a row a network and deviation."""
-    lines = [
-        "| network | deviation of the step | PSNR there | D of lb | <D', s> / D | D of ig | <D', s> / D |",
-        "|:--|--:|--:|--:|--:|--:|--:|",
-    ]
+def tables(indices: Sequence[int]) -> str:
+    """Return a Markdown table of these samples for each distance: a row a network and deviation."""
+    columns = "| network | deviation of the step | PSNR there | D | share | cosine |\n|:--|--:|--:|--:|--:|--:|"
+    rows: dict[str, list[str]] = {name: [f"## {name}", "", columns] for name in DISTANCES}
     for model in MODELS:
         for deviation in DEVIATIONS:
-            cells = [_cell(values) for pair in measure(model, indices, deviation) for values in pair]
-            psnr = -20 * math.log10(deviation)
-            lines.append(f"| {model} | {deviation:g} | {psnr:.0f} dB | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            for name, one in zip(DISTANCES, measure(model, indices, deviation), strict=True):
+                cells = " | ".join(_cell(values) for values in (one.distance, one.share, one.cosine))
+                psnr = -20 * math.log10(deviation)
+                rows[name].append(f"| {model} | {deviation:g} | {psnr:.0f} dB | {cells} |")
+    return "\n\n".join("\n".join(lines) for lines in rows.values())
 
 
 def main() -> None:
-    """Write the table to a file, with what it means and what it came from."""
+    """Write the tables to a file, with what it means and what it came from."""
     title, _, meaning = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(prog="python -m benchmarks.slope", description=title)
     parser.add_argument("file", type=Path)
@@ -94,9 +112,9 @@ def main() -> None:
     origin = (
         f"`python -m benchmarks.slope`, commit {made.commit}{changed}, torch {made.packages['torch']}, {made.device}."
     )
-    heading = title.partition("?")[0]
+    heading = title.partition(":")[0]
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"# {heading}?\n\n{meaning}\n{table(IMAGES)}\n\n{origin}\n", encoding="utf-8")
+    file.write_text(f"# {heading}\n\n{meaning}\n{tables(IMAGES)}\n\n{origin}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
