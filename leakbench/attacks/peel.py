@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Annotated, ClassVar, Literal
 
@@ -27,6 +27,7 @@ from leakbench.attacks.peeling.undo import (
     undo_scaling,
 )
 from leakbench.chunk import SHARE, free_memory
+from leakbench.component import LATER
 from leakbench.errors import Unsupported
 from leakbench.gradients.evaluate import tensors_of
 from leakbench.models.surgery import linears
@@ -48,9 +49,6 @@ CLEAR = 0.2
 ROUNDS = 20
 """How often values of the linear layer's input that were withheld are guessed anew; they come ten times closer in
 two to four rounds."""
-
-COLOUR = 0.15
-"""How much less the differences between an image's colours are assumed to change than their mean."""
 
 SPREAD = 1.0
 """The standard deviation of a pixel about the public mean, which keeps what nothing else tells near it."""
@@ -74,6 +72,7 @@ class Peel(Attack):
             gradient of the linear layer shows by itself counts instead.
         roughness: the standard deviation by which neighbouring pixels are assumed to differ, for what equations leave
             open.
+        colour: how much less the differences between an image's colours are assumed to change than their mean.
     """
 
     reference: ClassVar[str] = (
@@ -93,6 +92,7 @@ class Peel(Attack):
     )
     precision: Annotated[float, Field(gt=0, le=1)] = 3e-7
     roughness: Positive = 0.1
+    colour: Positive = field(default=0.15, metadata=LATER)
 
     def check(self, observation: Observation) -> None:
         """Raise Unsupported where the network is no chain of layers that can be undone."""
@@ -196,7 +196,7 @@ class Peel(Attack):
         eye = torch.eye(max(channels, height, width)).to(mean)
         common = torch.full_like(eye[:channels, :channels], 1 / channels)
         apart = eye[:channels, :channels] - common
-        steps = common / (channels * self.roughness**2) + apart / (COLOUR * self.roughness) ** 2
+        steps = common / (channels * self.roughness**2) + apart / (self.colour * self.roughness) ** 2
         across, down = (eye[:size, :size].diff(dim=0) for size in (width, height))
         change = torch.kron(eye[:height, :height], across.T @ across) + torch.kron(down.T @ down, eye[:width, :width])
         matrix = torch.kron(steps, change)
