@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +55,8 @@ class Slopes:
     cosine: Tensor
 
 
-def measure(model: str, indices: Sequence[int], deviation: float) -> list[Slopes]:
-    """Return the slopes of each of DISTANCES at these samples plus noise of this deviation, pixels in 0-1."""
+def measure(model: str, indices: Sequence[int], deviations: Sequence[float]) -> Iterator[list[Slopes]]:
+    """Yield for each deviation the slopes of each of DISTANCES at these samples plus noise of it, pixels in 0-1."""
     dataset = Samples()
     images, labels = dataset.load(indices)
     images = images.double()
@@ -69,18 +69,20 @@ def measure(model: str, indices: Sequence[int], deviation: float) -> list[Slopes
     }
     evaluator = Evaluator(network, names)
     private = evaluator.gradient(tensors, images, labels, create_graph=False)
-    step = deviation * Rng(tuple(f"slope/{index}" for index in indices)).normal("step", images.shape[1:]).double()
-    near = (images + step).requires_grad_()
-    gradient = evaluator.gradient(tensors, near, labels)
-    found = []
-    for of in DISTANCES.values():
-        distance = of(gradient, private)
-        (slope,) = torch.autograd.grad(distance.sum(), near, retain_graph=True)
-        distance = distance.detach()
-        along = (slope * step).flatten(1).sum(1)
-        cosine = functional.cosine_similarity(slope.flatten(1), step.flatten(1))
-        found.append(Slopes(distance, along / distance, cosine))
-    return found
+    noise = Rng(tuple(f"slope/{index}" for index in indices)).normal("step", images.shape[1:]).double()
+    for deviation in deviations:
+        step = deviation * noise
+        near = (images + step).requires_grad_()
+        gradient = evaluator.gradient(tensors, near, labels)
+        found = []
+        for of in DISTANCES.values():
+            distance = of(gradient, private)
+            (slope,) = torch.autograd.grad(distance.sum(), near, retain_graph=True)
+            distance = distance.detach()
+            along = (slope * step).flatten(1).sum(1)
+            cosine = functional.cosine_similarity(slope.flatten(1), step.flatten(1))
+            found.append(Slopes(distance, along / distance, cosine))
+        yield found
 
 
 def _cell(values: Tensor) -> str:
@@ -93,10 +95,10 @@ def tables(indices: Sequence[int]) -> str:
     columns = "| network | deviation of the step | PSNR there | D | share | cosine |\n|:--|--:|--:|--:|--:|--:|"
     rows: dict[str, list[str]] = {name: [f"## {name}", "", columns] for name in DISTANCES}
     for model in MODELS:
-        for deviation in DEVIATIONS:
-            for name, one in zip(DISTANCES, measure(model, indices, deviation), strict=True):
+        for deviation, found in zip(DEVIATIONS, measure(model, indices, DEVIATIONS), strict=True):
+            psnr = -20 * math.log10(deviation)
+            for name, one in zip(DISTANCES, found, strict=True):
                 cells = " | ".join(_cell(values) for values in (one.distance, one.share, one.cosine))
-                psnr = -20 * math.log10(deviation)
                 rows[name].append(f"| {model} | {deviation:g} | {psnr:.0f} dB | {cells} |")
     return "\n\n".join("\n".join(lines) for lines in rows.values())
 

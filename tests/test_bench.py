@@ -296,7 +296,8 @@ def test_the_page_of_the_scale_is_that_of_its_figures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("model", "expected"), [("resnet20(activation=sigmoid)", 2.0), ("resnet20", 0.0)])
 def test_kinks_hide_the_way_back_from_every_derivative(model: str, expected: float) -> None:
     """Where activations are smooth, the distance is a square near the private image; behind ReLUs it has no slope."""
-    for found in slope.measure(model, (32, 33), 1e-4):
+    (slopes,) = slope.measure(model, (32, 33), [1e-4])
+    for found in slopes:
         assert bool((found.distance > 0).all())
         assert bool((found.cosine.abs() <= 1).all())
         torch.testing.assert_close(found.share, torch.full_like(found.share, expected), atol=0.1, rtol=0)
