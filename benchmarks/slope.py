@@ -27,14 +27,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from leakbench import defenses, models
+from leakbench.analysis.statistics import bootstrap_interval
 from leakbench.attacks.ig import cosine_distance
 from leakbench.attacks.lb import layer_normalised_distance
+from leakbench.core.rng import Rng
 from leakbench.datasets.samples import Samples
 from leakbench.gradients import Evaluator
 from leakbench.gradients.evaluate import tensors_of
-from leakbench.report.statistics import bootstrap_interval
-from leakbench.rng import Rng
-from leakbench.store import Provenance
+from leakbench.store.provenance import Provenance
 from leakbench.victim import build
 
 MODELS = ("lenet", "resnet20(activation=sigmoid)", "resnet20")

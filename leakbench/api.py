@@ -1,28 +1,104 @@
-"""One's own network in a few calls: ``observe`` a client step, ``attack`` the observation, put in a ``keylock``."""
+"""leakbench from Python: ``run`` a matrix; ``observe``, ``attack`` and ``keylock`` for a network of one's own."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+import pandas as pd
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 
 from leakbench import attacks, defenses
-from leakbench.allocator import keep_freed_memory
+from leakbench.analysis.summary import summarise
 from leakbench.attacks import Attack
 from leakbench.attacks.base import prepare
+from leakbench.core.malloc import keep_freed_memory
+from leakbench.core.rng import Rng
+from leakbench.core.types import Reconstruction, ThreatModel
 from leakbench.defenses import Defense
 from leakbench.defenses.keylock import Gate, locks
+from leakbench.engine import run as engine
+from leakbench.engine.progress import Silent
+from leakbench.engine.run import RunOptions
 from leakbench.errors import BadOption
 from leakbench.gradients import full_precision
 from leakbench.gradients.evaluate import tensors_of
-from leakbench.matrix import parse_threat
 from leakbench.models import OwnModule
 from leakbench.models.surgery import Layers
-from leakbench.rng import Rng
-from leakbench.types import Observation, Reconstruction, ThreatModel
+from leakbench.observation import Observation
+from leakbench.plan.matrix import Matrix, parse_threat
+from leakbench.store.run_file import FILE, Store
 from leakbench.victim import Client, build, check_reveals, groups_of
 from leakbench.victim import observe as observe_clients
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on disk: everything else is read from its file.
+
+    Attributes:
+        out: the folder that holds ``run.sqlite``, and the report once it is written.
+    """
+
+    out: Path
+
+    def results(self) -> pd.DataFrame:
+        """Return one row per finished trial: what it was, how it ended, every metric."""
+        with Store.open(self.out / FILE, readonly=True) as store:
+            return store.results()
+
+    def summary(self) -> pd.DataFrame:
+        """Return one row per cell: counts, and each metric's mean, interval and gain over the best floor."""
+        with Store.open(self.out / FILE, readonly=True) as store:
+            return summarise(store.results(), store.metrics())
+
+    def tables(self) -> list[Table]:
+        """Return the summary as compact rich tables, one for each dataset, model and threat model."""
+        from leakbench.report import console_table  # plotting and templates are loaded only by who asks for a report
+
+        return console_table(self.summary())
+
+    def report(self, formats: Iterable[str] = ("md", "csv")) -> list[Path]:
+        """Write the report next to the run file, and return the paths written."""
+        from leakbench import report
+
+        return report.write(self.out, set(formats))
+
+
+def run(
+    matrix: Matrix,
+    out: str | Path | None = None,
+    *,
+    device: str = "auto",
+    chunk: int | None = None,
+    strict: bool = False,
+    workers: int | None = None,
+    time_limit: float | None = None,
+    shard: str = "",
+    executor: str = "local",
+    ray_address: str = "",
+    gpus_per_worker: float | None = None,
+    progress: Silent | None = None,
+    command: str = "",
+) -> Run:
+    """Run every trial of a matrix that has no result yet, and return the run.
+
+    Args:
+        matrix: what to run.
+        out: the run's folder, ``runs/NAME`` by default; an existing run in it is resumed.
+        device: this and the options up to ``gpus_per_worker`` are those of ``leakbench.engine.run.RunOptions``.
+        progress: what is told of the progress; nothing by default.
+        command: the command line, for the provenance.
+
+    Raises:
+        LeakbenchError: one line on what does not fit; nothing was written then.
+    """
+    options = RunOptions(device, chunk, strict, workers, time_limit, shard, executor, ray_address, gpus_per_worker)
+    return Run(engine.run(matrix, out, options, progress=progress, command=command))
 
 
 def observe(

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakbench import defenses
+from leakbench.core.rng import generator, seeded
+from leakbench.core.types import Gradient, Secret, ThreatModel
 from leakbench.defenses.base import Defense, Step
 from leakbench.errors import BadOption, Unsupported
 from leakbench.gradients.evaluate import architecture, tensors_of
 from leakbench.models.base import Model
 from leakbench.models.weights import load
-from leakbench.rng import generator, seeded
-from leakbench.types import Gradient, Observation, Secret, ThreatModel
+from leakbench.observation import Observation
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 from leakbench import attacks, defenses, generators, models
+from leakbench.core.types import Secret
 from leakbench.defenses import Defense
 from leakbench.generators import Card, Generator
-from leakbench.matrix import parse_threat
 from leakbench.models import Model
-from leakbench.types import Observation, Secret
+from leakbench.observation import Observation
+from leakbench.plan.matrix import parse_threat
 from leakbench.victim import Client, observe
 
 torch.set_num_threads(1)  # the networks are so small that threads only wait for each other

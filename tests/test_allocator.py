@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from leakbench.allocator import keep_freed_memory, release_freed_memory
+from leakbench.core.malloc import keep_freed_memory, release_freed_memory
 
 BUFFER = 2**22  # floats: 16 MiB, of which several are below what is kept
 
@@ -38,7 +38,7 @@ def test_freed_memory_is_kept_until_it_is_released() -> None:
 
 @glibc
 def test_settings_of_ones_own_stand() -> None:
-    code = "from leakbench.allocator import keep_freed_memory; print(keep_freed_memory())"
+    code = "from leakbench.core.malloc import keep_freed_memory; print(keep_freed_memory())"
     for own, kept in (({}, "True"), ({"MALLOC_TOP_PAD_": "1"}, "False"), ({"GLIBC_TUNABLES": "x"}, "False")):
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
         done = subprocess.run([sys.executable, "-c", code], env=clean | own, capture_output=True, text=True, check=True)

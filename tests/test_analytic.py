@@ -15,9 +15,9 @@ from leakbench import Unsupported
 from leakbench.attacks.analytic import pixel_layers, widths
 from leakbench.audit.given import Scale, subject
 from leakbench.gradients.linear import layer_direction, layer_input, unexplained
-from leakbench.matrix import parse_threat
 from leakbench.models import OwnModule
-from leakbench.types import Observation
+from leakbench.observation import Observation
+from leakbench.plan.matrix import parse_threat
 from leakbench.victim import observe
 
 SHAPE = (3, 6, 5)

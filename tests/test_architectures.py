@@ -27,9 +27,9 @@ from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vgg import make_layers
 from torchvision.models.vision_transformer import VisionTransformer
 
+from leakbench.core.rng import generator
+from leakbench.core.types import Gradient
 from leakbench.gradients import Evaluator, Path, choose_path, plain_loss
-from leakbench.rng import generator
-from leakbench.types import Gradient
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -23,13 +23,14 @@ from leakbench.attacks.matching import (
     total_variation,
 )
 from leakbench.attacks.quasi_newton import QuasiNewton
+from leakbench.core.rng import Rng
+from leakbench.core.types import Reconstruction
 from leakbench.errors import Unsupported
 from leakbench.gradients import Path
 from leakbench.gradients.bilinear import squared_distance
 from leakbench.models import OwnModule
+from leakbench.observation import Observation
 from leakbench.optim import Solution, Unknowns
-from leakbench.rng import Rng
-from leakbench.types import Observation, Reconstruction
 
 MATCHING = [spec for spec in ATTACKS if isinstance(attacks.parse(spec), GradientMatching)]
 

@@ -18,15 +18,15 @@ from torch import nn
 
 import leakbench
 from leakbench import Unsupported, datasets
+from leakbench.analysis.ensemble import Effort
 from leakbench.audit import Gate, Scale, factory, parse_gate
 from leakbench.audit.findings import Audit, Behind, Sight
 from leakbench.audit.given import classes_of, subject
 from leakbench.audit.layers import Labels, Share, closed_forms, labels_of, shares
+from leakbench.core.registry import load_plugin
 from leakbench.errors import BadOption
-from leakbench.registry import load_plugin
 from leakbench.report.audit import html, markdown
 from leakbench.report.page import picture
-from leakbench.report.worst_case import Effort
 
 NETS = """
 from torch import nn

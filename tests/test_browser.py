@@ -16,12 +16,12 @@ from test_html import ALIGNED, NASTY, scored
 from test_report import DLG, GREY, IG, MEAN, NOISE, NONE, make, run
 from test_store import METRICS, TinyAttack, TinyDefense, named, png
 
+from leakbench.analysis.ensemble import Effort
 from leakbench.audit.findings import Audit, Behind, Sight
 from leakbench.audit.gate import Gate
 from leakbench.audit.layers import ClosedForm, Labels, Share
-from leakbench.curve import Curve, marks
+from leakbench.core.loss_curve import Curve, marks
 from leakbench.report import audit, leaderboard, write
-from leakbench.report.worst_case import Effort
 
 pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("default")]
 

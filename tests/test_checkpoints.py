@@ -17,7 +17,7 @@ import leakbench
 from leakbench import models, report
 from leakbench.errors import BadOption, CorruptAsset, LeakbenchError, MissingAsset
 from leakbench.models.weights import TRAINING, Checkpoint, Training, save, stated
-from leakbench.store import FILE, Store
+from leakbench.store.run_file import FILE, Store
 
 SHAPE = (1, 33, 33)
 TRAINED = Training("epoch 12 of 200", 0.8125, "cifar10")

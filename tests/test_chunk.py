@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from leakbench import attacks, chunk, engine, work
+import leakbench
+from leakbench import attacks
 from leakbench.attacks.base import Attack
-from leakbench.matrix import Matrix
-from leakbench.rng import Rng
-from leakbench.store import FILE, Store
-from leakbench.types import Observation
+from leakbench.core import device as devices
+from leakbench.core.rng import Rng
+from leakbench.engine import batch_size as chunk
+from leakbench.engine import worker as work
+from leakbench.observation import Observation
+from leakbench.plan.matrix import Matrix
+from leakbench.store.run_file import FILE, Store
 
 CPU = torch.device("cpu")
 
@@ -91,14 +95,14 @@ def test_free_memory_is_within_the_machine_and_a_containers_limit(
 ) -> None:
     import psutil
 
-    assert 0 < chunk.free_memory(CPU) <= psutil.virtual_memory().total
+    assert 0 < devices.free_memory(CPU) <= psutil.virtual_memory().total
     limit, current = tmp_path / "max", tmp_path / "current"
     limit.write_text("5000000\n")
     current.write_text("1000000\n")
-    monkeypatch.setattr(chunk, "_GROUPS", (str(limit), str(current)))
-    assert chunk.free_memory(CPU) == 4_000_000
+    monkeypatch.setattr(devices, "_GROUPS", (str(limit), str(current)))
+    assert devices.free_memory(CPU) == 4_000_000
     limit.write_text("max\n")
-    assert chunk.free_memory(CPU) > 4_000_000
+    assert devices.free_memory(CPU) > 4_000_000
 
 
 @pytest.mark.parametrize("spec", [name for name in attacks.names() if not attacks.parse(name).floor and name != "ggl"])
@@ -125,18 +129,18 @@ def test_a_continued_run_is_cut_into_the_same_pieces(tmp_path: Path, monkeypatch
     monkeypatch.setattr(work.Worker, "_together", spy)
     monkeypatch.setattr(work, "choose", lambda step, trials, device, share: 2)
     with pytest.raises(KeyboardInterrupt):
-        engine.run(_plan(images=5), tmp_path)
+        leakbench.run(_plan(images=5), tmp_path)
     with Store.open(tmp_path / FILE, readonly=True) as store:
         assert store.chunk(_plan().trials()[0].cell.key) == 2
     monkeypatch.setattr(work, "choose", lambda step, trials, device, share: 5)
-    engine.run(_plan(images=5), tmp_path)
+    leakbench.run(_plan(images=5), tmp_path)
     assert sizes == [2, 2, 2, 1]
 
 
 def test_an_attack_that_cannot_be_measured_takes_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(chunk.DEFAULT, "cpu", 3)
+    monkeypatch.setitem(devices.DEFAULT, "cpu", 3)
     monkeypatch.setattr(work, "choose", lambda step, trials, device, share: pytest.fail("measured"))
-    engine.run(_plan(attack="grey", images=4), tmp_path)
+    leakbench.run(_plan(attack="grey", images=4), tmp_path)
     with Store.open(tmp_path / FILE, readonly=True) as store:
         assert store.chunk(_plan(attack="grey").trials()[0].cell.key) == 3
 
@@ -152,9 +156,9 @@ def test_a_queue_is_worked_off_in_the_slots_that_fit(tmp_path: Path, monkeypatch
     _call = type(plain).__call__
     monkeypatch.setattr(type(plain), "__call__", spy)
     monkeypatch.setattr(work, "choose", lambda step, trials, device, share: 2)
-    queued = engine.run(_plan(attack="dlg(steps=1)", images=9), tmp_path / "queue").results()
+    queued = leakbench.run(_plan(attack="dlg(steps=1)", images=9), tmp_path / "queue").results()
     assert seen == [(8, 2), (1, 2)]
-    alone = engine.run(_plan(attack="dlg(steps=1)", images=9), tmp_path / "alone", chunk=1).results()
+    alone = leakbench.run(_plan(attack="dlg(steps=1)", images=9), tmp_path / "alone", chunk=1).results()
     assert queued["evaluations"].equals(alone["evaluations"])
 
 

@@ -21,7 +21,8 @@ import torch
 import leakbench
 from leakbench import attacks, datasets, defenses, metrics, models
 from leakbench.cli.main import main
-from leakbench.store import FILE, Store
+from leakbench.plan.matrix import load_suite
+from leakbench.store.run_file import FILE, Store
 
 SCRIPT = Path(sys.executable).with_name("leakbench")
 KINDS = {
@@ -251,7 +252,7 @@ def test_a_suite_by_name_with_options(cli, place):
     over = ("--attack", "mean", "--dataset", "samples(size=12)", "--images", 1)
     done = cli("run", "matrix", "--suite", "quick", *over)
     assert (done.code, done.err) == (0, "")
-    suite = leakbench.Matrix(**leakbench.matrix.load_suite("quick"))
+    suite = leakbench.Matrix(**load_suite("quick"))
     results = pd.read_csv("runs/quick/results.csv")
     assert set(results[results["attack"] == "mean"]["defense"]) == {defenses.spec(d) for d in suite.defenses}
     assert set(results["model"]) == {models.spec(model) for model in suite.models}
@@ -293,18 +294,18 @@ def test_curves_over_noise_and_precision(cli, place):
 def test_without_a_file_or_options_the_suite_quick_runs(cli, place, monkeypatch):
     seen = []
 
-    def stop(matrix, out, **options):
+    def stop(matrix, out, options, progress, command):
         seen.append((matrix, out, options))
         raise leakbench.LeakbenchError("enough; this is a test")
 
-    monkeypatch.setattr("leakbench.engine.run", stop)
+    monkeypatch.setattr("leakbench.engine.run.run", stop)
     refused(cli("run", "matrix"), "enough")
     refused(cli("run", "matrix", "--suite", "quick", "--device", "cpu", "--strict"), "enough")
     (bare, out, options), (named, _, given) = seen
-    assert bare == named == leakbench.Matrix(**leakbench.matrix.load_suite("quick"))
+    assert bare == named == leakbench.Matrix(**load_suite("quick"))
     assert out == Path("runs/quick")
-    assert (options["device"], options["chunk"], options["strict"]) == ("auto", None, False)
-    assert (given["device"], given["strict"]) == ("cpu", True)
+    assert (options.device, options.chunk, options.strict) == ("auto", None, False)
+    assert (given.device, given.strict) == ("cpu", True)
 
 
 # Bad input

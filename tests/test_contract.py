@@ -13,10 +13,10 @@ from conftest import ALL_DEFENSES, ATTACKS, CLASSES, DEFENSES, SHAPE, examples, 
 from pydantic import TypeAdapter, ValidationError
 
 from leakbench import attacks, datasets, defenses, generators, metrics, models
+from leakbench.core.registry import Registry
+from leakbench.core.rng import Rng, generator
 from leakbench.defenses import Step
 from leakbench.errors import BadOption, LeakbenchError, MissingAsset
-from leakbench.registry import Registry
-from leakbench.rng import Rng, generator
 from leakbench.victim import build
 
 REGISTRIES: list[Registry[Any]] = [

@@ -14,16 +14,16 @@ from test_optim import Rows, rosenbrock, starts, torch_lbfgs
 from test_report import DLG, GREY, NONE, run
 from test_store import METRICS
 
-from leakbench.check import check
-from leakbench.curve import POINTS, Curve, decoded, marks
+from leakbench.core.loss_curve import POINTS, Curve, decoded, marks
+from leakbench.core.rng import Rng
 from leakbench.errors import ForeignRun
-from leakbench.merge import merge
 from leakbench.optim import descend, lbfgs
 from leakbench.optim.evolve import evolve
 from leakbench.report import write
 from leakbench.report.files import write_figures
-from leakbench.rng import Rng
-from leakbench.store import FILE, Store
+from leakbench.store.integrity import check
+from leakbench.store.merge import merge
+from leakbench.store.run_file import FILE, Store
 
 
 @pytest.mark.parametrize(

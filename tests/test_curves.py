@@ -15,9 +15,10 @@ from test_engine import Tiny, go, no_assets  # noqa: F401
 from leakbench import defenses, report
 from leakbench.defenses.noise import SMOOTH
 from leakbench.errors import BadOption
-from leakbench.matrix import Matrix, expand, load_suite
+from leakbench.plan.matrix import Matrix, expand, load_suite
 from leakbench.report import curves
-from leakbench.store import FILE, Component, Store
+from leakbench.store.records import Component
+from leakbench.store.run_file import FILE, Store
 
 STRENGTHS = ["none", "noise(scale=1e-5, relative=true)", "noise(relative=true, scale=0.2)", "quantise(bits=half)"]
 STRENGTHS += ["quantise(bits=2)", "quantise(bits=8)"]

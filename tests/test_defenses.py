@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakbench import defenses, models
+from leakbench.core.types import Gradient, Normal, Uniform
 from leakbench.defenses import Step
 from leakbench.defenses.keylock import KeyLock
 from leakbench.defenses.precode import VariationalBottleneck
 from leakbench.errors import Unsupported
-from leakbench.types import Gradient, Normal, Observation, Uniform
+from leakbench.observation import Observation
 from leakbench.victim import build
 
 RGB = (3, 32, 32)

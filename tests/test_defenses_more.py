@@ -19,24 +19,25 @@ from torchvision.transforms.v2 import functional as V
 
 import leakbench
 from leakbench import attacks, datasets, defenses, metrics, models
+from leakbench.api import run
 from leakbench.attacks.base import prepare, work_out
 from leakbench.attacks.lb import layer_normalised_distance
 from leakbench.attacks.matching import GradientMatching, MatchingObjective, analytic_labels
+from leakbench.core.rng import Rng, generator
+from leakbench.core.types import Gradient
 from leakbench.defenses import Defense, Step
 from leakbench.defenses.ats import POOL, transform
 from leakbench.defenses.soteria import sensitivity
-from leakbench.engine import run
 from leakbench.errors import BadOption, Unsupported
 from leakbench.gradients.bilinear import squared_distance
 from leakbench.gradients.evaluate import tensors_of
-from leakbench.matrix import Matrix, parse_threat
+from leakbench.observation import Observation
 from leakbench.optim import value_and_gradient
+from leakbench.plan.matrix import Matrix, parse_threat
 from leakbench.report import worst_case
 from leakbench.report.markdown import Run as Report
 from leakbench.report.markdown import markdown
-from leakbench.rng import Rng, generator
-from leakbench.store import FILE, Store
-from leakbench.types import Gradient, Observation
+from leakbench.store.run_file import FILE, Store
 from leakbench.victim import _batch, build, observe, trained_on
 
 RGB = (3, 32, 32)
@@ -390,7 +391,7 @@ def test_a_client_of_mixup_trains_on_the_blend() -> None:
     ((other, label),) = client.companions
     method = defenses.parse("mixup")
     x, y = torch.stack([client.image, other]), torch.eye(CLASSES)[[client.label, label]]
-    blend, soft = method.encode(x, y, leakbench.rng.generator(client.key, "encode"))
+    blend, soft = method.encode(x, y, generator(client.key, "encode"))
     network = build(models.parse("lenet"), method, SHAPE, CLASSES, client.weights_key)
     F.cross_entropy(network(blend), soft).backward()
     for name, parameter in network.named_parameters():

@@ -15,10 +15,11 @@ from test_cli import cli, place, refused  # noqa: F401
 from test_store import Guard, TinyAttack, TinyDefense, provenance, ready, result, trial
 
 from leakbench.errors import BadOption
+from leakbench.plan.trial import Result
 from leakbench.report.diff import Arm, Comparison, _ensembles, diff
 from leakbench.report.show import find, show
-from leakbench.store import FILE, Session, Store
-from leakbench.trial import Result
+from leakbench.store.records import Session
+from leakbench.store.run_file import FILE, Store
 
 SMALL = ("--model", "lenet", "--dataset", "samples(size=12)", "--defense", "keylock(length=9)", "--attack")
 

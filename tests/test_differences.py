@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from leakbench.report.differences import ALL_PAIRS, differences
-from leakbench.report.statistics import holm, needed_images, paired_difference, wilcoxon_test
-from leakbench.store import MetricInfo
+from leakbench.analysis.paired import ALL_PAIRS
+from leakbench.analysis.statistics import holm, needed_images, paired_difference, wilcoxon_test
+from leakbench.report.differences import differences
+from leakbench.store.records import MetricInfo
 
 METRICS = [MetricInfo("psnr", True, "dB", ""), MetricInfo("psnr_aligned", True, "dB", "")]
 METRICS.append(MetricInfo("ssim_aligned", True, "-1 to 1", ""))

@@ -34,11 +34,12 @@ from leakbench import (
     Unsupported,
     metrics,
 )
-from leakbench.engine import Run, finished
-from leakbench.progress import Silent
-from leakbench.store import FILE, Store
-from leakbench.trial import Result
-from leakbench.types import Uniform
+from leakbench.api import Run
+from leakbench.core.types import Uniform
+from leakbench.engine.progress import Silent
+from leakbench.engine.run import finished
+from leakbench.plan.trial import Result
+from leakbench.store.run_file import FILE, Store
 from leakbench.victim import Client, observe
 
 TESTS = Path(__file__).parent

@@ -12,10 +12,10 @@ import torch
 from conftest import randn
 from torch import Tensor
 
+from leakbench.core.rng import Rng
 from leakbench.errors import BadOption
 from leakbench.optim import Evaluation, Solution, Unknowns
 from leakbench.optim.evolve import check_optimiser, evolve
-from leakbench.rng import Rng
 
 KEYS = ("a", "b", "c")
 SEARCH = {"budget": 60, "popsize": 7}

@@ -27,9 +27,10 @@ from test_engine import (  # noqa: F401
 )
 
 import leakbench
-from leakbench import Attack, Defense, Gradient, LeakbenchError, Reconstruction, Step, Unsupported, workers
-from leakbench.check import check
-from leakbench.store import FILE
+from leakbench import Attack, Defense, Gradient, LeakbenchError, Reconstruction, Step, Unsupported
+from leakbench.engine import executors as workers
+from leakbench.store.integrity import check
+from leakbench.store.run_file import FILE
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from test_training import Stop, numbers, study
 pytestmark = pytest.mark.fl
 
 from leakbench import defenses
+from leakbench.core.registry import load_plugin
 from leakbench.defenses import Defense
 from leakbench.flower.simulation import SimulatedGrid
-from leakbench.registry import load_plugin
 from leakbench.report import accuracy as report
 from leakbench.training import Record, Silent, federated, train
 from leakbench.training.arm import Round, start

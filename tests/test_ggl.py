@@ -13,15 +13,17 @@ import torch
 from conftest import CLASSES, SHAPE, close, rand, randn, watch
 from torch import Tensor
 
-from leakbench import Matrix, attacks, defenses, engine, generators, models
+import leakbench
+from leakbench import Matrix, attacks, defenses, generators, models
+from leakbench.analysis import controls
 from leakbench.attacks.ggl import GGL, divergence, squash, transformed
 from leakbench.attacks.matching import analytic_labels
+from leakbench.core.rng import Rng
+from leakbench.core.types import Gradient
 from leakbench.errors import BadOption, LeakbenchError, Unsupported
-from leakbench.matrix import parse_threat
-from leakbench.report import controls
-from leakbench.rng import Rng
-from leakbench.store import Store
-from leakbench.types import Gradient, Observation
+from leakbench.observation import Observation
+from leakbench.plan.matrix import parse_threat
+from leakbench.store.run_file import Store
 from leakbench.victim import Client, observe
 
 KEYS = ("a", "b", "c", "d")
@@ -170,7 +172,7 @@ def test_the_report_shows_the_gain_over_floor_and_control(tmp_path: Path) -> Non
         images=3,
         floors=False,
     )
-    finished = engine.run(matrix, tmp_path, device="cpu")
+    finished = leakbench.run(matrix, tmp_path, device="cpu")
     with Store.open(tmp_path / "run.sqlite", readonly=True) as store:
         results, metrics = store.results(), store.metrics()
         gains = controls.control_gains(results, store.components(), metrics)
@@ -332,7 +334,7 @@ def test_a_generator_that_cannot_serve_is_told_before_the_run(
 ) -> None:
     matrix = {"defenses": ["none"], "models": ["lenet"], "datasets": ["samples(channels=1)"], "images": 1}
     with pytest.raises(LeakbenchError, match=words) as told:
-        engine.run(Matrix(attacks=[f"{attack}(generator={generator})"], **matrix), tmp_path / "out", device="cpu")
+        leakbench.run(Matrix(attacks=[f"{attack}(generator={generator})"], **matrix), tmp_path / "out", device="cpu")
     assert "\n" not in str(told.value)
     assert not (tmp_path / "out").exists()
 

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakbench import defenses, models
+from leakbench.core.types import Gradient
 from leakbench.errors import Unsupported
 from leakbench.gradients import Evaluator, Path, choose_path, plain_loss
 from leakbench.gradients.evaluate import architecture
 from leakbench.models import OwnModule
-from leakbench.types import Gradient, Observation
+from leakbench.observation import Observation
 
 pytestmark = pytest.mark.usefixtures("float64")
 

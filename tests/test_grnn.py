@@ -15,10 +15,10 @@ import leakbench
 from leakbench import attacks, datasets, models
 from leakbench.attacks import grnn
 from leakbench.attacks.grnn import GRNN
+from leakbench.core.rng import Rng, seeded
 from leakbench.models import OwnModule
+from leakbench.observation import Observation
 from leakbench.optim.rmsprop import RMSprop
-from leakbench.rng import Rng, seeded
-from leakbench.types import Observation
 
 LATENT = 16
 

@@ -21,15 +21,15 @@ import leakbench
 from leakbench import Matrix, datasets, defenses
 from leakbench.assets import archives
 from leakbench.audit.given import read_image
-from leakbench.check import check
+from leakbench.core.images import decoded
+from leakbench.engine.progress import Display
 from leakbench.errors import BadOption, CorruptAsset, ForeignRun, LeakbenchError
-from leakbench.merge import merge
-from leakbench.pictures import decoded
-from leakbench.progress import Display
 from leakbench.report import show
 from leakbench.report.files import write
 from leakbench.report.grids import plain
-from leakbench.store import FILE, Store
+from leakbench.store.integrity import check
+from leakbench.store.merge import merge
+from leakbench.store.run_file import FILE, Store
 from leakbench.training import Accuracy
 from tools import fuzz
 

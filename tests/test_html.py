@@ -24,21 +24,22 @@ from test_engine import no_assets  # noqa: F401
 from test_report import DLG, GREY, IG, NOISE, NONE, crossing, make, run
 from test_store import METRICS, Score, TinyAttack, TinyData, TinyDefense, TinyModel, named, png, provenance, result
 
-from leakbench import matrix as matrices
+from leakbench.analysis.ensemble import Standing
+from leakbench.analysis.pareto import FILE as STUDY
+from leakbench.analysis.pareto import Interval, Point, Study
+from leakbench.analysis.reproduce import again
 from leakbench.cli.main import main
+from leakbench.core.types import PRESETS
 from leakbench.errors import BadOption
-from leakbench.matrix import axes_from_options
+from leakbench.plan import matrix as matrices
+from leakbench.plan.matrix import axes_from_options
+from leakbench.plan.trial import Cell, Result, Trial
 from leakbench.report import html as pages
 from leakbench.report import write
-from leakbench.report.again import again
 from leakbench.report.page import embedded, render
 from leakbench.report.sprites import COLUMNS, sheets
-from leakbench.report.utility import FILE as STUDY
-from leakbench.report.utility import Interval, Point, Study
-from leakbench.report.worst_case import Standing
-from leakbench.store import FILE, Component, MetricInfo, Session, Store
-from leakbench.trial import Cell, Result, Trial
-from leakbench.types import PRESETS
+from leakbench.store.records import Component, MetricInfo, Session
+from leakbench.store.run_file import FILE, Store
 
 NASTY = "</script><script>alert(1)</script><!-- \"'&amp; {{ 7*7 }} \u2028 中文 🙈"
 ALIGNED = [named(Score, name, higher_is_better=True, convention="c")() for name in ("psnr_aligned", "ssim_aligned")]

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from leakbench import attacks, defenses, models
 from leakbench.attacks.base import prepare
 from leakbench.attacks.matching import GradientMatching
+from leakbench.core.rng import Rng, generator
+from leakbench.core.types import PRESETS, ThreatModel
 from leakbench.defenses import Defense
 from leakbench.models import OwnModule
-from leakbench.rng import Rng, generator
-from leakbench.types import PRESETS, Observation, ThreatModel
+from leakbench.observation import Observation
 from leakbench.victim import Client, build, observe
 
 SHAPE = (1, 8, 8)

@@ -15,9 +15,12 @@ from torch.nn import functional as F
 
 import leakbench
 from leakbench import attacks, defenses, models
+from leakbench.api import run
 from leakbench.attacks.base import adapt, prepare, work_out
 from leakbench.attacks.dlg import DLG
 from leakbench.attacks.matching import GradientMatching
+from leakbench.core.rng import Rng
+from leakbench.core.types import PRESETS
 from leakbench.defenses.keylock import (
     FreeAffine,
     KeyLock,
@@ -27,13 +30,10 @@ from leakbench.defenses.keylock import (
     set_key,
     shared_state,
 )
-from leakbench.engine import run
 from leakbench.errors import BadOption, Unsupported
 from leakbench.gradients import Evaluator, choose_path
 from leakbench.gradients.linear import layer_input
-from leakbench.matrix import Matrix, parse_threat
-from leakbench.rng import Rng
-from leakbench.types import PRESETS
+from leakbench.plan.matrix import Matrix, parse_threat
 from leakbench.victim import build
 
 RGB = (3, 32, 32)

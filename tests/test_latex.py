@@ -13,9 +13,9 @@ from test_html import ALIGNED, NASTY, point, scored
 from test_report import DLG, GREY, IG, NOISE, NONE, run
 from test_store import METRICS, TinyDefense, named
 
+from leakbench.analysis.pareto import FILE as STUDY
 from leakbench.report import write, write_figures
 from leakbench.report.latex import escape
-from leakbench.report.utility import FILE as STUDY
 
 KEYLOCK, NORM = named(TinyDefense, "keylock")(scale=1.0), named(TinyDefense, "norm-only")()
 SPECIAL = set("&%$#_{}~^\\")

@@ -9,7 +9,7 @@ from conftest import CLASSES, rand, randn, watch
 import leakbench
 from leakbench import attacks
 from leakbench.attacks.lb import layer_normalised_distance
-from leakbench.rng import Rng
+from leakbench.core.rng import Rng
 
 
 def test_parameters_count_by_how_large_they_are_not_by_its_square() -> None:

@@ -13,8 +13,9 @@ from test_html import ALIGNED, NASTY, Tags, scored
 from test_report import run
 from test_store import METRICS, TinyAttack, TinyDefense, named
 
-from leakbench.leaderboard import Check, Repeat
-from leakbench.report.leaderboard import Entry, TrialOf, read, schema, write
+from leakbench.leaderboard.entry import Entry, TrialOf, read, schema
+from leakbench.leaderboard.verify import Check, Repeat
+from leakbench.report.leaderboard import write
 
 MATRIX = (
     "--model",

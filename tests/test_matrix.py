@@ -20,11 +20,11 @@ from torch import nn
 from leakbench import attacks, datasets, defenses, models
 from leakbench.attacks.dlg import DLG
 from leakbench.attacks.ig import IG
+from leakbench.core.types import PRESETS, ThreatModel
 from leakbench.errors import BadOption
-from leakbench.matrix import FLOORS, Matrix, axes_from_options, expand, load, load_suite, parse_threat, suites
 from leakbench.models import OwnModule
-from leakbench.trial import Trial
-from leakbench.types import PRESETS, ThreatModel
+from leakbench.plan.matrix import FLOORS, Matrix, axes_from_options, expand, load, load_suite, parse_threat, suites
+from leakbench.plan.trial import Trial
 
 AXES: dict[str, Any] = {"attacks": ["dlg"], "defenses": ["none"], "models": ["lenet"], "datasets": ["samples"]}
 
@@ -318,7 +318,7 @@ def test_ids_are_the_same_in_another_process() -> None:
         "images": 2,
     }
     mine = [trial.id for trial in Matrix(**axes).trials()]
-    code = f"from leakbench.matrix import Matrix; print(*(t.id for t in Matrix(**{axes!r}).trials()))"
+    code = f"from leakbench.plan.matrix import Matrix; print(*(t.id for t in Matrix(**{axes!r}).trials()))"
     other = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONHASHSEED": "77"},

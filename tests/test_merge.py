@@ -14,11 +14,11 @@ from test_worst_case import Counts, Knows, Thief, ensemble
 
 import leakbench
 from leakbench import LeakbenchError
-from leakbench.check import check
+from leakbench.engine.shard import parse, part
 from leakbench.errors import BadOption
-from leakbench.merge import merge
-from leakbench.shard import parse, part
-from leakbench.store import FILE, Store
+from leakbench.store.integrity import check
+from leakbench.store.merge import merge
+from leakbench.store.run_file import FILE, Store
 
 
 def rows(out: Path) -> dict[str, list[tuple]]:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur, to_pil_image
 
 from leakbench import metrics
+from leakbench.core.types import Reconstruction
 from leakbench.errors import CorruptAsset, MissingAsset
 from leakbench.metrics import Truth
 from leakbench.metrics import lpips as lpips_module
@@ -30,7 +31,6 @@ from leakbench.metrics.label import label_correct
 from leakbench.metrics.lpips import TRUNKS, Net, load_network, lpips
 from leakbench.metrics.paper import paper_lpips, paper_mse, paper_psnr, paper_ssim, quantise
 from leakbench.metrics.standard import mse, psnr, ssim
-from leakbench.types import Reconstruction
 
 NAMES = [
     "mse",

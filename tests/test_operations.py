@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from leakbench.core.rng import generator
 from leakbench.errors import Unsupported
 from leakbench.gradients import Evaluator, Path
 from leakbench.gradients.draws import BatchDraws, NoDraws
 from leakbench.gradients.evaluate import fingerprint
 from leakbench.gradients.intercept import Interception
-from leakbench.rng import generator
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -12,8 +12,8 @@ from conftest import rand, randn, watch
 from torch import Tensor
 
 from leakbench.attacks import dlg
+from leakbench.core.rng import Rng
 from leakbench.optim import Evaluation, LineSearch, Objective, Solution, Unknowns, descend, lbfgs
-from leakbench.rng import Rng
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -10,11 +10,11 @@ from conftest import ATTACKS, DEFENSES, MODES, watch
 
 from leakbench import attacks
 from leakbench.attacks.matching import GradientMatching
+from leakbench.core.rng import Rng
 from leakbench.errors import Unsupported
 from leakbench.gradients import Path
+from leakbench.observation import Observation
 from leakbench.optim import Unknowns, value_and_gradient
-from leakbench.rng import Rng
-from leakbench.types import Observation
 
 STEPS = 5
 SIDE = 16

@@ -15,13 +15,14 @@ from leakbench.attacks.peeling.chain import find_chain
 from leakbench.attacks.peeling.equations import Equations
 from leakbench.attacks.peeling.layers import Activation, Convolution, Normalisation
 from leakbench.attacks.peeling.undo import undo_linear
+from leakbench.core.rng import Rng
+from leakbench.core.types import Reconstruction
 from leakbench.errors import Unsupported
 from leakbench.gradients.convolution import Geometry
-from leakbench.matrix import parse_threat
 from leakbench.metrics.aligned import psnr_aligned
 from leakbench.models import Model, OwnModule
-from leakbench.rng import Rng
-from leakbench.types import Observation, Reconstruction
+from leakbench.observation import Observation
+from leakbench.plan.matrix import parse_threat
 from leakbench.victim import Client, observe
 
 TRIALS = 3

@@ -13,7 +13,7 @@ import pytest
 from test_cli import KINDS, SCRIPT, cli, one_thread, place, refused, written  # noqa: F401
 
 from leakbench import Matrix, datasets, defenses
-from leakbench.registry import load_plugin
+from leakbench.core.registry import load_plugin
 
 PACKAGE = Path(__file__).parent / "plugin"
 GUIDE = Path(__file__).parent.parent / "CONTRIBUTING.md"

@@ -16,12 +16,13 @@ import pytest
 import torch
 from test_engine import TESTS, Counter, Thief, go, measured, no_assets, plan  # noqa: F401
 
-from leakbench import LeakbenchError, Reconstruction, rays
-from leakbench.check import check
-from leakbench.rays import ENVIRONMENT
-from leakbench.store import FILE, Store
-from leakbench.work import Chunk, Work
-from leakbench.workers import Lost
+from leakbench import LeakbenchError, Reconstruction
+from leakbench.engine import ray_executor as rays
+from leakbench.engine.executors import Lost
+from leakbench.engine.ray_executor import ENVIRONMENT
+from leakbench.engine.worker import Chunk, Work
+from leakbench.store.integrity import check
+from leakbench.store.run_file import FILE, Store
 
 pytestmark = [
     pytest.mark.ray,
@@ -106,14 +107,14 @@ def test_two_nodes_give_the_bytes_of_one_process(cluster, tmp_path):
 
 
 def test_what_hangs_is_stopped(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr("leakbench.workers.LOADING", 8.0)
+    monkeypatch.setattr("leakbench.engine.executors.LOADING", 8.0)
     options = {"executor": "ray", "ray_address": cluster.address, "workers": 1, "time_limit": 1}
     results = go(plan(attacks=[Stays()], images=[3, 2]), tmp_path, chunk=2, **options).set_index("image")
     assert results["status"].to_dict() == {3: "ok", 2: "error"}
 
 
 def test_a_plugin_that_a_node_lacks_is_one_line(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr("leakbench.rays.plugins", lambda: [tmp_path / "nowhere.py"])
+    monkeypatch.setattr("leakbench.engine.ray_executor.plugins", lambda: [tmp_path / "nowhere.py"])
     with pytest.raises(LeakbenchError, match=r"nowhere\.py") as told:
         go(plan(), tmp_path / "run", executor="ray", ray_address=cluster.address)
     assert "\n" not in str(told.value)

@@ -56,7 +56,7 @@ def test_the_defenses_that_nobody_can_be_informed_of_are_those_that_are_named():
 
 def test_the_defense_of_the_readme_runs(tmp_path, monkeypatch):
     import leakbench
-    from leakbench.registry import load_plugin
+    from leakbench.core.registry import load_plugin
 
     (block,) = [code for code in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if "@defenses.register" in code]
     (tmp_path / "half.py").write_text(block)

@@ -18,10 +18,10 @@ from pydantic import Field
 
 from leakbench import attacks, datasets, defenses, metrics, models
 from leakbench.attacks.ig import IG
-from leakbench.component import Component
+from leakbench.core.component import Component
+from leakbench.core.registry import Registry, load_plugin, option_text, split_options, split_spec
+from leakbench.core.rng import Rng
 from leakbench.errors import BadOption
-from leakbench.registry import Registry, load_plugin, option_text, split_options, split_spec
-from leakbench.rng import Rng
 
 
 class Thing(Component):
@@ -310,7 +310,7 @@ def test_splitting() -> None:
 PLUGIN = '''
 from leakbench import attacks
 from leakbench.attacks import Attack
-from leakbench.types import Reconstruction
+from leakbench.core.types import Reconstruction
 
 
 @attacks.register("from-a-file")

@@ -19,13 +19,15 @@ from PIL import Image
 from rich.console import Console
 from test_store import METRICS, Data, Net, Score, TinyAttack, TinyDefense, named, png, provenance, result
 
+from leakbench.core.text import decimals, number, with_interval
+from leakbench.core.types import PRESETS, ThreatModel
 from leakbench.errors import BadOption, ForeignRun, LeakbenchError
+from leakbench.plan.trial import Cell, Result, Trial
 from leakbench.report import bootstrap_interval, console_table, grids, strongest, summarise, write
-from leakbench.report.markdown import Run, markdown, run_name
-from leakbench.report.text import decimals, escape, number, with_interval
-from leakbench.store import FILE, MetricInfo, Pictures, Session, Store
-from leakbench.trial import Cell, Result, Trial
-from leakbench.types import PRESETS, ThreatModel
+from leakbench.report.markdown import Run, markdown
+from leakbench.report.md import escape
+from leakbench.store.records import MetricInfo, Pictures, Session, run_name
+from leakbench.store.run_file import FILE, Store
 
 PSNR, MSE = MetricInfo("psnr", True, "dB", ""), MetricInfo("mse", False, "0 to 1", "")
 GREY, MEAN = named(TinyAttack, "grey", floor=True)(), named(TinyAttack, "mean", floor=True)()

@@ -16,14 +16,14 @@ from scipy import stats
 from test_store import METRICS, Data, Net, TinyAttack, TinyDefense, named, png, provenance, result
 
 from leakbench import report
+from leakbench.analysis.statistics import holm, sign_flip_test
+from leakbench.core.types import PRESETS
 from leakbench.errors import BadOption
-from leakbench.matrix import Matrix, expand, load, load_suite, parse_threat
+from leakbench.plan.matrix import Matrix, expand, load, load_suite, parse_threat
+from leakbench.plan.trial import Cell, Result, Trial
 from leakbench.report import compare
 from leakbench.report import sharing as study
-from leakbench.report.statistics import holm, sign_flip_test
-from leakbench.store import FILE, Store
-from leakbench.trial import Cell, Result, Trial
-from leakbench.types import PRESETS
+from leakbench.store.run_file import FILE, Store
 
 BENCHMARKS = sorted((Path(__file__).parent.parent / "benchmarks").glob("table[4-7].toml"))
 

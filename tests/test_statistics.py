@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from leakbench.report.statistics import (
+from leakbench.analysis.statistics import (
     ALPHA,
     Difference,
     bootstrap_interval,

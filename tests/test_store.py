@@ -25,20 +25,22 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
-from leakbench import schema
 from leakbench.attacks import Attack
-from leakbench.check import check
+from leakbench.core.rng import Rng
+from leakbench.core.types import Reconstruction, ThreatModel
 from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
 from leakbench.errors import ForeignRun, LeakbenchError
-from leakbench.merge import merge
 from leakbench.metrics import Metric
 from leakbench.models import Model
+from leakbench.observation import Observation
+from leakbench.plan.trial import Cell, Result, Trial, trial_id
 from leakbench.report.files import write
-from leakbench.rng import Rng
-from leakbench.store import AFTER, BEFORE, FILE, Provenance, Store
-from leakbench.trial import Cell, Result, Trial, trial_id
-from leakbench.types import Observation, Reconstruction, ThreatModel
+from leakbench.store import schema
+from leakbench.store.integrity import check
+from leakbench.store.merge import merge
+from leakbench.store.provenance import Provenance
+from leakbench.store.run_file import AFTER, BEFORE, FILE, Store
 
 SCHEMAS = Path(__file__).parent / "schemas"
 """A file of each schema, written by the leakbench that had it."""

@@ -24,11 +24,11 @@ from test_engine import TESTS, Thief, go, measured, no_assets, plan  # noqa: F40
 
 import leakbench
 from leakbench import LeakbenchError, Matrix, Reconstruction
-from leakbench.check import check
-from leakbench.engine import finished
-from leakbench.merge import merge
-from leakbench.store import FILE, Store
-from leakbench.work import Data, without_score
+from leakbench.engine.run import finished
+from leakbench.engine.worker import Data, without_score
+from leakbench.store.integrity import check
+from leakbench.store.merge import merge
+from leakbench.store.run_file import FILE, Store
 
 pytestmark = pytest.mark.torture
 KILLS = 50
@@ -122,7 +122,9 @@ def test_kill_9_of_drivers_and_workers_loses_nothing_and_does_nothing_twice(tmp_
     torch.set_num_threads(before)
     draw, begin = random.Random(0), time.monotonic()
     subprocess.run(
-        [sys.executable, "-c", "import leakbench.workers"], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [sys.executable, "-c", "import leakbench.engine.executors"],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     pace = 1.0 + time.monotonic() - begin  # what a worker takes to start
     drivers = workers = lost = twice = runs = 0

@@ -11,14 +11,15 @@ import pytest
 from test_training import SMALL
 from typer.testing import CliRunner
 
+from leakbench.analysis import pareto as utility
+from leakbench.analysis.pareto import front
 from leakbench.cli.main import app
 from leakbench.errors import BadOption
+from leakbench.leaderboard.entry import entries
 from leakbench.report import tradeoff as report
-from leakbench.report import utility, write
-from leakbench.report.leaderboard import entries
+from leakbench.report import write
 from leakbench.report.tradeoff import Point, Scene, Value
-from leakbench.report.utility import front
-from leakbench.store import FILE, Store
+from leakbench.store.run_file import FILE, Store
 from leakbench.training import records
 from leakbench.training.settings import Tradeoff
 from leakbench.training.tradeoff import attack, targets_of, train

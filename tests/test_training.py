@@ -23,13 +23,14 @@ import leakbench
 from leakbench import datasets, defenses, models
 from leakbench.cli.accuracy import plan
 from leakbench.cli.main import app
+from leakbench.core.types import Gradient
 from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
 from leakbench.defenses.base import Step, UpdateStep
 from leakbench.errors import BadOption, CorruptAsset, LeakbenchError
-from leakbench.matrix import Matrix, expand
-from leakbench.matrix import load as load_axes
 from leakbench.models.weights import stated
+from leakbench.plan.matrix import Matrix, expand
+from leakbench.plan.matrix import load as load_axes
 from leakbench.report import accuracy as report
 from leakbench.training import Accuracy, Arm, Record, Silent, train
 from leakbench.training.arm import Outcome, Round, Session, View, start
@@ -40,7 +41,6 @@ from leakbench.training.run import FOLDER
 from leakbench.training.settings import Tradeoff
 from leakbench.training.steps import Score, Trainee, descend, evaluate, optimiser
 from leakbench.training.thief import Theft
-from leakbench.types import Gradient
 from leakbench.victim import Client, build, observe
 
 

@@ -15,19 +15,20 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from leakbench import attacks, defenses
+from leakbench.api import run
 from leakbench.attacks.base import prepare
 from leakbench.attacks.dlm import DLM
 from leakbench.attacks.matching import MatchingObjective
+from leakbench.core.rng import Rng
+from leakbench.core.types import ThreatModel
 from leakbench.defenses import Step
-from leakbench.engine import run
 from leakbench.errors import BadOption, Unsupported
-from leakbench.matrix import Matrix, parse_threat
 from leakbench.models import parse
 from leakbench.optim import Solution, Unknowns, value_and_gradient
+from leakbench.plan.matrix import Matrix, parse_threat
 from leakbench.report import weights
-from leakbench.rng import Rng
-from leakbench.store import Record, Store
-from leakbench.types import ThreatModel
+from leakbench.store.records import Record
+from leakbench.store.run_file import Store
 from leakbench.victim import build
 
 KNOWN = "shares=weights, rate=known, learning_rate=0.1"

@@ -26,10 +26,11 @@ from test_engine import (  # noqa: F401
 )
 from test_worst_case import Counts, Knows, ensemble, planned
 
-from leakbench import LeakbenchError, Reconstruction, workers
-from leakbench.schedule import LOSSES, Schedule
-from leakbench.store import FILE, Store
-from leakbench.work import Data, Measure
+from leakbench import LeakbenchError, Reconstruction
+from leakbench.engine import executors as workers
+from leakbench.engine.schedule import LOSSES, Schedule
+from leakbench.engine.worker import Data, Measure
+from leakbench.store.run_file import FILE, Store
 
 
 @pytest.fixture(autouse=True)

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from benchmarks import ranking as command
 from leakbench import Attack, LeakbenchError, Observation, Reconstruction, Rng, Unsupported, report
-from leakbench.engine import finished
+from leakbench.analysis.ensemble import UNSCORED, Standing, standings
+from leakbench.engine.run import finished
 from leakbench.errors import BadOption
-from leakbench.matrix import Matrix, Stage, expand, load_suite, override
+from leakbench.plan.matrix import Matrix, Stage, expand, load_suite, override
 from leakbench.report import worst_case
-from leakbench.report.worst_case import Standing, standings
-from leakbench.store import FILE, Store
+from leakbench.store.run_file import FILE, Store
 
 
 @dataclass(frozen=True)
@@ -391,6 +391,6 @@ def test_a_trial_without_the_score_is_no_miss() -> None:
     (found,) = standings(pd.DataFrame([row]), 0.6)
     assert found.images == 0
     assert found.share != found.share
-    assert found.efforts[0].unscored == {worst_case.UNSCORED: 1}
+    assert found.efforts[0].unscored == {UNSCORED: 1}
     (seen,) = standings(pd.DataFrame([row, {**row, "image": 1, "ssim_aligned": 0.9}]), 0.6)
     assert (seen.images, seen.share) == (1, 1.0)

@@ -136,11 +136,11 @@ def targets(work: Path) -> Iterator[dict[str, tuple[Target, list[bytes]]]]:
 
 def _texts(work: Path) -> dict[str, tuple[Target, list[bytes]]]:
     """Return the targets that read specs and TOML."""
-    from leakbench import matrix as matrices
     from leakbench.attacks.base import registry as attacks
     from leakbench.datasets.base import registry as datasets
     from leakbench.defenses.base import registry as defenses
     from leakbench.models.base import registry as models
+    from leakbench.plan import matrix as matrices
     from leakbench.training.settings import Accuracy, Tradeoff
 
     def spec(data: bytes) -> None:
@@ -253,11 +253,13 @@ def _sound(work: Path) -> Path:
 
 def _documents(work: Path) -> dict[str, tuple[Target, list[bytes]]]:
     """Return the targets that read JSON: entries of leaderboards, and what trainings and their studies left."""
-    from leakbench import leaderboard
-    from leakbench.report import accuracy, tradeoff, utility
-    from leakbench.report import leaderboard as boards
+    from leakbench.analysis import pareto as utility
+    from leakbench.leaderboard import entry as boards
+    from leakbench.leaderboard import verify as leaderboard
+    from leakbench.report import accuracy, tradeoff
     from leakbench.report.compare import published
-    from leakbench.store import FILE, Provenance, Store
+    from leakbench.store.provenance import Provenance
+    from leakbench.store.run_file import FILE, Store
     from leakbench.training import arm as arms
     from leakbench.training import run as trainings
     from leakbench.training import tradeoff as attacked
@@ -332,12 +334,12 @@ def _documents(work: Path) -> dict[str, tuple[Target, list[bytes]]]:
 def _runs(work: Path) -> dict[str, tuple[Target, list[bytes]]]:
     """Return the targets that read a run file that was damaged, by its bytes or by the values in its tables."""
     import leakbench
-    from leakbench import merge
-    from leakbench.check import check
+    from leakbench.leaderboard import entry as boards
     from leakbench.report import diff, show
     from leakbench.report import files as reports
-    from leakbench.report import leaderboard as boards
-    from leakbench.store import FILE, Store
+    from leakbench.store import merge
+    from leakbench.store.integrity import check
+    from leakbench.store.run_file import FILE, Store
 
     run, hurt = _sound(work), work / "hurt"
     content = (run / FILE).read_bytes()

@@ -16,9 +16,9 @@ import typer
 
 import leakbench
 from leakbench.cli.main import app
-from leakbench.registry import Registry, option_text
-from leakbench.report.text import escape
-from leakbench.types import PRESETS
+from leakbench.core.registry import Registry, option_text
+from leakbench.core.types import PRESETS
+from leakbench.report.md import escape
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"
 HEAD = "<!-- Written by tools/reference.py; change the components, and run `make reference`. -->\n\n"

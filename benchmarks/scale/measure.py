@@ -13,12 +13,13 @@ import psutil
 import torch
 
 import leakbench
-from leakbench import engine
-from leakbench.progress import Silent
-from leakbench.store import FILE
-from leakbench.trial import Result, Trial
-from leakbench.work import Check, Chunk, Measure, Refusal, Task, png
-from leakbench.workers import Done, Event, Executor
+from leakbench import api
+from leakbench.engine import run as engine
+from leakbench.engine.executors import Done, Event, Executor
+from leakbench.engine.progress import Silent
+from leakbench.engine.worker import Check, Chunk, Measure, Refusal, Task, png
+from leakbench.plan.trial import Result, Trial
+from leakbench.store.run_file import FILE
 
 SCORES = tuple(name for name in leakbench.metrics.names() if not name.startswith("lpips"))
 
@@ -119,7 +120,7 @@ def workers(out: str, count: int, images: int) -> dict[str, float]:
 def report(out: str) -> dict[str, float]:
     """Write the report of a run."""
     begin = time.perf_counter()
-    written = engine.Run(Path(out)).report()
+    written = api.Run(Path(out)).report()
     seconds = time.perf_counter() - begin
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": seconds, "files": len(written), "peak": peak}
@@ -127,7 +128,7 @@ def report(out: str) -> dict[str, float]:
 
 def check(out: str) -> dict[str, float]:
     """Verify a run."""
-    from leakbench.check import check as verify
+    from leakbench.store.integrity import check as verify
 
     begin = time.perf_counter()
     state = verify(Path(out))

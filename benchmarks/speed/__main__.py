@@ -32,8 +32,8 @@ from benchmarks.speed.work import (
     runner,
     scene,
 )
+from leakbench.core.rng import seeded
 from leakbench.gradients import full_precision
-from leakbench.rng import seeded
 
 FORMAT = 1
 REPORTS = machine.ROOT / "reports" / "speed"

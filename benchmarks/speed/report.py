@@ -14,7 +14,7 @@ from benchmarks.readme import fill
 from benchmarks.speed.machine import ROOT
 from benchmarks.speed.measure import Ratio, median, per_iteration, ratio, set_up
 from benchmarks.speed.work import BREACHING, LEAKBENCH, REFERENCE, TITLES
-from leakbench.report.statistics import wilson_interval
+from leakbench.analysis.statistics import wilson_interval
 
 KINDS = ("cpu", "cuda")
 BEGIN, END = "<!-- speed: begin, written by make bench -->", "<!-- speed: end -->"

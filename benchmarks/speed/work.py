@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import leakbench
 from benchmarks.speed import peer, reference
 from leakbench import Rng, attacks
-from leakbench.rng import seeded
+from leakbench.core.rng import seeded
 
 Scale = Literal["smoke", "full"]
 Attack = Literal["ig", "dlg", "grnn"]

@@ -15,12 +15,13 @@ from torch.func import functional_call
 
 from leakbench.attacks.base import Attack, register
 from leakbench.attacks.peel import read_labels
+from leakbench.core.rng import Rng, generator
+from leakbench.core.types import Reconstruction
 from leakbench.errors import Unsupported
 from leakbench.gradients.evaluate import tensors_of
 from leakbench.gradients.linear import layer_direction, layer_input, unexplained
 from leakbench.models.surgery import linears
-from leakbench.rng import Rng, generator
-from leakbench.types import Observation, Reconstruction
+from leakbench.observation import Observation
 
 CLOSE = 0.1
 """How far a value may be from the pixel that it is taken for, in steps between neighbouring values of the probe."""

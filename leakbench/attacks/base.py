@@ -8,12 +8,13 @@ from typing import ClassVar
 
 import torch
 
-from leakbench.component import Component
+from leakbench.core.component import Component
+from leakbench.core.registry import Registry
+from leakbench.core.rng import Rng
+from leakbench.core.types import Reconstruction, ThreatModel
 from leakbench.defenses.base import Defense
 from leakbench.errors import Unsupported
-from leakbench.registry import Registry
-from leakbench.rng import Rng
-from leakbench.types import Observation, Reconstruction, ThreatModel
+from leakbench.observation import Observation
 
 
 class Attack(Component):

@@ -11,8 +11,8 @@ from torch import Tensor
 from leakbench.attacks.base import register
 from leakbench.attacks.matching import NonNegative
 from leakbench.attacks.quasi_newton import QuasiNewton
+from leakbench.core.types import Gradient
 from leakbench.gradients.bilinear import squared_distance
-from leakbench.types import Gradient
 
 
 @register("dlg")

@@ -13,9 +13,9 @@ from torch import Tensor
 from leakbench.attacks.base import register
 from leakbench.attacks.matching import Count, MatchingObjective, root, scaled
 from leakbench.attacks.quasi_newton import QuasiNewton
+from leakbench.core.types import Gradient
 from leakbench.gradients.bilinear import squared_distance, squared_norm
 from leakbench.optim import Unknowns
-from leakbench.types import Gradient
 
 SCALE = "scale"
 """The unknown that the update is multiplied by, or its logarithm."""

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 
 from leakbench.attacks.base import Attack, register
-from leakbench.rng import Rng
-from leakbench.types import Observation, Reconstruction
+from leakbench.core.rng import Rng
+from leakbench.core.types import Reconstruction
+from leakbench.observation import Observation
 
 
 @register("random")

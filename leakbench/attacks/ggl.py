@@ -21,14 +21,15 @@ from leakbench.attacks.matching import (
     analytic_labels,
     double,
 )
-from leakbench.chunk import SHARE, free_memory
+from leakbench.core.device import SHARE, free_memory
+from leakbench.core.rng import Rng
+from leakbench.core.types import Gradient, Reconstruction
 from leakbench.errors import BadOption, Unsupported
 from leakbench.generators import Generator
 from leakbench.gradients.bilinear import squared_norm
+from leakbench.observation import Observation
 from leakbench.optim import Evaluation, Solution, Unknowns, descend
 from leakbench.optim.evolve import check_optimiser, evolve
-from leakbench.rng import Rng
-from leakbench.types import Gradient, Observation, Reconstruction
 
 ADAM = "adam"
 BOUND = 2.0

@@ -12,12 +12,13 @@ from torch.nn import functional as F
 
 from leakbench.attacks.base import register
 from leakbench.attacks.matching import Count, GradientMatching, MatchingObjective, NonNegative, Positive, root
+from leakbench.core.rng import Rng
+from leakbench.core.types import Gradient
 from leakbench.gradients.bilinear import squared_distance
 from leakbench.gradients.intercept import batch_norm
+from leakbench.observation import Observation
 from leakbench.optim import Solution, Unknowns, descend
 from leakbench.optim.rmsprop import EPS
-from leakbench.rng import Rng
-from leakbench.types import Gradient, Observation
 
 WIDTH = 32
 """Channels before the last block; each block before it has twice as many."""

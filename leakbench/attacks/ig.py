@@ -11,9 +11,9 @@ from torch import Tensor
 
 from leakbench.attacks.base import register
 from leakbench.attacks.matching import Count, GradientMatching, MatchingObjective, NonNegative, Positive
+from leakbench.core.types import Gradient
 from leakbench.gradients.bilinear import inner, squared_norm
 from leakbench.optim import Solution, Unknowns, descend
-from leakbench.types import Gradient
 
 
 def cosine_distance(gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:

@@ -12,11 +12,12 @@ from torch import Tensor
 from leakbench.attacks.base import register
 from leakbench.attacks.matching import Count, NonNegative, double
 from leakbench.attacks.quasi_newton import QuasiNewton
+from leakbench.core.rng import Rng
+from leakbench.core.types import Gradient, Reconstruction
 from leakbench.gradients.bilinear import squared_norm
 from leakbench.models.surgery import linears
+from leakbench.observation import Observation
 from leakbench.optim import LineSearch, Unknowns
-from leakbench.rng import Rng
-from leakbench.types import Gradient, Observation, Reconstruction
 
 SMALLEST = 1e-4
 """A parameter whose gradient is smaller, relative to the largest, is weighted as if it were of this size.

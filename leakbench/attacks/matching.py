@@ -18,16 +18,17 @@ from pydantic import Field
 from torch import Tensor
 
 from leakbench.attacks.base import Attack
-from leakbench.component import LATER
-from leakbench.curve import Curve
+from leakbench.core.component import LATER
+from leakbench.core.loss_curve import Curve
+from leakbench.core.rng import Rng
+from leakbench.core.types import Gradient, Reconstruction, Secret
 from leakbench.errors import Unsupported
 from leakbench.gradients import Evaluator, choose_path, plain_loss
 from leakbench.gradients.bilinear import squared_norm
 from leakbench.gradients.evaluate import tensors_of
 from leakbench.models.surgery import linears
+from leakbench.observation import Observation
 from leakbench.optim import Evaluation, Solution, Unknowns, take_rows, value_and_gradient
-from leakbench.rng import Rng
-from leakbench.types import Gradient, Observation, Reconstruction, Secret
 
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -26,13 +26,14 @@ from leakbench.attacks.peeling.undo import (
     undo_normalisation,
     undo_scaling,
 )
-from leakbench.chunk import SHARE, free_memory
-from leakbench.component import LATER
+from leakbench.core.component import LATER
+from leakbench.core.device import SHARE, free_memory
+from leakbench.core.rng import Rng
+from leakbench.core.types import Reconstruction
 from leakbench.errors import Unsupported
 from leakbench.gradients.evaluate import tensors_of
 from leakbench.models.surgery import linears
-from leakbench.rng import Rng
-from leakbench.types import Observation, Reconstruction
+from leakbench.observation import Observation
 
 LIMIT = 12288
 """The most values that a layer may take: a system of N unknowns takes N^3 operations and ``COPIES`` N^2 numbers."""

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from leakbench.attacks.matching import GradientMatching, MatchingObjective
-from leakbench.component import LATER
+from leakbench.core.component import LATER
 from leakbench.optim import LineSearch, Solution, Unknowns, descend, lbfgs
 
 HISTORY = 100

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from leakbench.analysis.ensemble import Effort
 from leakbench.audit.gate import LABELS, RECOVERED, Gate
 from leakbench.audit.layers import ClosedForm, Labels, Share
-from leakbench.report.worst_case import Effort
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from leakbench import datasets
+from leakbench.core.images import FORMATS
+from leakbench.core.rng import seeded
 from leakbench.datasets import Dataset
 from leakbench.datasets.folder import SUFFIXES
 from leakbench.errors import BadOption, CorruptAsset, MissingAsset, Unsupported
 from leakbench.models import weights
 from leakbench.models.module import OwnModule
-from leakbench.pictures import FORMATS
-from leakbench.rng import seeded
 
 SCALE, OWN = "normalise", "network"
 """The names of an input normalisation and of the network behind it."""

@@ -13,7 +13,7 @@ from leakbench.attacks.analytic import pixel_layers, widths
 from leakbench.attacks.peel import read_labels
 from leakbench.gradients.linear import layer_direction, layer_input, unexplained
 from leakbench.models.surgery import linears
-from leakbench.types import Observation
+from leakbench.observation import Observation
 
 EXACT = 1e-3
 """The part of a linear layer's gradient that no single input explains, up to which its input is taken for exact."""

@@ -15,29 +15,32 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from leakbench import attacks, datasets, defenses, engine, metrics
+from leakbench import attacks, datasets, defenses, metrics
+from leakbench.analysis.ensemble import UNSCORED, Effort, floor_share, standings
 from leakbench.attacks.base import prepare
 from leakbench.audit.findings import Audit, Behind, Sight
 from leakbench.audit.gate import LABELS, Gate
 from leakbench.audit.given import SCALE, Audited, Update, classes_of
 from leakbench.audit.layers import EXACT, ClosedForm, Labels, closed_forms, labels_of, shares
+from leakbench.core.rng import Rng, seeded
+from leakbench.core.text import english, number, part
+from leakbench.core.types import PRESETS, Reconstruction, ThreatModel
 from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
+from leakbench.engine import run as engine
+from leakbench.engine.progress import Silent
+from leakbench.engine.run import RunOptions
+from leakbench.engine.worker import png
 from leakbench.errors import BadOption, LeakbenchError, MissingAsset, Unsupported
 from leakbench.gradients import full_precision
 from leakbench.gradients.evaluate import architecture
-from leakbench.matrix import RECOVERY, Matrix, expand, load_suite, override
 from leakbench.metrics.base import Truth
 from leakbench.models.module import OwnModule
 from leakbench.models.surgery import linears
-from leakbench.progress import Silent
-from leakbench.report.text import english, number, part
-from leakbench.report.worst_case import UNSCORED, Effort, floor_share, standings
-from leakbench.rng import Rng, seeded
-from leakbench.store import FILE, Store
-from leakbench.types import PRESETS, Observation, Reconstruction, ThreatModel
+from leakbench.observation import Observation
+from leakbench.plan.matrix import RECOVERY, Matrix, expand, load_suite, override
+from leakbench.store.run_file import FILE, Store
 from leakbench.victim import Client, layer_inputs, observe
-from leakbench.work import png
 
 Budget = Literal["quick", "standard", "thorough"]
 
@@ -99,7 +102,7 @@ def audit_model(
     assert matrix.threshold is not None
     indices = list(range(chosen)) if isinstance(chosen, int) else list(chosen)
     looked = {defenses.spec(one): _look(own, one, dataset, indices) for one in protections}
-    engine.run(matrix, out, device=device, progress=progress, command=command)
+    engine.run(matrix, out, RunOptions(device), progress=progress, command=command)
     with Store.open(out / FILE, readonly=True) as store:
         wanted = {trial.id for trial in matrix.trials()}
         trials = store.trials()

@@ -121,7 +121,7 @@ def tradeoff(
     plans, folder = plan(Tradeoff, file, scale, {"rounds": rounds, "name": name}, lists, out, plugin)
     arms = [arm for one in plans for arm in one.arms()]
     with _stoppable(arms, folder) as (command, console):
-        from leakbench.progress import Display
+        from leakbench.engine.progress import Display
         from leakbench.training import tradeoff as study
         from leakbench.training.progress import Rounds
 
@@ -166,8 +166,8 @@ def plan(
     plugin: Sequence[Path] | None,
 ) -> tuple[list[Plan], Path]:
     """Return what a file and options state, and the run's folder."""
-    from leakbench import matrix
-    from leakbench.registry import load_plugin
+    from leakbench.core.registry import load_plugin
+    from leakbench.plan import matrix
 
     for path in plugin or []:
         load_plugin(path)

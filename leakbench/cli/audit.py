@@ -95,11 +95,11 @@ def audit(
     from leakbench.audit.given import behind_scale, images_of, load_checkpoint, read_image, subject
     from leakbench.audit.run import refuse_unmeasured
     from leakbench.cli.run import _console
+    from leakbench.core.registry import load_plugin
     from leakbench.datasets import spec
+    from leakbench.engine.progress import Display
     from leakbench.errors import BadOption
-    from leakbench.matrix import axes_from_options
-    from leakbench.progress import Display
-    from leakbench.registry import load_plugin
+    from leakbench.plan.matrix import axes_from_options
     from leakbench.report import audit as pages
     from leakbench.report.files import replace
 

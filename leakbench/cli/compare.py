@@ -23,7 +23,7 @@ def show(
 
     from leakbench.cli.run import _console
     from leakbench.report.show import show as find
-    from leakbench.store import FILE, Store
+    from leakbench.store.run_file import FILE, Store
 
     with Store.open(run / FILE, readonly=True) as store:
         shown = find(store, trial)
@@ -57,7 +57,7 @@ def diff(
     """
     from leakbench.report.diff import Arm
     from leakbench.report.diff import diff as compare
-    from leakbench.store import FILE, Store
+    from leakbench.store.run_file import FILE, Store
 
     arms = []
     for run in (run_a, run_b):

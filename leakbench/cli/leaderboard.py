@@ -58,9 +58,9 @@ def leaderboard(
 
 def _check(entry: Path, run: Path, sample: int, seed: int | None, device: str, plugins: list[Path]) -> None:
     """Check an entry; exit with 1 where it does not hold."""
-    from leakbench.leaderboard import check, words
-    from leakbench.registry import load_plugin
-    from leakbench.report.leaderboard import read
+    from leakbench.core.registry import load_plugin
+    from leakbench.leaderboard.entry import read
+    from leakbench.leaderboard.verify import check, words
 
     for path in plugins:
         load_plugin(path)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from leakbench.registry import Registry
+    from leakbench.core.registry import Registry
 
 app = typer.Typer(help="List what is registered.", no_args_is_help=True)
 
@@ -75,7 +75,7 @@ def generators(plugin: Plugin = None) -> None:
 @app.command()
 def suites() -> None:
     """List the matrices that ship with leakbench."""
-    from leakbench import matrix
+    from leakbench.plan import matrix
 
     for name in matrix.suites():
         axes = matrix.load_suite(name)
@@ -88,14 +88,14 @@ def suites() -> None:
 @app.command()
 def threats() -> None:
     """List the threat models that have a name."""
-    from leakbench.types import PRESETS
+    from leakbench.core.types import PRESETS
 
     for name, preset in PRESETS.items():
         typer.echo(f"{name}\n    {preset.describe()}")
 
 
 def _show(registry: Registry[Any], plugins: list[Path] | None) -> None:
-    from leakbench.registry import load_plugin, option_text
+    from leakbench.core.registry import load_plugin, option_text
 
     for path in plugins or []:
         load_plugin(path)

@@ -23,7 +23,7 @@ def report(
     from leakbench import report as reports
     from leakbench.errors import BadOption
     from leakbench.report import accuracy, tradeoff
-    from leakbench.store import FILE
+    from leakbench.store.run_file import FILE
 
     formats = set(format or reports.DEFAULT)
     unknown = sorted(formats - set(reports.FORMATS))

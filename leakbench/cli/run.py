@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,8 +13,9 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from leakbench.engine import Run
-    from leakbench.matrix import Matrix
+    from leakbench.api import Run
+    from leakbench.engine.run import RunOptions
+    from leakbench.plan.matrix import Matrix
 
 app = typer.Typer(help="Run trials.", no_args_is_help=True)
 
@@ -129,9 +129,10 @@ def matrix(
     recovered, and says by whom and at what cost. An --attack that is given takes the place of the ensemble. Its scales
     are smoke (minutes) and cpu (the default: 13 defenses and 32 images, within an hour on two cores).
     """
-    from leakbench import matrix as matrices
     from leakbench import report
+    from leakbench.engine.run import RunOptions
     from leakbench.errors import BadOption
+    from leakbench.plan import matrix as matrices
 
     given = _given(plugin, attack, defense, model, dataset, threat, images, seeds)
     if file is not None and suite is not None:
@@ -145,8 +146,8 @@ def matrix(
     settings = {"name": name, "floors": floors, "threshold": threshold}
     override = {**given, **{key: value for key, value in settings.items() if value is not None}}
     plans = [matrices.Matrix(**matrices.override(row, override)) for row in matrices.expand(axes, scale)]
-    how = _How(device, chunk, workers, time_limit, shard, executor, ray_address, gpus_per_worker, strict)
-    finished = _run(plans, out, how)
+    options = RunOptions(device, chunk, strict, workers, time_limit, shard, executor, ray_address, gpus_per_worker)
+    finished = _run(plans, out, options)
     finished.report()
     if plans[-1].threshold is not None:
         typer.echo(report.ranking(finished.out))
@@ -187,14 +188,17 @@ def curves(
     exact gradient. Without a file the suite ``curves`` runs, whose scales are smoke (minutes) and cpu (the default).
     Every run with at least two such strengths has the figure; ``leakbench report OUT`` draws it again.
     """
-    from leakbench import matrix as matrices
+    from leakbench.engine.run import RunOptions
+    from leakbench.plan import matrix as matrices
     from leakbench.report import curves as report
 
     given = _given(plugin, attack, defense, model, dataset, threat, images, seeds)
     axes = matrices.load_suite("curves") if file is None else matrices.load(file)
     plans = [matrices.Matrix(**matrices.override(row, given)) for row in matrices.expand(axes, scale)]
     report.check(plans)
-    finished = _run(plans, out, _How(device, chunk, workers, time_limit, shard, executor, ray_address, gpus_per_worker))
+    finished = _run(
+        plans, out, RunOptions(device, chunk, False, workers, time_limit, shard, executor, ray_address, gpus_per_worker)
+    )
     finished.report()
     typer.echo(f"report: {finished.out / report.FILE}")
 
@@ -228,13 +232,16 @@ def sharing(
     OUT/sharing.md has a grid of pictures for each attack, the scores of every grant with 95 % intervals, and paired
     tests between grants on the same images. A run that was stopped goes on where it was.
     """
-    from leakbench import matrix as matrices
     from leakbench import report
+    from leakbench.engine.run import RunOptions
+    from leakbench.plan import matrix as matrices
 
     given = _given(plugin, attack, None, model, dataset, None, images, seeds)
     rows = matrices.expand(matrices.load_suite("sharing"), scale)
     plans = [matrices.Matrix(**{**row, **given, "name": f"sharing-{scale}"}) for row in rows]
-    finished = _run(plans, out, _How(device, chunk, workers, time_limit, shard, executor, ray_address, gpus_per_worker))
+    finished = _run(
+        plans, out, RunOptions(device, chunk, False, workers, time_limit, shard, executor, ray_address, gpus_per_worker)
+    )
     finished.report()
     for path in report.write_sharing(finished.out):
         if path.suffix == ".md":
@@ -252,8 +259,8 @@ def _given(
     seeds: Sequence[str] | None,
 ) -> dict[str, Any]:
     """Load the plugins, and return the axes that were given on the command line."""
-    from leakbench.matrix import axes_from_options
-    from leakbench.registry import load_plugin
+    from leakbench.core.registry import load_plugin
+    from leakbench.plan.matrix import axes_from_options
 
     for path in plugin or []:
         load_plugin(path)
@@ -270,46 +277,32 @@ def _given(
     )
 
 
-@dataclass(frozen=True)
-class _How:
-    """How a run is done, whatever it is."""
-
-    device: str
-    chunk: int | None
-    workers: int | None
-    time_limit: float | None
-    shard: str
-    executor: str
-    ray_address: str
-    gpus_per_worker: float | None
-    strict: bool = False
-
-
-def _run(plans: Sequence[Matrix], out: Path | None, how: _How) -> Run:
+def _run(plans: Sequence[Matrix], out: Path | None, options: RunOptions) -> Run:
     """Run matrices into one folder; after Ctrl-C say how much is done and how to go on.
 
     Of several, each is checked before the first one runs, and those of which a shard has no trial are left out.
     """
-    from leakbench import engine
-    from leakbench.progress import Display
+    from leakbench.api import Run
+    from leakbench.engine import run as engine
+    from leakbench.engine.progress import Display
 
     command = "leakbench " + shlex.join(sys.argv[1:])
     folder = out or Path("runs") / plans[0].name
     try:
         if len(plans) > 1:
             for plan in plans:
-                engine.check(plan, device=how.device, strict=how.strict, time_limit=how.time_limit)
-            plans = [plan for plan in plans if engine.planned(plan, how.shard)] or plans
+                engine.check(plan, device=options.device, strict=options.strict, time_limit=options.time_limit)
+            plans = [plan for plan in plans if engine.planned(plan, options.shard)] or plans
         for number, plan in enumerate(plans, 1):
             part = f"matrix {number} of {len(plans)}" if len(plans) > 1 else ""
-            with Display(_console(), how.workers or 1, part) as display:
-                finished = engine.run(plan, folder, **vars(how), progress=display, command=command)
+            with Display(_console(), options.workers or 1, part) as display:
+                engine.run(plan, folder, options, progress=display, command=command)
     except KeyboardInterrupt:
-        done = sum(engine.finished(folder, plan, how.shard) for plan in plans)
-        planned = sum(len(engine.planned(plan, how.shard)) for plan in plans)
+        done = sum(engine.finished(folder, plan, options.shard) for plan in plans)
+        planned = sum(len(engine.planned(plan, options.shard)) for plan in plans)
         typer.echo(f"stopped: {done} of {planned} trials are done; to go on: {command}", err=True)
         raise SystemExit(130) from None
-    return finished
+    return Run(folder)
 
 
 def _console() -> Console:

@@ -15,7 +15,7 @@ def check(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of
     code is 0 where the run is complete and sound, 1 where trials are missing or ended in an error, 3 where something is
     wrong with the file, and 2 where there is no run file.
     """
-    from leakbench.check import check as examine
+    from leakbench.store.integrity import check as examine
 
     state = examine(run)
     for line in state.lines():
@@ -35,7 +35,7 @@ def merge(
     A trial that has a result keeps it, unless it is an error and another run has more. "leakbench report OUT" then
     writes the report of the whole.
     """
-    from leakbench.merge import merge as unite
+    from leakbench.store.merge import merge as unite
 
     merged = unite(runs, out, force=force)
     typer.echo(f"{merged.added} results added: {merged.finished} of {merged.planned} trials are done in {out}")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from leakbench.component import Component
-from leakbench.registry import Registry
+from leakbench.core.component import Component
+from leakbench.core.registry import Registry
 
 
 class Dataset(Component):

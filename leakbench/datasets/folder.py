@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from leakbench.core.images import FORMATS
 from leakbench.datasets.base import Dataset, register
 from leakbench.datasets.images import Channels, Size, check_indices, convert
 from leakbench.errors import BadOption, CorruptAsset
-from leakbench.pictures import FORMATS
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 ATTACKED = ("val", "test")

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from leakbench.component import Component
+from leakbench.core.component import Component
+from leakbench.core.registry import Registry
+from leakbench.core.types import Gradient, Secret
 from leakbench.errors import BadOption, Unsupported
-from leakbench.registry import Registry
-from leakbench.types import Gradient, Secret
 
 
 class Step:

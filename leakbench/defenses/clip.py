@@ -10,9 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from leakbench.core.types import Gradient
 from leakbench.defenses.base import Defense, Step, register
 from leakbench.gradients.bilinear import squared_norm
-from leakbench.types import Gradient
 
 Norm = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 

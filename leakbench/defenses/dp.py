@@ -11,10 +11,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from leakbench.core.types import Gradient
 from leakbench.defenses.base import Defense, Step, register
 from leakbench.defenses.clip import Norm, clipped
 from leakbench.gradients.bilinear import squared_distance
-from leakbench.types import Gradient
 
 WEAK = 10
 """An epsilon above which Ponomareva et al. 2023 (How to DP-fy ML, section 5.2) call a guarantee weak, or none."""

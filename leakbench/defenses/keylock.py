@@ -12,11 +12,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from leakbench.core.types import Gradient, Law, Normal, Secret, Uniform
 from leakbench.defenses.base import Defense, register
 from leakbench.errors import BadOption
 from leakbench.gradients.linear import layer_input
 from leakbench.models.surgery import Layers, plain_norm, replace_module, replace_norms
-from leakbench.types import Gradient, Law, Normal, Secret, Uniform
 
 Gate = Literal["relu", "sigmoid", "none"]
 

@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from leakbench.core.types import Gradient
 from leakbench.defenses.base import Defense, Step, register
-from leakbench.types import Gradient
 
 SMOOTH = 0.1
 """Within how many deviations of 0 an absolute value is rounded off."""

@@ -13,11 +13,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from leakbench.core.types import Gradient, Normal, Secret
 from leakbench.defenses.base import Defense, register
 from leakbench.errors import Unsupported
 from leakbench.gradients.linear import layer_input
 from leakbench.models.surgery import linears, replace_module
-from leakbench.types import Gradient, Normal, Secret
 
 
 class VariationalBottleneck(nn.Module):

@@ -11,8 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from leakbench.core.types import Gradient
 from leakbench.defenses.base import Defense, Step, register
-from leakbench.types import Gradient
 
 Ratio = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 

@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from leakbench.core.types import Gradient
 from leakbench.defenses.base import Defense, Step, register
-from leakbench.types import Gradient
 
 LARGEST = 65504.0
 """The largest number in half precision."""

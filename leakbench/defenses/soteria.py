@@ -11,11 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from leakbench.core.types import Gradient
 from leakbench.defenses.base import Defense, Step, register
 from leakbench.defenses.prune import Ratio, percentile
 from leakbench.errors import Unsupported
 from leakbench.models.surgery import linears
-from leakbench.types import Gradient
 
 CHUNK = 64
 """How many rows of a Jacobian are computed at a time."""

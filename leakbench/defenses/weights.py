@@ -11,11 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from leakbench.core.types import Gradient
 from leakbench.defenses.base import Defense, Step, register
 from leakbench.defenses.noise import SMOOTH
 from leakbench.defenses.prune import Ratio, percentile
 from leakbench.gradients.bilinear import shared
-from leakbench.types import Gradient
 
 Snapshots = Literal["both", "after"]
 Bound = Annotated[float, Field(gt=0, allow_inf_nan=False)]

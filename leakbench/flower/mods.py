@@ -11,12 +11,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, Message
 from torch import Tensor, nn
 
 from leakbench import defenses
+from leakbench.core.rng import generator
+from leakbench.core.types import Gradient, Secret
 from leakbench.defenses import Defense
 from leakbench.defenses.base import UpdateStep
 from leakbench.errors import BadOption
 from leakbench.gradients.evaluate import tensors_of
-from leakbench.rng import generator
-from leakbench.types import Gradient, Secret
 
 Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Message]
 

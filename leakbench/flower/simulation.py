@@ -34,8 +34,8 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from leakbench.core.registry import load_plugin, plugins
 from leakbench.errors import BadOption, LeakbenchError
-from leakbench.registry import load_plugin, plugins
 
 RUN = 1
 """The id of the one run of a simulation."""

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from leakbench.core.rng import generator
 from leakbench.generators import files
 from leakbench.generators.train import WEIGHTS, Images, Recipe, read, splits
-from leakbench.rng import generator
 from leakbench.version import __version__
 
 SAMPLES = 1000

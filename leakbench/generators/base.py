@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leakbench.component import Component
+from leakbench.core.component import Component
+from leakbench.core.registry import Registry
+from leakbench.core.types import Law, Normal
 from leakbench.datasets.images import convert
 from leakbench.errors import BadOption, LeakbenchError, Unsupported
-from leakbench.registry import Registry
-from leakbench.types import Law, Normal
 
 SAME_MEAN = 1e-4
 """Root mean square difference below which two mean images are those of the same images."""

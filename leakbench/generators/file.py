@@ -22,9 +22,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
+from leakbench.core.types import Law, Normal, Uniform
 from leakbench.errors import BadOption, CorruptAsset
 from leakbench.generators.base import Card, Generator, TruncatedNormal, register
-from leakbench.types import Law, Normal, Uniform
 
 LAWS: dict[str, Law] = {"normal": Normal(), "truncated-normal": TruncatedNormal(), "uniform": Uniform(-1.0, 1.0)}
 """The laws of a latent's coordinates by name."""

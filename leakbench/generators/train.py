@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakbench import datasets
-from leakbench.alone import alone
+from leakbench.core.lock import alone
+from leakbench.core.rng import generator, seeded
 from leakbench.datasets import Dataset
 from leakbench.datasets.stored import Stored
 from leakbench.errors import BadOption, CorruptAsset
 from leakbench.generators import files
 from leakbench.generators.files import Trained
 from leakbench.generators.networks import SIDE, ConditionalNorm, Critic, Decoder
-from leakbench.rng import generator, seeded
 
 WEIGHTS = "generator.safetensors"
 CHECKPOINT = "checkpoint.pt"

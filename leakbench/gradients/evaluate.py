@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from leakbench.core.rng import generator, seeded
+from leakbench.core.types import Gradient
 from leakbench.errors import Unsupported
 from leakbench.gradients.bilinear import shared
 from leakbench.gradients.draws import BatchDraws, Generators, NoDraws
 from leakbench.gradients.intercept import PER_TRIAL, UNDER_VMAP, Interception
-from leakbench.rng import generator, seeded
-from leakbench.types import Gradient
 
 Path = Literal["batched", "vmap", "one-at-a-time"]
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from leakbench.component import Component
-from leakbench.registry import Registry
-from leakbench.types import Reconstruction
+from leakbench.core.component import Component
+from leakbench.core.registry import Registry
+from leakbench.core.types import Reconstruction
 
 
 @dataclass(frozen=True)

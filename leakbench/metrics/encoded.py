@@ -13,10 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from leakbench.core.types import Reconstruction
 from leakbench.metrics.aligned import psnr_aligned, ssim_aligned
 from leakbench.metrics.base import Metric, Truth, register
 from leakbench.metrics.standard import PSNR_CAP, SSIM_WINDOW, ssim_note
-from leakbench.types import Reconstruction
 
 _WHAT = "against the image that the client trained on; none where that is the private image itself"
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from leakbench.core.types import Reconstruction
 from leakbench.metrics.base import Metric, Truth, register
-from leakbench.types import Reconstruction
 
 
 def label_correct(guess: Tensor | None, truth: Tensor) -> Tensor:

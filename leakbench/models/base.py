@@ -6,9 +6,9 @@ from abc import abstractmethod
 
 from torch import nn
 
-from leakbench.component import Component
+from leakbench.core.component import Component
+from leakbench.core.registry import Registry
 from leakbench.models.weights import Checkpoint
-from leakbench.registry import Registry
 
 
 class Model(Component):

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from leakbench.core.rng import generator, seeded
 from leakbench.errors import Unsupported
 from leakbench.models.base import Model
-from leakbench.rng import generator, seeded
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from leakbench.curve import Curve
+from leakbench.core.loss_curve import Curve
 
 Unknowns = dict[str, Tensor]
 """Name -> [T, *shape]: everything that the attacker searches for."""

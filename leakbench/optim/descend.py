@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from leakbench.curve import Curve, marks
+from leakbench.core.loss_curve import Curve, marks
 from leakbench.optim.base import Objective, Solution, Unknowns, rows_finite, where_rows
 from leakbench.optim.graph import recorded
 from leakbench.optim.rmsprop import Gain, RMSprop

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leakbench.chunk import out_of_memory
-from leakbench.curve import Curve, marks
+from leakbench.core.device import out_of_memory
+from leakbench.core.loss_curve import Curve, marks
+from leakbench.core.rng import Rng
 from leakbench.errors import BadOption
 from leakbench.optim.base import Objective, Solution, Unknowns
-from leakbench.rng import Rng
 
 WORST = 1e20
 """What a candidate whose objective is not finite, or larger, is told to cost."""

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from leakbench.curve import Curve, marks
+from leakbench.core.loss_curve import Curve, marks
 from leakbench.optim.base import Objective, Solution, Unknowns, largest, value_and_gradient
 from leakbench.optim.history import History, Rows
 from leakbench.optim.wolfe import StrongWolfe

@@ -1,9 +1,9 @@
 """Tables, pictures and pages of a run: pure functions of its file."""
 
+from leakbench.analysis.statistics import bootstrap_interval
+from leakbench.analysis.summary import strongest, summarise
 from leakbench.report.console import console_table
 from leakbench.report.files import DEFAULT, FORMATS, ranking, write, write_comparison, write_figures, write_sharing
-from leakbench.report.statistics import bootstrap_interval
-from leakbench.report.table import strongest, summarise
 
 __all__ = [
     "DEFAULT",

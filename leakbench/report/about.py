@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from leakbench.report.text import ABSENT, escape, number, table
-from leakbench.store import Session
+from leakbench.core.text import ABSENT, number
+from leakbench.report.md import escape, table
+from leakbench.store.records import Session
 
 MIXED = "This run mixes versions of leakbench"
 """What a report warns of where starts of a run were of different versions."""

@@ -16,12 +16,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from leakbench.analysis.statistics import wilson_interval
+from leakbench.core.text import ABSENT, english, number, slug
 from leakbench.errors import BadOption
 from leakbench.report import grids
 from leakbench.report.compare import Published, published
 from leakbench.report.files import replace
-from leakbench.report.statistics import wilson_interval
-from leakbench.report.text import ABSENT, english, escape, number, slug, table
+from leakbench.report.md import escape, table
 from leakbench.training import Record, records
 from leakbench.training.arm import GLOBAL, Outcome, Round
 from leakbench.training.run import FOLDER

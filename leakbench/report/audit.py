@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 
 from leakbench.audit.findings import Audit, Behind
+from leakbench.core.text import ABSENT, number, part, percent
+from leakbench.report.md import escape, table
 from leakbench.report.page import STYLES, picture, render
-from leakbench.report.text import ABSENT, escape, number, part, percent, table
 
 LISTED = 12
 """The layers that are listed by themselves, those with the largest shares."""

@@ -10,10 +10,11 @@ from typing import Annotated
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
 
-from leakbench.report.table import summarise
-from leakbench.report.text import ABSENT, decimals, escape, number, table, with_interval
-from leakbench.report.trained import trained
-from leakbench.store import Component, MetricInfo
+from leakbench.analysis.summary import summarise
+from leakbench.core.text import ABSENT, decimals, number, with_interval
+from leakbench.report.markdown import trained
+from leakbench.report.md import escape, table
+from leakbench.store.records import Component, MetricInfo
 
 _OURS = ("paper_mse", "paper_psnr", "psnr", "psnr_aligned", "ssim")
 Positive = Annotated[float, Field(gt=0)]

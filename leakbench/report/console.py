@@ -7,9 +7,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from leakbench.analysis.summary import BLOCK
+from leakbench.core.text import decimals, number, with_interval
 from leakbench.errors import one_line
-from leakbench.report.table import BLOCK
-from leakbench.report.text import decimals, number, with_interval
 
 _SHOWN = {"psnr": "psnr", "psnr_aligned": "aligned", "ssim": "ssim", "lpips_vgg": "lpips_vgg", "label_correct": "label"}
 """Metric -> its heading; the report has every metric, and says what each means."""

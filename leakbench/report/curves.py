@@ -14,12 +14,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from leakbench import defenses
+from leakbench.analysis.summary import BLOCK, summarise
+from leakbench.core.text import ABSENT, decimals, slug, with_interval
 from leakbench.errors import BadOption
-from leakbench.matrix import Matrix
+from leakbench.plan.matrix import Matrix
 from leakbench.report.grids import COLOURS, plain
-from leakbench.report.table import BLOCK, summarise
-from leakbench.report.text import ABSENT, decimals, escape, slug, table, with_interval
-from leakbench.store import Component, MetricInfo
+from leakbench.report.md import escape, table
+from leakbench.store.records import Component, MetricInfo
 
 FILE = "curves.md"
 """The name of the report in a run's folder."""

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from leakbench.analysis.summary import BLOCK
 from leakbench.report.grids import COLOURS, plain
 from leakbench.report.html import Curves
-from leakbench.report.table import BLOCK
 
 _LINES = ("-", "--", ":", "-.")
 _LEAST = 2

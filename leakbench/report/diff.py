@@ -11,13 +11,15 @@ from typing import Any
 import pandas as pd
 from scipy import stats
 
+from leakbench.analysis.paired import METRICS, Pair
+from leakbench.analysis.statistics import ALPHA, holm
+from leakbench.core.text import ABSENT, p_value, percent
 from leakbench.errors import BadOption
-from leakbench.matrix import RECOVERY
-from leakbench.report.differences import METRICS, WORDS, Pair, paired_table, too_few
-from leakbench.report.statistics import ALPHA, holm
-from leakbench.report.text import ABSENT, escape, p_value, percent, table
-from leakbench.report.worst_case import threshold_of
-from leakbench.store import MetricInfo, Record, Session, Store
+from leakbench.plan.matrix import RECOVERY
+from leakbench.report.differences import WORDS, paired_table, too_few
+from leakbench.report.md import escape, table
+from leakbench.store.records import MetricInfo, Record, Session, threshold_of
+from leakbench.store.run_file import Store
 
 AXES = ("attack", "defense", "model", "dataset", "threat")
 _APART = re.compile(r" \[(version \d+|settings [0-9a-f]{6})\]$")
@@ -215,7 +217,7 @@ def _scores(trials: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
 
 
 def _name(cell: _Cell, varying: Sequence[int]) -> str:
-    return ", ".join(escape(cell.specs[axis]) for axis in varying)
+    return ", ".join(cell.specs[axis] for axis in varying)
 
 
 def _verdict(
@@ -282,7 +284,7 @@ def _statuses(pairs: Sequence[tuple[_Cell, _Cell]], varying: Sequence[int]) -> s
         both = one.trials.index.intersection(other.trials.index)
         moves = one.trials.loc[both, "status"] + " → " + other.trials.loc[both, "status"]
         changed = moves[one.trials.loc[both, "status"] != other.trials.loc[both, "status"]].value_counts(sort=False)
-        rows += [[_name(one, varying), str(move), str(count)] for move, count in changed.items()]
+        rows += [[escape(_name(one, varying)), str(move), str(count)] for move, count in changed.items()]
     if not rows:
         return ""
     return f"**Trials that ended otherwise**:\n\n{table(['cell', 'status', 'trials'], rows, left=2)}"
@@ -306,7 +308,7 @@ def _settings(pairs: Sequence[tuple[_Cell, _Cell]], varying: Sequence[int]) -> s
     rows = []
     for one, other in pairs:
         before, after = json.loads(one.settings), json.loads(other.settings)
-        rows += [[_name(one, varying), escape(name), escape(a), escape(b)] for name, a, b in _changes(before, after)]
+        rows += [[escape(_name(one, varying)), escape(name), escape(a), escape(b)] for name, a, b in _changes(before, after)]
     if not rows:
         return ""
     title = "**Settings that differ between cells of one name**, so that their trials have other ids:"

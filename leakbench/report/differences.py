@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pandas as pd
 
-from leakbench.matrix import parse_threat
-from leakbench.report.statistics import (
+from leakbench.analysis.paired import METRICS, Pair, _attacks, _defenses, _informed
+from leakbench.analysis.statistics import (
     ALPHA,
     POWER,
     Difference,
@@ -22,13 +20,10 @@ from leakbench.report.statistics import (
     smallest_p,
     wilson_interval,
 )
-from leakbench.report.statistics import wilcoxon_test as test
-from leakbench.report.table import BLOCK
-from leakbench.report.text import ABSENT, decimals, escape, number, p_value, table, with_interval
-from leakbench.store import MetricInfo
-
-METRICS = {"psnr_aligned": "dB", "ssim_aligned": ""}
-"""The metrics in which arms are compared, with their units; in both, more is more leakage."""
+from leakbench.analysis.statistics import wilcoxon_test as test
+from leakbench.core.text import ABSENT, decimals, number, p_value, with_interval
+from leakbench.report.md import escape, table
+from leakbench.store.records import MetricInfo
 
 NAMED = 5
 """Of so many differences it is said on how many images they would be shown."""
@@ -36,11 +31,6 @@ NAMED = 5
 MOST = 10_000
 """A difference that takes more images than this is as good as none."""
 
-ALL_PAIRS = 5
-"""Of up to so many defenses every pair is compared; of more, each with the first one alone."""
-
-Pair = tuple[str, pd.DataFrame, pd.DataFrame]
-"""What a difference is called, and the results of both arms by (image, seed)."""
 
 _SKIPPED = (
     "What one attacker had recovered was not attacked again: the means of later ones are over fewer and harder images, "
@@ -127,51 +117,6 @@ def _leading(own: pd.DataFrame) -> str:
     return table(headers, lines, left=2) if lines else ""
 
 
-def _attacks(results: pd.DataFrame, block: tuple[str, str, str]) -> pd.DataFrame:
-    """Return the results of a block that are no floor's."""
-    return results[(results[list(BLOCK)] == list(block)).all(axis=1) & ~results["floor"].to_numpy(dtype=bool)]
-
-
-def _cells(results: pd.DataFrame, axis: str) -> dict[str, pd.DataFrame]:
-    return {str(name): cell.set_index(["image", "seed"]) for name, cell in results.groupby(axis, sort=False)}
-
-
-def _defenses(results: pd.DataFrame) -> list[Pair]:
-    """Return the pairs of defenses of one attack: all of few, and of many each with ``none``, or else the first."""
-    cells = _cells(results, "defense")
-    names = sorted(cells, key=lambda name: name != "none")
-    if len(names) <= ALL_PAIRS:
-        pairs = list(itertools.combinations(names, 2))
-    else:
-        pairs = [(names[0], other) for other in names[1:]]
-    return [(f"{escape(first)} − {escape(second)}", cells[first], cells[second]) for first, second in pairs]
-
-
-def _informed(results: pd.DataFrame, block: tuple[str, str, str], own: pd.DataFrame) -> list[Pair]:
-    """Return every attack of an informed threat model with its oblivious twins, behind each defense.
-
-    One twin draws the secrets that it is not told, the other, where it was run, searches for them.
-    """
-    dataset, model, threat = block
-    granted = parse_threat(threat)
-    if not granted.informed:
-        return []
-    oblivious = {"": replace(granted, informed=False)}
-    if not granted.optimises:
-        oblivious[", over the search for the secrets"] = replace(granted, informed=False, optimises=True)
-    pairs = []
-    for over, twin in oblivious.items():
-        twins = _attacks(results, (dataset, model, twin.spec()))
-        for attack, cells in own.groupby("attack", sort=False):
-            other = _cells(twins[twins["attack"] == attack], "defense")
-            pairs += [
-                (f"{escape(attack)}, {escape(defense)}{over}", cell, other[defense])
-                for defense, cell in _cells(cells, "defense").items()
-                if defense in other
-            ]
-    return pairs
-
-
 def paired_table(pairs: Sequence[Pair], metrics: Sequence[str]) -> tuple[str, int]:
     """Return the table of differences, with a warning where so few images cannot show any, and how many are shown.
 
@@ -193,14 +138,14 @@ def paired_table(pairs: Sequence[Pair], metrics: Sequence[str]) -> tuple[str, in
     places = {metric: decimals([found[metric][index].mean for index in rows]) for metric in metrics}
     lines, shown = [], 0
     for index in rows:
-        line = [pairs[index][0], str(max(found[metric][index].images for metric in metrics))]
+        line = [escape(pairs[index][0]), str(max(found[metric][index].images for metric in metrics))]
         for metric in metrics:
             line += _cell(found[metric][index], adjusted[metric, index], places[metric])
             shown += _shown(found[metric][index], adjusted[metric, index])
         lines.append(line)
     tests = sum(not math.isnan(p) for p in every)
     unshown = [
-        (f"{pairs[index][0]} ({escape(metric)})", found[metric][index])
+        (f"{escape(pairs[index][0])} ({escape(metric)})", found[metric][index])
         for metric in metrics
         for index in rows
         if not _shown(found[metric][index], adjusted[metric, index])

@@ -12,12 +12,12 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
+from leakbench.analysis.ensemble import Standing
+from leakbench.analysis.pareto import Study
+from leakbench.core.text import slug
 from leakbench.report import curves, descent, grids
 from leakbench.report.html import Curves, PicturesOf, Scene, worst
 from leakbench.report.markdown import Run
-from leakbench.report.text import slug
-from leakbench.report.utility import Study
-from leakbench.report.worst_case import Standing
 
 FORMATS = ("pdf", "svg")
 

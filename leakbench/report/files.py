@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pandas as pd
 
+from leakbench.analysis import pareto as utility
+from leakbench.analysis.ensemble import skipped
 from leakbench.errors import BadOption, LeakbenchError
-from leakbench.report import compare, curves, figures, grids, html, latex, sharing, utility, weights, worst_case
+from leakbench.report import compare, curves, figures, grids, html, latex, sharing, weights, worst_case
 from leakbench.report.about import about
-from leakbench.report.csv import csv
-from leakbench.report.markdown import Picture, Run, markdown, run_name
-from leakbench.store import FILE, Store
+from leakbench.report.markdown import Picture, Run, markdown
+from leakbench.store.records import run_name, threshold_of
+from leakbench.store.run_file import AFTER, BEFORE, FILE, Store
 
 FORMATS = ("md", "csv", "html", "latex")
 """What a report can be written as."""
@@ -42,7 +44,7 @@ def write(out: Path | str, formats: Collection[str] = DEFAULT) -> list[Path]:
     written = []
     with Store.open(out / FILE, readonly=True) as store:
         run, trials = _run(store, out)
-        results, threshold = run.results, worst_case.threshold_of(run.sessions)
+        results, threshold = run.results, threshold_of(run.sessions)
         if "csv" in formats:
             written.append(replace(out / "results.csv", csv(results).encode()))
         if "html" in formats:
@@ -101,8 +103,8 @@ def write_figures(out: Path | str) -> list[Path]:
 def _run(store: Store, out: Path) -> tuple[Run, pd.DataFrame]:
     """Return what a report says of a run, and every planned trial."""
     sessions, trials = store.sessions(), store.trials()
-    threshold = worst_case.threshold_of(sessions)
-    planned = len(trials) - (0 if threshold is None else worst_case.skipped(trials, threshold))
+    threshold = threshold_of(sessions)
+    planned = len(trials) - (0 if threshold is None else skipped(trials, threshold))
     name = run_name(sessions, out.resolve().name)
     run = Run(name, sessions, planned, store.results(trials), store.metrics(), store.threats(), store.components())
     return run, trials
@@ -126,7 +128,7 @@ def ranking(out: Path | str) -> str:
         ForeignRun: there is no readable run file in ``out``.
     """
     with Store.open(Path(out) / FILE, readonly=True) as store:
-        threshold = worst_case.threshold_of(store.sessions())
+        threshold = threshold_of(store.sessions())
         if threshold is None:
             raise BadOption(f"the run in {str(out)!r} has no threshold; run the suite worst-case, or give --threshold")
         return worst_case.ranking(store.trials(), threshold)
@@ -193,3 +195,10 @@ def _remove_others(folder: Path, names: set[str]) -> None:
     for path in folder.glob("*.png"):
         if _GRID.fullmatch(path.name) and path.name not in names:
             path.unlink(missing_ok=True)
+
+
+def csv(results: pd.DataFrame) -> str:
+    """Return the results as CSV: ``BEFORE``, the metrics, then reason, objective and evaluations."""
+    metrics = [column for column in results.columns if column not in BEFORE + AFTER]
+    columns = [*BEFORE, *metrics, "reason", "objective", "evaluations"]
+    return str(results[columns].to_csv(index=False, lineterminator="\n"))

@@ -20,10 +20,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from leakbench.pictures import decoded
-from leakbench.report.table import ANY, BLOCK, without_repeats
-from leakbench.report.text import number
-from leakbench.store import Pictures
+from leakbench.analysis.summary import ANY, BLOCK, without_repeats
+from leakbench.core.images import decoded
+from leakbench.core.text import number
+from leakbench.store.records import Pictures
 
 ROWS = 12
 """At most so many images are shown: the first ones by index."""

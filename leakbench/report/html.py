@@ -11,21 +11,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from leakbench.matrix import RECOVERY
+from leakbench.analysis.ensemble import RECOVERED, Standing, floor_share, standings
+from leakbench.analysis.pareto import Study
+from leakbench.analysis.reproduce import again
+from leakbench.analysis.summary import ANY, BLOCK, STATUSES, strongest, summarise, without_repeats
+from leakbench.core.text import ABSENT, decimals, english, number, percent, plural, with_interval
+from leakbench.plan.matrix import RECOVERY
 from leakbench.report.about import MIXED, facts, mixed
-from leakbench.report.again import again
-from leakbench.report.markdown import MAIN, Run
+from leakbench.report.markdown import MAIN, Run, notes
 from leakbench.report.page import SCRIPTS, STYLES, embedded, picture, render
 from leakbench.report.sprites import COLUMNS, LARGEST, ROWS, Sheet, png, sheets, tile
-from leakbench.report.stated import notes
-from leakbench.report.table import ANY, BLOCK, STATUSES, strongest, summarise, without_repeats
-from leakbench.report.text import ABSENT, decimals, english, number, percent, with_interval
-from leakbench.report.utility import Study
-from leakbench.report.worst_case import Standing, floor_share, standings, threshold_of
-from leakbench.store import MetricInfo, Pictures
-
-RECOVERED = 0.6
-"""From which ``ssim_aligned`` on an image counts as recovered where the run states no threshold of its own."""
+from leakbench.store.records import MetricInfo, Pictures, threshold_of
 
 LIMIT = 9_500_000
 """So many bytes a page may have; pictures beyond it are left out."""
@@ -165,11 +161,6 @@ def worst(run: Run, trials: pd.DataFrame) -> list[Scene]:
     metrics = _metrics(run)
     summary = summarise(run.results, [metric for metric in metrics if metric.name == "psnr_aligned"])
     return _scenes(trials, summary, metrics, RECOVERED if own is None else own, own is not None, notes(run.components))
-
-
-def plural(count: int, noun: str) -> str:
-    """Return ``1 image`` or ``4 images``."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def share(one: Standing) -> str:

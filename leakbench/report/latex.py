@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from leakbench.analysis.summary import BLOCK, summarise
+from leakbench.core.text import ABSENT, decimals, english, number
 from leakbench.report.markdown import Run
-from leakbench.report.table import BLOCK, summarise
-from leakbench.report.text import ABSENT, decimals, english, number
-from leakbench.store import MetricInfo
+from leakbench.store.records import MetricInfo
 
 MAIN = ("psnr", "ssim", "lpips_vgg", "psnr_aligned", "ssim_aligned")
 """The columns of ``report.tex``."""

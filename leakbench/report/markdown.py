@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
+from leakbench.analysis.controls import control_gains
+from leakbench.analysis.summary import ANY, BLOCK, strongest, summarise, without_repeats
+from leakbench.core.text import ABSENT, decimals, english, number, with_interval
+from leakbench.models.weights import Checkpoint
 from leakbench.report.about import about
-from leakbench.report.controls import control_gains
 from leakbench.report.differences import differences
-from leakbench.report.stated import notes, stated
-from leakbench.report.table import ANY, BLOCK, strongest, summarise, without_repeats
-from leakbench.report.text import ABSENT, decimals, english, escape, number, table, with_interval
-from leakbench.report.trained import LEGEND, trained
-from leakbench.report.worst_case import threshold_of
-from leakbench.store import Component, MetricInfo, Session
+from leakbench.report.md import escape, table
+from leakbench.store.records import Component, MetricInfo, Session, Statement, threshold_of
 
 MAIN = ("psnr", "ssim", "lpips_vgg", "lpips_alex", "mse", "psnr_aligned", "ssim_aligned", "label_correct")
 """The metrics that a table starts with; others follow in the order they were recorded."""
@@ -89,16 +88,6 @@ def markdown(run: Run, pictures: Sequence[Picture] = ()) -> str:
         parts += [f"![{escape(picture.title)}]({picture.path})" for picture in shown]
     parts += _legend(run, summary, pictures)
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def run_name(sessions: Sequence[Session], folder: str) -> str:
-    """Return the name that the matrix of the last session gives the run, or else that of its folder."""
-    try:
-        matrix = json.loads(sessions[-1].provenance.matrix)
-    except (IndexError, ValueError):
-        return folder
-    name = matrix.get("name") if isinstance(matrix, dict) else None
-    return name if isinstance(name, str) and name.strip() else folder
 
 
 def _tables(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> list[str]:
@@ -362,3 +351,48 @@ def _legend(run: Run, summary: pd.DataFrame, pictures: Sequence[Picture]) -> lis
             "of more than 128 pixels are reduced. A red frame marks a trial that diverged." + fewer
         )
     return [*filter(None, words), "\n".join(f"- {point}" for point in points)]
+
+
+_TITLE = (
+    "What the defenses state of themselves: what a reader must know of their options, and what an attacker does who is "
+    'informed of them (`informed = true` in a threat model; a further one by its name, `informed = "NAME"`):'
+)
+
+
+def stated(components: Iterable[Component]) -> str:
+    """Return a table, in Markdown, with a row for every defense; empty where the run holds no such words."""
+    own = [(one.spec, one.statement) for one in components if one.kind == "defense" and one.statement is not None]
+    rows = [[escape(spec), escape(statement.note) or ABSENT, _attackers(statement)] for spec, statement in own]
+    return f"{_TITLE}\n\n{table(['defense', 'note', 'informed attacker'], rows, left=3)}" if rows else ""
+
+
+def notes(components: Iterable[Component]) -> dict[str, str]:
+    """Return what a reader must know of the images of each dataset that has a note."""
+    return {one.spec: one.statement.note for one in components if one.kind == "dataset" and one.statement is not None}
+
+
+def _attackers(statement: Statement) -> str:
+    words = [escape(said if name == "true" else f'"{name}": {said}') for name, said in statement.informed.items()]
+    return "; ".join(words) or "none stated"
+
+
+LEGEND = (
+    "**Trained weights**: stage and test accuracy are as the file stated them when the run was started; they were not "
+    "measured in this run. Unless it says that the network was trained behind the defense, they are of the "
+    "network without a defense, and what a defense adds to it is untrained."
+)
+
+
+def trained(components: Iterable[Component]) -> dict[str, str]:
+    """Return one sentence, in Markdown, on each model that has trained weights."""
+    return {one.spec: _words(one.checkpoint) for one in components if one.checkpoint is not None}
+
+
+def _words(checkpoint: Checkpoint) -> str:
+    file, training = escape(checkpoint.file), checkpoint.training
+    if training is None:
+        return f"Trained weights: {file}; stage and accuracy not stated in the file."
+    accuracy = f"{100 * training.test_accuracy:.2f} %"
+    stage, dataset = escape(training.stage), escape(training.dataset)
+    behind = f" behind {escape(training.defense)}, with that client's own secrets" if training.defense else ""
+    return f"Trained weights: {file}, stage {stage}, test accuracy {accuracy} on {dataset}{behind}."

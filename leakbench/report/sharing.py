@@ -12,13 +12,14 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from leakbench.analysis.statistics import ALPHA, holm, paired_difference, sign_flip_test
+from leakbench.analysis.summary import summarise
+from leakbench.core.text import decimals, p_value, slug, with_interval
 from leakbench.report.differences import warning
 from leakbench.report.grids import picture
-from leakbench.report.statistics import ALPHA, holm, paired_difference, sign_flip_test
-from leakbench.report.table import summarise
-from leakbench.report.text import decimals, escape, p_value, slug, table, with_interval
-from leakbench.report.trained import trained
-from leakbench.store import Component, MetricInfo, Pictures
+from leakbench.report.markdown import trained
+from leakbench.report.md import escape, table
+from leakbench.store.records import Component, MetricInfo, Pictures
 
 GRANTS = {
     "T0": "nothing",

@@ -12,10 +12,12 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from leakbench.analysis.reproduce import again
+from leakbench.core.text import ABSENT, decimals, number
 from leakbench.errors import BadOption, one_line
-from leakbench.report.again import again
-from leakbench.report.text import ABSENT, decimals, number
-from leakbench.store import MetricInfo, Record, Session, Store, decoding
+from leakbench.store.connection import decoding
+from leakbench.store.records import MetricInfo, Record, Session
+from leakbench.store.run_file import Store
 
 AXES = ("dataset", "model", "defense", "attack")
 _LISTED = 4

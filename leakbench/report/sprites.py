@@ -8,7 +8,7 @@ from io import BytesIO
 
 from PIL import Image
 
-from leakbench.pictures import decoded
+from leakbench.core.images import decoded
 
 LARGEST = 128
 """A picture with a longer side is reduced by a whole factor."""

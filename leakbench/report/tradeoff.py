@@ -14,16 +14,17 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from leakbench.analysis import pareto as utility
+from leakbench.analysis.statistics import bootstrap_interval, wilson_interval
+from leakbench.core.text import ABSENT, english, number, slug, with_interval
 from leakbench.errors import CorruptAsset
-from leakbench.matrix import RECOVERY
+from leakbench.plan.matrix import RECOVERY
 from leakbench.report import accuracy as accuracies
-from leakbench.report import utility
 from leakbench.report.files import replace
 from leakbench.report.grids import plain
-from leakbench.report.statistics import bootstrap_interval, wilson_interval
-from leakbench.report.text import ABSENT, english, escape, number, slug, table, with_interval
-from leakbench.store import FILE as RUN
-from leakbench.store import Store
+from leakbench.report.md import escape, table
+from leakbench.store.run_file import FILE as RUN
+from leakbench.store.run_file import Store
 from leakbench.training import Record, records
 from leakbench.training.tradeoff import POINTS, Target, targets_of
 

@@ -14,12 +14,13 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from leakbench.matrix import RECOVERY
-from leakbench.registry import split_spec
+from leakbench.analysis.statistics import Array, bootstrap_interval, wilson_interval
+from leakbench.core.registry import split_spec
+from leakbench.core.text import ABSENT, number, percent
+from leakbench.plan.matrix import RECOVERY
 from leakbench.report.grids import COLOURS, plain
-from leakbench.report.statistics import Array, bootstrap_interval, wilson_interval
-from leakbench.report.text import ABSENT, escape, number, percent, table
-from leakbench.store import Record
+from leakbench.report.md import escape, table
+from leakbench.store.records import Record
 
 FILE = "weights.md"
 """The name of the report in a run's folder."""

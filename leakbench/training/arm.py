@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, TypeAdapter
 
+from leakbench.core.rng import generator
 from leakbench.defenses import Defense
 from leakbench.models import weights
 from leakbench.models.weights import Checkpoint
-from leakbench.rng import generator
 from leakbench.training.data import Data, load
 from leakbench.training.settings import Arm, Recipe
 from leakbench.training.steps import Loss, Score, State, Trainee, draw, evaluate

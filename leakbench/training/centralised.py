@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from leakbench.rng import generator, seeded
+from leakbench.core.rng import generator, seeded
 from leakbench.training.arm import (
     GLOBAL,
     Outcome,

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from leakbench.core.rng import generator, seeded
 from leakbench.defenses.base import UpdateStep
-from leakbench.rng import generator, seeded
 from leakbench.training.data import Images, batches
 from leakbench.training.settings import Recipe
 from leakbench.training.steps import State, Trainee, check, descend, draw, momentum_of, optimiser

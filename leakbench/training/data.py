@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from leakbench import assets
+from leakbench.core.rng import generator
 from leakbench.datasets import Dataset
 from leakbench.datasets.stored import Stored
 from leakbench.errors import BadOption
-from leakbench.rng import generator
 from leakbench.training.settings import Augmentation, Recipe
 
 EACH = 5

@@ -19,9 +19,9 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
+from leakbench.core.rng import generator
 from leakbench.errors import Unsupported
 from leakbench.flower import Failure, simulate
-from leakbench.rng import generator
 from leakbench.training.arm import (
     GLOBAL,
     Outcome,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from leakbench.progress import Bar, duration
+from leakbench.engine.progress import Bar, duration
 from leakbench.training.arm import Outcome, Round
 from leakbench.training.run import Silent
 from leakbench.training.settings import Arm

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from leakbench.alone import alone
-from leakbench.chunk import device_named
+from leakbench.core.device import device_named
+from leakbench.core.lock import alone
 from leakbench.errors import BadOption, CorruptAsset, LeakbenchError, Unsupported
 from leakbench.flower import require
 from leakbench.gradients import full_precision
-from leakbench.store import Provenance
+from leakbench.store.provenance import Provenance
 from leakbench.training import centralised
 from leakbench.training import data as parts
 from leakbench.training.arm import Outcome, Round, start

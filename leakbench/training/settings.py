@@ -14,13 +14,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SkipValidation
 
 from leakbench import datasets, defenses, models
-from leakbench.component import as_json
+from leakbench.core.component import as_json
+from leakbench.core.text import slug
 from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
 from leakbench.errors import BadOption
-from leakbench.matrix import Axes, Count, Indices, Matrix, check_count, components
 from leakbench.models import Model
-from leakbench.report.text import slug
+from leakbench.plan.matrix import Axes, Count, Indices, Matrix, check_count, components
 
 Mode = Literal["centralised", "fedavg"]
 Augmentation = Literal["flip", "crop"]

@@ -12,14 +12,14 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from leakbench.core.rng import generator
+from leakbench.core.types import Gradient, Secret
 from leakbench.defenses import Defense
 from leakbench.defenses.base import Step
 from leakbench.errors import BadOption
 from leakbench.gradients.evaluate import tensors_of
-from leakbench.rng import generator
 from leakbench.training.data import Images, floats
 from leakbench.training.settings import Recipe
-from leakbench.types import Gradient, Secret
 
 State = dict[str, Tensor]
 """Tensor name -> value, of a network's parameters and buffers."""

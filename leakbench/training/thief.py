@@ -11,7 +11,7 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from leakbench.rng import generator
+from leakbench.core.rng import generator
 from leakbench.training.data import Images
 from leakbench.training.steps import State, Trainee, draw, evaluate
 

@@ -9,10 +9,11 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from leakbench import engine
+from leakbench.engine import run as engine
+from leakbench.engine.progress import Silent as Display
+from leakbench.engine.run import RunOptions
 from leakbench.errors import BadOption, CorruptAsset
-from leakbench.matrix import Matrix
-from leakbench.progress import Silent as Display
+from leakbench.plan.matrix import Matrix
 from leakbench.training.data import unseen
 from leakbench.training.files import read_json, write_json
 from leakbench.training.run import FOLDER, Record, Silent, read
@@ -103,7 +104,7 @@ def attack(
                     continue
                 matrix = _matrix(plan, arm, out / FOLDER / arm.folder / stage.file)
                 with progress() as told:
-                    engine.run(matrix, out, device=device, progress=told, command=command)
+                    engine.run(matrix, out, RunOptions(device), progress=told, command=command)
                 targets.append(_target(arm, matrix, stage.name, stage.accuracy))
     write_json(out / POINTS, {"threshold": threshold, "targets": [asdict(target) for target in targets]})
     return targets

@@ -25,12 +25,12 @@ from leakbench.attacks.peeling.layers import (
     Reshape,
     Scaling,
 )
+from leakbench.core.rng import generator, seeded
 from leakbench.defenses.keylock import KeyLock
 from leakbench.errors import Unsupported
 from leakbench.gradients.convolution import Geometry
 from leakbench.gradients.evaluate import tensors_of
-from leakbench.rng import generator, seeded
-from leakbench.types import Observation
+from leakbench.observation import Observation
 
 TOLERANCE = 1e-9
 """How far the chain may be from the network on a random image in float64, relative to the values."""

@@ -1,0 +1,86 @@
+"""What an attack with a generator has from the gradient: its gain over its floor and its control, pair by pair."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from leakbench.analysis.statistics import bootstrap_interval
+from leakbench.analysis.summary import gains
+from leakbench.store.records import Component, MetricInfo
+
+CONTROL, GENERATOR, NONE = "control", "generator", "none"
+"""The options of attacks that this rests on, and the value of the first for no control."""
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How much more an attack leaks than what it is compared with, on the same images and seeds.
+
+    Attributes:
+        attack: its spec.
+        defense: the defense's spec.
+        control: the spec of what it is compared with: a floor that draws from the same generator, or the attack
+            itself with another gradient.
+        values: metric -> (mean, low, high) with the 95 % interval; above 0 means that more leaks.
+    """
+
+    attack: str
+    defense: str
+    control: str
+    values: Mapping[str, tuple[float, float, float]]
+
+
+def control_gains(results: pd.DataFrame, components: Sequence[Component], metrics: Sequence[MetricInfo]) -> list[Gain]:
+    """Return the gains of every attack with a generator over its floors and controls, behind each defense.
+
+    Args:
+        results: the trials of one dataset, model and threat model (``Store.results``), floors behind each defense.
+        components: what each spec stands for.
+        metrics: those to compare in.
+    """
+    floors = set(results.loc[results["floor"].to_numpy(dtype=bool), "attack"])
+    cells = {key: cell.set_index(["image", "seed"]) for key, cell in results.groupby(["attack", "defense"], sort=False)}
+    found = []
+    for attack, control in _pairs(components, floors):
+        for defense in results.loc[results["attack"] == attack, "defense"].drop_duplicates():
+            if (control, defense) not in cells:
+                continue
+            own, other = cells[attack, defense], cells[control, defense]
+            other = other.reindex(own.index)
+            values = {
+                metric.name: value
+                for metric in metrics
+                if metric.name in own and not math.isnan((value := _gain(own, other, metric))[0])
+            }
+            if values:
+                found.append(Gain(attack, str(defense), control, values))
+    return found
+
+
+def _pairs(components: Sequence[Component], floors: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield each attack that has a generator and no control with what it is to be compared with."""
+    attacks = [one for one in components if one.kind == "attack" and GENERATOR in one.options]
+    for attack in attacks:
+        if attack.spec in floors or attack.options.get(CONTROL, NONE) != NONE:
+            continue
+        for other in attacks:
+            same_floor = other.spec in floors and other.options[GENERATOR] == attack.options[GENERATOR]
+            plain = {**other.options, CONTROL: NONE}
+            if same_floor or (other.options.get(CONTROL, NONE) != NONE and plain == dict(attack.options)):
+                yield attack.spec, other.spec
+
+
+def _gain(own: pd.DataFrame, other: pd.DataFrame, metric: MetricInfo) -> tuple[float, float, float]:
+    values, below = (cell[metric.name].to_numpy(dtype=np.float64) for cell in (own, other))
+    pairs = ~np.isnan(values) & ~np.isnan(below)
+    if not pairs.any():
+        return math.nan, math.nan, math.nan
+    gain = gains(values[pairs], below[pairs], metric)
+    images = own.index.get_level_values("image").to_numpy()[pairs]
+    with np.errstate(invalid="ignore"):
+        return float(gain.mean()), *bootstrap_interval(gain, images)

@@ -1,0 +1,133 @@
+"""The command that makes one trial again."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from leakbench import defenses
+from leakbench.core.registry import option_text
+from leakbench.defenses import Defense
+from leakbench.errors import BadOption
+from leakbench.plan.matrix import parse_threat
+from leakbench.store.records import Component, Session
+
+_APART = re.compile(r" \[(version \d+|settings [0-9a-f]{6})\]$")
+_AXES = ("dataset", "model", "defense", "attack")
+_OWN = "module"
+
+
+@dataclass(frozen=True)
+class Again:
+    """How the trials of one cell are made again.
+
+    Attributes:
+        head: what a command begins with: a line for the shell, or Python where the network was given in Python.
+        tail: the rest, with ``{image}``, ``{seed}`` and ``{trial}`` (its id) where these go.
+        note: what else that takes; empty where nothing does.
+    """
+
+    head: str
+    tail: str
+    note: str
+
+    def command(self, trial: str, image: int, seed: int) -> str:
+        """Return the command for one trial; its result lies in ``runs/again-TRIAL``."""
+        tail = self.tail.replace("{image}", str(image)).replace("{seed}", str(seed)).replace("{trial}", trial)
+        return self.head + tail
+
+
+def again(cell: Mapping[str, object], components: Sequence[Component], sessions: Sequence[Session]) -> Again:
+    """Return the command whose run has trials of the same id, and so of the same settings.
+
+    Args:
+        cell: the five specs, by axis: a row of ``Store.results`` or ``Store.trials`` has them.
+        components: what each spec stands for (``Store.components``).
+        sessions: every start of the run; plugins and the device are taken from them.
+    """
+    known = {(one.kind, one.spec): one for one in components}
+    own = {axis: known[axis, str(cell[axis])] for axis in _AXES}
+    specs = {axis: spec_of(one) for axis, one in own.items()}
+    note = " ".join(
+        f"The {axis} {spec} was of version {own[axis].version}; it takes a leakbench that has this version."
+        for axis, spec in specs.items()
+        if "[version" in own[axis].spec
+    )
+    if own["model"].options.keys() == {"label", _OWN}:
+        note = f"The network {own['model'].options['label']} was given in Python and has to be given again. {note}"
+        axes = ", ".join(f"{axis}s=[{specs[axis]!r}]" for axis in ("attack", "defense", "dataset"))
+        head = f"leakbench.run(leakbench.Matrix({axes}, models=[network], threats=[{str(cell['threat'])!r}]"
+        return Again(head, ', images=[{image}], seeds=[{seed}], floors=False), "runs/again-{trial}")', note.strip())
+    others = owners(known.values(), own["defense"], str(cell["threat"]))
+    if others:
+        note = f"{', '.join(others)} runs too, so that a defense has the secret that is revealed. {note}".strip()
+    words = ["leakbench", "run", "matrix"]
+    for path in _plugins(sessions):
+        words += ["--plugin", path]
+    for axis in ("attack", "defense", "model", "dataset"):
+        words += [f"--{axis}", specs[axis]]
+    words += [word for spec in others for word in ("--defense", spec)]
+    words += ["--threat", str(cell["threat"])]
+    tail = " --images {image}, --seeds {seed}, --no-floors --device " + _device(sessions) + " --out runs/again-{trial}"
+    return Again(shlex.join(words), tail, note)
+
+
+def spec_of(one: Component) -> str:
+    """Return a spec that parses to the component; every option is written where the shortest one no longer does."""
+    plain = _APART.sub("", one.spec)
+    if plain == one.spec:
+        return plain
+    options = ", ".join(f"{name}={_option(value)}" for name, value in one.options.items())
+    return f"{plain.partition('(')[0]}({options})" if options else plain
+
+
+def owners(components: Iterable[Component], own: Component, threat: str) -> list[str]:
+    """Return the specs of the run's other kinds of defenses with secrets, where the threat model reveals some.
+
+    A matrix must hold a defense that has what a threat model reveals.
+    """
+    found: dict[str, str] = {}
+    if not parse_threat(threat).reveals:
+        return []
+    for one in components:
+        name = one.spec.partition("(")[0].partition(" [")[0]
+        if one.kind == "defense" and name != own.spec.partition("(")[0].partition(" [")[0] and _keeps_secrets(name):
+            found.setdefault(name, spec_of(one))
+    return list(found.values())
+
+
+def _keeps_secrets(name: str) -> bool:
+    """Return whether a defense has secrets; one that is not installed may have."""
+    try:
+        return defenses.registry.get(name).secrets is not Defense.secrets
+    except BadOption:
+        return True
+
+
+def _option(value: object) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_option, value)) + "]"
+    return option_text(value)
+
+
+def _plugins(sessions: Sequence[Session]) -> list[str]:
+    """Return the files that the run's commands named as plugins."""
+    found: dict[str, None] = {}
+    for session in sessions:
+        try:
+            words = shlex.split(session.provenance.command)
+        except ValueError:  # no command line, but what a program called it
+            continue
+        for word, following in zip(words, [*words[1:], ""]):
+            path = following if word == "--plugin" else word.removeprefix("--plugin=") if "--plugin=" in word else ""
+            if path:
+                found[path] = None
+    return list(found)
+
+
+def _device(sessions: Sequence[Session]) -> str:
+    """Return the kind of device that the last start of the run had, as ``--device`` takes it."""
+    device = sessions[-1].provenance.device if sessions else "cpu"
+    return "cuda" if device.startswith("cuda") else "cpu"

@@ -1,0 +1,142 @@
+"""The summary of a run: every attack behind every defense, its means, and its gain over the best floor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from leakbench.analysis.statistics import bootstrap_interval
+from leakbench.store.records import MetricInfo
+
+BLOCK = ("dataset", "model", "threat")
+"""What one table is about."""
+
+ANY = "(any)"
+"""What a floor has in the defense's place: it uses no gradient, so it is the same behind every defense."""
+
+STATUSES = ("ok", "failed", "unsupported", "error")
+
+Array = npt.NDArray[np.float64]
+
+
+def without_repeats(results: pd.DataFrame) -> pd.DataFrame:
+    """Return the results with each floor once: behind ``ANY`` defense, taken from the first defense that scored it."""
+    floor = results["floor"].to_numpy(dtype=bool)
+    if not floor.any():
+        return results
+    unscored = results["status"].isin(("unsupported", "error"))
+    floors = results[floor].assign(defense=ANY, unscored=unscored[floor]).sort_values("unscored", kind="stable")
+    floors = floors.drop_duplicates([*BLOCK, "attack", "image", "seed"]).drop(columns="unscored").sort_index()
+    return pd.concat([floors, results[~floor]])
+
+
+def summarise(results: pd.DataFrame, metrics: Sequence[MetricInfo]) -> pd.DataFrame:
+    """Return one row per dataset, model, threat, attack and defense; floors come first and once.
+
+    ``n`` trials ended, of which ``ok``, ``failed``, ``unsupported`` and ``error``. For every metric M: ``M`` is its
+    mean over the ``M n`` trials that have it (failed ones included), ``M low`` and ``M high`` its 95 % interval;
+    ``M gain`` is the mean over (image, seed) pairs of what the attack leaks beyond the floor ``M floor``, positive
+    where it leaks more, with ``M gain low`` and ``M gain high``. The floor is the one with the best mean over the
+    same pairs; floors themselves have no gain.
+    """
+    rows = []
+    for key, block in without_repeats(results).groupby(list(BLOCK), sort=False):
+        floors = {str(name): _paired(part) for name, part in block[block["floor"]].groupby("attack", sort=False)}
+        attacks = block["attack"].drop_duplicates().tolist()
+        defenses = block["defense"].drop_duplicates().tolist()
+        cells = {(str(a), str(d)): cell for (a, d), cell in block.groupby(["attack", "defense"], sort=False)}
+        for attack, defense in ((attack, defense) for attack in attacks for defense in defenses):
+            if (attack, defense) not in cells:
+                continue
+            cell = cells[attack, defense]
+            row: dict[str, Any] = dict(zip(BLOCK, key)) | {"attack": attack, "defense": defense}
+            row |= {"floor": defense == ANY, "n": len(cell)}
+            row |= {status: int((cell["status"] == status).sum()) for status in STATUSES}
+            paired = _paired(cell)
+            below = {} if row["floor"] else {name: floor.reindex(paired.index) for name, floor in floors.items()}
+            for metric in metrics:
+                row |= _measure(paired, below, metric)
+            rows.append(row)
+    columns = [*BLOCK, "attack", "defense", "floor", "n", *STATUSES]
+    columns += [column for metric in metrics for column in _columns(metric.name)]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def strongest(summary: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Return, per dataset, model, threat and defense, the attack that gains most over its best floor.
+
+    Where no attack beats its floor, the floor is the strongest attack and the gain is 0: an attacker can always
+    return the floor, so that no defense is ranked as leaking less than that.
+    """
+    rows = []
+    cells = summary[~summary["floor"].astype(bool) & summary[f"{metric} gain"].notna()]
+    for key, cell in cells.groupby([*BLOCK, "defense"], sort=False):
+        best = cell.iloc[int(cell[f"{metric} gain"].to_numpy(dtype=np.float64).argmax())]
+        row: dict[str, Any] = dict(zip([*BLOCK, "defense"], key))
+        if best[f"{metric} gain"] > 0:
+            row |= {"attack": best["attack"], "floor": False, "gain": best[f"{metric} gain"]}
+            row |= {"low": best[f"{metric} gain low"], "high": best[f"{metric} gain high"]}
+        else:
+            row |= {"attack": best[f"{metric} floor"], "floor": True, "gain": 0.0, "low": math.nan, "high": math.nan}
+        rows.append(row)
+    return pd.DataFrame(rows, columns=[*BLOCK, "defense", "attack", "floor", "gain", "low", "high"])
+
+
+def _paired(cell: pd.DataFrame) -> pd.DataFrame:
+    return cell.set_index(["image", "seed"])
+
+
+def _columns(metric: str) -> list[str]:
+    parts = ("", " low", " high", " n", " gain", " gain low", " gain high", " floor")
+    return [f"{metric}{part}" for part in parts]
+
+
+def _measure(cell: pd.DataFrame, floors: Mapping[str, pd.DataFrame], metric: MetricInfo) -> dict[str, Any]:
+    """Return the metric's columns for one cell; each floor has the cell's (image, seed) pairs as its rows."""
+    values = cell[metric.name].to_numpy(dtype=np.float64)
+    images = cell.index.get_level_values("image").to_numpy()
+    has = ~np.isnan(values)
+    below = {name: floor[metric.name].to_numpy(dtype=np.float64) for name, floor in floors.items()}
+    name, floor = _best_floor({name: np.where(has, floor, np.nan) for name, floor in below.items()}, metric)
+    pairs = has & ~np.isnan(floor) if name else np.zeros_like(has)
+    gain = gains(values[pairs], floor[pairs], metric) if name else values[pairs]
+    found = (
+        _mean(values[has]),
+        *bootstrap_interval(values[has], images[has]),
+        int(has.sum()),
+        _mean(gain),
+        *bootstrap_interval(gain, images[pairs]),
+        name,
+    )
+    return dict(zip(_columns(metric.name), found))
+
+
+def _best_floor(floors: Mapping[str, Array], metric: MetricInfo) -> tuple[str, Array]:
+    """Return the floor with the best mean, among those that were scored on the most pairs; ("", []) without any."""
+    counts = {name: int((~np.isnan(floor)).sum()) for name, floor in floors.items()}
+    most = max(counts.values(), default=0)
+    if most == 0:
+        return "", np.empty(0)
+    sign = 1 if metric.higher_is_better else -1
+    candidates = [name for name, count in counts.items() if count == most]
+    best = max(candidates, key=lambda name: sign * _mean(floors[name][~np.isnan(floors[name])]))
+    return best, floors[best]
+
+
+def gains(values: Array, floor: Array, metric: MetricInfo) -> Array:
+    """Return how much more than the floor leaks, per pair; equal infinities differ by nothing."""
+    gain = np.zeros_like(values)
+    np.subtract(values, floor, out=gain, where=values != floor)
+    return gain if metric.higher_is_better else -gain
+
+
+def _mean(values: Array) -> float:
+    if not len(values):
+        return math.nan
+    with np.errstate(invalid="ignore"):
+        return float(values.mean())

@@ -1,0 +1,1 @@
+"""What every room uses: the nouns, components and their registry, random numbers, text, devices."""

@@ -1,0 +1,228 @@
+"""The nouns: what an attacker is granted, what it sees, what it returns.
+
+Every tensor of a batch has T trials as its leading axis; a trial is one private image (batch size 1).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from leakbench.core.loss_curve import Curve
+
+if TYPE_CHECKING:
+    pass
+
+Gradient = dict[str, Tensor]
+"""Parameter name -> [T, *shape] (or [*shape] for a single client step)."""
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """What the attacker is granted, enforced by what the Observation holds.
+
+    Attributes:
+        labels: ``known`` hands over the label; ``inferred`` leaves it to the attack.
+        reveals: groups of the defense's secrets that are handed over, values and gradients, such as ``key``
+            or ``lock``; ``GROUP-weights`` hands over the values alone.
+        informed: the attacker knows which defense is in use and models what it declares (``relax``, ``surrogate``,
+            ``loss``); the name of one of the defense's further informed attackers (``Defense.attackers``) asks for
+            that one. The layers that a defense adds are part of the architecture, which every attacker sees.
+        shares: what the client sends: a ``gradient``, or its ``weights`` after local training, of which the server, who
+            handed out the weights before, sees the update. Only parameters are sent: the running statistics of a
+            normalisation move while a client trains, and stay with it.
+        learning_rate: of the client's local training, under ``weights``: plain SGD on its one image. None in what an
+            attacker holds to whom it is not granted, and where nobody knows it (a recorded update).
+        local_steps: how many steps of it the client takes before it sends its weights; public.
+        rate: whether the attacker is granted the learning rate: ``hidden`` or ``known``.
+        optimises: the attacker searches, together with the image, for the secrets that it was not given and that are
+            inputs of the network (a key): every attack runs with its option ``secrets=optimise``.
+        name: what the preset is called; two threat models that differ by name alone are equal.
+    """
+
+    labels: Literal["inferred", "known"] = "inferred"
+    reveals: frozenset[str] = frozenset()
+    informed: bool | str = False
+    shares: Literal["gradient", "weights"] = "gradient"
+    optimises: bool = False
+    learning_rate: float | None = 0.01
+    local_steps: int = 1
+    rate: Literal["hidden", "known"] = "hidden"
+    name: str = field(default="", compare=False)
+
+    def settings(self) -> dict[str, Any]:
+        """Return every field but the name as plain JSON values; those of local training where there is any."""
+        local = {"learning_rate": self.learning_rate, "local_steps": self.local_steps, "rate": self.rate}
+        return {
+            "labels": self.labels,
+            "reveals": sorted(self.reveals),
+            "informed": self.informed,
+            "shares": self.shares,
+            "optimises": self.optimises,
+            **(local if self.shares == "weights" else {}),
+        }
+
+    def granted(self) -> ThreatModel:
+        """Return the threat model as an attacker may read it: without a learning rate that is hidden."""
+        hidden = self.shares == "weights" and self.rate == "hidden"
+        return replace(self, learning_rate=None, name="") if hidden else self  # a preset's name would tell the rate
+
+    @property
+    def unit(self) -> float | None:
+        """What is sent is the mean gradient of the client's steps times this; None where that is not known."""
+        if self.shares == "gradient":
+            return 1.0
+        return None if self.learning_rate is None else self.learning_rate * self.local_steps
+
+    def spec(self) -> str:
+        """Return the preset's name, or the fields that differ from ``paper`` as ``labels=known, reveals=key+lock``."""
+        if PRESETS.get(self.name) == self:
+            return self.name
+        for name, preset in PRESETS.items():
+            if preset == self:
+                return name
+        usual = {**PRESETS["weights"].settings(), **PRESETS["paper"].settings()}
+        parts = [
+            f"{name}={'+'.join(value) if name == 'reveals' else str(value).lower()}"
+            for name, value in self.settings().items()
+            if value != usual[name]
+        ]
+        return ", ".join(parts)
+
+    def describe(self) -> str:
+        """Return the threat model in words, for a report."""
+        label = "the label is known" if self.labels == "known" else "the label is not known"
+        secrets = (
+            f"revealed secrets: {', '.join(sorted(self.reveals))}"
+            if self.reveals
+            else "no secret of the defense is revealed"
+        )
+        informed = (
+            "the attacker knows the defense and models what it declares of its loss and its release"
+            + (f" (its informed attacker {self.informed!r})" if isinstance(self.informed, str) else "")
+            if self.informed
+            else "what the defense does to data, loss and gradient is not modelled"
+        )
+        search = (
+            "; the attacker searches, together with the image, for the secrets that are inputs of the network (a key)"
+            if self.optimises
+            else ""
+        )
+        sees = "the shared gradient" if self.shares == "gradient" else "the model before and after local training"
+        return (
+            f"An honest-but-curious server sees {sees} of one image, the architecture (with the layers that a defense "
+            "adds, and the law by which its secrets are drawn) and the public weights; "
+            f"{label}; {secrets}{search}; {informed}{self._local()}."
+        )
+
+    def _local(self) -> str:
+        """Return the client's local training in words, and whether its learning rate is granted."""
+        if self.shares == "gradient":
+            return ""
+        steps = "one step" if self.local_steps == 1 else f"{self.local_steps} steps"
+        rate = "unknown learning rate" if self.learning_rate is None else f"learning rate {self.learning_rate:g}"
+        granted = "known to the attacker" if self.rate == "known" else "which the attacker does not know"
+        return f"; the client takes {steps} of SGD on its image with {rate}, {granted}, and sends no running statistics"
+
+
+PRESETS: Mapping[str, ThreatModel] = {
+    "paper": ThreatModel(name="paper"),
+    "known-label": ThreatModel(labels="known", name="known-label"),
+    "weights": ThreatModel(shares="weights", name="weights"),
+    "T0": ThreatModel(name="T0"),
+    "T1": ThreatModel(reveals=frozenset({"lock-weights"}), name="T1"),
+    "T2": ThreatModel(reveals=frozenset({"lock-weights"}), optimises=True, name="T2"),
+    "T3": ThreatModel(reveals=frozenset({"lock-weights", "key"}), name="T3"),
+    "T4": ThreatModel(reveals=frozenset({"lock"}), name="T4"),
+    "T5": ThreatModel(reveals=frozenset({"lock", "key"}), name="T5"),
+}
+"""Threat models by name. ``paper``: nothing but the gradient and the public weights; ``known-label``: and the label.
+``weights``: in place of the gradient the weights after one step of SGD, whose learning rate (0.01) is hidden.
+
+``T0`` to ``T5`` are the levels of key-lock's study, in the order of what they grant. ``T0``: neither key nor lock
+(``paper``). ``T1``: the lock's weights, so that the key is all that is missing (what FedKL's released code runs).
+``T2``: the same, and the attacker searches for the key. ``T3``: the key too. ``T4``: the lock's weights and gradients,
+not the key. ``T5``: everything.
+"""
+
+
+class Law(ABC):
+    """How a secret is drawn; public knowledge, so that an attacker can draw its own."""
+
+    @abstractmethod
+    def draw(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+        """Return a float32 tensor of this shape drawn from the law."""
+
+
+@dataclass(frozen=True)
+class Uniform(Law):
+    """The uniform law on [low, high)."""
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def draw(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+        """Return independent draws from U[low, high)."""
+        return self.low + (self.high - self.low) * torch.rand(shape, generator=rng)
+
+
+@dataclass(frozen=True)
+class Normal(Law):
+    """The normal law; ``std`` is a standard deviation."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def draw(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+        """Return independent draws from N(mean, std^2)."""
+        return self.mean + self.std * torch.randn(shape, generator=rng)
+
+
+@dataclass(frozen=True)
+class Secret:
+    """A tensor of the defended network that stays with the client, together with its gradient.
+
+    Attributes:
+        name: its name among the module's parameters or buffers.
+        group: the name by which a threat model reveals it (``key``, ``lock``, ``noise``).
+        law: how it is drawn.
+        fresh: drawn anew at every forward pass (PRECODE's noise) instead of once for a client (a key).
+        sought: of a relaxed network alone (``Defense.relax``): every attack searches for it, together with the image,
+            from a start drawn by the law.
+    """
+
+    name: str
+    group: str
+    law: Law
+    fresh: bool = False
+    sought: bool = False
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What an attack believes the private images to be.
+
+    Attributes:
+        images: [T, C, H, W], of any range (metrics state whether they clamp); NaN only in failed rows.
+        labels: [T] int64, the labels that the attack inferred or was given; None where it has no opinion.
+        objective: [T], the attack's own final objective (lower is better); None where it has none.
+        failed: [T] bool, the trials that the attack itself knows to have diverged; None for none.
+        evaluations: [T] int64, evaluations of the objective and its gradient; None where it has none.
+        path: how gradients were computed, ``batched``, ``vmap`` or ``one-at-a-time``; empty where none were.
+        findings: further numbers that the attack found, [T] by name; the run keeps them (``Store.findings``).
+        curve: the objective at some evaluations of the search; None where it has none.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    objective: Tensor | None = None
+    failed: Tensor | None = None
+    evaluations: Tensor | None = None
+    path: str = ""
+    findings: Mapping[str, Tensor] = field(default_factory=dict)
+    curve: Curve | None = None

@@ -1,0 +1,467 @@
+"""Who does the tasks: this process, or processes of its own; the driver alone decides what is run, and writes.
+
+A task is held by one worker, and the driver knows whether that worker lives by the process itself, so that no clock
+decides (the time limit is measured by the monotonic one). A worker that dies costs what it held, which is done again;
+it has no other state. Workers end with the driver, however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+import torch
+
+from leakbench.core.malloc import keep_freed_memory
+from leakbench.core.registry import load_plugin, plugins
+from leakbench.engine.worker import Answer, Chunk, Measure, Task, Work, Worker
+from leakbench.errors import LeakbenchError
+from leakbench.gradients import full_precision
+
+STARTS = 10
+"""So many workers in a row that are killed before they are ready end the run."""
+
+
+LOADING = 20.0
+"""Seconds by which the time limit of a worker's first task is longer: for what it loads once."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A task was answered."""
+
+    task: Task
+    answer: Answer
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A worker died with its task; ``reason`` says how."""
+
+    task: Task
+    reason: str
+
+
+@dataclass(frozen=True)
+class Late:
+    """A task took longer than the time limit, and its worker was stopped."""
+
+    task: Task
+
+
+@dataclass(frozen=True)
+class Note:
+    """A line that is worth telling."""
+
+    line: str
+
+
+Event = Done | Lost | Late | Note
+
+
+class Executor(ABC):
+    """Does tasks; entered before the first, and left when all is done or anything went wrong.
+
+    Attributes:
+        workers: how many tasks are done at a time.
+    """
+
+    workers: int = 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def idle(self) -> bool:
+        """Return whether a task can be submitted now."""
+
+    @abstractmethod
+    def submit(self, task: Task) -> None:
+        """Have a worker do a task."""
+
+    @abstractmethod
+    def running(self) -> bool:
+        """Return whether a submitted task has not ended yet."""
+
+    @abstractmethod
+    def wait(self) -> list[Event]:
+        """Wait until something happened, and return what; a worker's LeakbenchError is raised."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End every worker, whatever it does."""
+
+    def run(self, tasks: Callable[[], Task | None], begin: Callable[[Task], None]) -> Iterator[Event]:
+        """Have all tasks done and yield what happens.
+
+        Args:
+            tasks: returns the next task, or None where there is none before something else has happened.
+            begin: is told of every task that is submitted.
+        """
+        task = tasks()
+        while task is not None or self.running():
+            if task is not None and self.idle():
+                begin(task)
+                self.submit(task)
+                task = tasks()
+                continue
+            yield from self.wait()
+            task = tasks() if task is None else task
+
+
+class Here(Executor):
+    """This process does the tasks, one after the other."""
+
+    def __init__(self, work: Work) -> None:
+        self._notes: list[Event] = []
+        self._worker = Worker(work, lambda line: self._notes.append(Note(line)))
+        self._task: Task | None = None
+
+    def idle(self) -> bool:
+        """Return whether nothing waits."""
+        return self._task is None
+
+    def submit(self, task: Task) -> None:
+        """Keep the task until it is waited for."""
+        self._task = task
+
+    def running(self) -> bool:
+        """Return whether a task waits."""
+        return self._task is not None
+
+    def wait(self) -> list[Event]:
+        """Do the task."""
+        task = self._task
+        assert task is not None  # nothing is waited for unless a task is running
+        answer = self._worker.do(task)
+        self._task = None
+        events = [*self._notes, Done(task, answer)]
+        self._notes.clear()
+        return events
+
+    def close(self) -> None:
+        """Do nothing: there is no worker but this process."""
+
+
+@dataclass
+class Seat:
+    """A worker as the driver sees it.
+
+    Attributes:
+        ready: it has loaded everything.
+        fresh: it has not ended a task yet.
+        task: what it does.
+        deadline: until when it may, by the monotonic clock; None without a limit.
+    """
+
+    ready: bool = field(default=False, init=False)
+    fresh: bool = field(default=True, init=False)
+    task: Task | None = field(default=None, init=False)
+    deadline: float | None = field(default=None, init=False)
+
+
+S = TypeVar("S", bound=Seat)
+
+
+class Pool(Executor, Generic[S]):
+    """Long-lived workers that hold a task each; one that dies, or takes too long, is replaced.
+
+    Args:
+        limit: seconds that a trial may take; a chunk has as many times as much as it has trials.
+    """
+
+    def __init__(self, limit: float | None) -> None:
+        self._limit = limit
+        self._seats: list[S] = []
+        self._deaths = 0
+
+    def idle(self) -> bool:
+        """Return whether a worker that is ready has no task."""
+        return any(seat.ready and seat.task is None for seat in self._seats)
+
+    def running(self) -> bool:
+        """Return whether a worker has a task."""
+        return any(seat.task is not None for seat in self._seats)
+
+    def submit(self, task: Task) -> None:
+        """Send the task to a worker that has none."""
+        seat = next(seat for seat in self._seats if seat.ready and seat.task is None)
+        self._send(seat, task)
+        seat.task = task
+        self._set_deadline(seat, trials_of(task))
+
+    def wait(self) -> list[Event]:
+        """Wait for answers, deaths and deadlines."""
+        due = [seat.deadline for seat in self._seats if seat.deadline is not None]
+        timeout = None if not due else max(0.0, min(due) - time.monotonic())
+        events: list[Event] = []
+        dead = {place for place in self._heard(timeout) if not self._read(self._seats[place], events)}
+        for place, seat in enumerate(self._seats):
+            late = place not in dead and seat.deadline is not None and seat.deadline <= time.monotonic()
+            if late:
+                assert seat.task is not None  # a deadline is a task's
+                events.append(Late(seat.task))
+                seat.task = None
+            if late or place in dead:
+                reason = self._end(seat)
+                if seat.task is not None:
+                    events.append(Lost(seat.task, reason))
+                self._deaths += not seat.ready
+                if self._deaths == STARTS:
+                    raise LeakbenchError(
+                        f"{STARTS} workers in a row died before they were ready, the last {reason}; give fewer "
+                        "--workers, or free memory"
+                    )
+                self._seats[place] = self._successor(seat)
+        return events
+
+    @abstractmethod
+    def _send(self, seat: S, task: Task) -> None:
+        """Have a worker do a task; one that is dead is found to be so by ``_heard``."""
+
+    @abstractmethod
+    def _heard(self, timeout: float | None) -> list[int]:
+        """Wait so many seconds at most, and return the places of workers that have sent something, or died."""
+
+    @abstractmethod
+    def _read(self, seat: S, events: list[Event]) -> bool:
+        """Take in what a worker has sent, and return whether it lives."""
+
+    @abstractmethod
+    def _end(self, seat: S) -> str:
+        """End a worker, and return how it died."""
+
+    @abstractmethod
+    def _successor(self, seat: S) -> S:
+        """Return a new worker in the place of one that has ended."""
+
+    def _started(self, seat: S) -> None:
+        """Take note that a worker is ready."""
+        seat.ready, self._deaths = True, 0
+
+    def _answered(self, seat: S, answer: Answer, events: list[Event]) -> None:
+        """Take note that a worker has ended its task."""
+        assert seat.task is not None  # it answers what it was sent
+        events.append(Done(seat.task, answer))
+        seat.task, seat.deadline, seat.fresh = None, None, False
+
+    def _set_deadline(self, seat: S, trials: int) -> None:
+        if self._limit is not None:
+            seat.deadline = time.monotonic() + self._limit * trials + (LOADING if seat.fresh else 0.0)
+
+
+@dataclass
+class _Process(Seat):
+    """A worker process."""
+
+    process: SpawnProcess
+    pipe: Connection
+    work: Work
+
+
+class Processes(Pool[_Process]):
+    """Long-lived processes on this machine, spawned, each with a pipe to the driver.
+
+    Args:
+        works: what every task needs, one for each process; they differ in the device.
+        threads: the threads of each process.
+        limit: seconds that a trial may take.
+    """
+
+    def __init__(self, works: Sequence[Work], threads: int, limit: float | None = None) -> None:
+        super().__init__(limit)
+        self._works, self._threads = works, threads
+        self._plugins = plugins()
+        self.workers = len(works)
+
+    def __enter__(self) -> Self:
+        try:
+            self._seats = [self._start(work) for work in self._works]
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def close(self) -> None:
+        """Kill every process: none of them has anything to lose."""
+        for seat in self._seats:
+            seat.process.kill()
+        for seat in self._seats:
+            seat.process.join()
+            seat.pipe.close()
+        self._seats = []
+
+    def _start(self, work: Work) -> _Process:
+        here, there = multiprocessing.Pipe()
+        context = multiprocessing.get_context("spawn")
+        process = context.Process(target=_serve, args=(there, packed(work), self._plugins, self._threads), daemon=True)
+        with _sigint_blocked():  # Ctrl-C goes to all processes of a terminal; the driver alone answers it
+            process.start()
+        there.close()
+        return _Process(process, here, work)
+
+    def _send(self, seat: _Process, task: Task) -> None:
+        message = packed(task)
+        with contextlib.suppress(OSError):  # it has died
+            seat.pipe.send_bytes(message)
+
+    def _heard(self, timeout: float | None) -> list[int]:
+        ready = set(wait([watched for seat in self._seats for watched in (seat.pipe, seat.process.sentinel)], timeout))
+        return [place for place, seat in enumerate(self._seats) if seat.pipe in ready or seat.process.sentinel in ready]
+
+    def _read(self, seat: _Process, events: list[Event]) -> bool:
+        try:
+            while seat.pipe.poll():
+                kind, value = pickle.loads(seat.pipe.recv_bytes())
+                match kind:
+                    case "ready":
+                        self._started(seat)
+                    case "note":
+                        events.append(Note(value))
+                    case "begin":
+                        self._set_deadline(seat, value)
+                    case "done":
+                        self._answered(seat, value, events)
+                    case "error":
+                        raise value
+        except (EOFError, OSError):
+            return False
+        return seat.process.is_alive()
+
+    def _end(self, seat: _Process) -> str:
+        seat.process.kill()
+        seat.process.join()
+        seat.pipe.close()
+        reason = _death(seat.process.exitcode)
+        if not seat.ready and (seat.process.exitcode or 0) >= 0:
+            raise LeakbenchError(
+                f"a worker process ended before it was ready: {reason}; run with --workers 1 to see why, and in a "
+                "script of your own call leakbench.run under if __name__ == '__main__'"
+            )
+        return reason
+
+    def _successor(self, seat: _Process) -> _Process:
+        return self._start(seat.work)
+
+
+def trials_of(task: Task) -> int:
+    """Return how many trials a task takes the time of."""
+    match task:
+        case Chunk():
+            return len(task.trials)
+        case Measure():
+            return task.trials
+        case _:
+            return 1
+
+
+def packed(value: object) -> bytes:
+    """Return what a worker is sent.
+
+    Raises:
+        LeakbenchError: a component that no other process can import.
+    """
+    try:
+        return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise LeakbenchError(
+            f"a component cannot be sent to a worker process: {reason}; define it at the top level of a module, or run "
+            "with workers=1"
+        ) from error
+
+
+def _death(code: int | None) -> str:
+    if code is not None and code < 0:
+        with contextlib.suppress(ValueError):
+            name = signal.Signals(-code).name
+            memory = " (as the system does where memory runs out)" if name == "SIGKILL" else ""
+            return f"by {name}{memory}"
+    return f"with exit code {code}"
+
+
+@contextlib.contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """A process that is started inside never sees Ctrl-C."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # it is started with the first process otherwise, and unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _serve(pipe: Connection, work: bytes, plugins: Sequence[Path], threads: int) -> None:
+    """Be a worker: do tasks until the driver ends."""
+    _end_with_the_driver()
+    # a progress bar of a library's makes a semaphore otherwise, and whoever is killed leaves a warning of it behind
+    with contextlib.suppress(ImportError):
+        from tqdm import tqdm
+
+        tqdm.set_lock(threading.RLock())
+
+    def send(kind: str, value: object = None) -> None:
+        pipe.send_bytes(pickle.dumps((kind, value), pickle.HIGHEST_PROTOCOL))
+
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the driver has ended
+        try:
+            for file in plugins:
+                load_plugin(file)
+            torch.set_num_threads(threads)
+            keep_freed_memory()
+            worker = Worker(pickle.loads(work), lambda line: send("note", line), lambda trials: send("begin", trials))
+            send("ready")
+            with full_precision():
+                while True:
+                    send("done", worker.do(pickle.loads(pipe.recv_bytes())))
+        except (EOFError, OSError):
+            raise
+        except Exception as error:
+            send("error", sendable(error))
+
+
+def sendable(error: Exception) -> LeakbenchError:
+    """Return what ends the run, without the frames that no pipe can carry."""
+    if isinstance(error, LeakbenchError):
+        return type(error)(str(error))
+    traceback.print_exception(error)
+    return LeakbenchError(f"a worker process failed: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _end_with_the_driver() -> None:
+    """Have this process end as soon as its parent has, even while it does something else."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # it is a worker
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    if sys.platform == "linux":  # also where a component holds the interpreter
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

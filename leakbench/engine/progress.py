@@ -1,0 +1,161 @@
+"""How a run tells what it is doing: a live display in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from leakbench.errors import one_line
+from leakbench.plan.trial import Result, Trial
+
+
+class Silent:
+    """No output; also the interface of the others."""
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End."""
+
+    def start(self, waiting: Sequence[Trial], done: int) -> None:
+        """Tell which trials are to be run and how many were done before."""
+
+    def spare(self, trials: Sequence[Trial]) -> None:
+        """Tell that trials need not be run."""
+
+    def note(self, line: str) -> None:
+        """Tell something worth a line of its own."""
+
+    def begin(self, cell: str, trials: int) -> None:
+        """Tell that a chunk of so many trials of a cell begins."""
+
+    def finish(self, results: Sequence[Result]) -> None:
+        """Tell that a chunk was stored."""
+
+
+class Bar:
+    """A live bar in a terminal, with a column of one's own; lines alone elsewhere.
+
+    Args:
+        console: where to.
+        beside: what stands beside the count at first.
+    """
+
+    def __init__(self, console: Console, beside: str) -> None:
+        self.console = console
+        self.bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[beside]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self.task = self.bar.add_task("starting", total=None, beside=beside, left="")
+
+    def __enter__(self) -> Self:
+        """Start the live display."""
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop the live display."""
+        self.bar.stop()
+
+    def note(self, line: str) -> None:
+        """Print one line above the bar."""
+        self.console.print(one_line(line), markup=False, highlight=False, soft_wrap=True)
+
+
+class Display(Bar, Silent):
+    """Cell, trials done, failures and time left: a live bar in a terminal, one line a chunk elsewhere.
+
+    Args:
+        console: where to.
+        workers: how many work at once.
+        part: what the trials are a part of, such as ``matrix 2 of 6``.
+    """
+
+    def __init__(self, console: Console, workers: int = 1, part: str = "") -> None:
+        super().__init__(console, "0 failed")
+        self.workers = workers
+        self.part = f"{part}: " if part else ""
+        self.total = self.done = self.failures = self.unscored = 0
+        self.left: dict[str, int] = defaultdict(int)
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.trials: dict[str, int] = defaultdict(int)
+        self.started = time.monotonic()
+
+    def start(self, waiting: Sequence[Trial], done: int) -> None:
+        """Show the totals."""
+        self.done, self.total = done, done + len(waiting)
+        for trial in waiting:
+            self.left[trial.specs["attack"]] += 1
+        self.bar.update(self.task, total=self.total, completed=done)
+        again = f", {done} of them done before" if done else ""
+        self.note(f"{self.part}{self.total} trial{'s' * (self.total != 1)}{again}")
+
+    def spare(self, trials: Sequence[Trial]) -> None:
+        """Take trials out of the totals."""
+        self.total -= len(trials)
+        for trial in trials:
+            self.left[trial.specs["attack"]] -= 1
+        self.bar.update(self.task, total=self.total)
+
+    def begin(self, cell: str, trials: int) -> None:
+        """Show the cell."""
+        self.bar.update(self.task, description=one_line(f"{self.part}{cell}"))
+
+    def finish(self, results: Sequence[Result]) -> None:
+        """Show what is done, failed and left."""
+        self.done += len(results)
+        self.failures += sum(result.status == "failed" for result in results)
+        self.unscored += sum(result.status in ("unsupported", "error") for result in results)
+        for result in results:
+            attack = result.trial.specs["attack"]
+            self.left[attack] -= 1
+            self.seconds[attack] += result.seconds
+            self.trials[attack] += 1
+        left = duration(self._time_left())
+        failures = f"{self.failures} failed" + (f", {self.unscored} without a score" if self.unscored else "")
+        self.bar.update(self.task, completed=self.done, beside=failures, left=f"about {left} left")
+        words = results[0].trial.cell.words
+        if not self.console.is_terminal:
+            self.note(
+                f"{self.part}[{self.done}/{self.total}] {words}: {len(results)} trial{'s' * (len(results) > 1)}, "
+                f"{failures} so far, about {left} left"
+            )
+
+    def _time_left(self) -> float:
+        """Return seconds, from the mean of each attack's trials so far (of all, for an attack not seen yet)."""
+        if not any(self.trials.values()):
+            return 0.0
+        overall = sum(self.seconds.values()) / sum(self.trials.values())
+        total = 0.0
+        for attack, left in self.left.items():
+            seen = self.trials[attack]
+            total += left * (self.seconds[attack] / seen if seen else overall)
+        return total / self.workers
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words: ``2h 05m``, ``3m 07s`` or ``12s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"

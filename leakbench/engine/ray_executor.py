@@ -1,0 +1,214 @@
+"""Workers on the machines of a Ray cluster: long-lived actors, each with its share of a GPU; the extra ``ray``.
+
+An actor holds a task until it answers or dies. What the actors of a lost node held is done again by others, or by new
+actors where the cluster has room. The driver alone writes the run file. Every machine needs leakbench, the weights that
+metrics and attacks load from its cache, and plugins at the same path; the images are sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from leakbench.core.malloc import keep_freed_memory
+from leakbench.core.registry import load_plugin, plugins
+from leakbench.engine.executors import Event, Note, Pool, Seat, packed, sendable
+from leakbench.engine.worker import Task, Work, Worker
+from leakbench.errors import BadOption, LeakbenchError
+from leakbench.gradients import full_precision
+
+PATIENCE = 120.0
+"""Seconds without any actor that is ready, after which the cluster is taken to be too small."""
+
+PAUSE = 1.0
+"""Seconds after which the driver looks at what no actor tells."""
+
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else it warns that it will hide no GPU
+    "RAY_worker_niceness": "0",  # else 15: whatever else the machine does goes first
+}
+"""What is set for Ray where nothing else is, before it starts."""
+
+
+class Host:
+    """What an actor runs."""
+
+    def __init__(self, work: bytes, files: Sequence[Path], path: Sequence[str], threads: int) -> None:
+        sys.path += [folder for folder in path if folder not in sys.path]
+        for file in files:
+            load_plugin(file)
+        torch.set_num_threads(threads)
+        keep_freed_memory()
+        self._notes: list[str] = []
+        self._worker = Worker(pickle.loads(work), self._notes.append)
+
+    def ready(self) -> None:
+        """Answer as soon as everything is loaded."""
+
+    def do(self, task: bytes) -> bytes:
+        """Return the notes, and the answer to a task or the error that ends the run."""
+        self._notes.clear()
+        try:
+            with full_precision():
+                answer: object = self._worker.do(pickle.loads(task))
+        except Exception as error:
+            answer = sendable(error)
+        return packed((self._notes, answer))
+
+
+@dataclass
+class _Actor(Seat):
+    """An actor, and what it was asked last."""
+
+    actor: Any
+    asked: Any
+    death: str = field(default="stopped", init=False)
+
+
+class Rays(Pool[_Actor]):
+    """Actors of a Ray cluster.
+
+    Args:
+        work: what every task needs; its device is that of an actor, ``cuda`` where ``gpus`` is above 0.
+        workers: how many actors; None: as many as the cluster has room for.
+        gpus: the part of a GPU, or the GPUs, of each.
+        threads: the CPUs, and threads, of each.
+        limit: seconds that a trial may take.
+        address: the cluster's; empty: what ``RAY_ADDRESS`` says, and otherwise this machine alone.
+
+    Raises:
+        LeakbenchError: Ray is not installed, or the cluster cannot be reached or has no room.
+    """
+
+    def __init__(
+        self, work: Work, workers: int | None, gpus: float, threads: int, limit: float | None, address: str
+    ) -> None:
+        super().__init__(limit)
+        self._work, self._count, self._gpus, self._threads, self._address = work, workers, gpus, threads, address
+        self.workers = workers or 1
+        self._own = False
+
+    def __enter__(self) -> Self:
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        try:
+            import ray
+        except ImportError:
+            raise LeakbenchError("Ray is not installed; pip install 'leakbench[ray]'") from None
+        self._ray = ray
+        try:
+            if not ray.is_initialized():
+                ray.init(address=self._address or None, log_to_driver=False, logging_level="ERROR")
+                self._own = True
+            nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+            self.workers = count = self._count or self._room()
+            share = self._work.share * (min(1.0, self._gpus) or 1 / max(1, -(-count // max(1, nodes))))
+            self._packed = packed(replace(self._work, share=share))
+            options = {"num_cpus": self._threads, "num_gpus": self._gpus, "max_restarts": 0, "max_task_retries": 0}
+            self._host = ray.remote(**options)(Host)
+            self._seats = [self._start() for _ in range(count)]
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            self.close()
+            if isinstance(error, LeakbenchError):
+                raise
+            reason = " ".join(str(error).split())
+            where = self._address or "of this machine"
+            raise LeakbenchError(f"the Ray cluster {where} cannot be used: {reason}; check its address") from None
+        except BaseException:
+            self.close()
+            raise
+        self._since = time.monotonic()
+        return self
+
+    def close(self) -> None:
+        """End the actors, and Ray where it was started here."""
+        for seat in self._seats:
+            with contextlib.suppress(Exception):  # the cluster may be gone
+                self._ray.kill(seat.actor)
+        self._seats = []
+        if self._own:
+            self._ray.shutdown()
+
+    def _room(self) -> int:
+        """Return how many actors the cluster has room for."""
+        fit = [
+            min(
+                node["Resources"].get("CPU", 0.0) // self._threads,
+                node["Resources"].get("GPU", 0.0) // self._gpus if self._gpus else float("inf"),
+            )
+            for node in self._ray.nodes()
+            if node["Alive"]
+        ]
+        if not int(sum(fit)):
+            raise BadOption(
+                f"no node of the Ray cluster has {self._threads} CPUs and {self._gpus:g} GPUs; give --gpus-per-worker"
+            )
+        return int(sum(fit))
+
+    def _start(self) -> _Actor:
+        actor = self._host.remote(self._packed, plugins(), sys.path, self._threads)
+        return _Actor(actor, actor.ready.remote())
+
+    def _send(self, seat: _Actor, task: Task) -> None:
+        seat.asked = seat.actor.do.remote(packed(task))
+
+    def _heard(self, timeout: float | None) -> list[int]:
+        if any(seat.ready for seat in self._seats):
+            self._since = time.monotonic()
+        elif time.monotonic() - self._since > PATIENCE:
+            raise LeakbenchError(
+                f"no worker started within {PATIENCE:g} s: the Ray cluster has no node with {self._threads} free CPUs "
+                f"and {self._gpus:g} GPUs; ask for less, or add nodes"
+            )
+        asked = {seat.asked: place for place, seat in enumerate(self._seats) if seat.asked is not None}
+        seconds = PAUSE if timeout is None else min(PAUSE, timeout)
+        try:
+            ended, _ = self._ray.wait(list(asked), num_returns=1, timeout=seconds)
+        except (self._ray.exceptions.RayError, ConnectionError) as error:
+            raise LeakbenchError(f"the Ray cluster is lost: {_line(error)}; start the run again") from None
+        return [asked[reference] for reference in ended]
+
+    def _read(self, seat: _Actor, events: list[Event]) -> bool:
+        errors = self._ray.exceptions
+        try:
+            answer = self._ray.get(seat.asked)
+        except errors.RayError as error:
+            seat.death = _line(error)
+            broken = isinstance(error, (errors.RayTaskError, errors.RuntimeEnvSetupError))
+            if broken or getattr(error, "actor_init_failed", False):
+                raise LeakbenchError(f"a Ray actor failed: {seat.death}; see the logs of its node") from None
+            return False  # it died, its node did, Ray took its memory back, or it cannot be reached
+        seat.asked = None
+        if not seat.ready:
+            self._started(seat)
+            return True
+        notes, value = pickle.loads(answer)
+        events += [Note(line) for line in notes]
+        if isinstance(value, LeakbenchError):
+            raise value
+        self._answered(seat, value, events)
+        return True
+
+    def _end(self, seat: _Actor) -> str:
+        with contextlib.suppress(Exception):  # one that cannot be reached may still live, and hold its share of a GPU
+            self._ray.kill(seat.actor)
+        return f"with its actor ({seat.death})"
+
+    def _successor(self, seat: _Actor) -> _Actor:
+        return self._start()
+
+
+def _line(error: Exception) -> str:
+    """Return the kind of an error of Ray's and the last line of what it says, which holds the cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return ": ".join([type(error).__name__, *lines[-1:]])

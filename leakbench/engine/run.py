@@ -1,0 +1,454 @@
+"""The driver of a run: it plans trials, refuses what cannot be served, and writes the results of its workers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from leakbench import datasets, metrics
+from leakbench.core.device import device_named
+from leakbench.core.lock import alone
+from leakbench.core.malloc import keep_freed_memory
+from leakbench.datasets import Dataset
+from leakbench.engine.executors import Done, Executor, Here, Late, Lost, Note, Processes
+from leakbench.engine.progress import Silent
+from leakbench.engine.schedule import LOSSES, Schedule, settled
+from leakbench.engine.shard import part
+from leakbench.engine.worker import (
+    Check,
+    Chunk,
+    Data,
+    Measure,
+    Refusal,
+    Task,
+    Work,
+    companions,
+    without_score,
+)
+from leakbench.errors import BadOption, LeakbenchError, MissingAsset, Unsupported
+from leakbench.gradients import full_precision
+from leakbench.metrics.base import Metric
+from leakbench.models.weights import Checkpoint
+from leakbench.plan.matrix import Matrix
+from leakbench.plan.trial import Cell, Result, Trial
+from leakbench.store.provenance import Provenance
+from leakbench.store.records import Statement
+from leakbench.store.run_file import AFTER, BEFORE, FILE, Store
+from leakbench.victim import check_reveals
+
+REFUSED = 256
+"""How many trials that cannot be served are written at a time."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a matrix is run; none of it changes what a trial is.
+
+    Attributes:
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        chunk: trials at a time, by default as many as a short measurement finds best; a chunk that does not fit into
+            memory is halved and tried again.
+        strict: refuse a matrix with any cell that an attack cannot serve, and stop at the first error of a component.
+        workers: how many processes do the trials; with 1 (and no time limit) it is this one. They share the threads,
+            and the GPUs if ``device`` names none. Chunks of the same trials give the same numbers whoever does them.
+            By default 1, and with Ray as many as its cluster has room for.
+        time_limit: seconds that a trial may take, a chunk as many times as much as it has trials. What takes longer is
+            stopped, tried again one trial at a time, and then an error.
+        shard: ``i/n``: run only this part of the matrix (``leakbench.engine.shard.part``); empty for all of it.
+        executor: ``local``, or ``ray`` for the machines of a Ray cluster (extra ``ray``).
+        ray_address: the cluster's; by default what ``RAY_ADDRESS`` says, and otherwise this machine.
+        gpus_per_worker: with Ray, the part of a GPU that a worker has; by default a whole one where ``device`` is CUDA,
+            or ``auto`` and this machine has one, and otherwise none.
+
+    Raises:
+        BadOption: one line on the first option that is out of range.
+    """
+
+    device: str = "auto"
+    chunk: int | None = None
+    strict: bool = False
+    workers: int | None = None
+    time_limit: float | None = None
+    shard: str = ""
+    executor: str = "local"
+    ray_address: str = ""
+    gpus_per_worker: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.executor not in ("local", "ray"):
+            raise BadOption(f"executor {self.executor!r} is not known; write local or ray")
+        gpus = self.gpus_per_worker if self.executor == "ray" else None
+        if gpus is not None and not 0 <= gpus < float("inf"):
+            raise BadOption(f"gpus_per_worker={gpus:g} does not fit; give 0 or more")
+        for name, count in (("chunk", self.chunk), ("workers", self.workers)):
+            if count is not None and count < 1:
+                raise BadOption(f"{name}={count} does not fit; give at least 1")
+        if self.time_limit is not None and not self.time_limit > 0:
+            raise BadOption(f"time_limit={self.time_limit:g} does not fit; give seconds above 0")
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A matrix that was found to fit, with all that its workers need.
+
+    Attributes:
+        trials: those of this shard.
+        whole: those of the whole matrix.
+        data: the clients' images, by the dataset's spec.
+        missing: a line on each metric that cannot be computed here.
+    """
+
+    matrix: Matrix
+    trials: Sequence[Trial]
+    whole: Sequence[Trial]
+    data: dict[str, Data]
+    executor: Executor
+    device: torch.device
+    missing: Sequence[str]
+
+
+def run(
+    matrix: Matrix,
+    out: str | Path | None = None,
+    options: RunOptions | None = None,
+    *,
+    progress: Silent | None = None,
+    command: str = "",
+) -> Path:
+    """Run every trial of a matrix that has no result yet, and return the run's folder.
+
+    Args:
+        matrix: what to run.
+        out: the run's folder, ``runs/NAME`` by default; an existing run in it is resumed.
+        options: on which device, by how many workers, which shard.
+        progress: what is told of the progress; nothing by default.
+        command: the command line, for the provenance.
+
+    Raises:
+        LeakbenchError: one line on what does not fit; nothing was written then.
+    """
+    options, progress = options or RunOptions(), progress or Silent()
+    folder = Path(out) if out is not None else Path("runs") / matrix.name
+    plan = _plan(matrix, options, folder / FILE)
+    with full_precision(), plan.executor:
+        refused = _preflight(plan.whole, options.strict, matrix.threshold is not None, plan.executor)
+        with _session(plan, folder, options.shard, command) as (store, session):
+            done = store.done()
+            waiting = [trial for trial in plan.trials if trial.id not in done]
+            progress.start(waiting, len(plan.trials) - len(waiting))
+            for line in plan.missing:
+                progress.note(line)
+
+            def keep(results: list[Result]) -> None:
+                if results:
+                    store.write(results, session)
+                    progress.finish(results)
+
+            _refuse([trial for trial in waiting if trial.cell.key in refused], refused, plan.data, keep, progress)
+            schedule = Schedule(
+                [trial for trial in plan.trials if trial.cell.key not in refused],
+                store,
+                plan.data,
+                threshold=matrix.threshold,
+                size=options.chunk,
+                workers=plan.executor.workers,
+                spare=progress.spare,
+            )
+            _loop(schedule, plan.executor, options.time_limit, keep, progress)
+    return folder
+
+
+def _plan(matrix: Matrix, options: RunOptions, file: Path) -> _Planned:
+    """Return a matrix with its data and executor; nothing is written.
+
+    Raises:
+        LeakbenchError: one line on what does not fit.
+    """
+    gpus = options.gpus_per_worker if options.executor == "ray" else None
+    device = device_named(options.device) if not gpus else torch.device("cuda")
+    _check_indices(matrix)
+    trials = planned(matrix, options.shard)
+    if not trials:
+        raise BadOption(f"shard {options.shard} of {len(matrix.trials())} trials would be empty; choose a smaller n")
+    if _has_content(file):
+        Store.open(file, readonly=True).close()  # a foreign file is refused before anything is loaded
+    keep_freed_memory()
+    data = _load(trials)
+    scores, missing = _metrics()
+    work = Work(scores, device, options.strict)
+    if options.executor == "ray":
+        gpus = float(device.type == "cuda") if gpus is None else gpus
+        executor = _ray(work, options.workers, gpus, options.time_limit, options.ray_address)
+    else:
+        executor = _local(work, options.workers or 1, options.time_limit)
+    whole = matrix.trials() if options.shard else trials
+    return _Planned(matrix, trials, whole, data, executor, device, missing)
+
+
+@contextmanager
+def _session(plan: _Planned, folder: Path, shard: str, command: str) -> Iterator[tuple[Store, int]]:
+    """Open or create the run file, record what is planned and where it comes from, and end the session at the end."""
+    file, trials = folder / FILE, plan.trials
+    checkpoints, statements = _checkpoints(trials), _statements(trials)
+    matrix = json.dumps(plan.matrix.describe())
+    provenance = Provenance.collect(command, _words(plan.device), matrix, shard, plan.executor.workers)
+    with Store.open(file) if _has_content(file) else Store.create(file) as store, alone(folder):
+        session = store.start_session(provenance)
+        store.record_metrics([metrics.parse(name) for name in metrics.names()], _notes(trials))
+        store.add_trials(trials, among=plan.whole)
+        store.record_checkpoints(checkpoints)
+        store.record_statements(statements)
+        yield store, session
+        store.end_session(session)
+
+
+def _refuse(
+    trials: Sequence[Trial],
+    reasons: dict[str, str],
+    data: dict[str, Data],
+    keep: Callable[[list[Result]], None],
+    progress: Silent,
+) -> None:
+    """Keep trials whose cells cannot be served as unsupported, with the reason of each cell."""
+    for piece in _pieces(trials):
+        progress.begin(piece[0].cell.words, len(piece))
+        held = [(data[trial.specs["dataset"]], trial, reasons[trial.cell.key]) for trial in piece]
+        keep([without_score(images, trial, "unsupported", reason) for images, trial, reason in held])
+
+
+def _loop(
+    schedule: Schedule,
+    executor: Executor,
+    time_limit: float | None,
+    keep: Callable[[list[Result]], None],
+    progress: Silent,
+) -> None:
+    """Hand out tasks until the schedule has none left, and keep what comes back."""
+    told: set[str] = set()
+    for event in executor.run(schedule.next, lambda task: _tell(task, progress)):
+        match event:
+            case Note() if event.line not in told:
+                told.add(event.line)
+                progress.note(event.line)
+            case Done(Chunk() as task, list() as results):
+                keep(results)
+                schedule.finished(task)
+            case Done(Measure() as task, int() as size):
+                schedule.measured(task, size)
+            case Lost(Chunk() | Measure() as task, reason):
+                progress.note(f"a worker died {reason}; what it did is done again")
+                keep(schedule.lost(task, reason))
+            case Late(Chunk() | Measure() as task):
+                progress.note(f"{task.trial.cell.words}: stopped after the time limit")
+                keep(schedule.late(task, time_limit or 0.0))
+
+
+def check(
+    matrix: Matrix, *, device: str = "auto", strict: bool = False, time_limit: float | None = None
+) -> Sequence[Trial]:
+    """Return the trials of a matrix, after one step on a blank image for each cell: what ``run`` would refuse raises.
+
+    For who runs several matrices, so that the last one is not refused after the first has run for hours.
+
+    Raises:
+        LeakbenchError: see ``run``.
+    """
+    _check_indices(matrix)
+    trials = matrix.trials()
+    with full_precision(), _local(Work((), device_named(device), strict), 1, time_limit) as does:
+        _preflight(trials, strict, matrix.threshold is not None, does)
+    return trials
+
+
+def _ray(work: Work, workers: int | None, gpus: float, time_limit: float | None, address: str) -> Executor:
+    """Return the actors of a Ray cluster; one that has a GPU to itself has one thread."""
+    from leakbench.engine.ray_executor import Rays
+
+    return Rays(replace(work, device=torch.device("cuda" if gpus else "cpu")), workers, gpus, 1, time_limit, address)
+
+
+def _local(work: Work, workers: int, time_limit: float | None) -> Executor:
+    """Return who does the tasks on this machine."""
+    if workers == 1 and time_limit is None:
+        return Here(work)
+    count = torch.cuda.device_count() if work.device.type == "cuda" and work.device.index is None else 1
+    share = work.share * count / max(workers, count)
+    devices = [torch.device("cuda", place % count) if count > 1 else work.device for place in range(workers)]
+    works = [replace(work, device=device, share=share) for device in devices]
+    return Processes(works, max(1, torch.get_num_threads() // workers), time_limit)
+
+
+def _tell(task: Task, progress: Silent) -> None:
+    """Tell that a task begins."""
+    if isinstance(task, Chunk):
+        progress.begin(task.trial.cell.words, len(task.trials))
+
+
+def _pieces(trials: Sequence[Trial]) -> Iterator[Sequence[Trial]]:
+    """Yield trials of the same cell, not too many at a time."""
+    for _, members in itertools.groupby(trials, key=lambda trial: trial.cell.key):
+        cell = tuple(members)
+        yield from (cell[begin : begin + REFUSED] for begin in range(0, len(cell), REFUSED))
+
+
+def _has_content(file: Path) -> bool:
+    """Return whether there is a run file with anything in it; one that was killed at its birth is begun anew."""
+    return file.exists() and not (file.is_file() and file.stat().st_size == 0)
+
+
+def planned(matrix: Matrix, shard: str = "") -> Sequence[Trial]:
+    """Return the trials of a matrix, or of a shard of it."""
+    trials = matrix.trials()
+    return part(trials, shard, ensemble=matrix.threshold is not None) if shard else trials
+
+
+def finished(folder: Path, matrix: Matrix, shard: str = "") -> int:
+    """Return how many trials of a matrix or shard have a result in a folder, or need none (``Matrix.threshold``)."""
+    if not (folder / FILE).exists():
+        return 0
+    trials = planned(matrix, shard)
+    with Store.open(folder / FILE, readonly=True) as store:
+        return len({trial.id for trial in trials} & (store.done() | settled(trials, store, matrix.threshold)))
+
+
+def _cells_of(trials: Sequence[Trial]) -> list[Cell]:
+    """Return the cells of trials, each once."""
+    return list({trial.cell.key: trial.cell for trial in trials}.values())
+
+
+def _words(device: torch.device) -> str:
+    """Return a device as provenance names it: a GPU with its model and CUDA version."""
+    if device.type != "cuda":
+        return str(device)
+    return f"{device} ({torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda})"
+
+
+def _check_indices(matrix: Matrix) -> None:
+    """Raise BadOption where an image index is out of range, before a large matrix is made."""
+    last = matrix.images - 1 if isinstance(matrix.images, int) else max(matrix.images)
+    for dataset in matrix.datasets:
+        if last >= len(dataset):
+            raise BadOption(
+                f"image index {last} is out of range for dataset {datasets.spec(dataset)!r} "
+                f"({len(dataset)} images); give indices from 0 to {len(dataset) - 1}"
+            )
+
+
+def _load(trials: Sequence[Trial]) -> dict[str, Data]:
+    """Load the clients' images of every dataset, by its spec; what does not fit is told before the run."""
+    data = {}
+    for name, dataset in {trial.specs["dataset"]: trial.dataset for trial in trials}.items():
+        held = [trial for trial in trials if trial.specs["dataset"] == name]
+        indices = sorted({index for trial in held for index in (trial.image, *companions(trial))})
+        try:
+            data[name] = _load_one(dataset, indices)
+        except LeakbenchError:
+            raise
+        except (Exception, SystemExit) as error:
+            reason = " ".join(str(error).split())
+            raise LeakbenchError(f"dataset {name!r} cannot be read: {type(error).__name__}: {reason}") from error
+    return data
+
+
+def _load_one(dataset: Dataset, indices: list[int]) -> Data:
+    name = datasets.spec(dataset)
+    images, labels = dataset.load(indices)
+    shape = (len(indices), *dataset.image_shape)
+    if tuple(images.shape) != shape or tuple(labels.shape) != shape[:1]:
+        raise BadOption(
+            f"dataset {name!r} gave images {tuple(images.shape)}, labels {tuple(labels.shape)}, not {shape}"
+        )
+    if not (float(images.min()) >= 0 and float(images.max()) <= 1):
+        raise BadOption(
+            f"dataset {name!r} ranges from {float(images.min()):g} to {float(images.max()):g}, not in [0, 1]"
+        )
+    if not (int(labels.min()) >= 0 and int(labels.max()) < dataset.num_classes):
+        raise BadOption(f"dataset {name!r} has the label {int(labels.max())}, not in 0 to {dataset.num_classes - 1}")
+    if shape[1] not in (1, 3):
+        raise BadOption(f"dataset {name!r} has {shape[1]} channels; images have 1 (grey) or 3 (RGB)")
+    return Data(
+        images={index: image.clone() for index, image in zip(indices, images)},  # each can be sent alone
+        labels={index: int(label) for index, label in zip(indices, labels)},
+        mean=dataset.mean(),
+        num_classes=dataset.num_classes,
+    )
+
+
+def _preflight(trials: Sequence[Trial], strict: bool, ensemble: bool, executor: Executor) -> dict[str, str]:
+    """Return why each cell that cannot be served cannot, from one step on a blank image.
+
+    Raises:
+        Unsupported: an attack that serves no cell at all (of an ensemble, if none does) or, if strict, any cell that is
+            not served.
+        BadOption: a threat model that reveals what no defense of the matrix has.
+    """
+    cells = {trial.cell.key: trial for trial in trials}
+    seen: dict[str, list[Trial]] = {}  # cells that see the same
+    for trial in cells.values():
+        parts = [trial.cell.settings[part] for part in ("dataset", "model", "defense", "threat")]
+        seen.setdefault(json.dumps(parts), []).append(trial)
+    checks = deque(Check(tuple(alike)) for alike in seen.values())
+    refused: dict[str, str] = {}
+    groups: set[str] = set()
+    for event in executor.run(lambda: checks.popleft() if checks else None, lambda task: None):
+        match event:
+            case Done(Check(), Refusal() as refusal):
+                refused |= refusal.cells
+                groups |= refusal.groups
+            case Lost(Check() as check) if check.lost + 1 < LOSSES:
+                checks.append(replace(check, lost=check.lost + 1))
+    check_reveals({trial.threat for trial in trials}, groups)
+    for cell in (cell for cell in cells if cell in refused):
+        spec = cells[cell].specs["attack"]
+        others = [other for other, trial in cells.items() if ensemble or trial.specs["attack"] == spec]
+        if strict or all(other in refused for other in others):
+            raise Unsupported(f"{cells[cell].cell.words}: {refused[cell]}")
+    return refused
+
+
+def _metrics() -> tuple[list[Metric], list[str]]:
+    """Return the metrics that can be computed here, and a line on each that cannot."""
+    usable, missing = [], []
+    for name in metrics.names():
+        if name in BEFORE + AFTER:
+            raise BadOption(f"metric {name!r} has the name of a column of the results; rename the metric")
+        metric = metrics.parse(name)
+        try:
+            metric.check()
+            usable.append(metric)
+        except MissingAsset as error:
+            missing.append(str(error))
+    return usable, missing
+
+
+def _notes(trials: Sequence[Trial]) -> dict[str, str]:
+    """Return what a reader must know of each column, for the image shapes of the run."""
+    shapes = dict.fromkeys(trial.dataset.image_shape for trial in trials)
+    notes = {}
+    for name in metrics.names():
+        lines = dict.fromkeys(metrics.parse(name).note(shape) for shape in shapes)
+        notes[name] = " ".join(line for line in lines if line)
+    return notes
+
+
+def _checkpoints(trials: Sequence[Trial]) -> dict[str, Checkpoint]:
+    """Return what the models' files of trained weights state, by the models' settings as JSON."""
+    models = {json.dumps(cell.settings["model"], sort_keys=True): cell.model for cell in _cells_of(trials)}
+    stated = {settings: model.checkpoint() for settings, model in models.items()}
+    return {settings: checkpoint for settings, checkpoint in stated.items() if checkpoint is not None}
+
+
+def _statements(trials: Sequence[Trial]) -> dict[tuple[str, str], Statement]:
+    """Return what defenses and datasets state of themselves, by the kind and the settings as JSON."""
+    cells = _cells_of(trials)
+    defenses = {json.dumps(cell.settings["defense"], sort_keys=True): cell.defense for cell in cells}
+    notes = {json.dumps(cell.settings["dataset"], sort_keys=True): cell.dataset.note() for cell in cells}
+    found = {("defense", settings): Statement.of(defense) for settings, defense in defenses.items()}
+    return found | {("dataset", settings): Statement(note, {}) for settings, note in notes.items() if note}

@@ -1,0 +1,184 @@
+"""What is to be run next: cells in the order of the matrix, cut into chunks; without processes and clocks.
+
+A worker that takes a task holds it until it answers, dies or is late; then the task is done, or is to be done again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from leakbench.engine.worker import Chunk, Data, Measure, without_score
+from leakbench.plan.matrix import RECOVERY
+from leakbench.plan.trial import Cell, Result, Trial, target
+from leakbench.store.run_file import Store
+
+LOSSES = 3
+"""After so many workers that died with it, a chunk is halved; a single trial is an error."""
+
+
+def settled(trials: Iterable[Trial], store: Store, threshold: float | None) -> set[str]:
+    """Return the trials that need not be run: another one has recovered the same image behind the same defense.
+
+    The private image decides here what is left to be measured; what an attack returns it never decides. Floors always
+    run, and so does every trial without a threshold.
+    """
+    if threshold is None:
+        return set()
+    recovered = store.recovered(RECOVERY, threshold)
+    return {trial.id for trial in trials if not trial.attack.floor and recovered.get(trial.target, set()) - {trial.id}}
+
+
+@dataclass
+class _Line:
+    """A cell in the schedule: not begun while it has no chunks, ended once it has none left and none is running."""
+
+    cell: Cell
+    trials: tuple[Trial, ...]
+    chain: str
+    chunks: deque[Chunk] | None = None
+    measured: bool = False
+    running: int = 0
+    ended: bool = False
+
+
+class Schedule:
+    """The chunks of a run, one after the other.
+
+    Of an ensemble (with a threshold), the cells of one dataset, model and defense run one after the other, floors
+    excepted, so that the same trials are spared whatever the number of workers.
+
+    Args:
+        trials: everything that is planned, cells together.
+        store: the run file; what it holds is not run again.
+        data: what the clients hold, by the spec of the dataset.
+        threshold: that of the matrix.
+        size: trials at a time; None: as the run file says, or as a worker measures.
+        workers: how many there are; where there are fewer cells, their chunks are small enough for all to work.
+        spare: is told of trials that need not be run.
+    """
+
+    def __init__(
+        self,
+        trials: Sequence[Trial],
+        store: Store,
+        data: Mapping[str, Data],
+        *,
+        threshold: float | None,
+        size: int | None,
+        workers: int,
+        spare: Callable[[list[Trial]], None],
+    ) -> None:
+        self._store, self._data, self._threshold, self._size, self._spare = store, data, threshold, size, spare
+        self._done = store.done()
+        groups = itertools.groupby(trials, key=lambda trial: trial.cell.key)
+        cells = [tuple(members) for _, members in groups]
+        self._pieces = max(1, -(-workers // max(1, len(cells))))
+        self._lines = [_Line(cell[0].cell, cell, target(cell[0].cell.settings, 0, 0)) for cell in cells]
+        self._by_cell = {line.cell.key: line for line in self._lines}
+        self._unmeasured: deque[Measure] = deque()
+        self._first = 0
+
+    def next(self) -> Measure | Chunk | None:
+        """Return the next task; None where there is none until another one has ended, or none at all."""
+        while self._first < len(self._lines) and self._lines[self._first].ended:
+            self._first += 1
+        if self._unmeasured:
+            return self._unmeasured.popleft()
+        busy: set[str] = set()
+        for line in itertools.islice(self._lines, self._first, None):
+            if line.ended:
+                continue
+            chained = self._threshold is not None and not line.cell.attack.floor
+            if not (chained and line.chain in busy):
+                task = self._take(line)
+                if task is not None:
+                    return task
+            if chained and not line.ended:
+                busy.add(line.chain)
+        return None
+
+    def measured(self, task: Measure, size: int) -> None:
+        """Take the answer to how many trials of a cell run at a time."""
+        line = self._by_cell[task.trial.cell.key]
+        self._store.record_chunk(line.cell.key, size)  # a run that is continued is cut into the same pieces
+        self._cut(line, size)
+
+    def finished(self, chunk: Chunk) -> None:
+        """Take note that the results of a chunk were written."""
+        line = self._by_cell[chunk.trial.cell.key]
+        line.running -= 1
+        line.ended = not line.chunks and not line.running
+
+    def lost(self, task: Chunk | Measure, reason: str) -> list[Result]:
+        """Have a task whose worker has died done again; return the results that this leaves.
+
+        Whoever killed it, the same chunk gives the same numbers, so it is tried as it is before it is halved.
+        """
+        task = replace(task, lost=task.lost + 1)
+        if isinstance(task, Measure):
+            if task.lost < LOSSES:
+                self._unmeasured.append(task)
+            else:
+                self.measured(task, 1)
+            return []
+        if task.lost < LOSSES:
+            return self._again([task])
+        if len(task.trials) > 1:
+            half = len(task.trials) // 2
+            return self._again([_part(task, task.trials[:half]), _part(task, task.trials[half:])])
+        return self._gave_up(task, f"{task.lost} workers died with it, the last one {reason}")
+
+    def late(self, task: Chunk | Measure, limit: float) -> list[Result]:
+        """Have the trials of a chunk that took too long done one at a time; return the results that this leaves."""
+        if isinstance(task, Measure):
+            self.measured(task, 1)
+            return []
+        if len(task.trials) > 1:
+            return self._again([_part(task, (trial,)) for trial in task.trials])
+        return self._gave_up(task, f"it took longer than {limit:g} s (--time-limit), and was stopped")
+
+    def _again(self, chunks: Sequence[Chunk]) -> list[Result]:
+        line = self._by_cell[chunks[0].trial.cell.key]
+        assert line.chunks is not None  # it was cut when the chunk was taken
+        line.chunks.extendleft(reversed(chunks))
+        line.running -= 1
+        return []
+
+    def _gave_up(self, chunk: Chunk, reason: str) -> list[Result]:
+        self.finished(chunk)
+        return [without_score(chunk.data, chunk.trial, "error", reason)]
+
+    def _take(self, line: _Line) -> Measure | Chunk | None:
+        if line.chunks is None:
+            if line.measured:
+                return None
+            spared = settled(line.trials, self._store, self._threshold)
+            self._spare([trial for trial in line.trials if trial.id in spared - self._done])
+            line.trials = tuple(trial for trial in line.trials if trial.id not in spared)
+            if all(trial.id in self._done for trial in line.trials):
+                line.ended = True
+                return None
+            size = self._size or self._store.chunk(line.cell.key)
+            if size is None:
+                line.measured = True
+                return Measure(line.trials[0], -(-len(line.trials) // self._pieces))
+            self._cut(line, size)
+        if not line.chunks:
+            return None
+        line.running += 1
+        return line.chunks.popleft()
+
+    def _cut(self, line: _Line, size: int) -> None:
+        """Cut a cell into chunks; what was done before leaves gaps, so that a run that goes on is cut as it was."""
+        data = self._data[line.cell.specs["dataset"]]
+        width = size * line.cell.attack.queue
+        pieces = (line.trials[begin : begin + width] for begin in range(0, len(line.trials), width))
+        left = (tuple(trial for trial in piece if trial.id not in self._done) for piece in pieces)
+        line.chunks = deque(Chunk(piece, size, data.of(piece)) for piece in left if piece)
+
+
+def _part(chunk: Chunk, trials: tuple[Trial, ...]) -> Chunk:
+    return Chunk(trials, chunk.slots, chunk.data.of(trials))

@@ -1,0 +1,62 @@
+"""A part of a matrix for one of several machines that share no file system: the same for everyone who asks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from leakbench.engine.batch_size import FEWEST
+from leakbench.errors import BadOption
+from leakbench.plan.trial import Trial, target
+
+
+def parse(text: str) -> tuple[int, int]:
+    """Return (i, n) of ``i/n``, from 1/n to n/n.
+
+    Raises:
+        BadOption: it is none.
+    """
+    first, slash, second = text.partition("/")
+    if slash and first.isascii() and second.isascii() and first.isdigit() and second.isdigit():
+        place, count = int(first), int(second)
+        if 1 <= place <= count:
+            return place, count
+    raise BadOption(f"shard {text!r} does not fit; write i/n, from 1/n to n/n, such as 3/16")
+
+
+def part(trials: Sequence[Trial], shard: str, *, ensemble: bool) -> list[Trial]:
+    """Return the trials of a shard, in their order; the n shards of a matrix have every trial once, some perhaps none.
+
+    A cell with enough images and seeds is cut into n pieces, one a shard, so that all take as long. One with few is cut
+    into pieces that still fill a chunk, which are dealt out by a hash. Of an ensemble, whose attacks are spared what
+    another one has recovered, all trials on one image behind one defense are in the same shard.
+
+    Args:
+        trials: everything that is planned.
+        shard: ``i/n``.
+        ensemble: whether the matrix has a threshold.
+
+    Raises:
+        BadOption: the shard is none.
+    """
+    place, count = parse(shard)
+    groups: dict[str, dict[tuple[int, int], list[Trial]]] = {}
+    for trial in trials:
+        key = target(trial.cell.settings, 0, 0) if ensemble else trial.cell.key
+        groups.setdefault(key, {}).setdefault((trial.seed, trial.image), []).append(trial)
+    own: set[str] = set()
+    dealt: list[tuple[str, list[list[Trial]]]] = []
+    for key, units in groups.items():
+        alike = list(units.values())
+        pieces = min(len(alike), max(-(-len(alike) // FEWEST), -(-count // len(groups))))
+        if len(alike) >= count * FEWEST or pieces > count:
+            own |= {trial.id for unit in _piece(alike, place - 1, count) for trial in unit}
+        else:
+            dealt += [(f"{key}/{number}", _piece(alike, number, pieces)) for number in range(pieces)]
+    dealt.sort(key=lambda piece: hashlib.sha256(piece[0].encode()).digest())
+    own |= {trial.id for _, piece in dealt[place - 1 :: count] for unit in piece for trial in unit}
+    return [trial for trial in trials if trial.id in own]
+
+
+def _piece(units: list[list[Trial]], number: int, pieces: int) -> list[list[Trial]]:
+    return units[number * len(units) // pieces : (number + 1) * len(units) // pieces]

@@ -1,0 +1,394 @@
+"""What a worker does: from trials to results. Whatever drives it alone decides what is run, and writes the run file."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from leakbench.attacks.base import prepare
+from leakbench.core.device import DEFAULT, SHARE, out_of_memory
+from leakbench.core.loss_curve import marks
+from leakbench.core.rng import Rng, generator
+from leakbench.core.types import Reconstruction
+from leakbench.engine.batch_size import choose
+from leakbench.errors import BadOption, LeakbenchError, Unsupported
+from leakbench.metrics.base import Metric, Truth
+from leakbench.observation import Observation
+from leakbench.plan.trial import Result, Trial
+from leakbench.victim import Client, build, groups_of, observe, trained_on
+
+
+@dataclass(frozen=True)
+class Data:
+    """A dataset's images that clients hold, and what is public of it.
+
+    Attributes:
+        images: [C, H, W] in [0, 1] by index.
+        labels: the class by index.
+        mean: [C, H, W], the mean of public images.
+    """
+
+    images: Mapping[int, Tensor]
+    labels: Mapping[int, int]
+    mean: Tensor
+    num_classes: int
+
+    def of(self, trials: Sequence[Trial]) -> Data:
+        """Return the part that these trials need."""
+        needed = {index for trial in trials for index in (trial.image, *companions(trial))}
+        images = {index: self.images[index] for index in needed}
+        labels = {index: self.labels[index] for index in needed}
+        return Data(images, labels, self.mean, self.num_classes)
+
+
+@dataclass(frozen=True)
+class Check:
+    """Ask the attacks of cells that see the same whether they can serve it; answered by a ``Refusal``."""
+
+    trials: tuple[Trial, ...]
+    lost: int = 0
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What a step on a blank image has shown.
+
+    Attributes:
+        cells: why cells cannot be served, by ``Cell.key``.
+        groups: the defenses' groups of secrets.
+    """
+
+    cells: Mapping[str, str]
+    groups: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Find out how many of so many trials of a cell to run at a time; answered by their number."""
+
+    trial: Trial
+    trials: int
+    lost: int = 0
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Run trials of one cell, ``slots`` at a time; answered by their results.
+
+    Attributes:
+        data: what the clients hold.
+    """
+
+    trials: tuple[Trial, ...]
+    slots: int
+    data: Data
+    lost: int = 0
+
+    @property
+    def trial(self) -> Trial:
+        """The first one."""
+        return self.trials[0]
+
+
+Task = Check | Measure | Chunk
+"""What a worker is given; ``lost`` is how often one has died with it."""
+
+Answer = Refusal | int | list[Result]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every task needs.
+
+    Attributes:
+        metrics: the metrics that can be computed.
+        share: the part of the device's free memory that a chunk may take.
+    """
+
+    metrics: Sequence[Metric]
+    device: torch.device
+    strict: bool
+    share: float = SHARE
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Does tasks, and tells what is worth a line (``note``) and that so many trials begin (``begin``)."""
+
+    work: Work
+    note: Callable[[str], None]
+    begin: Callable[[int], None] = lambda trials: None
+    told: set[str] = field(default_factory=set)
+
+    def do(self, task: Task) -> Answer:
+        """Return the answer to a task.
+
+        Raises:
+            LeakbenchError: a task that ends the run.
+        """
+        match task:
+            case Check():
+                return _refusal(task.trials)
+            case Measure():
+                return self.size(task.trial, task.trials)
+            case Chunk():
+                return self.results(task.data, task.trials, task.slots)
+
+    def size(self, first: Trial, trials: int) -> int:
+        """Return how many trials to run at a time, by measurement where the attack can be measured."""
+        device = self.work.device
+        size = min(trials, DEFAULT[device.type])
+        if trials == 1:
+            return size
+        try:
+            attack, seen = prepare(first.attack, blank(first, set(), device))
+
+            def step(trials: int) -> int | None:
+                rng = Rng(tuple(f"probe {trial}" for trial in range(trials)), device)
+                return attack.probe(repeated(seen, trials, first.model.fresh_weights()), rng)
+
+            return size if step(1) is None else choose(step, trials, device, self.work.share)
+        except (Exception, SystemExit):  # a component that fails does so again, and is recorded, when its trials run
+            return size
+
+    def results(self, data: Data, trials: Sequence[Trial], slots: int) -> list[Result]:
+        """Return the results of trials of one cell; what fails together is tried in halves, then recorded."""
+        self.begin(len(trials))
+        try:
+            return self._together(data, trials, slots)
+        except (Exception, SystemExit) as error:  # whatever a component raises costs its own trials, not the run
+            if isinstance(error, Unsupported) and len(trials) == 1 and not self.work.strict:
+                return [without_score(data, trials[0], "unsupported", str(error))]
+            memory = out_of_memory(error)
+            if memory and self.work.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if len(trials) > 1:
+                slots = min(slots, len(trials))
+                if memory:
+                    self.note(f"{slots} trials at a time do not fit into memory; trying {-(-slots // 2)}")
+                    slots = -(-slots // 2)
+                half = len(trials) // 2
+                return self.results(data, trials[:half], slots) + self.results(data, trials[half:], slots)
+            reason = "out of memory" if memory else f"{type(error).__name__}: {' '.join(str(error).split())}"
+            if self.work.strict:
+                raise LeakbenchError(f"{trials[0].cell.words}, image {trials[0].image}: {reason}") from error
+            return [without_score(data, trials[0], "error", reason)]
+
+    def _together(self, data: Data, trials: Sequence[Trial], slots: int) -> list[Result]:
+        """Observe, attack and score trials of one cell, so many at a time."""
+        begin = time.perf_counter()
+        first = trials[0]
+        clients = [_client(trial, data) for trial in trials]
+        observation = observe(
+            first.model,
+            first.defense,
+            first.threat,
+            clients,
+            data.num_classes,
+            data.mean,
+            self.work.device,
+        )
+        rng = Rng(tuple(f"attack/{trial.seed}/{_data_key(trial)}/{trial.image}" for trial in trials), self.work.device)
+        attack, known = prepare(first.attack, observation)
+        guess = _checked(attack(replace(known, slots=slots), rng), observation, first)
+        failed = guess.failed if guess.failed is not None else torch.zeros(len(trials), dtype=torch.bool)
+        truth = Truth(
+            torch.stack([data.images[trial.image] for trial in trials]).to(self.work.device),
+            torch.tensor([data.labels[trial.image] for trial in trials], device=self.work.device),
+            self._encoded([trained_on(first.defense, client, data.num_classes) for client in clients]),
+        )
+        # the one place where reconstruction and truth meet
+        scores = self._score(guess, truth)
+        seconds = (time.perf_counter() - begin) / len(trials)
+        images, truths = guess.images.cpu(), truth.images.cpu()
+        courses = [b""] * len(trials) if guess.curve is None else guess.curve.rows()
+        return [
+            Result(
+                trial=trial,
+                status="failed" if bool(failed[row]) else "ok",
+                reason="the attack diverged; scored as the grey image" if bool(failed[row]) else "",
+                seconds=seconds,
+                scores={name: values[row] for name, values in scores.items() if values[row] == values[row]},
+                reconstruction=png(images[row]),
+                truth=png(truths[row]),
+                label=data.labels[trial.image],
+                objective=_finite(guess.objective, row),
+                evaluations=None if guess.evaluations is None else int(guess.evaluations[row]),
+                path=guess.path,
+                findings=_found(guess, row),
+                curve=courses[row],
+            )
+            for row, trial in enumerate(trials)
+        ]
+
+    def _encoded(self, images: Sequence[Tensor | None]) -> Tensor | None:
+        """Return the images that clients trained on as one tensor, or None where a defense leaves them as they are."""
+        known = [image for image in images if image is not None]
+        return torch.stack(known).to(self.work.device) if len(known) == len(images) else None
+
+    def _score(self, guess: Reconstruction, truth: Truth) -> dict[str, list[float]]:
+        """Return every metric's values by row, NaN where the metric raises, which is told."""
+        with torch.no_grad():
+            return {metric.name: self._values(metric, guess, truth) for metric in self.work.metrics}
+
+    def _values(self, metric: Metric, guess: Reconstruction, truth: Truth) -> list[float]:
+        rows = len(truth.images)
+        try:
+            values = [float(value) for value in metric.score(guess, truth)]
+            if len(values) != rows:
+                raise ValueError(f"it returned {len(values)} values for {rows} images; return one an image")
+            return values
+        except (Exception, SystemExit) as error:
+            if self.work.strict or out_of_memory(error):
+                raise
+            if rows > 1:
+                each = [self._values(metric, *_row(guess, truth, row)) for row in range(rows)]
+                return [value for (value,) in each]
+            if metric.name not in self.told:
+                self.told.add(metric.name)
+                self.note(f"metric {metric.name!r} left out: {' '.join(str(error).split())}")
+            return [float("nan")]
+
+
+def without_score(data: Data, trial: Trial, status: Literal["unsupported", "error"], reason: str) -> Result:
+    """Return the result of a trial that came to nothing."""
+    return Result(
+        trial=trial,
+        status=status,
+        reason=reason,
+        seconds=0.0,
+        scores={},
+        reconstruction=None,
+        truth=png(data.images[trial.image]),
+        label=data.labels[trial.image],
+    )
+
+
+def _row(guess: Reconstruction, truth: Truth, row: int) -> tuple[Reconstruction, Truth]:
+    """Return one trial's reconstruction and truth, as a batch of one."""
+    labels = None if guess.labels is None else guess.labels[row : row + 1]
+    only = Reconstruction(guess.images[row : row + 1], labels)
+    encoded = None if truth.encoded is None else truth.encoded[row : row + 1]
+    return only, Truth(truth.images[row : row + 1], truth.labels[row : row + 1], encoded)
+
+
+def png(image: Tensor) -> bytes:
+    """Return a PNG of an image [C, H, W] (C = 1 or 3), clamped to [0, 1] and rounded to 8 bits."""
+    pixels = image.detach().clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    stream = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _checked(guess: Reconstruction, observation: Observation, trial: Trial) -> Reconstruction:
+    """Return a reconstruction whose shape is right and whose failed or non-finite rows are the grey image."""
+    expected = (observation.trials, *observation.image_shape)
+    if not isinstance(guess, Reconstruction):
+        raise BadOption(f"attack {trial.attack.name!r} returned {type(guess).__name__}; return a Reconstruction")
+    if tuple(guess.images.shape) != expected:
+        raise BadOption(
+            f"attack {trial.attack.name!r} returned images of shape {tuple(guess.images.shape)}, not {expected}"
+        )
+    curve = guess.curve
+    if curve is not None and tuple(curve.values.shape) != (expected[0], len(marks(curve.limit, curve.every))):
+        raise BadOption(
+            f"attack {trial.attack.name!r} returned a curve of shape {tuple(curve.values.shape)}; give one value for "
+            "each trial and mark"
+        )
+    images = guess.images.detach().float()
+    failed = ~torch.isfinite(images.flatten(1)).all(1)
+    if guess.failed is not None:
+        failed = failed | guess.failed.to(failed.device)
+    images = torch.where(failed[:, None, None, None], torch.full_like(images, 0.5), images)
+    return replace(guess, images=images, failed=failed)
+
+
+def _client(trial: Trial, data: Data) -> Client:
+    key = f"{trial.seed}/{_data_key(trial)}/{trial.image}"
+    weights = f"weights/{key}" if trial.model.fresh_weights() else f"weights/{trial.seed}"
+    others = tuple((data.images[index], data.labels[index]) for index in companions(trial))
+    return Client(data.images[trial.image], data.labels[trial.image], weights, f"client/{key}", others)
+
+
+def companions(trial: Trial) -> list[int]:
+    """Return the indices of the client's further images, any but the attacked one, for a defense that mixes them in."""
+    if not trial.defense.companions:
+        return []
+    rng = generator("companions", trial.seed, _data_key(trial), trial.image)
+    order = torch.randperm(len(trial.dataset), generator=rng).tolist()
+    return [index for index in order if index != trial.image][: trial.defense.companions]
+
+
+def _data_key(trial: Trial) -> str:
+    return trial.specs["dataset"]
+
+
+def _refusal(trials: Sequence[Trial]) -> Refusal:
+    """Return which cells that see the same, one trial each, cannot be served, from one step on a blank image."""
+    groups: set[str] = set()
+    try:
+        seen = blank(trials[0], groups)
+    except Unsupported as error:
+        return Refusal({trial.cell.key: str(error) for trial in trials}, frozenset(groups))
+    except LeakbenchError:
+        raise
+    except (Exception, SystemExit):  # a component that fails is recorded, with its reason, when its trials run
+        return Refusal({}, frozenset(groups))
+    refused = {}
+    for trial in trials:
+        try:
+            attack, known = prepare(trial.attack, seen)
+            attack.check(known)
+        except Unsupported as error:
+            refused[trial.cell.key] = str(error)
+        except LeakbenchError:
+            raise
+        except (Exception, SystemExit):  # the same
+            continue
+    return Refusal(refused, frozenset(groups))
+
+
+def blank(trial: Trial, groups: set[str], device: torch.device | str = "cpu") -> Observation:
+    """Return what a step on a blank image shows; note the defense's groups of secrets."""
+    shape, classes = trial.dataset.image_shape, trial.dataset.num_classes
+    network = build(trial.model, trial.defense, shape, classes, "blank")
+    groups |= groups_of(trial.defense, network)
+    image = torch.full(shape, 0.5)
+    client = Client(image, 0, "blank", "blank", ((image, 0),) * min(trial.defense.companions, len(trial.dataset) - 1))
+    mean = trial.dataset.mean()
+    return observe(trial.model, trial.defense, trial.threat, [client], classes, mean, device)
+
+
+def repeated(blank: Observation, trials: int, own: bool) -> Observation:
+    """Return the observation of one trial as one of many, each with its ``own`` weights or all with the same."""
+    parameters = {name for name, _ in blank.model.named_parameters()}
+
+    def repeat(value: Tensor, copy: bool) -> Tensor:
+        rows = value.expand(trials, *value.shape[1:])
+        return rows.contiguous() if copy else rows
+
+    return replace(
+        blank,
+        weights={name: repeat(value, own) if name in parameters else value for name, value in blank.weights.items()},
+        gradient={name: repeat(value, True) for name, value in blank.gradient.items()},
+        labels=None if blank.labels is None else blank.labels.expand(trials),
+        targets=None if blank.targets is None else blank.targets.expand(trials, -1),
+    )
+
+
+def _found(guess: Reconstruction, row: int) -> dict[str, float]:
+    """Return what an attack found of one trial beside image and label; what is not finite is left out."""
+    found = {name: _finite(values, row) for name, values in guess.findings.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _finite(values: Tensor | None, row: int) -> float | None:
+    value = None if values is None else float(values[row])
+    return value if value is not None and abs(value) < float("inf") else None

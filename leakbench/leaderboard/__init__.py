@@ -1,0 +1,1 @@
+"""Entries of a leaderboard, and how they are verified."""

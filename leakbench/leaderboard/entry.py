@@ -1,0 +1,204 @@
+"""An entry of a leaderboard: one run as JSON of a fixed form."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from leakbench.analysis import pareto as utility
+from leakbench.analysis.ensemble import RECOVERED, Effort, Standing, floor_share, standings
+from leakbench.core.text import plural
+from leakbench.errors import BadOption, one_line
+from leakbench.plan.matrix import RECOVERY
+from leakbench.store.connection import decoding
+from leakbench.store.records import run_name, threshold_of
+from leakbench.store.run_file import Store
+
+SCHEMA_FILE = "entry.schema.json"
+
+
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+Count = Annotated[int, Field(ge=0)]
+
+
+Text = Annotated[str, Field(min_length=1, max_length=2000)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Attacker(_Strict):
+    """What one attacker of the ensemble did."""
+
+    name: Text
+    recovered: Annotated[Count, Field(description="images, once for each seed, that it was the first to recover")]
+    tried: Annotated[Count, Field(description="trials with a score")]
+    failed: Annotated[Count, Field(description="trials that diverged, part of tried")]
+    skipped: Annotated[Count, Field(description="trials not run, since the image had been recovered")]
+    evaluations: Annotated[Count | None, Field(description="of the objective; null where it counts none")]
+
+
+class TrialOf(_Strict):
+    """One trial, by which the entry can be checked."""
+
+    id: Annotated[str, Field(pattern="^[0-9a-f]{16}$", description="the hash of every resolved setting")]
+    attack: Text
+    threat: Text
+    image: Count
+    seed: int
+    status: Literal["ok", "failed", "unsupported"]
+    score: Annotated[float | None, Field(description="ssim_aligned; null where there is none")]
+
+
+class Cost(_Strict):
+    """What the defense costs in accuracy, where a training study of the run says so."""
+
+    accuracy: Share
+    without: Annotated[Share | None, Field(description="that without any defense; null where it was not measured")]
+
+
+class Entry(_Strict):
+    """The worst case behind one defense, for one dataset and model."""
+
+    schema_: Annotated[Literal["leakbench-leaderboard-1"], Field(alias="schema")] = "leakbench-leaderboard-1"
+    run: Text
+    dataset: Text
+    model: Text
+    defense: Text
+    settings: Annotated[dict[str, Any], Field(description="every option of dataset, model and defense, with versions")]
+    threshold: Annotated[Share, Field(description="the ssim_aligned from which an image is recovered")]
+    images: Annotated[int, Field(ge=1)]
+    recovered: Annotated[Share, Field(description="share of the images that at least one attacker recovered")]
+    low: Annotated[Share, Field(description="lower end of the 95 % Wilson interval of the share")]
+    high: Share
+    floor: Annotated[Share | None, Field(description="share that the best floor recovers; null where none was run")]
+    best_attacker: Annotated[str | None, Field(description="who was first to recover most; null where nobody did")]
+    attackers: list[Attacker]
+    accuracy: Cost | None = None
+    versions: Annotated[list[Text], Field(description="of leakbench, with the commit where there was one")]
+    trials: Annotated[list[TrialOf], Field(min_length=1)]
+
+
+def schema() -> str:
+    """Return the JSON Schema of an entry."""
+    described = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Entry.model_json_schema(by_alias=True)}
+    return json.dumps(described, indent=1) + "\n"
+
+
+def read(path: Path) -> Entry:
+    """Return the entry in a JSON file.
+
+    Raises:
+        BadOption: there is no such file, or it does not fit the schema.
+    """
+    try:
+        return Entry.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise BadOption(f"{path} cannot be read: {error.strerror}; give the JSON file of an entry") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        words = " ".join(str(first["msg"]).split())
+        raise BadOption(f"{path} is no entry of a leaderboard: {where}: {words}; see {SCHEMA_FILE}") from None
+
+
+def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> tuple[list[Entry], list[str]]:
+    """Return the entries of a run: one for each dataset, model and defense whose trials have all ended with an answer.
+
+    Args:
+        store: the run file.
+        name: the run's, where it has none of its own.
+        studies: what the trainings beside it say.
+
+    Returns:
+        The entries, and a line for each defense that has none.
+    """
+    sessions = store.sessions()
+    limit = threshold_of(sessions)
+    threshold = RECOVERED if limit is None else limit
+    trials, components = store.trials(), {(one.kind, one.spec): one for one in store.components()}
+    versions = list(dict.fromkeys(_version(session.provenance) for session in sessions))
+    found, missing = [], []
+    for one in standings(trials, threshold):
+        scene = trials[(trials["dataset"] == one.dataset) & (trials["model"] == one.model)]
+        own = scene[(scene["defense"] == one.defense) & ~scene["floor"] & (scene["status"] != "")]
+        broken = int((own["status"] == "error").sum())
+        if one.open or broken or not one.images:
+            reasons = [f"{plural(one.open, 'trial')} not run yet"] if one.open else []
+            reasons += [f"{plural(broken, 'trial')} ended in an error"] if broken else []
+            reasons += [] if reasons else ["no attacker has a score"]
+            where = f"{one.defense}, on {one.dataset}, {one.model}"
+            missing.append(one_line(f"{where} (run {run_name(sessions, name)}): {' and '.join(reasons)}"))
+            continue
+        floor = floor_share(scene, threshold)
+        known = {kind: components[kind, getattr(one, kind)] for kind in ("dataset", "model", "defense")}
+        with decoding(store.path):
+            entry = Entry(
+                run=run_name(sessions, name),
+                dataset=one.dataset,
+                model=one.model,
+                defense=one.defense,
+                settings={kind: {"version": item.version, **item.options} for kind, item in known.items()},
+                threshold=threshold,
+                images=one.images,
+                recovered=one.share,
+                low=one.low,
+                high=one.high,
+                floor=None if math.isnan(floor) else floor,
+                best_attacker=_best(one),
+                attackers=[_attacker(effort) for effort in one.efforts],
+                accuracy=_cost(studies, one.model, one.defense),
+                versions=versions,
+                trials=[
+                    TrialOf(
+                        id=row["trial"],
+                        attack=row["attack"],
+                        threat=row["threat"],
+                        image=row["image"],
+                        seed=row["seed"],
+                        status=row["status"],
+                        score=None if math.isnan(row[RECOVERY]) else row[RECOVERY],
+                    )
+                    for row in own.to_dict("records")
+                ],
+            )
+        found.append(entry)
+    return found, missing
+
+
+def _version(source: Any) -> str:
+    commit = "" if source.commit is None else f" at commit {source.commit}"
+    return f"leakbench {source.version}{commit}{' with uncommitted changes' if source.dirty else ''}"
+
+
+def _best(one: Standing) -> str | None:
+    most = max(one.efforts, key=lambda effort: effort.recovered, default=None)
+    return most.attacker if most is not None and most.recovered else None
+
+
+def _attacker(effort: Effort) -> Attacker:
+    return Attacker(
+        name=effort.attacker,
+        recovered=effort.recovered,
+        tried=effort.tried,
+        failed=effort.failed,
+        skipped=effort.skipped,
+        evaluations=effort.evaluations,
+    )
+
+
+def _cost(studies: Sequence[utility.Study], model: str, defense: str) -> Cost | None:
+    """Return what the first study of an attacked network says of a defense; None where none says anything."""
+    for study in studies:
+        values = {point.label: point.utility.value for point in study.points}
+        if any(point.label == defense and model in point.models for point in study.points):
+            return Cost(accuracy=values[defense], without=values.get("none"))
+    return None

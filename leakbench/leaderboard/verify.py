@@ -1,0 +1,208 @@
+"""Check an entry of a leaderboard: hold it against its run, and run a sample of its trials again."""
+
+from __future__ import annotations
+
+import math
+import random
+import secrets
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from leakbench.analysis import pareto as utility
+from leakbench.analysis.reproduce import owners, spec_of
+from leakbench.analysis.statistics import ALPHA, holm, least_images, wilcoxon_test
+from leakbench.engine import run as engine
+from leakbench.engine.progress import Silent
+from leakbench.engine.run import RunOptions
+from leakbench.errors import BadOption, LeakbenchError, one_line
+from leakbench.leaderboard.entry import Entry, TrialOf, entries
+from leakbench.plan.matrix import RECOVERY, Matrix
+from leakbench.store.run_file import FILE, Store
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """A trial and what came of it again: ``score`` is ``ssim_aligned``, NaN where there was none."""
+
+    trial: TrialOf
+    status: str
+    score: float
+
+    @property
+    def scored(self) -> bool:
+        """Whether it has a score both times."""
+        return self.trial.score is not None and not math.isnan(self.score)
+
+
+LEAST = least_images(2)
+"""With fewer trials neither test of a sample can show anything."""
+
+CLOSE = 0.01
+"""Scores that differ by less count as equal."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a check found.
+
+    Attributes:
+        differing: the fields in which the entry is not what the run says.
+        repeats: the sample.
+        threshold: from which an image is recovered.
+        seed: of the draw of the sample.
+    """
+
+    differing: tuple[str, ...]
+    repeats: tuple[Repeat, ...]
+    threshold: float
+    seed: int = 0
+
+    @property
+    def otherwise(self) -> list[Repeat]:
+        """The trials that an attacker serves again and did not in the entry, or the other way round."""
+        return [one for one in self.repeats if (one.trial.status == "unsupported") != (one.status == "unsupported")]
+
+    @property
+    def more(self) -> int:
+        """How many trials recover their image again, though the entry has it that they did not."""
+        return sum(not self._before(one) and self._after(one) for one in self.repeats)
+
+    @property
+    def less(self) -> int:
+        """How many trials recovered their image in the entry, and do not again."""
+        return sum(self._before(one) and not self._after(one) for one in self.repeats)
+
+    @property
+    def p(self) -> float:
+        """The smaller, after Holm's correction for two, of the p of ``flips`` and of ``scores``."""
+        return min(holm([self.flips, self.scores]))
+
+    @property
+    def flips(self) -> float:
+        """McNemar's exact two-sided p that flips go either way alike."""
+        flips = self.more + self.less
+        return 1.0 if not flips else float(stats.binomtest(self.more, flips).pvalue)
+
+    @property
+    def scores(self) -> float:
+        """Wilcoxon's two-sided p that scores differ either way alike; differences below ``CLOSE`` count as none."""
+        pairs = [(one.score - (one.trial.score or 0.0), one.trial.image) for one in self.repeats if one.scored]
+        changes = [0.0 if abs(change) < CLOSE else change for change, _ in pairs]
+        p = wilcoxon_test(changes, np.array([image for _, image in pairs])) if pairs else math.nan
+        return 1.0 if math.isnan(p) else p
+
+    @property
+    def holds(self) -> bool:
+        """Whether the entry is what its run says, and the sample comes out as it did but for chance."""
+        return not self.differing and not self.otherwise and self.p > ALPHA
+
+    def _before(self, one: Repeat) -> bool:
+        return one.trial.status == "ok" and (one.trial.score or 0.0) >= self.threshold
+
+    def _after(self, one: Repeat) -> bool:
+        return one.status == "ok" and one.score >= self.threshold
+
+
+def check(
+    entry: Entry,
+    run: Path,
+    *,
+    sample: int = 16,
+    seed: int | None = None,
+    device: str = "auto",
+    progress: Silent | None = None,
+) -> Check:
+    """Hold an entry against the run that it is of, and run a sample of its trials again.
+
+    Every trial that is run again has the id that the entry names, so its settings are the same to the last option; in
+    float32 two machines agree on how often images are recovered, not on each.
+
+    Args:
+        entry: the entry.
+        run: the folder of the run.
+        sample: how many trials, drawn at random from all of the entry's.
+        seed: of the draw; None for one that nobody can foresee.
+        device: see ``engine.run``.
+        progress: see ``engine.run``.
+
+    Raises:
+        BadOption: the run has no such defense, or its trials cannot be made again with this leakbench.
+        LeakbenchError: a trial ends in an error here, so that nothing can be told.
+    """
+    with Store.open(run / FILE, readonly=True) as store:
+        components = {(one.kind, one.spec): one for one in store.components()}
+        mine = [
+            other
+            for other in entries(store, run.resolve().name, utility.load(run / utility.FILE))[0]
+            if (other.dataset, other.model, other.defense) == (entry.dataset, entry.model, entry.defense)
+        ]
+        planned = store.trials().set_index("trial")
+    if not mine:
+        raise BadOption(
+            f"the run {str(run)!r} has no finished defense {entry.defense!r} on {entry.dataset}, {entry.model}; give "
+            "the run that the entry is of"
+        )
+    recorded = mine[0].model_dump()
+    differing = tuple(name for name, value in entry.model_dump().items() if name != "run" and value != recorded[name])
+    known = [trial for trial in entry.trials if trial.id in planned.index]
+    if not known:
+        raise BadOption(f"none of the entry's trials is in the run {str(run)!r}; give the run that it is of")
+    seed = secrets.randbits(32) if seed is None else seed
+    chosen = random.Random(seed).sample(known, min(sample, len(known)))
+    repeats = []
+    with tempfile.TemporaryDirectory() as folder:
+        for place, trial in enumerate(chosen):
+            row = planned.loc[trial.id]
+            threat, own = str(row["threat"]), components["defense", str(row["defense"])]
+            axes = {
+                f"{axis}s": [spec_of(components[axis, str(row[axis])])]
+                for axis in ("attack", "defense", "model", "dataset")
+            }
+            axes["defenses"] += owners(components.values(), own, threat)
+            matrix = Matrix(**axes, threats=[threat], images=[trial.image], seeds=[trial.seed], floors=False)
+            made, *others = matrix.trials()
+            if trial.id not in [one.id for one in (made, *others)]:
+                raise BadOption(
+                    f"trial {trial.id} ({trial.attack}) has other settings here (as {made.id}): it takes the "
+                    f"leakbench, data and plugins that made it: {', '.join(entry.versions)}"
+                )
+            out = engine.run(matrix, Path(folder) / str(place), RunOptions(device), progress=progress)
+            with Store.open(out / FILE, readonly=True) as store:
+                done = store.results()
+            again = done[done["trial"] == trial.id].iloc[0]
+            if again["status"] == "error":
+                raise LeakbenchError(
+                    f"trial {trial.id} ({trial.attack}) ends in an error here ({again['reason']}), so that nothing can "
+                    "be told; repair that, or check elsewhere"
+                )
+            repeats.append(Repeat(trial, str(again["status"]), float(again[RECOVERY])))
+    return Check(differing, tuple(repeats), entry.threshold, seed)
+
+
+def words(found: Check) -> Sequence[str]:
+    """Return what a check found, line by line."""
+    lines = [f"the entry is not what its run says: {name} differs" for name in found.differing]
+    for one in found.repeats:
+        before = math.nan if one.trial.score is None else one.trial.score
+        lines.append(
+            f"{one.trial.id} {one.trial.attack}, image {one.trial.image}: "
+            f"{RECOVERY} {before:.3f} ({one.trial.status}), again {one.score:.3f} ({one.status})"
+        )
+    count = len(found.repeats)
+    lines += [f"{one.trial.id} was {one.trial.status} in the entry, and is {one.status}" for one in found.otherwise]
+    lines.append(
+        f"of {count} trials run again (--seed {found.seed}), {found.more} recover an image that was not recovered, and "
+        f"{found.less} no longer do (McNemar's p {found.flips:.2g}; Wilcoxon's p of the scores {found.scores:.2g}; "
+        f"they count from {ALPHA / 2:g} down)"
+    )
+    if count < LEAST:
+        lines.append(
+            f"so few trials can refute by their settings alone, never by their scores: that takes at least {LEAST}"
+        )
+    lines.append("the entry holds" if found.holds else "the entry does not hold")
+    return [one_line(line) for line in lines]

@@ -1,0 +1,75 @@
+"""What an attacker sees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from leakbench.core.types import Secret, ThreatModel
+from leakbench.defenses.base import Defense
+from leakbench.errors import BadOption
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Everything that the server may see of T client steps, and nothing else.
+
+    Attributes:
+        model: the architecture that clients run, its mode (train or eval) included; its own tensors are on the
+            ``meta`` device, the values that the server knows are in ``weights``.
+        weights: public parameters [T, *shape] (stride 0 along T where all trials share them), public buffers
+            [*shape], and the revealed secrets [T, *shape].
+        gradient: what was sent, per parameter [T, *shape]; withheld names are absent. Where the client shares its
+            weights, the update: the weights before its local training less those that it sent.
+        secrets: the secrets that were not revealed: their names and how they are drawn, never a value.
+        labels: [T] int64, or None where the threat model does not grant them.
+        image_shape: (C, H, W) of the images, whose values lie in [0, 1].
+        num_classes: how many logits the model returns.
+        mean_image: [C, H, W] in [0, 1], the mean of public images of the same kind.
+        threat: what was granted; its ``learning_rate`` is None where that is hidden.
+        defense: the defense in use, or None where the attacker is not informed of it.
+        slots: how many trials fit into memory at a time; None for all of them.
+        targets: [T, K], the class probabilities of the clients' losses that an informed attacker worked out; None for
+            those of the labels.
+        unit: what was sent is ``gradient`` times this; not 1 where an attack works on the mean step of an update.
+        shown: per parameter [T, *shape] bool, where ``gradient`` is what an informed attacker found it to be before the
+            defense acted; elsewhere it is zero and nothing is known of it. None: what was sent, everywhere.
+    """
+
+    model: nn.Module
+    weights: Mapping[str, Tensor]
+    gradient: Mapping[str, Tensor]
+    secrets: tuple[Secret, ...]
+    labels: Tensor | None
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    mean_image: Tensor
+    threat: ThreatModel = ThreatModel()
+    defense: Defense | None = None
+    slots: int | None = None
+    targets: Tensor | None = None
+    unit: float = 1.0
+    shown: Mapping[str, Tensor] | None = None
+
+    @property
+    def trials(self) -> int:
+        """How many trials (T) are observed."""
+        return next(iter(self.gradient.values())).shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of every tensor."""
+        return next(iter(self.gradient.values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of the gradient, in which an attack works."""
+        return next(iter(self.gradient.values())).dtype
+
+    def __post_init__(self) -> None:
+        """Raise BadOption where no gradient is left to observe."""
+        if not self.gradient:
+            raise BadOption("the observation has no gradient: the defense withheld every parameter; nothing to attack")

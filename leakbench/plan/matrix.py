@@ -1,0 +1,441 @@
+"""The matrix: which attacks meet which defenses, on what; from TOML, from options or from Python."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SkipValidation, ValidationError
+from torch import nn
+
+from leakbench import attacks, datasets, defenses, models
+from leakbench.attacks import Attack
+from leakbench.core.registry import split_options
+from leakbench.core.types import PRESETS, ThreatModel
+from leakbench.datasets import Dataset
+from leakbench.defenses import Defense
+from leakbench.errors import BadOption
+from leakbench.models import Model, OwnModule
+from leakbench.plan.trial import Cell, Trial
+
+
+def components(axis: str, parse: Callable[[Any], Any], value: object) -> tuple[Any, ...]:
+    """Return what each item of an axis, or the one item, stands for; raise BadOption for an empty axis."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    if not items:
+        raise BadOption(f"{axis} is empty; name at least one")
+    return tuple(parse(item) for item in items)
+
+
+def _model(value: object) -> Model:
+    if isinstance(value, nn.Module):
+        return OwnModule(type(value).__name__, value)
+    return models.parse(value)  # type: ignore[arg-type]
+
+
+def parse_threat(value: object) -> ThreatModel:
+    """Return the threat model of a preset's name, a table, or text such as ``labels=known, reveals=key+lock``."""
+    if isinstance(value, ThreatModel):
+        return value
+    if isinstance(value, str):
+        if value in PRESETS:
+            return PRESETS[value]
+        if "=" not in value:
+            close = difflib.get_close_matches(value, PRESETS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(PRESETS)}"
+            raise BadOption(f"unknown threat model {value!r}; {hint}")
+        table: dict[str, object] = dict(split_options(value, f"threat {value!r}"))
+        if isinstance(table.get("reveals"), str):
+            table["reveals"] = [part for part in str(table["reveals"]).split("+") if part]
+        value = table
+    if not isinstance(value, Mapping):
+        raise BadOption(f"threat {value!r} is neither a preset's name nor a table of {', '.join(_Threat.model_fields)}")
+    try:
+        return _Threat.model_validate(dict(value)).build()
+    except ValidationError as error:
+        raise BadOption(f"threat {dict(value)!r}: {_explain(error, _Threat)}") from None
+
+
+class _Threat(BaseModel):
+    """The fields of a threat model as TOML writes them."""
+
+    model_config = ConfigDict(extra="forbid")
+    labels: str = "inferred"
+    reveals: frozenset[str] = frozenset()
+    informed: Annotated[
+        bool | Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")], Field(union_mode="left_to_right")
+    ] = False
+    shares: str = "gradient"
+    optimises: bool = False
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.01
+    local_steps: Annotated[int, Field(ge=1, le=10_000)] = 1
+    rate: str = "hidden"
+
+    def build(self) -> ThreatModel:
+        for field, value, known in (
+            ("labels", self.labels, ("inferred", "known")),
+            ("shares", self.shares, ("gradient", "weights")),
+            ("rate", self.rate, ("hidden", "known")),
+        ):
+            if value not in known:
+                raise BadOption(f"threat: {field}={value!r} does not fit; write {' or '.join(known)}")
+        local = sorted(self.model_fields_set & {"learning_rate", "local_steps", "rate"})
+        if self.shares == "gradient" and local:
+            raise BadOption(f"threat: {local[0]} is of local training before weights are sent; add shares=weights")
+        return ThreatModel(
+            self.labels,  # type: ignore[arg-type]
+            self.reveals,
+            self.informed,
+            self.shares,  # type: ignore[arg-type]
+            self.optimises,
+            self.learning_rate,
+            self.local_steps,
+            self.rate,  # type: ignore[arg-type]
+        )
+
+
+Count = Annotated[int, Field(ge=1, le=2**63 - 1, strict=True)]
+Index = Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)]
+Indices = Count | Annotated[list[Index], Field(min_length=1)]
+
+
+MOST = 10_000_000
+"""No matrix has more trials, and no plan more trainings."""
+
+FLOORS = ("random", "grey", "mean")
+"""The floors that a matrix adds to its attacks."""
+
+EVERY = "every"
+"""What a threat model of a matrix says of ``informed`` for each informed attacker that each defense states."""
+
+RECOVERY = "ssim_aligned"
+"""The metric by which an image counts as recovered."""
+
+Attacks = Annotated[tuple[SkipValidation[Attack], ...], BeforeValidator(partial(components, "attacks", attacks.parse))]
+Threats = Annotated[
+    tuple[SkipValidation[ThreatModel], ...], BeforeValidator(partial(components, "threats", parse_threat))
+]
+
+
+class Axes(BaseModel):
+    """What is checked as a whole, and told in one line where it does not fit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    def __init__(self, /, **axes: Any) -> None:
+        try:
+            super().__init__(**axes)
+        except ValidationError as error:
+            raise BadOption(f"{type(self).__name__.lower()}: {_explain(error, type(self))}") from None
+
+
+class Stage(Axes):
+    """A step of an ensemble: attacks that meet every defense, under each threat model, before the next step begins.
+
+    Raises:
+        BadOption: one line on the first thing that does not fit.
+    """
+
+    attacks: Attacks
+    threats: Threats = (PRESETS["paper"],)
+
+
+def _stage(value: object) -> Stage:
+    if isinstance(value, Stage):
+        return value
+    if not isinstance(value, Mapping):
+        raise BadOption(f"stage {value!r} is no table; write [[stages]] with attacks = [...] and threats = [...]")
+    return Stage(**{str(key): item for key, item in value.items()})
+
+
+class Matrix(Axes):
+    """A cross product of components, images and seeds; each axis takes specs, components, or both.
+
+    Attributes:
+        name: the run's name.
+        attacks: specs such as ``ig(steps=1000)`` or Attack objects.
+        defenses: specs or Defense objects.
+        models: specs, Model objects, or networks (``nn.Module``) from images in [0, 1] to logits.
+        datasets: specs or Dataset objects.
+        threats: presets' names, tables or ThreatModel objects. ``informed = "every"`` asks for each informed attacker
+            that each defense states, and leaves out the defenses that state none.
+        stages: in place of attacks and threats: an ensemble that runs one stage after another, the cheapest first.
+        threshold: in [0, 1]; a trial need not be run where another one, behind the same defense, has recovered its
+            image with a ``ssim_aligned`` of at least this. The truth thus decides what is still to be measured, and
+            never what an attack returns. None: every trial is run.
+        images: the first so many images of each dataset, or a list of indices.
+        seeds: so many seeds from 0 on, or a list.
+        floors: add the floors ``random``, ``grey`` and ``mean`` (behind no defense, since they use no gradient) where
+            they are not named: no figure of an attack means much without them.
+
+    Raises:
+        BadOption: one line on the first thing that does not fit.
+    """
+
+    name: Annotated[str, Field(max_length=100, pattern=r"^\w[\w .()=,+-]*$")] = "matrix"
+    attacks: Attacks = ()
+    defenses: Annotated[
+        tuple[SkipValidation[Defense], ...], BeforeValidator(partial(components, "defenses", defenses.parse))
+    ]
+    models: Annotated[tuple[SkipValidation[Model], ...], BeforeValidator(partial(components, "models", _model))]
+    datasets: Annotated[
+        tuple[SkipValidation[Dataset], ...], BeforeValidator(partial(components, "datasets", datasets.parse))
+    ]
+    threats: Threats = (PRESETS["paper"],)
+    stages: Annotated[tuple[SkipValidation[Stage], ...], BeforeValidator(partial(components, "stages", _stage))] = ()
+    threshold: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    images: Indices = 8
+    seeds: Indices = [0]
+    floors: bool = True
+
+    def __init__(self, /, **axes: Any) -> None:
+        named = [axis for axis in ("attacks", "threats") if axis in axes]
+        if axes.get("stages") and named:
+            raise BadOption(f"matrix: both stages and {named[0]} are given; give {named[0]} in every stage")
+        super().__init__(**axes)
+        if not self.attacks and not self.stages:
+            raise BadOption(f"matrix: {_missing('attacks')}")
+        self._check_informed()
+
+    def _check_informed(self) -> None:
+        """Raise BadOption where a threat model asks for an informed attacker that no defense states."""
+        stated = {variant for defense in self.defenses for variant in _informed(defense)} - {True}
+        known = ["true", EVERY, *sorted(map(str, stated))]
+        for threat in (*self.threats, *(threat for stage in self.stages for threat in stage.threats)):
+            if isinstance(threat.informed, str) and threat.informed not in known:
+                raise BadOption(
+                    f"threat: informed={threat.informed!r} does not fit: no defense of the matrix states such an "
+                    f"attacker; write {' or '.join(known)}"
+                )
+        if not self.stages and not any(behind for _, behind in self._grants(self.threats)):
+            raise BadOption(
+                f"threat: informed={EVERY!r} does not fit: no defense of the matrix states an informed attacker; add "
+                "one that does, or a threat model with informed=false"
+            )
+
+    def trials(self) -> tuple[Trial, ...]:
+        """Return every trial of the cross product once, in the order of stages and axes.
+
+        Raises:
+            BadOption: there would be more than ``MOST``.
+        """
+        images = range(self.images) if isinstance(self.images, int) else self.images
+        seeds = range(self.seeds) if isinstance(self.seeds, int) else self.seeds
+        cells = [
+            Cell(dataset, model, defense, attack, threat)
+            for stage in self.stages or (Stage(attacks=self.attacks, threats=self.threats),)
+            for dataset, model, (threat, behind) in itertools.product(
+                self.datasets, self.models, self._grants(stage.threats)
+            )
+            for defense, attack in [*self._floors(model), *itertools.product(behind, stage.attacks)]
+        ]
+        check_count("trials", len(cells), images, seeds)
+        trials = (Trial(cell, image, seed) for cell in cells for seed, image in itertools.product(seeds, images))
+        return tuple({trial.id: trial for trial in trials}.values())
+
+    def _grants(self, threats: Sequence[ThreatModel]) -> Iterator[tuple[ThreatModel, tuple[Defense, ...]]]:
+        """Yield these threat models, each with the defenses that meet it."""
+        for threat in threats:
+            if threat.informed != EVERY:
+                yield threat, self.defenses
+                continue
+            for variant in dict.fromkeys(variant for defense in self.defenses for variant in _informed(defense)):
+                behind = tuple(defense for defense in self.defenses if variant in _informed(defense))
+                yield replace(threat, informed=variant, name=""), behind
+
+    def _floors(self, model: Model) -> list[tuple[Defense, Attack]]:
+        """Return the added floors; they look at no gradient, so they meet no defense but that of a checkpoint."""
+        named = {attack.name for attack in (*self.attacks, *(one for stage in self.stages for one in stage.attacks))}
+        wanted = [floor for floor in FLOORS if self.floors and floor not in named]
+        checkpoint = model.checkpoint()
+        behind = (checkpoint.defense if checkpoint else "") or "none"
+        return [(defenses.parse(behind), attacks.parse(floor)) for floor in wanted]
+
+    def describe(self) -> dict[str, Any]:
+        """Return the matrix as plain JSON values: specs in place of components."""
+        stages = [_describe(stage.attacks, stage.threats) for stage in self.stages]
+        ensemble = {} if self.threshold is None else {"threshold": self.threshold}
+        return {
+            "name": self.name,
+            **({"stages": stages} if stages else _describe(self.attacks, self.threats)),
+            "defenses": [defenses.spec(defense) for defense in self.defenses],
+            "models": [models.spec(model) for model in self.models],
+            "datasets": [datasets.spec(dataset) for dataset in self.datasets],
+            "images": self.images,
+            "seeds": self.seeds,
+            "floors": self.floors,
+            **ensemble,
+        }
+
+
+def _informed(defense: Defense) -> tuple[bool | str, ...]:
+    """Return the informed attackers that a defense states, as a threat model asks for them."""
+    return (True, *defense.attackers()) if defense.informed else ()
+
+
+def check_count(what: str, others: int, *axes: Sequence[int]) -> None:
+    """Raise BadOption where a cross product is too large to be held.
+
+    Args:
+        what: what is counted, in words.
+        others: how many there are for each element of the product of the axes.
+        axes: images, seeds; they may be ranges of any length.
+    """
+    count = others
+    for axis in axes:
+        count *= axis.stop if isinstance(axis, range) else len(axis)
+    if count > MOST:
+        raise BadOption(f"{count:,} {what} are too many; give fewer images or seeds, for at most {MOST:,}")
+
+
+def _describe(own: Sequence[Attack], threats: Sequence[ThreatModel]) -> dict[str, Any]:
+    return {"attacks": [attacks.spec(attack) for attack in own], "threats": [threat.spec() for threat in threats]}
+
+
+class _Plan(BaseModel):
+    """Axes, and rows of axes."""
+
+    model_config = ConfigDict(extra="allow")
+    rows: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        return self.model_extra or {}
+
+
+class _File(_Plan):
+    """What a matrix file may hold beside the axes."""
+
+    scale: dict[str, _Plan] = {}
+    default: str | None = None
+
+
+def expand(axes: Mapping[str, Any], scale: str | None = None) -> list[dict[str, Any]]:
+    """Return the axes of each matrix that a file describes, one for each of its ``rows``.
+
+    A table ``[scale.NAME]`` replaces axes (images, attacks with fewer steps, ...) for that scale, and each ``[[rows]]``
+    makes a matrix of its own of the axes that it states and those that all rows share. All matrices go into one run.
+    ``default`` names the scale that is taken where none is chosen.
+
+    Args:
+        axes: what ``load`` returned.
+        scale: which of the file's scales; None for a file without any.
+
+    Raises:
+        BadOption: the file has no such scale, has scales of which none was chosen, or is not of this form.
+    """
+    try:
+        file = _File.model_validate(dict(axes))
+    except ValidationError as error:
+        raise BadOption(f"matrix: {_explain(error, _File)}") from None
+    known = f"known: {', '.join(file.scale)}" if file.scale else "it has none; leave --scale out"
+    scale = file.default if scale is None else scale
+    if scale is None and file.scale:
+        raise BadOption(f"the matrix has several scales; choose one with --scale ({', '.join(file.scale)})")
+    if scale is not None and scale not in file.scale:
+        raise BadOption(f"unknown scale {scale!r}; {known}")
+    chosen = file if scale is None else file.scale[scale]
+    shared = {**file.axes, **chosen.axes}
+    return [{**shared, **row} for row in chosen.rows or file.rows or [{}]]
+
+
+def override(axes: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the axes of a matrix with those that are given in their place.
+
+    In a matrix of stages, threat models that are given take the place of every stage's; attacks that are given are the
+    stages, one each, under all the threat models of the stages that they replace.
+    """
+    merged = {**axes, **given}
+    stages = axes.get("stages")
+    if not isinstance(stages, list) or not all(isinstance(stage, Mapping) for stage in stages):
+        return merged  # none, or what ``Matrix`` refuses
+    threats = merged.pop("threats", None)
+    if "attacks" in given:
+        threats = threats or [threat for stage in stages for threat in stage.get("threats", ["paper"])]
+        merged["stages"] = [{"attacks": [attack], "threats": threats} for attack in merged.pop("attacks")]
+    elif threats is not None:
+        merged["stages"] = [{**stage, "threats": threats} for stage in stages]
+    return merged
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Return what a TOML file states: the axes of a matrix, which ``Matrix(**axes)`` checks, or what ``expand`` takes.
+
+    Raises:
+        BadOption: the file does not exist or is no TOML.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise BadOption(
+            f"the matrix file {str(path)!r} cannot be read: {reason}; give the path of a TOML file"
+        ) from None
+    return _parse_toml(text, str(path))
+
+
+def suites() -> list[str]:
+    """Return the names of the suites that ship with the package."""
+    folder = resources.files("leakbench.plan") / "suites"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_suite(name: str) -> dict[str, Any]:
+    """Return the axes of a suite that ships with the package; raise BadOption where there is none of this name."""
+    if name not in suites():
+        raise BadOption(f"unknown suite {name!r}; known: {', '.join(suites())}")
+    text = (resources.files("leakbench.plan") / "suites" / f"{name}.toml").read_text(encoding="utf-8")
+    return _parse_toml(text, f"suite {name}")
+
+
+def _parse_toml(text: str, where: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise BadOption(f"the matrix {where!r} is no TOML: {' '.join(str(error).split())}") from None
+
+
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Return the first of pydantic's complaints as one line."""
+    first = next((one for one in error.errors() if one["type"] == "extra_forbidden"), error.errors()[0])
+    where = ".".join(str(part) for part in first["loc"][:1])
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, BadOption):
+        return str(cause)
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(where, model.model_fields, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(model.model_fields)}"
+        return f"unknown key {where!r}; {hint}"
+    if first["type"] == "missing":
+        return _missing(where)
+    return f"{where}={first['input']!r} does not fit: {' '.join(str(first['msg']).split())}"
+
+
+def _missing(axis: str) -> str:
+    return f"{axis} is missing; name at least one, for example with --{axis.rstrip('s')} or {axis} = [...]"
+
+
+def axes_from_options(options: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Return the axes that command-line options state; an option that was not given is absent."""
+    axes: dict[str, Any] = {name: list(values) for name, values in options.items() if values}
+    for name in ("images", "seeds"):
+        if name in axes:
+            axes[name] = _indices(name, axes[name])
+    return axes
+
+
+def _indices(name: str, values: list[str]) -> int | list[int]:
+    text = ",".join(values)
+    try:
+        numbers = [int(part) for part in text.removesuffix(",").split(",")]
+    except ValueError:
+        raise BadOption(f"--{name} {text!r} is no number; write {name} 8, or a list such as 0,3,5 or 3,") from None
+    return numbers[0] if len(numbers) == 1 and "," not in text else numbers

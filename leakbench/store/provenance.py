@@ -1,0 +1,89 @@
+"""Where a session of a run came from: versions, commit, device, command."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from leakbench.version import __version__
+
+PACKAGES = ("torch", "torchvision", "numpy", "pandas", "lpips", "nevergrad")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a session of a run came from.
+
+    Attributes:
+        commit: the commit of the leakbench checkout, or None where leakbench was installed.
+        dirty: whether the checkout held uncommitted changes; None without a checkout.
+        packages: name -> version of what the numbers depend on, absent ones left out.
+        threads: CPU threads that torch uses.
+        command: the command line.
+        matrix: the matrix as JSON.
+        shard: ``i/n``, or empty for the whole matrix.
+        workers: how many processes.
+    """
+
+    version: str
+    commit: str | None
+    dirty: bool | None
+    packages: Mapping[str, str]
+    python: str
+    device: str
+    threads: int
+    command: str
+    matrix: str
+    shard: str = ""
+    workers: int = 1
+
+    @classmethod
+    def collect(cls, command: str, device: str, matrix: str, shard: str = "", workers: int = 1) -> Provenance:
+        """Return the provenance of this process; ``matrix`` is JSON."""
+        commit, dirty = _checkout(Path(__file__).resolve().parents[2])
+        versions = {name: _package_version(name) for name in PACKAGES}
+        return cls(
+            version=__version__,
+            commit=commit,
+            dirty=dirty,
+            packages={name: version for name, version in versions.items() if version is not None},
+            python=platform.python_version(),
+            device=device,
+            threads=torch.get_num_threads(),
+            command=command,
+            matrix=matrix,
+            shard=shard,
+            workers=workers,
+        )
+
+
+def _checkout(folder: Path) -> tuple[str | None, bool | None]:
+    """Return the commit of the checkout at this folder and whether it is dirty, or nothing where it is none."""
+    if not (folder / ".git").exists():
+        return None, None
+    commit = _git(folder, "rev-parse", "HEAD")
+    status = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return commit, None if commit is None or status is None else bool(status)
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "--no-optional-locks", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _package_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

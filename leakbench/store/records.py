@@ -1,0 +1,115 @@
+"""What a run file holds beside results: sessions, metrics, components and what they state of themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from leakbench.defenses import Defense
+from leakbench.models.weights import Checkpoint
+from leakbench.store.provenance import Provenance
+
+
+def threshold_of(sessions: Sequence[Session]) -> float | None:
+    """Return from which score on an image counted as recovered in the last session; None where all trials were run."""
+    try:
+        value = json.loads(sessions[-1].provenance.matrix)["threshold"]
+    except (IndexError, KeyError, TypeError, ValueError):
+        return None
+    return float(value)
+
+
+def run_name(sessions: Sequence[Session], folder: str) -> str:
+    """Return the name that the matrix of the last session gives the run, or else that of its folder."""
+    try:
+        matrix = json.loads(sessions[-1].provenance.matrix)
+    except (IndexError, ValueError):
+        return folder
+    name = matrix.get("name") if isinstance(matrix, dict) else None
+    return name if isinstance(name, str) and name.strip() else folder
+
+
+@dataclass(frozen=True)
+class Session:
+    """One start of a run: its provenance, when it started and, unless it was killed, when it ended (UTC)."""
+
+    id: int
+    provenance: Provenance
+    started: str
+    ended: str | None
+
+
+@dataclass(frozen=True)
+class MetricInfo:
+    """What a reader must know of a metric; kept in the run, so that a report needs no plugin."""
+
+    name: str
+    higher_is_better: bool
+    convention: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What a defense or a dataset states of itself; kept in the run, so that a report needs no plugin.
+
+    Attributes:
+        note: what a reader must know of its options (``Defense.note``), or its images (``Dataset.note``).
+        informed: what those do who are informed of a defense, in words, by ``informed`` as a threat model writes it.
+    """
+
+    note: str
+    informed: Mapping[str, str]
+
+    @classmethod
+    def of(cls, defense: Defense) -> Statement:
+        """Return what a defense states."""
+        others = {name: other.informed for name, other in defense.attackers().items()}
+        return cls(defense.note(), {"true": defense.informed, **others} if defense.informed else {})
+
+
+@dataclass(frozen=True)
+class Component:
+    """What a spec stands for, named as in ``Store.results``.
+
+    Attributes:
+        kind: ``dataset``, ``model``, ``defense`` or ``attack``.
+        options: every option's value.
+        checkpoint: what a model's file of trained weights stated when the run was started.
+        statement: what a defense states of itself, or a dataset that has a note; None for the others, and in runs of
+            old.
+    """
+
+    kind: str
+    spec: str
+    version: int
+    options: Mapping[str, object]
+    checkpoint: Checkpoint | None = None
+    statement: Statement | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything that identifies a planned trial, and where its result came from.
+
+    Attributes:
+        cell: the settings of its cell (``Cell.key``), JSON.
+        threat: what its threat model grants, in words.
+        label: the true label; None, like ``session`` (its number), where the trial has no result.
+        finished: when, in UTC; empty without a result.
+    """
+
+    cell: str
+    threat: str
+    label: int | None
+    session: int | None
+    finished: str
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The PNGs of a trial: the private image, and its reconstruction where there is one."""
+
+    truth: bytes
+    reconstruction: bytes | None
