@@ -308,7 +308,9 @@ def _settings(pairs: Sequence[tuple[_Cell, _Cell]], varying: Sequence[int]) -> s
     rows = []
     for one, other in pairs:
         before, after = json.loads(one.settings), json.loads(other.settings)
-        rows += [[escape(_name(one, varying)), escape(name), escape(a), escape(b)] for name, a, b in _changes(before, after)]
+        rows += [
+            [escape(_name(one, varying)), escape(name), escape(a), escape(b)] for name, a, b in _changes(before, after)
+        ]
     if not rows:
         return ""
     title = "**Settings that differ between cells of one name**, so that their trials have other ids:"
