@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from leakbench.errors import CorruptAsset
+from leakbench.errors import CorruptAsset, one_line
 
 Progress = Callable[[str, int, int | None], None]
 """Called as ``progress(what, done, total)`` in bytes; ``total`` is None where it is not known."""
@@ -87,7 +87,7 @@ def _torchvision(source: Source, into: Path, progress: Progress) -> Path:
     try:
         import torchvision
     except (ImportError, RuntimeError) as error:
-        raise Unavailable(f"torchvision does not import ({_line(error)})") from None
+        raise Unavailable(f"torchvision does not import ({one_line(error)})") from None
     if source.package.endswith("_Weights"):
         url = getattr(torchvision.models, source.package).IMAGENET1K_V1.url
         name = url.rsplit("/", 1)[-1]
@@ -199,7 +199,7 @@ def _get(urls: Sequence[str], to: Path, progress: Progress) -> None:
                     out.write(chunk)
                     progress(to.name, done, total)
         except (OSError, http.client.HTTPException) as error:
-            reason = _line(getattr(error, "reason", error))
+            reason = one_line(getattr(error, "reason", error))
         else:
             return
     raise Unavailable(reason)
@@ -211,7 +211,3 @@ def _check(file: Path, algorithm: str, start: str) -> None:
         digest = hashlib.file_digest(opened, algorithm).hexdigest()
     if not digest.startswith(start):
         raise CorruptAsset(f"{file.name} has {algorithm} {digest[:16]}... and not {start[:16]}")
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split())

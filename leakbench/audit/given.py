@@ -22,7 +22,7 @@ from leakbench.core.images import FORMATS
 from leakbench.core.rng import seeded
 from leakbench.datasets import Dataset
 from leakbench.datasets.folder import SUFFIXES
-from leakbench.errors import BadOption, CorruptAsset, MissingAsset, Unsupported
+from leakbench.errors import BadOption, CorruptAsset, MissingAsset, Unsupported, one_line
 from leakbench.models import weights
 from leakbench.models.module import OwnModule
 
@@ -51,7 +51,9 @@ def factory(target: str, plugins: Sequence[Path] = ()) -> nn.Module:
         try:
             maker = importlib.import_module(module_name)
         except (Exception, SystemExit) as error:  # whatever the user's module raises while it is imported
-            raise BadOption(f"--model {target!r}: {module_name!r} does not import: {_line(error)}") from error
+            raise BadOption(
+                f"--model {target!r}: {module_name!r} does not import: {type(error).__name__}: {one_line(error)}"
+            ) from error
         for part in name.split("."):
             maker = getattr(maker, part, None)
     else:
@@ -68,7 +70,9 @@ def factory(target: str, plugins: Sequence[Path] = ()) -> nn.Module:
         with seeded("audit", "model"):
             made = maker()
     except (Exception, SystemExit) as error:  # whatever the user's factory raises
-        raise BadOption(f"--model {target!r} cannot be called without arguments: {_line(error)}") from error
+        raise BadOption(
+            f"--model {target!r} cannot be called without arguments: {type(error).__name__}: {one_line(error)}"
+        ) from error
     if not isinstance(made, nn.Module):
         raise BadOption(f"--model {target!r} returns {type(made).__name__}; return an nn.Module")
     return made
@@ -148,7 +152,7 @@ def classes_of(own: OwnModule, image_shape: tuple[int, int, int]) -> int:
                 raise Unsupported(f"model {own.label!r} has no parameter that is trained; there is nothing to share")
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            words = _line(error)
+            words = one_line(f"{type(error).__name__}: {error}")
             if "more than 1 value per channel" in words:
                 raise Unsupported(
                     f"model {own.label!r} takes statistics over a batch, which one image does not have at its "
@@ -347,7 +351,3 @@ def behind_scale(update: Update) -> Update:
     """Return an update with the names that the parameters have behind an input normalisation."""
     before, after = ({f"{OWN}.{name}": value for name, value in arm.items()} for arm in (update.before, update.after))
     return replace(update, before=before, after=after)
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -112,12 +112,9 @@ def _end(error: Exception) -> NoReturn:
     if isinstance(error, OSError):
         _fail(f"{error.filename or 'the file system'}: {error.strerror}; make room or choose another folder")
     traceback.print_exception(error)
-    sys.stderr.write(f"error: {_line(error)}; this is a bug of leakbench or of a plugin: report it with these lines\n")
+    reason = one_line(f"{type(error).__name__}: {error}")
+    sys.stderr.write(f"error: {reason}; this is a bug of leakbench or of a plugin: report it with these lines\n")
     raise SystemExit(CRASHED) from None
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _fail(message: str) -> NoReturn:

@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import importlib.metadata
 import importlib.util
+import re
 import sys
 import types
 import typing
@@ -22,14 +23,16 @@ from typing import Any, Generic, TypeVar
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
 from leakbench.core.component import Component
-from leakbench.errors import BadOption
+from leakbench.errors import BadOption, one_line
 
 T = TypeVar("T", bound=Component)
 C = TypeVar("C", bound=type[Any])
 
 _PLUGIN = "leakbench_plugin_"
 """What the names of the modules of plugin files begin with."""
-_OPEN, _CLOSE = "([{", ")]}"
+_CLOSING = {"(": ")", "[": "]", "{": "}"}
+_QUOTES = ("'", '"')
+_QUOTED = re.compile(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", re.DOTALL)
 
 
 class Registry(Generic[T]):
@@ -114,7 +117,7 @@ class Registry(Generic[T]):
         try:
             return cls(**values)
         except ValueError as error:
-            raise BadOption(f"{self.kind} {name!r}: {_one_line(error)}") from None
+            raise BadOption(f"{self.kind} {name!r}: {one_line(error)}") from None
 
     def spec(self, component: T) -> str:
         """Return the shortest spec that parses to this component: the options that differ from their defaults."""
@@ -173,7 +176,7 @@ class Registry(Generic[T]):
                 return adapter.validate_python(candidate)
             except ValidationError as error:
                 message = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise BadOption(f"{self.kind} {name!r}: option {option}={value!r} does not fit: {_one_line(message)}")
+        raise BadOption(f"{self.kind} {name!r}: option {option}={value!r} does not fit: {one_line(message)}")
 
     def _load_entry_points(self) -> None:
         if self._entry_points_loaded:
@@ -186,7 +189,7 @@ class Registry(Generic[T]):
                 self._entry_points_loaded = False
                 raise BadOption(
                     f"the plugin {entry.value!r} (entry point {entry.name!r} of {self.group}) does not import: "
-                    f"{_one_line(error)}; repair or uninstall it"
+                    f"{one_line(error)}; repair or uninstall it"
                 ) from error
 
 
@@ -210,7 +213,7 @@ def load_plugin(path: str | Path) -> None:
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise BadOption(
-            f"the plugin {str(path)!r} does not import: {type(error).__name__}: {_one_line(error)}"
+            f"the plugin {str(path)!r} does not import: {type(error).__name__}: {one_line(error)}"
         ) from error
 
 
@@ -252,64 +255,48 @@ def split_options(text: str, where: str) -> dict[str, str]:
     return options
 
 
+def _token(text: str, place: int) -> str:
+    """Return the quoted text at a place or, if none is closed there, the character."""
+    quoted = _QUOTED.match(text, place)
+    return quoted[0] if quoted else text[place]
+
+
 def _split(text: str, where: str) -> Iterable[str]:
-    """Yield the parts between the commas that stand outside brackets and quotes."""
+    """Yield the parts between the commas outside brackets and quotes."""
     if not text.strip():
         return
-    part, quote, escaped = "", "", False
-    stack: list[str] = []
-    for char in text:
-        if quote:
-            part += char
-            if escaped:
-                escaped = False
-            elif char == "\\":
-                escaped = True
-            elif char == quote:
-                quote = ""
-        elif char in "'\"":
-            quote = char
-            part += char
-        elif char in _OPEN:
-            stack.append(_CLOSE[_OPEN.index(char)])
-            part += char
-        elif char in _CLOSE:
-            if not stack or stack.pop() != char:
-                raise BadOption(f"{where}: the brackets do not match")
-            part += char
-        elif char == "," and not stack:
-            yield part
-            part = ""
-        else:
-            part += char
-    if quote or stack:
+    closing: list[str] = []
+    place = begin = 0
+    while place < len(text):
+        token = _token(text, place)
+        if token in _CLOSING:
+            closing.append(_CLOSING[token])
+        elif token in _CLOSING.values() and (not closing or closing.pop() != token):
+            raise BadOption(f"{where}: the brackets do not match")
+        elif token == "," and not closing:
+            yield text[begin:place]
+            begin = place + 1
+        elif token in _QUOTES:
+            break
+        place += len(token)
+    if closing or place < len(text):
         raise BadOption(f"{where}: a quote or bracket is not closed")
-    yield part
+    yield text[begin:]
 
 
 def _matching_open(text: str) -> int | None:
-    """Return where the bracket that the last character closes was opened, or None."""
-    quote, escaped = "", False
-    stack: list[int] = []
-    for index, char in enumerate(text):
-        if quote:
-            if escaped:
-                escaped = False
-            elif char == "\\":
-                escaped = True
-            elif char == quote:
-                quote = ""
-        elif char in "'\"" and stack:
-            quote = char
-        elif char == "(":
-            stack.append(index)
-        elif char == ")":
-            if not stack:
-                return None
-            start = stack.pop()
-            if index == len(text) - 1:
-                return start
-    return None
+    """Return the index of the bracket that the last character closes, or None; quotes count only within brackets."""
+    opened: list[int] = []
+    place, start = 0, None
+    while place < len(text):
+        token = _token(text, place) if opened else text[place]
+        if token == "(":
+            opened.append(place)
+        elif (token == ")" and not opened) or (token in _QUOTES and opened):
+            return None
+        start = opened.pop() if token == ")" else None
+        place += len(token)
+    return start
 
 
 class _Quoted(str):
@@ -320,14 +307,7 @@ class _Quoted(str):
 
 def _unquote(value: str) -> str:
     if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
-        out, escaped = "", False
-        for char in value[1:-1]:
-            if escaped or char != "\\":
-                out += char
-                escaped = False
-            else:
-                escaped = True
-        return _Quoted(out)
+        return _Quoted(re.sub(r"\\(.?)", r"\1", value[1:-1], flags=re.DOTALL))
     return value
 
 
@@ -381,7 +361,3 @@ def _suggest(name: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean {close[0]!r}?"
     return f"known: {', '.join(sorted(names))}" if names else "it has no options"
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())

@@ -32,7 +32,7 @@ import torch
 from leakbench.core.malloc import keep_freed_memory
 from leakbench.core.registry import load_plugin, plugins
 from leakbench.engine.worker import Answer, Chunk, Measure, Task, Work, Worker
-from leakbench.errors import LeakbenchError
+from leakbench.errors import LeakbenchError, one_line
 from leakbench.gradients import full_precision
 
 STARTS = 10
@@ -386,7 +386,7 @@ def packed(value: object) -> bytes:
     try:
         return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise LeakbenchError(
             f"a component cannot be sent to a worker process: {reason}; define it at the top level of a module, or run "
             "with workers=1"

@@ -23,7 +23,7 @@ from leakbench.core.malloc import keep_freed_memory
 from leakbench.core.registry import load_plugin, plugins
 from leakbench.engine.executors import Event, Note, Pool, Seat, packed, sendable
 from leakbench.engine.worker import Task, Work, Worker
-from leakbench.errors import BadOption, LeakbenchError
+from leakbench.errors import BadOption, LeakbenchError, one_line
 from leakbench.gradients import full_precision
 
 PATIENCE = 120.0
@@ -121,7 +121,7 @@ class Rays(Pool[_Actor]):
             self.close()
             if isinstance(error, LeakbenchError):
                 raise
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             where = self._address or "of this machine"
             raise LeakbenchError(f"the Ray cluster {where} cannot be used: {reason}; check its address") from None
         except BaseException:

@@ -32,7 +32,7 @@ from leakbench.engine.worker import (
     companions,
     without_score,
 )
-from leakbench.errors import BadOption, LeakbenchError, MissingAsset, Unsupported
+from leakbench.errors import BadOption, LeakbenchError, MissingAsset, Unsupported, one_line
 from leakbench.gradients import full_precision
 from leakbench.metrics.base import Metric
 from leakbench.models.weights import Checkpoint
@@ -352,7 +352,7 @@ def _load(trials: Sequence[Trial]) -> dict[str, Data]:
         except LeakbenchError:
             raise
         except (Exception, SystemExit) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise LeakbenchError(f"dataset {name!r} cannot be read: {type(error).__name__}: {reason}") from error
     return data
 

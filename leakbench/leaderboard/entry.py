@@ -106,7 +106,7 @@ def read(path: Path) -> Entry:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        words = " ".join(str(first["msg"]).split())
+        words = one_line(first["msg"])
         raise BadOption(f"{path} is no entry of a leaderboard: {where}: {words}; see {SCHEMA_FILE}") from None
 
 

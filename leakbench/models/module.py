@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from leakbench.core.rng import generator, seeded
-from leakbench.errors import Unsupported
+from leakbench.errors import Unsupported, one_line
 from leakbench.models.base import Model
 
 
@@ -51,7 +51,7 @@ class OwnModule(Model):
             with torch.no_grad():
                 out = probe(images)
         except (RuntimeError, ValueError, TypeError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise Unsupported(
                 f"model {self.label!r} takes no image of shape {tuple(images.shape[1:])}: {reason}"
             ) from error

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from leakbench.errors import BadOption, CorruptAsset, LeakbenchError, MissingAsset
+from leakbench.errors import BadOption, CorruptAsset, LeakbenchError, MissingAsset, one_line
 
 TRAINING = "leakbench-training-1"
 """The entry of a ``.safetensors`` file's metadata that holds its ``Training``, as JSON."""
@@ -141,7 +141,7 @@ def save(
         finally:
             draft.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
-        raise LeakbenchError(f"{path} cannot be written: {_one_line(error)}; choose another folder") from None
+        raise LeakbenchError(f"{path} cannot be written: {one_line(error)}; choose another folder") from None
 
 
 def stated(path: str) -> Checkpoint:
@@ -160,7 +160,7 @@ def stated(path: str) -> Checkpoint:
         return Checkpoint(path, None if words is None else Training(**json.loads(words)))
     except (OSError, SafetensorError, TypeError, ValueError, RecursionError) as error:
         raise CorruptAsset(
-            f"what the checkpoint {path!r} states of its training cannot be read: {_one_line(error)}; "
+            f"what the checkpoint {path!r} states of its training cannot be read: {one_line(error)}; "
             "write it with leakbench.models.weights.save"
         ) from None
 
@@ -221,7 +221,3 @@ def _existing(path: str) -> Path:
     if not file.is_file():
         raise MissingAsset(f"the checkpoint {path!r} does not exist; give weights= the path of a state dict")
     return file
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

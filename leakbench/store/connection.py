@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from leakbench.errors import ForeignRun, LeakbenchError
+from leakbench.errors import ForeignRun, LeakbenchError, one_line
 from leakbench.store import schema
 
 
@@ -18,7 +18,7 @@ def decoding(path: Path) -> Iterator[None]:
     try:
         yield
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        cause = one_line(f"{type(error).__name__}: {error}")
         raise ForeignRun(
             f"{path} holds words of another form than leakbench writes ({cause}); start the run anew"
         ) from (error)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from leakbench.errors import CorruptAsset, LeakbenchError
+from leakbench.errors import CorruptAsset, LeakbenchError, one_line
 
 RECORD = "record.json"
 """What came of an arm, in the arm's folder."""
@@ -38,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value: object = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CorruptAsset(f"{path} cannot be read: {_one_line(error)}; remove its folder and run it again") from None
+        raise CorruptAsset(f"{path} cannot be read: {one_line(error)}; remove its folder and run it again") from None
     if not isinstance(value, dict):
         raise CorruptAsset(f"{path} holds no table; remove its folder and run it again")
     return value
@@ -87,9 +87,5 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
             draft.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter where a disk is full
         raise LeakbenchError(
-            f"{path} cannot be written: {_one_line(error)}; make room or choose another --out"
+            f"{path} cannot be written: {one_line(error)}; make room or choose another --out"
         ) from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

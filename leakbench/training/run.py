@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from leakbench.core.device import device_named
 from leakbench.core.lock import alone
-from leakbench.errors import BadOption, CorruptAsset, LeakbenchError, Unsupported
+from leakbench.errors import BadOption, CorruptAsset, LeakbenchError, Unsupported, one_line
 from leakbench.flower import require
 from leakbench.gradients import full_precision
 from leakbench.store.provenance import Provenance
@@ -190,7 +190,7 @@ def read(folder: Path) -> Record:
             folder=folder,
         )
     except (KeyError, TypeError, ValueError, LeakbenchError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = one_line(f"{type(error).__name__}: {error}")
         raise CorruptAsset(f"{folder / RECORD} is no record of a training ({reason}); remove its folder") from None
 
 
