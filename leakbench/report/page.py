@@ -1,4 +1,4 @@
-"""Pages in HTML: one file each, which loads nothing from anywhere and says so to the browser."""
+"""Pages from the templates in ``report/pages``: Markdown, and HTML in one file that loads nothing from anywhere."""
 
 from __future__ import annotations
 
@@ -6,11 +6,18 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import resources
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+
+from leakbench.core.text import english, number, percent, plural
+from leakbench.report.display import to_markdown
+from leakbench.report.md import escape
 
 STYLES = ("style.css",)
 """The look that every page shares: colours for light and dark, type, tables, cards, print."""
@@ -41,7 +48,7 @@ def render(
         "base-uri 'none'; form-action 'none'"
     )
     return (
-        _environment()
+        _environment(html=True)
         .get_template(template)
         .render(
             context,
@@ -81,11 +88,30 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _environment() -> Environment:
-    return Environment(
+def render_markdown(template: str, **context: object) -> str:
+    """Return Markdown from a template in ``report/pages``, with one empty line between its paragraphs.
+
+    Text is shown as it is given: the template passes what is no Markdown yet through the filter ``escape``. The filter
+    ``table`` takes rows of text cells and makes a table, as ``rows | table(["attack", "n"], left=1)``; its cells are
+    escaped already.
+    """
+    text = _environment(html=False).get_template(template).render(context)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _table(rows: Sequence[Sequence[object]], headings: Sequence[str], left: int) -> str:
+    return to_markdown(pd.DataFrame([list(map(str, row)) for row in rows], columns=list(headings), dtype=str), left)
+
+
+@cache
+def _environment(html: bool) -> Environment:
+    found = Environment(
         loader=PackageLoader("leakbench.report", "pages"),
-        autoescape=True,
+        autoescape=html,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    found.globals |= {"english": english, "number": number, "percent": percent, "plural": plural}
+    found.filters |= {} if html else {"escape": escape, "table": _table}
+    return found

@@ -1,0 +1,71 @@
+"""What all figures share: their colours and markers, labels as plain text, and files of the same bytes each time."""
+
+from __future__ import annotations
+
+from functools import cache
+from io import BytesIO
+from typing import Any
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""The colours of lines and points, in order: Okabe and Ito's, which readers with colour blindness can tell apart."""
+
+MARKERS = "osD^vPX*"
+"""The markers of points, in order."""
+
+INK, GREY, ORANGE, RED = "#1a1c20", "#5b5b5b", "#d55e00", "#c40000"
+"""The colours of text, of rules and floors, of what matters most, and of failures."""
+
+_SETTINGS: Any = {"svg.hashsalt": "leakbench", "svg.fonttype": "path", "pdf.fonttype": 42, "font.family": "DejaVu Sans"}
+_UNDATED: Any = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
+
+
+def saved(drawn: Figure, kind: str = "png") -> bytes:
+    """Return a figure as a file: the same bytes for the same figure, without a date.
+
+    Args:
+        drawn: the figure.
+        kind: ``png``, ``pdf`` or ``svg``.
+    """
+    stream = BytesIO()
+    FigureCanvasAgg(drawn)
+    with matplotlib.rc_context(_SETTINGS):
+        drawn.savefig(stream, format=kind, metadata=_UNDATED[kind], dpi=drawn.dpi)
+    return stream.getvalue()
+
+
+def plain(text: str, longest: int = 240) -> str:
+    """Return text as a label shows it: no formula, cut if it is long, letters that the font lacks as escapes."""
+    cut = text if len(text) <= longest else f"{text[: longest - 1]}…"
+    shown = (c if c.isprintable() and _has(c) else c.encode("unicode_escape").decode() for c in cut)
+    return "".join(shown).replace("$", r"\$")
+
+
+@cache
+def _has(char: str) -> bool:
+    return bool(get_font(findfont("DejaVu Sans")).get_char_index(ord(char)))
+
+
+def bars(value: npt.ArrayLike, low: npt.ArrayLike, high: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Return [2, N] lengths of error bars below and above values [N]; 0 if an end of the interval is undefined."""
+    middle = np.atleast_1d(np.asarray(value, dtype=np.float64))
+    below, above = middle - np.atleast_1d(low), np.atleast_1d(high) - middle
+    return np.nan_to_num(np.stack([below, above])).clip(min=0)
+
+
+def style(place: int) -> dict[str, Any]:
+    """Return colour and marker of the line or point number ``place``, such that the first 48 differ."""
+    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]}
+
+
+def key_below(drawn: Figure, panel: Any, columns: int = 4) -> None:
+    """Put the key of a panel's lines and points below the whole figure."""
+    handles, labels = panel.get_legend_handles_labels()
+    if handles:
+        drawn.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), fontsize=9)
