@@ -22,7 +22,7 @@ from leakbench.core.types import Reconstruction, ThreatModel
 from leakbench.defenses import Defense
 from leakbench.defenses.keylock import Gate, locks
 from leakbench.engine import run as engine
-from leakbench.engine.progress import Silent
+from leakbench.engine.progress import NullProgress
 from leakbench.engine.run import RunOptions
 from leakbench.errors import BadOption
 from leakbench.gradients import full_precision
@@ -82,7 +82,7 @@ def run(
     executor: str = "local",
     ray_address: str = "",
     gpus_per_worker: float | None = None,
-    progress: Silent | None = None,
+    progress: NullProgress | None = None,
     command: str = "",
 ) -> Run:
     """Run every trial of a matrix that has no result yet, and return the run.

@@ -17,7 +17,7 @@ from leakbench.defenses.noise import SMOOTH
 from leakbench.errors import BadOption
 from leakbench.plan.matrix import Matrix, expand, load_suite
 from leakbench.report import curves
-from leakbench.store.records import Component
+from leakbench.store.records import StoredComponent
 from leakbench.store.run_file import FILE, Store
 
 STRENGTHS = ["none", "noise(scale=1e-5, relative=true)", "noise(relative=true, scale=0.2)", "quantise(bits=half)"]
@@ -29,9 +29,9 @@ def matrix(own: list[str] = STRENGTHS, **axes: object) -> Matrix:
     return Matrix(**{**given, **axes})
 
 
-def components(own: list[str]) -> list[Component]:
+def components(own: list[str]) -> list[StoredComponent]:
     parsed = [defenses.parse(spec) for spec in own]
-    return [Component("defense", defenses.spec(one), one.version, one.options()) for one in parsed]
+    return [StoredComponent("defense", defenses.spec(one), one.version, one.options()) for one in parsed]
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "laplace"])

@@ -18,7 +18,7 @@ from leakbench.errors import BadOption
 from leakbench.plan.trial import Result
 from leakbench.report.diff import Arm, Comparison, _ensembles, diff
 from leakbench.report.show import find, show
-from leakbench.store.records import Session
+from leakbench.store.records import RunSession
 from leakbench.store.run_file import FILE, Store
 
 SMALL = ("--model", "lenet", "--dataset", "samples(size=12)", "--defense", "keylock(length=9)", "--attack")
@@ -169,7 +169,7 @@ def skipping(name: str, recovered: int, threshold: float | None = 0.6) -> Arm:
     trials = pd.DataFrame(rows, columns=["attack", "image", "status", "ssim_aligned"])
     same = {"dataset": "d", "model": "m", "defense": "none", "threat": "paper", "seed": 0, "floor": False}
     matrix = json.dumps({"name": name} if threshold is None else {"name": name, "threshold": threshold})
-    session = Session(1, dataclasses.replace(provenance(), matrix=matrix), "", "")
+    session = RunSession(1, dataclasses.replace(provenance(), matrix=matrix), "", "")
     return Arm(name, trials.assign(**same), {}, [], [session])
 
 

@@ -36,7 +36,7 @@ from leakbench import (
 )
 from leakbench.api import Run
 from leakbench.core.types import Uniform
-from leakbench.engine.progress import Silent
+from leakbench.engine.progress import NullProgress
 from leakbench.engine.run import finished
 from leakbench.plan.trial import Result
 from leakbench.store.run_file import FILE, Store
@@ -144,7 +144,7 @@ def close(a: pd.DataFrame, b: pd.DataFrame, rel: float) -> None:
     pd.testing.assert_frame_equal(a.drop(columns=numbers), b.drop(columns=numbers))
 
 
-class Counter(Silent):
+class Counter(NullProgress):
     """What the engine tells: chunks, notes, and an interruption after so many chunks."""
 
     def __init__(self, stop_after: int | None = None) -> None:

@@ -38,7 +38,7 @@ from leakbench.report import html as pages
 from leakbench.report import write
 from leakbench.report.page import embedded, render
 from leakbench.report.sprites import COLUMNS, sheets
-from leakbench.store.records import Component, MetricInfo, Session
+from leakbench.store.records import MetricInfo, RunSession, StoredComponent
 from leakbench.store.run_file import FILE, Store
 
 NASTY = "</script><script>alert(1)</script><!-- \"'&amp; {{ 7*7 }} \u2028 中文 🙈"
@@ -334,15 +334,15 @@ def test_the_command_makes_the_same_trial(tmp_path, monkeypatch, capsys, no_asse
 
 
 def test_commands_of_strange_trials():
-    session = Session(
+    session = RunSession(
         1, dataclasses.replace(provenance(), command="leakbench run matrix --plugin 'my file.py'"), "", ""
     )
-    gpu = Session(2, dataclasses.replace(provenance(), command="run('", device="cuda:0 (H200, CUDA 13)"), "", "")
+    gpu = RunSession(2, dataclasses.replace(provenance(), command="run('", device="cuda:0 (H200, CUDA 13)"), "", "")
     known = [
-        Component("dataset", "samples", 1, {}),
-        Component("model", "lenet", 1, {}),
-        Component("attack", 'a(note="it\'s; rm -rf /")', 1, {}),
-        Component("defense", "guard [settings 0a1b2c]", 1, {"scale": 0.5, "on": True, "file": None, "n": [1, 2]}),
+        StoredComponent("dataset", "samples", 1, {}),
+        StoredComponent("model", "lenet", 1, {}),
+        StoredComponent("attack", 'a(note="it\'s; rm -rf /")', 1, {}),
+        StoredComponent("defense", "guard [settings 0a1b2c]", 1, {"scale": 0.5, "on": True, "file": None, "n": [1, 2]}),
     ]
     cell = {one.kind: one.spec for one in known} | {"threat": "labels=known, informed=true"}
     made = again(cell, known, [session, gpu])
@@ -364,7 +364,7 @@ def test_commands_of_strange_trials():
     assert not made.note
     older = dataclasses.replace(known[3], spec="guard [version 1]")
     assert "version 1" in again({**cell, "defense": older.spec}, [*known[:3], older], []).note
-    network = Component("model", "module(label=Net)", 1, {"label": "Net", "module": "0" * 16})
+    network = StoredComponent("model", "module(label=Net)", 1, {"label": "Net", "module": "0" * 16})
     python = again({**cell, "model": network.spec}, [*known, network], [])
     assert python.command("ab12", 7, 1).startswith("leakbench.run(leakbench.Matrix(attacks=[")
     assert "models=[network]" in python.command("ab12", 7, 1)

@@ -14,7 +14,7 @@ from test_report import run
 from test_store import METRICS, TinyAttack, TinyDefense, named
 
 from leakbench.leaderboard.entry import Entry, TrialOf, read, schema
-from leakbench.leaderboard.verify import Check, Repeat
+from leakbench.leaderboard.verify import EntryCheck, Repeat
 from leakbench.report.leaderboard import write
 
 MATRIX = (
@@ -125,18 +125,18 @@ def test_a_sample_holds_unless_its_flips_go_one_way_beyond_chance(flips: int, ho
         of = TrialOf(id="0" * 16, attack="dlg", threat="paper", image=index, seed=0, status="ok", score=0.1)
         return Repeat(of, "ok", 0.9 if index < flips else 0.1)
 
-    found = Check((), tuple(map(repeat, range(8))), 0.6)
+    found = EntryCheck((), tuple(map(repeat, range(8))), 0.6)
     assert (found.more, found.less, found.holds) == (flips, 0, holds)
-    assert not Check(("recovered",), found.repeats, 0.6).holds
+    assert not EntryCheck(("recovered",), found.repeats, 0.6).holds
 
 
 def test_scores_that_all_rise_refute_and_noise_does_not() -> None:
-    def sample(change: float) -> Check:
+    def sample(change: float) -> EntryCheck:
         trials = [
             TrialOf(id="0" * 16, attack="dlg", threat="paper", image=i, seed=0, status="ok", score=0.2)
             for i in range(16)
         ]
-        return Check((), tuple(Repeat(one, "ok", 0.2 + change * (i % 5 + 1)) for i, one in enumerate(trials)), 0.6)
+        return EntryCheck((), tuple(Repeat(one, "ok", 0.2 + change * (i % 5 + 1)) for i, one in enumerate(trials)), 0.6)
 
     assert (sample(0.02).more, sample(0.02).holds) == (0, False)
     assert sample(0.001).holds
@@ -144,8 +144,8 @@ def test_scores_that_all_rise_refute_and_noise_does_not() -> None:
 
 def test_what_an_attacker_serves_in_one_place_alone_refutes() -> None:
     refused = TrialOf(id="0" * 16, attack="dlg", threat="paper", image=0, seed=0, status="unsupported", score=None)
-    assert Check((), (Repeat(refused, "unsupported", math.nan),), 0.6).holds
-    assert not Check((), (Repeat(refused, "ok", 0.1),), 0.6).holds
+    assert EntryCheck((), (Repeat(refused, "unsupported", math.nan),), 0.6).holds
+    assert not EntryCheck((), (Repeat(refused, "ok", 0.1),), 0.6).holds
 
 
 def test_what_has_not_ended_or_broke_has_no_entry_and_is_named(cli, place: Path, monkeypatch) -> None:  # noqa: F811

@@ -18,9 +18,9 @@ from test_engine import TESTS, Counter, Thief, go, measured, no_assets, plan  # 
 
 from leakbench import LeakbenchError, Reconstruction
 from leakbench.engine import ray_executor as rays
-from leakbench.engine.executors import Lost
+from leakbench.engine.executors import WorkerDied
 from leakbench.engine.ray_executor import ENVIRONMENT
-from leakbench.engine.worker import Chunk, Work
+from leakbench.engine.worker import ChunkTask, WorkerContext
 from leakbench.store.integrity import check
 from leakbench.store.run_file import FILE, Store
 
@@ -140,16 +140,16 @@ def test_an_actor_that_ray_has_no_memory_for_is_replaced_and_one_out_of_reach_is
         def kill(self, actor: str) -> None:
             killed.append(actor)
 
-    pool = rays.Rays(Work((), torch.device("cpu"), False), 1, 0.0, 1, None, "")
-    pool._ray, pool._since, task = Ray(), time.monotonic(), Chunk((), 1, None)
+    pool = rays.Rays(WorkerContext((), torch.device("cpu"), False), 1, 0.0, 1, None, "")
+    pool._ray, pool._since, task = Ray(), time.monotonic(), ChunkTask((), 1, None)
     pool._start = lambda: rays._Actor("next", "asked")
     for actor, words in (("first", "OutOfMemoryError: too much"), ("second", "ActorUnavailableError")):
         seat = rays._Actor(actor, "asked")
-        seat.ready, seat.task, pool._seats = True, task, [seat]
+        seat.ready, seat.task, pool._slots = True, task, [seat]
         (event,) = pool.wait()
-        assert isinstance(event, Lost)
+        assert isinstance(event, WorkerDied)
         assert words in event.reason
-        assert (killed[-1], pool._seats[0].actor) == (actor, "next")
+        assert (killed[-1], pool._slots[0].actor) == (actor, "next")
 
 
 def test_a_lost_node_loses_nothing(cluster, tmp_path):

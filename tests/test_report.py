@@ -26,7 +26,7 @@ from leakbench.plan.trial import Cell, Result, Trial
 from leakbench.report import bootstrap_interval, console_table, grids, strongest, summarise, write
 from leakbench.report.markdown import Run, markdown
 from leakbench.report.md import escape
-from leakbench.store.records import MetricInfo, Pictures, Session, run_name
+from leakbench.store.records import MetricInfo, Pictures, RunSession, run_name
 from leakbench.store.run_file import FILE, Store
 
 PSNR, MSE = MetricInfo("psnr", True, "dB", ""), MetricInfo("mse", False, "0 to 1", "")
@@ -310,9 +310,9 @@ def test_the_report_says_what_the_run_was(tmp_path):
 
 
 def test_sessions_that_differ_are_told(tmp_path):
-    one = Session(1, provenance(), "a", None)
+    one = RunSession(1, provenance(), "a", None)
     source = provenance()
-    other = Session(2, type(source)(**{**source.__dict__, "version": "0.2", "matrix": "none"}), "b", "c")
+    other = RunSession(2, type(source)(**{**source.__dict__, "version": "0.2", "matrix": "none"}), "b", "c")
     results = frame(tmp_path, [])
     text = markdown(Run("n", [one, other], 0, results, [PSNR], {}))
     assert "mixes versions" in text

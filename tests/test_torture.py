@@ -25,7 +25,7 @@ from test_engine import TESTS, Thief, go, measured, no_assets, plan  # noqa: F40
 import leakbench
 from leakbench import LeakbenchError, Matrix, Reconstruction
 from leakbench.engine.run import finished
-from leakbench.engine.worker import Data, without_score
+from leakbench.engine.worker import ClientData, without_score
 from leakbench.store.integrity import check
 from leakbench.store.merge import merge
 from leakbench.store.run_file import FILE, Store
@@ -90,11 +90,11 @@ def driver(out: Path, log: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def held(matrix: Matrix) -> Data:
+def held(matrix: Matrix) -> ClientData:
     """What the clients of a matrix of two images hold."""
     (dataset,) = matrix.datasets
     images, labels = dataset.load([0, 1])
-    return Data(dict(enumerate(images)), dict(enumerate(labels.tolist())), dataset.mean(), dataset.num_classes)
+    return ClientData(dict(enumerate(images)), dict(enumerate(labels.tolist())), dataset.mean(), dataset.num_classes)
 
 
 def written(out: Path) -> dict[str, tuple[int, str]]:

@@ -27,7 +27,7 @@ from leakbench.models import parse
 from leakbench.optim import Solution, Unknowns, value_and_gradient
 from leakbench.plan.matrix import Matrix, parse_threat
 from leakbench.report import weights
-from leakbench.store.records import Record
+from leakbench.store.records import TrialRecord
 from leakbench.store.run_file import Store
 from leakbench.victim import build
 
@@ -559,7 +559,7 @@ def test_trials_of_gradients_keep_their_names_and_words_say_the_training() -> No
 # the report
 
 
-def a_run(trials: int = 6) -> tuple[pd.DataFrame, dict[str, Record], pd.DataFrame]:
+def a_run(trials: int = 6) -> tuple[pd.DataFrame, dict[str, TrialRecord], pd.DataFrame]:
     """Return results, records and findings: dlg with the rate recovers all, dlm half, with k r = 1 there alone."""
     lines, records, scales = [], {}, []
     for attack, rate in (("dlg", "known"), ("dlm", "hidden")):
@@ -571,7 +571,7 @@ def a_run(trials: int = 6) -> tuple[pd.DataFrame, dict[str, Record], pd.DataFram
                 defense = {"name": "none"} if scale is None else {**options, "as_released": False, "snapshots": "both"}
                 threat = {"shares": "weights", "learning_rate": 0.01, "local_steps": 1, "rate": rate}
                 settings = {"attack": {"name": attack}, "defense": defense, "threat": threat}
-                records[trial] = Record(json.dumps(settings), "", 0, 1, "")
+                records[trial] = TrialRecord(json.dumps(settings), "", 0, 1, "")
                 lines.append({
                     "trial": trial, "dataset": "d", "model": "m", "defense": "x", "attack": attack, "threat": "t",
                     "image": image, "seed": 0, "status": "failed" if image == 5 and attack == "dlm" else "ok",
@@ -617,7 +617,7 @@ def test_the_report_keeps_options_grants_and_places_apart() -> None:
         for trial in own["trial"]:
             settings = json.loads(records[trial.rpartition(" {")[0]].cell)
             settings["threat"] |= {name: value for name, value in change.items() if name != "attack"}
-            records[trial] = Record(json.dumps(settings), "", 0, 1, "")
+            records[trial] = TrialRecord(json.dumps(settings), "", 0, 1, "")
         parts.append(own)
     trials = weights.rows(pd.concat(parts), records, findings)
     text = weights.markdown("mine", trials, 0, 0)

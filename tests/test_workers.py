@@ -29,7 +29,7 @@ from test_worst_case import Counts, Knows, ensemble, planned
 from leakbench import LeakbenchError, Reconstruction
 from leakbench.engine import executors as workers
 from leakbench.engine.schedule import LOSSES, Schedule
-from leakbench.engine.worker import Data, Measure
+from leakbench.engine.worker import ClientData, MeasureTask
 from leakbench.store.run_file import FILE, Store
 
 
@@ -134,13 +134,13 @@ def test_a_component_that_no_process_can_import_is_refused_in_one_line(tmp_path)
 def test_a_task_whose_workers_die_is_tried_again_then_halved_then_given_up(tmp_path):
     trials = plan(images=4).trials()
     image = torch.zeros(1, 12, 12)
-    data = {"tiny": Data(dict.fromkeys(range(4), image), dict.fromkeys(range(4), 0), image, 4)}
+    data = {"tiny": ClientData(dict.fromkeys(range(4), image), dict.fromkeys(range(4), 0), image, 4)}
     with Store.create(tmp_path / FILE) as store:
         store.add_trials(trials)
         schedule = Schedule(trials, store, data, threshold=None, size=None, workers=1, spare=lambda spared: None)
         for _ in range(LOSSES):
             task = schedule.next()
-            assert isinstance(task, Measure)
+            assert isinstance(task, MeasureTask)
             assert schedule.next() is None
             assert schedule.lost(task, "by SIGKILL") == []
         assert store.chunk(trials[0].cell.key) == 1

@@ -15,16 +15,16 @@ import torch
 import leakbench
 from leakbench import api
 from leakbench.engine import run as engine
-from leakbench.engine.executors import Done, Event, Executor
-from leakbench.engine.progress import Silent
-from leakbench.engine.worker import Check, Chunk, Measure, Refusal, Task, png
+from leakbench.engine.executors import Event, Executor, TaskDone
+from leakbench.engine.progress import NullProgress
+from leakbench.engine.worker import CheckTask, ChunkTask, MeasureTask, Refusal, Task, png
 from leakbench.plan.trial import Result, Trial
 from leakbench.store.run_file import FILE
 
 SCORES = tuple(name for name in leakbench.metrics.names() if not name.startswith("lpips"))
 
 
-class Clock(Silent):
+class Clock(NullProgress):
     """When as many chunks were stored as there are workers, when the last was, and how many trials between the two.
 
     Workers begin together: what they did before the clock begins must not be counted, for none of them.
@@ -64,12 +64,12 @@ class Instant(Executor):
     def wait(self) -> list[Event]:
         task, self._task = self._task, None
         match task:
-            case Check():
-                return [Done(task, Refusal({}, frozenset()))]
-            case Measure():
-                return [Done(task, 32)]
-            case Chunk():
-                return [Done(task, [self._result(trial) for trial in task.trials])]
+            case CheckTask():
+                return [TaskDone(task, Refusal({}, frozenset()))]
+            case MeasureTask():
+                return [TaskDone(task, 32)]
+            case ChunkTask():
+                return [TaskDone(task, [self._result(trial) for trial in task.trials])]
         raise AssertionError
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from leakbench.analysis.statistics import bootstrap_interval
 from leakbench.analysis.summary import gains
-from leakbench.store.records import Component, MetricInfo
+from leakbench.store.records import MetricInfo, StoredComponent
 
 CONTROL, GENERATOR, NONE = "control", "generator", "none"
 """The options of attacks that this rests on, and the value of the first for no control."""
@@ -35,7 +35,9 @@ class Gain:
     values: Mapping[str, tuple[float, float, float]]
 
 
-def control_gains(results: pd.DataFrame, components: Sequence[Component], metrics: Sequence[MetricInfo]) -> list[Gain]:
+def control_gains(
+    results: pd.DataFrame, components: Sequence[StoredComponent], metrics: Sequence[MetricInfo]
+) -> list[Gain]:
     """Return the gains of every attack with a generator over its floors and controls, behind each defense.
 
     Args:
@@ -62,7 +64,7 @@ def control_gains(results: pd.DataFrame, components: Sequence[Component], metric
     return found
 
 
-def _pairs(components: Sequence[Component], floors: set[str]) -> Iterator[tuple[str, str]]:
+def _pairs(components: Sequence[StoredComponent], floors: set[str]) -> Iterator[tuple[str, str]]:
     """Yield each attack that has a generator and no control with what it is to be compared with."""
     attacks = [one for one in components if one.kind == "attack" and GENERATOR in one.options]
     for attack in attacks:

@@ -12,7 +12,7 @@ from leakbench.core.registry import option_text
 from leakbench.defenses import Defense
 from leakbench.errors import BadOption
 from leakbench.plan.matrix import parse_threat
-from leakbench.store.records import Component, Session
+from leakbench.store.records import RunSession, StoredComponent
 
 _APART = re.compile(r" \[(version \d+|settings [0-9a-f]{6})\]$")
 _AXES = ("dataset", "model", "defense", "attack")
@@ -39,7 +39,7 @@ class Again:
         return self.head + tail
 
 
-def again(cell: Mapping[str, object], components: Sequence[Component], sessions: Sequence[Session]) -> Again:
+def again(cell: Mapping[str, object], components: Sequence[StoredComponent], sessions: Sequence[RunSession]) -> Again:
     """Return the command whose run has trials of the same id, and so of the same settings.
 
     Args:
@@ -74,7 +74,7 @@ def again(cell: Mapping[str, object], components: Sequence[Component], sessions:
     return Again(shlex.join(words), tail, note)
 
 
-def spec_of(one: Component) -> str:
+def spec_of(one: StoredComponent) -> str:
     """Return a spec that parses to the component; every option is written where the shortest one no longer does."""
     plain = _APART.sub("", one.spec)
     if plain == one.spec:
@@ -83,7 +83,7 @@ def spec_of(one: Component) -> str:
     return f"{plain.partition('(')[0]}({options})" if options else plain
 
 
-def owners(components: Iterable[Component], own: Component, threat: str) -> list[str]:
+def owners(components: Iterable[StoredComponent], own: StoredComponent, threat: str) -> list[str]:
     """Return the specs of the run's other kinds of defenses with secrets, where the threat model reveals some.
 
     A matrix must hold a defense that has what a threat model reveals.
@@ -112,7 +112,7 @@ def _option(value: object) -> str:
     return option_text(value)
 
 
-def _plugins(sessions: Sequence[Session]) -> list[str]:
+def _plugins(sessions: Sequence[RunSession]) -> list[str]:
     """Return the files that the run's commands named as plugins."""
     found: dict[str, None] = {}
     for session in sessions:
@@ -127,7 +127,7 @@ def _plugins(sessions: Sequence[Session]) -> list[str]:
     return list(found)
 
 
-def _device(sessions: Sequence[Session]) -> str:
+def _device(sessions: Sequence[RunSession]) -> str:
     """Return the kind of device that the last start of the run had, as ``--device`` takes it."""
     device = sessions[-1].provenance.device if sessions else "cpu"
     return "cuda" if device.startswith("cuda") else "cpu"

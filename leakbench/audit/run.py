@@ -28,7 +28,7 @@ from leakbench.core.types import PRESETS, Reconstruction, ThreatModel
 from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
 from leakbench.engine import run as engine
-from leakbench.engine.progress import Silent
+from leakbench.engine.progress import NullProgress
 from leakbench.engine.run import RunOptions
 from leakbench.engine.worker import png
 from leakbench.errors import BadOption, LeakbenchError, MissingAsset, Unsupported
@@ -61,7 +61,7 @@ def audit_model(
     facts: Sequence[tuple[str, str]] = (),
     gate: Gate | None = None,
     device: str = "auto",
-    progress: Silent | None = None,
+    progress: NullProgress | None = None,
     command: str = "",
 ) -> Audit:
     """Attack a network on images behind each defense, into the run file of a folder, and return what is found.
@@ -239,7 +239,7 @@ def audit_update(
     threshold: float | None = None,
     facts: Sequence[tuple[str, str]] = (),
     gate: Gate | None = None,
-    progress: Silent | None = None,
+    progress: NullProgress | None = None,
 ) -> Audit:
     """Attack one recorded update of a network, and return what is found.
 
@@ -278,7 +278,7 @@ def audit_update(
     forms = tuple(replace(one, tells=one.tells and one.layer in telling) for one in closed_forms(sent, None))
     labels = labels_of(steps, None if label is None else [label])
     certain = truth is None and any(form.pixels and form.exact and not form.factor for form in forms)
-    efforts, guesses, broken = _attack(matrix, observation, truth, certain, limit, progress or Silent())
+    efforts, guesses, broken = _attack(matrix, observation, truth, certain, limit, progress or NullProgress())
     if not guesses:
         reasons = "; ".join(f"{one.attacker}: {', '.join(one.unscored)}" for one in efforts)
         raise Unsupported(
@@ -381,7 +381,12 @@ def _telling(network: nn.Module, observation: Observation) -> set[str]:
 
 
 def _attack(
-    matrix: Matrix, observation: Observation, truth: Tensor | None, certain: bool, threshold: float, progress: Silent
+    matrix: Matrix,
+    observation: Observation,
+    truth: Tensor | None,
+    certain: bool,
+    threshold: float,
+    progress: NullProgress,
 ) -> tuple[tuple[Effort, ...], list[tuple[str, Reconstruction]], list[str]]:
     """Run every attack of the stages on one observation; after a recovery the others are skipped.
 

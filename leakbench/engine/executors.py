@@ -31,7 +31,7 @@ import torch
 
 from leakbench.core.malloc import keep_freed_memory
 from leakbench.core.registry import load_plugin, plugins
-from leakbench.engine.worker import Answer, Chunk, Measure, Task, Work, Worker
+from leakbench.engine.worker import ChunkTask, MeasureTask, Task, TaskAnswer, Worker, WorkerContext
 from leakbench.errors import LeakbenchError, one_line
 from leakbench.gradients import full_precision
 
@@ -44,15 +44,15 @@ LOADING = 20.0
 
 
 @dataclass(frozen=True)
-class Done:
+class TaskDone:
     """A task was answered."""
 
     task: Task
-    answer: Answer
+    answer: TaskAnswer
 
 
 @dataclass(frozen=True)
-class Lost:
+class WorkerDied:
     """A worker died with its task; ``reason`` says how."""
 
     task: Task
@@ -60,20 +60,20 @@ class Lost:
 
 
 @dataclass(frozen=True)
-class Late:
+class TimedOut:
     """A task took longer than the time limit, and its worker was stopped."""
 
     task: Task
 
 
 @dataclass(frozen=True)
-class Note:
+class Message:
     """A line that is worth telling."""
 
     line: str
 
 
-Event = Done | Lost | Late | Note
+Event = TaskDone | WorkerDied | TimedOut | Message
 
 
 class Executor(ABC):
@@ -131,12 +131,12 @@ class Executor(ABC):
             task = tasks() if task is None else task
 
 
-class Here(Executor):
+class InProcessExecutor(Executor):
     """This process does the tasks, one after the other."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: WorkerContext) -> None:
         self._notes: list[Event] = []
-        self._worker = Worker(work, lambda line: self._notes.append(Note(line)))
+        self._worker = Worker(work, lambda line: self._notes.append(Message(line)))
         self._task: Task | None = None
 
     def idle(self) -> bool:
@@ -157,7 +157,7 @@ class Here(Executor):
         assert task is not None  # nothing is waited for unless a task is running
         answer = self._worker.do(task)
         self._task = None
-        events = [*self._notes, Done(task, answer)]
+        events = [*self._notes, TaskDone(task, answer)]
         self._notes.clear()
         return events
 
@@ -166,7 +166,7 @@ class Here(Executor):
 
 
 @dataclass
-class Seat:
+class WorkerSlot:
     """A worker as the driver sees it.
 
     Attributes:
@@ -182,10 +182,10 @@ class Seat:
     deadline: float | None = field(default=None, init=False)
 
 
-S = TypeVar("S", bound=Seat)
+S = TypeVar("S", bound=WorkerSlot)
 
 
-class Pool(Executor, Generic[S]):
+class WorkerPool(Executor, Generic[S]):
     """Long-lived workers that hold a task each; one that dies, or takes too long, is replaced.
 
     Args:
@@ -194,51 +194,51 @@ class Pool(Executor, Generic[S]):
 
     def __init__(self, limit: float | None) -> None:
         self._limit = limit
-        self._seats: list[S] = []
+        self._slots: list[S] = []
         self._deaths = 0
 
     def idle(self) -> bool:
         """Return whether a worker that is ready has no task."""
-        return any(seat.ready and seat.task is None for seat in self._seats)
+        return any(slot.ready and slot.task is None for slot in self._slots)
 
     def running(self) -> bool:
         """Return whether a worker has a task."""
-        return any(seat.task is not None for seat in self._seats)
+        return any(slot.task is not None for slot in self._slots)
 
     def submit(self, task: Task) -> None:
         """Send the task to a worker that has none."""
-        seat = next(seat for seat in self._seats if seat.ready and seat.task is None)
-        self._send(seat, task)
-        seat.task = task
-        self._set_deadline(seat, trials_of(task))
+        slot = next(slot for slot in self._slots if slot.ready and slot.task is None)
+        self._send(slot, task)
+        slot.task = task
+        self._set_deadline(slot, trials_of(task))
 
     def wait(self) -> list[Event]:
         """Wait for answers, deaths and deadlines."""
-        due = [seat.deadline for seat in self._seats if seat.deadline is not None]
+        due = [slot.deadline for slot in self._slots if slot.deadline is not None]
         timeout = None if not due else max(0.0, min(due) - time.monotonic())
         events: list[Event] = []
-        dead = {place for place in self._heard(timeout) if not self._read(self._seats[place], events)}
-        for place, seat in enumerate(self._seats):
-            late = place not in dead and seat.deadline is not None and seat.deadline <= time.monotonic()
+        dead = {place for place in self._heard(timeout) if not self._read(self._slots[place], events)}
+        for place, slot in enumerate(self._slots):
+            late = place not in dead and slot.deadline is not None and slot.deadline <= time.monotonic()
             if late:
-                assert seat.task is not None  # a deadline is a task's
-                events.append(Late(seat.task))
-                seat.task = None
+                assert slot.task is not None  # a deadline is a task's
+                events.append(TimedOut(slot.task))
+                slot.task = None
             if late or place in dead:
-                reason = self._end(seat)
-                if seat.task is not None:
-                    events.append(Lost(seat.task, reason))
-                self._deaths += not seat.ready
+                reason = self._end(slot)
+                if slot.task is not None:
+                    events.append(WorkerDied(slot.task, reason))
+                self._deaths += not slot.ready
                 if self._deaths == STARTS:
                     raise LeakbenchError(
                         f"{STARTS} workers in a row died before they were ready, the last {reason}; give fewer "
                         "--workers, or free memory"
                     )
-                self._seats[place] = self._successor(seat)
+                self._slots[place] = self._successor(slot)
         return events
 
     @abstractmethod
-    def _send(self, seat: S, task: Task) -> None:
+    def _send(self, slot: S, task: Task) -> None:
         """Have a worker do a task; one that is dead is found to be so by ``_heard``."""
 
     @abstractmethod
@@ -246,42 +246,42 @@ class Pool(Executor, Generic[S]):
         """Wait so many seconds at most, and return the places of workers that have sent something, or died."""
 
     @abstractmethod
-    def _read(self, seat: S, events: list[Event]) -> bool:
+    def _read(self, slot: S, events: list[Event]) -> bool:
         """Take in what a worker has sent, and return whether it lives."""
 
     @abstractmethod
-    def _end(self, seat: S) -> str:
+    def _end(self, slot: S) -> str:
         """End a worker, and return how it died."""
 
     @abstractmethod
-    def _successor(self, seat: S) -> S:
+    def _successor(self, slot: S) -> S:
         """Return a new worker in the place of one that has ended."""
 
-    def _started(self, seat: S) -> None:
+    def _started(self, slot: S) -> None:
         """Take note that a worker is ready."""
-        seat.ready, self._deaths = True, 0
+        slot.ready, self._deaths = True, 0
 
-    def _answered(self, seat: S, answer: Answer, events: list[Event]) -> None:
+    def _answered(self, slot: S, answer: TaskAnswer, events: list[Event]) -> None:
         """Take note that a worker has ended its task."""
-        assert seat.task is not None  # it answers what it was sent
-        events.append(Done(seat.task, answer))
-        seat.task, seat.deadline, seat.fresh = None, None, False
+        assert slot.task is not None  # it answers what it was sent
+        events.append(TaskDone(slot.task, answer))
+        slot.task, slot.deadline, slot.fresh = None, None, False
 
-    def _set_deadline(self, seat: S, trials: int) -> None:
+    def _set_deadline(self, slot: S, trials: int) -> None:
         if self._limit is not None:
-            seat.deadline = time.monotonic() + self._limit * trials + (LOADING if seat.fresh else 0.0)
+            slot.deadline = time.monotonic() + self._limit * trials + (LOADING if slot.fresh else 0.0)
 
 
 @dataclass
-class _Process(Seat):
+class _Process(WorkerSlot):
     """A worker process."""
 
     process: SpawnProcess
     pipe: Connection
-    work: Work
+    work: WorkerContext
 
 
-class Processes(Pool[_Process]):
+class ProcessExecutor(WorkerPool[_Process]):
     """Long-lived processes on this machine, spawned, each with a pipe to the driver.
 
     Args:
@@ -290,7 +290,7 @@ class Processes(Pool[_Process]):
         limit: seconds that a trial may take.
     """
 
-    def __init__(self, works: Sequence[Work], threads: int, limit: float | None = None) -> None:
+    def __init__(self, works: Sequence[WorkerContext], threads: int, limit: float | None = None) -> None:
         super().__init__(limit)
         self._works, self._threads = works, threads
         self._plugins = plugins()
@@ -298,7 +298,7 @@ class Processes(Pool[_Process]):
 
     def __enter__(self) -> Self:
         try:
-            self._seats = [self._start(work) for work in self._works]
+            self._slots = [self._start(work) for work in self._works]
         except BaseException:
             self.close()
             raise
@@ -306,14 +306,14 @@ class Processes(Pool[_Process]):
 
     def close(self) -> None:
         """Kill every process: none of them has anything to lose."""
-        for seat in self._seats:
-            seat.process.kill()
-        for seat in self._seats:
-            seat.process.join()
-            seat.pipe.close()
-        self._seats = []
+        for slot in self._slots:
+            slot.process.kill()
+        for slot in self._slots:
+            slot.process.join()
+            slot.pipe.close()
+        self._slots = []
 
-    def _start(self, work: Work) -> _Process:
+    def _start(self, work: WorkerContext) -> _Process:
         here, there = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")
         process = context.Process(target=_serve, args=(there, packed(work), self._plugins, self._threads), daemon=True)
@@ -322,56 +322,56 @@ class Processes(Pool[_Process]):
         there.close()
         return _Process(process, here, work)
 
-    def _send(self, seat: _Process, task: Task) -> None:
+    def _send(self, slot: _Process, task: Task) -> None:
         message = packed(task)
         with contextlib.suppress(OSError):  # it has died
-            seat.pipe.send_bytes(message)
+            slot.pipe.send_bytes(message)
 
     def _heard(self, timeout: float | None) -> list[int]:
-        ready = set(wait([watched for seat in self._seats for watched in (seat.pipe, seat.process.sentinel)], timeout))
-        return [place for place, seat in enumerate(self._seats) if seat.pipe in ready or seat.process.sentinel in ready]
+        ready = set(wait([watched for slot in self._slots for watched in (slot.pipe, slot.process.sentinel)], timeout))
+        return [place for place, slot in enumerate(self._slots) if slot.pipe in ready or slot.process.sentinel in ready]
 
-    def _read(self, seat: _Process, events: list[Event]) -> bool:
+    def _read(self, slot: _Process, events: list[Event]) -> bool:
         try:
-            while seat.pipe.poll():
-                kind, value = pickle.loads(seat.pipe.recv_bytes())
+            while slot.pipe.poll():
+                kind, value = pickle.loads(slot.pipe.recv_bytes())
                 match kind:
                     case "ready":
-                        self._started(seat)
+                        self._started(slot)
                     case "note":
-                        events.append(Note(value))
+                        events.append(Message(value))
                     case "begin":
-                        self._set_deadline(seat, value)
+                        self._set_deadline(slot, value)
                     case "done":
-                        self._answered(seat, value, events)
+                        self._answered(slot, value, events)
                     case "error":
                         raise value
         except (EOFError, OSError):
             return False
-        return seat.process.is_alive()
+        return slot.process.is_alive()
 
-    def _end(self, seat: _Process) -> str:
-        seat.process.kill()
-        seat.process.join()
-        seat.pipe.close()
-        reason = _death(seat.process.exitcode)
-        if not seat.ready and (seat.process.exitcode or 0) >= 0:
+    def _end(self, slot: _Process) -> str:
+        slot.process.kill()
+        slot.process.join()
+        slot.pipe.close()
+        reason = _death(slot.process.exitcode)
+        if not slot.ready and (slot.process.exitcode or 0) >= 0:
             raise LeakbenchError(
                 f"a worker process ended before it was ready: {reason}; run with --workers 1 to see why, and in a "
                 "script of your own call leakbench.run under if __name__ == '__main__'"
             )
         return reason
 
-    def _successor(self, seat: _Process) -> _Process:
-        return self._start(seat.work)
+    def _successor(self, slot: _Process) -> _Process:
+        return self._start(slot.work)
 
 
 def trials_of(task: Task) -> int:
     """Return how many trials a task takes the time of."""
     match task:
-        case Chunk():
+        case ChunkTask():
             return len(task.trials)
-        case Measure():
+        case MeasureTask():
             return task.trials
         case _:
             return 1

@@ -15,7 +15,7 @@ from leakbench.errors import one_line
 from leakbench.plan.trial import Result, Trial
 
 
-class Silent:
+class NullProgress:
     """No output; also the interface of the others."""
 
     def __enter__(self) -> Self:
@@ -83,7 +83,7 @@ class Bar:
         self.console.print(one_line(line), markup=False, highlight=False, soft_wrap=True)
 
 
-class Display(Bar, Silent):
+class Display(Bar, NullProgress):
     """Cell, trials done, failures and time left: a live bar in a terminal, one line a chunk elsewhere.
 
     Args:

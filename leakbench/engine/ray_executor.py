@@ -21,8 +21,8 @@ import torch
 
 from leakbench.core.malloc import keep_freed_memory
 from leakbench.core.registry import load_plugin, plugins
-from leakbench.engine.executors import Event, Note, Pool, Seat, packed, sendable
-from leakbench.engine.worker import Task, Work, Worker
+from leakbench.engine.executors import Event, Message, WorkerPool, WorkerSlot, packed, sendable
+from leakbench.engine.worker import Task, Worker, WorkerContext
 from leakbench.errors import BadOption, LeakbenchError, one_line
 from leakbench.gradients import full_precision
 
@@ -40,7 +40,7 @@ ENVIRONMENT = {
 """What is set for Ray where nothing else is, before it starts."""
 
 
-class Host:
+class RayWorker:
     """What an actor runs."""
 
     def __init__(self, work: bytes, files: Sequence[Path], path: Sequence[str], threads: int) -> None:
@@ -67,7 +67,7 @@ class Host:
 
 
 @dataclass
-class _Actor(Seat):
+class _Actor(WorkerSlot):
     """An actor, and what it was asked last."""
 
     actor: Any
@@ -75,7 +75,7 @@ class _Actor(Seat):
     death: str = field(default="stopped", init=False)
 
 
-class Rays(Pool[_Actor]):
+class RayExecutor(WorkerPool[_Actor]):
     """Actors of a Ray cluster.
 
     Args:
@@ -91,7 +91,7 @@ class Rays(Pool[_Actor]):
     """
 
     def __init__(
-        self, work: Work, workers: int | None, gpus: float, threads: int, limit: float | None, address: str
+        self, work: WorkerContext, workers: int | None, gpus: float, threads: int, limit: float | None, address: str
     ) -> None:
         super().__init__(limit)
         self._work, self._count, self._gpus, self._threads, self._address = work, workers, gpus, threads, address
@@ -115,8 +115,8 @@ class Rays(Pool[_Actor]):
             share = self._work.share * (min(1.0, self._gpus) or 1 / max(1, -(-count // max(1, nodes))))
             self._packed = packed(replace(self._work, share=share))
             options = {"num_cpus": self._threads, "num_gpus": self._gpus, "max_restarts": 0, "max_task_retries": 0}
-            self._host = ray.remote(**options)(Host)
-            self._seats = [self._start() for _ in range(count)]
+            self._host = ray.remote(**options)(RayWorker)
+            self._slots = [self._start() for _ in range(count)]
         except (ConnectionError, RuntimeError, ValueError) as error:
             self.close()
             if isinstance(error, LeakbenchError):
@@ -132,10 +132,10 @@ class Rays(Pool[_Actor]):
 
     def close(self) -> None:
         """End the actors, and Ray where it was started here."""
-        for seat in self._seats:
+        for slot in self._slots:
             with contextlib.suppress(Exception):  # the cluster may be gone
-                self._ray.kill(seat.actor)
-        self._seats = []
+                self._ray.kill(slot.actor)
+        self._slots = []
         if self._own:
             self._ray.shutdown()
 
@@ -159,18 +159,18 @@ class Rays(Pool[_Actor]):
         actor = self._host.remote(self._packed, plugins(), sys.path, self._threads)
         return _Actor(actor, actor.ready.remote())
 
-    def _send(self, seat: _Actor, task: Task) -> None:
-        seat.asked = seat.actor.do.remote(packed(task))
+    def _send(self, slot: _Actor, task: Task) -> None:
+        slot.asked = slot.actor.do.remote(packed(task))
 
     def _heard(self, timeout: float | None) -> list[int]:
-        if any(seat.ready for seat in self._seats):
+        if any(slot.ready for slot in self._slots):
             self._since = time.monotonic()
         elif time.monotonic() - self._since > PATIENCE:
             raise LeakbenchError(
                 f"no worker started within {PATIENCE:g} s: the Ray cluster has no node with {self._threads} free CPUs "
                 f"and {self._gpus:g} GPUs; ask for less, or add nodes"
             )
-        asked = {seat.asked: place for place, seat in enumerate(self._seats) if seat.asked is not None}
+        asked = {slot.asked: place for place, slot in enumerate(self._slots) if slot.asked is not None}
         seconds = PAUSE if timeout is None else min(PAUSE, timeout)
         try:
             ended, _ = self._ray.wait(list(asked), num_returns=1, timeout=seconds)
@@ -178,33 +178,33 @@ class Rays(Pool[_Actor]):
             raise LeakbenchError(f"the Ray cluster is lost: {_line(error)}; start the run again") from None
         return [asked[reference] for reference in ended]
 
-    def _read(self, seat: _Actor, events: list[Event]) -> bool:
+    def _read(self, slot: _Actor, events: list[Event]) -> bool:
         errors = self._ray.exceptions
         try:
-            answer = self._ray.get(seat.asked)
+            answer = self._ray.get(slot.asked)
         except errors.RayError as error:
-            seat.death = _line(error)
+            slot.death = _line(error)
             broken = isinstance(error, (errors.RayTaskError, errors.RuntimeEnvSetupError))
             if broken or getattr(error, "actor_init_failed", False):
-                raise LeakbenchError(f"a Ray actor failed: {seat.death}; see the logs of its node") from None
+                raise LeakbenchError(f"a Ray actor failed: {slot.death}; see the logs of its node") from None
             return False  # it died, its node did, Ray took its memory back, or it cannot be reached
-        seat.asked = None
-        if not seat.ready:
-            self._started(seat)
+        slot.asked = None
+        if not slot.ready:
+            self._started(slot)
             return True
         notes, value = pickle.loads(answer)
-        events += [Note(line) for line in notes]
+        events += [Message(line) for line in notes]
         if isinstance(value, LeakbenchError):
             raise value
-        self._answered(seat, value, events)
+        self._answered(slot, value, events)
         return True
 
-    def _end(self, seat: _Actor) -> str:
+    def _end(self, slot: _Actor) -> str:
         with contextlib.suppress(Exception):  # one that cannot be reached may still live, and hold its share of a GPU
-            self._ray.kill(seat.actor)
-        return f"with its actor ({seat.death})"
+            self._ray.kill(slot.actor)
+        return f"with its actor ({slot.death})"
 
-    def _successor(self, seat: _Actor) -> _Actor:
+    def _successor(self, slot: _Actor) -> _Actor:
         return self._start()
 
 

@@ -17,18 +17,26 @@ from leakbench.core.device import device_named
 from leakbench.core.lock import alone
 from leakbench.core.malloc import keep_freed_memory
 from leakbench.datasets import Dataset
-from leakbench.engine.executors import Done, Executor, Here, Late, Lost, Note, Processes
-from leakbench.engine.progress import Silent
+from leakbench.engine.executors import (
+    Executor,
+    InProcessExecutor,
+    Message,
+    ProcessExecutor,
+    TaskDone,
+    TimedOut,
+    WorkerDied,
+)
+from leakbench.engine.progress import NullProgress
 from leakbench.engine.schedule import LOSSES, Schedule, settled
 from leakbench.engine.shard import part
 from leakbench.engine.worker import (
-    Check,
-    Chunk,
-    Data,
-    Measure,
+    CheckTask,
+    ChunkTask,
+    ClientData,
+    MeasureTask,
     Refusal,
     Task,
-    Work,
+    WorkerContext,
     companions,
     without_score,
 )
@@ -108,7 +116,7 @@ class _Planned:
     matrix: Matrix
     trials: Sequence[Trial]
     whole: Sequence[Trial]
-    data: dict[str, Data]
+    data: dict[str, ClientData]
     executor: Executor
     device: torch.device
     missing: Sequence[str]
@@ -119,7 +127,7 @@ def run(
     out: str | Path | None = None,
     options: RunOptions | None = None,
     *,
-    progress: Silent | None = None,
+    progress: NullProgress | None = None,
     command: str = "",
 ) -> Path:
     """Run every trial of a matrix that has no result yet, and return the run's folder.
@@ -134,7 +142,7 @@ def run(
     Raises:
         LeakbenchError: one line on what does not fit; nothing was written then.
     """
-    options, progress = options or RunOptions(), progress or Silent()
+    options, progress = options or RunOptions(), progress or NullProgress()
     folder = Path(out) if out is not None else Path("runs") / matrix.name
     plan = _plan(matrix, options, folder / FILE)
     with full_precision(), plan.executor:
@@ -182,7 +190,7 @@ def _plan(matrix: Matrix, options: RunOptions, file: Path) -> _Planned:
     keep_freed_memory()
     data = _load(trials)
     scores, missing = _metrics()
-    work = Work(scores, device, options.strict)
+    work = WorkerContext(scores, device, options.strict)
     if options.executor == "ray":
         gpus = float(device.type == "cuda") if gpus is None else gpus
         executor = _ray(work, options.workers, gpus, options.time_limit, options.ray_address)
@@ -212,9 +220,9 @@ def _session(plan: _Planned, folder: Path, shard: str, command: str) -> Iterator
 def _refuse(
     trials: Sequence[Trial],
     reasons: dict[str, str],
-    data: dict[str, Data],
+    data: dict[str, ClientData],
     keep: Callable[[list[Result]], None],
-    progress: Silent,
+    progress: NullProgress,
 ) -> None:
     """Keep trials whose cells cannot be served as unsupported, with the reason of each cell."""
     for piece in _pieces(trials):
@@ -228,24 +236,24 @@ def _loop(
     executor: Executor,
     time_limit: float | None,
     keep: Callable[[list[Result]], None],
-    progress: Silent,
+    progress: NullProgress,
 ) -> None:
     """Hand out tasks until the schedule has none left, and keep what comes back."""
     told: set[str] = set()
     for event in executor.run(schedule.next, lambda task: _tell(task, progress)):
         match event:
-            case Note() if event.line not in told:
+            case Message() if event.line not in told:
                 told.add(event.line)
                 progress.note(event.line)
-            case Done(Chunk() as task, list() as results):
+            case TaskDone(ChunkTask() as task, list() as results):
                 keep(results)
                 schedule.finished(task)
-            case Done(Measure() as task, int() as size):
+            case TaskDone(MeasureTask() as task, int() as size):
                 schedule.measured(task, size)
-            case Lost(Chunk() | Measure() as task, reason):
+            case WorkerDied(ChunkTask() | MeasureTask() as task, reason):
                 progress.note(f"a worker died {reason}; what it did is done again")
                 keep(schedule.lost(task, reason))
-            case Late(Chunk() | Measure() as task):
+            case TimedOut(ChunkTask() | MeasureTask() as task):
                 progress.note(f"{task.trial.cell.words}: stopped after the time limit")
                 keep(schedule.late(task, time_limit or 0.0))
 
@@ -262,32 +270,34 @@ def check(
     """
     _check_indices(matrix)
     trials = matrix.trials()
-    with full_precision(), _local(Work((), device_named(device), strict), 1, time_limit) as does:
+    with full_precision(), _local(WorkerContext((), device_named(device), strict), 1, time_limit) as does:
         _preflight(trials, strict, matrix.threshold is not None, does)
     return trials
 
 
-def _ray(work: Work, workers: int | None, gpus: float, time_limit: float | None, address: str) -> Executor:
+def _ray(work: WorkerContext, workers: int | None, gpus: float, time_limit: float | None, address: str) -> Executor:
     """Return the actors of a Ray cluster; one that has a GPU to itself has one thread."""
-    from leakbench.engine.ray_executor import Rays
+    from leakbench.engine.ray_executor import RayExecutor
 
-    return Rays(replace(work, device=torch.device("cuda" if gpus else "cpu")), workers, gpus, 1, time_limit, address)
+    return RayExecutor(
+        replace(work, device=torch.device("cuda" if gpus else "cpu")), workers, gpus, 1, time_limit, address
+    )
 
 
-def _local(work: Work, workers: int, time_limit: float | None) -> Executor:
+def _local(work: WorkerContext, workers: int, time_limit: float | None) -> Executor:
     """Return who does the tasks on this machine."""
     if workers == 1 and time_limit is None:
-        return Here(work)
+        return InProcessExecutor(work)
     count = torch.cuda.device_count() if work.device.type == "cuda" and work.device.index is None else 1
     share = work.share * count / max(workers, count)
     devices = [torch.device("cuda", place % count) if count > 1 else work.device for place in range(workers)]
     works = [replace(work, device=device, share=share) for device in devices]
-    return Processes(works, max(1, torch.get_num_threads() // workers), time_limit)
+    return ProcessExecutor(works, max(1, torch.get_num_threads() // workers), time_limit)
 
 
-def _tell(task: Task, progress: Silent) -> None:
+def _tell(task: Task, progress: NullProgress) -> None:
     """Tell that a task begins."""
-    if isinstance(task, Chunk):
+    if isinstance(task, ChunkTask):
         progress.begin(task.trial.cell.words, len(task.trials))
 
 
@@ -341,7 +351,7 @@ def _check_indices(matrix: Matrix) -> None:
             )
 
 
-def _load(trials: Sequence[Trial]) -> dict[str, Data]:
+def _load(trials: Sequence[Trial]) -> dict[str, ClientData]:
     """Load the clients' images of every dataset, by its spec; what does not fit is told before the run."""
     data = {}
     for name, dataset in {trial.specs["dataset"]: trial.dataset for trial in trials}.items():
@@ -357,7 +367,7 @@ def _load(trials: Sequence[Trial]) -> dict[str, Data]:
     return data
 
 
-def _load_one(dataset: Dataset, indices: list[int]) -> Data:
+def _load_one(dataset: Dataset, indices: list[int]) -> ClientData:
     name = datasets.spec(dataset)
     images, labels = dataset.load(indices)
     shape = (len(indices), *dataset.image_shape)
@@ -373,7 +383,7 @@ def _load_one(dataset: Dataset, indices: list[int]) -> Data:
         raise BadOption(f"dataset {name!r} has the label {int(labels.max())}, not in 0 to {dataset.num_classes - 1}")
     if shape[1] not in (1, 3):
         raise BadOption(f"dataset {name!r} has {shape[1]} channels; images have 1 (grey) or 3 (RGB)")
-    return Data(
+    return ClientData(
         images={index: image.clone() for index, image in zip(indices, images)},  # each can be sent alone
         labels={index: int(label) for index, label in zip(indices, labels)},
         mean=dataset.mean(),
@@ -394,15 +404,15 @@ def _preflight(trials: Sequence[Trial], strict: bool, ensemble: bool, executor: 
     for trial in cells.values():
         parts = [trial.cell.settings[part] for part in ("dataset", "model", "defense", "threat")]
         seen.setdefault(json.dumps(parts), []).append(trial)
-    checks = deque(Check(tuple(alike)) for alike in seen.values())
+    checks = deque(CheckTask(tuple(alike)) for alike in seen.values())
     refused: dict[str, str] = {}
     groups: set[str] = set()
     for event in executor.run(lambda: checks.popleft() if checks else None, lambda task: None):
         match event:
-            case Done(Check(), Refusal() as refusal):
+            case TaskDone(CheckTask(), Refusal() as refusal):
                 refused |= refusal.cells
                 groups |= refusal.groups
-            case Lost(Check() as check) if check.lost + 1 < LOSSES:
+            case WorkerDied(CheckTask() as check) if check.lost + 1 < LOSSES:
                 checks.append(replace(check, lost=check.lost + 1))
     check_reveals({trial.threat for trial in trials}, groups)
     for cell in (cell for cell in cells if cell in refused):

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from leakbench.engine.worker import Chunk, Data, Measure, without_score
+from leakbench.engine.worker import ChunkTask, ClientData, MeasureTask, without_score
 from leakbench.plan.matrix import RECOVERY
 from leakbench.plan.trial import Cell, Result, Trial, target
 from leakbench.store.run_file import Store
@@ -38,7 +38,7 @@ class _Line:
     cell: Cell
     trials: tuple[Trial, ...]
     chain: str
-    chunks: deque[Chunk] | None = None
+    chunks: deque[ChunkTask] | None = None
     measured: bool = False
     running: int = 0
     ended: bool = False
@@ -64,7 +64,7 @@ class Schedule:
         self,
         trials: Sequence[Trial],
         store: Store,
-        data: Mapping[str, Data],
+        data: Mapping[str, ClientData],
         *,
         threshold: float | None,
         size: int | None,
@@ -78,10 +78,10 @@ class Schedule:
         self._pieces = max(1, -(-workers // max(1, len(cells))))
         self._lines = [_Line(cell[0].cell, cell, target(cell[0].cell.settings, 0, 0)) for cell in cells]
         self._by_cell = {line.cell.key: line for line in self._lines}
-        self._unmeasured: deque[Measure] = deque()
+        self._unmeasured: deque[MeasureTask] = deque()
         self._first = 0
 
-    def next(self) -> Measure | Chunk | None:
+    def next(self) -> MeasureTask | ChunkTask | None:
         """Return the next task; None where there is none until another one has ended, or none at all."""
         while self._first < len(self._lines) and self._lines[self._first].ended:
             self._first += 1
@@ -100,25 +100,25 @@ class Schedule:
                 busy.add(line.chain)
         return None
 
-    def measured(self, task: Measure, size: int) -> None:
+    def measured(self, task: MeasureTask, size: int) -> None:
         """Take the answer to how many trials of a cell run at a time."""
         line = self._by_cell[task.trial.cell.key]
         self._store.record_chunk(line.cell.key, size)  # a run that is continued is cut into the same pieces
         self._cut(line, size)
 
-    def finished(self, chunk: Chunk) -> None:
+    def finished(self, chunk: ChunkTask) -> None:
         """Take note that the results of a chunk were written."""
         line = self._by_cell[chunk.trial.cell.key]
         line.running -= 1
         line.ended = not line.chunks and not line.running
 
-    def lost(self, task: Chunk | Measure, reason: str) -> list[Result]:
+    def lost(self, task: ChunkTask | MeasureTask, reason: str) -> list[Result]:
         """Have a task whose worker has died done again; return the results that this leaves.
 
         Whoever killed it, the same chunk gives the same numbers, so it is tried as it is before it is halved.
         """
         task = replace(task, lost=task.lost + 1)
-        if isinstance(task, Measure):
+        if isinstance(task, MeasureTask):
             if task.lost < LOSSES:
                 self._unmeasured.append(task)
             else:
@@ -131,27 +131,27 @@ class Schedule:
             return self._again([_part(task, task.trials[:half]), _part(task, task.trials[half:])])
         return self._gave_up(task, f"{task.lost} workers died with it, the last one {reason}")
 
-    def late(self, task: Chunk | Measure, limit: float) -> list[Result]:
+    def late(self, task: ChunkTask | MeasureTask, limit: float) -> list[Result]:
         """Have the trials of a chunk that took too long done one at a time; return the results that this leaves."""
-        if isinstance(task, Measure):
+        if isinstance(task, MeasureTask):
             self.measured(task, 1)
             return []
         if len(task.trials) > 1:
             return self._again([_part(task, (trial,)) for trial in task.trials])
         return self._gave_up(task, f"it took longer than {limit:g} s (--time-limit), and was stopped")
 
-    def _again(self, chunks: Sequence[Chunk]) -> list[Result]:
+    def _again(self, chunks: Sequence[ChunkTask]) -> list[Result]:
         line = self._by_cell[chunks[0].trial.cell.key]
         assert line.chunks is not None  # it was cut when the chunk was taken
         line.chunks.extendleft(reversed(chunks))
         line.running -= 1
         return []
 
-    def _gave_up(self, chunk: Chunk, reason: str) -> list[Result]:
+    def _gave_up(self, chunk: ChunkTask, reason: str) -> list[Result]:
         self.finished(chunk)
         return [without_score(chunk.data, chunk.trial, "error", reason)]
 
-    def _take(self, line: _Line) -> Measure | Chunk | None:
+    def _take(self, line: _Line) -> MeasureTask | ChunkTask | None:
         if line.chunks is None:
             if line.measured:
                 return None
@@ -164,7 +164,7 @@ class Schedule:
             size = self._size or self._store.chunk(line.cell.key)
             if size is None:
                 line.measured = True
-                return Measure(line.trials[0], -(-len(line.trials) // self._pieces))
+                return MeasureTask(line.trials[0], -(-len(line.trials) // self._pieces))
             self._cut(line, size)
         if not line.chunks:
             return None
@@ -177,8 +177,8 @@ class Schedule:
         width = size * line.cell.attack.queue
         pieces = (line.trials[begin : begin + width] for begin in range(0, len(line.trials), width))
         left = (tuple(trial for trial in piece if trial.id not in self._done) for piece in pieces)
-        line.chunks = deque(Chunk(piece, size, data.of(piece)) for piece in left if piece)
+        line.chunks = deque(ChunkTask(piece, size, data.of(piece)) for piece in left if piece)
 
 
-def _part(chunk: Chunk, trials: tuple[Trial, ...]) -> Chunk:
-    return Chunk(trials, chunk.slots, chunk.data.of(trials))
+def _part(chunk: ChunkTask, trials: tuple[Trial, ...]) -> ChunkTask:
+    return ChunkTask(trials, chunk.slots, chunk.data.of(trials))

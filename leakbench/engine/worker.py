@@ -26,7 +26,7 @@ from leakbench.victim import Client, build, groups_of, observe, trained_on
 
 
 @dataclass(frozen=True)
-class Data:
+class ClientData:
     """A dataset's images that clients hold, and what is public of it.
 
     Attributes:
@@ -40,16 +40,16 @@ class Data:
     mean: Tensor
     num_classes: int
 
-    def of(self, trials: Sequence[Trial]) -> Data:
+    def of(self, trials: Sequence[Trial]) -> ClientData:
         """Return the part that these trials need."""
         needed = {index for trial in trials for index in (trial.image, *companions(trial))}
         images = {index: self.images[index] for index in needed}
         labels = {index: self.labels[index] for index in needed}
-        return Data(images, labels, self.mean, self.num_classes)
+        return ClientData(images, labels, self.mean, self.num_classes)
 
 
 @dataclass(frozen=True)
-class Check:
+class CheckTask:
     """Ask the attacks of cells that see the same whether they can serve it; answered by a ``Refusal``."""
 
     trials: tuple[Trial, ...]
@@ -70,7 +70,7 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Measure:
+class MeasureTask:
     """Find out how many of so many trials of a cell to run at a time; answered by their number."""
 
     trial: Trial
@@ -79,7 +79,7 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class ChunkTask:
     """Run trials of one cell, ``slots`` at a time; answered by their results.
 
     Attributes:
@@ -88,7 +88,7 @@ class Chunk:
 
     trials: tuple[Trial, ...]
     slots: int
-    data: Data
+    data: ClientData
     lost: int = 0
 
     @property
@@ -97,14 +97,14 @@ class Chunk:
         return self.trials[0]
 
 
-Task = Check | Measure | Chunk
+Task = CheckTask | MeasureTask | ChunkTask
 """What a worker is given; ``lost`` is how often one has died with it."""
 
-Answer = Refusal | int | list[Result]
+TaskAnswer = Refusal | int | list[Result]
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkerContext:
     """What every task needs.
 
     Attributes:
@@ -122,23 +122,23 @@ class Work:
 class Worker:
     """Does tasks, and tells what is worth a line (``note``) and that so many trials begin (``begin``)."""
 
-    work: Work
+    work: WorkerContext
     note: Callable[[str], None]
     begin: Callable[[int], None] = lambda trials: None
     told: set[str] = field(default_factory=set)
 
-    def do(self, task: Task) -> Answer:
+    def do(self, task: Task) -> TaskAnswer:
         """Return the answer to a task.
 
         Raises:
             LeakbenchError: a task that ends the run.
         """
         match task:
-            case Check():
+            case CheckTask():
                 return _refusal(task.trials)
-            case Measure():
+            case MeasureTask():
                 return self.size(task.trial, task.trials)
-            case Chunk():
+            case ChunkTask():
                 return self.results(task.data, task.trials, task.slots)
 
     def size(self, first: Trial, trials: int) -> int:
@@ -158,7 +158,7 @@ class Worker:
         except (Exception, SystemExit):  # a component that fails does so again, and is recorded, when its trials run
             return size
 
-    def results(self, data: Data, trials: Sequence[Trial], slots: int) -> list[Result]:
+    def results(self, data: ClientData, trials: Sequence[Trial], slots: int) -> list[Result]:
         """Return the results of trials of one cell; what fails together is tried in halves, then recorded."""
         self.begin(len(trials))
         try:
@@ -181,7 +181,7 @@ class Worker:
                 raise LeakbenchError(f"{trials[0].cell.words}, image {trials[0].image}: {reason}") from error
             return [without_score(data, trials[0], "error", reason)]
 
-    def _together(self, data: Data, trials: Sequence[Trial], slots: int) -> list[Result]:
+    def _together(self, data: ClientData, trials: Sequence[Trial], slots: int) -> list[Result]:
         """Observe, attack and score trials of one cell, so many at a time."""
         begin = time.perf_counter()
         first = trials[0]
@@ -257,7 +257,7 @@ class Worker:
             return [float("nan")]
 
 
-def without_score(data: Data, trial: Trial, status: Literal["unsupported", "error"], reason: str) -> Result:
+def without_score(data: ClientData, trial: Trial, status: Literal["unsupported", "error"], reason: str) -> Result:
     """Return the result of a trial that came to nothing."""
     return Result(
         trial=trial,
@@ -310,7 +310,7 @@ def _checked(guess: Reconstruction, observation: Observation, trial: Trial) -> R
     return replace(guess, images=images, failed=failed)
 
 
-def _client(trial: Trial, data: Data) -> Client:
+def _client(trial: Trial, data: ClientData) -> Client:
     key = f"{trial.seed}/{_data_key(trial)}/{trial.image}"
     weights = f"weights/{key}" if trial.model.fresh_weights() else f"weights/{trial.seed}"
     others = tuple((data.images[index], data.labels[index]) for index in companions(trial))

@@ -17,7 +17,7 @@ from leakbench.analysis import pareto as utility
 from leakbench.analysis.reproduce import owners, spec_of
 from leakbench.analysis.statistics import ALPHA, holm, least_images, wilcoxon_test
 from leakbench.engine import run as engine
-from leakbench.engine.progress import Silent
+from leakbench.engine.progress import NullProgress
 from leakbench.engine.run import RunOptions
 from leakbench.errors import BadOption, LeakbenchError, one_line
 from leakbench.leaderboard.entry import Entry, TrialOf, entries
@@ -47,7 +47,7 @@ CLOSE = 0.01
 
 
 @dataclass(frozen=True)
-class Check:
+class EntryCheck:
     """What a check found.
 
     Attributes:
@@ -115,8 +115,8 @@ def check(
     sample: int = 16,
     seed: int | None = None,
     device: str = "auto",
-    progress: Silent | None = None,
-) -> Check:
+    progress: NullProgress | None = None,
+) -> EntryCheck:
     """Hold an entry against the run that it is of, and run a sample of its trials again.
 
     Every trial that is run again has the id that the entry names, so its settings are the same to the last option; in
@@ -181,10 +181,10 @@ def check(
                     "be told; repair that, or check elsewhere"
                 )
             repeats.append(Repeat(trial, str(again["status"]), float(again[RECOVERY])))
-    return Check(differing, tuple(repeats), entry.threshold, seed)
+    return EntryCheck(differing, tuple(repeats), entry.threshold, seed)
 
 
-def words(found: Check) -> Sequence[str]:
+def words(found: EntryCheck) -> Sequence[str]:
     """Return what a check found, line by line."""
     lines = [f"the entry is not what its run says: {name} differs" for name in found.differing]
     for one in found.repeats:

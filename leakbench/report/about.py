@@ -8,20 +8,20 @@ import pandas as pd
 
 from leakbench.core.text import ABSENT, number
 from leakbench.report.md import escape, table
-from leakbench.store.records import Session
+from leakbench.store.records import RunSession
 
 MIXED = "This run mixes versions of leakbench"
 """What a report warns of where starts of a run were of different versions."""
 
 
-def about(sessions: Sequence[Session], results: pd.DataFrame, planned: int) -> str:
+def about(sessions: Sequence[RunSession], results: pd.DataFrame, planned: int) -> str:
     """Return the table of a run's starts in Markdown; arguments are those of ``facts``."""
     rows = [[label, escape(words)] for label, words in facts(sessions, results, planned)]
     head = table(["run", ""], rows, left=2)
     return f"{head}\n\n**{MIXED}**: trials of different starts may not compare." if mixed(sessions) else head
 
 
-def facts(sessions: Sequence[Session], results: pd.DataFrame, planned: int) -> list[tuple[str, str]]:
+def facts(sessions: Sequence[RunSession], results: pd.DataFrame, planned: int) -> list[tuple[str, str]]:
     """Return what is said of a run's starts: labels and words.
 
     Args:
@@ -49,6 +49,6 @@ def facts(sessions: Sequence[Session], results: pd.DataFrame, planned: int) -> l
     return found
 
 
-def mixed(sessions: Sequence[Session]) -> bool:
+def mixed(sessions: Sequence[RunSession]) -> bool:
     """Return whether the starts were of different versions of leakbench."""
     return len({(s.provenance.version, s.provenance.commit, s.provenance.dirty) for s in sessions}) > 1

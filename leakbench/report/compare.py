@@ -14,7 +14,7 @@ from leakbench.analysis.summary import summarise
 from leakbench.core.text import ABSENT, decimals, number, with_interval
 from leakbench.report.markdown import trained
 from leakbench.report.md import escape, table
-from leakbench.store.records import Component, MetricInfo
+from leakbench.store.records import MetricInfo, StoredComponent
 
 _OURS = ("paper_mse", "paper_psnr", "psnr", "psnr_aligned", "ssim")
 Positive = Annotated[float, Field(gt=0)]
@@ -81,7 +81,7 @@ def published() -> Published:
 
 
 def markdown(
-    results: pd.DataFrame, metrics: Sequence[MetricInfo], paper: Published, components: Sequence[Component] = ()
+    results: pd.DataFrame, metrics: Sequence[MetricInfo], paper: Published, components: Sequence[StoredComponent] = ()
 ) -> str:
     """Return the comparison; it depends on nothing but its arguments."""
     parts = ["# Beside the paper", f"Figures of {escape(paper.source)}.", _WORDS]

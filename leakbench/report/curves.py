@@ -20,7 +20,7 @@ from leakbench.errors import BadOption
 from leakbench.plan.matrix import Matrix
 from leakbench.report.grids import COLOURS, plain
 from leakbench.report.md import escape, table
-from leakbench.store.records import Component, MetricInfo
+from leakbench.store.records import MetricInfo, StoredComponent
 
 FILE = "curves.md"
 """The name of the report in a run's folder."""
@@ -58,7 +58,7 @@ class Level:
     label: str
 
 
-def levels(components: Sequence[Component]) -> list[Level]:
+def levels(components: Sequence[StoredComponent]) -> list[Level]:
     """Return every strength of relative noise and of precision among a run's defenses, from exact to inexact.
 
     ``none`` is on both axes: no noise, and float32.
@@ -81,7 +81,7 @@ def levels(components: Sequence[Component]) -> list[Level]:
     return sorted(found, key=lambda level: (level.kind, level.order))
 
 
-def kinds(components: Sequence[Component]) -> list[Kind]:
+def kinds(components: Sequence[StoredComponent]) -> list[Kind]:
     """Return the axes of which a run has a curve: at least two strengths beside the exact gradient."""
     found = levels(components)
     return [kind for kind in _TITLES if sum(one.kind == kind and one.defense != "none" for one in found) >= LEAST]
@@ -90,7 +90,7 @@ def kinds(components: Sequence[Component]) -> list[Kind]:
 def check(plans: Sequence[Matrix]) -> None:
     """Raise BadOption where matrices have no curve."""
     own = [defense for plan in plans for defense in plan.defenses]
-    if not kinds([Component("defense", defenses.spec(one), one.version, one.options()) for one in own]):
+    if not kinds([StoredComponent("defense", defenses.spec(one), one.version, one.options()) for one in own]):
         raise BadOption(
             f"the defenses hold fewer than {LEAST} strengths of relative noise or of precision; "
             'give for example --defense "noise(scale=1e-4, relative=true)" and --defense "quantise(bits=8)"'
@@ -114,7 +114,7 @@ class Page:
     summary: pd.DataFrame
 
 
-def pages(results: pd.DataFrame, metrics: Sequence[MetricInfo], components: Sequence[Component]) -> list[Page]:
+def pages(results: pd.DataFrame, metrics: Sequence[MetricInfo], components: Sequence[StoredComponent]) -> list[Page]:
     """Return one page for each dataset, model and threat model under which a curve's strengths were attacked."""
     shown = [metric for metric in metrics if metric.name in METRICS]
     summary = summarise(results, shown)
@@ -128,7 +128,7 @@ def pages(results: pd.DataFrame, metrics: Sequence[MetricInfo], components: Sequ
     return found
 
 
-def markdown(pages: Sequence[Page], components: Sequence[Component], metrics: Sequence[MetricInfo]) -> str:
+def markdown(pages: Sequence[Page], components: Sequence[StoredComponent], metrics: Sequence[MetricInfo]) -> str:
     """Return the report; it depends on nothing but its arguments."""
     parts = ["# Leakage of inexact gradients", _WORDS]
     shown = [metric for metric in metrics if metric.name in METRICS]
@@ -166,7 +166,7 @@ def _interval(row: pd.Series, name: str) -> tuple[float, float, float]:
     return float(row[name]), float(row[f"{name} low"]), float(row[f"{name} high"])
 
 
-def _rows(page: Page, kind: Kind, components: Sequence[Component]) -> list[tuple[Level, dict[str, pd.Series]]]:
+def _rows(page: Page, kind: Kind, components: Sequence[StoredComponent]) -> list[tuple[Level, dict[str, pd.Series]]]:
     """Return every level of an axis that was run, with the rows of the summary by attack."""
     attacks = page.summary[~page.summary["floor"].astype(bool)]
     found = []
@@ -177,7 +177,7 @@ def _rows(page: Page, kind: Kind, components: Sequence[Component]) -> list[tuple
     return found
 
 
-def _table(page: Page, kind: Kind, components: Sequence[Component], metrics: Sequence[MetricInfo]) -> str:
+def _table(page: Page, kind: Kind, components: Sequence[StoredComponent], metrics: Sequence[MetricInfo]) -> str:
     places = {metric.name: decimals(page.summary[metric.name]) for metric in metrics}
     headers = ["noise" if kind == "noise" else "precision", "attack", "n", "failed", "no score"]
     for metric in metrics:
@@ -196,14 +196,14 @@ def _table(page: Page, kind: Kind, components: Sequence[Component], metrics: Seq
     return table(headers, lines, left=2)
 
 
-def png(page: Page, components: Sequence[Component]) -> bytes:
+def png(page: Page, components: Sequence[StoredComponent]) -> bytes:
     """Return a page's curves as a PNG."""
     stream = BytesIO()
     FigureCanvasAgg(figure(page, components)).print_png(stream, metadata={"Software": None})
     return stream.getvalue()
 
 
-def figure(page: Page, components: Sequence[Component]) -> Figure:
+def figure(page: Page, components: Sequence[StoredComponent]) -> Figure:
     """Return a page's curves: a column for each axis, a row for each metric, a line for each attack."""
     axes = kinds(components)
     drawn = Figure(figsize=(5.6 * len(axes), 3.3 * len(METRICS) + 0.9), layout="constrained")

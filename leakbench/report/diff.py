@@ -18,7 +18,7 @@ from leakbench.errors import BadOption
 from leakbench.plan.matrix import RECOVERY
 from leakbench.report.differences import WORDS, paired_table, too_few
 from leakbench.report.md import escape, table
-from leakbench.store.records import MetricInfo, Record, Session, threshold_of
+from leakbench.store.records import MetricInfo, RunSession, TrialRecord, threshold_of
 from leakbench.store.run_file import Store
 
 AXES = ("attack", "defense", "model", "dataset", "threat")
@@ -40,9 +40,9 @@ class Arm:
 
     name: str
     trials: pd.DataFrame
-    records: Mapping[str, Record]
+    records: Mapping[str, TrialRecord]
     metrics: Sequence[MetricInfo]
-    sessions: Sequence[Session]
+    sessions: Sequence[RunSession]
 
     @classmethod
     def of(cls, name: str, store: Store) -> Arm:
@@ -269,7 +269,7 @@ def _versions(first: Arm, second: Arm) -> str:
     return f"{verdict}\n\n{table(['run', 'made with'], rows, left=2)}"
 
 
-def _source(session: Session) -> tuple[str, str, str, str]:
+def _source(session: RunSession) -> tuple[str, str, str, str]:
     source = session.provenance
     commit = "" if source.commit is None else f" at commit {source.commit[:12]}"
     dirty = " with uncommitted changes" if source.dirty else ""

@@ -15,7 +15,7 @@ from leakbench.models.weights import Checkpoint
 from leakbench.report.about import about
 from leakbench.report.differences import differences
 from leakbench.report.md import escape, table
-from leakbench.store.records import Component, MetricInfo, Session, Statement, threshold_of
+from leakbench.store.records import MetricInfo, RunSession, Statement, StoredComponent, threshold_of
 
 MAIN = ("psnr", "ssim", "lpips_vgg", "lpips_alex", "mse", "psnr_aligned", "ssim_aligned", "label_correct")
 """The metrics that a table starts with; others follow in the order they were recorded."""
@@ -57,12 +57,12 @@ class Run:
     """
 
     name: str
-    sessions: Sequence[Session]
+    sessions: Sequence[RunSession]
     planned: int
     results: pd.DataFrame
     metrics: Sequence[MetricInfo]
     threats: Mapping[str, str]
-    components: Sequence[Component] = ()
+    components: Sequence[StoredComponent] = ()
 
 
 def markdown(run: Run, pictures: Sequence[Picture] = ()) -> str:
@@ -272,7 +272,7 @@ def _reasons(results: pd.DataFrame) -> list[str]:
     return [f"{title}\n\n{table(['attack', 'defense', 'status', 'reason', 'trials'], rows, left=4)}{more}"]
 
 
-def _options(component: Component) -> str:
+def _options(component: StoredComponent) -> str:
     return ", ".join(f"{name}={json.dumps(value)}" for name, value in component.options.items())
 
 
@@ -359,14 +359,14 @@ _TITLE = (
 )
 
 
-def stated(components: Iterable[Component]) -> str:
+def stated(components: Iterable[StoredComponent]) -> str:
     """Return a table, in Markdown, with a row for every defense; empty where the run holds no such words."""
     own = [(one.spec, one.statement) for one in components if one.kind == "defense" and one.statement is not None]
     rows = [[escape(spec), escape(statement.note) or ABSENT, _attackers(statement)] for spec, statement in own]
     return f"{_TITLE}\n\n{table(['defense', 'note', 'informed attacker'], rows, left=3)}" if rows else ""
 
 
-def notes(components: Iterable[Component]) -> dict[str, str]:
+def notes(components: Iterable[StoredComponent]) -> dict[str, str]:
     """Return what a reader must know of the images of each dataset that has a note."""
     return {one.spec: one.statement.note for one in components if one.kind == "dataset" and one.statement is not None}
 
@@ -383,7 +383,7 @@ LEGEND = (
 )
 
 
-def trained(components: Iterable[Component]) -> dict[str, str]:
+def trained(components: Iterable[StoredComponent]) -> dict[str, str]:
     """Return one sentence, in Markdown, on each model that has trained weights."""
     return {one.spec: _words(one.checkpoint) for one in components if one.checkpoint is not None}
 

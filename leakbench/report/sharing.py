@@ -19,7 +19,7 @@ from leakbench.report.differences import warning
 from leakbench.report.grids import picture
 from leakbench.report.markdown import trained
 from leakbench.report.md import escape, table
-from leakbench.store.records import Component, MetricInfo, Pictures
+from leakbench.store.records import MetricInfo, Pictures, StoredComponent
 
 GRANTS = {
     "T0": "nothing",
@@ -131,7 +131,7 @@ def markdown(
     results: pd.DataFrame,
     metrics: Sequence[MetricInfo],
     pages: Sequence[Grid] = (),
-    components: Sequence[Component] = (),
+    components: Sequence[StoredComponent] = (),
     head: str = "",
 ) -> str:
     """Return the study's report, with the table of its run (``about``) as its head.

@@ -16,7 +16,7 @@ from leakbench.analysis.reproduce import again
 from leakbench.core.text import ABSENT, decimals, number
 from leakbench.errors import BadOption, one_line
 from leakbench.store.connection import decoding
-from leakbench.store.records import MetricInfo, Record, Session
+from leakbench.store.records import MetricInfo, RunSession, TrialRecord
 from leakbench.store.run_file import Store
 
 AXES = ("dataset", "model", "defense", "attack")
@@ -112,7 +112,7 @@ def _cost(row: pd.Series) -> str:
     return ", ".join(parts)
 
 
-def _source(record: Record, sessions: list[Session]) -> str:
+def _source(record: TrialRecord, sessions: list[RunSession]) -> str:
     (session,) = [one for one in sessions if one.id == record.session]
     source = session.provenance
     commit = "" if source.commit is None else f", commit {source.commit[:12]}"

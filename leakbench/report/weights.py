@@ -20,7 +20,7 @@ from leakbench.core.text import ABSENT, number, percent
 from leakbench.plan.matrix import RECOVERY
 from leakbench.report.grids import COLOURS, plain
 from leakbench.report.md import escape, table
-from leakbench.store.records import Record
+from leakbench.store.records import TrialRecord
 
 FILE = "weights.md"
 """The name of the report in a run's folder."""
@@ -36,7 +36,7 @@ _PLACE = ("dataset", "model", "rate", "steps")
 _WHO = ("method", "known")
 
 
-def rows(results: pd.DataFrame, records: Mapping[str, Record], findings: pd.DataFrame) -> pd.DataFrame:
+def rows(results: pd.DataFrame, records: Mapping[str, TrialRecord], findings: pd.DataFrame) -> pd.DataFrame:
     """Return one row for each trial on shared weights that was run, floors left out.
 
     Beside the columns of the results: ``rate`` and ``steps`` of the local training, ``known`` (the rate was granted),

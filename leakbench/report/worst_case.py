@@ -13,7 +13,7 @@ from leakbench.core.text import ABSENT, english, number, percent
 from leakbench.plan.matrix import RECOVERY
 from leakbench.report.markdown import notes, stated
 from leakbench.report.md import escape, table
-from leakbench.store.records import Component
+from leakbench.store.records import StoredComponent
 
 
 def ranking(trials: pd.DataFrame, threshold: float) -> str:
@@ -29,7 +29,7 @@ def markdown(
     trials: pd.DataFrame,
     threshold: float,
     threats: Mapping[str, str],
-    components: Sequence[Component] = (),
+    components: Sequence[StoredComponent] = (),
 ) -> str:
     """Return the report of an ensemble; it depends on nothing but its arguments.
 
@@ -156,7 +156,7 @@ def _reasons(found: Sequence[Standing]) -> str:
     return f"{title}\n\n{table(['attacker', 'defense', 'reason', 'trials'], rows, left=3)}" if rows else ""
 
 
-def _legend(trials: pd.DataFrame, threats: Mapping[str, str], components: Sequence[Component]) -> str:
+def _legend(trials: pd.DataFrame, threats: Mapping[str, str], components: Sequence[StoredComponent]) -> str:
     attacks = trials[~trials["floor"].to_numpy(dtype=bool)]
     rows = [
         [escape(name), escape(attack), escape(threats.get(threat, threat))]

@@ -23,7 +23,7 @@ SHOWN = 10
 
 
 @dataclass(frozen=True)
-class State:
+class RunCheck:
     """What a run file holds.
 
     Attributes:
@@ -68,7 +68,7 @@ class State:
         return [one_line(line) for line in (*found, verdict[self.code])]
 
 
-def check(run: Path) -> State:
+def check(run: Path) -> RunCheck:
     """Read a run (its folder or its file) in full and return what it holds.
 
     Raises:
@@ -80,17 +80,17 @@ def check(run: Path) -> State:
                 return _state(store)
         except (LeakbenchError, sqlite3.Error) as error:
             fault = f"it cannot be read to its end: {one_line(error)}"
-            return State(0, {}, 0, {}, {}, (fault,), ())
+            return RunCheck(0, {}, 0, {}, {}, (fault,), ())
 
 
-def _state(store: Store) -> State:
+def _state(store: Store) -> RunCheck:
     faults = [*_structure(store), *_identities(store), *_results(store)]
     statuses = store.query("SELECT status, count(*) AS n FROM results GROUP BY status ORDER BY n DESC")
     errors = store.query(
         "SELECT reason, count(*) AS n FROM results WHERE status = 'error' GROUP BY reason ORDER BY n DESC"
     )
     missing, spared = _missing(store)
-    return State(
+    return RunCheck(
         planned=len(store.planned()),
         ended={row["status"]: row["n"] for row in statuses},
         spared=spared,

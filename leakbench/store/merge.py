@@ -15,7 +15,7 @@ from leakbench.store.run_file import FILE, Store
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergeResult:
     """What came of a merge.
 
     Attributes:
@@ -29,7 +29,7 @@ class Merged:
     planned: int
 
 
-def merge(runs: Sequence[Path], out: Path, *, force: bool = False) -> Merged:
+def merge(runs: Sequence[Path], out: Path, *, force: bool = False) -> MergeResult:
     """Add the trials and results of runs to the run in ``out``, which is made where there is none.
 
     A trial that has a result keeps it, unless it is an error and another run has more. Merging again changes nothing; a
@@ -60,7 +60,7 @@ def merge(runs: Sequence[Path], out: Path, *, force: bool = False) -> Merged:
             stack.enter_context(alone(out))
         others = [source for source in sources if not (exists and source.path.samefile(target))]
         added = sum(merged.absorb(source) for source in others)
-        return Merged(added, len(merged.done()), len(merged.planned()))
+        return MergeResult(added, len(merged.done()), len(merged.planned()))
 
 
 def _check(stores: Sequence[Store]) -> None:

@@ -11,7 +11,7 @@ from leakbench.models.weights import Checkpoint
 from leakbench.store.provenance import Provenance
 
 
-def threshold_of(sessions: Sequence[Session]) -> float | None:
+def threshold_of(sessions: Sequence[RunSession]) -> float | None:
     """Return from which score on an image counted as recovered in the last session; None where all trials were run."""
     try:
         value = json.loads(sessions[-1].provenance.matrix)["threshold"]
@@ -20,7 +20,7 @@ def threshold_of(sessions: Sequence[Session]) -> float | None:
     return float(value)
 
 
-def run_name(sessions: Sequence[Session], folder: str) -> str:
+def run_name(sessions: Sequence[RunSession], folder: str) -> str:
     """Return the name that the matrix of the last session gives the run, or else that of its folder."""
     try:
         matrix = json.loads(sessions[-1].provenance.matrix)
@@ -31,7 +31,7 @@ def run_name(sessions: Sequence[Session], folder: str) -> str:
 
 
 @dataclass(frozen=True)
-class Session:
+class RunSession:
     """One start of a run: its provenance, when it started and, unless it was killed, when it ended (UTC)."""
 
     id: int
@@ -70,7 +70,7 @@ class Statement:
 
 
 @dataclass(frozen=True)
-class Component:
+class StoredComponent:
     """What a spec stands for, named as in ``Store.results``.
 
     Attributes:
@@ -90,7 +90,7 @@ class Component:
 
 
 @dataclass(frozen=True)
-class Record:
+class TrialRecord:
     """Everything that identifies a planned trial, and where its result came from.
 
     Attributes:

@@ -50,7 +50,7 @@ from leakbench.plan.trial import Cell, Result, Trial, target
 from leakbench.store import schema
 from leakbench.store.connection import _check_file, _connect, _migrated, _one_line_errors, decoding
 from leakbench.store.provenance import Provenance
-from leakbench.store.records import Component, MetricInfo, Pictures, Record, Session, Statement
+from leakbench.store.records import MetricInfo, Pictures, RunSession, Statement, StoredComponent, TrialRecord
 from leakbench.version import __version__
 
 FILE = "run.sqlite"
@@ -180,11 +180,11 @@ class Store:
         with self._transaction():
             self._db.execute("UPDATE sessions SET ended = ? WHERE id = ?", (_now(), session))
 
-    def sessions(self) -> list[Session]:
+    def sessions(self) -> list[RunSession]:
         """Return every session, in order of start."""
         with decoding(self.path):
             return [
-                Session(
+                RunSession(
                     id=row["id"],
                     provenance=Provenance(
                         version=row["version"],
@@ -303,7 +303,7 @@ class Store:
         rows = self.query("SELECT threat, threat_words FROM cells GROUP BY threat ORDER BY min(id)")
         return {row["threat"]: row["threat_words"] for row in rows}
 
-    def components(self) -> list[Component]:
+    def components(self) -> list[StoredComponent]:
         """Return every dataset, model, defense and attack that was planned, with all its options."""
         with decoding(self.path):
             rows = self._cells()
@@ -324,7 +324,7 @@ class Store:
                     options = {name: value for name, value in own.items() if name not in ("name", "version")}
                     checkpoint = checkpoints.get(text) if kind == "model" else None
                     statement = statements.get((kind, text))
-                    found.append(Component(kind, label, int(own["version"]), options, checkpoint, statement))
+                    found.append(StoredComponent(kind, label, int(own["version"]), options, checkpoint, statement))
         return found
 
     def threshold(self) -> float | None:
@@ -484,14 +484,16 @@ class Store:
                 frame[name] = wide[name].to_numpy(dtype="float64")
         return frame[[*BEFORE, *names, *AFTER]]
 
-    def records(self) -> dict[str, Record]:
+    def records(self) -> dict[str, TrialRecord]:
         """Return what identifies every planned trial, by its id in the order of planning."""
         rows = self.query(
             "SELECT trials.id, settings, threat_words, label, session_id, coalesce(finished, '') AS finished"
             " FROM trials JOIN cells ON cells.id = cell_id LEFT JOIN results ON trials.id = trial_id ORDER BY position"
         )
         return {
-            row["id"]: Record(row["settings"], row["threat_words"], row["label"], row["session_id"], row["finished"])
+            row["id"]: TrialRecord(
+                row["settings"], row["threat_words"], row["label"], row["session_id"], row["finished"]
+            )
             for row in rows
         }
 

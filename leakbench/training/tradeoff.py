@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 
 from leakbench.engine import run as engine
-from leakbench.engine.progress import Silent as Display
+from leakbench.engine.progress import NullProgress as Display
 from leakbench.engine.run import RunOptions
 from leakbench.errors import BadOption, CorruptAsset
 from leakbench.plan.matrix import Matrix
