@@ -308,6 +308,24 @@ def test_without_a_file_or_options_the_suite_quick_runs(cli, place, monkeypatch)
     assert (given.device, given.strict) == ("cpu", True)
 
 
+@pytest.mark.parametrize("suite", ["curves", "sharing"])
+def test_the_command_of_a_suite_runs_the_suite(cli, place, monkeypatch, suite):
+    seen = []
+
+    def stop(matrix, *_, **options):
+        seen.append((matrix, options.get("strict")))
+        raise leakbench.LeakbenchError("enough; this is a test")
+
+    monkeypatch.setattr("leakbench.engine.run.run", stop)
+    monkeypatch.setattr("leakbench.engine.run.check", stop)  # first, if there are several matrices
+    options = ("--scale", "cpu", "--attack", "ig(steps=1)", "--dataset", "samples", "--images", 3, "--floors")
+    refused(cli("run", suite, *options), "enough")
+    refused(cli("run", "matrix", "--suite", suite, *options), "enough")
+    assert seen[0] == seen[1]
+    assert seen[0][0].name == {"curves": "curves", "sharing": "sharing-cpu"}[suite]
+    assert seen[0][0].images == 3
+
+
 # Bad input
 
 
@@ -590,7 +608,7 @@ def test_ctrl_c_ends_with_the_line_that_goes_on(place):
         running.kill()
         running.communicate()
     assert running.returncode == 130
-    (told,) = re.findall(r"^stopped: (\d+) of 40 trials are done; to go on: (leakbench run matrix .*)\n$", err)
+    (told,) = re.findall(r"^stopped: (\d+) of 40 trials are done; to resume: (leakbench run matrix .*)\n$", err)
     assert err.count("\n") == 1
     assert "Traceback" not in out + err
     with Store.open(place / "a run" / FILE, readonly=True) as store:
@@ -642,6 +660,9 @@ def test_the_study_of_sharing_writes_its_own_report(cli, place):
     for arm in ("none", "norm-only", "nothing", "nothing, lock weights known", "key", "lock", "lock, key worked out"):
         assert f"| {arm} " in text
     assert "x/grids/sharing-001-samples-size-12-lenet-ig-steps-2.png" in written(place)
+    (place / "x/sharing.md").unlink()
+    assert "x/sharing.md" in cli("report", "x").out.splitlines()
+    assert (place / "x/sharing.md").read_text() == text
     compared = cli("report", "x", "--compare", "paper")
     assert (compared.code, compared.err) == (0, "")
     assert compared.out.splitlines()[-1] == "x/paper.md"

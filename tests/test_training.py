@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import leakbench
 from leakbench import datasets, defenses, models
-from leakbench.cli.accuracy import plan
+from leakbench.cli.accuracy import TrainOptions
 from leakbench.cli.main import app
 from leakbench.core.types import Gradient
 from leakbench.datasets import Dataset
@@ -760,11 +760,11 @@ def test_options_of_fedavg_may_be_shared_by_rows_of_both_modes(tmp_path: Path) -
     file = toml(tmp_path)
     rows = '[[scale.both.rows]]\nmode = "fedavg"\n[[scale.both.rows]]\n'
     file.write_text('clients = 3\nsplit = "shards"\n' + file.read_text() + "[scale.both]\n" + rows)
-    plans, _ = plan(Accuracy, file, "both", {"fraction": 0.7}, {}, None, None)
+    plans, _ = TrainOptions(file, "both", fraction=0.7).plans(Accuracy)
     assert [(one.mode, one.clients, one.fraction) for one in plans] == [("fedavg", 3, 0.7), ("centralised", 3, 1.0)]
-    (alone,), _ = plan(Accuracy, toml(tmp_path), "smoke", {"rounds": 2}, {}, None, None)
+    (alone,), _ = TrainOptions(toml(tmp_path), "smoke", rounds=2).plans(Accuracy)
     assert [arm.id for arm in plans[1].arms()] == [arm.id for arm in alone.arms()]
-    (own,), _ = plan(Accuracy, BENCHMARKS / "table3.toml", "cpu", {"mode": "centralised"}, {}, None, None)
+    (own,), _ = TrainOptions(BENCHMARKS / "table3.toml", "cpu", mode="centralised").plans(Accuracy)
     assert own.mode == "centralised"
 
 
@@ -797,7 +797,7 @@ def test_the_command_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(centralised, "train", stop)
     result = CliRunner().invoke(app, ["run", "accuracy", str(toml(tmp_path)), "--scale", "cpu", "--out", str(tmp_path)])
     assert result.exit_code == 130
-    assert "stopped: 0 of 1 trainings are done; to go on: leakbench" in result.output
+    assert "stopped: 0 of 1 trainings are done; to resume: leakbench" in result.output
 
 
 def test_the_figures_of_the_paper_that_ship_are_of_known_components() -> None:

@@ -94,7 +94,7 @@ def audit(
     from leakbench import defenses, metrics
     from leakbench.audit.given import behind_scale, images_of, load_checkpoint, read_image, subject
     from leakbench.audit.run import refuse_unmeasured
-    from leakbench.cli.run import _console
+    from leakbench.cli.options import console
     from leakbench.core.registry import load_plugin
     from leakbench.datasets import spec
     from leakbench.engine.progress import Display
@@ -147,7 +147,7 @@ def audit(
             shape = (channels or 3, size, size)
             facts[1] = ("update", f"{before} to {after}")
             own = subject(network, model, shape[0], mode, scale)
-            with Display(_console()) as display:
+            with Display(console()) as display:
                 found = audits.audit_update(
                     own,
                     update if scale is None else behind_scale(update),
@@ -167,7 +167,7 @@ def audit(
             dataset = images_of(data, size)
             own = subject(network, model, dataset.image_shape[0], mode, scale)
             chosen = axes_from_options({"images": [images] if images else []}).get("images")
-            with Display(_console()) as display:
+            with Display(console()) as display:
                 found = audits.audit_model(
                     own,
                     spec(dataset),

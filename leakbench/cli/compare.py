@@ -21,25 +21,25 @@ def show(
     from rich.table import Table
     from rich.text import Text
 
-    from leakbench.cli.run import _console
+    from leakbench.cli.options import console
     from leakbench.report.show import show as find
     from leakbench.store.run_file import FILE, Store
 
     with Store.open(run / FILE, readonly=True) as store:
         shown = find(store, trial)
-    console = _console()
+    out = console()
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column(overflow="fold")
     for label, words in (("trial", shown.trial), *shown.facts):
         facts.add_row(label, Text(words))
-    console.print(facts)
+    out.print(facts)
     if shown.metrics is not None:
-        console.print(shown.metrics)
-    console.print(Text("to make it again:", style="bold"))
-    console.print(shown.command, markup=False, highlight=False, soft_wrap=True)
+        out.print(shown.metrics)
+    out.print(Text("to make it again:", style="bold"))
+    out.print(shown.command, markup=False, highlight=False, soft_wrap=True)
     if shown.note:
-        console.print(shown.note, markup=False, highlight=False)
+        out.print(shown.note, markup=False, highlight=False)
 
 
 def diff(

@@ -13,13 +13,17 @@ def report(
     format: Annotated[
         list[str] | None, typer.Option("--format", help="md, csv, html or latex; repeatable (default: md and csv).")
     ] = None,
-    figures: Annotated[bool, typer.Option("--figures", help="Write OUT/figures too, as PDF and SVG.")] = False,
+    figures: Annotated[bool, typer.Option("--figures", help="Also write OUT/figures, as PDF and SVG.")] = False,
     compare: Annotated[
         Literal["paper"] | None,
-        typer.Option(help="Write OUT/paper.md too: FedKL's published figures beside the run's."),
+        typer.Option(help="Also write OUT/paper.md: FedKL's published figures beside those of the run."),
     ] = None,
 ) -> None:
-    """Write OUT/report.md with OUT/grids, and OUT/results.csv, from OUT/run.sqlite; of trainings OUT/accuracy.md."""
+    """Write OUT/report.md with OUT/grids, and OUT/results.csv, from OUT/run.sqlite.
+
+    A run of trainings has OUT/accuracy.md. Studies have a page of their own, chosen by the content of the run:
+    worst-case.md, curves.md, sharing.md or weights.md, and tradeoff.md.
+    """
     from leakbench import report as reports
     from leakbench.errors import BadOption
     from leakbench.report import accuracy, tradeoff
@@ -32,7 +36,7 @@ def report(
     if accuracy.trained(out):
         for option, given in (("--format", format), ("--figures", figures), ("--compare", compare)):
             if given and not (out / FILE).exists():
-                raise BadOption(f"{option} is of a run of attacks, and {str(out)!r} has trainings alone; leave it out")
+                raise BadOption(f"{option} is of a run of attacks, and {str(out)!r} has only trainings; leave it out")
         for path in accuracy.write(out):
             typer.echo(str(path))
         if not (out / FILE).exists():

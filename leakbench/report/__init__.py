@@ -3,11 +3,21 @@
 from leakbench.analysis.statistics import bootstrap_interval
 from leakbench.analysis.summary import strongest, summarise
 from leakbench.report.console import console_table
-from leakbench.report.files import DEFAULT, FORMATS, ranking, write, write_comparison, write_figures, write_sharing
+from leakbench.report.files import (
+    DEFAULT,
+    FORMATS,
+    STUDIES,
+    ranking,
+    write,
+    write_comparison,
+    write_figures,
+    write_sharing,
+)
 
 __all__ = [
     "DEFAULT",
     "FORMATS",
+    "STUDIES",
     "bootstrap_interval",
     "console_table",
     "ranking",

@@ -21,6 +21,9 @@ from leakbench.store.run_file import AFTER, BEFORE, FILE, Store
 FORMATS = ("md", "csv", "html", "latex")
 """What a report can be written as."""
 
+STUDIES = ("worst-case.md", "curves.md", "sharing.md", "weights.md")
+"""The pages that a run has beside ``report.md`` if it has trials of their kind."""
+
 DEFAULT = ("md", "csv")
 _GRID = re.compile(r"\d{3}-.*\.png")
 
@@ -66,6 +69,8 @@ def write(out: Path | str, formats: Collection[str] = DEFAULT) -> list[Path]:
                 written.append(replace(out / "worst-case.md", text.encode()))
             elif curves.kinds(store.components()):
                 written += _write_curves(out, store, results)
+            if sharing.compares(results):
+                written += write_sharing(out)
             written += _write_weights(out, run.name, store, results, run.planned - len(results))
             _remove_others(out / "grids", {picture.path.removeprefix("grids/") for picture in pictures})
     return written

@@ -63,6 +63,12 @@ class Grid:
         return [trial for _, row in self.rows for trial in row if trial is not None]
 
 
+def compares(results: pd.DataFrame) -> bool:
+    """Return whether a run attacks key-lock with the key shared and with the lock shared."""
+    locked = results[results["defense"].str.partition("(")[0] == "keylock"]
+    return {"T3", "T4"} <= set(locked["threat"])
+
+
 def arms(results: pd.DataFrame) -> pd.DataFrame:
     """Return the results of key-lock and its controls with a column ``arm``, in the order of the report's rows.
 
