@@ -23,12 +23,12 @@ from leakbench.cli.options import (
     stated,
     stoppable,
 )
-from leakbench.cli.run import app
 
 if TYPE_CHECKING:
     from leakbench.training import Record
     from leakbench.training.settings import Accuracy, Arm
 
+app = typer.Typer()
 Plan = TypeVar("Plan", bound="Accuracy")
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from leakbench.cli import accuracy, assets, audit, compare, leaderboard, listing, report, runs, train
+from leakbench.cli import accuracy, assets, audit, compare, leaderboard, listing, report, run, runs, train
 from leakbench.errors import LeakbenchError, one_line
 from leakbench.version import __version__
 
@@ -23,7 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.add_typer(accuracy.app, name="run")
+run.app.add_typer(accuracy.app)  # without a name, its commands are those of `run`
+app.add_typer(run.app, name="run")
 app.add_typer(train.app, name="train")
 app.add_typer(assets.app, name="assets")
 app.add_typer(listing.app, name="list")
