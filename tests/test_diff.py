@@ -18,7 +18,7 @@ from leakbench.errors import BadOption
 from leakbench.plan.trial import Result
 from leakbench.report.diff import Arm, Comparison, _ensembles, diff
 from leakbench.report.show import find, show
-from leakbench.store.records import RunSession
+from leakbench.store.records import RunSession, TrialRecord
 from leakbench.store.run_file import FILE, Store
 
 SMALL = ("--model", "lenet", "--dataset", "samples(size=12)", "--defense", "keylock(length=9)", "--attack")
@@ -170,7 +170,9 @@ def skipping(name: str, recovered: int, threshold: float | None = 0.6) -> Arm:
     same = {"dataset": "d", "model": "m", "defense": "none", "threat": "paper", "seed": 0, "floor": False}
     matrix = json.dumps({"name": name} if threshold is None else {"name": name, "threshold": threshold})
     session = RunSession(1, dataclasses.replace(provenance(), matrix=matrix), "", "")
-    return Arm(name, trials.assign(**same), {}, [], [session])
+    trials = trials.assign(trial=list(map(str, range(20))), **same)
+    record = TrialRecord("{}", "", 0, 1, "", {"dataset": "d", "model": "m", "defense": "none"})
+    return Arm(name, trials, dict.fromkeys(trials["trial"], record), [], [session])
 
 
 def test_runs_that_skipped_are_compared_by_what_all_attackers_recover() -> None:

@@ -344,6 +344,7 @@ def test_commands_of_strange_trials():
         StoredComponent("attack", 'a(note="it\'s; rm -rf /")', 1, {}),
         StoredComponent("defense", "guard [settings 0a1b2c]", 1, {"scale": 0.5, "on": True, "file": None, "n": [1, 2]}),
     ]
+    known[3] = dataclasses.replace(known[3], variant="settings 0a1b2c")
     cell = {one.kind: one.spec for one in known} | {"threat": "labels=known, informed=true"}
     made = again(cell, known, [session, gpu])
     words = shlex.split(made.command("ab12", 7, 1))
@@ -362,7 +363,7 @@ def test_commands_of_strange_trials():
         "runs/again-ab12",
     ]
     assert not made.note
-    older = dataclasses.replace(known[3], spec="guard [version 1]")
+    older = dataclasses.replace(known[3], spec="guard [version 1]", variant="version 1")
     assert "version 1" in again({**cell, "defense": older.spec}, [*known[:3], older], []).note
     network = StoredComponent("model", "module(label=Net)", 1, {"label": "Net", "module": "0" * 16})
     python = again({**cell, "model": network.spec}, [*known, network], [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from leakbench.errors import BadOption
 from leakbench.plan.matrix import parse_threat
 from leakbench.store.records import RunSession, StoredComponent
 
-_APART = re.compile(r" \[(version \d+|settings [0-9a-f]{6})\]$")
 _AXES = ("dataset", "model", "defense", "attack")
 _OWN = "module"
 
@@ -53,7 +51,7 @@ def again(cell: Mapping[str, object], components: Sequence[StoredComponent], ses
     note = " ".join(
         f"The {axis} {spec} was of version {own[axis].version}; it takes a leakbench that has this version."
         for axis, spec in specs.items()
-        if "[version" in own[axis].spec
+        if own[axis].variant.startswith("version")
     )
     if own["model"].options.keys() == {"label", _OWN}:
         note = f"The network {own['model'].options['label']} was given in Python and has to be given again. {note}"
@@ -76,11 +74,10 @@ def again(cell: Mapping[str, object], components: Sequence[StoredComponent], ses
 
 def spec_of(one: StoredComponent) -> str:
     """Return a spec that parses to the component; every option is written where the shortest one no longer does."""
-    plain = _APART.sub("", one.spec)
-    if plain == one.spec:
-        return plain
+    if not one.variant:
+        return one.spec
     options = ", ".join(f"{name}={_option(value)}" for name, value in one.options.items())
-    return f"{plain.partition('(')[0]}({options})" if options else plain
+    return f"{one.name}({options})" if options else one.plain
 
 
 def owners(components: Iterable[StoredComponent], own: StoredComponent, threat: str) -> list[str]:
@@ -92,9 +89,8 @@ def owners(components: Iterable[StoredComponent], own: StoredComponent, threat: 
     if not parse_threat(threat).reveals:
         return []
     for one in components:
-        name = one.spec.partition("(")[0].partition(" [")[0]
-        if one.kind == "defense" and name != own.spec.partition("(")[0].partition(" [")[0] and _keeps_secrets(name):
-            found.setdefault(name, spec_of(one))
+        if one.kind == "defense" and one.name != own.name and _keeps_secrets(one.name):
+            found.setdefault(one.name, spec_of(one))
     return list(found.values())
 
 

@@ -108,11 +108,12 @@ def audit_model(
         trials = store.trials()
         trials = trials[trials["trial"].isin(wanted)].reset_index(drop=True)
         known = [metric for metric in store.metrics() if not metric.name.startswith("paper_")]
+        plain = {one.spec: one.plain for one in store.components() if one.kind == "defense"}
         behind = []
         for one in standings(trials, matrix.threshold):
             mine = trials[~trials["floor"] & (trials["defense"] == one.defense)]
             _refuse_unattacked(own.label, one.defense, mine)
-            spec = one.defense.partition(" [")[0]
+            spec = plain[one.defense]
             layers, forms, labels = looked[spec]
             scores = {
                 metric.name: float(values.max() if metric.higher_is_better else values.min())
@@ -138,7 +139,7 @@ def audit_model(
                 )
             )
     order = {defenses.spec(one): place for place, one in enumerate(protections)}
-    behind.sort(key=lambda one: order.get(one.defense.partition(" [")[0], 0))
+    behind.sort(key=lambda one: order.get(plain[one.defense], 0))
     ran = [threat for stage in matrix.stages for threat in stage.threats]
     network = own.build(dataset.image_shape, classes)
     return Audit(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,6 @@ from leakbench.store.records import MetricInfo, RunSession, TrialRecord, thresho
 from leakbench.store.run_file import Store
 
 AXES = ("attack", "defense", "model", "dataset", "threat")
-_APART = re.compile(r" \[(version \d+|settings [0-9a-f]{6})\]$")
 _TARGET = ["image", "seed"]
 
 
@@ -147,7 +145,7 @@ def _ensembles(first: Arm, second: Arm) -> tuple[str, int]:
             f"{words[1]} in {escape(second.name)} ({ABSENT}: every trial was run). Attackers met other images there.",
             0,
         )
-    arms = [_recovered(arm.trials, float(str(limits[0]))) for arm in (first, second)]
+    arms = [_recovered(arm, float(str(limits[0]))) for arm in (first, second)]
     found = []
     for scene, before in arms[0].items():
         after = arms[1].get(scene, pd.Series(dtype=bool))
@@ -177,12 +175,14 @@ def _ensembles(first: Arm, second: Arm) -> tuple[str, int]:
     return text, sum(corrected <= ALPHA for corrected in adjusted)
 
 
-def _recovered(trials: pd.DataFrame, threshold: float) -> dict[tuple[str, ...], pd.Series]:
+def _recovered(arm: Arm, threshold: float) -> dict[tuple[str, ...], pd.Series]:
     """Return by dataset, model and defense whether any attacker recovered each (image, seed) that has a score."""
+    trials = arm.trials
     scored = trials[~trials["floor"].to_numpy(dtype=bool) & trials["status"].isin(("ok", "failed"))]
     scored = scored[scored[RECOVERY].notna()]
     scored = scored.assign(hit=(scored["status"] == "ok") & (scored[RECOVERY] >= threshold))
-    axes = [scored[axis].str.replace(_APART, "", regex=True) for axis in ("dataset", "model", "defense")]
+    specs = [arm.records[trial].specs for trial in scored["trial"]]
+    axes = [pd.Series([one[axis] for one in specs], scored.index) for axis in ("dataset", "model", "defense")]
     return {
         tuple(map(str, scene)): own.groupby(_TARGET)["hit"].any() for scene, own in scored.groupby(axes, sort=False)
     }
@@ -194,7 +194,7 @@ def _cells(arm: Arm) -> list[_Cell]:
     keys = {trial: record.cell for trial, record in arm.records.items()}
     found = []
     for settings, own in ended.groupby(ended["trial"].map(keys), sort=False):
-        specs = tuple(_APART.sub("", str(own[axis].iloc[0])) for axis in AXES)
+        specs = tuple(arm.records[str(own["trial"].iloc[0])].specs[axis] for axis in AXES)
         found.append(_Cell(specs, str(settings), bool(own["floor"].iloc[0]), own.set_index(_TARGET)))
     return found
 

@@ -109,7 +109,8 @@ def table6(run: Run) -> str:
     shown = _metrics(run, PAPER)
     summary = summarise(run.results, shown)
     attacks = summary[~summary["floor"].astype(bool)]
-    attacks = attacks.assign(arm=[str(name).partition("(")[0].partition(" [")[0] for name in attacks["defense"]])
+    arms = {one.spec: one.name for one in run.components if one.kind == "defense"}
+    attacks = attacks.assign(arm=attacks["defense"].map(arms))
     attacks = attacks[attacks["arm"].isin(ARMS)]
     if not {"none", "keylock"} <= set(attacks["arm"]) or not shown:
         return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from leakbench.defenses import Defense
 from leakbench.models.weights import Checkpoint
@@ -71,14 +71,17 @@ class Statement:
 
 @dataclass(frozen=True)
 class StoredComponent:
-    """What a spec stands for, named as in ``Store.results``.
+    """What a spec stands for.
 
     Attributes:
         kind: ``dataset``, ``model``, ``defense`` or ``attack``.
+        spec: its name in ``Store.results``: the spec, with ``variant`` in brackets unless that is empty.
         options: every option's value.
         checkpoint: what a model's file of trained weights stated when the run was started.
         statement: what a defense states of itself, or a dataset that has a note; None for the others, and in runs of
             old.
+        variant: what sets it apart from another component of the run with the same spec: ``version 2``, or
+            ``settings`` with a hash; empty if there is none.
     """
 
     kind: str
@@ -87,6 +90,17 @@ class StoredComponent:
     options: Mapping[str, object]
     checkpoint: Checkpoint | None = None
     statement: Statement | None = None
+    variant: str = ""
+
+    @property
+    def plain(self) -> str:
+        """The spec as a matrix has it, without the variant."""
+        return self.spec.removesuffix(f" [{self.variant}]")
+
+    @property
+    def name(self) -> str:
+        """The registered name that the spec begins with."""
+        return self.plain.partition("(")[0]
 
 
 @dataclass(frozen=True)
@@ -98,6 +112,7 @@ class TrialRecord:
         threat: what its threat model grants, in words.
         label: the true label; None, like ``session`` (its number), where the trial has no result.
         finished: when, in UTC; empty without a result.
+        specs: axis (``defense``, ``threat``, ...) -> the spec as its matrix has it, without any variant.
     """
 
     cell: str
@@ -105,6 +120,7 @@ class TrialRecord:
     label: int | None
     session: int | None
     finished: str
+    specs: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

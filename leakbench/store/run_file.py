@@ -319,12 +319,13 @@ class Store:
             found = []
             for kind in ("dataset", "model", "defense", "attack"):
                 pairs = [(row[kind], json.dumps(setting[kind], sort_keys=True)) for row, setting in zip(rows, settings)]
-                for (_, text), label in _labels(dict.fromkeys(pairs)).items():
+                for (spec, text), variant in _variants(dict.fromkeys(pairs)).items():
                     own = json.loads(text)
                     options = {name: value for name, value in own.items() if name not in ("name", "version")}
                     checkpoint = checkpoints.get(text) if kind == "model" else None
                     statement = statements.get((kind, text))
-                    found.append(StoredComponent(kind, label, int(own["version"]), options, checkpoint, statement))
+                    label, version = _labelled(spec, variant), int(own["version"])
+                    found.append(StoredComponent(kind, label, version, options, checkpoint, statement, variant))
         return found
 
     def threshold(self) -> float | None:
@@ -468,8 +469,8 @@ class Store:
             for name in _SPECS:
                 texts = [json.dumps(json.loads(cell["settings"])[name], sort_keys=True) for cell in cells]
                 pairs = [(cell[name], text) for cell, text in zip(cells, texts)]
-                labels = _labels(dict.fromkeys(pairs))
-                by_cell = {cell["id"]: labels[pair] for cell, pair in zip(cells, pairs)}
+                variants = _variants(dict.fromkeys(pairs))
+                by_cell = {cell["id"]: _labelled(pair[0], variants[pair]) for cell, pair in zip(cells, pairs)}
                 planned[name] = [by_cell[row["cell_id"]] for row in rows]
             frame = pd.DataFrame(planned).astype(
                 dict.fromkeys(("trial", *_SPECS, "status", "reason", "path"), "str")
@@ -487,12 +488,18 @@ class Store:
     def records(self) -> dict[str, TrialRecord]:
         """Return what identifies every planned trial, by its id in the order of planning."""
         rows = self.query(
-            "SELECT trials.id, settings, threat_words, label, session_id, coalesce(finished, '') AS finished"
-            " FROM trials JOIN cells ON cells.id = cell_id LEFT JOIN results ON trials.id = trial_id ORDER BY position"
+            "SELECT trials.id, settings, threat_words, label, session_id, coalesce(finished, '') AS finished,"
+            " dataset, model, threat, defense, attack FROM trials JOIN cells ON cells.id = cell_id"
+            " LEFT JOIN results ON trials.id = trial_id ORDER BY position"
         )
         return {
             row["id"]: TrialRecord(
-                row["settings"], row["threat_words"], row["label"], row["session_id"], row["finished"]
+                cell=row["settings"],
+                threat=row["threat_words"],
+                label=row["label"],
+                session=row["session_id"],
+                finished=row["finished"],
+                specs={axis: row[axis] for axis in _SPECS},
             )
             for row in rows
         }
@@ -650,19 +657,24 @@ _CHECKPOINT = TypeAdapter(Checkpoint)
 _STATEMENT = TypeAdapter(Statement)
 
 
-def _labels(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
-    """Return (spec, settings) -> a name that no other pair has: the spec, with what sets it apart where needed."""
+def _variants(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """Return (spec, settings) -> what sets it apart from others of its spec: a version, or a hash; empty if alone."""
     by_spec: dict[str, list[str]] = {}
     for spec, settings in pairs:
         by_spec.setdefault(spec, []).append(settings)
-    labels = {}
+    found = {}
     for spec, group in by_spec.items():
         versions = [json.loads(settings).get("version") for settings in group]
         for settings, version in zip(group, versions):
             digest = hashlib.sha256(settings.encode()).hexdigest()[:6]
             apart = f"version {version}" if versions.count(version) == 1 else f"settings {digest}"
-            labels[spec, settings] = spec if len(group) == 1 else f"{spec} [{apart}]"
-    return labels
+            found[spec, settings] = "" if len(group) == 1 else apart
+    return found
+
+
+def _labelled(spec: str, variant: str) -> str:
+    """Return the name of a spec in the results, which no other component of the run has."""
+    return f"{spec} [{variant}]" if variant else spec
 
 
 def _text(value: str) -> str:
