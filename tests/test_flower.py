@@ -97,24 +97,42 @@ def test_bad_simulations_are_refused(app) -> None:
         leakbench.flower.simulate(server, app.client_app(), 0)
     from leakbench.flower import simulation
 
-    asked = simulation.SimulatedGrid([], simulation.Inline(app.client_app()))
-    for _ in range(simulation.PATIENCE):
-        asked.get_node_ids()
-    with pytest.raises(LeakbenchError, match="waits for more clients than the 0"):
-        asked.get_node_ids()
+    grid = simulation.SimulatedGrid(2, simulation.in_process(app.client_app()))
+    for _ in range(simulation.MAX_QUERIES):
+        assert list(grid.get_node_ids()) == [1, 2]
+    with pytest.raises(LeakbenchError, match="waits for more clients than the 2"):
+        grid.get_node_ids()
+
+
+@pytest.mark.fl
+def test_replies_are_pulled_by_the_ids_of_the_messages(app) -> None:
+    from flwr.app import Message, RecordDict
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import ServerApp
+
+    client, server = ClientApp(), ServerApp()
+    client.query()(lambda message, context: Message(RecordDict(), reply_to=message))
+
+    @server.main()
+    def main(grid, context) -> None:
+        ids = list(grid.push_messages([Message(RecordDict(), node, "query") for node in (2, 1, 2)]))
+        first = list(grid.pull_messages(ids[:2]))
+        assert [reply.metadata.src_node_id for reply in first] == [1, 2]
+        assert [reply.metadata.reply_to_message_id for reply in first] == [ids[1], ids[0]]
+        assert [reply.metadata.reply_to_message_id for reply in grid.pull_messages(ids)] == [ids[2]]
+
+    leakbench.flower.simulate(server, client, 2)
 
 
 @pytest.mark.fl
 def test_nothing_is_sent_over_the_network(app, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flwr.supercore import telemetry
-
     def refused(*arguments: object) -> None:
         raise AssertionError(f"a connection to {arguments[1:]}")
 
     monkeypatch.setattr(socket.socket, "connect", refused)
     monkeypatch.setattr(socket, "getaddrinfo", refused)
     run(app, app.client_app())
-    assert telemetry.FLWR_TELEMETRY_ENABLED == "0"
+    assert os.environ["FLWR_TELEMETRY_ENABLED"] == "0"
 
 
 def wire(message) -> bytes:
@@ -307,15 +325,14 @@ def test_what_a_mod_cannot_do_is_refused_with_the_way_to_do_it(app, spec: str, s
 @pytest.mark.fl
 def test_precode_keeps_its_noise(app) -> None:
     from flwr.app import ArrayRecord, Context, Message, RecordDict
-
-    from leakbench.flower import simulation
+    from flwr.supercore.task_identity import TaskIdentity
 
     net = leakbench.defenses.parse("precode(k=4)").wrap(app.network())
     (name,) = [name for name in net.state_dict() if name.endswith("noise")]
     keep = leakbench.flower.mod("precode(k=4)", net)
     public = {key: value for key, value in net.state_dict().items() if key != name}
-    with simulation._identity():
-        message = Message(RecordDict({"arrays": ArrayRecord(public)}), dst_node_id=1, message_type="evaluate")
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+    message = Message(RecordDict({"arrays": ArrayRecord(public)}), dst_node_id=1, message_type="evaluate")
 
     def client(message: Message, context: Context) -> Message:
         net.load_state_dict(message.content["arrays"].to_torch_state_dict())  # strict: the noise is there
@@ -390,6 +407,7 @@ def test_ray_gives_the_same_numbers_and_failures(app) -> None:
 SCRIPT = """
 import os, sys, time
 import leakbench.flower as flower
+from leakbench.errors import LeakbenchError
 flower.require()
 from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
@@ -405,7 +423,7 @@ def train(message, context):
 
 try:
     flower.simulate(app.server_app()[0], client, 3, workers=int(sys.argv[1]))
-except flower.LeakbenchError as error:
+except LeakbenchError as error:
     print(error)
     sys.exit(2)
 """

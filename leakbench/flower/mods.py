@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,10 +26,10 @@ RELEASES = "leakbench.releases"
 """The record of a client's state that counts what was released, by defense."""
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 """What torch's normalisations call the tensors that are no parameters."""
-FEW, MANY = 4, 16
-"""By fewer numbers than ``FEW`` no secret is known; one of ``MANY`` or more is known where each is rounded."""
-EXACT, ROUNDED = 1e-6, 0.01
-"""How far a number can be from a secret's, as a share of it, to count as the same; bfloat16 rounds by 0.4 %."""
+MIN_NUMBERS, MIN_ROUNDED_NUMBERS = 4, 16
+"""A secret of fewer numbers is not looked for; one of at least the second count is found in rounded numbers too."""
+EXACT_TOLERANCE, ROUNDED_TOLERANCE = 1e-6, 0.01
+"""Relative difference up to which a number is a secret's, exact or rounded; bfloat16 rounds by 0.4 %."""
 
 
 def mod(defense: str | Defense, network: nn.Module | None = None, *, seed: int | None = None) -> Mod:
@@ -234,39 +234,37 @@ class _Acting:
 
 
 def _parts(content: RecordDict) -> Iterator[tuple[str, np.ndarray | bytes]]:
-    """Yield everything in a message that numbers can stand in: what it is called, and float64, flat, or bytes."""
-    for record in content.array_records.values():
-        for name, array in record.items():
+    """Yield everything in a message that can hold numbers: its name, and flat float64 or bytes."""
+    for arrays in content.array_records.values():
+        for name, array in arrays.items():
             yield f"array {name!r}", array.numpy().astype(np.float64, copy=False).ravel()
     for record in (*content.metric_records.values(), *content.config_records.values()):
-        yield (
-            "single values",
-            np.array([one for one in record.values() if isinstance(one, (int, float))], dtype=np.float64),
-        )
+        yield "single values", _numbers(record.values())
         for name, value in record.items():
-            if isinstance(value, bytes):
-                yield f"bytes {name!r}", value
-            elif isinstance(value, list):
-                yield f"list {name!r}", np.array([one for one in value if isinstance(one, (int, float))], np.float64)
-                for one in value:
-                    if isinstance(one, bytes):
-                        yield f"bytes {name!r}", one
+            values = value if isinstance(value, list) else [value]
+            if values is value:
+                yield f"list {name!r}", _numbers(values)
+            yield from ((f"bytes {name!r}", one) for one in values if isinstance(one, bytes))
+
+
+def _numbers(values: Iterable[object]) -> np.ndarray:
+    return np.array([value for value in values if isinstance(value, (int, float))], dtype=np.float64)
 
 
 def _holds(part: np.ndarray | bytes, secret: Tensor) -> bool:
-    """Return whether a secret stands in a part, all of it in order; one whose entries are alike cannot be told."""
+    """Return whether a part holds all numbers of a secret in order; a secret of equal numbers is never found."""
     wanted = secret.detach().double().flatten().numpy()
-    if wanted.size < FEW or np.ptp(wanted) == 0:
+    if wanted.size < MIN_NUMBERS or np.ptp(wanted) == 0:
         return False
     if isinstance(part, bytes):
         return any(wanted.astype(kind).tobytes() in part for kind in (np.float16, np.float32, np.float64))
     if wanted.size > part.size:
         return False
-    within = np.abs(wanted) * (ROUNDED if wanted.size >= MANY else EXACT)
-    last = part.size - wanted.size + 1
-    most = int(np.abs(wanted).argmax())
-    starts = np.flatnonzero(np.abs(part[most : most + last] - wanted[most]) <= within[most])
-    return any(bool((np.abs(part[start : start + wanted.size] - wanted) <= within).all()) for start in starts)
+    tolerance = ROUNDED_TOLERANCE if wanted.size >= MIN_ROUNDED_NUMBERS else EXACT_TOLERANCE
+    windows = np.lib.stride_tricks.sliding_window_view(part, wanted.size)
+    largest = np.abs(wanted).argmax()
+    starts = np.flatnonzero(np.isclose(windows[:, largest], wanted[largest], tolerance, 0))
+    return any(np.allclose(windows[start], wanted, tolerance, 0) for start in starts)
 
 
 def _tensors(record: ArrayRecord) -> dict[str, Tensor]:

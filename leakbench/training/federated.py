@@ -21,7 +21,7 @@ from torch import Tensor
 
 from leakbench.core.rng import generator
 from leakbench.errors import Unsupported
-from leakbench.flower import Failure, simulate
+from leakbench.flower.simulation import Failure, simulate
 from leakbench.training.arm import (
     GLOBAL,
     Outcome,

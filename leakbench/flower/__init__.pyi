@@ -1,0 +1,7 @@
+from .mods import mod as mod
+from .mods import restore as restore
+from .recording import record as record
+from .simulation import Failure as Failure
+from .simulation import simulate as simulate
+
+def require() -> None: ...
