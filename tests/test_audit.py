@@ -18,7 +18,7 @@ from torch import nn
 
 import leakbench
 from leakbench import Unsupported, datasets
-from leakbench.analysis.ensemble import Effort
+from leakbench.analysis.ensemble import AttackerStats
 from leakbench.audit import Gate, Scale, factory, parse_gate
 from leakbench.audit.findings import Audit, Behind, Sight
 from leakbench.audit.given import classes_of, subject
@@ -98,7 +98,7 @@ def nets(place: Path) -> Path:  # noqa: F811
 
 
 def test_whatever_is_in_a_name_is_text_on_both_pages() -> None:
-    effort = Effort(NASTY, 1, 0, 0, 0, 0, {NASTY: 1}, 5, 0.5)
+    effort = AttackerStats(NASTY, 1, 0, 0, 0, 0, {NASTY: 1}, 5, 0.5)
     sight = Sight(0, None, None, NASTY, NASTY, None)
     shares = (Share(NASTY, NASTY, 3, 0, 1.0),)
     behind = Behind(

@@ -16,7 +16,7 @@ from test_html import ALIGNED, NASTY, scored
 from test_report import DLG, GREY, IG, MEAN, NOISE, NONE, make, run
 from test_store import METRICS, TinyAttack, TinyDefense, named, png
 
-from leakbench.analysis.ensemble import Effort
+from leakbench.analysis.ensemble import AttackerStats
 from leakbench.audit.findings import Audit, Behind, Sight
 from leakbench.audit.gate import Gate
 from leakbench.audit.layers import ClosedForm, Labels, Share
@@ -313,7 +313,7 @@ def found(defense: str, share: float) -> Behind:
         Sight(i, png(1000 + i, 16), png(i, 16) if i else None, NASTY, f"SSIM 0.9 {NASTY}", i < share * images)
         for i in range(images)
     ]
-    efforts = [Effort(NASTY, images, round(share * images), 0, 0, 0, {NASTY: 1}, 1234, 5.6)]
+    efforts = [AttackerStats(NASTY, images, round(share * images), 0, 0, 0, {NASTY: 1}, 1234, 5.6)]
     layers = [Share(f"block{i}.{NASTY}", "Conv2d", 100, 0, 1 / 40) for i in range(40)]
     forms = [ClosedForm("fc", 512, images, 1e-7, True, 1e-6, False, False)]
     return Behind(

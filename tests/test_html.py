@@ -24,10 +24,10 @@ from test_engine import no_assets  # noqa: F401
 from test_report import DLG, GREY, IG, NOISE, NONE, crossing, make, run
 from test_store import METRICS, Score, TinyAttack, TinyData, TinyDefense, TinyModel, named, png, provenance, result
 
-from leakbench.analysis.ensemble import Standing
+from leakbench.analysis.ensemble import EnsembleResult
 from leakbench.analysis.pareto import FILE as STUDY
 from leakbench.analysis.pareto import Interval, Point, Study
-from leakbench.analysis.reproduce import again
+from leakbench.analysis.reproduce import reproduction
 from leakbench.cli.main import main
 from leakbench.core.types import PRESETS
 from leakbench.errors import BadOption
@@ -246,7 +246,7 @@ def test_a_run_that_skipped_shows_who_recovered_what(tmp_path):
 
 
 def test_images_are_counted_where_each_has_one_seed() -> None:
-    one = Standing("d", "m", "none", images=4, targets=4, share=0.25, low=0.1, high=0.6, efforts=())
+    one = EnsembleResult("d", "m", "none", images=4, targets=4, share=0.25, low=0.1, high=0.6, attackers=())
     assert pages.share(one) == "1 of 4"
     assert (
         pages.share(dataclasses.replace(one, targets=8)) == "25 %"
@@ -322,7 +322,7 @@ def test_the_command_makes_the_same_trial(tmp_path, monkeypatch, capsys, no_asse
     data = Tags(Path(write("first", {"html"})[0]).read_text()).data()["trials"]
     for attack, defense in (("grey", "none"), ("ig(steps=1, lr=0.02)", "keylock(length=9)")):
         trial = results[(results["attack"] == attack) & (results["defense"] == defense)].iloc[0]
-        command = again(trial, components, sessions).command(trial["trial"], 5, 3)
+        command = reproduction(trial, components, sessions).command(trial["trial"], 5, 3)
         head, tail, note = data["commands"][data["again"][data["id"].index(trial["trial"])]]
         assert command == head + tail.format(image=5, seed=3, trial=trial["trial"])
         assert ("keylock(length=9) runs too" in note) == (defense == "none")
@@ -346,7 +346,7 @@ def test_commands_of_strange_trials():
     ]
     known[3] = dataclasses.replace(known[3], variant="settings 0a1b2c")
     cell = {one.kind: one.spec for one in known} | {"threat": "labels=known, informed=true"}
-    made = again(cell, known, [session, gpu])
+    made = reproduction(cell, known, [session, gpu])
     words = shlex.split(made.command("ab12", 7, 1))
     assert words[:5] == ["leakbench", "run", "matrix", "--plugin", "my file.py"]
     assert words[words.index("--attack") + 1] == 'a(note="it\'s; rm -rf /")'
@@ -364,9 +364,9 @@ def test_commands_of_strange_trials():
     ]
     assert not made.note
     older = dataclasses.replace(known[3], spec="guard [version 1]", variant="version 1")
-    assert "version 1" in again({**cell, "defense": older.spec}, [*known[:3], older], []).note
+    assert "version 1" in reproduction({**cell, "defense": older.spec}, [*known[:3], older], []).note
     network = StoredComponent("model", "module(label=Net)", 1, {"label": "Net", "module": "0" * 16})
-    python = again({**cell, "model": network.spec}, [*known, network], [])
+    python = reproduction({**cell, "model": network.spec}, [*known, network], [])
     assert python.command("ab12", 7, 1).startswith("leakbench.run(leakbench.Matrix(attacks=[")
     assert "models=[network]" in python.command("ab12", 7, 1)
     compile(python.command("ab12", 7, 1), "command", "eval")

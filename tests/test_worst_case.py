@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import ranking as command
 from leakbench import Attack, LeakbenchError, Observation, Reconstruction, Rng, Unsupported, report
-from leakbench.analysis.ensemble import UNSCORED, Standing, standings
+from leakbench.analysis.ensemble import UNSCORED, EnsembleResult, ensemble_results
 from leakbench.engine.run import finished
 from leakbench.errors import BadOption
 from leakbench.plan.matrix import Matrix, Stage, expand, load_suite, override
@@ -111,8 +111,8 @@ def planned(out: Path) -> pd.DataFrame:
         return store.trials()
 
 
-def standing(out: Path, threshold: float = 0.6) -> Standing:
-    (found,) = standings(planned(out), threshold)
+def standing(out: Path, threshold: float = 0.6) -> EnsembleResult:
+    (found,) = ensemble_results(planned(out), threshold)
     return found
 
 
@@ -240,8 +240,8 @@ def test_the_standing_counts_images_attackers_and_costs(tmp_path):
     assert (found.images, found.targets, found.share, found.open) == (5, 5, 0.6, 0)
     expected = stats.binomtest(3, 5).proportion_ci(method="wilson")
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
-    first, second, third = found.efforts
-    assert [effort.attacker for effort in found.efforts] == ["knows", "counts", "thief"]
+    first, second, third = found.attackers
+    assert [one.attacker for one in found.attackers] == ["knows", "counts", "thief"]
     assert (first.tried, first.recovered, first.skipped, first.evaluations) == (5, 2, 0, 50)
     assert (second.tried, second.recovered, second.skipped, second.evaluations) == (3, 1, 2, None)
     assert (third.tried, third.recovered, third.skipped, third.failed) == (2, 0, 3, 0)
@@ -261,7 +261,7 @@ def test_the_ranking_begins_with_the_least_recovered_defense(tmp_path):
     trials = planned(tmp_path)
     trials.loc[trials["defense"] == "norm-only", "ssim_aligned"] = 0.1
     trials.loc[(trials["defense"] == "none") & (trials["image"] == 0), "ssim_aligned"] = 0.1
-    found = standings(trials, 0.6)
+    found = ensemble_results(trials, 0.6)
     assert [(one.defense, one.share) for one in found] == [
         ("norm-only", 0.0),
         ("none", 0.5),
@@ -297,7 +297,7 @@ def test_a_run_that_was_stopped_says_what_is_to_go(tmp_path):
 
 def test_attackers_of_one_name_are_told_apart(tmp_path):
     go(ensemble(Knows("0"), Knows("1"), Thief()), tmp_path)
-    names = [effort.attacker for effort in standing(tmp_path).efforts]
+    names = [one.attacker for one in standing(tmp_path).attackers]
     assert names == ["knows(images=0), paper", "knows(images=1), paper", "thief"]
 
 
@@ -388,9 +388,9 @@ def test_a_trial_without_the_score_is_no_miss() -> None:
         "dataset": "d", "model": "m", "defense": "none", "threat": "paper", "attack": "peel", "image": 0, "seed": 0,
         "status": "ok", "reason": "", "floor": False, "evaluations": 1, "seconds": 1.0, "ssim_aligned": float("nan"),
     }  # fmt: skip
-    (found,) = standings(pd.DataFrame([row]), 0.6)
+    (found,) = ensemble_results(pd.DataFrame([row]), 0.6)
     assert found.images == 0
     assert found.share != found.share
-    assert found.efforts[0].unscored == {UNSCORED: 1}
-    (seen,) = standings(pd.DataFrame([row, {**row, "image": 1, "ssim_aligned": 0.9}]), 0.6)
+    assert found.attackers[0].unscored == {UNSCORED: 1}
+    (seen,) = ensemble_results(pd.DataFrame([row, {**row, "image": 1, "ssim_aligned": 0.9}]), 0.6)
     assert (seen.images, seen.share) == (1, 1.0)

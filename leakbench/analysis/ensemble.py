@@ -1,4 +1,4 @@
-"""The best that an ensemble of attacks achieves, image by image, and which of its trials were skipped."""
+"""The best that an ensemble of attackers achieves, image by image, and which of its trials were skipped."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ import pandas as pd
 from leakbench.analysis.statistics import wilson_interval
 from leakbench.plan.matrix import RECOVERY
 
+RECOVERED = 0.6
+"""An image counts as recovered if its ``ssim_aligned`` is at least this, in a run without a threshold of its own."""
+
 UNSCORED = f"{RECOVERY} is not defined for images of fewer than 11 pixels a side"
 
-
-_TARGET = ["image", "seed"]
-
-
-_SCENE = ["dataset", "model"]
+TARGET = ["image", "seed"]
+"""The columns that name an attacked image."""
 
 
 @dataclass(frozen=True)
-class Effort:
-    """What one attacker did behind one defense.
+class AttackerStats:
+    """The trials of one attacker against one defense, counted.
 
     Attributes:
         attacker: the short name of an attack under a threat model.
         tried: trials that have a score.
-        recovered: images (once for each seed) that this attacker was the first to recover.
+        recovered: images (each seed counts) that this attacker was the first to recover.
         failed: trials that diverged, part of ``tried``.
         skipped: trials that were not run because another attacker had recovered the image.
         open: trials that have not ended yet.
         unscored: reason -> trials that ended without a score.
-        evaluations: of the objective and its gradient, all trials together; None where the attack counts none.
-        seconds: all trials together, those that ended without a score too.
+        evaluations: of the objective and its gradient, over all trials; None if the attack counts none.
+        seconds: over all trials, including those that ended without a score.
     """
 
     attacker: str
@@ -49,15 +49,15 @@ class Effort:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """What the ensemble recovers behind one defense, for one dataset and model.
+class EnsembleResult:
+    """The share of images that an ensemble of attackers recovers behind one defense, for one dataset and model.
 
     Attributes:
-        images: those that at least one attacker could attack.
-        targets: the same, once for each seed.
-        share: of recovered images, each image by the share of its seeds; NaN without images.
-        low: of the share's 95 % interval, Wilson's for so many trials as there are images; ``high`` likewise.
-        efforts: of every attacker, in the order in which they came.
+        images: how many images at least one attacker could attack.
+        targets: the same, counted once per seed.
+        share: of recovered images, in [0, 1]: the mean over images of the share of their seeds; NaN without images.
+        low: the lower end of the share's 95 % Wilson interval over images; ``high`` is the upper end.
+        attackers: the trials of every attacker, in the order in which they ran.
     """
 
     dataset: str
@@ -68,97 +68,93 @@ class Standing:
     share: float
     low: float
     high: float
-    efforts: tuple[Effort, ...]
+    attackers: tuple[AttackerStats, ...]
 
     @property
     def open(self) -> int:
         """How many trials have not ended yet."""
-        return sum(effort.open for effort in self.efforts)
+        return sum(one.open for one in self.attackers)
 
 
-def standings(trials: pd.DataFrame, threshold: float) -> list[Standing]:
-    """Return one standing for each dataset, model and defense, in each scene the least recovered first.
+def ensemble_results(trials: pd.DataFrame, threshold: float) -> list[EnsembleResult]:
+    """Return one result for each dataset, model and defense; the least recovered defense of a model comes first.
 
     Args:
         trials: every planned trial in the order of planning (``Store.trials``).
-        threshold: in [0, 1], from which ``ssim_aligned`` on an image is recovered.
+        threshold: in [0, 1]; an image is recovered if its ``ssim_aligned`` is at least this.
     """
     attacks = trials[~trials["floor"].to_numpy(dtype=bool)]
-    names = _names(attacks)
+    names = attacker_names(attacks)
     found = []
-    for _, scene in attacks.groupby(_SCENE, sort=False):
-        own = [_standing(block, threshold, names) for _, block in scene.groupby("defense", sort=False)]
-        found += sorted(own, key=lambda standing: (math.isnan(standing.share), standing.share))
+    for _, scene in attacks.groupby(["dataset", "model"], sort=False):
+        own = [_ensemble_result(block, threshold, names) for _, block in scene.groupby("defense", sort=False)]
+        found += sorted(own, key=lambda one: (math.isnan(one.share), one.share))
     return found
 
 
-def _names(trials: pd.DataFrame) -> dict[tuple[str, str], str]:
-    """Return (attack, threat) -> a short name: the attack's, where no other attacker has that."""
+def attacker_names(trials: pd.DataFrame) -> dict[tuple[str, str], str]:
+    """Return (attack, threat) -> a short name: the attack without options, or both specs if another has that name."""
     attackers = [(str(a), str(t)) for a, t in trials[["attack", "threat"]].drop_duplicates().itertuples(index=False)]
-    short = {(attack, threat): attack.partition("(")[0] + _knowing(threat) for attack, threat in attackers}
+    short = {(attack, threat): attack.partition("(")[0] + _adaptive(threat) for attack, threat in attackers}
     known = list(short.values())
     return {pair: name if known.count(name) == 1 else f"{pair[0]}, {pair[1]}" for pair, name in short.items()}
 
 
-def _knowing(threat: str) -> str:
-    """Return what a short name adds for an attacker who is informed of the defense: " (informed)" or " (NAME)"."""
+def _adaptive(threat: str) -> str:
+    """Return what the short name of an adaptive attacker adds: " (informed)" or " (NAME)"."""
     named = re.search(r"\binformed=([\w-]+)", threat)
     return "" if named is None else f" ({'informed' if named[1] == 'true' else named[1]})"
 
 
-def _standing(block: pd.DataFrame, threshold: float, names: Mapping[tuple[str, str], str]) -> Standing:
-    """Return the standing of one defense from its trials in the order of planning."""
+def _ensemble_result(block: pd.DataFrame, threshold: float, names: Mapping[tuple[str, str], str]) -> EnsembleResult:
+    """Return the result of one defense from its trials in the order of planning."""
     recovered = (block["status"] == "ok") & (block[RECOVERY] >= threshold)
-    first = block[recovered].drop_duplicates(_TARGET)
-    settled = pd.MultiIndex.from_frame(block[_TARGET]).isin(pd.MultiIndex.from_frame(first[_TARGET]))
+    first = block[recovered].drop_duplicates(TARGET)
+    known = pd.MultiIndex.from_frame(block[TARGET]).isin(pd.MultiIndex.from_frame(first[TARGET]))
     scored = block["status"].isin(("ok", "failed")) & block[RECOVERY].notna()
-    targets = block[scored].drop_duplicates(_TARGET)
-    hit = pd.MultiIndex.from_frame(targets[_TARGET]).isin(pd.MultiIndex.from_frame(first[_TARGET]))
+    targets = block[scored].drop_duplicates(TARGET)
+    hit = pd.MultiIndex.from_frame(targets[TARGET]).isin(pd.MultiIndex.from_frame(first[TARGET]))
     by_image = pd.Series(hit, index=targets["image"], dtype=float).groupby(level=0).mean()
     share = float(by_image.mean()) if len(by_image) else math.nan
     low, high = wilson_interval(share, len(by_image)) if len(by_image) else (math.nan, math.nan)
     waiting = block["status"] == ""
-    efforts = []
+    attackers = []
     for (attack, threat), own in block.groupby(["attack", "threat"], sort=False):
         ended = own[scored[own.index]]
         lacking = own[(own["status"] != "") & ~scored[own.index]]
         reasons = lacking["reason"].where(lacking["reason"] != "", UNSCORED).value_counts(sort=False)
         counted = ended["evaluations"].dropna()
-        efforts.append(
-            Effort(
+        attackers.append(
+            AttackerStats(
                 attacker=names[str(attack), str(threat)],
                 tried=len(ended),
                 recovered=len(first.index.intersection(own.index)),
                 failed=int((ended["status"] == "failed").sum()),
-                skipped=int((waiting & settled)[own.index].sum()),
-                open=int((waiting & ~settled)[own.index].sum()),
+                skipped=int((waiting & known)[own.index].sum()),
+                open=int((waiting & ~known)[own.index].sum()),
                 unscored={str(reason): int(count) for reason, count in reasons.items()},
                 evaluations=int(counted.sum()) if len(counted) else None,
                 seconds=float(own["seconds"].sum()),
             )
         )
-    dataset, model, defense = (str(block[axis].iloc[0]) for axis in (*_SCENE, "defense"))
-    return Standing(dataset, model, defense, len(by_image), len(targets), share, low, high, tuple(efforts))
+    dataset, model, defense = (str(block[axis].iloc[0]) for axis in ("dataset", "model", "defense"))
+    return EnsembleResult(dataset, model, defense, len(by_image), len(targets), share, low, high, tuple(attackers))
 
 
 def floor_share(trials: pd.DataFrame, threshold: float) -> float:
-    """Return the share of images that the best floor by itself recovers, each image by its seeds; NaN without one.
+    """Return the share of images that the best floor recovers: the mean over images of their seeds; NaN without floors.
 
     Args:
         trials: those of one dataset and model (``Store.trials``); a floor counts once, whatever the threat model.
-        threshold: see ``standings``.
+        threshold: see ``ensemble_results``.
     """
     floors = trials[trials["floor"].to_numpy(dtype=bool) & trials["status"].isin(("ok", "failed"))]
-    floors = floors.drop_duplicates(["attack", *_TARGET])
+    floors = floors.drop_duplicates(["attack", *TARGET])
     hit = ((floors[RECOVERY] >= threshold) & (floors["status"] == "ok")).groupby([floors["attack"], floors["image"]])
     shares = hit.mean().groupby(level=0).mean()
     return float(shares.max()) if len(shares) else math.nan
 
 
 def skipped(trials: pd.DataFrame, threshold: float) -> int:
-    """Return how many planned trials need not be run, since another one has recovered the image."""
-    return sum(effort.skipped for one in standings(trials, threshold) for effort in one.efforts)
-
-
-RECOVERED = 0.6
-"""From which ``ssim_aligned`` on an image counts as recovered where the run states no threshold of its own."""
+    """Return how many planned trials are skipped because another one has recovered the image."""
+    return sum(stats.skipped for one in ensemble_results(trials, threshold) for stats in one.attackers)

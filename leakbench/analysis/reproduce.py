@@ -18,7 +18,7 @@ _OWN = "module"
 
 
 @dataclass(frozen=True)
-class Again:
+class Reproduction:
     """How the trials of one cell are made again.
 
     Attributes:
@@ -37,7 +37,9 @@ class Again:
         return self.head + tail
 
 
-def again(cell: Mapping[str, object], components: Sequence[StoredComponent], sessions: Sequence[RunSession]) -> Again:
+def reproduction(
+    cell: Mapping[str, object], components: Sequence[StoredComponent], sessions: Sequence[RunSession]
+) -> Reproduction:
     """Return the command whose run has trials of the same id, and so of the same settings.
 
     Args:
@@ -57,7 +59,9 @@ def again(cell: Mapping[str, object], components: Sequence[StoredComponent], ses
         note = f"The network {own['model'].options['label']} was given in Python and has to be given again. {note}"
         axes = ", ".join(f"{axis}s=[{specs[axis]!r}]" for axis in ("attack", "defense", "dataset"))
         head = f"leakbench.run(leakbench.Matrix({axes}, models=[network], threats=[{str(cell['threat'])!r}]"
-        return Again(head, ', images=[{image}], seeds=[{seed}], floors=False), "runs/again-{trial}")', note.strip())
+        return Reproduction(
+            head, ', images=[{image}], seeds=[{seed}], floors=False), "runs/again-{trial}")', note.strip()
+        )
     others = owners(known.values(), own["defense"], str(cell["threat"]))
     if others:
         note = f"{', '.join(others)} runs too, so that a defense has the secret that is revealed. {note}".strip()
@@ -69,7 +73,7 @@ def again(cell: Mapping[str, object], components: Sequence[StoredComponent], ses
     words += [word for spec in others for word in ("--defense", spec)]
     words += ["--threat", str(cell["threat"])]
     tail = " --images {image}, --seeds {seed}, --no-floors --device " + _device(sessions) + " --out runs/again-{trial}"
-    return Again(shlex.join(words), tail, note)
+    return Reproduction(shlex.join(words), tail, note)
 
 
 def spec_of(one: StoredComponent) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from leakbench.analysis.ensemble import Effort
+from leakbench.analysis.ensemble import AttackerStats
 from leakbench.audit.gate import LABELS, RECOVERED, Gate
 from leakbench.audit.layers import ClosedForm, Labels, Share
 
@@ -59,7 +59,7 @@ class Behind:
     low: float
     high: float
     floor: float
-    efforts: tuple[Effort, ...]
+    efforts: tuple[AttackerStats, ...]
     layers: tuple[Share, ...]
     forms: tuple[ClosedForm, ...]
     labels: Labels

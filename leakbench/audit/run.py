@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from leakbench import attacks, datasets, defenses, metrics
-from leakbench.analysis.ensemble import UNSCORED, Effort, floor_share, standings
+from leakbench.analysis.ensemble import UNSCORED, AttackerStats, ensemble_results, floor_share
 from leakbench.attacks.base import prepare
 from leakbench.audit.findings import Audit, Behind, Sight
 from leakbench.audit.gate import LABELS, Gate
@@ -110,7 +110,7 @@ def audit_model(
         known = [metric for metric in store.metrics() if not metric.name.startswith("paper_")]
         plain = {one.spec: one.plain for one in store.components() if one.kind == "defense"}
         behind = []
-        for one in standings(trials, matrix.threshold):
+        for one in ensemble_results(trials, matrix.threshold):
             mine = trials[~trials["floor"] & (trials["defense"] == one.defense)]
             _refuse_unattacked(own.label, one.defense, mine)
             spec = plain[one.defense]
@@ -129,12 +129,12 @@ def audit_model(
                     low=one.low,
                     high=one.high,
                     floor=floor_share(trials, matrix.threshold),
-                    efforts=one.efforts,
+                    efforts=one.attackers,
                     layers=layers,
                     forms=forms,
                     labels=labels,
                     scores=scores,
-                    sights=tuple(_sight(store, mine, index, one.efforts, matrix.threshold) for index in indices),
+                    sights=tuple(_sight(store, mine, index, one.attackers, matrix.threshold) for index in indices),
                     warnings=_gaps(mine, indices),
                 )
             )
@@ -209,7 +209,7 @@ def _gaps(trials: pd.DataFrame, indices: Sequence[int]) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _sight(store: Store, trials: pd.DataFrame, index: int, efforts: Sequence[Effort], threshold: float) -> Sight:
+def _sight(store: Store, trials: pd.DataFrame, index: int, efforts: Sequence[AttackerStats], threshold: float) -> Sight:
     """Return an image with the reconstruction that comes closest to it."""
     rows = trials[trials["image"] == index]
     ended = rows[rows["status"] == "ok"].sort_values(RECOVERY, ascending=False, kind="stable")
@@ -388,7 +388,7 @@ def _attack(
     certain: bool,
     threshold: float,
     progress: NullProgress,
-) -> tuple[tuple[Effort, ...], list[tuple[str, Reconstruction]], list[str]]:
+) -> tuple[tuple[AttackerStats, ...], list[tuple[str, Reconstruction]], list[str]]:
     """Run every attack of the stages on one observation; after a recovery the others are skipped.
 
     Args:
@@ -407,7 +407,7 @@ def _attack(
     for attack in dict.fromkeys(attack for stage in matrix.stages for attack in stage.attacks):
         name = attacks.spec(attack)
         if settled:
-            efforts.append(Effort(name, 0, 0, 0, 1, 0, {}, None, 0.0))
+            efforts.append(AttackerStats(name, 0, 0, 0, 1, 0, {}, None, 0.0))
             continue
         begin = time.perf_counter()
         reason = ""
@@ -435,7 +435,7 @@ def _attack(
         counted = None if guess is None or guess.evaluations is None else int(guess.evaluations.sum())
         tried = int(guess is not None)
         unscored = {reason: 1} if reason else {}
-        efforts.append(Effort(name, tried, int(hit), int(failed), 0, 0, unscored, counted, seconds))
+        efforts.append(AttackerStats(name, tried, int(hit), int(failed), 0, 0, unscored, counted, seconds))
         progress.note(f"{name}: {reason or ('diverged' if failed else 'recovered the image' if hit else 'done')}")
     return tuple(efforts), guesses, broken
 

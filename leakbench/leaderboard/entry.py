@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from leakbench.analysis import pareto as utility
-from leakbench.analysis.ensemble import RECOVERED, Effort, Standing, floor_share, standings
+from leakbench.analysis.ensemble import RECOVERED, AttackerStats, EnsembleResult, ensemble_results, floor_share
 from leakbench.core.text import plural
 from leakbench.errors import BadOption, one_line
 from leakbench.plan.matrix import RECOVERY
@@ -127,7 +127,7 @@ def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> t
     trials, components = store.trials(), {(one.kind, one.spec): one for one in store.components()}
     versions = list(dict.fromkeys(_version(session.provenance) for session in sessions))
     found, missing = [], []
-    for one in standings(trials, threshold):
+    for one in ensemble_results(trials, threshold):
         scene = trials[(trials["dataset"] == one.dataset) & (trials["model"] == one.model)]
         own = scene[(scene["defense"] == one.defense) & ~scene["floor"] & (scene["status"] != "")]
         broken = int((own["status"] == "error").sum())
@@ -154,7 +154,7 @@ def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> t
                 high=one.high,
                 floor=None if math.isnan(floor) else floor,
                 best_attacker=_best(one),
-                attackers=[_attacker(effort) for effort in one.efforts],
+                attackers=[_attacker(stats) for stats in one.attackers],
                 accuracy=_cost(studies, one.model, one.defense),
                 versions=versions,
                 trials=[
@@ -179,19 +179,19 @@ def _version(source: Any) -> str:
     return f"leakbench {source.version}{commit}{' with uncommitted changes' if source.dirty else ''}"
 
 
-def _best(one: Standing) -> str | None:
-    most = max(one.efforts, key=lambda effort: effort.recovered, default=None)
+def _best(one: EnsembleResult) -> str | None:
+    most = max(one.attackers, key=lambda stats: stats.recovered, default=None)
     return most.attacker if most is not None and most.recovered else None
 
 
-def _attacker(effort: Effort) -> Attacker:
+def _attacker(stats: AttackerStats) -> Attacker:
     return Attacker(
-        name=effort.attacker,
-        recovered=effort.recovered,
-        tried=effort.tried,
-        failed=effort.failed,
-        skipped=effort.skipped,
-        evaluations=effort.evaluations,
+        name=stats.attacker,
+        recovered=stats.recovered,
+        tried=stats.tried,
+        failed=stats.failed,
+        skipped=stats.skipped,
+        evaluations=stats.evaluations,
     )
 
 

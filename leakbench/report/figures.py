@@ -12,7 +12,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-from leakbench.analysis.ensemble import Standing
+from leakbench.analysis.ensemble import EnsembleResult
 from leakbench.analysis.pareto import Study
 from leakbench.core.text import slug
 from leakbench.report import curves, descent, grids
@@ -71,7 +71,7 @@ def _both(name: str, drawn: Figure) -> Iterator[tuple[str, bytes]]:
         yield f"{name}.{kind}", stream.getvalue()
 
 
-def _known(scene: Scene) -> list[Standing]:
+def _known(scene: Scene) -> list[EnsembleResult]:
     return [row.standing for row in scene.defenses if not math.isnan(row.standing.share)]
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from leakbench.analysis.ensemble import RECOVERED, Standing, floor_share, standings
+from leakbench.analysis.ensemble import RECOVERED, EnsembleResult, ensemble_results, floor_share
 from leakbench.analysis.pareto import Study
-from leakbench.analysis.reproduce import again
+from leakbench.analysis.reproduce import reproduction
 from leakbench.analysis.summary import ANY, BLOCK, STATUSES, strongest, summarise, without_repeats
 from leakbench.core.text import ABSENT, decimals, english, number, percent, plural, with_interval
 from leakbench.plan.matrix import RECOVERY
@@ -52,7 +52,7 @@ class Defended:
         attacker: that attacker; empty where none beats the floor.
     """
 
-    standing: Standing
+    standing: EnsembleResult
     by: str
     gain: tuple[float, float, float] | None
     attacker: str
@@ -163,7 +163,7 @@ def worst(run: Run, trials: pd.DataFrame) -> list[Scene]:
     return _scenes(trials, summary, metrics, RECOVERED if own is None else own, own is not None, notes(run.components))
 
 
-def share(one: Standing) -> str:
+def share(one: EnsembleResult) -> str:
     """Return how much is recovered, in few words: a count of images, or with several seeds of each a share."""
     if math.isnan(one.share):
         return "not tried yet" if one.open else "no attacker has a score"
@@ -202,8 +202,8 @@ def _scenes(
     if RECOVERY not in trials:
         trials = trials.assign(**{RECOVERY: math.nan})
     gains = _gains(summary) if not skips and any(m.name == "psnr_aligned" for m in metrics) else {}
-    grouped: dict[tuple[str, str], list[Standing]] = {}
-    for one in standings(trials, threshold):
+    grouped: dict[tuple[str, str], list[EnsembleResult]] = {}
+    for one in ensemble_results(trials, threshold):
         grouped.setdefault((one.dataset, one.model), []).append(one)
     found = []
     for (dataset, model), own in grouped.items():
@@ -235,7 +235,7 @@ def _gains(summary: pd.DataFrame) -> dict[tuple[str, str, str], tuple[str, tuple
 
 
 def _defended(
-    one: Standing,
+    one: EnsembleResult,
     trials: pd.DataFrame,
     threshold: float,
     skips: bool,
@@ -243,7 +243,7 @@ def _defended(
 ) -> Defended:
     """Return one defense's row: where attackers skipped, by whom an image was first recovered; else who got most."""
     if skips:
-        by = ", ".join(f"{effort.attacker}: {effort.recovered}" for effort in one.efforts if effort.recovered)
+        by = ", ".join(f"{effort.attacker}: {effort.recovered}" for effort in one.attackers if effort.recovered)
     else:
         own = trials[(trials["defense"] == one.defense) & ~trials["floor"].to_numpy(dtype=bool)]
         hit = own[(own["status"] == "ok") & (own[RECOVERY] >= threshold)]
@@ -279,17 +279,17 @@ def _words(rows: Sequence[Defended]) -> tuple[str, ...]:
     return (*words, f"{plural(len(near), 'other defense')} cannot be told apart from the least by so few images.")
 
 
-def _equal(one: Standing, others: Sequence[Standing]) -> list[Standing]:
+def _equal(one: EnsembleResult, others: Sequence[EnsembleResult]) -> list[EnsembleResult]:
     return [other for other in others if (other.share, other.images) == (one.share, one.images)]
 
 
-def _named(group: Sequence[Standing]) -> str:
+def _named(group: Sequence[EnsembleResult]) -> str:
     if len(group) > 4:
         return f"{len(group)} defenses give"
     return f"{english(f'“{one.defense}”' for one in group)} give{'s' * (len(group) == 1)}"
 
 
-def _of(one: Standing) -> str:
+def _of(one: EnsembleResult) -> str:
     if one.share == 0:
         interval = f"95 % interval up to {percent(one.high)}"
         return f"none of {plural(one.images, 'image')} recovered ({interval})".replace(" %", "\u00a0%")
@@ -435,7 +435,7 @@ def _trials(
     place = _places(axes)
     raw = run.results.set_index("trial")[list(_AXES)].loc[once["trial"]]
     own = {
-        key: again(dict(zip(_AXES, key)), run.components, run.sessions)
+        key: reproduction(dict(zip(_AXES, key)), run.components, run.sessions)
         for key in dict.fromkeys(raw.itertuples(index=False, name=None))
     }
     cells = {key: index for index, key in enumerate(own)}

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from leakbench.analysis.reproduce import again
+from leakbench.analysis.reproduce import reproduction
 from leakbench.core.text import ABSENT, decimals, number
 from leakbench.errors import BadOption, one_line
 from leakbench.store.connection import decoding
@@ -81,7 +81,7 @@ def show(store: Store, prefix: str) -> Shown:
             facts += [("cost", _cost(row)), ("made by", _source(record, sessions))]
         metrics = store.metrics()
         scored = [metric for metric in metrics if not math.isnan(row[metric.name])]
-        repeat = again({axis: str(row[axis]) for axis in (*AXES, "threat")}, components, sessions)
+        repeat = reproduction({axis: str(row[axis]) for axis in (*AXES, "threat")}, components, sessions)
         return Shown(
             trial=trial,
             facts=tuple((label, "\n".join(map(one_line, words.split("\n")))) for label, words in facts),

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from leakbench.analysis.ensemble import _SCENE, _TARGET, Standing, _names, standings
+from leakbench.analysis.ensemble import TARGET, EnsembleResult, attacker_names, ensemble_results
 from leakbench.core.text import ABSENT, english, number, percent
 from leakbench.plan.matrix import RECOVERY
 from leakbench.report.markdown import notes, stated
@@ -19,7 +19,7 @@ from leakbench.store.records import StoredComponent
 def ranking(trials: pd.DataFrame, threshold: float) -> str:
     """Return the table of each dataset and model as Markdown: every defense, the least recovered first."""
     parts = []
-    for (dataset, model), own in _scenes(standings(trials, threshold)).items():
+    for (dataset, model), own in _scenes(ensemble_results(trials, threshold)).items():
         parts += [f"{escape(dataset)}, {escape(model)}:", _headline(own)]
     return "\n\n".join(parts)
 
@@ -41,9 +41,9 @@ def markdown(
         components: what each spec stands for.
     """
     parts = [f"# Worst case: {escape(name)}", _words(threshold)]
-    scenes, images = _scenes(standings(trials, threshold)), notes(components)
+    scenes, images = _scenes(ensemble_results(trials, threshold)), notes(components)
     for (dataset, model), own in scenes.items():
-        here = trials[(trials[_SCENE] == [dataset, model]).all(axis=1)]
+        here = trials[(trials[["dataset", "model"]] == [dataset, model]).all(axis=1)]
         parts += [f"## {escape(dataset)}, {escape(model)}", escape(images.get(dataset, ""))]
         parts += [_headline(own), _floors(here, threshold)]
         parts += ["### What each attacker did", _attackers(own), _reasons(own)]
@@ -52,8 +52,8 @@ def markdown(
     return "\n\n".join(part for part in [*parts, _legend(trials, threats, components)] if part) + "\n"
 
 
-def _scenes(found: Sequence[Standing]) -> dict[tuple[str, str], list[Standing]]:
-    scenes: dict[tuple[str, str], list[Standing]] = {}
+def _scenes(found: Sequence[EnsembleResult]) -> dict[tuple[str, str], list[EnsembleResult]]:
+    scenes: dict[tuple[str, str], list[EnsembleResult]] = {}
     for standing in found:
         scenes.setdefault((standing.dataset, standing.model), []).append(standing)
     return scenes
@@ -73,12 +73,12 @@ def _words(threshold: float) -> str:
     )
 
 
-def _headline(found: Sequence[Standing]) -> str:
+def _headline(found: Sequence[EnsembleResult]) -> str:
     rows = []
     for one in found:
-        evaluations = sum(effort.evaluations or 0 for effort in one.efforts)
-        seconds = sum(effort.seconds for effort in one.efforts)
-        by = [f"{escape(effort.attacker)} {effort.recovered}" for effort in one.efforts if effort.recovered]
+        evaluations = sum(effort.evaluations or 0 for effort in one.attackers)
+        seconds = sum(effort.seconds for effort in one.attackers)
+        by = [f"{escape(effort.attacker)} {effort.recovered}" for effort in one.attackers if effort.recovered]
         left = [f"{one.open} trial{'s' * (one.open > 1)} to go"] if one.open else []
         rows.append(
             [
@@ -94,7 +94,7 @@ def _headline(found: Sequence[Standing]) -> str:
     return table(headers, rows, left=3)
 
 
-def _share(one: Standing) -> str:
+def _share(one: EnsembleResult) -> str:
     if math.isnan(one.share):
         return ABSENT if one.open else "no attacker serves it"
     if one.open:
@@ -109,7 +109,7 @@ def _whole(value: float) -> str:
 def _floors(trials: pd.DataFrame, threshold: float) -> str:
     """Return how many images count as recovered without any gradient."""
     floors = trials[trials["floor"].to_numpy(dtype=bool) & (trials["status"] == "ok")]
-    floors = floors.drop_duplicates(["attack", *_TARGET])
+    floors = floors.drop_duplicates(["attack", *TARGET])
     counts = [
         f"{escape(name)} {int((own[RECOVERY] >= threshold).sum())} of {len(own)}"
         for name, own in floors.groupby("attack", sort=False)
@@ -119,10 +119,10 @@ def _floors(trials: pd.DataFrame, threshold: float) -> str:
     return f"Without any gradient, the floors recover: {', '.join(counts)}."
 
 
-def _attackers(found: Sequence[Standing]) -> str:
+def _attackers(found: Sequence[EnsembleResult]) -> str:
     rows = []
     for one in found:
-        for effort in one.efforts:
+        for effort in one.attackers:
             missing = sum(effort.unscored.values())
             rows.append(
                 [
@@ -141,11 +141,11 @@ def _attackers(found: Sequence[Standing]) -> str:
     return table(headers, rows, left=2)
 
 
-def _reasons(found: Sequence[Standing]) -> str:
+def _reasons(found: Sequence[EnsembleResult]) -> str:
     """Return why attackers have no score, each reason once with the defenses that it holds for."""
     groups: dict[tuple[str, str], dict[str, int]] = {}
     for one in found:
-        for effort in one.efforts:
+        for effort in one.attackers:
             for reason, count in effort.unscored.items():
                 groups.setdefault((effort.attacker, reason), {})[one.defense] = count
     rows = [
@@ -160,7 +160,7 @@ def _legend(trials: pd.DataFrame, threats: Mapping[str, str], components: Sequen
     attacks = trials[~trials["floor"].to_numpy(dtype=bool)]
     rows = [
         [escape(name), escape(attack), escape(threats.get(threat, threat))]
-        for (attack, threat), name in _names(attacks).items()
+        for (attack, threat), name in attacker_names(attacks).items()
     ]
     words = (
         "Images count once for each seed where an attacker's are counted. **tried**: trials with a score. **skipped**: "

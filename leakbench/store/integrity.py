@@ -16,6 +16,7 @@ from leakbench.errors import LeakbenchError, one_line
 from leakbench.plan.matrix import RECOVERY
 from leakbench.plan.trial import target, trial_id
 from leakbench.store.connection import decoding
+from leakbench.store.records import threshold_of
 from leakbench.store.run_file import FILE, Store
 
 SHOWN = 10
@@ -170,7 +171,7 @@ def _curved(data: bytes) -> bool:
 
 def _missing(store: Store) -> tuple[dict[str, int], int]:
     """Return how many trials of each cell are missing, and how many need no result."""
-    threshold = store.threshold()
+    threshold = threshold_of(store.sessions())
     recovered = {} if threshold is None else store.recovered(RECOVERY, threshold)
     missing: Counter[str] = Counter()
     spared = 0

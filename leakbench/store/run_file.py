@@ -328,12 +328,6 @@ class Store:
                     found.append(StoredComponent(kind, label, version, options, checkpoint, statement, variant))
         return found
 
-    def threshold(self) -> float | None:
-        """Return from which score on an image counted as recovered in the last session; None where all trials run."""
-        sessions = self.sessions()
-        value = json.loads(sessions[-1].provenance.matrix).get("threshold") if sessions else None
-        return None if value is None else float(value)
-
     def absorb(self, other: Store) -> int:
         """Add what another run file holds, all or nothing, and return how many results were added.
 
