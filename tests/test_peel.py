@@ -19,11 +19,13 @@ from leakbench.core.rng import Rng
 from leakbench.core.types import Reconstruction
 from leakbench.errors import Unsupported
 from leakbench.gradients.convolution import Geometry
-from leakbench.metrics.aligned import psnr_aligned
+from leakbench.metrics.aligned import AlignedPSNR
 from leakbench.models import Model, OwnModule
 from leakbench.observation import Observation
 from leakbench.plan.matrix import parse_threat
 from leakbench.victim import Client, observe
+
+psnr_aligned = AlignedPSNR()
 
 TRIALS = 3
 SAMPLES = datasets.parse("samples(size=12)")

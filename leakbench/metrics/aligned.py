@@ -14,11 +14,9 @@ from torch import Tensor
 
 from leakbench.metrics.base import Metric, register
 from leakbench.metrics.checks import by_rows, check_pair
-from leakbench.metrics.standard import PSNR_CAP, SSIM_WINDOW, psnr, ssim, ssim_note
+from leakbench.metrics.standard import ERROR_PIXELS, PSNR, PSNR_CAP, SSIM
 
 _FIT = "after the least-squares fit a*x + b to the truth, two numbers an image, any sign, then clipped to [0, 1]"
-
-_PIXELS = 2**16
 
 
 def align(images: Tensor, truth: Tensor) -> Tensor:
@@ -33,12 +31,8 @@ def align(images: Tensor, truth: Tensor) -> Tensor:
 
     Returns:
         [T, C, H, W] float64 in [0, 1].
-
-    Raises:
-        ValueError: shapes differ, a value is not finite, or the truth leaves [0, 1].
     """
-    check_pair(images, truth)
-    return by_rows(_align, images, truth, _PIXELS)
+    return by_rows(_align, images, truth, ERROR_PIXELS)
 
 
 def _align(images: Tensor, truth: Tensor) -> Tensor:
@@ -49,38 +43,6 @@ def _align(images: Tensor, truth: Tensor) -> Tensor:
     mean = y.mean(dim=1, keepdim=True)
     slope = (x * (y - mean)).sum(dim=1, keepdim=True) / _or_one(x.square().sum(dim=1, keepdim=True))
     return (mean + slope * x).clamp(0, 1).view_as(truth)
-
-
-def psnr_aligned(images: Tensor, truth: Tensor) -> Tensor:
-    """Return the PSNR after ``align``.
-
-    Args:
-        images: [T, C, H, W], of any finite range.
-        truth: [T, C, H, W] in [0, 1].
-
-    Returns:
-        [T] float64 in dB, 0 to 100.
-
-    Raises:
-        ValueError: as ``align``.
-    """
-    return psnr(align(images, truth), truth)
-
-
-def ssim_aligned(images: Tensor, truth: Tensor) -> Tensor:
-    """Return the SSIM after ``align``.
-
-    Args:
-        images: [T, C, H, W], of any finite range.
-        truth: [T, C, H, W] in [0, 1].
-
-    Returns:
-        [T] float64 in [-1, 1].
-
-    Raises:
-        ValueError: as ``align``, or the images are narrower than 11 pixels.
-    """
-    return ssim(align(images, truth), truth)
 
 
 def _or_one(values: Tensor) -> Tensor:
@@ -97,8 +59,9 @@ class AlignedPSNR(Metric):
     reference: ClassVar[str] = "psnr, with a fit that is this package's own"
 
     def __call__(self, images: Tensor, truth: Tensor) -> Tensor:
-        """Return [T] values in dB; see ``psnr_aligned``."""
-        return psnr_aligned(images, truth)
+        """Return [T] values in dB, 0 to 100; see ``Metric``."""
+        check_pair(self, images, truth)
+        return PSNR()(align(images, truth), truth)
 
 
 @register("ssim_aligned")
@@ -107,13 +70,11 @@ class AlignedSSIM(Metric):
     """SSIM after the best global fit of brightness and contrast to the truth."""
 
     higher_is_better: ClassVar[bool] = True
+    smallest: ClassVar[int] = SSIM.smallest
     convention: ClassVar[str] = f"-1 to 1, ssim {_FIT}"
     reference: ClassVar[str] = "ssim, with a fit that is this package's own"
 
     def __call__(self, images: Tensor, truth: Tensor) -> Tensor:
-        """Return [T] values in [-1, 1]; see ``ssim_aligned``."""
-        return ssim_aligned(images, truth)
-
-    def note(self, image_shape: tuple[int, int, int]) -> str:
-        """Return that SSIM does not exist for images smaller than its window."""
-        return ssim_note(image_shape, SSIM_WINDOW)
+        """Return [T] values in [-1, 1]; see ``Metric``."""
+        check_pair(self, images, truth)
+        return SSIM()(align(images, truth), truth)

@@ -1,12 +1,11 @@
-"""Metrics against the image that the client trained on, where a defense changes it before the step (ATS, MixUp).
+"""Metrics against the image that the client trained on, if a defense changes it before the step (ATS, MixUp).
 
-Gradients leak that image. What it gives away of the private one is for the eye to say where a metric by pixel, which
-takes a shift for protection, does not: so a reconstruction is scored against both.
+Gradients leak that image. Metrics by pixel count a mere shift as protection, so they cannot say how much of the private
+image it shows: a reconstruction is scored against both, and the reader judges by eye.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,56 +13,48 @@ import torch
 from torch import Tensor
 
 from leakbench.core.types import Reconstruction
-from leakbench.metrics.aligned import psnr_aligned, ssim_aligned
+from leakbench.metrics.aligned import AlignedPSNR, AlignedSSIM
 from leakbench.metrics.base import Metric, Truth, register
-from leakbench.metrics.standard import PSNR_CAP, SSIM_WINDOW, ssim_note
+from leakbench.metrics.standard import PSNR_CAP
 
-_WHAT = "against the image that the client trained on; none where that is the private image itself"
-
-
-def _none(images: Tensor) -> Tensor:
-    return torch.full((len(images),), torch.nan, dtype=torch.float64, device=images.device)
+_AGAINST = "against the image that the client trained on; none where that is the private image itself"
 
 
-def _score(metric: Callable[[Tensor, Tensor], Tensor], guess: Reconstruction, truth: Truth) -> Tensor:
-    return _none(guess.images) if truth.encoded is None else metric(guess.images, truth.encoded)
+class EncodedMetric(Metric):
+    """A metric that compares with the image that the client trained on.
+
+    Attributes:
+        base: the metric that compares the two images.
+    """
+
+    higher_is_better: ClassVar[bool] = True
+    base: ClassVar[Metric]
+
+    def __call__(self, images: Tensor, truth: Tensor) -> Tensor:
+        """Return [T] NaN: the private images do not tell which images the clients trained on."""
+        return torch.full((len(images),), torch.nan, dtype=torch.float64, device=images.device)
+
+    def score(self, guess: Reconstruction, truth: Truth) -> Tensor:
+        """Return [T] values of ``base``, or NaN if the clients trained on the private images."""
+        return self(guess.images, truth.images) if truth.encoded is None else self.base(guess.images, truth.encoded)
 
 
 @register("psnr_encoded")
 @dataclass(frozen=True)
-class EncodedPSNR(Metric):
+class EncodedPSNR(EncodedMetric):
     """Aligned PSNR against the image that the client trained on, where its defense changes the image."""
 
-    higher_is_better: ClassVar[bool] = True
-    convention: ClassVar[str] = f"dB, psnr_aligned {_WHAT}; capped at {PSNR_CAP:g}"
+    base: ClassVar[Metric] = AlignedPSNR()
+    convention: ClassVar[str] = f"dB, psnr_aligned {_AGAINST}; capped at {PSNR_CAP:g}"
     reference: ClassVar[str] = "psnr_aligned, with another image to compare with"
-
-    def __call__(self, images: Tensor, truth: Tensor) -> Tensor:
-        """Return [T] NaN: the private images do not say what was trained on."""
-        return _none(images)
-
-    def score(self, guess: Reconstruction, truth: Truth) -> Tensor:
-        """Return [T] values in dB, or NaN."""
-        return _score(psnr_aligned, guess, truth)
 
 
 @register("ssim_encoded")
 @dataclass(frozen=True)
-class EncodedSSIM(Metric):
+class EncodedSSIM(EncodedMetric):
     """Aligned SSIM against the image that the client trained on, where its defense changes the image."""
 
-    higher_is_better: ClassVar[bool] = True
-    convention: ClassVar[str] = f"-1 to 1, ssim_aligned {_WHAT}"
+    base: ClassVar[Metric] = AlignedSSIM()
+    smallest: ClassVar[int] = AlignedSSIM.smallest
+    convention: ClassVar[str] = f"-1 to 1, ssim_aligned {_AGAINST}"
     reference: ClassVar[str] = "ssim_aligned, with another image to compare with"
-
-    def __call__(self, images: Tensor, truth: Tensor) -> Tensor:
-        """Return [T] NaN: the private images do not say what was trained on."""
-        return _none(images)
-
-    def score(self, guess: Reconstruction, truth: Truth) -> Tensor:
-        """Return [T] values in [-1, 1], or NaN."""
-        return _score(ssim_aligned, guess, truth)
-
-    def note(self, image_shape: tuple[int, int, int]) -> str:
-        """Return that SSIM does not exist for images smaller than its window."""
-        return ssim_note(image_shape, SSIM_WINDOW)

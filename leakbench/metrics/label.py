@@ -12,26 +12,6 @@ from leakbench.core.types import Reconstruction
 from leakbench.metrics.base import Metric, Truth, register
 
 
-def label_correct(guess: Tensor | None, truth: Tensor) -> Tensor:
-    """Return 1.0 where the label is right and 0.0 where it is wrong; NaN everywhere where there is no guess.
-
-    Args:
-        guess: [T] int64, or None.
-        truth: [T] int64.
-
-    Returns:
-        [T] float64: 0, 1 or NaN.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
-    if guess is None:
-        return torch.full(truth.shape, torch.nan, dtype=torch.float64, device=truth.device)
-    if guess.shape != truth.shape:
-        raise ValueError(f"labels of shape {list(guess.shape)} do not fit a truth of shape {list(truth.shape)}")
-    return (guess == truth).double()
-
-
 @register("label_correct")
 @dataclass(frozen=True)
 class LabelCorrect(Metric):
@@ -42,9 +22,19 @@ class LabelCorrect(Metric):
     reference: ClassVar[str] = "definition"
 
     def __call__(self, images: Tensor, truth: Tensor) -> Tensor:
-        """Return [T] NaN: the images alone say nothing of the label."""
-        return label_correct(None, truth[:, 0, 0, 0])
+        """Return [T] NaN: images do not state their labels."""
+        return torch.full((len(truth),), torch.nan, dtype=torch.float64, device=truth.device)
 
     def score(self, guess: Reconstruction, truth: Truth) -> Tensor:
-        """Return [T] values 0, 1 or NaN; see ``label_correct``."""
-        return label_correct(guess.labels, truth.labels)
+        """Return [T] float64: 1 for the right label, 0 for a wrong one, NaN if the attack names no labels.
+
+        Raises:
+            ValueError: the labels are not [T], one for each image.
+        """
+        if guess.labels is None:
+            return self(guess.images, truth.images)
+        if guess.labels.shape != truth.labels.shape:
+            raise ValueError(
+                f"labels of shape {list(guess.labels.shape)} do not match a truth of shape {list(truth.labels.shape)}"
+            )
+        return (guess.labels == truth.labels).double()

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from leakbench import assets
 from leakbench.errors import CorruptAsset, MissingAsset
 from leakbench.metrics.base import Metric, register
-from leakbench.metrics.checks import by_rows, check_pair
+from leakbench.metrics.checks import by_rows, check_pair, rgb
 
 Net = Literal["vgg", "alex"]
 
@@ -49,32 +49,6 @@ TRUNKS: dict[Net, Trunk] = {
 }
 
 
-def lpips(images: Tensor, truth: Tensor, net: Net) -> Tensor:
-    """Return the learned perceptual distance of Zhang et al. 2018, version 0.1 with its linear layers.
-
-    Args:
-        images: [T, C, H, W], C = 1 or 3, of any finite range; clamped to [0, 1] and fed as RGB in [-1, 1].
-        truth: [T, C, H, W] in [0, 1].
-        net: the trunk.
-
-    Returns:
-        [T] float64, 0 or more; 0 for equal images.
-
-    Raises:
-        ValueError: shapes differ, a value is not finite, the truth leaves [0, 1], or C is neither 1 nor 3.
-        MissingAsset: the trunk is not in the cache.
-    """
-    check_pair(images, truth)
-    return trunk_distance(2 * rgb(images.clamp(0, 1)) - 1, 2 * rgb(truth) - 1, net)
-
-
-def rgb(images: Tensor) -> Tensor:
-    """Return [T, 3, H, W]: grey images [T, 1, H, W] replicated, others as they are; ValueError for other channels."""
-    if images.shape[1] not in (1, 3):
-        raise ValueError(f"images of {images.shape[1]} channels are neither grey nor RGB; give 1 or 3 channels")
-    return images.expand(-1, 3, -1, -1)
-
-
 def trunk_distance(images: Tensor, truth: Tensor, net: Net) -> Tensor:
     """Return the LPIPS of two batches of values fed as they are, enlarged where they are too small for the trunk.
 
@@ -102,24 +76,6 @@ def trunk_distance(images: Tensor, truth: Tensor, net: Net) -> Tensor:
 
     with torch.no_grad():
         return by_rows(distance, images, truth, _PIXELS).double()
-
-
-def enlargement(image_shape: tuple[int, int, int], net: Net) -> str:
-    """Return that images (C, H, W) are enlarged and to what, or an empty string."""
-    _, height, width = image_shape
-    trunk = TRUNKS[net]
-    if min(height, width) >= trunk.smallest:
-        return ""
-    to_height, to_width = _enlarged(height, width)
-    return (
-        f"{height} x {width} images are enlarged bilinearly to {to_height} x {to_width}: {trunk.title} admits none "
-        f"below {trunk.smallest} pixels"
-    )
-
-
-def check_trunk(metric: str, net: Net) -> None:
-    """Raise MissingAsset, with the command that fetches it, where the trunk is not in the cache."""
-    _trunk_file(TRUNKS[net], metric)
 
 
 def load_network(net: Net, trunk: Path) -> nn.Module:
@@ -196,43 +152,52 @@ class TrunkMetric(Metric):
     higher_is_better: ClassVar[bool] = False
 
     def check(self) -> None:
-        """Raise MissingAsset where the trunk is not in the cache."""
-        check_trunk(self.name, self.net)
+        """Raise MissingAsset, with the command that fetches it, if the trunk is not in the cache."""
+        _trunk_file(TRUNKS[self.net], self.name)
 
     def note(self, image_shape: tuple[int, int, int]) -> str:
-        """Return that images too small for the trunk are enlarged."""
-        return enlargement(image_shape, self.net)
+        """Return that images (C, H, W) are enlarged, and to what size, or an empty string."""
+        _, height, width = image_shape
+        trunk = TRUNKS[self.net]
+        if min(height, width) >= trunk.smallest:
+            return ""
+        to_height, to_width = _enlarged(height, width)
+        return (
+            f"{height} x {width} images are enlarged bilinearly to {to_height} x {to_width}: {trunk.title} admits none "
+            f"below {trunk.smallest} pixels"
+        )
 
 
-_CONVENTION = (
-    "0 or more, lower is closer; RGB in [-1, 1], reconstruction clamped, grey replicated; version 0.1, linear layers"
-)
+class LPIPS(TrunkMetric):
+    """The learned perceptual distance of Zhang et al. 2018, version 0.1 with its linear layers."""
+
+    convention: ClassVar[str] = (
+        "0 or more, lower is closer; RGB in [-1, 1], reconstruction clamped, grey replicated; version 0.1, linear "
+        "layers"
+    )
+
+    def __call__(self, images: Tensor, truth: Tensor) -> Tensor:
+        """Return [T] distances, 0 or more, 0 for equal images; see ``Metric``."""
+        check_pair(self, images, truth)
+        return trunk_distance(2 * rgb(images.clamp(0, 1)) - 1, 2 * rgb(truth) - 1, self.net)
+
+
 _REFERENCE = "Zhang et al. 2018, The Unreasonable Effectiveness of Deep Features as a Perceptual Metric, CVPR"
 
 
 @register("lpips_vgg")
 @dataclass(frozen=True)
-class LPIPSVGG(TrunkMetric):
+class LPIPSVGG(LPIPS):
     """Learned perceptual distance on the features of VGG16."""
 
     net: ClassVar[Net] = "vgg"
-    convention: ClassVar[str] = _CONVENTION
     reference: ClassVar[str] = _REFERENCE
-
-    def __call__(self, images: Tensor, truth: Tensor) -> Tensor:
-        """Return [T] distances; see ``lpips``."""
-        return lpips(images, truth, self.net)
 
 
 @register("lpips_alex")
 @dataclass(frozen=True)
-class LPIPSAlex(TrunkMetric):
+class LPIPSAlex(LPIPS):
     """Learned perceptual distance on the features of AlexNet."""
 
     net: ClassVar[Net] = "alex"
-    convention: ClassVar[str] = _CONVENTION
     reference: ClassVar[str] = _REFERENCE
-
-    def __call__(self, images: Tensor, truth: Tensor) -> Tensor:
-        """Return [T] distances; see ``lpips``."""
-        return lpips(images, truth, self.net)

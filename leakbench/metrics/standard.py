@@ -5,130 +5,49 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import piq
 import torch
 from torch import Tensor
 
 from leakbench.metrics.base import Metric, register
-from leakbench.metrics.checks import by_rows, check_pair, check_size
+from leakbench.metrics.checks import by_rows, check_pair
 
 PSNR_CAP = 100.0
 """dB; the PSNR of equal images, which would be infinite."""
 
-SSIM_WINDOW = 11
-"""Pixels; no image may be narrower."""
+ERROR_PIXELS = 2**16
+"""Pixels of the images of which errors are computed at once."""
 
-SSIM_SIGMA = 1.5
-"""Pixels; the standard deviation of the window."""
+_SSIM_PIXELS = 2**14
 
-SSIM_PIXELS = 2**14
-"""How many pixels are compared at a time."""
-
-_PIXELS = 2**16
-
-
-def mse(images: Tensor, truth: Tensor) -> Tensor:
-    """Return the mean squared error over channels and pixels.
-
-    Args:
-        images: [T, C, H, W], of any finite range; clamped to [0, 1].
-        truth: [T, C, H, W] in [0, 1].
-
-    Returns:
-        [T] float64 in [0, 1].
-
-    Raises:
-        ValueError: shapes differ, a value is not finite, or the truth leaves [0, 1].
-    """
-    check_pair(images, truth)
-
-    def error(x: Tensor, y: Tensor) -> Tensor:
-        return (x.double().clamp(0, 1) - y.double()).square().flatten(1).mean(dim=1)
-
-    return by_rows(error, images, truth, _PIXELS)
+# piq 0.8.0 is called with float64 images in [0, 1]: it asserts that range, and float32, or the TF32 convolutions of a
+# GPU, would spoil variances, which are differences of nearly equal numbers. Its psnr adds 1e-8 to the MSE, which puts
+# 80 dB in place of 100 and moves 30 dB by 4e-5: the MSE that it reports for equal images is subtracted again. Its ssim
+# takes no sample covariance, which is the same as a smaller K2, and averages images of over 384 pixels unless told not
+# to; it convolves single channels several times as fast as groups of them.
 
 
-def psnr(images: Tensor, truth: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio, 10 log10(1 / MSE), capped at ``PSNR_CAP``.
+def windowed_ssim(images: Tensor, truth: Tensor, window: int, sigma: float, data_range: float, k2: float) -> Tensor:
+    """Return piq's structural similarity, averaged over the positions of its window and the channels.
 
     Args:
-        images: [T, C, H, W], of any finite range; clamped to [0, 1].
-        truth: [T, C, H, W] in [0, 1].
-
-    Returns:
-        [T] float64 in dB, 0 to 100.
-
-    Raises:
-        ValueError: as ``mse``.
-    """
-    return (10 * torch.log10(1 / mse(images, truth))).clamp(max=PSNR_CAP)
-
-
-def ssim(images: Tensor, truth: Tensor) -> Tensor:
-    """Return the structural similarity, averaged over the positions of the window and the channels.
-
-    The window is Gaussian (11 x 11, sigma 1.5) and stays inside the image; K1 = 0.01, K2 = 0.03, data range 1,
-    weighted covariances without Bessel's correction, no downsampling. Computed in float64: the variances are
-    differences of nearly equal numbers, and a GPU's TF32 convolutions would spoil them.
-
-    Args:
-        images: [T, C, H, W], of any finite range; clamped to [0, 1].
-        truth: [T, C, H, W] in [0, 1].
+        images: [T, C, H, W] in [0, data_range].
+        truth: [T, C, H, W] in [0, data_range].
+        window: pixels, odd; the side of the Gaussian window, which stays inside the image.
+        sigma: pixels; the window's standard deviation, infinite for a uniform window.
+        data_range: the largest value that a pixel can have.
+        k2: the constant K2; K1 is 0.01.
 
     Returns:
         [T] float64 in [-1, 1]; 1 for equal images.
-
-    Raises:
-        ValueError: as ``mse``, or the images are narrower than 11 pixels.
     """
-    check_pair(images, truth)
-    check_size(images, SSIM_WINDOW, "ssim")
-    offsets = torch.arange(SSIM_WINDOW, dtype=torch.float64, device=images.device) - SSIM_WINDOW // 2
-    window = torch.exp(-offsets.square() / (2 * SSIM_SIGMA**2))
 
-    def similarity(x: Tensor, y: Tensor) -> Tensor:
-        return windowed_ssim(x.double().clamp(0, 1), y.double(), window / window.sum())
+    def similarity(*pair: Tensor) -> Tensor:
+        x, y = (part.double().flatten(0, 1).unsqueeze(1) for part in pair)
+        values: Tensor = piq.ssim(x, y, window, sigma, data_range, "none", downsample=False, k2=k2)
+        return values.unflatten(0, (-1, images.shape[1])).mean(1)
 
-    return by_rows(similarity, images, truth, SSIM_PIXELS)
-
-
-def windowed_ssim(
-    images: Tensor, truth: Tensor, window: Tensor, *, data_range: float = 1.0, bessel: float = 1.0
-) -> Tensor:
-    """Return the structural similarity in a separable window, averaged over its positions and the channels.
-
-    Args:
-        images: [T, C, H, W] float64.
-        truth: [T, C, H, W] float64.
-        window: [K] float64 of sum 1, K no larger than H and W; the weights are its products with itself.
-        data_range: the largest value less the smallest one.
-        bessel: what variances and covariances are multiplied by.
-
-    Returns:
-        [T] float64 in [-1, 1].
-    """
-    down, across = (_band(window, size) for size in images.shape[-2:])
-    moments = torch.stack([images, truth, images.square(), truth.square(), images * truth])
-    x, y, xx, yy, xy = (down @ moments @ across.T).unbind()
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    covariance = 2 * bessel * (xy - x * y) + c2
-    variance = bessel * ((xx - x.square()) + (yy - y.square())) + c2
-    means = (2 * x * y + c1) / (x.square() + y.square() + c1)
-    return (means * covariance / variance).flatten(1).mean(1)
-
-
-def _band(window: Tensor, size: int) -> Tensor:
-    """Return the matrix [size - K + 1, size] that slides a window [K] along an axis."""
-    rows = torch.arange(size - len(window) + 1, device=window.device)[:, None]
-    band = window.new_zeros(len(rows), size)
-    return band.scatter_(1, rows + torch.arange(len(window), device=window.device), window.expand(len(rows), -1))
-
-
-def ssim_note(image_shape: tuple[int, int, int], window: int) -> str:
-    """Return that SSIM does not exist for images (C, H, W) narrower than its window, or an empty string."""
-    _, height, width = image_shape
-    if min(height, width) >= window:
-        return ""
-    return f"not defined for {height} x {width} images, which are smaller than the {window} x {window} window"
+    return by_rows(similarity, images, truth, _SSIM_PIXELS)
 
 
 @register("mse")
@@ -141,8 +60,13 @@ class MSE(Metric):
     reference: ClassVar[str] = "definition"
 
     def __call__(self, images: Tensor, truth: Tensor) -> Tensor:
-        """Return [T] values in [0, 1]; see ``mse``."""
-        return mse(images, truth)
+        """Return [T] values in [0, 1]; see ``Metric``."""
+        check_pair(self, images, truth)
+
+        def error(x: Tensor, y: Tensor) -> Tensor:
+            return (x.double().clamp(0, 1) - y.double()).square().flatten(1).mean(dim=1)
+
+        return by_rows(error, images, truth, ERROR_PIXELS)
 
 
 @register("psnr")
@@ -157,8 +81,16 @@ class PSNR(Metric):
     reference: ClassVar[str] = "definition"
 
     def __call__(self, images: Tensor, truth: Tensor) -> Tensor:
-        """Return [T] values in dB; see ``psnr``."""
-        return psnr(images, truth)
+        """Return [T] values in dB, 0 to 100; see ``Metric``."""
+        check_pair(self, images, truth)
+
+        def error(x: Tensor, y: Tensor) -> Tensor:
+            x, y = x.double().clamp(0, 1), y.double()
+            own, least = (10 ** (-piq.psnr(part, y, reduction="none") / 10) for part in (x, y))
+            return own - least
+
+        errors = by_rows(error, images, truth, ERROR_PIXELS).clamp(10 ** (-PSNR_CAP / 10), 1)
+        return 10 * torch.log10(1 / errors)
 
 
 @register("ssim")
@@ -167,6 +99,7 @@ class SSIM(Metric):
     """Structural similarity in an 11 x 11 Gaussian window."""
 
     higher_is_better: ClassVar[bool] = True
+    smallest: ClassVar[int] = 11
     convention: ClassVar[str] = (
         "-1 to 1; pixels in [0, 1], reconstruction clamped; Gaussian 11x11 window of sigma 1.5 inside the image, "
         "K1 0.01, K2 0.03, data range 1, population covariance, mean over channels, no downsampling"
@@ -174,9 +107,6 @@ class SSIM(Metric):
     reference: ClassVar[str] = "Wang et al. 2004, Image quality assessment, IEEE TIP 13(4)"
 
     def __call__(self, images: Tensor, truth: Tensor) -> Tensor:
-        """Return [T] values in [-1, 1]; see ``ssim``."""
-        return ssim(images, truth)
-
-    def note(self, image_shape: tuple[int, int, int]) -> str:
-        """Return that SSIM does not exist for images smaller than its window."""
-        return ssim_note(image_shape, SSIM_WINDOW)
+        """Return [T] values in [-1, 1], 1 for equal images; see ``Metric``."""
+        check_pair(self, images, truth)
+        return windowed_ssim(images.clamp(0, 1), truth, self.smallest, sigma=1.5, data_range=1, k2=0.03)

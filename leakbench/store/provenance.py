@@ -13,7 +13,7 @@ import torch
 
 from leakbench.version import __version__
 
-PACKAGES = ("torch", "torchvision", "numpy", "pandas", "lpips", "nevergrad")
+PACKAGES = ("torch", "torchvision", "numpy", "pandas", "lpips", "piq", "nevergrad")
 
 
 @dataclass(frozen=True)
