@@ -1,22 +1,67 @@
-"""Trial ids stay what they are: those of every shipped suite and of every file in benchmarks/, against a golden file."""
+"""Trials stay what they are: the ids of suites and files in benchmarks/, and runs that an earlier leakbench made.
+
+``golden/finished.sqlite`` is a run of MATRIX; in ``golden/half.sqlite`` only its first attack and its floors have run.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import shutil
+import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import leakbench
 from leakbench.plan import matrix as plans
 from leakbench.plan.matrix import Matrix
+from leakbench.store.run_file import FILE
 from leakbench.training.settings import Accuracy, Tradeoff
 
 ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = Path(__file__).parent / "golden" / "trial_ids.json"
+GOLDEN = Path(__file__).parent / "golden"
 FILES = ("suite", *sorted(str(file.relative_to(ROOT)) for file in (ROOT / "benchmarks").rglob("*.toml")))
+MATRIX: Mapping[str, Any] = {
+    "attacks": ["ig(steps=3)", "peel"],
+    "defenses": ["none", "noise(scale=0.01)"],
+    "models": ["lenet"],
+    "datasets": ["samples"],
+    "images": 1,
+}
+
+
+def test_a_finished_run_is_resumed_without_a_change(tmp_path: Path) -> None:
+    resumed = resume(tmp_path, "finished.sqlite")
+    for table in ("cells", "trials", "results", "scores", "findings", "images", "truths"):
+        query = f"SELECT * FROM {table} ORDER BY 1, 2"
+        assert rows(resumed, query) == rows(GOLDEN / "finished.sqlite", query)
+    assert len(rows(resumed, "SELECT * FROM sessions")) == 2
+
+
+def test_a_run_that_was_half_done_ends_with_the_same_scores(tmp_path: Path) -> None:
+    resumed = resume(tmp_path, "half.sqlite")
+    before = "SELECT * FROM results ORDER BY trial_id"
+    assert set(rows(GOLDEN / "half.sqlite", before)) < set(rows(resumed, before))
+    scores = "SELECT trial_id, metric, value FROM scores WHERE metric NOT LIKE '%lpips%' ORDER BY 1, 2"  # needs assets
+    ended, golden = rows(resumed, scores), rows(GOLDEN / "finished.sqlite", scores)
+    assert [row[:2] for row in ended] == [row[:2] for row in golden]
+    assert [row[2] for row in ended] == pytest.approx([row[2] for row in golden], rel=1e-3, abs=1e-4)
+
+
+def resume(folder: Path, name: str) -> Path:
+    """Return the run file of MATRIX, resumed in a folder from a copy of one in ``golden``."""
+    shutil.copy(GOLDEN / name, folder / FILE)
+    return leakbench.run(Matrix(**MATRIX), folder, device="cpu").out / FILE
+
+
+def rows(file: Path, query: str) -> list[tuple[Any, ...]]:
+    """Return what a query finds in a file."""
+    with contextlib.closing(sqlite3.connect(file)) as db:
+        return db.execute(query).fetchall()
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -25,7 +70,7 @@ def test_trial_ids_are_those_of_the_golden_file(file: str, tmp_path: Path, monke
     imagenet(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("pytorch_pretrained_biggan.PYTORCH_PRETRAINED_BIGGAN_CACHE", biggan(tmp_path / "biggan"))
-    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    golden = json.loads((GOLDEN / "trial_ids.json").read_text(encoding="utf-8"))
     assert found(file) == {name: value for name, value in golden.items() if name.split(" ")[0] == file}
 
 
