@@ -124,7 +124,7 @@ def test_a_picture_that_is_none_leaves_its_place_empty(run, png):
     assert write(run)
     state = check(run)
     assert len(state.faults) == sum(state.ended.values()) > 0
-    assert all("its picture is no PNG of the size" in fault for fault in state.faults)
+    assert all("its image is not a PNG of the size" in fault for fault in state.faults)
 
 
 def test_whatever_an_image_makes_its_reader_raise_is_one_line(tmp_path):

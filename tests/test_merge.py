@@ -188,16 +188,16 @@ def test_a_row_that_does_not_fit_is_refused_before_the_first_one_runs(cli, place
 
 
 DAMAGES = {
-    "settings": ("UPDATE cells SET settings = replace(settings, 'lenet', 'lenet-bn')", "those of another trial"),
-    "seed": ("UPDATE trials SET seed = 5 WHERE position = 0", "those of another trial"),
-    "picture": ("DELETE FROM images WHERE rowid = 1", "has no picture"),
-    "png": ("UPDATE images SET png = x'00' WHERE rowid = 2", "no PNG"),
-    "truth": ("UPDATE truths SET png = (SELECT png FROM images) WHERE rowid = 1", "not the one that was stored"),
+    "settings": ("UPDATE cells SET settings = replace(settings, 'lenet', 'lenet-bn')", "does not match its settings"),
+    "seed": ("UPDATE trials SET seed = 5 WHERE position = 0", "does not match its settings"),
+    "picture": ("DELETE FROM images WHERE rowid = 1", "has no image"),
+    "png": ("UPDATE images SET png = x'00' WHERE rowid = 2", "not a PNG"),
+    "truth": ("UPDATE truths SET png = (SELECT png FROM images) WHERE rowid = 1", "does not match its SHA-256"),
     "scores": ("DELETE FROM scores WHERE trial_id = (SELECT id FROM trials)", "has no score"),
     "infinite": ("UPDATE scores SET value = 9e999 WHERE metric = 'psnr'", "its psnr is not finite"),
     "status": ("UPDATE results SET status = 'failed' WHERE rowid = 1", "without a reason"),
-    "error": ("UPDATE results SET status = 'error', reason = 'x' WHERE rowid = 1", "has scores or a picture"),
-    "orphan": ("DELETE FROM truths", "refers to none of truths"),
+    "error": ("UPDATE results SET status = 'error', reason = 'x' WHERE rowid = 1", "has scores or an image"),
+    "orphan": ("DELETE FROM truths", "refers to a missing row of truths"),
 }
 
 
@@ -251,5 +251,5 @@ def test_an_ensemble_counts_what_needs_no_result(tmp_path):
     matrix = ensemble(Knows("0 2"), Counts("2 3"), Thief(), floors=True)
     go(matrix, tmp_path)
     state = check(tmp_path)
-    assert (state.code, state.spared, state.missing) == (0, 5, {})
+    assert (state.code, state.skipped, state.missing) == (0, 5, {})
     assert json.loads(json.dumps(state.ended)) == {"ok": 19}

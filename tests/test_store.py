@@ -37,10 +37,11 @@ from leakbench.observation import Observation
 from leakbench.plan.trial import Cell, Result, Trial, trial_id
 from leakbench.report.files import write
 from leakbench.store import schema
+from leakbench.store.frames import AFTER, BEFORE
 from leakbench.store.integrity import check
 from leakbench.store.merge import merge
 from leakbench.store.provenance import Provenance
-from leakbench.store.run_file import AFTER, BEFORE, FILE, Store
+from leakbench.store.run_file import FILE, Store
 
 SCHEMAS = Path(__file__).parent / "schemas"
 """A file of each schema, written by the leakbench that had it."""
@@ -521,7 +522,7 @@ def test_a_file_of_an_older_schema_is_read_as_one_of_this(tmp_path, readonly, nu
     before = (tmp_path / FILE).read_bytes()
     with Store.open(tmp_path / FILE, readonly=readonly) as store:
         results = store.results()
-        cells = [(cell["settings"], cell["chunk"]) for cell in store._cells()]
+        cells = [(cell["settings"], cell["chunk"]) for cell in store.cells()]
         sizes = {store.chunk(settings) for settings, _ in cells}
         pictures = store.images(results["trial"])
         (session,) = store.sessions()

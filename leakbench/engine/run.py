@@ -46,9 +46,10 @@ from leakbench.metrics.base import Metric
 from leakbench.models.weights import Checkpoint
 from leakbench.plan.matrix import Matrix
 from leakbench.plan.trial import Cell, Result, Trial
+from leakbench.store.frames import AFTER, BEFORE
 from leakbench.store.provenance import Provenance
 from leakbench.store.records import Statement
-from leakbench.store.run_file import AFTER, BEFORE, FILE, Store
+from leakbench.store.run_file import FILE, Store
 from leakbench.victim import check_reveals
 
 REFUSED = 256

@@ -15,8 +15,9 @@ from leakbench.errors import BadOption, LeakbenchError
 from leakbench.report import compare, curves, figures, grids, html, latex, sharing, weights, worst_case
 from leakbench.report.about import about
 from leakbench.report.markdown import Picture, Run, markdown
+from leakbench.store.frames import AFTER, BEFORE
 from leakbench.store.records import run_name, threshold_of
-from leakbench.store.run_file import AFTER, BEFORE, FILE, Store
+from leakbench.store.run_file import FILE, Store
 
 FORMATS = ("md", "csv", "html", "latex")
 """What a report can be written as."""

@@ -1,32 +1,155 @@
-"""Opening an SQLite file that may be old, foreign, damaged or hostile, and its errors in one line."""
+"""Creating, opening and writing an SQLite file that may be old, foreign, damaged or hostile; its errors in one line."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 from leakbench.errors import ForeignRun, LeakbenchError, one_line
 from leakbench.store import schema
+from leakbench.version import __version__
+
+KEEP = "ON CONFLICT DO NOTHING"
+"""For ``insert``: a row that is there already stays as it is."""
+
+
+def create(path: Path) -> sqlite3.Connection:
+    """Return a new, empty run file; folders are made if they are missing.
+
+    Raises:
+        LeakbenchError: the file exists already, or cannot be written.
+    """
+    taken = LeakbenchError(f"{path} exists already; resume it, or choose another folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        exists = path.exists() and (not path.is_file() or path.stat().st_size > 0)
+    except OSError as error:
+        raise LeakbenchError(f"{path} cannot be written: {error.strerror}; choose another folder") from None
+    if exists:
+        raise taken
+    with sqlite_errors(path):
+        db = sqlite3.connect(path, timeout=30, isolation_level=None)
+        try:
+            with transaction(db, path):
+                if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                    raise taken
+                schema.create(db, {"created_by": f"leakbench {__version__}", "created": now()})
+            _configure(db, readonly=False)
+        except BaseException:
+            db.close()
+            raise
+    return db
+
+
+def connect(path: Path, readonly: bool) -> sqlite3.Connection:
+    """Return an existing run file that has been checked, of this schema: a copy in memory if an older one is only read.
+
+    Raises:
+        ForeignRun: there is no such file, it cannot be read, or leakbench did not write it.
+    """
+    _check_file(path)
+    db = _connection(path, readonly)
+    try:
+        with sqlite_errors(path):
+            db.execute("PRAGMA trusted_schema = OFF")  # no function in a foreign schema is run
+            application = db.execute("PRAGMA application_id").fetchone()[0]
+            found = db.execute("PRAGMA user_version").fetchone()[0]
+        if application != schema.APPLICATION_ID:
+            raise ForeignRun(f"{path} is an SQLite file that leakbench did not write; give the path of a run file")
+        if found > schema.SCHEMA:
+            raise ForeignRun(
+                f"{path} has schema {found} and leakbench {__version__} reads up to {schema.SCHEMA}; upgrade leakbench"
+            )
+        if found < schema.SCHEMA:
+            db = _migrated(path, db, readonly)
+        with sqlite_errors(path):
+            flaw = schema.flaw(db)
+            if flaw:
+                raise ForeignRun(f"{path}: {flaw}: it is damaged, or leakbench did not write it; start a new run")
+            _configure(db, readonly)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def disconnect(db: sqlite3.Connection, readonly: bool) -> None:
+    """Close a run file; if it was written, it is left as one file, without a write-ahead log beside it."""
+    if not readonly:
+        # if another process reads it, the log stays and is read with the file
+        with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
+            db.execute("PRAGMA busy_timeout = 0")
+            db.execute("PRAGMA journal_mode = DELETE")
+    db.close()
+
+
+def insert(
+    db: sqlite3.Connection, table: str, rows: Iterable[Mapping[str, object] | sqlite3.Row], conflict: str = ""
+) -> int:
+    """Insert rows of the same columns and return the number of the last one; ``conflict``: an ON CONFLICT clause.
+
+    What UTF-8 cannot hold of a text (lone surrogates) is replaced.
+    """
+    rows = iter(rows)
+    first = next(rows, None)
+    if first is None:
+        return 0
+    columns = list(first.keys())
+    places = ", ".join("?" for _ in columns)
+    statement = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({places}) {conflict}"
+    db.execute(statement, [_storable(first[column]) for column in columns])
+    db.executemany(statement, ([_storable(row[column]) for column in columns] for row in rows))
+    return int(db.execute("SELECT last_insert_rowid()").fetchone()[0])
+
+
+def _storable(value: object) -> object:
+    return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
 
 
 @contextlib.contextmanager
-def decoding(path: Path) -> Iterator[None]:
-    """Turn what a file's own words make the readers raise into the one line that says what to do."""
+def transaction(db: sqlite3.Connection, path: Path) -> Iterator[None]:
+    """All that is executed inside is written, or nothing."""
+    with sqlite_errors(path):
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+
+
+@contextlib.contextmanager
+def decoding(path: Path, what: str = "value") -> Iterator[None]:
+    """Turn what a malformed value in a file raises into one line; ``what`` names it, as ``JSON in column settings``."""
     try:
         yield
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
-        cause = one_line(f"{type(error).__name__}: {error}")
         raise ForeignRun(
-            f"{path} holds words of another form than leakbench writes ({cause}); start the run anew"
-        ) from (error)
+            f"{path}: malformed {what} ({type(error).__name__}: {one_line(error)}); restore a copy or start a new run"
+        ) from error
+
+
+def now() -> str:
+    """Return the time in UTC, to the second, as ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _configure(db: sqlite3.Connection, readonly: bool) -> None:
+    db.row_factory = sqlite3.Row
+    db.execute("PRAGMA foreign_keys = ON")
+    if not readonly:
+        db.execute("PRAGMA journal_mode = WAL").fetchone()
 
 
 def _migrated(path: Path, db: sqlite3.Connection, readonly: bool) -> sqlite3.Connection:
-    """Return a database of an older schema as one of this: the file itself, or where it is only read a copy of it."""
-    with _one_line_errors(path):
+    """Return a database of an older schema as one of this: the file itself, or a copy in memory if it is only read."""
+    with sqlite_errors(path):
         if readonly:
             copy = sqlite3.connect(":memory:", isolation_level=None)
             db.backup(copy)
@@ -35,7 +158,7 @@ def _migrated(path: Path, db: sqlite3.Connection, readonly: bool) -> sqlite3.Con
         try:
             schema.migrate(db)
         except (KeyError, ValueError) as error:
-            raise ForeignRun(f"{path} is damaged: {error!r}; restore a copy or start the run anew") from error
+            raise ForeignRun(f"{path} is damaged: {error!r}; restore a copy or start a new run") from error
     return db
 
 
@@ -72,17 +195,17 @@ def _check_file(path: Path) -> None:
         raise ForeignRun(f"{path} is not an SQLite file; give the path of a run file")
 
 
-def _connect(path: Path, readonly: bool) -> sqlite3.Connection:
+def _connection(path: Path, readonly: bool) -> sqlite3.Connection:
     """Open a database; one in a folder that cannot be written is opened without a write-ahead log."""
     uri = path.resolve().as_uri()
     if not readonly:
-        with _one_line_errors(path):
+        with sqlite_errors(path):
             return sqlite3.connect(f"{uri}?mode=rw", uri=True, timeout=30, isolation_level=None)
     log, journal = (path.with_name(f"{path.name}-{what}") for what in ("wal", "journal"))
     if journal.exists() and journal.stat().st_size:  # a migration was killed: who may write undoes its half
-        with _one_line_errors(path), contextlib.closing(sqlite3.connect(f"{uri}?mode=rw", uri=True)) as db:
+        with sqlite_errors(path), contextlib.closing(sqlite3.connect(f"{uri}?mode=rw", uri=True)) as db:
             db.execute("PRAGMA schema_version").fetchone()
-    with _one_line_errors(path):
+    with sqlite_errors(path):
         db = sqlite3.connect(f"{uri}?mode=ro", uri=True, timeout=30, isolation_level=None)
         try:
             db.execute("PRAGMA schema_version").fetchone()
@@ -111,7 +234,7 @@ _ERRORS: Mapping[int, tuple[type[LeakbenchError], str]] = {
 
 
 @contextlib.contextmanager
-def _one_line_errors(path: Path) -> Iterator[None]:
+def sqlite_errors(path: Path) -> Iterator[None]:
     """Turn what SQLite raises into the one line that says what to do."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""Whether a run file is what it should be: every trial is what its id says, and every result is whole."""
+"""Integrity of a run file: every trial matches its id, and every result is complete."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from leakbench.store.connection import decoding
 from leakbench.store.records import threshold_of
 from leakbench.store.run_file import FILE, Store
 
-SHOWN = 10
-"""So many of a kind are listed; the others are counted."""
+MAX_LISTED = 10
+"""How many lines of a kind are listed; the others are counted."""
 
 
 @dataclass(frozen=True)
 class RunCheck:
-    """What a run file holds.
+    """The contents of a run file, and what is wrong with it.
 
     Attributes:
         planned: how many trials.
         ended: how many of them have a result, by status.
-        spared: how many need none, since another attack has recovered the image (``Matrix.threshold``).
+        skipped: how many need no result, since another attack has recovered the image (``Matrix.threshold``).
         missing: how many have no result, by cell.
         errors: how many ended in an error, by reason.
-        faults: what is wrong with the file, a line each.
-        remarks: what is worth knowing and wrong with nothing.
+        faults: a line on each fault of the file.
+        remarks: lines on what is worth knowing and no fault.
     """
 
     planned: int
     ended: dict[str, int]
-    spared: int
+    skipped: int
     missing: dict[str, int]
     errors: dict[str, int]
     faults: tuple[str, ...]
@@ -47,14 +47,14 @@ class RunCheck:
 
     @property
     def code(self) -> int:
-        """0: whole and sound; 1: trials are missing or ended in an error; 3: something is wrong with the file."""
+        """0: complete and valid; 1: trials are missing or ended in an error; 3: the file has faults."""
         return 3 if self.faults else 1 if self.missing or self.errors else 0
 
     def lines(self) -> list[str]:
-        """Return all of it in words."""
+        """Return a line on each of these, and the verdict."""
         counts = ", ".join(f"{count} {status}" for status, count in self.ended.items())
-        spared = f", {self.spared} need no result" if self.spared else ""
-        found = [f"{self.planned} trials planned, {sum(self.ended.values())} ended ({counts or 'none'}){spared}"]
+        skipped = f", {self.skipped} need no result" if self.skipped else ""
+        found = [f"{self.planned} trials planned, {sum(self.ended.values())} ended ({counts or 'none'}){skipped}"]
         found += self.remarks
         found += _some(
             [f"missing: {count} of {cell}" for cell, count in self.missing.items()], "cells with trials missing"
@@ -62,15 +62,15 @@ class RunCheck:
         found += _some([f"error in {count}: {reason}" for reason, count in self.errors.items()], "reasons of errors")
         found += _some([f"fault: {fault}" for fault in self.faults], "faults")
         verdict = {
-            0: "complete and sound",
-            1: "sound, and not complete: start the run again to do what is missing",
-            3: "not sound: restore a copy, or start the run anew in another folder",
+            0: "complete and valid",
+            1: "valid, but not complete: start the run again to finish it",
+            3: "not valid: restore a copy, or start a new run in another folder",
         }
         return [one_line(line) for line in (*found, verdict[self.code])]
 
 
 def check(run: Path) -> RunCheck:
-    """Read a run (its folder or its file) in full and return what it holds.
+    """Read a run (its folder or its file) in full and check it.
 
     Raises:
         ForeignRun: there is no run file, it cannot be read, or leakbench did not write it.
@@ -80,7 +80,7 @@ def check(run: Path) -> RunCheck:
             with decoding(store.path):
                 return _state(store)
         except (LeakbenchError, sqlite3.Error) as error:
-            fault = f"it cannot be read to its end: {one_line(error)}"
+            fault = f"the file cannot be read to its end: {one_line(error)}"
             return RunCheck(0, {}, 0, {}, {}, (fault,), ())
 
 
@@ -90,11 +90,11 @@ def _state(store: Store) -> RunCheck:
     errors = store.query(
         "SELECT reason, count(*) AS n FROM results WHERE status = 'error' GROUP BY reason ORDER BY n DESC"
     )
-    missing, spared = _missing(store)
+    missing, skipped = _missing(store)
     return RunCheck(
         planned=len(store.planned()),
         ended={row["status"]: row["n"] for row in statuses},
-        spared=spared,
+        skipped=skipped,
         missing=missing,
         errors={row["reason"]: row["n"] for row in errors},
         faults=tuple(faults),
@@ -107,14 +107,14 @@ def _structure(store: Store) -> Iterator[str]:
         if row[0] != "ok":
             yield f"SQLite: {row[0]}"
     for row in store.query("PRAGMA foreign_key_check"):
-        yield f"a row of {row['table']} refers to none of {row['parent']}"
+        yield f"a row of {row['table']} refers to a missing row of {row['parent']}"
 
 
 def _identities(store: Store) -> Iterator[str]:
     cells = {row["id"]: json.loads(row["settings"]) for row in store.query("SELECT id, settings FROM cells")}
     for row in store.query("SELECT id, cell_id, image, seed FROM trials"):
         if row["cell_id"] in cells and trial_id(cells[row["cell_id"]], row["image"], row["seed"]) != row["id"]:
-            yield f"trial {row['id']}: its settings are those of another trial"
+            yield f"trial {row['id']}: its id does not match its settings"
 
 
 def _results(store: Store) -> Iterator[str]:
@@ -122,14 +122,14 @@ def _results(store: Store) -> Iterator[str]:
     for row in store.each("SELECT digest, png FROM truths"):
         sizes[row["digest"]] = _size(row["png"])
         if sizes[row["digest"]] is None:
-            yield f"private image {row['digest'][:16]}: it is no PNG"
+            yield f"private image {row['digest'][:16]}: it is not a PNG"
         if hashlib.sha256(row["png"]).hexdigest() != row["digest"]:
-            yield f"private image {row['digest'][:16]}: it is not the one that was stored"
+            yield f"private image {row['digest'][:16]}: its content does not match its SHA-256"
     infinite = {
         row["trial_id"]: row["metric"]
         for row in store.query("SELECT trial_id, metric FROM scores WHERE NOT abs(value) < 9e999")
     }
-    # pictures are looked at one after the other: a run may have more of them than fit into memory
+    # images are read one by one: a run may have more of them than fit into memory
     ended = store.each(
         "SELECT trial_id, status, reason, truth, png, curve,"
         " EXISTS (SELECT 1 FROM scores WHERE scores.trial_id = results.trial_id) AS scored"
@@ -139,17 +139,17 @@ def _results(store: Store) -> Iterator[str]:
         trial, scored = row["trial_id"], row["status"] in ("ok", "failed")
         size = None if row["png"] is None else _size(row["png"])
         if scored and row["png"] is None:
-            yield f"trial {trial}: it is {row['status']} and has no picture"
+            yield f"trial {trial}: it is {row['status']} and has no image"
         elif scored and (size is None or size != sizes.get(row["truth"])):
-            yield f"trial {trial}: its picture is no PNG of the size of the private image"
+            yield f"trial {trial}: its image is not a PNG of the size of the private image"
         if scored and not row["scored"]:
-            yield f"trial {trial}: it is {row['status']} and has no score"
+            yield f"trial {trial}: it is {row['status']} and has no scores"
         if row["curve"] is not None and not _curved(row["curve"]):
-            yield f"trial {trial}: its curve is no curve of an objective"
+            yield f"trial {trial}: malformed curve in column curve"
         if trial in infinite:
             yield f"trial {trial}: its {infinite[trial]} is not finite"
         if not scored and (row["scored"] or row["png"] is not None):
-            yield f"trial {trial}: it is {row['status']} and has scores or a picture"
+            yield f"trial {trial}: it is {row['status']} and has scores or an image"
         if row["status"] != "ok" and not row["reason"]:
             yield f"trial {trial}: it is {row['status']} without a reason"
 
@@ -174,7 +174,7 @@ def _missing(store: Store) -> tuple[dict[str, int], int]:
     threshold = threshold_of(store.sessions())
     recovered = {} if threshold is None else store.recovered(RECOVERY, threshold)
     missing: Counter[str] = Counter()
-    spared = 0
+    skipped = 0
     rows = store.query(
         "SELECT image, seed, settings, floor, attack, defense, threat, model, dataset FROM trials"
         " JOIN cells ON cells.id = cell_id LEFT JOIN results ON trials.id = trial_id WHERE status IS NULL"
@@ -186,26 +186,27 @@ def _missing(store: Store) -> tuple[dict[str, int], int]:
             and recovered
             and target(json.loads(row["settings"]), row["image"], row["seed"]) in recovered
         ):
-            spared += 1
+            skipped += 1
             continue
         missing[f"{row['attack']} against {row['defense']} ({row['threat']}), {row['model']} on {row['dataset']}"] += 1
-    return dict(missing), spared
+    return dict(missing), skipped
 
 
 def _remarks(store: Store) -> Iterator[str]:
     sessions = store.sessions()
     killed = sum(session.ended is None for session in sessions)
     if killed:
-        yield f"{killed} of {len(sessions)} sessions did not come to their end: stopped, or still running"
+        yield f"{killed} of {len(sessions)} sessions did not end: they were stopped, or are still running"
     shards = sorted({session.provenance.shard for session in sessions if session.provenance.shard})
     if shards:
         yield f"shards: {', '.join(shards)}"
     ended = store.query("SELECT count(*) AS n FROM results WHERE status IN ('ok', 'failed')")[0]["n"]
     for row in store.query("SELECT metric, count(*) AS n FROM scores GROUP BY metric"):
         if row["n"] < ended:
-            yield f"{ended - row['n']} trials without {row['metric']}, which could not be computed"
+            yield f"{ended - row['n']} trials have no {row['metric']}, which could not be computed"
 
 
 def _some(lines: list[str], what: str) -> list[str]:
-    rest = len(lines) - SHOWN
-    return [*lines[:SHOWN], f"... and {rest} more {what}"] if rest > 0 else lines
+    """Return the first ``MAX_LISTED`` lines, and how many more there are."""
+    rest = len(lines) - MAX_LISTED
+    return [*lines[:MAX_LISTED], f"... and {rest} more {what}"] if rest > 0 else lines

@@ -1,15 +1,18 @@
-"""Where a session of a run came from: versions, commit, device, command."""
+"""The provenance of a session of a run: versions, commit, device, command."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
+import sqlite3
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 
 from leakbench.version import __version__
 
@@ -18,10 +21,10 @@ PACKAGES = ("torch", "torchvision", "numpy", "pandas", "lpips", "piq", "nevergra
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a session of a run came from.
+    """The provenance of a session of a run.
 
     Attributes:
-        commit: the commit of the leakbench checkout, or None where leakbench was installed.
+        commit: the commit of the leakbench checkout, or None if leakbench was installed.
         dirty: whether the checkout held uncommitted changes; None without a checkout.
         packages: name -> version of what the numbers depend on, absent ones left out.
         threads: CPU threads that torch uses.
@@ -61,6 +64,22 @@ class Provenance:
             shard=shard,
             workers=workers,
         )
+
+    @classmethod
+    def of(cls, row: sqlite3.Row) -> Provenance:
+        """Return the provenance in a row of the table ``sessions``; raise ValueError if ``packages`` is malformed."""
+        values = {"commit": row["commit_id"], **{name: row[name] for name in _NAMES - {"commit"}}}
+        dirty = None if row["dirty"] is None else bool(row["dirty"])
+        return cls(**{**values, "dirty": dirty, "packages": _PACKAGES.validate_json(row["packages"])})
+
+    def columns(self) -> dict[str, object]:
+        """Return the columns of the table ``sessions`` that hold it."""
+        values = {name: getattr(self, name) for name in _NAMES - {"commit"}}
+        return {**values, "commit_id": self.commit, "packages": json.dumps(dict(self.packages), sort_keys=True)}
+
+
+_NAMES = {field.name for field in fields(Provenance)}
+_PACKAGES = TypeAdapter(dict[str, str])
 
 
 def _checkout(folder: Path) -> tuple[str | None, bool | None]:

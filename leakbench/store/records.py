@@ -1,4 +1,4 @@
-"""What a run file holds beside results: sessions, metrics, components and what they state of themselves."""
+"""Records of a run file beside results: sessions, metrics, components and what they state of themselves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from leakbench.store.provenance import Provenance
 
 
 def threshold_of(sessions: Sequence[RunSession]) -> float | None:
-    """Return from which score on an image counted as recovered in the last session; None where all trials were run."""
+    """Return the score from which an image counted as recovered in the last session; None if all trials were run."""
     try:
         value = json.loads(sessions[-1].provenance.matrix)["threshold"]
     except (IndexError, KeyError, TypeError, ValueError):
@@ -42,7 +42,7 @@ class RunSession:
 
 @dataclass(frozen=True)
 class MetricInfo:
-    """What a reader must know of a metric; kept in the run, so that a report needs no plugin."""
+    """The description of a metric; kept in the run, so that a report needs no plugin."""
 
     name: str
     higher_is_better: bool
@@ -52,7 +52,7 @@ class MetricInfo:
 
 @dataclass(frozen=True)
 class Statement:
-    """What a defense or a dataset states of itself; kept in the run, so that a report needs no plugin.
+    """The description that a defense or a dataset gives of itself; kept in the run, so that a report needs no plugin.
 
     Attributes:
         note: what a reader must know of its options (``Defense.note``), or its images (``Dataset.note``).

@@ -1,0 +1,120 @@
+"""Rows of the run file as the components and the tables that readers ask for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Callable, Mapping, Sequence
+
+import pandas as pd
+from pydantic import TypeAdapter
+
+from leakbench.models.weights import Checkpoint
+from leakbench.store.records import Statement, StoredComponent
+
+BEFORE = ("trial", "dataset", "model", "defense", "attack", "threat", "image", "seed", "status", "seconds")
+"""The columns of the results before the metrics."""
+AFTER = ("reason", "objective", "evaluations", "floor", "path")
+"""The columns of the results after the metrics."""
+
+SPECS = ("dataset", "model", "threat", "defense", "attack")
+"""The columns that name a component or a threat model, in the order by which results are sorted."""
+
+TRIALS = (
+    "SELECT trials.id AS trial, image, seed, coalesce(status, '') AS status, seconds, coalesce(reason, '') AS reason,"
+    " objective, evaluations, floor, coalesce(path, '') AS path, cell_id FROM trials JOIN cells ON cells.id = cell_id"
+    " LEFT JOIN results ON trials.id = trial_id ORDER BY position, trials.rowid"
+)
+"""The query for the first argument of ``trials``."""
+
+
+def components(cells: Sequence[sqlite3.Row], stated: Callable[[str], Mapping[str, str]]) -> list[StoredComponent]:
+    """Return every dataset, model, defense and attack of some cells.
+
+    Args:
+        cells: rows of the table ``cells``.
+        stated: returns what was recorded of components of a kind, both JSON, by their settings (``Store.stated``).
+    """
+    checkpoints = {settings: _CHECKPOINT.validate_json(text) for settings, text in stated("checkpoint").items()}
+    found = []
+    for kind in ("dataset", "model", "defense", "attack"):
+        statements = {settings: _STATEMENT.validate_json(text) for settings, text in stated(kind).items()}
+        for spec, text, variant in dict.fromkeys(_variants(cells, kind).values()):
+            own = json.loads(text)
+            found.append(
+                StoredComponent(
+                    kind=kind,
+                    spec=_labelled(spec, variant),
+                    version=int(own["version"]),
+                    options={name: value for name, value in own.items() if name not in ("name", "version")},
+                    checkpoint=checkpoints.get(text) if kind == "model" else None,
+                    statement=statements.get(text),
+                    variant=variant,
+                )
+            )
+    return found
+
+
+def trials(
+    rows: Sequence[sqlite3.Row], cells: Sequence[sqlite3.Row], scores: Sequence[sqlite3.Row], metrics: list[str]
+) -> pd.DataFrame:
+    """Return one row per trial: ``BEFORE``, the metrics, ``AFTER``.
+
+    Args:
+        rows: what ``TRIALS`` returns.
+        cells: rows of the table ``cells``.
+        scores: rows of (trial, metric, value).
+        metrics: the names of the metrics, in order.
+    """
+    planned = {column: [row[column] for row in rows] for column in (*BEFORE, *AFTER) if column not in SPECS}
+    for axis in SPECS:
+        labels = {cell: _labelled(spec, variant) for cell, (spec, _, variant) in _variants(cells, axis).items()}
+        planned[axis] = [labels[row["cell_id"]] for row in rows]
+    frame = pd.DataFrame(planned).astype(
+        dict.fromkeys(("trial", *SPECS, "status", "reason", "path"), "str")
+        | dict.fromkeys(("image", "seed"), "int64")
+        | {"seconds": "float64", "objective": "float64", "evaluations": "Int64", "floor": "bool"}
+    )
+    values = pd.DataFrame([tuple(row) for row in scores], columns=["trial", "metric", "value"])
+    wide = values.pivot(index="trial", columns="metric", values="value").reindex(index=frame["trial"], columns=metrics)
+    for name in metrics:
+        frame[name] = wide[name].to_numpy(dtype="float64")
+    return frame[[*BEFORE, *metrics, *AFTER]]
+
+
+def ended(planned: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of trials that have a result, in the order of ``Store.results``."""
+    ranks = {f"{axis} rank": pd.factorize(planned[axis])[0] for axis in SPECS}
+    found = planned.assign(**ranks)[planned["status"] != ""]
+    return found.sort_values([*ranks, "seed", "image", "trial"], ignore_index=True)[list(planned.columns)]
+
+
+def _variants(cells: Sequence[sqlite3.Row], axis: str) -> dict[int, tuple[str, str, str]]:
+    """Return by cell: the spec of an axis, its settings (JSON), and a variant if others have the same spec.
+
+    The variant is a version, or a hash of the settings if another one has the same version. Cells of one spec follow
+    each other.
+    """
+    texts = {cell["id"]: json.dumps(json.loads(cell["settings"])[axis], sort_keys=True) for cell in cells}
+    by_spec: dict[str, dict[str, object]] = {}
+    for cell in cells:
+        text = texts[cell["id"]]
+        by_spec.setdefault(cell[axis], {})[text] = json.loads(text).get("version")
+    found = {}
+    rank = {spec: place for place, spec in enumerate(by_spec)}
+    for cell in sorted(cells, key=lambda cell: rank[cell[axis]]):
+        text, alike = texts[cell["id"]], by_spec[cell[axis]]
+        unique = list(alike.values()).count(alike[text]) == 1
+        apart = f"version {alike[text]}" if unique else f"settings {hashlib.sha256(text.encode()).hexdigest()[:6]}"
+        found[cell["id"]] = (cell[axis], text, "" if len(alike) == 1 else apart)
+    return found
+
+
+def _labelled(spec: str, variant: str) -> str:
+    """Return the name of a spec in the results, which no other component of the run has."""
+    return f"{spec} [{variant}]" if variant else spec
+
+
+_CHECKPOINT = TypeAdapter(Checkpoint)
+_STATEMENT = TypeAdapter(Statement)
