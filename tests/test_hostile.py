@@ -69,9 +69,9 @@ def run(hostile, work, tmp_path):
     [
         ("UPDATE truths SET png = 'text'", "truths"),
         ("UPDATE trials SET image = 'many'", "trials"),
-        ("UPDATE cells SET settings = '[]' WHERE id = 1", "words of another form"),
-        ("UPDATE cells SET settings = '{\"dataset\": 3}' WHERE id = 1", "words of another form"),
-        ("UPDATE sessions SET packages = '[1]'", "words of another form"),
+        ("UPDATE cells SET settings = '[]' WHERE id = 1", "malformed JSON in column settings"),
+        ("UPDATE cells SET settings = '{\"dataset\": 3}' WHERE id = 1", "malformed JSON in column settings"),
+        ("UPDATE sessions SET packages = '[1]'", "malformed JSON in column packages"),
         ("DELETE FROM truths", "private image"),
         ("DROP TABLE scores", "no table 'scores'"),
         ("ALTER TABLE results DROP COLUMN path", "columns"),
@@ -176,7 +176,7 @@ def test_what_sqlite_says_of_a_damaged_schema_is_printable(run):
 def test_a_trial_of_no_session_is_not_shown(run):
     with closing(sqlite3.connect(run / FILE)) as db, db:
         db.execute("UPDATE results SET session_id = 7")
-    with Store.open(run / FILE, readonly=True) as store, pytest.raises(ForeignRun, match="words of another form"):
+    with Store.open(run / FILE, readonly=True) as store, pytest.raises(ForeignRun, match="malformed"):
         show.show(store, min(store.planned()))
 
 
@@ -184,7 +184,7 @@ def test_a_run_whose_count_of_trials_is_none_is_not_continued(run):
     axes = {"attacks": ["grey"], "defenses": ["none"], "models": ["lenet"], "datasets": ["samples"], "floors": False}
     with closing(sqlite3.connect(run / FILE)) as db, db:
         db.execute("UPDATE meta SET value = '{}' WHERE key = 'planned'")
-    with pytest.raises(ForeignRun, match="words of another form"):
+    with pytest.raises(ForeignRun, match="malformed"):
         leakbench.run(Matrix(**axes, images=3), run, device="cpu")
 
 
