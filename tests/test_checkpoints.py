@@ -154,13 +154,13 @@ def test_reports_say_what_was_attacked_without_the_files(tmp_path: Path) -> None
     told = write(network, tmp_path / "told.safetensors")
     silent = str(tmp_path / "silent.safetensors")
     save_file({name: value + 0.01 for name, value in network.state_dict().items()}, silent)
-    matrix = plan(models=["lenet", spec(told), spec(silent)], attacks=["idlg(steps=1)"], images=1)
+    arms = {"defenses": ["none", "keylock(length=5)"], "threats": ["T3", "T4"]}  # a study of sharing
+    matrix = plan(models=["lenet", spec(told), spec(silent)], attacks=["idlg(steps=1)"], images=1, **arms)
     out = tmp_path / "run"
     leakbench.run(matrix, out, device="cpu")
     Path(told).unlink()
     Path(silent).unlink()
     report.write(out, {"md"})
-    report.write_sharing(out)
     report.write_comparison(out)
     for name in ("report.md", "sharing.md", "paper.md"):
         lines = (out / name).read_text().splitlines()

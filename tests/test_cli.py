@@ -657,7 +657,7 @@ def test_the_study_of_sharing_writes_its_own_report(cli, place):
     assert (done.code, done.err) == (0, "")
     assert done.out.splitlines()[-1] == "report: x/sharing.md"
     text = (place / "x/sharing.md").read_text()
-    for arm in ("none", "norm-only", "nothing", "nothing, lock weights known", "key", "lock", "lock, key worked out"):
+    for arm in ("none", "norm-only", "nothing", "nothing, lock weights known", "key", "lock", "lock, key derived"):
         assert f"| {arm} " in text
     assert "x/grids/sharing-001-samples-size-12-lenet-ig-steps-2.png" in written(place)
     (place / "x/sharing.md").unlink()

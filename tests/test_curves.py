@@ -17,6 +17,7 @@ from leakbench.defenses.noise import SMOOTH
 from leakbench.errors import BadOption
 from leakbench.plan.matrix import Matrix, expand, load_suite
 from leakbench.report import curves
+from leakbench.report.figure import saved
 from leakbench.store.records import StoredComponent
 from leakbench.store.run_file import FILE, Store
 
@@ -108,7 +109,7 @@ def test_a_run_over_strengths_has_a_table_and_a_figure(tmp_path: Path) -> None:
     before = (tmp_path / picture).read_bytes()
     with Store.open(tmp_path / FILE, readonly=True) as store:
         (page,) = curves.pages(store.results(), store.metrics(), store.components())
-        assert curves.png(page, store.components()) == before
+        assert saved(curves.figure(page)) == before
         other = results[results["defense"].isin(["none", "quantise(bits=2)"])].assign(threat="optimises=true")
         both = pd.concat([results, other], ignore_index=True)
         (same,) = curves.pages(both, store.metrics(), store.components())

@@ -15,14 +15,15 @@ from PIL import Image
 from scipy import stats
 from test_store import METRICS, Data, Net, TinyAttack, TinyDefense, named, png, provenance, result
 
-from leakbench import report
-from leakbench.analysis.statistics import holm, sign_flip_test
+from leakbench import metrics, report
+from leakbench.analysis.statistics import holm
 from leakbench.core.types import PRESETS
 from leakbench.errors import BadOption
 from leakbench.plan.matrix import Matrix, expand, load, load_suite, parse_threat
 from leakbench.plan.trial import Cell, Result, Trial
 from leakbench.report import compare
 from leakbench.report import sharing as study
+from leakbench.report.figure import saved
 from leakbench.store.run_file import FILE, Store
 
 BENCHMARKS = sorted((Path(__file__).parent.parent / "benchmarks").glob("table[4-7].toml"))
@@ -97,40 +98,6 @@ def test_there_is_a_file_for_every_table() -> None:
 # Statistics
 
 
-def test_the_sign_flip_test_is_exact() -> None:
-    """Against scipy, which tries all signs as well."""
-    rng = np.random.default_rng(0)
-    for size in (2, 5, 9):
-        values = rng.normal(0.4, 1, size)
-        found = stats.permutation_test((values,), np.mean, permutation_type="samples", n_resamples=np.inf)
-        assert sign_flip_test(values) == pytest.approx(found.pvalue)
-    assert sign_flip_test([1.0, 2.0, 3.0, 4.0]) == 2 / 16
-    assert sign_flip_test([1.0, -1.0]) == 1
-    assert sign_flip_test([0.0] * 5) == 1
-
-
-def test_the_sign_flip_test_of_many_images_is_close_and_repeats() -> None:
-    values = np.random.default_rng(1).normal(0.3, 1, 40)
-    p = sign_flip_test(values)
-    assert p == sign_flip_test(values)
-    assert p == pytest.approx(stats.ttest_1samp(values, 0).pvalue, rel=0.2)
-    assert 0 < sign_flip_test(np.ones(40)) < 1e-3
-
-
-def test_seeds_of_an_image_are_one_observation() -> None:
-    values = [1.0, 3.0, 2.0, 2.0]
-    assert sign_flip_test(values, [0, 0, 1, 1]) == 0.5
-    assert math.isnan(sign_flip_test([1.0, 2.0], [3, 3]))
-    assert math.isnan(sign_flip_test([1.0, math.inf]))
-    assert math.isnan(sign_flip_test([]))
-
-
-def test_the_sign_flip_test_keeps_its_level() -> None:
-    rng = np.random.default_rng(2)
-    rejected = np.mean([sign_flip_test(rng.normal(0, 1, 10)) <= 0.05 for _ in range(600)])
-    assert rejected <= 0.05 + 3 * (0.05 * 0.95 / 600) ** 0.5
-
-
 def test_holm() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.6]) == [1, 1]
@@ -148,14 +115,14 @@ DLG = named(TinyAttack, "dlg")()
 NONE, NORM, LOCK = (named(TinyDefense, name)() for name in ("none", "norm-only", "keylock"))
 INFORMED = parse_threat("reveals=lock, informed=true")
 LEVELS = [PRESETS["T0"], PRESETS["T1"], PRESETS["T3"], PRESETS["T4"], INFORMED, PRESETS["T5"]]
-NAMES = ["none", "norm-only", "nothing", "nothing, lock weights known", "key", "lock", "lock, key worked out", "both"]
+NAMES = ["none", "norm-only", "nothing", "nothing, lock weights known", "key", "lock", "lock, key derived", "both"]
 
 
 def trial(attack, defense, threat, image: int, psnr: float) -> Result:
     return result(
         Trial(Cell(Data(), Net(), defense, attack, threat), image, 0),
         status="ok",
-        scores={"psnr": psnr, "mse": 1 / psnr},
+        scores={"psnr": psnr, "psnr_aligned": psnr, "mse": 1 / psnr},
         reconstruction=png(image * 7 + int(psnr), 28),
         truth=png(1000 + image, 28),
     )
@@ -176,7 +143,7 @@ def results(images: int = 5) -> list[Result]:
 
 def stored(folder: Path, rows: list[Result]) -> Path:
     with Store.create(folder / FILE) as store:
-        store.record_metrics(METRICS)
+        store.record_metrics([*METRICS, metrics.parse("psnr_aligned")])
         session = store.start_session(provenance())
         store.write(rows, session)
         store.end_session(session)
@@ -205,48 +172,56 @@ def test_the_arms_are_the_grants_in_their_order(tmp_path: Path) -> None:
 
 def test_the_report_on_sharing(tmp_path: Path) -> None:
     stored(tmp_path, results())
-    written = report.write_sharing(tmp_path)
+    written = report.write(tmp_path, {"md"})
     text = (tmp_path / "sharing.md").read_text()
-    assert [path.name for path in written[1:]] == ["sharing.md"]
-    assert written[0].parent.name == "grids"
-    scores = {row[0]: row for row in table(text, f"(grids/{written[0].name})")}
+    assert [path.name for path in written[-1:]] == ["sharing.md"]
+    (picture,) = (tmp_path / "grids").glob("sharing-*.png")
+    scores = {row[0]: row for row in table(text, f"(grids/{picture.name})")}
     assert list(scores) == NAMES
-    assert scores["both"][1:3] == ["5", "0"]
-    assert scores["both"][3].startswith("19.00 [")
-    assert scores["both"][-1].startswith("+11.00 [")
-    assert scores["none"][3].startswith("22.00 [")
-    tests = {row[0]: row for row in table(text, "**Paired differences in psnr**:")}
-    assert tests["lock, key worked out − lock"][1:4] == ["5", "+5.000 [+5.000, +5.000]", "0.062"]
-    assert tests["both − lock, key worked out"][2:4] == ["+0.000 [+0.000, +0.000]", "1.000"]
+    assert scores["both"][1:4] == ["5", "0", "0"]
+    assert scores["both"][4].startswith("19.00 [")
+    assert scores["both"][5].startswith("+11.00 [")
+    assert scores["none"][4].startswith("22.00 [")
+    report.write(tmp_path, {"md"})
+    assert (tmp_path / "sharing.md").read_text() == text
+
+
+def test_arms_are_compared_by_wilcoxons_test(tmp_path: Path) -> None:
+    stored(tmp_path, results(12))
+    report.write(tmp_path, {"md"})
+    tests = {row[0]: row for row in table((tmp_path / "sharing.md").read_text(), "**Paired differences**:")}
+    assert len(tests) == 1 + 2 * 3 + 15
+    p = stats.wilcoxon(np.full(12, 5.0)).pvalue
+    assert tests["lock, key derived − lock"][1:5] == ["12", "+5.000 [+5.000, +5.000]", "+5.000", "<0.001"]
+    assert p < 0.001
+    assert tests["both − lock, key derived"][2:6] == ["+0.000 [+0.000, +0.000]", "+0.000", "1.000", "1.000"]
     assert tests["none − norm-only"][2] == "+2.000 [+2.000, +2.000]"
     assert tests["norm-only − key"][2] == "+6.000 [+6.000, +6.000]"
     assert tests["norm-only − both"][2] == "+1.000 [+1.000, +1.000]"
-    assert len(tests) == 1 + 2 * 3 + 15
-    assert {row[4] for row in tests.values()} == {"1.000"}, "five images cannot show twenty differences"
-    report.write_sharing(tmp_path)
-    assert (tmp_path / "sharing.md").read_text() == text
 
 
 def test_the_grid_has_a_row_for_each_grant_and_the_truth_below(tmp_path: Path) -> None:
     stored(tmp_path, results(3))
-    rows = frame(tmp_path)
-    (grid,) = study.grids(rows)
-    assert [label for label, _ in grid.rows] == NAMES
-    assert all(len(trials) == 3 and None not in trials for _, trials in grid.rows)
+    trials = study.grid(study.arms(frame(tmp_path)))
+    assert list(trials.index) == NAMES
+    assert list(trials.columns) == [0, 1, 2]
+    assert trials.notna().to_numpy().all()
     with Store.open(tmp_path / FILE, readonly=True) as store:
-        drawn = study.png(grid, store.images(grid.trials))
-        again = study.png(grid, store.images(grid.trials))
-        empty = study.png(grid, {})
-    assert drawn == again != empty
+        pictures = store.images(trials.stack().tolist())
+    drawn = saved(study.figure(trials, pictures))
+    assert drawn == saved(study.figure(trials, pictures)) != saved(study.figure(trials, {}))
     image = Image.open(BytesIO(drawn))
     assert image.height > 9 * 80
     assert image.width > 3 * 80
 
 
-def test_a_run_without_key_lock_says_so(tmp_path: Path) -> None:
-    stored(tmp_path, [trial(GREY, NONE, PRESETS["T0"], 0, 8.0)])
-    report.write_sharing(tmp_path)
-    assert "nothing to show" in (tmp_path / "sharing.md").read_text()
+def test_a_run_that_shares_no_key_and_no_lock_has_no_page_on_sharing(tmp_path: Path) -> None:
+    shared = {"T3": PRESETS["T3"], "T4": PRESETS["T4"]}
+    for kept in shared:
+        rows = [row for row in results(2) if row.trial.threat != shared[kept]]
+        names = [path.name for path in report.write(stored(tmp_path / kept, rows), {"md"})]
+        assert "report.md" in names
+        assert not [name for name in names if "sharing" in name]
 
 
 # The paper's figures

@@ -116,7 +116,7 @@ def paired_difference(first: pd.Series, second: pd.Series, test: Test) -> Differ
 
     Args:
         first: values by (image, seed), NaN where there is none; so is ``second``.
-        test: ``wilcoxon_test`` or ``sign_flip_test``.
+        test: such as ``wilcoxon_test``.
     """
     both = pd.concat([first, second], axis=1, keys=["first", "second"]).dropna()
     images = both.index.get_level_values("image").to_numpy()
@@ -159,38 +159,6 @@ def wilcoxon_test(values: Sequence[float] | Array, images: Images | None = None)
     if not means.any():
         return 1.0
     return float(stats.wilcoxon(means, zero_method="pratt").pvalue)
-
-
-def sign_flip_test(
-    values: Sequence[float] | Array, images: Images | None = None, seed: int = 0, resamples: int = 20_000
-) -> float:
-    """Return the two-sided p of a paired permutation test that the mean difference is 0.
-
-    Under that hypothesis an image's mean difference is as likely as its opposite. All signs are tried up to 14 images
-    (the smallest p is then 2/2^n), and so many random ones beyond.
-
-    Args:
-        values: [N] finite differences.
-        images: [N] the image of each; those of one image are averaged first. None: every value has its own.
-        seed: of the random signs, so that the same values always have the same p.
-        resamples: how many random signs.
-
-    Returns:
-        p in (0, 1]; NaN where there are fewer than two images or a value is not finite.
-    """
-    means = _image_means(np.asarray(values, dtype=np.float64), images)
-    if len(means) < 2 or not np.isfinite(means).all():
-        return math.nan
-    observed = abs(means.sum())
-    if len(means) <= 14:
-        signs = 1.0 - 2.0 * ((np.arange(2 ** len(means))[:, None] >> np.arange(len(means))) & 1)
-        extra = 0
-    else:
-        signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(resamples, len(means)))
-        extra = 1  # the observed signs are one of those that could have been drawn
-    slack = 1e-12 * np.abs(means).sum()  # sums in another order differ in their last digits
-    as_extreme = int((np.abs(signs @ means) >= observed - slack).sum())
-    return (as_extreme + extra) / (len(signs) + extra)
 
 
 def holm(values: Sequence[float]) -> list[float]:

@@ -11,7 +11,6 @@ from leakbench.report.files import (
     write,
     write_comparison,
     write_figures,
-    write_sharing,
 )
 
 __all__ = [
@@ -26,5 +25,4 @@ __all__ = [
     "write",
     "write_comparison",
     "write_figures",
-    "write_sharing",
 ]

@@ -13,7 +13,6 @@ from leakbench.analysis import pareto as utility
 from leakbench.analysis.ensemble import skipped
 from leakbench.errors import BadOption, LeakbenchError
 from leakbench.report import compare, curves, figures, grids, html, latex, sharing, weights, worst_case
-from leakbench.report.about import about
 from leakbench.report.markdown import Picture, Run, markdown
 from leakbench.store.frames import AFTER, BEFORE
 from leakbench.store.records import run_name, threshold_of
@@ -68,10 +67,8 @@ def write(out: Path | str, formats: Collection[str] = DEFAULT) -> list[Path]:
             if threshold is not None:
                 text = worst_case.markdown(run.name, trials, threshold, store.threats(), store.components())
                 written.append(replace(out / "worst-case.md", text.encode()))
-            elif curves.kinds(store.components()):
-                written += _write_curves(out, store, results)
-            if sharing.compares(results):
-                written += write_sharing(out)
+            for name, data in (*curves.files(run), *sharing.files(run, store)):
+                written.append(replace(out / name, data))
             written += _write_weights(out, run.name, store, results, run.planned - len(results))
             _remove_others(out / "grids", {picture.path.removeprefix("grids/") for picture in pictures})
     return written
@@ -116,16 +113,6 @@ def _run(store: Store, out: Path) -> tuple[Run, pd.DataFrame]:
     return run, trials
 
 
-def _write_curves(out: Path, store: Store, results: pd.DataFrame) -> list[Path]:
-    """Write ``curves.md`` and its ``grids/curves-*.png``, where there is a page."""
-    metrics, components = store.metrics(), store.components()
-    pages = curves.pages(results, metrics, components)
-    if not pages:
-        return []
-    written = [replace(out / "grids" / page.file, curves.png(page, components)) for page in pages]
-    return [*written, replace(out / curves.FILE, curves.markdown(pages, components, metrics).encode())]
-
-
 def ranking(out: Path | str) -> str:
     """Return the table of ``worst-case.md`` that ranks the defenses, for each dataset and model of a run.
 
@@ -138,25 +125,6 @@ def ranking(out: Path | str) -> str:
         if threshold is None:
             raise BadOption(f"the run in {str(out)!r} has no threshold; run the suite worst-case, or give --threshold")
         return worst_case.ranking(store.trials(), threshold)
-
-
-def write_sharing(out: Path | str) -> list[Path]:
-    """Write ``sharing.md`` and its ``grids/sharing-*.png`` beside the run file in ``out``; return their paths.
-
-    Raises:
-        ForeignRun: there is no readable run file in ``out``.
-    """
-    out = Path(out)
-    written = []
-    with Store.open(out / FILE, readonly=True) as store:
-        results = store.results()
-        pages = sharing.grids(results)
-        for page in pages:
-            written.append(replace(out / "grids" / page.file, sharing.png(page, store.images(page.trials))))
-        head = about(store.sessions(), results, len(store.trials()))
-        text = sharing.markdown(results, store.metrics(), pages, store.components(), head)
-        written.append(replace(out / "sharing.md", text.encode()))
-    return written
 
 
 def write_comparison(out: Path | str) -> Path:

@@ -1,0 +1,64 @@
+"""What study pages share: a table of rows, and lines of values with intervals along an axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from leakbench.core.text import with_interval
+from leakbench.report.display import to_markdown
+from leakbench.report.figure import bars, plain
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a figure.
+
+    Attributes:
+        label: its name in the key.
+        points: [N, 4] the place along the axis, the value, and the low and high end of its 95 % interval.
+        look: Matplotlib's options, such as those of ``figure.style``.
+    """
+
+    label: str
+    points: Sequence[tuple[float, float, float, float]]
+    look: Mapping[str, Any]
+
+
+def table(rows: Sequence[Mapping[str, object]], left: int) -> str:
+    """Return rows as a Markdown table, in which the first ``left`` columns are aligned to the left.
+
+    Args:
+        rows: cells by heading, in the same order in every row; ``str`` makes them text. None: no table.
+    """
+    cells = [{heading: str(cell) for heading, cell in row.items()} for row in rows]
+    return to_markdown(pd.DataFrame(cells, dtype=str), left) if cells else ""
+
+
+def per_cent(value: float, low: float, high: float, places: int = 2) -> str:
+    """Return a share in [0, 1] with its interval, in per cent without the sign."""
+    return with_interval(100 * value, 100 * low, 100 * high, places)
+
+
+def draw_lines(panel: Any, lines: Sequence[Line], ticks: Mapping[float, str]) -> None:
+    """Draw lines with intervals into a panel, next to each other where they have the same place.
+
+    Args:
+        panel: Matplotlib's axes.
+        lines: those without a point are left out.
+        ticks: what the places along the axis are called.
+    """
+    places = sorted(ticks)
+    apart = 0.06 * (places[-1] - places[0] or 1) / max(1, len(places) - 1)
+    for index, line in enumerate(lines):
+        if len(line.points):
+            x, value, low, high = np.array(line.points, dtype=np.float64).T
+            x = x + apart * (index - (len(lines) - 1) / 2)
+            look = {"capsize": 3, "markersize": 5, "linewidth": 1.4} | dict(line.look)
+            panel.errorbar(x, value, bars(value, low, high), label=plain(line.label), **look)
+    panel.set_xticks(places, [ticks[place] for place in places], fontsize=8)
+    panel.grid(alpha=0.3)
