@@ -16,9 +16,10 @@ from leakbench.defenses import Defense
 from leakbench.models import weights
 from leakbench.models.weights import Checkpoint
 from leakbench.training.data import Data, load
+from leakbench.training.files import STATE, read_state, restoring, write_state
 from leakbench.training.settings import Arm, Recipe
 from leakbench.training.steps import Loss, Score, State, Trainee, draw, evaluate
-from leakbench.training.thief import Theft
+from leakbench.training.thief import Theft, thefts
 from leakbench.victim import build
 
 GLOBAL = "global"
@@ -62,6 +63,11 @@ class Round:
     seconds: float
     failures: tuple[str, ...] = ()
     untested: tuple[str, ...] = ()
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the training loss is infinite or undefined."""
+        return not math.isfinite(self.loss)
 
     def accuracy(self, part: str) -> float:
         """Return the mean accuracy of all views on ``validation`` or ``test``."""
@@ -217,26 +223,111 @@ def stages_of(recipe: Recipe) -> dict[str, int]:
     return {"initial": 0, "1 epoch": 1, "25 %": math.ceil(recipe.rounds / 4), "100 %": recipe.rounds}
 
 
-def diverged(one: Round) -> bool:
-    """Return whether a round's training loss is infinite or undefined."""
-    return not math.isfinite(one.loss)
+class History:
+    """What an arm's training has measured, and its files: rounds, checkpoints, and the tensors of the best round.
 
-
-def keep(session: Session, folder: Path, name: str, number: int, accuracy: float) -> Stage:
-    """Write the network as it is as a checkpoint that the matrix of attacks takes.
-
-    Of a defense that changes the network, the file holds the defended network with its secrets, and is attacked behind
-    that defense; of any other it holds the plain network.
+    Args:
+        session: the arm.
+        folder: of the state and the checkpoints.
+        told: called with every finished round, those of an earlier start included.
     """
-    arm = session.arm
-    file = f"{name.replace(' %', '-percent').replace(' ', '-')}.safetensors"
-    unit = "round" if arm.recipe.mode == "fedavg" else "epoch"
-    weights.save(
-        session.trainee.network,
-        folder / file,
-        stage=f"{name} ({unit} {number} of {arm.recipe.rounds})",
-        test_accuracy=accuracy,
-        dataset=arm.specs["dataset"],
-        defense=arm.specs["defense"] if type(arm.defense).wrap is not Defense.wrap else "",
-    )
-    return Stage(name, number, file, accuracy)
+
+    def __init__(self, session: Session, folder: Path, told: Told) -> None:
+        self.session, self.folder, self.told = session, folder, told
+        self.rounds: list[Round] = []
+        self.stages: list[Stage] = []
+        self.best: State = {}
+
+    def restore(self) -> dict[str, Any] | None:
+        """Read what an earlier start left, and return the further entries of its state; None if there is none.
+
+        Raises:
+            CorruptAsset: the state cannot be read.
+        """
+        file = self.folder / STATE
+        if not file.exists():
+            return None
+        state = read_state(file)
+        with restoring(file):
+            self.rounds = [Round.of(one) for one in state.pop("rounds")]
+            self.stages = [Stage.of(one) for one in state.pop("stages")]
+            self.best = state.pop("best")
+        for one in self.rounds:
+            self.told(one)
+        return state
+
+    @property
+    def done(self) -> bool:
+        """Whether no round is left."""
+        return len(self.rounds) >= self.session.arm.recipe.rounds or bool(self.rounds and self.rounds[-1].diverged)
+
+    @property
+    def best_round(self) -> Round:
+        """The best round so far (``best_of``)."""
+        return self.rounds[best_of(self.rounds, self.session.arm.recipe) - 1]
+
+    def add(self, one: Round, accuracy: float, model: State, rest: Mapping[str, Any]) -> None:
+        """Add a round, write the checkpoints of the stages that it reaches, and write the state.
+
+        Args:
+            one: the round.
+            accuracy: of the network on the test images.
+            model: the tensors that are kept if this round is the best.
+            rest: further entries of the state.
+        """
+        self.rounds.append(one)
+        for name, at in stages_of(self.session.arm.recipe).items():
+            if at == one.number:
+                self.keep(name, at, accuracy)
+        if self.best_round is one:
+            self.best = model
+        state = {"rounds": [each.plain() for each in self.rounds], "stages": [vars(stage) for stage in self.stages]}
+        write_state(self.folder / STATE, {**state, "best": self.best, **rest})
+
+    def keep(self, name: str, number: int, accuracy: float) -> None:
+        """Write the network as it is as a checkpoint that the matrix of attacks takes.
+
+        If the defense changes the network, the file holds the defended network with its secrets, and is attacked behind
+        that defense; otherwise it holds the plain network.
+        """
+        arm = self.session.arm
+        file = f"{name.replace(' %', '-percent').replace(' ', '-')}.safetensors"
+        weights.save(
+            self.session.trainee.network,
+            self.folder / file,
+            stage=f"{name} ({arm.recipe.unit} {number} of {arm.recipe.rounds})",
+            test_accuracy=accuracy,
+            dataset=arm.specs["dataset"],
+            defense=arm.specs["defense"] if type(arm.defense).wrap is not Defense.wrap else "",
+        )
+        self.stages.append(Stage(name, number, file, accuracy))
+
+    def outcome(self, accuracy: float, privates: Sequence[State]) -> Outcome:
+        """Write the checkpoint of the best round, and return the outcome.
+
+        Args:
+            accuracy: of the network, which holds the model of the best round, on the test images.
+            privates: the secrets of each client in that round.
+        """
+        session, recipe, last = self.session, self.session.arm.recipe, self.rounds[-1]
+        number = self.best_round.number
+        self.keep("best", number, accuracy)
+        stolen = thefts(
+            session.trainee,
+            session.trainee.shared(),
+            privates,
+            session.initial,
+            session.data.test,
+            draws=recipe.thief,
+            seed=session.arm.seed,
+        )
+        reason = f"the training loss was {last.loss} in {recipe.unit} {last.number}; it stopped there"
+        return Outcome(
+            "failed" if last.diverged else "ok",
+            reason if last.diverged else "",
+            tuple(self.rounds),
+            number,
+            tuple(self.stages),
+            tuple(stolen),
+            len(session.data.train),
+        )

@@ -109,6 +109,11 @@ class Recipe(Axes):
         return int(self.fraction * self.clients + 1e-9)
 
     @property
+    def unit(self) -> str:
+        """What one of ``rounds`` is: ``round`` or ``epoch``."""
+        return "round" if self.mode == "fedavg" else "epoch"
+
+    @property
     def held_out(self) -> float:
         """The share of the training images that no step sees."""
         return self.validation if self.select == "validation" else 0.0
