@@ -27,6 +27,7 @@ from leakbench.models import parse
 from leakbench.optim import Solution, Unknowns, value_and_gradient
 from leakbench.plan.matrix import Matrix, parse_threat
 from leakbench.report import weights
+from leakbench.report.figure import saved
 from leakbench.store.records import TrialRecord
 from leakbench.store.run_file import Store
 from leakbench.victim import build
@@ -601,9 +602,30 @@ def test_the_report_compares_with_the_rate_and_shows_the_scale_and_the_strengths
     told = weights.markdown("mine", trials.assign(family=None, defense="noise"), 3, 2)
     assert "not finished" in told
     assert "2 trials ended in an error" in told
-    assert "in report.md alone: noise" in told
-    assert weights.scale_png(trials) == weights.scale_png(trials)
-    assert weights.defense_png(trials).startswith(b"\x89PNG")
+    assert "only in report.md: noise" in told
+    drawn = saved(weights.scale_figure(trials))
+    assert drawn == saved(weights.scale_figure(trials)) != saved(weights.scale_figure(trials.assign(recovered=False)))
+
+
+def test_the_figure_of_defenses_has_a_line_for_each_attack_over_the_strengths() -> None:
+    drawn = weights.defense_figure(weights.rows(*a_run()))
+    (panel,) = drawn.axes
+    assert [tick.get_text() for tick in panel.get_xticklabels()] == ["0", "0.001", "1"]
+    heights = {bar.get_label(): bar.lines[0].get_ydata().tolist() for bar in panel.containers}
+    assert heights == {"dlg, rate known": [1.0, 0.0, 0.0], "dlm, rate hidden": [0.5, 0.0, 0.0]}
+
+
+@pytest.mark.parametrize(("without", "overlap"), [(8, "yes"), (4, "yes"), (0, "no")])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_intervals_overlap_whichever_share_is_larger(without: int, overlap: str, swapped: bool) -> None:
+    def cell(method: str, recovered: int) -> pd.DataFrame:
+        image = range(8)
+        return pd.DataFrame({"image": image, "seed": 0, "method": method, "recovered": [i < recovered for i in image]})
+
+    own, other = cell("dlm", without), cell("dlg", 8)
+    found = weights._gap(other, own) if swapped else weights._gap(own, other)
+    assert found["intervals overlap"] == overlap
+    assert found["compared with"] == ("dlm" if swapped else "dlg")
 
 
 def test_the_report_keeps_options_grants_and_places_apart() -> None:
@@ -624,15 +646,17 @@ def test_the_report_keeps_options_grants_and_places_apart() -> None:
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     undefended = {tuple(line[3:6]) for line in cells if line[0] == "d" and line[6:7] == ["6"]}
     assert undefended == {
-        *(("1", attack, "hidden") for attack in ("dlm", "dlm(lr=2.0)", "dlm, label known", "dlm, informed")),
+        *(("1", attack, "hidden") for attack in ("dlm", "dlm(lr=2.0)", "dlm, label known", "dlm, adaptive")),
         ("1", "dlg", "known"),
         ("5", "dlm", "hidden"),
     }
     assert ["d", "m", "dlm(lr=2.0)"] in cells
-    behind = [line for line in cells if line[0].startswith("weight-noise") and line[6] == "dlm, informed"]
+    behind = [line for line in cells if line[0].startswith("weight-noise") and line[6] == "dlm, adaptive"]
     assert [(line[1], line[8], line[10].split()[0]) for line in behind] == [
         ("0", "6", "50"),
         ("0.001", "6", "0"),
         ("1", "6", "0"),
     ]
-    assert weights.defense_png(trials).startswith(b"\x89PNG")
+    (panel, other) = weights.defense_figure(trials).axes
+    assert len(panel.containers) == 5
+    assert len(other.containers) == 1

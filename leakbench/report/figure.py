@@ -64,8 +64,10 @@ def style(place: int) -> dict[str, Any]:
     return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]}
 
 
-def key_below(drawn: Figure, panel: Any, columns: int = 4) -> None:
-    """Put the key of a panel's lines and points below the whole figure."""
-    handles, labels = panel.get_legend_handles_labels()
-    if handles:
-        drawn.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), fontsize=9)
+def key_below(drawn: Figure, panels: Any, columns: int = 4) -> None:
+    """Put the key of the lines and points of one panel, or of an array of panels, below the whole figure."""
+    found = {label: handle for one in np.ravel(panels) for handle, label in zip(*one.get_legend_handles_labels())}
+    if found:
+        drawn.legend(
+            found.values(), found.keys(), loc="outside lower center", ncols=min(columns, len(found)), fontsize=9
+        )

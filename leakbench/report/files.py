@@ -67,25 +67,10 @@ def write(out: Path | str, formats: Collection[str] = DEFAULT) -> list[Path]:
             if threshold is not None:
                 text = worst_case.markdown(run.name, trials, threshold, store.threats(), store.components())
                 written.append(replace(out / "worst-case.md", text.encode()))
-            for name, data in (*curves.files(run), *sharing.files(run, store)):
+            for name, data in (*curves.files(run), *sharing.files(run, store), *weights.files(run, store)):
                 written.append(replace(out / name, data))
-            written += _write_weights(out, run.name, store, results, run.planned - len(results))
             _remove_others(out / "grids", {picture.path.removeprefix("grids/") for picture in pictures})
     return written
-
-
-def _write_weights(out: Path, name: str, store: Store, results: pd.DataFrame, unfinished: int) -> list[Path]:
-    """Write ``weights.md`` and its ``grids/weights-*.png``, where clients share weights."""
-    trials = weights.rows(results, store.records(), store.findings())
-    errors = int((results["status"] == "error").sum())
-    if trials.empty:
-        return []
-    written = []
-    if (trials["scale"].notna() & (trials["family"] == "")).any():
-        written.append(replace(out / weights.SCALE, weights.scale_png(trials)))
-    if weights.families(trials):
-        written.append(replace(out / weights.CURVES, weights.defense_png(trials)))
-    return [*written, replace(out / weights.FILE, weights.markdown(name, trials, unfinished, errors).encode())]
 
 
 def write_figures(out: Path | str) -> list[Path]:
