@@ -1,13 +1,14 @@
 """The memory of many L-BFGS searches, and the direction that each gives.
 
-The two-loop recursion is written in its compact form (Byrd, Nocedal, Schnabel 1994, "Representations of quasi-Newton
-matrices", section 2): with S and Y the steps and gradient differences of a row, R the upper triangle of S Y^T in the
-order of age, D its diagonal and h the scale of the first inverse Hessian,
+The two-loop recursion (Nocedal and Wright 2006, Numerical Optimization, algorithm 7.4) is written in its compact form
+(Byrd, Nocedal, Schnabel 1994, "Representations of quasi-Newton matrices", section 2): with S and Y the steps and
+gradient differences of a row, R the upper triangle of S Y^T in the order of age, D its diagonal and h the scale of the
+first inverse Hessian (s y / y y of the newest pair, equation 7.20 of the book),
 
     a = -R^-1 S g,    c = R^-T (D a + h Y (g + Y^T a)),    d = -h (g + Y^T a) + S^T c,
 
 which reads the history twice, once for the products with the gradient and once for the sum. R^-1 is kept instead of R:
-a new pair appends a column to it, and the oldest pair leaves by its row and column, wherever they stand. So pairs stay
+a new pair appends a column to it, and the oldest pair leaves by its row and column, at any place. So pairs stay
 in the ring slot that they were written to, and a slot that holds none is a row and column of zeros.
 """
 
@@ -31,7 +32,7 @@ class Rows:
                 value[rows] = 0
 
     def select(self, rows: Tensor) -> Self:
-        """Keep these rows alone."""
+        """Keep only these rows."""
         for name, value in vars(self).items():
             if isinstance(value, Rows):
                 value.select(rows)
@@ -81,6 +82,7 @@ class History(Rows):
         y_y, y_g = torch.bmm(pair, self.y[:, :used].transpose(1, 2)).unbind(1)
         self._append(ring, s_y, y_y, keep, used)
 
+        # the formulas of the module's docstring: a, c, and d as ``past`` - h g
         inverse, yy, scale = self.inverse[:, :used, :used], self.yy[:, :used, :used], self._scale[:, None]
         a = -_times(inverse, s_g)
         c = _times(inverse.mT, self.sy[:, :used] * a + scale * (y_g + _times(yy, a)))
@@ -96,6 +98,7 @@ class History(Rows):
         inverse, yy = self.inverse[:, :used, :used], self.yy[:, :used, :used]
         curvature, square = s_y[ring], y_y[ring]
         _put(inverse, ring, torch.zeros_like(s_y), keep)
+        # R gets the column (S y, s y): its inverse gets -R^-1 S y / s y, with 1 / s y on the diagonal
         others = s_y.clone()
         others[ring] = 0
         column = -_times(inverse, others) / curvature[:, None]

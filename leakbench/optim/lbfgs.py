@@ -2,6 +2,11 @@
 
 Every trial has its own history, step, counters and stopping tests, so that trials are at different points of the
 algorithm at the same time. Trials occupy slots; one that is done makes room for the next.
+
+The algorithm is Nocedal and Wright 2006, Numerical Optimization, algorithm 7.5: choose a direction p = -H g by
+algorithm 7.4 (``history.History.direction``), go a step along it, save the pair s = x' - x, y = g' - g, and repeat. One
+evaluation of the objective is one call of ``_advance``: with a line search a row needs several for a step of 7.5, and
+masks [R] say which rows are at which line.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ LineSearch = Literal["none", "strong-wolfe"]
 
 @dataclass(frozen=True)
 class _Rules:
-    """The options of ``lbfgs`` that bear on a single trial."""
+    """The options of ``lbfgs`` for a single trial."""
 
     steps: int
     lr: float
@@ -76,6 +81,62 @@ class _State(Rows):
         self.at[rows] = x
 
 
+class _Slots:
+    """Which trial each slot works on, which trials wait, and the results of those that are done.
+
+    Attributes:
+        trials: the trial in each slot.
+        begun: the tick (evaluation of all slots) at which it began.
+        waiting: the trials that have no slot yet.
+        x: [T, N], the start of a trial; once it is done, its last iterate.
+        value: [T], the last objective; NaN until the trial is done.
+        finite: [T] bool.
+        evaluations: [T].
+        curve: [T, K], the objective at the evaluations ``marks``; NaN elsewhere.
+    """
+
+    def __init__(self, x: Tensor, count: int, limit: int) -> None:
+        total = len(x)
+        self.trials = list(range(min(total, count)))
+        self.begun = [0] * len(self.trials)
+        self.waiting = list(range(len(self.trials), total))
+        self._few = max(1, len(self.trials) // 8)
+        self._column = {mark: column for column, mark in enumerate(marks(limit))}
+        self.x, self.value = x, x.new_full((total,), torch.nan)
+        self.finite = torch.ones(total, dtype=torch.bool, device=x.device)
+        self.evaluations = torch.zeros(total, dtype=torch.int64, device=x.device)
+        self.curve = x.new_full((total, len(self._column)), torch.nan)
+
+    def record(self, tick: int, loss: Tensor, done: Tensor) -> None:
+        """Keep the objective [R] of the slots whose trial has reached one of the marks of its curve."""
+        own = [tick - first + 1 for first in self.begun]
+        due = [slot for slot, number in enumerate(own) if number in self._column]
+        if due:
+            at = [self.trials[slot] for slot in due], [self._column[own[slot]] for slot in due]
+            self.curve[at] = torch.where(done, torch.nan, loss)[due]
+
+    def exchange(self, state: _State, tick: int) -> bool:
+        """Take the results of trials that are done, and give their slots to those that wait; True if any changed hands.
+
+        Histories, weights and gradients are copied in an exchange, so it is put off until a few slots are idle.
+        """
+        idle = int(state.done.sum())
+        if idle < len(self.trials) and idle < (self._few if self.waiting else max(1, len(self.trials) / 4)):
+            return False
+        free = state.done.nonzero()[:, 0]
+        ended = torch.tensor(self.trials, device=free.device)[free]
+        self.x[ended], self.value[ended] = state.x[free], state.value[free]
+        self.evaluations[ended], self.finite[ended] = state.evaluations[free], ~state.broken[free]
+        taken, self.waiting = self.waiting[: len(free)], self.waiting[len(free) :]
+        for slot, trial in zip(free.tolist(), taken):
+            self.trials[slot], self.begun[slot] = trial, tick
+        state.begin(free[: len(taken)], self.x[taken])
+        if len(taken) < len(free):
+            state.select(keep := (~state.done).nonzero()[:, 0])
+            self.trials, self.begun = ([own[slot] for slot in keep.tolist()] for own in (self.trials, self.begun))
+        return True
+
+
 def lbfgs(
     objective: Objective,
     start: Unknowns,
@@ -111,14 +172,14 @@ def lbfgs(
         line_search: ``strong-wolfe`` searches along each direction (torch's ``strong_wolfe``).
         stop_below: a trial is done when its objective is below this at the end of every ``stop_every``-th outer step.
         stop_every: see ``stop_below``.
-        budget: a trial is done after so many evaluations; any number by default.
+        budget: the evaluations after which a trial is done; any number by default.
         slots: how many trials are worked on at a time, all by default; a trial that is done makes room for the next.
 
     Raises:
         ValueError: ``slots`` is below 1.
     """
     if slots is not None and slots < 1:
-        raise ValueError(f"slots={slots} does not fit; give at least 1")
+        raise ValueError(f"slots={slots} must be at least 1")
     rules = _Rules(steps, lr, max_iter, tolerance_grad, tolerance_change, stop_below, stop_every, budget)
     shapes = {name: tensor.shape[1:] for name, tensor in start.items()}
     sizes = [shape.numel() for shape in shapes.values()]
@@ -128,58 +189,28 @@ def lbfgs(
         return {name: part.view(len(flat), *shape) for (name, shape), part in zip(shapes.items(), parts)}
 
     x = torch.cat([tensor.detach().flatten(1) for tensor in start.values()], 1)
-    trials, device = len(x), x.device
-    value, finite = x.new_full((trials,), torch.nan), torch.ones(trials, dtype=torch.bool, device=device)
-    evaluations = torch.zeros(trials, dtype=torch.int64, device=device)
-
-    rows = list(range(min(trials, slots or trials)))  # the trial in each slot
-    waiting = list(range(len(rows), trials))
-    begun = [0] * len(rows)  # the tick at which it began
-    turnover = max(1, len(rows) // 8)
-    live = objective if not waiting else objective.select(rows)
-    search = StrongWolfe(x[: len(rows)], tolerance_change) if line_search == "strong-wolfe" else None
-    state = _State(x[: len(rows)].clone(), history, search)
-    poll = 1 if device.type == "cpu" else 8  # elsewhere, to look is to wait for the device
     limit = steps * (max_iter * 5 // 4) if budget is None else budget
-    places = {place: column for column, place in enumerate(marks(limit))}
-    seen = x.new_full((trials, len(places)), torch.nan)
+    work = _Slots(x, slots or len(x), limit)
+    begun = x[: len(work.trials)]
+    search = StrongWolfe(begun, tolerance_change) if line_search == "strong-wolfe" else None
+    state = _State(begun.clone(), history, search)
+    live = objective.select(work.trials) if work.waiting else objective
+    poll = 1 if x.device.type == "cpu" else 8  # elsewhere, to look is to wait for the device
     tick = 0
-    while rows:
-        loss, gradients = value_and_gradient(live, unpack(state.at), [tick - first for first in begun])
+    while work.trials:
+        loss, gradients = value_and_gradient(live, unpack(state.at), [tick - first for first in work.begun])
         gradient = torch.cat([gradients[name].flatten(1) for name in shapes], 1)
-        due = [(slot, places[own]) for slot, first in enumerate(begun) if (own := tick - first + 1) in places]
-        if due:
-            slots_due, columns = (list(part) for part in zip(*due))
-            kept = torch.where(state.done, torch.nan, loss)[slots_due]
-            seen[[rows[slot] for slot in slots_due], columns] = kept
-        used = max(1, min(history, tick - min(begun)))
-        _advance(state, loss, gradient, rules, used)
+        work.record(tick, loss, state.done)
+        # a trial has at most one pair an evaluation, the first excepted, so the oldest trial bounds the ring in use
+        _advance(state, loss, gradient, rules, used=max(1, min(history, tick - min(work.begun))))
         tick += 1
-        if tick % poll:
-            continue
-        # history, weights and gradients are copied when slots change hands, so a few are waited for
-        idle = int(state.done.sum())
-        if idle < len(rows) and idle < (turnover if waiting else max(1, len(rows) / 4)):
-            continue
-        free = state.done.nonzero()[:, 0]
-        ended = torch.tensor(rows, device=device)[free]
-        x[ended], value[ended], evaluations[ended] = state.x[free], state.value[free], state.evaluations[free]
-        finite[ended] = ~state.broken[free]
-        taken, waiting = waiting[: len(free)], waiting[len(free) :]
-        for slot, trial in zip(free.tolist(), taken):
-            rows[slot], begun[slot] = trial, tick
-        state.begin(free[: len(taken)], x[taken])
-        if len(taken) < len(free):
-            keep = (~state.done).nonzero()[:, 0]
-            state.select(keep)
-            rows, begun = [rows[slot] for slot in keep.tolist()], [begun[slot] for slot in keep.tolist()]
-        if rows:
-            live = objective.select(rows)
-    return Solution(unpack(x), value, finite, evaluations, Curve(limit, 1, seen))
+        if tick % poll == 0 and work.exchange(state, tick) and work.trials:
+            live = objective.select(work.trials)
+    return Solution(unpack(work.x), work.value, work.finite, work.evaluations, Curve(limit, 1, work.curve))
 
 
 def _advance(state: _State, loss: Tensor, gradient: Tensor, rules: _Rules, used: int) -> None:
-    """Take in the objective and its gradient at ``state.at``, and set where each trial is evaluated next."""
+    """Use the objective and its gradient at ``state.at``, and set the point of each trial's next evaluation."""
     search = state.search
     peak = largest(gradient)
     live = ~state.done
@@ -190,7 +221,8 @@ def _advance(state: _State, loss: Tensor, gradient: Tensor, rules: _Rules, used:
     state.broken = state.broken | (live & ~ok)
     state.done = state.done | ~ok
 
-    # rows that arrive have their next iterate; the others are still searching for it along their direction
+    # Algorithm 7.5, x' = x + t p. Rows that arrived have x', its objective and its gradient g'; the others are still
+    # in the line search for t. Without one, every evaluation is at x'.
     arrived = live & ok
     point = state.at
     if search is not None:
@@ -207,8 +239,10 @@ def _advance(state: _State, loss: Tensor, gradient: Tensor, rules: _Rules, used:
     state.value = torch.where(arrived, loss, state.value)
 
     over = _end_steps(state, arrived, loss, peak, rules)
-    # without a line search the next outer step has its first evaluation already
+    # Torch evaluates x' anew as an outer step begins. Without a line search, this evaluation serves and counts as that
+    # one; with one, the row is evaluated again, at step 0 from x'.
     state.spent = torch.where(over, 0 if search is not None else 1, state.spent)
+    # rows that begin the next iteration of 7.5
     goes = arrived & ~state.done
     if search is not None:
         goes = goes & ~over
@@ -216,12 +250,14 @@ def _advance(state: _State, loss: Tensor, gradient: Tensor, rules: _Rules, used:
 
     stepped = goes & ~state.done
     if search is None:
+        # torch does not evaluate after the last iteration of an outer step: it ends before x' is evaluated
         full = stepped & (state.inner >= rules.max_iter)
         state.outer = state.outer + full
         state.inner = torch.where(full, 0, state.inner)
         state.spent = torch.where(full, 0, state.spent)
         step = torch.where(stepped, state.step, 0.0)
     else:
+        # what is left of the outer step's evaluations, and of the trial's, bounds the line search
         limit = rules.max_iter * 5 // 4 - state.spent
         if rules.budget is not None:
             limit = torch.minimum(limit, rules.budget - state.evaluations - 1)
@@ -233,6 +269,7 @@ def _advance(state: _State, loss: Tensor, gradient: Tensor, rules: _Rules, used:
 
 def _end_steps(state: _State, arrived: Tensor, loss: Tensor, peak: Tensor, rules: _Rules) -> Tensor:
     """End outer steps and trials by torch's tests, and return the rows [R] whose outer step ended."""
+    # 7.5, "until convergence": torch's five tests after an iteration, in torch's order
     over = (state.inner > 0) & (
         (state.inner >= rules.max_iter)
         | (state.spent >= rules.max_iter * 5 // 4)
@@ -243,6 +280,7 @@ def _end_steps(state: _State, arrived: Tensor, loss: Tensor, peak: Tensor, rules
     over = over & arrived
     state.outer = state.outer + over
     state.inner = torch.where(over, 0, state.inner)
+    # ``steps`` and ``stop_below`` count outer steps and are tested between them; the budget ends a trial at any point
     between = arrived & (state.inner == 0)
     below = (state.outer > 0) & (state.outer % rules.stop_every == 0) & (loss < rules.stop_below)
     state.done = state.done | (between & ((peak <= rules.tolerance_grad) | (state.outer >= rules.steps) | below))
@@ -252,11 +290,14 @@ def _end_steps(state: _State, arrived: Tensor, loss: Tensor, peak: Tensor, rules
 
 
 def _turn(state: _State, goes: Tensor, loss: Tensor, gradient: Tensor, rules: _Rules, used: int) -> None:
-    """Begin an iteration in some rows: take in the new gradient, and set direction and step."""
+    """Begin an iteration in some rows: save the pair of the last one, and set direction and step."""
+    # 7.5, "compute and save": s = t p and y = g' - g. Torch drops a pair for which s y > 0, the curvature condition
+    # (6.7), barely holds: H stays positive definite only with it.
     s = state.direction * state.step[:, None]
     y = gradient - state.gradient
     keep = goes & ((s * y).sum(1) > 1e-10)
     direction = state.history.direction(gradient, s, y, keep, used)
+    # before there is a pair, p = -g has no natural length: torch makes the first step at most lr long in the 1-norm
     first_step = torch.clamp(1 / gradient.abs().sum(1), max=1.0) * rules.lr
     state.step = torch.where(goes, torch.where(state.iterations == 0, first_step, rules.lr), state.step)
     state.direction = torch.where(goes[:, None], direction, state.direction)

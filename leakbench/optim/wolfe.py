@@ -1,8 +1,12 @@
 """A line search for the strong Wolfe conditions, of many rows at once, by the rules of ``torch.optim.LBFGS``.
 
 Each row first brackets a step (Nocedal and Wright 2006, Numerical Optimization, algorithm 3.5), then narrows the
-bracket (algorithm 3.6) with cubic interpolation. Rows are in different phases at the same time: every evaluation tries
-one step of each row.
+bracket (``zoom``, algorithm 3.6) with cubic interpolation. Rows are in different phases at the same time: every
+evaluation tries one step of each row.
+
+In the book's notation, phi(t) is the objective at step t along the direction, ``loss`` is phi(t), ``slope`` phi'(t),
+``DECREASE`` c1 and ``CURVATURE`` c2. The comments below name the test of the algorithm that a mask stands for, in the
+order of the book: algorithm 3.5 has three (too high, flat, rising), and so has ``zoom`` (too high, flat, wrong side).
 """
 
 from __future__ import annotations
@@ -13,11 +17,14 @@ from torch import Tensor
 from leakbench.optim.history import Rows
 
 DECREASE = 1e-4
+"""c1 of the condition of sufficient decrease (Nocedal and Wright, equation 3.7a)."""
+
 CURVATURE = 0.9
+"""c2 of the strong condition of curvature (equation 3.7b)."""
 
 
 class StrongWolfe(Rows):
-    """The searches of R rows; all that concerns the ends of a bracket is [R, 2].
+    """The line searches of R rows; the tensors of a bracket's two ends are [R, 2].
 
     Attributes:
         searching: [R] bool, a search is under way.
@@ -74,27 +81,33 @@ class StrongWolfe(Rows):
         return self._end_t[end], self._end_loss[end], self._end_gradient[end]
 
     def take(self, live: Tensor, loss: Tensor, slope: Tensor, gradient: Tensor, begin_gradient: Tensor) -> Tensor:
-        """Take in what the step ``t`` of each row gave, set the next one, and return the rows [R] whose search ended.
+        """Use the evaluation at step ``t`` of each row, set the next step, and return the rows [R] whose search ended.
 
         Args:
-            live: [R] bool; the searches of other rows are given up.
+            live: [R] bool; the other rows abandon their searches.
             loss: [R], the objective.
             slope: [R], its derivative along the direction.
             gradient: [R, N], its gradient.
             begin_gradient: [R, N], the gradient at step 0.
         """
         self.searching = self.searching & live
+        # the two conditions of a step, (3.7a) violated and (3.7b) met; both algorithms test them
         high_loss = loss > self._begin_loss + DECREASE * self.t * self._begin_slope
         flat = slope.abs() <= -CURVATURE * self._begin_slope
         spent = self._tried >= self._limit
 
-        # while no bracket is known, its first end holds the previous step
+        # Algorithm 3.5. While no bracket is known, its first end holds the previous step.
         open_ended = self.searching & ~self._zooming
+        # out of steps: torch takes the bracket [0, t], and its better end
         exhausted = open_ended & spent
         tested = open_ended & ~spent
+        # first test; torch compares with the previous step from the third step on, the book from the second
         rises = high_loss | ((self._tried > 1) & (loss >= self._end_loss[:, 0]))
+        # second test: both conditions hold, the search is over
         accepted = tested & ~rises & flat
+        # first and third test: a minimum lies between the previous step and this one, which go to zoom
         bracketed = tested & ~accepted & (rises | (slope >= 0))
+        # last line: no test applies, so a longer step is chosen, by extrapolation to at most ten times this one
         onward = tested & ~accepted & ~bracketed
         further = _cubic(
             (self._end_t[:, 0], self._end_loss[:, 0], self._end_slope[:, 0]),
@@ -103,15 +116,21 @@ class StrongWolfe(Rows):
             self.t * 10,
         )
 
+        # Algorithm 3.6. ``low`` is the end with the least objective so far.
         zooming = self.searching & self._zooming
         low = self._low[:, None]
         low_t, low_loss = self._end_t.gather(1, low)[:, 0], self._end_loss.gather(1, low)[:, 0]
         high_t = self._end_t.gather(1, 1 - low)[:, 0]
+        # first test: the high end moves here
         worse = zooming & (high_loss | (loss >= low_loss))
+        # otherwise the low end does, and by the second test the search is over
         better = zooming & ~worse
-        settled = better & flat
+        finished = better & flat
+        # third test: phi rises towards the high end, so the minimum lies on the other side of this step, and the old
+        # low end becomes the high one
         crossed = better & ~flat & (slope * (high_t - low_t) >= 0)
 
+        # Write all of these moves of ends at once: [R, 2] masks of the ends that get this step, the old low end, or 0.
         first = torch.arange(2, device=loss.device) == 0
         is_low = torch.stack([self._low == 0, self._low == 1], 1)
         new = (
@@ -135,12 +154,14 @@ class StrongWolfe(Rows):
         self._end_slope = place(self._end_slope, slope, self._begin_slope[:, None])
         self._end_t = place(self._end_t, self.t, 0.0)
         self._end_loss = place(self._end_loss, loss, self._begin_loss[:, None])
+        # A high end that fails (3.7a) alone can be lower than the low end: torch then exchanges them.
         second_lower = (self._end_loss[:, 1] < self._end_loss[:, 0]).long()
         self._low = torch.where(bracketed | exhausted | worse, second_lower, self._low)
 
+        # torch also ends a search in a bracket that no longer moves x by more than the tolerance
         left, right = self._end_t.amin(1), self._end_t.amax(1)
         narrow = (right - left) * self._reach < self.tolerance_change
-        ended = accepted | exhausted | settled | ((bracketed | zooming) & (narrow | spent))
+        ended = accepted | exhausted | finished | ((bracketed | zooming) & (narrow | spent))
         self.searching = self.searching & ~ended
         self._zooming = self.searching & (bracketed | zooming)
         inside = self._inside(left, right)
@@ -149,10 +170,12 @@ class StrongWolfe(Rows):
         return ended
 
     def _inside(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return the next step [R] within the brackets; kept off the ends where the steps before it were too near."""
+        """Return the next step [R] within the brackets; kept away from the ends if the step before was too near."""
         ends = (self._end_t.unbind(1), self._end_loss.unbind(1), self._end_slope.unbind(1))
         (t0, t1), (loss0, loss1), (slope0, slope1) = ends
         t = _cubic((t0, loss0, slope0), (t1, loss1, slope1), left, right)
+        # Torch's safeguard against a bracket that shrinks from one side by ever smaller amounts: a step within a tenth
+        # of its width from an end is allowed once; the second time, or on an end, it is moved to that margin.
         margin = 0.1 * (right - left)
         near = torch.minimum(right - t, t - left) < margin
         push = near & (self._stalled | (t >= right) | (t <= left))
@@ -161,12 +184,15 @@ class StrongWolfe(Rows):
         return torch.where(push, off, t)
 
 
-Point = tuple[Tensor, Tensor, Tensor]
-"""Step, objective and slope, each [R]."""
+End = tuple[Tensor, Tensor, Tensor]
+"""Step, objective and slope at one end of each row's bracket, each [R]."""
 
 
-def _cubic(one: Point, two: Point, low: Tensor, high: Tensor) -> Tensor:
-    """Return the minimum [R] of the cubic through two points, clipped to [low, high]; the middle where it has none."""
+def _cubic(one: End, two: End, low: Tensor, high: Tensor) -> Tensor:
+    """Return the minimum [R] of the cubic through two ends, clipped to [low, high]; the middle if it has no minimum.
+
+    Nocedal and Wright, equation 3.59; the sign of its d2 is the order of the two ends.
+    """
     (t1, loss1, slope1), (t2, loss2, slope2) = one, two
     d1 = slope1 + slope2 - 3 * (loss1 - loss2) / (t1 - t2)
     square = d1.square() - slope1 * slope2
