@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from leakbench import attacks, datasets, defenses, models
 from leakbench.attacks.peeling.chain import find_chain
 from leakbench.attacks.peeling.equations import Equations
+from leakbench.attacks.peeling.estimate import undo_linear
 from leakbench.attacks.peeling.layers import Activation, Convolution, Normalisation
-from leakbench.attacks.peeling.undo import undo_linear
 from leakbench.core.rng import Rng
 from leakbench.core.types import Reconstruction
 from leakbench.errors import Unsupported

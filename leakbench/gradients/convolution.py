@@ -19,10 +19,10 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from leakbench.gradients.bilinear import needed, shared
 
-WINDOWS = 2**15
+IM2COL_VALUES = 2**15
 """Up to this many values of a trial's im2col matrix, one matrix product is faster than the grouped weight gradient."""
 
-FEW = 4
+PHASE_CHANNELS = 4
 """Up to this many input channels, the gradient by the input of a strided convolution is faster by phases."""
 
 
@@ -41,6 +41,7 @@ def convolve(x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
     """Return [T, O, h, w] for images [T, C, H, W] and weights [T, O, C / groups, kh, kw]."""
     if shared(weight):
         return torch.conv2d(x, weight[0], None, g.stride, g.padding, g.dilation, g.groups)
+    # trials with their own weights are groups of one convolution: their images side by side are one of T * C channels
     out = torch.conv2d(_row(x), weight.flatten(0, 1), None, g.stride, g.padding, g.dilation, len(x) * g.groups)
     return _trials(out, x)
 
@@ -48,7 +49,8 @@ def convolve(x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
 def input_gradient(grad: Tensor, weight: Tensor, g: Geometry) -> Tensor:
     """Return [T, C, H, W], the gradient of <grad, convolve(x, weight)> by x; grad is [T, O, h, w]."""
     step = g.stride[0]
-    if step > 1 and g.stride == (step, step) and g.dilation == (1, 1) and g.groups == 1 and weight.shape[2] <= FEW:
+    dense = g.dilation == (1, 1) and g.groups == 1
+    if step > 1 and g.stride == (step, step) and dense and weight.shape[2] <= PHASE_CHANNELS:
         return _by_phases(grad, weight, g)
     if shared(weight):
         shape = (len(grad), weight.shape[2] * g.groups, *g.image)
@@ -63,7 +65,8 @@ def weight_gradient(x: Tensor, grad: Tensor, g: Geometry) -> Tensor:
     """Return [T, O, C / groups, kh, kw], the gradient of <grad, convolve(x, weight)> by each trial's weight."""
     trials, outputs, *size = grad.shape
     channels = x.shape[1] // g.groups
-    if g.groups == 1 and channels * g.kernel[0] * g.kernel[1] * size[0] * size[1] <= WINDOWS:
+    if g.groups == 1 and channels * g.kernel[0] * g.kernel[1] * size[0] * size[1] <= IM2COL_VALUES:
+        # dL/dw[o, c, tap] = sum over windows of grad[o, window] x[c, window, tap]: a product of matrices for each trial
         left = grad.reshape(trials, outputs, -1)
         out = torch.bmm(left, _windows(x, g, (size[0], size[1])))
         return out.view(trials, outputs, *g.kernel, channels).permute(0, 1, 4, 2, 3)
@@ -75,6 +78,7 @@ def weight_gradient(x: Tensor, grad: Tensor, g: Geometry) -> Tensor:
 def _windows(x: Tensor, g: Geometry, size: tuple[int, int]) -> Tensor:
     """Return [T, h * w, kh * kw * C], the windows of x under the kernel (im2col), copied in runs of C values."""
     (top, left), (sh, sw), (dh, dw) = g.padding, g.stride, g.dilation
+    # channels last, so that the strided view below is copied in contiguous runs of C values
     image = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top)).contiguous()
     trial, row, column, channel = image.stride()
     shape = (len(x), *size, *g.kernel, x.shape[1])
@@ -83,7 +87,11 @@ def _windows(x: Tensor, g: Geometry, size: tuple[int, int]) -> Tensor:
 
 
 def _by_phases(grad: Tensor, weight: Tensor, g: Geometry) -> Tensor:
-    """Return ``input_gradient`` for stride s: a convolution of stride 1 with the s * s phases as channels."""
+    """Return ``input_gradient`` for stride s: a convolution of stride 1 with the s * s phases as channels.
+
+    A pixel at place p gets grad[q] weight[p - s q] for all q. With p = s i + r that is grad[q] weight[s (i - q) + r]:
+    for each phase r a convolution of stride 1 with the kernel's taps r, r + s, r + 2 s, ..., whose results interleave.
+    """
     step = g.stride[0]
     outputs, channels = weight.shape[1:3]
     taps = [-(-k // step) for k in g.kernel]
@@ -96,6 +104,7 @@ def _by_phases(grad: Tensor, weight: Tensor, g: Geometry) -> Tensor:
         out = torch.conv2d(grad, kernels, None, 1, around)
     else:
         out = _trials(torch.conv2d(_row(grad), kernels, None, 1, around, 1, len(grad)), grad)
+    # interleave the phases, then cut off the padding that the forward convolution had added
     out = F.pixel_shuffle(out, step)
     (height, width), (top, left) = g.image, g.padding
     return F.pad(out, (-left, width + left - out.shape[3], -top, height + top - out.shape[2]))
@@ -111,6 +120,7 @@ def _phase_index(outputs: int, channels: int, kernel: tuple[int, int], step: int
     rows, columns = (-(-k // step) for k in kernel)
     index = torch.arange(size, device=device).view(outputs, channels, *kernel)
     index = F.pad(index, (0, columns * step - kernel[1], 0, rows * step - kernel[0]), value=size)
+    # tap = s * row + phase; flipped, because conv2d correlates where the formula convolves
     index = index.view(outputs, channels, rows, step, columns, step).flip(2, 4)
     return index.permute(1, 3, 5, 0, 2, 4).flatten()
 
@@ -125,7 +135,7 @@ def _trials(x: Tensor, like: Tensor, axis: int = 1) -> Tensor:
     return x.reshape(len(like), -1, *x.shape[axis + 1 :])
 
 
-class Convolution(Function):
+class ConvolutionFunction(Function):
     """See ``convolve``."""
 
     @staticmethod
@@ -139,12 +149,12 @@ class Convolution(Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Return the gradients by x and weight."""
         x, weight = ctx.saved_tensors
-        by_x = InputGradient.apply(grads[0], weight, ctx.geometry) if needed(ctx, 0) else None
-        by_weight = WeightGradient.apply(x, grads[0], ctx.geometry) if needed(ctx, 1) else None
+        by_x = ConvolutionInputGradient.apply(grads[0], weight, ctx.geometry) if needed(ctx, 0) else None
+        by_weight = ConvolutionWeightGradient.apply(x, grads[0], ctx.geometry) if needed(ctx, 1) else None
         return by_x, by_weight, None
 
 
-class InputGradient(Function):
+class ConvolutionInputGradient(Function):
     """See ``input_gradient``."""
 
     @staticmethod
@@ -158,12 +168,12 @@ class InputGradient(Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Return the gradients by grad and weight."""
         grad, weight = ctx.saved_tensors
-        by_grad = Convolution.apply(grads[0], weight, ctx.geometry) if needed(ctx, 0) else None
-        by_weight = WeightGradient.apply(grads[0], grad, ctx.geometry) if needed(ctx, 1) else None
+        by_grad = ConvolutionFunction.apply(grads[0], weight, ctx.geometry) if needed(ctx, 0) else None
+        by_weight = ConvolutionWeightGradient.apply(grads[0], grad, ctx.geometry) if needed(ctx, 1) else None
         return by_grad, by_weight, None
 
 
-class WeightGradient(Function):
+class ConvolutionWeightGradient(Function):
     """See ``weight_gradient``."""
 
     @staticmethod
@@ -177,6 +187,6 @@ class WeightGradient(Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Return the gradients by x and grad."""
         x, grad = ctx.saved_tensors
-        by_x = InputGradient.apply(grad, grads[0], ctx.geometry) if needed(ctx, 0) else None
-        by_grad = Convolution.apply(x, grads[0], ctx.geometry) if needed(ctx, 1) else None
+        by_x = ConvolutionInputGradient.apply(grad, grads[0], ctx.geometry) if needed(ctx, 0) else None
+        by_grad = ConvolutionFunction.apply(x, grads[0], ctx.geometry) if needed(ctx, 1) else None
         return by_x, by_grad, None

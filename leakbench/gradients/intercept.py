@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from leakbench.gradients.bilinear import Linear
-from leakbench.gradients.convolution import Convolution, Geometry
+from leakbench.gradients.convolution import ConvolutionFunction, Geometry
 from leakbench.gradients.draws import Draws, random_operations
 from leakbench.gradients.normalisation import normalise
 from leakbench.gradients.twice import COMPOSITE, ELEMENTARY
@@ -67,7 +67,7 @@ def conv2d(
         x = F.pad(x, [side for d, k in zip(spread[::-1], kernel[::-1]) for side in _same(d * (k - 1))])
     around = (0, 0) if isinstance(padding, str) else _pair(padding)
     geometry = Geometry(_pair(stride), around, spread, groups, (x.shape[2], x.shape[3]), kernel)
-    out: Tensor = Convolution.apply(x, weight, geometry)
+    out: Tensor = ConvolutionFunction.apply(x, weight, geometry)
     return out if bias is None else out + bias[..., None, None]
 
 

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from leakbench.attacks.peeling.layers import (
     Activation,
+    ActivationKind,
+    ChainLayer,
     Convolution,
-    Curve,
-    Layer,
     Normalisation,
     Reshape,
     Scaling,
@@ -40,7 +40,7 @@ TOLERANCE = 1e-9
 class Chain:
     """The layers from the image upwards, and the names of the parameters of the linear layer above them."""
 
-    layers: tuple[Layer, ...]
+    layers: tuple[ChainLayer, ...]
     weight: str
     bias: str
 
@@ -96,7 +96,7 @@ def _walk(
     modules = dict(twin.named_modules())
     uses = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     node = next(node for node in graph.nodes if node.op == "placeholder")
-    layers: list[Layer] = []
+    layers: list[ChainLayer] = []
     while True:
         users = [user for user in node.users if not _reads_shape(user)]
         if len(users) != 1:
@@ -138,7 +138,7 @@ def _reads_shape(node: fx.Node) -> bool:
     return node.op == "call_function" and bool(inputs) and all(_reads_shape(other) for other in inputs)
 
 
-_CURVES: Mapping[type[nn.Module], tuple[Curve, str]] = {
+_CURVES: Mapping[type[nn.Module], tuple[ActivationKind, str]] = {
     nn.Sigmoid: ("sigmoid", ""),
     nn.Tanh: ("tanh", ""),
     nn.LeakyReLU: ("leaky-relu", "negative_slope"),
@@ -148,7 +148,7 @@ _CURVES: Mapping[type[nn.Module], tuple[Curve, str]] = {
 """The activations, and the attribute of the module that is their parameter."""
 
 
-def _module(name: str, module: nn.Module, before: Tensor, after: Tensor) -> Layer | None:
+def _module(name: str, module: nn.Module, before: Tensor, after: Tensor) -> ChainLayer | None:
     """Return the layer that a module is; None for the identity."""
     kind = type(module)
     if isinstance(module, nn.Conv2d) and kind is nn.Conv2d:
@@ -220,7 +220,7 @@ def _normalisation(name: str, module: KeyLock | nn.BatchNorm2d) -> Normalisation
     return Scaling(name, layer)
 
 
-_FUNCTIONS: Mapping[Callable[..., object] | str, tuple[Curve, str, float]] = {
+_FUNCTIONS: Mapping[Callable[..., object] | str, tuple[ActivationKind, str, float]] = {
     torch.sigmoid: ("sigmoid", "", 1.0),
     F.sigmoid: ("sigmoid", "", 1.0),
     "sigmoid": ("sigmoid", "", 1.0),
@@ -236,7 +236,7 @@ _FUNCTIONS: Mapping[Callable[..., object] | str, tuple[Curve, str, float]] = {
 _RESHAPES = (torch.flatten, torch.reshape, "flatten", "reshape", "view")
 
 
-def _function(node: fx.Node, before: Tensor) -> Layer | None:
+def _function(node: fx.Node, before: Tensor) -> ChainLayer | None:
     """Return the layer that a function or a tensor's method is; None for the identity."""
     if node.target in _RESHAPES:
         return Reshape(node.name, tuple(before.shape[1:]))
@@ -251,7 +251,7 @@ def _function(node: fx.Node, before: Tensor) -> Layer | None:
     return _activation(node.name, curve, float(given))
 
 
-def _activation(name: str, curve: Curve, parameter: float) -> Activation:
+def _activation(name: str, curve: ActivationKind, parameter: float) -> Activation:
     if not (parameter > 0 and math.isfinite(parameter)):
         raise Unsupported(f"peel needs an invertible activation, and {name} ({curve}) has the parameter {parameter:g}")
     return Activation(name, curve, parameter)

@@ -2,6 +2,10 @@
 
 With a the input, s = w * a + b the output and e = dL/ds, forward and backward pass give two sets of equations that are
 linear in a: w * a = s - b, and corr(e, a) = dL/dw. Each has a weight, one over its variance. T trials.
+
+In matrices: F a = r and G a = g, with weights V and U, and a belief that a is normal with mean m and precision P. The
+most probable a solves (F^T V F + G^T U G + P) a = F^T V r + G^T U g + P m. ``Equations.apply`` is (F, G), ``adjoint``
+(F^T V, G^T U), ``gram`` the sum of the first two matrices; none of F and G is ever built.
 """
 
 from __future__ import annotations
@@ -15,18 +19,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from leakbench.attacks.peeling.estimate import Estimate, GradientNoise, Standardised
 from leakbench.attacks.peeling.layers import Convolution
-from leakbench.attacks.peeling.undo import Estimate, Noise, Standardised
 from leakbench.gradients.convolution import Geometry, convolve, input_gradient, weight_gradient
 
 JITTERS = (1e-14, 1e-12, 1e-10)
-"""What is added in turn to the diagonal, which is 1, of a system that rounding has made indefinite."""
+"""The amounts added in turn to the diagonal, which is 1, of a system that rounding has made indefinite."""
 
 REFINEMENTS = 3
 """How often a factored system is solved; each time but the first for what rounding has left."""
 
-GAIN = 0.2
-"""The standard deviation of w * a that is assumed where nothing tells it, for a kernel of norm 1."""
+OUTPUT_DEVIATION = 0.2
+"""The standard deviation of w * a that is assumed before a normalisation of unknown scale, for a kernel of norm 1."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,8 @@ class Prior:
 
 
 @dataclass(frozen=True)
-class Solution:
-    """What a convolution gives away.
+class InputSolution:
+    """What a convolution leaks.
 
     Attributes:
         value: its input [T, C, H, W]; before a normalisation, in a unit of which nothing is known.
@@ -61,9 +65,9 @@ def undo_convolution(
     output: Estimate,
     error: Estimate,
     by_weight: Tensor | None,
-    noise: Noise,
+    noise: GradientNoise,
     prior: Prior | None,
-) -> Solution:
+) -> InputSolution:
     """Return the input a of a convolution from w * a = s - b and corr(e, a) = dL/dw.
 
     Args:
@@ -75,6 +79,7 @@ def undo_convolution(
         noise: of dL/dw.
         prior: of a; None for a weak one about zero. Only then are variances returned.
     """
+    # the expected square of a, if its values are independent: that of w * a over |w|^2
     norms = kernel.square().sum((2, 3, 4))
     power = output.mean.square().mean((1, 2, 3)) / norms.mean(1)
     equations = Equations.weighted(
@@ -82,19 +87,21 @@ def undo_convolution(
     )
     sent = torch.zeros_like(kernel) if by_weight is None else by_weight
     belief = prior or _weak(layer, kernel)
+    # the weak prior has variance 1, and is scaled to the size of a
     trust = 1 / power if prior is None else torch.ones_like(power)
 
     def residuals(a: Tensor) -> tuple[Tensor, Tensor]:
         forward, gradient = equations.apply(a)
         return output.mean - forward, sent - gradient
 
+    # right-hand side minus left-hand side of the normal equations, from residuals: more exact than the matrix is
     def rest(a: Tensor) -> Tensor:
         return equations.adjoint(*residuals(a)) - trust[:, None] * ((a - belief.mean) @ belief.matrix)
 
     matrix = equations.gram().addcmul_(trust[:, None, None], belief.matrix)
     a, variance = solve_definite(matrix, rest, torch.zeros_like(matrix[:, 0]), with_variance=prior is None)
     shape = (len(a), *layer.inputs)
-    return Solution(
+    return InputSolution(
         Estimate(a.view(shape), variance.view(shape)), _below(layer, kernel, error), equations.misfit(*residuals(a))
     )
 
@@ -104,9 +111,9 @@ def undo_normalised(
     kernel: Tensor,
     output: Standardised,
     by_weight: Tensor | None,
-    noise: Noise,
+    noise: GradientNoise,
     prior: Prior | None,
-) -> Solution:
+) -> InputSolution:
     """Return the input a of a convolution before a normalisation, up to a factor.
 
     The equations are w * a = sigma z + m and corr(h, a) = sigma dL/dw: linear and homogeneous in a and in each output
@@ -123,16 +130,18 @@ def undo_normalised(
     z = output.value.mean
     trials, channels = output.alive.shape
     norms = kernel.square().sum((2, 3, 4)).sqrt()
+    # The equations are homogeneous: a = 0, sigma = 0 solves them. One sigma is fixed to exclude that, the clearest, as
+    # the error of the fixed one becomes an error of all others.
     clearest = torch.where(output.alive, (1 / output.value.variance).mean((2, 3)), 0.0).argmax(1)
     norm = norms.gather(1, clearest[:, None])
-    power = (GAIN * norm[:, 0]) ** -2
+    power = (OUTPUT_DEVIATION * norm[:, 0]) ** -2
     equations = Equations.weighted(
         layer, kernel, output.value.variance, output.error, by_weight, noise, power, norms / norm, output.alive
     )
     sent = torch.zeros_like(kernel) if by_weight is None else by_weight
     belief = prior or _weak(layer, kernel)
     count = prod(layer.inputs)
-    parts = [count, channels, channels]
+    parts = [count, channels, channels]  # the unknowns: a, sigma, m
     rows, fixed = torch.arange(trials, device=z.device), count + clearest
 
     def residuals(unknowns: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,18 +155,21 @@ def undo_normalised(
     def rest(unknowns: Tensor) -> Tensor:
         forward, gradient = residuals(unknowns)
         pull = (unknowns[:, :count] @ belief.matrix) / power[:, None]
+        # sigma and m are on the other side of the equations than a, so their rows of the transpose are negative
         by_shift = equations.forward * forward
         by_scale = (by_shift * z).sum((2, 3)) + equations.gradient * (gradient * sent).sum((2, 3, 4))
         return torch.cat([equations.adjoint(forward, gradient) - pull, -by_scale, -by_shift.sum((2, 3))], 1)
 
     matrix = z.new_zeros(trials, sum(parts), sum(parts))
     matrix[:, :count, :count] = equations.gram().addcmul_(1 / power[:, None, None], belief.matrix)
+    # The block of a is ``gram``. The few columns of sigma and m are read from the transposed map at unit vectors.
     for column in range(count, sum(parts)):
         unit = torch.zeros_like(matrix[:, 0])
         unit[:, column] = 1.0
         matrix[:, column] = matrix[:, :, column] = -rest(unit)
     own = matrix.diagonal(dim1=1, dim2=2)
     own.add_((own == 0).to(own))  # the sigma and m of a dead channel are in no equation
+    # the fixed sigma leaves the system: its row and column become those of the identity, and its value stays 1
     matrix[rows, :, fixed] = matrix[rows, fixed] = 0.0
     matrix[rows, fixed, fixed] = 1.0
     start = torch.zeros_like(matrix[:, 0])
@@ -170,7 +182,7 @@ def undo_normalised(
     shape = (trials, *layer.inputs)
     sigma = unknowns.split(parts, 1)[1]
     inverse = torch.where(output.alive, 1 / sigma, 0.0)[..., None, None]
-    return Solution(
+    return InputSolution(
         Estimate(unknowns[:, :count].reshape(shape), variance[:, :count].reshape(shape)),
         _below(layer, kernel, output.error.scaled(inverse)),
         equations.misfit(*residuals(unknowns)),
@@ -218,7 +230,7 @@ class Equations:
         variance: Tensor,
         error: Estimate,
         by_weight: Tensor | None,
-        noise: Noise,
+        noise: GradientNoise,
         power: Tensor,
         size: Tensor,
         alive: Tensor,
@@ -234,8 +246,10 @@ class Equations:
             noise: of g.
             power: [T], the expected square of a.
             size: [T, O].
-            alive: [T, O], the channels that tell anything.
+            alive: [T, O], the channels that hold information.
         """
+        # The second equations are inexact by the noise of g, and by that of e times values of a. The infinite variance
+        # of a guess gives the weight 0.
         forward = 1 / (size.square()[..., None, None] * variance)
         gradient = torch.zeros_like(size)
         if by_weight is not None:
@@ -264,17 +278,20 @@ class Equations:
         count = channels * places
         out = self.kernel.new_zeros(trials, count, count)
         squares = out.view(trials, channels, places, channels, places)
+        # G^T U G: a kernel's tap reads one channel, so channels do not mix, and those of a group have the same block
         blocks = self._gradient_blocks()
         for channel in range(channels):
             squares[:, channel, :, channel] = blocks[:, channel // share]
 
-        # each window of w * a adds the square of its inputs: channel and tap, of a group
+        # F^T V F: each window of w * a adds the outer product of its kernel, at the places of the inputs that it covers
+        # (channel and tap, of a group)
         taps = _taps(geometry, self.kernel.device)
         first = places * torch.arange(share, device=taps.device)
         inputs = (first[:, None, None] + taps.clamp(max=places - 1)).flatten(0, 1).mT
         inside = (taps < places).repeat(share, 1).mT
         kernels = self.kernel.reshape(trials, geometry.groups, -1, inputs.shape[1])
         weights = self.forward.reshape(trials, geometry.groups, kernels.shape[2], -1).mT
+        # as many windows at a time as keep the temporaries no larger than the matrix
         at_once = max(1, count**2 // inputs.shape[1] ** 2)
         for windows in torch.arange(len(inputs)).split(at_once):
             entries = (inputs[windows, :, None] * count + inputs[windows, None]).flatten()
@@ -288,6 +305,7 @@ class Equations:
         """Return [T, groups, H W, H W]: what corr(e, a) adds to ``gram`` for a channel of each group."""
         geometry, (trials, outputs) = self.layer.geometry, self.gradient.shape
         places = geometry.image[0] * geometry.image[1]
+        # rows of G: for each output channel and tap, the error e laid out over the places of the image that the tap met
         index = _taps(geometry, self.kernel.device)
         shape = (trials, outputs, *index.shape)
         rows = self.error.new_zeros(*shape[:3], places + 1)
@@ -326,6 +344,7 @@ def solve_definite(
     Returns:
         The solution [T, n], NaN where no factor was found, and the inverse's diagonal [T, n], or zeros.
     """
+    # scaled to a unit diagonal, which conditions equations whose weights differ by many orders of magnitude
     scale = torch.rsqrt(matrix.diagonal(dim1=1, dim2=2))
     matrix *= scale[:, :, None]
     matrix *= scale[:, None, :]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from leakbench.gradients.convolution import Geometry, convolve
 from leakbench.gradients.intercept import batch_norm
 
-Curve = Literal["sigmoid", "tanh", "leaky-relu", "elu", "softplus"]
+ActivationKind = Literal["sigmoid", "tanh", "leaky-relu", "elu", "softplus"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Activation:
     """
 
     name: str
-    curve: Curve
+    curve: ActivationKind
     parameter: float = 1.0
 
     def forward(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -167,4 +167,4 @@ class Reshape:
         return x.flatten(1)
 
 
-Layer = Convolution | Normalisation | Scaling | Activation | Reshape
+ChainLayer = Convolution | Normalisation | Scaling | Activation | Reshape

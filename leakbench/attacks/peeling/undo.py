@@ -1,141 +1,175 @@
-"""What a layer gives away of its input when its output and the error there, dL/doutput, are known; T trials.
-
-Every value is held with its variance, from which the weight of the equations that it enters follows. Convolutions are
-in ``equations``.
-"""
+"""How each layer of a chain is undone: the state at its input from that at its output; T trials."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import singledispatch
+from math import prod
 
 import torch
 from torch import Tensor
 
-from leakbench.attacks.peeling.layers import Activation, Normalisation, Scaling
+from leakbench.attacks.peeling.equations import Prior, undo_convolution, undo_normalised
+from leakbench.attacks.peeling.estimate import Estimate, GradientNoise, Standardised
+from leakbench.attacks.peeling.layers import Activation, ChainLayer, Convolution, Normalisation, Reshape, Scaling
+from leakbench.attacks.peeling.scale import expose, find_unit
 
-DEAD = 9.0
-"""A channel whose squared scale is less than this multiple of its noise tells nothing."""
+DEAD_CHANNEL = 9.0
+"""A channel whose squared scale is less than this multiple of its noise holds no information."""
 
-
-@dataclass(frozen=True)
-class Estimate:
-    """Values [T, *shape] and their variances; infinite for a guess, which enters no equation as an observation."""
-
-    mean: Tensor
-    variance: Tensor
-
-    def view(self, shape: Sequence[int]) -> Estimate:
-        """Return the same values in another shape, [T, *shape]."""
-        return Estimate(*(value.reshape(len(value), *shape) for value in (self.mean, self.variance)))
-
-    def scaled(self, factor: Tensor, shift: Tensor | float = 0.0) -> Estimate:
-        """Return factor * values + shift."""
-        return Estimate(factor * self.mean + shift, factor.square() * self.variance)
+PIXEL_DEVIATION = 1.0
+"""The standard deviation of a pixel about the public mean, which keeps undetermined pixels near it."""
 
 
 @dataclass(frozen=True)
-class Noise:
-    """How far the gradient that was sent is assumed to be from the exact one, [T] each.
+class State:
+    """What is known between two layers.
 
     Attributes:
-        relative: to a tensor's root mean square; rounding's share.
-        absolute: the same for all tensors; the share of what a client adds.
-    """
-
-    relative: Tensor
-    absolute: Tensor
-
-    def variance(self, gradient: Tensor) -> Tensor:
-        """Return [T], the variance of the entries of a gradient [T, ...]."""
-        size = gradient.flatten(1).square().mean(1)
-        return torch.maximum(self.relative.square() * size, self.absolute.square())
-
-
-def undo_linear(
-    weight: Tensor, by_weight: Tensor, by_bias: Tensor, precision: float, *, never_zero: bool
-) -> tuple[Estimate, Estimate, Noise]:
-    """Return a linear layer's input f [T, D], the error dL/df there, and the noise of the gradient.
-
-    With d = dL/db: dL/dW = d f^T, so f = (dL/dW)^T d / |d|^2, and dL/df = W^T d. What dL/dW - d f^T leaves is noise.
-
-    Args:
-        weight: W [T, K, D].
-        by_weight: dL/dW [T, K, D].
-        by_bias: dL/db [T, K].
-        precision: the least relative noise that is assumed.
-        never_zero: f has no zeros, so that a column of zeros in dL/dW was put there, and its value is a guess.
-    """
-    d = by_bias[:, None]
-    features = (d @ by_weight)[:, 0] / d.square().sum((1, 2))[:, None]
-    rest = (by_weight - by_bias[..., None] * features[:, None]).square().mean((1, 2))
-    measured = (rest / by_weight.square().mean((1, 2))).sqrt()
-    noise = Noise(measured.clamp(min=precision), torch.where(measured > precision, rest.sqrt(), torch.zeros_like(rest)))
-    power = features.square()
-    variance = noise.relative.square()[:, None] * (power + power.mean(1, keepdim=True))
-    each = torch.maximum((noise.relative[:, None] * by_bias).square(), noise.absolute.square()[:, None])
-    error = Estimate((d @ weight)[:, 0], (each[:, None] @ weight.square())[:, 0])
-    hidden = (by_weight == 0).all(1) & never_zero
-    middle = features.sum(1, keepdim=True) / (~hidden).sum(1, keepdim=True)
-    value = Estimate(torch.where(hidden, middle, features), torch.where(hidden, torch.inf, variance))
-    return value, error, noise
-
-
-def undo_activation(layer: Activation, value: Estimate, error: Estimate) -> tuple[Estimate, Estimate]:
-    """Return an activation's input, and the error there; a guess is taken for what it is worth."""
-    variance = torch.where(value.variance.isinf(), 0.0, value.variance)
-    inputs, slope, bend = layer.invert(value.mean, variance.sqrt())
-    spread = slope.square() * error.variance + (error.mean * bend).square() * variance
-    return Estimate(inputs, value.variance / slope.square()), Estimate(slope * error.mean, spread)
-
-
-def undo_scaling(
-    layer: Scaling, value: Estimate, error: Estimate, tensors: Mapping[str, Tensor]
-) -> tuple[Estimate, Estimate]:
-    """Return the input of a public scaling of channels, and the error there."""
-    scale, shift = (c[..., None, None] for c in layer.coefficients(tensors, value.mean))
-    return value.scaled(1 / scale, -shift / scale), error.scaled(scale)
-
-
-@dataclass(frozen=True)
-class Standardised:
-    """What a normalisation y = gamma z + beta gives away of its input u = sigma z + m.
-
-    Attributes:
-        value: z [T, C, H, W].
-        error: h = gamma (e - mean(e) - z mean(e z)) for the error e at y; that at u is h / sigma.
-        alive: [T, C], the channels whose gamma tells z from noise.
+        value: the output of the layer below.
+        error: dL/dvalue.
+        misfit: [T], of the last equations that were solved.
+        standardised: below a normalisation, what it leaks of its input, which value and error do not describe.
     """
 
     value: Estimate
     error: Estimate
-    alive: Tensor
+    misfit: Tensor
+    standardised: Standardised | None = None
 
 
-def undo_normalisation(
-    layer: Normalisation, value: Estimate, error: Estimate, tensors: Mapping[str, Tensor]
-) -> Standardised:
+@dataclass(frozen=True)
+class ImagePrior:
+    """What is assumed of an image: neighbouring pixels are alike, and their colours change together.
+
+    Attributes:
+        mean: the public mean image [C, H, W].
+        roughness: the standard deviation by which neighbouring pixels differ.
+        colour: how much less the differences between colours change than their mean.
+    """
+
+    mean: Tensor
+    roughness: float
+    colour: float
+
+    def normal(self) -> Prior:
+        """Return the normal distribution of the image's values."""
+        channels, height, width = self.mean.shape
+        mean = self.mean.double().flatten()
+        eye = torch.eye(max(channels, height, width)).to(mean)
+        # the precision matrix is a Kronecker product: colours (mean and differences apart) times the pixel grid's graph
+        common = torch.full_like(eye[:channels, :channels], 1 / channels)
+        apart = eye[:channels, :channels] - common
+        steps = common / (channels * self.roughness**2) + apart / (self.colour * self.roughness) ** 2
+        across, down = (eye[:size, :size].diff(dim=0) for size in (width, height))
+        change = torch.kron(eye[:height, :height], across.T @ across) + torch.kron(down.T @ down, eye[:width, :width])
+        matrix = torch.kron(steps, change)
+        matrix.diagonal().add_(1 / PIXEL_DEVIATION**2)
+        return Prior(matrix, mean)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the attacker has at every layer.
+
+    Attributes:
+        tensors: the network's public tensors, name -> [T, *shape].
+        sent: the gradient, name -> [T, *shape].
+        noise: of the gradient.
+        prior: of the image.
+        below: the layers below the one that is undone, from the image on.
+    """
+
+    tensors: Mapping[str, Tensor]
+    sent: Mapping[str, Tensor]
+    noise: GradientNoise
+    prior: ImagePrior
+    below: Sequence[ChainLayer] = ()
+
+
+@singledispatch
+def undo(layer: ChainLayer, state: State, known: Known) -> State:
+    """Return the state at a layer's input from that at its output."""
+    raise TypeError(f"{type(layer).__name__} cannot be undone")
+
+
+@undo.register
+def _(layer: Reshape, state: State, known: Known) -> State:
+    return replace(state, value=state.value.view(layer.inputs), error=state.error.view(layer.inputs))
+
+
+@undo.register
+def _(layer: Activation, state: State, known: Known) -> State:
+    value, error = state.value, state.error
+    # a guess has an infinite variance; here it is used as if it were exact, for want of anything better
+    variance = torch.where(value.variance.isinf(), 0.0, value.variance)
+    inputs, slope, bend = layer.invert(value.mean, variance.sqrt())
+    # to first order: x = f^-1(y) has the variance of y over f'(x)^2, and the error f'(x) e also depends on y by df'/dy
+    spread = slope.square() * error.variance + (error.mean * bend).square() * variance
+    return replace(
+        state,
+        value=Estimate(inputs, value.variance / slope.square()),
+        error=Estimate(slope * error.mean, spread),
+    )
+
+
+@undo.register
+def _(layer: Scaling, state: State, known: Known) -> State:
+    scale, shift = (c[..., None, None] for c in layer.coefficients(known.tensors, state.value.mean))
+    return replace(state, value=state.value.scaled(1 / scale, -shift / scale), error=state.error.scaled(scale))
+
+
+@undo.register
+def _(layer: Normalisation, state: State, known: Known) -> State:
     """Return what is known of a normalisation's input whatever the sigma and the m of each channel.
 
     A secret gamma and beta are the standard deviation and the mean of the channel, because z has mean 0 and variance 1
     (up to eps, and to gamma's sign, which sigma then takes over).
     """
+    value, error = state.value, state.error
     y = value.mean
     if layer.secret:
         beta, gamma = y.mean((2, 3)), y.flatten(2).std(2, unbiased=False)
     else:
-        gamma, beta = layer.coefficients(tensors, y)
+        gamma, beta = layer.coefficients(known.tensors, y)
     seen = value.variance.isfinite()
-    known = torch.where(seen, value.variance, 0.0)
-    alive = gamma.square() * seen.sum((2, 3)) > DEAD * known.sum((2, 3))
+    variance = torch.where(seen, value.variance, 0.0)
+    # a gate that has shut, or a gamma near 0, leaves noise in a channel: dividing by gamma would only enlarge it
+    alive = gamma.square() * seen.sum((2, 3)) > DEAD_CHANNEL * variance.sum((2, 3))
     live = alive[..., None, None]
     gamma, beta = torch.where(alive, gamma, 1.0)[..., None, None], beta[..., None, None]
     z = torch.where(live, (y - beta) / gamma, 0.0)
+    # the backward pass of a normalisation, but for the factor 1 / sigma: sigma is not known yet
     cross = (error.mean * z).mean((2, 3), keepdim=True)
     h = gamma * (error.mean - error.mean.mean((2, 3), keepdim=True) - z * cross)
-    noise = value.variance / gamma.square()
-    return Standardised(
-        Estimate(z, noise),
-        Estimate(torch.where(live, h, 0.0), gamma.square() * error.variance + cross.square() * known),
+    standardised = Standardised(
+        Estimate(z, value.variance / gamma.square()),
+        Estimate(torch.where(live, h, 0.0), gamma.square() * error.variance + cross.square() * variance),
         alive,
+        None if layer.secret else layer.eps,
     )
+    return replace(state, standardised=standardised)
+
+
+@undo.register
+def _(layer: Convolution, state: State, known: Known) -> State:
+    tensors, sent = known.tensors, known.sent
+    image = prod(layer.inputs) == known.prior.mean.numel() and all(isinstance(lower, Reshape) for lower in known.below)
+    prior = known.prior.normal() if image else None
+    kernel, by_weight = layer.kernel(tensors), layer.kernel(sent) if layer.weight in sent else None
+    output = state.standardised
+    if output is None:
+        value, error = state.value.view(layer.outputs), state.error.view(layer.outputs)
+        if layer.bias is not None:
+            value = replace(value, mean=value.mean - tensors[layer.bias][..., None, None])
+        solution = undo_convolution(layer, kernel, value, error, by_weight, known.noise, prior)
+        return State(solution.value, solution.error, solution.misfit)
+    solution = undo_normalised(layer, kernel, output, by_weight, known.noise, prior)
+    value, error = solution.value, solution.error
+    if image:
+        value = expose(output, solution, known.prior.mean)
+    elif known.below:
+        unit = find_unit(layer, known.below, output, solution, tensors, sent)[:, None, None, None]
+        value, error = value.scaled(unit), error.scaled(1 / unit)
+    return State(value, error, solution.misfit)
