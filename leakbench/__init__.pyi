@@ -19,6 +19,7 @@ from .core.types import Secret as Secret
 from .core.types import ThreatModel as ThreatModel
 from .core.types import Uniform as Uniform
 from .datasets.base import Dataset as Dataset
+from .defenses.adaptive import AdaptiveAttacker as AdaptiveAttacker
 from .defenses.base import Defense as Defense
 from .defenses.base import Step as Step
 from .errors import LeakbenchError as LeakbenchError

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from leakbench import attacks, defenses
 from leakbench.analysis.summary import summarise
 from leakbench.attacks import Attack
-from leakbench.attacks.base import prepare
 from leakbench.core.malloc import keep_freed_memory
 from leakbench.core.rng import Rng
 from leakbench.core.types import Reconstruction, ThreatModel
@@ -183,10 +182,10 @@ def attack(method: str | Attack, observation: Observation, *, seed: int = 0) -> 
         Unsupported: the attack cannot serve this observation; the message says why.
     """
     rng = Rng(tuple(f"attack/{seed}/{row}" for row in range(observation.trials)), observation.device)
-    acting, known = prepare(attacks.parse(method), observation)
+    acting = attacks.parse(method)
     keep_freed_memory()
     with full_precision():
-        return acting(known, rng)
+        return acting(observation, rng)
 
 
 def keylock(

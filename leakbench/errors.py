@@ -28,6 +28,10 @@ class Unsupported(LeakbenchError):
     """An attack that cannot serve this model, dataset or threat model; the message says why."""
 
 
+class OldPlugin(DeprecationWarning):
+    """A plugin in a form of old, which still works; the message says what to change."""
+
+
 def printable(text: object) -> str:
     """Return text without line breaks and control characters, which a terminal would obey, whoever wrote it."""
     return "".join(char if char.isprintable() else " " for char in str(text))

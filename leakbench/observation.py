@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from leakbench.core.types import Secret, ThreatModel
+from leakbench.defenses.adaptive import AdaptiveAttacker
 from leakbench.defenses.base import Defense
 from leakbench.errors import BadOption
 
@@ -30,12 +31,14 @@ class Observation:
         num_classes: how many logits the model returns.
         mean_image: [C, H, W] in [0, 1], the mean of public images of the same kind.
         threat: what was granted; its ``learning_rate`` is None where that is hidden.
-        defense: the defense in use, or None where the attacker is not informed of it.
+        defense: the defense in use; None if the attacker is oblivious of it.
         slots: how many trials fit into memory at a time; None for all of them.
-        targets: [T, K], the class probabilities of the clients' losses that an informed attacker worked out; None for
+        targets: [T, K], the class probabilities of the clients' losses that an adaptive attacker derived; None for
             those of the labels.
         unit: what was sent is ``gradient`` times this; not 1 where an attack works on the mean step of an update.
-        shown: per parameter [T, *shape] bool, where ``gradient`` is what an informed attacker found it to be before the
+        adaptive: what the attacker knows of the defense, and models; None before an attack prepares the observation,
+            and if the attacker is oblivious.
+        shown: per parameter [T, *shape] bool, where ``gradient`` is what an adaptive attacker found it to be before the
             defense acted; elsewhere it is zero and nothing is known of it. None: what was sent, everywhere.
     """
 
@@ -53,6 +56,7 @@ class Observation:
     targets: Tensor | None = None
     unit: float = 1.0
     shown: Mapping[str, Tensor] | None = None
+    adaptive: AdaptiveAttacker | None = None
 
     @property
     def trials(self) -> int:

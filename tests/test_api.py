@@ -138,7 +138,7 @@ def test_a_written_attack_and_defense_are_served() -> None:
     class Half(leakbench.Attack):
         """Returns half of the mean image."""
 
-        def __call__(self, observation: leakbench.Observation, rng: Rng) -> leakbench.Reconstruction:
+        def run(self, observation: leakbench.Observation, rng: Rng) -> leakbench.Reconstruction:
             return leakbench.Reconstruction(0.5 * observation.mean_image.expand(observation.trials, -1, -1, -1))
 
     @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from conftest import ATTACKS, CLASSES, DEFENSES, SHAPE, SMALL, clients, plain, r
 from torch import Tensor, nn
 
 from leakbench import attacks
+from leakbench.attacks.base import prepare
 from leakbench.attacks.dlg import DLG
 from leakbench.attacks.ig import IG, cosine_distance
 from leakbench.attacks.matching import (
@@ -130,17 +131,17 @@ def test_the_prior_is_added_to_the_objective_and_not_to_the_match() -> None:
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("defense", ["noise(scale=0.1)", "noise(scale=0.1, kind=laplace)", "quantise(bits=4)"])
 def test_an_informed_attacker_goes_by_the_law_of_what_the_defense_draws(defense: str) -> None:
-    observation = watch("lenet", defense, "informed=true", trials=2)
-    assert observation.defense is not None
+    _, observation = prepare(DLG(), watch("lenet", defense, "informed=true", trials=2))
+    assert observation.adaptive is not None
+    likelihood = observation.adaptive.likelihood
+    assert likelihood is not None
     observed = observation.gradient
     start = {"image": rand(2, *SHAPE), "label": randn(2, CLASSES)}
     for attack in (DLG(), IG(labels="joint")):
         objective = attack._objective(observation, keys(2))
         dummy = objective.dummy(start["image"], torch.softmax(start["label"], 1), {}, 0)
         zeros = {name: torch.zeros_like(value) for name, value in observed.items()}
-        own, nothing = (observation.defense.likelihood(gradient, observed, {}) for gradient in (dummy, zeros))
-        assert own is not None
-        assert nothing is not None
+        own, nothing = (likelihood(gradient, observed, {}) for gradient in (dummy, zeros))
         least = math.prod(SHAPE) / (ROUGHNESS * attack.tv) if attack.tv else 0.0
         expected = own / nothing.clamp(min=least) + attack.prior(start["image"])
         torch.testing.assert_close(objective.match(start, 0), expected)

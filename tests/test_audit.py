@@ -188,7 +188,7 @@ def test_attackers_that_broke_are_no_pass(cli, nets: Path, monkeypatch: pytest.M
     def broken(self: object, observation: object, rng: object) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr("leakbench.attacks.peel.Peel.__call__", broken)
+    monkeypatch.setattr("leakbench.attacks.peel.Peel.run", broken)
     monkeypatch.setattr("leakbench.attacks.peel.served_chain", lambda observation: None)
     done = audit(cli, "pooled", *DATA, "--images", "1", "--fail-if", "recovered > 0.5")
     assert (done.code, "cannot be judged" in done.err) == (2, True)

@@ -153,8 +153,8 @@ def test_a_queue_is_worked_off_in_the_slots_that_fit(tmp_path: Path, monkeypatch
         seen.append((observation.trials, observation.slots))
         return _call(self, observation, rng)
 
-    _call = type(plain).__call__
-    monkeypatch.setattr(type(plain), "__call__", spy)
+    _call = type(plain).run
+    monkeypatch.setattr(type(plain), "run", spy)
     monkeypatch.setattr(work, "choose", lambda step, trials, device, share: 2)
     queued = leakbench.run(_plan(attack="dlg(steps=1)", images=9), tmp_path / "queue").results()
     assert seen == [(8, 2), (1, 2)]

@@ -578,7 +578,7 @@ from leakbench import Attack, Reconstruction, attacks
 class Slow(Attack):
     '''Takes its time.'''
 
-    def __call__(self, observation, rng):
+    def run(self, observation, rng):
         time.sleep(0.3)
         return Reconstruction(rng.uniform("image", observation.image_shape))
 """

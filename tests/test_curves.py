@@ -57,10 +57,10 @@ def test_who_knows_of_relative_noise_weighs_each_tensor_by_its_own(float64: None
     dummy = {name: value + 1 for name, value in observed.items()}
     variances = [0.25 * 12.5 / 1.25, 0.25 * 1250 / 1.25, 1.0]
     expected = sum(2 / (2 * variance) for variance in variances)
-    assert float(defense.likelihood(dummy, observed, {})) == pytest.approx(expected, rel=1e-12)
+    assert float(defense.attackers()["default"].likelihood(dummy, observed, {})) == pytest.approx(expected, rel=1e-12)
     laplace = defenses.parse("noise(scale=0.5, relative=true, kind=laplace)")
     expected = sum(2 * 2**0.5 * ((1 / variance + SMOOTH**2) ** 0.5 - SMOOTH) for variance in variances)
-    assert float(laplace.likelihood(dummy, observed, {})) == pytest.approx(expected, rel=1e-12)
+    assert float(laplace.attackers()["default"].likelihood(dummy, observed, {})) == pytest.approx(expected, rel=1e-12)
 
 
 def test_levels_go_from_exact_to_inexact() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -20,12 +19,13 @@ from torchvision.transforms.v2 import functional as V
 import leakbench
 from leakbench import attacks, datasets, defenses, metrics, models
 from leakbench.api import run
-from leakbench.attacks.base import prepare, work_out
+from leakbench.attacks.base import prepare
 from leakbench.attacks.lb import layer_normalised_distance
 from leakbench.attacks.matching import GradientMatching, MatchingObjective, analytic_labels
 from leakbench.core.rng import Rng, generator
 from leakbench.core.types import Gradient
-from leakbench.defenses import Defense, Step
+from leakbench.defenses import AdaptiveAttacker, Defense, Step
+from leakbench.defenses.adaptive import by_informed
 from leakbench.defenses.ats import POOL, transform
 from leakbench.defenses.soteria import sensitivity
 from leakbench.errors import BadOption, Unsupported
@@ -109,13 +109,22 @@ def test_clipping_scales_to_the_norm_over_all_parameters(norm: float) -> None:
         assert norm < size or torch.equal(sent[name], value)
 
 
+def adaptive(defense: str | Defense, name: str = "default") -> AdaptiveAttacker:
+    return defenses.parse(defense).attackers()[name]
+
+
+def derived(observation: Observation) -> Observation:
+    """Return what an attack on a shared gradient is given."""
+    return prepare(attacks.parse("ig"), observation)[1]
+
+
 def test_each_dummy_is_clipped_by_its_own_norm() -> None:
     gradient = {"a": randn(3, 5, 2), "b": randn(3, 4, seed=1)}
     gradient = {
         name: value * torch.tensor([0.01, 1.0, 30.0]).view(3, *[1] * (value.ndim - 1))
         for name, value in gradient.items()
     }
-    found = defenses.parse("clip(norm=2)").surrogate(gradient, gradient, {})
+    found = adaptive("clip(norm=2)").surrogate(gradient, gradient, {})
     for t in range(3):
         row = torch.cat([value[t].flatten() for value in gradient.values()])
         own = torch.cat([value[t].flatten() for value in found.values()])
@@ -125,7 +134,7 @@ def test_each_dummy_is_clipped_by_its_own_norm() -> None:
 def test_a_dummy_gradient_of_zero_is_differentiated() -> None:
     """The derivative of a norm at 0 is infinite; the clip's is not."""
     zero = torch.zeros(2, 6, requires_grad=True)
-    (found,) = torch.autograd.grad(defenses.parse("clip").surrogate({"a": zero}, {"a": zero}, {})["a"].sum(), zero)
+    (found,) = torch.autograd.grad(adaptive("clip").surrogate({"a": zero}, {"a": zero}, {})["a"].sum(), zero)
     assert torch.equal(found, torch.ones(2, 6))
 
 
@@ -139,12 +148,14 @@ def test_informed_hooks_are_differentiated_right() -> None:
         for options in ("kind=laplace", "snapshots=after", "snapshots=after, kind=laplace", "as_released=true")
     ]
     for spec in ("clip(norm=2)", "noise", "quantise(bits=3)", "dp", *on_weights):
-        method = defenses.parse(spec)
+        attacker = adaptive(spec)
 
-        def value(a: Tensor, b: Tensor, method: Defense = method) -> Tensor:
-            released = method.surrogate({"a": a, "b": b}, observed, weights)
-            unlikely = method.likelihood(released, observed, weights)
-            return squared_distance(released, observed) if unlikely is None else unlikely
+        def value(a: Tensor, b: Tensor, attacker: AdaptiveAttacker = attacker) -> Tensor:
+            dummy = {"a": a, "b": b}
+            released = dummy if attacker.surrogate is None else attacker.surrogate(dummy, observed, weights)
+            if attacker.likelihood is None:
+                return squared_distance(released, observed)
+            return attacker.likelihood(released, observed, weights)
 
         dummies = tuple((value + randn(*value.shape, seed=9)).requires_grad_() for value in observed.values())
         assert torch.autograd.gradcheck(value, dummies)
@@ -290,7 +301,7 @@ def test_soteria_says_where_it_is_not_defined() -> None:
 
 def test_the_informed_leave_out_the_columns_that_soteria_masked() -> None:
     plain, sent = released("soteria(ratio=0.4)")
-    found = defenses.parse("soteria").undo(rows(sent), {})
+    found = adaptive("soteria").undo(rows(sent), {})
     dead = (sent["classifier.weight"] == 0).all(0)
     assert 0 < int(dead.sum()) < len(dead)
     for name, value in plain.items():
@@ -354,7 +365,7 @@ def test_a_quantisation_error_is_weighed_by_the_grids_width(bits: str) -> None:
             width = (given.max(1) - given.min(1))[:, None] / 7
         error = dummy[name].double().numpy().reshape(2, -1) - given
         expected += (error**2 / (2 * width**2 / 12)).sum(1)
-    np.testing.assert_allclose(method.likelihood(dummy, observed, {}).numpy(), expected, rtol=1e-4)
+    np.testing.assert_allclose(adaptive(method).likelihood(dummy, observed, {}).numpy(), expected, rtol=1e-4)
 
 
 # mixup
@@ -588,7 +599,7 @@ def test_ats_needs_grey_or_colour() -> None:
 )
 def test_the_surrogate_of_the_clients_own_gradient_is_what_was_sent(defense: str) -> None:
     plain, sent = released(defense)
-    found = defenses.parse(defense).surrogate(rows(plain), rows(sent), {})
+    found = adaptive(defense).surrogate(rows(plain), rows(sent), {})
     for name, value in sent.items():
         torch.testing.assert_close(found[name][0], value, rtol=1e-12, atol=1e-15)
 
@@ -596,7 +607,7 @@ def test_the_surrogate_of_the_clients_own_gradient_is_what_was_sent(defense: str
 @pytest.mark.parametrize("defense", ["prune(ratio=0.7)", "soteria(ratio=0.7)"])
 def test_a_mask_shows_what_was_sent_of_the_clients_own_gradient(defense: str) -> None:
     plain, sent = released(defense)
-    found = defenses.parse(defense).undo(rows(sent), {})
+    found = adaptive(defense).undo(rows(sent), {})
     hidden = torch.cat([torch.isnan(value).flatten() for value in found.values()])
     assert 0 < int(hidden.sum()) < len(hidden)
     for name, value in plain.items():
@@ -615,14 +626,15 @@ def test_the_likelihood_of_noise_is_minus_the_log_of_its_density(kind: str) -> N
     def density(dummy: Gradient) -> Tensor:
         return torch.stack([law.log_prob(observed[name] - dummy[name]).flatten(1).sum(1) for name in observed]).sum(0)
 
-    first, second = (method.likelihood(dummy, observed, {}) for dummy in dummies)
+    likelihood = adaptive(method).likelihood
+    first, second = (likelihood(dummy, observed, {}) for dummy in dummies)
     rtol = 1e-10 if kind == "gaussian" else 0.02  # Laplace's absolute value is rounded off near 0
     torch.testing.assert_close(first - second, density(dummies[1]) - density(dummies[0]), rtol=rtol, atol=1e-10)
-    assert torch.equal(method.likelihood(observed, observed, {}), torch.zeros(2))
-    for certain in ("noise(scale=0)", "dp(noise_multiplier=0)", "none", "prune"):
-        assert defenses.parse(certain).likelihood(dummies[0], observed, {}) is None
-    dp = defenses.parse("dp(clip=0.5, noise_multiplier=0.6)").likelihood(dummies[0], observed, {})
-    gaussian = defenses.parse("noise(scale=0.3)").likelihood(dummies[0], observed, {})
+    assert torch.equal(likelihood(observed, observed, {}), torch.zeros(2))
+    for certain in ("noise(scale=0)", "dp(noise_multiplier=0)", "prune"):
+        assert adaptive(certain).likelihood is None
+    dp = adaptive("dp(clip=0.5, noise_multiplier=0.6)").likelihood(dummies[0], observed, {})
+    gaussian = adaptive("noise(scale=0.3)").likelihood(dummies[0], observed, {})
     torch.testing.assert_close(dp, gaussian)
 
 
@@ -636,32 +648,33 @@ def test_precodes_noise_is_worked_out(model: str, beta: float) -> None:
         for threat in ({"reveals": ["noise"]}, INFORMED)
     )
     (secret,) = informed.secrets
-    known = work_out(informed)
+    known = derived(informed)
     assert known.secrets == ()
     truth = told.weights[secret.name]
     assert truth.shape == (3, 256)
     assert known.weights[secret.name].dtype == torch.float32
     assert float((known.weights[secret.name] - truth).abs().max()) < 1e-4
     assert secret.name not in informed.weights, "the observation itself is left as it is"
-    assert work_out(watch(model, defense)).secrets == (secret,), "nothing is worked out by who does not know of it"
+    assert derived(watch(model, defense)).secrets == (secret,), "nothing is worked out by who does not know of it"
 
 
 def test_precodes_noise_is_not_worked_out_without_what_it_needs() -> None:
     observation = watch("lenet", "precode(k=6)", INFORMED)
     (name,) = [name for name in observation.gradient if name.endswith("decoder.bias")]
     less = replace(observation, gradient={key: value for key, value in observation.gradient.items() if key != name})
-    assert work_out(less).secrets == observation.secrets
+    assert derived(less).secrets == observation.secrets
     method = defenses.parse("precode(k=6)")
-    assert method.recover(observation.model, less.gradient, observation.weights) == {}
+    recover = adaptive(method).recover
+    assert recover(observation.model, less.gradient, observation.weights) == {}
     zero = {key: torch.zeros_like(value) for key, value in observation.gradient.items()}
-    (noise,) = method.recover(observation.model, zero, observation.weights).values()
+    (noise,) = recover(observation.model, zero, observation.weights).values()
     assert bool(torch.isfinite(noise).all())
 
 
 @pytest.mark.usefixtures("float64")
 def test_with_precodes_noise_the_clients_image_has_the_observed_gradient() -> None:
     """What is worked out is enough: at the private image, an informed attack's distance is zero."""
-    observation = work_out(watch("lenet", "precode(k=6)", {"informed": True, "labels": "known"}))
+    observation = derived(watch("lenet", "precode(k=6)", {"informed": True, "labels": "known"}))
     attack = attacks.parse("dlg(steps=1)")
     objective = attack._objective(observation, Rng(("a", "b"))).with_path()
     images = torch.stack([client.image for client in clients(2)])
@@ -674,13 +687,13 @@ def test_precodes_label_is_worked_out_where_the_published_rule_misses_it() -> No
     """A decoded feature has any sign, so that the sums over the classifier's weights mislead."""
     observation = watch("lenet", "precode(k=6)", INFORMED, trials=8, fresh=True)
     truth = [client.label for client in clients(8)]
-    known = work_out(observation)
+    known = derived(observation)
     assert known.labels.tolist() == truth
     assert known.targets.tolist() == F.one_hot(torch.tensor(truth), CLASSES).tolist()
     assert analytic_labels(observation).tolist() != truth
-    granted = work_out(watch("lenet", "precode(k=6)", {"informed": True, "labels": "known"}, trials=8))
+    granted = derived(watch("lenet", "precode(k=6)", {"informed": True, "labels": "known"}, trials=8))
     assert granted.labels.tolist() == truth
-    assert work_out(watch("lenet", "precode(k=6)")).targets is None
+    assert derived(watch("lenet", "precode(k=6)")).targets is None
 
 
 def objective(attack: str, observation: Observation) -> MatchingObjective:
@@ -724,7 +737,7 @@ def own_images(trials: int) -> Tensor:
 def test_the_blends_class_probabilities_are_worked_out(model: str) -> None:
     """With them the distance is zero at the blend; with one label it is not."""
     observation = watch(model, "mixup", INFORMED, trials=4)
-    known = work_out(observation)
+    known = derived(observation)
     method = defenses.parse("mixup")
     blends = []
     for t, client in enumerate(clients(4)):
@@ -830,7 +843,7 @@ def test_an_attacker_is_asked_for_by_name() -> None:
             parse_threat(bad)
     floor, _ = prepare(attacks.parse("grey"), watch("lenet", "none", "informed=splice"))
     assert floor.name == "grey"
-    with pytest.raises(Unsupported, match=r"'prune' states no informed attacker 'splice'; write informed=true$"):
+    with pytest.raises(Unsupported, match=r"'prune' has no adaptive attacker 'splice'; write informed=true$"):
         objective("ig", watch("lenet", "prune", "informed=splice"))
     with pytest.raises(Unsupported, match=r"write informed=true or splice or omit$"):
         objective("ig", watch("lenet", "precode(k=6)", "informed=splize"))
@@ -838,17 +851,16 @@ def test_an_attacker_is_asked_for_by_name() -> None:
 
 def test_a_splice_needs_a_layer_below() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(SHAPE), CLASSES))
-    for name, attacker in defenses.parse("precode(k=6)").attackers().items():
+    defense = defenses.parse("precode(k=6)")
+    for attacker in (adaptive(defense, name) for name in ("splice", "omit")):
         with pytest.raises(Unsupported, match="no layer below its bottleneck"):
-            attacker.relax(attacker.wrap(network), ())
-        assert name in ("splice", "omit")
+            attacker.relax(defense.wrap(network), ())
 
 
 def every_attacker() -> list[tuple[str, str]]:
-    """Return every defense with each of its informed attackers."""
-    parsed = {spec: defenses.parse(spec) for spec in ALL_DEFENSES}
-    named = [(spec, name) for spec, defense in parsed.items() for name in defense.attackers()]
-    return [(spec, "true") for spec, defense in parsed.items() if defense.informed] + named
+    """Return every defense with each of its adaptive attackers, as ``informed`` asks for it."""
+    stated = {spec: by_informed(defenses.parse(spec).attackers()) for spec in ALL_DEFENSES}
+    return [(spec, str(name).lower()) for spec, attackers in stated.items() for name in attackers]
 
 
 @pytest.mark.parametrize(("spec", "name"), every_attacker())
@@ -856,22 +868,19 @@ def test_what_clients_do_does_not_depend_on_who_is_informed(spec: str, name: str
     plain, informed = watch("lenet", spec), watch("lenet", spec, f"informed={name}")
     assert plain.gradient.keys() == informed.gradient.keys()
     assert all(torch.equal(value, informed.gradient[key]) for key, value in plain.gradient.items())
-    for other in defenses.parse(spec).attackers().values():
-        assert other.settings() == defenses.parse(spec).settings()
-        assert 0 < len(other.informed) <= 120
-        assert not other.informed.endswith(".")
 
 
-STATED = {spec: defenses.parse(spec).informed for spec in ALL_DEFENSES}
+STATED = {spec: defenses.parse(spec).attackers() for spec in ALL_DEFENSES}
 
 
-def test_every_defense_states_its_informed_attacker_or_has_none() -> None:
-    assert {spec for spec, words in STATED.items() if not words} == {"none", "norm-only", "ats"}
-    for words in STATED.values():
-        assert "\n" not in words
-        assert len(words) <= 120
-        assert words[:1] == words[:1].lower()
-        assert not words.endswith(".")
+def test_every_defense_describes_its_adaptive_attackers_or_has_none() -> None:
+    assert {spec for spec, attackers in STATED.items() if not attackers} == {"none", "norm-only", "ats"}
+    for attackers in STATED.values():
+        for words in (attacker.description for attacker in attackers.values()):
+            assert "\n" not in words
+            assert 0 < len(words) <= 120
+            assert words[:1] == words[:1].lower()
+            assert not words.endswith(".")
 
 
 @pytest.mark.parametrize("defense", ALL_DEFENSES)
@@ -881,7 +890,7 @@ def test_informed_attacks_run_where_there_is_something_to_know(defense: str) -> 
     floor, _ = prepare(attacks.parse("grey"), observation)
     assert floor.name == "grey", "a floor looks at nothing, whatever it knows"
     if not STATED[defense]:
-        with pytest.raises(Unsupported, match=r"states no informed attacker; use a threat model with informed=false"):
+        with pytest.raises(Unsupported, match=r"has no adaptive attacker; use a threat model with informed=false"):
             prepare(attack, observation)
         return
     acting, known = prepare(attack, observation)
@@ -899,13 +908,13 @@ class Signs(Defense):
         return {name: value.sign() for name, value in step.gradient().items()}
 
 
-def test_a_defense_that_says_nothing_has_no_informed_attacker() -> None:
-    assert Signs.informed == ""
+def test_a_defense_has_no_adaptive_attacker_by_default() -> None:
+    assert Signs().attackers() == {}
     network = build(models.parse("lenet"), Signs(), SHAPE, CLASSES, "weights")
     observation: Observation = leakbench.observe(
         network, rand(1, *SHAPE), torch.tensor([1]), defense=Signs(), threat="informed=true"
     )
-    with pytest.raises(Unsupported, match="'Signs' adds nothing"):
+    with pytest.raises(Unsupported, match="'Signs' has no adaptive attacker"):
         leakbench.attack("ig(steps=2)", observation)
 
 
@@ -922,7 +931,7 @@ def test_a_cell_in_which_there_is_nothing_to_know_is_a_row(tmp_path) -> None:
     assert status["prune", "ig(steps=2)"] == "ok"
     assert status["none", "grey"] == "ok"
     assert "informed" in table.loc[table["status"] == "unsupported", "reason"].item()
-    with pytest.raises(Unsupported, match="states no informed attacker"):
+    with pytest.raises(Unsupported, match="has no adaptive attacker"):
         run(Matrix(defenses=["none"], images=1, **axes), tmp_path / "other")
 
 
@@ -936,22 +945,13 @@ def test_what_a_dataset_says_of_its_images_stands_in_every_report(tmp_path) -> N
 
 @dataclass(frozen=True)
 class Halved(Signs):
-    """Send half of it, and know of it in two ways."""
-
-    informed: ClassVar[str] = "doubles | it"
+    """Send half of it, with two adaptive attackers."""
 
     def note(self) -> str:
         return "Half of everything is sent."
 
-    def attackers(self) -> dict[str, Defense]:
-        return {"thrice": Thrice()}
-
-
-@dataclass(frozen=True)
-class Thrice(Halved):
-    """The same."""
-
-    informed: ClassVar[str] = "trebles it"
+    def attackers(self) -> dict[str, AdaptiveAttacker]:
+        return {"default": AdaptiveAttacker("doubles | it"), "thrice": AdaptiveAttacker("trebles it")}
 
 
 def test_a_report_says_who_is_informed_of_every_defense_or_that_nobody_is(tmp_path) -> None:

@@ -76,7 +76,7 @@ class Thief(Attack):
 
     name: ClassVar[str] = "thief"
 
-    def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
+    def run(self, observation: Observation, rng: Rng) -> Reconstruction:
         return self.give(rng.uniform("image", observation.image_shape), observation, rng)
 
     def give(self, images: Tensor, observation: Observation, rng: Rng) -> Any:

@@ -170,7 +170,7 @@ class Plain(Attack):
 
     name: ClassVar[str] = "plain"
 
-    def __call__(self, observation, rng):
+    def run(self, observation, rng):
         return Reconstruction(rng.uniform("image", observation.image_shape))
 
 

@@ -154,7 +154,7 @@ def test_what_has_not_ended_or_broke_has_no_entry_and_is_named(cli, place: Path,
 
     more = ("--attack", "peel", "--images", "1", "--threshold", "0.6", "--out", "ran")
     assert cli("run", "matrix", *MATRIX[:-2], *more).code == 0
-    monkeypatch.setattr("leakbench.attacks.peel.Peel.__call__", broken)
+    monkeypatch.setattr("leakbench.attacks.peel.Peel.run", broken)
     assert cli("run", "matrix", *MATRIX, *more).code == 0
     done = cli("leaderboard", "ran", "--out", "board")
     assert (done.code, len(list((place / "board" / "entries").iterdir()))) == (0, 1)

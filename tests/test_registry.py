@@ -319,7 +319,7 @@ class FromAFile(Attack):
 
     gain: float = 2.0
 
-    def __call__(self, observation, rng):
+    def run(self, observation, rng):
         return Reconstruction(observation.mean_image.expand(observation.trials, -1, -1, -1) * self.gain)
 '''
 

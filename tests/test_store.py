@@ -91,7 +91,7 @@ class TinyAttack(Attack):
     step: float = 0.1
     note: str = ""
 
-    def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
+    def run(self, observation: Observation, rng: Rng) -> Reconstruction:
         raise NotImplementedError
 
 

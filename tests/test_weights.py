@@ -21,7 +21,7 @@ from leakbench.attacks.dlm import DLM
 from leakbench.attacks.matching import MatchingObjective
 from leakbench.core.rng import Rng
 from leakbench.core.types import ThreatModel
-from leakbench.defenses import Step
+from leakbench.defenses import AdaptiveAttacker, Defense, Step
 from leakbench.errors import BadOption, Unsupported
 from leakbench.models import parse
 from leakbench.optim import Solution, Unknowns, value_and_gradient
@@ -100,6 +100,10 @@ def test_an_informed_attacker_models_the_defense_in_the_units_of_the_update() ->
     truth = {"image": torch.stack([client.image for client in clients(2)])}
     other = {"image": torch.stack([rand(*SHAPE, seed=5)] * 2)}
     assert bool((objective(truth, 0) < 1e-6 * objective(other, 0)).all())
+
+
+def adaptive(defense: str | Defense) -> AdaptiveAttacker:
+    return defenses.parse(defense).attackers()["default"]
 
 
 SECOND = "shares=weights, informed=true, labels=known"
@@ -247,12 +251,12 @@ def test_the_likelihood_of_weight_noise_is_minus_the_log_of_its_density(
                 total -= float(torch.trapezoid(product, other).log())
         return total
 
-    first, second = (method.likelihood(dummy, observed, weights) for dummy in dummies)
-    assert first is not None
-    assert second is not None
+    likelihood = adaptive(method).likelihood
+    assert likelihood is not None
+    first, second = (likelihood(dummy, observed, weights) for dummy in dummies)
     expected = [unlikely(dummies[0], row) - unlikely(dummies[1], row) for row in range(2)]
     torch.testing.assert_close(first - second, torch.tensor(expected), rtol=0.02, atol=1e-3)
-    assert defenses.parse("weight-noise(scale=0)").likelihood(observed, observed, weights) is None
+    assert adaptive("weight-noise(scale=0)").likelihood is None
 
 
 @pytest.mark.usefixtures("float64")
@@ -261,7 +265,9 @@ def test_the_surrogate_of_the_clients_update_is_what_was_sent_without_noise(opti
     plain = watch("lenet", "none", "weights")
     spec = f"weight-noise(scale=0{options})"
     sent = watch("lenet", spec, "weights").gradient
-    found = defenses.parse(spec).surrogate(dict(plain.gradient), sent, plain.weights)
+    surrogate = adaptive(spec).surrogate
+    assert surrogate is not None
+    found = surrogate(dict(plain.gradient), sent, plain.weights)
     for name, value in sent.items():
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-13)
 
@@ -324,8 +330,13 @@ def test_defenses_of_weights_keep_shapes_and_arguments_and_train_with_the_model_
         assert torch.equal(network.get_parameter(name), before[name])
     rows = {name: value[None].clone() for name, value in released.items()}
     weights = {name: value[None].clone() for name, value in before.items()}
-    method.undo(rows, weights)
-    method.likelihood(method.surrogate(rows, rows, weights), rows, weights)
+    attacker = adaptive(method)
+    for function in (attacker.undo,):
+        if function is not None:
+            function(rows, weights)
+    for model in (attacker.surrogate, attacker.likelihood):
+        if model is not None:
+            model(rows, rows, weights)
     assert all(torch.equal(rows[name][0], released[name]) for name in released)
     assert all(torch.equal(weights[name][0], before[name]) for name in before)
     after = {name: before[name] - value for name, value in replied.items()}

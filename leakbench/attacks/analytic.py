@@ -58,7 +58,7 @@ class Analytic(Attack):
         """Raise Unsupported where no linear layer takes the pixels, or none of its gradient was sent."""
         self._pixels(observation)
 
-    def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
+    def run(self, observation: Observation, rng: Rng) -> Reconstruction:
         """Return the image of every trial; nothing is drawn from rng."""
         layer, order, slope, shift = self._pixels(observation)
         weight, bias = (observation.gradient.get(f"{layer}.{part}") for part in ("weight", "bias"))

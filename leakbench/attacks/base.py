@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import warnings
 from abc import abstractmethod
-from typing import ClassVar
+from typing import ClassVar, final
 
 import torch
 
 from leakbench.core.component import Component
+from leakbench.core.loss_curve import marks
 from leakbench.core.registry import Registry
 from leakbench.core.rng import Rng
 from leakbench.core.types import Reconstruction, ThreatModel
-from leakbench.defenses.base import Defense
-from leakbench.errors import Unsupported
+from leakbench.defenses.adaptive import AdaptiveAttacker, by_informed
+from leakbench.errors import BadOption, OldPlugin, Unsupported
 from leakbench.observation import Observation
 
 
 class Attack(Component):
-    """What a curious server does with what it saw.
+    """What a curious server does with what it saw; a subclass defines ``run``, and ``check`` and ``probe`` if it can.
+
+    An attack is called as ``attack(observation, rng)``: that prepares the observation by the threat model
+    (``prepare``), runs the attack on it, and checks what came back. ``run``, ``check`` and ``probe`` get the prepared
+    observation. An attack that uses another one calls that one's ``run``.
 
     Attributes:
         floor: True for an attack that uses no gradient; tables show every other attack's gain over the best floor.
@@ -34,8 +41,26 @@ class Attack(Component):
     learns_rate: ClassVar[bool] = False
     queue: ClassVar[int] = 1
 
+    def __init_subclass__(cls) -> None:
+        """Take a subclass's own ``__call__``, which attacks defined before ``run``, for its ``run``.
+
+        Raises:
+            BadOption: it calls another attack's ``__call__`` by name, as that of the class that it derives from.
+        """
+        super().__init_subclass__()
+        old = cls.__dict__.get("__call__")
+        if old is None:
+            return
+        if "__call__" in inspect.unwrap(old).__code__.co_names:
+            raise BadOption(
+                f"class {cls.__name__} overrides __call__ and calls it of another attack; rename both to run"
+            )
+        warnings.warn(f"class {cls.__name__} overrides __call__; rename it to run", OldPlugin, stacklevel=2)
+        del cls.__call__
+        cls.run = old  # type: ignore[method-assign]
+
     @abstractmethod
-    def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
+    def run(self, observation: Observation, rng: Rng) -> Reconstruction:
         """Return a reconstruction of every trial; nothing of the observation is changed.
 
         Raises:
@@ -43,7 +68,7 @@ class Attack(Component):
         """
 
     def check(self, observation: Observation) -> None:
-        """Raise Unsupported where the attack cannot serve this observation; called with a blank image before a run."""
+        """Raise Unsupported if the attack cannot serve this observation; called with a blank image before a run."""
 
     def probe(self, observation: Observation, rng: Rng) -> int | None:
         """Do a small, typical piece of the work on all trials, from whose time and memory their number is chosen.
@@ -54,6 +79,33 @@ class Attack(Component):
         """
         return None
 
+    @final
+    def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
+        """Return a reconstruction of every trial, whose failed rows are the grey image.
+
+        Args:
+            observation: what the server saw, as the clients sent it.
+            rng: what the attacker draws from, one key for each trial.
+
+        Raises:
+            Unsupported: the attack cannot serve this observation; the message says why.
+            BadOption: the attack returned something else than a reconstruction of every trial.
+        """
+        attack, known = prepare(self, observation)
+        return _checked(self, attack.run(known, rng), known)
+
+    @final
+    def preflight(self, observation: Observation) -> None:
+        """Raise Unsupported if the attack cannot serve this observation, by ``prepare`` or by its own ``check``."""
+        attack, known = prepare(self, observation)
+        attack.check(known)
+
+    @final
+    def measure(self, observation: Observation, rng: Rng) -> int | None:
+        """Return what ``probe`` returns for this observation."""
+        attack, known = prepare(self, observation)
+        return attack.probe(known, rng)
+
 
 registry: Registry[Attack] = Registry("attack", "leakbench.attacks", Attack)
 register = registry.register
@@ -62,58 +114,56 @@ register = registry.register
 def prepare(attack: Attack, observation: Observation) -> tuple[Attack, Observation]:
     """Return an attack and what it works on, both as the threat model has them.
 
+    What was prepared before stays as it is.
+
     Raises:
-        Unsupported: the threat model has the attacker search for secrets, which this attack cannot; or it informs the
-            attacker of a defense that gives it nothing to know; or the client shares weights, and the attack, or what
-            the attacker knows of the defense, needs the learning rate, which is not granted, or one step alone.
+        Unsupported: the threat model has the attacker optimise secrets, which this attack cannot; or it asks for an
+            adaptive attacker that the defense does not have; or the client shares weights, and the attack, or the
+            adaptive attacker, needs the learning rate, which is not granted, or a single step.
     """
     if attack.floor:
         return attack, observation
-    unit = unit_of(attack, observation.threat)
-    informed = inform(observation)
-    _check_units(attack, informed)
-    return adapt(attack, observation.threat), per_step(work_out(informed), unit)
+    unit = _unit_of(attack, observation.threat)
+    adaptive = _adaptive_attacker(observation)
+    if adaptive is not None and observation.adaptive is None:
+        observation = _derive(attack, dataclasses.replace(observation, adaptive=adaptive), adaptive)
+    return _adapt(attack, observation.threat), _per_step(observation, unit)
 
 
-def inform(observation: Observation) -> Observation:
-    """Return the observation with the defense as the attacker models it that the threat model asks for.
+def _adaptive_attacker(observation: Observation) -> AdaptiveAttacker | None:
+    """Return the adaptive attacker that the threat model asks for, or None where the attacker is oblivious.
 
     Raises:
-        Unsupported: the defense states no such attacker.
+        Unsupported: the defense has no such attacker.
     """
-    defense, variant = observation.defense, observation.threat.informed
+    defense, informed = observation.defense, observation.threat.informed
     if defense is None:
-        return observation
-    if not defense.informed:
+        return None
+    attackers = by_informed(defense.attackers())
+    if informed in attackers:
+        return attackers[informed]
+    if not attackers:
         raise Unsupported(
-            f"to be informed of the defense {defense.name!r} adds nothing: it states no informed attacker; "
-            "use a threat model with informed=false"
+            f"the defense {defense.name!r} has no adaptive attacker; use a threat model with informed=false"
         )
-    if isinstance(variant, bool):
-        return observation
-    others = defense.attackers()
-    if variant not in others:
-        known = " or ".join(["true", *others])
-        raise Unsupported(
-            f"the defense {defense.name!r} states no informed attacker {variant!r}; write informed={known}"
-        )
-    return dataclasses.replace(observation, defense=others[variant])
+    known = " or ".join(str(name).lower() for name in attackers)
+    raise Unsupported(f"the defense {defense.name!r} has no adaptive attacker {informed!r}; write informed={known}")
 
 
-def adapt(attack: Attack, threat: ThreatModel) -> Attack:
+def _adapt(attack: Attack, threat: ThreatModel) -> Attack:
     """Return the attack as the threat model has it act: with ``secrets=optimise`` where it ``optimises``.
 
     Raises:
         Unsupported: the attack has no such option.
     """
-    if not threat.optimises or attack.floor:
+    if not threat.optimises:
         return attack
     if "secrets" not in attack.options():
-        raise Unsupported(f"{attack.name} cannot search for secrets; use a threat model with optimises=false")
+        raise Unsupported(f"{attack.name} cannot optimise secrets; use a threat model with optimises=false")
     return dataclasses.replace(attack, secrets="optimise")  # type: ignore[type-var]
 
 
-def unit_of(attack: Attack, threat: ThreatModel) -> float:
+def _unit_of(attack: Attack, threat: ThreatModel) -> float:
     """Return what the observed gradient is divided by to be what an attack works on.
 
     Where the client shares its weights, that is the mean gradient of its local steps: the update divided by the number
@@ -134,51 +184,39 @@ def unit_of(attack: Attack, threat: ThreatModel) -> float:
     return threat.unit
 
 
-def per_step(observation: Observation, unit: float) -> Observation:
-    """Return the observation with its gradient divided by this unit (``unit_of``)."""
-    if unit == 1.0:
+def _per_step(observation: Observation, unit: float) -> Observation:
+    """Return the observation with its gradient divided by this unit (``_unit_of``)."""
+    if unit == 1.0 or observation.unit != 1.0:
         return observation
     gradient = {name: value / unit for name, value in observation.gradient.items()}
     return dataclasses.replace(observation, gradient=gradient, unit=unit)
 
 
-def _check_units(attack: Attack, observation: Observation) -> None:
-    """Raise Unsupported where an informed attacker cannot model what becomes of an update whose size is not known."""
-    defense = observation.defense
-    if defense is None or observation.threat.unit is not None or attack.learns_rate or not defense.models_release():
-        return
-    raise Unsupported(
-        f"what {defense.name!r} does to an update counts in the units of the update, and the learning rate is neither "
-        f"known nor learned by {attack.name}; use dlm, a threat model with rate=known, or informed=false"
-    )
+def _derive(attack: Attack, observation: Observation, adaptive: AdaptiveAttacker) -> Observation:
+    """Return what an adaptive attacker knows before any search.
 
-
-def work_out(observation: Observation) -> Observation:
-    """Return what an informed attacker knows before any search.
-
-    That is the secrets and the class probabilities that the defense lets it work out from the gradient (the mean one of
-    several local steps), and the gradient or update as far as what was sent shows it.
+    That is the secrets and the class probabilities that follow from the gradient (the mean one of several local steps),
+    and the gradient or update before the defense acted, as far as what was sent shows it.
 
     Args:
+        attack: what will work on it.
         observation: as the client sent it, in the units in which it did.
+        adaptive: what the attacker knows of the defense.
 
     Raises:
-        Unsupported: secrets or probabilities follow from a gradient in its own units, and the learning rate is hidden;
-            or from one gradient, and what was sent is the sum of several.
+        Unsupported: something follows from a gradient in its own units, and the learning rate is hidden; or from the
+            gradient of one step, and what was sent is the sum of several.
     """
-    defense, threat = observation.defense, observation.threat
-    if defense is None:
-        return observation
-    if defense.works_out():
-        _check_worked_out(observation)
-    size = threat.unit or 1.0
+    _check_units(attack, observation, adaptive)
+    size = observation.threat.unit or 1.0
     gradient = {name: value / size for name, value in observation.gradient.items()}
     seen = (observation.model, gradient, observation.weights)
-    found = {name: value for name, value in defense.recover(*seen).items() if name not in observation.weights}
-    targets = defense.targets(*seen)
+    found = {} if adaptive.recover is None else adaptive.recover(*seen)
+    found = {name: value for name, value in found.items() if name not in observation.weights}
+    targets = None if adaptive.targets is None else adaptive.targets(*seen)
     labels = observation.labels
     return dataclasses.replace(
-        _undone(observation, defense),
+        _undone(observation, adaptive),
         weights={**observation.weights, **found},
         labels=targets.argmax(1) if labels is None and targets is not None else labels,
         targets=targets,
@@ -186,26 +224,69 @@ def work_out(observation: Observation) -> Observation:
     )
 
 
-def _check_worked_out(observation: Observation) -> None:
-    defense, threat = observation.defense, observation.threat
-    assert defense is not None
-    if threat.unit is None and not defense.scale_free:
+def _check_units(attack: Attack, observation: Observation, adaptive: AdaptiveAttacker) -> None:
+    """Raise Unsupported if modelling the defense needs a learning rate that is hidden, or a single step."""
+    assert observation.defense is not None
+    name, threat = observation.defense.name, observation.threat
+    if adaptive.models_release and threat.unit is None and not attack.learns_rate:
         raise Unsupported(
-            f"what an informed attacker works out of {defense.name!r} needs the gradient in its own units, and the "
-            "learning rate is not known; use a threat model with rate=known, or informed=false"
+            f"the adaptive attacker models the defense {name!r} in the units of the update, and the learning rate is "
+            f"neither known nor learned by {attack.name}; use dlm, a threat model with rate=known, or informed=false"
         )
-    if threat.shares == "weights" and threat.local_steps > 1 and not defense.summed:
+    if not adaptive.derives:
+        return
+    if threat.unit is None and not adaptive.scale_free:
         raise Unsupported(
-            f"what an informed attacker works out of {defense.name!r} follows from the gradient of one step, and an "
-            f"update of {threat.local_steps} local steps is a sum of several; use local_steps=1, or informed=false"
+            f"what the adaptive attacker derives behind {name!r} needs the gradient in its own units, and the learning "
+            "rate is not known; use a threat model with rate=known, or informed=false"
+        )
+    if threat.shares == "weights" and threat.local_steps > 1 and not adaptive.summed:
+        raise Unsupported(
+            f"what the adaptive attacker derives behind {name!r} follows from the gradient of one step, and an update "
+            f"of {threat.local_steps} local steps is a sum of several; use local_steps=1, or informed=false"
         )
 
 
-def _undone(observation: Observation, defense: Defense) -> Observation:
-    """Return the observation with what the defense did undone as far as what was sent shows it."""
-    if type(defense).undo is Defense.undo:
+def _undone(observation: Observation, adaptive: AdaptiveAttacker) -> Observation:
+    """Return the observation with what the defense did undone, as far as what was sent shows it."""
+    if adaptive.undo is None:
         return observation
-    before = defense.undo(observation.gradient, observation.weights)
+    before = adaptive.undo(observation.gradient, observation.weights)
     shown = {name: ~torch.isnan(value) for name, value in before.items()}
     gradient = {name: torch.where(shown[name], value, 0.0) for name, value in before.items()}
     return dataclasses.replace(observation, gradient=gradient, shown=shown)
+
+
+def _checked(attack: Attack, guess: object, observation: Observation) -> Reconstruction:
+    """Return a reconstruction on the observation's device whose failed or non-finite rows are the grey image.
+
+    Raises:
+        BadOption: it is no reconstruction, or its shapes are wrong.
+    """
+    if not isinstance(guess, Reconstruction):
+        raise BadOption(f"attack {attack.name!r} returned {type(guess).__name__}; return a Reconstruction")
+    expected = (observation.trials, *observation.image_shape)
+    if tuple(guess.images.shape) != expected:
+        raise BadOption(
+            f"attack {attack.name!r} returned images of shape {tuple(guess.images.shape)}; return {expected}"
+        )
+    rows = {name: getattr(guess, name) for name in ("labels", "objective", "failed", "evaluations")}
+    for name, value in {**rows, **guess.findings}.items():
+        if value is not None and tuple(value.shape) != expected[:1]:
+            raise BadOption(
+                f"attack {attack.name!r} returned {name} of shape {tuple(value.shape)}; return {expected[:1]}"
+            )
+    curve = guess.curve
+    if curve is not None and tuple(curve.values.shape) != (expected[0], len(marks(curve.limit, curve.every))):
+        raise BadOption(
+            f"attack {attack.name!r} returned a curve of shape {tuple(curve.values.shape)}; give one value for "
+            "each trial and mark"
+        )
+    device = observation.device
+    images = guess.images.detach().to(device)
+    failed = ~torch.isfinite(images.flatten(1)).all(1)
+    if guess.failed is not None:
+        failed = failed | guess.failed.to(device)
+    images = torch.where(failed[:, None, None, None], torch.full_like(images, 0.5), images)
+    labels = None if guess.labels is None else guess.labels.to(device)
+    return dataclasses.replace(guess, images=images, labels=labels, failed=failed)

@@ -24,7 +24,7 @@ class RandomFloor(Attack):
     fails: ClassVar[str] = "It is a floor: no recovery is expected of it."
     floor: ClassVar[bool] = True
 
-    def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
+    def run(self, observation: Observation, rng: Rng) -> Reconstruction:
         """Return U[0, 1) images."""
         return Reconstruction(rng.uniform("image", observation.image_shape), labels=observation.labels)
 
@@ -40,7 +40,7 @@ class GreyFloor(Attack):
     fails: ClassVar[str] = "It is a floor; in PSNR it is above many published reconstructions."
     floor: ClassVar[bool] = True
 
-    def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
+    def run(self, observation: Observation, rng: Rng) -> Reconstruction:
         """Return constant 0.5 images."""
         shape = (observation.trials, *observation.image_shape)
         return Reconstruction(torch.full(shape, 0.5, device=observation.device), labels=observation.labels)
@@ -57,7 +57,7 @@ class MeanFloor(Attack):
     fails: ClassVar[str] = "It is a floor: no recovery is expected of it."
     floor: ClassVar[bool] = True
 
-    def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
+    def run(self, observation: Observation, rng: Rng) -> Reconstruction:
         """Return the public mean image for every trial."""
         images = observation.mean_image.expand(observation.trials, *observation.image_shape)
         return Reconstruction(images.clone(), labels=observation.labels)

@@ -161,13 +161,13 @@ class GGL(GradientMatching):
             objective.select(rows)({name: value[index] for name, value in start.items()}, 0)
         return 0
 
-    def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
+    def run(self, observation: Observation, rng: Rng) -> Reconstruction:
         """Return the best of ``restarts`` searches by the matching distance, for every trial."""
         exact = double(observation)
         exact = replace(exact, labels=known_labels(exact))
         if self.control == "wrong-gradient":
             exact = replace(exact, gradient=self._decoy(exact, rng))
-        found = super().__call__(exact, rng)
+        found = super().run(exact, rng)
         return replace(found, images=found.images.to(observation.dtype))
 
     def start(self, observation: Observation, rng: Rng) -> Unknowns:
@@ -271,7 +271,7 @@ class PriorFloor(Attack):
         known_labels(observation)
         generators.load(generator, observation.device, observation.dtype)
 
-    def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
+    def run(self, observation: Observation, rng: Rng) -> Reconstruction:
         """Return one sample of the generator for every trial."""
         generator = chosen(self.generator, observation)
         labels = known_labels(observation)

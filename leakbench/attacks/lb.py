@@ -108,7 +108,7 @@ class LB(QuasiNewton):
         """Evaluate the objective and its gradient once, in float64."""
         return super().probe(double(observation), rng)
 
-    def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
+    def run(self, observation: Observation, rng: Rng) -> Reconstruction:
         """Return the best of ``restarts`` searches by the matching distance, for every trial."""
-        found = super().__call__(double(observation), rng)
+        found = super().run(double(observation), rng)
         return replace(found, images=found.images.to(observation.dtype))

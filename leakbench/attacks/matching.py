@@ -22,6 +22,7 @@ from leakbench.core.component import LATER
 from leakbench.core.loss_curve import Curve
 from leakbench.core.rng import Rng
 from leakbench.core.types import Gradient, Reconstruction, Secret
+from leakbench.defenses.adaptive import AdaptiveAttacker
 from leakbench.errors import Unsupported
 from leakbench.gradients import Evaluator, choose_path, plain_loss
 from leakbench.gradients.bilinear import squared_norm
@@ -151,7 +152,7 @@ class GradientMatching(Attack):
         """Raise Unsupported where the label cannot be had or the network cannot be differentiated twice."""
         self._objective(observation, Rng(tuple(map(str, range(observation.trials))), observation.device)).with_path()
 
-    def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
+    def run(self, observation: Observation, rng: Rng) -> Reconstruction:
         """Return the best of ``restarts`` searches by what ``judge`` says, for every trial."""
         first = self._objective(observation, rng).with_path()
         runs = [self._search(first)]
@@ -178,10 +179,9 @@ class GradientMatching(Attack):
 
     def _objective(self, observation: Observation, rng: Rng) -> MatchingObjective:
         observation = _relaxed(observation)
-        model, defense = observation.model, observation.defense
-        evaluator = Evaluator(
-            model, tuple(observation.gradient), plain_loss if defense is None else defense.loss, "batched"
-        )
+        model, adaptive = observation.model, observation.adaptive
+        loss = plain_loss if adaptive is None or adaptive.loss is None else adaptive.loss
+        evaluator = Evaluator(model, tuple(observation.gradient), loss, "batched")
         if observation.labels is None and self.labels == "analytic":
             observation = replace(observation, labels=self.read_labels(observation))
         if self.local == "unrolled" and observation.threat.shares == "weights":
@@ -190,7 +190,7 @@ class GradientMatching(Attack):
         secrets = {
             secret.name: _draw(secret, own[secret.name], rng, "secret", observation.dtype)
             for secret in observation.secrets
-            if not (secret.fresh or secret.sought)
+            if not (secret.fresh or secret.optimised)
         }
         return MatchingObjective(
             attack=self,
@@ -223,7 +223,7 @@ class GradientMatching(Attack):
         start = self.start(observation, rng)
         buffers = dict(objective.evaluator.model.named_buffers())
         for secret in observation.secrets:
-            if secret.sought or (self.secrets == "optimise" and secret.name in buffers):
+            if secret.optimised or (self.secrets == "optimise" and secret.name in buffers):
                 start[SECRET + secret.name] = _draw(secret, buffers[secret.name], rng, "secret", observation.dtype)
         return start
 
@@ -306,14 +306,12 @@ class MatchingObjective:
         self, images: Tensor, logits: Tensor | None, unknowns: Unknowns, evaluation: Evaluation, judge: bool = False
     ) -> Tensor:
         gradient = self._masked(self.dummy(images, self._labels(logits), unknowns, evaluation))
-        factor, defense = self.attack.factor(unknowns), self.observation.defense
-        if defense is not None and defense.models_release():
+        factor, adaptive = self.attack.factor(unknowns), self.observation.adaptive
+        if adaptive is not None and adaptive.models_release:
             unit = self._unit(factor)
-            known = (self._sent, self.observation.weights)
-            gradient = defense.surrogate(scaled(gradient, unit), *known)
-            unlikely = defense.likelihood(gradient, *known)
-            if unlikely is not None:
-                return unlikely / self._unlikely
+            gradient = self._released(adaptive, scaled(gradient, unit))
+            if adaptive.likelihood is not None:
+                return adaptive.likelihood(gradient, self._sent, self.observation.weights) / self._unlikely
             gradient = scaled(gradient, 1 / unit)
         observed: Mapping[str, Tensor] = self.observation.gradient
         if not self.attack.per_tensor:
@@ -436,7 +434,7 @@ class MatchingObjective:
         unknowns = {
             SECRET + secret.name: _draw(secret, self._own[secret.name], self.rng, "probe", observation.dtype)
             for secret in observation.secrets
-            if secret.fresh or secret.sought
+            if secret.fresh or secret.optimised
         }
         tensors = self._filled(unknowns, 0)
         path = choose_path(self.evaluator, tensors, observation.image_shape, observation.num_classes)
@@ -487,11 +485,17 @@ class MatchingObjective:
     @cached_property
     def _of_nothing(self) -> Tensor | None:
         """How unlikely a gradient of zeros is [T]; None where there is no likelihood."""
-        defense, known = self.observation.defense, (self._sent, self.observation.weights)
-        if defense is None:
+        adaptive = self.observation.adaptive
+        if adaptive is None or adaptive.likelihood is None:
             return None
-        zeros = {name: torch.zeros_like(value) for name, value in self._sent.items()}
-        return defense.likelihood(defense.surrogate(zeros, *known), *known)
+        zeros = self._released(adaptive, {name: torch.zeros_like(value) for name, value in self._sent.items()})
+        return adaptive.likelihood(zeros, self._sent, self.observation.weights)
+
+    def _released(self, adaptive: AdaptiveAttacker, gradient: Gradient) -> Gradient:
+        """Return a gradient, in the units in which it is sent, as the adaptive attacker has it released."""
+        if adaptive.surrogate is None:
+            return gradient
+        return adaptive.surrogate(gradient, self._sent, self.observation.weights)
 
     @cached_property
     def _own(self) -> dict[str, Tensor]:
@@ -499,21 +503,21 @@ class MatchingObjective:
 
 
 def _relaxed(observation: Observation) -> Observation:
-    """Return what an attacker works with: of an informed one, the network that its defense relaxes."""
-    if observation.defense is None:
+    """Return what an attack works with: of an adaptive attacker, the network that it relaxes."""
+    adaptive = observation.adaptive
+    if adaptive is None or adaptive.relax is None:
         return observation
-    hidden = {secret.name for secret in observation.secrets}
-    model = observation.defense.relax(observation.model, hidden)
+    model, optimised = adaptive.relax(observation.model, {secret.name for secret in observation.secrets})
     own = tensors_of(model)
     matched = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    sought = tuple(secret for secret in observation.defense.secrets(model) if secret.sought)
+    kept = [secret for secret in observation.secrets if secret.name in own]
     return replace(
         observation,
         model=model,
         weights={name: value for name, value in observation.weights.items() if name in own},
         gradient={name: value for name, value in observation.gradient.items() if name in matched},
         shown=observation.shown and {name: value for name, value in observation.shown.items() if name in matched},
-        secrets=(*(secret for secret in observation.secrets if secret.name in own), *sought),
+        secrets=(*kept, *(replace(secret, optimised=True) for secret in optimised)),
     )
 
 

@@ -92,7 +92,7 @@ class Peel(Attack):
         self._peel(replace(chain, layers=chain.layers[convolutions[-1] :]), _rows(observation, 0, observation.trials))
         return observation.trials * _bytes(chain)
 
-    def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
+    def run(self, observation: Observation, rng: Rng) -> Reconstruction:
         """Return the image of every trial; nothing is drawn from rng."""
         chain = served_chain(observation)
         trials = observation.trials

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from leakbench import attacks, datasets, defenses, metrics
 from leakbench.analysis.ensemble import UNSCORED, AttackerStats, ensemble_results, floor_share
-from leakbench.attacks.base import prepare
 from leakbench.audit.findings import Audit, Behind, Sight
 from leakbench.audit.gate import LABELS, Gate
 from leakbench.audit.given import SCALE, Audited, Update, classes_of
@@ -413,10 +412,9 @@ def _attack(
         reason = ""
         guess: Reconstruction | None = None
         try:
-            acting, known = prepare(attack, observation)
-            acting.check(known)
+            attack.preflight(observation)
             with full_precision():
-                guess = acting(known, Rng(("audit/update",), observation.device))
+                guess = attack(observation, Rng(("audit/update",), observation.device))
         except Unsupported as error:
             reason = str(error)
         except (Exception, SystemExit) as error:  # whatever an attack raises on this network is its reason

@@ -96,6 +96,7 @@ def threats() -> None:
 
 def _show(registry: Registry[Any], plugins: list[Path] | None) -> None:
     from leakbench.core.registry import load_plugin, option_text
+    from leakbench.defenses.adaptive import by_informed
 
     for path in plugins or []:
         load_plugin(path)
@@ -109,9 +110,11 @@ def _show(registry: Registry[Any], plugins: list[Path] | None) -> None:
         if convention:
             typer.echo(f"    convention: {convention}")
         if registry.kind == "defense":
-            typer.echo(f"    who is informed of it: {cls.informed or 'nothing to know'}")
-            for variant, other in ({} if registry.required(cls) else cls().attackers()).items():
-                typer.echo(f"    informed={variant}: {other.informed}")
+            attackers = {} if registry.required(cls) else by_informed(cls().attackers())
+            for informed, attacker in attackers.items():
+                typer.echo(f"    adaptive attack (informed={str(informed).lower()}): {attacker.description}")
+            if not attackers:
+                typer.echo("    adaptive attack: none")
         for word in ("assumes", "cost", "fails", "reference"):
             if getattr(cls, word):
                 typer.echo(f"    {word}: {getattr(cls, word)}")

@@ -7,13 +7,14 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TextIO
 
 import typer
 
 from leakbench.cli import accuracy, assets, audit, compare, leaderboard, listing, report, run, runs, train
-from leakbench.errors import LeakbenchError, one_line
+from leakbench.errors import LeakbenchError, OldPlugin, one_line
 from leakbench.version import __version__
 
 app = typer.Typer(
@@ -65,7 +66,9 @@ def main() -> None:
     Commands that answer a question (``audit --fail-if``, ``diff``, ``check``, ``leaderboard check``) say no with 1.
     """
     try:
-        with _noting_interrupts() as stopped:
+        with _noting_interrupts() as stopped, warnings.catch_warnings():
+            warnings.simplefilter("always", OldPlugin)
+            warnings.showwarning = _warn
             code = app(prog_name="leakbench", standalone_mode=False)
     except USAGE as error:
         message = error.format_message()  # type: ignore[attr-defined]
@@ -102,6 +105,21 @@ def _noting_interrupts() -> Iterator[list[int]]:
         yield seen
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Write a warning to stderr: one line about a plugin of an older form, any other as Python does."""
+    known = issubclass(category, OldPlugin)
+    sys.stderr.write(
+        f"note: {one_line(message)}\n" if known else warnings.formatwarning(message, category, filename, lineno)
+    )
 
 
 def _end(error: Exception) -> NoReturn:

@@ -189,7 +189,7 @@ class Registry(Generic[T]):
                 self._entry_points_loaded = False
                 raise BadOption(
                     f"the plugin {entry.value!r} (entry point {entry.name!r} of {self.group}) does not import: "
-                    f"{one_line(error)}; repair or uninstall it"
+                    f"{_moved(error) or one_line(error)}; repair or uninstall it"
                 ) from error
 
 
@@ -212,9 +212,29 @@ def load_plugin(path: str | Path) -> None:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise BadOption(
-            f"the plugin {str(path)!r} does not import: {type(error).__name__}: {one_line(error)}"
-        ) from error
+        reason = _moved(error) or f"{type(error).__name__}: {one_line(error)}"
+        raise BadOption(f"the plugin {str(path)!r} does not import: {reason}") from error
+
+
+_MOVED = {
+    "leakbench.types": "leakbench.core.types, or Observation from leakbench",
+    "leakbench.component": "leakbench.core.component",
+    "leakbench.registry": "leakbench.core.registry",
+    "leakbench.rng": "leakbench.core.rng",
+    "leakbench.curve": "leakbench.core.loss_curve",
+    "leakbench.matrix": "leakbench.plan.matrix",
+    "leakbench.trial": "leakbench.plan.trial",
+    "leakbench.store": "leakbench.store.run_file, leakbench.store.records or leakbench.store.provenance",
+    "leakbench.engine": "leakbench.engine.run, or run from leakbench",
+    "leakbench.work": "leakbench.engine.worker",
+}
+"""Modules that plugins may have imported under a name of old, and where their content is now."""
+
+
+def _moved(error: BaseException) -> str:
+    """Return where a plugin finds what it failed to import from a module of old; empty for any other error."""
+    name = (error.name or "") if isinstance(error, ImportError) else ""
+    return f"{name} has moved; import from {_MOVED[name]}" if name in _MOVED else ""
 
 
 def plugins() -> list[Path]:

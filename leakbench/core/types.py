@@ -8,15 +8,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from leakbench.core.loss_curve import Curve
-
-if TYPE_CHECKING:
-    pass
 
 Gradient = dict[str, Tensor]
 """Parameter name -> [T, *shape] (or [*shape] for a single client step)."""
@@ -192,15 +189,15 @@ class Secret:
         group: the name by which a threat model reveals it (``key``, ``lock``, ``noise``).
         law: how it is drawn.
         fresh: drawn anew at every forward pass (PRECODE's noise) instead of once for a client (a key).
-        sought: of a relaxed network alone (``Defense.relax``): every attack searches for it, together with the image,
-            from a start drawn by the law.
+        optimised: True for a tensor of a relaxed network (``AdaptiveAttacker.relax``) that every attack optimises
+            together with the image, from a start drawn by its distribution.
     """
 
     name: str
     group: str
     law: Law
     fresh: bool = False
-    sought: bool = False
+    optimised: bool = False
 
 
 @dataclass(frozen=True)

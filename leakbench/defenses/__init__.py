@@ -6,6 +6,7 @@ from leakbench.defenses import none, noise, prune, clip, dp, quantise, soteria, 
 from leakbench.defenses import weights
 
 # isort: on
+from leakbench.defenses.adaptive import AdaptiveAttacker
 from leakbench.defenses.base import Defense, Step, register, registry
 
 get = registry.get
@@ -14,6 +15,7 @@ parse = registry.parse
 spec = registry.spec
 
 __all__ = [
+    "AdaptiveAttacker",
     "Defense",
     "Step",
     "ats",

@@ -6,7 +6,7 @@ arguments in place. Every hook defaults to the identity.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from leakbench.core.component import Component
 from leakbench.core.registry import Registry
 from leakbench.core.types import Gradient, Secret
+from leakbench.defenses.adaptive import AdaptiveAttacker
 from leakbench.errors import BadOption, Unsupported
 
 
@@ -147,19 +148,23 @@ class UpdateStep(Step):
 class Defense(Component):
     """What a client does to hide its data; subclasses override the hooks they need.
 
+    What an attacker does who knows of the defense is no part of it: ``attackers`` returns that.
+
     Attributes:
-        informed: what an attacker who knows of the defense does about it, in a few words; empty where that is no more
-            than what an attacker does who does not. A subclass inherits it. ``attackers`` has further ones.
         companions: how many further images of the client's own data ``encode`` needs beside the attacked one.
-        scale_free: ``recover`` and ``targets`` work on any multiple of the gradient, so that an update of unknown
-            learning rate will do.
-        summed: ``recover`` and ``targets`` work on the mean gradient of several local steps, and not of one alone.
     """
 
-    informed: ClassVar[str] = ""
     companions: ClassVar[int] = 0
-    scale_free: ClassVar[bool] = False
-    summed: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        """Raise BadOption if a subclass states what an adaptive attacker knows on the defense, as it once was."""
+        super().__init_subclass__()
+        old = [name for name in _OF_ATTACKERS if name in cls.__dict__]
+        if old:
+            raise BadOption(
+                f"class {cls.__name__} defines {', '.join(old)}, which a defense no longer has; return an "
+                "AdaptiveAttacker with it from attackers(), see CONTRIBUTING.md"
+            )
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Return the network that the client trains, made from a copy of ``model``; secrets are named tensors of it."""
@@ -199,92 +204,10 @@ class Defense(Component):
         """
         return self.release(step, rng)
 
-    def relax(self, model: nn.Module, hidden: Collection[str]) -> nn.Module:
-        """Return the network that an informed attacker differentiates through; the model is not changed.
+    def attackers(self) -> Mapping[str, AdaptiveAttacker]:
+        """Return the adaptive attackers of the defense by name; none by default.
 
-        What it computes from secrets can be a tensor that is searched for instead: ``secrets`` of the relaxed network
-        names it, with ``sought``. Tensors of both networks have one name. What was sent is matched for the parameters
-        of the relaxed network that require a gradient, and for no others.
-
-        Args:
-            model: the public architecture, without values.
-            hidden: the names of the secrets that the attacker neither was given nor worked out.
-        """
-        return model
-
-    def undo(self, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
-        """Return what went into ``release``, as far as what was sent shows it: NaN where it does not.
-
-        An informed attacker works on that in place of what was sent, and leaves out what is not shown. No entry may
-        depend on the learning rate: it need not be known.
-
-        Args:
-            observed: what was sent, [T, *shape] per parameter, to the bit.
-            weights: the values that the attacker knows: see ``recover``.
-        """
-        return dict(observed)
-
-    def surrogate(self, gradient: Gradient, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
-        """Return the [T, ...] dummy gradient as an informed attacker believes it would have been released.
-
-        Args:
-            gradient: the dummy gradient [T, *shape] by name; where the client shares its weights, the dummy update.
-            observed: what was sent, [T, *shape] by name.
-            weights: the values that the attacker knows: see ``recover``.
-        """
-        return gradient
-
-    def likelihood(
-        self, gradient: Gradient, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]
-    ) -> Tensor | None:
-        """Return [T], -log p(observed | gradient) up to a constant: how unlikely an informed attacker finds a dummy.
-
-        It stands in place of an attack's own distance, relative to what it is at a gradient of zeros. None, the
-        default, leaves the attack its own: what is sent follows from the gradient without noise.
-
-        Args:
-            gradient: the dummy gradient [T, *shape] by name, as ``surrogate`` returns it.
-            observed: what was sent, [T, *shape] by name.
-            weights: the values that the attacker knows: see ``recover``.
-        """
-        return None
-
-    @classmethod
-    def models_release(cls) -> bool:
-        """Return whether an informed attacker models what becomes of a gradient before it is sent, in its units."""
-        return cls.surrogate is not Defense.surrogate or cls.likelihood is not Defense.likelihood
-
-    @classmethod
-    def works_out(cls) -> bool:
-        """Return whether an informed attacker works out secrets or class probabilities (``recover``, ``targets``)."""
-        return cls.recover is not Defense.recover or cls.targets is not Defense.targets
-
-    def recover(self, model: nn.Module, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
-        """Return the secrets [T, *shape] that an informed attacker works out from what was sent, by name.
-
-        Tensors that the relaxed network alone has can be among them.
-
-        Args:
-            model: the public architecture, without values.
-            observed: the gradient that was sent, [T, *shape] per parameter; withheld names are absent. Of clients that
-                share weights the mean gradient of their steps, or a multiple of it where the rate is hidden.
-            weights: the values that the attacker knows: parameters and revealed secrets [T, *shape], buffers [*shape].
-        """
-        return {}
-
-    def targets(self, model: nn.Module, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor | None:
-        """Return the class probabilities [T, K] of the client's loss that an informed attacker works out, or None.
-
-        They stand in place of the label in every attack's loss. The arguments are those of ``recover``.
-        """
-        return None
-
-    def attackers(self) -> Mapping[str, Defense]:
-        """Return the further informed attackers, each by the name under which a threat model asks for it.
-
-        ``informed = "NAME"`` asks for one, ``informed = true`` for what the defense's own hooks state. Each is this
-        defense with other hooks of the informed (``informed``, ``relax``, ``recover``, ``loss``, ...); what clients do
-        is what this one does.
+        ``informed = true`` in a threat model asks for the one named ``default``, ``informed = "NAME"`` for another one.
         """
         return {}
 
@@ -292,6 +215,9 @@ class Defense(Component):
         """Return what a reader must know of the defense with these options, in one line, or an empty string."""
         return ""
 
+
+_OF_ATTACKERS = ["informed", "relax", "undo", "surrogate", "likelihood", "recover", "targets", "scale_free", "summed"]
+"""What a defense stated of its adaptive attacker before ``AdaptiveAttacker`` was."""
 
 registry: Registry[Defense] = Registry("defense", "leakbench.defenses", Defense)
 register = registry.register

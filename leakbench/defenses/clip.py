@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from leakbench.core.types import Gradient
+from leakbench.defenses.adaptive import AdaptiveAttacker, Observed, Weights
 from leakbench.defenses.base import Defense, Step, register
 from leakbench.gradients.bilinear import squared_norm
 
@@ -32,7 +33,6 @@ class Clip(Defense):
     assumes: ClassVar[str] = "The attacker minds the gradient's size."
     cost: ClassVar[str] = "Nothing but smaller steps."
     fails: ClassVar[str] = "Any distance that does not see the size (cosine), or clipping the dummy too."
-    informed: ClassVar[str] = "clips the dummy gradient too"
     norm: Norm = 1.0
 
     def release(self, step: Step, rng: torch.Generator) -> Gradient:
@@ -40,8 +40,11 @@ class Clip(Defense):
         rows = clipped({name: value[None] for name, value in step.gradient().items()}, self.norm)
         return {name: value[0] for name, value in rows.items()}
 
-    def surrogate(self, gradient: Gradient, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
-        """Return the dummy gradient, clipped."""
+    def attackers(self) -> Mapping[str, AdaptiveAttacker]:
+        """Return the attacker who clips the dummy gradient too."""
+        return {"default": AdaptiveAttacker("clips the dummy gradient too", surrogate=self._clipped)}
+
+    def _clipped(self, gradient: Gradient, observed: Observed, weights: Weights) -> Gradient:
         return clipped(gradient, self.norm)
 
 

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from leakbench.core.types import Gradient
+from leakbench.defenses.adaptive import AdaptiveAttacker, Observed, Weights
 from leakbench.defenses.base import Defense, Step, register
 from leakbench.defenses.clip import Norm, clipped
 from leakbench.gradients.bilinear import squared_distance
@@ -47,7 +48,6 @@ class DP(Defense):
     assumes: ClassVar[str] = "Nothing: its guarantee holds against every attacker, for the epsilon that it states."
     cost: ClassVar[str] = "Accuracy; more so the smaller epsilon is."
     fails: ClassVar[str] = "A large epsilon guarantees little; the report states it."
-    informed: ClassVar[str] = "clips the dummy gradient too, and weighs an error by the noise's law (L2)"
     clip: Norm = 1.0
     noise_multiplier: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.1
     steps: Annotated[int, Field(ge=1, le=10**9)] = 1000
@@ -62,16 +62,21 @@ class DP(Defense):
             for name, value in clipped(step.per_example(), self.clip).items()
         }
 
-    def surrogate(self, gradient: Gradient, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
-        """Return the dummy gradient of one example, clipped."""
+    def attackers(self) -> Mapping[str, AdaptiveAttacker]:
+        """Return the attacker who models clipping and noise."""
+        attacker = AdaptiveAttacker(
+            "clips the dummy gradient too, and weighs an error by the noise's distribution (L2)",
+            surrogate=self._clipped,
+            likelihood=self._likelihood if self.noise_multiplier > 0 else None,
+        )
+        return {"default": attacker}
+
+    def _clipped(self, gradient: Gradient, observed: Observed, weights: Weights) -> Gradient:
         return clipped(gradient, self.clip)
 
-    def likelihood(
-        self, gradient: Gradient, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]
-    ) -> Tensor | None:
-        """Return [T], |g' - g|_2^2 / (2 (noise_multiplier * clip)^2) for a batch of one; see base."""
-        variance = (self.noise_multiplier * self.clip) ** 2
-        return squared_distance(gradient, observed) / (2 * variance) if variance > 0 else None
+    def _likelihood(self, gradient: Gradient, observed: Observed, weights: Weights) -> Tensor:
+        """Return [T], |g' - g|_2^2 / (2 (noise_multiplier * clip)^2) for a batch of one."""
+        return squared_distance(gradient, observed) / (2 * (self.noise_multiplier * self.clip) ** 2)
 
     def epsilon(self) -> float:
         """Return the epsilon of the whole training, infinite without noise; needs the extra ``dp``.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -13,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from leakbench.core.types import Gradient, Law, Normal, Secret, Uniform
+from leakbench.defenses.adaptive import AdaptiveAttacker, Observed, Weights
 from leakbench.defenses.base import Defense, register
 from leakbench.errors import BadOption
 from leakbench.gradients.linear import layer_input
@@ -117,17 +119,13 @@ class KeyLock(nn.Module):
 
 
 class FreeAffine(nn.Module):
-    """gamma * BatchNorm(u) + beta with gamma and beta [C] of one's own: a lock to someone without key and lock.
-
-    The mean is that of gamma and beta over keys and locks, or their size where it is 0.
-    """
+    """gamma * BatchNorm(u) + beta with gamma and beta [C] of one's own: a lock to someone without key and lock."""
 
     gamma: Tensor
     beta: Tensor
 
-    def __init__(self, lock: KeyLock, mean: float) -> None:
+    def __init__(self, lock: KeyLock) -> None:
         super().__init__()
-        self.mean = mean
         self.norm = lock.norm
         for name in ("gamma", "beta"):
             self.register_buffer(name, torch.zeros_like(lock.shift.bias))
@@ -164,11 +162,6 @@ class KeyLockDefense(Defense):
         "What remains is what shut ReLU gates lose, and the contrast that the normalisation takes."
     )
     version: ClassVar[int] = 2  # 2: the informed start from a lock that is known
-    informed: ClassVar[str] = (
-        "works out the key from the lock's gradients, or searches for scale and shift from those of a known lock on"
-    )
-    scale_free: ClassVar[bool] = True
-    summed: ClassVar[bool] = True
     length: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
     gate: Gate = "relu"
     keys: Literal["uniform", "normal"] = "uniform"
@@ -203,40 +196,42 @@ class KeyLockDefense(Defense):
             if lock.drift:
                 moved = Normal(0, self.drift * self._deviation(lock))
                 found += [Secret(f"{name}.{layer}_drift", "drift", moved) for layer in ("scale", "shift")]
-        for name, module in model.named_modules():
-            if isinstance(module, FreeAffine):
-                start = Normal(module.mean, START * module.mean)
-            elif isinstance(module, KeyLock) and module.displaced:
-                start = Normal(0, START * self._mean_gate(module))
-            else:
-                continue
-            found += [Secret(f"{name}.{tensor}", "lock", start, sought=True) for tensor in ("gamma", "beta")]
         return tuple(found)
 
-    def relax(self, model: nn.Module, hidden: Collection[str]) -> nn.Module:
+    def attackers(self) -> Mapping[str, AdaptiveAttacker]:
+        """Return the attacker who uses what is known of the lock, and ``free``, who uses no lock."""
+        aided = AdaptiveAttacker(
+            "recovers the key from the lock's gradients, or optimises scale and shift, from those of a known lock on",
+            relax=partial(self._relaxed, aided=True),
+            recover=recovered_keys,
+            scale_free=True,
+            summed=True,
+        )
+        words = "optimises scale and shift, from their mean over keys and locks on"
+        return {"default": aided, "free": replace(aided, description=words, relax=partial(self._relaxed, aided=False))}
+
+    def _relaxed(self, model: nn.Module, hidden: Collection[str], aided: bool) -> tuple[nn.Module, tuple[Secret, ...]]:
         """Return the network with scale and shift of every lock free, unless key and locks are all known.
 
-        They are 2 C numbers, whatever key and lock they come from. Where a lock is known, and the key or what training
-        has added to the lock is not, the search for them starts at what that lock makes of the key, or of the mean key.
+        They are 2 C numbers, whatever key and lock they come from. If the attacker is ``aided``, and knows a lock but
+        not the key, or not what training has added to the lock, they start at what that lock makes of the key, or of
+        the mean key; else at their mean.
         """
-        return self._relaxed(model, set(hidden), aided=True)
-
-    def attackers(self) -> Mapping[str, Defense]:
-        """Return ``free``."""
-        return {"free": Unaided(self.length, self.gate, self.keys, self.lock_init, self.layers, self.drift)}
-
-    def _relaxed(self, model: nn.Module, hidden: set[str], aided: bool) -> nn.Module:
         private = {f"{name}.{tensor}" for name in locks(model) for tensor in ("key", *LOCK, *DRIFT)}
-        if not private & hidden:
-            return model
-        known = aided and not {f"{name}.{tensor}" for name in locks(model) for tensor in LOCK} & hidden
+        if private.isdisjoint(hidden):
+            return model, ()
+        known = aided and not {f"{name}.{tensor}" for name in locks(model) for tensor in LOCK} & set(hidden)
         model = copy.deepcopy(model)
+        optimised = []
         for name, lock in locks(model).items():
+            size = self._mean_gate(lock)
             if known:
                 lock.displace((0.5 if self.keys == "uniform" else 0.0) if f"{name}.key" in hidden else None)
             else:
-                replace_module(model, name, FreeAffine(lock, self._mean_gate(lock)))
-        return model
+                replace_module(model, name, FreeAffine(lock))
+            start = Normal(0 if known else size, START * size)
+            optimised += [Secret(f"{name}.{tensor}", "lock", start) for tensor in ("gamma", "beta")]
+        return model, tuple(optimised)
 
     def _deviation(self, lock: KeyLock) -> float:
         """Return the standard deviation of W key + b over keys and initial locks.
@@ -261,30 +256,19 @@ class KeyLockDefense(Defense):
             return 0.5
         return self._moved(lock) * math.sqrt((1 if self.gate == "relu" else 4) / (2 * math.pi))
 
-    def recover(self, model: nn.Module, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
-        """Return the key, the input of scale and shift, which their gradients give exactly where both were sent."""
-        found = {}
-        for name, lock in locks(model).items():
-            rows = {
-                tensor: [observed[f"{name}.{layer}.{tensor}"] for layer in ("scale", "shift")]
-                for tensor in ("weight", "bias")
-                if all(f"{name}.{layer}.{tensor}" in observed for layer in ("scale", "shift"))
-            }
-            if not lock.chained and len(rows) == 2:
-                found[f"{name}.key"] = layer_input(torch.cat(rows["weight"], 1), torch.cat(rows["bias"], 1))
-        return found
 
-
-@dataclass(frozen=True)
-class Unaided(KeyLockDefense):
-    """Key-lock to an attacker who begins at the mean of scale and shift, whatever is known of the lock."""
-
-    name: ClassVar[str] = KeyLockDefense.name
-    informed: ClassVar[str] = "searches for scale and shift from their mean over keys and locks on"
-
-    def relax(self, model: nn.Module, hidden: Collection[str]) -> nn.Module:
-        """Return the network with scale and shift of every lock free, unless key and locks are all known."""
-        return self._relaxed(model, set(hidden), aided=False)
+def recovered_keys(model: nn.Module, observed: Observed, weights: Weights) -> Gradient:
+    """Return the key [T, S] by name: the input of scale and shift, which their gradients give if both were sent."""
+    found = {}
+    for name, lock in locks(model).items():
+        rows = {
+            tensor: [observed[f"{name}.{layer}.{tensor}"] for layer in ("scale", "shift")]
+            for tensor in ("weight", "bias")
+            if all(f"{name}.{layer}.{tensor}" in observed for layer in ("scale", "shift"))
+        }
+        if not lock.chained and len(rows) == 2:
+            found[f"{name}.key"] = layer_input(torch.cat(rows["weight"], 1), torch.cat(rows["bias"], 1))
+    return found
 
 
 def locks(model: nn.Module) -> dict[str, KeyLock]:

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from leakbench.defenses.adaptive import AdaptiveAttacker, Observed, Weights
 from leakbench.defenses.base import Defense, register
 from leakbench.gradients.linear import target_probabilities
 from leakbench.models.surgery import linears
@@ -33,7 +34,6 @@ class MixUp(Defense):
     assumes: ClassVar[str] = "The attacker wants the images apart."
     cost: ClassVar[str] = "Training on blends, which often helps accuracy."
     fails: ClassVar[str] = "What is recovered is the blend, in which both images are seen."
-    informed: ClassVar[str] = "reads both labels and their shares off the classifier's gradient, and matches the blend"
     companions: ClassVar[int] = 1
     alpha: Annotated[float, Field(ge=1e-3, le=1e6)] = 1.0
 
@@ -43,12 +43,18 @@ class MixUp(Defense):
         share = float(np.random.default_rng(seed).beta(self.alpha, self.alpha))
         return share * x[:1] + (1 - share) * x[1:2], share * y[:1] + (1 - share) * y[1:2]
 
-    def targets(self, model: nn.Module, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor | None:
-        """Return the blend's class probabilities [T, K], or None where the classifier is no linear layer with a bias.
+    def attackers(self) -> Mapping[str, AdaptiveAttacker]:
+        """Return the attacker who derives the blend's class probabilities.
 
-        See ``target_probabilities``. Who takes the blend for an image of one class matches another gradient.
+        An attacker who takes the blend for an image of one class matches another gradient.
         """
-        names = [f"{name}.{tensor}" for name in list(linears(model))[-1:] for tensor in ("weight", "bias")]
-        if not names or not set(names) <= observed.keys():
-            return None
-        return target_probabilities(*(observed[name] for name in names), *(weights[name] for name in names))
+        words = "infers both labels and their shares from the classifier's gradient, and matches the blend"
+        return {"default": AdaptiveAttacker(words, targets=blended_targets)}
+
+
+def blended_targets(model: nn.Module, observed: Observed, weights: Weights) -> Tensor | None:
+    """Return the class probabilities [T, K] by ``target_probabilities``; None without a linear classifier and bias."""
+    names = [f"{name}.{tensor}" for name in list(linears(model))[-1:] for tensor in ("weight", "bias")]
+    if not names or not set(names) <= observed.keys():
+        return None
+    return target_probabilities(*(observed[name] for name in names), *(weights[name] for name in names))

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from leakbench.core.types import Gradient
+from leakbench.defenses.adaptive import AdaptiveAttacker, Observed, Weights
 from leakbench.defenses.base import Defense, Step, register
 
 SMOOTH = 0.1
@@ -34,7 +35,6 @@ class Noise(Defense):
     assumes: ClassVar[str] = "The attacker matches gradients without their noise in mind."
     cost: ClassVar[str] = "Slower training; strong noise costs accuracy. Nothing else."
     fails: ClassVar[str] = "Weak noise: informed attackers average it out over the many entries of a gradient."
-    informed: ClassVar[str] = "weighs an error by the noise's law: L2 for Gaussian noise, L1 for Laplace noise"
     scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     kind: Literal["gaussian", "laplace"] = "gaussian"
     relative: bool = False
@@ -46,17 +46,18 @@ class Noise(Defense):
             for name, value in step.gradient().items()
         }
 
-    def likelihood(
-        self, gradient: Gradient, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]
-    ) -> Tensor | None:
-        """Return [T]: |g' - g|_2^2 / (2 scale^2) for Gaussian noise, |g' - g|_1 / b for Laplace noise; see base.
+    def attackers(self) -> Mapping[str, AdaptiveAttacker]:
+        """Return the attacker who models the noise."""
+        words = "weighs an error by the noise's distribution: L2 for Gaussian noise, L1 for Laplace noise"
+        return {"default": AdaptiveAttacker(words, likelihood=self._likelihood if self.scale > 0 else None)}
+
+    def _likelihood(self, gradient: Gradient, observed: Observed, weights: Weights) -> Tensor:
+        """Return [T]: |g' - g|_2^2 / (2 scale^2) for Gaussian noise, |g' - g|_1 / b for Laplace noise.
 
         An absolute value is rounded off near 0 (SMOOTH), for searches that need a slope.
         Of relative noise the scale is that of each tensor, judged by what was sent, whose mean square is expected to be
         1 + scale^2 times the gradient's.
         """
-        if self.scale == 0:
-            return None
         errors = []
         for name, value in observed.items():
             deviation = self._deviation(value) / ((1 + self.scale**2) ** 0.5 if self.relative else 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import torch
@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakbench.core.types import Gradient, Normal, Secret
+from leakbench.defenses.adaptive import AdaptiveAttacker, Observed, Weights
 from leakbench.defenses.base import Defense, register
 from leakbench.errors import Unsupported
 from leakbench.gradients.linear import layer_input
 from leakbench.models.surgery import linears, replace_module
+
+_NOTHING_BELOW = "precode has no layer below its bottleneck here to be matched; use informed=true"
 
 
 class VariationalBottleneck(nn.Module):
@@ -67,8 +70,6 @@ class Precode(Defense):
         "The noise follows from the gradients that are sent, in closed form; the layers below can be matched "
         "without it."
     )
-    informed: ClassVar[str] = "works out noise and label from what is sent, and has the divergence in its loss too"
-    scale_free: ClassVar[bool] = True
     k: Annotated[int, Field(ge=1, le=65536)] = 256
     beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
 
@@ -106,72 +107,71 @@ class Precode(Defense):
                 hook.remove()
         return loss + self.beta * torch.stack([divergence(output) for output in encoded]).sum(0)
 
-    def recover(self, model: nn.Module, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
-        """Return the noise, exact but for rounding: (z - mu) / sigma.
+    def attackers(self) -> Mapping[str, AdaptiveAttacker]:
+        """Return the attacker who recovers the noise; ``splice``, who does not need it; ``omit``, who does without it.
 
-        The gradients of the decoder give its input z, those of the encoder the features f, from which the public
-        weights compute mu and sigma; in float64.
+        ``splice`` matches the layers below the bottleneck: the gradient of the encoder's bias is the error at its
+        output, so that dL/df = W_e^T dL/db_e at the features f. Whatever the bottleneck and all above it did, the
+        gradients below are those of the loss <f, dL/df>. The error is in the gradient's units.
+
+        ``omit`` leaves out the stochastic gradients, as the authors' later attack does: those of the bottleneck and of
+        the classifier behind it, which say most of the noise. The attacker's own bottleneck draws its noise anew in
+        every pass (or an attack optimises it: ``secrets=optimise``).
         """
-        found = {}
-        for name, module in model.named_modules():
-            layers = [f"{name}.{layer}.{tensor}" for layer in ("encoder", "decoder") for tensor in ("weight", "bias")]
-            if not isinstance(module, VariationalBottleneck) or not set(layers) <= observed.keys():
-                continue
-            sent = [observed[layer].double() for layer in layers]
-            features, code = layer_input(*sent[:2]), layer_input(*sent[2:])
-            weight, bias = (weights[layer].double() for layer in layers[:2])
-            mu, raw = (torch.einsum("tij,tj->ti", weight, features) + bias).chunk(2, dim=-1)
-            noise = (code - mu) / F.softplus(raw)
-            found[f"{name}.noise"] = noise.to(observed[layers[0]].dtype)
-        return found
+        exact = AdaptiveAttacker(
+            "recovers noise and label from what is sent, and has the divergence in its loss too",
+            recover=recovered_noise,
+            targets=label_by_bias,
+            loss=self.loss,
+            scale_free=True,
+        )
+        splice = replace(
+            exact,
+            description="infers the error below the bottleneck, and matches only the layers there",
+            relax=spliced,
+            recover=error_at_features,
+            loss=spliced_loss,
+            scale_free=False,
+        )
+        omit = replace(
+            exact,
+            description=(
+                "leaves out the gradients of the bottleneck and the classifier (Scheliga et al. 2022, arXiv 2208.04767)"
+            ),
+            relax=frozen_heads,
+            recover=None,
+            summed=True,
+        )
+        return {"default": exact, "splice": splice, "omit": omit}
 
-    def targets(self, model: nn.Module, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor | None:
-        """Return the label as probabilities [T, K], the one class whose bias has a negative gradient, or None.
 
-        The sums over the classifier's weights that others go by mislead: its inputs, decoded, have any sign.
-        """
-        by_bias = observed.get(f"{list(linears(model))[-1]}.bias")
-        return None if by_bias is None else F.one_hot(by_bias.argmin(1), by_bias.shape[1]).to(by_bias.dtype)
+def recovered_noise(model: nn.Module, observed: Observed, weights: Weights) -> Gradient:
+    """Return the noise [T, K] by name, exact but for rounding: (z - mu) / sigma.
 
-    def attackers(self) -> Mapping[str, Defense]:
-        """Return ``splice`` and ``omit``."""
-        return {"splice": Splicing(self.k, self.beta), "omit": Omitting(self.k, self.beta)}
-
-
-@dataclass(frozen=True)
-class Splicing(Precode):
-    """PRECODE to an attacker who splices: the layers below the bottleneck are matched, with their error read off.
-
-    The gradient of the encoder's bias is the error at its output, so that dL/df = W_e^T dL/db_e at the features f.
-    Whatever the bottleneck and all above it did, the gradients below are those of the loss <f, dL/df>.
+    The gradients of the decoder give its input z, those of the encoder the features f, from which the public weights
+    compute mu and sigma; in float64.
     """
+    found = {}
+    for name, module in model.named_modules():
+        layers = [f"{name}.{layer}.{tensor}" for layer in ("encoder", "decoder") for tensor in ("weight", "bias")]
+        if not isinstance(module, VariationalBottleneck) or not set(layers) <= observed.keys():
+            continue
+        sent = [observed[layer].double() for layer in layers]
+        features, code = layer_input(*sent[:2]), layer_input(*sent[2:])
+        weight, bias = (weights[layer].double() for layer in layers[:2])
+        mu, raw = (torch.einsum("tij,tj->ti", weight, features) + bias).chunk(2, dim=-1)
+        noise = (code - mu) / F.softplus(raw)
+        found[f"{name}.noise"] = noise.to(observed[layers[0]].dtype)
+    return found
 
-    name: ClassVar[str] = Precode.name
-    scale_free: ClassVar[bool] = False  # the error is in the gradient's units
-    informed: ClassVar[str] = "reads off the error below the bottleneck, and matches the layers there alone"
 
-    def relax(self, model: nn.Module, hidden: Collection[str]) -> nn.Module:
-        """Return the network up to the features, and their product with the error [B] in place of logits."""
-        model = copy.deepcopy(model)
-        for name, bottleneck in heads(model).items():
-            replace_module(model, name, Splice(bottleneck.encoder.in_features))
-        if not list(model.parameters()):
-            raise Unsupported("precode has no layer below its bottleneck here to be matched; use informed=true")
-        return model
+def label_by_bias(model: nn.Module, observed: Observed, weights: Weights) -> Tensor | None:
+    """Return the label as probabilities [T, K]: the class whose bias has a negative gradient; None if it was not sent.
 
-    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """Return <f, dL/df> [B] of a relaxed network."""
-        product: Tensor = model(x)
-        return product
-
-    def recover(self, model: nn.Module, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
-        """Return the error [T, D] at the features, W_e^T dL/db_e."""
-        return {
-            f"{name}.error": torch.einsum(
-                "tij,ti->tj", weights[f"{name}.0.encoder.weight"], observed[f"{name}.0.encoder.bias"]
-            )
-            for name in heads(model)
-        }
+    The sums over the classifier's weights that others go by mislead: its inputs, decoded, have any sign.
+    """
+    by_bias = observed.get(f"{list(linears(model))[-1]}.bias")
+    return None if by_bias is None else F.one_hot(by_bias.argmin(1), by_bias.shape[1]).to(by_bias.dtype)
 
 
 class Splice(nn.Module):
@@ -188,32 +188,40 @@ class Splice(nn.Module):
         return (features * self.error).sum(-1)
 
 
-@dataclass(frozen=True)
-class Omitting(Precode):
-    """PRECODE to an attacker who leaves out the stochastic gradients, as its authors' later attack does.
+def spliced(model: nn.Module, hidden: Collection[str]) -> tuple[nn.Module, tuple[Secret, ...]]:
+    """Return the network up to the features, and their product with the error [B] in place of logits."""
+    model = copy.deepcopy(model)
+    for name, bottleneck in heads(model).items():
+        replace_module(model, name, Splice(bottleneck.encoder.in_features))
+    if not list(model.parameters()):
+        raise Unsupported(_NOTHING_BELOW)
+    return model, ()
 
-    The gradients of the bottleneck and of the classifier behind it, which say most of the noise, are not matched. The
-    attacker's own bottleneck draws its noise anew in every pass (or an attack searches for it: ``secrets=optimise``).
-    """
 
-    name: ClassVar[str] = Precode.name
-    summed: ClassVar[bool] = True
-    informed: ClassVar[str] = (
-        "leaves out the gradients of the bottleneck and the classifier (Scheliga et al. 2022, arXiv 2208.04767)"
-    )
+def spliced_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Return <f, dL/df> [B] of a spliced network."""
+    product: Tensor = model(x)
+    return product
 
-    def relax(self, model: nn.Module, hidden: Collection[str]) -> nn.Module:
-        """Return the network with bottleneck and classifier frozen, so that their gradients are not matched."""
-        model = copy.deepcopy(model)
-        for name in heads(model):
-            model.get_submodule(name).requires_grad_(False)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise Unsupported("precode has no layer below its bottleneck here to be matched; use informed=true")
-        return model
 
-    def recover(self, model: nn.Module, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
-        """Return nothing: the noise stays unknown."""
-        return {}
+def error_at_features(model: nn.Module, observed: Observed, weights: Weights) -> Gradient:
+    """Return the error [T, D] at the features by name, W_e^T dL/db_e."""
+    return {
+        f"{name}.error": torch.einsum(
+            "tij,ti->tj", weights[f"{name}.0.encoder.weight"], observed[f"{name}.0.encoder.bias"]
+        )
+        for name in heads(model)
+    }
+
+
+def frozen_heads(model: nn.Module, hidden: Collection[str]) -> tuple[nn.Module, tuple[Secret, ...]]:
+    """Return the network with bottleneck and classifier frozen, so that their gradients are not matched."""
+    model = copy.deepcopy(model)
+    for name in heads(model):
+        model.get_submodule(name).requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise Unsupported(_NOTHING_BELOW)
+    return model, ()
 
 
 def heads(model: nn.Module) -> dict[str, VariationalBottleneck]:

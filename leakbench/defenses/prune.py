@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from leakbench.core.types import Gradient
+from leakbench.defenses.adaptive import AdaptiveAttacker, Observed, Weights
 from leakbench.defenses.base import Defense, Step, register
 
 Ratio = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -32,7 +33,6 @@ class Prune(Defense):
     assumes: ClassVar[str] = "The attacker matches the zeros too."
     cost: ClassVar[str] = "Less to send; strong pruning slows training."
     fails: ClassVar[str] = "Matching where something was sent; the largest entries carry most of the image."
-    informed: ClassVar[str] = "matches the gradient where what was sent is not zero"
     ratio: Ratio = 0.9
 
     def release(self, step: Step, rng: torch.Generator) -> Gradient:
@@ -42,9 +42,14 @@ class Prune(Defense):
             for name, value in step.gradient().items()
         }
 
-    def undo(self, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
-        """Return what was sent, without the zeros."""
-        return {name: torch.where(value != 0, value, torch.nan) for name, value in observed.items()}
+    def attackers(self) -> Mapping[str, AdaptiveAttacker]:
+        """Return the attacker who leaves out the zeros."""
+        return {"default": AdaptiveAttacker("matches only the entries that were not sent as zero", undo=without_zeros)}
+
+
+def without_zeros(observed: Observed, weights: Weights) -> Gradient:
+    """Return what was sent, with NaN in place of zeros."""
+    return {name: torch.where(value != 0, value, torch.nan) for name, value in observed.items()}
 
 
 def percentile(values: Tensor, ratio: float) -> float:

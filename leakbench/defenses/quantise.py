@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from leakbench.core.types import Gradient
+from leakbench.defenses.adaptive import AdaptiveAttacker, Observed, Weights
 from leakbench.defenses.base import Defense, Step, register
 
 LARGEST = 65504.0
@@ -41,15 +42,19 @@ class Quantise(Defense):
     assumes: ClassVar[str] = "The attack needs an exact gradient, as closed forms do."
     cost: ClassVar[str] = "Less to send; few bits cost accuracy."
     fails: ClassVar[str] = "Searches that take the rounding for noise."
-    informed: ClassVar[str] = "takes the rounding for noise of its width, and weighs an error by it (L2)"
     bits: Annotated[int, Field(ge=1, le=16)] | Literal["half"] = 8
 
     def release(self, step: Step, rng: torch.Generator) -> Gradient:
         """Return the rounded gradient."""
         return {name: self._rounded(value) for name, value in step.gradient().items()}
 
-    def likelihood(self, gradient: Gradient, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor:
-        """Return [T], the sum of (g' - g)^2 / (2 w^2 / 12) over all entries; see base.
+    def attackers(self) -> Mapping[str, AdaptiveAttacker]:
+        """Return the attacker who takes the rounding for noise."""
+        words = "takes the rounding for noise of its width, and weighs an error by it (L2)"
+        return {"default": AdaptiveAttacker(words, likelihood=self._likelihood)}
+
+    def _likelihood(self, gradient: Gradient, observed: Observed, weights: Weights) -> Tensor:
+        """Return [T], the sum of (g' - g)^2 / (2 w^2 / 12) over all entries.
 
         w is the distance of an entry's neighbours on the grid, and w^2 / 12 the variance of a rounding error that is
         uniform between them. In half precision it is the root mean square over a tensor: entries that are small by

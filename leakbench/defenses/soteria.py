@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from leakbench.core.types import Gradient
+from leakbench.defenses.adaptive import AdaptiveAttacker, Observed, Weights
 from leakbench.defenses.base import Defense, Step, register
 from leakbench.defenses.prune import Ratio, percentile
 from leakbench.errors import Unsupported
@@ -45,7 +46,6 @@ class Soteria(Defense):
     assumes: ClassVar[str] = "The attacker matches the classifier's pruned gradient."
     cost: ClassVar[str] = "A derivative of every feature by the image, for every step."
     fails: ClassVar[str] = "Leaving out the pruned columns: the layers below are sent as they are."
-    informed: ClassVar[str] = "leaves out the columns of the classifier's gradient that were sent as zero"
     ratio: Ratio = 0.5
     offset: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-10
 
@@ -62,14 +62,20 @@ class Soteria(Defense):
         weight = gradient[f"{name}.weight"]
         return gradient | {f"{name}.weight": torch.where(scores < percentile(scores, self.ratio), 0.0, weight)}
 
-    def undo(self, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
-        """Return what was sent without the columns of the classifier's weight that were sent as zero.
+    def attackers(self) -> Mapping[str, AdaptiveAttacker]:
+        """Return the attacker who leaves out the pruned columns."""
+        words = "leaves out the columns of the classifier's gradient that were sent as zero"
+        return {"default": AdaptiveAttacker(words, undo=without_zero_columns)}
 
-        The classifier's weight is the last of the matrices that were sent.
-        """
-        name = [name for name, value in observed.items() if value.ndim == 3][-1]
-        live = (observed[name] != 0).any(1, keepdim=True)
-        return {**observed, name: torch.where(live, observed[name], torch.nan)}
+
+def without_zero_columns(observed: Observed, weights: Weights) -> Gradient:
+    """Return what was sent, with NaN in the columns of the classifier's weight that were sent as zero.
+
+    The classifier's weight is the last of the matrices that were sent.
+    """
+    name = [name for name, value in observed.items() if value.ndim == 3][-1]
+    live = (observed[name] != 0).any(1, keepdim=True)
+    return {**observed, name: torch.where(live, observed[name], torch.nan)}
 
 
 def sensitivity(model: nn.Module, classifier: nn.Linear, image: Tensor, offset: float) -> Tensor:

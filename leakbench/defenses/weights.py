@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from leakbench.core.types import Gradient
+from leakbench.defenses.adaptive import AdaptiveAttacker, Observed, Weights
 from leakbench.defenses.base import Defense, Step, register
 from leakbench.defenses.noise import SMOOTH
 from leakbench.defenses.prune import Ratio, percentile
@@ -77,7 +78,6 @@ class WeightNoise(OnWeights):
     assumes: ClassVar[str] = "The attacker matches the update without its noise, or the clipping, in mind."
     cost: ClassVar[str] = "Accuracy, where the noise is large beside what a round of training moves the weights by."
     fails: ClassVar[str] = "Noise below the size of the update; the clipping by itself hides nothing of who models it."
-    informed: ClassVar[str] = "clips the dummy's weights too, and weighs an error by the law of the models' noise"
     scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
     kind: Literal["gaussian", "laplace"] = "gaussian"
     clip: Bound | None = 0.2
@@ -90,7 +90,16 @@ class WeightNoise(OnWeights):
         noisy = weight / phi + self._noise(weight, rng)
         return noisy * phi if self.as_released else noisy
 
-    def surrogate(self, gradient: Gradient, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
+    def attackers(self) -> Mapping[str, AdaptiveAttacker]:
+        """Return the attacker who models clipping and noise."""
+        attacker = AdaptiveAttacker(
+            "clips the dummy's weights too, and weighs an error by the distribution of the models' noise",
+            surrogate=self._clipped,
+            likelihood=self._likelihood if self.scale > 0 else None,
+        )
+        return {"default": attacker}
+
+    def _clipped(self, gradient: Gradient, observed: Observed, weights: Weights) -> Gradient:
         """Return the dummy update as it is without noise: W / phi(W) - W' / phi', for W' = W less the dummy.
 
         The first model is exact with ``snapshots=after``. The second model's phi' is one number a tensor: it is the one
@@ -111,10 +120,8 @@ class WeightNoise(OnWeights):
             sent[name] = first - after * torch.where(phi > 1, share, 1.0)
         return sent
 
-    def likelihood(
-        self, gradient: Gradient, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]
-    ) -> Tensor | None:
-        """Return [T], the sum over all entries of -log p(e) for the error e = (u' - u) / scale; see base.
+    def _likelihood(self, gradient: Gradient, observed: Observed, weights: Weights) -> Tensor:
+        """Return [T], the sum over all entries of -log p(e) for the error e = (u' - u) / scale.
 
         Where both models have noise, e is the difference of two draws: of variance 2, e^2 / 4, for Gaussian noise; for
         Laplace noise of density (1 + |e|) exp(-|e|) / 4, |e| - log(1 + |e|). Of one model's noise it is e^2 / 2 or |e|,
@@ -122,8 +129,6 @@ class WeightNoise(OnWeights):
         With ``as_released`` the scale is ``scale * phi`` for each tensor. The second model's phi is not known: that of
         the public weights stands for it, from which it differs as little as the update is small beside the weights.
         """
-        if self.scale == 0:
-            return None
         errors = []
         for name, value in observed.items():
             scale = self.scale * self._divisor(weights[name]) if self.as_released else self.scale
@@ -170,7 +175,6 @@ class WeightSparsify(OnWeights):
     assumes: ClassVar[str] = "The attacker takes the difference of two sparse models for the update."
     cost: ClassVar[str] = "Less to send; a network without most of its weights needs many rounds to learn again."
     fails: ClassVar[str] = "Who has the weights that were handed out: what was kept shows its update exactly."
-    informed: ClassVar[str] = "takes the update of the weights that were kept from the public ones; matches no others"
     ratio: Ratio = 0.5
     snapshots: Snapshots = "both"
 
@@ -178,7 +182,12 @@ class WeightSparsify(OnWeights):
         """Return the tensor without its small entries; nothing is drawn."""
         return _sparse(weight, self.ratio)
 
-    def undo(self, observed: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Gradient:
+    def attackers(self) -> Mapping[str, AdaptiveAttacker]:
+        """Return the attacker who knows the weights that were handed out."""
+        words = "takes the update of the weights that were kept from the public ones; matches no others"
+        return {"default": AdaptiveAttacker(words, undo=self._kept)}
+
+    def _kept(self, observed: Observed, weights: Weights) -> Gradient:
         """Return the update of every weight that is in the second model, and NaN for the others.
 
         With S(W) the sparse model of the public weights W, which anyone can make (W itself with ``snapshots=after``),

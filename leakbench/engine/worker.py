@@ -12,13 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from leakbench.attacks.base import prepare
 from leakbench.core.device import DEFAULT, SHARE, out_of_memory
-from leakbench.core.loss_curve import marks
 from leakbench.core.rng import Rng, generator
 from leakbench.core.types import Reconstruction
 from leakbench.engine.batch_size import choose
-from leakbench.errors import BadOption, LeakbenchError, Unsupported
+from leakbench.errors import LeakbenchError, Unsupported
 from leakbench.metrics.base import Metric, Truth
 from leakbench.observation import Observation
 from leakbench.plan.trial import Result, Trial
@@ -148,11 +146,11 @@ class Worker:
         if trials == 1:
             return size
         try:
-            attack, seen = prepare(first.attack, blank(first, set(), device))
+            seen = blank(first, set(), device)
 
             def step(trials: int) -> int | None:
                 rng = Rng(tuple(f"probe {trial}" for trial in range(trials)), device)
-                return attack.probe(repeated(seen, trials, first.model.fresh_weights()), rng)
+                return first.attack.measure(repeated(seen, trials, first.model.fresh_weights()), rng)
 
             return size if step(1) is None else choose(step, trials, device, self.work.share)
         except (Exception, SystemExit):  # a component that fails does so again, and is recorded, when its trials run
@@ -196,9 +194,10 @@ class Worker:
             self.work.device,
         )
         rng = Rng(tuple(f"attack/{trial.seed}/{_data_key(trial)}/{trial.image}" for trial in trials), self.work.device)
-        attack, known = prepare(first.attack, observation)
-        guess = _checked(attack(replace(known, slots=slots), rng), observation, first)
-        failed = guess.failed if guess.failed is not None else torch.zeros(len(trials), dtype=torch.bool)
+        guess = first.attack(replace(observation, slots=slots), rng)
+        guess = replace(guess, images=guess.images.float())
+        failed = guess.failed
+        assert failed is not None, "a called attack says of every trial whether it failed"
         truth = Truth(
             torch.stack([data.images[trial.image] for trial in trials]).to(self.work.device),
             torch.tensor([data.labels[trial.image] for trial in trials], device=self.work.device),
@@ -287,29 +286,6 @@ def png(image: Tensor) -> bytes:
     return stream.getvalue()
 
 
-def _checked(guess: Reconstruction, observation: Observation, trial: Trial) -> Reconstruction:
-    """Return a reconstruction whose shape is right and whose failed or non-finite rows are the grey image."""
-    expected = (observation.trials, *observation.image_shape)
-    if not isinstance(guess, Reconstruction):
-        raise BadOption(f"attack {trial.attack.name!r} returned {type(guess).__name__}; return a Reconstruction")
-    if tuple(guess.images.shape) != expected:
-        raise BadOption(
-            f"attack {trial.attack.name!r} returned images of shape {tuple(guess.images.shape)}, not {expected}"
-        )
-    curve = guess.curve
-    if curve is not None and tuple(curve.values.shape) != (expected[0], len(marks(curve.limit, curve.every))):
-        raise BadOption(
-            f"attack {trial.attack.name!r} returned a curve of shape {tuple(curve.values.shape)}; give one value for "
-            "each trial and mark"
-        )
-    images = guess.images.detach().float()
-    failed = ~torch.isfinite(images.flatten(1)).all(1)
-    if guess.failed is not None:
-        failed = failed | guess.failed.to(failed.device)
-    images = torch.where(failed[:, None, None, None], torch.full_like(images, 0.5), images)
-    return replace(guess, images=images, failed=failed)
-
-
 def _client(trial: Trial, data: ClientData) -> Client:
     key = f"{trial.seed}/{_data_key(trial)}/{trial.image}"
     weights = f"weights/{key}" if trial.model.fresh_weights() else f"weights/{trial.seed}"
@@ -344,8 +320,7 @@ def _refusal(trials: Sequence[Trial]) -> Refusal:
     refused = {}
     for trial in trials:
         try:
-            attack, known = prepare(trial.attack, seen)
-            attack.check(known)
+            trial.attack.preflight(seen)
         except Unsupported as error:
             refused[trial.cell.key] = str(error)
         except LeakbenchError:
@@ -379,7 +354,6 @@ def repeated(blank: Observation, trials: int, own: bool) -> Observation:
         weights={name: repeat(value, own) if name in parameters else value for name, value in blank.weights.items()},
         gradient={name: repeat(value, True) for name, value in blank.gradient.items()},
         labels=None if blank.labels is None else blank.labels.expand(trials),
-        targets=None if blank.targets is None else blank.targets.expand(trials, -1),
     )
 
 

@@ -21,6 +21,7 @@ from leakbench.core.registry import split_options
 from leakbench.core.types import PRESETS, ThreatModel
 from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
+from leakbench.defenses.adaptive import by_informed
 from leakbench.errors import BadOption
 from leakbench.models import Model, OwnModule
 from leakbench.plan.trial import Cell, Trial
@@ -276,8 +277,8 @@ class Matrix(Axes):
 
 
 def _informed(defense: Defense) -> tuple[bool | str, ...]:
-    """Return the informed attackers that a defense states, as a threat model asks for them."""
-    return (True, *defense.attackers()) if defense.informed else ()
+    """Return what asks for each adaptive attacker of a defense in a threat model."""
+    return tuple(by_informed(defense.attackers()))
 
 
 def check_count(what: str, others: int, *axes: Sequence[int]) -> None:

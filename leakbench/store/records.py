@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from leakbench.defenses import Defense
+from leakbench.defenses.adaptive import by_informed
 from leakbench.models.weights import Checkpoint
 from leakbench.store.provenance import Provenance
 
@@ -65,8 +66,8 @@ class Statement:
     @classmethod
     def of(cls, defense: Defense) -> Statement:
         """Return what a defense states."""
-        others = {name: other.informed for name, other in defense.attackers().items()}
-        return cls(defense.note(), {"true": defense.informed, **others} if defense.informed else {})
+        attackers = by_informed(defense.attackers())
+        return cls(defense.note(), {str(name).lower(): one.description for name, one in attackers.items()})
 
 
 @dataclass(frozen=True)

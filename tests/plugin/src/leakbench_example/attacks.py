@@ -13,7 +13,7 @@ class FirstLayer(Attack):
 
     reference = "Phong et al. 2018, Privacy-Preserving Deep Learning via Additively Homomorphic Encryption, section 3"
 
-    def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
+    def run(self, observation: Observation, rng: Rng) -> Reconstruction:
         """Return the row of the weight's gradient with the largest bias gradient, divided by that."""
         weight, bias = self._layer(observation)
         unit = bias.abs().argmax(1)

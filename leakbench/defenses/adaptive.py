@@ -1,0 +1,79 @@
+"""What an adaptive attacker knows of a defense: it is not part of what the client does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from leakbench.core.types import Gradient, Secret
+
+DEFAULT = "default"
+"""The attacker of a defense that ``informed = true`` in a threat model asks for."""
+
+Observed = Mapping[str, Tensor]
+"""What was sent, [T, *shape] per parameter; withheld names are absent."""
+Weights = Mapping[str, Tensor]
+"""The values that the attacker knows: parameters and revealed secrets [T, *shape], buffers [*shape]."""
+
+
+@dataclass(frozen=True)
+class AdaptiveAttacker:
+    """An attacker who knows which defense is in use and models it (Tramer et al. 2020, arXiv 2002.08347).
+
+    Every attack runs with what is stated here; None means "not modelled". T is the number of trials, which all
+    functions take together. No function changes its arguments.
+
+    Attributes:
+        description: what the attacker does about the defense, in a few words: a verb in the third person, no full stop.
+        relax: (model, hidden) -> (network, secrets). The network that the attacker differentiates through, and those of
+            its tensors that are optimised together with the image, each from a start drawn by its distribution.
+            ``model`` is the public architecture, without values, and is not changed; ``hidden`` are the names of the
+            secrets that the attacker neither was given nor recovered. A tensor of both networks has one name. What was
+            sent is matched for the parameters of the relaxed network that require a gradient, and for no others.
+        undo: (observed, weights) -> [T, *shape] per parameter. What went into ``release``, as far as what was sent
+            shows it, and NaN elsewhere. The attack works on that in place of what was sent, and leaves out the NaN.
+            No entry may depend on the learning rate, which need not be known.
+        surrogate: (gradient, observed, weights) -> [T, *shape] per parameter. A dummy gradient (where the client
+            shares its weights, a dummy update) as ``release`` would have sent it.
+        likelihood: (gradient, observed, weights) -> [T]. -log p(observed | gradient) up to a constant, for a dummy
+            gradient as ``surrogate`` returns it. It takes the place of the attack's own distance, relative to its value
+            at a gradient of zeros. None: what is sent follows from the gradient without noise.
+        recover: (model, observed, weights) -> [T, *shape] by name. The secrets that follow from what was sent in closed
+            form, tensors that only the relaxed network has among them. ``observed`` is the gradient; of a client that
+            shares weights the mean gradient of its steps, or a multiple of it where the rate is hidden.
+        targets: (model, observed, weights) -> [T, K] or None. The class probabilities of the client's loss that follow
+            from what was sent; they take the place of the label in every attack's loss.
+        loss: (model, x, y) -> [B]. The loss that the attacker differentiates, for images x [B, C, H, W] and y, [B]
+            int64 or [B, K] class probabilities. None: cross-entropy.
+        scale_free: ``recover`` and ``targets`` accept any multiple of the gradient, so that they serve an update of
+            unknown learning rate.
+        summed: ``recover`` and ``targets`` accept the mean gradient of several local steps, not only that of one step.
+    """
+
+    description: str
+    relax: Callable[[nn.Module, Collection[str]], tuple[nn.Module, tuple[Secret, ...]]] | None = None
+    undo: Callable[[Observed, Weights], Gradient] | None = None
+    surrogate: Callable[[Gradient, Observed, Weights], Gradient] | None = None
+    likelihood: Callable[[Gradient, Observed, Weights], Tensor] | None = None
+    recover: Callable[[nn.Module, Observed, Weights], Gradient] | None = None
+    targets: Callable[[nn.Module, Observed, Weights], Tensor | None] | None = None
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
+    scale_free: bool = False
+    summed: bool = False
+
+    @property
+    def models_release(self) -> bool:
+        """Whether the attacker models what the defense makes of a gradient, in the units in which it is sent."""
+        return self.surrogate is not None or self.likelihood is not None
+
+    @property
+    def derives(self) -> bool:
+        """Whether the attacker derives secrets or class probabilities analytically from what was sent."""
+        return self.recover is not None or self.targets is not None
+
+
+def by_informed(attackers: Mapping[str, AdaptiveAttacker]) -> dict[bool | str, AdaptiveAttacker]:
+    """Return a defense's attackers by what a threat model writes for ``informed``: true for the default one."""
+    return {True if name == DEFAULT else name: attacker for name, attacker in attackers.items()}
