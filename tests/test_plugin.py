@@ -202,6 +202,49 @@ def test_a_broken_file_is_one_line(cli, place, tmp_path, case):  # noqa: F811
     assert written(place) == []
 
 
+LABEL_ONLY = re.search(r"```python\n(import torch\n.*?LabelOnly.*?)```", GUIDE.read_text(encoding="utf-8"), re.S).group(
+    1
+)
+
+
+def test_an_attack_that_overrides_call_still_runs(cli, place):  # noqa: F811
+    """As attacks were written before they defined ``run``: one line says what to rename."""
+    Path("new.py").write_text(LABEL_ONLY.replace("label-only", "new"))
+    Path("old.py").write_text(LABEL_ONLY.replace("label-only", "old").replace("def run(", "def __call__("))
+    tables = []
+    for file in ("new", "old"):
+        axes = ("--attack", file, "--defense", "none", "--model", "lenet", "--dataset", "samples(size=12)")
+        out = ("--images", 2, "--no-floors", "--plugin", f"{file}.py", "--out", file)
+        done = cli("run", "matrix", *axes, *out)
+        note = "note: class LabelOnly overrides __call__; rename it to run\n"
+        assert (done.code, done.err) == (0, note if file == "old" else "")
+        tables.append(pd.read_csv(f"{file}/results.csv").drop(columns=["attack", "seconds"]))
+    pd.testing.assert_frame_equal(*tables)
+    super_call = LABEL_ONLY + "\n\nclass Sub(LabelOnly):\n    def __call__(self, seen, rng):\n"
+    Path("super.py").write_text(super_call + "        return super().__call__(seen, rng)\n")
+    refused(
+        cli("list", "attacks", "--plugin", "super.py"), "class Sub", "calls it of another attack; rename both to run"
+    )
+
+
+OLD = {
+    "hook": (
+        TOPK + "\n    def undo(self, observed, weights):\n        return observed\n",
+        ["class TopK", "undo", "attackers()"],
+    ),
+    "words": (TOPK + '\n    informed = "leaves out zeros"\n', ["class TopK", "informed", "AdaptiveAttacker"]),
+    "module": ("from leakbench.types import Gradient\n", ["leakbench.types has moved", "leakbench.core.types"]),
+    "package": ("from leakbench.store import Store\n", ["leakbench.store has moved", "leakbench.store.run_file"]),
+}
+
+
+@pytest.mark.parametrize("case", OLD)
+def test_a_plugin_of_old_is_told_what_to_change(cli, place, case):  # noqa: F811
+    text, words = OLD[case]
+    Path("old.py").write_text(text)
+    refused(cli("list", "defenses", "--plugin", "old.py"), "old.py", *words)
+
+
 def test_a_file_that_is_missing_or_no_python_is_one_line(cli, place, tmp_path):  # noqa: F811
     refused(cli("list", "attacks", "--plugin", "none.py"), "'none.py'", "does not exist")
     refused(cli("list", "attacks", "--plugin", tmp_path), str(tmp_path), "does not exist")
