@@ -218,7 +218,7 @@ def test_an_attack_that_overrides_call_still_runs(cli, place):  # noqa: F811
         done = cli("run", "matrix", *axes, *out)
         note = "note: class LabelOnly overrides __call__; rename it to run\n"
         assert (done.code, done.err) == (0, note if file == "old" else "")
-        tables.append(pd.read_csv(f"{file}/results.csv").drop(columns=["attack", "seconds"]))
+        tables.append(pd.read_csv(f"{file}/results.csv").drop(columns=["trial", "attack", "seconds"]))
     pd.testing.assert_frame_equal(*tables)
     super_call = LABEL_ONLY + "\n\nclass Sub(LabelOnly):\n    def __call__(self, seen, rng):\n"
     Path("super.py").write_text(super_call + "        return super().__call__(seen, rng)\n")

@@ -6,6 +6,7 @@ python tools/reference.py --check  say which are out of date, and exit with 1
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from inspect import cleandoc
@@ -18,6 +19,7 @@ import leakbench
 from leakbench.cli.main import app
 from leakbench.core.registry import Registry, option_text
 from leakbench.core.types import PRESETS
+from leakbench.defenses.adaptive import by_informed
 from leakbench.report.md import escape
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"
@@ -51,7 +53,7 @@ def _cards(title: str, registry: Registry[Any]) -> str:
             parts.append(f"**Convention**: {escape(cls.convention)}")
         parts += [f"**{words}**: {_plain(getattr(cls, word))}" for word, words in WORDS.items() if getattr(cls, word)]
         if registry.kind == "defense":
-            parts.append(_informed(registry, cls))
+            parts.append(_adaptive(registry, cls))
         parts.append(_options(registry, cls))
         if cls.reference:
             parts.append(f"**Reference**: {escape(cls.reference)}")
@@ -67,12 +69,12 @@ def _plain(text: str) -> str:
     return escape(text).replace("&#96;&#96;", "`")
 
 
-def _informed(registry: Registry[Any], cls: type[Any]) -> str:
-    words = f"who is informed of it {escape(cls.informed)}" if cls.informed else "none is stated"
-    lines = [f"**Informed attacker**: {words}."]
-    for name, other in {} if registry.required(cls) else cls().attackers().items():  # type: ignore[union-attr]
-        lines.append(f'- `informed = "{name}"`: {escape(other.informed)}.')
-    return "\n\n".join([lines[0], "\n".join(lines[1:])]).strip()
+def _adaptive(registry: Registry[Any], cls: type[Any]) -> str:
+    attackers = {} if registry.required(cls) else by_informed(cls().attackers())
+    if not attackers:
+        return "**Adaptive attacker**: none."
+    lines = [f"- `informed = {json.dumps(name)}`: {escape(one.description)}." for name, one in attackers.items()]
+    return "\n".join(["**Adaptive attacker**, by what asks for it in a threat model:", "", *lines])
 
 
 def _meanings(cls: type[Any]) -> dict[str, str]:
