@@ -24,13 +24,13 @@ from leakbench.core.registry import load_plugin
 from leakbench.defenses import Defense
 from leakbench.flower.simulation import SimulatedGrid
 from leakbench.report import accuracy as report
-from leakbench.training import Record, Silent, federated, train
+from leakbench.training import NullTrainingProgress, TrainingRecord, federated, train
 from leakbench.training.arm import Round, start
 from leakbench.training.clients import begin, local_round
 from leakbench.training.data import partition
-from leakbench.training.federated import CLIENTS
+from leakbench.training.federated import CLIENTS_FOLDER
 from leakbench.training.files import RECORD, STATE
-from leakbench.training.run import FOLDER
+from leakbench.training.run import ARMS_FOLDER
 
 
 def fedavg(**options: Any) -> Any:
@@ -63,7 +63,7 @@ def test_a_round_is_the_mean_of_what_clients_sent_by_their_images(tmp_path: Path
         shared = {name: torch.stack([one.shared[name].float() for one in sent]).mean(0) for name in shared}
     from safetensors.torch import load_file
 
-    stored = load_file(tmp_path / FOLDER / arm.folder / "100-percent.safetensors")
+    stored = load_file(tmp_path / ARMS_FOLDER / arm.folder / "100-percent.safetensors")
     for name, value in shared.items():
         torch.testing.assert_close(stored[name].float(), value, rtol=1e-4, atol=1e-6)
 
@@ -110,9 +110,9 @@ def test_no_message_holds_a_secret_or_momentum(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(SimulatedGrid, "send_and_receive", watch)
     private: list[Tensor] = []
 
-    class Watch(Silent):
+    class Watch(NullTrainingProgress):
         def round(self, one: Round) -> None:
-            for path in (tmp_path / FOLDER).glob(f"*/{CLIENTS}/*.pt"):
+            for path in (tmp_path / ARMS_FOLDER).glob(f"*/{CLIENTS_FOLDER}/*.pt"):
                 state = torch.load(path, weights_only=True)
                 private.extend([*state["private"].values(), *state["momentum"].values()])
 
@@ -132,15 +132,15 @@ def test_a_federated_training_goes_on_to_the_same_numbers(tmp_path: Path) -> Non
     for after in (1, 3):
         with pytest.raises(KeyboardInterrupt):
             train(arms, tmp_path / "cut", progress=Stop(after))
-        folder = tmp_path / "cut" / FOLDER / arms[0].folder
+        folder = tmp_path / "cut" / ARMS_FOLDER / arms[0].folder
         assert (folder / STATE).exists()
         assert not (folder / RECORD).exists()
-    files = {path.name for path in (folder / CLIENTS).glob("*.pt")}
-    torch.save({"private": {}, "momentum": {}}, folder / CLIENTS / "0-4.pt")  # of a round that did not end
+    files = {path.name for path in (folder / CLIENTS_FOLDER).glob("*.pt")}
+    torch.save({"private": {}, "momentum": {}}, folder / CLIENTS_FOLDER / "0-4.pt")  # of a round that did not end
     assert files
     cut = train(arms, tmp_path / "cut")
     assert numbers(cut[0]) == numbers(whole[0])
-    assert not (folder / CLIENTS).exists()
+    assert not (folder / CLIENTS_FOLDER).exists()
 
 
 @defenses.register("fails-sometimes")
@@ -228,7 +228,7 @@ def test_some_clients_take_part_in_a_round_by_the_seed(tmp_path: Path, monkeypat
 
 
 def test_a_record_of_before_is_read_again(tmp_path: Path) -> None:
-    found: list[Record] = train(fedavg(rounds=1).arms(), tmp_path)
+    found: list[TrainingRecord] = train(fedavg(rounds=1).arms(), tmp_path)
     assert [numbers(one) for one in train(fedavg(rounds=1).arms(), tmp_path)] == [numbers(found[0])]
 
 

@@ -25,6 +25,7 @@ from leakbench.cli.accuracy import TrainOptions
 from leakbench.cli.main import app
 from leakbench.core.types import Gradient
 from leakbench.datasets import Dataset
+from leakbench.datasets.in_memory import read
 from leakbench.defenses import Defense
 from leakbench.defenses.base import Step, UpdateStep
 from leakbench.errors import BadOption, CorruptAsset, LeakbenchError
@@ -32,12 +33,12 @@ from leakbench.models.weights import stated
 from leakbench.plan.matrix import Matrix, expand
 from leakbench.plan.matrix import load as load_axes
 from leakbench.report import accuracy as report
-from leakbench.training import Accuracy, Arm, Record, Silent, train
-from leakbench.training.arm import Outcome, Round, Session, View, start
+from leakbench.training import Accuracy, Arm, NullTrainingProgress, TrainingRecord, train
+from leakbench.training.arm import Outcome, Round, TrainingSession, View, start
 from leakbench.training.clients import begin, local_round
-from leakbench.training.data import augmented, batches, load, partition, read
+from leakbench.training.data import augmented, batches, load, partition
 from leakbench.training.files import RECORD, STATE, read_state
-from leakbench.training.run import FOLDER
+from leakbench.training.run import ARMS_FOLDER
 from leakbench.training.settings import Tradeoff
 from leakbench.training.steps import Score, Trainee, descend, evaluate, optimiser
 from leakbench.training.thief import Theft
@@ -88,17 +89,17 @@ def arm(defense: str = "none", **options: Any) -> Arm:
     return study(defenses=[defense], **options).arms()[0]
 
 
-def session(defense: str = "none", **options: Any) -> Session:
+def session(defense: str = "none", **options: Any) -> TrainingSession:
     return start(arm(defense, **options))
 
 
-def numbers(record: Record) -> list[Any]:
+def numbers(record: TrainingRecord) -> list[Any]:
     """Everything measured, but not how long it took."""
     rounds = [replace(one, seconds=0.0).plain() for one in record.outcome.rounds]
     return [rounds, record.outcome.best, record.outcome.thefts, record.outcome.stages]
 
 
-class Stop(Silent):
+class Stop(NullTrainingProgress):
     """Stops a training as Ctrl-C does, after so many rounds."""
 
     def __init__(self, after: int) -> None:
@@ -174,7 +175,7 @@ def test_parts_are_apart_and_the_same_for_every_defense() -> None:
     assert [len(data.train), len(data.validation), len(data.test)] == [58, 6, 16]
     rows = [image.numpy().tobytes() for part in (data.train, data.validation, data.test) for image in part.pixels]
     assert len(set(rows)) == 80
-    assert torch.equal(data.test.labels, read(datasets.parse("halves"), torch.arange(0, 80, 5)).labels)
+    assert torch.equal(data.test.labels, read(datasets.parse("halves"), range(0, 80, 5)).labels)
     assert not torch.equal(data.train.pixels, load(datasets.parse("halves"), recipe, 1).train.pixels)
 
 
@@ -296,7 +297,7 @@ def test_an_evaluation_is_in_evaluation_mode_and_changes_nothing() -> None:
 # a client's round
 
 
-def rounds_of(own: Session, count: int) -> list[dict[str, Tensor]]:
+def rounds_of(own: TrainingSession, count: int) -> list[dict[str, Tensor]]:
     """What one client sends in each of so many rounds, the global model being the last that it sent."""
     trainee = own.trainee
     kept = begin(trainee, 0, own.arm.seed, own.initial)
@@ -414,7 +415,7 @@ def test_a_training_learns_and_two_of_one_seed_give_the_same_numbers(tmp_path: P
 
 
 def test_a_training_that_broke_goes_on_after_its_last_round(tmp_path: Path) -> None:
-    class Break(Silent):
+    class Break(NullTrainingProgress):
         def round(self, one: Round) -> None:
             if one.number == 3:
                 raise RuntimeError("out of memory")
@@ -434,7 +435,7 @@ def test_a_training_goes_on_to_the_same_numbers_after_its_last_round(tmp_path: P
     whole = train(arms, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         train(arms, tmp_path / "cut", progress=Stop(2))
-    folder = tmp_path / "cut" / FOLDER / arms[0].folder
+    folder = tmp_path / "cut" / ARMS_FOLDER / arms[0].folder
     assert (folder / STATE).exists()
     assert not (folder / RECORD).exists()
     for name in (f".{STATE}.1", ".best.safetensors.part", "clients/.0-1.pt.77"):
@@ -447,7 +448,7 @@ def test_a_training_goes_on_to_the_same_numbers_after_its_last_round(tmp_path: P
         assert (cut[0].folder / stage.file).read_bytes() == (whole[0].folder / stage.file).read_bytes()
     seen: list[Arm] = []
 
-    class Watch(Silent):
+    class Watch(NullTrainingProgress):
         def begin(self, arm: Arm, number: int, arms: int) -> None:
             seen.append(arm)
 
@@ -458,7 +459,7 @@ def test_a_training_goes_on_to_the_same_numbers_after_its_last_round(tmp_path: P
 def test_convolutions_of_a_training_on_cuda_are_deterministic(tmp_path: Path) -> None:
     seen = []
 
-    class Watch(Silent):
+    class Watch(NullTrainingProgress):
         def round(self, one: Round) -> None:
             seen.append((torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32))
 
@@ -497,7 +498,7 @@ def test_a_training_that_was_killed_goes_on_to_the_same_record(tmp_path: Path, m
     process = subprocess.run(command, cwd=Path(__file__).parent, env=own, capture_output=True, timeout=120)
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()
     arms = study(mode=mode, defenses=["killed-in-training"], rounds=4).arms()
-    folder = cut / FOLDER / arms[0].folder
+    folder = cut / ARMS_FOLDER / arms[0].folder
     assert not (folder / RECORD).exists()
     assert len(read_state(folder / STATE)["rounds"]) == 2
     ((resumed,), (uncut,)) = (train(arms, out) for out in (cut, whole))
@@ -508,7 +509,7 @@ def test_a_training_that_was_killed_goes_on_to_the_same_record(tmp_path: Path, m
 
 
 def test_a_folder_is_trained_in_by_one_process_at_a_time(tmp_path: Path) -> None:
-    class Second(Silent):
+    class Second(NullTrainingProgress):
         def round(self, one: Round) -> None:
             with pytest.raises(LeakbenchError, match="being run by another process"):
                 train(study(seeds=[1]).arms(), tmp_path)
@@ -527,7 +528,7 @@ def test_every_stage_has_a_checkpoint_however_short_the_training_is(tmp_path: Pa
 
 def test_a_damaged_state_is_told_in_one_line(tmp_path: Path) -> None:
     (own,) = study().arms()
-    folder = tmp_path / FOLDER / own.folder
+    folder = tmp_path / ARMS_FOLDER / own.folder
     folder.mkdir(parents=True)
     (folder / STATE).write_bytes(b"not a state")
     with pytest.raises(CorruptAsset, match="remove it, and the training begins anew"):
@@ -573,13 +574,13 @@ def test_the_best_round_is_the_first_of_the_highest_accuracy_where_it_was_asked_
     assert one.outcome.best == 3
 
 
-def scored(defense: str, seed: int, views: dict[str, int], zero: Sequence[int] = ()) -> Record:
+def scored(defense: str, seed: int, views: dict[str, int], zero: Sequence[int] = ()) -> TrainingRecord:
     """Return the record of one round of fedavg: of 10,000 test images, so many right in the view of each holder."""
     own = arm(defense, mode="fedavg", seeds=[seed])
     seen = tuple(View(name, None, Score(0.1, correct, 10_000)) for name, correct in views.items())
     stolen = (Theft("zero lock", tuple(zero), 10_000),) if zero else ()
     outcome = Outcome("ok", "", (Round(1, 0.01, 0.1, seen, 1.0),), 1, (), stolen)
-    return Record(own.specs, own.recipe.settings(), seed, own.settings, outcome, {}, Path(own.folder))
+    return TrainingRecord(own.specs, own.recipe.settings(), seed, own.settings, outcome, {}, Path(own.folder))
 
 
 def test_what_a_client_loses_is_told_against_the_undefended_of_its_seed() -> None:
@@ -727,7 +728,7 @@ def test_the_command_trains_and_reports(tmp_path: Path) -> None:
     assert len(list((out / "curves").glob("*.png"))) == 1
     assert "| keylock(length=9)" in text
     assert "fresh key, initial lock" in text
-    for record in (out / FOLDER).glob(f"*/{RECORD}"):
+    for record in (out / ARMS_FOLDER).glob(f"*/{RECORD}"):
         assert json.loads(record.read_text())["provenance"]["version"] == leakbench.__version__
     (out / "accuracy.md").unlink()
     again = CliRunner().invoke(app, ["report", str(out)], catch_exceptions=False)

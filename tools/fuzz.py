@@ -275,10 +275,10 @@ def _documents(work: Path) -> dict[str, tuple[Target, list[bytes]]]:
     (arm,) = Accuracy(models=["lenet"], datasets=["samples"], defenses=["none"]).arms()
     score = Score(1.5, 3, 10)
     rounds = (arms.Round(1, 0.1, 2.0, (arms.View("global", score, score),), 0.5, ("client 2: it was tired",)),)
-    stages = (arms.Stage("best", 1, "best.safetensors", 0.3),)
+    stages = (arms.SavedStage("best", 1, "best.safetensors", 0.3),)
     outcome = arms.Outcome("ok", "", rounds, 1, stages, (Theft(OWN, (1, 2), 10),), 10)
     study = work / "study"
-    folder = study / trainings.FOLDER / arm.folder
+    folder = study / trainings.ARMS_FOLDER / arm.folder
     folder.mkdir(parents=True)
     record = trainings.plain(arm, outcome, Provenance.collect("leakbench run accuracy", "cpu", ""))
     target = {"arm": arm.folder, "stage": "best", "model": "lenet", "defense": "none", "accuracy": 0.3}
@@ -305,14 +305,14 @@ def _documents(work: Path) -> dict[str, tuple[Target, list[bytes]]]:
         tradeoff.markdown([("picture.png", [scene]) for scene in scenes], threshold, "study")
 
     def recorded(data: bytes) -> None:
-        (study / attacked.POINTS).write_text(json.dumps(attacks))
+        (study / attacked.TARGETS_FILE).write_text(json.dumps(attacks))
         (folder / RECORD).write_bytes(document(data, record))
         trainings.finished([arm], study)
         told()
 
     def targeted(data: bytes) -> None:
         (folder / RECORD).write_text(json.dumps(record))
-        (study / attacked.POINTS).write_bytes(document(data, attacks))
+        (study / attacked.TARGETS_FILE).write_bytes(document(data, attacks))
         told()
 
     def studied(data: bytes) -> None:

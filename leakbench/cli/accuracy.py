@@ -25,7 +25,7 @@ from leakbench.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from leakbench.training import Record
+    from leakbench.training import TrainingRecord
     from leakbench.training.settings import Accuracy, Arm
 
 app = typer.Typer()
@@ -165,7 +165,7 @@ def _done(arms: Sequence[Arm], folder: Path) -> str:
     return f"{training.finished(arms, folder)} of {len(arms)} trainings are done"
 
 
-def _end(written: Sequence[Path], found: Sequence[Record]) -> None:
+def _end(written: Sequence[Path], found: Sequence[TrainingRecord]) -> None:
     """Print where the reports are, and exit with 1 if every training failed."""
     for path in written:
         if path.suffix == ".md":

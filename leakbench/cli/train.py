@@ -50,10 +50,10 @@ def generator(
 
     from leakbench import datasets
     from leakbench.generators.assess import assess
-    from leakbench.generators.train import Recipe
+    from leakbench.generators.train import GeneratorRecipe
     from leakbench.generators.train import train as run
 
-    recipe = Recipe(
+    recipe = GeneratorRecipe(
         dataset=dataset,
         steps=steps,
         batch=batch,

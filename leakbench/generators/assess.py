@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from leakbench.core.rng import generator
+from leakbench.datasets.in_memory import ByteImages, read
 from leakbench.generators import files
-from leakbench.generators.train import WEIGHTS, Images, Recipe, read, splits
+from leakbench.generators.train import WEIGHTS, GeneratorRecipe, splits
 from leakbench.version import __version__
 
 SAMPLES = 1000
@@ -61,10 +62,10 @@ def samples(file: Path, count: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.cat(images).add(1).div(2), labels
 
 
-def assess(recipe: Recipe, out: Path, command: str) -> list[Path]:
+def assess(recipe: GeneratorRecipe, out: Path, command: str) -> list[Path]:
     """Write ``samples.png``, ``nearest.png`` and ``report.md`` on the weights in ``out``, and return their paths."""
     seen, unseen = splits(recipe.dataset)
-    training, test = read(seen), read(unseen, SAMPLES)
+    training, test = read(seen, range(len(seen))), read(unseen, range(min(SAMPLES, len(unseen))))
     trained, _, _ = files.read(out / WEIGHTS)
     drawn, _ = samples(out / WEIGHTS, SAMPLES, recipe.seed)
     classes = min(trained.classes, 20)
@@ -94,7 +95,7 @@ def _save(file: Path, images: Tensor, columns: int) -> None:
 
 
 def _report(
-    recipe: Recipe, trained: files.Trained, command: str, own: Nearest, other: Nearest, training: Images
+    recipe: GeneratorRecipe, trained: files.Trained, command: str, own: Nearest, other: Nearest, training: ByteImages
 ) -> str:
     """Return the report: what was trained on what, and the distances."""
     levels = torch.tensor([0.0, 0.01, 0.05, 0.5, 0.95], dtype=torch.float64)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from torch import Tensor, nn
 
 from leakbench.core.types import Law, Normal, Uniform
@@ -31,8 +31,6 @@ LAWS: dict[str, Law] = {"normal": Normal(), "truncated-normal": TruncatedNormal(
 
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 """The variable by which torch.load refuses whatever is no tensor, also where its caller admits more."""
-
-Positive = Annotated[int, Field(ge=1)]
 
 
 class Description(BaseModel):
@@ -50,10 +48,10 @@ class Description(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    latent: Positive
+    latent: PositiveInt
     law: Literal["normal", "truncated-normal", "uniform"]
     range: Annotated[list[float], Field(min_length=2, max_length=2)]
-    image: Annotated[list[Positive], Field(min_length=3, max_length=3)]
+    image: Annotated[list[PositiveInt], Field(min_length=3, max_length=3)]
     classes: Annotated[int, Field(ge=0)]
     licence: str
     data: str

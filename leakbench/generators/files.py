@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from leakbench.core.files import draft
 from leakbench.errors import BadOption, CorruptAsset
 from leakbench.generators.networks import Decoder
 
@@ -64,10 +65,9 @@ def write(file: Path, trained: Trained, decoder: Decoder, seen: Tensor, unseen: 
         if not name.endswith("num_batches_tracked")
     }
     tensors |= {"mean.seen": seen.float().contiguous(), "mean.unseen": unseen.float().contiguous()}
-    temporary = file.with_name(f".{file.name}.part")
     # one entry alone: several come in an order of their own each time, and the same weights shall give the same file
-    save_file(tensors, temporary, {FORMAT: json.dumps(asdict(trained))})
-    temporary.replace(file)
+    with draft(file) as own:
+        save_file(tensors, own, {FORMAT: json.dumps(asdict(trained))})
 
 
 def read(file: Path) -> tuple[Trained, dict[str, Tensor], dict[str, Tensor]]:

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakbench import datasets
+from leakbench.core.files import draft
 from leakbench.core.lock import alone
 from leakbench.core.rng import generator, seeded
 from leakbench.datasets import Dataset
+from leakbench.datasets.in_memory import ByteImages, read
 from leakbench.datasets.stored import Stored
 from leakbench.errors import BadOption, CorruptAsset
 from leakbench.generators import files
@@ -32,14 +34,13 @@ from leakbench.generators.networks import SIDE, ConditionalNorm, Critic, Decoder
 WEIGHTS = "generator.safetensors"
 CHECKPOINT = "checkpoint.pt"
 
-Count = Annotated[int, Field(ge=1)]
 Precision = Literal["float32", "bfloat16"]
-Told = Callable[[int, float, float], None]
+OnStep = Callable[[int, float, float], None]
 """Called after every step with the number of steps done and the losses of critic and decoder."""
 
 
 @dataclass(frozen=True)
-class Recipe:
+class GeneratorRecipe:
     """Everything that the weights depend on.
 
     Attributes:
@@ -57,37 +58,24 @@ class Recipe:
     """
 
     dataset: str
-    steps: Count = 7000
+    steps: PositiveInt = 7000
     batch: Annotated[int, Field(ge=2)] = 64
     seed: Annotated[int, Field(ge=0)] = 0
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-4
     flip: bool = False
-    latent: Count = 64
+    latent: PositiveInt = 64
     width: Annotated[int, Field(ge=8, multiple_of=4)] = 192
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     precision: Precision = "float32"
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(Recipe, include_extras=True).items():
+        for name, hint in get_type_hints(GeneratorRecipe, include_extras=True).items():
             value = getattr(self, name)
             try:
                 TypeAdapter(hint).validate_python(value)
             except ValidationError as error:
                 reason = error.errors()[0]["msg"]
                 raise BadOption(f"training: {name}={value!r} does not fit: {reason}") from None
-
-
-@dataclass(frozen=True)
-class Images:
-    """The images of a split, in bytes.
-
-    Attributes:
-        pixels: [N, C, 32, 32] uint8.
-        labels: [N] int64.
-    """
-
-    pixels: Tensor
-    labels: Tensor
 
 
 def splits(spec: str) -> tuple[Stored, Stored]:
@@ -111,18 +99,7 @@ def splits(spec: str) -> tuple[Stored, Stored]:
     return replace(dataset, split="train"), replace(dataset, split="test")
 
 
-def read(dataset: Dataset, limit: int | None = None) -> Images:
-    """Return the first ``limit`` images of a dataset, or all."""
-    count = len(dataset) if limit is None else min(limit, len(dataset))
-    pixels, labels = [], []
-    for start in range(0, count, 5000):
-        part, classes = dataset.load(range(start, min(start + 5000, count)))
-        pixels.append(part.mul(255).round().to(torch.uint8))
-        labels.append(classes)
-    return Images(torch.cat(pixels), torch.cat(labels))
-
-
-def overlap(first: Images, second: Images) -> int:
+def overlap(first: ByteImages, second: ByteImages) -> int:
     """Return how many images of the second set are in the first, pixel by pixel."""
     seen = {hashlib.sha256(image.numpy().tobytes()).digest() for image in first.pixels}
     return sum(hashlib.sha256(image.numpy().tobytes()).digest() in seen for image in second.pixels)
@@ -131,7 +108,7 @@ def overlap(first: Images, second: Images) -> int:
 class _State:
     """The networks and their optimisers, which training changes."""
 
-    def __init__(self, recipe: Recipe, classes: int, channels: int, device: torch.device) -> None:
+    def __init__(self, recipe: GeneratorRecipe, classes: int, channels: int, device: torch.device) -> None:
         with seeded("train generator", recipe.seed, "weights"):
             decoder = Decoder(recipe.latent, classes, channels, recipe.width)
             critic = Critic(classes, channels, recipe.width)
@@ -143,14 +120,13 @@ class _State:
         self.critic_adam = torch.optim.Adam(self.critic.parameters(), recipe.lr, (0.5, 0.999))
         self.step = 0
 
-    def save(self, file: Path, recipe: Recipe) -> None:
+    def save(self, file: Path, recipe: GeneratorRecipe) -> None:
         content: dict[str, Any] = {"recipe": asdict(recipe), "step": self.step}
         content |= {name: part.state_dict() for name, part in self._parts().items()}
-        temporary = file.with_name(f".{file.name}.part")
-        torch.save(content, temporary)
-        temporary.replace(file)
+        with draft(file) as own:
+            torch.save(content, own)
 
-    def load(self, file: Path, recipe: Recipe) -> None:
+    def load(self, file: Path, recipe: GeneratorRecipe) -> None:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
             before, step = dict(content["recipe"]), int(content["step"])
@@ -184,13 +160,13 @@ def _no_checkpoint(file: Path, error: Exception) -> CorruptAsset:
 
 
 def train(
-    recipe: Recipe,
+    recipe: GeneratorRecipe,
     out: Path,
     *,
     device: str = "cpu",
     command: str = "",
     every: int = 250,
-    told: Told = lambda step, critic, decoder: None,
+    told: OnStep = lambda step, critic, decoder: None,
 ) -> Path:
     """Train a generator, or go on where ``out`` was left, and return its weight file ``out/generator.safetensors``.
 
@@ -216,8 +192,8 @@ def train(
         checkpoint = out / CHECKPOINT
         if checkpoint.exists():
             state.load(checkpoint, recipe)
-        images = read(seen)
-        shared = overlap(images, read(unseen))
+        images = read(seen, range(len(seen)))
+        shared = overlap(images, read(unseen, range(len(unseen))))
         if shared:
             raise CorruptAsset(f"{shared} attacked images of {recipe.dataset!r} are among its training images; refused")
         while state.step < recipe.steps:
@@ -245,7 +221,7 @@ def train(
         return out / WEIGHTS
 
 
-def _update(state: _State, recipe: Recipe, images: Images) -> tuple[float, float]:
+def _update(state: _State, recipe: GeneratorRecipe, images: ByteImages) -> tuple[float, float]:
     """Update critic and decoder once; return their losses."""
     rng = generator("train generator", recipe.seed, "step", state.step)
     device = next(state.decoder.parameters()).device
@@ -282,7 +258,7 @@ def _descend(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
 
 
 @torch.no_grad()
-def _settle(decoder: nn.Module, recipe: Recipe, classes: int, batches: int = 40, size: int = 250) -> None:
+def _settle(decoder: nn.Module, recipe: GeneratorRecipe, classes: int, batches: int = 40, size: int = 250) -> None:
     """Give the normalisations of the averaged decoder the statistics of its own activations."""
     norms = [module.norm for module in decoder.modules() if isinstance(module, ConditionalNorm)]
     for norm in norms:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from leakbench.core.files import draft
 from leakbench.errors import BadOption, CorruptAsset, LeakbenchError, MissingAsset, one_line
 
 TRAINING = "leakbench-training-1"
@@ -130,16 +131,11 @@ def save(
         raise BadOption(f"the path {str(path)!r} does not end in .safetensors; only such a file states its training")
     own = {**network.state_dict(), **dict(network.named_buffers())} if defense else network.state_dict()
     state = {name: value.detach().cpu().clone().contiguous() for name, value in own.items()}
-    draft = file.with_name(f".{file.name}.part")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            # one entry alone: several come in an order of their own each time, and a file is known by its bytes
-            words = {name: value for name, value in asdict(training).items() if name != "defense" or value}
-            save_file(state, draft, {TRAINING: json.dumps(words)})
-            draft.replace(file)
-        finally:
-            draft.unlink(missing_ok=True)
+        # one entry: several would come in another order each time, and a file is known by its bytes
+        words = {name: value for name, value in asdict(training).items() if name != "defense" or value}
+        with draft(file) as own_file:
+            save_file(state, own_file, {TRAINING: json.dumps(words)})
     except (OSError, SafetensorError) as error:
         raise LeakbenchError(f"{path} cannot be written: {one_line(error)}; choose another folder") from None
 

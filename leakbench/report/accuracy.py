@@ -23,9 +23,9 @@ from leakbench.report import grids
 from leakbench.report.compare import Published, published
 from leakbench.report.files import replace
 from leakbench.report.md import escape, table
-from leakbench.training import Record, records
+from leakbench.training import TrainingRecord, records
 from leakbench.training.arm import GLOBAL, Outcome, Round
-from leakbench.training.run import FOLDER
+from leakbench.training.run import ARMS_FOLDER
 from leakbench.training.thief import KINDS, ZERO, Theft
 
 FILE = "accuracy.md"
@@ -65,7 +65,7 @@ class Block:
     dataset: str
     model: str
     mode: str
-    arms: dict[str, list[Record]]
+    arms: dict[str, list[TrainingRecord]]
     file: str
 
     @property
@@ -76,7 +76,7 @@ class Block:
 
 def trained(out: Path) -> bool:
     """Return whether a run's folder holds trainings."""
-    return (out / FOLDER).is_dir()
+    return (out / ARMS_FOLDER).is_dir()
 
 
 def write(out: Path | str) -> list[Path]:
@@ -102,15 +102,15 @@ def write(out: Path | str) -> list[Path]:
     return written
 
 
-def blocks_of(found: Sequence[Record]) -> list[Block]:
+def blocks_of(found: Sequence[TrainingRecord]) -> list[Block]:
     """Return the trainings by dataset, model and recipe, defenses in the order of registration of ``none`` first."""
-    grouped: dict[tuple[str, str, str], list[Record]] = {}
+    grouped: dict[tuple[str, str, str], list[TrainingRecord]] = {}
     for one in found:
         recipe = ", ".join(f"{name}={value}" for name, value in one.recipe.items())
         grouped.setdefault((one.specs["dataset"], one.specs["model"], recipe), []).append(one)
     blocks = []
     for index, ((dataset, model, _), own) in enumerate(sorted(grouped.items()), 1):
-        arms: dict[str, list[Record]] = {}
+        arms: dict[str, list[TrainingRecord]] = {}
         for one in sorted(own, key=lambda one: (_rank(one.specs["defense"]), one.seed)):
             arms.setdefault(one.specs["defense"], []).append(one)
         mode = str(own[0].recipe["mode"])
@@ -130,7 +130,7 @@ def accuracy(outcome: Outcome) -> float:
     return outcome.chosen().accuracy("test") if outcome.rounds else math.nan
 
 
-def interval(own: Sequence[Record]) -> tuple[float, float, float]:
+def interval(own: Sequence[TrainingRecord]) -> tuple[float, float, float]:
     """Return the mean test accuracy over seeds in [0, 1], with its 95 % Wilson interval over the test images."""
     values = [accuracy(one.outcome) for one in own if one.outcome.rounds]
     if not values:
@@ -397,7 +397,7 @@ def _plain(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def csv(found: Sequence[Record]) -> str:
+def csv(found: Sequence[TrainingRecord]) -> str:
     """Return every round's numbers: one row a training, round and view."""
     rows = []
     for one in found:

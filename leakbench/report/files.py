@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -11,6 +10,7 @@ import pandas as pd
 
 from leakbench.analysis import pareto as utility
 from leakbench.analysis.ensemble import skipped
+from leakbench.core.files import draft
 from leakbench.errors import BadOption, LeakbenchError
 from leakbench.report import compare, curves, figures, grids, html, latex, sharing, weights, worst_case
 from leakbench.report.markdown import Picture, Run, markdown
@@ -134,14 +134,9 @@ def _pages(store: Store, results: pd.DataFrame) -> list[grids.Page]:
 
 def replace(path: Path, data: bytes) -> Path:
     """Write a file whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            draft.write_bytes(data)
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+        with draft(path) as own:
+            own.write_bytes(data)
     except OSError as error:
         raise LeakbenchError(
             f"{path} cannot be written: {error.strerror}; free space or choose another folder"

@@ -25,8 +25,8 @@ from leakbench.report.grids import plain
 from leakbench.report.md import escape, table
 from leakbench.store.run_file import FILE as RUN
 from leakbench.store.run_file import Store
-from leakbench.training import Record, records
-from leakbench.training.tradeoff import POINTS, Target, targets_of
+from leakbench.training import TrainingRecord, records
+from leakbench.training.tradeoff import TARGETS_FILE, Target, targets_of
 
 FILE = "tradeoff.md"
 """The name of the report in a run's folder."""
@@ -113,11 +113,11 @@ def write(out: Path | str) -> list[Path]:
 
 def has_points(out: Path) -> bool:
     """Return whether a run's folder holds a trade-off."""
-    return (out / POINTS).exists()
+    return (out / TARGETS_FILE).exists()
 
 
 def scenes_of(
-    results: pd.DataFrame, found: Sequence[Record], targets: Sequence[Target], threshold: float
+    results: pd.DataFrame, found: Sequence[TrainingRecord], targets: Sequence[Target], threshold: float
 ) -> list[Scene]:
     """Return the points by dataset, model and stage, in the order in which they were run."""
     by_folder = {one.folder.name: one for one in found}
@@ -139,7 +139,7 @@ def scenes_of(
     return scenes
 
 
-def _point(results: pd.DataFrame, targets: Sequence[Target], arms: Sequence[Record], threshold: float) -> Point:
+def _point(results: pd.DataFrame, targets: Sequence[Target], arms: Sequence[TrainingRecord], threshold: float) -> Point:
     value, low, high = accuracies.interval(arms)
     models = [target.model for target in targets]
     own = results[results["model"].isin(models) & (results["defense"] == targets[0].defense) & ~results["floor"]]
@@ -169,7 +169,7 @@ def _point(results: pd.DataFrame, targets: Sequence[Target], arms: Sequence[Reco
     )
 
 
-def left_out(found: Sequence[Record], targets: Sequence[Target]) -> list[str]:
+def left_out(found: Sequence[TrainingRecord], targets: Sequence[Target]) -> list[str]:
     """Return one line on each training that has no checkpoint of a stage at which others were attacked, and why."""
     attacked = {(target.arm, target.stage) for target in targets}
     lines = []

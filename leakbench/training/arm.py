@@ -15,10 +15,10 @@ from leakbench.core.rng import generator
 from leakbench.defenses import Defense
 from leakbench.models import weights
 from leakbench.models.weights import Checkpoint
-from leakbench.training.data import Data, load
+from leakbench.training.data import TrainingData, load
 from leakbench.training.files import STATE, read_state, restoring, write_state
 from leakbench.training.settings import Arm, Recipe
-from leakbench.training.steps import Loss, Score, State, Trainee, draw, evaluate
+from leakbench.training.steps import Score, StoredLoss, Tensors, Trainee, draw, evaluate
 from leakbench.training.thief import Theft, thefts
 from leakbench.victim import build
 
@@ -58,7 +58,7 @@ class Round:
 
     number: int
     rate: float
-    loss: Loss
+    loss: StoredLoss
     views: Annotated[tuple[View, ...], Field(min_length=1)]
     seconds: float
     failures: tuple[str, ...] = ()
@@ -94,7 +94,7 @@ def _finite(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Stage:
+class SavedStage:
     """A checkpoint.
 
     Attributes:
@@ -110,7 +110,7 @@ class Stage:
     accuracy: float
 
     @classmethod
-    def of(cls, plain: Mapping[str, Any]) -> Stage:
+    def of(cls, plain: Mapping[str, Any]) -> SavedStage:
         """Return what ``vars`` gave; raise ValueError for anything else."""
         return _STAGE.validate_python(plain)
 
@@ -133,7 +133,7 @@ class Outcome:
     reason: str
     rounds: tuple[Round, ...] = ()
     best: int = 0
-    stages: tuple[Stage, ...] = ()
+    stages: tuple[SavedStage, ...] = ()
     thefts: tuple[Theft, ...] = ()
     images: Annotated[int, Field(ge=0)] = 0
 
@@ -156,11 +156,11 @@ class Outcome:
         return self.rounds[self.best - 1]
 
 
-_ROUND, _STAGE, _OUTCOME = TypeAdapter(Round), TypeAdapter(Stage), TypeAdapter(Outcome)
+_ROUND, _STAGE, _OUTCOME = TypeAdapter(Round), TypeAdapter(SavedStage), TypeAdapter(Outcome)
 
 
 @dataclass(frozen=True)
-class Session:
+class TrainingSession:
     """An arm that is being trained: its images, and a network to work in.
 
     Attributes:
@@ -168,16 +168,16 @@ class Session:
     """
 
     arm: Arm
-    data: Data
+    data: TrainingData
     trainee: Trainee
-    initial: State = field(repr=False)
+    initial: Tensors = field(repr=False)
 
 
-Told = Callable[[Round], None]
-"""Told of every round that is finished, those of an earlier start included."""
+OnRound = Callable[[Round], None]
+"""OnRound of every round that is finished, those of an earlier start included."""
 
 
-def start(arm: Arm, device: torch.device | str = "cpu") -> Session:
+def start(arm: Arm, device: torch.device | str = "cpu") -> TrainingSession:
     """Load an arm's images and make its first model.
 
     Raises:
@@ -194,10 +194,10 @@ def start(arm: Arm, device: torch.device | str = "cpu") -> Session:
     if checkpoint is None or not checkpoint.defense:
         locks = [secret for secret in trainee.lasting if secret.name in trained]
         trainee.load(draw(locks, trainee, generator("training", arm.seed, "lock")))
-    return Session(arm, data, trainee, {**trainee.shared(), **trainee.private()})
+    return TrainingSession(arm, data, trainee, {**trainee.shared(), **trainee.private()})
 
 
-def view(session: Session, name: str, *key: object) -> View:
+def view(session: TrainingSession, name: str, *key: object) -> View:
     """Return what the network as it is scores on held-out and test images; what is drawn comes from the key."""
     data, trainee, seed = session.data, session.trainee, session.arm.seed
     held = evaluate(trainee, data.validation, seed, "validation", *key) if len(data.validation) else None
@@ -232,11 +232,11 @@ class History:
         told: called with every finished round, those of an earlier start included.
     """
 
-    def __init__(self, session: Session, folder: Path, told: Told) -> None:
+    def __init__(self, session: TrainingSession, folder: Path, told: OnRound) -> None:
         self.session, self.folder, self.told = session, folder, told
         self.rounds: list[Round] = []
-        self.stages: list[Stage] = []
-        self.best: State = {}
+        self.stages: list[SavedStage] = []
+        self.best: Tensors = {}
 
     def restore(self) -> dict[str, Any] | None:
         """Read what an earlier start left, and return the further entries of its state; None if there is none.
@@ -250,7 +250,7 @@ class History:
         state = read_state(file)
         with restoring(file):
             self.rounds = [Round.of(one) for one in state.pop("rounds")]
-            self.stages = [Stage.of(one) for one in state.pop("stages")]
+            self.stages = [SavedStage.of(one) for one in state.pop("stages")]
             self.best = state.pop("best")
         for one in self.rounds:
             self.told(one)
@@ -266,7 +266,7 @@ class History:
         """The best round so far (``best_of``)."""
         return self.rounds[best_of(self.rounds, self.session.arm.recipe) - 1]
 
-    def add(self, one: Round, accuracy: float, model: State, rest: Mapping[str, Any]) -> None:
+    def add(self, one: Round, accuracy: float, model: Tensors, rest: Mapping[str, Any]) -> None:
         """Add a round, write the checkpoints of the stages that it reaches, and write the state.
 
         Args:
@@ -300,9 +300,9 @@ class History:
             dataset=arm.specs["dataset"],
             defense=arm.specs["defense"] if type(arm.defense).wrap is not Defense.wrap else "",
         )
-        self.stages.append(Stage(name, number, file, accuracy))
+        self.stages.append(SavedStage(name, number, file, accuracy))
 
-    def outcome(self, accuracy: float, privates: Sequence[State]) -> Outcome:
+    def outcome(self, accuracy: float, privates: Sequence[Tensors]) -> Outcome:
         """Write the checkpoint of the best round, and return the outcome.
 
         Args:

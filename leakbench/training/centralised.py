@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 
 from leakbench.core.rng import generator, seeded
-from leakbench.training.arm import GLOBAL, History, Outcome, Round, Session, Told, view
+from leakbench.training.arm import GLOBAL, History, OnRound, Outcome, Round, TrainingSession, view
 from leakbench.training.data import batches
 from leakbench.training.files import STATE, restoring
 from leakbench.training.steps import descend, draw, momentum_of, optimiser
 
 
-def train(session: Session, folder: Path, told: Told) -> Outcome:
+def train(session: TrainingSession, folder: Path, told: OnRound) -> Outcome:
     """Train an arm, or resume it after its last finished epoch, and return the outcome.
 
     The state is written after every epoch, so that a training that was killed is resumed with the same numbers.
@@ -58,7 +58,7 @@ def train(session: Session, folder: Path, told: Told) -> Outcome:
     return history.outcome(history.best_round.accuracy("test"), [trainee.private()])
 
 
-def _draw_keys(session: Session) -> None:
+def _draw_keys(session: TrainingSession) -> None:
     """Draw the secrets that are not trained, as the first client of a federation does."""
     trainee, checkpoint = session.trainee, session.arm.model.checkpoint()
     if checkpoint is not None and checkpoint.defense:

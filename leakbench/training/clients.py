@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from leakbench.core.rng import generator, seeded
+from leakbench.datasets.in_memory import ByteImages
 from leakbench.defenses.base import UpdateStep
-from leakbench.training.data import Images, batches
+from leakbench.training.data import batches
 from leakbench.training.settings import Recipe
-from leakbench.training.steps import State, Trainee, check, descend, draw, momentum_of, optimiser
+from leakbench.training.steps import Tensors, Trainee, check, descend, draw, momentum_of, optimiser
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Own:
         momentum: that of its optimiser, by parameter.
     """
 
-    private: State
-    momentum: State = field(default_factory=dict)
+    private: Tensors
+    momentum: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Sent:
         steps: how many steps it took.
     """
 
-    shared: State
+    shared: Tensors
     examples: int
     loss: float
     steps: int
@@ -65,7 +66,7 @@ def begin(trainee: Trainee, client: int, seed: int, initial: Mapping[str, Tensor
 
 def local_round(
     trainee: Trainee,
-    images: Images,
+    images: ByteImages,
     recipe: Recipe,
     own: Own,
     shared: Mapping[str, Tensor],

@@ -14,49 +14,28 @@ from torch.nn import functional as F
 from leakbench import assets
 from leakbench.core.rng import generator
 from leakbench.datasets import Dataset
+from leakbench.datasets.in_memory import ByteImages, read
 from leakbench.datasets.stored import Stored
 from leakbench.errors import BadOption
 from leakbench.training.settings import Augmentation, Recipe
 
-EACH = 5
+TEST_STRIDE = 5
 """Of a dataset without two splits, each fifth image is for tests."""
 PADDING = 4
 
-_CHUNK = 5000
-
 
 @dataclass(frozen=True)
-class Images:
-    """Images in memory.
-
-    Attributes:
-        pixels: [N, C, H, W] uint8; what a dataset returns is rounded to 8 bits.
-        labels: [N] int64.
-    """
-
-    pixels: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, rows: Tensor) -> Images:
-        """Return the images at these rows."""
-        return Images(self.pixels[rows], self.labels[rows])
-
-
-@dataclass(frozen=True)
-class Data:
+class TrainingData:
     """The three parts of a training's images; ``validation`` is empty where none are held out."""
 
-    train: Images
-    validation: Images
-    test: Images
+    train: ByteImages
+    validation: ByteImages
+    test: ByteImages
     image_shape: tuple[int, int, int]
     num_classes: int
 
 
-def load(dataset: Dataset, recipe: Recipe, seed: int) -> Data:
+def load(dataset: Dataset, recipe: Recipe, seed: int) -> TrainingData:
     """Return the images of a training; which are held out depends on the seed, and on nothing of model or defense.
 
     The last ones are kept in memory for the next arm.
@@ -70,15 +49,17 @@ def load(dataset: Dataset, recipe: Recipe, seed: int) -> Data:
 
 
 @lru_cache(maxsize=1)
-def _loaded(dataset: Dataset, images: int | None, tested: int | None, held_out: float, seed: int, home: Path) -> Data:
+def _loaded(
+    dataset: Dataset, images: int | None, tested: int | None, held_out: float, seed: int, home: Path
+) -> TrainingData:
     """Return what ``load`` does, from the cache of datasets in ``home``."""
     seen, other, train, test = parts(dataset)
     order = torch.randperm(len(train), generator=generator("training", seed, "held out"))
     chosen = order[:images]
     kept = len(chosen) - int(held_out * len(chosen))
-    held = torch.tensor([train[int(row)] for row in chosen])
-    read_parts = (read(seen, held[:kept]), read(seen, held[kept:]), read(other, torch.tensor(test[:tested])))
-    return Data(*read_parts, dataset.image_shape, dataset.num_classes)
+    held = [train[int(row)] for row in chosen]
+    read_parts = (read(seen, held[:kept]), read(seen, held[kept:]), read(other, test[:tested]))
+    return TrainingData(*read_parts, dataset.image_shape, dataset.num_classes)
 
 
 def check(dataset: Dataset, recipe: Recipe) -> None:
@@ -125,19 +106,8 @@ def parts(dataset: Dataset) -> tuple[Dataset, Dataset, Sequence[int], Sequence[i
     if isinstance(dataset, Stored):
         seen, other = replace(dataset, split="train"), replace(dataset, split="test")
         return seen, other, range(len(seen)), range(len(other))
-    test = range(0, len(dataset), EACH)
-    return dataset, dataset, [index for index in range(len(dataset)) if index % EACH], test
-
-
-def read(dataset: Dataset, indices: Tensor) -> Images:
-    """Return the images of a dataset at these indices."""
-    pixels = torch.empty((len(indices), *dataset.image_shape), dtype=torch.uint8)
-    labels = torch.empty(len(indices), dtype=torch.int64)
-    for start in range(0, len(indices), _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        images, labels[rows] = dataset.load(indices[rows].tolist())
-        pixels[rows] = images.mul(255).round().to(torch.uint8)
-    return Images(pixels, labels)
+    test = range(0, len(dataset), TEST_STRIDE)
+    return dataset, dataset, [index for index in range(len(dataset)) if index % TEST_STRIDE], test
 
 
 def partition(labels: Tensor, recipe: Recipe, seed: int) -> list[Tensor]:
@@ -161,7 +131,7 @@ def partition(labels: Tensor, recipe: Recipe, seed: int) -> list[Tensor]:
 
 
 def batches(
-    images: Images, size: int, augment: Sequence[Augmentation], rng: torch.Generator
+    images: ByteImages, size: int, augment: Sequence[Augmentation], rng: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield every image once, in a random order: x [B, C, H, W] in [0, 1] and y [B]; the last batch can be smaller."""
     order = torch.randperm(len(images), generator=rng)

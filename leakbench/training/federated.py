@@ -24,22 +24,22 @@ from torch import Tensor
 from leakbench.core.rng import generator
 from leakbench.errors import Unsupported
 from leakbench.flower.simulation import Failure, simulate
-from leakbench.training.arm import GLOBAL, History, Outcome, Round, Session, Told, View, start, view
+from leakbench.training.arm import GLOBAL, History, OnRound, Outcome, Round, TrainingSession, View, start, view
 from leakbench.training.clients import Own, begin, local_round
 from leakbench.training.data import partition
 from leakbench.training.files import STATE, read_state, restoring, write_state
 from leakbench.training.settings import Arm
-from leakbench.training.steps import State, Trainee
+from leakbench.training.steps import Tensors, Trainee
 
-CLIENTS = "clients"
+CLIENTS_FOLDER = "clients"
 """The folder of the clients' files, in an arm's folder."""
-FIRST = "client 1"
+FIRST_CLIENT = "client 1"
 """The client whose secrets are in the checkpoints."""
 
 _VIEW = TypeAdapter(View)
 
 
-def train(session: Session, folder: Path, told: Told, workers: int = 0) -> Outcome:
+def train(session: TrainingSession, folder: Path, told: OnRound, workers: int = 0) -> Outcome:
     """Train an arm by rounds of fedavg, or resume it after its last finished round, and return the outcome.
 
     Args:
@@ -64,7 +64,7 @@ def train(session: Session, folder: Path, told: Told, workers: int = 0) -> Outco
 class _Server:
     """The server of an arm: the global model, and the history of its training."""
 
-    def __init__(self, session: Session, folder: Path, told: Told) -> None:
+    def __init__(self, session: TrainingSession, folder: Path, told: OnRound) -> None:
         self.session, self.folder, self.told = session, folder, told
         self.recipe, self.trainee = session.arm.recipe, session.trainee
         self.failures: list[Failure] = []
@@ -76,7 +76,7 @@ class _Server:
             return
         with restoring(folder / STATE):
             self.shared = state["shared"]
-        for path in (folder / CLIENTS).glob("*.pt"):
+        for path in (folder / CLIENTS_FOLDER).glob("*.pt"):
             if _number(path) > len(self.history.rounds):  # of a round that did not end
                 path.unlink()
 
@@ -139,21 +139,21 @@ class _Server:
         self.load(self.shared, number)
         return view(self.session, self.whose, self.whose, number)
 
-    def load(self, shared: State, number: int) -> None:
+    def load(self, shared: Tensors, number: int) -> None:
         """Put a global model and the first client's secrets of a round into the network."""
         self.trainee.load(shared, self.private(0, number))
 
     @property
     def whose(self) -> str:
         """The view of the model with the secrets that checkpoints hold: those of the first client, or none."""
-        return FIRST if self.trainee.lasting else GLOBAL
+        return FIRST_CLIENT if self.trainee.lasting else GLOBAL
 
     def first_accuracy(self, one: Round) -> float:
         """Return the test accuracy of a round's checkpoint, measured here if its client could not."""
         found = next((view for view in one.views if view.name == self.whose), None) or self.measure(one.number)
         return found.test.accuracy
 
-    def private(self, client: int, number: int) -> State:
+    def private(self, client: int, number: int) -> Tensors:
         """Return a client's secrets after a round."""
         return _own(self.session, self.folder, client, number).private
 
@@ -188,7 +188,7 @@ def client_app(arm: Arm, folder: Path, device: str) -> ClientApp:
             seed=arm.seed,
             classes=data.num_classes,
         )
-        write_state(folder / CLIENTS / f"{client}-{number}.pt", vars(own))
+        write_state(folder / CLIENTS_FOLDER / f"{client}-{number}.pt", vars(own))
         metrics = MetricRecord({"num-examples": sent.examples, "loss": sent.loss, "steps": sent.steps})
         return Message(RecordDict({"arrays": _record(sent.shared), "metrics": metrics}), reply_to=message)
 
@@ -201,7 +201,7 @@ def client_app(arm: Arm, folder: Path, device: str) -> ClientApp:
         seen = view(session, f"client {client + 1}", client, number)
         return Message(RecordDict({"report": ConfigRecord({"view": json.dumps(asdict(seen))})}), reply_to=message)
 
-    def _opened(message: Message, context: Context) -> tuple[Session, int, int]:
+    def _opened(message: Message, context: Context) -> tuple[TrainingSession, int, int]:
         """Return the session, the client's number from 0 on, and the round."""
         config = message.content["config"]
         return _session(arm, device), int(context.node_config["partition-id"]), int(config["server-round"])
@@ -210,12 +210,12 @@ def client_app(arm: Arm, folder: Path, device: str) -> ClientApp:
 
 
 @lru_cache(maxsize=1)
-def _session(arm: Arm, device: str) -> Session:
+def _session(arm: Arm, device: str) -> TrainingSession:
     """Return the images and the network that the clients of a process work with."""
     return start(arm, device)
 
 
-def _own(session: Session, folder: Path, client: int, number: int) -> Own:
+def _own(session: TrainingSession, folder: Path, client: int, number: int) -> Own:
     """Return what a client keeps after a round: from its file, or what it begins with."""
     path = _file(folder, client, number)
     if path is None:
@@ -225,9 +225,9 @@ def _own(session: Session, folder: Path, client: int, number: int) -> Own:
 
 def _file(folder: Path, client: int, number: int) -> Path | None:
     """Return a client's file of its last round up to this one, None before its first."""
-    numbers = [_number(path) for path in (folder / CLIENTS).glob(f"{client}-*.pt")]
+    numbers = [_number(path) for path in (folder / CLIENTS_FOLDER).glob(f"{client}-*.pt")]
     last = max((one for one in numbers if one <= number), default=None)
-    return None if last is None else folder / CLIENTS / f"{client}-{last}.pt"
+    return None if last is None else folder / CLIENTS_FOLDER / f"{client}-{last}.pt"
 
 
 def _number(path: Path) -> int:
@@ -238,7 +238,7 @@ def _number(path: Path) -> int:
 def _prune(folder: Path, clients: int, needed: Iterable[int]) -> None:
     """Remove the files of clients that no round among those needed goes back to."""
     kept = {_file(folder, client, number) for client in range(clients) for number in needed}
-    for path in (folder / CLIENTS).glob("*.pt"):
+    for path in (folder / CLIENTS_FOLDER).glob("*.pt"):
         if path not in kept:
             path.unlink()
 
@@ -247,7 +247,7 @@ def _record(state: Mapping[str, Tensor]) -> ArrayRecord:
     return ArrayRecord({name: value.detach().cpu() for name, value in state.items()})
 
 
-def _tensors(record: ArrayRecord, trainee: Trainee) -> State:
+def _tensors(record: ArrayRecord, trainee: Trainee) -> Tensors:
     """Return arrays as tensors of the network's types; an average turns integers into fractions, which are rounded."""
     own = trainee.network.state_dict()
     return {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from leakbench.core.files import draft
 from leakbench.errors import CorruptAsset, LeakbenchError, one_line
 
 RECORD = "record.json"
@@ -30,7 +30,7 @@ def remove_drafts(folder: Path) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write plain values as JSON, whole or not at all."""
-    _replace(path, lambda draft: draft.write_text(json.dumps(value, indent=1), encoding="utf-8"))
+    _replace(path, lambda own: own.write_text(json.dumps(value, indent=1), encoding="utf-8"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write tensors and plain values, whole or not at all."""
-    _replace(path, lambda draft: torch.save(dict(state), draft))
+    _replace(path, lambda own: torch.save(dict(state), own))
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -77,15 +77,10 @@ def _no_state(path: Path, error: Exception) -> CorruptAsset:
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(draft)
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter where a disk is full
+        with draft(path) as own:
+            write(own)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter if the disk is full
         raise LeakbenchError(
             f"{path} cannot be written: {one_line(error)}; make room or choose another --out"
         ) from None

@@ -6,11 +6,11 @@ from rich.console import Console
 
 from leakbench.engine.progress import Bar, duration
 from leakbench.training.arm import Outcome, Round
-from leakbench.training.run import Silent
+from leakbench.training.run import NullTrainingProgress
 from leakbench.training.settings import Arm
 
 
-class Rounds(Bar, Silent):
+class Rounds(Bar, NullTrainingProgress):
     """Arm, rounds done, loss, accuracy and time left: a live bar in a terminal, one line a round elsewhere."""
 
     def __init__(self, console: Console) -> None:

@@ -25,12 +25,12 @@ from leakbench.training.settings import Arm, Recipe
 from leakbench.victim import build
 
 FORMAT = "leakbench-accuracy-1"
-FOLDER = "arms"
+ARMS_FOLDER = "arms"
 """Where in a run's folder the arms are, each in a folder of its own."""
 
 
-class Silent:
-    """Told of the progress; tells nobody."""
+class NullTrainingProgress:
+    """OnRound of the progress; tells nobody."""
 
     def begin(self, arm: Arm, number: int, arms: int) -> None:
         """Tell that an arm, the number-th of so many, begins or goes on."""
@@ -46,7 +46,7 @@ class Silent:
 
 
 @dataclass(frozen=True)
-class Record:
+class TrainingRecord:
     """An arm and what came of it, as its file has it.
 
     Attributes:
@@ -75,8 +75,8 @@ def train(
     device: str = "cpu",
     workers: int = 0,
     command: str = "",
-    progress: Silent | None = None,
-) -> list[Record]:
+    progress: NullTrainingProgress | None = None,
+) -> list[TrainingRecord]:
     """Train every arm that has no outcome in ``out``, and return the records of all of them.
 
     An arm that was stopped goes on after its last finished round. One that cannot be trained, or fails, is a record
@@ -93,9 +93,9 @@ def train(
     Raises:
         LeakbenchError: one line on what does not fit, before anything is trained; another process trains in ``out``.
     """
-    progress = progress or Silent()
+    progress = progress or NullTrainingProgress()
     where = device_named(device)
-    folders = [out / FOLDER / arm.folder for arm in arms]
+    folders = [out / ARMS_FOLDER / arm.folder for arm in arms]
     for arm in arms:
         check(arm)
     if any(arm.recipe.mode == "fedavg" for arm in arms):
@@ -127,7 +127,7 @@ def check(arm: Arm) -> None:
         return
 
 
-def _one(arm: Arm, folder: Path, device: torch.device, workers: int, progress: Silent) -> Outcome:
+def _one(arm: Arm, folder: Path, device: torch.device, workers: int, progress: NullTrainingProgress) -> Outcome:
     """Return what comes of an arm; what a component raises is its outcome."""
     try:
         if arm.recipe.mode == "fedavg":
@@ -155,7 +155,7 @@ def _finished(folder: Path, arm: Arm) -> bool:
 
 def finished(arms: Sequence[Arm], out: Path) -> int:
     """Return how many of the arms have an outcome in ``out`` that stands."""
-    return sum(_finished(out / FOLDER / arm.folder, arm) for arm in arms)
+    return sum(_finished(out / ARMS_FOLDER / arm.folder, arm) for arm in arms)
 
 
 def plain(arm: Arm, outcome: Outcome, provenance: Provenance) -> dict[str, Any]:
@@ -174,13 +174,13 @@ def plain(arm: Arm, outcome: Outcome, provenance: Provenance) -> dict[str, Any]:
     }
 
 
-def read(folder: Path) -> Record:
+def read(folder: Path) -> TrainingRecord:
     """Return the record of an arm's folder; raise CorruptAsset where it is none."""
     found = read_json(folder / RECORD)
     try:
         source = asdict(_PROVENANCE.validate_python({**found["provenance"], "matrix": ""}))
         del source["matrix"]
-        return Record(
+        return TrainingRecord(
             specs={axis: _TEXT.validate_python(found["specs"][axis]) for axis in ("dataset", "model", "defense")},
             recipe=Recipe(**found["recipe"]).settings(),
             seed=_WHOLE.validate_python(found["seed"]),
@@ -200,6 +200,6 @@ _WHOLE = TypeAdapter(int)
 _TABLE = TypeAdapter(dict[str, Any])
 
 
-def records(out: Path) -> list[Record]:
+def records(out: Path) -> list[TrainingRecord]:
     """Return the record of every arm that has an outcome in a run's folder, by name."""
-    return [read(path.parent) for path in sorted((out / FOLDER).glob(f"*/{RECORD}"))]
+    return [read(path.parent) for path in sorted((out / ARMS_FOLDER).glob(f"*/{RECORD}"))]

@@ -22,7 +22,7 @@ from leakbench.errors import BadOption
 from leakbench.models import Model
 from leakbench.plan.matrix import Axes, Count, Indices, Matrix, check_count, components
 
-Mode = Literal["centralised", "fedavg"]
+TrainingMode = Literal["centralised", "fedavg"]
 Augmentation = Literal["flip", "crop"]
 Select = Literal["validation", "test", "last"]
 StageName = Literal["initial", "1 epoch", "25 %", "100 %", "best"]
@@ -64,7 +64,7 @@ class Recipe(Axes):
         BadOption: one line on the first thing that does not fit; an option of fedavg that is given in another mode.
     """
 
-    mode: Mode = "centralised"
+    mode: TrainingMode = "centralised"
     rounds: Count = 10
     batch: Count = 64
     lr: Positive = 0.01

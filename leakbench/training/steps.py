@@ -14,20 +14,21 @@ from torch.nn import functional as F
 
 from leakbench.core.rng import generator
 from leakbench.core.types import Gradient, Secret
+from leakbench.datasets.in_memory import ByteImages
 from leakbench.defenses import Defense
 from leakbench.defenses.base import Step
 from leakbench.errors import BadOption
 from leakbench.gradients.evaluate import tensors_of
-from leakbench.training.data import Images, floats
+from leakbench.training.data import floats
 from leakbench.training.settings import Recipe
 
-State = dict[str, Tensor]
+Tensors = dict[str, Tensor]
 """Tensor name -> value, of a network's parameters and buffers."""
 
-Loss = Annotated[float, BeforeValidator(lambda value: nan if value is None else value)]
+StoredLoss = Annotated[float, BeforeValidator(lambda value: nan if value is None else value)]
 """One that is not finite is None in a file."""
 
-EVALUATED = 500
+EVALUATION_BATCH = 500
 """How many images are evaluated at a time."""
 
 
@@ -67,13 +68,13 @@ class Trainee:
         """Return what is trained, by name."""
         return {name: value for name, value in self.network.named_parameters() if value.requires_grad}
 
-    def shared(self) -> State:
+    def shared(self) -> Tensors:
         """Return copies of everything but secrets: what a server can see."""
         private = {secret.name for secret in self.secrets}
         own = self.network.state_dict()
         return {name: value.detach().clone() for name, value in own.items() if name not in private}
 
-    def private(self) -> State:
+    def private(self) -> Tensors:
         """Return copies of the lasting secrets: what a client keeps."""
         tensors = tensors_of(self.network)
         return {secret.name: tensors[secret.name].detach().clone() for secret in self.lasting}
@@ -103,7 +104,7 @@ class Trainee:
         setattr(self.network.get_submodule(module), tensor, value.to(self.device))
 
 
-def draw(secrets: Sequence[Secret], trainee: Trainee, rng: torch.Generator) -> State:
+def draw(secrets: Sequence[Secret], trainee: Trainee, rng: torch.Generator) -> Tensors:
     """Return a draw of each of these secrets by its law."""
     return {secret.name: secret.law.draw(tuple(trainee.shapes[secret.name]), rng) for secret in secrets}
 
@@ -123,7 +124,7 @@ def optimiser(trainee: Trainee, recipe: Recipe, momentum: Mapping[str, Tensor]) 
     return sgd
 
 
-def momentum_of(trainee: Trainee, sgd: torch.optim.SGD) -> State:
+def momentum_of(trainee: Trainee, sgd: torch.optim.SGD) -> Tensors:
     """Return copies of the momentum of everything that is trained."""
     buffers = {name: sgd.state[value].get("momentum_buffer") for name, value in trainee.parameters().items()}
     return {name: value.detach().clone() for name, value in buffers.items() if value is not None}
@@ -190,7 +191,7 @@ class Score:
         count: how many images there were.
     """
 
-    loss: Loss
+    loss: StoredLoss
     correct: Annotated[int, Field(ge=0)]
     count: Annotated[int, Field(ge=1)]
 
@@ -201,15 +202,15 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(trainee: Trainee, images: Images, *key: object) -> Score:
+def evaluate(trainee: Trainee, images: ByteImages, *key: object) -> Score:
     """Return the score of a network in evaluation mode; fresh secrets are drawn by the key."""
     network, rng = trainee.network, generator("training", "evaluate", *key)
     mode = network.training
     network.eval()
     loss = 0.0
     correct = 0
-    for start in range(0, len(images), EVALUATED):
-        rows = slice(start, start + EVALUATED)
+    for start in range(0, len(images), EVALUATION_BATCH):
+        rows = slice(start, start + EVALUATION_BATCH)
         x, y = floats(images.pixels[rows]).to(trainee.device), images.labels[rows].to(trainee.device)
         trainee.refresh(len(x), rng)
         logits = network(x)

@@ -12,8 +12,8 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from leakbench.core.rng import generator
-from leakbench.training.data import Images
-from leakbench.training.steps import State, Trainee, draw, evaluate
+from leakbench.datasets.in_memory import ByteImages
+from leakbench.training.steps import Tensors, Trainee, draw, evaluate
 
 OWN = "own key and lock"
 """Nobody's theft: each client with its own secrets."""
@@ -56,9 +56,9 @@ class Theft:
 def thefts(
     trainee: Trainee,
     shared: Mapping[str, Tensor],
-    privates: Sequence[State],
+    privates: Sequence[Tensors],
     initial: Mapping[str, Tensor],
-    images: Images,
+    images: ByteImages,
     *,
     draws: int,
     seed: int,
@@ -86,7 +86,7 @@ def thefts(
     zero = {secret.name: torch.zeros(trainee.shapes[secret.name]) for secret in locks}
     names = [secret.name for secret in keys]
     crossed = [{**mine, **{name: other[name] for name in names}} for mine, other in itertools.permutations(own, 2)]
-    guesses: dict[str, list[State]] = {
+    guesses: dict[str, list[Tensors]] = {
         OWN: own,
         "another client's key and lock": own if len(own) > 1 else [],
         "another client's key, own lock": crossed if keys and locks else [],

@@ -16,11 +16,11 @@ from leakbench.errors import BadOption, CorruptAsset
 from leakbench.plan.matrix import Matrix
 from leakbench.training.data import unseen
 from leakbench.training.files import read_json, write_json
-from leakbench.training.run import FOLDER, Record, Silent, read
+from leakbench.training.run import ARMS_FOLDER, NullTrainingProgress, TrainingRecord, read
 from leakbench.training.run import train as train_arms
 from leakbench.training.settings import Arm, Tradeoff
 
-POINTS = "targets.json"
+TARGETS_FILE = "targets.json"
 """Which cells of the run attack which checkpoint, in a run's folder."""
 THRESHOLD = 0.6
 """The ``ssim_aligned`` from which an image counts as recovered where the attack states none."""
@@ -52,8 +52,8 @@ def train(
     device: str = "cpu",
     workers: int = 0,
     command: str = "",
-    progress: Silent | None = None,
-) -> list[Record]:
+    progress: NullTrainingProgress | None = None,
+) -> list[TrainingRecord]:
     """Train every arm of every plan that has no outcome in ``out``; see ``training.train``.
 
     Raises:
@@ -98,15 +98,15 @@ def attack(
     threshold, targets = _threshold(plans), []
     for plan in plans:
         for arm in plan.arms():
-            outcome = read(out / FOLDER / arm.folder).outcome
+            outcome = read(out / ARMS_FOLDER / arm.folder).outcome
             for stage in outcome.stages if outcome.rounds else ():
                 if stage.name not in plan.stages:
                     continue
-                matrix = _matrix(plan, arm, out / FOLDER / arm.folder / stage.file)
+                matrix = _matrix(plan, arm, out / ARMS_FOLDER / arm.folder / stage.file)
                 with progress() as told:
                     engine.run(matrix, out, RunOptions(device), progress=told, command=command)
                 targets.append(_target(arm, matrix, stage.name, stage.accuracy))
-    write_json(out / POINTS, {"threshold": threshold, "targets": [asdict(target) for target in targets]})
+    write_json(out / TARGETS_FILE, {"threshold": threshold, "targets": [asdict(target) for target in targets]})
     return targets
 
 
@@ -128,13 +128,13 @@ def _target(arm: Arm, matrix: Matrix, stage: str, accuracy: float) -> Target:
 
 def targets_of(out: Path) -> tuple[float, list[Target]]:
     """Return the threshold and the checkpoints that were attacked; raise CorruptAsset where there is no such file."""
-    plain = read_json(out / POINTS)
+    plain = read_json(out / TARGETS_FILE)
     try:
         return _THRESHOLD.validate_python(plain.get("threshold")), _TARGETS.validate_python(plain.get("targets"))
     except ValidationError as error:
         first = error.errors()[0]
         raise CorruptAsset(
-            f"{out / POINTS} does not name what was attacked ({' '.join(str(first['msg']).split())}); "
+            f"{out / TARGETS_FILE} does not name what was attacked ({' '.join(str(first['msg']).split())}); "
             "start the trade-off again"
         ) from None
 
