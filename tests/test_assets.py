@@ -1,4 +1,4 @@
-"""The cache of datasets and weights: archives nobody vouches for, checksums, and fetches that fail half way."""
+"""The cache of datasets and weights: untrusted archives, checksums, and fetches that fail half way."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ import struct
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -25,7 +29,7 @@ from PIL import Image
 
 from leakbench import assets
 from leakbench.assets import archives, convert, sources
-from leakbench.assets.sources import Source, Unavailable
+from leakbench.assets.sources import PackageSource, TorchvisionSource, Unavailable
 from leakbench.cli.assets import app
 from leakbench.errors import BadOption, CorruptAsset, LeakbenchError, MissingAsset
 
@@ -54,7 +58,7 @@ def toy(home: Path, monkeypatch: pytest.MonkeyPatch) -> assets.Asset:
         files=tuple(
             assets.File(name, len(content), hashlib.sha256(content).hexdigest()) for name, content in CONTENT.items()
         ),
-        sources=(Source("npm", "toy@1"), Source("pypi", "toy==1")),
+        sources=(PackageSource("npm", "toy@1"), PackageSource("pypi", "toy==1")),
         carried="toy.tar.gz",
         convert=members,
     )
@@ -79,8 +83,8 @@ def special(file: Path, kind: bytes, target: str) -> Path:
     return file
 
 
-def serve(monkeypatch: pytest.MonkeyPatch, download: Callable[[Source, Path], Path]) -> None:
-    monkeypatch.setattr(sources, "download", lambda source, into, progress: download(source, into))
+def serve(monkeypatch: pytest.MonkeyPatch, download: Callable[[PackageSource, Path], Path]) -> None:
+    monkeypatch.setattr(PackageSource, "download", lambda source, into, progress: download(source, into))
 
 
 def one_line(error: pytest.ExceptionInfo[LeakbenchError]) -> str:
@@ -121,18 +125,20 @@ def test_a_file_is_read_with_its_neighbours(tmp_path: Path) -> None:
     assert archives.read(tmp_path, ["one.bin", "two.bin"]) == expected
 
 
-@pytest.mark.parametrize("path", ["../one.bin", "/etc/one.bin", "package/../../one.bin", "..\\one.bin"])
+@pytest.mark.parametrize("path", ["../one.bin", "/etc/one.bin", "package/../../one.bin"])
 def test_a_path_that_leads_outside_is_refused(tmp_path: Path, path: str) -> None:
     file = pack(tmp_path / "evil.tgz", {path: b"1"})
-    with pytest.raises(CorruptAsset, match="leads outside") as error:
+    with pytest.raises(CorruptAsset, match=r"outside the destination|an absolute path") as error:
         archives.read(file, ["one.bin"])
     one_line(error)
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
 def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
-    with pytest.raises(CorruptAsset, match="a link or a device"):
-        archives.read(special(tmp_path / "evil.tgz", kind, "/etc/passwd"), ["one.bin"])
+    for target in ("/etc/passwd", "two.bin"):
+        with pytest.raises(CorruptAsset, match=r"a link|a special file") as error:
+            archives.read(special(tmp_path / "evil.tgz", kind, target), ["one.bin"])
+        one_line(error)
 
 
 @pytest.mark.parametrize("name", ["one.bin", "other"])
@@ -204,7 +210,7 @@ def test_a_pickle_that_names_anything_else_is_refused(
     thing: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CorruptAsset, match="no pickle of arrays") as error:
+    with pytest.raises(CorruptAsset, match="not a pickle of arrays") as error:
         archives.arrays(pickle.dumps(thing), "p")
     one_line(error)
     assert not list(tmp_path.iterdir())
@@ -257,11 +263,12 @@ def test_cifar10_from_sheets_has_the_planes_in_order(tmp_path: Path) -> None:
         [1, 2],
     ],
 )
-def test_cifar10_of_another_structure_is_refused(tmp_path: Path, content: object) -> None:
+def test_cifar10_of_another_structure_is_refused(tmp_path: Path, home: Path, content: object) -> None:
     file = pack(tmp_path / "py.tgz", dict.fromkeys(convert.BATCHES, pickle.dumps(content, 3)))
-    with pytest.raises(CorruptAsset) as error:
-        list(convert.cifar10(file))
+    with pytest.raises(CorruptAsset, match=r"py\.tgz is not CIFAR-10") as error:
+        assets.fetch("cifar10", from_file=file)
     one_line(error)
+    assert leftovers(home) == []
 
 
 def test_cifar100_is_held_against_the_md5_that_torchvision_knows(tmp_path: Path, home: Path) -> None:
@@ -302,11 +309,14 @@ def test_a_trunk_is_the_same_from_a_state_dict_and_from_kernels(tmp_path: Path) 
     assert all(np.array_equal(tensor, state[name].numpy()) for name, tensor in tensors.items())
 
 
-def test_a_state_dict_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_state_dict_that_is_none_is_refused(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "alexnet.pth").write_bytes(pickle.dumps(Evil(), 2))
-    with pytest.raises(CorruptAsset, match="holds no weights") as error:
-        list(convert.trunk(tmp_path / "alexnet.pth", "alexnet"))
+    with pytest.raises(CorruptAsset, match=r"alexnet\.pth is not the convolutions of torchvision's AlexNet") as error:
+        assets.fetch("lpips-alex", from_file=tmp_path / "alexnet.pth")
     one_line(error)
+    assert leftovers(tmp_path) == ["alexnet.pth", "home"]
+    assert leftovers(home) == []
 
 
 # The cache
@@ -397,7 +407,7 @@ def test_verify_reads_the_files_anew(tmp_path: Path, toy: assets.Asset) -> None:
 def test_sources_are_tried_in_order_until_one_is_right(
     toy: assets.Asset, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def download(source: Source, into: Path) -> Path:
+    def download(source: PackageSource, into: Path) -> Path:
         if source.kind == "npm":
             return pack(into / "toy.tgz", {"one.bin": b"wrong"})
         return pack(into / "toy.tgz", CONTENT)
@@ -410,7 +420,7 @@ def test_sources_are_tried_in_order_until_one_is_right(
 def test_when_no_source_can_be_reached_each_reason_is_told(
     toy: assets.Asset, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def download(source: Source, into: Path) -> Path:
+    def download(source: PackageSource, into: Path) -> Path:
         raise Unavailable(f"no {source.kind} here")
 
     serve(monkeypatch, download)
@@ -426,15 +436,15 @@ def test_a_client_that_is_not_installed_is_a_source_that_is_not_available(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    for source, client in ((Source("npm", "x@1"), "npm"), (Source("debian", "x"), "apt-get")):
+    for source, client in ((PackageSource("npm", "x@1"), "npm"), (PackageSource("debian", "x"), "apt-get")):
         into = tmp_path / source.kind
         into.mkdir()
         with pytest.raises(Unavailable, match=f"{client} is not installed"):
-            sources.download(source, into, lambda what, done, total: None)
+            source.download(into, lambda name: False)
 
 
 def test_an_interrupted_fetch_leaves_nothing(toy: assets.Asset, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(source: Source, into: Path) -> Path:
+    def download(source: PackageSource, into: Path) -> Path:
         (into / "half").write_bytes(b"half")
         raise KeyboardInterrupt
 
@@ -479,22 +489,78 @@ def test_a_whole_asset_is_not_downloaded_again(
     assert assets.fetch("toy") == first
 
 
-def test_a_downloaded_archive_is_held_against_its_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def npm(source: Source, into: Path, progress: object) -> Path:
-        return pack(into / "toy.tgz", CONTENT)
-
-    monkeypatch.setattr(sources, "_npm", npm)
+def test_a_package_is_compared_with_its_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_run", lambda command, folder: pack(folder / "toy.tgz", CONTENT))
     with pytest.raises(CorruptAsset, match="has SHA-256"):
-        sources.download(Source("npm", "toy@1", "0" * 64), tmp_path, lambda what, done, total: None)
+        PackageSource("npm", "toy@1", "0" * 64).download(tmp_path, lambda name: False)
 
 
-def test_the_stand_in_for_the_build_tool_names_the_package(tmp_path: Path) -> None:
-    text = sources._METADATA_ONLY.format(name="toy", version="1.0")
-    (tmp_path / "stand_in.py").write_text(text)
-    script = "import stand_in, sys; print(stand_in.__legacy__.prepare_metadata_for_build_wheel('.'))"
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
-    metadata = (tmp_path / done.stdout.strip() / "METADATA").read_text()
-    assert "Name: toy\nVersion: 1.0\n" in metadata
+class Published(SimpleHTTPRequestHandler):
+    """Serves a folder of files, without a word."""
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of an HTTP server on this machine, in place of torchvision's second mirror of MNIST."""
+    from torchvision.datasets import MNIST
+
+    (tmp_path / "mirror").mkdir()
+    files = {name: gzip.compress(name.encode()) for name, _ in MNIST.resources}
+    for name, content in files.items():
+        (tmp_path / "mirror" / name).write_bytes(content)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Published, directory=str(tmp_path / "mirror")))
+    address = f"http://127.0.0.1:{server.server_port}/"
+    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:1/", address])
+    sums = [(name, hashlib.md5(content).hexdigest()) for name, content in files.items()]
+    monkeypatch.setattr(MNIST, "resources", sums)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield tmp_path / "mirror"
+    server.shutdown()
+    server.server_close()
+
+
+class Bar:
+    """Counts bytes as a progress bar of pooch does."""
+
+    total, done = 0, 0
+
+    def update(self, count: int) -> None:
+        self.done += count
+
+    def reset(self) -> None:
+        self.done = 0
+
+    def close(self) -> None:
+        assert self.done == self.total > 0
+
+
+def test_files_come_from_the_first_mirror_that_answers(mirror: Path, tmp_path: Path) -> None:
+    bars: dict[str, Bar] = {}
+    (tmp_path / "into").mkdir()
+    folder = TorchvisionSource("MNIST").download(tmp_path / "into", lambda name: bars.setdefault(name, Bar()))
+    assert set(archives.read(folder, convert.IDX)) == set(convert.IDX)
+    assert {name: bar.done for name, bar in bars.items()} == {
+        file.name: file.stat().st_size for file in mirror.iterdir()
+    }
+
+
+def test_a_download_with_another_checksum_is_corrupt(mirror: Path, tmp_path: Path) -> None:
+    next(mirror.iterdir()).write_bytes(b"something else")
+    (tmp_path / "into").mkdir()
+    with pytest.raises(CorruptAsset, match="does not match the known hash") as error:
+        TorchvisionSource("MNIST").download(tmp_path / "into", lambda name: False)
+    one_line(error)
+
+
+def test_a_file_that_no_mirror_has_is_unavailable(mirror: Path, tmp_path: Path) -> None:
+    next(mirror.iterdir()).unlink()
+    (tmp_path / "into").mkdir()
+    with pytest.raises(Unavailable, match="404"):
+        TorchvisionSource("MNIST").download(tmp_path / "into", lambda name: False)
 
 
 def test_every_asset_says_what_it_is() -> None:
@@ -545,7 +611,7 @@ def test_fetch_of_one_file_for_two_assets_is_refused(tmp_path: Path, capsys: pyt
 def test_fetch_goes_on_after_a_failure(
     toy: assets.Asset, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def download(source: Source, into: Path) -> Path:
+    def download(source: PackageSource, into: Path) -> Path:
         raise Unavailable("no network")
 
     serve(monkeypatch, download)

