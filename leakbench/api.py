@@ -17,13 +17,14 @@ from leakbench.analysis.summary import summarise
 from leakbench.attacks import Attack
 from leakbench.core.malloc import keep_freed_memory
 from leakbench.core.rng import Rng
+from leakbench.core.text import plural
 from leakbench.core.types import Reconstruction, ThreatModel
 from leakbench.defenses import Defense
 from leakbench.defenses.keylock import Gate, locks
 from leakbench.engine import run as engine
 from leakbench.engine.progress import NullProgress
 from leakbench.engine.run import RunOptions
-from leakbench.errors import BadOption
+from leakbench.errors import BadOption, LeakbenchError
 from leakbench.gradients import full_precision
 from leakbench.gradients.evaluate import tensors_of
 from leakbench.models import OwnModule
@@ -44,6 +45,15 @@ class Run:
     """
 
     out: Path
+
+    def __repr__(self) -> str:
+        """Return the folder, and how many of the planned trials are finished."""
+        try:
+            with Store.open(self.out / FILE, readonly=True) as store:
+                counts = f"{len(store.done()):,} of {plural(len(store.planned()), 'trial')} finished"
+        except LeakbenchError as error:
+            counts = str(error)
+        return f"Run({str(self.out)!r}: {counts})"
 
     def results(self) -> pd.DataFrame:
         """Return one row per finished trial: what it was, how it ended, every metric."""

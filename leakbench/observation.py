@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from leakbench.core.text import plural
 from leakbench.core.types import Secret, ThreatModel
 from leakbench.defenses.adaptive import AdaptiveAttacker
 from leakbench.defenses.base import Defense
@@ -57,6 +58,22 @@ class Observation:
     unit: float = 1.0
     shown: Mapping[str, Tensor] | None = None
     adaptive: AdaptiveAttacker | None = None
+
+    def __repr__(self) -> str:
+        """Return one line of names, counts and shapes, without values."""
+        count = sum(value[0].numel() for value in self.gradient.values())
+        parts = [
+            f"{plural(self.trials, 'trial')} of {type(self.model).__name__}",
+            f"images {list(self.image_shape)}",
+            f"{self.num_classes} classes",
+            f"{plural(len(self.gradient), 'gradient tensor')} with {count:,} values a trial",
+            f"labels {'hidden' if self.labels is None else 'known'}",
+            f"secrets: {', '.join(dict.fromkeys(secret.group for secret in self.secrets)) or 'none'}",
+            f"threat model: {self.threat.spec() or 'own'}",
+            f"defense: {'unknown' if self.defense is None else self.defense.name}",
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device}",
+        ]
+        return f"Observation({', '.join(parts)})"
 
     @property
     def trials(self) -> int:

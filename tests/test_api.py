@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import leakbench
 from leakbench.core.rng import Rng
+from leakbench.core.types import Reconstruction
 from leakbench.errors import BadOption, LeakbenchError, Unsupported
 
 SHAPE = (1, 8, 8)
@@ -209,3 +211,31 @@ def test_no_images_are_told() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
     with pytest.raises(LeakbenchError):
         leakbench.observe(net, torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.int64))
+
+
+def test_observation_and_reconstruction_are_one_line_of_counts_and_shapes() -> None:
+    observation = leakbench.observe(network(), *images(), defense="keylock(length=9, layers=all)")
+    text = repr(observation)
+    assert text.startswith("Observation(3 trials of Sequential, images [1, 8, 8], 5 classes, 4 gradient tensors with ")
+    assert "labels hidden, secrets: key, lock, threat model: paper, defense: unknown, float32 on cpu" in text
+    rows = torch.tensor([3.0, 0.25, 1.0])
+    found = repr(Reconstruction(rand(3, *SHAPE), torch.arange(3), rows, rows > 2, findings={"rate": rows}))
+    assert found == (
+        "Reconstruction(images [3, 1, 8, 8] float32 on cpu, 1 failed, objective 0.25 to 3, labels [0, 1, 2], "
+        "findings: rate)"
+    )
+    assert repr(Reconstruction(rand(3, *SHAPE))) == "Reconstruction(images [3, 1, 8, 8] float32 on cpu)"
+    assert all("\n" not in line and len(line) < 300 for line in (text, found))
+
+
+def test_a_matrix_and_its_run_are_one_line_of_names_and_counts(tmp_path: Path) -> None:
+    axes = {"defenses": ["none"], "models": [network()], "datasets": ["samples(size=8)"], "images": 2}
+    matrix = leakbench.Matrix(attacks=["grey", "random", "mean", "ig(steps=1)"], **axes)
+    expected = (
+        "Matrix('matrix': 4 attacks (grey, random, mean, ...), 1 defense (none), 1 model (module(label=Sequential)), "
+        "1 dataset (samples(size=8)), 1 threat model (paper), 2 images, 1 seed)"
+    )
+    assert repr(matrix) == str(matrix) == expected
+    run = leakbench.run(leakbench.Matrix(attacks=["grey"], floors=False, **axes), tmp_path / "run")
+    assert repr(run) == f"Run({str(tmp_path / 'run')!r}: 2 of 2 trials finished)"
+    assert "does not exist" in repr(leakbench.api.Run(tmp_path / "none"))

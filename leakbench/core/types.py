@@ -223,3 +223,16 @@ class Reconstruction:
     path: str = ""
     findings: Mapping[str, Tensor] = field(default_factory=dict)
     curve: Curve | None = None
+
+    def __repr__(self) -> str:
+        """Return one line of counts and shapes, with the range of the objective."""
+        images = self.images
+        parts = [f"images {list(images.shape)} {str(images.dtype).removeprefix('torch.')} on {images.device}"]
+        if self.failed is not None:
+            parts.append(f"{int(self.failed.sum())} failed")
+        if self.objective is not None and self.objective.numel():
+            parts.append(f"objective {float(self.objective.min()):.3g} to {float(self.objective.max()):.3g}")
+        if self.labels is not None:
+            parts.append(f"labels {self.labels.tolist()[:8]}{'...' * (len(self.labels) > 8)}")
+        parts += [f"findings: {', '.join(self.findings)}"] * bool(self.findings)
+        return f"Reconstruction({', '.join(parts)})"

@@ -18,6 +18,7 @@ from torch import nn
 from leakbench import attacks, datasets, defenses, models
 from leakbench.attacks import Attack
 from leakbench.core.registry import split_options
+from leakbench.core.text import plural
 from leakbench.core.types import PRESETS, ThreatModel
 from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
@@ -204,6 +205,26 @@ class Matrix(Axes):
         if not self.attacks and not self.stages:
             raise BadOption(f"matrix: {_missing('attacks')}")
         self._check_informed()
+
+    def __repr__(self) -> str:
+        """Return the name and the first members of each axis, in one or two lines."""
+        stages = self.stages or (Stage(attacks=self.attacks, threats=self.threats),)
+        axes: dict[str, list[str]] = {
+            "attack": [attacks.spec(attack) for stage in stages for attack in stage.attacks],
+            "defense": [defenses.spec(defense) for defense in self.defenses],
+            "model": [models.spec(model) for model in self.models],
+            "dataset": [datasets.spec(dataset) for dataset in self.datasets],
+            "threat model": [threat.spec() for stage in stages for threat in stage.threats],
+        }
+        parts = [
+            f"{plural(len(names), noun)} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+            for noun, names in ((noun, list(dict.fromkeys(names))) for noun, names in axes.items())
+        ]
+        for noun, chosen in (("image", self.images), ("seed", self.seeds)):
+            parts.append(plural(chosen if isinstance(chosen, int) else len(chosen), noun))
+        return f"Matrix({self.name!r}: {', '.join(parts)})"
+
+    __str__ = __repr__
 
     def _check_informed(self) -> None:
         """Raise BadOption where a threat model asks for an informed attacker that no defense states."""
