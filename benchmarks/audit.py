@@ -1,13 +1,13 @@
-"""What the example audits are of: ``python -m benchmarks.audit FOLDER`` writes photographs and a recorded update.
+"""The inputs of the example audits: ``python -m benchmarks.audit FOLDER`` writes photographs and a recorded update.
 
-The network is torchvision's ResNet-18 as torchvision draws it, with 3 outputs; the photographs are of scikit-image
-(their credits are in CREDITS.md of the samples). Then, from the checkout:
+The network is torchvision's untrained ResNet-18 with 3 outputs; the photographs come from scikit-image (their credits
+are in CREDITS.md of the samples). Then, from the checkout:
 
-leakbench audit --model benchmarks.audit:build --data folder:FOLDER/photos --size 64 --normalise NORMALISE \\
+leakbench audit model --model benchmarks.audit:build --data folder:FOLDER/photos --size 64 --normalise NORMALISE \\
     --defense none --defense keylock --defense "noise(scale=0.01)" --budget quick --out reports/audit/resnet18
-leakbench audit --model benchmarks.audit:build --before FOLDER/before.safetensors --after FOLDER/after.safetensors \\
-    --size 64 --normalise NORMALISE --rate 0.05 --truth FOLDER/photos/1-chelsea/chelsea.png --label 1 --budget quick \\
-    --out reports/audit/update
+leakbench audit update --model benchmarks.audit:build --before FOLDER/before.safetensors \\
+    --after FOLDER/after.safetensors --size 64 --normalise NORMALISE --rate 0.05 \\
+    --truth FOLDER/photos/1-chelsea/chelsea.png --label 1 --budget quick --out reports/audit/update
 
 with NORMALISE 0.485,0.456,0.406/0.229,0.224,0.225.
 """
@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import resnet18
 
-from leakbench.audit.given import Scale, factory, read_image, subject
+from leakbench.audit import AuditedNetwork, read_image
 
 PHOTOGRAPHS = ("0-astronaut", "1-chelsea", "2-coffee")
 NORMALISE = "0.485,0.456,0.406/0.229,0.224,0.225"
@@ -49,12 +49,12 @@ def main() -> None:
         path = folder / "photos" / name / f"{photograph}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
-    network = factory("benchmarks.audit:build")
-    own = subject(network, "client", 3, "train", Scale.parse(NORMALISE))
+    audited = AuditedNetwork.load("benchmarks.audit:build", normalise=NORMALISE)
+    network = audited.module
     _save(network, folder / "before.safetensors")
     image = read_image(str(folder / "photos" / "1-chelsea" / "chelsea.png"), (3, SIZE, SIZE))
     optimiser = torch.optim.SGD(network.parameters(), lr=RATE)
-    nn.functional.cross_entropy(own.module(image[None]), torch.tensor([1])).backward()
+    nn.functional.cross_entropy(audited.model(3).module(image[None]), torch.tensor([1])).backward()
     optimiser.step()
     _save(network, folder / "after.safetensors")
 

@@ -17,10 +17,11 @@ from test_report import DLG, GREY, IG, MEAN, NOISE, NONE, make, run
 from test_store import METRICS, TinyAttack, TinyDefense, named, png
 
 from leakbench.analysis.ensemble import AttackerStats
-from leakbench.audit.findings import Audit, Behind, Sight
-from leakbench.audit.gate import Gate
-from leakbench.audit.layers import ClosedForm, Labels, Share
+from leakbench.audit.fail_rule import FailRule
+from leakbench.audit.findings import Audit, DefenseFindings, ImageFinding, NetworkFacts
+from leakbench.audit.layers import ClosedForm, InferredLabels, LayerShare
 from leakbench.core.loss_curve import Curve, marks
+from leakbench.core.types import PRESETS
 from leakbench.report import audit, leaderboard, write
 
 pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("default")]
@@ -306,17 +307,17 @@ def test_strange_runs_open_without_a_complaint(opened, tmp_path, case):
         assert page.locator("dialog#trial").is_visible()
 
 
-def found(defense: str, share: float) -> Behind:
-    """What an audit found behind a defense, with names that try to break out of their places."""
+def found(defense: str, share: float) -> DefenseFindings:
+    """The findings of an audit behind a defense, with names that try to break out of their places."""
     images = 4
-    sights = [
-        Sight(i, png(1000 + i, 16), png(i, 16) if i else None, NASTY, f"SSIM 0.9 {NASTY}", i < share * images)
+    pictures = [
+        ImageFinding(i, png(1000 + i, 16), png(i, 16) if i else None, NASTY, 0.9, 20.0, i < share * images)
         for i in range(images)
     ]
-    efforts = [AttackerStats(NASTY, images, round(share * images), 0, 0, 0, {NASTY: 1}, 1234, 5.6)]
-    layers = [Share(f"block{i}.{NASTY}", "Conv2d", 100, 0, 1 / 40) for i in range(40)]
+    attackers = [AttackerStats(NASTY, images, round(share * images), 0, 0, 0, {NASTY: 1}, 1234, 5.6)]
+    layers = [LayerShare(f"block{i}.{NASTY}", "Conv2d", 100, 0, 1 / 40) for i in range(40)]
     forms = [ClosedForm("fc", 512, images, 1e-7, True, 1e-6, False, False)]
-    return Behind(
+    return DefenseFindings(
         defense=defense,
         note=NASTY,
         images=images,
@@ -324,12 +325,12 @@ def found(defense: str, share: float) -> Behind:
         low=0.0,
         high=0.9,
         floor=0.0,
-        efforts=tuple(efforts),
+        attackers=tuple(attackers),
         layers=tuple(layers),
         forms=tuple(forms),
-        labels=Labels((1, 2, 3, 0), 4),
+        labels=InferredLabels((1, 2, 3, 0), 4),
         scores={},
-        sights=tuple(sights),
+        pictures=tuple(pictures),
         warnings=(NASTY,),
     )
 
@@ -338,13 +339,17 @@ def found(defense: str, share: float) -> Behind:
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_of_an_audit_fits_and_stays_text(opened, tmp_path, scheme, width):
     behind = (found("none", 0.75), found(f"noise {NASTY}", 0.0))
-    told = Audit(NASTY, (("model", NASTY),), (("paper", NASTY, True),), (("label", NASTY),), behind, (NASTY,), 0.6)
+    facts = NetworkFacts(5, 2, (3, 16, 16), True, 0, 0)
+    threats = ((PRESETS["paper"], True),)
+    audited = Audit(NASTY, (("model", NASTY),), facts, 4, NASTY, ((NASTY,),), threats, behind, (NASTY,), 0.6)
     path = tmp_path / "audit.html"
-    path.write_text(audit.html(dataclasses.replace(told, gate=Gate("recovered", ">", 0.1)), f"leakbench {NASTY}"))
+    path.write_text(
+        audit.html(dataclasses.replace(audited, rule=FailRule("recovered", ">", 0.1)), f"leakbench {NASTY}")
+    )
     page = opened(path, width=width, color_scheme=scheme)
-    assert "is crossed (none: 0.75)" in page.locator("#verdict").inner_text()
+    assert "is true (none: 0.75;" in page.locator("#verdict").inner_text()
     assert page.evaluate("document.documentElement.scrollWidth") == width
-    assert page.locator("figure.seen").count() == 3
+    assert page.locator("figure.recovered").count() == 3
     assert page.locator("figure img").count() == 2 * (4 + 3)
     assert page.evaluate("[...document.images].every((one) => one.complete && one.naturalWidth === 16)")
     assert page.evaluate("document.querySelectorAll('script').length") == 1

@@ -43,6 +43,8 @@ COMMANDS = [
     ("show",),
     ("diff",),
     ("audit",),
+    ("audit", "model"),
+    ("audit", "update"),
     ("leaderboard",),
     ("list",),
     ("assets",),

@@ -1,20 +1,21 @@
-"""What one's own network, or one recorded update of it, leaks."""
+"""Audits: how much one's own network, or one recorded update of it, leaks."""
 
-from leakbench.audit.findings import Audit, Behind, Sight
-from leakbench.audit.gate import Gate, parse_gate
-from leakbench.audit.given import Scale, Update, factory, read_update
-from leakbench.audit.run import audit_model, audit_update
+from leakbench.audit.fail_rule import FailRule
+from leakbench.audit.findings import Audit, DefenseFindings, ImageFinding
+from leakbench.audit.given import AuditedNetwork, Normalisation, factory, images_of, read_image
+from leakbench.audit.run import AuditOptions, audit_model, audit_update
 
 __all__ = [
     "Audit",
-    "Behind",
-    "Gate",
-    "Scale",
-    "Sight",
-    "Update",
+    "AuditOptions",
+    "AuditedNetwork",
+    "DefenseFindings",
+    "FailRule",
+    "ImageFinding",
+    "Normalisation",
     "audit_model",
     "audit_update",
     "factory",
-    "parse_gate",
-    "read_update",
+    "images_of",
+    "read_image",
 ]

@@ -1,4 +1,4 @@
-"""What an audit finds, as plain values: its pages are a function of these alone."""
+"""The findings of an audit as plain values; its pages are a function of these."""
 
 from __future__ import annotations
 
@@ -6,50 +6,53 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from leakbench.analysis.ensemble import AttackerStats
-from leakbench.audit.gate import LABELS, RECOVERED, Gate
-from leakbench.audit.layers import ClosedForm, Labels, Share
+from leakbench.audit.fail_rule import LABELS, RECOVERED, FailRule
+from leakbench.audit.layers import ClosedForm, InferredLabels, LayerShare
+from leakbench.core.types import ThreatModel
+from leakbench.errors import LeakbenchError
 
 
 @dataclass(frozen=True)
-class Sight:
-    """One private image, and what attackers made of it.
+class ImageFinding:
+    """One reconstruction beside its private image.
 
     Attributes:
-        image: its index.
-        truth: a PNG; None where it is not known.
-        guess: a PNG of the reconstruction that comes closest to it, or of one attacker's where the truth is not known;
-            None where no attacker returned one.
-        attacker: whose.
-        words: how close it is, or what else is known of it.
-        recovered: whether it counts as recovered; None without a truth.
+        image: the index of the image.
+        truth: the private image as a PNG; None where it is not known.
+        guess: the reconstruction as a PNG; None where no attacker returned one.
+        attacker: the attack (and its threat model) that returned the reconstruction.
+        ssim: ``ssim_aligned`` of the reconstruction; NaN where it was not measured.
+        psnr: ``psnr_aligned`` in dB; NaN where it was not measured.
+        recovered: whether the image counts as recovered; None where that was not measured.
     """
 
     image: int
     truth: bytes | None
     guess: bytes | None
     attacker: str
-    words: str
+    ssim: float
+    psnr: float
     recovered: bool | None
 
 
 @dataclass(frozen=True)
-class Behind:
-    """What is found behind one defense.
+class DefenseFindings:
+    """What leaks behind one defense.
 
     Attributes:
-        defense: its spec.
-        note: what it states of itself.
+        defense: its spec, or ``UPDATE``.
+        note: what the defense states of itself.
         images: how many at least one attacker could attack.
-        share: of these, recovered by at least one attacker; NaN without a truth.
-        low: of the share's 95 % interval (Wilson's); ``high`` likewise.
-        floor: the share that the best floor recovers, without any gradient; NaN where none was run.
-        efforts: what each attacker did, in the order in which they came.
-        layers: where the size of what is sent lies.
-        forms: what linear layers give away in closed form.
-        labels: those that are read off.
-        scores: metric -> its value for the image that leaks most, by the attacker that shows most of it.
-        sights: the images.
-        warnings: what makes the figures doubtful.
+        share: of these, recovered by at least one attacker; NaN where that was not measured.
+        low: of the share's 95 % interval (Wilson's); ``high`` likewise. NaN for a recorded update.
+        floor: the share that the best floor recovers without any gradient; NaN where none was run.
+        attackers: what each attacker did, in the order in which they ran.
+        layers: each layer's share of the squared norm of what was sent.
+        forms: what linear layers leak in closed form.
+        labels: those that are inferred in closed form.
+        scores: metric -> its largest leakage over all images and attackers.
+        pictures: the best reconstruction of every image; every attacker's where the private image is not known.
+        warnings: why the figures are in doubt.
     """
 
     defense: str
@@ -59,26 +62,42 @@ class Behind:
     low: float
     high: float
     floor: float
-    efforts: tuple[AttackerStats, ...]
-    layers: tuple[Share, ...]
+    attackers: tuple[AttackerStats, ...]
+    layers: tuple[LayerShare, ...]
     forms: tuple[ClosedForm, ...]
-    labels: Labels
+    labels: InferredLabels
     scores: Mapping[str, float]
-    sights: tuple[Sight, ...]
+    pictures: tuple[ImageFinding, ...]
     warnings: tuple[str, ...] = ()
 
-    def value(self, gate: Gate) -> float | None:
-        """Return what a line is compared with; None where it was not measured."""
-        if gate.name == RECOVERED:
+    def value(self, rule: FailRule) -> float | None:
+        """Return the value that a rule judges; None where it was not measured."""
+        if rule.name == RECOVERED:
             return None if self.share != self.share else self.share
-        if gate.name == LABELS:
-            return None if self.labels.right is None else self.labels.right / max(1, self.forms_images)
-        return self.scores.get(gate.name)
+        if rule.name == LABELS:
+            return self.labels.accuracy
+        return self.scores.get(rule.name)
 
-    @property
-    def forms_images(self) -> int:
-        """How many images were looked at for labels."""
-        return len(self.labels.read or ())
+
+@dataclass(frozen=True)
+class NetworkFacts:
+    """The audited network.
+
+    Attributes:
+        parameters: how many are trained.
+        classes: how many outputs it has.
+        image_shape: (C, H, W) of an image.
+        training: whether any layer is in training mode.
+        image_norms: layers that normalise by the statistics of the image itself.
+        running_norms: layers that normalise by running statistics.
+    """
+
+    parameters: int
+    classes: int
+    image_shape: tuple[int, int, int]
+    training: bool
+    image_norms: int
+    running_norms: int
 
 
 @dataclass(frozen=True)
@@ -86,32 +105,64 @@ class Audit:
     """An audit.
 
     Attributes:
-        title: what was audited.
-        facts: what it was done with: labels and words.
-        threats: threat model -> what the server sees under it, in words, and whether it was run.
-        assumptions: what the attackers needed, and whether that was so.
-        behind: one for each defense.
-        untried: what was not tried.
-        threshold: from which ``ssim_aligned`` on an image counts as recovered.
-        gate: the line that must not be crossed; None without one.
+        title: the name of the network.
+        facts: what was audited, as (name, value).
+        network: the network.
+        images: how many images were attacked.
+        budget: its name; ``stages`` are the specs of its attacks, stage by stage.
+        threats: the threat models that a reader may expect, each with whether it was run.
+        defenses: the findings, one for each defense, or one for a recorded update.
+        untried: the attacks that were not run.
+        threshold: the ``ssim_aligned`` from which an image counts as recovered.
+        update: the recorded update's threat model; None for an audit on images.
+        rule: the condition under which the audit fails; None without one.
     """
 
     title: str
     facts: tuple[tuple[str, str], ...]
-    threats: tuple[tuple[str, str, bool], ...]
-    assumptions: tuple[tuple[str, str], ...]
-    behind: tuple[Behind, ...]
+    network: NetworkFacts
+    images: int
+    budget: str
+    stages: tuple[tuple[str, ...], ...]
+    threats: tuple[tuple[ThreatModel, bool], ...]
+    defenses: tuple[DefenseFindings, ...]
     untried: tuple[str, ...]
     threshold: float
-    gate: Gate | None = None
+    update: ThreatModel | None = None
+    rule: FailRule | None = None
 
-    def crossings(self) -> list[tuple[str, float]]:
-        """Return the defenses behind which the line is crossed, with the values that cross it."""
-        if self.gate is None:
-            return []
-        values = [(one.defense, one.value(self.gate)) for one in self.behind]
-        return [(defense, value) for defense, value in values if value is not None and self.gate.crossed(value)]
+    def values(self) -> dict[str, float | None]:
+        """Return by defense the value that the rule judges; None where it was not measured."""
+        return {} if self.rule is None else {one.defense: one.value(self.rule) for one in self.defenses}
 
-    def unmeasured(self) -> list[str]:
-        """Return the defenses behind which what the line is about was not measured."""
-        return [] if self.gate is None else [one.defense for one in self.behind if one.value(self.gate) is None]
+    def failures(self) -> dict[str, float]:
+        """Return the defenses behind which the rule is true, each with the value that makes it true."""
+        rule = self.rule
+        found = self.values().items()
+        return {defense: value for defense, value in found if rule and value is not None and rule.holds(value)}
+
+    def undecided(self) -> str:
+        """Return why the rule can be called neither true nor false, in one line; empty where it can."""
+        if self.rule is None or self.failures():
+            return ""
+        missing = [defense for defense, value in self.values().items() if value is None]
+        if missing and self.rule.name == LABELS and any(one.labels.inferred is None for one in self.defenses):
+            why = "no closed-form rule infers the labels, which does not hide them; choose another rule"
+        elif missing:
+            why = (
+                "it was not measured; give --truth (or --label for labels), larger images if the metric needs them, or "
+                "fetch the files that the metric needs"
+            )
+        else:
+            return next((warning for one in self.defenses for warning in one.warnings), "")
+        return f"{why} ({'; '.join(missing)})"
+
+    def verdict(self) -> bool | None:
+        """Return whether the audit passes; None where there is no rule.
+
+        Raises:
+            LeakbenchError: the rule can be called neither true nor false.
+        """
+        if self.undecided():
+            raise LeakbenchError(f"--fail-if '{self.rule}' cannot be judged: {self.undecided()}")
+        return None if self.rule is None else not self.failures()

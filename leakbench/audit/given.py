@@ -1,4 +1,4 @@
-"""What the user gives an audit: a network from a factory, its weights and input normalisation, images, an update."""
+"""The user's side of an audit: a network with its weights and input normalisation, images, a recorded update."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import math
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from leakbench import datasets
@@ -26,20 +25,22 @@ from leakbench.errors import BadOption, CorruptAsset, MissingAsset, Unsupported,
 from leakbench.models import weights
 from leakbench.models.module import OwnModule
 
-SCALE, OWN = "normalise", "network"
-"""The names of an input normalisation and of the network behind it."""
+NORMALISE, NETWORK = "normalise", "network"
+"""The names of an input normalisation and of the network after it."""
+
+Mode = Literal["train", "eval"]
 
 
 def factory(target: str, plugins: Sequence[Path] = ()) -> nn.Module:
     """Return the network that a callable without arguments makes; its draws are seeded, so that it is always the same.
 
     Args:
-        target: ``package.module:name``, or ``name`` alone where exactly one plugin has it. The current folder is
-            looked in, as Python does.
+        target: ``package.module:name``, looked up in the current folder too; or just ``name`` if exactly one plugin
+            has it.
         plugins: Python files that were loaded before (``load_plugin``).
 
     Raises:
-        BadOption: there is no such callable, it fails, or what it returns is no ``nn.Module``.
+        BadOption: there is no such callable, it fails, or it does not return an ``nn.Module``.
     """
     module_name, colon, name = target.rpartition(":")
     if not name or (colon and not module_name):
@@ -61,7 +62,7 @@ def factory(target: str, plugins: Sequence[Path] = ()) -> nn.Module:
         if len(found) != 1:
             raise BadOption(
                 f"--model {target!r} is in {len(found)} of the plugins; write package.module:factory, or give "
-                "the --plugin that has it"
+                "the one --plugin that defines it"
             )
         maker = getattr(found[0], name)
     if not callable(maker):
@@ -84,15 +85,15 @@ def _plugin_modules(plugins: Sequence[Path]) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Scale:
-    """An input normalisation (x - mean) / std, a number a channel or one for all."""
+class Normalisation:
+    """An input normalisation (x - mean) / std, with one number for each channel or one for all."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     @classmethod
-    def parse(cls, text: str) -> Scale:
-        """Return what ``MEAN/STD`` states, such as ``0.5/0.5`` or ``0.49,0.46,0.41/0.23,0.22,0.23``.
+    def parse(cls, text: str) -> Normalisation:
+        """Return the normalisation of ``MEAN/STD``, such as ``0.5/0.5`` or ``0.49,0.46,0.41/0.23,0.22,0.23``.
 
         Raises:
             BadOption: the text is not of this form, or a standard deviation is not positive.
@@ -109,7 +110,7 @@ class Scale:
         return cls(mean, std)
 
     def layer(self, channels: int) -> nn.Module:
-        """Return the normalisation as a layer of fixed statistics, in evaluation mode, for so many channels."""
+        """Return the normalisation as a layer of fixed statistics, in evaluation mode."""
         if len(self.mean) not in (1, channels):
             raise BadOption(f"--normalise has {len(self.mean)} means, and the images have {channels} channels")
         layer = nn.BatchNorm2d(channels, eps=1e-12, affine=False).eval()
@@ -120,47 +121,87 @@ class Scale:
         return layer
 
     def __str__(self) -> str:
-        """Return the normalisation as it is written."""
+        """Return the normalisation as ``parse`` reads it."""
         return "/".join(",".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
 
 
-def subject(
-    module: nn.Module, label: str, channels: int, mode: Literal["train", "eval"], scale: Scale | None = None
-) -> OwnModule:
-    """Return a network in a mode, behind its input normalisation, as a model of a matrix; the module is not copied."""
-    module.train(mode == "train")
-    if scale is not None:
-        module = nn.Sequential(OrderedDict({SCALE: scale.layer(channels), OWN: module}))
-    return OwnModule(label, module)
+@dataclass(frozen=True)
+class AuditedNetwork:
+    """A network to audit, as its user describes it.
+
+    Attributes:
+        label: what pages call it.
+        module: from normalised images to logits, with its weights.
+        mode: the mode in which clients train it.
+        normalisation: of its input; None without one.
+        checkpoint: the file of its weights; empty where the factory made them.
+    """
+
+    label: str
+    module: nn.Module
+    mode: Mode = "train"
+    normalisation: Normalisation | None = None
+    checkpoint: str = ""
+
+    @classmethod
+    def load(
+        cls,
+        target: str,
+        plugins: Sequence[Path] = (),
+        *,
+        mode: Mode = "train",
+        normalise: str | None = None,
+        checkpoint: str | None = None,
+    ) -> AuditedNetwork:
+        """Return the network of a factory (see ``factory``), with the weights of a checkpoint where one is given."""
+        normalisation = None if normalise is None else Normalisation.parse(normalise)
+        module = factory(target, plugins)
+        if checkpoint is not None:
+            weights.load(module, checkpoint)
+        return cls(target, module, mode, normalisation, checkpoint or "")
+
+    def model(self, channels: int) -> OwnModule:
+        """Return the network in its mode, after its input normalisation, as a model of a matrix; it is not copied."""
+        module = self.module.train(self.mode == "train")
+        if self.normalisation is not None:
+            module = nn.Sequential(OrderedDict({NORMALISE: self.normalisation.layer(channels), NETWORK: module}))
+        return OwnModule(self.label, module)
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Return what a page states of the network, as (name, value)."""
+        found = [("model", self.label)]
+        return found if self.normalisation is None else [*found, ("input normalisation", str(self.normalisation))]
 
 
 def classes_of(own: OwnModule, image_shape: tuple[int, int, int]) -> int:
-    """Return how many classes a network tells apart, after one training step on a grey image.
+    """Return how many classes a network has, after one training step on a grey image.
 
     Raises:
         Unsupported: the network cannot be run, or trained, on one image of this shape; the message says why.
     """
     classes = int(own.logits(torch.full((1, *image_shape), 0.5)).shape[1])
     if classes < 2:
-        raise Unsupported(f"model {own.label!r} returns {classes} logit; give it one output a class, two at least")
+        raise Unsupported(
+            f"model {own.label!r} returns {classes} logit; give it one output for each class, at least two"
+        )
     network = own.build(image_shape, classes)
     with seeded("audit", "step"):
         try:
             loss = nn.functional.cross_entropy(network(torch.full((1, *image_shape), 0.5)), torch.tensor([0]))
             parameters = [p for p in network.parameters() if p.requires_grad]
             if not parameters:
-                raise Unsupported(f"model {own.label!r} has no parameter that is trained; there is nothing to share")
+                raise Unsupported(f"model {own.label!r} has no trained parameter; a client would share nothing")
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             words = one_line(f"{type(error).__name__}: {error}")
             if "more than 1 value per channel" in words:
                 raise Unsupported(
-                    f"model {own.label!r} takes statistics over a batch, which one image does not have at its "
-                    f"smallest layer ({words}); give larger images, or --mode eval"
+                    f"model {own.label!r} normalises by statistics over a batch, which a single image does not have "
+                    f"at the smallest layer ({words}); give larger images, or --mode eval"
                 ) from error
             raise Unsupported(f"model {own.label!r} cannot take a training step on one image: {words}") from error
     if not any(gradient is not None and bool(gradient.any()) for gradient in gradients):
-        raise Unsupported(f"model {own.label!r} has a gradient of zeros: nothing that is trained changes its loss")
+        raise Unsupported(f"model {own.label!r} has a gradient of zeros: no trained parameter changes its loss")
     return classes
 
 
@@ -188,7 +229,7 @@ class Audited(Dataset):
 
     @property
     def num_classes(self) -> int:
-        """How many classes the network tells apart."""
+        """How many classes the network has."""
         return self.classes
 
     def __len__(self) -> int:
@@ -218,9 +259,42 @@ def images_of(spec: str, size: int | None) -> Dataset:
     return datasets.registry.build(dataset.name, {**dataset.options(), "size": size})
 
 
-def load_checkpoint(network: nn.Module, path: str) -> None:
-    """Load trained weights into a network; see ``models.weights.load``. Values go into the network's own tensors."""
-    weights.load(network, path)
+@dataclass(frozen=True)
+class Recorded(Dataset):
+    """The one image of a client whose update was recorded; it need not be known.
+
+    Attributes:
+        update: a hash of the update and of what is known of the image.
+        shape: (C, H, W) of the image.
+        classes: of the network.
+    """
+
+    name: ClassVar[str] = "recorded"
+    update: str
+    shape: tuple[int, int, int] = field(repr=False)
+    classes: int = field(repr=False)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the image."""
+        return self.shape
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the network has."""
+        return self.classes
+
+    def __len__(self) -> int:
+        """There is one image."""
+        return 1
+
+    def load(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Raise Unsupported: the server has seen an update and no image."""
+        raise Unsupported(f"dataset {self.name!r} has no images: the server recorded an update; audit it again")
+
+    def mean(self) -> Tensor:
+        """Return the grey image: no public image is known."""
+        return torch.full(self.shape, 0.5)
 
 
 @dataclass(frozen=True)
@@ -238,29 +312,29 @@ class Update:
     eps: float
 
     def rounding(self, name: str) -> float:
-        """Return the part of a parameter's change, in norm, that may be mere rounding of the recorded numbers."""
+        """Return the share of a parameter's change, in norm, that may be rounding of the recorded numbers."""
         before, after = self.before[name].double(), self.after[name].double()
         change = float((after - before).norm())
         return self.eps * float(before.norm()) / change if change else math.inf
 
 
-def read_update(network: nn.Module, before: str, after: str) -> Update:
-    """Return a recorded update of a network.
+def read_update(network: AuditedNetwork, before: str, after: str) -> Update:
+    """Return a recorded update, with the names that the parameters have after the network's input normalisation.
 
     Each file is a ``.safetensors`` file, a state dict of ``torch.save`` (read with ``weights_only=True``), or an
     ``.npz`` of NumPy arrays; by name, or numbered from 0 in the order of the network's state dict, as Flower sends
-    arrays. The file before must have every tensor of the network, that after it every trained parameter.
+    arrays. The file before must have every tensor of the network, the file after it every trained parameter.
 
     Raises:
         MissingAsset: a file does not exist.
         CorruptAsset: a file cannot be read.
         BadOption: its tensors are not those of the network, or nothing changed between the two.
-        Unsupported: nothing of the network is trained.
+        Unsupported: no parameter of the network is trained.
     """
-    state = network.state_dict()
-    trained = [name for name, value in network.named_parameters() if value.requires_grad]
+    state = network.module.state_dict()
+    trained = [name for name, value in network.module.named_parameters() if value.requires_grad]
     if not trained:
-        raise Unsupported("the network has no parameter that is trained: nothing is trained, and nothing to share")
+        raise Unsupported("the network has no trained parameter: nothing is trained, and a client would share nothing")
     found = []
     eps = 0.0
     for option, path in (("--before", before), ("--after", after)):
@@ -282,12 +356,13 @@ def read_update(network: nn.Module, before: str, after: str) -> Update:
                 raise BadOption(f"{option} {path!r}: {name!r} holds values that are not finite; record it again")
         eps = max(eps, *(torch.finfo(tensors[name].dtype).eps for name in trained))
         found.append({name: value.to(state[name].dtype) for name, value in tensors.items()})
-    update = Update(found[0], found[1], eps)
-    if not any(bool((update.after[name] != update.before[name]).any()) for name in trained):
+    if not any(bool((found[1][name] != found[0][name]).any()) for name in trained):
         raise BadOption(
             f"--before {before!r} and --after {after!r} hold the same trained parameters; nothing was trained"
         )
-    return update
+    prefix = "" if network.normalisation is None else f"{NETWORK}."
+    arms = [{prefix + name: value for name, value in arm.items()} for arm in found]
+    return Update(arms[0], arms[1], eps)
 
 
 def _read(path: str, option: str, names: Sequence[str]) -> dict[str, Tensor]:
@@ -295,26 +370,19 @@ def _read(path: str, option: str, names: Sequence[str]) -> dict[str, Tensor]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise MissingAsset(f"{option} {path!r} does not exist; give a .safetensors, a .npz or a state dict")
-    state: object
-    try:
-        if file.suffix == ".safetensors":
-            state = load_file(file)
-        elif file.suffix == ".npz":
+    state: Mapping[str, Tensor]
+    if file.suffix == ".npz":
+        try:
             with np.load(file, allow_pickle=False) as arrays:
                 state = {key.removeprefix("arr_"): torch.from_numpy(np.array(arrays[key])) for key in arrays.files}
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile file makes the readers raise
-        raise CorruptAsset(
-            f"{option} {path!r} cannot be read as plain tensors ({type(error).__name__}); save a state dict with "
-            "safetensors or torch.save, or arrays with numpy.savez"
-        ) from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CorruptAsset(f"{option} {path!r} is not a state dict; save model.state_dict()")
+        except Exception as error:  # whatever a damaged or hostile file makes the reader raise
+            raise CorruptAsset(
+                f"{option} {path!r} cannot be read as plain arrays ({type(error).__name__}); save them with numpy.savez"
+            ) from error
+    else:
+        state = weights.state_dict_of(file, f"{option} {path!r}")
     if set(state) != {str(place) for place in range(len(state))}:
-        return state
+        return dict(state)
     if len(state) != len(names):
         raise BadOption(
             f"{option} {path!r} has {len(state)} arrays without names, and the network's state dict {len(names)}; it "
@@ -332,7 +400,7 @@ def read_image(path: str, image_shape: tuple[int, int, int]) -> Tensor:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise MissingAsset(f"--truth {path!r} is no file; give an image ({', '.join(SUFFIXES)})")
+        raise MissingAsset(f"--truth {path!r} does not exist; give an image file ({', '.join(SUFFIXES)})")
     channels, height, width = image_shape
     try:
         with Image.open(file, formats=FORMATS) as opened:
@@ -341,13 +409,7 @@ def read_image(path: str, image_shape: tuple[int, int, int]) -> Tensor:
         size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
         image = image.resize(size, Image.Resampling.BILINEAR)
     except Exception as error:  # whatever a damaged or hostile file makes Pillow raise
-        raise CorruptAsset(f"--truth {path!r} is no image that can be read ({type(error).__name__})") from None
+        raise CorruptAsset(f"--truth {path!r} cannot be read as an image ({type(error).__name__})") from None
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
     pixels = torch.from_numpy(np.array(image.crop((left, top, left + width, top + height)))).float() / 255
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
-
-
-def behind_scale(update: Update) -> Update:
-    """Return an update with the names that the parameters have behind an input normalisation."""
-    before, after = ({f"{OWN}.{name}": value for name, value in arm.items()} for arm in (update.before, update.after))
-    return replace(update, before=before, after=after)

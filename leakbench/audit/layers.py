@@ -1,4 +1,4 @@
-"""Which layers of a network leak: where the gradient's size lies, and what linear layers give away in closed form."""
+"""Which layers of a network leak: their shares of the gradient, and what linear layers leak in closed form."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from leakbench.gradients.linear import layer_direction, layer_input, unexplained
 from leakbench.models.surgery import linears
 from leakbench.observation import Observation
 
-EXACT = 1e-3
-"""The part of a linear layer's gradient that no single input explains, up to which its input is taken for exact."""
+RESIDUAL_TOLERANCE = 1e-3
+"""The input of a linear layer counts as exact up to this share of the gradient's norm that no single input explains."""
 
-SPREAD = 10 * EXACT
-"""The part of a layer's gradient that further rows must hold, for a mixture of inputs to leave more than ``EXACT``."""
+MIN_FURTHER_ROWS = 10 * RESIDUAL_TOLERANCE
+"""The share of the gradient's norm that must lie outside its dependent rows, for several images to be noticed."""
 
 
 @dataclass(frozen=True)
-class Share:
-    """One layer's part of what attacks match.
+class LayerShare:
+    """One layer's share of what attacks match.
 
     Attributes:
         layer: its name.
@@ -43,50 +43,56 @@ class Share:
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """What a linear layer gives away without any search: its input, for every image.
+    """What a linear layer leaks in closed form: its input, for every image.
 
     Attributes:
         layer: its name.
         inputs: how many values it takes.
         images: how many images were observed.
-        leftover: the part of the norm of the layer's gradient that no single input explains, the largest of all images:
-            0 for one image in one step without noise, and larger where several were mixed, or noise was added.
-        tells: whether several images would leave something over. Rows that are multiples of each other whatever the
-            images leave nothing: the two of a classifier of two classes, or the only one that is not zero.
+        residual: the share of the norm of the layer's gradient that no single input explains, the largest of all
+            images: 0 for one image in one step without noise, larger where images were mixed or noise was added.
+        conclusive: whether several images would leave a residual. They leave none where the rows of the gradient are
+            multiples of each other for any batch: two outputs, or a single row that is not zero.
         error: the relative error of the input against the truth, the largest of all images; NaN without a truth.
-        pixels: whether the input is the image: its pixels, each moved, scaled and shifted in a way that is public.
-        factor: whether the input is known but for a factor, since no gradient of a bias was sent.
+        pixels: whether the input is the image: its pixels, each moved, scaled and shifted in a public way.
+        factor: whether the input is known up to a factor only, since no gradient of a bias was sent.
     """
 
     layer: str
     inputs: int
     images: int
-    leftover: float
-    tells: bool
+    residual: float
+    conclusive: bool
     error: float
     pixels: bool
     factor: bool
 
     @property
     def exact(self) -> bool:
-        """Whether the input follows from what was sent: as far as the gradient says by itself, or else the truth."""
-        return self.leftover <= EXACT and (self.tells if math.isnan(self.error) else self.error <= EXACT)
+        """Whether the input follows from what was sent, judged by the truth where it is known."""
+        known = self.conclusive if math.isnan(self.error) else self.error <= RESIDUAL_TOLERANCE
+        return known and self.residual <= RESIDUAL_TOLERANCE
 
 
 @dataclass(frozen=True)
-class Labels:
-    """The labels that are read off what was sent.
+class InferredLabels:
+    """The labels that follow in closed form from what was sent.
 
     Attributes:
-        read: one an image; None where none can be read.
-        right: how many are; None without a truth.
+        inferred: one for each image; None where no rule applies.
+        correct: how many are correct; None without the true labels.
     """
 
-    read: tuple[int, ...] | None
-    right: int | None
+    inferred: tuple[int, ...] | None
+    correct: int | None
+
+    @property
+    def accuracy(self) -> float | None:
+        """The share that is correct, 0 to 1; None where that is not known."""
+        return None if self.inferred is None or self.correct is None else self.correct / max(1, len(self.inferred))
 
 
-def shares(observation: Observation) -> list[Share]:
+def shares(observation: Observation) -> list[LayerShare]:
     """Return every layer's part of what was sent, in order of registration."""
     modules = dict(observation.model.named_modules())
     squares = {name: value.double().flatten(1).square().sum(1) for name, value in observation.gradient.items()}
@@ -101,7 +107,7 @@ def shares(observation: Observation) -> list[Share]:
         sizes = {name: observation.model.get_parameter(name).numel() for name in names}
         part = torch.stack([squares[name] for name in sent]).sum(0) if sent else torch.zeros_like(total)
         found.append(
-            Share(
+            LayerShare(
                 layer=layer or "(the network itself)",
                 kind=type(modules[layer]).__name__,
                 parameters=sum(sizes[name] for name in sent),
@@ -113,13 +119,13 @@ def shares(observation: Observation) -> list[Share]:
 
 
 def closed_forms(observation: Observation, truth: Mapping[str, Sequence[Tensor]] | None) -> list[ClosedForm]:
-    """Return what linear layers give away of their inputs, in float64: see ``layer_input`` and ``layer_direction``.
+    """Return the inputs that linear layers leak, in float64: see ``layer_input`` and ``layer_direction``.
 
-    A layer that runs on several vectors (tokens) gives none of them away, and is left out, as is one that sent nothing.
+    A layer that runs on several vectors (tokens) leaks none of them and is left out, as is a layer that sent nothing.
 
     Args:
-        observation: what was seen.
-        truth: layer -> the inputs that it really had, one an image, each [.., inputs]; None where they are not known.
+        observation: what the server saw.
+        truth: layer -> its true inputs, one for each image, each [.., inputs]; None where they are not known.
     """
     pixels, taken = pixel_layers(observation), widths(observation)
     found = []
@@ -140,8 +146,8 @@ def closed_forms(observation: Observation, truth: Mapping[str, Sequence[Tensor]]
                 layer=name,
                 inputs=layer.in_features,
                 images=observation.trials,
-                leftover=float(unexplained(weight, by_bias, value).max()),
-                tells=_tells(weight),
+                residual=float(unexplained(weight, by_bias, value).max()),
+                conclusive=_conclusive(weight),
                 error=max(errors, default=math.nan),
                 pixels=name in pixels,
                 factor=sent is None,
@@ -150,30 +156,31 @@ def closed_forms(observation: Observation, truth: Mapping[str, Sequence[Tensor]]
     return found
 
 
-def _tells(weight: Tensor) -> bool:
-    """Return whether enough rows of dL/dW [T, C, S] count: two that are independent, so three where they sum to zero.
+def _conclusive(weight: Tensor) -> bool:
+    """Return whether several images would leave a residual in dL/dW [T, C, S]: it has at least two independent rows.
 
-    The derivatives of the cross-entropy by the logits sum to zero, and so do the rows of a classifier's gradient.
+    The derivatives of the cross-entropy with respect to the logits sum to zero, and with them the rows of the last
+    layer's gradient: two of those rows are dependent, and only a third one counts.
     """
     size = weight.flatten(1).norm(dim=1)
     rows = weight.norm(dim=2).sort(dim=1, descending=True).values
-    dependent = weight.sum(1).norm(dim=1) <= EXACT * size
+    dependent = weight.sum(1).norm(dim=1) <= RESIDUAL_TOLERANCE * size
     rest = torch.where(dependent, rows[:, 2:].norm(dim=1), rows[:, 1:].norm(dim=1))
-    return bool((rest > SPREAD * size).all())
+    return bool((rest > MIN_FURTHER_ROWS * size).all())
 
 
 def _error(value: Tensor, real: Tensor, factor: bool) -> float:
-    """Return the relative error of a layer's input, after the best factor where that is not known."""
+    """Return the relative error of a layer's input, after the best factor where the factor is not known."""
     value, real = value.cpu(), real.flatten().double()
     value = value * (value @ real) if factor else value
     size = float(real.norm())
     return float((value - real).norm()) / size if size else float(value.norm())
 
 
-def labels_of(observation: Observation, truth: Sequence[int] | None) -> Labels:
-    """Return the labels that the gradient of the last layer gives away, without those that were granted."""
+def labels_of(observation: Observation, truth: Sequence[int] | None) -> InferredLabels:
+    """Return the labels that follow from the gradient of the last layer; granted labels are not used."""
     read = read_labels(observation)
     if read is None:
-        return Labels(None, None)
+        return InferredLabels(None, None)
     values = tuple(int(label) for label in read)
-    return Labels(values, None if truth is None else sum(a == b for a, b in zip(values, truth)))
+    return InferredLabels(values, None if truth is None else sum(a == b for a, b in zip(values, truth)))

@@ -1,214 +1,235 @@
-"""``leakbench audit``: what one's own network, or one recorded update of it, leaks."""
+"""``leakbench audit``: how much one's own network, or one recorded update of it, leaks."""
 
 from __future__ import annotations
 
-import shlex
-import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from typer.core import TyperGroup
+
+from leakbench.cli.options import Device, command, console, stoppable
+from leakbench.errors import BadOption
+
+if TYPE_CHECKING:
+    from leakbench.audit import Audit, AuditedNetwork, AuditOptions
 
 
-def audit(
+class _Commands(TyperGroup):
+    """Two commands; the options of either one may also follow ``leakbench audit`` directly."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Put the command before options that name none, and say of which command a misplaced option is."""
+        given = {arg.partition("=")[0] for arg in args if arg.startswith("--")}
+        updates = bool({"--before", "--after"} & given)
+        if args and args[0].startswith("-") and "--help" not in given:
+            if not updates and "--data" not in given:
+                raise BadOption("neither --data nor --before and --after is given; give images, or a recorded update")
+            args = ["update" if updates else "model", *args]
+        if args and args[0] in self.commands:
+            options = {
+                name: {option for one in own.params for option in one.opts} for name, own in self.commands.items()
+            }
+            for name in options.keys() - {args[0]}:
+                for option in sorted(given & options[name] - options[args[0]]):
+                    raise BadOption(f"{option} is an option of leakbench audit {name}; leave it out")
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    help="""Attack your own network, and write a report on what leaks: OUT/audit.md and OUT/audit.html.
+
+    `audit model` attacks the network on images of yours, behind each defense. `audit update` attacks one recorded
+    update: the weights that a client was given and those that it sent. Without either word, --data selects the first
+    and --before with --after the second.
+
+    The report states how many images the server recovers, which layers leak, what the attackers had to assume and
+    what was not tried. A network that no attacker can attack is refused with the reason; it does not pass.
+
+    The exit code is 0; 1 if --fail-if is true; 2 on bad input, if the network cannot be attacked, and if --fail-if
+    cannot be judged (an attack ended in an error, or returned nothing for an image); 70 on a bug.""",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shared:
+    """The options of both commands."""
+
     model: Annotated[
         str,
         typer.Option(
             metavar="MODULE:FACTORY",
-            help="A callable without arguments that returns an nn.Module, from images to logits; NAME alone for one of "
-            "a --plugin. It is imported and run.",
+            help="A callable without arguments that returns an nn.Module from images to logits, or only its NAME if a "
+            "--plugin defines it. It is imported and called.",
         ),
-    ],
-    out: Annotated[Path, typer.Option(help="The folder of the pages audit.md and audit.html; an audit goes on.")],
-    checkpoint: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Trained weights: .safetensors, or a state dict of torch.save.")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(metavar="folder:PATH", help="Images, one subfolder a class; or any dataset's spec.")
-    ] = None,
-    size: Annotated[int | None, typer.Option(min=1, help="The side of the images.")] = None,
+    ]
+    out: Annotated[Path, typer.Option(help="The folder of the run file and of the report; an existing run is resumed.")]
     normalise: Annotated[
         str | None,
         typer.Option(
             metavar="MEAN/STD", help="The network's input normalisation, such as 0.485,0.456,0.406/0.229,0.224,0.225."
         ),
-    ] = None,
-    mode: Annotated[Literal["train", "eval"], typer.Option(help="The mode in which clients train.")] = "train",
-    defense: Annotated[
-        list[str] | None, typer.Option("--defense", help="What clients do (default: none); repeatable.")
-    ] = None,
-    threat: Annotated[
-        list[str] | None, typer.Option("--threat", help="In place of the budget's threat models; repeatable.")
-    ] = None,
+    ] = None
+    mode: Annotated[Literal["train", "eval"], typer.Option(help="The mode in which clients train.")] = "train"
     budget: Annotated[
         Literal["quick", "standard", "thorough"],
-        typer.Option(help="How much the attackers may do: see leakbench list suites, audit."),
-    ] = "standard",
-    images: Annotated[str | None, typer.Option(help="The first N images, or indices such as 0,3,5.")] = None,
+        typer.Option(help="Which attacks are run, and for how long: see `leakbench list suites`, audit."),
+    ] = "standard"
     threshold: Annotated[
-        float | None, typer.Option(min=0, max=1, help="The aligned SSIM from which an image is recovered (0.6).")
-    ] = None,
-    before: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A recorded update: the weights that the client was given.")
-    ] = None,
-    after: Annotated[
-        str | None, typer.Option(metavar="FILE", help="The weights that it sent: safetensors, state dict or npz.")
-    ] = None,
-    truth: Annotated[
-        str | None, typer.Option(metavar="IMAGE", help="The image of a recorded update, to be compared with alone.")
-    ] = None,
-    label: Annotated[int | None, typer.Option(min=0, help="Its label, likewise.")] = None,
-    rate: Annotated[float | None, typer.Option(help="The learning rate of a recorded update, where known.")] = None,
-    local_steps: Annotated[int | None, typer.Option(min=1, help="How many steps a recorded update took (1).")] = None,
-    channels: Annotated[
-        int | None, typer.Option(min=1, max=3, help="Of a recorded update's images: 1 or 3 (3).")
-    ] = None,
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="The SSIM, after brightness and contrast are fitted, from which an image is recovered (0.6).",
+        ),
+    ] = None
     fail_if: Annotated[
         str | None,
         typer.Option(
             metavar="'NAME > NUMBER'",
-            help="Exit with 1 where this holds behind any defense: recovered (the share of images), labels (the share "
-            "read off), or a metric of the image that leaks most; with >, >=, < or <=.",
+            help="Exit with 1 if this is true behind any defense. NAME is recovered (the share of images), labels (the "
+            "share inferred correctly in closed form), or a metric of the image that leaks most; the comparison is >, "
+            ">=, < or <=.",
         ),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="auto (the default), cpu, cuda or cuda:N; a recorded update is attacked on the CPU."),
-    ] = None,
+    ] = None
     plugin: Annotated[
         list[Path] | None,
-        typer.Option("--plugin", help="A Python file that has the factory, or components; it is run."),
-    ] = None,
-) -> None:
-    """Attack your own network on your own images, or one recorded update; write OUT/audit.md and OUT/audit.html.
+        typer.Option("--plugin", help="A Python file that defines the factory, or components; it is executed."),
+    ] = None
 
-    The pages say in plain words what the server sees, which layers leak, what the attackers had to assume, and what
-    was not tried. What no attacker can attack is refused with the reason, and never passed as safe.
+    def network(self, checkpoint: str | None = None) -> AuditedNetwork:
+        """Return the network; its plugins must be loaded."""
+        from leakbench.audit import AuditedNetwork
 
-    Exits with 0; with 1 where --fail-if is crossed; with 2 on bad input, where the network cannot be attacked, and
-    where --fail-if cannot be judged (attackers broke, or images that none returned); with 70 on a bug. In a CI job:
-    leakbench audit --model app.models:build --data folder:tests/images --size 32 --budget quick
+        return AuditedNetwork.load(
+            self.model, self.plugin or [], mode=self.mode, normalise=self.normalise, checkpoint=checkpoint
+        )
+
+    def options(self, line: str) -> AuditOptions:
+        """Load the plugins, and return what the library takes; ``line`` is the command line."""
+        from leakbench import metrics
+        from leakbench.audit import AuditOptions, FailRule
+        from leakbench.core.registry import load_plugin
+
+        for path in self.plugin or []:
+            load_plugin(path)
+        rule = None if self.fail_if is None else FailRule.parse(self.fail_if, metrics.names())
+        return AuditOptions(self.budget, self.threshold, rule, line)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OnImages(_Shared):
+    """The options of ``audit model``."""
+
+    data: Annotated[
+        str,
+        typer.Option(metavar="folder:PATH", help="Images, one subfolder for each class; or any dataset's spec."),
+    ]
+    size: Annotated[int | None, typer.Option(min=1, help="The side of the images in pixels.")] = None
+    images: Annotated[str | None, typer.Option(help="The first N images, or indices such as 0,3,5.")] = None
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Trained weights: .safetensors, or a state dict of torch.save.")
+    ] = None
+    defense: Annotated[
+        list[str] | None, typer.Option("--defense", help="A defense of the clients (default: none); repeatable.")
+    ] = None
+    threat: Annotated[
+        list[str] | None, typer.Option("--threat", help="A threat model in place of those of the budget; repeatable.")
+    ] = None
+    device: Device = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OnUpdate(_Shared):
+    """The options of ``audit update``."""
+
+    before: Annotated[str, typer.Option(metavar="FILE", help="The weights that the client was given.")]
+    after: Annotated[
+        str, typer.Option(metavar="FILE", help="The weights that it sent: .safetensors, a state dict, or .npz.")
+    ]
+    size: Annotated[int, typer.Option(min=1, help="The side of the client's image in pixels.")]
+    channels: Annotated[int, typer.Option(min=1, max=3, help="The channels of the image: 1 or 3.")] = 3
+    rate: Annotated[float | None, typer.Option(help="The client's learning rate, if it is known.")] = None
+    local_steps: Annotated[int, typer.Option(min=1, help="How many steps of SGD the client took.")] = 1
+    truth: Annotated[
+        str | None,
+        typer.Option(metavar="IMAGE", help="The private image: only compared with the reconstructions."),
+    ] = None
+    label: Annotated[
+        int | None, typer.Option(min=0, help="The label of the image: only compared with the inferred one.")
+    ] = None
+
+
+@command(app, "model", _OnImages)
+def model(given: _OnImages) -> None:
+    """Attack your network on images of yours, behind each defense.
+
+    For a CI job: leakbench audit model --model app.models:build --data folder:tests/images --size 32 --budget quick
     --fail-if "recovered > 0.1" --out audit
     """
-    from leakbench import audit as audits
-    from leakbench import defenses, metrics
-    from leakbench.audit.given import behind_scale, images_of, load_checkpoint, read_image, subject
-    from leakbench.audit.run import refuse_unmeasured
-    from leakbench.cli.options import console
-    from leakbench.core.registry import load_plugin
-    from leakbench.datasets import spec
+    from leakbench import audit, defenses
     from leakbench.engine.progress import Display
-    from leakbench.errors import BadOption
     from leakbench.plan.matrix import axes_from_options
+
+    with stoppable(lambda: "the trials that ended are kept") as line, Display(console()) as display:
+        options, network = given.options(line), given.network(given.checkpoint)
+        found = audit.audit_model(
+            network,
+            audit.images_of(given.data, given.size),
+            [defenses.parse(one) for one in given.defense or ["none"]],
+            given.out,
+            options,
+            images=axes_from_options({"images": [given.images] if given.images else []}).get("images"),
+            threats=given.threat or (),
+            device=given.device,
+            progress=display,
+        )
+    _finish(found, given.out, line)
+
+
+@command(app, "update", _OnUpdate)
+def update(given: _OnUpdate) -> None:
+    """Attack one recorded update: the weights that a client was given, and those that it sent.
+
+    The attacks assume that the client trained on one image with plain SGD; the report states whether that was tested.
+    """
+    from leakbench import audit
+    from leakbench.engine.progress import Display
+
+    with stoppable(lambda: "the trials that ended are kept") as line, Display(console()) as display:
+        options, network = given.options(line), given.network()
+        shape = (given.channels, given.size, given.size)
+        found = audit.audit_update(
+            network,
+            given.before,
+            given.after,
+            shape,
+            given.out,
+            options,
+            rate=given.rate,
+            local_steps=given.local_steps,
+            truth=None if given.truth is None else audit.read_image(given.truth, shape),
+            label=given.label,
+            progress=display,
+        )
+    _finish(found, given.out, line)
+
+
+def _finish(found: Audit, out: Path, line: str) -> None:
+    """Write the report, print its headline, and exit with 1 if ``--fail-if`` is true."""
     from leakbench.report import audit as pages
     from leakbench.report.files import replace
 
-    for path in plugin or []:
-        load_plugin(path)
-    gate = None if fail_if is None else audits.parse_gate(fail_if, metrics.names())
-    recorded = before is not None or after is not None
-    _check_given(recorded, before, after, data, size, rate)
-    foreign = (
-        {
-            "--data": data,
-            "--checkpoint": checkpoint,
-            "--defense": defense,
-            "--threat": threat,
-            "--images": images,
-            "--device": device,
-        }
-        if recorded
-        else {"--truth": truth, "--label": label, "--rate": rate, "--local-steps": local_steps, "--channels": channels}
-    )
-    for option, given in foreign.items():
-        if given is not None and given != []:
-            kind = "an audit on images; leave it out beside --before and --after"
-            raise BadOption(
-                f"{option} is of {kind if recorded else 'a recorded update; give --before and --after too'}"
-            )
-    if recorded and threshold is not None and truth is None:
-        raise BadOption("--threshold is for the comparison with --truth; give that too")
-    if channels == 2:
-        raise BadOption("--channels 2: images have 1 (grey) or 3 (RGB)")
-    scale = None if normalise is None else audits.Scale.parse(normalise)
-    network = audits.factory(model, plugin or [])
-    facts = [("model", model), ("weights", checkpoint or "as the factory made them, its draws seeded")]
-    if checkpoint is not None:
-        load_checkpoint(network, checkpoint)
-    if scale is not None:
-        facts.append(("input normalisation", str(scale)))
-    command = "leakbench " + shlex.join(sys.argv[1:])
-    try:
-        if recorded:
-            assert before is not None
-            assert after is not None
-            assert size is not None
-            update = audits.read_update(network, before, after)
-            shape = (channels or 3, size, size)
-            facts[1] = ("update", f"{before} to {after}")
-            own = subject(network, model, shape[0], mode, scale)
-            with Display(console()) as display:
-                found = audits.audit_update(
-                    own,
-                    update if scale is None else behind_scale(update),
-                    shape,
-                    budget=budget,
-                    rate=rate,
-                    local_steps=local_steps or 1,
-                    truth=None if truth is None else read_image(truth, shape),
-                    label=label,
-                    threshold=threshold,
-                    facts=facts,
-                    gate=gate,
-                    progress=display,
-                )
-        else:
-            assert data is not None
-            dataset = images_of(data, size)
-            own = subject(network, model, dataset.image_shape[0], mode, scale)
-            chosen = axes_from_options({"images": [images] if images else []}).get("images")
-            with Display(console()) as display:
-                found = audits.audit_model(
-                    own,
-                    spec(dataset),
-                    [defenses.parse(one) for one in defense or ["none"]],
-                    out,
-                    budget=budget,
-                    images=chosen,
-                    threats=threat or (),
-                    threshold=threshold,
-                    facts=[*facts, ("data", spec(dataset))],
-                    gate=gate,
-                    device=device or "auto",
-                    progress=display,
-                    command=command,
-                )
-    except KeyboardInterrupt:
-        typer.echo(f"stopped; to go on: {command}", err=True)
-        raise typer.Exit(130) from None
-    for name, text in zip(pages.FILES, (pages.markdown(found, command), pages.html(found, command))):
+    for name, text in zip(pages.FILES, (pages.markdown(found, line), pages.html(found, line))):
         replace(out / name, text.encode())
-    for one in found.behind:
+    for one in found.defenses:
         typer.echo(f"{one.defense}: {pages.verdict(one)}")
     for name in pages.FILES:
         typer.echo(str(out / name))
-    if gate is not None:
-        refuse_unmeasured(found)
-        typer.echo(pages.gate_words(found))
-    raise typer.Exit(1 if found.crossings() else 0)
-
-
-def _check_given(
-    recorded: bool, before: str | None, after: str | None, data: str | None, size: int | None, rate: float | None
-) -> None:
-    """Raise BadOption where what is audited is not given in full."""
-    from leakbench.errors import BadOption
-
-    if not recorded and data is None:
-        raise BadOption("neither --data nor --before and --after is given; give images, or a recorded update")
-    if recorded and (before is None or after is None):
-        raise BadOption("a recorded update has two files; give both --before and --after")
-    if recorded and size is None:
-        raise BadOption("--size is missing: a recorded update does not say how large its image was")
-    if rate is not None and not 0 < rate < float("inf"):
-        raise BadOption(f"--rate {rate:g} does not fit; give a learning rate above 0")
+    passed = found.verdict()
+    if passed is not None:
+        typer.echo(pages.rule_words(found))
+    raise typer.Exit(1 if passed is False else 0)

@@ -34,7 +34,7 @@ app.command("check")(runs.check)
 app.command("merge")(runs.merge)
 app.command("show")(compare.show)
 app.command("diff")(compare.diff)
-app.command("audit")(audit.audit)
+app.add_typer(audit.app, name="audit")
 app.command("leaderboard")(leaderboard.leaderboard)
 
 

@@ -44,6 +44,7 @@ from leakbench.errors import BadOption, LeakbenchError, MissingAsset, Unsupporte
 from leakbench.gradients import full_precision
 from leakbench.metrics.base import Metric
 from leakbench.models.weights import Checkpoint
+from leakbench.observation import Observation
 from leakbench.plan.matrix import Matrix
 from leakbench.plan.trial import Cell, Result, Trial
 from leakbench.store.frames import AFTER, BEFORE
@@ -130,6 +131,7 @@ def run(
     *,
     progress: NullProgress | None = None,
     command: str = "",
+    data: ClientData | None = None,
 ) -> Path:
     """Run every trial of a matrix that has no result yet, and return the run's folder.
 
@@ -139,15 +141,18 @@ def run(
         options: on which device, by how many workers, which shard.
         progress: what is told of the progress; nothing by default.
         command: the command line, for the provenance.
+        data: the recorded update of the matrix's one client, and what is known of its image; None for clients that take
+            their steps on the images of the datasets.
 
     Raises:
         LeakbenchError: one line on what does not fit; nothing was written then.
     """
     options, progress = options or RunOptions(), progress or NullProgress()
     folder = Path(out) if out is not None else Path("runs") / matrix.name
-    plan = _plan(matrix, options, folder / FILE)
+    plan = _plan(matrix, options, folder / FILE, data)
+    observed = None if data is None else data.observed
     with full_precision(), plan.executor:
-        refused = _preflight(plan.whole, options.strict, matrix.threshold is not None, plan.executor)
+        refused = _preflight(plan.whole, options.strict, matrix.threshold is not None, plan.executor, observed)
         with _session(plan, folder, options.shard, command) as (store, session):
             done = store.done()
             waiting = [trial for trial in plan.trials if trial.id not in done]
@@ -174,7 +179,7 @@ def run(
     return folder
 
 
-def _plan(matrix: Matrix, options: RunOptions, file: Path) -> _Planned:
+def _plan(matrix: Matrix, options: RunOptions, file: Path, given: ClientData | None) -> _Planned:
     """Return a matrix with its data and executor; nothing is written.
 
     Raises:
@@ -189,7 +194,7 @@ def _plan(matrix: Matrix, options: RunOptions, file: Path) -> _Planned:
     if _has_content(file):
         Store.open(file, readonly=True).close()  # a foreign file is refused before anything is loaded
     keep_freed_memory()
-    data = _load(trials)
+    data = _load(trials) if given is None else {trials[0].specs["dataset"]: given}
     scores, missing = _metrics()
     work = WorkerContext(scores, device, options.strict)
     if options.executor == "ray":
@@ -392,8 +397,10 @@ def _load_one(dataset: Dataset, indices: list[int]) -> ClientData:
     )
 
 
-def _preflight(trials: Sequence[Trial], strict: bool, ensemble: bool, executor: Executor) -> dict[str, str]:
-    """Return why each cell that cannot be served cannot, from one step on a blank image.
+def _preflight(
+    trials: Sequence[Trial], strict: bool, ensemble: bool, executor: Executor, observed: Observation | None = None
+) -> dict[str, str]:
+    """Return why each cell that cannot be served cannot, from a recorded update or from one step on a blank image.
 
     Raises:
         Unsupported: an attack that serves no cell at all (of an ensemble, if none does) or, if strict, any cell that is
@@ -405,7 +412,7 @@ def _preflight(trials: Sequence[Trial], strict: bool, ensemble: bool, executor: 
     for trial in cells.values():
         parts = [trial.cell.settings[part] for part in ("dataset", "model", "defense", "threat")]
         seen.setdefault(json.dumps(parts), []).append(trial)
-    checks = deque(CheckTask(tuple(alike)) for alike in seen.values())
+    checks = deque(CheckTask(tuple(alike), observed) for alike in seen.values())
     refused: dict[str, str] = {}
     groups: set[str] = set()
     for event in executor.run(lambda: checks.popleft() if checks else None, lambda task: None):

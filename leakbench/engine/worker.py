@@ -31,26 +31,34 @@ class ClientData:
         images: [C, H, W] in [0, 1] by index.
         labels: the class by index.
         mean: [C, H, W], the mean of public images.
+        observed: the recorded update of the one client, which then takes no step of its own; images and labels are
+            empty where they are not known. None: every client takes its step.
     """
 
     images: Mapping[int, Tensor]
     labels: Mapping[int, int]
     mean: Tensor
     num_classes: int
+    observed: Observation | None = None
 
     def of(self, trials: Sequence[Trial]) -> ClientData:
         """Return the part that these trials need."""
         needed = {index for trial in trials for index in (trial.image, *companions(trial))}
-        images = {index: self.images[index] for index in needed}
-        labels = {index: self.labels[index] for index in needed}
-        return ClientData(images, labels, self.mean, self.num_classes)
+        images = {index: image for index, image in self.images.items() if index in needed}
+        labels = {index: label for index, label in self.labels.items() if index in needed}
+        return replace(self, images=images, labels=labels)
 
 
 @dataclass(frozen=True)
 class CheckTask:
-    """Ask the attacks of cells that see the same whether they can serve it; answered by a ``Refusal``."""
+    """Ask the attacks of cells that see the same whether they can serve it; answered by a ``Refusal``.
+
+    Attributes:
+        observed: a recorded update, which is what they see; None for a step on a blank image.
+    """
 
     trials: tuple[Trial, ...]
+    observed: Observation | None = None
     lost: int = 0
 
 
@@ -133,7 +141,7 @@ class Worker:
         """
         match task:
             case CheckTask():
-                return _refusal(task.trials)
+                return _refusal(task.trials, task.observed)
             case MeasureTask():
                 return self.size(task.trial, task.trials)
             case ChunkTask():
@@ -182,31 +190,19 @@ class Worker:
     def _together(self, data: ClientData, trials: Sequence[Trial], slots: int) -> list[Result]:
         """Observe, attack and score trials of one cell, so many at a time."""
         begin = time.perf_counter()
-        first = trials[0]
-        clients = [_client(trial, data) for trial in trials]
-        observation = observe(
-            first.model,
-            first.defense,
-            first.threat,
-            clients,
-            data.num_classes,
-            data.mean,
-            self.work.device,
-        )
-        rng = Rng(tuple(f"attack/{trial.seed}/{_data_key(trial)}/{trial.image}" for trial in trials), self.work.device)
-        guess = first.attack(replace(observation, slots=slots), rng)
+        if data.observed is None:
+            observation, rng, encoded = self._stepped(data, trials)
+        else:
+            observation, rng, encoded = data.observed, Rng(("audit/update",), self.work.device), None
+        guess = trials[0].attack(replace(observation, slots=slots), rng)
         guess = replace(guess, images=guess.images.float())
         failed = guess.failed
         assert failed is not None, "a called attack says of every trial whether it failed"
-        truth = Truth(
-            torch.stack([data.images[trial.image] for trial in trials]).to(self.work.device),
-            torch.tensor([data.labels[trial.image] for trial in trials], device=self.work.device),
-            self._encoded([trained_on(first.defense, client, data.num_classes) for client in clients]),
-        )
         # the one place where reconstruction and truth meet
-        scores = self._score(guess, truth)
+        truth = self._truth(data, trials, encoded) if data.images else None
+        scores = {} if truth is None else self._score(guess, truth)
         seconds = (time.perf_counter() - begin) / len(trials)
-        images, truths = guess.images.cpu(), truth.images.cpu()
+        images = guess.images.cpu()
         courses = [b""] * len(trials) if guess.curve is None else guess.curve.rows()
         return [
             Result(
@@ -216,8 +212,8 @@ class Worker:
                 seconds=seconds,
                 scores={name: values[row] for name, values in scores.items() if values[row] == values[row]},
                 reconstruction=png(images[row]),
-                truth=png(truths[row]),
-                label=data.labels[trial.image],
+                truth=None if truth is None else png(truth.images[row].cpu()),
+                label=data.labels.get(trial.image),
                 objective=_finite(guess.objective, row),
                 evaluations=None if guess.evaluations is None else int(guess.evaluations[row]),
                 path=guess.path,
@@ -226,6 +222,22 @@ class Worker:
             )
             for row, trial in enumerate(trials)
         ]
+
+    def _stepped(self, data: ClientData, trials: Sequence[Trial]) -> tuple[Observation, Rng, Tensor | None]:
+        """Return what clients send after a step, the attacker's draws, and the encoded images (``Truth.encoded``)."""
+        first, device = trials[0], self.work.device
+        clients = [_client(trial, data) for trial in trials]
+        seen = observe(first.model, first.defense, first.threat, clients, data.num_classes, data.mean, device)
+        rng = Rng(tuple(f"attack/{trial.seed}/{_data_key(trial)}/{trial.image}" for trial in trials), device)
+        return seen, rng, self._encoded([trained_on(first.defense, client, data.num_classes) for client in clients])
+
+    def _truth(self, data: ClientData, trials: Sequence[Trial], encoded: Tensor | None) -> Truth:
+        """Return the private images with their labels, -1 where a label is not known."""
+        return Truth(
+            torch.stack([data.images[trial.image] for trial in trials]).to(self.work.device),
+            torch.tensor([data.labels.get(trial.image, -1) for trial in trials], device=self.work.device),
+            encoded,
+        )
 
     def _encoded(self, images: Sequence[Tensor | None]) -> Tensor | None:
         """Return the images that clients trained on as one tensor, or None where a defense leaves them as they are."""
@@ -265,8 +277,8 @@ def without_score(data: ClientData, trial: Trial, status: Literal["unsupported",
         seconds=0.0,
         scores={},
         reconstruction=None,
-        truth=png(data.images[trial.image]),
-        label=data.labels[trial.image],
+        truth=png(data.images[trial.image]) if trial.image in data.images else None,
+        label=data.labels.get(trial.image),
     )
 
 
@@ -306,11 +318,11 @@ def _data_key(trial: Trial) -> str:
     return trial.specs["dataset"]
 
 
-def _refusal(trials: Sequence[Trial]) -> Refusal:
-    """Return which cells that see the same, one trial each, cannot be served, from one step on a blank image."""
+def _refusal(trials: Sequence[Trial], observed: Observation | None) -> Refusal:
+    """Return which cells that see the same, one trial each, cannot be served: an update, or a step on a blank image."""
     groups: set[str] = set()
     try:
-        seen = blank(trials[0], groups)
+        seen = blank(trials[0], groups) if observed is None else observed
     except Unsupported as error:
         return Refusal({trial.cell.key: str(error) for trial in trials}, frozenset(groups))
     except LeakbenchError:

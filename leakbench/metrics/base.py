@@ -19,7 +19,7 @@ class Truth:
 
     Attributes:
         images: [T, C, H, W] in [0, 1], the private images.
-        labels: [T] int64.
+        labels: [T] int64; -1 where a label is not known.
         encoded: [T, C, H, W], the images that the clients trained on if their defense changes them; else None.
     """
 

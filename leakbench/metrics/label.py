@@ -26,7 +26,7 @@ class LabelCorrect(Metric):
         return torch.full((len(truth),), torch.nan, dtype=torch.float64, device=truth.device)
 
     def score(self, guess: Reconstruction, truth: Truth) -> Tensor:
-        """Return [T] float64: 1 for the right label, 0 for a wrong one, NaN if the attack names no labels.
+        """Return [T] float64: 1 for the right label, 0 for a wrong one, NaN if either is not known.
 
         Raises:
             ValueError: the labels are not [T], one for each image.
@@ -37,4 +37,4 @@ class LabelCorrect(Metric):
             raise ValueError(
                 f"labels of shape {list(guess.labels.shape)} do not match a truth of shape {list(truth.labels.shape)}"
             )
-        return (guess.labels == truth.labels).double()
+        return (guess.labels == truth.labels).double().masked_fill(truth.labels < 0, torch.nan)

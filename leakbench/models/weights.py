@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -173,22 +174,7 @@ def load(model: nn.Module, path: str, *, secrets: bool = False) -> None:
         CorruptAsset: the file is no state dict.
         BadOption: its tensors are not those of this network.
     """
-    file = _existing(path)
-    try:
-        state: object = (
-            load_file(file)
-            if file.suffix == ".safetensors"
-            else torch.load(file, map_location="cpu", weights_only=True)
-        )
-    except Exception as error:  # whatever a damaged or hostile file makes the readers raise
-        raise CorruptAsset(
-            f"the checkpoint {path!r} cannot be read as plain tensors ({type(error).__name__}); "
-            "save model.state_dict() with torch.save or safetensors"
-        ) from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CorruptAsset(f"the checkpoint {path!r} is not a state dict; save model.state_dict()")
+    state = state_dict_of(_existing(path), f"the checkpoint {path!r}")
     expected = {**model.state_dict(), **(dict(model.named_buffers()) if secrets else {})}
     for name, value in expected.items():
         if name not in state:
@@ -204,6 +190,30 @@ def load(model: nn.Module, path: str, *, secrets: bool = False) -> None:
     with torch.no_grad():
         for name, value in expected.items():
             value.copy_(state[name])
+
+
+def state_dict_of(file: Path, words: str) -> Mapping[str, Tensor]:
+    """Return the tensors of a file that ``words`` names in errors; pickled code is never run (``weights_only=True``).
+
+    Raises:
+        CorruptAsset: the file is no state dict.
+    """
+    try:
+        state: object = (
+            load_file(file)
+            if file.suffix == ".safetensors"
+            else torch.load(file, map_location="cpu", weights_only=True)
+        )
+    except Exception as error:  # whatever a damaged or hostile file makes the readers raise
+        raise CorruptAsset(
+            f"{words} cannot be read as plain tensors ({type(error).__name__}); "
+            "save model.state_dict() with torch.save or safetensors"
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CorruptAsset(f"{words} is not a state dict; save model.state_dict()")
+    return state
 
 
 def fingerprint(path: str) -> str:

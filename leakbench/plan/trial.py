@@ -152,8 +152,8 @@ class Result:
         seconds: the wall time of the trial's chunk divided by its trials.
         scores: metric name -> value; a metric that could not be computed is absent.
         reconstruction: a PNG of the reconstruction, clamped to [0, 1]; None without scores.
-        truth: a PNG of the private image.
-        label: the true label.
+        truth: a PNG of the private image; None where it is not known (a recorded update).
+        label: the true label; None likewise.
         objective: the attack's own final objective, where it has one.
         evaluations: how often the attack evaluated its objective, where it counts.
         path: how the gradients were computed, ``batched``, ``vmap`` or ``one-at-a-time``.
@@ -167,8 +167,8 @@ class Result:
     seconds: float
     scores: Mapping[str, float]
     reconstruction: bytes | None
-    truth: bytes
-    label: int
+    truth: bytes | None
+    label: int | None
     objective: float | None = None
     evaluations: int | None = None
     path: str = ""

@@ -155,7 +155,7 @@ def _first_seeds(results: pd.DataFrame) -> pd.DataFrame:
     return results[results["seed"].isin(seeds)]
 
 
-def rows_within(found: Sequence[Page], truths: Sequence[bytes], budget: int = BUDGET) -> int:
+def rows_within(found: Sequence[Page], truths: Sequence[bytes | None], budget: int = BUDGET) -> int:
     """Return how many images each page may show, so that all pages together stay within the budget of bytes.
 
     Args:
@@ -339,8 +339,8 @@ def _chunks(columns: Sequence[Column]) -> list[tuple[Column, ...]]:
     return [tuple(page) for page in found if page]
 
 
-def _truths(page: Page, pictures: Mapping[str, Pictures]) -> dict[int, bytes]:
-    """Return the private image of each row."""
+def _truths(page: Page, pictures: Mapping[str, Pictures]) -> dict[int, bytes | None]:
+    """Return the private image of each row, None where it is not known."""
     return {
         i: pictures[cell.trial].truth
         for column in page.columns

@@ -508,7 +508,7 @@ def _sprites(
         if left < _SMALLEST:
             break
     rows = sorted(kept)
-    truths = [kept[row].truth for row in rows]
+    truths = [kept[row].truth or b"" for row in rows]
     shown = [(row, data) for row in rows if (data := kept[row].reconstruction) is not None]
     made, places = sheets([*truths, *(data for _, data in shown)])
     numbers = [_NONE if place is None else place[0] * COLUMNS * ROWS + place[1] for place in places]

@@ -120,8 +120,9 @@ def _identities(store: Store) -> Iterator[str]:
 def _results(store: Store) -> Iterator[str]:
     sizes: dict[str, tuple[int, int] | None] = {}
     for row in store.each("SELECT digest, png FROM truths"):
-        sizes[row["digest"]] = _size(row["png"])
-        if sizes[row["digest"]] is None:
+        if row["png"]:  # otherwise the private image is not known
+            sizes[row["digest"]] = _size(row["png"])
+        if sizes.get(row["digest"], 0) is None:
             yield f"private image {row['digest'][:16]}: it is not a PNG"
         if hashlib.sha256(row["png"]).hexdigest() != row["digest"]:
             yield f"private image {row['digest'][:16]}: its content does not match its SHA-256"
@@ -140,9 +141,9 @@ def _results(store: Store) -> Iterator[str]:
         size = None if row["png"] is None else _size(row["png"])
         if scored and row["png"] is None:
             yield f"trial {trial}: it is {row['status']} and has no image"
-        elif scored and (size is None or size != sizes.get(row["truth"])):
+        elif scored and (size is None or size != sizes.get(row["truth"], size)):
             yield f"trial {trial}: its image is not a PNG of the size of the private image"
-        if scored and not row["scored"]:
+        if scored and not row["scored"] and row["truth"] in sizes:
             yield f"trial {trial}: it is {row['status']} and has no scores"
         if row["curve"] is not None and not _curved(row["curve"]):
             yield f"trial {trial}: malformed curve in column curve"

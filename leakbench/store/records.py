@@ -111,7 +111,8 @@ class TrialRecord:
     Attributes:
         cell: the settings of its cell (``Cell.key``), JSON.
         threat: what its threat model grants, in words.
-        label: the true label; None, like ``session`` (its number), where the trial has no result.
+        label: the true label; None where it is not known and, like ``session`` (its number), where the trial has no
+            result.
         finished: when, in UTC; empty without a result.
         specs: axis (``defense``, ``threat``, ...) -> the spec as its matrix has it, without any variant.
     """
@@ -126,7 +127,7 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class Pictures:
-    """The PNGs of a trial: the private image, and its reconstruction where there is one."""
+    """The PNGs of a trial: the private image where it is known, and the reconstruction where there is one."""
 
-    truth: bytes
+    truth: bytes | None
     reconstruction: bytes | None

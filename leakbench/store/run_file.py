@@ -15,12 +15,14 @@ Any SQLite tool can read it. Every table, picture and page that leakbench makes 
 - ``trials``: the planned trials: an ``image`` and a ``seed`` of a cell (``cell_id``). ``id`` is the hash of the cell's
   settings with these two; ``position`` is the order of planning.
 - ``results``: the outcome of a trial: ``status`` (ok, failed, unsupported, error), ``reason``, ``seconds``, ``label``
-  (the true one), ``objective``, ``evaluations``, ``path``, ``truth`` (-> ``truths``), ``session_id``, ``finished``,
-  ``curve`` (the objective at some evaluations, see ``leakbench.core.loss_curve``; NULL if there is none).
+  (the true one; -1 if it is not known), ``objective``, ``evaluations``, ``path``, ``truth`` (-> ``truths``),
+  ``session_id``, ``finished``, ``curve`` (the objective at some evaluations, see ``leakbench.core.loss_curve``; NULL if
+  there is none).
 - ``scores(trial_id, metric, value)``: one row per trial and metric; a metric that was not computed has no row.
 - ``findings(trial_id, name, value)``: further numbers that an attack found (dlm's ``scale``).
 - ``images(trial_id, png)``: the reconstruction, clamped to [0, 1].
-- ``truths(digest, png)``: the private images, each stored once, by the SHA-256 of the PNG.
+- ``truths(digest, png)``: the private images, each stored once, by the SHA-256 of the PNG; empty if the image is not
+  known, because the server recorded an update.
 - ``metrics``: the meaning of each metric: ``position``, ``name``, ``higher_is_better``, ``convention``, ``note``.
 
 Results are written in chunks, one transaction each: a run that is killed loses only the chunk that it was running.
@@ -276,7 +278,7 @@ class Store:
             row["id"]: TrialRecord(
                 cell=row["settings"],
                 threat=row["threat_words"],
-                label=row["label"],
+                label=None if row["label"] == -1 else row["label"],
                 session=row["session_id"],
                 finished=row["finished"],
                 specs={axis: row[axis] for axis in SPECS},
@@ -303,7 +305,7 @@ class Store:
                     if not found:
                         raise ForeignRun(f"{self.path} lacks the private image of trial {trial}; start a new run")
                     truths[digest] = found[0]["png"]
-                pictures[trial] = Pictures(truths[digest], png)
+                pictures[trial] = Pictures(truths[digest] or None, png)
         return pictures
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:
@@ -360,15 +362,16 @@ def forget(db: sqlite3.Connection, trials: Iterable[str]) -> None:
 
 
 def _write(db: sqlite3.Connection, result: Result, session: int) -> None:
-    trial, digest = result.trial.id, hashlib.sha256(result.truth).hexdigest()
-    insert(db, "truths", [{"digest": digest, "png": result.truth}], KEEP)
+    trial, truth = result.trial.id, result.truth or b""
+    digest = hashlib.sha256(truth).hexdigest()
+    insert(db, "truths", [{"digest": digest, "png": truth}], KEEP)
     forget(db, [trial])
     row = {
         "trial_id": trial,
         "status": result.status,
         "reason": result.reason,
         "seconds": float(result.seconds),
-        "label": int(result.label),
+        "label": -1 if result.label is None else int(result.label),
         "objective": None if result.objective is None else float(result.objective),
         "evaluations": None if result.evaluations is None else int(result.evaluations),
         "path": result.path,
