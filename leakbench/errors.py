@@ -2,30 +2,30 @@
 
 
 class LeakbenchError(Exception):
-    """Something the user can put right; the command line prints its one line and exits with 2."""
+    """An error that the user can fix; the command line prints its one line and exits with 2."""
 
     def __str__(self) -> str:
         return printable(super().__str__())
 
 
 class BadOption(LeakbenchError, ValueError):
-    """A component, option or value that does not exist or does not fit."""
+    """A component, option or value that does not exist or is not valid."""
 
 
 class MissingAsset(LeakbenchError):
-    """A dataset or weight file that is not in the cache; the message says which command fetches it."""
+    """A dataset or weight file is not in the cache; the message names the command that fetches it."""
 
 
 class CorruptAsset(LeakbenchError):
-    """A dataset or weight file whose checksum or structure is not the expected one."""
+    """A dataset or weight file has an unexpected checksum or structure."""
 
 
 class ForeignRun(LeakbenchError):
-    """A run file that cannot be read or that leakbench did not write."""
+    """A run file cannot be read, or leakbench did not write it."""
 
 
 class Unsupported(LeakbenchError):
-    """An attack that cannot serve this model, dataset or threat model; the message says why."""
+    """An attack does not support this model, dataset, defense or threat model; the message gives the reason."""
 
 
 class OldPlugin(DeprecationWarning):
@@ -33,7 +33,7 @@ class OldPlugin(DeprecationWarning):
 
 
 def printable(text: object) -> str:
-    """Return text without line breaks and control characters, which a terminal would obey, whoever wrote it."""
+    """Return text without line breaks and control characters, which a terminal would obey."""
     return "".join(char if char.isprintable() else " " for char in str(text))
 
 

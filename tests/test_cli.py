@@ -401,8 +401,8 @@ def test_a_missing_axis_is_named(cli, place, axis):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("attacks = [", ["m.toml", "no TOML"]),
-        ("\x00", ["m.toml", "no TOML"]),
+        ("attacks = [", ["m.toml", "not TOML"]),
+        ("\x00", ["m.toml", "not TOML"]),
         (TOML + "atacks = []", ["'atacks'", "did you mean 'attacks'?"]),
         (TOML.replace('"mean", "grey"', '"mena"'), ["'mena'", "did you mean 'mean'?"]),
         (TOML.replace('"mean", "grey"', "3"), ["attack 3"]),

@@ -39,6 +39,7 @@ from leakbench.core.types import Uniform
 from leakbench.engine.progress import NullProgress
 from leakbench.engine.run import finished
 from leakbench.plan.trial import Result
+from leakbench.store import connection
 from leakbench.store.run_file import FILE, Store
 from leakbench.victim import Client, observe
 
@@ -850,16 +851,16 @@ def test_a_file_in_the_folders_place_is_refused(tmp_path):
 
 
 def test_a_run_file_that_reaches_its_quota_keeps_whole_chunks(tmp_path, monkeypatch):
-    configure = Store._configure
+    configure = connection._configure
 
-    def small(store: Store) -> None:
-        configure(store)
-        pages = store._db.execute("PRAGMA page_count").fetchone()[0]
-        store._db.execute(f"PRAGMA max_page_count = {pages + 12}")
+    def small(db: sqlite3.Connection, readonly: bool) -> None:
+        configure(db, readonly)
+        pages = db.execute("PRAGMA page_count").fetchone()[0]
+        db.execute(f"PRAGMA max_page_count = {pages + 12}")
 
     matrix = plan(attacks=["random"], datasets=[Tiny(size=24, channels=3)], images=16)
     with monkeypatch.context() as patched:
-        patched.setattr(Store, "_configure", small)
+        patched.setattr(connection, "_configure", small)
         with pytest.raises(LeakbenchError, match="free space on its disk and resume"):
             go(matrix, tmp_path, chunk=2)
     before = done(tmp_path)

@@ -388,11 +388,11 @@ class DefenseHangs(Defense):
 
 
 def test_a_defense_that_hangs_is_stopped_and_costs_its_own_trials(tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "LOADING", 8.0)
+    monkeypatch.setattr(workers, "LOADING_SECONDS", 8.0)
     matrix = plan(attacks=["random"], defenses=[DefenseHangs(), "none"], images=1)
     results = go(matrix, tmp_path, time_limit=1).set_index("defense")
     assert results["status"].to_dict() == {"hangs": "error", "none": "ok"}
-    assert "longer than 1 s" in results["reason"]["hangs"]
+    assert "timed out after 1 s" in results["reason"]["hangs"]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The generators: those that ship, those of a user's own, what does not fit, and how they are trained."""
+"""The generators: those that ship, those of a user's own, what is not valid, and how they are trained."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_auto_takes_the_generator_of_the_images_by_their_mean(name: str) -> None
         auto.choose((1, 28, 28), 10, torch.full((1, 28, 28), 0.5))
 
 
-# what does not fit
+# what is not valid
 
 
 @pytest.mark.parametrize(
@@ -557,7 +557,7 @@ def test_a_stopped_training_goes_on_to_the_same_weights(toys: str, tmp_path: Pat
     [("steps", 0), ("batch", 1), ("lr", 0.0), ("width", 10), ("ema", 1.0), ("precision", "float16")],
 )
 def test_options_that_do_not_fit_are_told(option: str, value: float | str) -> None:
-    with pytest.raises(BadOption, match=f"training: {option}={value!r} does not fit") as told:
+    with pytest.raises(BadOption, match=f"training: {option}={value!r} is not valid") as told:
         GeneratorRecipe(**{**asdict(small()), option: value})
     one_line(told)
 

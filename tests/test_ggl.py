@@ -309,7 +309,7 @@ def test_what_identifies_a_trial_holds_the_weights(tmp_path: Path, monkeypatch: 
         ('ggl(generator="dcgan(weight=mnist)")', "no option 'weight'; did you mean 'weights'"),
         ("prior(generator=dgcan)", "unknown generator 'dgcan'"),
         ('ggl(generator="biggan-deep(classes=1000)")', "class index 1000 is unknown"),
-        ("ggl(latent=sinh)", "latent='sinh' does not fit"),
+        ("ggl(latent=sinh)", "latent='sinh' is not valid"),
         ("ggl(steps=5)", "no option 'steps'"),
     ],
 )

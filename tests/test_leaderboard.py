@@ -161,4 +161,4 @@ def test_what_has_not_ended_or_broke_has_no_entry_and_is_named(cli, place: Path,
     line = "noise(scale=1.0), on samples(size=12), lenet(init=default) (run matrix): 1 trial ended in an error"
     assert line in done.err
     assert line in (place / "board" / "index.html").read_text()
-    refused(cli("leaderboard", "ran", "--out", "board", "--sample", "3"), "--sample is of leaderboard check")
+    refused(cli("leaderboard", "ran", "--out", "board", "--sample", "3"), "--sample is an option of leaderboard check")

@@ -97,7 +97,7 @@ def test_a_float_in_text_and_in_python_make_the_same_trial(value: float) -> None
         ({"zzz": 1}, "known: "),
         ({"attacks": ["dlgg"]}, "did you mean 'dlg'"),
         ({"attacks": ["dlg(stesp=3)"]}, "did you mean 'steps'"),
-        ({"attacks": ["dlg(steps=x)"]}, "steps='x' does not fit"),
+        ({"attacks": ["dlg(steps=x)"]}, "steps='x' is not valid"),
         ({"attacks": 3}, "of type int"),
         ({"attacks": []}, "attacks is empty"),
         ({"threats": []}, "threats is empty"),
@@ -106,31 +106,31 @@ def test_a_float_in_text_and_in_python_make_the_same_trial(value: float) -> None
         ({"datasets": ["sample"]}, "did you mean 'samples'"),
         ({"threats": ["papr"]}, "did you mean 'paper'"),
         ({"threats": ["paper2", "zzzz"]}, "unknown threat model"),
-        ({"threats": [{"labels": "some"}]}, "inferred or known"),
-        ({"threats": [{"reveals": 3}]}, "reveals=3 does not fit"),
-        ({"threats": [{"reveals": [3]}]}, "does not fit"),
+        ({"threats": [{"labels": "some"}]}, "'inferred' or 'known'"),
+        ({"threats": [{"reveals": 3}]}, "reveals=3 is not valid"),
+        ({"threats": [{"reveals": [3]}]}, "is not valid"),
         ({"threats": [{"reveal": ["key"]}]}, "did you mean 'reveals'"),
         ({"threats": ["labels=known, labels=known"]}, "given twice"),
-        ({"threats": [7]}, "neither a preset's name nor a table"),
-        ({"threats": ["informed=perhaps"]}, "no defense of the matrix states such an attacker; write true"),
+        ({"threats": [7]}, "must be a preset's name or a table"),
+        ({"threats": ["informed=perhaps"]}, "no defense of the matrix has such an adaptive attacker; write true"),
         (
             {"threats": [{"informed": "splize"}], "defenses": ["none", "precode"]},
             "write true or every or omit or splice",
         ),
-        ({"threats": [{"informed": 2}]}, "informed=2 does not fit"),
-        ({"threats": ["shares=all"]}, "gradient or weights"),
-        ({"threats": ["shares=weights, rate=some"]}, "hidden or known"),
-        ({"threats": ["shares=weights, learning_rate=0"]}, "learning_rate='0' does not fit"),
-        ({"threats": ["shares=weights, local_steps=0"]}, "local_steps='0' does not fit"),
+        ({"threats": [{"informed": 2}]}, "informed=2 is not valid"),
+        ({"threats": ["shares=all"]}, "'gradient' or 'weights'"),
+        ({"threats": ["shares=weights, rate=some"]}, "'hidden' or 'known'"),
+        ({"threats": ["shares=weights, learning_rate=0"]}, "learning_rate='0' is not valid"),
+        ({"threats": ["shares=weights, local_steps=0"]}, "local_steps='0' is not valid"),
         ({"threats": ["learning_rate=0.1"]}, "add shares=weights"),
         ({"images": 0}, "images"),
         ({"images": []}, "images"),
         ({"images": [-1]}, "images"),
-        ({"images": "many"}, "images='many' does not fit"),
+        ({"images": "many"}, "images='many' is not valid"),
         ({"images": 1.5}, "images"),
         ({"seeds": [0, "x"]}, "seeds"),
         ({"name": ""}, "name"),
-        ({"name": 3}, "name=3 does not fit"),
+        ({"name": 3}, "name=3 is not valid"),
         ({"floors": "perhaps"}, "floors"),
     ],
 )
@@ -148,7 +148,7 @@ def test_a_missing_axis_is_told(axis: str) -> None:
 
 
 def test_bad_files_are_told(tmp_path: Path) -> None:
-    with pytest.raises(BadOption, match="is no TOML"):
+    with pytest.raises(BadOption, match="is not TOML"):
         load(write(tmp_path, "attacks = ["))
     with pytest.raises(BadOption, match="cannot be read"):
         load(tmp_path / "none.toml")
@@ -206,7 +206,7 @@ def test_axes_from_the_command_line() -> None:
     }
     assert axes_from_options({"images": ["4", "6"]}) == {"images": [4, 6]}
     for bad in ("x", "", "1,,2", "1.5"):
-        with pytest.raises(BadOption, match="is no number"):
+        with pytest.raises(BadOption, match="is not a number"):
             axes_from_options({"images": [bad]})
 
 
@@ -419,5 +419,5 @@ def test_every_informed_attacker_of_every_defense() -> None:
     assert {trial.threat.labels for trial in chosen.trials()[3:]} == {"known"}
     by_name = matrix(defenses=["precode"], threats=["labels=known, informed=splice"], images=[0])
     assert chosen.trials()[5].id == by_name.trials()[0].id
-    with pytest.raises(BadOption, match="no defense of the matrix states an informed attacker"):
+    with pytest.raises(BadOption, match="no defense of the matrix has an adaptive attacker"):
         matrix(threats=["informed=every"])

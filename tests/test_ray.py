@@ -107,7 +107,7 @@ def test_two_nodes_give_the_bytes_of_one_process(cluster, tmp_path):
 
 
 def test_what_hangs_is_stopped(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr("leakbench.engine.executors.LOADING", 8.0)
+    monkeypatch.setattr("leakbench.engine.executors.LOADING_SECONDS", 8.0)
     options = {"executor": "ray", "ray_address": cluster.address, "workers": 1, "time_limit": 1}
     results = go(plan(attacks=[Stays()], images=[3, 2]), tmp_path, chunk=2, **options).set_index("image")
     assert results["status"].to_dict() == {3: "ok", 2: "error"}

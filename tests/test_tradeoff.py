@@ -58,7 +58,7 @@ def test_a_distance_beyond_the_floor_leaks_no_less_than_the_floor() -> None:
     ("options", "words"),
     [
         ({"attack": {**ATTACK, "models": ["lenet"]}}, "leave models out of"),
-        ({"attack": {**ATTACK, "images": 0}}, "images=0 does not fit"),
+        ({"attack": {**ATTACK, "images": 0}}, "images=0 is not valid"),
         ({"attack": {**ATTACK, "images": [1]}}, "image 1 of 'samples' is no test image"),
         ({"attack": {**ATTACK, "images": 50}}, "more than the 13 test images"),
         ({"attack": {"attacks": ["pel"]}}, "did you mean 'peel'"),

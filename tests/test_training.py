@@ -120,7 +120,7 @@ class Stop(NullTrainingProgress):
         ({"momentum": 0}, "nesterov=true needs a momentum above 0"),
         ({"validation": 0}, "select='validation' needs held-out images"),
         ({"round": 3}, "unknown key 'round'; did you mean 'rounds'?"),
-        ({"mode": "federated"}, "mode='federated' does not fit"),
+        ({"mode": "federated"}, "mode='federated' is not valid"),
         ({"augment": ["flop"]}, "augment="),
         ({"models": []}, "models is empty"),
     ],

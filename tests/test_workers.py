@@ -28,7 +28,7 @@ from test_worst_case import Counts, Knows, ensemble, planned
 
 from leakbench import LeakbenchError, Reconstruction
 from leakbench.engine import executors as workers
-from leakbench.engine.schedule import LOSSES, Schedule
+from leakbench.engine.schedule import MAX_DEATHS, Schedule
 from leakbench.engine.worker import ClientData, MeasureTask
 from leakbench.store.run_file import FILE, Store
 
@@ -105,10 +105,10 @@ def test_an_ensemble_spares_the_same_trials_with_workers(tmp_path):
 
 
 def test_what_hangs_is_stopped_at_the_time_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "LOADING", 8.0)
+    monkeypatch.setattr(workers, "LOADING_SECONDS", 8.0)
     results = go(plan(attacks=[Hangs()], images=[3, 2]), tmp_path, chunk=2, time_limit=1).set_index("image")
     assert results["status"].to_dict() == {3: "ok", 2: "error"}
-    assert "longer than 1 s" in results["reason"][2]
+    assert "timed out after 1 s" in results["reason"][2]
 
 
 def test_ctrl_c_ends_the_workers_and_the_run_goes_on(tmp_path):
@@ -137,15 +137,15 @@ def test_a_task_whose_workers_die_is_tried_again_then_halved_then_given_up(tmp_p
     data = {"tiny": ClientData(dict.fromkeys(range(4), image), dict.fromkeys(range(4), 0), image, 4)}
     with Store.create(tmp_path / FILE) as store:
         store.add_trials(trials)
-        schedule = Schedule(trials, store, data, threshold=None, size=None, workers=1, spare=lambda spared: None)
-        for _ in range(LOSSES):
+        schedule = Schedule(trials, store, data, threshold=None, size=None, workers=1, skip=lambda skipped: None)
+        for _ in range(MAX_DEATHS):
             task = schedule.next()
             assert isinstance(task, MeasureTask)
             assert schedule.next() is None
             assert schedule.lost(task, "by SIGKILL") == []
         assert store.chunk(trials[0].cell.key) == 1
         store.record_chunk(trials[0].cell.key, 4)
-        schedule = Schedule(trials, store, data, threshold=None, size=None, workers=1, spare=lambda spared: None)
+        schedule = Schedule(trials, store, data, threshold=None, size=None, workers=1, skip=lambda skipped: None)
         given_up, tried = [], []
         while (task := schedule.next()) is not None:
             tried.append(len(task.trials))
@@ -156,4 +156,4 @@ def test_a_task_whose_workers_die_is_tried_again_then_halved_then_given_up(tmp_p
         assert tried == [4, 4, 4, 2, 2, 2, 1, 1, 1, 1, 2]
         (result,) = given_up
         assert (result.trial.image, result.status) == (1, "error")
-        assert result.reason == "3 workers died with it, the last one by SIGKILL"
+        assert result.reason == "3 workers died while they ran it, the last one by SIGKILL"

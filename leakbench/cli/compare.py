@@ -1,4 +1,4 @@
-"""``leakbench show`` and ``leakbench diff``: one trial, and what changed between two runs."""
+"""``leakbench show`` and ``leakbench diff``: one trial, and the differences between two runs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def show(
     run: Run,
     trial: Annotated[str, typer.Argument(metavar="TRIAL", help="The id of a trial, or its first digits.")],
 ) -> None:
-    """Show one trial: settings, threat model in words, status, every metric with its convention, cost, command.
+    """Show one trial: settings, threat model, status, every metric with its convention, and cost.
 
-    The command makes the trial again: its run has a trial of the same id.
+    The command at the end runs the same trial again, with the same id.
     """
     from rich.table import Table
     from rich.text import Text
@@ -36,7 +36,7 @@ def show(
     out.print(facts)
     if shown.metrics is not None:
         out.print(shown.metrics)
-    out.print(Text("to make it again:", style="bold"))
+    out.print(Text("to run it again:", style="bold"))
     out.print(shown.command, markup=False, highlight=False, soft_wrap=True)
     if shown.note:
         out.print(shown.note, markup=False, highlight=False)
@@ -46,14 +46,13 @@ def diff(
     run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="The folder of a run.")],
     run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The folder of a run.")],
 ) -> None:
-    """Say what changed from RUN_A to RUN_B beyond chance, on the trials that both have, in Markdown.
+    """Report which differences from RUN_A to RUN_B are statistically significant, in Markdown.
 
-    Trials are paired by image, seed and cell. Each cell has its mean difference with a 95 % bootstrap interval, and
-    Wilcoxon signed-rank tests on images with Holm's correction over all cells. Trials of one run alone, trials that
-    ended otherwise, and versions and settings that differ are named.
+    Trials of both runs are paired by image, seed and cell. Each cell has its mean difference with a 95 % bootstrap
+    interval, and Wilcoxon signed-rank tests on images with Holm's correction over all cells. Trials without a matching
+    trial in the other run, trials with another status, and different versions and settings are listed.
 
-    Exits with 0 where no difference is shown beyond chance, with 1 where one is, and with 2 where the runs cannot be
-    compared.
+    The exit code is 0 if no difference is significant, 1 if one is, and 2 if the runs cannot be compared.
     """
     from leakbench.report.diff import Arm
     from leakbench.report.diff import diff as compare

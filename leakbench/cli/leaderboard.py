@@ -1,4 +1,4 @@
-"""``leakbench leaderboard``: a page of the worst case behind each defense, and the check of an entry."""
+"""``leakbench leaderboard``: a page with the worst case of each defense, and the verification of an entry."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import typer
 def leaderboard(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="The folders of runs; or check ENTRY.json RUN."),
+        typer.Argument(metavar="RUN...", help="The folders of runs; or: check ENTRY.json RUN."),
     ],
     out: Annotated[Path | None, typer.Option(help="The folder of the page.")] = None,
     sample: Annotated[
-        int | None, typer.Option(min=1, help="check: how many trials are run again (16), or all where there are fewer.")
+        int | None,
+        typer.Option(min=1, help="check: how many trials are run again (default: 16), at most all."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="check: of the draw of these, to repeat it.")] = None,
+    seed: Annotated[int | None, typer.Option(help="check: the seed by which the trials are drawn.")] = None,
     device: Annotated[str | None, typer.Option(help="check: auto, cpu, cuda or cuda:N.")] = None,
     plugin: Annotated[
         list[Path] | None, typer.Option("--plugin", help="check: a Python file that registers components; it is run.")
     ] = None,
 ) -> None:
-    """Write OUT/index.html, the worst case behind each defense of some runs, with one JSON file an entry.
+    """Write OUT/index.html, the worst case of each defense of some runs, with a JSON file for each entry.
 
-    An entry has the share of images recovered with its interval, the best attacker, the accuracy where the run's
-    training study says it, and every trial. OUT/entry.schema.json is the JSON Schema of the entries. Defenses with
-    trials that have not ended, or ended in an error, have no entry, and are named.
+    An entry has the share of images recovered with its interval, the best attacker, the test accuracy if the run has a
+    training study, and every trial. OUT/entry.schema.json is the JSON Schema of the entries. Defenses with trials that
+    have no result, or ended in an error, get no entry and are listed.
 
-    leakbench leaderboard check ENTRY.json RUN holds an entry against the run that it is of, runs a sample of its trials
-    again, and says whether they hold. It exits with 1 where the entry is not what its run says, where a trial ends
-    otherwise than the entry has it, or where the scores of the sample differ beyond chance; else with 0; and with 2
-    where that cannot be told. A sample of fewer than seven trials
-    cannot show a difference of scores.
+    leakbench leaderboard check ENTRY.json RUN compares an entry with its run, and runs a sample of its trials again.
+    The exit code is 1 if the entry differs from its run, if a trial ends with another status, or if the scores of the
+    sample differ significantly; 2 if that cannot be decided; and else 0. With a sample of fewer than seven trials, no
+    difference of scores can be significant.
     """
     from leakbench.errors import BadOption
 
@@ -44,7 +44,7 @@ def leaderboard(
         return
     for option, value in (("--sample", sample), ("--seed", seed), ("--device", device), ("--plugin", plugin)):
         if value is not None and value != []:
-            raise BadOption(f"{option} is of leaderboard check; leave it out")
+            raise BadOption(f"{option} is an option of leaderboard check; leave it out")
     from leakbench.report.leaderboard import write
 
     if out is None:
@@ -57,7 +57,7 @@ def leaderboard(
 
 
 def _check(entry: Path, run: Path, sample: int, seed: int | None, device: str, plugins: list[Path]) -> None:
-    """Check an entry; exit with 1 where it does not hold."""
+    """Check an entry; exit with 1 if it does not hold."""
     from leakbench.core.registry import load_plugin
     from leakbench.leaderboard.entry import read
     from leakbench.leaderboard.verify import check, words

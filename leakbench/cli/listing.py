@@ -1,75 +1,44 @@
-"""``leakbench list``: what is registered, with options, defaults and references."""
+"""``leakbench list``: the registered components, with options, defaults and references."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from leakbench.core.registry import Registry
+app = typer.Typer(help="List components, suites and threat models.", no_args_is_help=True)
 
-app = typer.Typer(help="List what is registered.", no_args_is_help=True)
+KINDS = {
+    "attacks": "List the attacks, with their options and references.",
+    "defenses": "List the defenses, with their options and adaptive attacks.",
+    "models": "List the models, with their options and references.",
+    "datasets": "List the datasets, with their options and references.",
+    "metrics": "List the metrics, with their conventions and references.",
+    "generators": "List the generators, with their options and shipped weights.",
+}
+"""The packages of components, and the help of the command that lists each."""
 
-Plugin = Annotated[
+Plugins = Annotated[
     list[Path] | None, typer.Option("--plugin", help="A Python file that registers components; it is run. Repeatable.")
 ]
 
 
-@app.command()
-def attacks(plugin: Plugin = None) -> None:
-    """List the attacks, with options, defaults and references."""
-    from leakbench.attacks import registry
+def _command(kind: str, text: str) -> None:
+    """Register the command that lists the components of a kind."""
 
-    _show(registry, plugin)
+    @app.command(kind, help=text)
+    def show(plugin: Plugins = None) -> None:
+        from leakbench.core.registry import load_plugin
 
-
-@app.command()
-def defenses(plugin: Plugin = None) -> None:
-    """List the defenses, with options, defaults and references."""
-    from leakbench.defenses import registry
-
-    _show(registry, plugin)
+        for path in plugin or []:
+            load_plugin(path)
+        _show(kind)
 
 
-@app.command()
-def models(plugin: Plugin = None) -> None:
-    """List the models, with options, defaults and references."""
-    from leakbench.models import registry
-
-    _show(registry, plugin)
-
-
-@app.command()
-def datasets(plugin: Plugin = None) -> None:
-    """List the datasets, with options, defaults and references."""
-    from leakbench.datasets import registry
-
-    _show(registry, plugin)
-
-
-@app.command()
-def metrics(plugin: Plugin = None) -> None:
-    """List the metrics, with their conventions and references."""
-    from leakbench.metrics import registry
-
-    _show(registry, plugin)
-
-
-@app.command()
-def generators(plugin: Plugin = None) -> None:
-    """List the generators, with options, defaults and references, and the weights that ship."""
-    from leakbench.generators import parse, registry
-    from leakbench.generators.dcgan import SHIPPED
-
-    _show(registry, plugin)
-    typer.echo("Weights that ship with leakbench:")
-    for name in SHIPPED:
-        card = parse(f"dcgan:{name}").card()
-        typer.echo(
-            f"dcgan:{name}\n    trained on {card.data}\n    licence: {card.licence}\n    SHA-256: {card.checksum}"
-        )
+for _kind, _text in KINDS.items():
+    _command(_kind, _text)
 
 
 @app.command()
@@ -87,19 +56,18 @@ def suites() -> None:
 
 @app.command()
 def threats() -> None:
-    """List the threat models that have a name."""
+    """List the threat models by name."""
     from leakbench.core.types import PRESETS
 
     for name, preset in PRESETS.items():
         typer.echo(f"{name}\n    {preset.describe()}")
 
 
-def _show(registry: Registry[Any], plugins: list[Path] | None) -> None:
-    from leakbench.core.registry import load_plugin, option_text
+def _show(kind: str) -> None:
+    from leakbench.core.registry import option_text
     from leakbench.defenses.adaptive import by_informed
 
-    for path in plugins or []:
-        load_plugin(path)
+    registry = import_module(f"leakbench.{kind}").registry
     for name in registry.names():
         cls = registry.get(name)
         typer.echo(f"{name}\n    {cls.summary()}")
@@ -109,7 +77,7 @@ def _show(registry: Registry[Any], plugins: list[Path] | None) -> None:
         convention = getattr(cls, "convention", "")
         if convention:
             typer.echo(f"    convention: {convention}")
-        if registry.kind == "defense":
+        if kind == "defenses":
             attackers = {} if registry.required(cls) else by_informed(cls().attackers())
             for informed, attacker in attackers.items():
                 typer.echo(f"    adaptive attack (informed={str(informed).lower()}): {attacker.description}")
@@ -118,3 +86,17 @@ def _show(registry: Registry[Any], plugins: list[Path] | None) -> None:
         for word in ("assumes", "cost", "fails", "reference"):
             if getattr(cls, word):
                 typer.echo(f"    {word}: {getattr(cls, word)}")
+    if kind == "generators":
+        _show_weights()
+
+
+def _show_weights() -> None:
+    from leakbench.generators import parse
+    from leakbench.generators.dcgan import SHIPPED
+
+    typer.echo("Weights that ship with leakbench:")
+    for name in SHIPPED:
+        card = parse(f"dcgan:{name}").card()
+        typer.echo(
+            f"dcgan:{name}\n    trained on {card.data}\n    licence: {card.licence}\n    SHA-256: {card.checksum}"
+        )

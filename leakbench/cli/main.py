@@ -1,4 +1,4 @@
-"""``leakbench``: the commands, and the one place where an error becomes a line and an exit code."""
+"""``leakbench``: the commands, and the place where an error becomes one line and an exit code."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ USAGE: type[Exception] = typer.BadParameter.__mro__[1]  # the base of typer's us
 
 
 CRASHED = 70
-"""The exit code of an error that nobody foresaw (``EX_SOFTWARE`` of sysexits.h): never 1, which is an answer."""
+"""The exit code of a bug (``EX_SOFTWARE`` of sysexits.h); never 1, which is the answer no."""
 
 
 def main() -> None:
     """Run the command line; exit with 0, 2 on bad input (one line on stderr), 70 on a bug, or 130 after Ctrl-C.
 
-    Commands that answer a question (``audit --fail-if``, ``diff``, ``check``, ``leaderboard check``) say no with 1.
+    Exit code 1 is the answer no (``audit --fail-if``, ``diff``, ``check``, ``leaderboard check``).
     """
     try:
         with _noting_interrupts() as stopped, warnings.catch_warnings():
@@ -74,29 +74,29 @@ def main() -> None:
         message = error.format_message()  # type: ignore[attr-defined]
         if "\n" not in message:
             _fail(f"{message.rstrip('.')}; see leakbench --help")
-        typer.echo(message)  # the help of a group that was called alone
+        typer.echo(message)  # the help of a group that was called without a command
         raise SystemExit(2) from None
     except (typer.Abort, KeyboardInterrupt):
         code = 130
     except Exception as error:
         if not stopped:
             _end(error)
-        code = 130  # what a library that was being loaded made of Ctrl-C
-    if code == 130:  # a command with more to say of it has ended by itself
-        sys.stderr.write("stopped; nothing that was written is lost: start the same command again\n")
+        code = 130  # a library that was being loaded turned Ctrl-C into this error
+    if code == 130:  # a command that reports more has exited by itself
+        sys.stderr.write("stopped; results are kept: start the same command again to resume\n")
     raise SystemExit(code or 0)
 
 
 @contextlib.contextmanager
 def _noting_interrupts() -> Iterator[list[int]]:
-    """Yield a list that gets an entry with every Ctrl-C, which raises KeyboardInterrupt as ever."""
+    """Yield a list that gets an entry with every Ctrl-C, which raises KeyboardInterrupt as usual."""
     seen: list[int] = []
 
     def note(number: int, frame: object) -> NoReturn:
         seen.append(number)
         raise KeyboardInterrupt
 
-    main_thread = threading.current_thread() is threading.main_thread()  # the one that takes signals
+    main_thread = threading.current_thread() is threading.main_thread()  # only this thread gets signals
     if not main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield seen
         return
@@ -123,7 +123,7 @@ def _warn(
 
 
 def _end(error: Exception) -> NoReturn:
-    """Say what went wrong and exit."""
+    """Print the error in one line and exit."""
     if isinstance(error, LeakbenchError):
         _fail(str(error))
     if isinstance(error, OSError):

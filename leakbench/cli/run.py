@@ -244,7 +244,7 @@ def _finished(plans: Sequence[Matrix], folder: Path, options: RunOptions) -> Run
     with stoppable(done) as line:
         if len(plans) > 1:
             for plan in plans:
-                engine.check(plan, device=options.device, strict=options.strict, time_limit=options.time_limit)
+                engine.check(plan, options)
             plans = [plan for plan in plans if engine.planned(plan, options.shard)] or plans
         for number, plan in enumerate(plans, 1):
             part = f"matrix {number} of {len(plans)}" if len(plans) > 1 else ""

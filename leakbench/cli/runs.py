@@ -1,4 +1,4 @@
-"""``leakbench check`` and ``leakbench merge``: what a run file holds, and several of them as one."""
+"""``leakbench check`` and ``leakbench merge``: the integrity of a run file, and several runs as one."""
 
 from __future__ import annotations
 
@@ -9,33 +9,31 @@ import typer
 
 
 def check(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, or its file.")]) -> None:
-    """Say whether a run is complete and sound, and what is missing.
+    """Check whether a run is complete and valid, and list missing trials and faults.
 
-    Every trial must be what its id says, and every one that ended must have its pictures and finite scores. The exit
-    code is 0 where the run is complete and sound, 1 where trials are missing or ended in an error, 3 where something is
-    wrong with the file, and 2 where there is no run file.
+    Every trial must match its id, and every trial with a result must have its images and finite scores. The exit code
+    is 0 if the run is complete and valid, 1 if trials are missing or ended in an error, 3 if the file has faults, and 2
+    if there is no run file.
     """
-    from leakbench.store.integrity import check as examine
+    from leakbench.store import integrity
 
-    state = examine(run)
-    for line in state.lines():
+    found = integrity.check(run)
+    for line in found.lines():
         typer.echo(line)
-    raise typer.Exit(state.code)
+    raise typer.Exit(found.code)
 
 
 def merge(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or their files.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The merged run's folder; one that is there is added to.")],
-    force: Annotated[
-        bool, typer.Option("--force", help="Merge runs of different matrices or versions all the same.")
-    ] = False,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the merged run, new or existing.")],
+    force: Annotated[bool, typer.Option("--force", help="Also merge runs of different matrices or versions.")] = False,
 ) -> None:
     """Merge runs of one matrix, such as its shards, into one; merging again changes nothing.
 
-    A trial that has a result keeps it, unless it is an error and another run has more. "leakbench report OUT" then
-    writes the report of the whole.
+    A trial that has a result keeps it, unless it is an error and another run has a result without one. Then
+    "leakbench report OUT" writes the report of the merged run.
     """
-    from leakbench.store.merge import merge as unite
+    from leakbench.store import merge as store
 
-    merged = unite(runs, out, force=force)
-    typer.echo(f"{merged.added} results added: {merged.finished} of {merged.planned} trials are done in {out}")
+    merged = store.merge(runs, out, force=force)
+    typer.echo(f"{merged.added} results added; {merged.finished} of {merged.planned} trials are done in {out}")

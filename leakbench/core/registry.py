@@ -176,7 +176,7 @@ class Registry(Generic[T]):
                 return adapter.validate_python(candidate)
             except ValidationError as error:
                 message = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise BadOption(f"{self.kind} {name!r}: option {option}={value!r} does not fit: {one_line(message)}")
+        raise BadOption(f"{self.kind} {name!r}: option {option}={value!r} is not valid: {one_line(message)}")
 
     def _load_entry_points(self) -> None:
         if self._entry_points_loaded:

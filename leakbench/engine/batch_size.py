@@ -1,4 +1,4 @@
-"""How many trials to run at a time: as many as fit into memory, and no more than make each of them cheaper."""
+"""The number of trials to run at a time: as many as fit into memory and make each trial cheaper."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ import torch
 from leakbench.core.device import SHARE, free_memory, out_of_memory
 from leakbench.core.malloc import release_freed_memory
 
-LARGEST = {"cpu": 256, "cuda": 4096}
-FEWEST = 8
-"""Up to this many trials always run together where they fit: a clock cannot tell what less would gain."""
-GAIN = 0.9
-"""A larger chunk is taken for a time per trial of less than this part of the smaller one's."""
-LIMIT = 10.0
-"""Seconds after which no larger chunk is tried."""
+MAX_TRIALS = {"cpu": 256, "cuda": 4096}
+"""The largest number of trials at a time, by device."""
+ALWAYS_TOGETHER = 8
+"""Up to this many trials run together if they fit: below this size timing noise exceeds the gain."""
+COST_RATIO = 0.9
+"""A larger chunk is chosen if its time per trial is below this times the smaller one's."""
+MAX_SECONDS = 10.0
+"""After this time no larger chunk is tried."""
 
 
 def choose(step: Callable[[int], int | None], trials: int, device: torch.device, share: float = SHARE) -> int:
     """Return how many of ``trials`` trials to run at a time, from short measurements with 1, 2, 4, ... trials.
 
     Args:
-        step: does a small, typical piece of the work for so many trials, and returns how many bytes the whole work
-            holds beside what that piece needs (``Attack.probe``).
+        step: does a small, typical piece of the work for a number of trials, and returns how many bytes the whole
+            work holds beyond the memory of that piece (``Attack.probe``).
         trials: how many there are.
         device: where the work runs.
         share: the part of the free memory that they may take.
@@ -33,7 +34,7 @@ def choose(step: Callable[[int], int | None], trials: int, device: torch.device,
     begin = time.perf_counter()
     best, best_cost = 1, float("inf")
     size, idle = 1, 0
-    while size <= min(trials, LARGEST[device.type]):
+    while size <= min(trials, MAX_TRIALS[device.type]):
         free = free_memory(device)
         try:
             seconds, used = _measure(step, size, device)
@@ -44,12 +45,12 @@ def choose(step: Callable[[int], int | None], trials: int, device: torch.device,
         if size > 1 and used > share * free:
             break
         cost = seconds / size
-        if size <= FEWEST or cost < GAIN * best_cost:
+        if size <= ALWAYS_TOGETHER or cost < COST_RATIO * best_cost:
             best, best_cost, idle = size, cost, 0
         else:
             idle += 1
-        late = size >= FEWEST and time.perf_counter() - begin > LIMIT
-        if idle == 2 or late or 2 * used > share * free:
+        slow = size >= ALWAYS_TOGETHER and time.perf_counter() - begin > MAX_SECONDS
+        if idle == 2 or slow or 2 * used > share * free:
             break
         size = trials if size < trials < 2 * size else 2 * size
     pieces = -(-trials // best)
@@ -57,7 +58,7 @@ def choose(step: Callable[[int], int | None], trials: int, device: torch.device,
 
 
 def _measure(step: Callable[[int], int | None], size: int, device: torch.device) -> tuple[float, int]:
-    """Return the seconds and the most bytes that a step of this size takes, after one to warm up."""
+    """Return the seconds and the peak memory in bytes of a step of this size, after a first one to warm up."""
     held = step(size) or 0
     begin = time.perf_counter()
     if device.type == "cuda":
@@ -73,12 +74,12 @@ def _measure(step: Callable[[int], int | None], size: int, device: torch.device)
     begin = time.perf_counter()
     before = process.memory_info().rss
     step(size)
-    # the highest that the process has ever been is at least what this step needed
+    # the peak of the process so far is an upper bound of the peak of this step
     return time.perf_counter() - begin, max(0, _peak() - before) + held
 
 
 def _peak() -> int:
-    """Return the largest resident size that this process has had, in bytes; where that is unknown, the present one."""
+    """Return the peak resident size of this process in bytes, or the present one if the peak is unknown."""
     try:
         import resource
     except ImportError:  # Windows

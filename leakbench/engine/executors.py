@@ -1,8 +1,8 @@
-"""Who does the tasks: this process, or processes of its own; the driver alone decides what is run, and writes.
+"""Executors: in-process and multiprocessing. Only the driver decides what is run, and only it writes.
 
-A task is held by one worker, and the driver knows whether that worker lives by the process itself, so that no clock
-decides (the time limit is measured by the monotonic one). A worker that dies costs what it held, which is done again;
-it has no other state. Workers end with the driver, however it ends.
+A worker holds one task. The driver learns from the process itself whether a worker lives, so no clock decides it (the
+time limit is measured by the monotonic clock). If a worker dies, its task is done again; it has no other state. Workers
+end with the driver, however that ends.
 """
 
 from __future__ import annotations
@@ -35,17 +35,16 @@ from leakbench.engine.worker import ChunkTask, MeasureTask, Task, TaskAnswer, Wo
 from leakbench.errors import LeakbenchError, one_line
 from leakbench.gradients import full_precision
 
-STARTS = 10
-"""So many workers in a row that are killed before they are ready end the run."""
+MAX_FAILED_STARTS = 10
+"""After this many workers in a row died before they were ready, the run ends."""
 
-
-LOADING = 20.0
-"""Seconds by which the time limit of a worker's first task is longer: for what it loads once."""
+LOADING_SECONDS = 20.0
+"""By how much the time limit of a worker's first task is longer: for what it loads once."""
 
 
 @dataclass(frozen=True)
 class TaskDone:
-    """A task was answered."""
+    """A task is done."""
 
     task: Task
     answer: TaskAnswer
@@ -53,7 +52,7 @@ class TaskDone:
 
 @dataclass(frozen=True)
 class WorkerDied:
-    """A worker died with its task; ``reason`` says how."""
+    """A worker died while it held a task; ``reason`` says how."""
 
     task: Task
     reason: str
@@ -61,14 +60,14 @@ class WorkerDied:
 
 @dataclass(frozen=True)
 class TimedOut:
-    """A task took longer than the time limit, and its worker was stopped."""
+    """A task took longer than the time limit, and its worker was killed."""
 
     task: Task
 
 
 @dataclass(frozen=True)
 class Message:
-    """A line that is worth telling."""
+    """A line for the user."""
 
     line: str
 
@@ -77,10 +76,10 @@ Event = TaskDone | WorkerDied | TimedOut | Message
 
 
 class Executor(ABC):
-    """Does tasks; entered before the first, and left when all is done or anything went wrong.
+    """Does tasks; a context manager, entered before the first task and left after the last, or after an error.
 
     Attributes:
-        workers: how many tasks are done at a time.
+        workers: the number of tasks that run at a time.
     """
 
     workers: int = 1
@@ -99,7 +98,7 @@ class Executor(ABC):
 
     @abstractmethod
     def submit(self, task: Task) -> None:
-        """Have a worker do a task."""
+        """Give a task to a worker."""
 
     @abstractmethod
     def running(self) -> bool:
@@ -107,18 +106,18 @@ class Executor(ABC):
 
     @abstractmethod
     def wait(self) -> list[Event]:
-        """Wait until something happened, and return what; a worker's LeakbenchError is raised."""
+        """Wait for events and return them; raise the LeakbenchError that a worker raised."""
 
     @abstractmethod
     def close(self) -> None:
-        """End every worker, whatever it does."""
+        """End every worker, even a busy one."""
 
     def run(self, tasks: Callable[[], Task | None], begin: Callable[[Task], None]) -> Iterator[Event]:
-        """Have all tasks done and yield what happens.
+        """Do all tasks and yield the events.
 
         Args:
-            tasks: returns the next task, or None where there is none before something else has happened.
-            begin: is told of every task that is submitted.
+            tasks: returns the next task, or None if there is none before the next event.
+            begin: called with every task that is submitted.
         """
         task = tasks()
         while task is not None or self.running():
@@ -132,7 +131,7 @@ class Executor(ABC):
 
 
 class InProcessExecutor(Executor):
-    """This process does the tasks, one after the other."""
+    """Does the tasks in this process, one after the other."""
 
     def __init__(self, work: WorkerContext) -> None:
         self._notes: list[Event] = []
@@ -140,11 +139,11 @@ class InProcessExecutor(Executor):
         self._task: Task | None = None
 
     def idle(self) -> bool:
-        """Return whether nothing waits."""
+        """Return whether no task waits."""
         return self._task is None
 
     def submit(self, task: Task) -> None:
-        """Keep the task until it is waited for."""
+        """Keep the task until ``wait`` is called."""
         self._task = task
 
     def running(self) -> bool:
@@ -154,7 +153,7 @@ class InProcessExecutor(Executor):
     def wait(self) -> list[Event]:
         """Do the task."""
         task = self._task
-        assert task is not None  # nothing is waited for unless a task is running
+        assert task is not None  # wait is called only while a task is running
         answer = self._worker.do(task)
         self._task = None
         events = [*self._notes, TaskDone(task, answer)]
@@ -162,7 +161,7 @@ class InProcessExecutor(Executor):
         return events
 
     def close(self) -> None:
-        """Do nothing: there is no worker but this process."""
+        """Do nothing: the only worker is this process."""
 
 
 @dataclass
@@ -170,10 +169,10 @@ class WorkerSlot:
     """A worker as the driver sees it.
 
     Attributes:
-        ready: it has loaded everything.
-        fresh: it has not ended a task yet.
-        task: what it does.
-        deadline: until when it may, by the monotonic clock; None without a limit.
+        ready: whether it has loaded everything.
+        fresh: whether it has not completed a task yet.
+        task: the task that it holds.
+        deadline: of the task, by the monotonic clock; None without a limit.
     """
 
     ready: bool = field(default=False, init=False)
@@ -186,10 +185,10 @@ S = TypeVar("S", bound=WorkerSlot)
 
 
 class WorkerPool(Executor, Generic[S]):
-    """Long-lived workers that hold a task each; one that dies, or takes too long, is replaced.
+    """Long-lived workers that hold a task each; a worker that dies, or takes too long, is replaced.
 
     Args:
-        limit: seconds that a trial may take; a chunk has as many times as much as it has trials.
+        limit: seconds per trial; a chunk of n trials may take n times as long.
     """
 
     def __init__(self, limit: float | None) -> None:
@@ -198,7 +197,7 @@ class WorkerPool(Executor, Generic[S]):
         self._deaths = 0
 
     def idle(self) -> bool:
-        """Return whether a worker that is ready has no task."""
+        """Return whether a ready worker has no task."""
         return any(slot.ready and slot.task is None for slot in self._slots)
 
     def running(self) -> bool:
@@ -229,25 +228,25 @@ class WorkerPool(Executor, Generic[S]):
                 if slot.task is not None:
                     events.append(WorkerDied(slot.task, reason))
                 self._deaths += not slot.ready
-                if self._deaths == STARTS:
+                if self._deaths == MAX_FAILED_STARTS:
                     raise LeakbenchError(
-                        f"{STARTS} workers in a row died before they were ready, the last {reason}; give fewer "
-                        "--workers, or free memory"
+                        f"{MAX_FAILED_STARTS} workers in a row died before they were ready, the last {reason}; give "
+                        "fewer --workers, or free memory"
                     )
                 self._slots[place] = self._successor(slot)
         return events
 
     @abstractmethod
     def _send(self, slot: S, task: Task) -> None:
-        """Have a worker do a task; one that is dead is found to be so by ``_heard``."""
+        """Send a task to a worker; ``_heard`` reports a dead one."""
 
     @abstractmethod
     def _heard(self, timeout: float | None) -> list[int]:
-        """Wait so many seconds at most, and return the places of workers that have sent something, or died."""
+        """Wait at most this many seconds; return the places of workers that have sent something, or died."""
 
     @abstractmethod
     def _read(self, slot: S, events: list[Event]) -> bool:
-        """Take in what a worker has sent, and return whether it lives."""
+        """Read what a worker has sent, append its events, and return whether the worker lives."""
 
     @abstractmethod
     def _end(self, slot: S) -> str:
@@ -255,21 +254,21 @@ class WorkerPool(Executor, Generic[S]):
 
     @abstractmethod
     def _successor(self, slot: S) -> S:
-        """Return a new worker in the place of one that has ended."""
+        """Return a new worker in place of one that has ended."""
 
     def _started(self, slot: S) -> None:
-        """Take note that a worker is ready."""
+        """Record that a worker is ready."""
         slot.ready, self._deaths = True, 0
 
     def _answered(self, slot: S, answer: TaskAnswer, events: list[Event]) -> None:
-        """Take note that a worker has ended its task."""
+        """Record that a worker has done its task."""
         assert slot.task is not None  # it answers what it was sent
         events.append(TaskDone(slot.task, answer))
         slot.task, slot.deadline, slot.fresh = None, None, False
 
     def _set_deadline(self, slot: S, trials: int) -> None:
         if self._limit is not None:
-            slot.deadline = time.monotonic() + self._limit * trials + (LOADING if slot.fresh else 0.0)
+            slot.deadline = time.monotonic() + self._limit * trials + (LOADING_SECONDS if slot.fresh else 0.0)
 
 
 @dataclass
@@ -285,9 +284,9 @@ class ProcessExecutor(WorkerPool[_Process]):
     """Long-lived processes on this machine, spawned, each with a pipe to the driver.
 
     Args:
-        works: what every task needs, one for each process; they differ in the device.
+        works: the context of each process; they differ in the device.
         threads: the threads of each process.
-        limit: seconds that a trial may take.
+        limit: seconds per trial.
     """
 
     def __init__(self, works: Sequence[WorkerContext], threads: int, limit: float | None = None) -> None:
@@ -305,7 +304,7 @@ class ProcessExecutor(WorkerPool[_Process]):
         return self
 
     def close(self) -> None:
-        """Kill every process: none of them has anything to lose."""
+        """Kill every process; none of them has state to save."""
         for slot in self._slots:
             slot.process.kill()
         for slot in self._slots:
@@ -317,7 +316,7 @@ class ProcessExecutor(WorkerPool[_Process]):
         here, there = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")
         process = context.Process(target=_serve, args=(there, packed(work), self._plugins, self._threads), daemon=True)
-        with _sigint_blocked():  # Ctrl-C goes to all processes of a terminal; the driver alone answers it
+        with _sigint_blocked():  # Ctrl-C goes to all processes of a terminal; only the driver answers it
             process.start()
         there.close()
         return _Process(process, here, work)
@@ -357,8 +356,8 @@ class ProcessExecutor(WorkerPool[_Process]):
         reason = _death(slot.process.exitcode)
         if not slot.ready and (slot.process.exitcode or 0) >= 0:
             raise LeakbenchError(
-                f"a worker process ended before it was ready: {reason}; run with --workers 1 to see why, and in a "
-                "script of your own call leakbench.run under if __name__ == '__main__'"
+                f"a worker process ended before it was ready: {reason}; run with --workers 1 to see why, and in your "
+                "own script call leakbench.run under if __name__ == '__main__'"
             )
         return reason
 
@@ -367,7 +366,7 @@ class ProcessExecutor(WorkerPool[_Process]):
 
 
 def trials_of(task: Task) -> int:
-    """Return how many trials a task takes the time of."""
+    """Return how many trials may take the time of a task."""
     match task:
         case ChunkTask():
             return len(task.trials)
@@ -378,10 +377,10 @@ def trials_of(task: Task) -> int:
 
 
 def packed(value: object) -> bytes:
-    """Return what a worker is sent.
+    """Return a value as the bytes that a worker is sent.
 
     Raises:
-        LeakbenchError: a component that no other process can import.
+        LeakbenchError: another process cannot import a component.
     """
     try:
         return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
@@ -397,18 +396,18 @@ def _death(code: int | None) -> str:
     if code is not None and code < 0:
         with contextlib.suppress(ValueError):
             name = signal.Signals(-code).name
-            memory = " (as the system does where memory runs out)" if name == "SIGKILL" else ""
+            memory = " (as the system does when memory runs out)" if name == "SIGKILL" else ""
             return f"by {name}{memory}"
     return f"with exit code {code}"
 
 
 @contextlib.contextmanager
 def _sigint_blocked() -> Iterator[None]:
-    """A process that is started inside never sees Ctrl-C."""
+    """A process that is started inside ignores Ctrl-C."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    resource_tracker.ensure_running()  # it is started with the first process otherwise, and unblocks the signal
+    resource_tracker.ensure_running()  # otherwise it starts with the first process, and unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -417,9 +416,9 @@ def _sigint_blocked() -> Iterator[None]:
 
 
 def _serve(pipe: Connection, work: bytes, plugins: Sequence[Path], threads: int) -> None:
-    """Be a worker: do tasks until the driver ends."""
+    """The main function of a worker process: do tasks until the driver ends."""
     _end_with_the_driver()
-    # a progress bar of a library's makes a semaphore otherwise, and whoever is killed leaves a warning of it behind
+    # otherwise tqdm makes a semaphore, and a killed process leaves a warning about it
     with contextlib.suppress(ImportError):
         from tqdm import tqdm
 
@@ -446,7 +445,7 @@ def _serve(pipe: Connection, work: bytes, plugins: Sequence[Path], threads: int)
 
 
 def sendable(error: Exception) -> LeakbenchError:
-    """Return what ends the run, without the frames that no pipe can carry."""
+    """Return an error that ends the run in a form that a pipe can carry, without its frames."""
     if isinstance(error, LeakbenchError):
         return type(error)(str(error))
     traceback.print_exception(error)
@@ -454,7 +453,7 @@ def sendable(error: Exception) -> LeakbenchError:
 
 
 def _end_with_the_driver() -> None:
-    """Have this process end as soon as its parent has, even while it does something else."""
+    """End this process as soon as its parent has ended, even in the middle of a task."""
     parent = multiprocessing.parent_process()
     assert parent is not None  # it is a worker
 
@@ -463,5 +462,5 @@ def _end_with_the_driver() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    if sys.platform == "linux":  # also where a component holds the interpreter
+    if sys.platform == "linux":  # also while a component holds the interpreter
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

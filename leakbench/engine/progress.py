@@ -1,4 +1,4 @@
-"""How a run tells what it is doing: a live display in a terminal, plain lines elsewhere."""
+"""Progress of a run: a live display in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from leakbench.plan.trial import Result, Trial
 
 
 class NullProgress:
-    """No output; also the interface of the others."""
+    """No output; the base of displays."""
 
     def __enter__(self) -> Self:
         """Begin."""
@@ -28,27 +28,27 @@ class NullProgress:
         """End."""
 
     def start(self, waiting: Sequence[Trial], done: int) -> None:
-        """Tell which trials are to be run and how many were done before."""
+        """Report the trials to be run, and how many were done before."""
 
-    def spare(self, trials: Sequence[Trial]) -> None:
-        """Tell that trials need not be run."""
+    def skip(self, trials: Sequence[Trial]) -> None:
+        """Report trials that need not be run."""
 
     def note(self, line: str) -> None:
-        """Tell something worth a line of its own."""
+        """Report a line."""
 
     def begin(self, cell: str, trials: int) -> None:
-        """Tell that a chunk of so many trials of a cell begins."""
+        """Report that a chunk of this many trials of a cell begins."""
 
     def finish(self, results: Sequence[Result]) -> None:
-        """Tell that a chunk was stored."""
+        """Report that the results of a chunk were stored."""
 
 
 class Bar:
-    """A live bar in a terminal, with a column of one's own; lines alone elsewhere.
+    """A live bar in a terminal with one more column; elsewhere only lines.
 
     Args:
-        console: where to.
-        beside: what stands beside the count at first.
+        console: the output.
+        beside: the first text of the column beside the count.
     """
 
     def __init__(self, console: Console, beside: str) -> None:
@@ -84,12 +84,12 @@ class Bar:
 
 
 class Display(Bar, NullProgress):
-    """Cell, trials done, failures and time left: a live bar in a terminal, one line a chunk elsewhere.
+    """Cell, trials done, failures and time left: a live bar in a terminal, elsewhere one line for each chunk.
 
     Args:
-        console: where to.
+        console: the output.
         workers: how many work at once.
-        part: what the trials are a part of, such as ``matrix 2 of 6``.
+        part: the part of the run that the trials are, such as ``matrix 2 of 6``.
     """
 
     def __init__(self, console: Console, workers: int = 1, part: str = "") -> None:
@@ -111,7 +111,7 @@ class Display(Bar, NullProgress):
         again = f", {done} of them done before" if done else ""
         self.note(f"{self.part}{self.total} trial{'s' * (self.total != 1)}{again}")
 
-    def spare(self, trials: Sequence[Trial]) -> None:
+    def skip(self, trials: Sequence[Trial]) -> None:
         """Take trials out of the totals."""
         self.total -= len(trials)
         for trial in trials:

@@ -1,4 +1,4 @@
-"""The driver of a run: it plans trials, refuses what cannot be served, and writes the results of its workers."""
+"""The driver of a run: it plans trials, refuses unsupported ones, and writes the results of its workers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from leakbench.engine.executors import (
     WorkerDied,
 )
 from leakbench.engine.progress import NullProgress
-from leakbench.engine.schedule import LOSSES, Schedule, settled
+from leakbench.engine.schedule import MAX_DEATHS, Schedule, recovered
 from leakbench.engine.shard import part
 from leakbench.engine.worker import (
     CheckTask,
@@ -43,39 +43,37 @@ from leakbench.engine.worker import (
 from leakbench.errors import BadOption, LeakbenchError, MissingAsset, Unsupported, one_line
 from leakbench.gradients import full_precision
 from leakbench.metrics.base import Metric
+from leakbench.models import Model
 from leakbench.models.weights import Checkpoint
 from leakbench.observation import Observation
 from leakbench.plan.matrix import Matrix
-from leakbench.plan.trial import Cell, Result, Trial
+from leakbench.plan.trial import Result, Trial
 from leakbench.store.frames import AFTER, BEFORE
 from leakbench.store.provenance import Provenance
 from leakbench.store.records import Statement
 from leakbench.store.run_file import FILE, Store
 from leakbench.victim import check_reveals
 
-REFUSED = 256
-"""How many trials that cannot be served are written at a time."""
-
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a matrix is run; none of it changes what a trial is.
+    """How a matrix is run; none of it changes a trial or its id.
 
     Attributes:
-        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto`` (CUDA if there is a GPU), ``cpu``, ``cuda`` or ``cuda:N``.
         chunk: trials at a time, by default as many as a short measurement finds best; a chunk that does not fit into
             memory is halved and tried again.
-        strict: refuse a matrix with any cell that an attack cannot serve, and stop at the first error of a component.
-        workers: how many processes do the trials; with 1 (and no time limit) it is this one. They share the threads,
-            and the GPUs if ``device`` names none. Chunks of the same trials give the same numbers whoever does them.
-            By default 1, and with Ray as many as its cluster has room for.
-        time_limit: seconds that a trial may take, a chunk as many times as much as it has trials. What takes longer is
-            stopped, tried again one trial at a time, and then an error.
+        strict: refuse a matrix with any unsupported cell, and stop at the first error of a component.
+        workers: the number of processes; with 1 (and no time limit) it is this one. They share the threads, and the
+            GPUs if ``device`` names none. Chunks of the same trials give the same numbers in any process. By default
+            1, and with Ray as many as its cluster has room for.
+        time_limit: seconds per trial; a chunk of n trials may take n times as long. A chunk that takes longer is
+            stopped and its trials are tried again one at a time; a trial that takes longer is an error.
         shard: ``i/n``: run only this part of the matrix (``leakbench.engine.shard.part``); empty for all of it.
         executor: ``local``, or ``ray`` for the machines of a Ray cluster (extra ``ray``).
-        ray_address: the cluster's; by default what ``RAY_ADDRESS`` says, and otherwise this machine.
-        gpus_per_worker: with Ray, the part of a GPU that a worker has; by default a whole one where ``device`` is CUDA,
-            or ``auto`` and this machine has one, and otherwise none.
+        ray_address: of the cluster; by default ``RAY_ADDRESS``, and this machine if that is not set.
+        gpus_per_worker: with Ray, the GPUs (or the part of one) of each worker; by default 1 if ``device`` is CUDA, or
+            ``auto`` and this machine has a GPU, and otherwise 0.
 
     Raises:
         BadOption: one line on the first option that is out of range.
@@ -93,20 +91,20 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         if self.executor not in ("local", "ray"):
-            raise BadOption(f"executor {self.executor!r} is not known; write local or ray")
+            raise BadOption(f"unknown executor {self.executor!r}; write local or ray")
         gpus = self.gpus_per_worker if self.executor == "ray" else None
         if gpus is not None and not 0 <= gpus < float("inf"):
-            raise BadOption(f"gpus_per_worker={gpus:g} does not fit; give 0 or more")
+            raise BadOption(f"gpus_per_worker={gpus:g} must be 0 or more")
         for name, count in (("chunk", self.chunk), ("workers", self.workers)):
             if count is not None and count < 1:
-                raise BadOption(f"{name}={count} does not fit; give at least 1")
+                raise BadOption(f"{name}={count} must be at least 1")
         if self.time_limit is not None and not self.time_limit > 0:
-            raise BadOption(f"time_limit={self.time_limit:g} does not fit; give seconds above 0")
+            raise BadOption(f"time_limit={self.time_limit:g} must be above 0 seconds")
 
 
 @dataclass(frozen=True)
 class _Planned:
-    """A matrix that was found to fit, with all that its workers need.
+    """A checked matrix with all that its workers need.
 
     Attributes:
         trials: those of this shard.
@@ -136,16 +134,16 @@ def run(
     """Run every trial of a matrix that has no result yet, and return the run's folder.
 
     Args:
-        matrix: what to run.
+        matrix: the trials to run.
         out: the run's folder, ``runs/NAME`` by default; an existing run in it is resumed.
-        options: on which device, by how many workers, which shard.
-        progress: what is told of the progress; nothing by default.
+        options: device, workers, shard.
+        progress: the display; none by default.
         command: the command line, for the provenance.
         data: the recorded update of the matrix's one client, and what is known of its image; None for clients that take
             their steps on the images of the datasets.
 
     Raises:
-        LeakbenchError: one line on what does not fit; nothing was written then.
+        LeakbenchError: one line on an invalid option, matrix or folder; nothing was written then.
     """
     options, progress = options or RunOptions(), progress or NullProgress()
     folder = Path(out) if out is not None else Path("runs") / matrix.name
@@ -165,7 +163,8 @@ def run(
                     store.write(results, session)
                     progress.finish(results)
 
-            _refuse([trial for trial in waiting if trial.cell.key in refused], refused, plan.data, keep, progress)
+            for _, cell in itertools.groupby(waiting, key=lambda trial: trial.cell.key):
+                _refuse([trial for trial in cell if trial.cell.key in refused], refused, plan.data, keep, progress)
             schedule = Schedule(
                 [trial for trial in plan.trials if trial.cell.key not in refused],
                 store,
@@ -173,7 +172,7 @@ def run(
                 threshold=matrix.threshold,
                 size=options.chunk,
                 workers=plan.executor.workers,
-                spare=progress.spare,
+                skip=progress.skip,
             )
             _loop(schedule, plan.executor, options.time_limit, keep, progress)
     return folder
@@ -183,10 +182,10 @@ def _plan(matrix: Matrix, options: RunOptions, file: Path, given: ClientData | N
     """Return a matrix with its data and executor; nothing is written.
 
     Raises:
-        LeakbenchError: one line on what does not fit.
+        LeakbenchError: see ``run``.
     """
-    gpus = options.gpus_per_worker if options.executor == "ray" else None
-    device = device_named(options.device) if not gpus else torch.device("cuda")
+    on_gpus = options.executor == "ray" and options.gpus_per_worker
+    device = torch.device("cuda") if on_gpus else device_named(options.device)
     _check_indices(matrix)
     trials = planned(matrix, options.shard)
     if not trials:
@@ -196,27 +195,22 @@ def _plan(matrix: Matrix, options: RunOptions, file: Path, given: ClientData | N
     keep_freed_memory()
     data = _load(trials) if given is None else {trials[0].specs["dataset"]: given}
     scores, missing = _metrics()
-    work = WorkerContext(scores, device, options.strict)
-    if options.executor == "ray":
-        gpus = float(device.type == "cuda") if gpus is None else gpus
-        executor = _ray(work, options.workers, gpus, options.time_limit, options.ray_address)
-    else:
-        executor = _local(work, options.workers or 1, options.time_limit)
+    executor = _executor(WorkerContext(scores, device, options.strict), options)
     whole = matrix.trials() if options.shard else trials
     return _Planned(matrix, trials, whole, data, executor, device, missing)
 
 
 @contextmanager
 def _session(plan: _Planned, folder: Path, shard: str, command: str) -> Iterator[tuple[Store, int]]:
-    """Open or create the run file, record what is planned and where it comes from, and end the session at the end."""
-    file, trials = folder / FILE, plan.trials
-    checkpoints, statements = _checkpoints(trials), _statements(trials)
+    """Open or create the run file, record plan and provenance, and record the end of the session."""
+    file = folder / FILE
+    checkpoints, statements = _stated(plan.trials)
     matrix = json.dumps(plan.matrix.describe())
-    provenance = Provenance.collect(command, _words(plan.device), matrix, shard, plan.executor.workers)
+    provenance = Provenance.collect(command, _named(plan.device), matrix, shard, plan.executor.workers)
     with Store.open(file) if _has_content(file) else Store.create(file) as store, alone(folder):
         session = store.start_session(provenance)
-        store.record_metrics([metrics.parse(name) for name in metrics.names()], _notes(trials))
-        store.add_trials(trials, among=plan.whole)
+        store.record_metrics([metrics.parse(name) for name in metrics.names()], _notes(plan.trials))
+        store.add_trials(plan.trials, among=plan.whole)
         store.record_checkpoints(checkpoints)
         store.record_statements(statements)
         yield store, session
@@ -230,11 +224,12 @@ def _refuse(
     keep: Callable[[list[Result]], None],
     progress: NullProgress,
 ) -> None:
-    """Keep trials whose cells cannot be served as unsupported, with the reason of each cell."""
-    for piece in _pieces(trials):
-        progress.begin(piece[0].cell.words, len(piece))
-        held = [(data[trial.specs["dataset"]], trial, reasons[trial.cell.key]) for trial in piece]
-        keep([without_score(images, trial, "unsupported", reason) for images, trial, reason in held])
+    """Keep the trials of an unsupported cell, with its reason."""
+    if trials:
+        cell = trials[0].cell
+        progress.begin(cell.words, len(trials))
+        images = data[cell.specs["dataset"]]
+        keep([without_score(images, trial, "unsupported", reasons[cell.key]) for trial in trials])
 
 
 def _loop(
@@ -244,12 +239,17 @@ def _loop(
     keep: Callable[[list[Result]], None],
     progress: NullProgress,
 ) -> None:
-    """Hand out tasks until the schedule has none left, and keep what comes back."""
-    told: set[str] = set()
-    for event in executor.run(schedule.next, lambda task: _tell(task, progress)):
+    """Hand out tasks until the schedule has none left, and keep the results."""
+
+    def begin(task: Task) -> None:
+        if isinstance(task, ChunkTask):
+            progress.begin(task.trial.cell.words, len(task.trials))
+
+    shown: set[str] = set()
+    for event in executor.run(schedule.next, begin):
         match event:
-            case Message() if event.line not in told:
-                told.add(event.line)
+            case Message() if event.line not in shown:
+                shown.add(event.line)
                 progress.note(event.line)
             case TaskDone(ChunkTask() as task, list() as results):
                 keep(results)
@@ -257,65 +257,50 @@ def _loop(
             case TaskDone(MeasureTask() as task, int() as size):
                 schedule.measured(task, size)
             case WorkerDied(ChunkTask() | MeasureTask() as task, reason):
-                progress.note(f"a worker died {reason}; what it did is done again")
+                progress.note(f"a worker died {reason}; its trials are run again")
                 keep(schedule.lost(task, reason))
             case TimedOut(ChunkTask() | MeasureTask() as task):
-                progress.note(f"{task.trial.cell.words}: stopped after the time limit")
-                keep(schedule.late(task, time_limit or 0.0))
+                progress.note(f"{task.trial.cell.words}: timed out")
+                keep(schedule.timed_out(task, time_limit or 0.0))
 
 
-def check(
-    matrix: Matrix, *, device: str = "auto", strict: bool = False, time_limit: float | None = None
-) -> Sequence[Trial]:
-    """Return the trials of a matrix, after one step on a blank image for each cell: what ``run`` would refuse raises.
+def check(matrix: Matrix, options: RunOptions) -> None:
+    """Raise what ``run`` would raise of a matrix, after one step on a blank image for each cell.
 
-    For who runs several matrices, so that the last one is not refused after the first has run for hours.
+    If several matrices are run, this refuses the last one before the first has run for hours.
 
     Raises:
         LeakbenchError: see ``run``.
     """
     _check_indices(matrix)
-    trials = matrix.trials()
-    with full_precision(), _local(WorkerContext((), device_named(device), strict), 1, time_limit) as does:
-        _preflight(trials, strict, matrix.threshold is not None, does)
-    return trials
+    local = replace(options, executor="local", workers=1)
+    with (
+        full_precision(),
+        _executor(WorkerContext((), device_named(options.device), options.strict), local) as executor,
+    ):
+        _preflight(matrix.trials(), options.strict, matrix.threshold is not None, executor)
 
 
-def _ray(work: WorkerContext, workers: int | None, gpus: float, time_limit: float | None, address: str) -> Executor:
-    """Return the actors of a Ray cluster; one that has a GPU to itself has one thread."""
-    from leakbench.engine.ray_executor import RayExecutor
+def _executor(work: WorkerContext, options: RunOptions) -> Executor:
+    """Return the executor that options ask for; a Ray actor with a GPU has one thread."""
+    if options.executor == "ray":
+        from leakbench.engine.ray_executor import RayExecutor
 
-    return RayExecutor(
-        replace(work, device=torch.device("cuda" if gpus else "cpu")), workers, gpus, 1, time_limit, address
-    )
-
-
-def _local(work: WorkerContext, workers: int, time_limit: float | None) -> Executor:
-    """Return who does the tasks on this machine."""
-    if workers == 1 and time_limit is None:
+        gpus = float(work.device.type == "cuda") if options.gpus_per_worker is None else options.gpus_per_worker
+        own = replace(work, device=torch.device("cuda" if gpus else "cpu"))
+        return RayExecutor(own, options.workers, gpus, 1, options.time_limit, options.ray_address)
+    workers = options.workers or 1
+    if workers == 1 and options.time_limit is None:
         return InProcessExecutor(work)
     count = torch.cuda.device_count() if work.device.type == "cuda" and work.device.index is None else 1
     share = work.share * count / max(workers, count)
     devices = [torch.device("cuda", place % count) if count > 1 else work.device for place in range(workers)]
     works = [replace(work, device=device, share=share) for device in devices]
-    return ProcessExecutor(works, max(1, torch.get_num_threads() // workers), time_limit)
-
-
-def _tell(task: Task, progress: NullProgress) -> None:
-    """Tell that a task begins."""
-    if isinstance(task, ChunkTask):
-        progress.begin(task.trial.cell.words, len(task.trials))
-
-
-def _pieces(trials: Sequence[Trial]) -> Iterator[Sequence[Trial]]:
-    """Yield trials of the same cell, not too many at a time."""
-    for _, members in itertools.groupby(trials, key=lambda trial: trial.cell.key):
-        cell = tuple(members)
-        yield from (cell[begin : begin + REFUSED] for begin in range(0, len(cell), REFUSED))
+    return ProcessExecutor(works, max(1, torch.get_num_threads() // workers), options.time_limit)
 
 
 def _has_content(file: Path) -> bool:
-    """Return whether there is a run file with anything in it; one that was killed at its birth is begun anew."""
+    """Return whether there is a run file; an empty one, of a run that was killed at its start, is begun again."""
     return file.exists() and not (file.is_file() and file.stat().st_size == 0)
 
 
@@ -331,23 +316,18 @@ def finished(folder: Path, matrix: Matrix, shard: str = "") -> int:
         return 0
     trials = planned(matrix, shard)
     with Store.open(folder / FILE, readonly=True) as store:
-        return len({trial.id for trial in trials} & (store.done() | settled(trials, store, matrix.threshold)))
+        return len({trial.id for trial in trials} & (store.done() | recovered(trials, store, matrix.threshold)))
 
 
-def _cells_of(trials: Sequence[Trial]) -> list[Cell]:
-    """Return the cells of trials, each once."""
-    return list({trial.cell.key: trial.cell for trial in trials}.values())
-
-
-def _words(device: torch.device) -> str:
-    """Return a device as provenance names it: a GPU with its model and CUDA version."""
+def _named(device: torch.device) -> str:
+    """Return a device for the provenance: a GPU with its model and CUDA version."""
     if device.type != "cuda":
         return str(device)
     return f"{device} ({torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda})"
 
 
 def _check_indices(matrix: Matrix) -> None:
-    """Raise BadOption where an image index is out of range, before a large matrix is made."""
+    """Raise BadOption if an image index is out of range, before a large matrix is made."""
     last = matrix.images - 1 if isinstance(matrix.images, int) else max(matrix.images)
     for dataset in matrix.datasets:
         if last >= len(dataset):
@@ -358,7 +338,7 @@ def _check_indices(matrix: Matrix) -> None:
 
 
 def _load(trials: Sequence[Trial]) -> dict[str, ClientData]:
-    """Load the clients' images of every dataset, by its spec; what does not fit is told before the run."""
+    """Return the clients' images of every dataset, by its spec; raise LeakbenchError if they are not as promised."""
     data = {}
     for name, dataset in {trial.specs["dataset"]: trial.dataset for trial in trials}.items():
         held = [trial for trial in trials if trial.specs["dataset"] == name]
@@ -390,7 +370,7 @@ def _load_one(dataset: Dataset, indices: list[int]) -> ClientData:
     if shape[1] not in (1, 3):
         raise BadOption(f"dataset {name!r} has {shape[1]} channels; images have 1 (grey) or 3 (RGB)")
     return ClientData(
-        images={index: image.clone() for index, image in zip(indices, images)},  # each can be sent alone
+        images={index: image.clone() for index, image in zip(indices, images)},  # else each is sent with all others
         labels={index: int(label) for index, label in zip(indices, labels)},
         mean=dataset.mean(),
         num_classes=dataset.num_classes,
@@ -400,15 +380,15 @@ def _load_one(dataset: Dataset, indices: list[int]) -> ClientData:
 def _preflight(
     trials: Sequence[Trial], strict: bool, ensemble: bool, executor: Executor, observed: Observation | None = None
 ) -> dict[str, str]:
-    """Return why each cell that cannot be served cannot, from a recorded update or from one step on a blank image.
+    """Return the reason for each unsupported cell, from a recorded update or from one step on a blank image.
 
     Raises:
-        Unsupported: an attack that serves no cell at all (of an ensemble, if none does) or, if strict, any cell that is
-            not served.
-        BadOption: a threat model that reveals what no defense of the matrix has.
+        Unsupported: an attack that supports no cell at all (of an ensemble, if no attack does) or, if strict, any
+            unsupported cell.
+        BadOption: a threat model that reveals a secret that no defense of the matrix has.
     """
     cells = {trial.cell.key: trial for trial in trials}
-    seen: dict[str, list[Trial]] = {}  # cells that see the same
+    seen: dict[str, list[Trial]] = {}  # cells of the same observation
     for trial in cells.values():
         parts = [trial.cell.settings[part] for part in ("dataset", "model", "defense", "threat")]
         seen.setdefault(json.dumps(parts), []).append(trial)
@@ -420,7 +400,7 @@ def _preflight(
             case TaskDone(CheckTask(), Refusal() as refusal):
                 refused |= refusal.cells
                 groups |= refusal.groups
-            case WorkerDied(CheckTask() as check) if check.lost + 1 < LOSSES:
+            case WorkerDied(CheckTask() as check) if check.lost + 1 < MAX_DEATHS:
                 checks.append(replace(check, lost=check.lost + 1))
     check_reveals({trial.threat for trial in trials}, groups)
     for cell in (cell for cell in cells if cell in refused):
@@ -432,7 +412,7 @@ def _preflight(
 
 
 def _metrics() -> tuple[list[Metric], list[str]]:
-    """Return the metrics that can be computed here, and a line on each that cannot."""
+    """Return the metrics that can be computed here, and a line on each other."""
     usable, missing = [], []
     for name in metrics.names():
         if name in BEFORE + AFTER:
@@ -456,17 +436,26 @@ def _notes(trials: Sequence[Trial]) -> dict[str, str]:
     return notes
 
 
-def _checkpoints(trials: Sequence[Trial]) -> dict[str, Checkpoint]:
-    """Return what the models' files of trained weights state, by the models' settings as JSON."""
-    models = {json.dumps(cell.settings["model"], sort_keys=True): cell.model for cell in _cells_of(trials)}
-    stated = {settings: model.checkpoint() for settings, model in models.items()}
-    return {settings: checkpoint for settings, checkpoint in stated.items() if checkpoint is not None}
+def _stated(trials: Sequence[Trial]) -> tuple[dict[str, Checkpoint], dict[tuple[str, str], Statement]]:
+    """Return the statements of models' files of trained weights, by settings, and of components, by kind and settings.
 
-
-def _statements(trials: Sequence[Trial]) -> dict[tuple[str, str], Statement]:
-    """Return what defenses and datasets state of themselves, by the kind and the settings as JSON."""
-    cells = _cells_of(trials)
-    defenses = {json.dumps(cell.settings["defense"], sort_keys=True): cell.defense for cell in cells}
-    notes = {json.dumps(cell.settings["dataset"], sort_keys=True): cell.dataset.note() for cell in cells}
-    found = {("defense", settings): Statement.of(defense) for settings, defense in defenses.items()}
-    return found | {("dataset", settings): Statement(note, {}) for settings, note in notes.items() if note}
+    Settings are the components' as JSON.
+    """
+    cells = {trial.cell.key: trial.cell for trial in trials}.values()
+    components = {
+        (kind, json.dumps(cell.settings[kind], sort_keys=True)): component
+        for cell in cells
+        for kind, component in (("dataset", cell.dataset), ("model", cell.model), ("defense", cell.defense))
+    }
+    checkpoints, statements = {}, {}
+    for (kind, settings), component in components.items():
+        if isinstance(component, Model):
+            checkpoint = component.checkpoint()
+            if checkpoint is not None:
+                checkpoints[settings] = checkpoint
+        elif isinstance(component, Dataset):
+            if note := component.note():
+                statements[kind, settings] = Statement(note, {})
+        else:
+            statements[kind, settings] = Statement.of(component)
+    return checkpoints, statements

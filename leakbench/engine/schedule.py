@@ -1,6 +1,6 @@
-"""What is to be run next: cells in the order of the matrix, cut into chunks; without processes and clocks.
+"""The schedule of a run: cells in the order of the matrix, cut into chunks; without processes and clocks.
 
-A worker that takes a task holds it until it answers, dies or is late; then the task is done, or is to be done again.
+A worker that takes a task holds it until it answers, dies or times out. Then the task is done, or is scheduled again.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from leakbench.plan.matrix import RECOVERY
 from leakbench.plan.trial import Cell, Result, Trial, target
 from leakbench.store.run_file import Store
 
-LOSSES = 3
-"""After so many workers that died with it, a chunk is halved; a single trial is an error."""
+MAX_DEATHS = 3
+"""After this many workers died while they held a chunk, it is halved; a single trial is an error."""
 
 
-def settled(trials: Iterable[Trial], store: Store, threshold: float | None) -> set[str]:
-    """Return the trials that need not be run: another one has recovered the same image behind the same defense.
+def recovered(trials: Iterable[Trial], store: Store, threshold: float | None) -> set[str]:
+    """Return the trials to skip: another trial has recovered the same image behind the same defense.
 
-    The private image decides here what is left to be measured; what an attack returns it never decides. Floors always
-    run, and so does every trial without a threshold.
+    The private image decides here which trials are still run; it never decides what an attack returns. Floors always
+    run, and without a threshold all trials run.
     """
     if threshold is None:
         return set()
-    recovered = store.recovered(RECOVERY, threshold)
-    return {trial.id for trial in trials if not trial.attack.floor and recovered.get(trial.target, set()) - {trial.id}}
+    by_target = store.recovered(RECOVERY, threshold)
+    return {trial.id for trial in trials if not trial.attack.floor and by_target.get(trial.target, set()) - {trial.id}}
 
 
 @dataclass
 class _Line:
-    """A cell in the schedule: not begun while it has no chunks, ended once it has none left and none is running."""
+    """A cell in the schedule: not begun while ``chunks`` is None; ended when it is empty and no chunk is running."""
 
     cell: Cell
     trials: tuple[Trial, ...]
@@ -47,17 +47,17 @@ class _Line:
 class Schedule:
     """The chunks of a run, one after the other.
 
-    Of an ensemble (with a threshold), the cells of one dataset, model and defense run one after the other, floors
-    excepted, so that the same trials are spared whatever the number of workers.
+    In an ensemble (with a threshold), the cells of one dataset, model and defense run one after the other, except for
+    floors, so that the same trials are skipped with any number of workers.
 
     Args:
-        trials: everything that is planned, cells together.
-        store: the run file; what it holds is not run again.
-        data: what the clients hold, by the spec of the dataset.
-        threshold: that of the matrix.
-        size: trials at a time; None: as the run file says, or as a worker measures.
-        workers: how many there are; where there are fewer cells, their chunks are small enough for all to work.
-        spare: is told of trials that need not be run.
+        trials: all planned trials, those of a cell together.
+        store: the run file; trials with a result in it are not run again.
+        data: the clients' images, by the spec of the dataset.
+        threshold: of the matrix.
+        size: trials at a time; None: as recorded in the run file, or else as a worker measures.
+        workers: how many there are; if there are fewer cells, chunks are so small that all workers are busy.
+        skip: called with trials that need not be run.
     """
 
     def __init__(
@@ -69,9 +69,9 @@ class Schedule:
         threshold: float | None,
         size: int | None,
         workers: int,
-        spare: Callable[[list[Trial]], None],
+        skip: Callable[[list[Trial]], None],
     ) -> None:
-        self._store, self._data, self._threshold, self._size, self._spare = store, data, threshold, size, spare
+        self._store, self._data, self._threshold, self._size, self._skip = store, data, threshold, size, skip
         self._done = store.done()
         groups = itertools.groupby(trials, key=lambda trial: trial.cell.key)
         cells = [tuple(members) for _, members in groups]
@@ -82,7 +82,7 @@ class Schedule:
         self._first = 0
 
     def next(self) -> MeasureTask | ChunkTask | None:
-        """Return the next task; None where there is none until another one has ended, or none at all."""
+        """Return the next task; None if there is none, or none until another one has ended."""
         while self._first < len(self._lines) and self._lines[self._first].ended:
             self._first += 1
         if self._unmeasured:
@@ -101,44 +101,44 @@ class Schedule:
         return None
 
     def measured(self, task: MeasureTask, size: int) -> None:
-        """Take the answer to how many trials of a cell run at a time."""
+        """Record how many trials of a cell run at a time, as measured, and cut the cell into chunks."""
         line = self._by_cell[task.trial.cell.key]
-        self._store.record_chunk(line.cell.key, size)  # a run that is continued is cut into the same pieces
+        self._store.record_chunk(line.cell.key, size)  # a run that is resumed is cut into the same pieces
         self._cut(line, size)
 
     def finished(self, chunk: ChunkTask) -> None:
-        """Take note that the results of a chunk were written."""
+        """Record that the results of a chunk were written."""
         line = self._by_cell[chunk.trial.cell.key]
         line.running -= 1
         line.ended = not line.chunks and not line.running
 
     def lost(self, task: ChunkTask | MeasureTask, reason: str) -> list[Result]:
-        """Have a task whose worker has died done again; return the results that this leaves.
+        """Schedule the task of a dead worker again; return the results of trials that are given up.
 
-        Whoever killed it, the same chunk gives the same numbers, so it is tried as it is before it is halved.
+        The same chunk gives the same numbers, so it is first tried again as it is, and later halved.
         """
         task = replace(task, lost=task.lost + 1)
         if isinstance(task, MeasureTask):
-            if task.lost < LOSSES:
+            if task.lost < MAX_DEATHS:
                 self._unmeasured.append(task)
             else:
                 self.measured(task, 1)
             return []
-        if task.lost < LOSSES:
+        if task.lost < MAX_DEATHS:
             return self._again([task])
         if len(task.trials) > 1:
             half = len(task.trials) // 2
             return self._again([_part(task, task.trials[:half]), _part(task, task.trials[half:])])
-        return self._gave_up(task, f"{task.lost} workers died with it, the last one {reason}")
+        return self._gave_up(task, f"{task.lost} workers died while they ran it, the last one {reason}")
 
-    def late(self, task: ChunkTask | MeasureTask, limit: float) -> list[Result]:
-        """Have the trials of a chunk that took too long done one at a time; return the results that this leaves."""
+    def timed_out(self, task: ChunkTask | MeasureTask, limit: float) -> list[Result]:
+        """Schedule the trials of a chunk that timed out one by one; return the results of trials that are given up."""
         if isinstance(task, MeasureTask):
             self.measured(task, 1)
             return []
         if len(task.trials) > 1:
             return self._again([_part(task, (trial,)) for trial in task.trials])
-        return self._gave_up(task, f"it took longer than {limit:g} s (--time-limit), and was stopped")
+        return self._gave_up(task, f"timed out after {limit:g} s (--time-limit)")
 
     def _again(self, chunks: Sequence[ChunkTask]) -> list[Result]:
         line = self._by_cell[chunks[0].trial.cell.key]
@@ -155,9 +155,9 @@ class Schedule:
         if line.chunks is None:
             if line.measured:
                 return None
-            spared = settled(line.trials, self._store, self._threshold)
-            self._spare([trial for trial in line.trials if trial.id in spared - self._done])
-            line.trials = tuple(trial for trial in line.trials if trial.id not in spared)
+            skipped = recovered(line.trials, self._store, self._threshold)
+            self._skip([trial for trial in line.trials if trial.id in skipped - self._done])
+            line.trials = tuple(trial for trial in line.trials if trial.id not in skipped)
             if all(trial.id in self._done for trial in line.trials):
                 line.ended = True
                 return None
@@ -172,7 +172,7 @@ class Schedule:
         return line.chunks.popleft()
 
     def _cut(self, line: _Line, size: int) -> None:
-        """Cut a cell into chunks; what was done before leaves gaps, so that a run that goes on is cut as it was."""
+        """Cut a cell into chunks; trials that are done leave gaps, so that a resumed run is cut as before."""
         data = self._data[line.cell.specs["dataset"]]
         width = size * line.cell.attack.queue
         pieces = (line.trials[begin : begin + width] for begin in range(0, len(line.trials), width))

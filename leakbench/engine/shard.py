@@ -1,11 +1,11 @@
-"""A part of a matrix for one of several machines that share no file system: the same for everyone who asks."""
+"""Deterministic sharding of a matrix, for machines that share no file system."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 
-from leakbench.engine.batch_size import FEWEST
+from leakbench.engine.batch_size import ALWAYS_TOGETHER
 from leakbench.errors import BadOption
 from leakbench.plan.trial import Trial, target
 
@@ -14,30 +14,31 @@ def parse(text: str) -> tuple[int, int]:
     """Return (i, n) of ``i/n``, from 1/n to n/n.
 
     Raises:
-        BadOption: it is none.
+        BadOption: it has another form.
     """
     first, slash, second = text.partition("/")
     if slash and first.isascii() and second.isascii() and first.isdigit() and second.isdigit():
         place, count = int(first), int(second)
         if 1 <= place <= count:
             return place, count
-    raise BadOption(f"shard {text!r} does not fit; write i/n, from 1/n to n/n, such as 3/16")
+    raise BadOption(f"shard {text!r} must be i/n, from 1/n to n/n, such as 3/16")
 
 
 def part(trials: Sequence[Trial], shard: str, *, ensemble: bool) -> list[Trial]:
-    """Return the trials of a shard, in their order; the n shards of a matrix have every trial once, some perhaps none.
+    """Return the trials of a shard, in their order; each trial of a matrix is in one of its n shards.
 
-    A cell with enough images and seeds is cut into n pieces, one a shard, so that all take as long. One with few is cut
-    into pieces that still fill a chunk, which are dealt out by a hash. Of an ensemble, whose attacks are spared what
-    another one has recovered, all trials on one image behind one defense are in the same shard.
+    A cell with enough images and seeds is cut into n pieces, one for each shard, so that all shards take equally long.
+    A smaller cell is cut into pieces that still fill a chunk, which a hash assigns to shards; a shard may be empty. In
+    an ensemble, whose attacks skip images that another one has recovered, all trials on one image behind one defense
+    are in the same shard.
 
     Args:
-        trials: everything that is planned.
+        trials: all planned trials.
         shard: ``i/n``.
         ensemble: whether the matrix has a threshold.
 
     Raises:
-        BadOption: the shard is none.
+        BadOption: see ``parse``.
     """
     place, count = parse(shard)
     groups: dict[str, dict[tuple[int, int], list[Trial]]] = {}
@@ -48,8 +49,8 @@ def part(trials: Sequence[Trial], shard: str, *, ensemble: bool) -> list[Trial]:
     dealt: list[tuple[str, list[list[Trial]]]] = []
     for key, units in groups.items():
         alike = list(units.values())
-        pieces = min(len(alike), max(-(-len(alike) // FEWEST), -(-count // len(groups))))
-        if len(alike) >= count * FEWEST or pieces > count:
+        pieces = min(len(alike), max(-(-len(alike) // ALWAYS_TOGETHER), -(-count // len(groups))))
+        if len(alike) >= count * ALWAYS_TOGETHER or pieces > count:
             own |= {trial.id for unit in _piece(alike, place - 1, count) for trial in unit}
         else:
             dealt += [(f"{key}/{number}", _piece(alike, number, pieces)) for number in range(pieces)]

@@ -1,4 +1,4 @@
-"""What a worker does: from trials to results. Whatever drives it alone decides what is run, and writes the run file."""
+"""The worker: from trials to results. Only its driver decides what is run, and writes the run file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from leakbench.victim import Client, build, groups_of, observe, trained_on
 
 @dataclass(frozen=True)
 class ClientData:
-    """A dataset's images that clients hold, and what is public of it.
+    """The images of a dataset that clients hold, and its public facts.
 
     Attributes:
         images: [C, H, W] in [0, 1] by index.
@@ -51,10 +51,10 @@ class ClientData:
 
 @dataclass(frozen=True)
 class CheckTask:
-    """Ask the attacks of cells that see the same whether they can serve it; answered by a ``Refusal``.
+    """Ask whether the attacks of cells with the same observation support it; answered by a ``Refusal``.
 
     Attributes:
-        observed: a recorded update, which is what they see; None for a step on a blank image.
+        observed: a recorded update, which they all observe; None for a step on a blank image.
     """
 
     trials: tuple[Trial, ...]
@@ -64,10 +64,10 @@ class CheckTask:
 
 @dataclass(frozen=True)
 class Refusal:
-    """What a step on a blank image has shown.
+    """The findings of a step on a blank image.
 
     Attributes:
-        cells: why cells cannot be served, by ``Cell.key``.
+        cells: the reason for each unsupported cell, by ``Cell.key``.
         groups: the defenses' groups of secrets.
     """
 
@@ -77,7 +77,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class MeasureTask:
-    """Find out how many of so many trials of a cell to run at a time; answered by their number."""
+    """Measure how many of the ``trials`` trials of a cell to run at a time; answered by their number."""
 
     trial: Trial
     trials: int
@@ -89,7 +89,7 @@ class ChunkTask:
     """Run trials of one cell, ``slots`` at a time; answered by their results.
 
     Attributes:
-        data: what the clients hold.
+        data: the images of the clients.
     """
 
     trials: tuple[Trial, ...]
@@ -104,14 +104,14 @@ class ChunkTask:
 
 
 Task = CheckTask | MeasureTask | ChunkTask
-"""What a worker is given; ``lost`` is how often one has died with it."""
+"""What a worker is given; ``lost`` counts the workers that died while they held it."""
 
 TaskAnswer = Refusal | int | list[Result]
 
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """What every task needs.
+    """What a worker needs for every task.
 
     Attributes:
         metrics: the metrics that can be computed.
@@ -126,7 +126,7 @@ class WorkerContext:
 
 @dataclass(frozen=True)
 class Worker:
-    """Does tasks, and tells what is worth a line (``note``) and that so many trials begin (``begin``)."""
+    """Does tasks; calls ``note`` with lines for the user, and ``begin`` with the number of trials that begin."""
 
     work: WorkerContext
     note: Callable[[str], None]
@@ -169,7 +169,7 @@ class Worker:
         self.begin(len(trials))
         try:
             return self._together(data, trials, slots)
-        except (Exception, SystemExit) as error:  # whatever a component raises costs its own trials, not the run
+        except (Exception, SystemExit) as error:  # an error of a component costs its own trials, not the run
             if isinstance(error, Unsupported) and len(trials) == 1 and not self.work.strict:
                 return [without_score(data, trials[0], "unsupported", str(error))]
             memory = out_of_memory(error)
@@ -245,7 +245,7 @@ class Worker:
         return torch.stack(known).to(self.work.device) if len(known) == len(images) else None
 
     def _score(self, guess: Reconstruction, truth: Truth) -> dict[str, list[float]]:
-        """Return every metric's values by row, NaN where the metric raises, which is told."""
+        """Return every metric's values by row, NaN if the metric raises, which is noted."""
         with torch.no_grad():
             return {metric.name: self._values(metric, guess, truth) for metric in self.work.metrics}
 
@@ -269,7 +269,7 @@ class Worker:
 
 
 def without_score(data: ClientData, trial: Trial, status: Literal["unsupported", "error"], reason: str) -> Result:
-    """Return the result of a trial that came to nothing."""
+    """Return the result of a trial without scores."""
     return Result(
         trial=trial,
         status=status,

@@ -75,7 +75,7 @@ class GeneratorRecipe:
                 TypeAdapter(hint).validate_python(value)
             except ValidationError as error:
                 reason = error.errors()[0]["msg"]
-                raise BadOption(f"training: {name}={value!r} does not fit: {reason}") from None
+                raise BadOption(f"training: {name}={value!r} is not valid: {reason}") from None
 
 
 def splits(spec: str) -> tuple[Stored, Stored]:

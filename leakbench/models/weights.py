@@ -80,10 +80,10 @@ class Training:
         for name in ("stage", "dataset"):
             text = getattr(self, name)
             if not (isinstance(text, str) and text.strip()):
-                raise BadOption(f"{name}={text!r} does not fit; give a word, such as 'epoch 12 of 200' or 'cifar10'")
+                raise BadOption(f"{name}={text!r} is not valid; give a word, such as 'epoch 12 of 200' or 'cifar10'")
         accuracy = self.test_accuracy
         if not (isinstance(accuracy, (int, float)) and 0 <= accuracy <= 1):
-            raise BadOption(f"test_accuracy={accuracy!r} does not fit; give a share of the test images, from 0 to 1")
+            raise BadOption(f"test_accuracy={accuracy!r} is not valid; give a share of the test images, from 0 to 1")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The matrix: which attacks meet which defenses, on what; from TOML, from options or from Python."""
+"""The matrix: the cross product of attacks, defenses, models, datasets and more; from TOML, options or Python."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SkipValidation, ValidationError
 from torch import nn
@@ -29,7 +29,7 @@ from leakbench.plan.trial import Cell, Trial
 
 
 def components(axis: str, parse: Callable[[Any], Any], value: object) -> tuple[Any, ...]:
-    """Return what each item of an axis, or the one item, stands for; raise BadOption for an empty axis."""
+    """Return the component of each item of an axis, or of its single item; raise BadOption for an empty axis."""
     items = value if isinstance(value, (list, tuple)) else [value]
     if not items:
         raise BadOption(f"{axis} is empty; name at least one")
@@ -58,7 +58,7 @@ def parse_threat(value: object) -> ThreatModel:
             table["reveals"] = [part for part in str(table["reveals"]).split("+") if part]
         value = table
     if not isinstance(value, Mapping):
-        raise BadOption(f"threat {value!r} is neither a preset's name nor a table of {', '.join(_Threat.model_fields)}")
+        raise BadOption(f"threat {value!r} must be a preset's name or a table of {', '.join(_Threat.model_fields)}")
     try:
         return _Threat.model_validate(dict(value)).build()
     except ValidationError as error:
@@ -69,65 +69,50 @@ class _Threat(BaseModel):
     """The fields of a threat model as TOML writes them."""
 
     model_config = ConfigDict(extra="forbid")
-    labels: str = "inferred"
+    labels: Literal["inferred", "known"] = "inferred"
     reveals: frozenset[str] = frozenset()
     informed: Annotated[
         bool | Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")], Field(union_mode="left_to_right")
     ] = False
-    shares: str = "gradient"
+    shares: Literal["gradient", "weights"] = "gradient"
     optimises: bool = False
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.01
     local_steps: Annotated[int, Field(ge=1, le=10_000)] = 1
-    rate: str = "hidden"
+    rate: Literal["hidden", "known"] = "hidden"
 
     def build(self) -> ThreatModel:
-        for field, value, known in (
-            ("labels", self.labels, ("inferred", "known")),
-            ("shares", self.shares, ("gradient", "weights")),
-            ("rate", self.rate, ("hidden", "known")),
-        ):
-            if value not in known:
-                raise BadOption(f"threat: {field}={value!r} does not fit; write {' or '.join(known)}")
         local = sorted(self.model_fields_set & {"learning_rate", "local_steps", "rate"})
         if self.shares == "gradient" and local:
-            raise BadOption(f"threat: {local[0]} is of local training before weights are sent; add shares=weights")
-        return ThreatModel(
-            self.labels,  # type: ignore[arg-type]
-            self.reveals,
-            self.informed,
-            self.shares,  # type: ignore[arg-type]
-            self.optimises,
-            self.learning_rate,
-            self.local_steps,
-            self.rate,  # type: ignore[arg-type]
-        )
+            raise BadOption(f"threat: {local[0]} is for clients that share weights; add shares=weights")
+        return ThreatModel(**self.model_dump())
 
 
-Count = Annotated[int, Field(ge=1, le=2**63 - 1, strict=True)]
-Index = Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)]
-Indices = Count | Annotated[list[Index], Field(min_length=1)]
+PositiveInt = Annotated[int, Field(ge=1, le=2**63 - 1, strict=True)]
+Indices = PositiveInt | Annotated[list[Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)]], Field(min_length=1)]
+"""A number of images or seeds (the first ones), or a list of them."""
 
-
-MOST = 10_000_000
+MAX_TRIALS = 10_000_000
 """No matrix has more trials, and no plan more trainings."""
 
 FLOORS = ("random", "grey", "mean")
 """The floors that a matrix adds to its attacks."""
 
 EVERY = "every"
-"""What a threat model of a matrix says of ``informed`` for each informed attacker that each defense states."""
+"""The value of ``informed`` in a threat model of a matrix that asks for every adaptive attacker of each defense."""
 
 RECOVERY = "ssim_aligned"
 """The metric by which an image counts as recovered."""
 
-Attacks = Annotated[tuple[SkipValidation[Attack], ...], BeforeValidator(partial(components, "attacks", attacks.parse))]
-Threats = Annotated[
+AttackAxis = Annotated[
+    tuple[SkipValidation[Attack], ...], BeforeValidator(partial(components, "attacks", attacks.parse))
+]
+ThreatAxis = Annotated[
     tuple[SkipValidation[ThreatModel], ...], BeforeValidator(partial(components, "threats", parse_threat))
 ]
 
 
 class Axes(BaseModel):
-    """What is checked as a whole, and told in one line where it does not fit."""
+    """A frozen model that raises BadOption, one line, if its fields are not valid."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
@@ -142,18 +127,18 @@ class Stage(Axes):
     """A step of an ensemble: attacks that meet every defense, under each threat model, before the next step begins.
 
     Raises:
-        BadOption: one line on the first thing that does not fit.
+        BadOption: one line on the first field that is not valid.
     """
 
-    attacks: Attacks
-    threats: Threats = (PRESETS["paper"],)
+    attacks: AttackAxis
+    threats: ThreatAxis = (PRESETS["paper"],)
 
 
 def _stage(value: object) -> Stage:
     if isinstance(value, Stage):
         return value
     if not isinstance(value, Mapping):
-        raise BadOption(f"stage {value!r} is no table; write [[stages]] with attacks = [...] and threats = [...]")
+        raise BadOption(f"stage {value!r} must be a table; write [[stages]] with attacks = [...] and threats = [...]")
     return Stage(**{str(key): item for key, item in value.items()})
 
 
@@ -166,23 +151,23 @@ class Matrix(Axes):
         defenses: specs or Defense objects.
         models: specs, Model objects, or networks (``nn.Module``) from images in [0, 1] to logits.
         datasets: specs or Dataset objects.
-        threats: presets' names, tables or ThreatModel objects. ``informed = "every"`` asks for each informed attacker
-            that each defense states, and leaves out the defenses that state none.
-        stages: in place of attacks and threats: an ensemble that runs one stage after another, the cheapest first.
-        threshold: in [0, 1]; a trial need not be run where another one, behind the same defense, has recovered its
-            image with a ``ssim_aligned`` of at least this. The truth thus decides what is still to be measured, and
-            never what an attack returns. None: every trial is run.
-        images: the first so many images of each dataset, or a list of indices.
-        seeds: so many seeds from 0 on, or a list.
-        floors: add the floors ``random``, ``grey`` and ``mean`` (behind no defense, since they use no gradient) where
-            they are not named: no figure of an attack means much without them.
+        threats: presets' names, tables or ThreatModel objects. ``informed = "every"`` asks for every adaptive attacker
+            of each defense, and leaves out defenses without one.
+        stages: instead of attacks and threats: an ensemble that runs one stage after another, the cheapest first.
+        threshold: in [0, 1]; a trial is skipped if another one, behind the same defense, has recovered its image with a
+            ``ssim_aligned`` of at least this. So the truth decides which trials are still run, and never what an
+            attack returns. None: every trial is run.
+        images: n for the images 0 to n-1 of each dataset, or a list of indices.
+        seeds: n for the seeds 0 to n-1, or a list.
+        floors: add the floors ``random``, ``grey`` and ``mean`` (behind no defense, since they use no gradient) unless
+            they are named: the scores of an attack are read against them.
 
     Raises:
-        BadOption: one line on the first thing that does not fit.
+        BadOption: one line on the first field that is not valid.
     """
 
     name: Annotated[str, Field(max_length=100, pattern=r"^\w[\w .()=,+-]*$")] = "matrix"
-    attacks: Attacks = ()
+    attacks: AttackAxis = ()
     defenses: Annotated[
         tuple[SkipValidation[Defense], ...], BeforeValidator(partial(components, "defenses", defenses.parse))
     ]
@@ -190,7 +175,7 @@ class Matrix(Axes):
     datasets: Annotated[
         tuple[SkipValidation[Dataset], ...], BeforeValidator(partial(components, "datasets", datasets.parse))
     ]
-    threats: Threats = (PRESETS["paper"],)
+    threats: ThreatAxis = (PRESETS["paper"],)
     stages: Annotated[tuple[SkipValidation[Stage], ...], BeforeValidator(partial(components, "stages", _stage))] = ()
     threshold: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     images: Indices = 8
@@ -227,26 +212,26 @@ class Matrix(Axes):
     __str__ = __repr__
 
     def _check_informed(self) -> None:
-        """Raise BadOption where a threat model asks for an informed attacker that no defense states."""
+        """Raise BadOption if a threat model asks for an adaptive attacker that no defense has."""
         stated = {variant for defense in self.defenses for variant in _informed(defense)} - {True}
         known = ["true", EVERY, *sorted(map(str, stated))]
         for threat in (*self.threats, *(threat for stage in self.stages for threat in stage.threats)):
             if isinstance(threat.informed, str) and threat.informed not in known:
                 raise BadOption(
-                    f"threat: informed={threat.informed!r} does not fit: no defense of the matrix states such an "
+                    f"threat: informed={threat.informed!r} is not valid: no defense of the matrix has such an adaptive "
                     f"attacker; write {' or '.join(known)}"
                 )
         if not self.stages and not any(behind for _, behind in self._grants(self.threats)):
             raise BadOption(
-                f"threat: informed={EVERY!r} does not fit: no defense of the matrix states an informed attacker; add "
-                "one that does, or a threat model with informed=false"
+                f"threat: informed={EVERY!r} is not valid: no defense of the matrix has an adaptive attacker; add a "
+                "defense that has one, or a threat model with informed=false"
             )
 
     def trials(self) -> tuple[Trial, ...]:
         """Return every trial of the cross product once, in the order of stages and axes.
 
         Raises:
-            BadOption: there would be more than ``MOST``.
+            BadOption: there would be more than ``MAX_TRIALS``.
         """
         images = range(self.images) if isinstance(self.images, int) else self.images
         seeds = range(self.seeds) if isinstance(self.seeds, int) else self.seeds
@@ -263,7 +248,7 @@ class Matrix(Axes):
         return tuple({trial.id: trial for trial in trials}.values())
 
     def _grants(self, threats: Sequence[ThreatModel]) -> Iterator[tuple[ThreatModel, tuple[Defense, ...]]]:
-        """Yield these threat models, each with the defenses that meet it."""
+        """Yield these threat models, each with the defenses that are attacked under it."""
         for threat in threats:
             if threat.informed != EVERY:
                 yield threat, self.defenses
@@ -273,7 +258,7 @@ class Matrix(Axes):
                 yield replace(threat, informed=variant, name=""), behind
 
     def _floors(self, model: Model) -> list[tuple[Defense, Attack]]:
-        """Return the added floors; they look at no gradient, so they meet no defense but that of a checkpoint."""
+        """Return the added floors; they use no gradient, so they run behind the defense of a checkpoint, or none."""
         named = {attack.name for attack in (*self.attacks, *(one for stage in self.stages for one in stage.attacks))}
         wanted = [floor for floor in FLOORS if self.floors and floor not in named]
         checkpoint = model.checkpoint()
@@ -303,18 +288,18 @@ def _informed(defense: Defense) -> tuple[bool | str, ...]:
 
 
 def check_count(what: str, others: int, *axes: Sequence[int]) -> None:
-    """Raise BadOption where a cross product is too large to be held.
+    """Raise BadOption if a cross product is too large to be held in memory.
 
     Args:
-        what: what is counted, in words.
+        what: the noun of what is counted.
         others: how many there are for each element of the product of the axes.
         axes: images, seeds; they may be ranges of any length.
     """
     count = others
     for axis in axes:
         count *= axis.stop if isinstance(axis, range) else len(axis)
-    if count > MOST:
-        raise BadOption(f"{count:,} {what} are too many; give fewer images or seeds, for at most {MOST:,}")
+    if count > MAX_TRIALS:
+        raise BadOption(f"{count:,} {what} are too many; give fewer images or seeds, for at most {MAX_TRIALS:,}")
 
 
 def _describe(own: Sequence[Attack], threats: Sequence[ThreatModel]) -> dict[str, Any]:
@@ -333,7 +318,7 @@ class _Plan(BaseModel):
 
 
 class _File(_Plan):
-    """What a matrix file may hold beside the axes."""
+    """The keys of a matrix file beside the axes."""
 
     scale: dict[str, _Plan] = {}
     default: str | None = None
@@ -344,14 +329,14 @@ def expand(axes: Mapping[str, Any], scale: str | None = None) -> list[dict[str, 
 
     A table ``[scale.NAME]`` replaces axes (images, attacks with fewer steps, ...) for that scale, and each ``[[rows]]``
     makes a matrix of its own of the axes that it states and those that all rows share. All matrices go into one run.
-    ``default`` names the scale that is taken where none is chosen.
+    ``default`` names the scale that is used if none is chosen.
 
     Args:
-        axes: what ``load`` returned.
+        axes: the contents of the file, from ``load``.
         scale: which of the file's scales; None for a file without any.
 
     Raises:
-        BadOption: the file has no such scale, has scales of which none was chosen, or is not of this form.
+        BadOption: the file has no such scale, has scales of which none was chosen, or has other keys.
     """
     try:
         file = _File.model_validate(dict(axes))
@@ -369,10 +354,10 @@ def expand(axes: Mapping[str, Any], scale: str | None = None) -> list[dict[str, 
 
 
 def override(axes: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the axes of a matrix with those that are given in their place.
+    """Return the axes of a matrix, some of them replaced by given ones.
 
-    In a matrix of stages, threat models that are given take the place of every stage's; attacks that are given are the
-    stages, one each, under all the threat models of the stages that they replace.
+    In a matrix of stages, given threat models replace those of every stage. Given attacks replace all stages: each
+    becomes a stage of its own, under all threat models of the former stages.
     """
     merged = {**axes, **given}
     stages = axes.get("stages")
@@ -388,10 +373,10 @@ def override(axes: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Return what a TOML file states: the axes of a matrix, which ``Matrix(**axes)`` checks, or what ``expand`` takes.
+    """Return the contents of a TOML file: the axes of a matrix, for ``Matrix(**axes)``, or a file for ``expand``.
 
     Raises:
-        BadOption: the file does not exist or is no TOML.
+        BadOption: the file does not exist or is not TOML.
     """
     file = Path(path)
     try:
@@ -411,7 +396,7 @@ def suites() -> list[str]:
 
 
 def load_suite(name: str) -> dict[str, Any]:
-    """Return the axes of a suite that ships with the package; raise BadOption where there is none of this name."""
+    """Return the axes of a suite that ships with the package; raise BadOption if there is none of this name."""
     if name not in suites():
         raise BadOption(f"unknown suite {name!r}; known: {', '.join(suites())}")
     text = (resources.files("leakbench.plan") / "suites" / f"{name}.toml").read_text(encoding="utf-8")
@@ -422,11 +407,11 @@ def _parse_toml(text: str, where: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise BadOption(f"the matrix {where!r} is no TOML: {' '.join(str(error).split())}") from None
+        raise BadOption(f"the matrix {where!r} is not TOML: {' '.join(str(error).split())}") from None
 
 
 def _explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """Return the first of pydantic's complaints as one line."""
+    """Return the first error of pydantic as one line."""
     first = next((one for one in error.errors() if one["type"] == "extra_forbidden"), error.errors()[0])
     where = ".".join(str(part) for part in first["loc"][:1])
     cause = first.get("ctx", {}).get("error")
@@ -438,7 +423,7 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
         return f"unknown key {where!r}; {hint}"
     if first["type"] == "missing":
         return _missing(where)
-    return f"{where}={first['input']!r} does not fit: {' '.join(str(first['msg']).split())}"
+    return f"{where}={first['input']!r} is not valid: {' '.join(str(first['msg']).split())}"
 
 
 def _missing(axis: str) -> str:
@@ -459,5 +444,5 @@ def _indices(name: str, values: list[str]) -> int | list[int]:
     try:
         numbers = [int(part) for part in text.removesuffix(",").split(",")]
     except ValueError:
-        raise BadOption(f"--{name} {text!r} is no number; write {name} 8, or a list such as 0,3,5 or 3,") from None
+        raise BadOption(f"--{name} {text!r} is not a number; write --{name} 8, or a list such as 0,3,5") from None
     return numbers[0] if len(numbers) == 1 and "," not in text else numbers

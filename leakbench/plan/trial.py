@@ -1,4 +1,4 @@
-"""A trial (one cell of the matrix for one image and one seed) and its result."""
+"""A trial (one cell of the matrix on one image with one seed) and its result."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Status = Literal["ok", "failed", "unsupported", "error"]
 
 
 def target(cell: Mapping[str, Any], image: int, seed: int) -> str:
-    """Return what a trial of a cell of these settings attacks, whatever the attack and the threat model."""
+    """Return what a trial attacks: the settings of its cell but attack and threat model, with image and seed (JSON)."""
     return json.dumps({**cell, "attack": None, "threat": None, "image": image, "seed": seed}, sort_keys=True)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of the matrix: what its trials, one for each image and seed, have in common."""
+    """One cell of the matrix; it has one trial for each image and seed."""
 
     dataset: Dataset
     model: Model
@@ -66,7 +66,7 @@ class Cell:
 
     @property
     def words(self) -> str:
-        """The cell as messages name it."""
+        """The cell in a few words, for messages."""
         specs = self.specs
         return f"{specs['attack']} against {specs['defense']}, {specs['model']} on {specs['dataset']}"
 
@@ -88,7 +88,7 @@ class Trial:
 
     Attributes:
         image: the index of the image in the dataset.
-        seed: what the weights, the client's draws and the attacker's start come from.
+        seed: the seed of the weights, the client's draws and the attacker's start.
     """
 
     cell: Cell
@@ -97,7 +97,7 @@ class Trial:
 
     @cached_property
     def id(self) -> str:
-        """What identifies the trial (``trial_id``)."""
+        """The hash that identifies the trial (``trial_id``)."""
         return trial_id(self.cell.settings, self.image, self.seed)
 
     @property
@@ -137,28 +137,28 @@ class Trial:
 
     @property
     def target(self) -> str:
-        """What is attacked: every setting but the attack and the threat model."""
+        """What is attacked (``target``)."""
         return target(self.cell.settings, self.image, self.seed)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a trial; every trial that was started ends as one.
+    """The outcome of a trial; every trial that was started has one.
 
     Attributes:
         status: ``ok``; ``failed`` (the attack diverged: scored as the grey image); ``unsupported`` or ``error``
             (no scores), with the reason.
-        reason: one line that says why, empty for ``ok``.
+        reason: one line, empty for ``ok``.
         seconds: the wall time of the trial's chunk divided by its trials.
         scores: metric name -> value; a metric that could not be computed is absent.
         reconstruction: a PNG of the reconstruction, clamped to [0, 1]; None without scores.
-        truth: a PNG of the private image; None where it is not known (a recorded update).
-        label: the true label; None likewise.
-        objective: the attack's own final objective, where it has one.
-        evaluations: how often the attack evaluated its objective, where it counts.
+        truth: a PNG of the private image; None if it is not known (a recorded update).
+        label: the true label; None if it is not known.
+        objective: the attack's own final objective, if it has one.
+        evaluations: how often the attack evaluated its objective, if it counts.
         path: how the gradients were computed, ``batched``, ``vmap`` or ``one-at-a-time``.
-        findings: further numbers that the attack found, by name (``Reconstruction.findings``); finite ones alone.
-        curve: the objective at some evaluations (``Curve.rows``); empty where there is none.
+        findings: further numbers that the attack found, by name (``Reconstruction.findings``); only finite ones.
+        curve: the objective at some evaluations (``Curve.rows``); empty if there is none.
     """
 
     trial: Trial

@@ -20,7 +20,7 @@ from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
 from leakbench.errors import BadOption
 from leakbench.models import Model
-from leakbench.plan.matrix import Axes, Count, Indices, Matrix, check_count, components
+from leakbench.plan.matrix import Axes, Indices, Matrix, PositiveInt, check_count, components
 
 TrainingMode = Literal["centralised", "fedavg"]
 Augmentation = Literal["flip", "crop"]
@@ -65,24 +65,24 @@ class Recipe(Axes):
     """
 
     mode: TrainingMode = "centralised"
-    rounds: Count = 10
-    batch: Count = 64
+    rounds: PositiveInt = 10
+    batch: PositiveInt = 64
     lr: Positive = 0.01
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = True
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
-    milestones: tuple[Count, ...] = ()
+    milestones: tuple[PositiveInt, ...] = ()
     gamma: Positive = 0.2
     augment: tuple[Augmentation, ...] = ()
-    images: Count | None = None
-    tested: Count | None = None
+    images: PositiveInt | None = None
+    tested: PositiveInt | None = None
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.1
     select: Select = "validation"
-    clients: Count = 3
+    clients: PositiveInt = 3
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    local_epochs: Count = 1
+    local_epochs: PositiveInt = 1
     split: Literal["iid", "shards"] = "iid"
-    shards: Count = 2
+    shards: PositiveInt = 2
     thief: Annotated[int, Field(ge=0, le=1000)] = 5
 
     def __init__(self, /, **axes: Any) -> None:
