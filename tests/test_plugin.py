@@ -256,18 +256,20 @@ def test_a_file_that_is_missing_or_no_python_is_one_line(cli, place, tmp_path): 
 
 
 BLOCKS = re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(encoding="utf-8"), re.S | re.M)
-NAMES = dict(re.findall(r'^@(\w+)\.register\("(.+)"\)$', "\n".join(BLOCKS), re.M))
+ADAPTIVE = next(block for block in BLOCKS if "AdaptiveAttacker(" in block)
+EXAMPLES = "\n\n".join(block for block in BLOCKS if block != ADAPTIVE)
+NAMES = dict(re.findall(r'^@(\w+)\.register\("(.+)"\)$', EXAMPLES, re.M))
 
 
 def test_the_guide_has_one_example_of_each_kind():
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6, "and a defense with an adaptive attacker"
     assert set(NAMES) == set(MEMBERS)
     assert 15 <= len(TOPK.split("\n\n\n", 1)[1].strip().splitlines()) <= 22
 
 
 @pytest.mark.parametrize("kind", NAMES)
 def test_every_example_of_the_guide_runs(cli, place, kind):  # noqa: F811
-    (code,) = (block for block in BLOCKS if f"@{kind}.register" in block)
+    (code,) = (block for block in BLOCKS if f"@{kind}.register" in block and block != ADAPTIVE)
     (place / "example.py").write_text(code)
     name = NAMES[kind]
     done = cli("list", kind, "--plugin", "example.py")
@@ -292,8 +294,22 @@ def test_every_example_of_the_guide_runs(cli, place, kind):  # noqa: F811
         assert (results["label_correct"] == 1).all()
 
 
+def test_the_adaptive_attacker_of_the_guide(cli, place):  # noqa: F811
+    assert len(ADAPTIVE.strip().splitlines()) <= 40
+    Path("unit.py").write_text(ADAPTIVE)
+    listed = cli("list", "defenses", "--plugin", "unit.py").out
+    assert "adaptive attack (informed=true): scales each tensor of the dummy gradient to length 1\n" in listed
+    axes = ("--attack", "lb(steps=60)", "--defense", "unit-length", "--model", "lenet", "--dataset", "samples(size=12)")
+    threats = ("--threat", "paper", "--threat", "informed=true", "--images", 2, "--no-floors")
+    done = cli("run", "matrix", *axes, *threats, "--plugin", "unit.py", "--out", "x")
+    assert (done.code, done.err) == (0, "")
+    results = pd.read_csv("x/results.csv").set_index(["threat", "image"])
+    assert set(results["status"]) == {"ok"}
+    assert (results.loc["informed=true", "psnr"] > results.loc["paper", "psnr"] + 3).all(), "knowing of it helps"
+
+
 def test_the_examples_of_the_guide_meet_each_other(cli, place):  # noqa: F811
-    (place / "examples.py").write_text("\n\n".join(BLOCKS))
+    (place / "examples.py").write_text(EXAMPLES)
     load_plugin("examples.py")
     axes = [part for kind, name in NAMES.items() if kind != "metrics" for part in (f"--{kind.rstrip('s')}", name)]
     done = cli("run", "matrix", *axes, "--images", 4, "--out", "x", "--name", "all")
