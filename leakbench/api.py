@@ -20,7 +20,7 @@ from leakbench.core.rng import Rng
 from leakbench.core.text import plural
 from leakbench.core.types import Reconstruction, ThreatModel
 from leakbench.defenses import Defense
-from leakbench.defenses.keylock import Gate, locks
+from leakbench.defenses.keylock import LockGate, locks
 from leakbench.engine import run as engine
 from leakbench.engine.progress import NullProgress
 from leakbench.engine.run import RunOptions
@@ -100,11 +100,11 @@ def run(
         matrix: what to run.
         out: the run's folder, ``runs/NAME`` by default; an existing run in it is resumed.
         device: this and the options up to ``gpus_per_worker`` are those of ``leakbench.engine.run.RunOptions``.
-        progress: what is told of the progress; nothing by default.
+        progress: what reports the progress; nothing by default.
         command: the command line, for the provenance.
 
     Raises:
-        LeakbenchError: one line on what does not fit; nothing was written then.
+        LeakbenchError: one line that says what is wrong; nothing was written.
     """
     options = RunOptions(device, chunk, strict, workers, time_limit, shard, executor, ray_address, gpus_per_worker)
     return Run(engine.run(matrix, out, options, progress=progress, command=command))
@@ -130,7 +130,7 @@ def observe(
         labels: [T] int64.
         defense: what every client does.
         threat: what the attacker is granted.
-        num_classes: K; by default it is read off the model's output.
+        num_classes: K; by default the size of the model's output.
         mean_image: [C, H, W] in [0, 1], public knowledge of what images look like; grey by default.
         seed: what the clients' own draws come from.
         device: where the observation's tensors go.
@@ -146,17 +146,15 @@ def observe(
     low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 1):
         raise BadOption(f"images range from {low:g} to {high:g}; give them in [0, 1]")
-    kinds = [tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()]
-    images, labels = images.detach().cpu().to(kinds[0] if kinds else torch.float32), labels.detach().cpu()
+    own = OwnModule(type(model).__name__, model)
+    images, labels = images.detach().cpu().to(own.dtype), labels.detach().cpu()
     if num_classes is None:
-        with torch.no_grad():
-            num_classes = OwnModule("model", model).logits(images[:1]).shape[1]
+        num_classes = own.logits(images[:1]).shape[1]
     if not (int(labels.min()) >= 0 and int(labels.max()) < num_classes):
         raise BadOption(
             f"labels range from {int(labels.min())} to {int(labels.max())}; give them in 0 to {num_classes - 1}"
         )
     method, granted = defenses.parse(defense), parse_threat(threat)
-    own = OwnModule(type(model).__name__, model)
     image_shape = (images.shape[1], images.shape[2], images.shape[3])
     check_reveals([granted], groups_of(method, build(own, method, image_shape, num_classes, "own")))
     clients = [
@@ -202,7 +200,7 @@ def keylock(
     model: nn.Module,
     *,
     length: int = 1024,
-    gate: Gate = "relu",
+    gate: LockGate = "relu",
     keys: Literal["uniform", "normal"] = "uniform",
     lock_init: Literal["default", "uniform"] = "default",
     layers: Layers = "first",
@@ -219,8 +217,8 @@ def keylock(
         model: from images [B, C, H, W] to anything; not changed.
         length: the key's length S.
         gate: the activation on scale and shift.
-        keys: the key's law: U[0, 1) or N(0, 1).
-        lock_init: the lock weights' law: torch's for linear layers, or U(-0.5, 0.5).
+        keys: the key's distribution: U[0, 1) or N(0, 1).
+        lock_init: the distribution of the lock weights: torch's for linear layers, or U(-0.5, 0.5).
         layers: ``first``, or ``all`` for a lock in every block, each with the block before as its key.
         rng: what key and lock are drawn from; seeded by the operating system by default.
 

@@ -91,6 +91,6 @@ class Observation:
         return next(iter(self.gradient.values())).dtype
 
     def __post_init__(self) -> None:
-        """Raise BadOption where no gradient is left to observe."""
+        """Raise BadOption if no gradient is left to observe."""
         if not self.gradient:
             raise BadOption("the observation has no gradient: the defense withheld every parameter; nothing to attack")

@@ -6,7 +6,7 @@ One client step is plain torch on the CPU, one trial at a time; what the server 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -114,26 +114,9 @@ def observe(
     names = list(sent[0])
     gradient = {name: torch.stack([row[name] for row in sent]).to(device) for name in names}
 
-    weights: dict[str, Tensor] = {}
     order = [networks[client.weights_key] for client in clients]
-    shared = len(networks) == 1
-    secret_names = {secret.name for secret in secrets}
-    for name, parameter in order[0].named_parameters():
-        if name in secret_names:
-            continue
-        if shared:
-            weights[name] = parameter.detach().to(device)[None].expand(len(clients), *parameter.shape)
-        else:
-            own = {key: network.get_parameter(name).detach() for key, network in networks.items()}
-            weights[name] = torch.stack([own[client.weights_key] for client in clients]).to(device)
-    for name, buffer in order[0].named_buffers():
-        if name in secret_names:
-            continue
-        same = all(torch.equal(buffer, network.get_buffer(name)) for network in networks.values())
-        rows = buffer if same else torch.stack([network.get_buffer(name) for network in order])
-        weights[name] = rows.detach().clone().to(device)
-    for name in revealed[0]:
-        weights[name] = torch.stack([row[name] for row in revealed]).to(device)
+    weights = _public_tensors(order, {secret.name for secret in secrets}, device)
+    weights |= {name: torch.stack([row[name] for row in revealed]).to(device) for name in revealed[0]}
     labels = torch.tensor([client.label for client in clients], device=device) if threat.labels == "known" else None
     return Observation(
         model=architecture(order[0]),
@@ -147,6 +130,31 @@ def observe(
         threat=threat.granted(),
         defense=defense if threat.informed else None,
     )
+
+
+def _public_tensors(
+    networks: Sequence[nn.Module], secret: Collection[str], device: torch.device | str
+) -> dict[str, Tensor]:
+    """Return the parameters [T, *shape] and buffers of T clients' networks by name, without the secret ones.
+
+    Parameters have stride 0 along T if all clients have one network; buffers are [*shape] if all are equal.
+    """
+    first = networks[0]
+    shared = all(network is first for network in networks)
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in first.named_parameters():
+        if name in secret:
+            continue
+        if shared:
+            tensors[name] = parameter.detach().to(device)[None].expand(len(networks), *parameter.shape)
+        else:
+            tensors[name] = torch.stack([network.get_parameter(name).detach() for network in networks]).to(device)
+    for name, buffer in first.named_buffers():
+        if name not in secret:
+            rows = [network.get_buffer(name) for network in networks]
+            same = all(torch.equal(buffer, row) for row in rows)
+            tensors[name] = (buffer if same else torch.stack(rows)).detach().clone().to(device)
+    return tensors
 
 
 def layer_inputs(

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import leakbench
-from leakbench.defenses.keylock import LOCK, get_key
+from leakbench.defenses.keylock import LOCK_TENSORS, get_key
 from leakbench.flower import restore
 from leakbench.flower.mods import Mod
 
@@ -69,7 +69,7 @@ def client_app(
         descent.step()
         metrics = MetricRecord({"num-examples": len(images), "train_loss": loss.item(), "rounds": rounds})
         if secrets is not None:
-            lock = {name: value.clone() for name, value in net.state_dict().items() if name.endswith(LOCK)}
+            lock = {name: value.clone() for name, value in net.state_dict().items() if name.endswith(LOCK_TENSORS)}
             secrets.append({"client": torch.tensor(number), "key": get_key(net), **lock})
         return Message(RecordDict({"arrays": ArrayRecord(net.state_dict()), "metrics": metrics}), reply_to=message)
 
@@ -107,7 +107,7 @@ def server_app(
 
             grid.send_and_receive = send_and_receive
         acting = strategy if strategy is not None else FedAvg(fraction_evaluate=0.0)
-        initial = {k: v for k, v in network(locked).state_dict().items() if not k.endswith(LOCK)}
+        initial = {k: v for k, v in network(locked).state_dict().items() if not k.endswith(LOCK_TENSORS)}
         results["result"] = acting.start(grid, ArrayRecord(initial), num_rounds=rounds)
 
     return app, results

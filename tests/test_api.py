@@ -56,6 +56,15 @@ def test_observe_leaves_network_images_and_generator_alone() -> None:
     assert not torch.equal(other.gradient["4.bias"], again.gradient["4.bias"])
 
 
+def test_a_network_in_float64_is_observed_and_attacked_in_float64() -> None:
+    x, y = images()
+    net = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 5)).double()
+    observation = leakbench.observe(net, x, y)
+    assert observation.dtype == torch.float64
+    found = leakbench.attack("analytic", observation).images
+    torch.testing.assert_close(found, x.double(), rtol=0, atol=1e-12)
+
+
 def test_observe_takes_components_threats_and_a_mean_image() -> None:
     net, (x, y) = network(), images()
     mean = torch.full(SHAPE, 0.25)

@@ -13,7 +13,7 @@ from PIL import Image
 from test_engine import Tiny, go, no_assets  # noqa: F401
 
 from leakbench import defenses, report
-from leakbench.defenses.noise import SMOOTH
+from leakbench.defenses.noise import SMOOTHING
 from leakbench.errors import BadOption
 from leakbench.plan.matrix import Matrix, expand, load_suite
 from leakbench.report import curves
@@ -59,7 +59,7 @@ def test_who_knows_of_relative_noise_weighs_each_tensor_by_its_own(float64: None
     expected = sum(2 / (2 * variance) for variance in variances)
     assert float(defense.attackers()["default"].likelihood(dummy, observed, {})) == pytest.approx(expected, rel=1e-12)
     laplace = defenses.parse("noise(scale=0.5, relative=true, kind=laplace)")
-    expected = sum(2 * 2**0.5 * ((1 / variance + SMOOTH**2) ** 0.5 - SMOOTH) for variance in variances)
+    expected = sum(2 * 2**0.5 * ((1 / variance + SMOOTHING**2) ** 0.5 - SMOOTHING) for variance in variances)
     assert float(laplace.attackers()["default"].likelihood(dummy, observed, {})) == pytest.approx(expected, rel=1e-12)
 
 

@@ -590,7 +590,7 @@ def test_what_each_level_grants(name: str, granted: tuple[str, ...]) -> None:
 def test_levels_are_lines_of_their_own() -> None:
     words = [PRESETS[name].describe() for name in LEVELS]
     assert len(set(words)) == len(words)
-    assert "searches" in PRESETS["T2"].describe()
+    assert "optimises" in PRESETS["T2"].describe()
     assert PRESETS["T0"] == PRESETS["paper"]
     assert (PRESETS["T0"].spec(), PRESETS["paper"].spec()) == ("T0", "paper")
     assert parse_threat({"reveals": ["lock"]}).spec() == "T4"

@@ -1,4 +1,4 @@
-"""Analytic: the image read off the gradient of a linear layer that takes its pixels, whatever stands above."""
+"""Analytic: the image inferred from the gradient of a linear layer that takes its pixels, whatever follows it."""
 
 from __future__ import annotations
 
@@ -23,24 +23,23 @@ from leakbench.gradients.linear import layer_direction, layer_input, unexplained
 from leakbench.models.surgery import linears
 from leakbench.observation import Observation
 
-CLOSE = 0.1
-"""How far a value may be from the pixel that it is taken for, in steps between neighbouring values of the probe."""
+PIXEL_TOLERANCE = 0.1
+"""How far a value may be from its pixel, in steps between neighbouring values of the probe."""
 
-
-ZERO = 1e-3
-"""Entries of up to this part of the largest say nothing of the factor that keeps pixels in [0, 1]."""
+NEGLIGIBLE = 1e-3
+"""Entries up to this fraction of the largest do not limit the factor that keeps pixels in [0, 1]."""
 
 
 @register("analytic")
 @dataclass(frozen=True)
 class Analytic(Attack):
-    """Analytic: the pixels that a linear layer takes, read off its gradient in closed form.
+    """Analytic: the pixels that a linear layer takes, from its gradient in closed form.
 
     The layer is W x + b, so that each row of dL/dW is x times that row's dL/db: x = (dL/dW)^T (dL/db) / |dL/db|^2.
     Without dL/db (no bias, or a withheld one), x is the leading right singular vector of dL/dW up to a factor; of the
     factors that keep every pixel in [0, 1], the largest is taken. Which entry of x is which pixel, and by what scale
-    and shift, is seen on probe images: anything that moves pixels and scales each by itself is undone. Above the layer
-    there may be whatever there is.
+    and shift, is seen on probe images: anything that moves pixels and scales each by itself is undone. The rest of the
+    network does not matter.
     """
 
     reference: ClassVar[str] = (
@@ -55,7 +54,7 @@ class Analytic(Attack):
     updates: ClassVar[bool] = True
 
     def check(self, observation: Observation) -> None:
-        """Raise Unsupported where no linear layer takes the pixels, or none of its gradient was sent."""
+        """Raise Unsupported if no linear layer takes the pixels, or none of its gradient was sent."""
         self._pixels(observation)
 
     def run(self, observation: Observation, rng: Rng) -> Reconstruction:
@@ -88,7 +87,7 @@ class Analytic(Attack):
             if f"{name}.weight" in observation.gradient:
                 return name, order, slope, shift
         if found:
-            raise Unsupported(f"analytic reads the gradient of {', '.join(found)}, and that was not sent")
+            raise Unsupported(f"analytic needs the gradient of {', '.join(found)}, which was not sent")
         raise Unsupported("analytic needs a linear layer that takes every pixel, and this network has none")
 
 
@@ -196,7 +195,7 @@ def _view(taken: list[Tensor], orders: list[Tensor]) -> tuple[Tensor, Tensor, Te
     for value, order in zip(taken[2:], orders):
         rank = (value - shift) / slope * size - 0.5
         nearest = rank.round().long()
-        if not bool(((rank - nearest).abs() < CLOSE).all() & (nearest >= 0).all() & (nearest < size).all()):
+        if not bool(((rank - nearest).abs() < PIXEL_TOLERANCE).all() & (nearest >= 0).all() & (nearest < size).all()):
             return None
         places.append(order.argsort()[nearest])
     same = torch.equal(places[0], places[1]) and len(places[0].unique()) == size
@@ -214,7 +213,7 @@ def _largest(direction: Tensor, slope: Tensor, shift: Tensor) -> Tensor:
     best = torch.zeros_like(found)
     for sign in (1.0, -1.0):
         value = sign * direction
-        small = value.abs() <= ZERO * value.abs().amax(1, keepdim=True)
+        small = value.abs() <= NEGLIGIBLE * value.abs().amax(1, keepdim=True)
         edge = torch.where(value > 0, high, low) / torch.where(small, torch.ones_like(value), value)
         size = torch.where(small, torch.inf, edge).amin(1)
         found, best = torch.where(size > best, sign * size, found), torch.maximum(best, size)

@@ -45,7 +45,7 @@ class DLG(QuasiNewton):
 @register("idlg")
 @dataclass(frozen=True)
 class IDLG(QuasiNewton):
-    """Improved DLG: the label is read off the last layer, then L-BFGS over the image alone.
+    """Improved DLG: the label is inferred from the last layer, then L-BFGS only over the image.
 
     See QuasiNewton and GradientMatching for the other options.
 
@@ -55,7 +55,7 @@ class IDLG(QuasiNewton):
 
     reference: ClassVar[str] = "Zhao et al. 2020, iDLG, arXiv 2001.02610 (and the code of P. Zhao)"
     assumes: ClassVar[str] = (
-        "As DLG, and a hard label with a classifier whose inputs are not negative, from which the label is read."
+        "As DLG, and a hard label with a classifier whose inputs are not negative, from which the label is inferred."
     )
     cost: ClassVar[str] = "As DLG; a trial that has matched ends early."
     fails: ClassVar[str] = (

@@ -1,4 +1,4 @@
-"""DLM and DLM+: leakage from the weights before and after local training, whose learning rate is not known."""
+"""DLM and DLM+: leakage from the weights before and after local training of unknown learning rate."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class DLM(Updates):
     """Deep Leakage from Model: the distance of the dummy gradient to the update times a scale k, which is learned.
 
     |g' - k u|^2 over image, soft label and k, for the update u of one local step (the mean of several); k is 1 /
-    learning rate where it matches. Where soft labels are sought, others with a smaller gradient of the same direction
+    learning rate where it matches. If soft labels are optimised, others with a smaller gradient of the same direction
     match too, with a smaller k. Starts of k are compared, and a search's end with its start, by 1 - cos(g', u), in
-    which k has no part: neither a small nor a large k wins by itself. An informed attacker has k too for the rate that
+    which k has no part: neither a small nor a large k wins by itself. An adaptive attacker also uses k as the rate that
     turns a dummy gradient into the update that a defense acts on. See Updates, QuasiNewton and GradientMatching for the
     other options.
 
@@ -54,7 +54,8 @@ class DLM(Updates):
             collapse to zero; ``plain`` is the released code's k itself.
         k0: the middle of the first ks; none: |g'| / |u| at the start.
         spread: the first k of each of the ``restarts`` is k0 times a power of this, with exponents from -1 to 1 at
-            equal distances, or 0 for one alone. The released code's 60 to 240, at a rate of 0.01, is k0=120, spread=2.
+            equal distances, or 0 for a single one. The released code's 60 to 240, at a rate of 0.01, is k0=120,
+            spread=2.
     """
 
     reference: ClassVar[str] = (
@@ -66,8 +67,8 @@ class DLM(Updates):
     )
     cost: ClassVar[str] = "As DLG, for every start of k."
     fails: ClassVar[str] = (
-        "Several local steps that are matched by their mean; clipped or sparsified weights, unless informed; noise "
-        "stronger than the update."
+        "Several local steps that are matched by their mean; clipped or sparsified weights, unless the attacker is "
+        "adaptive; noise stronger than the update."
     )
     learns_rate: ClassVar[bool] = True
     restarts: Count = 3
@@ -114,15 +115,15 @@ class DLMPlus(Updates):
     """DLM+: the distance of the normalised dummy gradient to the normalised update, which no learning rate changes.
 
     With n(u) = mean_l |u_l| over the parameter tensors l: sum_l |g'_l / n(g') - u_l / n(u)|^2 over the image, and the
-    label read off the update (the released code is given it). See Updates, QuasiNewton and GradientMatching for the
-    other options.
+    label inferred from the update (the released code is given it). See Updates, QuasiNewton and GradientMatching for
+    the other options.
     """
 
     reference: ClassVar[str] = (
         "Zhao et al. 2022, Deep Leakage from Model in Federated Learning, arXiv 2206.04887 (code)"
     )
     assumes: ClassVar[str] = (
-        "As DLM, and a hard label with a classifier whose inputs are not negative, from which the label is read."
+        "As DLM, and a hard label with a classifier whose inputs are not negative, from which the label is inferred."
     )
     cost: ClassVar[str] = "As DLG."
     fails: ClassVar[str] = (

@@ -1,4 +1,4 @@
-"""The floors: what an attacker has without looking at the gradient. Every other attack is measured against them."""
+"""The floors: attacks that use no gradient. Every other attack is measured against them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RandomFloor(Attack):
     reference: ClassVar[str] = "a baseline by definition"
     assumes: ClassVar[str] = "Nothing."
     cost: ClassVar[str] = "Nothing."
-    fails: ClassVar[str] = "It is a floor: no recovery is expected of it."
+    fails: ClassVar[str] = "It is a floor: it recovers nothing."
     floor: ClassVar[bool] = True
 
     def run(self, observation: Observation, rng: Rng) -> Reconstruction:
@@ -54,7 +54,7 @@ class MeanFloor(Attack):
     reference: ClassVar[str] = "a baseline by definition"
     assumes: ClassVar[str] = "Public images of the same kind."
     cost: ClassVar[str] = "Nothing."
-    fails: ClassVar[str] = "It is a floor: no recovery is expected of it."
+    fails: ClassVar[str] = "It is a floor: it recovers nothing."
     floor: ClassVar[bool] = True
 
     def run(self, observation: Observation, rng: Rng) -> Reconstruction:

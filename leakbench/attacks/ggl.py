@@ -32,17 +32,17 @@ from leakbench.optim import Evaluation, Solution, Unknowns, descend
 from leakbench.optim.evolve import check_optimiser, evolve
 
 ADAM = "adam"
-BOUND = 2.0
-"""Where ``latent=clip`` cuts the latent off: where a truncated normal law does."""
+CLIP_BOUND = 2.0
+"""``latent=clip`` cuts the latent off here, as a truncated normal distribution does."""
 
-COPIES = 8
+GRADIENT_COPIES = 8
 """How many times a candidate's gradient its evaluation may take; activations are of the gradient's size or smaller."""
 
 Squash = Literal["free", "clip", "tanh"]
 
 
 def chosen(spec: str, observation: Observation) -> Generator:
-    """Return the generator of a spec for these images; raise Unsupported where it does not fit them."""
+    """Return the generator of a spec for these images; raise Unsupported if it does not fit them."""
     shape, classes, mean = observation.image_shape, observation.num_classes, observation.mean_image
     generator = generators.parse(spec).choose(shape, classes, mean)
     generators.check_fit(generator, shape, classes, mean)
@@ -56,14 +56,14 @@ def draw(generator: Generator, latent: Tensor, labels: Tensor, observation: Obse
 
 
 def random_latents(generator: Generator, observation: Observation, rng: Rng, purpose: str) -> Tensor:
-    """Return [T, d], drawn by the generator's own law."""
+    """Return [T, d], drawn from the generator's own distribution."""
     card = generator.card()
     rows = [card.law.draw((card.latent,), own) for own in rng.generators(purpose)]
     return torch.stack(rows).to(rng.device, observation.dtype)
 
 
 def known_labels(observation: Observation) -> Tensor:
-    """Return [T] int64: the granted labels, or those read off the gradient."""
+    """Return [T] int64: the granted labels, or those inferred from the gradient."""
     return analytic_labels(observation) if observation.labels is None else observation.labels
 
 
@@ -72,7 +72,7 @@ def known_labels(observation: Observation) -> Tensor:
 class GGL(GradientMatching):
     """GGL: gradient-free search of a pretrained generator's latent for the observed gradient.
 
-    The distance is the mean over parameters of |T(g') - g|^2. The label is read off the last layer's gradient and
+    The distance is the mean over parameters of |T(g') - g|^2. The label is inferred from the last layer's gradient and
     conditions the generator; the latent starts at 0; the best candidate by the attack's own objective is returned.
     What a generator draws for any gradient is no leakage: compare with ``prior`` and with ``control=wrong-gradient``.
     Computed in float64, so that the order of candidates does not depend on how many are evaluated at a time. See
@@ -82,13 +82,13 @@ class GGL(GradientMatching):
         budget: evaluations of the objective for each image and restart; the released code takes 25,000.
         generator: the spec of a generator: dcgan, dcgan:cifar10, biggan-deep(path=...), file:PATH.
         optimizer: one of nevergrad's by name (CMA, DE, TBPSA, ...), or ``adam`` through the generator.
-        popsize: candidates asked before any is told, for nevergrad's optimizers.
+        popsize: candidates that are evaluated together, for nevergrad's optimizers.
         latent: ``free``; ``clip`` to [-2, 2]; ``tanh``, as in the released code for ImageNet.
         kld: the weight of -(1 + ln s^2 - m^2 - s^2) / 2 for mean m and deviation s of the latent; 0.1 where used.
-        transform: T for an attacker who is informed of the defense: ``clip`` to the norm of the observed gradient,
+        transform: T for an adaptive attacker: ``clip`` to the norm of the observed gradient,
             ``sparsify`` each parameter to the observed share of zeros, ``soteria`` the columns of the last matrix that
-            are zero in its observed first row. What the defense itself declares is applied in any case.
-        control: ``wrong-gradient`` searches for the gradient of another image: a random sample of the generator with
+            are zero in its observed first row. The defense's own ``AdaptiveAttacker`` is applied in any case.
+        control: ``wrong-gradient`` matches the gradient of another image: a random sample of the generator with
             the same label, as the attacker's own network gives it. Its score is what label, prior and search are worth.
         lr: the step size of ``adam``.
         batch: the most candidates evaluated at a time; none takes as many as fit into memory.
@@ -96,11 +96,9 @@ class GGL(GradientMatching):
 
     reference: ClassVar[str] = "Li et al. 2022, GGL, CVPR, sections 3.3, 4.2 and 4.4, arXiv 2203.15696 (released code)"
     assumes: ClassVar[str] = (
-        "A generator whose training data resemble the images, and the label, read off the last layer."
+        "A generator whose training data resemble the images, and the label, inferred from the last layer."
     )
-    cost: ClassVar[str] = (
-        "``budget`` evaluations of the gradient alone, 25,000 by default; no second derivative is needed."
-    )
+    cost: ClassVar[str] = "``budget`` evaluations of the gradient, 25,000 by default; no second derivative is needed."
     fails: ClassVar[str] = (
         "Returns what the generator can draw: of other images a distant look-alike. Put `prior` and "
         "`control=wrong-gradient` beside it."
@@ -142,7 +140,7 @@ class GGL(GradientMatching):
         generator = chosen(self.generator, observation)
         if self.transform != "none" and not observation.threat.informed:
             raise Unsupported(
-                f"transform={self.transform} models a defense that the attacker is not informed of; "
+                f"transform={self.transform} models a defense, and the attacker is oblivious; "
                 "use a threat model with informed=true"
             )
         super().check(observation)
@@ -177,7 +175,7 @@ class GGL(GradientMatching):
 
     def render(self, unknowns: Unknowns, observation: Observation) -> tuple[Tensor, Tensor | None]:
         """Return the generator's images for latents and labels."""
-        assert observation.labels is not None, "the label is granted or read off the gradient"
+        assert observation.labels is not None, "the label is granted or inferred"
         latent = squash(unknowns["latent"], self.latent)
         return draw(chosen(self.generator, observation), latent, observation.labels, observation), None
 
@@ -187,7 +185,7 @@ class GGL(GradientMatching):
         return torch.stack([squared_norm(changed[name] - target) for name, target in observed.items()]).mean(0)
 
     def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
-        """Run the optimizer over the latent, and over the secrets where these are sought."""
+        """Run the optimizer over the latent, and over the secrets if these are optimised."""
         whole = _Regularised(objective, self)
         if self.optimizer == ADAM:
             return descend(whole, start, steps=self.budget, lr=dict.fromkeys(start, self.lr))
@@ -206,7 +204,7 @@ class GGL(GradientMatching):
         if self.batch is not None:
             return self.batch
         size = sum(value[0].numel() * value.element_size() for value in objective.observation.gradient.values())
-        return max(1, int(SHARE * free_memory(objective.observation.device) / (COPIES * size)))
+        return max(1, int(SHARE * free_memory(objective.observation.device) / (GRADIENT_COPIES * size)))
 
     def _decoy(self, observation: Observation, rng: Rng) -> Gradient:
         """Return the gradient of a random sample of the generator for each trial, with the trial's label."""
@@ -241,8 +239,8 @@ class _Regularised:
 class PriorFloor(Attack):
     """Floor: a random image of the generator with the label that ggl uses; of the gradient only that label is used.
 
-    Where the threat model does not grant the label, it is read off the gradient, which tables show for the first
-    defense alone; the comparison of ``ggl`` with it takes each defense's own.
+    Where the threat model does not grant the label, it is inferred from the gradient, which tables show only for the
+    first defense; the comparison of ``ggl`` with it takes each defense's own.
 
     Attributes:
         generator: the spec of a generator, as in ``ggl``.
@@ -252,7 +250,7 @@ class PriorFloor(Attack):
     reference: ClassVar[str] = "a baseline by definition"
     assumes: ClassVar[str] = "The generator and the label that GGL has."
     cost: ClassVar[str] = "One image of the generator; no gradient."
-    fails: ClassVar[str] = "It is a floor: what GGL shows beyond it is what leaked."
+    fails: ClassVar[str] = "It is a floor: only what GGL recovers beyond it has leaked."
     floor: ClassVar[bool] = True
 
     generator: str = "dcgan"
@@ -283,7 +281,7 @@ class PriorFloor(Attack):
 def squash(latent: Tensor, how: Squash) -> Tensor:
     """Return the latent [N, d] as it enters the generator."""
     if how == "clip":
-        return latent.clamp(-BOUND, BOUND)
+        return latent.clamp(-CLIP_BOUND, CLIP_BOUND)
     return latent.tanh() if how == "tanh" else latent
 
 
@@ -294,7 +292,7 @@ def divergence(latent: Tensor) -> Tensor:
 
 
 def transformed(gradient: Gradient, observed: Mapping[str, Tensor], transform: str) -> Gradient:
-    """Return T(g'), [T, *shape] per parameter, with T's strength read off the observed gradient (released code).
+    """Return T(g'), [T, *shape] per parameter, with T's strength taken from the observed gradient (released code).
 
     Args:
         gradient: the dummy gradients.

@@ -23,8 +23,8 @@ from leakbench.optim.rmsprop import EPS
 WIDTH = 32
 """Channels before the last block; each block before it has twice as many."""
 
-MEETING = ("first.weight", "label.weight")
-"""The weights that meet the latent; what is searched for is their product with it (``latent_gain``)."""
+LATENT_WEIGHTS = ("first.weight", "label.weight")
+"""The weights that are multiplied with the latent; their product with it is optimised (``latent_gain``)."""
 
 
 @register("grnn")
@@ -34,8 +34,8 @@ class GRNN(GradientMatching):
 
     The objective is |g' - g|^2 + |g' - g| + tv TV. The generator of each trial is drawn anew, has one branch for the
     image and one for the soft label, and normalises its one image by that image's statistics. An image whose side is
-    not a power of two is the centre of the next larger one. Weights that meet the latent are searched for by their
-    product with it, which is the same search (``latent_gain``). See GradientMatching for the options.
+    not a power of two is the centre of the next larger one. Instead of weights that are multiplied with the latent,
+    their product is optimised, which is the same search (``latent_gain``). See GradientMatching for the options.
 
     Attributes:
         tv: the weight of the total variation, here that of squared differences; 1e-6 for ResNet-18 in the paper's code.
@@ -66,7 +66,7 @@ class GRNN(GradientMatching):
             rows = []
             for own, generator in zip(latent, rng.generators(f"generator {name}")):
                 drawn = layer.draw(generator)
-                rows.append(torch.tensordot(own, drawn, 1) if name in MEETING else drawn)
+                rows.append(torch.tensordot(own, drawn, 1) if name in LATENT_WEIGHTS else drawn)
             start[name] = torch.stack(rows).to(rng.device, observation.dtype)
         return start
 
@@ -95,7 +95,7 @@ class GRNN(GradientMatching):
             steps=self.steps,
             lr=dict.fromkeys(start, self.lr),
             rule="rmsprop",
-            gain={name: gain for name in MEETING if name in start},
+            gain={name: gain for name in LATENT_WEIGHTS if name in start},
         )
 
     def _latent(self, rng: Rng) -> Tensor:
@@ -104,7 +104,7 @@ class GRNN(GradientMatching):
 
 
 class Layer(NamedTuple):
-    """The shape of a tensor of the generator, and its initial law: U(-bound, bound), or a constant where bound is 0."""
+    """The shape of a tensor of the generator, and its initial distribution: U(-bound, bound), or a constant for bound 0."""
 
     shape: tuple[int, ...]
     bound: float = 0.0
@@ -118,7 +118,7 @@ class Layer(NamedTuple):
 
 
 def layout(image_shape: tuple[int, int, int], latent: int, classes: int) -> dict[str, Layer]:
-    """Return the generator's tensors by name, with torch's default initial laws; without classes no label branch.
+    """Return the generator's tensors by name, with torch's default initial values; without classes no label branch.
 
     The image branch is a transposed convolution from the latent to 4 x 4, then blocks that double the side until it
     is that of the image, or the next power of two. Kernels have their taps first.
@@ -143,7 +143,8 @@ def generate(weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """Return images [T, C, H, H] in (0, 1), and label logits [T, K] where there is a label branch.
 
     Args:
-        weights: the tensors of ``layout``, each [T, *shape]; those of ``MEETING`` already multiplied by the latent.
+        weights: the tensors of ``layout``, each [T, *shape]; those of ``LATENT_WEIGHTS`` already multiplied by the
+            latent.
     """
     x = F.glu(weights["first.weight"] + weights["first.bias"][..., None, None], 1)
     block = 0

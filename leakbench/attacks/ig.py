@@ -37,7 +37,7 @@ class IG(GradientMatching):
     """
 
     reference: ClassVar[str] = "Geiping et al. 2020, Inverting Gradients, NeurIPS, equation 4 (and released code)"
-    assumes: ClassVar[str] = "A hard label that the last layer gives away; a network in the mode that the client used."
+    assumes: ClassVar[str] = "A hard label, inferred from the last layer; a network in the mode that the client used."
     cost: ClassVar[str] = "One evaluation a step: 4,000 by default."
     fails: ClassVar[str] = (
         "The cosine distance does not see the gradient's size; untrained ReLU networks and small budgets "
@@ -55,7 +55,7 @@ class IG(GradientMatching):
         return cosine_distance(gradient, observed)
 
     def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
-        """Run Adam; labels and secrets, where they are sought, follow their plain gradient."""
+        """Run Adam; labels and secrets, if they are optimised, follow their plain gradient."""
 
         def project(name: str, tensor: Tensor) -> Tensor:
             return tensor.clamp(0, 1) if self.boxed and name == "image" else tensor

@@ -19,7 +19,7 @@ from leakbench.models.surgery import linears
 from leakbench.observation import Observation
 from leakbench.optim import LineSearch, Unknowns
 
-SMALLEST = 1e-4
+MIN_RELATIVE_SIZE = 1e-4
 """A parameter whose gradient is smaller, relative to the largest, is weighted as if it were of this size.
 
 The bias of a convolution before a normalisation has no gradient but rounding, which must not be magnified.
@@ -35,7 +35,7 @@ def layer_normalised_distance(gradient: Gradient, observed: Mapping[str, Tensor]
     squares = {name: squared_norm(target) for name, target in observed.items()}
     sizes = {name: square.sqrt() for name, square in squares.items()}
     tiny = torch.finfo(torch.float32).tiny
-    floor = (SMALLEST * torch.stack(list(sizes.values())).amax(0)).clamp(min=tiny)
+    floor = (MIN_RELATIVE_SIZE * torch.stack(list(sizes.values())).amax(0)).clamp(min=tiny)
     weights = {name: 1 / torch.maximum(size, floor) for name, size in sizes.items()}
     whole = torch.stack([weights[name] * square for name, square in squares.items()]).sum(0).clamp(min=tiny)
     error = torch.stack([weights[name] * squared_norm(gradient[name] - target) for name, target in observed.items()])
@@ -75,7 +75,7 @@ class LB(QuasiNewton):
     reference: ClassVar[str] = "Liu and Nocedal 1989, Math. Programming 45 (the optimiser); the objective is our own"
     assumes: ClassVar[str] = "A network that can be differentiated twice; works in float64."
     cost: ClassVar[str] = "Up to 25 evaluations a step with the line search, each at twice the cost of float32."
-    fails: ClassVar[str] = "Local minima: several starts help; noise and pruning, unless informed of them."
+    fails: ClassVar[str] = "Local minima: several starts help; noise and pruning, unless the attacker is adaptive."
     per_tensor: ClassVar[bool] = True
     tolerance_grad: ClassVar[float] = 1e-12
     tolerance_change: ClassVar[float] = 1e-16
@@ -91,7 +91,7 @@ class LB(QuasiNewton):
         return layer_normalised_distance(gradient, observed)
 
     def start(self, observation: Observation, rng: Rng) -> Unknowns:
-        """Return an image from N(0.5, spread^2), and label logits from N(0, 1) where labels are sought."""
+        """Return an image from N(0.5, spread^2), and label logits from N(0, 1) if labels are optimised."""
         start = super().start(observation, rng)
         return start | {"image": 0.5 + self.spread * start["image"]}
 

@@ -1,4 +1,4 @@
-"""The nouns: what an attacker is granted, what it sees, what it returns.
+"""The nouns: what an attacker is granted, how secrets are drawn, and what an attack returns.
 
 Every tensor of a batch has T trials as its leading axis; a trial is one private image (batch size 1).
 """
@@ -27,19 +27,19 @@ class ThreatModel:
         labels: ``known`` hands over the label; ``inferred`` leaves it to the attack.
         reveals: groups of the defense's secrets that are handed over, values and gradients, such as ``key``
             or ``lock``; ``GROUP-weights`` hands over the values alone.
-        informed: the attacker knows which defense is in use and models what it declares (``relax``, ``surrogate``,
-            ``loss``); the name of one of the defense's further informed attackers (``Defense.attackers``) asks for
-            that one. The layers that a defense adds are part of the architecture, which every attacker sees.
+        informed: true for an adaptive attacker, who knows which defense is in use and models it; the name of another
+            one of the defense's adaptive attackers (``Defense.attackers``) asks for that one. False for an oblivious
+            attacker. The layers that a defense adds are part of the architecture, which every attacker sees.
         shares: what the client sends: a ``gradient``, or its ``weights`` after local training, of which the server, who
             handed out the weights before, sees the update. Only parameters are sent: the running statistics of a
             normalisation move while a client trains, and stay with it.
         learning_rate: of the client's local training, under ``weights``: plain SGD on its one image. None in what an
-            attacker holds to whom it is not granted, and where nobody knows it (a recorded update).
+            attacker holds who is not granted it, and if nobody knows it (a recorded update).
         local_steps: how many steps of it the client takes before it sends its weights; public.
         rate: whether the attacker is granted the learning rate: ``hidden`` or ``known``.
-        optimises: the attacker searches, together with the image, for the secrets that it was not given and that are
+        optimises: the attacker optimises, together with the image, the secrets that were not revealed and that are
             inputs of the network (a key): every attack runs with its option ``secrets=optimise``.
-        name: what the preset is called; two threat models that differ by name alone are equal.
+        name: the name of the preset; two threat models that differ only by name are equal.
     """
 
     labels: Literal["inferred", "known"] = "inferred"
@@ -100,20 +100,20 @@ class ThreatModel:
             else "no secret of the defense is revealed"
         )
         informed = (
-            "the attacker knows the defense and models what it declares of its loss and its release"
-            + (f" (its informed attacker {self.informed!r})" if isinstance(self.informed, str) else "")
+            "the attacker is adaptive: it knows the defense and models it"
+            + (f" (adaptive attacker {self.informed!r})" if isinstance(self.informed, str) else "")
             if self.informed
-            else "what the defense does to data, loss and gradient is not modelled"
+            else "the attacker is oblivious: it does not model what the defense does to data, loss and gradient"
         )
         search = (
-            "; the attacker searches, together with the image, for the secrets that are inputs of the network (a key)"
+            "; the attacker optimises, together with the image, the secrets that are inputs of the network (a key)"
             if self.optimises
             else ""
         )
         sees = "the shared gradient" if self.shares == "gradient" else "the model before and after local training"
         return (
             f"An honest-but-curious server sees {sees} of one image, the architecture (with the layers that a defense "
-            "adds, and the law by which its secrets are drawn) and the public weights; "
+            "adds, and the distribution of its secrets) and the public weights; "
             f"{label}; {secrets}{search}; {informed}{self._local()}."
         )
 
@@ -143,22 +143,22 @@ PRESETS: Mapping[str, ThreatModel] = {
 
 ``T0`` to ``T5`` are the levels of key-lock's study, in the order of what they grant. ``T0``: neither key nor lock
 (``paper``). ``T1``: the lock's weights, so that the key is all that is missing (what FedKL's released code runs).
-``T2``: the same, and the attacker searches for the key. ``T3``: the key too. ``T4``: the lock's weights and gradients,
+``T2``: the same, and the attacker optimises the key. ``T3``: the key too. ``T4``: the lock's weights and gradients,
 not the key. ``T5``: everything.
 """
 
 
-class Law(ABC):
-    """How a secret is drawn; public knowledge, so that an attacker can draw its own."""
+class Distribution(ABC):
+    """The distribution of a secret; public knowledge, so that an attacker can draw its own."""
 
     @abstractmethod
     def draw(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
-        """Return a float32 tensor of this shape drawn from the law."""
+        """Return a float32 tensor of this shape drawn from it."""
 
 
 @dataclass(frozen=True)
-class Uniform(Law):
-    """The uniform law on [low, high)."""
+class Uniform(Distribution):
+    """The uniform distribution on [low, high)."""
 
     low: float = 0.0
     high: float = 1.0
@@ -169,8 +169,8 @@ class Uniform(Law):
 
 
 @dataclass(frozen=True)
-class Normal(Law):
-    """The normal law; ``std`` is a standard deviation."""
+class Normal(Distribution):
+    """The normal distribution; ``std`` is a standard deviation."""
 
     mean: float = 0.0
     std: float = 1.0
@@ -187,7 +187,7 @@ class Secret:
     Attributes:
         name: its name among the module's parameters or buffers.
         group: the name by which a threat model reveals it (``key``, ``lock``, ``noise``).
-        law: how it is drawn.
+        law: its distribution.
         fresh: drawn anew at every forward pass (PRECODE's noise) instead of once for a client (a key).
         optimised: True for a tensor of a relaxed network (``AdaptiveAttacker.relax``) that every attack optimises
             together with the image, from a start drawn by its distribution.
@@ -195,7 +195,7 @@ class Secret:
 
     name: str
     group: str
-    law: Law
+    law: Distribution
     fresh: bool = False
     optimised: bool = False
 

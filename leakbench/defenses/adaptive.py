@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from leakbench.core.types import Gradient, Secret
 
-DEFAULT = "default"
+DEFAULT_ATTACKER = "default"
 """The attacker of a defense that ``informed = true`` in a threat model asks for."""
 
 Observed = Mapping[str, Tensor]
@@ -76,4 +76,4 @@ class AdaptiveAttacker:
 
 def by_informed(attackers: Mapping[str, AdaptiveAttacker]) -> dict[bool | str, AdaptiveAttacker]:
     """Return a defense's attackers by what a threat model writes for ``informed``: true for the default one."""
-    return {True if name == DEFAULT else name: attacker for name, attacker in attackers.items()}
+    return {True if name == DEFAULT_ATTACKER else name: attacker for name, attacker in attackers.items()}

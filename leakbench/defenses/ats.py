@@ -1,4 +1,4 @@
-"""ATSPrivacy: augmentations that were searched for because gradients of what they return are hard to invert."""
+"""ATSPrivacy: augmentations chosen so that the gradients of augmented images are hard to invert."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ autocontrast 1, solarize 1, equalize 5, invert 0, translate-y 3, autocontrast 1
 POOL = tuple((name, int(level)) for name, level in (entry.split() for entry in _POOL.split(",")))
 """The released sub-policies by number: an operation, and a level of 0 to 9 for those that have one."""
 
-PADDING = 4
+CROP_PADDING = 4
+"""How many black pixels are added on each side before a random crop."""
 
 
 def _checked(policy: str) -> str:
@@ -46,9 +47,9 @@ class ATS(Defense):
     always and not with the probabilities that the released list states, as the released code does. Where an operation
     has a direction (shear, translate, color, brightness, contrast, sharpness), it is drawn. Images are rounded to 8
     bits. No policy is searched for: those that the authors found are options. A reconstruction is compared with the
-    image as it was, where a shift alone, which hides nothing from the eye, counts as protection in metrics by pixel,
-    and with the transformed image, in the metrics ``*_encoded``. Every attack matches the transformed image, so that
-    there is no informed attacker.
+    original image, and with the transformed one in the metrics ``*_encoded``; by the first, a mere shift, which hides
+    nothing from the eye, counts as protection in metrics by pixel. Every attack matches the transformed image, so that
+    there is no adaptive attacker.
 
     Attributes:
         policy: numbers of sub-policies (0 to 49), ``-`` between those of one policy and ``+`` between policies.
@@ -135,8 +136,8 @@ def transform(image: Image.Image, operation: str, level: int, direction: int) ->
 
 def _augmented(image: Image.Image, rng: torch.Generator) -> Image.Image:
     """Return a random crop of the padded image, mirrored half of the time."""
-    left, top = _below(2 * PADDING + 1, rng), _below(2 * PADDING + 1, rng)
-    crop = ImageOps.expand(image, PADDING).crop((left, top, left + image.width, top + image.height))
+    left, top = _below(2 * CROP_PADDING + 1, rng), _below(2 * CROP_PADDING + 1, rng)
+    crop = ImageOps.expand(image, CROP_PADDING).crop((left, top, left + image.width, top + image.height))
     return ImageOps.mirror(crop) if _below(2, rng) else crop
 
 

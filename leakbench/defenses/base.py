@@ -99,12 +99,12 @@ class Step:
 
 
 class UpdateStep(Step):
-    """Local training that is over: its gradient is the update, ``weights`` less ``trained``, over what is shared.
+    """Finished local training: its gradient is the update, ``weights`` less ``trained``, of the shared parameters.
 
     ``per_example`` has the update as the one example, so that DP-SGD's clipping and noise act on clients, not images.
 
     Args:
-        defense: what acts on it.
+        defense: the defense that acts on it.
         before: the parameters that the client received, by name.
         update: ``before`` less the parameters after training.
         seen: the client's network and its last batch, where the defense may see them.
@@ -148,7 +148,7 @@ class UpdateStep(Step):
 class Defense(Component):
     """What a client does to hide its data; subclasses override the hooks they need.
 
-    What an attacker does who knows of the defense is no part of it: ``attackers`` returns that.
+    An attacker who knows the defense and models it is an ``AdaptiveAttacker``: see ``attackers``.
 
     Attributes:
         companions: how many further images of the client's own data ``encode`` needs beside the attacked one.
@@ -157,7 +157,7 @@ class Defense(Component):
     companions: ClassVar[int] = 0
 
     def __init_subclass__(cls) -> None:
-        """Raise BadOption if a subclass states what an adaptive attacker knows on the defense, as it once was."""
+        """Raise BadOption if a subclass has a member of the attacker, as defenses had before ``AdaptiveAttacker``."""
         super().__init_subclass__()
         old = [name for name in _OF_ATTACKERS if name in cls.__dict__]
         if old:
@@ -199,8 +199,7 @@ class Defense(Component):
     def reply(self, step: Step, rng: torch.Generator) -> Gradient:
         """Return what a client that trains sends: the model it was given less the one it sends back, per parameter.
 
-        By default what is released. A defense whose server compares other models than these two says here what becomes
-        of the training.
+        By default that is what is released. A defense whose server compares two other models overrides this.
         """
         return self.release(step, rng)
 
@@ -217,7 +216,7 @@ class Defense(Component):
 
 
 _OF_ATTACKERS = ["informed", "relax", "undo", "surrogate", "likelihood", "recover", "targets", "scale_free", "summed"]
-"""What a defense stated of its adaptive attacker before ``AdaptiveAttacker`` was."""
+"""Members that defenses had before ``AdaptiveAttacker``."""
 
 registry: Registry[Defense] = Registry("defense", "leakbench.defenses", Defense)
 register = registry.register

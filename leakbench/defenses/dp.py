@@ -17,7 +17,7 @@ from leakbench.defenses.base import Defense, Step, register
 from leakbench.defenses.clip import Norm, clipped
 from leakbench.gradients.bilinear import squared_distance
 
-WEAK = 10
+WEAK_EPSILON = 10
 """An epsilon above which Ponomareva et al. 2023 (How to DP-fy ML, section 5.2) call a guarantee weak, or none."""
 
 
@@ -40,7 +40,7 @@ class DP(Defense):
         delta: the guarantee's delta.
     """
 
-    version: ClassVar[int] = 3  # 3: the informed weigh the prior with it
+    version: ClassVar[int] = 3  # 3: adaptive attackers weigh the prior with the likelihood
     reference: ClassVar[str] = (
         "Abadi et al. 2016, Deep Learning with Differential Privacy, CCS, algorithm 1; epsilon as in Mironov et al. "
         "2019, arXiv 1908.10530"
@@ -91,7 +91,7 @@ class DP(Defense):
         return float(RdpAccountant().compose(event, self.steps).get_epsilon(self.delta))
 
     def note(self) -> str:
-        """Return the guarantee and what it rests on."""
+        """Return the guarantee and its conditions."""
         training = (
             f"{self.steps} steps, in each of which every example takes part with probability {self.sampling_rate:g}"
         )
@@ -100,5 +100,9 @@ class DP(Defense):
         except ImportError:
             return f"epsilon is not known: it needs dp-accounting; pip install 'leakbench[dp]'. It is for {training}."
         words = "epsilon is infinite" if math.isinf(epsilon) else f"epsilon = {epsilon:.3g} at delta = {self.delta:g}"
-        weak = f" Above {WEAK} that is weak or no protection (Ponomareva et al. 2023)." if epsilon > WEAK else ""
+        weak = (
+            f" Above {WEAK_EPSILON} that is weak or no protection (Ponomareva et al. 2023)."
+            if epsilon > WEAK_EPSILON
+            else ""
+        )
         return f"{words} after {training} (Renyi accountant of dp-accounting; one example more or less).{weak}"

@@ -13,21 +13,21 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from leakbench.core.types import Gradient, Law, Normal, Secret, Uniform
+from leakbench.core.types import Distribution, Gradient, Normal, Secret, Uniform
 from leakbench.defenses.adaptive import AdaptiveAttacker, Observed, Weights
 from leakbench.defenses.base import Defense, register
 from leakbench.errors import BadOption
 from leakbench.gradients.linear import layer_input
 from leakbench.models.surgery import Layers, plain_norm, replace_module, replace_norms
 
-Gate = Literal["relu", "sigmoid", "none"]
+LockGate = Literal["relu", "sigmoid", "none"]
 
-LOCK = tuple(f"{layer}.{tensor}" for layer in ("scale", "shift") for tensor in ("weight", "bias"))
+LOCK_TENSORS = tuple(f"{layer}.{tensor}" for layer in ("scale", "shift") for tensor in ("weight", "bias"))
 """The tensors of a lock's layers."""
-DRIFT = ("scale_drift", "shift_drift")
+DRIFT_TENSORS = ("scale_drift", "shift_drift")
 """What training has added to them, in a lock that has it."""
-START = 0.1
-"""How far starts of free scales and shifts lie apart, relative to their mean."""
+START_SPREAD = 0.1
+"""The standard deviation of the starts of free scales and shifts, relative to their mean."""
 
 _GATES = {"relu": torch.relu, "sigmoid": torch.sigmoid, "none": lambda x: x}
 
@@ -52,7 +52,7 @@ class KeyLock(nn.Module):
         self,
         channels: int,
         length: int,
-        gate: Gate,
+        gate: LockGate,
         norm: nn.BatchNorm2d | None = None,
         previous: KeyLock | None = None,
         drift: bool = False,
@@ -144,7 +144,8 @@ class KeyLockDefense(Defense):
         length: the key's length S.
         gate: the activation on scale and shift; the released code has ReLU or sigmoid, the paper's equation none.
         keys: ``uniform`` draws the key from U[0, 1) as released, ``normal`` from N(0, 1).
-        lock_init: the lock weights' law: torch's ``default`` for linear layers, or ``uniform``: U(-0.5, 0.5).
+        lock_init: the distribution of the lock weights: torch's ``default`` for linear layers, or ``uniform``: U(-0.5,
+            0.5).
         layers: ``first`` locks the first block, as published; ``all`` locks every block, each with the scale and
             shift of the block before as its key, as a variant in the released code does.
         drift: how far training has moved the client's lock from the initial one, which the server handed out: the
@@ -156,14 +157,14 @@ class KeyLockDefense(Defense):
 
     reference: ClassVar[str] = "Wei et al. 2023, FedKL, arXiv 2305.04095, section 3.3, equation 30 (and released code)"
     assumes: ClassVar[str] = "The attacker knows neither key nor lock, and does not model scale and shift."
-    cost: ClassVar[str] = "Two linear layers a locked block; every client's model works with its own key alone."
+    cost: ClassVar[str] = "Two linear layers a locked block; every client's model works only with its own key."
     fails: ClassVar[str] = (
-        "Closed forms and searches that treat scale and shift as unknown; the lock's gradients give the key. "
+        "Closed forms, and searches that optimise scale and shift; the lock's gradients give the key. "
         "What remains is what shut ReLU gates lose, and the contrast that the normalisation takes."
     )
-    version: ClassVar[int] = 2  # 2: the informed start from a lock that is known
+    version: ClassVar[int] = 2  # 2: adaptive attackers start from a known lock
     length: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
-    gate: Gate = "relu"
+    gate: LockGate = "relu"
     keys: Literal["uniform", "normal"] = "uniform"
     lock_init: Literal["default", "uniform"] = "default"
     layers: Layers = "first"
@@ -183,7 +184,7 @@ class KeyLockDefense(Defense):
 
     def secrets(self, model: nn.Module) -> tuple[Secret, ...]:
         """Return the key (group ``key``), the weights and biases of all lock layers (``lock``), and their ``drift``."""
-        law: Law = Uniform() if self.keys == "uniform" else Normal()
+        law: Distribution = Uniform() if self.keys == "uniform" else Normal()
         found = []
         for name, lock in locks(model).items():
             width = 0.5 if self.lock_init == "uniform" else lock.scale.in_features**-0.5
@@ -217,10 +218,10 @@ class KeyLockDefense(Defense):
         not the key, or not what training has added to the lock, they start at what that lock makes of the key, or of
         the mean key; else at their mean.
         """
-        private = {f"{name}.{tensor}" for name in locks(model) for tensor in ("key", *LOCK, *DRIFT)}
+        private = {f"{name}.{tensor}" for name in locks(model) for tensor in ("key", *LOCK_TENSORS, *DRIFT_TENSORS)}
         if private.isdisjoint(hidden):
             return model, ()
-        known = aided and not {f"{name}.{tensor}" for name in locks(model) for tensor in LOCK} & set(hidden)
+        known = aided and not {f"{name}.{tensor}" for name in locks(model) for tensor in LOCK_TENSORS} & set(hidden)
         model = copy.deepcopy(model)
         optimised = []
         for name, lock in locks(model).items():
@@ -229,7 +230,7 @@ class KeyLockDefense(Defense):
                 lock.displace((0.5 if self.keys == "uniform" else 0.0) if f"{name}.key" in hidden else None)
             else:
                 replace_module(model, name, FreeAffine(lock))
-            start = Normal(0 if known else size, START * size)
+            start = Normal(0 if known else size, START_SPREAD * size)
             optimised += [Secret(f"{name}.{tensor}", "lock", start) for tensor in ("gamma", "beta")]
         return model, tuple(optimised)
 
@@ -288,7 +289,7 @@ def get_key(model: nn.Module) -> Tensor:
 def set_key(model: nn.Module, key: Tensor | None) -> None:
     """Put a key [S] into a network with a key-lock, or take its key out (None): the network is changed.
 
-    Without its key (with zeros in its place) the network runs, with the scale and shift of the lock's biases alone.
+    Without its key (with zeros in its place) the network runs, with the scale and shift of the lock's biases.
 
     Raises:
         BadOption: the network has no key-lock, or one of another length.
@@ -303,7 +304,7 @@ def set_key(model: nn.Module, key: Tensor | None) -> None:
 
 
 def shared_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return a network's state dict without the lock's layers: what a client may send; the key is in neither."""
+    """Return a network's state dict without the lock's layers and the key: what a client may send."""
     private = {f"{name}.{layer}.".lstrip(".") for name in locks(model) for layer in ("scale", "shift")}
     return {name: value for name, value in model.state_dict().items() if not name.startswith(tuple(private))}
 

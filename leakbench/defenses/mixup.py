@@ -27,7 +27,7 @@ class MixUp(Defense):
     one; a reconstruction is compared with it and, in the metrics ``*_encoded``, with the blend.
 
     Attributes:
-        alpha: of the Beta law: small values mix little (l near 0 or 1), large ones halve; 1 is uniform.
+        alpha: of the Beta distribution: small values mix little (l near 0 or 1), large ones halve; 1 is uniform.
     """
 
     reference: ClassVar[str] = "Zhang et al. 2018, mixup: Beyond Empirical Risk Minimization, ICLR, equation 1"

@@ -14,8 +14,8 @@ from leakbench.core.types import Gradient
 from leakbench.defenses.adaptive import AdaptiveAttacker, Observed, Weights
 from leakbench.defenses.base import Defense, Step, register
 
-SMOOTH = 0.1
-"""Within how many deviations of 0 an absolute value is rounded off."""
+SMOOTHING = 0.1
+"""The absolute value of an error, in deviations of the noise, is smoothed within this distance of 0."""
 
 
 @register("noise")
@@ -24,17 +24,17 @@ class Noise(Defense):
     """Independent zero-mean noise on every gradient entry; ``scale`` is its standard deviation.
 
     Attributes:
-        scale: the standard deviation, in the gradient's units, for both kinds (a Laplace law of scale b has standard
-            deviation b * sqrt(2), so b = scale / sqrt(2)).
+        scale: the standard deviation, in the gradient's units, for both kinds (a Laplace distribution of scale b has
+            standard deviation b * sqrt(2), so b = scale / sqrt(2)).
         kind: ``gaussian`` or ``laplace``.
         relative: ``scale`` counts in units of the root mean square of each parameter tensor's own gradient.
     """
 
     reference: ClassVar[str] = "Zhu et al. 2019, Deep Leakage from Gradients, NeurIPS, section 5.1 (states variances)"
-    version: ClassVar[int] = 3  # 3: the informed weigh the prior with it
+    version: ClassVar[int] = 3  # 3: adaptive attackers weigh the prior with the likelihood
     assumes: ClassVar[str] = "The attacker matches gradients without their noise in mind."
     cost: ClassVar[str] = "Slower training; strong noise costs accuracy. Nothing else."
-    fails: ClassVar[str] = "Weak noise: informed attackers average it out over the many entries of a gradient."
+    fails: ClassVar[str] = "Weak noise: adaptive attackers average it out over the many entries of a gradient."
     scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     kind: Literal["gaussian", "laplace"] = "gaussian"
     relative: bool = False
@@ -54,7 +54,7 @@ class Noise(Defense):
     def _likelihood(self, gradient: Gradient, observed: Observed, weights: Weights) -> Tensor:
         """Return [T]: |g' - g|_2^2 / (2 scale^2) for Gaussian noise, |g' - g|_1 / b for Laplace noise.
 
-        An absolute value is rounded off near 0 (SMOOTH), for searches that need a slope.
+        An absolute value is smoothed near 0 (SMOOTHING), for searches that need a slope.
         Of relative noise the scale is that of each tensor, judged by what was sent, whose mean square is expected to be
         1 + scale^2 times the gradient's.
         """
@@ -63,7 +63,7 @@ class Noise(Defense):
             deviation = self._deviation(value) / ((1 + self.scale**2) ** 0.5 if self.relative else 1)
             error = ((gradient[name] - value) / torch.where(deviation > 0, deviation, 1.0)).flatten(1)
             square = error.square()
-            absolute = (square + SMOOTH**2).sqrt() - SMOOTH
+            absolute = (square + SMOOTHING**2).sqrt() - SMOOTHING
             errors.append(square.sum(1) / 2 if self.kind == "gaussian" else absolute.sum(1) * 2**0.5)
         return torch.stack(errors).sum(0)
 

@@ -14,4 +14,4 @@ class NoDefense(Defense):
     reference: ClassVar[str] = "the control, by definition"
     assumes: ClassVar[str] = "Nothing."
     cost: ClassVar[str] = "Nothing."
-    fails: ClassVar[str] = "It is the control: everything that an attacker can take is there."
+    fails: ClassVar[str] = "It is the control: the whole gradient is there."

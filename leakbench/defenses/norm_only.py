@@ -14,7 +14,7 @@ from leakbench.models.surgery import Layers, plain_norm, replace_norms
 @register("norm-only")
 @dataclass(frozen=True)
 class NormOnly(Defense):
-    """The key-lock's control arm: its normalisation alone, scale 1 and shift 0, with no secret.
+    """The key-lock's control arm: only its normalisation, with scale 1 and shift 0 and no secret.
 
     Attributes:
         layers: as for key-lock: the ``first`` convolution's block, or ``all`` of them.
@@ -25,7 +25,7 @@ class NormOnly(Defense):
     )
     assumes: ClassVar[str] = "Nothing: it is the placebo beside key-lock."
     cost: ClassVar[str] = "As a normalisation without scale and shift."
-    fails: ClassVar[str] = "It hides the contrast of an image and no more."
+    fails: ClassVar[str] = "It hides only the contrast of an image."
     layers: Layers = "first"
 
     def wrap(self, model: nn.Module) -> nn.Module:

@@ -67,8 +67,7 @@ class Precode(Defense):
     assumes: ClassVar[str] = "The attacker does not know the noise of the bottleneck."
     cost: ClassVar[str] = "A bottleneck of its own, and a divergence in the loss."
     fails: ClassVar[str] = (
-        "The noise follows from the gradients that are sent, in closed form; the layers below can be matched "
-        "without it."
+        "The noise follows from the sent gradients in closed form; the layers below can be matched without it."
     )
     k: Annotated[int, Field(ge=1, le=65536)] = 256
     beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3

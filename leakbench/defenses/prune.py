@@ -26,13 +26,13 @@ class Prune(Defense):
     An entry g_i is sent where |g_i| >= t, with t the percentile 100 * ratio of the tensor's |g|, and 0 elsewhere.
 
     Attributes:
-        ratio: the share of each tensor's entries that becomes zero; at 0 everything is sent, at 1 the largest alone.
+        ratio: the share of each tensor's entries that becomes zero; at 0 everything is sent, at 1 only the largest.
     """
 
     reference: ClassVar[str] = "Zhu et al. 2019, Deep Leakage from Gradients, NeurIPS, section 5.2"
     assumes: ClassVar[str] = "The attacker matches the zeros too."
     cost: ClassVar[str] = "Less to send; strong pruning slows training."
-    fails: ClassVar[str] = "Matching where something was sent; the largest entries carry most of the image."
+    fails: ClassVar[str] = "Matching only the entries that were sent: the largest carry most of the image."
     ratio: Ratio = 0.9
 
     def release(self, step: Step, rng: torch.Generator) -> Gradient:

@@ -14,11 +14,11 @@ from leakbench.core.types import Gradient
 from leakbench.defenses.adaptive import AdaptiveAttacker, Observed, Weights
 from leakbench.defenses.base import Defense, Step, register
 
-LARGEST = 65504.0
+HALF_MAX = 65504.0
 """The largest number in half precision."""
-MANTISSA = 10
+HALF_MANTISSA = 10
 """The bits of half precision's mantissa."""
-SMALLEST = 2.0**-24
+HALF_STEP = 2.0**-24
 """The distance of half precision's neighbours around 0."""
 
 
@@ -34,7 +34,7 @@ class Quantise(Defense):
         bits: bits an entry, or ``half``.
     """
 
-    version: ClassVar[int] = 3  # 3: the informed weigh the prior with it
+    version: ClassVar[int] = 3  # 3: adaptive attackers weigh the prior with the likelihood
     reference: ClassVar[str] = (
         "Suresh et al. 2017, Distributed Mean Estimation with Limited Communication, ICML, section 2.2 (its levels, "
         "rounded to the nearest and not at random); IEEE 754-2008, binary16"
@@ -58,18 +58,18 @@ class Quantise(Defense):
 
         w is the distance of an entry's neighbours on the grid, and w^2 / 12 the variance of a rounding error that is
         uniform between them. In half precision it is the root mean square over a tensor: entries that are small by
-        chance would outweigh all others, and a search far from the truth would follow them alone. It is no less than
+        chance would outweigh all others, and a search far from the truth would follow only them. It is no less than
         2^-24, so that a tensor of equal entries has one.
         """
         errors = []
         for name, value in observed.items():
-            square = self._width(value).flatten(1).square().mean(1).clamp(min=SMALLEST**2)
+            square = self._width(value).flatten(1).square().mean(1).clamp(min=HALF_STEP**2)
             errors.append(6 * (gradient[name] - value).flatten(1).square().sum(1) / square)
         return torch.stack(errors).sum(0)
 
     def _rounded(self, value: Tensor) -> Tensor:
         if self.bits == "half":
-            return value.clamp(-LARGEST, LARGEST).half().to(value.dtype)
+            return value.clamp(-HALF_MAX, HALF_MAX).half().to(value.dtype)
         low, step = value.min(), self._width(value[None])[0]
         return torch.where(step > 0, low + step * ((value - low) / step).round(), value)
 
@@ -77,7 +77,7 @@ class Quantise(Defense):
         """Return [T, 1, ...] or, in half precision, [T, *shape]: how far an entry of [T, *shape] is from the next."""
         if self.bits == "half":
             exponent = torch.frexp(value).exponent - 1  # |value| lies in [2^exponent, 2^(exponent + 1))
-            return torch.ldexp(torch.ones_like(value), exponent - MANTISSA).clamp(min=SMALLEST)
+            return torch.ldexp(torch.ones_like(value), exponent - HALF_MANTISSA).clamp(min=HALF_STEP)
         entries = value.flatten(1)
         span = entries.amax(1) - entries.amin(1)
         return (span / (2**self.bits - 1)).view(-1, *[1] * (value.ndim - 1))

@@ -1,4 +1,4 @@
-"""Soteria: the classifier's gradient is perturbed where its inputs say most about the image."""
+"""Soteria: the classifier's gradient is perturbed in the columns whose inputs say most about the image."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from leakbench.defenses.prune import Ratio, percentile
 from leakbench.errors import Unsupported
 from leakbench.models.surgery import linears
 
-CHUNK = 64
+JACOBIAN_ROWS = 64
 """How many rows of a Jacobian are computed at a time."""
 
 
@@ -32,7 +32,7 @@ class Soteria(Defense):
     are. The classifier is the network's last linear layer. Batches of one image only.
 
     The paper prunes where |r_i (d r_i / d x)^-1|_2 is largest; the released code has the ratio above, with r_i in
-    place of |r_i|, which differs for negative features alone.
+    place of |r_i|, which differs only for negative features.
 
     Attributes:
         ratio: the share of the columns that becomes zero.
@@ -104,7 +104,7 @@ def sensitivity(model: nn.Module, classifier: nn.Linear, image: Tensor, offset: 
     with warnings.catch_warnings():
         # an operation that vmap has no rule for is looped over, which it says every time
         warnings.filterwarnings("ignore", "There is a performance drop")
-        for rows in torch.eye(len(features), dtype=features.dtype).split(CHUNK):
+        for rows in torch.eye(len(features), dtype=features.dtype).split(JACOBIAN_ROWS):
             (part,) = torch.autograd.grad(features, x, rows, retain_graph=True, is_grads_batched=True)
             norms.append(part.flatten(1).norm(dim=1))
     return torch.cat(norms) / (features.detach().abs() + offset)

@@ -14,7 +14,7 @@ from torch import Tensor
 from leakbench.core.types import Gradient
 from leakbench.defenses.adaptive import AdaptiveAttacker, Observed, Weights
 from leakbench.defenses.base import Defense, Step, register
-from leakbench.defenses.noise import SMOOTH
+from leakbench.defenses.noise import SMOOTHING
 from leakbench.defenses.prune import Ratio, percentile
 from leakbench.gradients.bilinear import shared
 
@@ -22,10 +22,10 @@ Snapshots = Literal["both", "after"]
 Bound = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class OnWeights(Defense):
+class WeightDefense(Defense):
     """A defense that acts on each parameter tensor of the model that is sent; what the server sees is the update.
 
-    In training, where clients get the exact model and send their own back, it acts on the second alone.
+    In training, where clients get the exact model and send their own back, it acts only on the second.
 
     Attributes:
         snapshots: ``both`` as released: the server compares two models that went through the defense, each with draws
@@ -40,11 +40,11 @@ class OnWeights(Defense):
         """Return what is sent of one parameter tensor."""
 
     def release(self, step: Step, rng: torch.Generator) -> Gradient:
-        """Return the update between two defended models; raise Unsupported where a gradient is sent."""
+        """Return the update between two defended models; raise Unsupported if a gradient is sent."""
         return self._between(step, rng, self.snapshots == "both")
 
     def reply(self, step: Step, rng: torch.Generator) -> Gradient:
-        """Return the exact model less the defended one; raise Unsupported where a gradient is sent."""
+        """Return the exact model less the defended one; raise Unsupported if a gradient is sent."""
         return self._between(step, rng, False)
 
     def _between(self, step: Step, rng: torch.Generator, both: bool) -> Gradient:
@@ -58,12 +58,12 @@ class OnWeights(Defense):
 
 @register("weight-noise")
 @dataclass(frozen=True)
-class WeightNoise(OnWeights):
+class WeightNoise(WeightDefense):
     """Add noise to every weight that is sent, after each parameter tensor was clipped by the norms of its rows.
 
     With m the largest Euclidean norm over axis 1 of a tensor W (of all of it, for a vector) and
     phi = max(1, m / (clip + 1e-6)), W / phi + noise is sent. The released code multiplies that by phi again, which
-    undoes the clipping and enlarges the noise. Clients that share weights only. See OnWeights for ``snapshots``.
+    undoes the clipping and enlarges the noise. Clients that share weights only. See WeightDefense for ``snapshots``.
 
     Attributes:
         scale: of the noise, in the weights' units: the standard deviation of Gaussian noise, the b of Laplace noise,
@@ -73,11 +73,13 @@ class WeightNoise(OnWeights):
         as_released: send phi (W / phi + noise), as the released code does.
     """
 
-    version: ClassVar[int] = 3  # 3: the informed weigh the prior with it
+    version: ClassVar[int] = 3  # 3: adaptive attackers weigh the prior with the likelihood
     reference: ClassVar[str] = "Zhao et al. 2022, Deep Leakage from Model in Federated Learning, arXiv 2206.04887"
     assumes: ClassVar[str] = "The attacker matches the update without its noise, or the clipping, in mind."
     cost: ClassVar[str] = "Accuracy, where the noise is large beside what a round of training moves the weights by."
-    fails: ClassVar[str] = "Noise below the size of the update; the clipping by itself hides nothing of who models it."
+    fails: ClassVar[str] = (
+        "Noise below the size of the update; the clipping by itself hides nothing from an attacker who models it."
+    )
     scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
     kind: Literal["gaussian", "laplace"] = "gaussian"
     clip: Bound | None = 0.2
@@ -125,7 +127,7 @@ class WeightNoise(OnWeights):
 
         Where both models have noise, e is the difference of two draws: of variance 2, e^2 / 4, for Gaussian noise; for
         Laplace noise of density (1 + |e|) exp(-|e|) / 4, |e| - log(1 + |e|). Of one model's noise it is e^2 / 2 or |e|,
-        rounded off near 0 (SMOOTH).
+        smoothed near 0 (SMOOTHING).
         With ``as_released`` the scale is ``scale * phi`` for each tensor. The second model's phi is not known: that of
         the public weights stands for it, from which it differs as little as the update is small beside the weights.
         """
@@ -141,7 +143,7 @@ class WeightNoise(OnWeights):
             return error.square() / (4 if self.snapshots == "both" else 2)
         if self.snapshots == "both":
             return error.abs() - error.abs().log1p()
-        return (error.square() + SMOOTH**2).sqrt() - SMOOTH
+        return (error.square() + SMOOTHING**2).sqrt() - SMOOTHING
 
     def _divisor(self, weight: Tensor) -> Tensor:
         """Return phi >= 1 [T, 1, ...], by which tensors [T, *shape] of one parameter are divided."""
@@ -160,21 +162,23 @@ class WeightNoise(OnWeights):
 
 @register("weight-sparsify")
 @dataclass(frozen=True)
-class WeightSparsify(OnWeights):
+class WeightSparsify(WeightDefense):
     """Send zero for the weights of each parameter tensor whose magnitude is below the tensor's percentile.
 
     A weight w is sent where |w| >= t, with t the percentile 100 * ratio of the tensor's |w|. Clients that share weights
-    only. See OnWeights for ``snapshots``.
+    only. See WeightDefense for ``snapshots``.
 
     Attributes:
         ratio: the share of each tensor's entries that becomes zero.
     """
 
-    version: ClassVar[int] = 2  # 2: what the informed know of the update
+    version: ClassVar[int] = 2  # 2: what adaptive attackers know of the update
     reference: ClassVar[str] = "Zhao et al. 2022, Deep Leakage from Model in Federated Learning, arXiv 2206.04887"
     assumes: ClassVar[str] = "The attacker takes the difference of two sparse models for the update."
     cost: ClassVar[str] = "Less to send; a network without most of its weights needs many rounds to learn again."
-    fails: ClassVar[str] = "Who has the weights that were handed out: what was kept shows its update exactly."
+    fails: ClassVar[str] = (
+        "An attacker who has the weights that were handed out: kept weights show their update exactly."
+    )
     ratio: Ratio = 0.5
     snapshots: Snapshots = "both"
 
@@ -184,7 +188,7 @@ class WeightSparsify(OnWeights):
 
     def attackers(self) -> Mapping[str, AdaptiveAttacker]:
         """Return the attacker who knows the weights that were handed out."""
-        words = "takes the update of the weights that were kept from the public ones; matches no others"
+        words = "computes the update of the kept weights from the public weights, and matches no others"
         return {"default": AdaptiveAttacker(words, undo=self._kept)}
 
     def _kept(self, observed: Observed, weights: Weights) -> Gradient:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from leakbench.core.component import Component
 from leakbench.core.registry import Registry
-from leakbench.core.types import Law, Normal
+from leakbench.core.types import Distribution, Normal
 from leakbench.datasets.images import convert
 from leakbench.errors import BadOption, LeakbenchError, Unsupported
 
@@ -21,7 +21,7 @@ SAME_MEAN = 1e-4
 
 
 @dataclass(frozen=True)
-class TruncatedNormal(Law):
+class TruncatedNormal(Distribution):
     """The normal law N(0, 1) cut off at 2 standard deviations, times ``scale`` (Brock et al. 2019, section 3.1)."""
 
     scale: float = 1.0
@@ -58,7 +58,7 @@ class Card:
     data: str
     licence: str
     checksum: str
-    law: Law = Normal()
+    law: Distribution = Normal()
     low: float = -1.0
     high: float = 1.0
     seen: Tensor | None = None

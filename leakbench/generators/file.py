@@ -22,11 +22,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from torch import Tensor, nn
 
-from leakbench.core.types import Law, Normal, Uniform
+from leakbench.core.types import Distribution, Normal, Uniform
 from leakbench.errors import BadOption, CorruptAsset
 from leakbench.generators.base import Card, Generator, TruncatedNormal, register
 
-LAWS: dict[str, Law] = {"normal": Normal(), "truncated-normal": TruncatedNormal(), "uniform": Uniform(-1.0, 1.0)}
+LAWS: dict[str, Distribution] = {
+    "normal": Normal(),
+    "truncated-normal": TruncatedNormal(),
+    "uniform": Uniform(-1.0, 1.0),
+}
 """The laws of a latent's coordinates by name."""
 
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"

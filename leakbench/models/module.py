@@ -40,6 +40,11 @@ class OwnModule(Model):
             )
         return copy.deepcopy(self.module).cpu()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point type of the network's first such parameter, in which it takes images."""
+        return next((tensor.dtype for tensor in self.module.parameters() if tensor.is_floating_point()), torch.float32)
+
     def logits(self, images: Tensor) -> Tensor:
         """Return the network's output in evaluation mode for images [B, C, H, W]; the network is not changed.
 
@@ -49,7 +54,7 @@ class OwnModule(Model):
         probe = copy.deepcopy(self.module).cpu().eval()
         try:
             with torch.no_grad():
-                out = probe(images)
+                out = probe(images.to(self.dtype))
         except (RuntimeError, ValueError, TypeError) as error:
             reason = one_line(error)
             raise Unsupported(
