@@ -104,7 +104,7 @@ class GRNN(GradientMatching):
 
 
 class Layer(NamedTuple):
-    """The shape of a tensor of the generator, and its initial distribution: U(-bound, bound), or constant for bound 0."""
+    """The shape of a tensor of the generator, and its initial values: U(-bound, bound), or a constant if bound is 0."""
 
     shape: tuple[int, ...]
     bound: float = 0.0
