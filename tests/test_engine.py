@@ -408,7 +408,7 @@ def test_an_attack_that_diverges_is_scored_as_the_grey_image(tmp_path, attack):
     [
         (WrongShape(), ["wrong-shape", "(2, 1, 12, 11)", "(2, 1, 12, 12)"]),
         (WrongType(), ["wrong-type", "Tensor", "return a Reconstruction"]),
-        (WrongLabels(), ["IndexError"]),
+        (WrongLabels(), ["wrong-objective", "objective of shape (0,)", "return (1,)"]),
     ],
     ids=["shape", "type", "objective"],
 )
