@@ -18,7 +18,7 @@ from leakbench.errors import BadOption
 from leakbench.leaderboard.entry import entries
 from leakbench.report import tradeoff as report
 from leakbench.report import write
-from leakbench.report.tradeoff import Point, Scene, Value
+from leakbench.report.tradeoff import AttackedDefense, AttackedStage, Value
 from leakbench.store.run_file import FILE, Store
 from leakbench.training import records
 from leakbench.training.settings import Tradeoff
@@ -44,14 +44,15 @@ def test_the_front_holds_what_nothing_else_beats() -> None:
 
 
 def test_a_distance_beyond_the_floor_leaks_no_less_than_the_floor() -> None:
-    def point(name: str, accuracy: float, distance: float) -> Point:
+    def point(name: str, accuracy: float, distance: float) -> AttackedDefense:
         one = Value(accuracy, accuracy, accuracy)
-        return Point(name, one, 0.1, Value(0, 0, 0), Value(distance, distance, distance), 2, "", 0)
+        return AttackedDefense(name, one, 0.1, Value(0, 0, 0), Value(distance, distance, distance), 2, "", 0)
 
-    scene = Scene("d", "m", "best", (point("far", 0.5, 0.9), point("floor", 0.6, 0.7), point("near", 0.9, 0.1)), 0.6)
-    values = [one.distance for one in scene.points]
-    assert report._on_front(scene, "distance", values) == [1, 2]
-    assert report._on_front(replace(scene, floor=math.nan), "distance", values) == [0, 1, 2]
+    stage = AttackedStage(
+        "d", "m", "best", (point("far", 0.5, 0.9), point("floor", 0.6, 0.7), point("near", 0.9, 0.1)), 0.6
+    )
+    assert stage.front("LPIPS") == [1, 2]
+    assert replace(stage, floor=math.nan).front("LPIPS") == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_checkpoints_are_attacked_and_drawn_against_their_accuracy(tmp_path: Pat
     ]
     with Store.open(tmp_path / FILE, readonly=True) as store:
         results = store.results()
-    scenes = report.scenes_of(results, records(tmp_path), targets, 0.6)
+    scenes = report.attacked_stages(results, records(tmp_path), targets, 0.6)
     assert [scene.stage for scene in scenes] == ["initial", "best"]
     for scene in scenes:
         plain, noisy = scene.points

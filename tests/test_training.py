@@ -592,27 +592,26 @@ def test_what_a_client_loses_is_told_against_the_undefended_of_its_seed() -> Non
         scored("keylock", 2, {"client 1": 9500}, zero=[980, 981]),
     ]
     (block,) = report.blocks_of(found)
-    rows = [[cell.strip() for cell in line.split("|")[2:-2]] for line in report._clients(block).splitlines()[4:]]
-    assert rows == [
-        ["0", "client 1", "96.90", "+0.91"],
-        ["0", "client 3", "96.25", "+1.56"],
-        ["1", "client 1", "97.81", "−0.02"],
-        ["2", "client 1", "95.00", "–"],
+    assert [list(row.values())[1:-1] for row in report._clients(block)] == [
+        [0, "client 1", "96.90", "+0.91"],
+        [0, "client 3", "96.25", "+1.56"],
+        [1, "client 1", "97.81", "−0.02"],
+        [2, "client 1", "95.00", "–"],
     ]
-    (zero,) = [line for line in report._thieves(block).splitlines() if "| zero lock" in line]
-    assert zero.split("|")[4].strip() == "4"  # one a seed where the key makes no difference, and both of seed 2
+    (zero,) = [row for row in report._thefts(block) if row["secrets"] == "zero lock"]
+    assert zero["n"] == 4  # one a seed where the key makes no difference, and both of seed 2
 
 
 def test_beside_the_papers_figures_it_says_where_the_recipe_is_another() -> None:
-    same = report.PAPER
+    same = report.PAPER_RECIPE
     other = report.blocks_of([scored("keylock", 0, {"client 1": 9690})])[0]
-    text = report._otherwise(other)
+    text = report._other_options(other)
     assert (
         "rounds 200 (here 3), batch 64 (here 16), lr 0.01 (here 0.05), milestones 60, 120 and 160 (here none)" in text
     )
     one = scored("keylock", 0, {"client 1": 9690})
     paper = report.blocks_of([replace(one, recipe={**one.recipe, **same})])[0]
-    assert "here" not in report._otherwise(paper)
+    assert report._other_options(paper) == ""
 
 
 @pytest.mark.parametrize("name", ["table1", "table3", "tradeoff", "dlm-cost"])

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Annotated
+from typing import Annotated, Any
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field
 
 from leakbench.analysis.summary import summarise
-from leakbench.core.text import ABSENT, decimals, number, with_interval
+from leakbench.core.text import ABSENT, decimals
+from leakbench.report.display import mean_text
 from leakbench.report.markdown import trained
-from leakbench.report.md import escape, table
+from leakbench.report.page import render_markdown
+from leakbench.report.study import table
 from leakbench.store.records import MetricInfo, StoredComponent
 
+_AXES = ("attack", "model", "dataset", "defense")
 _OURS = ("paper_mse", "paper_psnr", "psnr", "psnr_aligned", "ssim")
 Positive = Annotated[float, Field(gt=0)]
 
 
-class Figure(BaseModel):
-    """One cell of a published table; what was not transcribed is None.
+class PublishedFigure(BaseModel):
+    """One cell of a published table; a value that was not transcribed is None.
 
     Attributes:
         table: the table's number in the paper.
@@ -44,14 +47,14 @@ class Figure(BaseModel):
     standard: Positive | None = None
 
 
-class Accuracy(BaseModel):
+class PublishedAccuracy(BaseModel):
     """A published test accuracy.
 
     Attributes:
         table: the table's number in the paper.
         mode: ``centralised`` or ``fedavg``.
         model: the model's name here; likewise dataset and defense.
-        of: of what.
+        of: the network or the secrets that the accuracy is of.
         percent: as printed.
     """
 
@@ -70,8 +73,8 @@ class Published(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     source: str
-    figure: tuple[Figure, ...]
-    accuracy: tuple[Accuracy, ...]
+    figure: tuple[PublishedFigure, ...]
+    accuracy: tuple[PublishedAccuracy, ...]
 
 
 def published() -> Published:
@@ -84,60 +87,39 @@ def markdown(
     results: pd.DataFrame, metrics: Sequence[MetricInfo], paper: Published, components: Sequence[StoredComponent] = ()
 ) -> str:
     """Return the comparison; it depends on nothing but its arguments."""
-    parts = ["# Beside the paper", f"Figures of {escape(paper.source)}.", _WORDS]
-    ours = [metric for metric in metrics if metric.name in _OURS]
-    summary = summarise(results, ours)
+    summary = summarise(results, [metric for metric in metrics if metric.name in _OURS])
     cells = summary[~summary["floor"].astype(bool)]
-    names = [metric.name for metric in ours if metric.name in cells]
-    places = {name: decimals(cells[name]) for name in names}
-    headers = ["table", "page", "attack", "model", "dataset", "defense", "paper's MSE", "paper's PSNR", "implied psnr"]
-    headers += ["ours: attack", "model", "dataset", "defense", "threat model", "n", "failed"]
-    headers += [f"ours: {escape(name)}" for name in names]
-    rows = []
-    matched = pd.Series(data=False, index=cells.index)
-    for figure in paper.figure:
-        left = [figure.table, _given(figure.page), figure.attack, figure.model, figure.dataset, figure.defense]
-        left += [_given(figure.mse, ".2f"), _given(figure.psnr, ".2f"), _given(figure.standard, ".1f")]
-        fits = _fits(cells, figure)
-        matched |= fits
-        rows += [[*left, *_ours(row, places)] for _, row in cells[fits].iterrows()]
-        if not fits.any():
-            rows.append([*left, "not in this run", *[""] * (len(headers) - len(left) - 1)])
-    rows += [[*[ABSENT] * 9, *_ours(row, places)] for _, row in cells[~matched].iterrows()]
-    parts.append(table(headers, rows, left=len(headers)))
-    parts += [f"{escape(model)}: {words}" for model, words in trained(components).items()]
-    return "\n\n".join(parts) + "\n"
+    places = {metric.name: decimals(cells[metric.name]) for metric in metrics if metric.name in cells}
+    ours: dict[tuple[str, ...], list[dict[str, object]]] = {}
+    for row in cells.to_dict("records"):
+        ours.setdefault(_names(row), []).append(_own_cells(row, places))
+    missing: list[dict[str, object]] = [{"our attack": "not in this run"}]
+    rows = [_printed(one) | own for one in paper.figure for own in ours.get(_names(one.model_dump()), missing)]
+    published = {_names(one.model_dump()) for one in paper.figure}
+    others = [own for names, group in ours.items() if names not in published for own in group]
+    rows += [dict.fromkeys(_printed(paper.figure[0]), ABSENT) | own for own in others]
+    shown = table(rows, left=len(max(rows, key=len)))
+    return render_markdown("paper.md.j2", source=paper.source, table=shown, trained=trained(components))
 
 
-_WORDS = f"""\
-**paper's MSE** and **paper's PSNR** are as the paper lists them: its "MSE" is a root mean squared error on 0 to \
-255 and its "PSNR" is computed from that root; set them beside **paper\\_mse** and **paper\\_psnr** alone. \
-**implied psnr** is what the listed MSE says in the standard convention (20 log10(255/MSE), a lower bound of the \
-mean over images); set it beside **psnr**. {ABSENT} on the left is a figure that was not transcribed, or that \
-the paper does not have (arms and threat models of this run that it did not test); it is never filled in. \
-Brackets are 95 % bootstrap intervals over images.
-
-What to keep in mind: the paper's two arms differ in more than the lock (shortcuts, activations, normalisation), \
-its attacker knows the lock's weights (T1 here), it scores single runs on 20 images, and reconstructions outside \
-[0, 1] wrap around when they are stored. Here the arms differ in the defense alone; **norm-only** is the lock's \
-normalisation without its secret."""
+def _names(specs: Mapping[Any, Any]) -> tuple[str, ...]:
+    """Return the names of a cell's components, without their options."""
+    return tuple(str(specs[axis]).partition("(")[0] for axis in _AXES)
 
 
-def _fits(cells: pd.DataFrame, figure: Figure) -> pd.Series:
-    fits = pd.Series(data=True, index=cells.index)
-    for axis in ("attack", "model", "dataset", "defense"):
-        fits &= cells[axis].str.partition("(")[0] == getattr(figure, axis)
-    return fits
+def _printed(one: PublishedFigure) -> dict[str, object]:
+    """Return a published figure as cells."""
+    values = {
+        "paper's MSE": (one.mse, ".2f"),
+        "paper's PSNR": (one.psnr, ".2f"),
+        "implied psnr": (one.standard, ".1f"),
+    }
+    cells = {"table": one.table, "page": one.page or ABSENT, **{axis: getattr(one, axis) for axis in _AXES}}
+    return cells | {name: ABSENT if value is None else format(value, code) for name, (value, code) in values.items()}
 
 
-def _given(value: float | None, code: str = "g") -> str:
-    return ABSENT if value is None else format(value, code)
-
-
-def _ours(row: pd.Series, places: dict[str, int | None]) -> list[str]:
-    cells = [escape(row[axis]) for axis in ("attack", "model", "dataset", "defense", "threat")]
-    cells += [str(row["n"]), str(row["failed"])]
-    for name, place in places.items():
-        text = with_interval(row[name], row[f"{name} low"], row[f"{name} high"], place)
-        cells.append(text or number(row[name], place))
-    return cells
+def _own_cells(row: Mapping[Any, Any], places: Mapping[str, int | None]) -> dict[str, object]:
+    """Return a row of the summary as cells."""
+    cells = {f"our {axis}": row[axis] for axis in _AXES}
+    cells |= {"threat model": row["threat"], "n": row["n"], "failed": row["failed"]}
+    return cells | {f"our {name}": mean_text(row, name, place) for name, place in places.items()}

@@ -33,10 +33,10 @@ def table(rows: Sequence[Mapping[str, object]], left: int) -> str:
     """Return rows as a Markdown table, in which the first ``left`` columns are aligned to the left.
 
     Args:
-        rows: cells by heading, in the same order in every row; ``str`` makes them text. None: no table.
+        rows: cells by heading; a missing one is empty. Without rows there is no table.
     """
     cells = [{heading: str(cell) for heading, cell in row.items()} for row in rows]
-    return to_markdown(pd.DataFrame(cells, dtype=str), left) if cells else ""
+    return to_markdown(pd.DataFrame(cells, dtype=str).fillna(""), left) if cells else ""
 
 
 def per_cent(value: float, low: float, high: float, places: int = 2) -> str:

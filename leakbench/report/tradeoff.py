@@ -5,24 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from leakbench.analysis import pareto as utility
+from leakbench.analysis import pareto
 from leakbench.analysis.statistics import bootstrap_interval, wilson_interval
 from leakbench.core.text import ABSENT, english, number, slug, with_interval
 from leakbench.errors import CorruptAsset
 from leakbench.plan.matrix import RECOVERY
-from leakbench.report import accuracy as accuracies
+from leakbench.report.accuracy import interval
+from leakbench.report.figure import GREY, key_below, plain, saved
 from leakbench.report.files import replace
-from leakbench.report.grids import plain
-from leakbench.report.md import escape, table
+from leakbench.report.page import render_markdown
+from leakbench.report.study import per_cent, table
+from leakbench.report.utility import draw_points
 from leakbench.store.run_file import FILE as RUN
 from leakbench.store.run_file import Store
 from leakbench.training import TrainingRecord, records
@@ -31,11 +31,12 @@ from leakbench.training.tradeoff import TARGETS_FILE, Target, targets_of
 FILE = "tradeoff.md"
 """The name of the report in a run's folder."""
 DISTANCE = "lpips_vgg"
-"""The distance that is drawn beside the share of images recovered, where its weights are at hand."""
+"""The distance that is drawn beside the share of images recovered, if its weights are available."""
+
+_UNITS = {"recovered": "images recovered, %", "LPIPS": "LPIPS (VGG) of the best reconstruction\n← leaks more"}
 
 
-@dataclass(frozen=True)
-class Value:
+class Value(NamedTuple):
     """A number with its 95 % interval."""
 
     mean: float
@@ -43,20 +44,23 @@ class Value:
     high: float
 
 
+_UNKNOWN = Value(math.nan, math.nan, math.nan)
+
+
 @dataclass(frozen=True)
-class Point:
-    """A defense at one stage of its training.
+class AttackedDefense:
+    """A defense at one stage of its training: a point of the figure.
 
     Attributes:
         defense: its spec.
         accuracy: of the trained network on the test images, in [0, 1].
         before: that of the attacked checkpoint.
-        share: of the attacked images, how many at least one attacker recovered.
+        share: the share of the attacked images that at least one attacker recovered, in [0, 1].
         distance: the mean over images of the least ``lpips_vgg`` of any attacker; NaN without its weights.
-        images: how many images were attacked, seeds counted apart.
-        strongest: who recovered most.
+        images: how many images were attacked, seeds counted separately.
+        strongest: the attack that recovered most images; empty if none recovered any.
         failed: trials that ended without a score.
-        models: the specs under which the run has the attacked checkpoints, one a seed.
+        models: the specs under which the run has the attacked checkpoints, one per seed.
     """
 
     defense: str
@@ -71,20 +75,36 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Scene:
-    """The points that compare: one dataset, model and stage; and the least distance of a floor."""
+class AttackedStage:
+    """The points that compare: those of one dataset, model and stage; and the least distance of a floor."""
 
     dataset: str
     model: str
     stage: str
-    points: tuple[Point, ...]
+    points: tuple[AttackedDefense, ...]
     floor: float
+
+    def leakages(self) -> dict[str, list[Value]]:
+        """Return the measures of leakage by name, each with the value of every point."""
+        found = {"recovered": [point.share for point in self.points]}
+        distances = [point.distance for point in self.points]
+        return found if all(math.isnan(value.mean) for value in distances) else found | {"LPIPS": distances}
+
+    def front(self, name: str) -> list[int]:
+        """Return the places of the points on the front of utility and a measure of leakage.
+
+        A larger distance is less leakage, up to that of the best floor, which leaks nothing.
+        """
+        most = math.inf if math.isnan(self.floor) else self.floor
+        leakages = [value.mean if name == "recovered" else -min(value.mean, most) for value in self.leakages()[name]]
+        return pareto.front([(point.accuracy.mean, leakage) for point, leakage in zip(self.points, leakages)])
 
 
 def write(out: Path | str) -> list[Path]:
     """Write ``tradeoff.md`` with ``tradeoff/*.png`` from the trainings and the run in ``out``; return paths.
 
-    The points go to ``tradeoff.json`` too, from which the page of the run, its figures and a leaderboard take them.
+    The points are also written to ``tradeoff.json``, from which the page of the run, its figures and a leaderboard take
+    them.
 
     Raises:
         CorruptAsset: there is no trade-off in ``out``.
@@ -95,20 +115,24 @@ def write(out: Path | str) -> list[Path]:
     with Store.open(out / RUN, readonly=True) as store:
         results = store.results()
     found = records(out)
-    scenes = scenes_of(results, found, targets, threshold)
-    written = [replace(out / utility.FILE, studies(scenes, threshold).model_dump_json(indent=1).encode() + b"\n")]
-    groups: dict[tuple[str, str], list[Scene]] = {}
-    for scene in scenes:
-        groups.setdefault((scene.dataset, scene.model), []).append(scene)
+    stages = attacked_stages(results, found, targets, threshold)
+    written = [replace(out / pareto.FILE, studies(stages, threshold).model_dump_json(indent=1).encode() + b"\n")]
+    groups: dict[tuple[str, str], list[AttackedStage]] = {}
+    for stage in stages:
+        groups.setdefault((stage.dataset, stage.model), []).append(stage)
     pictures = []
     for index, (names, group) in enumerate(groups.items(), 1):
-        path = out / "tradeoff" / f"tradeoff-{index:02}-{slug(names)}.png"
-        written.append(replace(path, png(group)))
-        pictures.append((path.name, group))
-    written.append(
-        replace(out / FILE, markdown(pictures, threshold, out.resolve().name, left_out(found, targets)).encode())
+        file = f"tradeoff/tradeoff-{index:02}-{slug(names)}.png"
+        written.append(replace(out / file, saved(figure(group))))
+        pictures.append((file, f"{names[1]} on {names[0]}", [(stage, table(_rows(stage), left=1)) for stage in group]))
+    text = render_markdown(
+        "tradeoff.md.j2",
+        name=out.resolve().name,
+        threshold=threshold,
+        pictures=pictures,
+        missing=left_out(found, targets),
     )
-    return written
+    return [*written, replace(out / FILE, text.encode())]
 
 
 def has_points(out: Path) -> bool:
@@ -116,9 +140,9 @@ def has_points(out: Path) -> bool:
     return (out / TARGETS_FILE).exists()
 
 
-def scenes_of(
+def attacked_stages(
     results: pd.DataFrame, found: Sequence[TrainingRecord], targets: Sequence[Target], threshold: float
-) -> list[Scene]:
+) -> list[AttackedStage]:
     """Return the points by dataset, model and stage, in the order in which they were run."""
     by_folder = {one.folder.name: one for one in found}
     grouped: dict[tuple[str, str, str], dict[str, list[Target]]] = {}
@@ -128,39 +152,40 @@ def scenes_of(
             raise CorruptAsset(f"the training {target.arm!r} that was attacked is gone; start the trade-off again")
         key = (one.specs["dataset"], one.specs["model"], target.stage)
         grouped.setdefault(key, {}).setdefault(target.defense, []).append(target)
-    scenes = []
+    stages = []
     for (dataset, model, stage), arms in grouped.items():
         floors = results[results["model"].isin([t.model for own in arms.values() for t in own]) & results["floor"]]
         floor = math.nan
         if DISTANCE in floors and floors[DISTANCE].notna().any():
             floor = float(floors.groupby("attack")[DISTANCE].mean().min())
-        points = tuple(_point(results, own, [by_folder[one.arm] for one in own], threshold) for own in arms.values())
-        scenes.append(Scene(dataset, model, stage, points, floor))
-    return scenes
+        points = [_point(results, own, [by_folder[one.arm] for one in own], threshold) for own in arms.values()]
+        stages.append(AttackedStage(dataset, model, stage, tuple(points), floor))
+    return stages
 
 
-def _point(results: pd.DataFrame, targets: Sequence[Target], arms: Sequence[TrainingRecord], threshold: float) -> Point:
-    value, low, high = accuracies.interval(arms)
+def _point(
+    results: pd.DataFrame, targets: Sequence[Target], arms: Sequence[TrainingRecord], threshold: float
+) -> AttackedDefense:
     models = [target.model for target in targets]
     own = results[results["model"].isin(models) & (results["defense"] == targets[0].defense) & ~results["floor"]]
     scored = own[own["status"].isin(["ok", "failed"])]
     measured = scored[scored[RECOVERY].notna()]  # images of fewer than 11 pixels a side have no SSIM
     recovered = measured.assign(hit=measured[RECOVERY] >= threshold)
     hits = recovered.groupby(["model", "seed", "image"])["hit"].any()
-    share = float(hits.mean()) if len(hits) else math.nan
-    places = len(set(hits.index.get_level_values("image")))
-    spread = wilson_interval(share, places) if len(hits) else (math.nan, math.nan)
-    by = recovered[recovered["hit"]].groupby("attack")["image"].count()
-    distance = Value(math.nan, math.nan, math.nan)
+    share = distance = _UNKNOWN
+    if len(hits):
+        mean = float(hits.mean())
+        share = Value(mean, *wilson_interval(mean, hits.index.get_level_values("image").nunique()))
     if DISTANCE in scored and scored[DISTANCE].notna().any():
         least = scored.groupby(["model", "seed", "image"])[DISTANCE].min().dropna()
         images = least.index.get_level_values("image").to_numpy()
         distance = Value(float(least.mean()), *bootstrap_interval(least.to_numpy(), images))
-    return Point(
+    by = recovered[recovered["hit"]].groupby("attack")["image"].count()
+    return AttackedDefense(
         defense=targets[0].defense,
-        accuracy=Value(value, low, high),
+        accuracy=Value(*interval(arms)),
         before=float(np.mean([target.accuracy for target in targets])),
-        share=Value(share, *spread),
+        share=share,
         distance=distance,
         images=len(hits),
         strongest="" if by.empty else str(by.idxmax()),
@@ -170,192 +195,90 @@ def _point(results: pd.DataFrame, targets: Sequence[Target], arms: Sequence[Trai
 
 
 def left_out(found: Sequence[TrainingRecord], targets: Sequence[Target]) -> list[str]:
-    """Return one line on each training that has no checkpoint of a stage at which others were attacked, and why."""
+    """Return a line on each training without a checkpoint of a stage at which others were attacked, with the reason."""
     attacked = {(target.arm, target.stage) for target in targets}
     lines = []
     for one in found:
         for stage in dict.fromkeys(target.stage for target in targets):
             if (one.folder.name, stage) not in attacked:
                 why = f"{one.outcome.status}: {one.outcome.reason}" if one.outcome.reason else "not in this study"
-                lines.append(f"- {escape(one.specs['defense'])}, seed {one.seed}, stage {escape(stage)}: {escape(why)}")
+                lines.append(f"{one.specs['defense']}, seed {one.seed}, stage {stage}: {why}")
     return lines
 
 
-def studies(scenes: Sequence[Scene], threshold: float) -> utility.Studies:
-    """Return the points of every scene that have a share of images recovered."""
-    found = []
-    for scene in scenes:
-        points = tuple(
-            utility.Point(
-                label=point.defense,
-                models=point.models,
-                utility=_interval(point.accuracy),
-                leakage=_interval(point.share),
-            )
-            for point in scene.points
-            if not (math.isnan(point.accuracy.mean) or math.isnan(point.share.mean))
-        )
-        note = (
-            f"{scene.model} on {scene.dataset}, attacked at stage {scene.stage} of its training behind each defense. "
-            f"An image counts as recovered where its SSIM after alignment is at least {threshold:g}. The accuracy is "
-            "that of the best round of the training, whatever the stage."
-        )
-        found.append(
-            utility.Study(
-                title=f"{scene.dataset} · {scene.model} · stage {scene.stage}",
+def studies(stages: Sequence[AttackedStage], threshold: float) -> pareto.Studies:
+    """Return the points of every stage that have an accuracy and a share of images recovered."""
+    return pareto.Studies(
+        studies=tuple(
+            pareto.Study(
+                title=f"{stage.dataset} · {stage.model} · stage {stage.stage}",
                 utility="test accuracy of the trained network",
                 leakage="images recovered by at least one attacker",
-                note=note,
-                points=points,
+                note=(
+                    f"{stage.model} on {stage.dataset}, attacked at stage {stage.stage} of its training behind each "
+                    f"defense. An image counts as recovered if its SSIM after alignment is at least {threshold:g}. The "
+                    "accuracy is that of the best round of the training, whatever the stage."
+                ),
+                points=tuple(
+                    pareto.Point(
+                        label=point.defense,
+                        models=point.models,
+                        utility=_interval(point.accuracy),
+                        leakage=_interval(point.share),
+                    )
+                    for point in stage.points
+                    if not (math.isnan(point.accuracy.mean) or math.isnan(point.share.mean))
+                ),
             )
+            for stage in stages
         )
-    return utility.Studies(studies=tuple(found))
-
-
-def _interval(value: Value) -> utility.Interval:
-    return utility.Interval(value=value.mean, low=value.low, high=value.high)
-
-
-def _axes(scene: Scene) -> dict[str, list[Value]]:
-    """Return what is drawn against the accuracy: leakage by name, each point's value."""
-    drawn = {"share": [point.share for point in scene.points]}
-    if any(not math.isnan(point.distance.mean) for point in scene.points):
-        drawn["distance"] = [point.distance for point in scene.points]
-    return drawn
-
-
-def _on_front(scene: Scene, name: str, values: Sequence[Value]) -> list[int]:
-    """Return the front; a distance leaks less where it is larger, up to that of the best floor, which leaks nothing."""
-    most = math.inf if math.isnan(scene.floor) else scene.floor
-    leakages = [value.mean if name == "share" else -min(value.mean, most) for value in values]
-    return utility.front([(point.accuracy.mean, leakage) for point, leakage in zip(scene.points, leakages)])
-
-
-def markdown(
-    pictures: Sequence[tuple[str, Sequence[Scene]]], threshold: float, name: str, missing: Sequence[str] = ()
-) -> str:
-    """Return the report; it depends on nothing but its arguments. ``missing`` are lines of ``left_out``."""
-    parts = [f"# Utility against leakage: {escape(name)}", _words(threshold)]
-    for file, scenes in pictures:
-        title = f"{scenes[0].model} on {scenes[0].dataset}"
-        parts += [f"## {escape(title)}", f"![{escape(title)}](tradeoff/{file})"]
-        for scene in scenes:
-            parts += [f"**Attacked at stage {escape(scene.stage)}**:", _table(scene)]
-    if missing:
-        parts += ["**Not attacked**:", "\n".join(missing)]
-    parts.append(
-        "Trainings, curves and what a thief gets: [accuracy.md](accuracy.md). Every attack: [report.md](report.md)."
     )
-    return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _words(threshold: float) -> str:
-    return f"""\
-One point a defense and strength. **accuracy** is that of the network trained behind it, at its best round, on the \
-test images, in per cent, with a 95 % Wilson interval. **recovered** is the share of the attacked images of which at \
-least one attacker, oblivious or informed, found a reconstruction with an SSIM of at least {threshold:g} after \
-alignment; its interval is Wilson's over images. **LPIPS** (VGG) is that of the best reconstruction of any attacker, \
-image by image, the mean over images with a 95 % bootstrap interval: 0 is exact, and the dashed line is the best \
-floor, a guess without the gradient, beyond which nothing leaks. Where a reconstruction was found, later attackers \
-were spared if the run has a threshold, so that LPIPS there is an upper bound.
-
-The attacked images are test images, which no network was trained on. A point is **on the front** (●, line) where no \
-other one has both at least its accuracy and at most its leakage, by the points alone; where intervals overlap, the \
-order is not shown. Each stage is a checkpoint of the same training: leakage changes as a network learns, and the \
-accuracy that a defense costs is that of the end."""
+def _interval(value: Value) -> pareto.Interval:
+    return pareto.Interval(value=value.mean, low=value.low, high=value.high)
 
 
-def _table(scene: Scene) -> str:
-    axes = _axes(scene)
-    fronts = {name: set(_on_front(scene, name, values)) for name, values in axes.items()}
-    headers = [
-        "defense",
-        "accuracy",
-        "of the checkpoint",
-        "n",
-        "recovered",
-        "LPIPS",
-        "on the front",
-        "who recovers most",
-    ]
-    rows = []
-    for index, point in enumerate(scene.points):
-        names = {"share": "recovered", "distance": "LPIPS"}
-        marks = [names[name] for name, kept in fronts.items() if index in kept]
-        value, share = point.accuracy, point.share
-        rows.append(
-            [
-                escape(point.defense),
-                with_interval(100 * value.mean, 100 * value.low, 100 * value.high, 2),
-                number(100 * point.before, 2),
-                str(point.images),
-                with_interval(100 * share.mean, 100 * share.low, 100 * share.high, 0),
-                with_interval(point.distance.mean, point.distance.low, point.distance.high, 3),
-                english(marks) if marks else ABSENT,
-                escape(point.strongest) or ABSENT,
-            ]
+def _rows(stage: AttackedStage) -> list[dict[str, object]]:
+    """Return the rows of a stage's table."""
+    fronts = {name: stage.front(name) for name in stage.leakages()}
+    found = []
+    for index, point in enumerate(stage.points):
+        marks = [name for name, kept in fronts.items() if index in kept]
+        found.append(
+            {
+                "defense": point.defense,
+                "accuracy": per_cent(*point.accuracy),
+                "of the checkpoint": number(100 * point.before, 2),
+                "n": point.images,
+                "recovered": per_cent(*point.share, places=0),
+                "LPIPS": with_interval(*point.distance, 3),
+                "on the front": english(marks) if marks else ABSENT,
+                "strongest attack": point.strongest or ABSENT,
+            }
         )
-    text = table(headers, rows, left=1)
-    failed = sum(point.failed for point in scene.points)
-    return f"{text}\n\n{failed} trials ended in an error and are not counted." if failed else text
+    return found
 
 
-_UNITS = {"share": "images recovered, %", "distance": "LPIPS (VGG) of the best reconstruction\n← leaks more"}
-
-
-def png(scenes: Sequence[Scene]) -> bytes:
-    """Return utility against leakage as a PNG: a column for each stage, a row for each measure of leakage."""
-    rows = max((list(_axes(scene)) for scene in scenes), key=len)
-    figure = Figure(figsize=(max(8.4, 5.6 * len(scenes)), 3.9 * len(rows) + 1.2), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    panels = figure.subplots(len(rows), len(scenes), squeeze=False, sharex=True, sharey="row")
-    for column, scene in enumerate(scenes):
-        for row, name in enumerate(rows):
-            panel = panels[row][column]
-            if name in _axes(scene):
-                _draw(panel, scene, name, _axes(scene)[name])
-            if row == 0:
-                panel.set_title(plain(f"attacked at stage: {scene.stage}"), fontsize=10)
-            if column == 0:
-                panel.set_ylabel(_UNITS[name])
-            if row == len(rows) - 1:
-                panel.set_xlabel("test accuracy of the trained network, %")
-            panel.grid(alpha=0.3)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, 1 + len(scenes)), fontsize=9)
-    figure.suptitle(plain(f"{scenes[0].model} on {scenes[0].dataset}: utility against leakage"), fontsize=11)
-    stream = BytesIO()
-    canvas.print_png(stream, metadata={"Software": None})
-    return stream.getvalue()
-
-
-def _draw(panel: Any, scene: Scene, name: str, values: Sequence[Value]) -> None:
-    scale = 100 if name == "share" else 1
-    kept = _on_front(scene, name, values)
-    for index, (point, value) in enumerate(zip(scene.points, values)):
-        if math.isnan(value.mean) or math.isnan(point.accuracy.mean):
-            continue
-        x, y = 100 * point.accuracy.mean, scale * value.mean
-        across = [[x - 100 * point.accuracy.low], [100 * point.accuracy.high - x]]
-        along = np.nan_to_num(np.array([[y - scale * value.low], [scale * value.high - y]])).clip(min=0)
-        colour = accuracies.COLOURS[index % len(accuracies.COLOURS)]
-        marker = "osD^vPX*"[(index + index // len(accuracies.COLOURS)) % 8]
-        face = colour if index in kept else "white"
-        panel.errorbar(
-            x,
-            y,
-            along,
-            np.array(across).clip(min=0),
-            fmt=marker,
-            color=colour,
-            markerfacecolor=face,
-            markersize=7,
-            capsize=3,
-            linewidth=1.2,
-            label=plain(point.defense),
-        )
-    line = sorted((100 * scene.points[index].accuracy.mean, scale * values[index].mean) for index in kept)
-    if len(line) > 1:
-        panel.plot(*zip(*line), color="#5b5b5b", linewidth=1, zorder=0)
-    if name == "distance" and not math.isnan(scene.floor):
-        panel.axhline(scene.floor, color="#5b5b5b", linestyle="--", linewidth=1)
+def figure(stages: Sequence[AttackedStage]) -> Figure:
+    """Return utility against leakage: a column for each stage, a row for each measure of leakage."""
+    rows = max((list(stage.leakages()) for stage in stages), key=len)
+    drawn = Figure(figsize=(max(8.4, 5.6 * len(stages)), 3.9 * len(rows) + 1.2), layout="constrained")
+    panels = drawn.subplots(len(rows), len(stages), squeeze=False, sharex=True, sharey="row")
+    for stage, column in zip(stages, panels.T):
+        labels = [point.defense for point in stage.points]
+        utility = 100 * np.array([point.accuracy for point in stage.points])
+        for name, values in stage.leakages().items():
+            panel = column[rows.index(name)]
+            draw_points(
+                panel, labels, utility, np.array(values) * (100 if name == "recovered" else 1), stage.front(name)
+            )
+            if name == "LPIPS" and not math.isnan(stage.floor):
+                panel.axhline(stage.floor, color=GREY, linestyle="--", linewidth=1)
+        column[0].set_title(plain(f"attacked at stage: {stage.stage}"), fontsize=10)
+        column[-1].set_xlabel("test accuracy of the trained network, %")
+    for name, panel in zip(rows, panels[:, 0]):
+        panel.set_ylabel(_UNITS[name])
+    key_below(drawn, panels, columns=min(4, 1 + len(stages)))
+    drawn.suptitle(plain(f"{stages[0].model} on {stages[0].dataset}: utility against leakage"), fontsize=11)
+    return drawn

@@ -65,6 +65,20 @@ class Provenance:
             workers=workers,
         )
 
+    @property
+    def code(self) -> str:
+        """The version of leakbench, its commit and whether it was changed, in words."""
+        commit = "no checkout" if self.commit is None else f"commit {self.commit[:12]}"
+        return f"leakbench {self.version} ({commit}{' with uncommitted changes' if self.dirty else ''})"
+
+    def describe(self) -> dict[str, str]:
+        """Return what the numbers depend on, in words: ``versions``, ``packages`` and ``device``."""
+        return {
+            "versions": f"{self.code}, Python {self.python}",
+            "packages": ", ".join(f"{name} {version}" for name, version in self.packages.items()) or "none",
+            "device": f"{self.device}, {self.threads} CPU threads",
+        }
+
     @classmethod
     def of(cls, row: sqlite3.Row) -> Provenance:
         """Return the provenance in a row of the table ``sessions``; raise ValueError if ``packages`` is malformed."""

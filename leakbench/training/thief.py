@@ -24,8 +24,8 @@ KINDS = {
     OWN: "each client with its own secrets, as it uses the model",
     "another client's key and lock": "a thief who has all secrets of a client (the same figures as the client's own)",
     "another client's key, own lock": "the lock of one client with the key of another, every pair of clients",
-    "fresh key, initial lock": "a key drawn by its law, and the lock that the server began with: the paper's text",
-    "fresh key, fresh lock": "key and lock drawn by their laws",
+    "fresh key, initial lock": "a key drawn from its distribution, and the server's initial lock: the paper's text",
+    "fresh key, fresh lock": "key and lock drawn from their distributions",
     ZERO: "the lock's tensors are zero, as the released code has them by mistake: behind ReLU gates scale and "
     "shift are 0 and the output is constant; behind sigmoid gates both are 1/2, whatever the key",
 }
