@@ -93,4 +93,4 @@ def test_curves_go_through_the_run_file_into_the_page_and_the_figures(tmp_path: 
         store._db.execute("UPDATE results SET curve = x'00' WHERE trial_id = ?", (trial,))
         with pytest.raises(ForeignRun, match="a loss curve of 1 bytes"):
             store.curves()
-    assert f"trial {trial}: its curve is no curve of an objective" in check(tmp_path / "b").faults
+    assert f"trial {trial}: malformed curve in column curve" in check(tmp_path / "b").faults

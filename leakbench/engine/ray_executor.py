@@ -1,8 +1,8 @@
-"""Workers on the machines of a Ray cluster: long-lived actors, each with its share of a GPU; the extra ``ray``.
+"""Executor on a Ray cluster: long-lived actors, each with its share of a GPU; the extra ``ray``.
 
-An actor holds a task until it answers or dies. What the actors of a lost node held is done again by others, or by new
-actors where the cluster has room. The driver alone writes the run file. Every machine needs leakbench, the weights that
-metrics and attacks load from its cache, and plugins at the same path; the images are sent.
+An actor holds a task until it answers or dies. The tasks of actors on a lost node are done again by others, or by new
+actors if the cluster has room. Only the driver writes the run file. Every machine needs leakbench, the weights that
+metrics and attacks load from its cache, and plugins at the same path; images are sent.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from leakbench.engine.worker import Task, Worker, WorkerContext
 from leakbench.errors import BadOption, LeakbenchError, one_line
 from leakbench.gradients import full_precision
 
-PATIENCE = 120.0
-"""Seconds without any actor that is ready, after which the cluster is taken to be too small."""
+MAX_STARTUP_SECONDS = 120.0
+"""If no actor is ready within this time, the cluster is too small."""
 
-PAUSE = 1.0
-"""Seconds after which the driver looks at what no actor tells."""
+POLL_SECONDS = 1.0
+"""How often the driver checks deadlines while no actor answers."""
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else it warns that it will hide no GPU
-    "RAY_worker_niceness": "0",  # else 15: whatever else the machine does goes first
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # otherwise Ray warns about visible GPUs
+    "RAY_worker_niceness": "0",  # otherwise 15: any other process would come first
 }
-"""What is set for Ray where nothing else is, before it starts."""
+"""Environment variables for Ray, unless they are set."""
 
 
 class RayWorker:
-    """What an actor runs."""
+    """The worker in an actor."""
 
     def __init__(self, work: bytes, files: Sequence[Path], path: Sequence[str], threads: int) -> None:
         sys.path += [folder for folder in path if folder not in sys.path]
@@ -53,7 +53,7 @@ class RayWorker:
         self._worker = Worker(pickle.loads(work), self._notes.append)
 
     def ready(self) -> None:
-        """Answer as soon as everything is loaded."""
+        """Return as soon as everything is loaded."""
 
     def do(self, task: bytes) -> bytes:
         """Return the notes, and the answer to a task or the error that ends the run."""
@@ -68,7 +68,7 @@ class RayWorker:
 
 @dataclass
 class _Actor(WorkerSlot):
-    """An actor, and what it was asked last."""
+    """An actor, and the reference of its last call."""
 
     actor: Any
     asked: Any
@@ -79,12 +79,12 @@ class RayExecutor(WorkerPool[_Actor]):
     """Actors of a Ray cluster.
 
     Args:
-        work: what every task needs; its device is that of an actor, ``cuda`` where ``gpus`` is above 0.
-        workers: how many actors; None: as many as the cluster has room for.
-        gpus: the part of a GPU, or the GPUs, of each.
-        threads: the CPUs, and threads, of each.
-        limit: seconds that a trial may take.
-        address: the cluster's; empty: what ``RAY_ADDRESS`` says, and otherwise this machine alone.
+        work: the context of every actor; its device is ``cuda`` if ``gpus`` is above 0.
+        workers: the number of actors; None: as many as the cluster has room for.
+        gpus: the GPUs, or the part of one, of each actor.
+        threads: the CPUs and threads of each actor.
+        limit: seconds per trial.
+        address: of the cluster; empty: ``RAY_ADDRESS``, or else only this machine.
 
     Raises:
         LeakbenchError: Ray is not installed, or the cluster cannot be reached or has no room.
@@ -131,7 +131,7 @@ class RayExecutor(WorkerPool[_Actor]):
         return self
 
     def close(self) -> None:
-        """End the actors, and Ray where it was started here."""
+        """End the actors, and Ray if it was started here."""
         for slot in self._slots:
             with contextlib.suppress(Exception):  # the cluster may be gone
                 self._ray.kill(slot.actor)
@@ -165,13 +165,13 @@ class RayExecutor(WorkerPool[_Actor]):
     def _heard(self, timeout: float | None) -> list[int]:
         if any(slot.ready for slot in self._slots):
             self._since = time.monotonic()
-        elif time.monotonic() - self._since > PATIENCE:
+        elif time.monotonic() - self._since > MAX_STARTUP_SECONDS:
             raise LeakbenchError(
-                f"no worker started within {PATIENCE:g} s: the Ray cluster has no node with {self._threads} free CPUs "
+                f"no worker started within {MAX_STARTUP_SECONDS:g} s: the Ray cluster has no node with {self._threads} free CPUs "
                 f"and {self._gpus:g} GPUs; ask for less, or add nodes"
             )
         asked = {slot.asked: place for place, slot in enumerate(self._slots) if slot.asked is not None}
-        seconds = PAUSE if timeout is None else min(PAUSE, timeout)
+        seconds = POLL_SECONDS if timeout is None else min(POLL_SECONDS, timeout)
         try:
             ended, _ = self._ray.wait(list(asked), num_returns=1, timeout=seconds)
         except (self._ray.exceptions.RayError, ConnectionError) as error:
@@ -187,7 +187,7 @@ class RayExecutor(WorkerPool[_Actor]):
             broken = isinstance(error, (errors.RayTaskError, errors.RuntimeEnvSetupError))
             if broken or getattr(error, "actor_init_failed", False):
                 raise LeakbenchError(f"a Ray actor failed: {slot.death}; see the logs of its node") from None
-            return False  # it died, its node did, Ray took its memory back, or it cannot be reached
+            return False  # it or its node died, Ray killed it for its memory, or it cannot be reached
         slot.asked = None
         if not slot.ready:
             self._started(slot)
@@ -200,7 +200,7 @@ class RayExecutor(WorkerPool[_Actor]):
         return True
 
     def _end(self, slot: _Actor) -> str:
-        with contextlib.suppress(Exception):  # one that cannot be reached may still live, and hold its share of a GPU
+        with contextlib.suppress(Exception):  # an unreachable actor may still live, and hold its share of a GPU
             self._ray.kill(slot.actor)
         return f"with its actor ({slot.death})"
 

@@ -1,4 +1,4 @@
-"""An entry of a leaderboard: one run as JSON of a fixed form."""
+"""Entries of a leaderboard: the worst case of one defense as JSON of a fixed schema."""
 
 from __future__ import annotations
 
@@ -20,15 +20,12 @@ from leakbench.store.records import run_name, threshold_of
 from leakbench.store.run_file import Store
 
 SCHEMA_FILE = "entry.schema.json"
+"""The name of the JSON Schema beside the entries."""
 
 
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-
-
-Count = Annotated[int, Field(ge=0)]
-
-
-Text = Annotated[str, Field(min_length=1, max_length=2000)]
+_Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+_Count = Annotated[int, Field(ge=0)]
+_Text = Annotated[str, Field(min_length=1, max_length=2000)]
 
 
 class _Strict(BaseModel):
@@ -36,54 +33,56 @@ class _Strict(BaseModel):
 
 
 class Attacker(_Strict):
-    """What one attacker of the ensemble did."""
+    """The counts of one attacker of the ensemble."""
 
-    name: Text
-    recovered: Annotated[Count, Field(description="images, once for each seed, that it was the first to recover")]
-    tried: Annotated[Count, Field(description="trials with a score")]
-    failed: Annotated[Count, Field(description="trials that diverged, part of tried")]
-    skipped: Annotated[Count, Field(description="trials not run, since the image had been recovered")]
-    evaluations: Annotated[Count | None, Field(description="of the objective; null where it counts none")]
+    name: _Text
+    recovered: Annotated[_Count, Field(description="images, once for each seed, that it was the first to recover")]
+    tried: Annotated[_Count, Field(description="trials with a score")]
+    failed: Annotated[_Count, Field(description="trials that diverged, part of tried")]
+    skipped: Annotated[_Count, Field(description="trials not run, since the image had been recovered")]
+    evaluations: Annotated[_Count | None, Field(description="of the objective; null if it counts none")]
 
 
 class TrialOf(_Strict):
-    """One trial, by which the entry can be checked."""
+    """One trial, to verify the entry by."""
 
     id: Annotated[str, Field(pattern="^[0-9a-f]{16}$", description="the hash of every resolved setting")]
-    attack: Text
-    threat: Text
-    image: Count
+    attack: _Text
+    threat: _Text
+    image: _Count
     seed: int
     status: Literal["ok", "failed", "unsupported"]
-    score: Annotated[float | None, Field(description="ssim_aligned; null where there is none")]
+    score: Annotated[float | None, Field(description="ssim_aligned; null if there is none")]
 
 
 class Cost(_Strict):
-    """What the defense costs in accuracy, where a training study of the run says so."""
+    """The test accuracy behind the defense, if the run has a training study."""
 
-    accuracy: Share
-    without: Annotated[Share | None, Field(description="that without any defense; null where it was not measured")]
+    accuracy: _Share
+    without: Annotated[_Share | None, Field(description="that without any defense; null if it was not measured")]
 
 
 class Entry(_Strict):
     """The worst case behind one defense, for one dataset and model."""
 
     schema_: Annotated[Literal["leakbench-leaderboard-1"], Field(alias="schema")] = "leakbench-leaderboard-1"
-    run: Text
-    dataset: Text
-    model: Text
-    defense: Text
+    run: _Text
+    dataset: _Text
+    model: _Text
+    defense: _Text
     settings: Annotated[dict[str, Any], Field(description="every option of dataset, model and defense, with versions")]
-    threshold: Annotated[Share, Field(description="the ssim_aligned from which an image is recovered")]
+    threshold: Annotated[_Share, Field(description="the ssim_aligned from which an image is recovered")]
     images: Annotated[int, Field(ge=1)]
-    recovered: Annotated[Share, Field(description="share of the images that at least one attacker recovered")]
-    low: Annotated[Share, Field(description="lower end of the 95 % Wilson interval of the share")]
-    high: Share
-    floor: Annotated[Share | None, Field(description="share that the best floor recovers; null where none was run")]
-    best_attacker: Annotated[str | None, Field(description="who was first to recover most; null where nobody did")]
+    recovered: Annotated[_Share, Field(description="share of the images that at least one attacker recovered")]
+    low: Annotated[_Share, Field(description="lower end of the 95 % Wilson interval of the share")]
+    high: _Share
+    floor: Annotated[_Share | None, Field(description="share that the best floor recovers; null if none was run")]
+    best_attacker: Annotated[
+        str | None, Field(description="the attacker that was first to recover most images; null if none recovered any")
+    ]
     attackers: list[Attacker]
     accuracy: Cost | None = None
-    versions: Annotated[list[Text], Field(description="of leakbench, with the commit where there was one")]
+    versions: Annotated[list[_Text], Field(description="of leakbench, with the commit if it ran from a checkout")]
     trials: Annotated[list[TrialOf], Field(min_length=1)]
 
 
@@ -97,7 +96,7 @@ def read(path: Path) -> Entry:
     """Return the entry in a JSON file.
 
     Raises:
-        BadOption: there is no such file, or it does not fit the schema.
+        BadOption: there is no such file, or it does not match the schema.
     """
     try:
         return Entry.model_validate_json(path.read_bytes())
@@ -107,19 +106,19 @@ def read(path: Path) -> Entry:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         words = one_line(first["msg"])
-        raise BadOption(f"{path} is no entry of a leaderboard: {where}: {words}; see {SCHEMA_FILE}") from None
+        raise BadOption(f"{path} is not an entry of a leaderboard: {where}: {words}; see {SCHEMA_FILE}") from None
 
 
 def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> tuple[list[Entry], list[str]]:
-    """Return the entries of a run: one for each dataset, model and defense whose trials have all ended with an answer.
+    """Return the entries of a run: one for each dataset, model and defense of which no trial is missing or an error.
 
     Args:
         store: the run file.
-        name: the run's, where it has none of its own.
-        studies: what the trainings beside it say.
+        name: the run's, if it has none of its own.
+        studies: the utility of the trainings beside it.
 
     Returns:
-        The entries, and a line for each defense that has none.
+        The entries, and a line on each defense without one.
     """
     sessions = store.sessions()
     limit = threshold_of(sessions)
@@ -132,9 +131,9 @@ def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> t
         own = scene[(scene["defense"] == one.defense) & ~scene["floor"] & (scene["status"] != "")]
         broken = int((own["status"] == "error").sum())
         if one.open or broken or not one.images:
-            reasons = [f"{plural(one.open, 'trial')} not run yet"] if one.open else []
-            reasons += [f"{plural(broken, 'trial')} ended in an error"] if broken else []
-            reasons += [] if reasons else ["no attacker has a score"]
+            waiting = [f"{plural(one.open, 'trial')} not run yet"] if one.open else []
+            failed = [f"{plural(broken, 'trial')} ended in an error"] if broken else []
+            reasons = waiting + failed or ["no attacker has a score"]
             where = f"{one.defense}, on {one.dataset}, {one.model}"
             missing.append(one_line(f"{where} (run {run_name(sessions, name)}): {' and '.join(reasons)}"))
             continue
@@ -185,18 +184,12 @@ def _best(one: EnsembleResult) -> str | None:
 
 
 def _attacker(stats: AttackerStats) -> Attacker:
-    return Attacker(
-        name=stats.attacker,
-        recovered=stats.recovered,
-        tried=stats.tried,
-        failed=stats.failed,
-        skipped=stats.skipped,
-        evaluations=stats.evaluations,
-    )
+    counts = {name: getattr(stats, name) for name in Attacker.model_fields if name != "name"}
+    return Attacker(name=stats.attacker, **counts)
 
 
 def _cost(studies: Sequence[utility.Study], model: str, defense: str) -> Cost | None:
-    """Return what the first study of an attacked network says of a defense; None where none says anything."""
+    """Return the accuracy behind a defense from the first study of the attacked model; None if no study has it."""
     for study in studies:
         values = {point.label: point.utility.value for point in study.points}
         if any(point.label == defense and model in point.models for point in study.points):

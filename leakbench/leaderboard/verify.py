@@ -1,4 +1,4 @@
-"""Check an entry of a leaderboard: hold it against its run, and run a sample of its trials again."""
+"""Verify an entry of a leaderboard: compare it with its run, and run a sample of its trials again."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from leakbench.store.run_file import FILE, Store
 
 @dataclass(frozen=True)
 class Repeat:
-    """A trial and what came of it again: ``score`` is ``ssim_aligned``, NaN where there was none."""
+    """A trial and its second outcome: ``score`` is ``ssim_aligned``, NaN if there is none."""
 
     trial: TrialOf
     status: str
@@ -35,26 +35,26 @@ class Repeat:
 
     @property
     def scored(self) -> bool:
-        """Whether it has a score both times."""
+        """Whether both outcomes have a score."""
         return self.trial.score is not None and not math.isnan(self.score)
 
 
 LEAST = least_images(2)
 """With fewer trials neither test of a sample can show anything."""
 
-CLOSE = 0.01
+SCORE_TOLERANCE = 0.01
 """Scores that differ by less count as equal."""
 
 
 @dataclass(frozen=True)
 class EntryCheck:
-    """What a check found.
+    """The outcome of the verification of an entry.
 
     Attributes:
-        differing: the fields in which the entry is not what the run says.
-        repeats: the sample.
-        threshold: from which an image is recovered.
-        seed: of the draw of the sample.
+        differing: the fields in which the entry differs from the run.
+        repeats: the sample, run again.
+        threshold: the score from which an image is recovered.
+        seed: the seed by which the sample was drawn.
     """
 
     differing: tuple[str, ...]
@@ -63,43 +63,43 @@ class EntryCheck:
     seed: int = 0
 
     @property
-    def otherwise(self) -> list[Repeat]:
-        """The trials that an attacker serves again and did not in the entry, or the other way round."""
+    def changed(self) -> list[Repeat]:
+        """The trials that are unsupported in one of the two outcomes only."""
         return [one for one in self.repeats if (one.trial.status == "unsupported") != (one.status == "unsupported")]
 
     @property
     def more(self) -> int:
-        """How many trials recover their image again, though the entry has it that they did not."""
+        """How many trials recover their image now and did not in the entry."""
         return sum(not self._before(one) and self._after(one) for one in self.repeats)
 
     @property
     def less(self) -> int:
-        """How many trials recovered their image in the entry, and do not again."""
+        """How many trials recovered their image in the entry and do not now."""
         return sum(self._before(one) and not self._after(one) for one in self.repeats)
 
     @property
     def p(self) -> float:
-        """The smaller, after Holm's correction for two, of the p of ``flips`` and of ``scores``."""
+        """The smaller p of ``flips`` and ``scores``, with Holm's correction for two tests."""
         return min(holm([self.flips, self.scores]))
 
     @property
     def flips(self) -> float:
-        """McNemar's exact two-sided p that flips go either way alike."""
+        """The two-sided p of McNemar's exact test of ``more`` against ``less``."""
         flips = self.more + self.less
         return 1.0 if not flips else float(stats.binomtest(self.more, flips).pvalue)
 
     @property
     def scores(self) -> float:
-        """Wilcoxon's two-sided p that scores differ either way alike; differences below ``CLOSE`` count as none."""
+        """The two-sided p of Wilcoxon's test of the scores; differences below ``SCORE_TOLERANCE`` count as none."""
         pairs = [(one.score - (one.trial.score or 0.0), one.trial.image) for one in self.repeats if one.scored]
-        changes = [0.0 if abs(change) < CLOSE else change for change, _ in pairs]
+        changes = [0.0 if abs(change) < SCORE_TOLERANCE else change for change, _ in pairs]
         p = wilcoxon_test(changes, np.array([image for _, image in pairs])) if pairs else math.nan
         return 1.0 if math.isnan(p) else p
 
     @property
     def holds(self) -> bool:
-        """Whether the entry is what its run says, and the sample comes out as it did but for chance."""
-        return not self.differing and not self.otherwise and self.p > ALPHA
+        """Whether the entry equals its run, and the sample has the same outcome up to chance."""
+        return not self.differing and not self.changed and self.p > ALPHA
 
     def _before(self, one: Repeat) -> bool:
         return one.trial.status == "ok" and (one.trial.score or 0.0) >= self.threshold
@@ -117,22 +117,22 @@ def check(
     device: str = "auto",
     progress: NullProgress | None = None,
 ) -> EntryCheck:
-    """Hold an entry against the run that it is of, and run a sample of its trials again.
+    """Compare an entry with its run, and run a sample of its trials again.
 
-    Every trial that is run again has the id that the entry names, so its settings are the same to the last option; in
-    float32 two machines agree on how often images are recovered, not on each.
+    Every trial that is run again has the id in the entry, so all its settings are the same. In float32, two machines
+    agree on how often images are recovered, but not on each image.
 
     Args:
         entry: the entry.
         run: the folder of the run.
-        sample: how many trials, drawn at random from all of the entry's.
-        seed: of the draw; None for one that nobody can foresee.
+        sample: the number of trials, drawn at random from those of the entry.
+        seed: the seed by which they are drawn; None for a random one.
         device: see ``engine.run``.
         progress: see ``engine.run``.
 
     Raises:
         BadOption: the run has no such defense, or its trials cannot be made again with this leakbench.
-        LeakbenchError: a trial ends in an error here, so that nothing can be told.
+        LeakbenchError: a trial ends in an error here, so that the entry cannot be verified.
     """
     with Store.open(run / FILE, readonly=True) as store:
         components = {(one.kind, one.spec): one for one in store.components()}
@@ -145,13 +145,13 @@ def check(
     if not mine:
         raise BadOption(
             f"the run {str(run)!r} has no finished defense {entry.defense!r} on {entry.dataset}, {entry.model}; give "
-            "the run that the entry is of"
+            "the run of the entry"
         )
     recorded = mine[0].model_dump()
     differing = tuple(name for name, value in entry.model_dump().items() if name != "run" and value != recorded[name])
     known = [trial for trial in entry.trials if trial.id in planned.index]
     if not known:
-        raise BadOption(f"none of the entry's trials is in the run {str(run)!r}; give the run that it is of")
+        raise BadOption(f"none of the entry's trials is in the run {str(run)!r}; give the run of the entry")
     seed = secrets.randbits(32) if seed is None else seed
     chosen = random.Random(seed).sample(known, min(sample, len(known)))
     repeats = []
@@ -168,8 +168,8 @@ def check(
             made, *others = matrix.trials()
             if trial.id not in [one.id for one in (made, *others)]:
                 raise BadOption(
-                    f"trial {trial.id} ({trial.attack}) has other settings here (as {made.id}): it takes the "
-                    f"leakbench, data and plugins that made it: {', '.join(entry.versions)}"
+                    f"trial {trial.id} ({trial.attack}) has other settings here (id {made.id}); use the "
+                    f"leakbench, data and plugins that made the entry: {', '.join(entry.versions)}"
                 )
             out = engine.run(matrix, Path(folder) / str(place), RunOptions(device), progress=progress)
             with Store.open(out / FILE, readonly=True) as store:
@@ -177,16 +177,16 @@ def check(
             again = done[done["trial"] == trial.id].iloc[0]
             if again["status"] == "error":
                 raise LeakbenchError(
-                    f"trial {trial.id} ({trial.attack}) ends in an error here ({again['reason']}), so that nothing can "
-                    "be told; repair that, or check elsewhere"
+                    f"trial {trial.id} ({trial.attack}) ends in an error here ({again['reason']}), so that the entry "
+                    "cannot be verified; fix the error, or check on another machine"
                 )
             repeats.append(Repeat(trial, str(again["status"]), float(again[RECOVERY])))
     return EntryCheck(differing, tuple(repeats), entry.threshold, seed)
 
 
 def words(found: EntryCheck) -> Sequence[str]:
-    """Return what a check found, line by line."""
-    lines = [f"the entry is not what its run says: {name} differs" for name in found.differing]
+    """Return the outcome of a verification, line by line."""
+    lines = [f"the entry differs from its run in {name}" for name in found.differing]
     for one in found.repeats:
         before = math.nan if one.trial.score is None else one.trial.score
         lines.append(
@@ -194,15 +194,13 @@ def words(found: EntryCheck) -> Sequence[str]:
             f"{RECOVERY} {before:.3f} ({one.trial.status}), again {one.score:.3f} ({one.status})"
         )
     count = len(found.repeats)
-    lines += [f"{one.trial.id} was {one.trial.status} in the entry, and is {one.status}" for one in found.otherwise]
+    lines += [f"{one.trial.id} is {one.trial.status} in the entry, and {one.status} now" for one in found.changed]
     lines.append(
         f"of {count} trials run again (--seed {found.seed}), {found.more} recover an image that was not recovered, and "
         f"{found.less} no longer do (McNemar's p {found.flips:.2g}; Wilcoxon's p of the scores {found.scores:.2g}; "
-        f"they count from {ALPHA / 2:g} down)"
+        f"significant below {ALPHA / 2:g})"
     )
     if count < LEAST:
-        lines.append(
-            f"so few trials can refute by their settings alone, never by their scores: that takes at least {LEAST}"
-        )
+        lines.append(f"no difference of scores can be significant on {count} trials; that takes at least {LEAST}")
     lines.append("the entry holds" if found.holds else "the entry does not hold")
     return [one_line(line) for line in lines]
