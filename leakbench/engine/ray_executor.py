@@ -167,8 +167,8 @@ class RayExecutor(WorkerPool[_Actor]):
             self._since = time.monotonic()
         elif time.monotonic() - self._since > MAX_STARTUP_SECONDS:
             raise LeakbenchError(
-                f"no worker started within {MAX_STARTUP_SECONDS:g} s: the Ray cluster has no node with {self._threads} free CPUs "
-                f"and {self._gpus:g} GPUs; ask for less, or add nodes"
+                f"no worker started within {MAX_STARTUP_SECONDS:g} s: the Ray cluster has no node with {self._threads} "
+                f"free CPUs and {self._gpus:g} GPUs; ask for less, or add nodes"
             )
         asked = {slot.asked: place for place, slot in enumerate(self._slots) if slot.asked is not None}
         seconds = POLL_SECONDS if timeout is None else min(POLL_SECONDS, timeout)
