@@ -95,7 +95,7 @@ def test_an_entry_is_checked_by_running_its_trials_again(cli, ran: Path) -> None
     file.write_text(json.dumps({**entry, "recovered": 0.0}))
     done = cli("leaderboard", "check", file, "ran", "--sample", "1")
     assert done.code == 1
-    assert "recovered differs" in done.out
+    assert "differs from its run in recovered" in done.out
     for change, words in (({"recovered": 2}, "recovered"), ({"extra": 1}, "extra"), ({"schema": "x"}, "schema")):
         file.write_text(json.dumps({**entry, **change}))
         refused(cli("leaderboard", "check", file, "ran"), words, "not an entry of a leaderboard")
@@ -103,7 +103,7 @@ def test_an_entry_is_checked_by_running_its_trials_again(cli, ran: Path) -> None
     refused(cli("leaderboard", "check", file, "ran"), "no finished defense 'keylock'")
 
 
-def test_an_entry_under_revealed_secrets_is_checked_beside_the_defense_that_has_them(cli, place: Path) -> None:  # noqa: F811
+def test_an_entry_under_revealed_secrets_is_checked(cli, place: Path) -> None:  # noqa: F811
     more = ("--defense", "keylock", "--threat", "T4", "--attack", "peel", "--images", "2", "--threshold", "0.6")
     assert cli("run", "matrix", *MATRIX[:-2], *more, "--out", "ran").code == 0
     assert cli("leaderboard", "ran", "--out", "board").code == 0
@@ -112,7 +112,7 @@ def test_an_entry_under_revealed_secrets_is_checked_beside_the_defense_that_has_
         assert (done.code, done.out.endswith("the entry holds\n")) == (0, True)
 
 
-def test_what_no_run_or_no_folder_is_given_for_is_refused(cli, place: Path) -> None:  # noqa: F811
+def test_leaderboard_without_run_or_folder_is_refused(cli, place: Path) -> None:  # noqa: F811
     refused(cli("leaderboard", "nowhere", "--out", "board"), "nowhere")
     refused(cli("leaderboard", "check", "a.json"), "leaderboard check")
     refused(cli("leaderboard", "check", "a.json", "ran"), "a.json")
