@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import resnet18
 
-from leakbench.audit import AuditedNetwork, read_image
+from leakbench.audit import load_network, read_image
 
 PHOTOGRAPHS = ("0-astronaut", "1-chelsea", "2-coffee")
 NORMALISE = "0.485,0.456,0.406/0.229,0.224,0.225"
@@ -49,7 +49,7 @@ def main() -> None:
         path = folder / "photos" / name / f"{photograph}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
-    audited = AuditedNetwork.load("benchmarks.audit:build", normalise=NORMALISE)
+    audited = load_network("benchmarks.audit:build", normalise=NORMALISE)
     network = audited.module
     _save(network, folder / "before.safetensors")
     image = read_image(str(folder / "photos" / "1-chelsea" / "chelsea.png"), (3, SIZE, SIZE))

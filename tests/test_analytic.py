@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import leakbench
 from leakbench import Unsupported
 from leakbench.attacks.analytic import pixel_layers, widths
-from leakbench.audit import AuditedNetwork, Normalisation
+from leakbench.audit import AuditedNetwork
 from leakbench.gradients.linear import layer_direction, layer_input, unexplained
 from leakbench.models import OwnModule
 from leakbench.observation import Observation
@@ -72,7 +72,7 @@ def made(kind: str) -> nn.Module | OwnModule:
     kinds: Mapping[str, nn.Module | OwnModule] = {
         "plain": plain,
         "turned": Turned(),
-        "normalised": AuditedNetwork("own", plain, "train", Normalisation.parse("0.5,0.4,0.3/0.2,0.25,0.3")).model(3),
+        "normalised": AuditedNetwork("own", plain, normalise="0.5,0.4,0.3/0.2,0.25,0.3").model(3),
         "in evaluation mode": nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(SIZE, 4)).eval(),
     }
     return kinds[kind]

@@ -16,10 +16,10 @@ from test_html import ALIGNED, NASTY, scored
 from test_report import DLG, GREY, IG, MEAN, NOISE, NONE, make, run
 from test_store import METRICS, TinyAttack, TinyDefense, named, png
 
-from leakbench.analysis.ensemble import AttackerStats
+from leakbench.analysis.ensemble import AttackerStats, EnsembleResult
 from leakbench.audit.fail_rule import FailRule
 from leakbench.audit.findings import Audit, DefenseFindings, ImageFinding, NetworkFacts
-from leakbench.audit.layers import ClosedForm, InferredLabels, LayerShare
+from leakbench.audit.layers import ClosedForm, ClosedFormLeaks, InferredLabels, LayerShare
 from leakbench.core.loss_curve import Curve, marks
 from leakbench.core.types import PRESETS
 from leakbench.report import audit, leaderboard, write
@@ -318,17 +318,10 @@ def found(defense: str, share: float) -> DefenseFindings:
     layers = [LayerShare(f"block{i}.{NASTY}", "Conv2d", 100, 0, 1 / 40) for i in range(40)]
     forms = [ClosedForm("fc", 512, images, 1e-7, True, 1e-6, False, False)]
     return DefenseFindings(
-        defense=defense,
+        result=EnsembleResult("data", "model", defense, images, images, share, 0.0, 0.9, tuple(attackers)),
+        leaks=ClosedFormLeaks(tuple(layers), tuple(forms), InferredLabels((1, 2, 3, 0), 4)),
         note=NASTY,
-        images=images,
-        share=share,
-        low=0.0,
-        high=0.9,
         floor=0.0,
-        attackers=tuple(attackers),
-        layers=tuple(layers),
-        forms=tuple(forms),
-        labels=InferredLabels((1, 2, 3, 0), 4),
         scores={},
         pictures=tuple(pictures),
         warnings=(NASTY,),

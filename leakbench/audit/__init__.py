@@ -2,7 +2,7 @@
 
 from leakbench.audit.fail_rule import FailRule
 from leakbench.audit.findings import Audit, DefenseFindings, ImageFinding
-from leakbench.audit.given import AuditedNetwork, Normalisation, factory, images_of, read_image
+from leakbench.audit.given import AuditedNetwork, factory, images_of, load_network, read_image
 from leakbench.audit.run import AuditOptions, audit_model, audit_update
 
 __all__ = [
@@ -12,10 +12,10 @@ __all__ = [
     "DefenseFindings",
     "FailRule",
     "ImageFinding",
-    "Normalisation",
     "audit_model",
     "audit_update",
     "factory",
     "images_of",
+    "load_network",
     "read_image",
 ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from leakbench.analysis.ensemble import AttackerStats
+from leakbench.analysis.ensemble import EnsembleResult
 from leakbench.audit.fail_rule import LABELS, RECOVERED, FailRule
-from leakbench.audit.layers import ClosedForm, InferredLabels, LayerShare
+from leakbench.audit.layers import ClosedFormLeaks
 from leakbench.core.types import ThreatModel
 from leakbench.errors import LeakbenchError
 
@@ -40,32 +41,20 @@ class DefenseFindings:
     """What leaks behind one defense.
 
     Attributes:
-        defense: its spec, or ``UPDATE``.
+        result: what the attackers recovered; its share is NaN where that was not measured, and so is the interval of a
+            recorded update, whose ``defense`` is ``UPDATE``.
+        leaks: what leaks without any optimisation.
         note: what the defense states of itself.
-        images: how many at least one attacker could attack.
-        share: of these, recovered by at least one attacker; NaN where that was not measured.
-        low: of the share's 95 % interval (Wilson's); ``high`` likewise. NaN for a recorded update.
         floor: the share that the best floor recovers without any gradient; NaN where none was run.
-        attackers: what each attacker did, in the order in which they ran.
-        layers: each layer's share of the squared norm of what was sent.
-        forms: what linear layers leak in closed form.
-        labels: those that are inferred in closed form.
         scores: metric -> its largest leakage over all images and attackers.
         pictures: the best reconstruction of every image; every attacker's where the private image is not known.
         warnings: why the figures are in doubt.
     """
 
-    defense: str
+    result: EnsembleResult
+    leaks: ClosedFormLeaks
     note: str
-    images: int
-    share: float
-    low: float
-    high: float
     floor: float
-    attackers: tuple[AttackerStats, ...]
-    layers: tuple[LayerShare, ...]
-    forms: tuple[ClosedForm, ...]
-    labels: InferredLabels
     scores: Mapping[str, float]
     pictures: tuple[ImageFinding, ...]
     warnings: tuple[str, ...] = ()
@@ -73,9 +62,9 @@ class DefenseFindings:
     def value(self, rule: FailRule) -> float | None:
         """Return the value that a rule judges; None where it was not measured."""
         if rule.name == RECOVERED:
-            return None if self.share != self.share else self.share
+            return None if math.isnan(self.result.share) else self.result.share
         if rule.name == LABELS:
-            return self.labels.accuracy
+            return self.leaks.labels.accuracy
         return self.scores.get(rule.name)
 
 
@@ -133,7 +122,7 @@ class Audit:
 
     def values(self) -> dict[str, float | None]:
         """Return by defense the value that the rule judges; None where it was not measured."""
-        return {} if self.rule is None else {one.defense: one.value(self.rule) for one in self.defenses}
+        return {} if self.rule is None else {one.result.defense: one.value(self.rule) for one in self.defenses}
 
     def failures(self) -> dict[str, float]:
         """Return the defenses behind which the rule is true, each with the value that makes it true."""
@@ -146,7 +135,7 @@ class Audit:
         if self.rule is None or self.failures():
             return ""
         missing = [defense for defense, value in self.values().items() if value is None]
-        if missing and self.rule.name == LABELS and any(one.labels.inferred is None for one in self.defenses):
+        if missing and self.rule.name == LABELS and any(one.leaks.labels.inferred is None for one in self.defenses):
             why = "no closed-form rule infers the labels, which does not hide them; choose another rule"
         elif missing:
             why = (

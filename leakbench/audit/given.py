@@ -85,47 +85,6 @@ def _plugin_modules(plugins: Sequence[Path]) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Normalisation:
-    """An input normalisation (x - mean) / std, with one number for each channel or one for all."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @classmethod
-    def parse(cls, text: str) -> Normalisation:
-        """Return the normalisation of ``MEAN/STD``, such as ``0.5/0.5`` or ``0.49,0.46,0.41/0.23,0.22,0.23``.
-
-        Raises:
-            BadOption: the text is not of this form, or a standard deviation is not positive.
-        """
-        halves = text.split("/")
-        try:
-            mean, std = (tuple(float(part) for part in half.split(",")) for half in halves)
-        except ValueError:
-            raise BadOption(
-                f"--normalise {text!r} is not MEAN/STD; write one such as 0.485,0.456,0.406/0.229,0.224,0.225"
-            ) from None
-        if len(mean) != len(std) or not all(np.isfinite((*mean, *std))) or min(std) <= 0:
-            raise BadOption(f"--normalise {text!r}: give as many means as positive standard deviations")
-        return cls(mean, std)
-
-    def layer(self, channels: int) -> nn.Module:
-        """Return the normalisation as a layer of fixed statistics, in evaluation mode."""
-        if len(self.mean) not in (1, channels):
-            raise BadOption(f"--normalise has {len(self.mean)} means, and the images have {channels} channels")
-        layer = nn.BatchNorm2d(channels, eps=1e-12, affine=False).eval()
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        layer.running_mean.copy_(torch.tensor(self.mean).expand(channels))
-        layer.running_var.copy_(torch.tensor(self.std, dtype=torch.float64).square().expand(channels))
-        return layer
-
-    def __str__(self) -> str:
-        """Return the normalisation as ``parse`` reads it."""
-        return "/".join(",".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
-
-
-@dataclass(frozen=True)
 class AuditedNetwork:
     """A network to audit, as its user describes it.
 
@@ -133,44 +92,63 @@ class AuditedNetwork:
         label: what pages call it.
         module: from normalised images to logits, with its weights.
         mode: the mode in which clients train it.
-        normalisation: of its input; None without one.
+        normalise: the input normalisation ``MEAN/STD``, with one number for each channel or one for all, such as
+            ``0.5/0.5`` or ``0.49,0.46,0.41/0.23,0.22,0.23``; empty without one.
         checkpoint: the file of its weights; empty where the factory made them.
+
+    Raises:
+        BadOption: the normalisation is not of this form, or a standard deviation is not positive.
     """
 
     label: str
     module: nn.Module
     mode: Mode = "train"
-    normalisation: Normalisation | None = None
+    normalise: str = ""
     checkpoint: str = ""
 
-    @classmethod
-    def load(
-        cls,
-        target: str,
-        plugins: Sequence[Path] = (),
-        *,
-        mode: Mode = "train",
-        normalise: str | None = None,
-        checkpoint: str | None = None,
-    ) -> AuditedNetwork:
-        """Return the network of a factory (see ``factory``), with the weights of a checkpoint where one is given."""
-        normalisation = None if normalise is None else Normalisation.parse(normalise)
-        module = factory(target, plugins)
-        if checkpoint is not None:
-            weights.load(module, checkpoint)
-        return cls(target, module, mode, normalisation, checkpoint or "")
+    def __post_init__(self) -> None:
+        if self.normalise:
+            self._statistics()
 
     def model(self, channels: int) -> OwnModule:
         """Return the network in its mode, after its input normalisation, as a model of a matrix; it is not copied."""
         module = self.module.train(self.mode == "train")
-        if self.normalisation is not None:
-            module = nn.Sequential(OrderedDict({NORMALISE: self.normalisation.layer(channels), NETWORK: module}))
+        if self.normalise:
+            mean, std = self._statistics()
+            if len(mean) not in (1, channels):
+                raise BadOption(f"--normalise has {len(mean)} means, and the images have {channels} channels")
+            layer = nn.BatchNorm2d(channels, eps=1e-12, affine=False).eval()  # its statistics stay as they are
+            layer.load_state_dict({"running_mean": mean.expand(channels), "running_var": std.square().expand(channels)})
+            module = nn.Sequential(OrderedDict({NORMALISE: layer, NETWORK: module}))
         return OwnModule(self.label, module)
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation, each [1] or [channels] float64."""
+        try:
+            mean, std = (
+                torch.tensor([float(n) for n in half.split(",")]).double() for half in self.normalise.split("/")
+            )
+        except ValueError:
+            raise BadOption(
+                f"--normalise {self.normalise!r} is not MEAN/STD; write one such as 0.485,0.456,0.406/0.229,0.224,0.225"
+            ) from None
+        if len(mean) != len(std) or not bool(torch.isfinite(torch.cat([mean, std])).all()) or not bool((std > 0).all()):
+            raise BadOption(f"--normalise {self.normalise!r}: give as many means as positive standard deviations")
+        return mean, std
 
     def facts(self) -> list[tuple[str, str]]:
         """Return what a page states of the network, as (name, value)."""
-        found = [("model", self.label)]
-        return found if self.normalisation is None else [*found, ("input normalisation", str(self.normalisation))]
+        return [("model", self.label), *([("input normalisation", self.normalise)] if self.normalise else [])]
+
+
+def load_network(
+    target: str, plugins: Sequence[Path] = (), *, mode: Mode = "train", normalise: str = "", checkpoint: str = ""
+) -> AuditedNetwork:
+    """Return the network of a factory (see ``factory``), with the weights of a checkpoint where one is given."""
+    found = AuditedNetwork(target, factory(target, plugins), mode, normalise, checkpoint)
+    if checkpoint:
+        weights.load(found.module, checkpoint)
+    return found
 
 
 def classes_of(own: OwnModule, image_shape: tuple[int, int, int]) -> int:
@@ -339,17 +317,8 @@ def read_update(network: AuditedNetwork, before: str, after: str) -> Update:
     eps = 0.0
     for option, path in (("--before", before), ("--after", after)):
         tensors = _read(path, option, list(state))
-        for name in state if option == "--before" else trained:
-            if name not in tensors:
-                raise BadOption(f"{option} {path!r} has no tensor {name!r}; it is of another network")
+        weights.check_names(tensors, state, state if option == "--before" else trained, f"{option} {path!r}")
         for name, value in tensors.items():
-            if name not in state:
-                raise BadOption(f"{option} {path!r} has the extra tensor {name!r}; it is of another network")
-            if value.shape != state[name].shape:
-                raise BadOption(
-                    f"{option} {path!r} has {name!r} of shape {tuple(value.shape)}, not {tuple(state[name].shape)}; "
-                    "it is of another network"
-                )
             if name in trained and not value.is_floating_point():
                 raise BadOption(f"{option} {path!r}: {name!r} holds {value.dtype}, no real numbers; record it again")
             if not bool(torch.isfinite(value).all()):
@@ -360,7 +329,7 @@ def read_update(network: AuditedNetwork, before: str, after: str) -> Update:
         raise BadOption(
             f"--before {before!r} and --after {after!r} hold the same trained parameters; nothing was trained"
         )
-    prefix = "" if network.normalisation is None else f"{NETWORK}."
+    prefix = f"{NETWORK}." if network.normalise else ""
     arms = [{prefix + name: value for name, value in arm.items()} for arm in found]
     return Update(arms[0], arms[1], eps)
 

@@ -92,6 +92,28 @@ class InferredLabels:
         return None if self.inferred is None or self.correct is None else self.correct / max(1, len(self.inferred))
 
 
+@dataclass(frozen=True)
+class ClosedFormLeaks:
+    """What leaks from what was sent without any optimisation.
+
+    Attributes:
+        layers: the trained layers, in order of registration.
+        forms: the inputs of linear layers.
+        labels: the labels.
+    """
+
+    layers: tuple[LayerShare, ...]
+    forms: tuple[ClosedForm, ...]
+    labels: InferredLabels
+
+    @classmethod
+    def of(
+        cls, sent: Observation, inputs: Mapping[str, Sequence[Tensor]] | None, labels: Sequence[int] | None
+    ) -> ClosedFormLeaks:
+        """Return what leaks from gradients; it is checked against the true inputs and labels if these are known."""
+        return cls(tuple(shares(sent)), tuple(closed_forms(sent, inputs)), labels_of(sent, labels))
+
+
 def shares(observation: Observation) -> list[LayerShare]:
     """Return every layer's part of what was sent, in order of registration."""
     modules = dict(observation.model.named_modules())

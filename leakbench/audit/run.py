@@ -15,19 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from leakbench import attacks, datasets, defenses
-from leakbench.analysis.ensemble import UNSCORED, AttackerStats, ensemble_results, floor_share
+from leakbench.analysis.ensemble import UNSCORED, ensemble_results, floor_share
 from leakbench.audit.fail_rule import FailRule
 from leakbench.audit.findings import Audit, DefenseFindings, ImageFinding, NetworkFacts
 from leakbench.audit.given import NORMALISE, Audited, AuditedNetwork, Recorded, Update, classes_of, read_update
-from leakbench.audit.layers import (
-    RESIDUAL_TOLERANCE,
-    ClosedForm,
-    InferredLabels,
-    LayerShare,
-    closed_forms,
-    labels_of,
-    shares,
-)
+from leakbench.audit.layers import RESIDUAL_TOLERANCE, ClosedForm, ClosedFormLeaks, closed_forms
 from leakbench.core.rng import seeded
 from leakbench.core.text import english, part, plural
 from leakbench.core.types import PRESETS, ThreatModel
@@ -78,16 +70,6 @@ class AuditOptions:
         return Matrix(**override(expand(load_suite("audit"), scale)[0], {**given, **limit}))
 
 
-@dataclass(frozen=True)
-class _ClosedForms:
-    """What leaks behind one defense without any optimisation, and why figures of it are in doubt."""
-
-    layers: tuple[LayerShare, ...]
-    forms: tuple[ClosedForm, ...]
-    labels: InferredLabels
-    warnings: tuple[str, ...] = ()
-
-
 def audit_model(
     network: AuditedNetwork,
     inner: Dataset,
@@ -126,16 +108,13 @@ def audit_model(
             "one subfolder for each output, in the order of the outputs"
         )
     dataset = Audited(datasets.spec(inner), classes)
-    chosen = (
-        images
-        if images is not None
-        else min(int(expand(load_suite("audit"), options.budget)[0]["images"]), len(dataset))
-    )
+    usual = int(expand(load_suite("audit"), options.budget)[0]["images"])
+    chosen = min(usual, len(dataset)) if images is None else images
     given: dict[str, Any] = {"models": [own], "datasets": [dataset], "defenses": list(protections), "images": chosen}
     matrix = options.matrix(options.budget, given | ({"threats": list(threats)} if threats else {}))
     indices = list(range(chosen)) if isinstance(chosen, int) else list(chosen)
     each = {defenses.spec(one): one for one in protections}
-    leaks = {spec: _closed_forms(own, one, dataset, indices) for spec, one in each.items()}
+    leaks = {spec: _leaks(own, one, dataset, indices) for spec, one in each.items()}
     engine.run(matrix, out, RunOptions(device), progress=progress, command=options.command)
     with Store.open(out / FILE, readonly=True) as store:
         trials = _planned(store, matrix)
@@ -201,14 +180,13 @@ def audit_update(
         shares="weights", learning_rate=rate, local_steps=local_steps, rate="hidden" if rate is None else "known"
     )
     observation = _observation(module, update, image_shape, classes, threat)
-    leaks = _closed_forms_of_update(module, update, observation, label)
+    leaks = _leaks_of_update(module, observation, label)
     dataset = Recorded(_digest(observation, truth, label), image_shape, classes)
-    given = {"models": [own], "datasets": [dataset], "threats": [threat], "images": 1}
-    scale = options.budget if rate is not None else f"{options.budget}-update"
-    matrix = whole = options.matrix(scale, given)
+    given: dict[str, Any] = {"models": [own], "datasets": [dataset], "threats": [threat], "images": 1}
     proven = truth is None and any(form.pixels and form.exact and not form.factor for form in leaks.forms)
     if proven:  # the image is known without a truth: the other attackers have nothing left to find
-        matrix = options.matrix(scale, {**given, "attacks": [CLOSED_FORM_ATTACK]})
+        given["attacks"] = [CLOSED_FORM_ATTACK]
+    matrix = options.matrix(options.budget if rate is not None else f"{options.budget}-update", given)
     data = ClientData(
         images={} if truth is None else {0: truth},
         labels={} if label is None else {0: label},
@@ -221,24 +199,14 @@ def audit_update(
         trials = _planned(store, matrix)
         measured = bool(trials[RECOVERY].notna().any())
         if not measured:
-            sure = proven & (trials["status"] == "ok") & (trials["attack"] == CLOSED_FORM_ATTACK)
-            trials[JUDGED] = sure.astype(float).where(trials["status"].isin(("ok", "failed")))
-        behind = _findings(store, trials, defenses.spec(*matrix.defenses), leaks, matrix, [0])
-    behind = replace(
-        behind,
-        defense=UPDATE,
-        share=behind.share if measured or proven else math.nan,
-        low=math.nan,
-        high=math.nan,
-        floor=floor_share(trials, _threshold(matrix)) if measured else math.nan,
-        attackers=(
-            *behind.attackers,
-            *(_skipped(attack) for attack in _attacks(whole) if attack not in _attacks(matrix)),
-        ),
-    )
-    return _audit(
-        own, dataset, (*network.facts(), ("update", f"{before} to {after}")), whole, [behind], options, 1, threat
-    )
+            trials[JUDGED] = float(proven)
+        found = _findings(store, trials, defenses.spec(*matrix.defenses), leaks, matrix, [0])
+    result = replace(found.result, defense=UPDATE, low=math.nan, high=math.nan)
+    result = result if measured or proven else replace(result, share=math.nan)
+    floor = floor_share(trials, _threshold(matrix)) if measured else math.nan
+    found = replace(found, result=result, floor=floor, warnings=(*_doubts(leaks.forms, update), *found.warnings))
+    facts = (*network.facts(), ("update", f"{before} to {after}"))
+    return _audit(own, dataset, facts, matrix, [found], options, 1, threat)
 
 
 def _planned(store: Store, matrix: Matrix) -> pd.DataFrame:
@@ -253,18 +221,8 @@ def _threshold(matrix: Matrix) -> float:
     return matrix.threshold
 
 
-def _attacks(matrix: Matrix) -> list[str]:
-    return list(dict.fromkeys(attacks.spec(attack) for stage in matrix.stages for attack in stage.attacks))
-
-
-def _skipped(attack: str) -> AttackerStats:
-    return AttackerStats(
-        attack, tried=0, recovered=0, failed=0, skipped=1, open=0, unscored={}, evaluations=None, seconds=0.0
-    )
-
-
 def _findings(
-    store: Store, trials: pd.DataFrame, spec: str, leaks: _ClosedForms, matrix: Matrix, indices: Sequence[int]
+    store: Store, trials: pd.DataFrame, spec: str, leaks: ClosedFormLeaks, matrix: Matrix, indices: Sequence[int]
 ) -> DefenseFindings:
     """Return what leaks behind the defense of a spec, without its note and the floors.
 
@@ -289,25 +247,11 @@ def _findings(
         for metric in store.metrics()
         if not metric.name.startswith("paper_") and len(values := ended[metric.name].dropna())
     }
-    return DefenseFindings(
-        defense=found.defense,
-        note="",
-        images=found.images,
-        share=found.share,
-        low=found.low,
-        high=found.high,
-        floor=math.nan,
-        attackers=found.attackers,
-        layers=leaks.layers,
-        forms=leaks.forms,
-        labels=leaks.labels,
-        scores=scores,
-        pictures=tuple(picture for index in indices for picture in _pictures(store, mine, index, matrix)),
-        warnings=(*leaks.warnings, *_gaps(mine, indices)),
-    )
+    pictures = [picture for index in indices for picture in _pictures(store, mine, index, _threshold(matrix))]
+    return DefenseFindings(found, leaks, "", math.nan, scores, tuple(pictures), tuple(_gaps(mine, indices)))
 
 
-def _pictures(store: Store, trials: pd.DataFrame, index: int, matrix: Matrix) -> list[ImageFinding]:
+def _pictures(store: Store, trials: pd.DataFrame, index: int, threshold: float) -> list[ImageFinding]:
     """Return an image with its best reconstruction, or with every one where the private image is not known."""
     rows = trials[trials["image"] == index]
     ended = rows[(rows["status"] == "ok") & rows[JUDGED].notna()]
@@ -316,24 +260,19 @@ def _pictures(store: Store, trials: pd.DataFrame, index: int, matrix: Matrix) ->
     if not len(ended):
         return [ImageFinding(index, truth, None, "", math.nan, math.nan, False)]
     ended = ended.sort_values(JUDGED, ascending=False, kind="stable")
+    several = trials["threat"].nunique() > 1
     return [
         ImageFinding(
             image=index,
             truth=truth,
             guess=pictures[row["trial"]].reconstruction,
-            attacker=row["attack"] + ("" if row["threat"] in ("paper", _only(matrix)) else f", {row['threat']}"),
+            attacker=row["attack"] + (f", {row['threat']}" if several and row["threat"] != "paper" else ""),
             ssim=row[RECOVERY],
             psnr=row["psnr_aligned"],
-            recovered=None if math.isnan(row[RECOVERY]) and not row[JUDGED] else row[JUDGED] >= _threshold(matrix),
+            recovered=None if math.isnan(row[RECOVERY]) and not row[JUDGED] else row[JUDGED] >= threshold,
         )
         for row in ended.head(len(ended) if truth is None else 1).to_dict("records")
     ]
-
-
-def _only(matrix: Matrix) -> str | None:
-    """Return the spec of a matrix's threat model where it has one."""
-    specs = {threat.spec() for stage in matrix.stages for threat in stage.threats}
-    return specs.pop() if len(specs) == 1 else None
 
 
 def _gaps(trials: pd.DataFrame, indices: Sequence[int]) -> Iterable[str]:
@@ -354,7 +293,7 @@ def _gaps(trials: pd.DataFrame, indices: Sequence[int]) -> Iterable[str]:
         )
 
 
-def _closed_forms(own: OwnModule, defense: Defense, dataset: Dataset, indices: Sequence[int]) -> _ClosedForms:
+def _leaks(own: OwnModule, defense: Defense, dataset: Dataset, indices: Sequence[int]) -> ClosedFormLeaks:
     """Return what the gradients of images leak behind a defense without any optimisation, checked against the truth.
 
     Raises:
@@ -377,8 +316,7 @@ def _closed_forms(own: OwnModule, defense: Defense, dataset: Dataset, indices: S
     names = list(linears(seen.model))
     inputs = [layer_inputs(own, defense, client, classes, names) for client in clients]
     truth = {name: [row[name] for row in inputs] for name in names if all(name in row for row in inputs)}
-    inferred = labels_of(seen, [client.label for client in clients])
-    return _ClosedForms(tuple(shares(seen)), tuple(closed_forms(seen, truth)), inferred)
+    return ClosedFormLeaks.of(seen, truth, [client.label for client in clients])
 
 
 def _observation(
@@ -401,20 +339,16 @@ def _observation(
     )
 
 
-def _closed_forms_of_update(
-    network: nn.Module, update: Update, observation: Observation, label: int | None
-) -> _ClosedForms:
-    """Return what an update leaks without any optimisation, and why it may not be that of one image in one step."""
+def _leaks_of_update(network: nn.Module, observation: Observation, label: int | None) -> ClosedFormLeaks:
+    """Return what an update leaks without any optimisation, from the mean gradient of its steps."""
     threat = observation.threat
     unit = (1.0 if threat.learning_rate is None else threat.learning_rate) * threat.local_steps
-    steps = replace(observation, threat=replace(threat, shares="gradient"))
-    sent = replace(steps, gradient={name: value / unit for name, value in observation.gradient.items()})
-    conclusive = _conclusive_layers(network, sent)
-    forms = [
-        replace(form, conclusive=form.conclusive and form.layer in conclusive) for form in closed_forms(sent, None)
-    ]
-    labels = labels_of(steps, None if label is None else [label])
-    return _ClosedForms(tuple(shares(observation)), tuple(forms), labels, tuple(_doubts(forms, update)))
+    mean = {name: value / unit for name, value in observation.gradient.items()}
+    sent = replace(observation, gradient=mean, threat=replace(threat, shares="gradient"))
+    found = ClosedFormLeaks.of(sent, None, None if label is None else [label])
+    layers = _conclusive_layers(network, sent)
+    forms = (replace(form, conclusive=form.conclusive and form.layer in layers) for form in found.forms)
+    return replace(found, forms=tuple(forms))
 
 
 def _conclusive_layers(network: nn.Module, observation: Observation) -> set[str]:

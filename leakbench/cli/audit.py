@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,6 +15,7 @@ from leakbench.errors import BadOption
 
 if TYPE_CHECKING:
     from leakbench.audit import Audit, AuditedNetwork, AuditOptions
+    from leakbench.engine.progress import NullProgress
 
 
 class _Commands(TyperGroup):
@@ -68,11 +70,11 @@ class _Shared:
     ]
     out: Annotated[Path, typer.Option(help="The folder of the run file and of the report; an existing run is resumed.")]
     normalise: Annotated[
-        str | None,
+        str,
         typer.Option(
             metavar="MEAN/STD", help="The network's input normalisation, such as 0.485,0.456,0.406/0.229,0.224,0.225."
         ),
-    ] = None
+    ] = ""
     mode: Annotated[Literal["train", "eval"], typer.Option(help="The mode in which clients train.")] = "train"
     budget: Annotated[
         Literal["quick", "standard", "thorough"],
@@ -100,24 +102,34 @@ class _Shared:
         typer.Option("--plugin", help="A Python file that defines the factory, or components; it is executed."),
     ] = None
 
-    def network(self, checkpoint: str | None = None) -> AuditedNetwork:
-        """Return the network; its plugins must be loaded."""
-        from leakbench.audit import AuditedNetwork
-
-        return AuditedNetwork.load(
-            self.model, self.plugin or [], mode=self.mode, normalise=self.normalise, checkpoint=checkpoint
-        )
-
-    def options(self, line: str) -> AuditOptions:
-        """Load the plugins, and return what the library takes; ``line`` is the command line."""
-        from leakbench import metrics
-        from leakbench.audit import AuditOptions, FailRule
+    def audit(
+        self, attack: Callable[[AuditedNetwork, AuditOptions, NullProgress], Audit], checkpoint: str = ""
+    ) -> None:
+        """Load everything that both audits take, attack, write the report, and exit with 1 if ``--fail-if`` is true."""
+        from leakbench import audit, metrics
         from leakbench.core.registry import load_plugin
+        from leakbench.engine.progress import Display
+        from leakbench.report import audit as pages
+        from leakbench.report.files import replace
 
-        for path in self.plugin or []:
-            load_plugin(path)
-        rule = None if self.fail_if is None else FailRule.parse(self.fail_if, metrics.names())
-        return AuditOptions(self.budget, self.threshold, rule, line)
+        with stoppable(lambda: "the trials that ended are kept") as line, Display(console()) as display:
+            for path in self.plugin or []:
+                load_plugin(path)
+            rule = None if self.fail_if is None else audit.FailRule.parse(self.fail_if, metrics.names())
+            network = audit.load_network(
+                self.model, self.plugin or [], mode=self.mode, normalise=self.normalise, checkpoint=checkpoint
+            )
+            found = attack(network, audit.AuditOptions(self.budget, self.threshold, rule, line), display)
+        for name, text in zip(pages.FILES, (pages.markdown(found, line), pages.html(found, line))):
+            replace(self.out / name, text.encode())
+        for one in found.defenses:
+            typer.echo(f"{one.result.defense}: {pages.verdict(one)}")
+        for name in pages.FILES:
+            typer.echo(str(self.out / name))
+        passed = found.verdict()
+        if passed is not None:
+            typer.echo(pages.rule_words(found))
+        raise typer.Exit(1 if passed is False else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +143,8 @@ class _OnImages(_Shared):
     size: Annotated[int | None, typer.Option(min=1, help="The side of the images in pixels.")] = None
     images: Annotated[str | None, typer.Option(help="The first N images, or indices such as 0,3,5.")] = None
     checkpoint: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Trained weights: .safetensors, or a state dict of torch.save.")
-    ] = None
+        str, typer.Option(metavar="FILE", help="Trained weights: .safetensors, or a state dict of torch.save.")
+    ] = ""
     defense: Annotated[
         list[str] | None, typer.Option("--defense", help="A defense of the clients (default: none); repeatable.")
     ] = None
@@ -171,12 +183,10 @@ def model(given: _OnImages) -> None:
     --fail-if "recovered > 0.1" --out audit
     """
     from leakbench import audit, defenses
-    from leakbench.engine.progress import Display
     from leakbench.plan.matrix import axes_from_options
 
-    with stoppable(lambda: "the trials that ended are kept") as line, Display(console()) as display:
-        options, network = given.options(line), given.network(given.checkpoint)
-        found = audit.audit_model(
+    def attack(network: AuditedNetwork, options: AuditOptions, progress: NullProgress) -> Audit:
+        return audit.audit_model(
             network,
             audit.images_of(given.data, given.size),
             [defenses.parse(one) for one in given.defense or ["none"]],
@@ -185,9 +195,10 @@ def model(given: _OnImages) -> None:
             images=axes_from_options({"images": [given.images] if given.images else []}).get("images"),
             threats=given.threat or (),
             device=given.device,
-            progress=display,
+            progress=progress,
         )
-    _finish(found, given.out, line)
+
+    given.audit(attack, given.checkpoint)
 
 
 @command(app, "update", _OnUpdate)
@@ -197,12 +208,10 @@ def update(given: _OnUpdate) -> None:
     The attacks assume that the client trained on one image with plain SGD; the report states whether that was tested.
     """
     from leakbench import audit
-    from leakbench.engine.progress import Display
 
-    with stoppable(lambda: "the trials that ended are kept") as line, Display(console()) as display:
-        options, network = given.options(line), given.network()
+    def attack(network: AuditedNetwork, options: AuditOptions, progress: NullProgress) -> Audit:
         shape = (given.channels, given.size, given.size)
-        found = audit.audit_update(
+        return audit.audit_update(
             network,
             given.before,
             given.after,
@@ -213,23 +222,7 @@ def update(given: _OnUpdate) -> None:
             local_steps=given.local_steps,
             truth=None if given.truth is None else audit.read_image(given.truth, shape),
             label=given.label,
-            progress=display,
+            progress=progress,
         )
-    _finish(found, given.out, line)
 
-
-def _finish(found: Audit, out: Path, line: str) -> None:
-    """Write the report, print its headline, and exit with 1 if ``--fail-if`` is true."""
-    from leakbench.report import audit as pages
-    from leakbench.report.files import replace
-
-    for name, text in zip(pages.FILES, (pages.markdown(found, line), pages.html(found, line))):
-        replace(out / name, text.encode())
-    for one in found.defenses:
-        typer.echo(f"{one.defense}: {pages.verdict(one)}")
-    for name in pages.FILES:
-        typer.echo(str(out / name))
-    passed = found.verdict()
-    if passed is not None:
-        typer.echo(pages.rule_words(found))
-    raise typer.Exit(1 if passed is False else 0)
+    given.audit(attack)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -176,17 +176,7 @@ def load(model: nn.Module, path: str, *, secrets: bool = False) -> None:
     """
     state = state_dict_of(_existing(path), f"the checkpoint {path!r}")
     expected = {**model.state_dict(), **(dict(model.named_buffers()) if secrets else {})}
-    for name, value in expected.items():
-        if name not in state:
-            raise BadOption(f"the checkpoint {path!r} has no tensor {name!r}; it is of another network")
-        if state[name].shape != value.shape:
-            raise BadOption(
-                f"the checkpoint {path!r} has {name!r} of shape {tuple(state[name].shape)}, not {tuple(value.shape)}; "
-                "it is of another network, class count or image size"
-            )
-    extra = sorted(set(state) - set(expected))
-    if extra:
-        raise BadOption(f"the checkpoint {path!r} has the extra tensor {extra[0]!r}; it is of another network")
+    check_names(state, expected, expected, f"the checkpoint {path!r}")
     with torch.no_grad():
         for name, value in expected.items():
             value.copy_(state[name])
@@ -214,6 +204,21 @@ def state_dict_of(file: Path, words: str) -> Mapping[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CorruptAsset(f"{words} is not a state dict; save model.state_dict()")
     return state
+
+
+def check_names(state: Mapping[str, Tensor], known: Mapping[str, Tensor], needed: Collection[str], words: str) -> None:
+    """Raise BadOption unless a state holds every needed tensor and no unknown one, of the shapes that are known."""
+    for name in needed:
+        if name not in state:
+            raise BadOption(f"{words} has no tensor {name!r}; it is of another network")
+    for name, value in state.items():
+        if name not in known:
+            raise BadOption(f"{words} has the extra tensor {name!r}; it is of another network")
+        if value.shape != known[name].shape:
+            raise BadOption(
+                f"{words} has {name!r} of shape {tuple(value.shape)}, not {tuple(known[name].shape)}; it is of another "
+                "network, class count or image size"
+            )
 
 
 def fingerprint(path: str) -> str:

@@ -20,18 +20,19 @@ ATTACK_HEADINGS = ("attack", "recovered", "tried", "diverged", "skipped", "evalu
 
 def verdict(one: DefenseFindings) -> str:
     """Return in one sentence or two how many images are recovered behind a defense."""
-    if math.isnan(one.share):
+    if math.isnan(one.result.share):
         return (
             "The attacks returned images. How close these are to the private image was not measured: compare them by "
             "eye, or give the private image."
         )
-    interval = "" if math.isnan(one.low) else f" (95 % interval {one.low:.0%} to {one.high:.0%}, n = {one.images})"
-    interval = interval.replace("%", " %").replace("  %", " %")
-    first = next((stats.attacker for stats in one.attackers if stats.recovered), "")
-    if one.share > 0:
+    found = one.result
+    bounds = f"{100 * found.low:.0f} % to {100 * found.high:.0f} %"
+    interval = "" if math.isnan(found.low) else f" (95 % interval {bounds}, n = {found.images})"
+    first = next((stats.attacker for stats in found.attackers if stats.recovered), "")
+    if found.share > 0:
         return (
-            f"The server recovers {percent(one.share)} of the images{interval}; the first attack that recovers one is "
-            f"{first}."
+            f"The server recovers {percent(found.share)} of the images{interval}; the first attack that recovers one "
+            f"is {first}."
         )
     return (
         f"No attack recovered an image{interval}. That does not prove that the images are safe: other attacks or more "
@@ -82,13 +83,13 @@ def _context(audit: Audit, command: str) -> dict[str, object]:
 
 def _layer_rows(one: DefenseFindings) -> list[list[str]]:
     """Return the layers with the largest shares, in order of registration; the others together."""
-    kept = sorted(range(len(one.layers)), key=lambda place: -one.layers[place].share)[:MAX_LAYERS]
-    exact = {form.layer for form in one.forms if form.exact}
+    kept = sorted(range(len(one.leaks.layers)), key=lambda place: -one.leaks.layers[place].share)[:MAX_LAYERS]
+    exact = {form.layer for form in one.leaks.forms if form.exact}
     rows = []
-    for layer in (one.layers[place] for place in sorted(kept)):
+    for layer in (one.leaks.layers[place] for place in sorted(kept)):
         leaks = "its input, exactly" if layer.layer in exact else "" if layer.parameters else "nothing was sent"
         rows.append([layer.layer, layer.kind, f"{layer.parameters:,}", f"{100 * layer.share:.2f} %", leaks])
-    others = [one.layers[place] for place in range(len(one.layers)) if place not in kept]
+    others = [one.leaks.layers[place] for place in range(len(one.leaks.layers)) if place not in kept]
     if others:
         count, share = sum(other.parameters for other in others), sum(other.share for other in others)
         rows.append([f"{len(others)} others", "", f"{count:,}", f"{100 * share:.2f} %", ""])
@@ -108,5 +109,5 @@ def _attack_rows(one: DefenseFindings) -> list[list[str]]:
             number(stats.seconds, 1),
             "; ".join(stats.unscored),
         ]
-        for stats in one.attackers
+        for stats in one.result.attackers
     ]
