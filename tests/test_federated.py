@@ -1,4 +1,4 @@
-"""Federated training on Flower: what is averaged, what stays with a client, what is told of one that fails."""
+"""Federated training on Flower: the average, the tensors that stay with a client, and clients that fail."""
 
 # ruff: noqa: E402 (what is imported below needs Flower)
 
@@ -68,7 +68,7 @@ def test_a_round_is_the_mean_of_what_clients_sent_by_their_images(tmp_path: Path
         torch.testing.assert_close(stored[name].float(), value, rtol=1e-4, atol=1e-6)
 
 
-def test_federated_training_learns_and_the_clients_keep_their_own_keys(tmp_path: Path) -> None:
+def test_federated_training_learns_and_clients_keep_their_own_keys(tmp_path: Path) -> None:
     arms = fedavg(rounds=6, defenses=["none", "keylock(length=16)"], thief=3).arms()
     plain, locked = train(arms, tmp_path / "a")
     assert plain.outcome.chosen().accuracy("test") >= 0.9
@@ -126,7 +126,7 @@ def test_no_message_holds_a_secret_or_momentum(tmp_path: Path, monkeypatch: pyte
             assert value.numpy().tobytes() not in wire
 
 
-def test_a_federated_training_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
+def test_a_resumed_federated_training_gives_the_same_numbers(tmp_path: Path) -> None:
     arms = fedavg(rounds=5, clients=4, fraction=0.5, defenses=["keylock(length=16)"]).arms()
     whole = train(arms, tmp_path / "whole")
     for after in (1, 3):
@@ -156,7 +156,7 @@ class FailsSometimes(Defense):
         return step.gradient()
 
 
-def test_a_client_that_fails_is_counted_and_told(tmp_path: Path) -> None:
+def test_a_client_that_fails_is_counted_and_reported(tmp_path: Path) -> None:
     arms = fedavg(rounds=4, defenses=["fails-sometimes(share=0.3)", "fails-sometimes(share=1.0)", "soteria"]).arms()
     some, all_of_them, refused = train(arms, tmp_path)
     failures = [failure for one in some.outcome.rounds for failure in one.failures]
@@ -178,9 +178,7 @@ def test_a_client_that_fails_is_counted_and_told(tmp_path: Path) -> None:
     assert numbers_told <= {1, 2, 3}  # as in every table
 
 
-def test_a_client_that_cannot_test_is_told_apart_and_its_round_is_not_chosen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_round_that_a_client_cannot_test_is_not_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = federated.view
 
     def fails(session: Any, name: str, *key: object) -> Any:

@@ -79,7 +79,7 @@ def test_a_simulation_is_federated_averaging(app) -> None:
 
 
 @pytest.mark.fl
-def test_a_client_that_raises_is_never_averaged_around_in_silence(app) -> None:
+def test_a_client_that_raises_ends_the_simulation_or_is_reported(app) -> None:
     with pytest.raises(LeakbenchError) as caught:
         run(app, app.client_app(failing=1))
     assert str(caught.value) == "client 2 failed to train in round 2: ValueError: the disk is full"
@@ -224,10 +224,10 @@ def in_bytes(content, own: dict[str, torch.Tensor]) -> None:
         (under_a_prefix, "is the secret 'norm.scale.weight' under a prefix|'module.conv.weight' of shape"),
         (in_a_list, "array '0' of shape"),
         (in_another_record, "array 'best' of shape"),
-        (in_place_of_a_weight, "the secret 'norm.key' stands in the reply's array 'fc.weight'"),
-        (rounded_among_the_metrics, "the secret 'norm.scale.weight' stands in the reply's list 'norms'"),
-        (one_by_one_among_the_metrics, "the secret 'norm.key' stands in the reply's single values"),
-        (in_bytes, "the secret 'norm.key' stands in the reply's bytes 'blob'"),
+        (in_place_of_a_weight, "the secret 'norm.key' is in the reply's array 'fc.weight'"),
+        (rounded_among_the_metrics, "the secret 'norm.scale.weight' is in the reply's list 'norms'"),
+        (one_by_one_among_the_metrics, "the secret 'norm.key' is in the reply's single values"),
+        (in_bytes, "the secret 'norm.key' is in the reply's bytes 'blob'"),
     ],
 )
 def test_a_secret_under_another_name_never_leaves_a_client(app, hide, says: str) -> None:
@@ -308,13 +308,13 @@ def test_a_mod_releases_the_update(app) -> None:
     ("spec", "says"),
     [
         ("mixup", "acts on the data; call its encode"),
-        ("norm-only", "changes the network alone; train its wrap"),
+        ("norm-only", "changes only the network; train its wrap"),
         ("keylock", r"no network is given; train leakbench.keylock\(model\)"),
         ("precode", r"no network is given; train its wrap\(model\)"),
         ("soteria", "needs the client's images, which no mod sees"),
     ],
 )
-def test_what_a_mod_cannot_do_is_refused_with_the_way_to_do_it(app, spec: str, says: str) -> None:
+def test_a_mod_refuses_a_defense_that_it_cannot_apply(app, spec: str, says: str) -> None:
     with pytest.raises(BadOption, match=says):
         leakbench.flower.mod(spec)
     if spec == "keylock":
@@ -369,9 +369,9 @@ def test_a_recording_is_what_was_on_the_wire(app, tmp_path: Path) -> None:
             assert (facts["round"], facts["client"]) == (number, client)
             assert facts["examples"] == app.EXAMPLES[client - 1]
             assert facts["strategy"] == "FedAvg"
-    with pytest.raises(BadOption, match="holds something already"):
+    with pytest.raises(BadOption, match="is not empty"):
         leakbench.flower.record(FedAvg(), tmp_path / "updates")
-    with pytest.raises(BadOption, match="no strategy of Flower's message API"):
+    with pytest.raises(BadOption, match="not a strategy of Flower's message API"):
         leakbench.flower.record("fedavg", tmp_path / "other")
 
 

@@ -1,4 +1,4 @@
-"""The generators: those that ship, those of a user's own, what is not valid, and how they are trained."""
+"""The generators: those that ship, those of a user, refusals, and their training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from leakbench.generators import files
 from leakbench.generators.assess import assess, nearest
 from leakbench.generators.base import Loaded, TruncatedNormal, check_fit, is_mean, load
 from leakbench.generators.dcgan import SHIPPED
-from leakbench.generators.file import FORCE
+from leakbench.generators.file import FORCE_VARIABLE
 from leakbench.generators.train import CHECKPOINT, WEIGHTS, GeneratorRecipe, overlap, splits, train
 
 CPU = torch.device("cpu")
@@ -120,7 +120,7 @@ def test_auto_takes_the_generator_of_the_images_by_their_mean(name: str) -> None
         auto.choose((1, 28, 28), 10, torch.full((1, 28, 28), 0.5))
 
 
-# what is not valid
+# refusals
 
 
 @pytest.mark.parametrize(
@@ -163,8 +163,8 @@ def test_images_are_reduced_and_grey_ones_repeated() -> None:
         (lambda data: data[: len(data) // 2], "cannot be used"),
         (lambda data: b"", "cannot be used"),
         (lambda data: data.replace(b"leakbench-dcgan-1", b"leakbench-dcgan-9"), "it is not of the format"),
-        (lambda data: data.replace(b'\\"width\\": 8', b'\\"width\\": 4'), "not those of the network"),
-        (lambda data: data.replace(b"decoder.project", b"decoder.porject"), "not those of the network"),
+        (lambda data: data.replace(b'\\"width\\": 8', b'\\"width\\": 4'), "do not belong to the network"),
+        (lambda data: data.replace(b"decoder.project", b"decoder.porject"), "do not belong to the network"),
     ],
 )
 def test_a_damaged_file_is_told_in_one_line(
@@ -188,7 +188,7 @@ def test_a_file_that_is_not_there_is_told_in_one_line() -> None:
 
 def test_a_damaged_installation_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHIPPED, "mnist", "0" * 64)  # type: ignore[index]
-    with pytest.raises(CorruptAsset, match="install leakbench anew"):
+    with pytest.raises(CorruptAsset, match="reinstall leakbench"):
         generators.parse("dcgan:mnist").card()
 
 
@@ -295,10 +295,10 @@ def test_a_changed_file_is_another_component(tmp_path: Path) -> None:
     ("toml", "words"),
     [
         (None, r"needs a description .*own\.toml' with latent, law, range, image, classes, licence, data"),
-        ("latent =", "is no TOML"),
+        ("latent =", "is not TOML"),
         (TOML.replace("latent = 2", "latent = 0"), "latent: Input should be greater"),
         (TOML.replace("truncated-normal", "cauchy"), "law: Input should be"),
-        (TOML.replace("12.0", "-12.0"), "does not rise"),
+        (TOML.replace("12.0", "-12.0"), "is not increasing"),
         (TOML + "extra = 1\n", "extra: Extra inputs"),
         (TOML.replace("image = [3, 4, 4]", "image = [3, 5, 5]"), r"returned \(3, 3, 4, 4\)"),
         (TOML.replace("latent = 2", "latent = 3"), "does not run on 3 latents of 3 values"),
@@ -369,7 +369,7 @@ def test_pickles_and_libraries_in_an_archive_are_not_loaded(tmp_path: Path, monk
             load(generators.parse(f"file:{file}"), CPU, torch.float32)
         one_line(told)
         assert not (tmp_path / "ran").exists()
-    assert FORCE not in os.environ
+    assert FORCE_VARIABLE not in os.environ
 
 
 # BigGAN-deep
@@ -424,7 +424,7 @@ def test_biggan_takes_chosen_classes(biggan: Path) -> None:
         load(some, CPU, torch.float32)(latent, torch.arange(3)),
         load(whole, CPU, torch.float32)(latent, torch.tensor([207, 281, 340])),
     )
-    for wrong, words in (("207+1000", "class index 1000 is unknown"), ("cat", "no list of class indices")):
+    for wrong, words in (("207+1000", "class index 1000 is unknown"), ("cat", "not a list of class indices")):
         with pytest.raises(BadOption, match=words) as told:
             generators.parse(f'biggan-deep(classes="{wrong}")')
         one_line(told)
@@ -465,7 +465,7 @@ def test_damaged_files_of_biggan_are_told(biggan: Path) -> None:
         load(replace(generator, truncation=0.9), CPU, torch.float32)  # type: ignore[call-arg]
     one_line(told)
     (biggan / "config.json").write_text("{}")
-    with pytest.raises(CorruptAsset, match="no configuration of a BigGAN"):
+    with pytest.raises(CorruptAsset, match="not the configuration of a BigGAN"):
         generator.card()
     (biggan / "config.json").unlink()
     with pytest.raises(BadOption, match=r"has no config\.json"):
@@ -490,7 +490,7 @@ def test_only_the_training_split_is_trained_on(toys: str) -> None:
     assert splits("toys(split=train)") == (seen, unseen)
     with pytest.raises(BadOption, match="asks for the test split, whose images are attacked"):
         splits("toys(split=test)")
-    with pytest.raises(BadOption, match=r"has no training split apart from the attacked images; known: .*cifar10"):
+    with pytest.raises(BadOption, match=r"has no training split, only attacked images; .*: .*cifar10"):
         splits("samples")
 
 
@@ -508,7 +508,7 @@ def test_a_training_image_among_the_attacked_ones_is_refused(
 
 def test_training_changes_both_networks_and_says_what_was_seen(toys: str, tmp_path: Path) -> None:
     losses: list[tuple[float, float]] = []
-    file = train(small(steps=12, lr=0.005), tmp_path, told=lambda step, *both: losses.append(both))
+    file = train(small(steps=12, lr=0.005), tmp_path, on_step=lambda step, *both: losses.append(both))
     critic = [loss for loss, _ in losses]
     assert sum(critic[-3:]) < 0.9 * sum(critic[:3])  # it learns to tell real from generated
     assert len({decoder for _, decoder in losses}) == 12
@@ -530,10 +530,10 @@ def test_a_stopped_training_goes_on_to_the_same_weights(toys: str, tmp_path: Pat
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(small(steps=5), tmp_path / "parts", every=2, told=stop)
+        train(small(steps=5), tmp_path / "parts", every=2, on_step=stop)
     assert not (tmp_path / "parts" / WEIGHTS).exists()
     steps: list[int] = []
-    again = train(small(steps=5), tmp_path / "parts", every=2, told=lambda step, *losses: steps.append(step))
+    again = train(small(steps=5), tmp_path / "parts", every=2, on_step=lambda step, *losses: steps.append(step))
     assert steps == [3, 4, 5]  # from the checkpoint after step 2
     assert again.read_bytes() == whole
     assert train(small(steps=5, seed=1), tmp_path / "other").read_bytes() != whole
@@ -545,10 +545,10 @@ def test_a_stopped_training_goes_on_to_the_same_weights(toys: str, tmp_path: Pat
         one_line(told)
     checkpoint = tmp_path / "parts" / CHECKPOINT
     torch.save({**torch.load(checkpoint, weights_only=True), "critic": {}}, checkpoint)
-    with pytest.raises(CorruptAsset, match="delete it to begin anew"):
+    with pytest.raises(CorruptAsset, match="delete it to start again"):
         train(small(steps=6), tmp_path / "parts")
     checkpoint.write_bytes(b"half a checkpo")
-    with pytest.raises(CorruptAsset, match="delete it to begin anew"):
+    with pytest.raises(CorruptAsset, match="delete it to start again"):
         train(small(steps=6), tmp_path / "parts")
 
 

@@ -60,7 +60,7 @@ def test_a_distance_beyond_the_floor_leaks_no_less_than_the_floor() -> None:
     [
         ({"attack": {**ATTACK, "models": ["lenet"]}}, "leave models out of"),
         ({"attack": {**ATTACK, "images": 0}}, "images=0 is not valid"),
-        ({"attack": {**ATTACK, "images": [1]}}, "image 1 of 'samples' is no test image"),
+        ({"attack": {**ATTACK, "images": [1]}}, "image 1 of 'samples' is not a test image"),
         ({"attack": {**ATTACK, "images": 50}}, "more than the 13 test images"),
         ({"attack": {"attacks": ["pel"]}}, "did you mean 'peel'"),
         ({"stages": ["half"]}, "stages="),
@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_told_before_anything_is_trained(
 def test_rows_of_different_thresholds_are_refused(tmp_path: Path) -> None:
     rows = [study(attack={**ATTACK, "threshold": 0.5}), study(attack=ATTACK, seeds=[1])]
     for does in (train, attack):
-        with pytest.raises(BadOption, match=r"threshold=0\.6 of one row beside 0\.5"):
+        with pytest.raises(BadOption, match=r"threshold=0\.6 of one row and 0\.5"):
             does(rows, tmp_path)
     assert not list(tmp_path.iterdir())
 

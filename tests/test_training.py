@@ -116,7 +116,7 @@ class Stop(NullTrainingProgress):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"mode": "fedavg", "fraction": 0.2}, "fraction=0.2 of 3 clients selects nobody; give at least 0.333"),
+        ({"mode": "fedavg", "fraction": 0.2}, "fraction=0.2 of 3 clients selects no client; give at least 0.333"),
         ({"momentum": 0}, "nesterov=true needs a momentum above 0"),
         ({"validation": 0}, "select='validation' needs held-out images"),
         ({"round": 3}, "unknown key 'round'; did you mean 'rounds'?"),
@@ -125,7 +125,7 @@ class Stop(NullTrainingProgress):
         ({"models": []}, "models is empty"),
     ],
 )
-def test_a_recipe_that_does_not_fit_is_told_in_one_line(options: dict[str, Any], words: str) -> None:
+def test_an_invalid_recipe_is_refused_in_one_line(options: dict[str, Any], words: str) -> None:
     with pytest.raises(BadOption) as error:
         study(**options)
     assert words in str(error.value)
@@ -256,7 +256,7 @@ def test_noise_is_of_its_scale_and_dp_clips_each_example() -> None:
     assert sum(float((after[name] - before[name]).square().sum()) for name in after) ** 0.5 <= 0.0101
 
 
-def test_precode_draws_noise_for_every_example_and_leaves_its_buffer_as_it_was() -> None:
+def test_precode_draws_noise_for_every_example_and_keeps_its_buffer() -> None:
     own = session("precode(k=5)")
     seen: list[Tensor] = []
 
@@ -414,7 +414,7 @@ def test_a_training_learns_and_two_of_one_seed_give_the_same_numbers(tmp_path: P
     assert numbers(other[0]) != numbers(first[0])
 
 
-def test_a_training_that_broke_goes_on_after_its_last_round(tmp_path: Path) -> None:
+def test_a_training_that_broke_is_resumed_after_its_last_round(tmp_path: Path) -> None:
     class Break(NullTrainingProgress):
         def round(self, one: Round) -> None:
             if one.number == 3:
@@ -430,7 +430,7 @@ def test_a_training_that_broke_goes_on_after_its_last_round(tmp_path: Path) -> N
     assert numbers(cut) == numbers(whole)
 
 
-def test_a_training_goes_on_to_the_same_numbers_after_its_last_round(tmp_path: Path) -> None:
+def test_a_resumed_training_gives_the_same_numbers(tmp_path: Path) -> None:
     arms = study(defenses=["keylock(length=9)"], rounds=5, augment=["flip"]).arms()
     whole = train(arms, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -487,7 +487,7 @@ class Killed(Defense):
     # 58 images are 4 steps an epoch: the second step of the third; and the second of three clients in the third round
     [("centralised", 10), pytest.param("fedavg", 8, marks=pytest.mark.fl)],
 )
-def test_a_training_that_was_killed_goes_on_to_the_same_record(tmp_path: Path, mode: str, kill: int) -> None:
+def test_a_killed_training_is_resumed_to_the_same_record(tmp_path: Path, mode: str, kill: int) -> None:
     if mode == "fedavg":
         pytest.importorskip("flwr")
     plain = f"study(mode={mode!r}, defenses=['killed-in-training'], rounds=4)"
@@ -531,7 +531,7 @@ def test_a_damaged_state_is_told_in_one_line(tmp_path: Path) -> None:
     folder = tmp_path / ARMS_FOLDER / own.folder
     folder.mkdir(parents=True)
     (folder / STATE).write_bytes(b"not a state")
-    with pytest.raises(CorruptAsset, match="remove it, and the training begins anew"):
+    with pytest.raises(CorruptAsset, match="remove it to start the training again"):
         train([own], tmp_path)
 
 
@@ -562,7 +562,7 @@ def test_a_training_that_diverges_says_so_and_keeps_its_numbers(tmp_path: Path) 
     assert "(diverged)" in report.write(tmp_path)[-1].read_text()
 
 
-def test_the_best_round_is_the_first_of_the_highest_accuracy_where_it_was_asked_for(tmp_path: Path) -> None:
+def test_the_best_round_is_the_first_of_the_highest_accuracy(tmp_path: Path) -> None:
     for select, part in (("validation", "validation"), ("test", "test")):
         (one,) = train(study(select=select, rounds=4).arms(), tmp_path / select)
         values = [each.accuracy(part) for each in one.outcome.rounds]
@@ -622,7 +622,7 @@ def test_the_scales_of_the_benchmarks_are_trainings(name: str) -> None:
         assert [arm for row in expand(file, scale) for arm in kind(**row).arms()]
 
 
-def test_what_the_scale_cpu_of_table_3_trains_the_wide_one_need_not_train_again() -> None:
+def test_the_wide_scale_of_table_3_reuses_the_trainings_of_scale_cpu() -> None:
     file = load_axes(BENCHMARKS / "table3.toml")
     arms = {scale: [arm for row in expand(file, scale) for arm in Accuracy(**row).arms()] for scale in ("cpu", "wide")}
     assert [(one.specs["defense"], one.seed) for one in arms["cpu"]] == [("none", 0), ("keylock", 0)]
@@ -651,7 +651,7 @@ def test_every_way_of_being_wrong_is_kept_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spec", ["none", "noise", "precode(k=5)", "keylock(length=9)", "norm-only"])
-def test_a_checkpoint_is_attacked_behind_its_defense_with_its_own_secrets(tmp_path: Path, spec: str) -> None:
+def test_a_checkpoint_is_attacked_with_its_defense_and_secrets(tmp_path: Path, spec: str) -> None:
     (one,) = train(study(defenses=[spec]).arms(), tmp_path)
     file = str(one.folder / "best.safetensors")
     model, defense = models.parse(f'lenet(weights="{file}")'), defenses.parse(spec)
@@ -696,7 +696,7 @@ def test_the_matrix_attacks_the_checkpoint_of_a_defended_network(tmp_path: Path)
     assert not (tmp_path / "other").exists()
 
 
-def test_a_training_begins_with_a_checkpoint_and_refuses_that_of_another_model(tmp_path: Path) -> None:
+def test_a_training_begins_with_a_checkpoint_of_its_own_model(tmp_path: Path) -> None:
     (one,) = train(study(rounds=6).arms(), tmp_path / "first")
     file = one.folder / "best.safetensors"
     (two,) = train(study(models=[f'lenet(weights="{file}")'], rounds=1, lr=1e-9).arms(), tmp_path / "second")
@@ -738,10 +738,14 @@ def test_the_command_trains_and_reports(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shared", "options", "words"),
     [
-        ("clients = 3\n", [], "clients=3 is of fedavg"),
-        ("", ["--fraction", "0.5"], "fraction=0.5 is of fedavg"),
-        ("", ["--split", "iid", "--mode", "centralised"], "split='iid' is of fedavg"),
-        ('mode = "fedavg"\nclients = 3\n', ["--mode", "centralised", "--local-epochs", "2"], "local_epochs=2 is of"),
+        ("clients = 3\n", [], "clients=3 is an option of fedavg"),
+        ("", ["--fraction", "0.5"], "fraction=0.5 is an option of fedavg"),
+        ("", ["--split", "iid", "--mode", "centralised"], "split='iid' is an option of fedavg"),
+        (
+            'mode = "fedavg"\nclients = 3\n',
+            ["--mode", "centralised", "--local-epochs", "2"],
+            "local_epochs=2 is an option of",
+        ),
     ],
 )
 def test_options_of_fedavg_are_refused_where_they_change_nothing(
@@ -769,7 +773,7 @@ def test_options_of_fedavg_may_be_shared_by_rows_of_both_modes(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["accuracy", "tradeoff"])
-def test_where_every_training_failed_the_command_says_so_and_exits_with_1(tmp_path: Path, kind: str) -> None:
+def test_the_command_exits_with_1_if_every_training_failed(tmp_path: Path, kind: str) -> None:
     file, out = toml(tmp_path), tmp_path / "out"
     if kind == "tradeoff":
         file.write_text(file.read_text().replace('"halves"', '"samples(size=16, channels=1)"') + ATTACK)

@@ -86,6 +86,6 @@ def generator(
             if not err.is_terminal and step % 100 == 0:
                 err.print(f"[{step}/{steps}] {losses}", markup=False, highlight=False)
 
-        weights = run(recipe, folder, device=device, command=line, told=told)
+        weights = run(recipe, folder, device=device, command=line, on_step=told)
     for path in [weights, *assess(recipe, folder, line)]:
         typer.echo(str(path))

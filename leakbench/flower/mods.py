@@ -1,4 +1,4 @@
-"""Defenses as client mods: what a Flower client sends is what the defense releases, and its secrets stay with it."""
+"""Defenses as client mods: a Flower client sends the update that the defense releases, and keeps its secrets."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Mod = Callable[[Message, Context, Callable[[Message, Context], Message]], Messag
 SECRETS = "leakbench.secrets"
 """The record of a client's state that holds its secrets."""
 RELEASES = "leakbench.releases"
-"""The record of a client's state that counts what was released, by defense."""
+"""The record of a client's state that counts its releases, by defense."""
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-"""What torch's normalisations call the tensors that are no parameters."""
+"""The names of the buffers of torch's normalisations."""
 MIN_NUMBERS, MIN_ROUNDED_NUMBERS = 4, 16
 """A secret of fewer numbers is not looked for; one of at least the second count is found in rounded numbers too."""
 EXACT_TOLERANCE, ROUNDED_TOLERANCE = 1e-6, 0.01
@@ -33,48 +33,43 @@ EXACT_TOLERANCE, ROUNDED_TOLERANCE = 1e-6, 0.01
 
 
 def mod(defense: str | Defense, network: nn.Module | None = None, *, seed: int | None = None) -> Mod:
-    """Return a client mod that lets a defense act on what a Flower client sends: ``ClientApp(mods=[mod("noise")])``.
+    """Return a client mod that applies a defense to a Flower client's replies: ``ClientApp(mods=[mod("noise")])``.
 
-    The reply to a ``train`` message must hold one ArrayRecord, of the arrays that were received, trained further. The
-    defense's ``release`` gets the update (received less trained, in place of the gradient, in the weights' units; for
-    ``dp`` the client is the one example), and the reply holds what was received less what is released. Running
-    statistics and integers are sent as they are, and so are metrics.
+    The reply to a ``train`` message must hold one ArrayRecord, of the received arrays after training. The defense's
+    ``release`` gets the update (received less trained arrays, in place of the gradient, in the weights' units; for
+    ``dp`` the client is the one example), and the reply holds the received arrays less the released update. Running
+    statistics, integers and metrics are sent unchanged.
 
-    A defense with secrets (``keylock``; the noise of ``precode``) has changed the network: the app trains
-    ``leakbench.keylock(model)``, or what the defense's ``wrap(model)`` returns, and gives one such network here. Its
-    secrets are taken out of every reply, kept in ``Context.state``, and put back into the arrays that come next; those
-    that no state dict holds (the key) ``leakbench.flower.restore(model, context)`` puts into the client's network. The
-    lock of every client begins as that of ``network``; the key is drawn by each. A reply fails where it holds any other
-    array than those of the network's state dict, by name and shape (a prefix, or arrays in a list, could hide a
-    secret), or where the numbers of a secret stand in whatever else it holds: arrays, metrics, configuration.
+    A defense with secrets (``keylock``; the noise of ``precode``) changes the network: train
+    ``leakbench.keylock(model)``, or the defense's ``wrap(model)``, in the app, and give one such network here. Its
+    secrets are taken out of every reply, kept in ``Context.state``, and put back into the arrays that come next. A
+    secret that is not in the state dict (the key) is put into the client's network by
+    ``leakbench.flower.restore(model, context)``. Every client begins with the lock of ``network``, and draws a key of
+    its own. A reply fails if it holds an array that is not in the network's state dict, by name and shape (a prefix, or
+    arrays in a list, could hide a secret), or if its arrays, metrics or configuration hold the numbers of a secret.
 
     Args:
         defense: acts on the update, or has secrets.
-        network: what the clients train; needed for secrets. It also tells parameters from buffers, which are otherwise
-            told by torch's names for them.
-        seed: of the defense's draws, for tests: who knows it knows the noise. By default the operating system's.
+        network: the network that the clients train; needed for secrets. It also distinguishes parameters from buffers;
+            without it buffers are recognised by torch's names for them.
+        seed: of the defense's draws, for tests: a server that knows it knows the noise. None: the operating system's.
 
     Raises:
-        BadOption: the defense can do nothing here, and what to do instead. In the client, where it makes the message
-            fail and nothing is sent: the reply is not the received arrays, trained further, or a secret is in it.
+        BadOption: a mod cannot apply the defense; the message says how to apply it. In the client, whose message then
+            fails without sending anything: the reply does not hold the received arrays, or holds a secret.
 
     Example:
         >>> from flwr.clientapp import ClientApp
         >>> app = ClientApp(mods=[mod("noise(scale=0.001)"), mod("clip(norm=1)")])  # the last one acts first
     """
-    acting = _Acting(defenses.parse(defense), network, seed)
-
-    def defended(message: Message, context: Context, call_next: Callable[[Message, Context], Message]) -> Message:
-        return acting(message, context, call_next)
-
-    return defended
+    return _DefenseMod(defenses.parse(defense), network, seed)
 
 
 def restore(model: nn.Module, context: Context) -> None:
-    """Put a client's secrets, which the mod keeps in its context, into its network: the network is changed.
+    """Put a client's secrets, which the mod keeps in its context, into its network, which is changed.
 
     Raises:
-        BadOption: the context holds none, or one that the network has not.
+        BadOption: the context holds no secrets, or one that is not in the network.
     """
     if SECRETS not in context.state:
         raise BadOption(
@@ -85,13 +80,13 @@ def restore(model: nn.Module, context: Context) -> None:
         for name, value in _tensors(context.state.array_records[SECRETS]).items():
             if name not in tensors:
                 raise BadOption(
-                    f"the secret {name!r} is no tensor of {type(model).__name__}; give the mod that network"
+                    f"the secret {name!r} is not a tensor of {type(model).__name__}; give the mod that network"
                 )
             tensors[name].copy_(value)
 
 
 @dataclass(frozen=True)
-class _Acting:
+class _DefenseMod:
     """The mod: a defense, the network that it changed, and the seed of its draws."""
 
     defense: Defense
@@ -103,7 +98,7 @@ class _Acting:
         if own.encode is not Defense.encode:
             raise BadOption(f"defense {name!r} acts on the data; call its encode on every batch in the client instead")
         if own.wrap is not Defense.wrap and own.secrets is Defense.secrets:
-            raise BadOption(f"defense {name!r} changes the network alone; train its wrap(model), and leave the mod out")
+            raise BadOption(f"defense {name!r} changes only the network; train its wrap(model), and leave the mod out")
         if own.secrets is not Defense.secrets and not self._secrets():
             instead = "leakbench.keylock(model)" if name == "keylock" else "its wrap(model)"
             raise BadOption(
@@ -138,11 +133,11 @@ class _Acting:
         if secrets:
             self._refuse_secrets(reply.content, hidden, known)
         if message.metadata.message_type.split(".")[0] == MessageType.TRAIN:
-            self._release(received, reply, context, hidden)
+            self._release(received, reply, context)
         return reply
 
     def _refuse_secrets(self, content: RecordDict, hidden: set[str], known: Sequence[tuple[str, Tensor]]) -> None:
-        """Raise BadOption where what is left of a reply can hold a secret: ``known`` are those that were seen."""
+        """Raise BadOption if the rest of a reply can hold a secret; ``known`` are the values seen so far."""
         assert self.network is not None
         public = {name: value.shape for name, value in self.network.state_dict().items() if name not in hidden}
         for record in content.array_records.values():
@@ -151,18 +146,16 @@ class _Acting:
                     like = next((secret for secret in sorted(hidden) if name.endswith(f".{secret}")), "")
                     why = f"is the secret {like!r} under a prefix" if like else "could be one of its secrets"
                     raise BadOption(
-                        f"the reply's array {name!r} of shape {tuple(value.shape)} is none of "
+                        f"the reply's array {name!r} of shape {tuple(value.shape)} is not in "
                         f"{type(self.network).__name__} and {why}; nothing was sent: reply with that network's "
                         "state_dict(), and give the mod the same network"
                     )
         for place, part in _parts(content):
             for name, value in known:
                 if _holds(part, value):
-                    raise BadOption(
-                        f"the secret {name!r} stands in the reply's {place}; nothing was sent: leave it out"
-                    )
+                    raise BadOption(f"the secret {name!r} is in the reply's {place}; nothing was sent: leave it out")
 
-    def _release(self, received: Mapping[str, Gradient], reply: Message, context: Context, hidden: set[str]) -> None:
+    def _release(self, received: Mapping[str, Gradient], reply: Message, context: Context) -> None:
         if type(self.defense).release is Defense.release:
             return
         records = reply.content.array_records
@@ -204,7 +197,7 @@ class _Acting:
         return name in dict(self.network.named_parameters())
 
     def _own(self, context: Context) -> Gradient:
-        """Return the client's secrets, begun with where it has none; zeros for those that are drawn in each pass."""
+        """Return the client's secrets, made at the first call; zeros for those that are drawn in each pass."""
         assert self.network is not None
         tensors, inside = tensors_of(self.network), self._inside()
         held = _tensors(context.state.array_records.get(SECRETS, ArrayRecord()))
@@ -218,7 +211,7 @@ class _Acting:
         return held | fresh
 
     def _rng(self, context: Context) -> torch.Generator:
-        """Return what this release draws from: no two of a client's draw the same."""
+        """Return a generator for this release; no two releases of a client draw the same numbers."""
         counts = context.state.config_records.get(RELEASES, ConfigRecord())
         spec = defenses.registry.spec(self.defense)
         number = int(counts.get(spec, 0)) + 1

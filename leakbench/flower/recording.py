@@ -1,4 +1,4 @@
-"""What clients of a running Flower app send, recorded for an audit."""
+"""Recordings of a running Flower app's updates, for an audit."""
 
 from __future__ import annotations
 
@@ -26,36 +26,40 @@ def record(
     clients: Collection[int] | None = None,
     rounds: Collection[int] | None = None,
 ) -> Strategy:
-    """Return a strategy that does what ``strategy`` does, and writes down what clients were sent and what they replied.
+    """Return a strategy that acts as ``strategy``, and records the arrays that clients receive and send.
 
     For every round and client there is a folder ``round-0001/client-ID`` with ``before.safetensors`` (the arrays that
     the client received), ``after.safetensors`` (those of its reply, as they arrived) and ``facts.json``: ``round``,
-    ``client`` (its node id), ``examples`` (null where the reply does not say), ``metrics`` and ``strategy``. A folder
-    appears when it is whole. ``leakbench audit --before ... --after ...`` reads the two files. Replies with errors are
-    not recorded.
+    ``client`` (its node id), ``examples`` (null if the reply does not say), ``metrics`` and ``strategy``. A folder
+    appears when it is complete. ``leakbench audit --before ... --after ...`` reads the two files. Replies with errors
+    are not recorded.
 
     Args:
         strategy: a strategy of Flower's message API, such as ``flwr.serverapp.strategy.FedAvg``.
-        folder: where the recording goes; it must not exist, or be empty.
+        folder: of the recording; it must not exist, or must be empty.
         clients: node ids to record; all by default.
         rounds: the rounds to record, from 1 on; all by default.
 
     Raises:
-        BadOption: the folder holds something, or the strategy runs its rounds in a way of its own.
+        BadOption: the folder is not empty, or the strategy overrides ``start``.
     """
     if not isinstance(strategy, Strategy):
-        raise BadOption(f"{type(strategy).__name__} is no strategy of Flower's message API (flwr.serverapp.strategy)")
+        raise BadOption(
+            f"{type(strategy).__name__} is not a strategy of Flower's message API; give one of flwr.serverapp.strategy"
+        )
     if type(strategy).start is not Strategy.start:
-        raise BadOption(f"{type(strategy).__name__} runs its rounds in a way of its own, which cannot be recorded")
+        raise BadOption(
+            f"{type(strategy).__name__} overrides start and cannot be recorded; give a strategy that leaves it"
+        )
     path = Path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise BadOption(f"{str(folder)!r} holds something already; give a folder that is empty or does not exist")
+        raise BadOption(f"{str(folder)!r} is not empty; give a folder that is empty or does not exist")
     path.mkdir(parents=True, exist_ok=True)
     return Recording(strategy, path, clients, rounds)
 
 
 class Recording(Strategy):
-    """A strategy beside which what passes is written down; every other attribute is the strategy's own."""
+    """A strategy that records the messages of another; every other attribute is that strategy's own."""
 
     def __init__(
         self, strategy: Strategy, folder: Path, clients: Collection[int] | None, rounds: Collection[int] | None
@@ -85,7 +89,7 @@ class Recording(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Write down the replies of the chosen clients, and return what the strategy makes of all."""
+        """Record the replies of the chosen clients, and return the strategy's average of all replies."""
         replies = list(replies)
         for reply in replies:
             client = reply.metadata.src_node_id
@@ -100,7 +104,7 @@ class Recording(Strategy):
         return self._strategy.configure_evaluate(server_round, arrays, config, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Return what the strategy makes of the replies."""
+        """Return the strategy's metrics of the replies."""
         return self._strategy.aggregate_evaluate(server_round, replies)
 
     def summary(self) -> None:

@@ -1,4 +1,4 @@
-"""What a trained generator draws, and how far that is from the images it was trained on."""
+"""Samples of a trained generator, and their distances to the training images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from leakbench.generators.train import WEIGHTS, GeneratorRecipe, splits
 from leakbench.version import __version__
 
 SAMPLES = 1000
-"""How many samples (as many of each class), and how many test images, distances are measured on."""
+"""Number of samples (equally many of each class), and of test images, whose distances are measured."""
 
 _GRID = 10
 _SCALE = 2
@@ -24,7 +24,7 @@ _SCALE = 2
 
 @dataclass(frozen=True)
 class Nearest:
-    """How far images are from the training images.
+    """The distances of images to the training images.
 
     Attributes:
         distance: [N], root mean square over the pixels, of images in [0, 1], to the nearest training image.
@@ -46,7 +46,7 @@ def nearest(images: Tensor, training: Tensor, rows: int = 2000) -> Nearest:
         closer = found < best
         best = torch.where(closer, found.double(), best)
         index = torch.where(closer, place + start, index)
-    # the distance to the nearest, from the difference itself: exact also where it is small
+    # computed from the difference, the distance is exact even if it is small
     exact = (points - training[index].flatten(1).double() / 255).square().mean(1).sqrt()
     return Nearest(exact, index)
 
@@ -97,7 +97,7 @@ def _save(file: Path, images: Tensor, columns: int) -> None:
 def _report(
     recipe: GeneratorRecipe, trained: files.Trained, command: str, own: Nearest, other: Nearest, training: ByteImages
 ) -> str:
-    """Return the report: what was trained on what, and the distances."""
+    """Return the report on the training and the distances."""
     levels = torch.tensor([0.0, 0.01, 0.05, 0.5, 0.95], dtype=torch.float64)
 
     def row(name: str, found: Nearest) -> str:
@@ -110,7 +110,7 @@ def _report(
     return f"""# A generator for {recipe.dataset}
 
 A class-conditional DCGAN of {parameters:,} parameters, trained on the {len(training.labels):,} images of the training
-split and on nothing else; pixel by pixel, no image of the test split is among them. leakbench {__version__}.
+split only; no image of the test split is identical to one of them. leakbench {__version__}.
 
 ```
 {command}
@@ -129,8 +129,8 @@ One row a class, {_GRID} samples of each, the first that were drawn: none was ch
 ## Distance to the nearest training image
 
 The root mean square difference over all pixels, for images in [0, 1], between an image and the training image nearest
-to it: of {len(own.distance)} samples (as many of each class), and of the first {len(other.distance)} test images. The
-generator cannot have copied the test images, so they show how near an image comes by itself.
+to it: of {len(own.distance)} samples (equally many of each class), and of the first {len(other.distance)} test images.
+The generator cannot have copied the test images, so their distances are those of images that were not copied.
 
 | images | n | smallest | 1 % | 5 % | median | 95 % |
 |:--|--:|--:|--:|--:|--:|--:|

@@ -1,4 +1,4 @@
-"""The contract of a generator: from latents and labels to images, with what it was trained on."""
+"""The contract of a generator: latents and labels to images, with a card of its training data and licence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from leakbench.core.component import Component
 from leakbench.core.registry import Registry
 from leakbench.core.types import Distribution, Normal
 from leakbench.datasets.images import convert
-from leakbench.errors import BadOption, LeakbenchError, Unsupported
+from leakbench.errors import BadOption, LeakbenchError, Unsupported, one_line
 
 SAME_MEAN = 1e-4
 """Root mean square difference below which two mean images are those of the same images."""
@@ -22,7 +22,7 @@ SAME_MEAN = 1e-4
 
 @dataclass(frozen=True)
 class TruncatedNormal(Distribution):
-    """The normal law N(0, 1) cut off at 2 standard deviations, times ``scale`` (Brock et al. 2019, section 3.1)."""
+    """The normal distribution N(0, 1) cut off at 2 sigma, times ``scale`` (Brock et al. 2019, section 3.1)."""
 
     scale: float = 1.0
 
@@ -36,20 +36,20 @@ class TruncatedNormal(Distribution):
 
 @dataclass(frozen=True, eq=False)
 class Card:
-    """What a generator is.
+    """The description of a generator.
 
     Attributes:
         latent: the size d of the latent.
         image_shape: (C, H, W) of its images.
-        num_classes: how many classes it draws, each for one label; 0 for a generator that takes no label.
-        data: what it was trained on.
+        num_classes: number of classes, each for one label; 0 for a generator that takes no label.
+        data: its training data.
         licence: the terms of its weights.
         checksum: SHA-256 of its weights.
-        law: the law of every coordinate of the latent.
+        law: the distribution of every coordinate of the latent.
         low: the output that is black.
         high: the output that is white.
-        seen: [C, H, W] in [0, 1], the mean of its training images at their own size; None where it is not known.
-        unseen: likewise, the mean of the images of the same dataset that it was not trained on.
+        seen: [C, H, W] in [0, 1], the mean of its training images at their own size; None if it is not known.
+        unseen: likewise, the mean of the dataset's images that it was not trained on.
     """
 
     latent: int
@@ -66,14 +66,14 @@ class Card:
 
 
 class Generator(Component):
-    """A trained network that draws images, as an attacker brings it along.
+    """A trained network that draws images, which the attacker brings along.
 
-    Whatever it was trained on must not be what is attacked.
+    Its training images must not be attacked.
     """
 
     @abstractmethod
     def card(self) -> Card:
-        """Return what the generator is.
+        """Return the generator's description.
 
         Raises:
             BadOption: its weights do not exist.
@@ -112,7 +112,7 @@ class Loaded(nn.Module):
         return ((images - self.card.low) / (self.card.high - self.card.low)).clamp(0, 1)
 
     def draw(self, latent: Tensor, labels: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
-        """Return images [N, *image_shape]: reduced with antialiasing, grey repeated where three channels are asked."""
+        """Return images [N, *image_shape]: reduced with antialiasing, grey repeated if three channels are asked for."""
         own = self.card.image_shape
         images = self(latent, labels)
         return convert(
@@ -123,10 +123,10 @@ class Loaded(nn.Module):
 
 
 def load(generator: Generator, device: torch.device, dtype: torch.dtype) -> Loaded:
-    """Return a generator on a device, loaded once while its options and weights stay the same; nobody changes it.
+    """Return a generator on a device, loaded once for the same options and weights; it must not be changed.
 
     Raises:
-        BadOption: the generator takes other inputs, or returns other images, than it says.
+        BadOption: its inputs or images do not have the shapes in its card.
     """
     return _load(generator, generator.card().checksum, device, dtype)
 
@@ -145,7 +145,7 @@ def _load(generator: Generator, checksum: str, device: torch.device, dtype: torc
     except Exception as error:
         raise BadOption(
             f"generator {registry.spec(generator)!r} does not run on 3 latents of {card.latent} values: "
-            f"{' '.join(str(error).split())[:300]}"
+            f"{one_line(error)[:300]}"
         ) from None
     if tuple(images.shape) != (3, *card.image_shape) or not bool(torch.isfinite(images).all()):
         raise BadOption(
@@ -158,14 +158,14 @@ def _load(generator: Generator, checksum: str, device: torch.device, dtype: torc
 def check_fit(
     generator: Generator, image_shape: tuple[int, int, int], num_classes: int, mean_image: Tensor | None = None
 ) -> None:
-    """Raise Unsupported where a generator cannot draw such images, or was trained on those that are attacked.
+    """Raise Unsupported if a generator cannot draw such images, or was trained on the attacked ones.
 
     Args:
         generator: the generator.
         image_shape: (C, H, W) of the attacked images: no larger than the generator's; grey ones become RGB, no others.
-        num_classes: how many classes the labels come from.
-        mean_image: [C, H, W], the public mean image. Where it is the mean of what the generator did not see, what it
-            did see is attacked.
+        num_classes: number of classes of the labels.
+        mean_image: [C, H, W], the public mean image. If it is the mean of the images that the generator did not see,
+            those that it saw are attacked.
     """
     card, name = generator.card(), registry.spec(generator)
     channels, height, width = card.image_shape

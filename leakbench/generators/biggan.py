@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from leakbench.errors import BadOption, CorruptAsset, MissingAsset
+from leakbench.errors import BadOption, CorruptAsset, MissingAsset, one_line
 from leakbench.generators.base import Card, Generator, TruncatedNormal, register
 
 CONFIG, WEIGHTS = "config.json", "pytorch_model.bin"
@@ -30,7 +30,7 @@ class BigGANDeep(Generator):
         path: a folder with config.json and pytorch_model.bin as published; none takes the cache of
             pytorch-pretrained-biggan. Nothing is downloaded.
         truncation: the latent is N(0, 1) cut off at 2, times this; 1 in GGL.
-        classes: for each label of the dataset the ImageNet class (0 to 999) that it stands for, as in 207+281+340;
+        classes: for each label of the dataset its ImageNet class (0 to 999), as in 207+281+340;
             ``all`` takes labels as they are.
     """
 
@@ -44,11 +44,13 @@ class BigGANDeep(Generator):
         self._classes(1000)
 
     def card(self) -> Card:
-        """Return what the files and the options say."""
+        """Return the description from files and options."""
         config = _config(*self._files())
         side = int(config["output_dim"])
         if self.path is None and side != self.resolution:
-            raise CorruptAsset(f"the weights in the cache have output_dim={side}, not {self.resolution}; fetch anew")
+            raise CorruptAsset(
+                f"the weights in the cache have output_dim={side}, not {self.resolution}; fetch them again"
+            )
         classes = self._classes(int(config["num_classes"]))
         return Card(
             latent=int(config["z_dim"]),
@@ -82,21 +84,21 @@ class BigGANDeep(Generator):
         except Exception as error:
             raise CorruptAsset(
                 f"the weights {str(weights_file)!r} are not those of {str(config_file)!r}: "
-                f"{type(error).__name__}: {' '.join(str(error).split())[:200]}; get both files anew"
+                f"{type(error).__name__}: {one_line(error)[:200]}; download both files again"
             ) from None
         if missing:
-            raise CorruptAsset(f"the weights {str(weights_file)!r} lack {missing[0]!r}; get the file anew")
+            raise CorruptAsset(f"the weights {str(weights_file)!r} lack {missing[0]!r}; download the file again")
         return _Conditional(network, self._classes(config.num_classes), config.num_classes, self.truncation)
 
     def _classes(self, count: int) -> list[int]:
-        """Return the class of each label, empty for all; raise BadOption where one does not exist."""
+        """Return the class of each label, empty for all; raise BadOption if one does not exist."""
         if self.classes == "all":
             return []
         try:
             classes = [int(part) for part in self.classes.split("+")]
         except ValueError:
             raise BadOption(
-                f"classes={self.classes!r} is no list of class indices; write classes=207+281+340"
+                f"classes={self.classes!r} is not a list of class indices; write classes=207+281+340"
             ) from None
         for index in classes:
             if not 0 <= index < count:
@@ -161,14 +163,15 @@ def _cached(name: str) -> Path:
 
 
 def _config(config_file: Path, weights_file: Path) -> dict[str, Any]:
-    """Return the configuration, checked for what is used of it."""
+    """Return the configuration, whose sizes are checked."""
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
         if not all(int(config[name]) > 0 for name in ("output_dim", "z_dim", "num_classes")):
             raise ValueError("a size is not positive")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptAsset(
-            f"{str(config_file)!r} is no configuration of a BigGAN ({type(error).__name__}: {error}); get it anew"
+            f"{str(config_file)!r} is not the configuration of a BigGAN ({type(error).__name__}: {error}); download it "
+            "again"
         ) from None
     return dict(config)
 

@@ -33,7 +33,7 @@ class DCGAN(Generator):
 
     Attributes:
         weights: ``mnist`` or ``cifar10``, which ship; a file that ``leakbench train generator`` wrote; or ``auto``, the
-            shipped weights trained on images with the public mean image of those under attack.
+            shipped weights whose training images have the public mean image of the attacked ones.
     """
 
     reference: ClassVar[str] = "Radford et al. 2016, DCGAN, arXiv 1511.06434; Miyato and Koyama 2018, arXiv 1802.05637"
@@ -55,7 +55,7 @@ class DCGAN(Generator):
         )
 
     def card(self) -> Card:
-        """Return what the file says of itself."""
+        """Return the description in the weight file."""
         trained, _, means, checksum = self._read()
         return Card(
             latent=trained.latent,
@@ -88,7 +88,7 @@ class DCGAN(Generator):
         with resources.as_file(folder / f"{name}.safetensors") as file:
             found = _read(file, 0)
         if found[3] != SHIPPED[name]:
-            raise CorruptAsset(f"the shipped generator {str(file)!r} is damaged; install leakbench anew")
+            raise CorruptAsset(f"the shipped generator {str(file)!r} is damaged; reinstall leakbench")
         return found
 
 

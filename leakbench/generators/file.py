@@ -1,7 +1,7 @@
 """A generator of the user's own: a TorchScript or torch.export file, described by a TOML file beside it.
 
-Such a file is a program: it is run with the user's rights, like a plugin, so it should come from somebody who is
-trusted. Python's pickles and compiled code in it are never loaded.
+Such a file is a program that runs with the user's rights, like a plugin, so it must come from a trusted source.
+Python's pickles and compiled code in it are never loaded.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from leakbench.core.types import Distribution, Normal, Uniform
 from leakbench.errors import BadOption, CorruptAsset
 from leakbench.generators.base import Card, Generator, TruncatedNormal, register
 
-LAWS: dict[str, Distribution] = {
+DISTRIBUTIONS: dict[str, Distribution] = {
     "normal": Normal(),
     "truncated-normal": TruncatedNormal(),
     "uniform": Uniform(-1.0, 1.0),
 }
-"""The laws of a latent's coordinates by name."""
+"""Name -> the distribution of a latent's coordinates."""
 
-FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-"""The variable by which torch.load refuses whatever is no tensor, also where its caller admits more."""
+FORCE_VARIABLE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+"""The environment variable that makes torch.load refuse everything but tensors, even if its caller admits more."""
 
 
 class Description(BaseModel):
@@ -45,9 +45,9 @@ class Description(BaseModel):
         law: ``normal``; ``truncated-normal`` (N(0, 1) cut off at 2); ``uniform`` on [-1, 1).
         range: the output that is black and the output that is white.
         image: channels, height and width.
-        classes: how many classes it draws; 0 for a network that is called with latents alone.
+        classes: number of classes; 0 for a network that is called with latents only.
         licence: the terms of the weights.
-        data: what it was trained on.
+        data: its training data.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -66,8 +66,8 @@ class Description(BaseModel):
 class FileGenerator(Generator):
     """A generator of your own, file:PATH: TorchScript or torch.export (.pt2), with PATH's name.toml beside it.
 
-    The network is called with latents [N, d], and with labels [N] int64 where it has classes. The file is a program
-    and is run: give one that you made, or trust as you would a plugin. Pickles and compiled code in it are refused.
+    The network is called with latents [N, d], and with labels [N] int64 if it has classes. The file is a program
+    and is run: give one that you made, or trust as a plugin. Pickles and compiled code in it are refused.
 
     Attributes:
         path: the file; see ``Description`` for the TOML.
@@ -77,7 +77,7 @@ class FileGenerator(Generator):
     path: str
 
     def card(self) -> Card:
-        """Return what the description says."""
+        """Return the description as a card."""
         file = self._file()
         description = _describe(file)
         low, high = description.range
@@ -89,13 +89,13 @@ class FileGenerator(Generator):
             data=description.data,
             licence=description.licence,
             checksum=_checksum(file, file.stat().st_mtime_ns),
-            law=LAWS[description.law],
+            law=DISTRIBUTIONS[description.law],
             low=low,
             high=high,
         )
 
     def network(self) -> nn.Module:
-        """Return the network; raise CorruptAsset where the file is of neither format."""
+        """Return the network; raise CorruptAsset if the file is of neither format."""
         file = self._file()
         return _Called(_load(file), _describe(file).classes > 0)
 
@@ -107,7 +107,7 @@ class FileGenerator(Generator):
 
 
 class _Called(nn.Module):
-    """A loaded network, called in the type of its own weights, with labels only where it takes any."""
+    """A loaded network, called in the type of its own weights, with labels only if it takes them."""
 
     def __init__(self, network: nn.Module, conditional: bool) -> None:
         super().__init__()
@@ -126,8 +126,8 @@ class _Called(nn.Module):
 
 def _load(file: Path) -> nn.Module:
     reasons = []
-    with warnings.catch_warnings(), _tensors_alone():
-        warnings.simplefilter("ignore")  # TorchScript is deprecated and still what many generators come in
+    with warnings.catch_warnings(), _tensors_only():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, but many generators come in it
         try:
             _check_archive(file)
             return torch.export.load(file).module()
@@ -146,20 +146,20 @@ def _load(file: Path) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _tensors_alone() -> Iterator[None]:
-    """Have ``torch.load`` admit tensors and plain values alone: ``torch.export.load`` would unpickle anything."""
-    before = os.environ.get(FORCE)
-    os.environ[FORCE] = "1"
+def _tensors_only() -> Iterator[None]:
+    """Make ``torch.load`` admit only tensors and plain values: ``torch.export.load`` would unpickle anything."""
+    before = os.environ.get(FORCE_VARIABLE)
+    os.environ[FORCE_VARIABLE] = "1"
     try:
         yield
     finally:
-        os.environ.pop(FORCE)
+        os.environ.pop(FORCE_VARIABLE)
         if before is not None:
-            os.environ[FORCE] = before
+            os.environ[FORCE_VARIABLE] = before
 
 
 def _check_archive(file: Path) -> None:
-    """Raise CorruptAsset where an archive of torch.export holds objects that no ``torch.load`` reads, or libraries."""
+    """Raise CorruptAsset if an archive of torch.export holds libraries, or objects other than tensors."""
     with zipfile.ZipFile(file) as archive:
         for member in archive.namelist():
             if "/data/aotinductor/" in member:
@@ -168,12 +168,12 @@ def _check_archive(file: Path) -> None:
             if name.startswith(("custom_obj", "opaque_obj")):
                 raise CorruptAsset(
                     f"the generator {str(file)!r} holds the object {name!r} beside its tensors, which could run "
-                    "anything; save a network of tensors alone"
+                    "anything; save a network of tensors only"
                 )
 
 
 def _describe(file: Path) -> Description:
-    """Return the description beside a file; raise BadOption where there is none or it does not fit."""
+    """Return the description beside a file; raise BadOption if it is missing or malformed."""
     toml = file.with_suffix(".toml")
     try:
         found = Description.model_validate(tomllib.loads(toml.read_text(encoding="utf-8")))
@@ -181,13 +181,13 @@ def _describe(file: Path) -> Description:
         fields = ", ".join(Description.model_fields)
         raise BadOption(f"the generator {str(file)!r} needs a description {str(toml)!r} with {fields}") from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise BadOption(f"the description {str(toml)!r} is no TOML: {' '.join(str(error).split())}") from None
+        raise BadOption(f"the description {str(toml)!r} is not TOML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BadOption(f"the description {str(toml)!r}: {where}: {first['msg']}; correct it") from None
+        key = ".".join(map(str, first["loc"]))
+        raise BadOption(f"the description {str(toml)!r}: {key}: {first['msg']}; correct it") from None
     if not found.range[0] < found.range[1]:
-        raise BadOption(f"the description {str(toml)!r}: range={found.range} does not rise; write range = [-1, 1]")
+        raise BadOption(f"the description {str(toml)!r}: range={found.range} is not increasing; write range = [-1, 1]")
     return found
 
 

@@ -1,4 +1,4 @@
-"""The file of a trained DCGAN: its weights, what it was trained on, and two mean images, in one safetensors file."""
+"""The file of a trained DCGAN: its weights, its training data, and two mean images, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from leakbench.core.files import draft
-from leakbench.errors import BadOption, CorruptAsset
+from leakbench.errors import BadOption, CorruptAsset, one_line
 from leakbench.generators.networks import Decoder
 
 FORMAT = "leakbench-dcgan-1"
@@ -20,16 +20,16 @@ FORMAT = "leakbench-dcgan-1"
 
 @dataclass(frozen=True)
 class Trained:
-    """What a file says of its decoder.
+    """The description of the decoder in a file.
 
     Attributes:
-        data: the spec of the dataset whose training split it saw, and nothing else.
+        data: the spec of the dataset on whose training split it was trained.
         licence: the terms of the weights.
         command: the command that made it.
-        steps: how many steps of training.
-        seed: what every draw of the training came from.
+        steps: number of training steps.
+        seed: of every draw of the training.
         latent: the size of the latent, which follows N(0, I).
-        classes: how many classes it draws.
+        classes: number of classes.
         channels: 1 or 3.
         width: the channels at 4 x 4 pixels.
     """
@@ -53,8 +53,8 @@ def write(file: Path, trained: Trained, decoder: Decoder, seen: Tensor, unseen: 
     """Write a decoder in half precision.
 
     Args:
-        file: where to; replaced in one step.
-        trained: what it is.
+        file: replaced in one step.
+        trained: its description.
         decoder: the network, in evaluation mode.
         seen: [C, H, W], the mean of the images it was trained on, at their own size.
         unseen: [C, H, W], the mean of the other split, which is attacked.
@@ -65,17 +65,17 @@ def write(file: Path, trained: Trained, decoder: Decoder, seen: Tensor, unseen: 
         if not name.endswith("num_batches_tracked")
     }
     tensors |= {"mean.seen": seen.float().contiguous(), "mean.unseen": unseen.float().contiguous()}
-    # one entry alone: several come in an order of their own each time, and the same weights shall give the same file
+    # one entry: several would come in another order each time, and the same weights must give the same file
     with draft(file) as own:
         save_file(tensors, own, {FORMAT: json.dumps(asdict(trained))})
 
 
 def read(file: Path) -> tuple[Trained, dict[str, Tensor], dict[str, Tensor]]:
-    """Return what a file is, its decoder's state (float32), and its mean images ``seen`` and ``unseen``.
+    """Return a file's description, its decoder's state (float32), and its mean images ``seen`` and ``unseen``.
 
     Raises:
         BadOption: the file does not exist.
-        CorruptAsset: it is no file that ``leakbench train generator`` wrote, or is damaged.
+        CorruptAsset: ``leakbench train generator`` did not write the file, or it is damaged.
     """
     if not file.is_file():
         raise BadOption(
@@ -101,13 +101,13 @@ def read(file: Path) -> tuple[Trained, dict[str, Tensor], dict[str, Tensor]]:
                 if not name.endswith("num_batches_tracked")
             }
         if {name: value.shape for name, value in state.items()} != shapes:
-            raise ValueError("its tensors are not those of the network that it describes")
+            raise ValueError("its tensors do not belong to the network that it describes")
         if not all(bool(torch.isfinite(value).all()) for value in state.values()):
             raise ValueError("it holds values that are not finite")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CorruptAsset(
-            f"the weight file {str(file)!r} cannot be used: {' '.join(str(error).split())}; "
-            "train it anew with `leakbench train generator`"
+            f"the weight file {str(file)!r} cannot be used: {one_line(error)}; "
+            "train it again with `leakbench train generator`"
         ) from None
     return trained, state, means
 

@@ -32,7 +32,7 @@ class Decoder(nn.Module):
 
     Args:
         latent: the size of the latent.
-        classes: how many classes it draws.
+        classes: number of classes.
         channels: 1 or 3.
         width: the channels at 4 x 4 pixels; half as many at 8 x 8, a quarter at 16 x 16.
     """
@@ -43,7 +43,7 @@ class Decoder(nn.Module):
         self.project = nn.Linear(latent, width * 16, bias=False)
         sizes = [width, width // 2, width // 4]
         self.norms = nn.ModuleList(ConditionalNorm(size, classes) for size in sizes)
-        # the last layer alone has a bias: a normalisation would take away that of the others
+        # only the last layer has a bias: a normalisation would remove that of the others
         ups = [
             nn.ConvTranspose2d(before, after, 4, 2, 1, bias=last)
             for before, after, last in zip(sizes, [*sizes[1:], channels], (False, False, True))

@@ -1,8 +1,8 @@
 """Train a class-conditional DCGAN on the split of a dataset that is not attacked.
 
 The losses are the hinge losses of Lim and Ye 2017 (arXiv 1705.02894); the decoder that is kept is the exponential
-moving average of the trained one. Every step draws from its own seed, so that a run that was stopped goes on to the
-same weights.
+moving average of the trained one. Every step draws from its own seed, so that a training that was stopped is resumed
+with the same weights.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ class GeneratorRecipe:
     Attributes:
         dataset: the spec of a dataset with a training and a test split.
         steps: updates of the decoder; the critic is updated as often.
-        batch: real images a step, and as many generated ones.
-        seed: what weights and draws come from.
+        batch: number of real images in a step, and of generated ones.
+        seed: of weights and draws.
         lr: the step size of Adam (betas 0.5, 0.999) for both networks.
         flip: mirror half of the real images.
         latent: the size of the latent, N(0, I).
         width: the channels of both networks at 4 x 4 pixels.
         ema: the decay of the moving average of the decoder's weights.
-        precision: ``bfloat16`` runs convolutions and products in it, several times as fast where the processor has
+        precision: ``bfloat16`` runs convolutions and products in it, several times as fast if the processor has
             instructions for it; weights, losses and Adam stay in float32.
     """
 
@@ -88,12 +88,12 @@ def splits(spec: str) -> tuple[Stored, Stored]:
     if not isinstance(dataset, Stored):
         known = [name for name in datasets.names() if issubclass(datasets.get(name), Stored)]
         raise BadOption(
-            f"dataset {spec!r} has no training split apart from the attacked images; known: {', '.join(known)}"
+            f"dataset {spec!r} has no training split, only attacked images; datasets with one: {', '.join(known)}"
         )
     if "split" in spec and dataset.split != "train":
         raise BadOption(
             f"dataset {spec!r} asks for the test split, whose images are attacked; leave split out: generators are "
-            "trained on the training split alone"
+            "trained only on the training split"
         )
     dataset = replace(dataset, size=SIDE if dataset.image_shape[1] != SIDE else dataset.size)
     return replace(dataset, split="train"), replace(dataset, split="test")
@@ -155,7 +155,7 @@ class _State:
 
 def _no_checkpoint(file: Path, error: Exception) -> CorruptAsset:
     return CorruptAsset(
-        f"the checkpoint {str(file)!r} cannot be read ({type(error).__name__}); delete it to begin anew"
+        f"the checkpoint {str(file)!r} cannot be read ({type(error).__name__}); delete it to start again"
     )
 
 
@@ -166,20 +166,20 @@ def train(
     device: str = "cpu",
     command: str = "",
     every: int = 250,
-    told: OnStep = lambda step, critic, decoder: None,
+    on_step: OnStep = lambda step, critic, decoder: None,
 ) -> Path:
-    """Train a generator, or go on where ``out`` was left, and return its weight file ``out/generator.safetensors``.
+    """Train a generator, or resume a training in ``out``, and return its weight file ``out/generator.safetensors``.
 
     Args:
-        recipe: what is trained, and how.
+        recipe: of the training.
         out: the folder of the weights and the checkpoint.
         device: a torch device.
         command: the command line, for the file's card.
         every: steps between checkpoints.
-        told: told of every step.
+        on_step: called after every step.
 
     Raises:
-        BadOption: the dataset has no training split, an option does not fit, or ``out`` holds another training.
+        BadOption: the dataset has no training split, an option has no valid value, or ``out`` holds another training.
         MissingAsset: the dataset is not in the cache.
         CorruptAsset: the checkpoint is damaged, or an attacked image is among the training images.
         LeakbenchError: another process trains in ``out``.
@@ -198,7 +198,7 @@ def train(
             raise CorruptAsset(f"{shared} attacked images of {recipe.dataset!r} are among its training images; refused")
         while state.step < recipe.steps:
             critic, decoder = _update(state, recipe, images)
-            told(state.step, critic, decoder)
+            on_step(state.step, critic, decoder)
             if state.step % every == 0 or state.step == recipe.steps:
                 state.save(checkpoint, recipe)
         _settle(state.average, recipe, classes)

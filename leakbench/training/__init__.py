@@ -1,4 +1,4 @@
-"""What a defense costs: networks trained with and without it, and what a stolen one is worth."""
+"""Trainings with and without a defense: the accuracy that it costs, and the accuracy of a stolen model."""
 
 from leakbench.training.run import NullTrainingProgress, TrainingRecord, finished, records, train
 from leakbench.training.settings import Accuracy, Arm, Recipe

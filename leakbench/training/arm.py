@@ -1,4 +1,4 @@
-"""What both modes of training have in common: the start, what is measured after each round, and what is kept."""
+"""The common part of both modes of training: the start, the measurements after each round, and the files."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from leakbench.training.thief import Theft, thefts
 from leakbench.victim import build
 
 GLOBAL = "global"
-"""The view of a model that works without secrets."""
+"""The name of the view of a model that needs no secrets."""
 
 
 @dataclass(frozen=True)
 class View:
-    """What one holder of the model measures: the server, or a client with its secrets.
+    """The scores that one holder of the model measures: the server, or a client with its secrets.
 
     Attributes:
         name: ``global``, or ``client N`` with N from 1 on.
-        validation: on the held-out images; None where there are none.
+        validation: on the held-out images; None if there are none.
         test: on the test images.
     """
 
@@ -43,17 +43,16 @@ class View:
 
 @dataclass(frozen=True)
 class Round:
-    """What was measured after a round (an epoch of a centralised training).
+    """The measurements after a round (an epoch of a centralised training).
 
     Attributes:
         number: from 1 on.
         rate: the learning rate.
         loss: the mean training loss of the steps, the defense's own terms included.
-        views: what each holder of the model measures.
+        views: the scores that each holder of the model measures.
         seconds: the wall time of training and measuring.
-        failures: of each client that failed to train, which it was and why; it had no part in the average.
-        untested: of each client that could not test the model with its secrets, which it was and why; ``views`` has
-            the others alone.
+        failures: one line for each client that failed to train and was left out of the average.
+        untested: one line for each client that could not test the model with its secrets; ``views`` has the others.
     """
 
     number: int
@@ -81,7 +80,7 @@ class Round:
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Round:
-        """Return what ``plain`` wrote; raise ValueError for anything else."""
+        """Return the value that ``plain`` wrote; raise ValueError for anything else."""
         return _ROUND.validate_python(plain)
 
 
@@ -99,9 +98,9 @@ class SavedStage:
 
     Attributes:
         name: ``initial``, ``1 epoch``, ``25 %``, ``100 %`` or ``best``.
-        number: after which round.
+        number: the round after which it was written.
         file: its name in the arm's folder.
-        accuracy: on the test images, in [0, 1], of the holder whose secrets it has.
+        accuracy: on the test images, in [0, 1], with the secrets that it holds.
     """
 
     name: str
@@ -111,22 +110,22 @@ class SavedStage:
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> SavedStage:
-        """Return what ``vars`` gave; raise ValueError for anything else."""
+        """Return the stage whose ``vars`` these are; raise ValueError for anything else."""
         return _STAGE.validate_python(plain)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of an arm.
+    """The outcome of an arm.
 
     Attributes:
         status: ``ok``; ``failed``: the loss became infinite or undefined; ``unsupported`` or ``error``: no numbers.
-        reason: one line that says why, empty for ``ok``.
-        rounds: what was measured after each.
+        reason: one line, empty for ``ok``.
+        rounds: the measurements after each round.
         best: the number of the best round (``Recipe.select``), 0 without rounds.
         stages: the checkpoints.
-        thefts: what the model of the best round is worth to a thief.
-        images: how many images were trained on.
+        thefts: the accuracy of the model of the best round for a thief without the right secrets.
+        images: number of training images.
     """
 
     status: str
@@ -144,11 +143,11 @@ class Outcome:
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Outcome:
-        """Return what ``plain`` wrote; raise ValueError for anything else."""
+        """Return the value that ``plain`` wrote; raise ValueError for anything else."""
         outcome = _OUTCOME.validate_python(plain)
         numbers = [one.number for one in outcome.rounds]
         if numbers != list(range(1, len(numbers) + 1)) or outcome.best not in (numbers or [0]):
-            raise ValueError("its rounds are not numbered from 1 on, or the best one is none of them")
+            raise ValueError("its rounds are not numbered 1, 2, ..., or the best round is not among them")
         return outcome
 
     def chosen(self) -> Round:
@@ -164,7 +163,7 @@ class TrainingSession:
     """An arm that is being trained: its images, and a network to work in.
 
     Attributes:
-        initial: the tensors that the training begins with: ``shared`` and trained secrets.
+        initial: the tensors of the first model: the shared ones, and its secrets.
     """
 
     arm: Arm
@@ -182,8 +181,8 @@ def start(arm: Arm, device: torch.device | str = "cpu") -> TrainingSession:
 
     Raises:
         MissingAsset: the dataset is not in the cache.
-        BadOption: there are too few images, or the checkpoint is of another model.
-        Unsupported: model, defense and images do not go together.
+        BadOption: the dataset has too few images, or the checkpoint is of another model.
+        Unsupported: the model or the defense does not admit these images.
     """
     data = load(arm.dataset, arm.recipe, arm.seed)
     network = build(arm.model, arm.defense, data.image_shape, data.num_classes, f"training/{arm.seed}")
@@ -198,7 +197,7 @@ def start(arm: Arm, device: torch.device | str = "cpu") -> TrainingSession:
 
 
 def view(session: TrainingSession, name: str, *key: object) -> View:
-    """Return what the network as it is scores on held-out and test images; what is drawn comes from the key."""
+    """Return the network's scores on held-out and test images; fresh secrets are drawn by the key."""
     data, trainee, seed = session.data, session.trainee, session.arm.seed
     held = evaluate(trainee, data.validation, seed, "validation", *key) if len(data.validation) else None
     return View(name, held, evaluate(trainee, data.test, seed, "test", *key))
@@ -207,7 +206,7 @@ def view(session: TrainingSession, name: str, *key: object) -> View:
 def best_of(rounds: Sequence[Round], recipe: Recipe) -> int:
     """Return the number of the best round so far, the first of equals, among those that every client has tested.
 
-    See ``Recipe.select``; where no round was tested by every client, all of them compete.
+    See ``Recipe.select``; if no round was tested by every client, all rounds are compared.
     """
     if recipe.select == "last":
         return rounds[-1].number
@@ -216,30 +215,30 @@ def best_of(rounds: Sequence[Round], recipe: Recipe) -> int:
 
 
 def stages_of(recipe: Recipe) -> dict[str, int]:
-    """Return after which round each stage is reached; of a short training several are reached at once.
+    """Return the round after which each stage is reached; a short training reaches several at once.
 
-    Where a round has several local epochs, ``1 epoch`` stands for the first round.
+    If a round has several local epochs, ``1 epoch`` is the first round.
     """
     return {"initial": 0, "1 epoch": 1, "25 %": math.ceil(recipe.rounds / 4), "100 %": recipe.rounds}
 
 
-class History:
-    """What an arm's training has measured, and its files: rounds, checkpoints, and the tensors of the best round.
+class TrainingHistory:
+    """The measurements and files of an arm's training: rounds, checkpoints, and the tensors of the best round.
 
     Args:
         session: the arm.
         folder: of the state and the checkpoints.
-        told: called with every finished round, those of an earlier start included.
+        on_round: called with every finished round, those of an earlier start included.
     """
 
-    def __init__(self, session: TrainingSession, folder: Path, told: OnRound) -> None:
-        self.session, self.folder, self.told = session, folder, told
+    def __init__(self, session: TrainingSession, folder: Path, on_round: OnRound) -> None:
+        self.session, self.folder, self.on_round = session, folder, on_round
         self.rounds: list[Round] = []
         self.stages: list[SavedStage] = []
         self.best: Tensors = {}
 
     def restore(self) -> dict[str, Any] | None:
-        """Read what an earlier start left, and return the further entries of its state; None if there is none.
+        """Read the state of an earlier start, and return its further entries; None if there is no state.
 
         Raises:
             CorruptAsset: the state cannot be read.
@@ -253,7 +252,7 @@ class History:
             self.stages = [SavedStage.of(one) for one in state.pop("stages")]
             self.best = state.pop("best")
         for one in self.rounds:
-            self.told(one)
+            self.on_round(one)
         return state
 
     @property

@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 
 from leakbench.core.rng import generator, seeded
-from leakbench.training.arm import GLOBAL, History, OnRound, Outcome, Round, TrainingSession, view
+from leakbench.training.arm import GLOBAL, OnRound, Outcome, Round, TrainingHistory, TrainingSession, view
 from leakbench.training.data import batches
 from leakbench.training.files import STATE, restoring
 from leakbench.training.steps import descend, draw, momentum_of, optimiser
 
 
-def train(session: TrainingSession, folder: Path, told: OnRound) -> Outcome:
+def train(session: TrainingSession, folder: Path, on_round: OnRound) -> Outcome:
     """Train an arm, or resume it after its last finished epoch, and return the outcome.
 
     The state is written after every epoch, so that a training that was killed is resumed with the same numbers.
@@ -20,13 +20,13 @@ def train(session: TrainingSession, folder: Path, told: OnRound) -> Outcome:
     Args:
         session: the arm; its network is changed.
         folder: of the state and the checkpoints.
-        told: called with every epoch.
+        on_round: called with every epoch.
 
     Raises:
         CorruptAsset: the state in ``folder`` cannot be read.
     """
     arm, trainee, recipe = session.arm, session.trainee, session.arm.recipe
-    history = History(session, folder, told)
+    history = TrainingHistory(session, folder, on_round)
     _draw_keys(session)
     state = history.restore()
     if state is None:
@@ -53,7 +53,7 @@ def train(session: TrainingSession, folder: Path, told: OnRound) -> Outcome:
         one = Round(number, recipe.rate(number), loss, (seen,), time.perf_counter() - begin)
         model = {**trainee.shared(), **trainee.private()}
         history.add(one, seen.test.accuracy, model, {"network": model, "momentum": momentum_of(trainee, sgd)})
-        told(one)
+        on_round(one)
     trainee.load(history.best)
     return history.outcome(history.best_round.accuracy("test"), [trainee.private()])
 

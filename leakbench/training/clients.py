@@ -1,4 +1,4 @@
-"""What a client does in a round of federated averaging: pure functions, whatever carries the messages."""
+"""A client's round of federated averaging, as pure functions that know nothing of messages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from leakbench.training.steps import Tensors, Trainee, check, descend, draw, mom
 
 @dataclass(frozen=True)
 class Own:
-    """What stays with a client from round to round, and enters no message.
+    """The tensors that stay with a client from round to round, and enter no message.
 
     Attributes:
         private: its lasting secrets: a key, a lock.
@@ -31,13 +31,13 @@ class Own:
 
 @dataclass(frozen=True)
 class Sent:
-    """What a client sends after a round.
+    """The reply of a client to a round.
 
     Attributes:
-        shared: the tensors that the server averages; no secret is among them.
-        examples: how many images it trained on, its weight in the average.
+        shared: the tensors that the server averages, without secrets.
+        examples: number of its training images, which is its weight in the average.
         loss: the mean training loss of the round.
-        steps: how many steps it took.
+        steps: number of its steps.
     """
 
     shared: Tensors
@@ -47,15 +47,14 @@ class Sent:
 
 
 def begin(trainee: Trainee, client: int, seed: int, initial: Mapping[str, Tensor]) -> Own:
-    """Return what a client has before its first round: a key of its own, and the lock that the server began with.
+    """Return the tensors of a client before its first round: a key of its own, and the lock of the first model.
 
-    Secrets that are trained (a lock) are part of the first model, which the server makes; those that are not (a key)
-    are drawn by each client.
+    Trained secrets (a lock) are part of the first model, which the server makes; each client draws the others (a key).
 
     Args:
-        trainee: a network; only its names and shapes are looked at.
-        client: its number.
-        seed: what keys come from.
+        trainee: a network, of which only names and shapes are used.
+        client: its number, from 0 on.
+        seed: of the keys.
         initial: the tensors of the first model.
     """
     trained = trainee.parameters()
@@ -76,20 +75,20 @@ def local_round(
     seed: int,
     classes: int,
 ) -> tuple[Sent, Own]:
-    """Train a client for a round; return what it sends and what it keeps.
+    """Train a client for a round; return its reply, and the tensors that it keeps.
 
     The defense encodes the data, adds its layers and loss to every step, and releases the round's whole update
-    (weights before less weights after); what it withholds does not move. Buffers (running statistics) are sent as they
-    are.
+    (weights before less weights after); weights that it withholds stay as they were. Buffers (running statistics) are
+    sent unchanged.
 
     Args:
         trainee: a network to train in; its tensors are overwritten.
         images: the client's.
-        recipe: how.
-        own: what it kept from its last round.
+        recipe: of the training.
+        own: the tensors that it kept from its last round.
         shared: the global model.
         client: its number; every draw depends on it, on ``number``, the round (from 1 on), and on ``seed``.
-        classes: how many there are.
+        classes: number of classes.
     """
     key = ("training", seed, "client", client, "round", number)
     trainee.network.train()

@@ -1,4 +1,4 @@
-"""The images of a training: all of them in memory as bytes, split into parts and for clients, augmented in batches."""
+"""The images of a training: split into parts, divided among clients, and augmented in batches."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from leakbench.errors import BadOption
 from leakbench.training.settings import Augmentation, Recipe
 
 TEST_STRIDE = 5
-"""Of a dataset without two splits, each fifth image is for tests."""
+"""If a dataset has no test split, every fifth image is a test image."""
 PADDING = 4
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The three parts of a training's images; ``validation`` is empty where none are held out."""
+    """The three parts of a training's images; ``validation`` is empty if none are held out."""
 
     train: ByteImages
     validation: ByteImages
@@ -36,9 +36,9 @@ class TrainingData:
 
 
 def load(dataset: Dataset, recipe: Recipe, seed: int) -> TrainingData:
-    """Return the images of a training; which are held out depends on the seed, and on nothing of model or defense.
+    """Return the images of a training; the seed selects the held-out ones, whatever model and defense are.
 
-    The last ones are kept in memory for the next arm.
+    The images of the last call are kept in memory for the next arm.
 
     Raises:
         MissingAsset: the dataset is not in the cache.
@@ -52,7 +52,7 @@ def load(dataset: Dataset, recipe: Recipe, seed: int) -> TrainingData:
 def _loaded(
     dataset: Dataset, images: int | None, tested: int | None, held_out: float, seed: int, home: Path
 ) -> TrainingData:
-    """Return what ``load`` does, from the cache of datasets in ``home``."""
+    """Return the images of a training from the cache of datasets in ``home``."""
     seen, other, train, test = parts(dataset)
     order = torch.randperm(len(train), generator=generator("training", seed, "held out"))
     chosen = order[:images]
@@ -63,7 +63,7 @@ def _loaded(
 
 
 def check(dataset: Dataset, recipe: Recipe) -> None:
-    """Raise BadOption where a dataset has too few images for a recipe, before any is read."""
+    """Raise BadOption if a dataset has too few images for a recipe, before any is read."""
     _, _, train, test = parts(dataset)
     count = min(len(train), recipe.images or len(train))
     kept = count - int(recipe.held_out * count)
@@ -74,18 +74,18 @@ def check(dataset: Dataset, recipe: Recipe) -> None:
     if recipe.mode == "fedavg":
         pieces = recipe.clients * (recipe.shards if recipe.split == "shards" else 1)
         if kept < pieces:
-            what = f" with {recipe.shards} shards each" if recipe.split == "shards" else ""
+            each = f" with {recipe.shards} shards each" if recipe.split == "shards" else ""
             raise BadOption(
-                f"{recipe.clients} clients{what} are more than the {kept} training images of {dataset.name!r}; "
+                f"{recipe.clients} clients{each} are more than the {kept} training images of {dataset.name!r}; "
                 "give fewer clients"
             )
 
 
 def unseen(dataset: Dataset, images: int | Sequence[int]) -> tuple[Dataset, int | list[int]]:
-    """Return a dataset and images of it that no training on the dataset sees: the first so many, or these indices.
+    """Return a dataset and images of it on which no training is done: the first ``images``, or these indices.
 
     Raises:
-        BadOption: there are not so many, or one of these is trained on.
+        BadOption: the dataset has too few test images, or one of the indices is a training image.
     """
     _, other, _, test = parts(dataset)
     if isinstance(images, int):
@@ -97,12 +97,14 @@ def unseen(dataset: Dataset, images: int | Sequence[int]) -> tuple[Dataset, int 
         return other, images if chosen == list(range(images)) else chosen
     for index in images:
         if index not in test:
-            raise BadOption(f"image {index} of {dataset.name!r} is no test image; give some of {list(test[:4])}, ...")
+            raise BadOption(
+                f"image {index} of {dataset.name!r} is not a test image; give some of {list(test[:4])}, ..."
+            )
     return other, list(images)
 
 
 def parts(dataset: Dataset) -> tuple[Dataset, Dataset, Sequence[int], Sequence[int]]:
-    """Return what is trained on and what is tested on, with the indices of each."""
+    """Return the dataset to train on and the one to test on, with the indices of each."""
     if isinstance(dataset, Stored):
         seen, other = replace(dataset, split="train"), replace(dataset, split="test")
         return seen, other, range(len(seen)), range(len(other))
@@ -111,13 +113,13 @@ def parts(dataset: Dataset) -> tuple[Dataset, Dataset, Sequence[int], Sequence[i
 
 
 def partition(labels: Tensor, recipe: Recipe, seed: int) -> list[Tensor]:
-    """Return the rows of the training images that each client has: as many each, none twice, in order.
+    """Return the rows of each client's training images, in order: equally many for each client, and none twice.
 
     With ``shards`` the rows are sorted by label and cut into clients * shards pieces, which are dealt at random, as in
     McMahan et al. 2017, Communication-Efficient Learning of Deep Networks from Decentralized Data, section 3.
 
     Args:
-        labels: [N] int64, at least one a piece.
+        labels: [N] int64, at least one for each piece.
     """
     rng = generator("training", seed, "partition")
     pieces = recipe.clients * (recipe.shards if recipe.split == "shards" else 1)

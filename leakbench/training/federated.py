@@ -24,7 +24,7 @@ from torch import Tensor
 from leakbench.core.rng import generator
 from leakbench.errors import Unsupported
 from leakbench.flower.simulation import Failure, simulate
-from leakbench.training.arm import GLOBAL, History, OnRound, Outcome, Round, TrainingSession, View, start, view
+from leakbench.training.arm import GLOBAL, OnRound, Outcome, Round, TrainingHistory, TrainingSession, View, start, view
 from leakbench.training.clients import Own, begin, local_round
 from leakbench.training.data import partition
 from leakbench.training.files import STATE, read_state, restoring, write_state
@@ -39,20 +39,20 @@ FIRST_CLIENT = "client 1"
 _VIEW = TypeAdapter(View)
 
 
-def train(session: TrainingSession, folder: Path, told: OnRound, workers: int = 0) -> Outcome:
+def train(session: TrainingSession, folder: Path, on_round: OnRound, workers: int = 0) -> Outcome:
     """Train an arm by rounds of fedavg, or resume it after its last finished round, and return the outcome.
 
     Args:
         session: the arm; its network is changed.
         folder: of the states of server and clients, and of the checkpoints.
-        told: called with every round.
+        on_round: called with every round.
         workers: number of Ray processes that share the clients; with 0 they train one after another in this process.
 
     Raises:
         CorruptAsset: a state in ``folder`` cannot be read.
-        Unsupported: the defense cannot act on what a client sends.
+        Unsupported: the defense cannot act on an update.
     """
-    server = _Server(session, folder, told)
+    server = _Server(session, folder, on_round)
     if not server.history.done:
         app = ServerApp()
         app.main()(server.main)
@@ -64,12 +64,12 @@ def train(session: TrainingSession, folder: Path, told: OnRound, workers: int = 
 class _Server:
     """The server of an arm: the global model, and the history of its training."""
 
-    def __init__(self, session: TrainingSession, folder: Path, told: OnRound) -> None:
-        self.session, self.folder, self.told = session, folder, told
+    def __init__(self, session: TrainingSession, folder: Path, on_round: OnRound) -> None:
+        self.session, self.folder, self.on_round = session, folder, on_round
         self.recipe, self.trainee = session.arm.recipe, session.trainee
         self.failures: list[Failure] = []
         self.shared = self.trainee.shared()
-        self.history = History(session, folder, told)
+        self.history = TrainingHistory(session, folder, on_round)
         state = self.history.restore()
         if state is None:
             self.history.keep("initial", 0, self.measure(0).test.accuracy)
@@ -116,13 +116,13 @@ class _Server:
         self.load(self.shared, number)
         self.history.add(one, accuracy, self.shared, {"shared": self.shared})
         _prune(self.folder, self.recipe.clients, (self.history.best_round.number, number - 1, number))
-        self.told(one)
+        self.on_round(one)
 
     def loss_of(self, replies: Iterable[Message]) -> float:
         """Return the mean training loss of the clients' steps; raise if every client failed."""
         reports = [reply.content["metrics"] for reply in replies if not reply.has_error()]
         if not reports:
-            reason = min((failure.reason for failure in self.failures), default="nobody answered")
+            reason = min((failure.reason for failure in self.failures), default="no client replied")
             kind, _, words = reason.partition(": ")
             raise Unsupported(words) if kind == "Unsupported" else RuntimeError(f"every client failed: {reason}")
         steps = sum(report["steps"] for report in reports)
@@ -174,7 +174,7 @@ def client_app(arm: Arm, folder: Path, device: str) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        """Train a round; send what the defense releases."""
+        """Train a round; send the update that the defense releases."""
         session, client, number = _opened(message, context)
         data = session.data
         sent, own = local_round(
@@ -211,12 +211,12 @@ def client_app(arm: Arm, folder: Path, device: str) -> ClientApp:
 
 @lru_cache(maxsize=1)
 def _session(arm: Arm, device: str) -> TrainingSession:
-    """Return the images and the network that the clients of a process work with."""
+    """Return the images and the network of all clients in this process."""
     return start(arm, device)
 
 
 def _own(session: TrainingSession, folder: Path, client: int, number: int) -> Own:
-    """Return what a client keeps after a round: from its file, or what it begins with."""
+    """Return the tensors that a client keeps after a round, from its file; before its first round the initial ones."""
     path = _file(folder, client, number)
     if path is None:
         return begin(session.trainee, client, session.arm.seed, session.initial)
@@ -236,7 +236,7 @@ def _number(path: Path) -> int:
 
 
 def _prune(folder: Path, clients: int, needed: Iterable[int]) -> None:
-    """Remove the files of clients that no round among those needed goes back to."""
+    """Remove the clients' files that belong to none of the rounds needed."""
     kept = {_file(folder, client, number) for client in range(clients) for number in needed}
     for path in (folder / CLIENTS_FOLDER).glob("*.pt"):
         if path not in kept:

@@ -15,14 +15,14 @@ from leakbench.core.files import draft
 from leakbench.errors import CorruptAsset, LeakbenchError, one_line
 
 RECORD = "record.json"
-"""What came of an arm, in the arm's folder."""
+"""The file of an arm's outcome, in the arm's folder."""
 STATE = "state.pt"
-"""Where a training goes on."""
+"""The file of the state from which a training is resumed, in the arm's folder."""
 _DRAFT = re.compile(r"\..+\.(\d+|part)")
 
 
 def remove_drafts(folder: Path) -> None:
-    """Remove what a process that was killed while it wrote left of its files, in a folder and those in it."""
+    """Remove unfinished files, which a killed process left, from a folder and the folders in it."""
     for path in folder.rglob(".*"):
         if _DRAFT.fullmatch(path.name):
             path.unlink(missing_ok=True)
@@ -34,13 +34,13 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return what ``write_json`` wrote; raise CorruptAsset where it cannot be read."""
+    """Return the values that ``write_json`` wrote; raise CorruptAsset if they cannot be read."""
     try:
         value: object = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CorruptAsset(f"{path} cannot be read: {one_line(error)}; remove its folder and run it again") from None
     if not isinstance(value, dict):
-        raise CorruptAsset(f"{path} holds no table; remove its folder and run it again")
+        raise CorruptAsset(f"{path} holds no JSON object; remove its folder and run it again")
     return value
 
 
@@ -50,19 +50,19 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return what ``write_state`` wrote; raise CorruptAsset where it cannot be read. Pickled code is never run."""
+    """Return the state that ``write_state`` wrote, running no pickled code; raise CorruptAsset if it is damaged."""
     try:
         state: object = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise TypeError
-    except Exception as error:  # whatever a damaged file makes the reader raise
+    except Exception as error:  # a damaged file can make the reader raise anything
         raise _no_state(path, error) from None
     return state
 
 
 @contextlib.contextmanager
 def restoring(path: Path) -> Iterator[None]:
-    """Turn what a state of another form makes its reader raise into the line that ``read_state`` has."""
+    """Raise CorruptAsset, as ``read_state`` does, if the code inside finds a state of another form."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
@@ -71,8 +71,7 @@ def restoring(path: Path) -> Iterator[None]:
 
 def _no_state(path: Path, error: Exception) -> CorruptAsset:
     return CorruptAsset(
-        f"the state of a training {path} cannot be read ({type(error).__name__}); remove it, and the training begins "
-        "anew"
+        f"the state of a training {path} cannot be read ({type(error).__name__}); remove it to start the training again"
     )
 
 

@@ -1,4 +1,4 @@
-"""How a training tells what it is doing: a live display in a terminal, plain lines elsewhere."""
+"""The progress of a training: a live display in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Rounds(Bar, NullTrainingProgress):
         self.bar.update(self.task, description=self.words, total=self.total, completed=0, beside="", left="")
 
     def round(self, one: Round) -> None:
-        """Show what was measured after a round."""
+        """Show the measurements after a round."""
         self.seconds.append(one.seconds)
         left = duration((self.total - one.number) * sum(self.seconds) / len(self.seconds))
         numbers = f"loss {one.loss:.4f}, test {100 * one.accuracy('test'):.2f} %"
@@ -36,6 +36,6 @@ class Rounds(Bar, NullTrainingProgress):
             self.note(f"round {one.number}: {failure}")
 
     def end(self, outcome: Outcome) -> None:
-        """Tell how the arm ended where it did not end well."""
+        """Report why an arm ended without success."""
         if outcome.reason:
             self.note(f"{outcome.status}: {outcome.reason}")

@@ -26,36 +26,36 @@ from leakbench.victim import build
 
 FORMAT = "leakbench-accuracy-1"
 ARMS_FOLDER = "arms"
-"""Where in a run's folder the arms are, each in a folder of its own."""
+"""The folder of the arms in a run's folder; each arm has its own folder in it."""
 
 
 class NullTrainingProgress:
-    """OnRound of the progress; tells nobody."""
+    """No output; also the interface of the other displays."""
 
     def begin(self, arm: Arm, number: int, arms: int) -> None:
-        """Tell that an arm, the number-th of so many, begins or goes on."""
+        """Report that an arm, ``number`` of ``arms``, is started or resumed."""
 
     def round(self, one: Round) -> None:
-        """Tell what was measured after a round."""
+        """Report the measurements after a round."""
 
     def end(self, outcome: Outcome) -> None:
-        """Tell what came of the arm."""
+        """Report the outcome of the arm."""
 
     def note(self, line: str) -> None:
-        """Tell something worth a line of its own."""
+        """Report one further line."""
 
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """An arm and what came of it, as its file has it.
+    """An arm and its outcome, as read from its file.
 
     Attributes:
         specs: dataset, model and defense.
         recipe: every option of the training.
         seed: of every draw.
-        settings: what identifies the arm.
-        outcome: what came of it.
-        provenance: the command, commit and versions of the start that ended it.
+        settings: everything that the numbers depend on.
+        outcome: its outcome.
+        provenance: command, commit and versions of the process that finished it.
         folder: of the arm.
     """
 
@@ -79,19 +79,19 @@ def train(
 ) -> list[TrainingRecord]:
     """Train every arm that has no outcome in ``out``, and return the records of all of them.
 
-    An arm that was stopped goes on after its last finished round. One that cannot be trained, or fails, is a record
-    with a status and a reason.
+    An arm that was stopped is resumed after its last finished round. The record of an arm that cannot be trained, or
+    fails, has a status and a reason.
 
     Args:
-        arms: what to train.
+        arms: the trainings.
         out: the run's folder.
-        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
-        workers: so many Ray processes share the clients of fedavg; with 0 they train one after another in this process.
+        device: ``auto`` (CUDA if there is a GPU), ``cpu``, ``cuda`` or ``cuda:N``.
+        workers: number of Ray processes that share the clients of fedavg; with 0 they train in this process, in turn.
         command: the command line, for the provenance.
-        progress: what is told of the progress.
+        progress: the display.
 
     Raises:
-        LeakbenchError: one line on what does not fit, before anything is trained; another process trains in ``out``.
+        LeakbenchError: an arm cannot be trained as given, found before any training; another process uses ``out``.
     """
     progress = progress or NullTrainingProgress()
     where = device_named(device)
@@ -110,7 +110,7 @@ def train(
             remove_drafts(folder)
             outcome = _one(arm, folder, where, workers, progress)
             write_json(folder / RECORD, plain(arm, outcome, Provenance.collect(command, str(where), "")))
-            if outcome.rounds:  # one that broke goes on after its last round
+            if outcome.rounds:  # an arm that broke is resumed after its last round
                 (folder / STATE).unlink(missing_ok=True)
                 shutil.rmtree(folder / "clients", ignore_errors=True)
             progress.end(outcome)
@@ -118,7 +118,7 @@ def train(
 
 
 def check(arm: Arm) -> None:
-    """Raise one line on what does not fit of an arm, without training it; what is unsupported is told later."""
+    """Raise LeakbenchError if an arm cannot be trained as given; one that is unsupported gets a record instead."""
     parts.check(arm.dataset, arm.recipe)
     arm.dataset.load([0])
     try:
@@ -128,7 +128,7 @@ def check(arm: Arm) -> None:
 
 
 def _one(arm: Arm, folder: Path, device: torch.device, workers: int, progress: NullTrainingProgress) -> Outcome:
-    """Return what comes of an arm; what a component raises is its outcome."""
+    """Return the outcome of an arm; an exception of a component is an outcome too."""
     try:
         if arm.recipe.mode == "fedavg":
             from leakbench.training import federated
@@ -139,12 +139,12 @@ def _one(arm: Arm, folder: Path, device: torch.device, workers: int, progress: N
         return Outcome("unsupported", str(error))
     except LeakbenchError:
         raise
-    except (Exception, SystemExit) as error:  # whatever a component raises costs its own arm, not the run
-        return Outcome("error", f"{type(error).__name__}: {' '.join(str(error).split())}")
+    except (Exception, SystemExit) as error:  # an error of a component ends its own arm, not the run
+        return Outcome("error", f"{type(error).__name__}: {one_line(error)}")
 
 
 def _finished(folder: Path, arm: Arm) -> bool:
-    """Return whether an arm has an outcome that stands: one without numbers is tried again."""
+    """Return whether an arm has an outcome with numbers; an arm without numbers is tried again."""
     if not (folder / RECORD).exists():
         return False
     record = read_json(folder / RECORD)
@@ -154,12 +154,12 @@ def _finished(folder: Path, arm: Arm) -> bool:
 
 
 def finished(arms: Sequence[Arm], out: Path) -> int:
-    """Return how many of the arms have an outcome in ``out`` that stands."""
+    """Return how many of the arms have an outcome with numbers in ``out``."""
     return sum(_finished(out / ARMS_FOLDER / arm.folder, arm) for arm in arms)
 
 
 def plain(arm: Arm, outcome: Outcome, provenance: Provenance) -> dict[str, Any]:
-    """Return what ``read`` takes, as JSON values."""
+    """Return the contents of an arm's file, as JSON values."""
     source = asdict(provenance)
     del source["matrix"]
     return {
@@ -175,7 +175,7 @@ def plain(arm: Arm, outcome: Outcome, provenance: Provenance) -> dict[str, Any]:
 
 
 def read(folder: Path) -> TrainingRecord:
-    """Return the record of an arm's folder; raise CorruptAsset where it is none."""
+    """Return the record of an arm's folder; raise CorruptAsset if it cannot be read."""
     found = read_json(folder / RECORD)
     try:
         source = asdict(_PROVENANCE.validate_python({**found["provenance"], "matrix": ""}))
@@ -191,7 +191,7 @@ def read(folder: Path) -> TrainingRecord:
         )
     except (KeyError, TypeError, ValueError, LeakbenchError) as error:
         reason = one_line(f"{type(error).__name__}: {error}")
-        raise CorruptAsset(f"{folder / RECORD} is no record of a training ({reason}); remove its folder") from None
+        raise CorruptAsset(f"{folder / RECORD} is not the record of a training ({reason}); remove its folder") from None
 
 
 _PROVENANCE = TypeAdapter(Provenance)

@@ -1,4 +1,4 @@
-"""What is trained, and how: arms of model x defense x dataset x seed, by one recipe; from TOML or from Python."""
+"""The plan of a training: arms of model x defense x dataset x seed, by one recipe; from TOML or from Python."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Select = Literal["validation", "test", "last"]
 StageName = Literal["initial", "1 epoch", "25 %", "100 %", "best"]
 
 FEDERATED = ("clients", "fraction", "local_epochs", "split", "shards")
-"""The options that a centralised training does not have."""
+"""The options of federated training only."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -38,30 +38,30 @@ class Recipe(Axes):
 
     Attributes:
         mode: ``centralised``: one party with all the data, the defense acts on the gradient of every batch;
-            ``fedavg``: clients train locally and a server averages, the defense acts on what each client sends.
+            ``fedavg``: clients train locally and a server averages, the defense acts on each client's update.
         rounds: rounds of fedavg, or epochs of a centralised training.
-        batch: images a step.
+        batch: images in a step.
         lr: the learning rate of SGD.
         momentum: of SGD, in [0, 1); each client keeps its own from round to round.
         nesterov: Nesterov's momentum.
-        weight_decay: added to the gradient as weight_decay * weight, behind the defense.
-        milestones: after so many rounds the learning rate is multiplied by ``gamma``.
+        weight_decay: added to the gradient as weight_decay * weight, after the defense.
+        milestones: the rounds after which the learning rate is multiplied by ``gamma``.
         gamma: see ``milestones``.
         augment: ``flip`` mirrors half of the images, ``crop`` takes a random crop after padding by 4 black pixels.
-        images: so many training images, drawn at random; None for all.
-        tested: so many test images, the first; None for all.
+        images: number of training images, drawn at random; None for all.
+        tested: number of test images, the first ones; None for all.
         validation: the share of the training images that is held out to choose the best round.
         select: the best round is that of the highest accuracy on the held-out images (``validation``) or on the
             test images (``test``, as the FedKL paper does; then none are held out), or simply the ``last``.
-        clients: how many clients share the data equally.
-        fraction: of the clients that take part in a round, rounded down.
+        clients: number of clients, which share the data equally.
+        fraction: the share of the clients that take part in a round, rounded down.
         local_epochs: epochs over its own data that a client trains in a round.
         split: ``iid``, or ``shards``: the images sorted by label and cut, each client has ``shards`` pieces.
         shards: see ``split``.
-        thief: draws of each kind of wrong secret with which a stolen model is tested; 0 tests none.
+        thief: number of draws of each kind of wrong secret with which a stolen model is tested.
 
     Raises:
-        BadOption: one line on the first thing that does not fit; an option of fedavg that is given in another mode.
+        BadOption: an option has no valid value, or is of fedavg and given in another mode.
     """
 
     mode: TrainingMode = "centralised"
@@ -94,13 +94,13 @@ class Recipe(Axes):
         idle = [name for name in FEDERATED if name in self.model_fields_set and self.mode != "fedavg"]
         if idle:
             raise BadOption(
-                f"{idle[0]}={getattr(self, idle[0])!r} is of fedavg, and mode={self.mode!r}; leave {idle[0]} out, or "
-                "give mode fedavg"
+                f"{idle[0]}={getattr(self, idle[0])!r} is an option of fedavg, and mode={self.mode!r}; leave "
+                f"{idle[0]} out, or give mode fedavg"
             )
         if self.mode == "fedavg" and self.sampled < 1:
             least = 1 / self.clients
             raise BadOption(
-                f"fraction={self.fraction:g} of {self.clients} clients selects nobody; give at least {least:.3g}"
+                f"fraction={self.fraction:g} of {self.clients} clients selects no client; give at least {least:.3g}"
             )
 
     @property
@@ -135,14 +135,14 @@ def _axis(axis: str, parse: Callable[[Any], Any]) -> BeforeValidator:
 
 
 class Accuracy(Recipe):
-    """What ``leakbench run accuracy`` trains: every model x dataset x defense x seed, by one recipe.
+    """The trainings of ``leakbench run accuracy``: every model x dataset x defense x seed, by one recipe.
 
     Attributes:
         name: the run's name.
         models: specs or Model objects.
         datasets: specs or Dataset objects, with a training and a test part.
         defenses: specs or Defense objects.
-        seeds: so many seeds from 0 on, or a list; what weights, splits, orders, secrets and noise come from.
+        seeds: a number of seeds, from 0 on, or a list; of weights, splits, orders, secrets and noise.
     """
 
     name: Annotated[str, Field(max_length=100, pattern=r"^\w[\w .()=,+-]*$")] = "accuracy"
@@ -162,25 +162,25 @@ class Accuracy(Recipe):
 
 
 class Tradeoff(Accuracy):
-    """What ``leakbench run tradeoff`` trains and then attacks.
+    """The trainings of ``leakbench run tradeoff``, and the attacks on their checkpoints.
 
     Attributes:
         stages: the checkpoints that are attacked: ``initial``, ``1 epoch``, ``25 %``, ``100 %`` or ``best``.
-        attack: axes of a matrix (attacks, threats, images, stages, threshold, ...): what meets each checkpoint.
+        attack: axes of the matrix that attacks each checkpoint (attacks, threats, images, threshold, ...).
     """
 
     stages: Annotated[tuple[StageName, ...], Field(min_length=1)] = ("initial", "100 %")
     attack: dict[str, Any]
 
     def matrix(self, arm: Arm, checkpoint: Path, *, check: bool = False) -> Matrix:
-        """Return what attacks a checkpoint of an arm, behind the arm's defense; ``check``: before there is one.
+        """Return the matrix that attacks a checkpoint of an arm behind the arm's defense; ``check``: before it exists.
 
         Raises:
-            BadOption: the axes do not fit, or the model takes no checkpoint.
+            BadOption: an axis has no valid value, or the model takes no checkpoint.
         """
         taken = [name for name in ("models", "defenses", "datasets") if name in self.attack]
         if taken:
-            raise BadOption(f"attack: {taken[0]} are those that are trained; leave {taken[0]} out of [attack]")
+            raise BadOption(f"attack: {taken[0]} are set by the training; leave {taken[0]} out of [attack]")
         if "weights" not in models.registry.fields(type(arm.model)):
             raise BadOption(f"model {arm.model.name!r} takes no weights= and cannot be attacked after training")
         options = arm.model.options() if check else {**arm.model.options(), "weights": str(checkpoint)}
@@ -228,7 +228,7 @@ class Arm:
 
     @property
     def folder(self) -> str:
-        """The name of the folder that holds what came of it."""
+        """The name of its folder."""
         names = (self.dataset.name, self.model.name, self.specs["defense"])
         return f"{slug(names)}-{self.recipe.mode}-seed{self.seed}-{self.id[:6]}"
 

@@ -1,4 +1,4 @@
-"""Steps of SGD on what a defense releases, and what a network is worth on images that it has not seen."""
+"""Steps of SGD on the gradient that a defense releases, and the score of a network on test images."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Tensors = dict[str, Tensor]
 """Tensor name -> value, of a network's parameters and buffers."""
 
 StoredLoss = Annotated[float, BeforeValidator(lambda value: nan if value is None else value)]
-"""One that is not finite is None in a file."""
+"""A training loss; a value that is not finite is None in a file."""
 
 EVALUATION_BATCH = 500
-"""How many images are evaluated at a time."""
+"""Number of images that are evaluated at a time."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Trainee:
 
     Attributes:
         network: as ``Defense.wrap`` returned it.
-        secrets: what ``Defense.secrets`` says of it.
+        secrets: of ``Defense.secrets``.
         shapes: the shape of every secret.
     """
 
@@ -49,14 +49,14 @@ class Trainee:
 
     @classmethod
     def of(cls, network: nn.Module, defense: Defense) -> Trainee:
-        """Return a network and what of it is secret."""
+        """Return a network with its secrets."""
         secrets = defense.secrets(network)
         tensors = tensors_of(network)
         return cls(network, defense, secrets, {secret.name: tensors[secret.name].shape for secret in secrets})
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network."""
         return next(self.network.parameters()).device
 
     @property
@@ -65,17 +65,17 @@ class Trainee:
         return tuple(secret for secret in self.secrets if not secret.fresh)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return what is trained, by name."""
+        """Return the trained parameters by name."""
         return {name: value for name, value in self.network.named_parameters() if value.requires_grad}
 
     def shared(self) -> Tensors:
-        """Return copies of everything but secrets: what a server can see."""
+        """Return copies of all tensors but secrets, which a server can see."""
         private = {secret.name for secret in self.secrets}
         own = self.network.state_dict()
         return {name: value.detach().clone() for name, value in own.items() if name not in private}
 
     def private(self) -> Tensors:
-        """Return copies of the lasting secrets: what a client keeps."""
+        """Return copies of the lasting secrets, which a client keeps."""
         tensors = tensors_of(self.network)
         return {secret.name: tensors[secret.name].detach().clone() for secret in self.lasting}
 
@@ -88,7 +88,7 @@ class Trainee:
                 tensors[name].copy_(value)
 
     def refresh(self, rows: int, rng: torch.Generator) -> None:
-        """Draw the fresh secrets of a pass, one draw for each of so many examples: [rows, *shape]."""
+        """Draw the fresh secrets of a pass, one draw for each of ``rows`` examples: [rows, *shape]."""
         for secret in self.secrets:
             if secret.fresh:
                 self._put(secret, secret.law.draw((rows, *self.shapes[secret.name]), rng))
@@ -105,12 +105,12 @@ class Trainee:
 
 
 def draw(secrets: Sequence[Secret], trainee: Trainee, rng: torch.Generator) -> Tensors:
-    """Return a draw of each of these secrets by its law."""
+    """Return a draw of each of these secrets from its distribution."""
     return {secret.name: secret.law.draw(tuple(trainee.shapes[secret.name]), rng) for secret in secrets}
 
 
 def optimiser(trainee: Trainee, recipe: Recipe, momentum: Mapping[str, Tensor]) -> torch.optim.SGD:
-    """Return SGD over everything that is trained, with its momentum where there is one."""
+    """Return SGD over the trained parameters, which continues with this momentum."""
     parameters = trainee.parameters()
     sgd = torch.optim.SGD(
         list(parameters.values()),
@@ -125,7 +125,7 @@ def optimiser(trainee: Trainee, recipe: Recipe, momentum: Mapping[str, Tensor]) 
 
 
 def momentum_of(trainee: Trainee, sgd: torch.optim.SGD) -> Tensors:
-    """Return copies of the momentum of everything that is trained."""
+    """Return copies of the momentum of the trained parameters."""
     buffers = {name: sgd.state[value].get("momentum_buffer") for name, value in trainee.parameters().items()}
     return {name: value.detach().clone() for name, value in buffers.items() if value is not None}
 
@@ -143,11 +143,11 @@ def descend(
     """Take one step on a batch x [B, C, H, W] in [0, 1] with labels y [B]; return its mean training loss.
 
     Args:
-        trainee: what is trained; its network is changed.
+        trainee: the network, which is changed.
         sgd: its optimiser.
-        rng: what the defense draws from.
-        defended: the defense acts on the gradient (``release``); otherwise on data, network and loss alone.
-        classes: how many there are.
+        rng: of the defense's draws.
+        defended: whether the defense acts on the gradient (``release``), or only on data, network and loss.
+        classes: number of classes.
     """
     x, y = _encoded(trainee.defense, x, y, rng, classes)
     trainee.refresh(len(x), rng)
@@ -162,14 +162,17 @@ def descend(
 
 
 def check(released: Gradient, parameters: Mapping[str, Tensor], defense: Defense) -> None:
-    """Raise BadOption where a defense released what is none of the parameters, or of another shape."""
+    """Raise BadOption if a defense released a tensor that is not a parameter, or has another shape."""
     for name, value in released.items():
         if name not in parameters or value.shape != parameters[name].shape:
-            raise BadOption(f"defense {defense.name!r} released {name!r}, which is no parameter or of another shape")
+            raise BadOption(
+                f"defense {defense.name!r} released {name!r}, which is not a parameter or has another shape; "
+                "correct its release"
+            )
 
 
 def _encoded(defense: Defense, x: Tensor, y: Tensor, rng: torch.Generator, classes: int) -> tuple[Tensor, Tensor]:
-    """Return what a defense encodes of a batch; one with companions is given other images of the batch as these."""
+    """Return the batch as the defense encodes it; further images of the batch serve as companions of each image."""
     if not defense.companions:
         return defense.encode(x, y, rng)
     labels = F.one_hot(y, classes).to(x.dtype)
@@ -183,12 +186,12 @@ def _encoded(defense: Defense, x: Tensor, y: Tensor, rng: torch.Generator, class
 
 @dataclass(frozen=True)
 class Score:
-    """What a network is worth on images.
+    """The score of a network on images.
 
     Attributes:
-        loss: the mean cross-entropy; nothing that a defense adds to its loss is in it.
-        correct: how many images it classifies rightly.
-        count: how many images there were.
+        loss: the mean cross-entropy, without terms that a defense adds to it.
+        correct: number of images that are classified correctly.
+        count: number of images.
     """
 
     loss: StoredLoss
@@ -197,7 +200,7 @@ class Score:
 
     @property
     def accuracy(self) -> float:
-        """The share of images that are classified rightly."""
+        """The share of images that are classified correctly, in [0, 1]."""
         return self.correct / self.count
 
 

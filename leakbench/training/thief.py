@@ -1,4 +1,4 @@
-"""What a stolen global model is worth without the secrets that belong to it: every way of being wrong apart."""
+"""The accuracy of a stolen global model with wrong secrets, for each kind of wrong secret."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from leakbench.datasets.in_memory import ByteImages
 from leakbench.training.steps import Tensors, Trainee, draw, evaluate
 
 OWN = "own key and lock"
-"""Nobody's theft: each client with its own secrets."""
+"""No theft: each client with its own secrets."""
 ZERO = "zero lock"
-"""What FedKL's released code evaluates."""
+"""The kind that FedKL's released code evaluates."""
 
 KINDS = {
     OWN: "each client with its own secrets, as it uses the model",
-    "another client's key and lock": "a thief who has all secrets of a client (the same figures as the client's own)",
+    "another client's key and lock": "a thief with all secrets of one client (the same figures as the client's own)",
     "another client's key, own lock": "the lock of one client with the key of another, every pair of clients",
-    "fresh key, initial lock": "a key drawn from its distribution, and the server's initial lock: the paper's text",
+    "fresh key, initial lock": "a key drawn from its distribution, and the first model's lock: the paper's text",
     "fresh key, fresh lock": "key and lock drawn from their distributions",
-    ZERO: "the lock's tensors are zero, as the released code has them by mistake: behind ReLU gates scale and "
-    "shift are 0 and the output is constant; behind sigmoid gates both are 1/2, whatever the key",
+    ZERO: "the lock's tensors are zero, a mistake in the released code: with ReLU gates scale and shift are 0 and "
+    "the output is constant; with sigmoid gates both are 1/2 for every key",
 }
-"""Kinds of secrets -> what they are. A *key* is a private tensor that is not trained, a *lock* one that is."""
+"""Kind of secrets -> its description. A *key* is a private tensor that is not trained, a *lock* one that is."""
 
 
 def _known(kind: str) -> str:
     if kind not in KINDS:
-        raise ValueError(f"{kind!r} is no kind of secrets")
+        raise ValueError(f"unknown kind of secrets {kind!r}")
     return kind
 
 
@@ -44,8 +44,8 @@ class Theft:
 
     Attributes:
         kind: one of ``KINDS``.
-        correct: of each draw, how many test images were classified rightly.
-        count: how many test images there were.
+        correct: for each draw, the number of test images that are classified correctly.
+        count: number of test images.
     """
 
     kind: Annotated[str, AfterValidator(_known)]
@@ -63,16 +63,16 @@ def thefts(
     draws: int,
     seed: int,
 ) -> list[Theft]:
-    """Return what the global model is worth with every kind of secrets; nothing for a model without secrets.
+    """Return the accuracy of the global model with every kind of secrets; nothing for a model without secrets.
 
     Args:
         trainee: a network to test in; its tensors are overwritten.
         shared: the global model.
         privates: the secrets of each client.
         initial: those that the first model had.
-        images: to test on.
-        draws: how many draws of what is drawn.
-        seed: what they come from.
+        images: the test images.
+        draws: number of draws of each fresh secret.
+        seed: of the draws.
     """
     if not trainee.lasting or not draws:
         return []

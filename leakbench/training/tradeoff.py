@@ -1,4 +1,4 @@
-"""Train behind defenses, then attack the checkpoints: what each defense costs beside what it saves."""
+"""Train behind defenses, then attack the checkpoints: the accuracy that a defense costs, and the leakage it stops."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from leakbench.training.run import train as train_arms
 from leakbench.training.settings import Arm, Tradeoff
 
 TARGETS_FILE = "targets.json"
-"""Which cells of the run attack which checkpoint, in a run's folder."""
+"""The file that names the checkpoint of each attacked model, in a run's folder."""
 THRESHOLD = 0.6
-"""The ``ssim_aligned`` from which an image counts as recovered where the attack states none."""
+"""The ``ssim_aligned`` from which an image counts as recovered, unless the attack states a threshold."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def train(
     """Train every arm of every plan that has no outcome in ``out``; see ``training.train``.
 
     Raises:
-        LeakbenchError: one line on what does not fit, of the attacks too, before anything is trained.
+        LeakbenchError: a training or its attacks cannot be run as given (before anything is trained).
     """
     arms = {}
     _threshold(plans)
@@ -69,7 +69,7 @@ def train(
 
 
 def _matrix(plan: Tradeoff, arm: Arm, checkpoint: Path, *, check: bool = False) -> Matrix:
-    """Return what attacks a checkpoint (``Tradeoff.matrix``), on images that it was not trained on."""
+    """Return the matrix that attacks a checkpoint (``Tradeoff.matrix``), on images that it was not trained on."""
     matrix = plan.matrix(arm, checkpoint, check=check)
     dataset, images = unseen(arm.dataset, matrix.images)
     return matrix.model_copy(update={"datasets": (dataset,), "images": images})
@@ -83,14 +83,14 @@ def attack(
     command: str = "",
     progress: Callable[[], Display] = Display,
 ) -> list[Target]:
-    """Attack the checkpoints of the trainings in ``out``, in ``out/run.sqlite``, where that is still missing.
+    """Attack the checkpoints of the trainings in ``out``; an existing run in ``out/run.sqlite`` is resumed.
 
     Args:
-        plans: what was trained, and by what it is attacked.
+        plans: the trainings and their attacks.
         out: the run's folder.
-        device: where the attacks run.
+        device: of the attacks.
         command: the command line, for the provenance.
-        progress: makes what is told of the attacks on a checkpoint.
+        progress: makes the display of the attacks on a checkpoint.
 
     Raises:
         BadOption: rows with different thresholds.
@@ -103,20 +103,20 @@ def attack(
                 if stage.name not in plan.stages:
                     continue
                 matrix = _matrix(plan, arm, out / ARMS_FOLDER / arm.folder / stage.file)
-                with progress() as told:
-                    engine.run(matrix, out, RunOptions(device), progress=told, command=command)
+                with progress() as display:
+                    engine.run(matrix, out, RunOptions(device), progress=display, command=command)
                 targets.append(_target(arm, matrix, stage.name, stage.accuracy))
     write_json(out / TARGETS_FILE, {"threshold": threshold, "targets": [asdict(target) for target in targets]})
     return targets
 
 
 def _threshold(plans: Sequence[Tradeoff]) -> float:
-    """Return the threshold of all plans; raise BadOption where they have several, as one report has one."""
+    """Return the one threshold of all plans; raise BadOption if they have several, as a report has one."""
     found = list(dict.fromkeys(plan.attack.get("threshold", THRESHOLD) for plan in plans))
     if len(found) > 1:
         raise BadOption(
-            f"attack: threshold={found[1]!r} of one row beside {found[0]!r} of another (it is {THRESHOLD} where a row "
-            "states none); give all rows one, or each a run of its own"
+            f"attack: threshold={found[1]!r} of one row and {found[0]!r} of another ({THRESHOLD} for a row without "
+            "one); give all rows one threshold, or each row a run of its own"
         )
     return float(found[0])
 
@@ -127,14 +127,14 @@ def _target(arm: Arm, matrix: Matrix, stage: str, accuracy: float) -> Target:
 
 
 def targets_of(out: Path) -> tuple[float, list[Target]]:
-    """Return the threshold and the checkpoints that were attacked; raise CorruptAsset where there is no such file."""
+    """Return the threshold and the checkpoints that were attacked; raise CorruptAsset if the file cannot be read."""
     plain = read_json(out / TARGETS_FILE)
     try:
         return _THRESHOLD.validate_python(plain.get("threshold")), _TARGETS.validate_python(plain.get("targets"))
     except ValidationError as error:
         first = error.errors()[0]
         raise CorruptAsset(
-            f"{out / TARGETS_FILE} does not name what was attacked ({' '.join(str(first['msg']).split())}); "
+            f"{out / TARGETS_FILE} does not name the attacked checkpoints ({' '.join(str(first['msg']).split())}); "
             "start the trade-off again"
         ) from None
 
