@@ -35,8 +35,8 @@ from leakbench.observation import Observation
 from leakbench.optim import value_and_gradient
 from leakbench.plan.matrix import Matrix, parse_threat
 from leakbench.report import worst_case
-from leakbench.report.markdown import Run as Report
 from leakbench.report.markdown import markdown
+from leakbench.report.run import RunData as Report
 from leakbench.store.run_file import FILE, Store
 from leakbench.victim import _batch, build, observe, trained_on
 

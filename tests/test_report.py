@@ -24,8 +24,9 @@ from leakbench.core.types import PRESETS, ThreatModel
 from leakbench.errors import BadOption, ForeignRun, LeakbenchError
 from leakbench.plan.trial import Cell, Result, Trial
 from leakbench.report import bootstrap_interval, console_table, grids, strongest, summarise, write
-from leakbench.report.markdown import Run, markdown
+from leakbench.report.markdown import markdown
 from leakbench.report.md import escape
+from leakbench.report.run import RunData
 from leakbench.store.records import MetricInfo, Pictures, RunSession, run_name
 from leakbench.store.run_file import FILE, Store
 
@@ -314,7 +315,7 @@ def test_sessions_that_differ_are_told(tmp_path):
     source = provenance()
     other = RunSession(2, type(source)(**{**source.__dict__, "version": "0.2", "matrix": "none"}), "b", "c")
     results = frame(tmp_path, [])
-    text = markdown(Run("n", [one, other], 0, results, [PSNR], {}))
+    text = markdown(RunData("n", [one, other], 0, results, [PSNR], {}))
     assert "mixes versions" in text
     assert "interrupted" in text
     assert run_name([one], "folder") == "x"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,17 +13,14 @@ import pandas as pd
 from scipy import stats
 
 Array = npt.NDArray[np.float64]
-Images = Sequence[int] | npt.NDArray[np.int64]
+ImageIds = Sequence[int] | npt.NDArray[np.int64]
 
 ALPHA = 0.05
-"""A corrected p of at most this shows a difference."""
-
-POWER = 0.8
-"""How often a difference of the size that was measured is to be shown."""
+"""A difference is statistically significant if its corrected p is at most this (and its interval leaves out 0)."""
 
 
 def bootstrap_interval(
-    values: Sequence[float] | Array, images: Images | None = None, seed: int = 0, resamples: int = 2000
+    values: Sequence[float] | Array, images: ImageIds | None = None, seed: int = 0, resamples: int = 2000
 ) -> tuple[float, float]:
     """Return the 95 % percentile bootstrap interval of the mean: images are drawn anew, and in each of them its seeds.
 
@@ -51,7 +48,7 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def _groups(values: Array, images: Images | None) -> npt.NDArray[np.intp]:
+def _groups(values: Array, images: ImageIds | None) -> npt.NDArray[np.intp]:
     """Return [N], the number of each value's image, from 0 on without gaps."""
     return np.arange(len(values)) if images is None else np.unique(np.asarray(images), return_inverse=True)[1]
 
@@ -71,7 +68,7 @@ def _weights(sizes: tuple[int, ...], seed: int, resamples: int) -> Array:
 
 
 def wilson_interval(share: float, trials: float) -> tuple[float, float]:
-    """Return the 95 % interval of a share of so many independent trials (Wilson 1927, Probable inference, JASA 22).
+    """Return the 95 % interval of a share of independent trials (Wilson 1927, Probable inference, JASA 22).
 
     Args:
         share: in [0, 1]; of n trials it need not be a multiple of 1/n.
@@ -94,8 +91,7 @@ class Difference:
         images: how many images have both arms.
         mean: over all pairs, with ``low`` and ``high`` its 95 % interval (``bootstrap_interval``).
         median: over images, each by the mean of its seeds.
-        p: of a two-sided test that the images' mean differences lie around 0.
-        spread: the standard deviation of the images' mean differences; NaN of fewer than two.
+        p: of ``wilcoxon_test``.
     """
 
     images: int
@@ -104,19 +100,13 @@ class Difference:
     high: float
     median: float
     p: float
-    spread: float
 
 
-Test = Callable[[Array, npt.NDArray[np.int64]], float]
-"""From differences [N] and the image of each to a two-sided p."""
-
-
-def paired_difference(first: pd.Series, second: pd.Series, test: Test) -> Difference:
+def paired_difference(first: pd.Series, second: pd.Series) -> Difference:
     """Return the difference of two arms, first less second, over the (image, seed) pairs that have both.
 
     Args:
         first: values by (image, seed), NaN where there is none; so is ``second``.
-        test: such as ``wilcoxon_test``.
     """
     both = pd.concat([first, second], axis=1, keys=["first", "second"]).dropna()
     images = both.index.get_level_values("image").to_numpy()
@@ -124,15 +114,14 @@ def paired_difference(first: pd.Series, second: pd.Series, test: Test) -> Differ
     array = np.zeros_like(own)
     np.subtract(own, other, out=array, where=own != other)  # equal infinities differ by nothing
     if not len(array):
-        return Difference(0, *[math.nan] * 6)
+        return Difference(0, *[math.nan] * 5)
     means = _image_means(array, images)
     with np.errstate(invalid="ignore"):
         mean, median = float(array.mean()), float(np.median(means))
-        spread = float(means.std(ddof=1)) if len(means) > 1 else math.nan
-    return Difference(len(means), mean, *bootstrap_interval(array, images), median, test(array, images), spread)
+    return Difference(len(means), mean, *bootstrap_interval(array, images), median, wilcoxon_test(array, images))
 
 
-def _image_means(values: Array, images: Images | None) -> Array:
+def _image_means(values: Array, images: ImageIds | None) -> Array:
     """Return the mean of each image's values."""
     groups = _groups(values, images)
     with np.errstate(invalid="ignore"):
@@ -140,7 +129,7 @@ def _image_means(values: Array, images: Images | None) -> Array:
     return means
 
 
-def wilcoxon_test(values: Sequence[float] | Array, images: Images | None = None) -> float:
+def wilcoxon_test(values: Sequence[float] | Array, images: ImageIds | None = None) -> float:
     """Return the two-sided p of Wilcoxon's signed-rank test that images' mean differences lie symmetrically around 0.
 
     Exact up to 50 images without ties, and up to 13 with ties or zeros; the normal approximation beyond. Zeros keep
@@ -162,7 +151,7 @@ def wilcoxon_test(values: Sequence[float] | Array, images: Images | None = None)
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """Return p values corrected for being so many (Holm 1979); NaN stays NaN and does not count."""
+    """Return p values corrected for multiple tests (Holm 1979); NaN stays NaN and does not count."""
     order = sorted((p, index) for index, p in enumerate(values) if not math.isnan(p))
     corrected = list(values)
     largest = 0.0
@@ -173,31 +162,8 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def smallest_p(images: int, tests: int) -> float:
-    """Return the smallest p that a paired test on so many images can have, after Holm's correction for so many tests.
+    """Return the smallest p that a paired test on this many images can have, after Holm's correction over all tests.
 
-    With all differences on one side, exact tests of signs and of signed ranks have p = 2/2^n.
+    If all n differences have one sign, the exact test of signed ranks has p = 2/2^n.
     """
     return min(1.0, tests * 2.0 ** (1 - images))
-
-
-def least_images(tests: int) -> int:
-    """Return on how many images a paired test can show anything at all, after Holm's correction for so many tests."""
-    return math.ceil(1 + math.log2(tests / ALPHA))
-
-
-def needed_images(one: Difference, tests: int) -> float:
-    """Return on about how many images a difference as large as this one would be shown, in four of five repetitions.
-
-    By Guenther's approximation for the paired t-test (1981, The American Statistician 35) at the level ``ALPHA`` /
-    tests, over 3 / pi, the relative efficiency of Wilcoxon's test for normal differences; at least ``least_images``.
-
-    Returns:
-        A whole number; infinite for a mean difference of 0, NaN where mean or spread is unknown.
-    """
-    if not (math.isfinite(one.mean) and math.isfinite(one.spread)):
-        return math.nan
-    if one.mean == 0:
-        return math.inf
-    level, power = stats.norm.isf([ALPHA / tests / 2, 1 - POWER]).tolist()
-    paired = ((level + power) * one.spread / one.mean) ** 2 + level**2 / 2
-    return max(least_images(tests), math.ceil(paired * math.pi / 3))

@@ -54,14 +54,14 @@ def diff(
 
     The exit code is 0 if no difference is significant, 1 if one is, and 2 if the runs cannot be compared.
     """
-    from leakbench.report.diff import Arm
+    from leakbench.report.diff import ComparedRun
     from leakbench.report.diff import diff as compare
     from leakbench.store.run_file import FILE, Store
 
-    arms = []
+    runs = []
     for run in (run_a, run_b):
         with Store.open(run / FILE, readonly=True) as store:
-            arms.append(Arm.of(str(run), store))
-    comparison = compare(*arms)
+            runs.append(ComparedRun.of(str(run), store))
+    comparison = compare(*runs)
     typer.echo(comparison.text, nl=False)
-    raise typer.Exit(1 if comparison.shown else 0)
+    raise typer.Exit(1 if comparison.significant else 0)

@@ -29,7 +29,7 @@ def report(
     from leakbench.report import accuracy, tradeoff
     from leakbench.store.run_file import FILE
 
-    formats = set(format or reports.DEFAULT)
+    formats = set(format or reports.DEFAULT_FORMATS)
     unknown = sorted(formats - set(reports.FORMATS))
     if unknown:
         raise BadOption(f"unknown format {unknown[0]!r}; known: {', '.join(reports.FORMATS)}")

@@ -15,7 +15,7 @@ from scipy import stats
 
 from leakbench.analysis import pareto as utility
 from leakbench.analysis.reproduce import owners, spec_of
-from leakbench.analysis.statistics import ALPHA, holm, least_images, wilcoxon_test
+from leakbench.analysis.statistics import ALPHA, holm, wilcoxon_test
 from leakbench.engine import run as engine
 from leakbench.engine.progress import NullProgress
 from leakbench.engine.run import RunOptions
@@ -39,8 +39,8 @@ class Repeat:
         return self.trial.score is not None and not math.isnan(self.score)
 
 
-LEAST = least_images(2)
-"""With fewer trials neither test of a sample can show anything."""
+MIN_SAMPLE = 7
+"""With fewer trials no difference of a sample can be significant, in either of its two tests (``smallest_p``)."""
 
 SCORE_TOLERANCE = 0.01
 """Scores that differ by less count as equal."""
@@ -200,7 +200,7 @@ def words(found: EntryCheck) -> Sequence[str]:
         f"{found.less} no longer do (McNemar's p {found.flips:.2g}; Wilcoxon's p of the scores {found.scores:.2g}; "
         f"significant below {ALPHA / 2:g})"
     )
-    if count < LEAST:
-        lines.append(f"no difference of scores can be significant on {count} trials; that takes at least {LEAST}")
+    if count < MIN_SAMPLE:
+        lines.append(f"no difference of scores can be significant on {count} trials; that takes at least {MIN_SAMPLE}")
     lines.append("the entry holds" if found.holds else "the entry does not hold")
     return [one_line(line) for line in lines]

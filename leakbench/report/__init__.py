@@ -2,9 +2,9 @@
 
 from leakbench.analysis.statistics import bootstrap_interval
 from leakbench.analysis.summary import strongest, summarise
-from leakbench.report.console import console_table
+from leakbench.report.display import console_table
 from leakbench.report.files import (
-    DEFAULT,
+    DEFAULT_FORMATS,
     FORMATS,
     STUDIES,
     ranking,
@@ -14,7 +14,7 @@ from leakbench.report.files import (
 )
 
 __all__ = [
-    "DEFAULT",
+    "DEFAULT_FORMATS",
     "FORMATS",
     "STUDIES",
     "bootstrap_interval",

@@ -6,23 +6,18 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from leakbench.core.text import ABSENT, number
-from leakbench.report.md import escape, table
+from leakbench.core.text import number
+from leakbench.report.page import render_markdown
 from leakbench.store.records import RunSession
-
-MIXED = "This run mixes versions of leakbench"
-"""What a report warns of where starts of a run were of different versions."""
 
 
 def about(sessions: Sequence[RunSession], results: pd.DataFrame, planned: int) -> str:
     """Return the table of a run's starts in Markdown; arguments are those of ``facts``."""
-    rows = [[label, escape(words)] for label, words in facts(sessions, results, planned)]
-    head = table(["run", ""], rows, left=2)
-    return f"{head}\n\n**{MIXED}**: trials of different starts may not compare." if mixed(sessions) else head
+    return render_markdown("about.md.j2", facts=facts(sessions, results, planned), mixed=mixed(sessions)).rstrip()
 
 
 def facts(sessions: Sequence[RunSession], results: pd.DataFrame, planned: int) -> list[tuple[str, str]]:
-    """Return what is said of a run's starts: labels and words.
+    """Return labels and words on a run's starts: trials, time, commands, versions and devices.
 
     Args:
         sessions: every start of the run.
@@ -34,21 +29,16 @@ def facts(sessions: Sequence[RunSession], results: pd.DataFrame, planned: int) -
     ended = f"{len(results)} of {planned} planned" + (f" ({statuses})" if statuses else "")
     found = [("trials", ended), ("time in trials", f"{number(results['seconds'].sum(), 1)} s")]
     for session in sessions:
-        source = session.provenance
-        commit = "no checkout" if source.commit is None else f"commit {source.commit[:12]}"
-        dirty = " with uncommitted changes" if source.dirty else ""
-        packages = ", ".join(f"{name} {version}" for name, version in source.packages.items())
         label = "" if len(sessions) == 1 else f", start {session.id}"
-        found += [
-            (f"command{label}", source.command),
-            (f"time{label}", f"{session.started} to {session.ended or 'an unknown end: it was interrupted'}"),
-            (f"device{label}", f"{source.device}, {source.threads} CPU threads"),
-            (f"versions{label}", f"leakbench {source.version} ({commit}{dirty}), Python {source.python}"),
-            (f"packages{label}", packages or ABSENT),
-        ]
+        words = {
+            "command": session.provenance.command,
+            "time": f"{session.started} to {session.ended or 'an unknown end, because it was interrupted'}",
+            **session.provenance.describe(),
+        }
+        found += [(f"{name}{label}", text) for name, text in words.items()]
     return found
 
 
 def mixed(sessions: Sequence[RunSession]) -> bool:
-    """Return whether the starts were of different versions of leakbench."""
-    return len({(s.provenance.version, s.provenance.commit, s.provenance.dirty) for s in sessions}) > 1
+    """Return whether the starts were made by different versions of leakbench."""
+    return len({session.provenance.code for session in sessions}) > 1

@@ -17,8 +17,8 @@ from leakbench.errors import BadOption
 from leakbench.plan.matrix import Matrix
 from leakbench.report.display import leakage_table, mean_text, to_markdown
 from leakbench.report.figure import GREY, key_below, plain, saved, style
-from leakbench.report.markdown import Run
 from leakbench.report.page import render_markdown
+from leakbench.report.run import RunData
 from leakbench.report.study import Line, draw_lines
 from leakbench.store.records import MetricInfo, StoredComponent, threshold_of
 
@@ -144,7 +144,7 @@ def pages(
     return found
 
 
-def files(run: Run) -> Iterator[tuple[str, bytes]]:
+def files(run: RunData) -> Iterator[tuple[str, bytes]]:
     """Yield the names and contents of ``curves.md`` and its figures; nothing for a run without curves."""
     found = pages(run.results, run.metrics, run.components)
     if not found or threshold_of(run.sessions) is not None:

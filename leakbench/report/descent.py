@@ -9,16 +9,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from leakbench.analysis.summary import BLOCK
-from leakbench.report.grids import COLOURS, plain
-from leakbench.report.html import Curves
+from leakbench.report.figure import COLOURS, plain
+from leakbench.report.run import ObjectiveCurves
 
 _LINES = ("-", "--", ":", "-.")
-_LEAST = 2
-_LONGEST = 60
-"""The most letters of a label."""
+_MIN_POINTS = 2
 
 
-def pages(results: pd.DataFrame, curves: Curves) -> Iterator[tuple[tuple[str, str, str], Figure]]:
+def pages(results: pd.DataFrame, curves: ObjectiveCurves) -> Iterator[tuple[tuple[str, str, str], Figure]]:
     """Yield for each dataset, model and threat model a figure: a panel an attack, a line a defense.
 
     A line is the median over images and seeds at each evaluation that at least half of the trials reached, its band
@@ -28,13 +26,13 @@ def pages(results: pd.DataFrame, curves: Curves) -> Iterator[tuple[tuple[str, st
         results: one row per trial with a result (``Store.results``).
         curves: by trial, the objective at some evaluations (``Store.curves``).
     """
-    known = results[results["trial"].isin({trial for trial, points in curves.items() if len(points) >= _LEAST})]
+    known = results[results["trial"].isin({trial for trial, points in curves.items() if len(points) >= _MIN_POINTS})]
     for key, block in known.groupby(list(BLOCK), sort=False):
         dataset, model, threat = (str(part) for part in key)
         yield (dataset, model, threat), _figure(block, curves, (dataset, model, threat))
 
 
-def _figure(block: pd.DataFrame, curves: Curves, names: tuple[str, str, str]) -> Figure:
+def _figure(block: pd.DataFrame, curves: ObjectiveCurves, names: tuple[str, str, str]) -> Figure:
     attacks = list(dict.fromkeys(block["attack"].astype(str)))
     defenses = list(dict.fromkeys(block["defense"].astype(str)))
     drawn = Figure(figsize=(5.6, 2.9 * len(attacks) + 0.6 + 0.2 * len(defenses)), layout="constrained")
@@ -48,15 +46,15 @@ def _figure(block: pd.DataFrame, curves: Curves, names: tuple[str, str, str]) ->
                 continue
             positive &= bool((low > 0).all())
             colour, line = COLOURS[place % len(COLOURS)], _LINES[place // len(COLOURS) % len(_LINES)]
-            panel.plot(at, middle, line, color=colour, label=_plain(defense))
+            panel.plot(at, middle, line, color=colour, label=plain(defense, 60))
             panel.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
         panel.set_xscale("log")
         panel.set_yscale("log" if positive else "linear")
-        panel.set_title(_plain(attack), fontsize=9)
+        panel.set_title(plain(attack, 60), fontsize=9)
         panel.set_ylabel("objective", fontsize=9)
         panel.grid(alpha=0.3)
     panels[-1].set_xlabel("evaluations of the objective and its gradient", fontsize=9)
-    drawn.suptitle(_plain(" · ".join(names)), fontsize=10)
+    drawn.suptitle(plain(" · ".join(names), 80), fontsize=10)
     found = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels())}
     drawn.legend(found.values(), found.keys(), loc="outside lower center", fontsize=8, frameon=False, ncols=2)
     return drawn
@@ -71,8 +69,3 @@ def _quartiles(curves: Sequence[Sequence[tuple[int, float]]]) -> tuple[np.ndarra
     kept = [place for place in sorted(values) if 2 * len(values[place]) >= len(curves)]
     quartiles = np.array([np.quantile(values[place], (0.25, 0.5, 0.75)) for place in kept]).reshape(-1, 3)
     return np.array(kept), quartiles[:, 0], quartiles[:, 1], quartiles[:, 2]
-
-
-def _plain(text: str) -> str:
-    """Return text that is no formula to Matplotlib, cut where it is long."""
-    return plain(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…")

@@ -1,4 +1,4 @@
-"""What changed between two runs beyond chance: the same trials in both, compared in pairs."""
+"""Which differences between two runs are statistically significant: the same trials in both, compared in pairs."""
 
 from __future__ import annotations
 
@@ -7,29 +7,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from scipy import stats
 
+from leakbench.analysis.ensemble import TARGET
 from leakbench.analysis.paired import METRICS, Pair
 from leakbench.analysis.statistics import ALPHA, holm
 from leakbench.core.text import ABSENT, p_value, percent
 from leakbench.errors import BadOption
 from leakbench.plan.matrix import RECOVERY
-from leakbench.report.differences import WORDS, paired_table, too_few
-from leakbench.report.md import escape, table
+from leakbench.report.differences import paired_table, too_few
+from leakbench.report.display import to_markdown
+from leakbench.report.page import render_markdown
 from leakbench.store.records import MetricInfo, RunSession, TrialRecord, threshold_of
 from leakbench.store.run_file import Store
 
 AXES = ("attack", "defense", "model", "dataset", "threat")
-_TARGET = ["image", "seed"]
+"""The axes of a cell, in the order in which a difference names them."""
 
 
 @dataclass(frozen=True)
-class Arm:
-    """What is compared of a run.
+class ComparedRun:
+    """A run that is compared with another one.
 
     Attributes:
-        name: what the page calls it.
+        name: its name on the page.
         trials: every planned trial (``Store.trials``).
         records: what identifies each trial (``Store.records``).
         metrics: those of the run.
@@ -43,22 +46,17 @@ class Arm:
     sessions: Sequence[RunSession]
 
     @classmethod
-    def of(cls, name: str, store: Store) -> Arm:
-        """Return what is compared of an open run."""
+    def of(cls, name: str, store: Store) -> ComparedRun:
+        """Return an open run under a name."""
         return cls(name, store.trials(), store.records(), store.metrics(), store.sessions())
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What sets two runs apart.
-
-    Attributes:
-        text: the page, in Markdown.
-        shown: how many differences are shown beyond chance.
-    """
+    """A comparison of two runs: the page in Markdown, and how many differences are statistically significant."""
 
     text: str
-    shown: int
+    significant: int
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class _Cell:
     """The trials of one cell of one run.
 
     Attributes:
-        specs: by axis, without what sets a spec apart from others of its run.
+        specs: by axis, as the matrix has them.
         settings: every setting but image and seed, as JSON.
         trials: those that ended, by (image, seed).
     """
@@ -77,244 +75,175 @@ class _Cell:
     trials: pd.DataFrame
 
 
-def diff(first: Arm, second: Arm) -> Comparison:
+@dataclass(frozen=True)
+class _Matched:
+    """A cell that both runs have, by its trials in the first and in the second run, in the same order."""
+
+    one: _Cell
+    other: _Cell
+    before: pd.DataFrame
+    after: pd.DataFrame
+
+    def identical(self, metrics: Sequence[str]) -> int:
+        """Return how many trials have the same scores in both runs, to the last digit."""
+        first, second = (trials.reindex(columns=list(metrics)) for trials in (self.before, self.after))
+        return int(((first == second) | (first.isna() & second.isna())).all(axis=1).sum())
+
+
+def diff(first: ComparedRun, second: ComparedRun) -> Comparison:
     """Return what changed from the first run to the second, on the trials that both have.
 
-    Two trials are a pair where image, seed and cell are the same. Cells are the same where all their settings are, or
-    else where attack, defense, model, dataset and threat model are written the same; what differs then is named.
+    Two trials are a pair if image, seed and cell are the same. Cells are the same if all their settings are, or else if
+    attack, defense, model, dataset and threat model have the same specs; settings that differ are then listed.
     Differences are the second run's score less the first's; Holm's correction is over all cells and metrics.
 
     Raises:
-        BadOption: no trial of one run has its like in the other.
+        BadOption: no trial of one run has a matching trial in the other.
     """
-    cells = _cells(first), _cells(second)
-    matched = list(_matched(*cells))
-    pairs = [(one, other) for one, other in matched if len(one.trials.index.intersection(other.trials.index))]
+    pairs = list(_matched(_cells(first), _cells(second)))
     if not pairs:
         raise BadOption(
-            f"no trial of {first.name} has its like in {second.name}: no cell, image and seed that ended in both; "
+            f"no trial of {first.name} has a matching trial in {second.name}: no cell, image and seed ended in both; "
             "compare runs of one matrix"
         )
-    varying = [axis for axis in range(len(AXES)) if axis < 2 or len({one.specs[axis] for one, _ in pairs}) > 1]
-    attacked = [(one, other) for one, other in pairs if not one.floor]
+    varying = [axis for axis in range(len(AXES)) if axis < 2 or len({pair.one.specs[axis] for pair in pairs}) > 1]
+    names = {id(pair): ", ".join(pair.one.specs[axis] for axis in varying) for pair in pairs}
+    attacked = [pair for pair in pairs if not pair.one.floor]
     known = {metric.name for metric in (*first.metrics, *second.metrics)}
-    compared = [name for name in METRICS if name in known]
-    rows: list[Pair] = [
-        (_name(one, varying), _scores(other.trials, compared), _scores(one.trials, compared)) for one, other in attacked
+    metrics = [name for name in METRICS if name in known]
+    scores = [
+        Pair(names[id(pair)], *(trials.reindex(columns=metrics) for trials in (pair.after, pair.before)))
+        for pair in attacked
     ]
-    differences, shown = paired_table(rows, compared)
+    differences, significant = paired_table(scores, metrics)
     ensembles, moved = _ensembles(first, second)
-    shown += moved
-    parts = [
-        f"# {escape(first.name)} → {escape(second.name)}",
-        _verdict(pairs, attacked, compared, shown, second.name),
-        _versions(first, second),
-    ]
-    if differences:
-        parts += [WORDS, f"Second run less first, by cell; above 0, more leaks in {escape(second.name)}:", differences]
-    parts += [
-        ensembles,
-        _statuses(pairs, varying),
-        _floors(pairs),
-        _settings(pairs, varying),
-        _alone(first, second, pairs),
-    ]
-    return Comparison("\n\n".join(part for part in parts if part) + "\n", shown)
+    text = render_markdown(
+        "diff.md.j2",
+        first=first.name,
+        second=second.name,
+        significant=significant + moved,
+        cells=len(attacked),
+        trials=sum(len(pair.before) for pair in attacked),
+        identical=sum(pair.identical(metrics) for pair in attacked),
+        **_versions(first, second),
+        differences=differences,
+        tested="\n" in differences,
+        alpha=ALPHA,
+        ensembles=ensembles,
+        statuses=[[names[id(pair)], *row] for pair in pairs for row in _moves(pair)],
+        floors=dict.fromkeys(
+            pair.one.specs[0] for pair in pairs if pair.one.floor and pair.identical(list(METRICS)) < len(pair.before)
+        ),
+        settings=[[names[id(pair)], *row] for pair in pairs for row in _changed_settings(pair)],
+        unmatched=[row for run in (first, second) for row in _unmatched(run, pairs)],
+    )
+    return Comparison(text, significant + moved)
 
 
-_SKIPPED = (
-    "**What the ensemble of attackers recovers.** A run with a threshold attacks no image again that one attacker has "
-    "recovered, so a cell above holds the images alone that those before it left over in both runs. Here an image "
-    "(each of its seeds) counts as recovered where any attacker recovered it; **p** is McNemar's exact one, **(Holm)** "
-    "corrected for all rows:"
-)
-
-
-def _ensembles(first: Arm, second: Arm) -> tuple[str, int]:
-    """Return by dataset, model and defense what all attackers together recover, and how many differences are shown.
-
-    Empty where neither run skipped what was settled.
-    """
-    limits = threshold_of(first.sessions), threshold_of(second.sessions)
-    if limits == (None, None):
-        return "", 0
-    if limits[0] != limits[1]:
-        words = [ABSENT if limit is None else f"{limit:g}" for limit in limits]
-        return (
-            f"**Other trials were skipped**: an image was settled from {words[0]} on in {escape(first.name)}, and from "
-            f"{words[1]} in {escape(second.name)} ({ABSENT}: every trial was run). Attackers met other images there.",
-            0,
-        )
-    arms = [_recovered(arm, float(str(limits[0]))) for arm in (first, second)]
-    found = []
-    for scene, before in arms[0].items():
-        after = arms[1].get(scene, pd.Series(dtype=bool))
-        both = before.index.intersection(after.index)
-        if len(both):
-            more, less = int((after[both] & ~before[both]).sum()), int((before[both] & ~after[both]).sum())
-            p = float(stats.binomtest(more, more + less).pvalue) if more + less else 1.0
-            found.append((scene, len(both), before[both].mean(), after[both].mean(), more, less, p))
-    adjusted = holm([row[-1] for row in found])
-    rows = [
-        [
-            ", ".join(map(escape, scene)),
-            str(count),
-            percent(float(one)),
-            percent(float(other)),
-            str(more),
-            str(less),
-            p_value(p),
-            f"**{p_value(corrected)}**" if corrected <= ALPHA else p_value(corrected),
-        ]
-        for (scene, count, one, other, more, less, p), corrected in zip(found, adjusted)
-    ]
-    if not rows:
-        return "", 0
-    headers = ["behind", "images", "first run", "second run", "newly recovered", "no longer", "p", "p (Holm)"]
-    text = f"{_SKIPPED}\n\n{table(headers, rows, left=1)}{too_few(min(row[1] for row in found), len(found))}"
-    return text, sum(corrected <= ALPHA for corrected in adjusted)
-
-
-def _recovered(arm: Arm, threshold: float) -> dict[tuple[str, ...], pd.Series]:
-    """Return by dataset, model and defense whether any attacker recovered each (image, seed) that has a score."""
-    trials = arm.trials
-    scored = trials[~trials["floor"].to_numpy(dtype=bool) & trials["status"].isin(("ok", "failed"))]
-    scored = scored[scored[RECOVERY].notna()]
-    scored = scored.assign(hit=(scored["status"] == "ok") & (scored[RECOVERY] >= threshold))
-    specs = [arm.records[trial].specs for trial in scored["trial"]]
-    axes = [pd.Series([one[axis] for one in specs], scored.index) for axis in ("dataset", "model", "defense")]
-    return {
-        tuple(map(str, scene)): own.groupby(_TARGET)["hit"].any() for scene, own in scored.groupby(axes, sort=False)
-    }
-
-
-def _cells(arm: Arm) -> list[_Cell]:
+def _cells(run: ComparedRun) -> list[_Cell]:
     """Return the cells of a run that have a result."""
-    ended = arm.trials[arm.trials["status"] != ""]
-    keys = {trial: record.cell for trial, record in arm.records.items()}
+    ended = run.trials[run.trials["status"] != ""]
+    keys = {trial: record.cell for trial, record in run.records.items()}
     found = []
     for settings, own in ended.groupby(ended["trial"].map(keys), sort=False):
-        specs = tuple(arm.records[str(own["trial"].iloc[0])].specs[axis] for axis in AXES)
-        found.append(_Cell(specs, str(settings), bool(own["floor"].iloc[0]), own.set_index(_TARGET)))
+        specs = run.records[str(own["trial"].iloc[0])].specs
+        cell = _Cell(
+            tuple(specs[axis] for axis in AXES), str(settings), bool(own["floor"].iloc[0]), own.set_index(TARGET)
+        )
+        found.append(cell)
     return found
 
 
-def _matched(first: Sequence[_Cell], second: Sequence[_Cell]) -> Iterator[tuple[_Cell, _Cell]]:
-    """Yield the cells that both runs have: of the same settings, or else the only two that are written the same."""
+def _matched(first: Sequence[_Cell], second: Sequence[_Cell]) -> Iterator[_Matched]:
+    """Yield the cells that both runs have: of the same settings, or else the only two of the same specs."""
     same = {cell.settings: cell for cell in second}
     own = {cell.settings for cell in first}
     for cell in first:
         alike = [other for other in second if other.specs == cell.specs and other.settings not in own]
         rivals = [other for other in first if other.specs == cell.specs and other.settings not in same]
-        if cell.settings in same:
-            yield cell, same[cell.settings]
-        elif len(alike) == len(rivals) == 1:
-            yield cell, alike[0]
+        other = same.get(cell.settings) or (alike[0] if len(alike) == len(rivals) == 1 else None)
+        if other is not None:
+            both = cell.trials.index.intersection(other.trials.index)
+            if len(both):
+                yield _Matched(cell, other, cell.trials.loc[both], other.trials.loc[both])
 
 
-def _scores(trials: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-    return trials.reindex(columns=list(metrics))
+def _ensembles(first: ComparedRun, second: ComparedRun) -> tuple[str, int]:
+    """Return the Markdown on what all attackers together recover, and how many differences are significant.
 
-
-def _name(cell: _Cell, varying: Sequence[int]) -> str:
-    return ", ".join(cell.specs[axis] for axis in varying)
-
-
-def _verdict(
-    pairs: Sequence[tuple[_Cell, _Cell]],
-    attacked: Sequence[tuple[_Cell, _Cell]],
-    metrics: Sequence[str],
-    shown: int,
-    second: str,
-) -> str:
-    """Return the first sentence: whether anything changed, of how many trials."""
-    trials = sum(len(one.trials.index.intersection(other.trials.index)) for one, other in attacked)
-    same = sum(_identical(one, other, metrics) for one, other in attacked)
-    cells = f"{len(attacked)} cell{'s' * (len(attacked) != 1)}"
-    head = (
-        f"**{shown} difference{'s' * (shown != 1)} shown beyond chance**"
-        if shown
-        else "**No difference is shown beyond chance**"
+    The text is empty if neither run has a threshold.
+    """
+    limits = [threshold_of(run.sessions) for run in (first, second)]
+    if limits[0] is None and limits[1] is None:
+        return "", 0
+    found = []
+    if limits[0] is not None and limits[0] == limits[1]:
+        before, after = (_recovered(run, limits[0]) for run in (first, second))
+        for scene, old in before.items():
+            both = old.index.intersection(after[scene].index) if scene in after else ()
+            if len(both):
+                found.append((scene, old[both], after[scene][both]))
+    rows, moves = [], [(int((now & ~old).sum()), int((old & ~now).sum())) for _, old, now in found]
+    values = [float(stats.binomtest(more, more + less).pvalue) if more + less else 1.0 for more, less in moves]
+    adjusted = holm(values)
+    for (scene, old, now), (more, less), p, corrected in zip(found, moves, values, adjusted):
+        shares = [percent(float(one.mean())) for one in (old, now)]
+        rows.append([", ".join(scene), str(len(old)), *shares, str(more), str(less), p_value(p), p_value(corrected)])
+    headings = ["behind", "images", "first run", "second run", "newly recovered", "no longer", "p", "p (Holm)"]
+    bold = np.zeros((len(rows), len(headings)), dtype=bool)
+    bold[:, -1] = [corrected <= ALPHA for corrected in adjusted]
+    sentence = too_few(max((len(old) for _, old, _ in found), default=0), len(rows)) if rows else ""
+    text = render_markdown(
+        "diff_ensembles.md.j2",
+        first=first.name,
+        second=second.name,
+        limits=[ABSENT if limit is None else f"{limit:g}" for limit in limits],
+        same=limits[0] == limits[1],
+        table=sentence or to_markdown(pd.DataFrame(rows, columns=headings, dtype=str), left=1, bold=bold),
+        ABSENT=ABSENT,
     )
-    return (
-        f"{head}, in {cells} with {trials} trials of attacks that both runs have; the scores of {same} of these are "
-        f"the same to the last digit. Floors are not tested."
-    )
+    return text.strip(), int(bold.sum())
 
 
-def _identical(one: _Cell, other: _Cell, metrics: Sequence[str]) -> int:
-    both = one.trials.index.intersection(other.trials.index)
-    first, second = (_scores(cell.trials.loc[both], metrics) for cell in (one, other))
-    return int(((first == second) | (first.isna() & second.isna())).all(axis=1).sum())
+def _recovered(run: ComparedRun, threshold: float) -> dict[tuple[str, ...], pd.Series]:
+    """Return by dataset, model and defense whether any attacker recovered each (image, seed) that has a score."""
+    scored = run.trials[~run.trials["floor"].to_numpy(dtype=bool) & run.trials["status"].isin(("ok", "failed"))]
+    scored = scored[scored[RECOVERY].notna()]
+    scored = scored.assign(hit=(scored["status"] == "ok") & (scored[RECOVERY] >= threshold))
+    specs = [run.records[trial].specs for trial in scored["trial"]]
+    axes = [pd.Series([one[axis] for one in specs], scored.index) for axis in ("dataset", "model", "defense")]
+    return {tuple(map(str, scene)): own.groupby(TARGET)["hit"].any() for scene, own in scored.groupby(axes, sort=False)}
 
 
-def _versions(first: Arm, second: Arm) -> str:
-    """Return what each run was made with, and whether that is the same code."""
-    rows = []
-    sources = [[_source(session) for session in arm.sessions] for arm in (first, second)]
-    for arm, own in zip((first, second), sources):
-        rows += [[escape(arm.name), escape(", ".join(source))] for source in dict.fromkeys(own)]
+def _versions(first: ComparedRun, second: ComparedRun) -> dict[str, object]:
+    """Return what each run was made with, and how that differs."""
+    sources = [list(dict.fromkeys(_source(session) for session in run.sessions)) for run in (first, second)]
+    rows = [[run.name, ", ".join(source)] for run, own in zip((first, second), sources) for source in own]
     codes = [{source[0] for source in own} for own in sources]
-    if any("uncommitted" in code for group in codes for code in group):
-        verdict = "**Uncommitted changes**: which code a run with these had is not recorded."
-    elif codes[0] != codes[1]:
-        verdict = "**Different code**: the runs were made by different versions of leakbench."
-    elif len(codes[0]) > 1:
-        verdict = "**Several versions**: each run mixes versions of leakbench."
-    else:
-        verdict = "Both were made by the same version of leakbench."
-    places = {source[1:] for own in sources for source in own}
-    if len(places) > 1:
-        verdict += " Packages, Python or device differ."
-    return f"{verdict}\n\n{table(['run', 'made with'], rows, left=2)}"
+    return {
+        "made_with": rows,
+        "uncommitted": any(s.provenance.dirty for run in (first, second) for s in run.sessions),
+        "same_code": codes[0] == codes[1],
+        "several": len(codes[0]) > 1,
+        "same_place": len({source[1:] for own in sources for source in own}) <= 1,
+    }
 
 
 def _source(session: RunSession) -> tuple[str, str, str, str]:
     source = session.provenance
-    commit = "" if source.commit is None else f" at commit {source.commit[:12]}"
-    dirty = " with uncommitted changes" if source.dirty else ""
-    packages = ", ".join(f"{name} {version}" for name, version in source.packages.items())
-    return f"leakbench {source.version}{commit}{dirty}", packages, f"Python {source.python}", source.device
+    return source.code, source.describe()["packages"], f"Python {source.python}", source.device
 
 
-def _statuses(pairs: Sequence[tuple[_Cell, _Cell]], varying: Sequence[int]) -> str:
-    """Return which cells have trials that ended otherwise."""
-    rows = []
-    for one, other in pairs:
-        both = one.trials.index.intersection(other.trials.index)
-        moves = one.trials.loc[both, "status"] + " → " + other.trials.loc[both, "status"]
-        changed = moves[one.trials.loc[both, "status"] != other.trials.loc[both, "status"]].value_counts(sort=False)
-        rows += [[escape(_name(one, varying)), str(move), str(count)] for move, count in changed.items()]
-    if not rows:
-        return ""
-    return f"**Trials that ended otherwise**:\n\n{table(['cell', 'status', 'trials'], rows, left=2)}"
+def _moves(pair: _Matched) -> list[list[str]]:
+    """Return which trials of a cell ended with another status, and how many."""
+    moves = pair.before["status"] + " → " + pair.after["status"]
+    changed = moves[pair.before["status"] != pair.after["status"]].value_counts(sort=False)
+    return [[str(move), str(count)] for move, count in changed.items()]
 
 
-def _floors(pairs: Sequence[tuple[_Cell, _Cell]]) -> str:
-    """Return a warning where floors, which use no gradient and draw the same, have other scores."""
-    moved = [
-        one.specs[0]
-        for one, other in pairs
-        if one.floor and _identical(one, other, list(METRICS)) < len(one.trials.index.intersection(other.trials.index))
-    ]
-    if not moved:
-        return ""
-    names = ", ".join(map(escape, dict.fromkeys(moved)))
-    return f"**The floors {names} differ**: images or metrics are not the same in both runs, whatever their names."
-
-
-def _settings(pairs: Sequence[tuple[_Cell, _Cell]], varying: Sequence[int]) -> str:
-    """Return which settings differ between cells that are written the same."""
-    rows = []
-    for one, other in pairs:
-        before, after = json.loads(one.settings), json.loads(other.settings)
-        rows += [
-            [escape(_name(one, varying)), escape(name), escape(a), escape(b)] for name, a, b in _changes(before, after)
-        ]
-    if not rows:
-        return ""
-    title = "**Settings that differ between cells of one name**, so that their trials have other ids:"
-    return f"{title}\n\n{table(['cell', 'setting', 'first run', 'second run'], rows, left=4)}"
+def _changed_settings(pair: _Matched) -> list[tuple[str, str, str]]:
+    """Return which settings differ between cells of the same specs."""
+    return list(_changes(json.loads(pair.one.settings), json.loads(pair.other.settings)))
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str, str]]:
@@ -327,19 +256,12 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any], path: str = ""
             yield f"{path}{name}", words[0], words[1]
 
 
-def _alone(first: Arm, second: Arm, pairs: Sequence[tuple[_Cell, _Cell]]) -> str:
-    """Return how many trials of each run have no like in the other, by cell."""
-    both: set[str] = set()
-    for one, other in pairs:
-        common = one.trials.index.intersection(other.trials.index)
-        both |= set(one.trials.loc[common, "trial"]) | set(other.trials.loc[common, "trial"])
+def _unmatched(run: ComparedRun, pairs: Sequence[_Matched]) -> list[list[str]]:
+    """Return how many trials of a run have no matching trial in the other, by cell."""
+    both = {trial for pair in pairs for trials in (pair.before, pair.after) for trial in trials["trial"]}
+    own = run.trials[~run.trials["trial"].isin(both)]
     rows = []
-    for arm in (first, second):
-        own = arm.trials[~arm.trials["trial"].isin(both)]
-        for key, cell in own.groupby(list(AXES), sort=False):
-            ended = int((cell["status"] != "").sum())
-            names = ", ".join(map(escape, key))
-            rows.append([escape(arm.name), names, str(ended), str(len(cell) - ended)])
-    if not rows:
-        return ""
-    return f"**Trials of one run alone**:\n\n{table(['run', 'cell', 'ended', 'not run'], rows, left=2)}"
+    for key, cell in own.groupby(list(AXES), sort=False):
+        ended = int((cell["status"] != "").sum())
+        rows.append([run.name, ", ".join(map(str, key)), str(ended), str(len(cell) - ended)])
+    return rows

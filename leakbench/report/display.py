@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from leakbench.analysis.summary import BLOCK
 from leakbench.core.text import ABSENT, decimals, number, with_interval
 from leakbench.errors import one_line
 from leakbench.report.md import escape, table
@@ -23,6 +24,12 @@ Bold = npt.NDArray[np.bool_]
 
 _TEX = {"−": "$-$", "∞": "$\\infty$", "↑": "$\\uparrow$", "↓": "$\\downarrow$", ABSENT: "--", "<": "\\textless{}"}
 _TEX |= {">": "\\textgreater{}", "|": "\\textbar{}", "`": "\\textasciigrave{}"}
+
+_CONSOLE = [
+    MetricInfo(name, name != "lpips_vgg", "", "")
+    for name in ("psnr", "psnr_aligned", "ssim", "lpips_vgg", "label_correct")
+]
+_SHORT = {"psnr_aligned ↑": "aligned ↑", "label_correct ↑": "label ↑", "psnr gain over floor": "gain"}
 
 
 def leakage_table(
@@ -147,7 +154,7 @@ def _ascii(char: str) -> str:
     return base or f"[U+{ord(char):04X}]"
 
 
-def to_console(shown: pd.DataFrame, title: str, caption: str = "", left: int = 2) -> Table:
+def to_console(shown: pd.DataFrame, title: str = "", caption: str = "", left: int = 2) -> Table:
     """Return a display table for a terminal; the rows of floors are dim.
 
     Args:
@@ -156,7 +163,7 @@ def to_console(shown: pd.DataFrame, title: str, caption: str = "", left: int = 2
         left: how many of the first columns are aligned to the left.
     """
     out = Table(
-        title=Text(one_line(title)),
+        title=Text(one_line(title)) if title else None,
         title_justify="left",
         title_style="bold",
         caption=caption or None,
@@ -166,7 +173,21 @@ def to_console(shown: pd.DataFrame, title: str, caption: str = "", left: int = 2
         collapse_padding=True,
     )
     for place, head in enumerate(shown.columns):
-        out.add_column(Text(one_line(head)), justify="left" if place < left else "right", overflow="fold")
+        number = place >= left
+        out.add_column(Text(one_line(head)), justify="right" if number else "left", no_wrap=number, overflow="fold")
     for row in shown.to_numpy().tolist():
         out.add_row(*(Text(one_line(cell)) for cell in row), style="dim" if row[0].endswith(" (floor)") else "")
     return out
+
+
+def console_table(summary: pd.DataFrame) -> list[Table]:
+    """Return a compact table for each dataset, model and threat model of ``summarise``'s summary."""
+    tables = []
+    shown = [metric for metric in _CONSOLE if metric.name in summary and summary[metric.name].notna().any()]
+    for key, block in summary.groupby(list(BLOCK), sort=False):
+        table = leakage_table(block, shown, ["psnr"], interval=False).rename(columns=_SHORT)
+        if (table["no score"] == "0").all():
+            table = table.drop(columns="no score")
+        caption = "means; gain: psnr over the best floor, with its 95 % interval; report.md has every metric"
+        tables.append(to_console(table, " · ".join(map(str, key)), caption))
+    return tables

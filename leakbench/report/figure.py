@@ -41,10 +41,14 @@ def saved(drawn: Figure, kind: str = "png") -> bytes:
 
 
 def plain(text: str, longest: int = 240) -> str:
-    """Return text as a label shows it: no formula, cut if it is long, letters that the font lacks as escapes."""
+    """Return text as a label shows it, without formulas, and cut if it is long."""
+    return spelled(text, longest).replace("$", r"\$")
+
+
+def spelled(text: str, longest: int = 240) -> str:
+    """Return text, cut if it is long, with the letters that the font lacks as escapes."""
     cut = text if len(text) <= longest else f"{text[: longest - 1]}…"
-    shown = (c if c.isprintable() and _has(c) else c.encode("unicode_escape").decode() for c in cut)
-    return "".join(shown).replace("$", r"\$")
+    return "".join(c if c.isprintable() and _has(c) else c.encode("unicode_escape").decode() for c in cut)
 
 
 @cache

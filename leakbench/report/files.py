@@ -9,32 +9,33 @@ from pathlib import Path
 import pandas as pd
 
 from leakbench.analysis import pareto as utility
-from leakbench.analysis.ensemble import skipped
 from leakbench.core.files import draft
 from leakbench.errors import BadOption, LeakbenchError
 from leakbench.report import compare, curves, figures, grids, html, latex, sharing, weights, worst_case
-from leakbench.report.markdown import Picture, Run, markdown
+from leakbench.report.markdown import markdown
+from leakbench.report.run import Picture, RunData
 from leakbench.store.frames import AFTER, BEFORE
-from leakbench.store.records import run_name, threshold_of
+from leakbench.store.records import threshold_of
 from leakbench.store.run_file import FILE, Store
 
 FORMATS = ("md", "csv", "html", "latex")
-"""What a report can be written as."""
+"""The formats of a report."""
 
 STUDIES = ("worst-case.md", "curves.md", "sharing.md", "weights.md")
 """The pages that a run has beside ``report.md`` if it has trials of their kind."""
 
-DEFAULT = ("md", "csv")
+DEFAULT_FORMATS = ("md", "csv")
+"""The formats of a report if none is given."""
+
 _GRID = re.compile(r"\d{3}-.*\.png")
 
 
-def write(out: Path | str, formats: Collection[str] = DEFAULT) -> list[Path]:
+def write(out: Path | str, formats: Collection[str] = DEFAULT_FORMATS) -> list[Path]:
     """Write ``report.md`` with ``grids/*.png`` and ``results.csv`` beside the run file in ``out``; return their paths.
 
-    A run that skipped what was settled (``Matrix.threshold``) has ``worst-case.md`` too, and one that varies the noise
-    or the precision of the gradient has ``curves.md``; where clients share weights there is ``weights.md``. The files
-    depend on nothing but the run file (and the folder's name, for a run without one), and replace those of an earlier
-    report.
+    A run that skips recovered images (``Matrix.threshold``) has ``worst-case.md`` too; ``STUDIES`` has the other pages.
+    The files depend on nothing but the run file (and the folder's name, for a run without one), and replace those of an
+    earlier report.
 
     Raises:
         BadOption: a format that is not one of ``FORMATS``.
@@ -46,8 +47,8 @@ def write(out: Path | str, formats: Collection[str] = DEFAULT) -> list[Path]:
     out = Path(out)
     written = []
     with Store.open(out / FILE, readonly=True) as store:
-        run, trials = _run(store, out)
-        results, threshold = run.results, threshold_of(run.sessions)
+        run, trials = RunData.of(store, out.resolve().name)
+        results, threshold = run.results, run.threshold
         if "csv" in formats:
             written.append(replace(out / "results.csv", csv(results).encode()))
         if "html" in formats:
@@ -82,27 +83,17 @@ def write_figures(out: Path | str) -> list[Path]:
     """
     out = Path(out)
     with Store.open(out / FILE, readonly=True) as store:
-        run, trials = _run(store, out)
+        run, trials = RunData.of(store, out.resolve().name)
         studies = utility.load(out / utility.FILE)
         found = figures.figures(run, trials, _pages(store, run.results), store.images, studies, store.curves())
         return [replace(out / "figures" / name, data) for name, data in found]
-
-
-def _run(store: Store, out: Path) -> tuple[Run, pd.DataFrame]:
-    """Return what a report says of a run, and every planned trial."""
-    sessions, trials = store.sessions(), store.trials()
-    threshold = threshold_of(sessions)
-    planned = len(trials) - (0 if threshold is None else skipped(trials, threshold))
-    name = run_name(sessions, out.resolve().name)
-    run = Run(name, sessions, planned, store.results(trials), store.metrics(), store.threats(), store.components())
-    return run, trials
 
 
 def ranking(out: Path | str) -> str:
     """Return the table of ``worst-case.md`` that ranks the defenses, for each dataset and model of a run.
 
     Raises:
-        BadOption: the run in ``out`` did not skip what was settled.
+        BadOption: the run in ``out`` has no threshold.
         ForeignRun: there is no readable run file in ``out``.
     """
     with Store.open(Path(out) / FILE, readonly=True) as store:
@@ -124,7 +115,7 @@ def write_comparison(out: Path | str) -> Path:
     return replace(out / "paper.md", text.encode())
 
 
-def _pages(store: Store, results: pd.DataFrame) -> list[grids.Page]:
+def _pages(store: Store, results: pd.DataFrame) -> list[grids.GridPage]:
     """Return the grids, with as many images as keep a report small."""
     found = grids.pages(results)
     firsts = [page.trials[0] for page in found]

@@ -1,75 +1,53 @@
-"""``grids/*.png``: the private images beside what every attack made of them."""
+"""``grids/*.png``: the private images beside the reconstructions of every attack."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from io import BytesIO
-from pathlib import Path
+from itertools import groupby
+from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, get_font
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 from PIL import Image
 
 from leakbench.analysis.summary import ANY, BLOCK, without_repeats
 from leakbench.core.images import decoded
-from leakbench.core.text import number
+from leakbench.core.text import number, slug
+from leakbench.report.figure import COLOURS as COLOURS
+from leakbench.report.figure import GREY, RED, saved, spelled
+from leakbench.report.figure import plain as plain
 from leakbench.store.records import Pictures
 
-ROWS = 12
-"""At most so many images are shown: the first ones by index."""
+MAX_ROWS = 12
+"""The number of images that are shown: the first ones by index."""
 
-COLUMNS = 7
-"""At most so many reconstructions stand beside each other; more go to another page."""
+MAX_COLUMNS = 7
+"""The number of reconstructions side by side; further ones go to another page."""
 
-BUDGET = 3_500_000
-"""So many bytes of pixels (before enlarging and compressing) all grids of a report may show; they then fit 5 MB."""
+MAX_PIXEL_BYTES = 3_500_000
+"""The size of all pixels (before enlarging and compressing) of a report's grids; the files then fit into 5 MB."""
 
-PAGES = 60
-"""About so many pages a report has; a run with many seeds shows its first ones, and at least one."""
-
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Of the lines of all figures: Okabe and Ito's, which all can tell apart."""
+MAX_PAGES = 60
+"""About the number of pages of a report; a run with many seeds shows its first ones, and at least one."""
 
 THUMBNAIL = 128
+"""The longest side of a picture in pixels."""
+
 _UNDER = ("psnr", "psnr_aligned")
 _DPI = 128
-_GAP, _GROUP_GAP, _MARGIN, _LABELS = 10, 22, 14, 90
-_NARROWEST_COLUMN, _NARROWEST_PAGE = 120, 640
-_FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-_RED, _GREY = "#c40000", "#666666"
+_LETTER, _LINE = 7.3, 17  # the width of a letter and the height of a line in pixels, of the fixed-width font below
+_FONT: Any = {"family": ["DejaVu Sans Mono", "DejaVu Sans"], "fontsize": 12 * 72 / _DPI}
+_LABELS, _GAP, _GROUP_GAP, _MARGIN = 100, 10, 24, 14
+_MIN_COLUMN, _MIN_PAGE = 120, 640
 
 
 @dataclass(frozen=True)
-class Font:
-    """A font that comes with Matplotlib, its height and the distance of its lines in pixels."""
-
-    file: str
-    height: int
-    line: int
-
-    @property
-    def properties(self) -> FontProperties:
-        """The font as Matplotlib knows it."""
-        return FontProperties(fname=str(_FONTS / self.file), size=self.height * 72 / _DPI)
-
-
-_REGULAR = Font("DejaVuSans.ttf", 14, 18)
-_BOLD = Font("DejaVuSans-Bold.ttf", 14, 18)
-_TITLE = Font("DejaVuSans-Bold.ttf", 17, 23)
-
-
-@dataclass(frozen=True)
-class Cell:
+class GridCell:
     """One reconstruction: its trial, its status and the numbers under it."""
 
     trial: str
@@ -83,11 +61,11 @@ class Column:
 
     attack: str
     defense: str
-    cells: Mapping[int, Cell]
+    cells: Mapping[int, GridCell]
 
 
 @dataclass(frozen=True)
-class Page:
+class GridPage:
     """One picture: some images of a block and seed in rows, some attacks and defenses in columns.
 
     Attributes:
@@ -112,16 +90,16 @@ class Page:
         return [column.cells[i].trial for column in self.columns for i in self.images if i in column.cells]
 
 
-def pages(results: pd.DataFrame, rows: int = ROWS) -> list[Page]:
-    """Return what the grids show: one page or more for every dataset, model, threat model and seed.
+def pages(results: pd.DataFrame, rows: int = MAX_ROWS) -> list[GridPage]:
+    """Return the pages of the grids: one or more for every dataset, model, threat model and seed.
 
-    Where these are more than ``PAGES``, only the first seeds have pages, as many as fit and at least one.
+    If these are more than ``MAX_PAGES``, only the first seeds have pages, as many as fit and at least one.
     """
     once = _first_seeds(without_repeats(results))
     under = [name for name in _UNDER if name in once and once[name].notna().any()]
     numbers = f"Under each reconstruction: {' / '.join(under)} in dB. " if under else ""
     legend = f"{numbers}Red frame: the attack diverged."
-    found: list[Page] = []
+    found: list[GridPage] = []
     for key, block in once.groupby([*BLOCK, "seed"], sort=False):
         dataset, model, threat, seed = (str(part) for part in key)
         images = tuple(sorted(int(i) for i in block["image"].unique())[:rows])
@@ -129,11 +107,10 @@ def pages(results: pd.DataFrame, rows: int = ROWS) -> list[Page]:
         chunks = _chunks(columns)
         for index, chunk in enumerate(chunks):
             part = f", page {index + 1} of {len(chunks)}" if len(chunks) > 1 else ""
-            slug = re.sub(r"[^A-Za-z0-9.]+", "-", f"{dataset[:30]} {model[:30]} {threat[:30]}").strip("-.")
             found.append(
-                Page(
+                GridPage(
                     block=(dataset, model, threat),
-                    file=f"{len(found) + 1:03}-{slug}-seed{seed}.png",
+                    file=f"{len(found) + 1:03}-{slug((dataset, model, threat))}-seed{seed}.png",
                     title=f"{dataset} · {model} · threat model {threat} · seed {seed}{part}",
                     seed=int(seed),
                     legend=legend,
@@ -149,189 +126,150 @@ def _first_seeds(results: pd.DataFrame) -> pd.DataFrame:
     each = 0
     for _, block in results.groupby(list(BLOCK), sort=False):
         columns = block[["attack", "defense"]].drop_duplicates()
-        each += -(-len(columns) // COLUMNS)
-    most = max(1, PAGES // max(1, each))
+        each += -(-len(columns) // MAX_COLUMNS)
+    most = max(1, MAX_PAGES // max(1, each))
     seeds = sorted(results["seed"].unique())[:most]
     return results[results["seed"].isin(seeds)]
 
 
-def rows_within(found: Sequence[Page], truths: Sequence[bytes | None], budget: int = BUDGET) -> int:
+def rows_within(found: Sequence[GridPage], truths: Sequence[bytes | None], budget: int = MAX_PIXEL_BYTES) -> int:
     """Return how many images each page may show, so that all pages together stay within the budget of bytes.
 
     Args:
-        truths: one PNG for each page, of the size that its images have.
+        truths: one PNG for each page, of the size that its images have; None if it is unknown.
     """
     row = 0
     for page, truth in zip(found, truths):
         image = picture(truth)
         row += 3 * image.width * image.height * (len(page.columns) + 1) if image is not None else 0
-    return max(1, min(ROWS, budget // max(1, row)))
+    return max(1, min(MAX_ROWS, budget // max(1, row)))
 
 
-def png(page: Page, pictures: Mapping[str, Pictures]) -> bytes:
+def png(page: GridPage, pictures: Mapping[str, Pictures]) -> bytes:
     """Return a page as PNG."""
-    drawn = figure(page, pictures)
-    canvas = FigureCanvasAgg(drawn)
-    canvas.draw()
-    out = BytesIO()
-    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(out, "png")
-    return out.getvalue()
+    return saved(figure(page, pictures))
 
 
-def figure(page: Page, pictures: Mapping[str, Pictures]) -> Figure:
-    """Return a page as a figure whose every label lies inside; sizes are in pixels, y downwards."""
-    thumbnails = {trial: _thumbnail(found.reconstruction) for trial, found in pictures.items()}
-    truths = {i: _thumbnail(truth) for i, truth in _truths(page, pictures).items()}
-    sizes = [image.size for image in (*thumbnails.values(), *truths.values()) if image is not None]
-    wide = max((size[0] for size in sizes), default=THUMBNAIL)
-    high = max((size[1] for size in sizes), default=THUMBNAIL)
-    column = max(wide, _NARROWEST_COLUMN)
-
-    groups = _groups(page.columns)
-    truth_x = _MARGIN + _LABELS
-    xs: list[int] = []
-    x = truth_x + column + _GROUP_GAP
+def figure(page: GridPage, pictures: Mapping[str, Pictures]) -> Figure:
+    """Return a page as a figure: a row for each image, the private one first; every label lies inside."""
+    shown = {trial: picture(found.reconstruction) for trial, found in pictures.items()}
+    truths = {
+        i: picture(pictures[cell.trial].truth)
+        for column in page.columns
+        for i, cell in column.cells.items()
+        if cell.trial in pictures
+    }
+    sizes = [_enlarged(image) for image in (*shown.values(), *truths.values()) if image is not None]
+    wide, high = (max(sides) for sides in zip(*sizes)) if sizes else (THUMBNAIL, THUMBNAIL)
+    column = max(wide, _MIN_COLUMN)
+    groups = [list(group) for _, group in groupby(page.columns, key=lambda column: column.attack)]
+    lefts, left = [], _MARGIN + _LABELS + column
     for group in groups:
-        for _ in group:
-            xs.append(x)
-            x += column + _GAP
-        x += _GROUP_GAP - _GAP
-    width = max(x - _GROUP_GAP + _MARGIN, _NARROWEST_PAGE)
-    heads = [_wrap(_shorten(g[0].attack), len(g) * (column + _GAP) - _GAP, _BOLD) for g in groups]
-    names = [_wrap(_shorten(c.defense), column, _REGULAR) for c in page.columns]
-    title = _wrap(page.title, width - 2 * _MARGIN, _TITLE)
-    legend = _wrap(page.legend, width - 2 * _MARGIN, _REGULAR)
+        lefts.append([left + _GROUP_GAP + place * (column + _GAP) for place in range(len(group))])
+        left = lefts[-1][-1] + column
+    width = max(left + _MARGIN, _MIN_PAGE)
 
-    title_y = _MARGIN
-    legend_y = title_y + len(title) * _TITLE.line + 2
-    head_y = legend_y + len(legend) * _REGULAR.line + 12
-    rule_y = head_y + max((len(head) for head in heads), default=1) * _BOLD.line + 3
-    name_y = rule_y + 4
-    top = name_y + max((len(name) for name in names), default=1) * _REGULAR.line + 6
-    step = high + 2 * _REGULAR.line + 8
-    height = top + len(page.images) * step + _MARGIN - 8
+    title, legend = _wrapped(page.title, width - 2 * _MARGIN), _wrapped(page.legend, width - 2 * _MARGIN)
+    heads = [_wrapped(group[0].attack, len(group) * (column + _GAP) - _GAP) for group in groups]
+    names = [_wrapped(shown.defense, column) for shown in page.columns]
+    rule = _MARGIN + _LINE * (len(title) + len(legend) + 1 + max(map(len, heads), default=1))
+    top = rule + 6 + _LINE * max(map(len, names), default=1)
+    step = high + 2 * _LINE + 8
+    height = top + 6 + step * len(page.images) + _MARGIN
 
     drawn = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
-    canvas = _Sheet(drawn, width, height)
-    canvas.lines(title, _MARGIN, title_y, _TITLE)
-    canvas.lines(legend, _MARGIN, legend_y, _REGULAR, _GREY)
-    canvas.lines(["private image"], truth_x + column / 2, rule_y - _BOLD.line - 3, _BOLD, align="center")
-    start = 0
-    for group, head in zip(groups, heads):
-        left, right = xs[start], xs[start + len(group) - 1] + column
-        canvas.lines(head, (left + right) / 2, rule_y - 3 - len(head) * _BOLD.line, _BOLD, align="center")
-        canvas.rule(left, right, rule_y)
-        start += len(group)
-    for x, name in zip(xs, names):
-        canvas.lines(name, x + column / 2, name_y, _REGULAR, align="center")
+    sheet = _Sheet(drawn, width, height)
+    sheet.text(title, _MARGIN, _MARGIN, ha="left", fontweight="bold")
+    sheet.text(legend, _MARGIN, _MARGIN + _LINE * len(title), ha="left", color=GREY)
+    truth_left = _MARGIN + _LABELS
+    sheet.text(["private image"], truth_left + column / 2, rule - _LINE, fontweight="bold")
+    for head, xs in zip(heads, lefts):
+        sheet.text(head, (xs[0] + xs[-1] + column) / 2, rule - _LINE * len(head), fontweight="bold")
+        sheet.rule(xs[0], xs[-1] + column, rule + 2)
+    flat = [left for xs in lefts for left in xs]
+    for name, left in zip(names, flat):
+        sheet.text(name, left + column / 2, rule + 6)
     for row, i in enumerate(page.images):
-        y = top + row * step
-        canvas.lines(_wrap(f"image {i}", _LABELS - 8, _REGULAR), _MARGIN, y + high / 2 - 8, _REGULAR)
-        canvas.image(truths.get(i), truth_x, y, column, high)
-        for x, shown in zip(xs, page.columns):
-            _cell(canvas, shown.cells.get(i), thumbnails, (x, y, column, high))
+        y = top + 6 + row * step
+        label = _wrapped(f"image {i}", _LABELS)
+        sheet.text(label, _MARGIN, y + high / 2 - _LINE * len(label) / 2, ha="left")
+        sheet.image(truths.get(i), truth_left, y, column, high)
+        for left, one in zip(flat, page.columns):
+            _cell(sheet, one.cells.get(i), shown, (left, y, column, high))
     return drawn
 
 
 class _Sheet:
     """A figure that is drawn on in pixels from the top left."""
 
-    def __init__(self, drawn: Figure, width: int, height: int) -> None:
+    def __init__(self, drawn: Figure, width: float, height: float) -> None:
         self.figure, self.width, self.height = drawn, width, height
 
-    def lines(
-        self,
-        texts: Sequence[str],
-        x: float,
-        y: float,
-        font: Font,
-        color: str = "black",
-        align: str = "left",
-    ) -> None:
-        for index, text in enumerate(texts):
-            self.figure.text(
-                x / self.width,
-                1 - (y + (index + 0.78) * font.line) / self.height,
-                text,
-                fontproperties=font.properties,
-                color=color,
-                horizontalalignment=align,
-                verticalalignment="baseline",
-                parse_math=False,
-            )
+    def text(self, lines: Sequence[str], x: float, y: float, ha: str = "center", **look: Any) -> None:
+        """Write lines below ``y``."""
+        for place, line in enumerate(lines):
+            level = 1 - (y + (place + 0.75) * _LINE) / self.height
+            self.figure.text(x / self.width, level, line, ha=ha, va="baseline", parse_math=False, **_FONT, **look)
 
     def rule(self, left: float, right: float, y: float) -> None:
-        level = 1 - y / self.height
-        line = Line2D([left / self.width, right / self.width], [level, level], color=_GREY, linewidth=0.8)
-        self.figure.add_artist(line)
+        """Draw a horizontal line."""
+        ends, level = [left / self.width, right / self.width], 1 - y / self.height
+        self.figure.add_artist(Line2D(ends, [level, level], color=GREY, linewidth=0.8))
 
-    def image(self, image: Image.Image | None, x: int, y: int, width: int, height: int) -> None:
-        if image is None:
-            self.frame(x + (width - min(width, height)) / 2, y, min(width, height), height, "#dddddd", fill=True)
-            return
-        left = x + (width - image.size[0]) // 2
-        self.figure.figimage(np.asarray(image), left, self.height - y - image.size[1], origin="upper")
-
-    def frame(self, x: float, y: float, width: float, height: float, color: str, fill: bool = False) -> None:
-        corner = (x / self.width, 1 - (y + height) / self.height)
-        size = (width / self.width, height / self.height)
-        self.figure.add_artist(
-            Rectangle(corner, *size, facecolor=color if fill else "none", edgecolor=color, linewidth=0 if fill else 2.5)
-        )
+    def image(
+        self, image: Image.Image | None, x: float, y: float, width: int, height: int, failed: bool = False
+    ) -> None:
+        """Draw an image, enlarged by a whole factor, in the middle of a box; a grey area without an image."""
+        wide, high = (min(width, height), height) if image is None else _enlarged(image)
+        left = x + (width - wide) // 2
+        box = (left / self.width, 1 - (y + high) / self.height, wide / self.width, high / self.height)
+        panel = self.figure.add_axes(box, xticks=[], yticks=[], facecolor="#dddddd")
+        panel.spines[:].set(visible=failed, color=RED, linewidth=2.5)
+        if image is not None:
+            panel.imshow(np.asarray(image), interpolation="none", aspect="auto")
 
 
 def _cell(
-    sheet: _Sheet, cell: Cell | None, thumbnails: Mapping[str, Image.Image | None], box: tuple[int, int, int, int]
+    sheet: _Sheet,
+    cell: GridCell | None,
+    pictures: Mapping[str, Image.Image | None],
+    box: tuple[float, float, int, int],
 ) -> None:
     """Draw one reconstruction with the numbers under it, or say why there is none."""
     x, y, width, height = box
-    middle, line = x + width / 2, _REGULAR.line
-    image = None if cell is None else thumbnails.get(cell.trial)
-    sheet.image(image, x, y, width, height)
+    image, middle = None if cell is None else pictures.get(cell.trial), x + width / 2
+    sheet.image(image, *box, failed=cell is not None and cell.status == "failed")
     if cell is None or image is None:
         word = "not run" if cell is None else cell.status if cell.status in ("unsupported", "error") else "no picture"
-        sheet.lines([word], middle, y + height / 2 - line / 2, _REGULAR, _GREY, align="center")
-    if cell is None:
-        return
-    sheet.lines([cell.caption], middle, y + height + 2, _REGULAR, align="center")
-    if cell.status == "failed":
-        side = min(width, height) if image is None else image.size[0]
-        sheet.frame(x + (width - side) // 2 + 1, y + 1, side - 2, height - 2, _RED)
-        sheet.lines(["diverged"], middle, y + height + 2 + line, _BOLD, _RED, align="center")
+        sheet.text([word], middle, y + (height - _LINE) / 2, color=GREY)
+    if cell is not None:
+        sheet.text([cell.caption], middle, y + height + 2)
+        if cell.status == "failed":
+            sheet.text(["diverged"], middle, y + height + 2 + _LINE, color=RED, fontweight="bold")
 
 
 def _columns(block: pd.DataFrame, images: Sequence[int], under: Sequence[str]) -> list[Column]:
     """Return the columns of a block, attack by attack."""
     shown = block[block["image"].isin(images)]
-    cells: dict[tuple[str, str], dict[int, Cell]] = {}
+    cells: dict[tuple[str, str], dict[int, GridCell]] = {}
     for row in shown.to_dict("records"):
         attack = f"{row['attack']} (floor)" if row["defense"] == ANY else str(row["attack"])
         values = [number(row[name], None if abs(row[name]) >= 1e4 else 1) for name in under]
         scored = row["status"] in ("ok", "failed")
-        cell = Cell(str(row["trial"]), str(row["status"]), " / ".join(values) if scored else "")
+        cell = GridCell(str(row["trial"]), str(row["status"]), " / ".join(values) if scored else "")
         cells.setdefault((attack, str(row["defense"])), {})[int(row["image"])] = cell
     attacks = list(dict.fromkeys(attack for attack, _ in cells))
     return [Column(*key, found) for a in attacks for key, found in cells.items() if key[0] == a]
 
 
-def _groups(columns: Sequence[Column]) -> list[list[Column]]:
-    """Return neighbouring columns of the same attack together."""
-    groups: list[list[Column]] = []
-    for column in columns:
-        if groups and groups[-1][0].attack == column.attack:
-            groups[-1].append(column)
-        else:
-            groups.append([column])
-    return groups
-
-
 def _chunks(columns: Sequence[Column]) -> list[tuple[Column, ...]]:
-    """Return the columns page by page; an attack is split only where it alone is too wide for a page."""
+    """Return the columns page by page; an attack is split only if it is too wide for a page."""
     found: list[list[Column]] = [[]]
-    for group in _groups(columns):
-        if len(found[-1]) + len(group) > COLUMNS and found[-1]:
+    for _, same in groupby(columns, key=lambda column: column.attack):
+        group = list(same)
+        if len(found[-1]) + len(group) > MAX_COLUMNS and found[-1]:
             found.append([])
-        even = math.ceil(len(group) / math.ceil(len(group) / COLUMNS))
+        even = math.ceil(len(group) / math.ceil(len(group) / MAX_COLUMNS))
         for start in range(0, len(group), even):
             if start:
                 found.append([])
@@ -339,75 +277,20 @@ def _chunks(columns: Sequence[Column]) -> list[tuple[Column, ...]]:
     return [tuple(page) for page in found if page]
 
 
-def _truths(page: Page, pictures: Mapping[str, Pictures]) -> dict[int, bytes | None]:
-    """Return the private image of each row, None where it is not known."""
-    return {
-        i: pictures[cell.trial].truth
-        for column in page.columns
-        for i, cell in column.cells.items()
-        if cell.trial in pictures
-    }
-
-
 def picture(data: bytes | None) -> Image.Image | None:
-    """Return a PNG as an image, reduced by a whole factor where it is too large; None where there is none."""
-    if data is None:
-        return None
-    image = decoded(data)
+    """Return a PNG as an image, reduced by a whole factor if it is too large; None if there is none to read."""
+    image = None if data is None else decoded(data)
     if image is None:
         return None
-    image = image.convert("RGB")
-    return image.reduce(math.ceil(max(image.size) / THUMBNAIL))
+    return image.convert("RGB").reduce(math.ceil(max(image.size) / THUMBNAIL))
 
 
-def _thumbnail(data: bytes | None) -> Image.Image | None:
-    """Return the picture as it is shown: enlarged by a whole factor, without smoothing."""
-    image = picture(data)
-    if image is None:
-        return None
+def _enlarged(image: Image.Image) -> tuple[int, int]:
+    """Return the size in pixels at which an image is shown: a whole multiple of its own, without smoothing."""
     factor = max(1, THUMBNAIL // max(image.size))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    return image.width * factor, image.height * factor
 
 
-def plain(text: str) -> str:
-    """Return text as Matplotlib's own labels show it: no formula, and what the font lacks written out."""
-    return spelled(text).replace("$", r"\$")
-
-
-def spelled(text: str, font: Font = _REGULAR) -> str:
-    """Return text with the characters that a font lacks written as escapes."""
-    return "".join(c if c.isprintable() and drawable(c, font) else c.encode("unicode_escape").decode() for c in text)
-
-
-def drawable(char: str, font: Font = _REGULAR) -> bool:
-    """Return whether a font has a character."""
-    return bool(get_font(str(_FONTS / font.file)).get_char_index(ord(char)))
-
-
-def _shorten(text: str, most: int = 240) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def _wrap(text: str, width: float, font: Font) -> list[str]:
-    """Return the text in lines that are no wider than this; characters that the font lacks are written as escapes."""
-    measure = _measure(font)
-    shown = spelled(text, font)
-    lines, line = [], ""
-    for piece in re.findall(r"[^ ,(=_/\-]*[ ,(=_/\-]?", shown):
-        if line and measure((line + piece).rstrip()) > width:
-            lines.append(line.rstrip())
-            line = ""
-        for char in piece:
-            if line and measure(line + char.rstrip()) > width:
-                lines.append(line.rstrip())
-                line = ""
-            line += char
-    return [*lines, line.rstrip()]
-
-
-@lru_cache(maxsize=8)
-def _measure(font: Font) -> Callable[[str], float]:
-    """Return a function from a text to its width in pixels."""
-    renderer = FigureCanvasAgg(Figure(dpi=_DPI)).get_renderer()
-    properties = font.properties
-    return cache(lambda text: renderer.get_text_width_height_descent(text, properties, ismath=False)[0])
+def _wrapped(text: str, width: float) -> list[str]:
+    """Return the text in lines that are no wider than this many pixels."""
+    return textwrap.wrap(spelled(text), int(width / _LETTER)) or [""]

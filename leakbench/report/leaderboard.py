@@ -10,8 +10,8 @@ from leakbench.core.text import slug
 from leakbench.errors import BadOption
 from leakbench.leaderboard.entry import SCHEMA_FILE, Entry, entries, schema
 from leakbench.report.files import replace
-from leakbench.report.html import along
 from leakbench.report.page import render
+from leakbench.report.scenes import along
 from leakbench.store.run_file import FILE, Store
 
 

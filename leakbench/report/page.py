@@ -65,9 +65,9 @@ def embedded(data: object) -> str:
     return json.dumps(_finite(data), ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def picture(png: bytes) -> str:
-    """Return a PNG as the address of an image (``src``)."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+def picture(data: bytes, kind: str = "png") -> str:
+    """Return an image file as the address of an image (``src``); ``kind`` is the second half of its media type."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _finite(value: object) -> object:
@@ -113,5 +113,5 @@ def _environment(html: bool) -> Environment:
         lstrip_blocks=True,
     )
     found.globals |= {"english": english, "number": number, "percent": percent, "plural": plural}
-    found.filters |= {} if html else {"escape": escape, "table": _table}
+    found.filters |= {"quoted": "“{}”".format} if html else {"escape": escape, "table": _table}
     return found

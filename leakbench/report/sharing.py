@@ -16,8 +16,9 @@ from leakbench.report.differences import paired_table
 from leakbench.report.display import leakage_table, to_markdown
 from leakbench.report.figure import saved
 from leakbench.report.grids import picture
-from leakbench.report.markdown import Run, trained
+from leakbench.report.markdown import trained
 from leakbench.report.page import render_markdown
+from leakbench.report.run import RunData
 from leakbench.store.records import Pictures
 from leakbench.store.run_file import Store
 
@@ -47,7 +48,7 @@ _ARM = "arm"
 _BLOCK = ["dataset", "model", "attack"]
 
 
-def files(run: Run, store: Store) -> Iterator[tuple[str, bytes]]:
+def files(run: RunData, store: Store) -> Iterator[tuple[str, bytes]]:
     """Yield the names and contents of ``sharing.md`` and its grids.
 
     There are none unless key-lock was attacked with its key shared (T3) and with its lock shared (T4).
@@ -112,7 +113,7 @@ def figure(trials: pd.DataFrame, pictures: Mapping[str, Pictures]) -> Figure:
     return drawn
 
 
-def _scores(run: Run, block: pd.DataFrame) -> str:
+def _scores(run: RunData, block: pd.DataFrame) -> str:
     """Return the table of one attack: a row for each arm."""
     results = run.results
     place = results[["dataset", "model"]] == block[["dataset", "model"]].iloc[0]

@@ -1,4 +1,4 @@
-"""One trial: what it was, how it ended, every metric, what it cost, and the command that makes it again."""
+"""One trial: its settings, how it ended, every metric, its cost, and the command that repeats it."""
 
 from __future__ import annotations
 
@@ -8,31 +8,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pandas as pd
-from rich import box
 from rich.table import Table
-from rich.text import Text
 
 from leakbench.analysis.reproduce import reproduction
 from leakbench.core.text import ABSENT, decimals, number
 from leakbench.errors import BadOption, one_line
+from leakbench.report.display import to_console
 from leakbench.store.connection import decoding
 from leakbench.store.records import MetricInfo, RunSession, TrialRecord
 from leakbench.store.run_file import Store
 
 AXES = ("dataset", "model", "defense", "attack")
-_LISTED = 4
+_MAX_LISTED = 4
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What is shown of a trial.
+    """A trial as it is shown.
 
     Attributes:
         trial: its id.
         facts: labels and words.
         metrics: every metric's value beside the best floor on the same image, with its convention; None without any.
         command: the command whose run has a trial of the same id.
-        note: what else that takes; empty where nothing does.
+        note: what else the command needs; may be empty.
     """
 
     trial: str
@@ -46,7 +45,7 @@ def find(store: Store, prefix: str) -> str:
     """Return the id of the one planned trial whose id begins with a prefix.
 
     Raises:
-        BadOption: no id of the run begins so, or several do.
+        BadOption: no id of the run begins so, or several do so.
     """
     known = sorted(store.planned())
     found = [trial for trial in known if trial.startswith(prefix.lower())] if prefix else []
@@ -55,16 +54,16 @@ def find(store: Store, prefix: str) -> str:
     if not found:
         hint = f"such as {known[0]}; results.csv and trials of the run file list them" if known else "it has none"
         raise BadOption(f"no trial of {store.path} begins with {prefix!r}; give the first digits of an id, {hint}")
-    some = ", ".join(found[:_LISTED]) + (", ..." if len(found) > _LISTED else "")
+    some = ", ".join(found[:_MAX_LISTED]) + (", ..." if len(found) > _MAX_LISTED else "")
     raise BadOption(f"{len(found)} trials of {store.path} begin with {prefix!r} ({some}); give more digits")
 
 
 def show(store: Store, prefix: str) -> Shown:
-    """Return what there is to know of the trial whose id begins with a prefix.
+    """Return all about the trial whose id begins with a prefix.
 
     Raises:
         BadOption: see ``find``.
-        ForeignRun: the run does not say what it should of the trial.
+        ForeignRun: the run file lacks settings of the trial.
     """
     trial = find(store, prefix)
     with decoding(store.path):
@@ -97,12 +96,12 @@ def _component(spec: str, version: int, options: Mapping[str, object]) -> str:
 
 
 def _status(status: str, reason: str) -> str:
-    words = {"": "planned, not run: it waits, or another trial had settled its image", "ok": "ok"}
+    words = {"": "planned, not run: it is still to run, or another trial had recovered its image", "ok": "ok"}
     return f"{words.get(status, status)}{': ' if reason else ''}{reason}"
 
 
 def _cost(row: pd.Series) -> str:
-    parts = [f"{number(float(row['seconds']), 3)} s (its chunk's time over the trials in it)"]
+    parts = [f"{number(float(row['seconds']), 3)} s (the time of its chunk, divided by the trials in it)"]
     if not pd.isna(row["evaluations"]):
         parts.append(f"{int(row['evaluations']):,} evaluations of the objective")
     if row["path"]:
@@ -114,32 +113,20 @@ def _cost(row: pd.Series) -> str:
 
 def _source(record: TrialRecord, sessions: list[RunSession]) -> str:
     (session,) = [one for one in sessions if one.id == record.session]
-    source = session.provenance
-    commit = "" if source.commit is None else f", commit {source.commit[:12]}"
-    dirty = " with uncommitted changes" if source.dirty else ""
-    packages = ", ".join(f"{name} {version}" for name, version in source.packages.items())
-    return f"leakbench {source.version}{commit}{dirty}; {packages}; on {source.device}; finished {record.finished}"
+    return "; ".join([*session.provenance.describe().values(), f"finished {record.finished}"])
 
 
 def _metrics(row: pd.Series, trials: pd.DataFrame, metrics: list[MetricInfo]) -> Table:
     """Return the table of a trial's scores, each beside the best floor on the same image and seed."""
     same = [*AXES[:2], "threat", "image", "seed"]
-    floors = trials[
-        (trials[same] == row[same].to_list()).all(axis=1) & trials["floor"] & (trials["trial"] != row["trial"])
-    ]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for header in ("metric", "value", "best floor", "leaks more", "convention"):
-        table.add_column(header, justify="right" if header in ("value", "best floor") else "left", overflow="fold")
+    own = (trials[same] == row[same].to_list()).all(axis=1) & (trials["trial"] != row["trial"])
+    rows = []
     for metric in metrics:
-        value = float(row[metric.name])
-        others = floors[floors[metric.name].notna()]
-        floor = ABSENT
-        places = decimals([value])
-        if len(others):
-            ordered = others.sort_values(metric.name, ascending=not metric.higher_is_better, kind="stable")
-            best = ordered.iloc[0]
-            floor = f"{number(float(best[metric.name]), places)} ({best['attack']})"
+        floors = trials[own & trials["floor"] & trials[metric.name].notna()]
+        ordered = floors.sort_values(metric.name, ascending=not metric.higher_is_better, kind="stable")
+        value, places = float(row[metric.name]), decimals([row[metric.name]])
+        best = [f"{number(float(one[metric.name]), places)} ({one['attack']})" for one in ordered.to_dict("records")]
         more = "higher" if metric.higher_is_better else "lower"
-        cells = (metric.name, number(value, places), floor, more, metric.convention)
-        table.add_row(*(Text(one_line(cell)) for cell in cells))
-    return table
+        rows.append([metric.name, number(value, places), best[0] if best else ABSENT, more, metric.convention])
+    headings = ["metric", "value", "best floor", "more leakage is", "convention"]
+    return to_console(pd.DataFrame(rows, columns=headings), left=5)

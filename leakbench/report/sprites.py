@@ -10,15 +10,15 @@ from PIL import Image
 
 from leakbench.core.images import decoded
 
-LARGEST = 128
+TILE_SIDE = 128
 """A picture with a longer side is reduced by a whole factor."""
 
-COLUMNS = ROWS = 16
+SHEET_COLUMNS = SHEET_ROWS = 16
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A picture of tiles of one size, in rows of ``COLUMNS`` from the top left.
+    """A picture of tiles of one size, in rows of ``SHEET_COLUMNS`` from the top left.
 
     Attributes:
         width: of a tile in pixels, as ``height``.
@@ -45,12 +45,12 @@ def sheets(pictures: Iterable[bytes]) -> tuple[list[Sheet], list[tuple[int, int]
     made: list[Sheet] = []
     places: dict[bytes, tuple[int, int]] = {}
     for (mode, width, height), group in groups.items():
-        for start in range(0, len(group), COLUMNS * ROWS):
-            block = group[start : start + COLUMNS * ROWS]
-            rows = -(-len(block) // COLUMNS)
-            sheet = Image.new(mode, (min(len(block), COLUMNS) * width, rows * height))
+        for start in range(0, len(group), SHEET_COLUMNS * SHEET_ROWS):
+            block = group[start : start + SHEET_COLUMNS * SHEET_ROWS]
+            rows = -(-len(block) // SHEET_COLUMNS)
+            sheet = Image.new(mode, (min(len(block), SHEET_COLUMNS) * width, rows * height))
             for index, (data, image) in enumerate(block):
-                sheet.paste(image, (index % COLUMNS * width, index // COLUMNS * height))
+                sheet.paste(image, (index % SHEET_COLUMNS * width, index // SHEET_COLUMNS * height))
                 places[data] = (len(made), index)
             made.append(Sheet(width, height, png(sheet)))
     return made, [places.get(data) for data in order]
@@ -62,7 +62,7 @@ def tile(data: bytes) -> Image.Image | None:
     if image is None:
         return None
     image = image.convert("RGB")
-    factor = -(-max(image.size) // LARGEST)
+    factor = -(-max(image.size) // TILE_SIDE)
     image = image.reduce(factor) if factor > 1 else image
     red, green, blue = (channel.tobytes() for channel in image.split())
     return image.convert("L") if red == green == blue else image

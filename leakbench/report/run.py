@@ -1,0 +1,68 @@
+"""All of a run that a report shows, read from its file once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from leakbench.analysis.ensemble import skipped
+from leakbench.store.records import MetricInfo, Pictures, RunSession, StoredComponent, run_name, threshold_of
+from leakbench.store.run_file import Store
+
+PicturesOf = Callable[[Sequence[str]], Mapping[str, Pictures]]
+"""From trials to their pictures (``Store.images``)."""
+
+ObjectiveCurves = Mapping[str, Sequence[tuple[int, float]]]
+"""By trial: the objective at some evaluations (``Store.curves``)."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A grid that the report shows: the block that it belongs to, its path from the report, its title and its seed."""
+
+    block: tuple[str, str, str]
+    path: str
+    title: str
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class RunData:
+    """All of a run that a report shows.
+
+    Attributes:
+        name: the run's name.
+        planned: how many trials were planned, without those that are skipped.
+        results: one row per trial with a result (``Store.results``).
+        threats: threat model -> what it grants, in words.
+        components: what each spec stands for.
+    """
+
+    name: str
+    sessions: Sequence[RunSession]
+    planned: int
+    results: pd.DataFrame
+    metrics: Sequence[MetricInfo]
+    threats: Mapping[str, str]
+    components: Sequence[StoredComponent] = ()
+
+    @property
+    def threshold(self) -> float | None:
+        """The score from which on an image counted as recovered and was skipped; None if every trial was run."""
+        return threshold_of(self.sessions)
+
+    @classmethod
+    def of(cls, store: Store, folder: str) -> tuple[RunData, pd.DataFrame]:
+        """Return what a report shows of an open run, and every planned trial (``Store.trials``).
+
+        Args:
+            store: the run file.
+            folder: the name of a run that has none of its own.
+        """
+        sessions, trials = store.sessions(), store.trials()
+        threshold = threshold_of(sessions)
+        planned = len(trials) - (0 if threshold is None else skipped(trials, threshold))
+        results, name = store.results(trials), run_name(sessions, folder)
+        return cls(name, sessions, planned, results, store.metrics(), store.threats(), store.components()), trials

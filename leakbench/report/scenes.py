@@ -1,0 +1,166 @@
+"""The worst case behind each defense: what pages, figures and the leaderboard show of an ensemble of attackers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from leakbench.analysis.ensemble import RECOVERED, EnsembleResult, ensemble_results, floor_share
+from leakbench.analysis.summary import strongest, summarise
+from leakbench.core.text import percent, with_interval
+from leakbench.plan.matrix import RECOVERY
+from leakbench.report.markdown import notes
+from leakbench.report.run import RunData
+
+Gain = tuple[float, float, float]
+"""A mean gain in dB with the ends of its interval."""
+
+
+@dataclass(frozen=True)
+class DefenseRow:
+    """One defense of a worst case.
+
+    Attributes:
+        result: what the ensemble of attackers recovers.
+        by: the attackers that recover most, and how many images.
+        gain: that of the strongest attacker over the best floor in ``psnr_aligned``; None without one.
+        attacker: the strongest attacker; empty if none exceeds the floor.
+    """
+
+    result: EnsembleResult
+    by: str
+    gain: Gain | None
+    attacker: str
+
+
+@dataclass(frozen=True)
+class WorstCase:
+    """The worst case behind each defense, for one dataset and model.
+
+    Attributes:
+        defenses: the one that leaks least comes first.
+        floor: the share of images that the best floor recovers; None without a floor.
+        low: the lower end of the axis of gains; ``high`` is the upper end.
+        note: what a reader must know of the dataset's images; may be empty.
+    """
+
+    dataset: str
+    model: str
+    defenses: tuple[DefenseRow, ...]
+    floor: float | None
+    low: float
+    high: float
+    note: str
+
+    @property
+    def known(self) -> list[EnsembleResult]:
+        """The results that have a share, from the least to the most recovered."""
+        return [row.result for row in self.defenses if not math.isnan(row.result.share)]
+
+    @property
+    def least(self) -> list[EnsembleResult]:
+        """The results of the defenses that leak least; several if their shares are equal."""
+        return _equal(self.known[:1], self.known)
+
+    @property
+    def most(self) -> list[EnsembleResult]:
+        """The results of the defenses that leak most; several if their shares are equal."""
+        return _equal(self.known[-1:], self.known)
+
+    @property
+    def near(self) -> list[EnsembleResult]:
+        """The other results whose intervals overlap with that of the least."""
+        least = self.least
+        return [one for one in self.known if one not in least and one.low <= least[0].high]
+
+
+def _equal(one: Sequence[EnsembleResult], others: Sequence[EnsembleResult]) -> list[EnsembleResult]:
+    return [other for other in others if (other.share, other.images) == (one[0].share, one[0].images)]
+
+
+def worst_cases(run: RunData, trials: pd.DataFrame) -> list[WorstCase]:
+    """Return the worst case behind each defense, for each dataset and model.
+
+    Args:
+        run: all that the report shows; its results have every trial that ended.
+        trials: every planned trial in the order of planning (``Store.trials``).
+    """
+    skips = run.threshold is not None
+    threshold = RECOVERED if run.threshold is None else run.threshold
+    images, gains = notes(run.components), {} if skips else _gains(run)
+    if RECOVERY not in trials:
+        trials = trials.assign(**{RECOVERY: math.nan})
+    grouped: dict[tuple[str, str], list[DefenseRow]] = {}
+    for one in ensemble_results(trials, threshold):
+        attacker, gain = gains.get((one.dataset, one.model, one.defense), ("", None))
+        by = _first_recovered(one) if skips else _most_recovered(one, trials, threshold)
+        grouped.setdefault((one.dataset, one.model), []).append(DefenseRow(one, by, gain, attacker))
+    found = []
+    for (dataset, model), rows in grouped.items():
+        rows.sort(key=_leakage)
+        floor = floor_share(trials[(trials["dataset"] == dataset) & (trials["model"] == model)], threshold)
+        ends = [end for row in rows for end in row.gain or () if math.isfinite(end)]
+        axis = (min([0.0, *ends]), max([1.0, *ends]))
+        shown = None if math.isnan(floor) else floor
+        found.append(WorstCase(dataset, model, tuple(rows), shown, *axis, images.get(dataset, "")))
+    return found
+
+
+def _leakage(row: DefenseRow) -> tuple[bool, float, float]:
+    """Return what defenses are sorted by: the share recovered, without one last, and the gain."""
+    share = row.result.share
+    return math.isnan(share), 0.0 if math.isnan(share) else share, -math.inf if row.gain is None else row.gain[0]
+
+
+def _gains(run: RunData) -> Mapping[tuple[str, str, str], tuple[str, Gain]]:
+    """Return (dataset, model, defense) -> the attacker that gains most under any threat model, and its gain."""
+    metrics = [metric for metric in run.metrics if metric.name == "psnr_aligned" and metric.name in run.results]
+    found: dict[tuple[str, str, str], tuple[str, Gain]] = {}
+    if not metrics:
+        return found
+    for row in strongest(summarise(run.results, metrics), "psnr_aligned").to_dict("records"):
+        key = (str(row["dataset"]), str(row["model"]), str(row["defense"]))
+        value = (float(row["gain"]), float(row["low"]), float(row["high"]))
+        if key not in found or value[0] > found[key][1][0]:
+            found[key] = ("" if row["floor"] else f"{row['attack']}, {row['threat']}", value)
+    return found
+
+
+def _first_recovered(one: EnsembleResult) -> str:
+    """Return which attackers were the first to recover images, in a run that skips recovered images."""
+    return ", ".join(f"{stats.attacker}: {stats.recovered}" for stats in one.attackers if stats.recovered)
+
+
+def _most_recovered(one: EnsembleResult, trials: pd.DataFrame, threshold: float) -> str:
+    """Return the three attackers that recover most."""
+    scene = (trials[["dataset", "model", "defense"]] == [one.dataset, one.model, one.defense]).all(axis=1)
+    own = trials[scene & ~trials["floor"].to_numpy(dtype=bool)]
+    hit = own[(own["status"] == "ok") & (own[RECOVERY] >= threshold)]
+    counts = hit.groupby(["attack", "threat"], sort=False).size().sort_values(ascending=False, kind="stable").head(3)
+    several = own["threat"].nunique() > 1
+    return ", ".join(
+        f"{attack}{f' ({threat})' if several else ''}: {count}"
+        for attack, threat, count in counts.reset_index(name="count").itertuples(index=False, name=None)
+    )
+
+
+def share_text(one: EnsembleResult) -> str:
+    """Return how much is recovered, in few words: a count of images, or with several seeds of each a share."""
+    if math.isnan(one.share):
+        return "not tried yet" if one.open else "no attacker has a score"
+    counted = f"{one.share * one.images:.0f} of {one.images}" if one.targets == one.images else percent(one.share)
+    return f"{counted} so far" if one.open else counted
+
+
+def decibels(gain: Gain) -> str:
+    """Return a gain in dB with its interval."""
+    return with_interval(*gain, 1, sign=True)
+
+
+def along(value: float, low: float, high: float) -> str:
+    """Return the place of a value on an axis from ``low`` to ``high``, in per cent of its width, inside a margin."""
+    inside = min(max(value, low), high) if math.isfinite(value) else high
+    return f"{2 + 96 * (inside - low) / ((high - low) or 1):.2f}%"
