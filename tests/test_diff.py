@@ -16,7 +16,7 @@ from test_store import Guard, TinyAttack, TinyDefense, provenance, ready, result
 
 from leakbench.errors import BadOption
 from leakbench.plan.trial import Result
-from leakbench.report.diff import Arm, Comparison, _ensembles, diff
+from leakbench.report.diff import ComparedRun, Comparison, _ensembles, diff
 from leakbench.report.show import find, show
 from leakbench.store.records import RunSession, TrialRecord
 from leakbench.store.run_file import FILE, Store
@@ -83,11 +83,11 @@ def test_a_trial_that_was_planned_or_has_no_score_is_shown_too(tmp_path: Path) -
     assert dict(ended.facts)["status"] == "unsupported: no path"
 
 
-def arm(folder: Path, name: str, results: list[Result]) -> Arm:
+def arm(folder: Path, name: str, results: list[Result]) -> ComparedRun:
     store, session = ready(folder / name)
     store.write(results, session)
     with store:
-        return Arm.of(name, store)
+        return ComparedRun.of(name, store)
 
 
 def scored(
@@ -111,8 +111,8 @@ def test_what_changed_beyond_chance_is_shown_by_cell(tmp_path: Path) -> None:
     still = [scored(10 + i + (-1) ** i, i, other) for i in range(8)]
     two = arm(tmp_path, "new", [*moved, *still, scored(5, 20, other)])
     found = diff(one, two)
-    assert found.shown == 1
-    assert "**1 difference shown beyond chance**, in 2 cells with 17 trials" in found.text
+    assert found.significant == 1
+    assert "**1 statistically significant difference**, in 2 cells with 17 trials" in found.text
     first, second = [line for line in found.text.splitlines() if "| +" in line or "| −" in line or "+0.00" in line][:2]
     assert "+2.000 [+" in first
     assert "**0.0" in first
@@ -126,9 +126,9 @@ def test_what_changed_beyond_chance_is_shown_by_cell(tmp_path: Path) -> None:
 def test_the_same_run_differs_in_nothing(tmp_path: Path) -> None:
     one, two = (arm(tmp_path, name, [scored(10 + i, i) for i in range(9)]) for name in "ab")
     found = diff(one, two)
-    assert found.shown == 0
-    assert "the scores of 9 of these are the same to the last digit" in found.text
-    assert "one run alone" not in found.text
+    assert found.significant == 0
+    assert "The scores of 9 of these are the same to the last digit" in found.text
+    assert "only one run has" not in found.text
 
 
 def test_cells_of_one_name_are_paired_and_their_settings_named(tmp_path: Path) -> None:
@@ -141,13 +141,13 @@ def test_cells_of_one_name_are_paired_and_their_settings_named(tmp_path: Path) -
     text = diff(one, two).text
     assert "| defense.version | 1" in " ".join(text.split())
     assert "ok → failed" in text
-    assert "Too few images" in text
+    assert "Not significant at 3 images" in text
 
 
 def test_runs_with_nothing_in_common_cannot_be_compared(tmp_path: Path) -> None:
     one = arm(tmp_path, "old", [scored(10, 0)])
     two = arm(tmp_path, "new", [scored(10, 0, step=0.2)])
-    with pytest.raises(BadOption, match="no trial of old has its like in new"):
+    with pytest.raises(BadOption, match="no trial of old has a matching trial in new"):
         diff(one, two)
 
 
@@ -162,7 +162,7 @@ def test_the_exit_code_says_whether_a_difference_is_shown(cli, place: Path, monk
     refused(cli("diff", ran, place), "run.sqlite")
 
 
-def skipping(name: str, recovered: int, threshold: float | None = 0.6) -> Arm:
+def skipping(name: str, recovered: int, threshold: float | None = 0.6) -> ComparedRun:
     """A run that attacked no image again that the first of two attackers had recovered: so many of ten."""
     rows = [("dlg", i, "ok", 0.9 if i < recovered else 0.1) for i in range(10)]
     rows += [("ig", i, "ok" if i >= recovered else "", 0.2 if i >= recovered else math.nan) for i in range(10)]
@@ -172,7 +172,7 @@ def skipping(name: str, recovered: int, threshold: float | None = 0.6) -> Arm:
     session = RunSession(1, dataclasses.replace(provenance(), matrix=matrix), "", "")
     trials = trials.assign(trial=list(map(str, range(20))), **same)
     record = TrialRecord("{}", "", 0, 1, "", {"dataset": "d", "model": "m", "defense": "none"})
-    return Arm(name, trials, dict.fromkeys(trials["trial"], record), [], [session])
+    return ComparedRun(name, trials, dict.fromkeys(trials["trial"], record), [], [session])
 
 
 def test_runs_that_skipped_are_compared_by_what_all_attackers_recover() -> None:

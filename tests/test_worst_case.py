@@ -208,7 +208,7 @@ def test_an_attack_that_serves_nothing_is_a_row_with_its_reason(tmp_path):
         go(ensemble(Serves()), tmp_path / "alone")
     alone = ensemble(Serves(), floors=True)
     go(alone, tmp_path / "floors")
-    assert "no attacker serves it" in report_of(tmp_path / "floors")
+    assert "no attacker supports it" in report_of(tmp_path / "floors")
 
 
 def test_who_knows_a_defense_without_an_informed_attacker_is_left_out_with_the_reason(tmp_path):

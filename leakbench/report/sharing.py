@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from leakbench.analysis.paired import Pair
 from leakbench.analysis.summary import summarise
 from leakbench.core.text import slug
 from leakbench.report.about import about
@@ -53,7 +54,7 @@ def files(run: RunData, store: Store) -> Iterator[tuple[str, bytes]]:
 
     There are none unless key-lock was attacked with its key shared (T3) and with its lock shared (T4).
     """
-    locked = run.results[run.results["defense"].str.partition("(")[0] == "keylock"]
+    locked = run.results[run.results["defense"].str.split("(").str[0] == "keylock"]
     if not {"T3", "T4"} <= set(locked["threat"]):
         return
     words, blocks = trained(run.components), []
@@ -75,7 +76,7 @@ def arms(results: pd.DataFrame) -> pd.DataFrame:
     are several key-locks, each has arms of its own.
     """
     attacked = results[~results["floor"].astype(bool)]
-    names = attacked["defense"].str.partition("(")[0]
+    names = attacked["defense"].str.split("(").str[0]
     found = attacked[names.isin([*CONTROLS, "keylock"])]
     locked = names[found.index] == "keylock"
     share = found["threat"].map(lambda threat: GRANTS.get(threat, threat))
@@ -128,7 +129,7 @@ def _scores(run: RunData, block: pd.DataFrame) -> str:
 def _tests(block: pd.DataFrame) -> str:
     """Return the paired differences between arms, with their tests."""
     cells = {str(arm): own.set_index(["image", "seed"]) for arm, own in block.groupby(_ARM, sort=False)}
-    pairs = [(f"{first} − {second}", cells[first], cells[second]) for first, second in _pairs(list(cells))]
+    pairs = [Pair(f"{first} − {second}", cells[first], cells[second]) for first, second in _pairs(list(cells))]
     return paired_table(pairs, [name for name in _TESTED if name in block and block[name].notna().any()])[0]
 
 
