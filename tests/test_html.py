@@ -149,9 +149,7 @@ def test_the_worst_case_is_said_in_words(tmp_path):
     results += [scored(attack, NOISE, i, 0.3) for attack in (DLG, IG) for i in range(20)]
     text = page(tmp_path, results, [*METRICS, *ALIGNED])
     words = " ".join(Tags(text).texts("p"))
-    assert (
-        "“noise(scale=0.01)” leaks least: none of 20 images recovered (95\xa0% interval up to 16\xa0%)." in words
-    )
+    assert "“noise(scale=0.01)” leaks least: none of 20 images recovered (95\xa0% interval up to 16\xa0%)." in words
     assert "“none” leaks most: 20 of 20 images recovered (95\xa0% interval 84 to 100\xa0%)." in words
     assert "overlap" not in words
     assert "dlg: 10, ig(step=0.01): 10" in text

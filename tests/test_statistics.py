@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -13,8 +12,6 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from leakbench.analysis.statistics import (
-    ALPHA,
-    Difference,
     bootstrap_interval,
     holm,
     paired_difference,

@@ -17,8 +17,8 @@ from leakbench.core.registry import split_spec
 from leakbench.core.text import ABSENT, number, percent, plural
 from leakbench.plan.matrix import RECOVERY
 from leakbench.report.figure import COLOURS, GREY, key_below, plain, saved, style
-from leakbench.report.markdown import Run
 from leakbench.report.page import render_markdown
+from leakbench.report.run import RunData
 from leakbench.report.study import Line, draw_lines, table
 from leakbench.store.records import TrialRecord
 from leakbench.store.run_file import Store
@@ -36,7 +36,7 @@ _PLACE = ["dataset", "model", "rate", "steps"]
 _WHO = ["method", "known"]
 
 
-def files(run: Run, store: Store) -> Iterator[tuple[str, bytes]]:
+def files(run: RunData, store: Store) -> Iterator[tuple[str, bytes]]:
     """Yield the names and contents of ``weights.md`` and its figures; nothing for a run whose clients share gradients.
 
     The figures are there if an attack learned the scale, and if there was a defense of weights.
