@@ -964,7 +964,7 @@ def test_a_report_says_who_is_informed_of_every_defense_or_that_nobody_is(tmp_pa
         page = markdown(Report("x", store.sessions(), 8, results, store.metrics(), store.threats(), components))
         worst = worst_case.markdown("x", store.trials(), 0.5, store.threats(), components)
     for text in (page, worst):
-        lines = text.partition("What the defenses state")[2].splitlines()
+        lines = text.partition("What each defense states")[2].splitlines()
         cells = [[cell.strip() for cell in line.split("|")] for line in lines if line.startswith("| ")]
         rows = {cell[1]: cell[2:4] for cell in cells}
         assert rows["Signs"] == ["–", "none stated"]
