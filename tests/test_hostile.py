@@ -25,8 +25,8 @@ from leakbench.core.images import decoded
 from leakbench.engine.progress import Display
 from leakbench.errors import BadOption, CorruptAsset, ForeignRun, LeakbenchError
 from leakbench.report import show
+from leakbench.report.figure import plain
 from leakbench.report.files import write
-from leakbench.report.grids import plain
 from leakbench.store.integrity import check
 from leakbench.store.merge import merge
 from leakbench.store.run_file import FILE, Store

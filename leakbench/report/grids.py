@@ -18,9 +18,7 @@ from PIL import Image
 from leakbench.analysis.summary import ANY, BLOCK, without_repeats
 from leakbench.core.images import decoded
 from leakbench.core.text import number, slug
-from leakbench.report.figure import COLOURS as COLOURS
 from leakbench.report.figure import GREY, RED, saved, spelled
-from leakbench.report.figure import plain as plain
 from leakbench.store.records import Pictures
 
 MAX_ROWS = 12
