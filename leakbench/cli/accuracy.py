@@ -5,24 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-from leakbench.cli.options import (
-    Datasets,
-    Defenses,
-    Device,
-    Models,
-    Name,
-    Out,
-    Plugins,
-    Seeds,
-    command,
-    console,
-    stated,
-    stoppable,
-)
+from leakbench.cli.options import DEVICE, OUT, PLUGIN, SEEDS, argument, command, console, option, stated, stoppable
 
 if TYPE_CHECKING:
     from leakbench.training import TrainingRecord
@@ -30,63 +17,58 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 Plan = TypeVar("Plan", bound="Accuracy")
+_SETTINGS = (
+    "mode",
+    "rounds",
+    "clients",
+    "fraction",
+    "local_epochs",
+    "split",
+    "batch",
+    "lr",
+    "images",
+    "select",
+    "name",
+)
 
 
 @dataclass(frozen=True)
 class TrainOptions:
     """The options of a command that trains; each field's help says what it is."""
 
-    file: Annotated[
-        Path | None, typer.Argument(metavar="FILE.toml", help="A file that states the training; options override it.")
-    ] = None
-    scale: Annotated[
-        str | None, typer.Option(help="One of the scales that the file has, such as smoke, cpu or full.")
-    ] = None
-    defense: Defenses = None
-    model: Models = None
-    dataset: Datasets = None
-    seeds: Seeds = None
-    mode: Annotated[str | None, typer.Option(help="centralised, or fedavg (needs the extra fl).")] = None
-    rounds: Annotated[int | None, typer.Option(help="Rounds of fedavg, or epochs.")] = None
-    clients: Annotated[int | None, typer.Option(help="Clients of fedavg.")] = None
-    fraction: Annotated[float | None, typer.Option(help="The share of the clients in each round.")] = None
-    local_epochs: Annotated[int | None, typer.Option(help="Epochs of a client in a round.")] = None
-    split: Annotated[str | None, typer.Option(help="iid, or shards (by label).")] = None
-    batch: Annotated[int | None, typer.Option(help="Images per step.")] = None
-    lr: Annotated[float | None, typer.Option(help="The learning rate of SGD.")] = None
-    images: Annotated[int | None, typer.Option(help="The number of training images (default: all).")] = None
-    select: Annotated[
-        str | None,
-        typer.Option(help="The round that counts: the best by validation or by test (as the paper does), or last."),
-    ] = None
-    name: Name = None
-    out: Out = None
-    device: Device = "auto"
-    workers: Annotated[
-        int,
-        typer.Option(min=0, help="Ray processes that share the clients of fedavg; 0: one after another, without Ray."),
-    ] = 0
-    plugin: Plugins = None
+    file: Path | None = argument("A file that states the training; options override it.", "FILE.toml")
+    scale: str | None = option("One of the scales that the file has, such as smoke, cpu or full.")
+    defense: list[str] | None = option("A defense; repeatable.")
+    model: list[str] | None = option("A model; repeatable.")
+    dataset: list[str] | None = option("A dataset; repeatable.")
+    seeds: list[str] | None = option(SEEDS)
+    mode: str | None = option("centralised, or fedavg (needs the extra fl).")
+    rounds: int | None = option("Rounds of fedavg, or epochs.")
+    clients: int | None = option("Clients of fedavg.")
+    fraction: float | None = option("The share of the clients in each round.")
+    local_epochs: int | None = option("Epochs of a client in a round.")
+    split: str | None = option("iid, or shards (by label).")
+    batch: int | None = option("Images per step.")
+    lr: float | None = option("The learning rate of SGD.")
+    images: int | None = option("The number of training images (default: all).")
+    select: str | None = option(
+        "The round that counts: the best by validation or by test (as the paper does), or last."
+    )
+    name: str | None = option("The run's name.")
+    out: Path | None = option(OUT)
+    device: str = option(DEVICE, default="auto")
+    workers: int = option(
+        "Ray processes that share the clients of fedavg; 0: one after another, without Ray.", min=0, default=0
+    )
+    plugin: list[Path] | None = option(PLUGIN)
 
     def plans(self, kind: type[Plan]) -> tuple[list[Plan], Path]:
         """Return what a file and options state, and the run's folder."""
         from leakbench.plan import matrix
 
         lists = {"defenses": self.defense, "models": self.model, "datasets": self.dataset, "seeds": self.seeds}
-        settings = {
-            "mode": self.mode,
-            "rounds": self.rounds,
-            "clients": self.clients,
-            "fraction": self.fraction,
-            "local_epochs": self.local_epochs,
-            "split": self.split,
-            "batch": self.batch,
-            "lr": self.lr,
-            "images": self.images,
-            "select": self.select,
-            "name": self.name,
-        }
-        given = {key: value for key, value in settings.items() if value is not None} | stated(self.plugin, lists)
+        values = {name: getattr(self, name) for name in _SETTINGS}
+        given = {name: value for name, value in values.items() if value is not None} | stated(self.plugin, lists)
         rows = matrix.expand({} if self.file is None else matrix.load(self.file), self.scale)
         plans = [kind(**_fitting({**row, **given}, rows, given)) for row in rows]
         return plans, self.out or Path("runs") / plans[0].name
@@ -123,7 +105,7 @@ def accuracy(given: TrainOptions) -> None:
     app,
     "tradeoff",
     TrainOptions,
-    without=("mode", "clients", "fraction", "local_epochs", "split", "batch", "lr", "images", "select"),
+    without=[name for name in _SETTINGS if name not in ("rounds", "name")],
     required="file",
 )
 def tradeoff(given: TrainOptions) -> None:

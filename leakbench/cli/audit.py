@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from typer.core import TyperGroup
 
-from leakbench.cli.options import Device, command, console, stoppable
+from leakbench.cli.options import DEVICE, command, console, option, stoppable
 from leakbench.errors import BadOption
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class _OnImages(_Shared):
     threat: Annotated[
         list[str] | None, typer.Option("--threat", help="A threat model in place of those of the budget; repeatable.")
     ] = None
-    device: Device = "auto"
+    device: str = option(DEVICE, default="auto")
 
 
 @dataclass(frozen=True, kw_only=True)

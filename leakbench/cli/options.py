@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -17,20 +18,37 @@ if TYPE_CHECKING:
 
 Options = TypeVar("Options")
 
-Defenses = Annotated[list[str] | None, typer.Option("--defense", help="A defense; repeatable.")]
-Models = Annotated[list[str] | None, typer.Option("--model", help="A model; repeatable.")]
-Datasets = Annotated[list[str] | None, typer.Option("--dataset", help="A dataset; repeatable.")]
-Seeds = Annotated[
-    list[str] | None,
-    typer.Option(help="Seeds 0..N-1 for a number N, or a list such as 3,4 (`3,` selects the single seed 3)."),
-]
-Name = Annotated[str | None, typer.Option(help="The run's name.")]
-Out = Annotated[Path | None, typer.Option(help="The run's folder (default: runs/NAME); an existing run is resumed.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Plugins = Annotated[
-    list[Path] | None,
-    typer.Option("--plugin", help="A Python file that registers components; it is executed. Repeatable."),
-]
+SEEDS = "Seeds 0..N-1 for a number N, or a list such as 3,4 (`3,` selects the single seed 3)."
+OUT = "The run's folder (default: runs/NAME); an existing run is resumed."
+DEVICE = "auto, cpu, cuda or cuda:N."
+PLUGIN = "A Python file that registers components; it is executed. Repeatable."
+"""The help of options that several commands have."""
+
+
+def option(
+    help: str,
+    *flags: str,
+    default: object = None,
+    metavar: str | None = None,
+    min: float | None = None,
+    max: float | None = None,
+) -> Any:
+    """Return a field of a dataclass of options that becomes an option; its flag is the field's name by default.
+
+    Args:
+        help: what the option is, for ``--help``.
+        flags: such as ``--strict``, for a flag that cannot be negated.
+        default: the value if the option is not given.
+        metavar: what stands for its value in ``--help``.
+        min: the least value of a number; likewise ``max``.
+    """
+    info = typer.Option(*flags, help=help, metavar=metavar, min=min, max=max)
+    return field(default=default, metadata={"typer": info})
+
+
+def argument(help: str, metavar: str) -> Any:
+    """Return a field of a dataclass of options that becomes an argument, which need not be given."""
+    return field(default=None, metadata={"typer": typer.Argument(help=help, metavar=metavar)})
 
 
 def command(
@@ -41,7 +59,7 @@ def command(
     Args:
         app: the group of the command.
         name: the command's name.
-        options: the dataclass; its annotations and defaults are those of Typer.
+        options: the dataclass; its fields are made by ``option`` or annotated for Typer.
         without: fields that the command has no option for; they keep their defaults.
         required: a field that must be given.
     """
@@ -50,10 +68,14 @@ def command(
         def called(**given: Any) -> None:
             does(options(**given))
 
-        fields = inspect.signature(options, eval_str=True).parameters.values()
+        infos = {one.name: one.metadata.get("typer") for one in fields(options)}  # type: ignore[arg-type]
         kept = [
-            one.replace(kind=one.KEYWORD_ONLY, default=one.empty if one.name == required else one.default)
-            for one in fields
+            one.replace(
+                kind=one.KEYWORD_ONLY,
+                default=one.empty if one.name == required else one.default,
+                annotation=Annotated[one.annotation, infos[one.name]] if infos[one.name] else one.annotation,
+            )
+            for one in inspect.signature(options, eval_str=True).parameters.values()
             if one.name not in without
         ]
         called.__signature__ = inspect.Signature(kept)  # type: ignore[attr-defined]  # Typer takes the options from it

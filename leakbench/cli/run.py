@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from leakbench.cli.options import (
-    Datasets,
-    Defenses,
-    Device,
-    Models,
-    Name,
-    Out,
-    Plugins,
-    Seeds,
-    command,
-    console,
-    stated,
-    stoppable,
-)
+from leakbench.cli.options import DEVICE, OUT, PLUGIN, SEEDS, argument, command, console, option, stated, stoppable
 
 if TYPE_CHECKING:
     from leakbench.api import Run
@@ -36,89 +23,58 @@ app = typer.Typer(help="Run trials.", no_args_is_help=True)
 class MatrixOptions:
     """The options of a command that runs a matrix; each field's help says what it is."""
 
-    file: Annotated[
-        Path | None, typer.Argument(metavar="MATRIX.toml", help="A file that states the matrix; options override it.")
-    ] = None
-    suite: Annotated[
-        str | None, typer.Option(help="A matrix that ships with leakbench: quick (default), worst-case, ...")
-    ] = None
-    scale: Annotated[
-        str | None, typer.Option(help="One of the scales that the matrix has, such as smoke, cpu or full.")
-    ] = None
-    attack: Annotated[
-        list[str] | None, typer.Option("--attack", help='An attack, such as "ig(steps=1000)"; repeatable.')
-    ] = None
-    defense: Defenses = None
-    model: Models = None
-    dataset: Datasets = None
-    threat: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--threat", help='A threat model: a preset, or "labels=known, reveals=key+lock, informed=true"; repeatable.'
-        ),
-    ] = None
-    images: Annotated[
-        list[str] | None,
-        typer.Option(help="The first N images, or a list such as 0,3,5 (`3,` selects the single image 3); repeatable."),
-    ] = None
-    seeds: Seeds = None
-    threshold: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NUMBER",
-            help="From 0 to 1: once an attack has recovered an image (ssim_aligned of at least this), later attacks "
-            "behind the same defense skip the image (default: that of the matrix; 0.6 in the suite worst-case, none "
-            "in the others).",
-        ),
-    ] = None
-    floors: Annotated[
-        bool | None, typer.Option("--floors/--no-floors", help="Add the floors random, grey and mean (default: yes).")
-    ] = None
-    name: Name = None
-    out: Out = None
-    device: Device = "auto"
-    chunk: Annotated[
-        int | None, typer.Option(min=1, help="Trials at a time (default: measured); halved if memory does not suffice.")
-    ] = None
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Worker processes; they share the threads, and the GPUs if --device names none (default: 1; with Ray "
-            "as many as the cluster has room for).",
-        ),
-    ] = None
-    time_limit: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SECONDS",
-            help="The time limit of a trial; a chunk of n trials has n times as much. A chunk that times out is run "
-            "again one trial at a time, and a trial that times out is recorded as an error.",
-        ),
-    ] = None
-    shard: Annotated[
-        str,
-        typer.Option(
-            metavar="I/N", help="Run only this part of the matrix, from 1/N to N/N; leakbench merge combines the parts."
-        ),
-    ] = ""
-    executor: Annotated[
-        Literal["local", "ray"], typer.Option(help="Run the workers on this machine, or on those of a Ray cluster.")
-    ] = "local"
-    ray_address: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="The Ray cluster (default: RAY_ADDRESS, or else this machine).")
-    ] = ""
-    gpus_per_worker: Annotated[
-        float | None,
-        typer.Option("--gpus-per-worker", min=0, metavar="NUMBER", help="With Ray: GPUs per worker, such as 0.25."),
-    ] = None
-    strict: Annotated[
-        bool,
-        typer.Option(
-            "--strict", help="Refuse the matrix if a cell cannot be served; stop at the first error of a component."
-        ),
-    ] = False
-    plugin: Plugins = None
+    file: Path | None = argument("A file that states the matrix; options override it.", "MATRIX.toml")
+    suite: str | None = option("A matrix that ships with leakbench: quick (default), worst-case, ...")
+    scale: str | None = option("One of the scales that the matrix has, such as smoke, cpu or full.")
+    attack: list[str] | None = option('An attack, such as "ig(steps=1000)"; repeatable.')
+    defense: list[str] | None = option("A defense; repeatable.")
+    model: list[str] | None = option("A model; repeatable.")
+    dataset: list[str] | None = option("A dataset; repeatable.")
+    threat: list[str] | None = option(
+        'A threat model: a preset, or "labels=known, reveals=key+lock, informed=true"; repeatable.'
+    )
+    images: list[str] | None = option(
+        "The first N images, or a list such as 0,3,5 (`3,` selects the single image 3); repeatable."
+    )
+    seeds: list[str] | None = option(SEEDS)
+    threshold: str | None = option(
+        "From 0 to 1: once an attack has recovered an image (ssim_aligned of at least this), later attacks behind the "
+        "same defense skip the image (default: that of the matrix; 0.6 in the suite worst-case, none in the others).",
+        metavar="NUMBER",
+    )
+    floors: bool | None = option("Add the floors random, grey and mean (default: yes).")
+    name: str | None = option("The run's name.")
+    out: Path | None = option(OUT)
+    device: str = option(DEVICE, default="auto")
+    chunk: int | None = option("Trials at a time (default: measured); halved if memory does not suffice.", min=1)
+    workers: int | None = option(
+        "Worker processes; they share the threads, and the GPUs if --device names none (default: 1; with Ray as many "
+        "as the cluster has room for).",
+        min=1,
+    )
+    time_limit: float | None = option(
+        "The time limit of a trial; a chunk of n trials has n times as much. A chunk that times out is run again one "
+        "trial at a time, and a trial that times out is recorded as an error.",
+        metavar="SECONDS",
+    )
+    shard: str = option(
+        "Run only this part of the matrix, from 1/N to N/N; leakbench merge combines the parts.",
+        metavar="I/N",
+        default="",
+    )
+    executor: Literal["local", "ray"] = option(
+        "Run the workers on this machine, or on those of a Ray cluster.", default="local"
+    )
+    ray_address: str = option(
+        "The Ray cluster (default: RAY_ADDRESS, or else this machine).", metavar="ADDRESS", default=""
+    )
+    gpus_per_worker: float | None = option("With Ray: GPUs per worker, such as 0.25.", min=0, metavar="NUMBER")
+    strict: bool = option(
+        "Refuse the matrix if a cell cannot be served; stop at the first error of a component.",
+        "--strict",
+        default=False,
+    )
+    plugin: list[Path] | None = option(PLUGIN)
 
     def matrices(self) -> list[Matrix]:
         """Load the plugins, and return the matrices that file or suite and options state, all for one folder.
@@ -129,15 +85,8 @@ class MatrixOptions:
         from leakbench.errors import BadOption
         from leakbench.plan import matrix
 
-        axes = {
-            "attacks": self.attack,
-            "defenses": self.defense,
-            "models": self.model,
-            "datasets": self.dataset,
-            "threats": self.threat,
-            "images": self.images,
-            "seeds": self.seeds,
-        }
+        axes = {"attacks": self.attack, "defenses": self.defense, "models": self.model, "datasets": self.dataset}
+        axes |= {"threats": self.threat, "images": self.images, "seeds": self.seeds}
         given = stated(self.plugin, axes)
         if self.file is not None and self.suite is not None:
             raise BadOption(f"both the file {str(self.file)!r} and the suite {self.suite!r} were given; give one")
@@ -154,17 +103,7 @@ class MatrixOptions:
         """Return how the matrices are run."""
         from leakbench.engine.run import RunOptions
 
-        return RunOptions(
-            self.device,
-            self.chunk,
-            self.strict,
-            self.workers,
-            self.time_limit,
-            self.shard,
-            self.executor,
-            self.ray_address,
-            self.gpus_per_worker,
-        )
+        return RunOptions(**{one.name: getattr(self, one.name) for one in fields(RunOptions)})
 
 
 @command(app, "matrix", MatrixOptions)
