@@ -17,6 +17,7 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur, to_pil_image
@@ -46,6 +47,8 @@ NAMES = [
     "paper_lpips_vgg",
     "paper_lpips_alex",
 ]
+NAMED_ONLY = {"ms_ssim": 161, "vif": 41, "gmsd": 8, "fsim": 8}
+"""The metrics that a run must name, with the smallest image of each."""
 TRUNK_METRICS = [name for name in NAMES if "lpips" in name]
 IMAGE_METRICS = [name for name in NAMES if name != "label_correct"]
 NETS: tuple[Net, ...] = ("vgg", "alex")
@@ -119,15 +122,19 @@ def random_trunks(random_networks: dict[Net, nn.Module], monkeypatch: pytest.Mon
 
 def test_the_metrics_are_registered_in_the_order_of_their_columns() -> None:
     assert metrics.names()[: len(NAMES)] == NAMES
+    every_run = [*NAMES, "psnr_encoded", "ssim_encoded"]
+    assert [metric.name for metric in metrics.of_run()][: len(every_run)] == every_run
+    assert not set(NAMED_ONLY) & {metric.name for metric in metrics.of_run()}
+    assert [metric.name for metric in metrics.of_run(["fsim", "psnr"])][len(every_run)] == "fsim"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *NAMED_ONLY])
 def test_a_metric_states_its_convention_direction_and_source(name: str) -> None:
     cls = metrics.get(name)
     assert len(cls.convention) > 10
     assert cls.reference
     assert "\n" not in cls.convention + cls.reference
-    assert cls.higher_is_better == any(word in name for word in ("psnr", "ssim", "correct"))
+    assert cls.higher_is_better == any(word in name for word in ("psnr", "sim", "correct", "vif"))
     assert cls.summary().endswith(".")
     assert metrics.spec(metrics.parse(name)) == name
 
@@ -206,15 +213,17 @@ def test_unfit_images_are_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "window"), [("ssim", 11), ("ssim_aligned", 11), ("paper_ssim", 7)])
-def test_ssim_is_refused_below_its_window_and_the_column_says_so(name: str, window: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "window"), [("ssim", 11), ("ssim_aligned", 11), ("paper_ssim", 7), *NAMED_ONLY.items()]
+)
+def test_small_images_are_refused_and_the_column_says_so(name: str, window: int) -> None:
     metric = metrics.parse(name)
     assert metric(rand(1, 3, window, window), rand(1, 3, window, window, seed=1)).shape == (1,)
     assert metric.note((3, window, window)) == ""
-    small = rand(1, 3, window - 1, 32)
-    with pytest.raises(ValueError, match=f"at least {window} x {window} pixels; {window - 1} x 32"):
+    small = rand(1, 3, window - 1, 200)
+    with pytest.raises(ValueError, match=f"at least {window} x {window} pixels; {window - 1} x 200"):
         metric(small, small)
-    assert f"not defined for {window - 1} x 32 images" in metric.note((3, window - 1, 32))
+    assert f"not defined for {window - 1} x 200 images" in metric.note((3, window - 1, 200))
 
 
 # Standard
@@ -274,6 +283,71 @@ def test_ssim_is_symmetric_bounded_and_exact_on_flat_images() -> None:
 def test_ssim_does_not_depend_on_the_precision_of_its_input() -> None:
     images, truth = rand(2, 3, 32, 32), rand(2, 3, 32, 32, seed=1)
     assert torch.equal(ssim(images, truth), ssim(images.double(), truth.double()))
+
+
+# Further measures of piq, which a run must name
+
+
+@pytest.mark.parametrize("name", NAMED_ONLY)
+def test_a_further_measure_is_best_for_equal_images_and_worsens_with_noise(name: str) -> None:
+    metric = metrics.parse(name)
+    truth = photo(max(64, NAMED_ONLY[name]))
+    noise = randn(*truth.shape)
+    noisy = torch.cat([truth + level * noise for level in (0.0, 0.02, 0.05, 0.1, 0.2)])
+    values = metric(noisy, truth.expand_as(noisy))
+    assert values.dtype == torch.float64
+    assert values[0].item() == pytest.approx(1.0 if metric.higher_is_better else 0.0, abs=1e-6)
+    assert bool((values.diff() < 0).all() if metric.higher_is_better else (values.diff() > 0).all()), values
+    torch.testing.assert_close(metric(noisy.clamp(0, 1), truth.expand_as(noisy)), values)
+    each = torch.cat([metric(row[None], truth) for row in noisy])
+    torch.testing.assert_close(each, values, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMED_ONLY)
+def test_a_further_measure_is_symmetric_but_for_vif_and_takes_grey_as_rgb(name: str) -> None:
+    metric = metrics.parse(name)
+    size = max(48, NAMED_ONLY[name])
+    first, second = photo(size), (photo(size) + 0.1 * randn(1, 3, size, size)).clamp(0, 1)
+    symmetric = abs(metric(first, second).item() - metric(second, first).item()) < 1e-9
+    assert symmetric == (name != "vif")
+    grey = first[:, :1], second[:, :1]
+    torch.testing.assert_close(metric(*grey), metric(*(image.expand(-1, 3, -1, -1) for image in grey)))
+    with pytest.raises(ValueError, match="2 channels"):
+        metric(first[:, :2], second[:, :2])
+
+
+@pytest.mark.parametrize("name", NAMED_ONLY)
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_a_further_measure_of_any_finite_reconstruction_is_finite(name: str, scale: float) -> None:
+    images = scale * (2 * rand(2, 1, 161, 161) - 1)
+    assert bool(torch.isfinite(metrics.parse(name)(images, rand(2, 1, 161, 161, seed=1))).all())
+
+
+def test_ms_ssim_of_flat_images_is_the_luminance_of_the_last_scale() -> None:
+    truth = torch.full((1, 3, 161, 161), 0.3, dtype=torch.float64)
+    luminance = (2 * 0.3 * 0.6 + 1e-4) / (0.3**2 + 0.6**2 + 1e-4)
+    assert metrics.parse("ms_ssim")(2 * truth, truth).item() == pytest.approx(luminance**0.1333, rel=1e-6)
+
+
+def test_vif_is_above_one_only_for_more_contrast_than_the_truths() -> None:
+    truth = 0.25 + 0.5 * photo(64)
+    images = torch.cat([0.5 + contrast * (truth - 0.5) for contrast in (0.1, 0.5, 0.9, 1.1, 1.5)])
+    values = metrics.parse("vif")(images, truth.expand_as(images))
+    assert bool((values.diff() > 0).all())
+    assert (values > 1).tolist() == [False, False, False, True, True]
+
+
+def test_gmsd_is_the_deviation_of_scipys_prewitt_gradients() -> None:
+    truth, images = photo(32)[:, :1].double(), rand(1, 1, 32, 32, dtype=torch.float64)
+
+    def magnitude(image: Tensor) -> np.ndarray:
+        halved = F.avg_pool2d(image, 2)[0, 0].numpy()
+        return np.hypot(*(ndimage.prewitt(halved, axis, mode="constant") / 3 for axis in (0, 1)))
+
+    first, second = magnitude(images), magnitude(truth)
+    constant = 170 / 255**2
+    similarity = (2 * first * second + constant) / (first**2 + second**2 + constant)
+    assert metrics.parse("gmsd")(images, truth).item() == pytest.approx(similarity.std(), rel=1e-6)
 
 
 # Aligned

@@ -115,7 +115,8 @@ class _Shared:
         with stoppable(lambda: "the trials that ended are kept") as line, Display(console()) as display:
             for path in self.plugin or []:
                 load_plugin(path)
-            rule = None if self.fail_if is None else audit.FailRule.parse(self.fail_if, metrics.names())
+            measured = [metric.name for metric in metrics.of_run()]
+            rule = None if self.fail_if is None else audit.FailRule.parse(self.fail_if, measured)
             network = audit.load_network(
                 self.model, self.plugin or [], mode=self.mode, normalise=self.normalise, checkpoint=checkpoint
             )

@@ -43,6 +43,7 @@ class MatrixOptions:
         metavar="NUMBER",
     )
     floors: bool | None = option("Add the floors random, grey and mean (default: yes).")
+    metric: list[str] | None = option("A metric beside those of every run: ms_ssim, vif, gmsd or fsim; repeatable.")
     name: str | None = option("The run's name.")
     out: Path | None = option(OUT)
     device: str = option(DEVICE, default="auto")
@@ -95,7 +96,7 @@ class MatrixOptions:
             base = matrix.load(self.file)
         elif self.suite is not None or not given:
             base = matrix.load_suite(self.suite or "quick")
-        settings = {"name": self.name, "floors": self.floors, "threshold": self.threshold}
+        settings = {"name": self.name, "floors": self.floors, "threshold": self.threshold, "metrics": self.metric}
         given |= {key: value for key, value in settings.items() if value is not None}
         return [matrix.Matrix(**matrix.override(row, given)) for row in matrix.expand(base, self.scale)]
 

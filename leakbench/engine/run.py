@@ -110,6 +110,7 @@ class _Planned:
         trials: those of this shard.
         whole: those of the whole matrix.
         data: the clients' images, by the dataset's spec.
+        metrics: those of the run, including those that an existing run has.
         missing: a line on each metric that cannot be computed here.
     """
 
@@ -119,6 +120,7 @@ class _Planned:
     data: dict[str, ClientData]
     executor: Executor
     device: torch.device
+    metrics: Sequence[Metric]
     missing: Sequence[str]
 
 
@@ -190,14 +192,20 @@ def _plan(matrix: Matrix, options: RunOptions, file: Path, given: ClientData | N
     trials = planned(matrix, options.shard)
     if not trials:
         raise BadOption(f"shard {options.shard} of {len(matrix.trials())} trials would be empty; choose a smaller n")
+    named, new = {metric.name for metric in matrix.metrics}, list[str]()
     if _has_content(file):
-        Store.open(file, readonly=True).close()  # a foreign file is refused before anything is loaded
+        with Store.open(file, readonly=True) as store:  # a foreign file is refused before anything is loaded
+            recorded = {metric.name for metric in store.metrics()}
+        new = sorted(named - recorded)
+        named |= recorded
     keep_freed_memory()
     data = _load(trials) if given is None else {trials[0].specs["dataset"]: given}
-    scores, missing = _metrics()
+    measured = metrics.of_run(named)
+    scores, missing = _usable(measured)
+    missing += [f"metric {name!r} is new to this run: trials that are done keep no value of it" for name in new]
     executor = _executor(WorkerContext(scores, device, options.strict), options)
     whole = matrix.trials() if options.shard else trials
-    return _Planned(matrix, trials, whole, data, executor, device, missing)
+    return _Planned(matrix, trials, whole, data, executor, device, measured, missing)
 
 
 @contextmanager
@@ -209,7 +217,7 @@ def _session(plan: _Planned, folder: Path, shard: str, command: str) -> Iterator
     provenance = Provenance.collect(command, _named(plan.device), matrix, shard, plan.executor.workers)
     with Store.open(file) if _has_content(file) else Store.create(file) as store, alone(folder):
         session = store.start_session(provenance)
-        store.record_metrics([metrics.parse(name) for name in metrics.names()], _notes(plan.trials))
+        store.record_metrics(plan.metrics, _notes(plan.metrics, plan.trials))
         store.add_trials(plan.trials, among=plan.whole)
         store.record_checkpoints(checkpoints)
         store.record_statements(statements)
@@ -411,13 +419,12 @@ def _preflight(
     return refused
 
 
-def _metrics() -> tuple[list[Metric], list[str]]:
+def _usable(measured: Sequence[Metric]) -> tuple[list[Metric], list[str]]:
     """Return the metrics that can be computed here, and a line on each other."""
     usable, missing = [], []
-    for name in metrics.names():
-        if name in BEFORE + AFTER:
-            raise BadOption(f"metric {name!r} has the name of a column of the results; rename the metric")
-        metric = metrics.parse(name)
+    for metric in measured:
+        if metric.name in BEFORE + AFTER:
+            raise BadOption(f"metric {metric.name!r} has the name of a column of the results; rename the metric")
         try:
             metric.check()
             usable.append(metric)
@@ -426,13 +433,13 @@ def _metrics() -> tuple[list[Metric], list[str]]:
     return usable, missing
 
 
-def _notes(trials: Sequence[Trial]) -> dict[str, str]:
+def _notes(measured: Sequence[Metric], trials: Sequence[Trial]) -> dict[str, str]:
     """Return what a reader must know of each column, for the image shapes of the run."""
     shapes = dict.fromkeys(trial.dataset.image_shape for trial in trials)
     notes = {}
-    for name in metrics.names():
-        lines = dict.fromkeys(metrics.parse(name).note(shape) for shape in shapes)
-        notes[name] = " ".join(line for line in lines if line)
+    for metric in measured:
+        lines = dict.fromkeys(metric.note(shape) for shape in shapes)
+        notes[metric.name] = " ".join(line for line in lines if line)
     return notes
 
 

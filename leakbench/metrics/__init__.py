@@ -1,12 +1,20 @@
 """The registered metrics, one file for each convention."""
 
-from leakbench.metrics import standard, lpips, aligned, label, paper, encoded  # isort: skip (listed in this order)
+from collections.abc import Collection
+
+from leakbench.metrics import standard, lpips, aligned, label, paper, encoded, perceptual  # isort: skip (listed in this order)
 from leakbench.metrics.base import Metric, Truth, register, registry
 
 get = registry.get
 names = registry.names
 parse = registry.parse
 spec = registry.spec
+
+
+def of_run(named: Collection[str] = ()) -> list[Metric]:
+    """Return the metrics of a run: those of every run, and those it names, in the order of their columns."""
+    return [parse(name) for name in names() if get(name).default or name in named]
+
 
 __all__ = [
     "Metric",
@@ -17,8 +25,10 @@ __all__ = [
     "label",
     "lpips",
     "names",
+    "of_run",
     "paper",
     "parse",
+    "perceptual",
     "register",
     "registry",
     "spec",

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SkipValidation, ValidationError
 from torch import nn
 
-from leakbench import attacks, datasets, defenses, models
+from leakbench import attacks, datasets, defenses, metrics, models
 from leakbench.attacks import Attack
 from leakbench.core.registry import split_options
 from leakbench.core.text import plural
@@ -24,6 +24,7 @@ from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
 from leakbench.defenses.adaptive import by_informed
 from leakbench.errors import BadOption
+from leakbench.metrics import Metric
 from leakbench.models import Model, OwnModule
 from leakbench.plan.trial import Cell, Trial
 
@@ -109,6 +110,9 @@ AttackAxis = Annotated[
 ThreatAxis = Annotated[
     tuple[SkipValidation[ThreatModel], ...], BeforeValidator(partial(components, "threats", parse_threat))
 ]
+MetricAxis = Annotated[
+    tuple[SkipValidation[Metric], ...], BeforeValidator(partial(components, "metrics", metrics.parse))
+]
 
 
 class Axes(BaseModel):
@@ -161,6 +165,7 @@ class Matrix(Axes):
         seeds: n for the seeds 0 to n-1, or a list.
         floors: add the floors ``random``, ``grey`` and ``mean`` (behind no defense, since they use no gradient) unless
             they are named: the scores of an attack are read against them.
+        metrics: specs or Metric objects, beside those of every run. They change no trial and no trial's id.
 
     Raises:
         BadOption: one line on the first field that is not valid.
@@ -181,6 +186,7 @@ class Matrix(Axes):
     images: Indices = 8
     seeds: Indices = [0]
     floors: bool = True
+    metrics: MetricAxis = ()
 
     def __init__(self, /, **axes: Any) -> None:
         named = [axis for axis in ("attacks", "threats") if axis in axes]
@@ -190,6 +196,16 @@ class Matrix(Axes):
         if not self.attacks and not self.stages:
             raise BadOption(f"matrix: {_missing('attacks')}")
         self._check_informed()
+        self._check_metrics()
+
+    def _check_metrics(self) -> None:
+        """Raise BadOption if a metric that is named is defined for the images of no dataset."""
+        for metric in self.metrics:
+            shapes = [dataset.image_shape for dataset in self.datasets]
+            if all(min(shape[1:]) < metric.smallest for shape in shapes):
+                raise BadOption(
+                    f"matrix: metric {metric.name!r} is {metric.note(shapes[0])}; leave it out or use larger images"
+                )
 
     def __repr__(self) -> str:
         """Return the name and the first members of each axis, in one or two lines."""
@@ -269,6 +285,7 @@ class Matrix(Axes):
         """Return the matrix as plain JSON values: specs in place of components."""
         stages = [_describe(stage.attacks, stage.threats) for stage in self.stages]
         ensemble = {} if self.threshold is None else {"threshold": self.threshold}
+        named = {"metrics": [metrics.spec(metric) for metric in self.metrics]} if self.metrics else {}
         return {
             "name": self.name,
             **({"stages": stages} if stages else _describe(self.attacks, self.threats)),
@@ -279,6 +296,7 @@ class Matrix(Axes):
             "seeds": self.seeds,
             "floors": self.floors,
             **ensemble,
+            **named,
         }
 
 

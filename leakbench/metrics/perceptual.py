@@ -1,0 +1,106 @@
+"""Further full-reference measures of piq, in the standard convention; a run has those that it names (``--metric``).
+
+piq computes each in float64, with the constants of its paper. DISTS is not among them: piq takes its weights from an
+address of its own, and no registry serves a package that piq 0.8.0 reads them from.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import piq
+from torch import Tensor
+
+from leakbench.metrics.base import Metric, register
+from leakbench.metrics.checks import by_rows, check_pair, rgb
+
+_CHUNK_PIXELS = 2**14
+_PIXELS = "pixels in [0, 1], reconstruction clamped"
+
+
+class PiqMetric(Metric):
+    """A measure that piq computes, which no run has by default."""
+
+    default: ClassVar[bool] = False
+
+    def __call__(self, images: Tensor, truth: Tensor) -> Tensor:
+        """Return [T] values; see ``Metric``. C is 1 or 3."""
+        check_pair(self, images, truth)
+        return by_rows(self.measure, rgb(images.double().clamp(0, 1)), rgb(truth.double()), _CHUNK_PIXELS)
+
+    @abstractmethod
+    def measure(self, images: Tensor, truth: Tensor) -> Tensor:
+        """Return [T] values of reconstructions and truth, both [T, 3, H, W] float64 in [0, 1]; grey is replicated."""
+
+
+@register("ms_ssim")
+@dataclass(frozen=True)
+class MultiScaleSSIM(PiqMetric):
+    """Structural similarity on five scales; only with --metric ms_ssim."""
+
+    higher_is_better: ClassVar[bool] = True
+    smallest: ClassVar[int] = 161
+    convention: ClassVar[str] = (
+        f"0 to 1; {_PIXELS}; five scales, each half the size of the one before, weighted 0.0448, 0.2856, 0.3001, "
+        "0.2363, 0.1333; window and constants of ssim; negative factors count as 0"
+    )
+    reference: ClassVar[str] = "Wang et al. 2003, Multi-scale structural similarity for image quality assessment"
+
+    def measure(self, images: Tensor, truth: Tensor) -> Tensor:
+        """Return [T] values in [0, 1], 1 for equal images."""
+        return piq.multi_scale_ssim(images, truth, reduction="none")
+
+
+@register("vif")
+@dataclass(frozen=True)
+class VIF(PiqMetric):
+    """Visual information fidelity in the pixel domain; only with --metric vif."""
+
+    higher_is_better: ClassVar[bool] = True
+    smallest: ClassVar[int] = 41
+    convention: ClassVar[str] = (
+        f"0 or more, 1 for equal images, above 1 for more contrast than the truth's; luminance of {_PIXELS}, scaled to "
+        "255; four scales, noise variance 2; always 1 for a truth of one colour"
+    )
+    reference: ClassVar[str] = "Sheikh and Bovik 2006, Image information and visual quality, IEEE TIP 15(2)"
+
+    def measure(self, images: Tensor, truth: Tensor) -> Tensor:
+        """Return [T] values, 0 or more: the part of the truth's information that the reconstruction keeps."""
+        return piq.vif_p(images, truth, reduction="none")
+
+
+@register("gmsd")
+@dataclass(frozen=True)
+class GMSD(PiqMetric):
+    """Gradient magnitude similarity deviation; only with --metric gmsd."""
+
+    higher_is_better: ClassVar[bool] = False
+    smallest: ClassVar[int] = 8
+    convention: ClassVar[str] = (
+        f"0 or more, lower is closer; luminance of {_PIXELS}, halved in size; Prewitt filters, constant 170/255^2"
+    )
+    reference: ClassVar[str] = "Xue et al. 2014, Gradient magnitude similarity deviation, IEEE TIP 23(2)"
+
+    def measure(self, images: Tensor, truth: Tensor) -> Tensor:
+        """Return [T] values, 0 or more; 0 for equal images."""
+        return piq.gmsd(images, truth, reduction="none")
+
+
+@register("fsim")
+@dataclass(frozen=True)
+class FSIM(PiqMetric):
+    """Feature similarity, with the chromatic components of colour images; only with --metric fsim."""
+
+    higher_is_better: ClassVar[bool] = True
+    smallest: ClassVar[int] = 8
+    convention: ClassVar[str] = (
+        f"0 to 1; FSIMc; {_PIXELS}, scaled to 255; phase congruency on 4 scales and 4 orientations, shortest wave 6 "
+        "pixels; images above 384 pixels are averaged down to about 256"
+    )
+    reference: ClassVar[str] = "Zhang et al. 2011, FSIM: A feature similarity index, IEEE TIP 20(8)"
+
+    def measure(self, images: Tensor, truth: Tensor) -> Tensor:
+        """Return [T] values in [0, 1], 1 for equal images."""
+        return piq.fsim(images, truth, reduction="none")
