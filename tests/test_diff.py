@@ -41,7 +41,7 @@ def test_show_says_everything_of_a_trial_and_its_command_makes_it_again(cli, ran
     done = cli("show", ran, row["trial"][:10])
     assert (done.code, done.err) == (0, "")
     lines = done.out.splitlines()
-    for words in (row["trial"], "keylock(length=9)", "steps=2", "index 4", "seed 1", "revealed secrets: key"):
+    for words in (row["trial"], "keylock(length=9)", "steps=2", "index 4", "seed 1", "Revealed secrets: key"):
         assert words in " ".join(done.out.split()), words
     shown = {line.split()[0]: line.split()[1:3] for line in lines if line.split() and line.split()[0] in metrics}
     assert set(shown) == set(metrics)

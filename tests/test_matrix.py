@@ -388,7 +388,7 @@ def test_presets() -> None:
     for name, preset in PRESETS.items():
         assert preset.spec() == name
     words = ThreatModel("known", frozenset({"lock", "key"}), True).describe()
-    assert "the label is known" in words
+    assert "The label is known" in words
     assert "key, lock" in words
     assert "knows the defense and models" in words
 

@@ -47,7 +47,9 @@ class Analytic(Attack):
         "section III; Geiping et al. 2020, arXiv 2003.14053, proposition 3.1"
     )
     assumes: ClassVar[str] = "A linear layer that takes every pixel once and runs once; one image in one step."
-    cost: ClassVar[str] = "One product with the gradient of that layer, and four passes of a blank image up to it."
+    cost: ClassVar[str] = (
+        "One product with the gradient of that layer, and four passes of a blank image up to that layer."
+    )
     fails: ClassVar[str] = (
         "Networks that begin with convolutions (unsupported); noise on the gradient, which it passes on to the image."
     )

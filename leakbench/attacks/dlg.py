@@ -33,8 +33,8 @@ class DLG(QuasiNewton):
         "images in memory."
     )
     fails: ClassVar[str] = (
-        "Diverges on a share of images that depends on the weights drawn; ReLU networks; behind a "
-        "normalisation the contrast is not determined."
+        "Diverges on some images, how many depends on the initial weights; ReLU networks; behind a normalisation, the "
+        "contrast is not determined."
     )
 
     def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:

@@ -67,7 +67,7 @@ class DLM(Updates):
     )
     cost: ClassVar[str] = "As DLG, for every start of k."
     fails: ClassVar[str] = (
-        "Several local steps that are matched by their mean; clipped or sparsified weights, unless the attacker is "
+        "Several local steps, which are matched by their mean; clipped or sparsified weights, unless the attacker is "
         "adaptive; noise stronger than the update."
     )
     learns_rate: ClassVar[bool] = True
@@ -126,9 +126,7 @@ class DLMPlus(Updates):
         "As DLM, and a hard label with a classifier whose inputs are not negative, from which the label is inferred."
     )
     cost: ClassVar[str] = "As DLG."
-    fails: ClassVar[str] = (
-        "As DLM; and defenses that count in the update's units cannot be modelled without the learning rate."
-    )
+    fails: ClassVar[str] = "As DLM; without the learning rate, clipping and noise of a given size cannot be modelled."
     per_tensor: ClassVar[bool] = True
     labels: Literal["joint", "analytic"] = "analytic"
 

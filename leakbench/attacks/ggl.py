@@ -100,8 +100,8 @@ class GGL(GradientMatching):
     )
     cost: ClassVar[str] = "``budget`` evaluations of the gradient, 25,000 by default; no second derivative is needed."
     fails: ClassVar[str] = (
-        "Returns what the generator can draw: of other images a distant look-alike. Put `prior` and "
-        "`control=wrong-gradient` beside it."
+        "Returns only images that the generator can draw: at best a distant look-alike of any other. Compare it with "
+        "`prior` and `control=wrong-gradient`."
     )
     per_tensor: ClassVar[bool] = True
     steps: ClassVar[int] = 1  # type: ignore[misc]  # the budget counts evaluations
@@ -249,7 +249,7 @@ class PriorFloor(Attack):
 
     reference: ClassVar[str] = "a baseline by definition"
     assumes: ClassVar[str] = "The generator and the label that GGL has."
-    cost: ClassVar[str] = "One image of the generator; no gradient."
+    cost: ClassVar[str] = "One image of the generator."
     fails: ClassVar[str] = "It is a floor: only what GGL recovers beyond it has leaked."
     floor: ClassVar[bool] = True
 

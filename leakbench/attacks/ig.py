@@ -40,7 +40,7 @@ class IG(GradientMatching):
     assumes: ClassVar[str] = "A hard label, inferred from the last layer; a network in the mode that the client used."
     cost: ClassVar[str] = "One evaluation a step: 4,000 by default."
     fails: ClassVar[str] = (
-        "The cosine distance does not see the gradient's size; untrained ReLU networks and small budgets "
+        "The cosine distance ignores the gradient's size; untrained ReLU networks and small budgets "
         "leave blurred images; noise."
     )
     steps: Count = 4000

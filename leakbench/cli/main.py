@@ -9,7 +9,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator
-from typing import Annotated, NoReturn, TextIO
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -107,19 +107,10 @@ def _noting_interrupts() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _warn(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
+def _warn(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
     """Write a warning to stderr: one line about a plugin of an older form, any other as Python does."""
     known = issubclass(category, OldPlugin)
-    sys.stderr.write(
-        f"note: {one_line(message)}\n" if known else warnings.formatwarning(message, category, filename, lineno)
-    )
+    sys.stderr.write(f"note: {one_line(message)}\n" if known else warnings.formatwarning(message, category, *place[:2]))
 
 
 def _end(error: Exception) -> NoReturn:

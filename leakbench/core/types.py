@@ -92,39 +92,29 @@ class ThreatModel:
         return ", ".join(parts)
 
     def describe(self) -> str:
-        """Return the threat model in words, for a report."""
-        label = "the label is known" if self.labels == "known" else "the label is not known"
-        secrets = (
-            f"revealed secrets: {', '.join(sorted(self.reveals))}"
-            if self.reveals
-            else "no secret of the defense is revealed"
-        )
-        informed = (
-            "the attacker is adaptive: it knows the defense and models it"
-            + (f" (adaptive attacker {self.informed!r})" if isinstance(self.informed, str) else "")
-            if self.informed
-            else "the attacker is oblivious: it does not model what the defense does to data, loss and gradient"
-        )
-        search = (
-            "; the attacker optimises, together with the image, the secrets that are inputs of the network (a key)"
-            if self.optimises
-            else ""
-        )
+        """Return the threat model in sentences, for a report."""
         sees = "the shared gradient" if self.shares == "gradient" else "the model before and after local training"
-        return (
-            f"An honest-but-curious server sees {sees} of one image, the architecture (with the layers that a defense "
-            "adds, and the distribution of its secrets) and the public weights; "
-            f"{label}; {secrets}{search}; {informed}{self._local()}."
-        )
-
-    def _local(self) -> str:
-        """Return the client's local training in words, and whether its learning rate is granted."""
-        if self.shares == "gradient":
-            return ""
-        steps = "one step" if self.local_steps == 1 else f"{self.local_steps} steps"
-        rate = "unknown learning rate" if self.learning_rate is None else f"learning rate {self.learning_rate:g}"
-        granted = "known to the attacker" if self.rate == "known" else "which the attacker does not know"
-        return f"; the client takes {steps} of SGD on its image with {rate}, {granted}, and sends no running statistics"
+        sentences = [
+            f"An honest-but-curious server sees {sees} of one image, the public weights, and the architecture, with "
+            "the layers that a defense adds and the distribution of its secrets",
+            f"The label is {'known' if self.labels == 'known' else 'not known'}",
+            f"Revealed secrets: {', '.join(sorted(self.reveals)) or 'none'}",
+        ]
+        if self.optimises:
+            sentences.append("The attacker optimises the secrets that are inputs of the network (a key) with the image")
+        if not self.informed:
+            sentences.append("The attacker is oblivious: it does not model the defense")
+        else:
+            named = f" ({self.informed})" if isinstance(self.informed, str) else ""
+            sentences.append(f"The attacker is adaptive{named}: it knows the defense and models it")
+        if self.shares == "weights":
+            steps = "one step" if self.local_steps == 1 else f"{self.local_steps} steps"
+            rate = "unknown learning rate" if self.learning_rate is None else f"learning rate {self.learning_rate:g}"
+            granted = "known to the attacker" if self.rate == "known" else "which the attacker does not know"
+            sentences.append(
+                f"The client takes {steps} of SGD on its image with {rate}, {granted}, and sends no running statistics"
+            )
+        return ". ".join(sentences) + "."
 
 
 PRESETS: Mapping[str, ThreatModel] = {

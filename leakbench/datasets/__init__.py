@@ -1,6 +1,7 @@
 """The registered datasets: one file for each family."""
 
-from leakbench.datasets import samples, mnist, cifar, folder  # isort: skip (listed in this order)
+# imported to be registered, in the order in which they are listed
+from leakbench.datasets import samples, mnist, cifar, folder  # isort: skip  # noqa: F401
 from leakbench.datasets.base import Dataset, register, registry
 
 get = registry.get
@@ -8,4 +9,4 @@ names = registry.names
 parse = registry.parse
 spec = registry.spec
 
-__all__ = ["Dataset", "cifar", "folder", "get", "mnist", "names", "parse", "register", "registry", "samples", "spec"]
+__all__ = ["Dataset", "get", "names", "parse", "register", "registry", "spec"]

@@ -62,10 +62,10 @@ class ATS(Defense):
         "Gao et al. 2021, Privacy-preserving Collaborative Learning with Automatic Transformation Search, CVPR, "
         "sections 4 and 5 (and released code)"
     )
-    assumes: ClassVar[str] = "The attack finds the transformed images harder."
+    assumes: ClassVar[str] = "Transformed images are harder to recover."
     cost: ClassVar[str] = "Training on transformed images."
     fails: ClassVar[str] = (
-        "What is recovered is the transformed image; the policies are public, and many only move or recolour it."
+        "The transformed image is recovered; the policies are public, and many only move or recolour it."
     )
     policy: Annotated[
         str, AfterValidator(_checked), Field(description="numbers of sub-policies such as 3-1-7+43-18-18")

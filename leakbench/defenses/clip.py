@@ -23,16 +23,16 @@ Norm = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class Clip(Defense):
     """Scale the gradient down to a Euclidean norm of at most ``norm``, taken over all parameters.
 
-    g * min(1, norm / |g|_2). The direction is kept, so that an attack by the cosine distance does not notice.
+    g * min(1, norm / |g|_2). The direction is kept, so that the cosine distance does not change.
 
     Attributes:
         norm: the largest norm of what is sent, in the gradient's units.
     """
 
     reference: ClassVar[str] = "Li et al. 2022, GGL, arXiv 2203.15696, section 4 (gradient clipping)"
-    assumes: ClassVar[str] = "The attacker minds the gradient's size."
-    cost: ClassVar[str] = "Nothing but smaller steps."
-    fails: ClassVar[str] = "Any distance that does not see the size (cosine), or clipping the dummy too."
+    assumes: ClassVar[str] = "The attacker relies on the gradient's size."
+    cost: ClassVar[str] = "Smaller steps."
+    fails: ClassVar[str] = "Distances that ignore the size (cosine), and attackers who also clip the dummy gradient."
     norm: Norm = 1.0
 
     def release(self, step: Step, rng: torch.Generator) -> Gradient:
@@ -41,8 +41,8 @@ class Clip(Defense):
         return {name: value[0] for name, value in rows.items()}
 
     def attackers(self) -> Mapping[str, AdaptiveAttacker]:
-        """Return the attacker who clips the dummy gradient too."""
-        return {"default": AdaptiveAttacker("clips the dummy gradient too", surrogate=self._clipped)}
+        """Return the attacker who also clips the dummy gradient."""
+        return {"default": AdaptiveAttacker("also clips the dummy gradient", surrogate=self._clipped)}
 
     def _clipped(self, gradient: Gradient, observed: Observed, weights: Weights) -> Gradient:
         return clipped(gradient, self.norm)

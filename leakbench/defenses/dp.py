@@ -65,7 +65,7 @@ class DP(Defense):
     def attackers(self) -> Mapping[str, AdaptiveAttacker]:
         """Return the attacker who models clipping and noise."""
         attacker = AdaptiveAttacker(
-            "clips the dummy gradient too, and weighs an error by the noise's distribution (L2)",
+            "also clips the dummy gradient, and weighs an error by the noise's distribution (L2)",
             surrogate=self._clipped,
             likelihood=self._likelihood if self.noise_multiplier > 0 else None,
         )

@@ -157,10 +157,10 @@ class KeyLockDefense(Defense):
 
     reference: ClassVar[str] = "Wei et al. 2023, FedKL, arXiv 2305.04095, section 3.3, equation 30 (and released code)"
     assumes: ClassVar[str] = "The attacker knows neither key nor lock, and does not model scale and shift."
-    cost: ClassVar[str] = "Two linear layers a locked block; every client's model works only with its own key."
+    cost: ClassVar[str] = "Two linear layers for each locked block; every client's model works only with its own key."
     fails: ClassVar[str] = (
         "Closed forms, and searches that optimise scale and shift; the lock's gradients give the key. "
-        "What remains is what shut ReLU gates lose, and the contrast that the normalisation takes."
+        "Only the information that closed ReLU gates and the normalisation (contrast) remove stays hidden."
     )
     version: ClassVar[int] = 2  # 2: adaptive attackers start from a known lock
     length: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
@@ -202,13 +202,13 @@ class KeyLockDefense(Defense):
     def attackers(self) -> Mapping[str, AdaptiveAttacker]:
         """Return the attacker who uses what is known of the lock, and ``free``, who uses no lock."""
         aided = AdaptiveAttacker(
-            "recovers the key from the lock's gradients, or optimises scale and shift, from those of a known lock on",
+            "recovers the key from the lock's gradients, or optimises scale and shift, starting at a known lock's",
             relax=partial(self._relaxed, aided=True),
             recover=recovered_keys,
             scale_free=True,
             summed=True,
         )
-        words = "optimises scale and shift, from their mean over keys and locks on"
+        words = "optimises scale and shift, starting at their mean over keys and locks"
         return {"default": aided, "free": replace(aided, description=words, relax=partial(self._relaxed, aided=False))}
 
     def _relaxed(self, model: nn.Module, hidden: Collection[str], aided: bool) -> tuple[nn.Module, tuple[Secret, ...]]:

@@ -31,9 +31,9 @@ class MixUp(Defense):
     """
 
     reference: ClassVar[str] = "Zhang et al. 2018, mixup: Beyond Empirical Risk Minimization, ICLR, equation 1"
-    assumes: ClassVar[str] = "The attacker wants the images apart."
+    assumes: ClassVar[str] = "The attacker wants the two images separately."
     cost: ClassVar[str] = "Training on blends, which often helps accuracy."
-    fails: ClassVar[str] = "What is recovered is the blend, in which both images are seen."
+    fails: ClassVar[str] = "The blend is recovered, and both images are visible in it."
     companions: ClassVar[int] = 1
     alpha: Annotated[float, Field(ge=1e-3, le=1e6)] = 1.0
 

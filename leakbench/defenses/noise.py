@@ -32,8 +32,8 @@ class Noise(Defense):
 
     reference: ClassVar[str] = "Zhu et al. 2019, Deep Leakage from Gradients, NeurIPS, section 5.1 (states variances)"
     version: ClassVar[int] = 3  # 3: adaptive attackers weigh the prior with the likelihood
-    assumes: ClassVar[str] = "The attacker matches gradients without their noise in mind."
-    cost: ClassVar[str] = "Slower training; strong noise costs accuracy. Nothing else."
+    assumes: ClassVar[str] = "The attacker does not model the noise."
+    cost: ClassVar[str] = "Slower training; strong noise costs accuracy."
     fails: ClassVar[str] = "Weak noise: adaptive attackers average it out over the many entries of a gradient."
     scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     kind: Literal["gaussian", "laplace"] = "gaussian"
@@ -62,9 +62,8 @@ class Noise(Defense):
         for name, value in observed.items():
             deviation = self._deviation(value) / ((1 + self.scale**2) ** 0.5 if self.relative else 1)
             error = ((gradient[name] - value) / torch.where(deviation > 0, deviation, 1.0)).flatten(1)
-            square = error.square()
-            absolute = (square + SMOOTHING**2).sqrt() - SMOOTHING
-            errors.append(square.sum(1) / 2 if self.kind == "gaussian" else absolute.sum(1) * 2**0.5)
+            gaussian = self.kind == "gaussian"
+            errors.append(error.square().sum(1) / 2 if gaussian else smooth_abs(error).sum(1) * 2**0.5)
         return torch.stack(errors).sum(0)
 
     def _deviation(self, value: Tensor) -> Tensor:
@@ -74,8 +73,15 @@ class Noise(Defense):
 
     def _draw(self, shape: torch.Size, rng: torch.Generator) -> Tensor:
         """Return noise of standard deviation 1."""
-        if self.kind == "gaussian":
-            return torch.randn(shape, generator=rng)
-        # the difference of two exponentials of mean b is Laplace(b), of standard deviation b * sqrt(2)
-        first, second = torch.empty(shape).exponential_(generator=rng), torch.empty(shape).exponential_(generator=rng)
-        return (first - second) / 2**0.5
+        return torch.randn(shape, generator=rng) if self.kind == "gaussian" else laplace(shape, rng) / 2**0.5
+
+
+def laplace(shape: torch.Size, rng: torch.Generator) -> Tensor:
+    """Return draws from Laplace(0, 1), of standard deviation sqrt(2): differences of two exponentials of mean 1."""
+    first, second = (torch.empty(shape).exponential_(generator=rng) for _ in range(2))
+    return first - second
+
+
+def smooth_abs(error: Tensor) -> Tensor:
+    """Return the absolute value of errors, smoothed near 0 (SMOOTHING)."""
+    return (error.square() + SMOOTHING**2).sqrt() - SMOOTHING

@@ -1,4 +1,4 @@
-"""No defense: the ceiling of what an attack can see."""
+"""No defense: the ceiling of every attack."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,4 +14,4 @@ class NoDefense(Defense):
     reference: ClassVar[str] = "the control, by definition"
     assumes: ClassVar[str] = "Nothing."
     cost: ClassVar[str] = "Nothing."
-    fails: ClassVar[str] = "It is the control: the whole gradient is there."
+    fails: ClassVar[str] = "It is the control: the attacker has the whole gradient."

@@ -1,4 +1,4 @@
-"""The placebo beside key-lock: its normalisation without its secret."""
+"""The placebo for key-lock: its normalisation without its secret."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class NormOnly(Defense):
     """
 
     reference: ClassVar[str] = (
-        "control for arXiv 2305.04095: separates what the normalisation does from what the lock does"
+        "control for arXiv 2305.04095: separates the effect of the normalisation from that of the lock"
     )
-    assumes: ClassVar[str] = "Nothing: it is the placebo beside key-lock."
+    assumes: ClassVar[str] = "Nothing: it is the placebo for key-lock."
     cost: ClassVar[str] = "As a normalisation without scale and shift."
     fails: ClassVar[str] = "It hides only the contrast of an image."
     layers: Layers = "first"

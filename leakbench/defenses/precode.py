@@ -118,7 +118,7 @@ class Precode(Defense):
         every pass (or an attack optimises it: ``secrets=optimise``).
         """
         exact = AdaptiveAttacker(
-            "recovers noise and label from what is sent, and has the divergence in its loss too",
+            "recovers noise and label from what is sent, and includes the divergence in its loss",
             recover=recovered_noise,
             targets=label_by_bias,
             loss=self.loss,

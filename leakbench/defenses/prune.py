@@ -21,7 +21,7 @@ Ratio = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 @register("prune")
 @dataclass(frozen=True)
 class Prune(Defense):
-    """Send zero for the entries of each gradient tensor whose magnitude is below the tensor's percentile.
+    """Send zero for the entries of a gradient tensor whose magnitude is below a percentile of the tensor.
 
     An entry g_i is sent where |g_i| >= t, with t the percentile 100 * ratio of the tensor's |g|, and 0 elsewhere.
 
@@ -30,7 +30,7 @@ class Prune(Defense):
     """
 
     reference: ClassVar[str] = "Zhu et al. 2019, Deep Leakage from Gradients, NeurIPS, section 5.2"
-    assumes: ClassVar[str] = "The attacker matches the zeros too."
+    assumes: ClassVar[str] = "The attacker also matches the zeros."
     cost: ClassVar[str] = "Less to send; strong pruning slows training."
     fails: ClassVar[str] = "Matching only the entries that were sent: the largest carry most of the image."
     ratio: Ratio = 0.9

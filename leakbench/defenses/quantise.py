@@ -41,7 +41,7 @@ class Quantise(Defense):
     )
     assumes: ClassVar[str] = "The attack needs an exact gradient, as closed forms do."
     cost: ClassVar[str] = "Less to send; few bits cost accuracy."
-    fails: ClassVar[str] = "Searches that take the rounding for noise."
+    fails: ClassVar[str] = "Searches that model the rounding as noise."
     bits: Annotated[int, Field(ge=1, le=16)] | Literal["half"] = 8
 
     def release(self, step: Step, rng: torch.Generator) -> Gradient:
@@ -49,8 +49,8 @@ class Quantise(Defense):
         return {name: self._rounded(value) for name, value in step.gradient().items()}
 
     def attackers(self) -> Mapping[str, AdaptiveAttacker]:
-        """Return the attacker who takes the rounding for noise."""
-        words = "takes the rounding for noise of its width, and weighs an error by it (L2)"
+        """Return the attacker who models the rounding as noise."""
+        words = "models the rounding as noise of the same width, and weighs an error by it (L2)"
         return {"default": AdaptiveAttacker(words, likelihood=self._likelihood)}
 
     def _likelihood(self, gradient: Gradient, observed: Observed, weights: Weights) -> Tensor:

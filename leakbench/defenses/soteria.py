@@ -25,7 +25,7 @@ JACOBIAN_ROWS = 64
 @register("soteria")
 @dataclass(frozen=True)
 class Soteria(Defense):
-    """Zero the columns of the classifier's weight gradient whose feature reacts least to the image, for its size.
+    """Zero the columns of the classifier's gradient whose feature depends least on the image, relative to its size.
 
     With r [D] the classifier's input, feature i is scored s_i = |d r_i / d x|_2 / (|r_i| + offset). A column i of
     dL/dW with s_i below the percentile 100 * ratio of s becomes zero. The bias and all other layers are sent as they

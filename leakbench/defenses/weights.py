@@ -14,7 +14,7 @@ from torch import Tensor
 from leakbench.core.types import Gradient
 from leakbench.defenses.adaptive import AdaptiveAttacker, Observed, Weights
 from leakbench.defenses.base import Defense, Step, register
-from leakbench.defenses.noise import SMOOTHING
+from leakbench.defenses.noise import laplace, smooth_abs
 from leakbench.defenses.prune import Ratio, percentile
 from leakbench.gradients.bilinear import shared
 
@@ -75,8 +75,10 @@ class WeightNoise(WeightDefense):
 
     version: ClassVar[int] = 3  # 3: adaptive attackers weigh the prior with the likelihood
     reference: ClassVar[str] = "Zhao et al. 2022, Deep Leakage from Model in Federated Learning, arXiv 2206.04887"
-    assumes: ClassVar[str] = "The attacker matches the update without its noise, or the clipping, in mind."
-    cost: ClassVar[str] = "Accuracy, where the noise is large beside what a round of training moves the weights by."
+    assumes: ClassVar[str] = "The attacker does not model the noise and the clipping."
+    cost: ClassVar[str] = (
+        "Accuracy, if the noise is large compared with the change of the weights in a round of training."
+    )
     fails: ClassVar[str] = (
         "Noise below the size of the update; the clipping by itself hides nothing from an attacker who models it."
     )
@@ -95,7 +97,7 @@ class WeightNoise(WeightDefense):
     def attackers(self) -> Mapping[str, AdaptiveAttacker]:
         """Return the attacker who models clipping and noise."""
         attacker = AdaptiveAttacker(
-            "clips the dummy's weights too, and weighs an error by the distribution of the models' noise",
+            "also clips the dummy's weights, and weighs an error by the distribution of the models' noise",
             surrogate=self._clipped,
             likelihood=self._likelihood if self.scale > 0 else None,
         )
@@ -143,7 +145,7 @@ class WeightNoise(WeightDefense):
             return error.square() / (4 if self.snapshots == "both" else 2)
         if self.snapshots == "both":
             return error.abs() - error.abs().log1p()
-        return (error.square() + SMOOTHING**2).sqrt() - SMOOTHING
+        return smooth_abs(error)
 
     def _divisor(self, weight: Tensor) -> Tensor:
         """Return phi >= 1 [T, 1, ...], by which tensors [T, *shape] of one parameter are divided."""
@@ -153,17 +155,14 @@ class WeightNoise(WeightDefense):
         return (norm / (self.clip + 1e-6)).clamp(min=1).view(-1, *[1] * (weight.ndim - 1))
 
     def _noise(self, like: Tensor, rng: torch.Generator) -> Tensor:
-        if self.kind == "gaussian":
-            return self.scale * torch.randn(like.shape, generator=rng)
-        # the difference of two exponentials of mean b is Laplace(b)
-        first, second = (torch.empty(like.shape).exponential_(generator=rng) for _ in range(2))
-        return self.scale * (first - second)
+        gaussian = self.kind == "gaussian"
+        return self.scale * (torch.randn(like.shape, generator=rng) if gaussian else laplace(like.shape, rng))
 
 
 @register("weight-sparsify")
 @dataclass(frozen=True)
 class WeightSparsify(WeightDefense):
-    """Send zero for the weights of each parameter tensor whose magnitude is below the tensor's percentile.
+    """Send zero for the weights of a parameter tensor whose magnitude is below a percentile of the tensor.
 
     A weight w is sent where |w| >= t, with t the percentile 100 * ratio of the tensor's |w|. Clients that share weights
     only. See WeightDefense for ``snapshots``.
@@ -174,7 +173,7 @@ class WeightSparsify(WeightDefense):
 
     version: ClassVar[int] = 2  # 2: what adaptive attackers know of the update
     reference: ClassVar[str] = "Zhao et al. 2022, Deep Leakage from Model in Federated Learning, arXiv 2206.04887"
-    assumes: ClassVar[str] = "The attacker takes the difference of two sparse models for the update."
+    assumes: ClassVar[str] = "The attacker mistakes the difference of two sparse models for the update."
     cost: ClassVar[str] = "Less to send; a network without most of its weights needs many rounds to learn again."
     fails: ClassVar[str] = (
         "An attacker who has the weights that were handed out: kept weights show their update exactly."
