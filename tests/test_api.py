@@ -238,13 +238,13 @@ def test_observation_and_reconstruction_are_one_line_of_counts_and_shapes() -> N
 
 
 def test_a_matrix_and_its_run_are_one_line_of_names_and_counts(tmp_path: Path) -> None:
-    axes = {"defenses": ["none"], "models": [network()], "datasets": ["samples(size=8)"], "images": 2}
+    axes = {"defenses": ["none"], "models": ["lenet"], "datasets": ["samples(size=12)"], "images": 2}
     matrix = leakbench.Matrix(attacks=["grey", "random", "mean", "ig(steps=1)"], **axes)
     expected = (
-        "Matrix('matrix': 4 attacks (grey, random, mean, ...), 1 defense (none), 1 model (module(label=Sequential)), "
-        "1 dataset (samples(size=8)), 1 threat model (paper), 2 images, 1 seed)"
+        "Matrix('matrix': 4 attacks (grey, random, mean, ...), 1 defense (none), 1 model (lenet), "
+        "1 dataset (samples(size=12)), 1 threat model (paper), 2 images, 1 seed)"
     )
     assert repr(matrix) == str(matrix) == expected
     run = leakbench.run(leakbench.Matrix(attacks=["grey"], floors=False, **axes), tmp_path / "run")
     assert repr(run) == f"Run({str(tmp_path / 'run')!r}: 2 of 2 trials finished)"
-    assert "does not exist" in repr(leakbench.api.Run(tmp_path / "none"))
+    assert "there is no run file" in repr(leakbench.api.Run(tmp_path / "none"))
