@@ -12,7 +12,7 @@ from torch import Tensor
 from leakbench import generators
 from leakbench.attacks.base import Attack, register
 from leakbench.attacks.matching import (
-    FINAL,
+    FINAL_EVALUATION,
     Count,
     GradientMatching,
     MatchingObjective,
@@ -214,7 +214,7 @@ class GGL(GradientMatching):
         latent = random_latents(generator, observation, rng, "decoy")
         with torch.no_grad():
             images = draw(generator, latent, observation.labels, observation)
-            return objective.dummy(images, observation.labels, {}, FINAL)
+            return objective.dummy(images, observation.labels, {}, FINAL_EVALUATION)
 
 
 @dataclass(frozen=True)

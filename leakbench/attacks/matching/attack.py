@@ -1,0 +1,175 @@
+"""The attack: optimise from several starts, and return the reconstruction that matches best."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from leakbench.attacks.matching.dummy import SECRET_PREFIX, draw
+from leakbench.attacks.matching.objective import MatchingObjective, evaluate
+from leakbench.attacks.matching.problem import MatchingProblem
+from leakbench.core.loss_curve import Curve
+from leakbench.core.rng import Rng
+from leakbench.core.types import Reconstruction
+from leakbench.errors import Unsupported
+from leakbench.gradients import Evaluator, plain_loss
+from leakbench.gradients.evaluate import tensors_of
+from leakbench.observation import Observation
+from leakbench.optim import Solution, Unknowns, value_and_gradient
+
+
+@dataclass(frozen=True)
+class GradientMatching(MatchingProblem):
+    """Minimise a distance between the dummy and the observed gradient, plus total variation, over the image.
+
+    A subclass defines ``distance`` and ``solve``; see MatchingProblem for the options and for what else it may define.
+    """
+
+    @abstractmethod
+    def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
+        """Minimise the objective from this start."""
+
+    def probe(self, observation: Observation, rng: Rng) -> int | None:
+        """Evaluate the objective and its gradient once."""
+        objective = self._objective(observation, rng).with_path()
+        start = self._begin(objective)
+        value_and_gradient(objective, start, 0)
+        return self.held * sum(value.numel() * value.element_size() for value in start.values())
+
+    def check(self, observation: Observation) -> None:
+        """Raise Unsupported if the label cannot be had or the network cannot be differentiated twice."""
+        self._objective(observation, Rng(tuple(map(str, range(observation.trials))), observation.device)).with_path()
+
+    def run(self, observation: Observation, rng: Rng) -> Reconstruction:
+        """Return the best of ``restarts`` optimisations by ``judge``, for every trial."""
+        first = self._objective(observation, rng).with_path()
+        runs = [self._search(first)]
+        for index in range(1, self.restarts):
+            other = self._objective(observation, rng.fork(f"restart {index}"))
+            runs.append(self._search(replace(other, evaluator=first.evaluator, restart=index)))
+        objective = torch.stack([torch.where(run.failed, torch.inf, run.objective) for run in runs])
+        best = torch.where(torch.isnan(objective), torch.inf, objective).argmin(0)
+        rows = torch.arange(len(best), device=best.device)
+
+        def pick(parts: Sequence[Tensor]) -> Tensor:
+            return torch.stack(list(parts))[best, rows]
+
+        return Reconstruction(
+            images=pick([run.images for run in runs]),
+            labels=pick([run.labels for run in runs]),
+            objective=pick([run.objective for run in runs]),
+            failed=pick([run.failed for run in runs]),
+            evaluations=torch.stack([run.evaluations for run in runs]).sum(0),
+            path=first.evaluator.path,
+            findings={name: pick([run.findings[name] for run in runs]) for name in runs[0].findings},
+            curve=_joined([run.curve for run in runs], pick),
+        )
+
+    def _objective(self, observation: Observation, rng: Rng) -> MatchingObjective:
+        observation = relaxed(observation)
+        model, adaptive = observation.model, observation.adaptive
+        loss = plain_loss if adaptive is None or adaptive.loss is None else adaptive.loss
+        evaluator = Evaluator(model, tuple(observation.gradient), loss, "batched")
+        if observation.labels is None and self.labels == "analytic":
+            observation = replace(observation, labels=self.read_labels(observation))
+        if self.local == "unrolled" and observation.threat.shares == "weights":
+            _check_unrolled(self, observation)
+        own = tensors_of(model)
+        secrets = {
+            secret.name: draw(secret, own[secret.name], rng, "secret", observation.dtype)
+            for secret in observation.secrets
+            if not (secret.fresh or secret.optimised)
+        }
+        return MatchingObjective(
+            attack=self,
+            observation=observation,
+            evaluator=evaluator,
+            tensors={**observation.weights, **secrets},
+            rng=rng,
+        )
+
+    def _search(self, objective: MatchingObjective) -> _Found:
+        start = self._begin(objective)
+        solution = self.solve(objective, start)
+        begun, _, _ = evaluate(objective, start)
+        if objective.observation.threat.unit is None:
+            begun = objective.cap_by_null(begun)
+        match, images, logits = evaluate(objective, solution.unknowns)
+        finite = solution.finite & torch.isfinite(images.flatten(1)).all(1)
+        labels = objective.labels
+        if labels is None:
+            assert logits is not None  # or ``match`` would have raised
+            labels = logits.argmax(1)
+        # an optimisation that ends no closer than it began has diverged, whatever it returns
+        failed = ~finite | ~torch.isfinite(match) | (match >= begun)
+        findings = {name: value.detach() for name, value in self.findings(solution.unknowns).items()}
+        return _Found(images, labels, match, failed, solution.evaluations + 2, findings, solution.curve)
+
+    def _begin(self, objective: MatchingObjective) -> Unknowns:
+        """Return the start of the optimisation, with that of the secrets that are optimised."""
+        observation, rng = objective.observation, objective.rng
+        start = self.start(observation, rng)
+        buffers = dict(objective.evaluator.model.named_buffers())
+        for secret in observation.secrets:
+            if secret.optimised or (self.secrets == "optimise" and secret.name in buffers):
+                start[SECRET_PREFIX + secret.name] = draw(
+                    secret, buffers[secret.name], rng, "secret", observation.dtype
+                )
+        return start
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The result of one optimisation: as Reconstruction, with nothing missing."""
+
+    images: Tensor
+    labels: Tensor
+    objective: Tensor
+    failed: Tensor
+    evaluations: Tensor
+    findings: Mapping[str, Tensor]
+    curve: Curve | None
+
+
+def _joined(curves: Sequence[Curve | None], pick: Callable[[Sequence[Tensor]], Tensor]) -> Curve | None:
+    """Return the curve of the optimisation that was picked for each trial."""
+    known = [curve for curve in curves if curve is not None]
+    return replace(known[0], values=pick([curve.values for curve in known])) if len(known) == len(curves) else None
+
+
+def relaxed(observation: Observation) -> Observation:
+    """Return the observation with the network that an adaptive attacker relaxes, if it relaxes one."""
+    adaptive = observation.adaptive
+    if adaptive is None or adaptive.relax is None:
+        return observation
+    model, optimised = adaptive.relax(observation.model, {secret.name for secret in observation.secrets})
+    own = tensors_of(model)
+    matched = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    kept = [secret for secret in observation.secrets if secret.name in own]
+    return replace(
+        observation,
+        model=model,
+        weights={name: value for name, value in observation.weights.items() if name in own},
+        gradient={name: value for name, value in observation.gradient.items() if name in matched},
+        shown=observation.shown and {name: value for name, value in observation.shown.items() if name in matched},
+        secrets=(*kept, *(replace(secret, optimised=True) for secret in optimised)),
+    )
+
+
+def _check_unrolled(attack: GradientMatching, observation: Observation) -> None:
+    """Raise Unsupported if an attack cannot repeat the client's steps: it has no rate, or optimises their draws."""
+    if observation.threat.learning_rate is None and not attack.learns_rate:
+        raise Unsupported(
+            f"{attack.name} with local=unrolled repeats the client's steps, and the learning rate is neither known nor "
+            "learned; use a threat model with rate=known, dlm, or local=summed"
+        )
+    drawn = [secret.group for secret in observation.secrets if secret.fresh]
+    if drawn and attack.secrets == "optimise" and observation.threat.local_steps > 1:
+        raise Unsupported(
+            f"{attack.name} optimises one value of the secret {drawn[0]!r}, and each of the client's "
+            f"{observation.threat.local_steps} steps has its own; use secrets=sample, or local=summed"
+        )
