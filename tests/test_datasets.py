@@ -225,7 +225,7 @@ def test_a_corrupt_dataset_is_not_read(cached: Path) -> None:
 )
 def test_a_file_that_is_no_idx_file_is_told(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)
-    with pytest.raises(CorruptAsset, match="no idx file"):
+    with pytest.raises(CorruptAsset, match="not an idx file"):
         read_idx(tmp_path / "x")
 
 
@@ -291,7 +291,7 @@ def test_imagenet_keeps_the_usual_margin(tmp_path: Path) -> None:
 
 
 def test_imagenet_refuses_other_class_folders(photos: Path) -> None:
-    with pytest.raises(BadOption, match="no WordNet id") as error:
+    with pytest.raises(BadOption, match="not a WordNet id") as error:
         len(datasets.parse(f"imagenet:{photos}"))
     one_line(error)
 
@@ -315,7 +315,7 @@ def test_a_corrupt_image_is_named(photos: Path, content: bytes) -> None:
     (photos / "a" / "1.png").write_bytes(content)
     dataset = datasets.parse(f"folder:{photos}")
     dataset.load([1])
-    with pytest.raises(CorruptAsset, match=r"a/1\.png is no image that can be read") as error:
+    with pytest.raises(CorruptAsset, match=r"a/1\.png cannot be read as an image") as error:
         dataset.load([0])
     one_line(error)
 

@@ -133,9 +133,9 @@ def test_whatever_an_image_makes_its_reader_raise_is_one_line(tmp_path):
     file = tmp_path / "a" / "x.png"
     file.parent.mkdir()
     file.write_bytes(PROFILE)
-    with pytest.raises(CorruptAsset, match=r"x\.png is no image that can be read \(IndexError\)"):
+    with pytest.raises(CorruptAsset, match=r"x\.png cannot be read as an image \(IndexError\)"):
         datasets.parse(f"folder:{tmp_path}").load([0])
-    with pytest.raises(CorruptAsset, match=r"no image that can be read \(IndexError\)"):
+    with pytest.raises(CorruptAsset, match=r"cannot be read as an image \(IndexError\)"):
         read_image(str(file), (3, 8, 8))
 
 
@@ -249,7 +249,7 @@ def test_a_picture_of_a_format_that_runs_programs_is_none(tmp_path, monkeypatch)
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given, **more: pytest.fail("it was run"))
     (tmp_path / "images" / "a").mkdir(parents=True)
     (tmp_path / "images" / "a" / "x.png").write_bytes(POSTSCRIPT)
-    with pytest.raises(CorruptAsset, match="no image"):
+    with pytest.raises(CorruptAsset, match="cannot be read as an image"):
         datasets.parse("folder:images").load([0])
     assert decoded(POSTSCRIPT) is None
 

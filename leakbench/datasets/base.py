@@ -34,15 +34,15 @@ class Dataset(Component):
 
         Raises:
             MissingAsset: the data is not in the cache; the message names the command that fetches it.
-            CorruptAsset: the data is there and is not what it should be.
+            CorruptAsset: the data does not have its checksum or its form.
         """
 
     @abstractmethod
     def mean(self) -> Tensor:
-        """Return [C, H, W] in [0, 1], the mean of public images, none of which is ever attacked."""
+        """Return [C, H, W] in [0, 1], the mean of public images, which are never attacked."""
 
     def note(self) -> str:
-        """Return what a reader must know of figures over these images, in one line, or an empty string."""
+        """Return a warning about scores over these images, in one line, or an empty string."""
         return ""
 
 

@@ -42,13 +42,11 @@ class CIFAR10(Stored):
 
 @register("cifar100")
 @dataclass(frozen=True)
-class CIFAR100(Stored):
+class CIFAR100(CIFAR10):
     """Photographs, 32 x 32 colour, 100 classes (the fine labels); from the 10,000 test images by default."""
 
     reference: ClassVar[str] = _REFERENCE
-    native: ClassVar[tuple[int, int, int]] = (3, 32, 32)
     classes: ClassVar[int] = 100
-    counts: ClassVar[dict[str, int]] = {"train": 50000, "test": 10000}
 
     @classmethod
     def parts(cls, split: Split) -> list[Part]:

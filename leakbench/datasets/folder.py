@@ -1,4 +1,4 @@
-"""Images of the user's own: folders with one subfolder a class, and ImageNet in that form."""
+"""Folders of the user's own images, one subfolder a class, and ImageNet in that form."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ ATTACKED = ("val", "test")
 PUBLIC = "train"
 
 MEAN_IMAGES = 256
-"""How many images of the training part the mean is taken of, evenly spaced in the order of their names."""
+"""The mean is that of at most as many images of the training part, evenly spaced in the order of their names."""
 
 _WORDNET = re.compile(r"n\d{8}")
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What a folder holds.
+    """The contents of a folder.
 
     Attributes:
         classes: the names of the class folders, sorted.
@@ -47,11 +47,11 @@ class Listing:
 
 @dataclass(frozen=True)
 class Folders(Dataset):
-    """Images in class folders: those of ``val`` or ``test`` where the folder is divided, or all of them.
+    """Images in class folders: those of ``val`` or ``test`` if the folder has one of them, or all images.
 
-    The label of an image is the place of its folder's name among all class folders' names in order. The mean is that
-    of at most 256 images of ``train``, evenly spaced in the order of their names; without a ``train`` folder it is
-    the grey image 0.5, which no attacked image enters. A folder is listed once in a process.
+    The label of an image is the index of its folder's name among the sorted names of all class folders. The mean is
+    that of at most 256 images of ``train``, evenly spaced in the order of their names; without a ``train`` folder it
+    is the grey image 0.5. A folder is listed once in a process.
 
     Attributes:
         zoom: the shorter side is scaled to this many times the size before the centre square is cut out.
@@ -62,7 +62,7 @@ class Folders(Dataset):
 
     zoom: ClassVar[float] = 1.0
     whole: ClassVar[bool] = True
-    """Whether the fingerprint is of the contents of the files, or of their sizes alone."""
+    """Whether the fingerprint hashes the contents of the files, or only their sizes."""
 
     path: str
     size: Size = 32
@@ -70,11 +70,11 @@ class Folders(Dataset):
 
     @property
     def folder(self) -> Path:
-        """Where the images lie."""
+        """The folder of the images."""
         return Path(self.path).expanduser()
 
     def listing(self) -> Listing:
-        """Return what the folder holds; raise BadOption where that is no image."""
+        """Return the classes and images of the folder; raise BadOption if it has no image."""
         return _listing(self.folder)
 
     @property
@@ -101,7 +101,7 @@ class Folders(Dataset):
         return images, torch.tensor([label for _, label in chosen], dtype=torch.int64)
 
     def mean(self) -> Tensor:
-        """Return [C, H, W], the mean of images of ``train``, or the grey image 0.5 where there is no ``train``."""
+        """Return [C, H, W], the mean of images of ``train``, or the grey image 0.5 if there is no ``train``."""
         public = self.listing().public
         if not public:
             return torch.full(self.image_shape, 0.5)
@@ -140,7 +140,7 @@ class ImageNet(Folders):
     """ImageNet (ILSVRC 2012) from a folder of yours, which cannot be fetched: imagenet:PATH with class folders n*.
 
     The usual preparation: the short side is scaled to 256 for a size of 224 (in proportion for other sizes), then the
-    centre square is cut out. A part of the classes will do; labels then count the folders that are there.
+    centre square is cut out. Some of the classes suffice; labels then are indices among those.
 
     Attributes:
         path: the folder; class folders are named by WordNet ids (n01440764) and may be within train and val.
@@ -156,13 +156,13 @@ class ImageNet(Folders):
     size: Size = 224
 
     def listing(self) -> Listing:
-        """Return what the folder holds; raise BadOption where its class folders are not ImageNet's."""
+        """Return the classes and images of the folder; raise BadOption unless its class folders are ImageNet's."""
         listing = super().listing()
         for name in listing.classes:
             if not _WORDNET.fullmatch(name):
                 raise BadOption(
-                    f"the folder {str(self.folder)!r} holds {name!r}, no WordNet id such as n01440764; sort ImageNet "
-                    f"into class folders, or write folder:{self.path} for other images"
+                    f"the folder {str(self.folder)!r} holds {name!r}, which is not a WordNet id such as n01440764; "
+                    f"sort ImageNet into class folders, or write folder:{self.path} for other images"
                 )
         return listing
 
@@ -224,9 +224,7 @@ def _pixels(file: Path, side: int, short_side: int) -> np.ndarray[Any, np.dtype[
         scale = short_side / min(image.size)
         width, height = (max(short_side, round(length * scale)) for length in image.size)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
-    except Exception as error:  # whatever a damaged or hostile file makes Pillow raise
-        raise CorruptAsset(
-            f"{file} is no image that can be read ({type(error).__name__}); repair or remove it"
-        ) from None
+    except Exception as error:  # a damaged or hostile file can make Pillow raise anything
+        raise CorruptAsset(f"{file} cannot be read as an image ({type(error).__name__}); repair or remove it") from None
     left, top = (width - side) // 2, (height - side) // 2
     return np.array(image.crop((left, top, left + side, top + side)))

@@ -1,4 +1,4 @@
-"""What the datasets share: options for size and channels, and from stored bytes to the images of the contract."""
+"""Size and channels of images: the options of datasets, and the conversion."""
 
 from __future__ import annotations
 

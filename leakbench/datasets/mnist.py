@@ -17,7 +17,7 @@ from leakbench.errors import CorruptAsset
 
 
 def read_idx(file: Path) -> NDArray[np.uint8]:
-    """Map an idx file of bytes into memory; raise CorruptAsset where its header and its size do not agree."""
+    """Map an idx file of bytes into memory; raise CorruptAsset if its header and its size do not agree."""
     with file.open("rb") as opened:
         start = opened.read(16)
     dims = start[3] if len(start) >= 8 and start[:3] == b"\x00\x00\x08" else 0
@@ -26,14 +26,9 @@ def read_idx(file: Path) -> NDArray[np.uint8]:
         sizes = struct.unpack(f">{dims}I", start[4:header])
         if file.stat().st_size == header + np.prod(sizes, dtype=np.int64):
             return np.memmap(file, np.uint8, "r", header, sizes)
-    raise CorruptAsset(f"{file} is no idx file of bytes; delete it and run `leakbench assets fetch {file.parent.name}`")
-
-
-def read_split(asset: str, split: Split) -> list[Part]:
-    """Return a split of one of the two datasets as its only part."""
-    stem = "train" if split == "train" else "t10k"
-    images = read_idx(assets.file(asset, f"{stem}-images-idx3-ubyte"))
-    return [(images[:, None], read_idx(assets.file(asset, f"{stem}-labels-idx1-ubyte")))]
+    raise CorruptAsset(
+        f"{file} is not an idx file of bytes; delete it and run `leakbench assets fetch {file.parent.name}`"
+    )
 
 
 @register("mnist")
@@ -49,20 +44,14 @@ class MNIST(Stored):
     @classmethod
     def parts(cls, split: Split) -> list[Part]:
         """Return the split as its only part."""
-        return read_split("mnist", split)
+        stem = "train" if split == "train" else "t10k"
+        images = read_idx(assets.file(cls.name, f"{stem}-images-idx3-ubyte"))
+        return [(images[:, None], read_idx(assets.file(cls.name, f"{stem}-labels-idx1-ubyte")))]
 
 
 @register("fashion-mnist")
 @dataclass(frozen=True)
-class FashionMNIST(Stored):
+class FashionMNIST(MNIST):
     """Articles of clothing, 28 x 28 grey, 10 classes; attacked from the 10,000 test images by default."""
 
     reference: ClassVar[str] = "Xiao, Rasul and Vollgraf 2017, Fashion-MNIST, arXiv 1708.07747"
-    native: ClassVar[tuple[int, int, int]] = (1, 28, 28)
-    classes: ClassVar[int] = 10
-    counts: ClassVar[dict[str, int]] = {"train": 60000, "test": 10000}
-
-    @classmethod
-    def parts(cls, split: Split) -> list[Part]:
-        """Return the split as its only part."""
-        return read_split("fashion-mnist", split)

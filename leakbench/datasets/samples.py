@@ -30,11 +30,11 @@ CLASSES = 7
 class Samples(Dataset):
     """64 crops, 32 x 32 colour, of 7 photographs in the public domain; they ship with leakbench.
 
-    The class of an image is its photograph. The mean is that of 32 crops of the same photographs which overlap no
-    image that may be attacked.
+    The class of an image is its photograph. The mean is that of 32 other crops of the same photographs, which do not
+    overlap the 64.
 
     Attributes:
-        size: the side of the images; none keeps them as they are. Bilinear with antialiasing.
+        size: the side of the images, resized bilinearly with antialiasing; none keeps 32.
         channels: 1 for grey, 3 for RGB; none keeps RGB.
     """
 
@@ -67,8 +67,8 @@ class Samples(Dataset):
     def note(self) -> str:
         """Return that the crops are not independent."""
         return (
-            f"These images are crops of {CLASSES} photographs, and crops of one are alike. Intervals and tests take "
-            "images as independent, so that they are surer here than they should be. CIFAR-10 has no such groups."
+            f"These images are crops of {CLASSES} photographs, and crops of one photograph are alike. Intervals and "
+            "tests assume independent images, so they are too narrow here. CIFAR-10 has no such groups."
         )
 
     def mean(self) -> Tensor:

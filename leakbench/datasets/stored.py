@@ -1,4 +1,4 @@
-"""What the datasets of the cache have in common: two splits, read from the cached bytes as they are."""
+"""Base of the datasets in the cache: two splits, read from the cached files."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Stored(Dataset):
     """A dataset of two splits in the cache.
 
     Attributes:
-        size: the side of the images; none keeps them as they are. Bilinear with antialiasing.
-        channels: 1 for grey, 3 for RGB; none keeps them as they are.
-        split: whose images are attacked. The mean is that of the other split: of the training split by default.
+        size: the side of the images, resized bilinearly with antialiasing; none keeps their own size.
+        channels: 1 for grey, 3 for RGB; none keeps their own.
+        split: the split that is attacked. The mean is that of the other split.
     """
 
     native: ClassVar[tuple[int, int, int]]
