@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 from leakbench.core.rng import generator
 from leakbench.datasets.in_memory import ByteImages, read
@@ -80,15 +82,9 @@ def assess(recipe: GeneratorRecipe, out: Path, command: str) -> list[Path]:
 
 
 def _save(file: Path, images: Tensor, columns: int) -> None:
-    """Write images [N, C, H, W] in [0, 1] as a PNG with so many columns, doubled in size without smoothing."""
-    count, channels, height, width = images.shape
-    pixels = images.clamp(0, 1).mul(255).round().to(torch.uint8)
-    rows = -(-count // columns)
-    sheet = torch.full((channels, rows * (height + 1) - 1, columns * (width + 1) - 1), 255, dtype=torch.uint8)
-    for place, image in enumerate(pixels):
-        top, left = (place // columns) * (height + 1), (place % columns) * (width + 1)
-        sheet[:, top : top + height, left : left + width] = image
-    picture = Image.fromarray(sheet.permute(1, 2, 0).numpy() if channels == 3 else sheet[0].numpy())
+    """Write images [N, C, H, W] in [0, 1] as a PNG of ``columns`` columns, doubled in size without smoothing."""
+    sheet = make_grid(images.clamp(0, 1).mul(255).round().to(torch.uint8), columns, padding=1, pad_value=255)
+    picture = to_pil_image(sheet[: images.shape[1], 1:-1, 1:-1])
     picture.resize((picture.width * _SCALE, picture.height * _SCALE), Image.Resampling.NEAREST).save(
         file, optimize=True
     )

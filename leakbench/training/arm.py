@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,21 +76,8 @@ class Round:
 
     def plain(self) -> dict[str, Any]:
         """Return the round as plain JSON values; a loss that is not finite as None."""
-        value: dict[str, Any] = _finite(asdict(self))
+        value: dict[str, Any] = json.loads(_ROUND.dump_json(self))
         return value
-
-    @classmethod
-    def of(cls, plain: Mapping[str, Any]) -> Round:
-        """Return the value that ``plain`` wrote; raise ValueError for anything else."""
-        return _ROUND.validate_python(plain)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
@@ -107,11 +95,6 @@ class SavedStage:
     number: int
     file: Annotated[str, Field(pattern=r"^[\w-]+\.safetensors$")]
     accuracy: float
-
-    @classmethod
-    def of(cls, plain: Mapping[str, Any]) -> SavedStage:
-        """Return the stage whose ``vars`` these are; raise ValueError for anything else."""
-        return _STAGE.validate_python(plain)
 
 
 @dataclass(frozen=True)
@@ -138,7 +121,7 @@ class Outcome:
 
     def plain(self) -> dict[str, Any]:
         """Return the outcome as plain JSON values."""
-        value: dict[str, Any] = _finite(asdict(self))
+        value: dict[str, Any] = json.loads(_OUTCOME.dump_json(self))
         return value
 
     @classmethod
@@ -155,7 +138,8 @@ class Outcome:
         return self.rounds[self.best - 1]
 
 
-_ROUND, _STAGE, _OUTCOME = TypeAdapter(Round), TypeAdapter(SavedStage), TypeAdapter(Outcome)
+_ROUND, _OUTCOME = TypeAdapter(Round), TypeAdapter(Outcome)
+_ROUNDS, _STAGES = TypeAdapter(list[Round]), TypeAdapter(list[SavedStage])
 
 
 @dataclass(frozen=True)
@@ -248,8 +232,8 @@ class TrainingHistory:
             return None
         state = read_state(file)
         with restoring(file):
-            self.rounds = [Round.of(one) for one in state.pop("rounds")]
-            self.stages = [SavedStage.of(one) for one in state.pop("stages")]
+            self.rounds = _ROUNDS.validate_python(state.pop("rounds"))
+            self.stages = _STAGES.validate_python(state.pop("stages"))
             self.best = state.pop("best")
         for one in self.rounds:
             self.on_round(one)
