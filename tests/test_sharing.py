@@ -80,7 +80,7 @@ def test_a_misspelt_axis_of_a_scale_is_told() -> None:
 
 @pytest.mark.parametrize("scale", ["smoke", "cpu", "full"])
 @pytest.mark.parametrize("file", [*BENCHMARKS, "sharing"], ids=lambda file: getattr(file, "stem", file))
-def test_the_papers_tables_are_matrices_with_controls_and_everything_revealed(file: Path | str, scale: str) -> None:
+def test_papers_tables_have_controls_and_everything_revealed(file: Path | str, scale: str) -> None:
     rows = [Matrix(**row) for row in expand(load_suite(file) if isinstance(file, str) else load(file), scale)]
     defenses = {defense.name for row in rows for defense in row.defenses}
     threats = {threat.spec() for row in rows for threat in row.threats}

@@ -89,7 +89,7 @@ def test_a_defense_of_gradients_acts_on_the_update(spec: str) -> None:
         torch.testing.assert_close(norm, torch.full_like(norm, 1e-3))
 
 
-def test_an_informed_attacker_models_the_defense_in_the_units_of_the_update() -> None:
+def test_adaptive_attacker_models_defense_in_units_of_update() -> None:
     """Clipping to a norm between that of the update and that of the gradient: the true image matches exactly."""
     threat = f"{KNOWN}, labels=known, informed=true"
     norm = 0.5 * float(
@@ -144,7 +144,7 @@ def test_a_key_is_worked_out_of_several_steps() -> None:
 
 
 @pytest.mark.parametrize("spec", ["clip", "noise", "weight-noise", "prune", "soteria", "weight-sparsify"])
-def test_what_counts_in_units_needs_a_rate_that_is_known_or_learned_and_a_mask_needs_none(spec: str) -> None:
+def test_adaptive_attack_needs_learning_rate(spec: str) -> None:
     seen = watch("lenet", spec, "shares=weights, informed=true")
     counts = spec in ("clip", "noise", "weight-noise")
     prepare(attacks.parse("dlm"), seen)
@@ -186,9 +186,7 @@ def masks(spec: str, threat: str) -> tuple[dict[str, torch.Tensor], dict[str, to
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.9])
 @pytest.mark.parametrize("snapshots", ["both", "after"])
-def test_who_knows_of_sparse_weights_has_the_update_of_those_that_were_kept(
-    snapshots: str, ratio: float, steps: int
-) -> None:
+def test_adaptive_attacker_has_update_of_kept_weights(snapshots: str, ratio: float, steps: int) -> None:
     threat = f"shares=weights, learning_rate=0.1, local_steps={steps}"
     spec = f"weight-sparsify(ratio={ratio}, snapshots={snapshots})"
     plain, known, shown = masks(spec, threat)
@@ -261,7 +259,7 @@ def test_the_likelihood_of_weight_noise_is_minus_the_log_of_its_density(
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("options", ["", ", snapshots=after", ", as_released=true", ", clip=none"])
-def test_the_surrogate_of_the_clients_update_is_what_was_sent_without_noise(options: str) -> None:
+def test_surrogate_is_sent_update_without_noise(options: str) -> None:
     plain = watch("lenet", "none", "weights")
     spec = f"weight-noise(scale=0{options})"
     sent = watch("lenet", spec, "weights").gradient
@@ -310,7 +308,7 @@ def test_weight_sparsify_sends_no_small_weight() -> None:
 
 
 @pytest.mark.parametrize("spec", [*ON_WEIGHTS, "weight-noise(as_released=true, snapshots=after)"])
-def test_defenses_of_weights_keep_shapes_and_arguments_and_train_with_the_model_that_they_send(spec: str) -> None:
+def test_defenses_of_weights_keep_shapes_and_train_with_sent_model(spec: str) -> None:
     method = defenses.parse(spec)
     network = build(parse("lenet"), method, SHAPE, CLASSES, "weights")
     before = {name: value.detach().clone() for name, value in network.named_parameters()}
@@ -594,7 +592,7 @@ def a_run(trials: int = 6) -> tuple[pd.DataFrame, dict[str, TrialRecord], pd.Dat
     return pd.DataFrame(lines), records, pd.DataFrame(scales, columns=["trial", "name", "value"])
 
 
-def test_the_report_compares_with_the_rate_and_shows_the_scale_and_the_strengths() -> None:
+def test_report_compares_rates_and_shows_scale_and_strengths() -> None:
     trials = weights.rows(*a_run())
     assert len(trials) == 36
     text = weights.markdown("mine", trials, 0, 0)
@@ -618,7 +616,7 @@ def test_the_report_compares_with_the_rate_and_shows_the_scale_and_the_strengths
     assert drawn == saved(weights.scale_figure(trials)) != saved(weights.scale_figure(trials.assign(recovered=False)))
 
 
-def test_the_figure_of_defenses_has_a_line_for_each_attack_over_the_strengths() -> None:
+def test_figure_of_defenses_has_line_per_attack_over_strengths() -> None:
     drawn = weights.defense_figure(weights.rows(*a_run()))
     (panel,) = drawn.axes
     assert [tick.get_text() for tick in panel.get_xticklabels()] == ["0", "0.001", "1"]

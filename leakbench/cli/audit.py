@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -60,47 +60,32 @@ app = typer.Typer(
 class _Shared:
     """The options of both commands."""
 
-    model: Annotated[
-        str,
-        typer.Option(
-            metavar="MODULE:FACTORY",
-            help="A callable without arguments that returns an nn.Module from images to logits, or only its NAME if a "
-            "--plugin defines it. It is imported and called.",
-        ),
-    ]
-    out: Annotated[Path, typer.Option(help="The folder of the run file and of the report; an existing run is resumed.")]
-    normalise: Annotated[
-        str,
-        typer.Option(
-            metavar="MEAN/STD", help="The network's input normalisation, such as 0.485,0.456,0.406/0.229,0.224,0.225."
-        ),
-    ] = ""
-    mode: Annotated[Literal["train", "eval"], typer.Option(help="The mode in which clients train.")] = "train"
-    budget: Annotated[
-        Literal["quick", "standard", "thorough"],
-        typer.Option(help="Which attacks are run, and for how long: see `leakbench list suites`, audit."),
-    ] = "standard"
-    threshold: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            help="The SSIM, after brightness and contrast are fitted, from which an image is recovered (0.6).",
-        ),
-    ] = None
-    fail_if: Annotated[
-        str | None,
-        typer.Option(
-            metavar="'NAME > NUMBER'",
-            help="Exit with 1 if this is true behind any defense. NAME is recovered (the share of images), labels (the "
-            "share inferred correctly in closed form), or a metric of the image that leaks most; the comparison is >, "
-            ">=, < or <=.",
-        ),
-    ] = None
-    plugin: Annotated[
-        list[Path] | None,
-        typer.Option("--plugin", help="A Python file that defines the factory, or components; it is executed."),
-    ] = None
+    model: str = option(
+        "A callable without arguments that returns an nn.Module from images to logits, or only its NAME if a --plugin "
+        "defines it. It is imported and called.",
+        metavar="MODULE:FACTORY",
+        default=MISSING,
+    )
+    out: Path = option("The folder of the run file and of the report; an existing run is resumed.", default=MISSING)
+    normalise: str = option(
+        "The network's input normalisation, such as 0.485,0.456,0.406/0.229,0.224,0.225.",
+        metavar="MEAN/STD",
+        default="",
+    )
+    mode: Literal["train", "eval"] = option("The mode in which clients train.", default="train")
+    budget: Literal["quick", "standard", "thorough"] = option(
+        "Which attacks are run, and for how long: see `leakbench list suites`, audit.", default="standard"
+    )
+    threshold: float | None = option(
+        "The SSIM, after brightness and contrast are fitted, from which an image is recovered (0.6).", min=0, max=1
+    )
+    fail_if: str | None = option(
+        "Exit with 1 if this is true behind any defense. NAME is recovered (the share of images), labels (the share "
+        "inferred correctly in closed form), or a metric of the image that leaks most; the comparison is >, >=, < or "
+        "<=.",
+        metavar="'NAME > NUMBER'",
+    )
+    plugin: list[Path] | None = option("A Python file that defines the factory, or components; it is executed.")
 
     def audit(
         self, attack: Callable[[AuditedNetwork, AuditOptions, NullProgress], Audit], checkpoint: str = ""
@@ -137,21 +122,16 @@ class _Shared:
 class _OnImages(_Shared):
     """The options of ``audit model``."""
 
-    data: Annotated[
-        str,
-        typer.Option(metavar="folder:PATH", help="Images, one subfolder for each class; or any dataset's spec."),
-    ]
-    size: Annotated[int | None, typer.Option(min=1, help="The side of the images in pixels.")] = None
-    images: Annotated[str | None, typer.Option(help="The first N images, or indices such as 0,3,5.")] = None
-    checkpoint: Annotated[
-        str, typer.Option(metavar="FILE", help="Trained weights: .safetensors, or a state dict of torch.save.")
-    ] = ""
-    defense: Annotated[
-        list[str] | None, typer.Option("--defense", help="A defense of the clients (default: none); repeatable.")
-    ] = None
-    threat: Annotated[
-        list[str] | None, typer.Option("--threat", help="A threat model in place of those of the budget; repeatable.")
-    ] = None
+    data: str = option(
+        "Images, one subfolder for each class; or any dataset's spec.", metavar="folder:PATH", default=MISSING
+    )
+    size: int | None = option("The side of the images in pixels.", min=1)
+    images: str | None = option("The first N images, or indices such as 0,3,5.")
+    checkpoint: str = option(
+        "Trained weights: .safetensors, or a state dict of torch.save.", metavar="FILE", default=""
+    )
+    defense: list[str] | None = option("A defense of the clients (default: none); repeatable.")
+    threat: list[str] | None = option("A threat model in place of those of the budget; repeatable.")
     device: str = option(DEVICE, default="auto")
 
 
@@ -159,21 +139,16 @@ class _OnImages(_Shared):
 class _OnUpdate(_Shared):
     """The options of ``audit update``."""
 
-    before: Annotated[str, typer.Option(metavar="FILE", help="The weights that the client was given.")]
-    after: Annotated[
-        str, typer.Option(metavar="FILE", help="The weights that it sent: .safetensors, a state dict, or .npz.")
-    ]
-    size: Annotated[int, typer.Option(min=1, help="The side of the client's image in pixels.")]
-    channels: Annotated[int, typer.Option(min=1, max=3, help="The channels of the image: 1 or 3.")] = 3
-    rate: Annotated[float | None, typer.Option(help="The client's learning rate, if it is known.")] = None
-    local_steps: Annotated[int, typer.Option(min=1, help="How many steps of SGD the client took.")] = 1
-    truth: Annotated[
-        str | None,
-        typer.Option(metavar="IMAGE", help="The private image: only compared with the reconstructions."),
-    ] = None
-    label: Annotated[
-        int | None, typer.Option(min=0, help="The label of the image: only compared with the inferred one.")
-    ] = None
+    before: str = option("The weights that the client was given.", metavar="FILE", default=MISSING)
+    after: str = option(
+        "The weights that it sent: .safetensors, a state dict, or .npz.", metavar="FILE", default=MISSING
+    )
+    size: int = option("The side of the client's image in pixels.", min=1, default=MISSING)
+    channels: int = option("The channels of the image: 1 or 3.", min=1, max=3, default=3)
+    rate: float | None = option("The client's learning rate, if it is known.")
+    local_steps: int = option("How many steps of SGD the client took.", min=1, default=1)
+    truth: str | None = option("The private image: only compared with the reconstructions.", metavar="IMAGE")
+    label: int | None = option("The label of the image: only compared with the inferred one.", min=0)
 
 
 @command(app, "model", _OnImages)

@@ -38,7 +38,7 @@ def option(
     Args:
         help: what the option is, for ``--help``.
         flags: such as ``--strict``, for a flag that cannot be negated.
-        default: the value if the option is not given.
+        default: the value if the option is not given; ``dataclasses.MISSING`` for an option that must be given.
         metavar: what stands for its value in ``--help``.
         min: the least value of a number; likewise ``max``.
     """

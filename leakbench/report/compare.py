@@ -20,7 +20,7 @@ from leakbench.store.records import MetricInfo, StoredComponent
 
 _AXES = ("attack", "model", "dataset", "defense")
 _OURS = ("paper_mse", "paper_psnr", "psnr", "psnr_aligned", "ssim")
-Positive = Annotated[float, Field(gt=0)]
+_Positive = Annotated[float, Field(gt=0)]
 
 
 class PublishedFigure(BaseModel):
@@ -42,9 +42,9 @@ class PublishedFigure(BaseModel):
     model: str
     dataset: str
     defense: str
-    mse: Positive | None = None
-    psnr: Positive | None = None
-    standard: Positive | None = None
+    mse: _Positive | None = None
+    psnr: _Positive | None = None
+    standard: _Positive | None = None
 
 
 class PublishedAccuracy(BaseModel):
@@ -65,7 +65,7 @@ class PublishedAccuracy(BaseModel):
     dataset: str
     defense: str
     of: str
-    percent: Positive
+    percent: _Positive
 
 
 class Published(BaseModel):

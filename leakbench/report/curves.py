@@ -20,12 +20,12 @@ from leakbench.report.figure import GREY, key_below, plain, saved, style
 from leakbench.report.page import render_markdown
 from leakbench.report.run import RunData
 from leakbench.report.study import Line, draw_lines
-from leakbench.store.records import MetricInfo, StoredComponent, threshold_of
+from leakbench.store.records import MetricInfo, StoredComponent
 
 FILE = "curves.md"
 """The name of the report in a run's folder."""
 
-METRICS = ("psnr_aligned", "ssim_aligned")
+CURVE_METRICS = ("psnr_aligned", "ssim_aligned")
 """What is drawn and listed."""
 
 MIN_STRENGTHS = 2
@@ -147,7 +147,7 @@ def pages(
 def files(run: RunData) -> Iterator[tuple[str, bytes]]:
     """Yield the names and contents of ``curves.md`` and its figures; nothing for a run without curves."""
     found = pages(run.results, run.metrics, run.components)
-    if not found or threshold_of(run.sessions) is not None:
+    if not found or run.threshold is not None:
         return
     for page in found:
         yield f"grids/{page.file}", saved(figure(page))
@@ -177,7 +177,7 @@ def _floors(page: CurvesPage, metrics: Sequence[MetricInfo]) -> list[str]:
 
 
 def _shown(metrics: Sequence[MetricInfo]) -> list[MetricInfo]:
-    return [metric for metric in metrics if metric.name in METRICS]
+    return [metric for metric in metrics if metric.name in CURVE_METRICS]
 
 
 def _table(page: CurvesPage, kind: Kind, metrics: Sequence[MetricInfo]) -> str:
@@ -186,19 +186,19 @@ def _table(page: CurvesPage, kind: Kind, metrics: Sequence[MetricInfo]) -> str:
         page.attacked[page.attacked["defense"] == level.defense].assign(defense=level.label)
         for level in page.levels[kind]
     ]
-    shown = leakage_table(pd.concat(by_level), metrics, METRICS).rename(columns={"defense": kind})
+    shown = leakage_table(pd.concat(by_level), metrics, CURVE_METRICS).rename(columns={"defense": kind})
     return to_markdown(shown[[kind, *shown.columns.drop(kind)]])
 
 
 def figure(page: CurvesPage) -> Figure:
     """Return a page's curves: a column for each axis, a row for each metric, a line for each attack."""
-    drawn = Figure(figsize=(5.6 * len(page.levels), 3.3 * len(METRICS) + 0.9), layout="constrained")
-    panels = drawn.subplots(len(METRICS), len(page.levels), squeeze=False, sharey="row")
+    drawn = Figure(figsize=(5.6 * len(page.levels), 3.3 * len(CURVE_METRICS) + 0.9), layout="constrained")
+    panels = drawn.subplots(len(CURVE_METRICS), len(page.levels), squeeze=False, sharey="row")
     attacks = page.attacked["attack"].drop_duplicates().tolist()
     for column, (kind, own) in enumerate(page.levels.items()):
         places = dict(zip((level.defense for level in own), _places(own)))
         ticks = {places[level.defense]: level.label for level in own}
-        for metric, panel in zip(METRICS, panels[:, column]):
+        for metric, panel in zip(CURVE_METRICS, panels[:, column]):
             rows = page.attacked[page.attacked["defense"].isin(places) & page.attacked[metric].notna()]
             rows = rows.assign(place=rows["defense"].map(places)).sort_values("place")
             numbers = ["place", metric, f"{metric} low", f"{metric} high"]

@@ -26,11 +26,11 @@ from leakbench.store.run_file import Store
 FILE = "weights.md"
 """The name of the report in a run's folder."""
 
-THRESHOLD = 0.6
+SSIM_THRESHOLD = 0.6
 """An image whose SSIM after alignment is at least this counts as recovered, as in the suite ``worst-case``."""
 
-SCALE = "grids/weights-scale.png"
-CURVES = "grids/weights-defenses.png"
+SCALE_FILE = "grids/weights-scale.png"
+DEFENSES_FILE = "grids/weights-defenses.png"
 
 _PLACE = ["dataset", "model", "rate", "steps"]
 _WHO = ["method", "known"]
@@ -45,9 +45,9 @@ def files(run: RunData, store: Store) -> Iterator[tuple[str, bytes]]:
     if trials.empty:
         return
     if len(_learned(trials)):
-        yield SCALE, saved(scale_figure(trials))
+        yield SCALE_FILE, saved(scale_figure(trials))
     if families(trials):
-        yield CURVES, saved(defense_figure(trials))
+        yield DEFENSES_FILE, saved(defense_figure(trials))
     errors = int((run.results["status"] == "error").sum())
     yield FILE, markdown(run.name, trials, run.planned - len(run.results), errors).encode()
 
@@ -79,7 +79,7 @@ def rows(results: pd.DataFrame, records: Mapping[str, TrialRecord], findings: pd
                 "name": settings["attack"]["name"],
                 "told": told,
                 "adaptive": adaptive,
-                "recovered": row["status"] == "ok" and row[RECOVERY] >= THRESHOLD,
+                "recovered": row["status"] == "ok" and row[RECOVERY] >= SSIM_THRESHOLD,
                 "scale": float(scales.get(row["trial"], math.nan)),
                 "family": family,
                 "strength": strength,
@@ -163,14 +163,14 @@ def markdown(name: str, trials: pd.DataFrame, unfinished: int, errors: int) -> s
         name=name,
         unfinished=unfinished,
         errors=errors,
-        threshold=THRESHOLD,
+        threshold=SSIM_THRESHOLD,
         others=sorted(trials.loc[trials["family"].isna(), "defense"].unique()),
         attacks=table([{str(key): cell for key, cell in row.items()} for row in attacks.to_dict("records")], left=3),
         undefended=table(_undefended(trials), left=2),
         scales=table(_scales(trials), left=2),
         defended=table(_defended(trials), left=1),
-        scale_file=SCALE,
-        defense_file=CURVES,
+        scale_file=SCALE_FILE,
+        defense_file=DEFENSES_FILE,
     )
 
 
