@@ -18,7 +18,8 @@ from leakbench.errors import BadOption
 from leakbench.leaderboard.entry import entries
 from leakbench.report import tradeoff as report
 from leakbench.report import write
-from leakbench.report.tradeoff import AttackedDefense, AttackedStage, Value
+from leakbench.report.study import Value
+from leakbench.report.tradeoff import AttackedDefense, AttackedStage
 from leakbench.store.run_file import FILE, Store
 from leakbench.training import records
 from leakbench.training.settings import Tradeoff

@@ -21,7 +21,7 @@ from leakbench.report.compare import Published, published
 from leakbench.report.figure import COLOURS, key_below, plain, saved
 from leakbench.report.files import replace
 from leakbench.report.page import render_markdown
-from leakbench.report.study import per_cent, table
+from leakbench.report.study import Value, per_cent, table
 from leakbench.store.provenance import Provenance
 from leakbench.training import TrainingRecord, records
 from leakbench.training.arm import GLOBAL, Outcome, Round
@@ -147,13 +147,13 @@ def accuracy(outcome: Outcome) -> float:
     return outcome.chosen().accuracy("test") if outcome.rounds else math.nan
 
 
-def interval(own: Sequence[TrainingRecord]) -> tuple[float, float, float]:
+def interval(own: Sequence[TrainingRecord]) -> Value:
     """Return the mean test accuracy over seeds in [0, 1], with its 95 % Wilson interval over the test images."""
     ended = [one.outcome for one in own if one.outcome.rounds]
     if not ended:
-        return math.nan, math.nan, math.nan
+        return Value()
     value = mean(map(accuracy, ended))
-    return value, *wilson_interval(value, ended[0].chosen().views[0].test.count)
+    return Value(value, *wilson_interval(value, ended[0].chosen().views[0].test.count))
 
 
 def _percent(value: float, sign: bool = False) -> str:
@@ -208,7 +208,7 @@ def _about(blocks: Sequence[Block]) -> list[dict[str, object]]:
 
 
 def _costs(block: Block) -> list[dict[str, object]]:
-    control, _, _ = interval(block.arms.get("none", ()))
+    control = interval(block.arms.get("none", ())).mean
     best = f"best {block.unit}"
     columns = ["defense", "seeds", best, "accuracy", "over seeds", "cost, points", "test loss", "failed clients"]
     found = []
@@ -218,7 +218,7 @@ def _costs(block: Block) -> list[dict[str, object]]:
         if not ended:
             found.append(row | {"defense": defense, "seeds": len(own), best: own[0].outcome.status})
             continue
-        value, low, high = interval(own)
+        value = interval(own)
         chosen = [outcome.chosen() for outcome in ended]
         diverged = any(outcome.status != "ok" for outcome in ended)
         found.append(
@@ -227,9 +227,9 @@ def _costs(block: Block) -> list[dict[str, object]]:
                 "defense": f"{defense} (diverged)" if diverged else defense,
                 "seeds": len(ended),
                 best: ", ".join(str(one.number) for one in chosen),
-                "accuracy": per_cent(value, low, high),
+                "accuracy": per_cent(*value),
                 "over seeds": _spread([accuracy(one) for one in ended]) if len(ended) > 1 else ABSENT,
-                "cost, points": ABSENT if defense == "none" else _percent(control - value, sign=True),
+                "cost, points": ABSENT if defense == "none" else _percent(control - value.mean, sign=True),
                 "test loss": number(mean(view.test.loss for one in chosen for view in one.views), 4),
                 "failed clients": sum(
                     len(one.failures) + len(one.untested) for outcome in ended for one in outcome.rounds

@@ -1,17 +1,39 @@
-"""What study pages share: a table of rows, and lines of values with intervals along an axis."""
+"""What study pages share: values with intervals, a table of rows, and lines of values along an axis."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from leakbench.analysis.statistics import wilson_interval
 from leakbench.core.text import with_interval
 from leakbench.report.display import to_markdown
 from leakbench.report.figure import bars, plain
+
+
+class Value(NamedTuple):
+    """A number with its 95 % interval; NaN where it is unknown."""
+
+    mean: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+
+    @classmethod
+    def of_share(cls, hits: pd.Series, images: Iterable[object]) -> Value:
+        """Return the share of hits in [0, 1], with its Wilson interval over images; ``images`` has that of each hit."""
+        if hits.empty:
+            return cls()
+        share = float(hits.mean())
+        return cls(share, *wilson_interval(share, len(set(images))))
+
+    def overlaps(self, other: Value) -> bool:
+        """Return whether the intervals have a point in common."""
+        return self.low <= other.high and other.low <= self.high
 
 
 @dataclass(frozen=True)

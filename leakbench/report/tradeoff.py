@@ -6,14 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from leakbench.analysis import pareto
-from leakbench.analysis.statistics import bootstrap_interval, wilson_interval
+from leakbench.analysis.statistics import bootstrap_interval
 from leakbench.core.text import ABSENT, english, number, slug, with_interval
 from leakbench.errors import CorruptAsset
 from leakbench.plan.matrix import RECOVERY
@@ -21,7 +20,7 @@ from leakbench.report.accuracy import interval
 from leakbench.report.figure import GREY, key_below, plain, saved
 from leakbench.report.files import replace
 from leakbench.report.page import render_markdown
-from leakbench.report.study import per_cent, table
+from leakbench.report.study import Value, per_cent, table
 from leakbench.report.utility import draw_points
 from leakbench.store.run_file import FILE as RUN
 from leakbench.store.run_file import Store
@@ -34,17 +33,6 @@ DISTANCE = "lpips_vgg"
 """The distance that is drawn beside the share of images recovered, if its weights are available."""
 
 _UNITS = {"recovered": "images recovered, %", "LPIPS": "LPIPS (VGG) of the best reconstruction\n← leaks more"}
-
-
-class Value(NamedTuple):
-    """A number with its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-_UNKNOWN = Value(math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -172,10 +160,7 @@ def _point(
     measured = scored[scored[RECOVERY].notna()]  # images of fewer than 11 pixels a side have no SSIM
     recovered = measured.assign(hit=measured[RECOVERY] >= threshold)
     hits = recovered.groupby(["model", "seed", "image"])["hit"].any()
-    share = distance = _UNKNOWN
-    if len(hits):
-        mean = float(hits.mean())
-        share = Value(mean, *wilson_interval(mean, hits.index.get_level_values("image").nunique()))
+    distance = Value()
     if DISTANCE in scored and scored[DISTANCE].notna().any():
         least = scored.groupby(["model", "seed", "image"])[DISTANCE].min().dropna()
         images = least.index.get_level_values("image").to_numpy()
@@ -183,9 +168,9 @@ def _point(
     by = recovered[recovered["hit"]].groupby("attack")["image"].count()
     return AttackedDefense(
         defense=targets[0].defense,
-        accuracy=Value(*interval(arms)),
+        accuracy=interval(arms),
         before=float(np.mean([target.accuracy for target in targets])),
-        share=share,
+        share=Value.of_share(hits, hits.index.get_level_values("image")),
         distance=distance,
         images=len(hits),
         strongest="" if by.empty else str(by.idxmax()),

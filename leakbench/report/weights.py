@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from leakbench.analysis.statistics import Array, bootstrap_interval, wilson_interval
+from leakbench.analysis.statistics import Array, bootstrap_interval
 from leakbench.core.registry import split_spec
 from leakbench.core.text import ABSENT, number, percent, plural
 from leakbench.plan.matrix import RECOVERY
 from leakbench.report.figure import COLOURS, GREY, key_below, plain, saved, style
 from leakbench.report.page import render_markdown
 from leakbench.report.run import RunData
-from leakbench.report.study import Line, draw_lines, table
+from leakbench.report.study import Line, Value, draw_lines, table
 from leakbench.store.records import TrialRecord
 from leakbench.store.run_file import Store
 
@@ -61,31 +60,30 @@ def rows(results: pd.DataFrame, records: Mapping[str, TrialRecord], findings: pd
     ``family`` and ``strength`` of a defense of weights. The family is empty for no defense, and None for a defense that
     is not one of weights.
     """
-    scales = findings[findings["name"] == "scale"].set_index("trial")["value"]
-    found = []
-    for row in results.to_dict("records"):
-        settings = json.loads(records[row["trial"]].cell)
-        threat = settings["threat"]
-        if threat["shares"] != "weights" or row["floor"] or row["status"] not in ("ok", "failed"):
-            continue
-        family, strength = _strength(settings["defense"])
-        adaptive, told = _knowledge(threat)
-        found.append(
-            {str(name): value for name, value in row.items()}
-            | {
-                "rate": threat["learning_rate"],
-                "steps": threat["local_steps"],
-                "known": threat["rate"] == "known",
-                "name": settings["attack"]["name"],
-                "told": told,
-                "adaptive": adaptive,
-                "recovered": row["status"] == "ok" and row[RECOVERY] >= SSIM_THRESHOLD,
-                "scale": float(scales.get(row["trial"], math.nan)),
-                "family": family,
-                "strength": strength,
-            }
+    settings = {trial: json.loads(record.cell) for trial, record in records.items()}
+    of_weights = {trial for trial, own in settings.items() if own["threat"]["shares"] == "weights"}
+    scored = results["trial"].isin(of_weights) & results["status"].isin(["ok", "failed"])
+    trials = results[scored & ~results["floor"].astype(bool)].reset_index(drop=True)
+    if trials.empty:
+        return pd.DataFrame()
+    own = [settings[trial] for trial in trials["trial"]]
+    threats = [one["threat"] for one in own]
+    adaptive, told = zip(*map(_knowledge, threats))
+    family, strength = zip(*(_strength(one["defense"]) for one in own))
+    return _labelled(
+        trials.assign(
+            rate=[threat["learning_rate"] for threat in threats],
+            steps=[threat["local_steps"] for threat in threats],
+            known=[threat["rate"] == "known" for threat in threats],
+            name=[one["attack"]["name"] for one in own],
+            told=told,
+            adaptive=adaptive,
+            recovered=(trials["status"] == "ok") & (trials[RECOVERY] >= SSIM_THRESHOLD),
+            scale=trials["trial"].map(findings[findings["name"] == "scale"].set_index("trial")["value"]).astype(float),
+            family=family,
+            strength=strength,
         )
-    return _labelled(pd.DataFrame(found)) if found else pd.DataFrame()
+    )
 
 
 def _knowledge(threat: Mapping[str, Any]) -> tuple[str, str]:
@@ -124,27 +122,9 @@ def _strength(defense: Mapping[str, Any]) -> tuple[str | None, float]:
     return None, math.nan
 
 
-@dataclass(frozen=True)
-class Recovered:
-    """The share of images that were recovered, with its 95 % Wilson interval over images."""
-
-    value: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, cell: pd.DataFrame) -> Recovered:
-        """Return the share of a cell's trials."""
-        share = float(cell["recovered"].mean())
-        return cls(share, *wilson_interval(share, cell["image"].nunique()))
-
-    def overlaps(self, other: Recovered) -> bool:
-        """Return whether two intervals have a point in common."""
-        return self.low <= other.high and other.low <= self.high
-
-    def __str__(self) -> str:
-        """Return ``75 % [41 %, 93 %]``."""
-        return f"{percent(self.value)} [{percent(self.low)}, {percent(self.high)}]"
+def recovered(cell: pd.DataFrame) -> Value:
+    """Return the share of a cell's images that were recovered, with its 95 % Wilson interval over images."""
+    return Value.of_share(cell["recovered"], cell["image"])
 
 
 def markdown(name: str, trials: pd.DataFrame, unfinished: int, errors: int) -> str:
@@ -188,7 +168,12 @@ def _setting(cell: pd.DataFrame) -> dict[str, object]:
 
 
 def _counts(cell: pd.DataFrame) -> dict[str, object]:
-    return {"n": len(cell), "failed": int((cell["status"] == "failed").sum()), "recovered": Recovered.of(cell)}
+    share, low, high = map(percent, recovered(cell))
+    return {
+        "n": len(cell),
+        "failed": int((cell["status"] == "failed").sum()),
+        "recovered": f"{share} [{low}, {high}]",
+    }
 
 
 def _undefended(trials: pd.DataFrame) -> list[dict[str, object]]:
@@ -217,7 +202,7 @@ def _gap(cell: pd.DataFrame, with_rate: pd.DataFrame) -> dict[str, object]:
     return {
         "compared with": with_rate["method"].iloc[0],
         "difference": f"{_points(float(gap.mean()))} [{interval}]",
-        "intervals overlap": "yes" if Recovered.of(cell).overlaps(Recovered.of(with_rate)) else "no",
+        "intervals overlap": "yes" if recovered(cell).overlaps(recovered(with_rate)) else "no",
     }
 
 
@@ -327,8 +312,8 @@ def _draw_family(panel: Any, trials: pd.DataFrame, attacks: Sequence[tuple[str, 
     lines = []
     for method, known, oblivious in attacks:
         own = trials[(trials["method"] == method) & (trials["known"] == known)]
-        cells = [(strengths.index(strength), Recovered.of(cell)) for strength, cell in own.groupby("strength")]
-        points = [(float(place), share.value, share.low, share.high) for place, share in cells]
+        cells = own.groupby("strength")
+        points = [(float(strengths.index(strength)), *recovered(cell)) for strength, cell in cells]
         dashed = {} if method == oblivious else {"linestyle": "--", "markerfacecolor": "white"}
         label = f"{method}, rate {'known' if known else 'hidden'}"
         lines.append(Line(label, points, style(looks.index((oblivious, known))) | dashed))
