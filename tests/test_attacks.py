@@ -321,7 +321,7 @@ def test_a_search_that_ends_no_better_than_it_began_has_failed() -> None:
 # schedule and box
 
 
-def test_ig_lowers_its_step_after_three_eighths_five_eighths_and_seven_eighths(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ig_lowers_its_step_after_3_5_and_7_eighths(monkeypatch: pytest.MonkeyPatch) -> None:
     from leakbench.attacks import ig
 
     seen: dict[str, Any] = {}

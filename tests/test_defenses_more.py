@@ -546,7 +546,7 @@ def encoded(policy: str, seed: int, x: Tensor, augment: bool = False) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), RGB, (3, 16, 24)])
-def test_a_policy_is_applied_always_in_order_and_by_the_draws_of_its_generator(shape: tuple[int, int, int]) -> None:
+def test_a_policy_is_applied_in_order_and_draws_from_its_generator(shape: tuple[int, int, int]) -> None:
     x = (rand(1, *shape) * 255).round() / 255
     assert torch.equal(encoded("29", 0, x), 1 - x) or torch.allclose(encoded("29", 0, x), 1 - x, atol=1e-6)
     torch.testing.assert_close(encoded("0-47", 0, x), x), "inverted twice"
@@ -785,7 +785,7 @@ BELOW = ["lenet", "lenet-bn(mode=eval)", "resnet20(width=4, activation=sigmoid)"
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("model", BELOW)
-def test_a_splice_matches_the_layers_below_with_the_error_that_was_read_off(model: str) -> None:
+def test_a_splice_matches_the_layers_below_with_the_inferred_error(model: str) -> None:
     """At the private image its distance is zero, and its second derivative is that of autograd through <f, e>."""
     observation = watch(model, "precode(k=6, beta=0.3)", "informed=splice", fresh=True)
     spliced = objective("lb", observation)

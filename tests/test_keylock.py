@@ -368,7 +368,7 @@ def test_shared_lock_gradients_are_the_key(spec: str, layers: str, kind: str) ->
     assert informed.secrets == (secret,), "the observation itself is left as it is"
 
 
-def test_the_key_is_not_worked_out_without_the_lock_or_without_knowing_the_defense() -> None:
+def test_the_key_is_recovered_only_with_the_lock_and_the_defense_known() -> None:
     for threat in (
         {"reveals": ["lock"]},
         {"informed": True},
@@ -391,7 +391,7 @@ def relax(
     return function(model, hidden)
 
 
-def test_an_informed_attacker_without_key_or_lock_searches_for_scale_and_shift() -> None:
+def test_an_adaptive_attacker_without_key_optimises_scale_and_shift() -> None:
     defense = defenses.parse("keylock(length=9)")
     model = watch("lenet", defense).model
     hidden = {secret.name for secret in defense.secrets(model)}
@@ -549,7 +549,7 @@ def test_recovery_is_exact_for_tiny_huge_and_dead_rows() -> None:
 
 
 @pytest.mark.parametrize("attack", ["ig(steps=3)", "ig(steps=3, signed=false)"])
-def test_an_informed_attacker_with_the_lock_does_as_well_as_with_everything(attack: str) -> None:
+def test_an_adaptive_attacker_with_the_lock_does_as_well_as_with_all(attack: str) -> None:
     """Through the library: the same reconstruction as if the key had been handed over."""
     network = models.parse("lenet").build(SHAPE, CLASSES)
     x, y = torch.stack([rand(*SHAPE, seed=s) for s in (1, 2)]), torch.tensor([0, 3])
