@@ -136,7 +136,7 @@ def observe(
         device: where the observation's tensors go.
 
     Raises:
-        BadOption: shapes or ranges do not fit.
+        BadOption: shapes or ranges are not valid.
         Unsupported: model and defense do not go together.
     """
     if images.ndim != 4 or labels.shape != (len(images),):
@@ -173,7 +173,7 @@ def observe(
 
 
 def _others(images: Tensor, labels: Tensor, index: int, count: int) -> tuple[tuple[Tensor, int], ...]:
-    """Return so many images behind that of an index, with labels, or all there are; the first follows the last."""
+    """Return ``count`` images after that of an index, with labels, or all there are; after the last comes the first."""
     rows = [row % len(images) for row in range(index + 1, index + 1 + min(count, len(images) - 1))]
     return tuple((images[row], int(labels[row])) for row in rows)
 
@@ -208,7 +208,7 @@ def keylock(
 ) -> nn.Module:
     """Return a copy of any network of 2-d convolutions with FedKL's key-lock in it, key and lock drawn.
 
-    The lock stands in place of the first convolution's normalisation, whose running statistics it takes over, or
+    The lock replaces the first convolution's normalisation, whose running statistics it takes over, or
     behind the first convolution where it has none. The copy trains and infers as any network does. No state dict holds
     the key: ``leakbench.defenses.keylock`` has ``get_key``, ``set_key`` (None takes the key out; the network then runs
     with wrong scales and shifts) and ``shared_state``, the state dict without the lock's layers.
@@ -223,7 +223,7 @@ def keylock(
         rng: what key and lock are drawn from; seeded by the operating system by default.
 
     Raises:
-        BadOption: an option does not fit, or the network has a key-lock already.
+        BadOption: an option is not valid, or the network has a key-lock already.
         Unsupported: the network has no 2-d convolution.
 
     Example:

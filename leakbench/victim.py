@@ -160,9 +160,9 @@ def _public_tensors(
 def layer_inputs(
     model: Model, defense: Defense, client: Client, num_classes: int, layers: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Return what layers of a client's network take in its first step, by name: the truth of what they give away.
+    """Return what layers of a client's network take in its first step, by name, to verify closed forms.
 
-    Private: for the evaluation of closed forms alone. A layer that does not run is left out; of one that runs several
+    Private: only for evaluation. A layer that does not run is left out; of one that runs several
     times all inputs are joined.
     """
     shape = tuple(client.image.shape)
@@ -194,12 +194,12 @@ def groups_of(defense: Defense, network: nn.Module) -> set[str]:
 
 
 def check_reveals(threats: Iterable[ThreatModel], groups: set[str]) -> None:
-    """Raise BadOption where a threat model reveals what is none of the groups of secrets."""
+    """Raise BadOption if a threat model reveals something that is not a group of secrets."""
     for threat in threats:
         for token in sorted(threat.reveals):
             if token not in groups and token.removesuffix("-weights") not in groups:
                 known = f"known: {', '.join(sorted(groups))}" if groups else "there are none; leave reveals out"
-                raise BadOption(f"threat: reveals={token!r} is no secret of the defense; {known}")
+                raise BadOption(f"threat: reveals={token!r} is not a secret of the defense; {known}")
 
 
 def _hidden(secrets: Sequence[Secret], threat: ThreatModel) -> tuple[set[str], set[str]]:
@@ -210,7 +210,7 @@ def _hidden(secrets: Sequence[Secret], threat: ThreatModel) -> tuple[set[str], s
 
 
 def _check_local(secrets: Sequence[Secret], threat: ThreatModel) -> None:
-    """Raise where the local training cannot be run, or does not fit what the threat model reveals."""
+    """Raise if the local training cannot be run, or contradicts what the threat model reveals."""
     if threat.shares == "gradient":
         return
     if threat.learning_rate is None:
@@ -226,12 +226,12 @@ def _check_local(secrets: Sequence[Secret], threat: ThreatModel) -> None:
 def _draw_secrets(
     network: nn.Module, secrets: Sequence[Secret], key: str, *purpose: object, trained: bool = False
 ) -> dict[str, Tensor]:
-    """Draw this client's secrets into its network, and return them; of a ``trained`` network the fresh ones alone."""
+    """Draw this client's secrets into its network, and return them; of a ``trained`` network only the fresh ones."""
     tensors = tensors_of(network)
     drawn = {}
     for secret in secrets:
         if secret.name not in tensors:
-            raise BadOption(f"the defense names the secret {secret.name!r}, which is no tensor of its network")
+            raise BadOption(f"the defense names the secret {secret.name!r}, which is not a tensor of its network")
         own = tensors[secret.name]
         if trained and not secret.fresh:
             drawn[secret.name] = own.detach().clone()
@@ -244,9 +244,9 @@ def _draw_secrets(
 
 
 def trained_on(defense: Defense, client: Client, num_classes: int) -> Tensor | None:
-    """Return the image [C, H, W] that a client's step is taken on, where its defense changes it; else None.
+    """Return the image [C, H, W] that a client's step is taken on, if its defense changes it; else None.
 
-    It is as private as the client's image: for metrics alone. None also where a step is taken on several images.
+    It is as private as the client's image: only for metrics. None also if a step is taken on several images.
     """
     if type(defense).encode is Defense.encode:
         return None
@@ -278,7 +278,7 @@ def _train(
     secrets: Sequence[Secret],
     key: str,
 ) -> Gradient:
-    """Return a network's parameters after the client's local training: so many steps of SGD on its batch.
+    """Return a network's parameters after the client's local training: SGD on its batch.
 
     What is drawn anew for every pass is so for every step; the client's other secrets are trained with the rest.
     """
@@ -317,7 +317,7 @@ def _step(
         if name in hidden:
             continue
         if name not in parameters:
-            raise BadOption(f"defense {defense.name!r} released {name!r}, which is no parameter of its network")
+            raise BadOption(f"defense {defense.name!r} released {name!r}, which is not a parameter of its network")
         if value.shape != parameters[name].shape:
             raise BadOption(
                 f"defense {defense.name!r} released {name!r} of shape {tuple(value.shape)}, "

@@ -56,6 +56,24 @@ def test_observe_leaves_network_images_and_generator_alone() -> None:
     assert not torch.equal(other.gradient["4.bias"], again.gradient["4.bias"])
 
 
+class Diverges(leakbench.Attack):
+    """Return white for the first image, and what is not finite for the others."""
+
+    def run(self, observation: leakbench.Observation, rng: Rng) -> leakbench.Reconstruction:
+        found = torch.ones(observation.trials, *observation.image_shape)
+        found[1:, 0, 0, 0] = torch.nan
+        return leakbench.Reconstruction(found)
+
+
+def test_a_trial_that_diverges_is_the_grey_image_and_counts_as_failed() -> None:
+    x, y = images()
+    found = leakbench.attack(Diverges(), leakbench.observe(network(), x, y))
+    assert found.failed is not None
+    assert found.failed.tolist() == [False] + [True] * (len(x) - 1)
+    assert bool((found.images[0] == 1).all())
+    assert bool((found.images[1:] == 0.5).all())
+
+
 def test_a_network_in_float64_is_observed_and_attacked_in_float64() -> None:
     x, y = images()
     net = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 5)).double()
@@ -168,7 +186,7 @@ def test_a_written_attack_and_defense_are_served() -> None:
 @pytest.mark.parametrize(
     ("sent", "message"),
     [
-        ({"nothing": torch.zeros(1)}, "no parameter"),
+        ({"nothing": torch.zeros(1)}, "not a parameter"),
         ({"0.bias": torch.zeros(7)}, "of shape"),
         ({}, "nothing to attack"),
     ],

@@ -342,7 +342,7 @@ def test_the_command_of_a_suite_runs_the_suite(cli, place, monkeypatch, suite):
         (("--threat", "papr"), ["threat model 'papr'", "did you mean 'paper'?"]),
         (("--threat", "labels=unknown"), ["labels='unknown'", "inferred", "known"]),
         (("--threat", "label=known"), ["'label'", "did you mean 'labels'?"]),
-        (("--threat", "reveals=key"), ["'key'", "no secret"]),
+        (("--threat", "reveals=key"), ["'key'", "not a secret"]),
         (("--attack", "ig(stepz=3)"), ["'ig'", "'stepz'", "did you mean 'steps'?"]),
         (("--attack", "ig(steps=many)"), ["'ig'", "steps='many'", "integer"]),
         (("--attack", "ig(steps=0)"), ["'ig'", "steps='0'", "1"]),

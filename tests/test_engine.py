@@ -470,7 +470,7 @@ def test_a_defense_that_raises_costs_its_own_trials(tmp_path):
     ("defense", "words"),
     [
         (DefenseWrongShape(), ["wrong-shape", "features.0.weight", "(1, 1, 5, 5)", "(12, 1, 5, 5)"]),
-        (DefenseUnknownName(), ["unknown-name", "my.features.0.weight", "no parameter"]),
+        (DefenseUnknownName(), ["unknown-name", "my.features.0.weight", "not a parameter"]),
         (DefenseSendsNothing(), ["withheld every parameter"]),
     ],
     ids=lambda value: getattr(value, "name", ""),
@@ -828,7 +828,7 @@ def test_bad_input_is_refused(tmp_path):
     refused(plan(), tmp_path, "chunk=0", "at least 1", chunk=0)
     refused(plan(), tmp_path, "'gpu'", "cpu", device="gpu")
     refused(plan(), tmp_path, "'mps'", "cpu", device="mps")
-    refused(plan(threats=[{"reveals": ["key"]}]), tmp_path, "'key'", "no secret")
+    refused(plan(threats=[{"reveals": ["key"]}]), tmp_path, "'key'", "not a secret")
     refused(plan(defenses=["keylock"], threats=[{"reveals": ["kee"]}]), tmp_path, "'kee'", "key", "lock")
     refused(plan(attacks=["ig(steps=2)"], threats=["weights"]), tmp_path, "unknown learning rate", "rate=known")
     refused(plan(datasets=[Tiny(size=6)]), tmp_path, "8x8", "6x6")

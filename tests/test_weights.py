@@ -71,6 +71,14 @@ def test_a_gradient_attack_works_on_the_gradient_where_the_rate_is_granted() -> 
     assert 1e-6 * size < off < 0.5 * size  # a mean of the steps' gradients
 
 
+@pytest.mark.parametrize("defense", ["clip(norm=0.01)", "weight-sparsify"])
+def test_a_prepared_observation_is_not_prepared_again(defense: str) -> None:
+    seen = watch("lenet", defense, f"{KNOWN}, local_steps=2, informed=true")
+    attack, known = prepare(attacks.parse("ig(steps=2)"), seen)
+    assert not same(plain(known.gradient), plain(seen.gradient))
+    assert torch.equal(attack(seen, Rng(("a", "b"))).images, attack(known, Rng(("a", "b"))).images)
+
+
 @pytest.mark.parametrize("name", ["dlg", "idlg", "ig", "lb", "peel"])
 def test_without_the_rate_a_gradient_attack_is_refused_in_one_line(name: str) -> None:
     with pytest.raises(Unsupported, match="rate=known") as error:

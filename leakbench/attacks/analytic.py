@@ -207,7 +207,7 @@ def _view(taken: list[Tensor], orders: list[Tensor]) -> tuple[Tensor, Tensor, Te
 def _largest(direction: Tensor, slope: Tensor, shift: Tensor) -> Tensor:
     """Return [T], the factor of largest size with which no pixel of ``direction`` [T, N] leaves [0, 1].
 
-    A normalisation whose 0 is no grey of [0, 1] admits none; then it is 1.
+    If a normalisation maps no grey of [0, 1] to 0, there is none, and 1 is returned.
     """
     ends = torch.stack([shift, shift + slope])
     low, high = ends.amin(0), ends.amax(0)

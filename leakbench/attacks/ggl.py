@@ -42,7 +42,7 @@ Squash = Literal["free", "clip", "tanh"]
 
 
 def chosen(spec: str, observation: Observation) -> Generator:
-    """Return the generator of a spec for these images; raise Unsupported if it does not fit them."""
+    """Return the generator of a spec for these images; raise Unsupported if it cannot draw such images."""
     shape, classes, mean = observation.image_shape, observation.num_classes, observation.mean_image
     generator = generators.parse(spec).choose(shape, classes, mean)
     generators.check_fit(generator, shape, classes, mean)
@@ -74,7 +74,8 @@ class GGL(GradientMatching):
 
     The distance is the mean over parameters of |T(g') - g|^2. The label is inferred from the last layer's gradient and
     conditions the generator; the latent starts at 0; the best candidate by the attack's own objective is returned.
-    What a generator draws for any gradient is no leakage: compare with ``prior`` and with ``control=wrong-gradient``.
+    Images that a generator draws for any gradient are no leakage: compare with ``prior`` and
+    ``control=wrong-gradient``.
     Computed in float64, so that the order of candidates does not depend on how many are evaluated at a time. See
     GradientMatching for ``tv``, ``restarts`` and ``secrets``.
 

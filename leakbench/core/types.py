@@ -26,7 +26,7 @@ class ThreatModel:
     Attributes:
         labels: ``known`` hands over the label; ``inferred`` leaves it to the attack.
         reveals: groups of the defense's secrets that are handed over, values and gradients, such as ``key``
-            or ``lock``; ``GROUP-weights`` hands over the values alone.
+            or ``lock``; ``GROUP-weights`` hands over only the values.
         informed: true for an adaptive attacker, who knows which defense is in use and models it; the name of another
             one of the defense's adaptive attackers (``Defense.attackers``) asks for that one. False for an oblivious
             attacker. The layers that a defense adds are part of the architecture, which every attacker sees.

@@ -34,7 +34,9 @@ CROP_PADDING = 4
 def _checked(policy: str) -> str:
     for part in re.split("[-+]", policy):
         if not (part.isascii() and part.isdigit() and int(part) < len(POOL)):
-            raise ValueError(f"{part!r} is no sub-policy; write numbers of 0 to {len(POOL) - 1} such as 3-1-7+43-18-18")
+            raise ValueError(
+                f"{part!r} is not a sub-policy; write numbers of 0 to {len(POOL) - 1} such as 3-1-7+43-18-18"
+            )
     return policy
 
 

@@ -131,7 +131,7 @@ class WeightNoise(WeightDefense):
         Laplace noise of density (1 + |e|) exp(-|e|) / 4, |e| - log(1 + |e|). Of one model's noise it is e^2 / 2 or |e|,
         smoothed near 0 (SMOOTHING).
         With ``as_released`` the scale is ``scale * phi`` for each tensor. The second model's phi is not known: that of
-        the public weights stands for it, from which it differs as little as the update is small beside the weights.
+        the public weights is used for it; the two differ as little as the update is small compared with the weights.
         """
         errors = []
         for name, value in observed.items():
