@@ -33,7 +33,7 @@ help:
 setup: $(READY)
 
 $(READY): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: leakbench needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; run make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11, 4) else "error: leakbench needs Python 3.11.4 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; run make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
@@ -78,7 +78,7 @@ test-extras: $(EXTRAS)/.ready
 	$(EXTRAS)/bin/leakbench list defenses >/dev/null
 
 assets: setup
-	$(BIN)/leakbench assets fetch $(TRUNKS) $(DATA)
+	$(BIN)/leakbench assets fetch $(TRUNKS) dists $(DATA)
 
 test-assets: setup
 	$(BIN)/python -m pytest -n 2 -m assets

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -316,6 +317,17 @@ def test_a_state_dict_that_is_none_is_refused(tmp_path: Path, home: Path, monkey
         assets.fetch("lpips-alex", from_file=tmp_path / "alexnet.pth")
     one_line(error)
     assert leftovers(tmp_path) == ["alexnet.pth", "home"]
+    assert leftovers(home) == []
+
+
+def test_a_wheel_without_the_weights_of_dists_is_refused(tmp_path: Path, home: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as wheel:
+        wheel.writestr("DISTS_pytorch/weights.pt", pickle.dumps(Evil(), 2))
+    pack(tmp_path / "b.whl", CONTENT)
+    for name in ("a.whl", "b.whl"):
+        with pytest.raises(CorruptAsset, match=f"{name} is not the weights of DISTS") as error:
+            assets.fetch("dists", from_file=tmp_path / name)
+        one_line(error)
     assert leftovers(home) == []
 
 
@@ -629,7 +641,7 @@ def test_the_commands_do_not_import_torch() -> None:
 
 
 @pytest.mark.assets
-@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "lpips-alex", "lpips-vgg"])
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "lpips-alex", "lpips-vgg", "dists"])
 def test_a_fetched_asset_has_its_checksums(name: str) -> None:
     assets.verify(name)
 

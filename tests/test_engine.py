@@ -390,7 +390,7 @@ def test_an_attack_that_diverges_is_scored_as_the_grey_image(tmp_path, attack):
     failed = [2, 3] if isinstance(attack, DivergesForOne) else [2]
     assert own["status"].to_dict() == {image: "failed" if image in failed else "ok" for image in range(4)}
     assert all("grey" in reason for reason in own.loc[failed, "reason"])
-    scores = [name for name in metrics.names() if grey[name].notna().any()]
+    scores = [metric.name for metric in metrics.of_run() if grey[metric.name].notna().any()]
     assert {"mse", "psnr", "ssim", "psnr_aligned", "ssim_aligned", "paper_psnr"} <= set(scores)
     pd.testing.assert_frame_equal(own.loc[failed, scores], grey.loc[failed, scores])
     assert (own.loc[[0, 1], "mse"] != grey.loc[[0, 1], "mse"]).all()

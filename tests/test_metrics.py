@@ -25,7 +25,7 @@ from torchvision.transforms.functional import gaussian_blur, to_pil_image
 from leakbench import metrics
 from leakbench.core.types import Reconstruction
 from leakbench.errors import CorruptAsset, MissingAsset
-from leakbench.metrics import Truth
+from leakbench.metrics import Truth, perceptual
 from leakbench.metrics import lpips as lpips_module
 from leakbench.metrics.aligned import AlignedPSNR, AlignedSSIM, align
 from leakbench.metrics.lpips import TRUNKS, Net, load_network
@@ -640,6 +640,26 @@ def test_true_lpips_is_zero_for_equal_images_and_grows_with_noise(name: str) -> 
     noisy = torch.cat([truth + level * randn(1, 3, 64, 64) for level in (0.02, 0.05, 0.1, 0.2)]).clamp(0, 1)
     values = metric(noisy, truth.expand(4, -1, -1, -1))
     assert bool((values.diff() > 0).all()), values
+
+
+@pytest.mark.assets
+def test_dists_is_the_authors_for_a_noisy_photo() -> None:
+    """The values are those of the authors' own module, version 0.1, on the same trunk and weights."""
+    metric = metrics.parse("dists")
+    truth = photo()
+    noisy = torch.cat([truth + level * randn(1, 3, 64, 64) for level in (0, 0.02, 0.05, 0.1, 0.2, 0.4)])
+    expected = [0, 0.0702, 0.1325, 0.2668, 0.4061, 0.4935]
+    assert metric(noisy, truth.expand_as(noisy)).tolist() == pytest.approx(expected, abs=1e-4)
+    assert metric(noisy[2:3].clamp(0, 1), truth).item() == pytest.approx(metric(truth, noisy[2:3].clamp(0, 1)).item())
+
+
+@pytest.mark.parametrize("missing", ["lpips-vgg", "dists"])
+def test_dists_names_the_missing_weights(missing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LEAKBENCH_HOME", str(tmp_path))
+    if missing == "dists":
+        monkeypatch.setattr(perceptual, "trunk_file", lambda trunk, metric: tmp_path)
+    with pytest.raises(MissingAsset, match=f"dists needs .*run `leakbench assets fetch {missing}`"):
+        metrics.parse("dists").check()
 
 
 @pytest.mark.assets

@@ -21,7 +21,7 @@ from leakbench.engine.worker import CheckTask, ChunkTask, MeasureTask, Refusal, 
 from leakbench.plan.trial import Result, Trial
 from leakbench.store.run_file import FILE
 
-SCORES = tuple(name for name in leakbench.metrics.names() if not name.startswith("lpips"))
+SCORES = tuple(one.name for one in leakbench.metrics.of_run() if not one.name.startswith("lpips"))
 
 
 class Clock(NullProgress):

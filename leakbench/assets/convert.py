@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -100,6 +101,16 @@ def trunk(file: Path, net: Literal["alexnet", "vgg16"]) -> Iterator[tuple[str, b
             tensors[f"features.{index}.weight"] = np.ascontiguousarray(layer["kernel"].transpose(3, 2, 0, 1))
             tensors[f"features.{index}.bias"] = layer["bias"]
     yield f"{net}.safetensors", safetensors.numpy.save(tensors)
+
+
+def dists(file: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield the two weights of DISTS for each channel, ``alpha`` and ``beta``, from the authors' wheel."""
+    import safetensors.torch
+    import torch
+
+    with zipfile.ZipFile(file) as wheel, wheel.open("DISTS_pytorch/weights.pt") as member:
+        content = io.BytesIO(member.read(2**20))  # it has 12 KiB
+    yield "dists.safetensors", safetensors.torch.save(torch.load(content, map_location="cpu", weights_only=True))
 
 
 def nothing(file: Path) -> Iterator[tuple[str, bytes]]:

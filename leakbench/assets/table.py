@@ -159,6 +159,19 @@ _VGG = Asset(
     convert=partial(convert.trunk, net="vgg16"),
 )
 
+_DISTS = Asset(
+    name="dists",
+    title="the weights of DISTS, one for the mean and one for the variance of each channel of VGG-16's features",
+    kind="weight file",
+    licence="MIT (K. Ding)",
+    files=(File("dists.safetensors", 11952, "50980d68bc38b2fcc738b1a8c3ae77a87cb73883b230951c2c57190855bdb52f"),),
+    sources=(
+        PackageSource("pypi", "dists-pytorch==0.1", "73e54ce13e7cf3ca962ee8e433d129884ec3dc75e00a27af90525e1da760ac61"),
+    ),
+    carried="PyPI's DISTS_pytorch-0.1-py3-none-any.whl",
+    convert=convert.dists,
+)
+
 _IMAGENET = Asset(
     name="imagenet",
     title="ImageNet (ILSVRC 2012), photographs of 1,000 classes",
@@ -173,5 +186,5 @@ _IMAGENET = Asset(
     convert=convert.nothing,
 )
 
-ASSETS: tuple[Asset, ...] = (_MNIST, _FASHION, _CIFAR10, _CIFAR100, _ALEX, _VGG, _IMAGENET)
+ASSETS: tuple[Asset, ...] = (_MNIST, _FASHION, _CIFAR10, _CIFAR100, _ALEX, _VGG, _DISTS, _IMAGENET)
 """Every asset."""

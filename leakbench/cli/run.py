@@ -43,7 +43,9 @@ class MatrixOptions:
         metavar="NUMBER",
     )
     floors: bool | None = option("Add the floors random, grey and mean (default: yes).")
-    metric: list[str] | None = option("A metric beside those of every run: ms_ssim, vif, gmsd or fsim; repeatable.")
+    metric: list[str] | None = option(
+        "A metric beside those of every run: ms_ssim, vif, gmsd, fsim or dists; repeatable."
+    )
     name: str | None = option("The run's name.")
     out: Path | None = option(OUT)
     device: str = option(DEVICE, default="auto")

@@ -116,10 +116,11 @@ def load_network(net: Net, trunk: Path) -> nn.Module:
 
 @functools.cache
 def _network(net: Net, device: torch.device) -> nn.Module:
-    return load_network(net, _trunk_file(TRUNKS[net], "LPIPS")).to(device)
+    return load_network(net, trunk_file(TRUNKS[net], "LPIPS")).to(device)
 
 
-def _trunk_file(trunk: Trunk, metric: str) -> Path:
+def trunk_file(trunk: Trunk, metric: str) -> Path:
+    """Return the file of a trunk; raise MissingAsset, with the command that fetches it, for this metric."""
     try:
         return assets.path(trunk.asset)
     except MissingAsset:
@@ -153,7 +154,7 @@ class TrunkMetric(Metric):
 
     def check(self) -> None:
         """Raise MissingAsset, with the command that fetches it, if the trunk is not in the cache."""
-        _trunk_file(TRUNKS[self.net], self.name)
+        trunk_file(TRUNKS[self.net], self.name)
 
     def note(self, image_shape: tuple[int, int, int]) -> str:
         """Return that images (C, H, W) are enlarged, and to what size, or an empty string."""

@@ -1,20 +1,26 @@
 """Further full-reference measures of piq, in the standard convention; a run has those that it names (``--metric``).
 
-piq computes each in float64, with the constants of its paper. DISTS is not among them: piq takes its weights from an
-address of its own, and no registry serves a package that piq 0.8.0 reads them from.
+piq computes each in float64, with the constants of its paper.
 """
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import piq
+import safetensors.torch
+import torch
 from torch import Tensor
 
+from leakbench import assets
+from leakbench.errors import MissingAsset
 from leakbench.metrics.base import Metric, register
 from leakbench.metrics.checks import by_rows, check_pair, rgb
+from leakbench.metrics.lpips import TRUNKS, trunk_file
 
 _CHUNK_PIXELS = 2**14
 _PIXELS = "pixels in [0, 1], reconstruction clamped"
@@ -104,3 +110,60 @@ class FSIM(PiqMetric):
     def measure(self, images: Tensor, truth: Tensor) -> Tensor:
         """Return [T] values in [0, 1], 1 for equal images."""
         return piq.fsim(images, truth, reduction="none")
+
+
+class _Network(piq.DISTS):
+    """piq's DISTS with the weights of the cache: piq 0.8.0 downloads its own when one is made, and takes no others."""
+
+    def __init__(self, device: torch.device) -> None:
+        import torchvision
+
+        with torch.device("meta"):
+            features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
+        trunk = safetensors.torch.load_file(trunk_file(TRUNKS["vgg"], DISTS.name))
+        features.load_state_dict({name.removeprefix("features."): v for name, v in trunk.items()}, assign=True)
+        own = {name: value.double() for name, value in safetensors.torch.load_file(_weights()).items()}
+        total = own["alpha"].sum() + own["beta"].sum()
+        weights = [part for name in ("alpha", "beta") for part in (own[name] / total).split(_CHANNELS, dim=1)]
+        piq.ContentLoss.__init__(
+            self, features, _LAYERS, weights, True, reduction="none", allow_layers_weights_mismatch=True
+        )
+        self.double().to(device)
+
+
+_LAYERS = ("3", "8", "15", "22", "29")
+_CHANNELS = [3, 64, 128, 256, 512, 512]
+
+_network = functools.cache(_Network)
+
+
+def _weights() -> Path:
+    try:
+        return assets.path("dists")
+    except MissingAsset:
+        raise MissingAsset(
+            f"{DISTS.name} needs weights that are not in the cache; run `leakbench assets fetch dists`"
+        ) from None
+
+
+@register("dists")
+@dataclass(frozen=True)
+class DISTS(PiqMetric):
+    """Deep image structure and texture similarity on the features of VGG16; only with --metric dists."""
+
+    higher_is_better: ClassVar[bool] = False
+    smallest: ClassVar[int] = 16
+    convention: ClassVar[str] = (
+        f"0 to 1, lower is closer; {_PIXELS}, grey replicated, normalised as for ImageNet; images above 256 pixels are "
+        "scaled down to 256"
+    )
+    reference: ClassVar[str] = "Ding et al. 2020, Image quality assessment: Unifying structure and texture similarity"
+
+    def check(self) -> None:
+        """Raise MissingAsset, with the command that fetches it, if the trunk or the weights are not in the cache."""
+        trunk_file(TRUNKS["vgg"], self.name)
+        _weights()
+
+    def measure(self, images: Tensor, truth: Tensor) -> Tensor:
+        """Return [T] distances, 0 or more; 0 for equal images."""
+        return _network(images.device)(images, truth)
