@@ -19,7 +19,7 @@ from PIL import Image
 from rich.console import Console
 from test_store import METRICS, Data, Net, Score, TinyAttack, TinyDefense, named, png, provenance, result
 
-from leakbench.core.text import decimals, number, with_interval
+from leakbench.core.text import decimals, number, percent, with_interval
 from leakbench.core.types import PRESETS, ThreatModel
 from leakbench.errors import BadOption, ForeignRun, LeakbenchError
 from leakbench.plan.trial import Cell, Result, Trial
@@ -337,6 +337,11 @@ def test_numbers():
         None,
         2,
     ]
+
+
+def test_percent_is_0_or_100_for_none_or_all_only():
+    shares = (0.0, 1e-9, 0.004, 0.5, 0.985, 0.996, 1 - 1e-9, 1.0)
+    assert [percent(share) for share in shares] == ["0 %", "1 %", "1 %", "50 %", "98 %", "99 %", "99 %", "100 %"]
 
 
 # The grids

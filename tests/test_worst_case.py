@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import ranking as command
 from leakbench import Attack, LeakbenchError, Observation, Reconstruction, Rng, Unsupported, report
-from leakbench.analysis.ensemble import UNSCORED, EnsembleResult, ensemble_results
+from leakbench.analysis.ensemble import UNSCORED, EnsembleResult, ensemble_results, floor_share
 from leakbench.engine.run import finished
 from leakbench.errors import BadOption
 from leakbench.plan.matrix import Matrix, Stage, expand, load_suite, override
@@ -394,3 +394,13 @@ def test_a_trial_without_the_score_is_no_miss() -> None:
     assert found.attackers[0].unscored == {UNSCORED: 1}
     (seen,) = ensemble_results(pd.DataFrame([row, {**row, "image": 1, "ssim_aligned": 0.9}]), 0.6)
     assert (seen.images, seen.share) == (1, 1.0)
+
+
+def test_a_floor_that_failed_recovers_nothing() -> None:
+    """Its score is that of the grey image, however near to the truth that is."""
+    scores = [("ok", 0.9), ("failed", 0.9), ("ok", 0.1), ("error", 0.9)]
+    rows = [
+        {"attack": "mean", "image": image, "seed": 0, "status": status, "floor": True, "ssim_aligned": score}
+        for image, (status, score) in enumerate(scores)
+    ]
+    assert floor_share(pd.DataFrame(rows), 0.6) == pytest.approx(1 / 3)
