@@ -364,7 +364,9 @@ def test_no_label_is_cut_off_or_runs_into_the_next(tmp_path, note, images):
         assert {c.defense for p in pages for c in p.columns} >= {r.trial.specs["defense"] for r in results}
         for page in pages:
             figure = grids.figure(page, store.images(page.trials))
-            renderer = FigureCanvasAgg(figure).get_renderer()
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()  # labels of axes have their place from then on
+            renderer = canvas.get_renderer()
             boxes = [text.get_window_extent(renderer) for text in texts(figure)]
             for box in boxes:
                 assert figure.bbox.x0 <= box.x0
@@ -386,6 +388,7 @@ def test_a_grid_shows_the_pixels_and_marks_what_failed(tmp_path):
         figure = grids.figure(page, pictures)
         data = grids.png(page, pictures)
     words = [text.get_text() for text in texts(figure)]
+    words = [word for text in words for word in text.splitlines()]
     assert [words.count(w) for w in ("diverged", "error", "unsupported", "not run", "10.0")] == [1, 1, 1, 4, 3]
     assert words.count("grey (floor)") == words.count("dlg") == words.count("ig(step=0.01)") == 1
     image = np.asarray(Image.open(BytesIO(data)))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -39,7 +41,7 @@ THUMBNAIL = 128
 _UNDER = ("psnr", "psnr_aligned")
 _DPI = 128
 _LETTER, _LINE = 7.3, 17  # the width of a letter and the height of a line in pixels, of the fixed-width font below
-_FONT: Any = {"family": ["DejaVu Sans Mono", "DejaVu Sans"], "fontsize": 12 * 72 / _DPI}
+_FONT: Any = {"family": ["DejaVu Sans Mono", "DejaVu Sans"], "fontsize": 12 * 72 / _DPI, "parse_math": False}
 _LABELS, _GAP, _GROUP_GAP, _MARGIN = 100, 10, 24, 14
 _MIN_COLUMN, _MIN_PAGE = 120, 640
 
@@ -149,14 +151,13 @@ def png(page: GridPage, pictures: Mapping[str, Pictures]) -> bytes:
 
 
 def figure(page: GridPage, pictures: Mapping[str, Pictures]) -> Figure:
-    """Return a page as a figure: a row for each image, the private one first; every label lies inside."""
+    """Return a page as a figure: a row for each image, the private one first; every label lies inside.
+
+    Lengths are in pixels, from the top left.
+    """
     shown = {trial: picture(found.reconstruction) for trial, found in pictures.items()}
-    truths = {
-        i: picture(pictures[cell.trial].truth)
-        for column in page.columns
-        for i, cell in column.cells.items()
-        if cell.trial in pictures
-    }
+    cells = [(i, cell) for column in page.columns for i, cell in column.cells.items() if cell.trial in pictures]
+    truths = {i: picture(pictures[cell.trial].truth) for i, cell in cells}
     sizes = [_enlarged(image) for image in (*shown.values(), *truths.values()) if image is not None]
     wide, high = (max(sides) for sides in zip(*sizes)) if sizes else (THUMBNAIL, THUMBNAIL)
     column = max(wide, _MIN_COLUMN)
@@ -171,79 +172,48 @@ def figure(page: GridPage, pictures: Mapping[str, Pictures]) -> Figure:
     heads = [_wrapped(group[0].attack, len(group) * (column + _GAP) - _GAP) for group in groups]
     names = [_wrapped(shown.defense, column) for shown in page.columns]
     rule = _MARGIN + _LINE * (len(title) + len(legend) + 1 + max(map(len, heads), default=1))
-    top = rule + 6 + _LINE * max(map(len, names), default=1)
-    step = high + 2 * _LINE + 8
-    height = top + 6 + step * len(page.images) + _MARGIN
+    top = rule + 12 + _LINE * max(map(len, names), default=1)
+    step = high + 2 * _LINE + 12
+    height = top + step * len(page.images) + _MARGIN
 
     drawn = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
-    sheet = _Sheet(drawn, width, height)
-    sheet.text(title, _MARGIN, _MARGIN, ha="left", fontweight="bold")
-    sheet.text(legend, _MARGIN, _MARGIN + _LINE * len(title), ha="left", color=GREY)
-    truth_left = _MARGIN + _LABELS
-    sheet.text(["private image"], truth_left + column / 2, rule - _LINE, fontweight="bold")
-    for head, xs in zip(heads, lefts):
-        sheet.text(head, (xs[0] + xs[-1] + column) / 2, rule - _LINE * len(head), fontweight="bold")
-        sheet.rule(xs[0], xs[-1] + column, rule + 2)
-    flat = [left for xs in lefts for left in xs]
-    for name, left in zip(names, flat):
-        sheet.text(name, left + column / 2, rule + 6)
+    text = partial(drawn.text, **_FONT)
+    text(_MARGIN / width, 1 - _MARGIN / height, "\n".join(title), va="top", fontweight="bold")
+    text(_MARGIN / width, 1 - (_MARGIN + _LINE * len(title)) / height, "\n".join(legend), va="top", color=GREY)
+    for head, xs in zip([["private image"], *heads], [[_MARGIN + _LABELS], *lefts]):
+        ends, level = (xs[0] / width, (xs[-1] + column) / width), 1 - rule / height
+        text(sum(ends) / 2, 1 - (rule - 6) / height, "\n".join(head), ha="center", va="bottom", fontweight="bold")
+        drawn.add_artist(Line2D(ends, [level, level], color=GREY, linewidth=0.8))
     for row, i in enumerate(page.images):
-        y = top + 6 + row * step
-        label = _wrapped(f"image {i}", _LABELS)
-        sheet.text(label, _MARGIN, y + high / 2 - _LINE * len(label) / 2, ha="left")
-        sheet.image(truths.get(i), truth_left, y, column, high)
-        for left, one in zip(flat, page.columns):
-            _cell(sheet, one.cells.get(i), shown, (left, y, column, high))
+        panel = partial(_panel, drawn, top=top + row * step, column=column, high=high)
+        label = "\n".join(_wrapped(f"image {i}", _LABELS))
+        panel(truths.get(i), _MARGIN + _LABELS).set_ylabel(label, rotation=0, ha="right", va="center", **_FONT)
+        for left, name, own in zip(itertools.chain(*lefts), names, page.columns):
+            cell = own.cells.get(i)
+            image, failed = (None, False) if cell is None else (shown.get(cell.trial), cell.status == "failed")
+            one = panel(image, left)
+            if image is None:
+                status = "not run" if cell is None else cell.status
+                word = status if status in ("not run", "unsupported", "error") else "no picture"
+                one.text(0.5, 0.5, word, transform=one.transAxes, ha="center", va="center", color=GREY, **_FONT)
+            one.spines[:].set(visible=failed, color=RED, linewidth=2.5)
+            caption = "" if cell is None else f"{cell.caption}\ndiverged" if failed else cell.caption
+            one.set_xlabel(caption, color=RED if failed else "black", labelpad=2, **_FONT)
+            one.set_title("" if row else "\n".join(name), pad=4, **_FONT)
     return drawn
 
 
-class _Sheet:
-    """A figure that is drawn on in pixels from the top left."""
-
-    def __init__(self, drawn: Figure, width: float, height: float) -> None:
-        self.figure, self.width, self.height = drawn, width, height
-
-    def text(self, lines: Sequence[str], x: float, y: float, ha: str = "center", **look: Any) -> None:
-        """Write lines below ``y``."""
-        for place, line in enumerate(lines):
-            level = 1 - (y + (place + 0.75) * _LINE) / self.height
-            self.figure.text(x / self.width, level, line, ha=ha, va="baseline", parse_math=False, **_FONT, **look)
-
-    def rule(self, left: float, right: float, y: float) -> None:
-        """Draw a horizontal line."""
-        ends, level = [left / self.width, right / self.width], 1 - y / self.height
-        self.figure.add_artist(Line2D(ends, [level, level], color=GREY, linewidth=0.8))
-
-    def image(
-        self, image: Image.Image | None, x: float, y: float, width: int, height: int, failed: bool = False
-    ) -> None:
-        """Draw an image, enlarged by a whole factor, in the middle of a box; a grey area without an image."""
-        wide, high = (min(width, height), height) if image is None else _enlarged(image)
-        left = x + (width - wide) // 2
-        box = (left / self.width, 1 - (y + high) / self.height, wide / self.width, high / self.height)
-        panel = self.figure.add_axes(box, xticks=[], yticks=[], facecolor="#dddddd")
-        panel.spines[:].set(visible=failed, color=RED, linewidth=2.5)
-        if image is not None:
-            panel.imshow(np.asarray(image), interpolation="none", aspect="auto")
-
-
-def _cell(
-    sheet: _Sheet,
-    cell: GridCell | None,
-    pictures: Mapping[str, Image.Image | None],
-    box: tuple[float, float, int, int],
-) -> None:
-    """Draw one reconstruction with the numbers under it, or say why there is none."""
-    x, y, width, height = box
-    image, middle = None if cell is None else pictures.get(cell.trial), x + width / 2
-    sheet.image(image, *box, failed=cell is not None and cell.status == "failed")
-    if cell is None or image is None:
-        word = "not run" if cell is None else cell.status if cell.status in ("unsupported", "error") else "no picture"
-        sheet.text([word], middle, y + (height - _LINE) / 2, color=GREY)
-    if cell is not None:
-        sheet.text([cell.caption], middle, y + height + 2)
-        if cell.status == "failed":
-            sheet.text(["diverged"], middle, y + height + 2 + _LINE, color=RED, fontweight="bold")
+def _panel(drawn: Figure, image: Image.Image | None, left: float, top: float, column: int, high: int) -> Any:
+    """Return axes with an image, enlarged by a whole factor, in the middle of a column; a grey area without one."""
+    width, height = (drawn.bbox.width, drawn.bbox.height)
+    across, along = (min(column, high), high) if image is None else _enlarged(image)
+    left += (column - across) // 2
+    box = (left / width, 1 - (top + along) / height, across / width, along / height)
+    panel = drawn.add_axes(box, xticks=[], yticks=[], facecolor="#dddddd")
+    panel.spines[:].set_visible(False)
+    if image is not None:
+        panel.imshow(np.asarray(image), interpolation="none", aspect="auto")
+    return panel
 
 
 def _columns(block: pd.DataFrame, images: Sequence[int], under: Sequence[str]) -> list[Column]:
