@@ -12,11 +12,12 @@ import pandas as pd
 from rich import box
 from rich.table import Table
 from rich.text import Text
+from tabulate import tabulate
 
 from leakbench.analysis.summary import BLOCK
 from leakbench.core.text import ABSENT, decimals, number, with_interval
 from leakbench.errors import one_line
-from leakbench.report.md import escape, table
+from leakbench.report.md import escape
 from leakbench.store.records import MetricInfo
 
 Bold = npt.NDArray[np.bool_]
@@ -99,7 +100,9 @@ def to_markdown(shown: pd.DataFrame, left: int = 2, bold: Bold | None = None) ->
     cells = [[escape(cell) for cell in row] for row in shown.to_numpy().tolist()]
     for row, column in np.argwhere(bold) if bold is not None else ():
         cells[row][column] = f"**{cells[row][column]}**"
-    return table([escape(head) for head in shown.columns], cells, left)
+    align = ["left" if column < left else "right" for column in range(shown.shape[1])]
+    heads = [escape(head) for head in shown.columns]
+    return tabulate(cells, heads, tablefmt="pipe", disable_numparse=True, colalign=align) if cells else ""
 
 
 def to_latex(

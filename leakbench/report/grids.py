@@ -177,7 +177,7 @@ def figure(page: GridPage, pictures: Mapping[str, Pictures]) -> Figure:
     height = top + step * len(page.images) + _MARGIN
 
     drawn = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
-    text = partial(drawn.text, **_FONT)
+    text: Any = partial(drawn.text, **_FONT)
     text(_MARGIN / width, 1 - _MARGIN / height, "\n".join(title), va="top", fontweight="bold")
     text(_MARGIN / width, 1 - (_MARGIN + _LINE * len(title)) / height, "\n".join(legend), va="top", color=GREY)
     for head, xs in zip([["private image"], *heads], [[_MARGIN + _LABELS], *lefts]):

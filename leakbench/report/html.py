@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -119,20 +119,17 @@ def _metrics(run: RunData) -> list[MetricInfo]:
 def _options(run: RunData, axes: Mapping[str, Sequence[str]]) -> dict[str, list[dict[str, object]]]:
     """Return every option of each component, in the order of its axis."""
     known = {(one.kind, one.spec): {**one.options, "version": one.version} for one in run.components}
-    found = {kind: [known.get((kind, spec), {}) for spec in axes[kind]] for kind in _AXES if kind != "threat"}
-    return found
+    return {kind: [known.get((kind, spec), {}) for spec in axes[kind]] for kind in _AXES if kind != "threat"}
 
 
 def _statements(run: RunData, axes: Mapping[str, Sequence[str]]) -> list[list[list[str]]]:
     """Return what each defense states, once for each threat model: its note, and what the adaptive attacker does."""
     known = {one.spec: one.statement for one in run.components if one.kind == "defense"}
+    informed = [_INFORMED.search(threat) for threat in axes["threat"]]
     found = []
-    for defense in axes["defense"]:
-        own = known.get(defense)
-        informed = {} if own is None else own.informed
-        ways = [_INFORMED.search(threat) for threat in axes["threat"]]
-        words = [informed.get(way[1], "") if way is not None else "" for way in ways]
-        found.append([[text for text in ("" if own is None else own.note, word) if text] for word in words])
+    for own in map(known.get, axes["defense"]):
+        said = [own.informed.get(name[1], "") if own is not None and name is not None else "" for name in informed]
+        found.append([[text for text in ("" if own is None else own.note, word) if text] for word in said])
     return found
 
 
@@ -158,7 +155,6 @@ def _cells(
 
     They are its mean, low, high and n, its gain, low and high, and the step of the gain's colour.
     """
-    place = _index(axes)
     columns = []
     for metric in metrics:
         name = metric.name
@@ -167,7 +163,7 @@ def _cells(
             columns.append([_rounded(value) for value in summary[f"{name}{part}"]])
         largest = max((value for value in gains if math.isfinite(value) and value > 0), default=0.0)
         columns.append([_step(value, largest) for value in gains])
-    heads = [[place[axis][str(value)] for value in summary[axis]] for axis in _AXES]
+    heads = [_codes(summary[axis], axes[axis]) for axis in _AXES]
     counts = [summary[name].astype(int).tolist() for name in ("floor", "n", *STATUSES)]
     return [list(row) for row in zip(*heads, *counts, *columns)]
 
@@ -191,8 +187,10 @@ def _rounded(value: object) -> object:
     return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded
 
 
-def _index(axes: Mapping[str, Sequence[str]]) -> dict[str, dict[str, int]]:
-    return {axis: {value: index for index, value in enumerate(values)} for axis, values in axes.items()}
+def _codes(values: Iterable[object], known: Sequence[str]) -> list[int]:
+    """Return the place of each value in a list without repeats."""
+    places = {value: place for place, value in enumerate(known)}
+    return [places[str(value)] for value in values]
 
 
 def chosen(cell: pd.DataFrame, metric: MetricInfo) -> list[int]:
@@ -201,10 +199,10 @@ def chosen(cell: pd.DataFrame, metric: MetricInfo) -> list[int]:
     Trials with a value in the metric are ordered from most to least leakage, ties by image and seed; the median is the
     lower one of an even number. Of two trials there is no median, of one there is the best alone.
     """
-    scored = cell[cell[metric.name].notna()].assign(
-        leak=lambda frame: -frame[metric.name] if metric.higher_is_better else frame[metric.name]
+    ascending = [not metric.higher_is_better, True, True]
+    order = (
+        cell.dropna(subset=metric.name).sort_values([metric.name, "image", "seed"], ascending=ascending).index.tolist()
     )
-    order = scored.sort_values(["leak", "image", "seed"], kind="stable").index.tolist()
     if len(order) < 3:
         return order
     return [order[0], order[(len(order) - 1) // 2], order[-1]]
@@ -216,7 +214,6 @@ def _galleries(
     """Return, for every cell, its axes, its trials by ``chosen``, and whether its attack is the strongest there."""
     if metric is None:
         return []
-    place = _index(axes)
     gains = summary[~summary["floor"].astype(bool) & summary[metric.name].notna()][f"{metric.name} gain"].fillna(0.0)
     first = gains.groupby([summary[axis] for axis in (*BLOCK, "defense")], sort=False).idxmax()
     strongest = {tuple(map(str, row)) for row in summary.loc[first, [*BLOCK, "defense", "attack"]].values}
@@ -226,9 +223,8 @@ def _galleries(
         names = [str(part) for part in key]
         trials = [rows[label] for label in chosen(cell, metric)]
         if trials:
-            found.append(
-                [*(place[axis][name] for axis, name in zip(_AXES, names)), trials, int(tuple(names) in strongest)]
-            )
+            places = [axes[axis].index(name) for axis, name in zip(_AXES, names)]
+            found.append([*places, trials, int(tuple(names) in strongest)])
     return found
 
 
@@ -236,24 +232,23 @@ def _trials(
     once: pd.DataFrame, metrics: Sequence[MetricInfo], axes: Mapping[str, Sequence[str]], run: RunData
 ) -> dict[str, Any]:
     """Return the trials by column."""
-    place = _index(axes)
     raw = run.results.set_index("trial")[list(_AXES)].loc[once["trial"]]
     own = {
         key: reproduction(dict(zip(_AXES, key)), run.components, run.sessions)
         for key in dict.fromkeys(raw.itertuples(index=False, name=None))
     }
-    cells = {key: index for index, key in enumerate(own)}
+    cells = {key: place for place, key in enumerate(own)}
     reasons = list(dict.fromkeys(once["reason"].astype(str)))
     paths = list(dict.fromkeys(once["path"].astype(str)))
     return {
         "id": once["trial"].tolist(),
-        **{axis: [place[axis][str(value)] for value in once[axis]] for axis in _AXES},
+        **{axis: _codes(once[axis], axes[axis]) for axis in _AXES},
         "image": once["image"].tolist(),
         "seed": once["seed"].tolist(),
-        "status": [STATUSES.index(status) for status in once["status"]],
-        "reason": [reasons.index(str(reason)) for reason in once["reason"]],
+        "status": _codes(once["status"], STATUSES),
+        "reason": _codes(once["reason"], reasons),
         "reasons": reasons,
-        "path": [paths.index(str(path)) for path in once["path"]],
+        "path": _codes(once["path"], paths),
         "paths": paths,
         "seconds": [_rounded(value) for value in once["seconds"]],
         "objective": [_rounded(value) for value in once["objective"]],
