@@ -344,7 +344,7 @@ def _runs(work: Path) -> dict[str, tuple[Target, list[bytes]]]:
     run, hurt = _sound(work), work / "hurt"
     content = (run / FILE).read_bytes()
     with Store.open(run / FILE, readonly=True) as store:
-        arm, trials = diff.Arm.of("sound", store), sorted(store.planned())
+        one, trials = diff.ComparedRun.of("sound", store), sorted(store.planned())
 
     def by_bytes(data: bytes) -> bytes:
         """Change bytes of a sound run file: six bytes a change, an offset and two values."""
@@ -386,7 +386,7 @@ def _runs(work: Path) -> dict[str, tuple[Target, list[bytes]]]:
     def compare(data: bytes) -> None:
         with Store.open(hurt / FILE, readonly=True) as store:
             show.show(store, trials[len(data) % len(trials)])
-            diff.diff(arm, diff.Arm.of("hurt", store))
+            diff.diff(one, diff.ComparedRun.of("hurt", store))
             boards.entries(store, "hurt")
 
     def examine(data: bytes) -> None:
