@@ -91,7 +91,7 @@ def fails():
 
 number = 3
 """
-RECOVERED = "The server recovers 100 % of the images; the first attack that recovers one is analytic."
+RECOVERED = "The server recovers the image. The first attack to succeed is analytic."
 DATA = ("--data", "samples(size=12)", "--budget", "quick")
 FILES = ("--before", "before.pt", "--after", "after.pt", "--size", "12")
 
@@ -188,7 +188,7 @@ def test_an_audit_that_passes_claims_no_safety(cli, nets: Path) -> None:  # noqa
 def test_pixels_that_leak_in_closed_form_count_as_recovered(cli, nets: Path) -> None:  # noqa: F811
     done = audit(cli, "Branched", *DATA, "--fail-if", "recovered > 0.5")
     assert (done.code, "The server recovers 100 % of the images" in done.out) == (1, True)
-    assert "the first attack that recovers one is analytic" in done.out
+    assert "The first attack to succeed is analytic" in done.out
     text = (nets / "out" / "audit.md").read_text()
     assert "Layer one: its input, the image itself, follows exactly" in text
 
@@ -293,7 +293,7 @@ def test_a_recorded_update_is_audited(cli, nets: Path, recorded: nn.Module, suff
     assert (done.code, RECOVERED in done.out) == (1, True)
     text = (nets / "out" / "audit.md").read_text()
     assert "**label**: inferred: class 3, which is correct" in text
-    assert "one image in one step explains all but" in text
+    assert "one image in one step leaves less than 0.01 %" in text
     assert "known: 0.1; 1 step of plain SGD" in text
 
 

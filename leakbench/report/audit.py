@@ -20,20 +20,18 @@ ATTACK_HEADINGS = ("attack", "recovered", "tried", "diverged", "skipped", "evalu
 
 def verdict(one: DefenseFindings) -> str:
     """Return in one sentence or two how many images are recovered behind a defense."""
-    if math.isnan(one.result.share):
+    found = one.result
+    if math.isnan(found.share):
         return (
             "The attacks returned images. How close these are to the private image was not measured: compare them by "
             "eye, or give the private image."
         )
-    found = one.result
     bounds = f"{100 * found.low:.0f} % to {100 * found.high:.0f} %"
     interval = "" if math.isnan(found.low) else f" (95 % interval {bounds}, n = {found.images})"
-    first = next((stats.attacker for stats in found.attackers if stats.recovered), "")
     if found.share > 0:
-        return (
-            f"The server recovers {percent(found.share)} of the images{interval}; the first attack that recovers one "
-            f"is {first}."
-        )
+        first = next((stats.attacker for stats in found.attackers if stats.recovered), "")
+        share = "the image" if found.images == 1 else f"{percent(found.share)} of the images"
+        return f"The server recovers {share}{interval}. The first attack to succeed is {first}."
     return (
         f"No attack recovered an image{interval}. That does not prove that the images are safe: other attacks or more "
         "steps may recover them."
@@ -44,14 +42,13 @@ def rule_words(audit: Audit) -> str:
     """Return whether the audit passes by its rule; empty without a rule."""
     if audit.rule is None:
         return ""
+    if audit.undecided():
+        return f"UNDECIDED: --fail-if '{audit.rule}' cannot be judged: {audit.undecided()}"
     values = [
         f"{name}: {'not measured' if value is None else f'{value:.3g}'}" for name, value in audit.values().items()
     ]
-    if audit.undecided():
-        return f"UNDECIDED: --fail-if '{audit.rule}' cannot be judged ({'; '.join(values)})."
-    if audit.failures():
-        return f"FAILED: --fail-if '{audit.rule}' is true ({'; '.join(values)})."
-    return f"PASSED: --fail-if '{audit.rule}' is false ({'; '.join(values)})."
+    verdict = "FAILED: --fail-if '{}' is true ({})." if audit.failures() else "PASSED: --fail-if '{}' is false ({})."
+    return verdict.format(audit.rule, "; ".join(values))
 
 
 def markdown(audit: Audit, command: str) -> str:
