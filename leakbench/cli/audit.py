@@ -30,12 +30,10 @@ class _Commands(TyperGroup):
                 raise BadOption("neither --data nor --before and --after is given; give images, or a recorded update")
             args = ["update" if updates else "model", *args]
         if args and args[0] in self.commands:
-            options = {
-                name: {option for one in own.params for option in one.opts} for name, own in self.commands.items()
-            }
-            for name in options.keys() - {args[0]}:
-                for option in sorted(given & options[name] - options[args[0]]):
-                    raise BadOption(f"{option} is an option of leakbench audit {name}; leave it out")
+            flags = {name: {flag for one in own.params for flag in one.opts} for name, own in self.commands.items()}
+            for name in flags.keys() - {args[0]}:
+                for flag in sorted(given & flags[name] - flags[args[0]]):
+                    raise BadOption(f"{flag} is an option of leakbench audit {name}; leave it out")
         return super().parse_args(ctx, args)
 
 
@@ -63,18 +61,18 @@ class _Shared:
     model: str = option(
         "A callable without arguments that returns an nn.Module from images to logits, or only its NAME if a --plugin "
         "defines it. It is imported and called.",
-        metavar="MODULE:FACTORY",
         default=MISSING,
+        metavar="MODULE:FACTORY",
     )
     out: Path = option("The folder of the run file and of the report; an existing run is resumed.", default=MISSING)
     normalise: str = option(
         "The network's input normalisation, such as 0.485,0.456,0.406/0.229,0.224,0.225.",
-        metavar="MEAN/STD",
         default="",
+        metavar="MEAN/STD",
     )
     mode: Literal["train", "eval"] = option("The mode in which clients train.", default="train")
     budget: Literal["quick", "standard", "thorough"] = option(
-        "Which attacks are run, and for how long: see `leakbench list suites`, audit.", default="standard"
+        "The attacks and how long they run: see `leakbench list suites`, audit.", default="standard"
     )
     threshold: float | None = option(
         "The SSIM, after brightness and contrast are fitted, from which an image is recovered (0.6).", min=0, max=1
@@ -123,12 +121,12 @@ class _OnImages(_Shared):
     """The options of ``audit model``."""
 
     data: str = option(
-        "Images, one subfolder for each class; or any dataset's spec.", metavar="folder:PATH", default=MISSING
+        "Images, one subfolder for each class; or any dataset's spec.", default=MISSING, metavar="folder:PATH"
     )
     size: int | None = option("The side of the images in pixels.", min=1)
     images: str | None = option("The first N images, or indices such as 0,3,5.")
     checkpoint: str = option(
-        "Trained weights: .safetensors, or a state dict of torch.save.", metavar="FILE", default=""
+        "Trained weights: .safetensors, or a state dict of torch.save.", default="", metavar="FILE"
     )
     defense: list[str] | None = option("A defense of the clients (default: none); repeatable.")
     threat: list[str] | None = option("A threat model in place of those of the budget; repeatable.")
@@ -139,16 +137,16 @@ class _OnImages(_Shared):
 class _OnUpdate(_Shared):
     """The options of ``audit update``."""
 
-    before: str = option("The weights that the client was given.", metavar="FILE", default=MISSING)
+    before: str = option("The weights that the client was given.", default=MISSING, metavar="FILE")
     after: str = option(
-        "The weights that it sent: .safetensors, a state dict, or .npz.", metavar="FILE", default=MISSING
+        "The weights that it sent: .safetensors, a state dict, or .npz.", default=MISSING, metavar="FILE"
     )
-    size: int = option("The side of the client's image in pixels.", min=1, default=MISSING)
-    channels: int = option("The channels of the image: 1 or 3.", min=1, max=3, default=3)
+    size: int = option("The side of the client's image in pixels.", default=MISSING, min=1)
+    channels: int = option("The channels of the image: 1 or 3.", default=3, min=1, max=3)
     rate: float | None = option("The client's learning rate, if it is known.")
-    local_steps: int = option("How many steps of SGD the client took.", min=1, default=1)
-    truth: str | None = option("The private image: only compared with the reconstructions.", metavar="IMAGE")
-    label: int | None = option("The label of the image: only compared with the inferred one.", min=0)
+    local_steps: int = option("How many steps of SGD the client took.", default=1, min=1)
+    truth: str | None = option("The private image: it is only compared with the reconstructions.", metavar="IMAGE")
+    label: int | None = option("The label of the image: it is only compared with the inferred one.", min=0)
 
 
 @command(app, "model", _OnImages)
