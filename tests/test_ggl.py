@@ -280,7 +280,7 @@ def test_a_transform_undoes_a_known_defense() -> None:
     """Where only part of the gradient is sent, the attacker who models that finds the image, and the other less."""
     observation = see(inside(), threat={"informed": True})
     halved = {name: value * 0.2 for name, value in observation.gradient.items()}
-    clipped = replace(observation, gradient=halved)
+    clipped = replace(observation, gradient=halved, defense=None)
     knowing, plain = (
         run(f"ggl(budget=160, popsize=8, generator=tiny, transform={t})", clipped) for t in ("clip", "none")
     )
