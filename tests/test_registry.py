@@ -144,7 +144,7 @@ def test_specs(things: Registry[Thing], spec: str, expected: Full) -> None:
         ("full(text=[a)", "not closed"),
         ("full)", "is not a spec"),
         ("(count=1)", "is not a spec"),
-        ("full:", "nothing stands after"),
+        ("full:", "a value is missing after"),
         ("", "is not a spec"),
         ("full(count=1) x", "is not a spec"),
         (3, "is of type int"),

@@ -28,10 +28,11 @@ from leakbench.gradients.evaluate import tensors_of
 from leakbench.models.surgery import linears
 from leakbench.observation import Observation
 
-LIMIT = 12288
-"""The most values that a layer may take: a system of N unknowns takes N^3 operations and ``COPIES`` N^2 numbers."""
+MAX_UNKNOWNS = 12288
+"""The most unknowns that a layer may have: a system of N takes N^3 operations, and N^2 numbers
+``MATRIX_COPIES`` times."""
 
-COPIES = 7
+MATRIX_COPIES = 7
 """How many matrices of the largest system are held for each trial."""
 
 GUESS_ROUNDS = 20
@@ -55,8 +56,8 @@ class Peel(Attack):
     Attributes:
         precision: the relative error that is assumed of the gradient, float32's by default; the larger one that the
             gradient of the linear layer shows by itself counts instead.
-        roughness: the standard deviation by which neighbouring pixels are assumed to differ, for what equations leave
-            open.
+        roughness: the standard deviation by which neighbouring pixels are assumed to differ, for pixels that the
+            equations do not determine.
         colour: how much less the differences between an image's colours are assumed to change than their mean.
     """
 
@@ -80,7 +81,7 @@ class Peel(Attack):
     colour: Positive = field(default=0.15, metadata=LATER)
 
     def check(self, observation: Observation) -> None:
-        """Raise Unsupported where the network is no chain of layers that can be undone."""
+        """Raise Unsupported if the network is no chain of layers that can be undone."""
         served_chain(observation)
 
     def probe(self, observation: Observation, rng: Rng) -> int | None:
@@ -146,18 +147,19 @@ def _undo(layers: Sequence[ChainLayer], part: range, state: State, known: Known)
 
 
 def served_chain(observation: Observation) -> Chain:
-    """Return the chain of an observation; raise Unsupported where it cannot be undone."""
+    """Return the chain of an observation; raise Unsupported if it cannot be undone."""
     chain = find_chain(observation)
     for index, layer in enumerate(chain.layers):
         if not isinstance(layer, Convolution):
             continue
         unknowns = prod(layer.inputs)
-        if unknowns > LIMIT:
+        if unknowns > MAX_UNKNOWNS:
             raise Unsupported(
-                f"peel solves for up to {LIMIT} values at once, and {layer.name} takes {unknowns}; use smaller images"
+                f"peel solves for up to {MAX_UNKNOWNS} values at once, and {layer.name} takes {unknowns}; "
+                "use smaller images"
             )
         if all(isinstance(lower, Reshape) for lower in chain.layers[:index]):
-            continue  # what its equations leave open of an image, the prior fills
+            continue  # the prior determines what the equations of an image do not
         known = prod(layer.outputs)
         if layer.weight in observation.gradient:
             taps = prod(layer.geometry.kernel) * layer.outputs[0] // layer.geometry.groups
@@ -173,11 +175,11 @@ def served_chain(observation: Observation) -> Chain:
 def _bytes(chain: Chain) -> int:
     """Return how many bytes the largest system takes for each trial."""
     sizes = [prod(layer.inputs) for layer in chain.layers if isinstance(layer, Convolution)]
-    return 8 * COPIES * max(sizes, default=1) ** 2
+    return 8 * MATRIX_COPIES * max(sizes, default=1) ** 2
 
 
 def _rows(observation: Observation, begin: int, end: int) -> Observation:
-    """Return the observation of some trials in float64; what all trials share is still held once."""
+    """Return the observation of some trials in float64; a tensor that all trials share is still held once."""
     own = tensors_of(observation.model)
 
     def part(name: str, value: Tensor) -> Tensor:
@@ -196,7 +198,7 @@ def _rows(observation: Observation, begin: int, end: int) -> Observation:
 
 
 def read_labels(observation: Observation) -> Tensor | None:
-    """Return [T] int64: the granted labels, or the class whose logit the loss falls with; None where that is not sent.
+    """Return [T] int64: the granted labels, or the class whose logit the loss falls with; None if that is not sent.
 
     With a hard label and cross-entropy, only the true class has a negative derivative by its logit, which is that by
     the last layer's bias.

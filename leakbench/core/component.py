@@ -1,4 +1,4 @@
-"""What every registered component has: a name, a version, options, and settings that identify it."""
+"""The base of every registered component: a name, a version, options, and settings that identify it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LATER = {"later": True}
 
 
 def as_json(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings as plain JSON values; what JSON has no form for, a path say, becomes text."""
+    """Return settings as plain JSON values; a value without a JSON form, such as a path, becomes text."""
     plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return plain
 
@@ -23,9 +23,9 @@ class Component:
         name: the name it was registered under.
         version: raised whenever its numbers change, so that older results are not mistaken for new ones.
         reference: the paper, section or URL-free citation behind it.
-        assumes: what must hold for it to do what it is for, in a sentence; also of ``cost`` and ``fails``.
-        cost: what it takes.
-        fails: what is known to defeat it.
+        assumes: the conditions under which it works, in a sentence, as are ``cost`` and ``fails``.
+        cost: its time and memory.
+        fails: the known ways to defeat it.
     """
 
     name: ClassVar[str] = ""
@@ -49,9 +49,9 @@ class Component:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
 
     def settings(self) -> dict[str, Any]:
-        """Return what identifies the component in a trial: name, version and every option.
+        """Return the identity of the component in a trial: name, version and every option.
 
-        An option that was added later (``LATER``) is left out at its default: earlier trials stay what they are.
+        An option that was added later (``LATER``) is left out at its default: the ids of earlier trials stay the same.
         """
         options = self.options()
         fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
@@ -64,4 +64,4 @@ class Component:
     def summary(cls) -> str:
         """Return the first line of the class's own docstring, empty without one."""
         text = (cls.__dict__.get("__doc__") or "").strip().split("\n")[0]
-        return "" if text.startswith(f"{cls.__name__}(") else text  # what dataclass writes where there is none
+        return "" if text.startswith(f"{cls.__name__}(") else text  # written by dataclass if there is none

@@ -44,7 +44,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def device_named(name: str) -> torch.device:
-    """Return the device of a name; ``auto`` is CUDA where there is one.
+    """Return the device of a name; ``auto`` is CUDA if there is one.
 
     Raises:
         BadOption: there is no such device.

@@ -7,20 +7,20 @@ import warnings
 
 from PIL import Image
 
-MOST = 2**24
-"""Pixels; no picture of a run has more."""
+MAX_PIXELS = 2**24
+"""No picture of a run has more pixels."""
 
 FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Pillow's names of the formats of images that are read from a user's folder: of others, some run other programs."""
 
 
 def decoded(png: bytes) -> Image.Image | None:
-    """Return a PNG as it is, read to its end; None for anything else, and for one of more than ``MOST`` pixels."""
+    """Return a PNG as it is, read to its end; None for anything else, or for more than ``MAX_PIXELS`` pixels."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
-                if image.width * image.height > MOST:
+                if image.width * image.height > MAX_PIXELS:
                     return None
                 image.load()
                 return image

@@ -1,4 +1,4 @@
-"""One process alone works in a folder."""
+"""A lock, so that only one process works in a folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The course of a search: the objective at a few of its evaluations, small enough for every trial to keep."""
+"""The course of an optimisation: the objective at a few of its evaluations, small enough for every trial to keep."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-POINTS = 20
+MAX_POINTS = 20
 """The most points of a curve."""
 
 _HEAD = struct.Struct("<II")
@@ -17,13 +17,13 @@ _LARGEST = 2**32 - 1
 
 
 def marks(limit: int, every: int = 1) -> tuple[int, ...]:
-    """Return the numbers of up to ``POINTS`` evaluations, evenly spaced by their logarithms, the last one included.
+    """Return the numbers of up to ``MAX_POINTS`` evaluations, evenly spaced by their logarithms, the last one included.
 
     Args:
         limit: the most evaluations of a search, from 1 on.
         every: how many are made at a time; the numbers are multiples of this, or the limit.
     """
-    even = {round(limit ** (point / (POINTS - 1))) for point in range(POINTS)}
+    even = {round(limit ** (point / (MAX_POINTS - 1))) for point in range(MAX_POINTS)}
     return tuple(sorted({min(limit, -(-mark // every) * every) for mark in even}))
 
 
@@ -34,7 +34,7 @@ class Curve:
     Attributes:
         limit: see ``marks``.
         every: see ``marks``.
-        values: [T, K], K as many as there are marks; not finite where a search had ended or diverged.
+        values: [T, K], one for each of K marks; not finite once a search had ended or diverged.
     """
 
     limit: int
@@ -42,7 +42,7 @@ class Curve:
     values: Tensor
 
     def rows(self) -> list[bytes]:
-        """Return each search's curve as a run file keeps it; empty where nothing of it is finite."""
+        """Return each search's curve as a run file keeps it; empty if nothing of it is finite."""
         return [_encoded(self.limit, self.every, row) for row in self.values.detach().float().cpu().numpy()]
 
 

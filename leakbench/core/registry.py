@@ -29,7 +29,7 @@ T = TypeVar("T", bound=Component)
 C = TypeVar("C", bound=type[Any])
 
 _PLUGIN = "leakbench_plugin_"
-"""What the names of the modules of plugin files begin with."""
+"""The beginning of the names of plugin files' modules."""
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 _QUOTES = ("'", '"')
 _QUOTED = re.compile(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", re.DOTALL)
@@ -39,7 +39,7 @@ class Registry(Generic[T]):
     """The components of one kind by name: those of the package, of entry points and of ``--plugin`` files.
 
     Args:
-        kind: what an entry is called in messages (``attack``).
+        kind: the name of an entry in messages (``attack``).
         group: the entry-point group through which other packages add entries (``leakbench.attacks``).
         base: the class that every entry derives from.
     """
@@ -79,7 +79,7 @@ class Registry(Generic[T]):
         return list(self._classes)
 
     def get(self, name: str) -> type[T]:
-        """Return the class registered under this name; raise BadOption, with a suggestion, where there is none."""
+        """Return the class registered under this name; raise BadOption, with a suggestion, if there is none."""
         self._load_entry_points()
         if name not in self._classes:
             raise BadOption(f"unknown {self.kind} {name!r}; {suggest(name, self._classes)}")
@@ -181,7 +181,7 @@ class Registry(Generic[T]):
     def _load_entry_points(self) -> None:
         if self._entry_points_loaded:
             return
-        self._entry_points_loaded = True  # also for what a plugin asks of the registry while it is imported
+        self._entry_points_loaded = True  # a plugin may use the registry while it is imported
         for entry in importlib.metadata.entry_points(group=self.group):
             try:
                 entry.load()
@@ -257,7 +257,7 @@ def split_spec(spec: str, kind: str) -> tuple[str, str | None, dict[str, str]]:
     if not name or not name.isprintable() or any(c in name for c in "()[]{}=, '\""):
         raise BadOption(f"{kind} {spec!r} is not a spec; write name or name(option=value, ...)")
     if colon and not first:
-        raise BadOption(f"{kind} {spec!r}: nothing stands after ':'; write {name}:VALUE")
+        raise BadOption(f"{kind} {spec!r}: a value is missing after ':'; write {name}:VALUE")
     return name, _unquote(first) if colon else None, options
 
 

@@ -25,7 +25,7 @@ def generator(*key: object) -> torch.Generator:
 def seeded(*key: object) -> Iterator[None]:
     """Seed torch's global CPU generator by a hash of the key, and give the caller's state back afterwards.
 
-    Module initialisers and dropout draw from the global generator alone; nothing else is drawn from it.
+    Module initialisers and dropout draw only from the global generator; nothing else is drawn from it.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(generator(*key).initial_seed())
@@ -60,7 +60,7 @@ class Rng:
         return self._stack([torch.rand(tuple(shape), generator=rng) for rng in self.generators(purpose)])
 
     def select(self, rows: Sequence[int]) -> Rng:
-        """Return the source of these trials alone, which goes on to give each the same numbers."""
+        """Return the source of only these trials; each gets the same numbers as before."""
         return Rng(tuple(self.keys[row] for row in rows), self.device)
 
     def fork(self, purpose: str) -> Rng:

@@ -21,7 +21,7 @@ Gradient = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """What the attacker is granted, enforced by what the Observation holds.
+    """What the attacker is granted, enforced by the content of the Observation.
 
     Attributes:
         labels: ``known`` hands over the label; ``inferred`` leaves it to the attack.
@@ -53,7 +53,7 @@ class ThreatModel:
     name: str = field(default="", compare=False)
 
     def settings(self) -> dict[str, Any]:
-        """Return every field but the name as plain JSON values; those of local training where there is any."""
+        """Return every field but the name as plain JSON values; those of local training if there is any."""
         local = {"learning_rate": self.learning_rate, "local_steps": self.local_steps, "rate": self.rate}
         return {
             "labels": self.labels,
@@ -71,7 +71,7 @@ class ThreatModel:
 
     @property
     def unit(self) -> float | None:
-        """What is sent is the mean gradient of the client's steps times this; None where that is not known."""
+        """What is sent is the mean gradient of the client's steps times this; None if that is not known."""
         if self.shares == "gradient":
             return 1.0
         return None if self.learning_rate is None else self.learning_rate * self.local_steps
@@ -132,7 +132,7 @@ PRESETS: Mapping[str, ThreatModel] = {
 ``weights``: in place of the gradient the weights after one step of SGD, whose learning rate (0.01) is hidden.
 
 ``T0`` to ``T5`` are the levels of key-lock's study, in the order of what they grant. ``T0``: neither key nor lock
-(``paper``). ``T1``: the lock's weights, so that the key is all that is missing (what FedKL's released code runs).
+(``paper``). ``T1``: the lock's weights, so that only the key is missing (what FedKL's released code runs).
 ``T2``: the same, and the attacker optimises the key. ``T3``: the key too. ``T4``: the lock's weights and gradients,
 not the key. ``T5``: everything.
 """
@@ -192,17 +192,17 @@ class Secret:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What an attack believes the private images to be.
+    """An attack's estimate of the private images.
 
     Attributes:
         images: [T, C, H, W], of any range (metrics state whether they clamp); NaN only in failed rows.
-        labels: [T] int64, the labels that the attack inferred or was given; None where it has no opinion.
-        objective: [T], the attack's own final objective (lower is better); None where it has none.
+        labels: [T] int64, the labels that the attack inferred or was given; None if it infers none.
+        objective: [T], the attack's own final objective (lower is better); None if it has none.
         failed: [T] bool, the trials that the attack itself knows to have diverged; None for none.
-        evaluations: [T] int64, evaluations of the objective and its gradient; None where it has none.
-        path: how gradients were computed, ``batched``, ``vmap`` or ``one-at-a-time``; empty where none were.
+        evaluations: [T] int64, evaluations of the objective and its gradient; None if it makes none.
+        path: how gradients were computed, ``batched``, ``vmap`` or ``one-at-a-time``; empty if none were.
         findings: further numbers that the attack found, [T] by name; the run keeps them (``Store.findings``).
-        curve: the objective at some evaluations of the search; None where it has none.
+        curve: the objective at some evaluations of the optimisation; None if it makes none.
     """
 
     images: Tensor

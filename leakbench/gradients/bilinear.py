@@ -32,7 +32,7 @@ def needed(ctx: Any, index: int) -> bool:
 
 
 def shared(tensor: Tensor) -> bool:
-    """Return whether all trials have the same values of a tensor [T, *shape], by its layout alone."""
+    """Return whether all trials have the same values of a tensor [T, *shape], judged by its layout."""
     return tensor.stride(0) == 0 or len(tensor) == 1
 
 

@@ -27,7 +27,7 @@ PHASE_CHANNELS = 4
 
 
 class Geometry(NamedTuple):
-    """What fixes a 2-d convolution apart from its operands; pairs are (vertical, horizontal)."""
+    """The parameters of a 2-d convolution apart from its operands; pairs are (vertical, horizontal)."""
 
     stride: tuple[int, int]
     padding: tuple[int, int]
@@ -112,7 +112,7 @@ def _by_phases(grad: Tensor, weight: Tensor, g: Geometry) -> Tensor:
 
 @cache
 def _phase_index(outputs: int, channels: int, kernel: tuple[int, int], step: int, device: torch.device) -> Tensor:
-    """Return, for the kernels [C * s * s, O, taps, taps] of ``_by_phases``, where in a weight each value is.
+    """Return, for the kernels [C * s * s, O, taps, taps] of ``_by_phases``, the place of each value in a weight.
 
     A flattened weight [O, C, kh, kw] is followed by one zero, for the taps beyond the kernel's edge.
     """

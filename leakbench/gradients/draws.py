@@ -1,4 +1,4 @@
-"""What the random layers of a network draw: each trial from its own generator, however trials are run.
+"""The draws of a network's random layers: each trial from its own generator, however trials are run.
 
 Dropout and stochastic depth would draw from torch's global generator, one mask for a whole batch. Here every value of
 a trial comes from that trial's generator, in the order in which the network asks, so that it depends neither on the
@@ -34,7 +34,7 @@ class Draws(ABC):
 
     @abstractmethod
     def take(self, shape: Sequence[int], draw: Draw) -> Tensor:
-        """Return what ``draw`` makes of each trial's share of a tensor of this shape."""
+        """Return the results of ``draw`` on each trial's part of a tensor of this shape."""
 
     def uniform(self, like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """Return U[0, 1) draws of this shape (by default that of ``like``)."""
@@ -54,7 +54,7 @@ class NoDraws(Draws):
 
 
 class BatchDraws(Draws):
-    """For a pass whose leading axis holds the trials, several places of it each where it was split further."""
+    """For a pass whose leading axis holds the trials, several places for each if it was split further."""
 
     def __init__(self, generators: Generators) -> None:
         self._make = generators
@@ -75,7 +75,7 @@ class BatchDraws(Draws):
         return torch.cat([draw(own, generator) for generator in self.generators])
 
     def row(self, trial: int) -> Draws:
-        """Return the source of a pass of one trial alone."""
+        """Return the source of a pass of a single trial."""
         return _RowDraws(self, trial)
 
     def vmapped(self, index: Tensor) -> Draws:
@@ -105,7 +105,7 @@ class _VmapDraws(Draws):
 
 
 def random_operations(draws: Draws) -> Mapping[Callable[..., Any], Callable[..., Any]]:
-    """Return torch's drawing functions, and what serves in their place."""
+    """Return torch's drawing functions, and their replacements."""
 
     def drop(x: Tensor, shape: Sequence[int], p: float, training: bool, inplace: bool) -> Tensor:
         if not 0 <= p <= 1:

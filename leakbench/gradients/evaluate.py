@@ -39,7 +39,7 @@ def full_precision(deterministic: bool = False) -> AbstractContextManager[None]:
     """Return a context in which CUDA convolutions are made in float32, not in TF32's ten bits of mantissa.
 
     Args:
-        deterministic: with those of cuDNN's algorithms alone that give the same numbers every time.
+        deterministic: only with those of cuDNN's algorithms that give the same numbers every time.
     """
     flags: AbstractContextManager[None] = torch.backends.cudnn.flags(
         enabled=True, deterministic=deterministic, allow_tf32=False
@@ -143,7 +143,7 @@ class Evaluator:
             generators: makes one generator a trial for the network's random layers, such as dropout; without it a
                 network that draws raises Unsupported.
         """
-        # views, because the backward pass can only be told to leave out what is not a leaf
+        # views, because the backward pass can leave out only tensors that are no leaves
         own = {name: _differentiable(tensors[name]) for name in self.names}
         loss = self.losses({**tensors, **own}, x.view_as(x), y, generators)
         grads = torch.autograd.grad(loss.sum(), list(own.values()), create_graph=create_graph, allow_unused=True)
@@ -198,9 +198,9 @@ def choose_path(
 ) -> Path:
     """Return the first path that agrees with one-at-a-time double backward in float64 to 1e-8.
 
-    The comparison takes two trials with different images and, where trials have their own, different parameters; the
+    The comparison takes two trials with different images and, if trials have their own, different parameters; the
     gradient itself, and the derivative of a projection of it by the image. It is made once in a process for networks
-    that differ in the values of their parameters alone.
+    that differ only in the values of their parameters.
 
     Raises:
         Unsupported: the network cannot be differentiated twice even one trial at a time, or draws random numbers
@@ -224,11 +224,11 @@ def choose_path(
 
 
 _CHOSEN: dict[Hashable, Path] = {}
-"""What ``choose_path`` found, by everything that it depends on."""
+"""The results of ``choose_path``, by everything that they depend on."""
 
 
 def _kind(value: Tensor, own: Tensor) -> Hashable:
-    """Return what of a given tensor a path can depend on: device, type, trial axis, and the values of integers."""
+    """Return the properties of a tensor that a path can depend on: device, type, trial axis, values of integers."""
     axis = "none" if value.ndim == own.ndim else "shared" if shared(value) else "own"
     values = () if value.is_floating_point() else tuple(value.flatten().tolist())
     return (str(value.device), value.dtype, axis, values)
@@ -311,7 +311,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fingerprint(value: object) -> Hashable:
-    """Return what a network is made of, without the values of its parameters: equal for copies, unequal otherwise.
+    """Return the structure of a network, without the values of its parameters: equal for copies, unequal otherwise.
 
     Raises:
         TypeError: something in the network cannot be compared, such as an object of a class of one's own.

@@ -2,7 +2,7 @@
 
 At batch size 1 a network's batch axis is the trial axis. So the module runs on [T, C, H, W] with parameters that carry
 a leading T axis, and only the calls in which parameters meet activations, or in which examples meet each other, are
-replaced: convolution, linear map and normalisation. Everything else in a network acts on each example alone.
+replaced: convolution, linear map and normalisation. Everything else in a network acts on each example separately.
 
 Whatever the path, operations without a second derivative are written out, and random layers draw from their trial.
 """
@@ -31,8 +31,8 @@ class Interception(TorchFunctionMode):
     """Inside this context a network can be differentiated twice, and draws each trial's random numbers by itself.
 
     Args:
-        draws: what random layers draw from.
-        operations: further functions, and what is called in their place: ``PER_TRIAL`` or ``UNDER_VMAP``.
+        draws: the source of random layers.
+        operations: further functions and their replacements: ``PER_TRIAL`` or ``UNDER_VMAP``.
     """
 
     def __init__(self, draws: Draws, operations: Operations = MappingProxyType({})) -> None:
@@ -42,7 +42,7 @@ class Interception(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Call what serves in the place of ``func``, or ``func`` itself."""
+        """Call the replacement of ``func``, or ``func`` itself."""
         composite = COMPOSITE.get(func)
         if composite is not None:
             with self:
@@ -165,7 +165,7 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 
 def _before(value: Tensor | None, trailing: int, ndim: int) -> Tensor | None:
-    """Return [T, 1, ..., *shape] with ndim axes for [T, *shape]; what has no trial axis is left as it is."""
+    """Return [T, 1, ..., *shape] with ndim axes for [T, *shape]; a tensor without a trial axis is left as it is."""
     if value is None or value.ndim == trailing:
         return value
     return value.view(len(value), *[1] * (ndim - 1 - trailing), *value.shape[1:])

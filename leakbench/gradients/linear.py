@@ -1,4 +1,4 @@
-"""What the gradient of a linear layer gives away."""
+"""What the gradient of a linear layer leaks."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ POWERS = 30
 
 
 def layer_input(by_weight: Tensor, by_bias: Tensor) -> Tensor:
-    """Return the input of a linear layer, which its gradient gives away.
+    """Return the input of a linear layer, which its gradient leaks.
 
     The layer is W x + b, so dL/dW = (dL/db) x^T: every row of dL/dW is the input times that row's dL/db. All rows are
     used, by least squares: x = (dL/dW)^T (dL/db) / |dL/db|^2.
 
     Args:
-        by_weight: [T, C, S], dL/dW of a step that ran the layer on one x alone.
+        by_weight: [T, C, S], dL/dW of a step that ran the layer on a single x.
         by_bias: [T, C], dL/db.
 
     Returns:
-        [T, S]; zero where dL/db is (no row of the layer matters to the loss).
+        [T, S]; zero if dL/db is (no row of the layer matters to the loss).
     """
     largest = by_bias.abs().amax(1, keepdim=True)
     largest = torch.where(largest > 0, largest, torch.ones_like(largest))  # no square of it may underflow
@@ -30,16 +30,16 @@ def layer_input(by_weight: Tensor, by_bias: Tensor) -> Tensor:
 
 
 def layer_direction(by_weight: Tensor) -> Tensor:
-    """Return the input of a linear layer up to a factor, where the gradient by its bias is not there.
+    """Return the input of a linear layer up to a factor, without the gradient by its bias.
 
     dL/dW = (dL/db) x^T has rank one, and x is its right singular vector; found from the largest row by power iteration,
-    which is exact at once where the rank is one.
+    which is exact at once if the rank is one.
 
     Args:
-        by_weight: [T, C, S], dL/dW of a step that ran the layer on one x alone.
+        by_weight: [T, C, S], dL/dW of a step that ran the layer on a single x.
 
     Returns:
-        [T, S] of norm 1, of either sign; zero where dL/dW is.
+        [T, S] of norm 1, of either sign; zero if dL/dW is.
     """
     largest = by_weight.flatten(1).abs().amax(1)[:, None, None]
     value = by_weight / torch.where(largest > 0, largest, torch.ones_like(largest))

@@ -1,6 +1,6 @@
 """Operations that torch differentiates once, written with operations that it differentiates twice.
 
-They act on every example alone, so they serve all paths. Attention is written with the public functions of
+They act on every example separately, so they serve all paths. Attention is written with the public functions of
 ``torch.nn.functional``, so that an interception of linear maps and dropout reaches inside it.
 """
 
@@ -78,7 +78,7 @@ def multi_head_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return what ``torch.nn.MultiheadAttention`` does: an output [L, B, E], and weights [B, L, S] (or None).
+    """Return the results of ``torch.nn.MultiheadAttention``: an output [L, B, E], and weights [B, L, S] (or None).
 
     Raises:
         NotImplementedError: the keys and values have biases, zeros or weights of their own, or there is no batch axis.

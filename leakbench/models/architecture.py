@@ -1,4 +1,4 @@
-"""What the package's own networks share: weights that are drawn by a named law or loaded from a file, and a mode."""
+"""The base of the package's own networks: weights drawn from a named distribution or loaded, and a mode."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Architecture(Model):
     """A network that is built here; its options are no fields, so that each states them in the order of its own specs.
 
     Attributes:
-        init: the law that every weight is drawn by.
+        init: the distribution of every weight.
         mode: that in which the network is attacked.
         fresh: every trial draws its own weights instead of sharing its seed's.
         weights: the path of a checkpoint to attack instead of random weights.
@@ -57,7 +57,7 @@ class Architecture(Model):
         return self.fresh
 
     def checkpoint(self) -> Checkpoint | None:
-        """Return what the file of ``weights`` states of its training; None where weights are drawn."""
+        """Return what the file of ``weights`` states of its training; None if weights are drawn."""
         return None if self.weights is None else stated(self.weights)
 
     def settings(self) -> dict[str, Any]:

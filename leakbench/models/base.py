@@ -27,11 +27,11 @@ class Model(Component):
         return False
 
     def behaviour(self, image_shape: tuple[int, int, int]) -> dict[str, str]:
-        """Return what identifies the network beside ``settings``, where these do not say all, on images of a shape."""
+        """Return the identity of the network beside ``settings``, if these do not suffice, on images of a shape."""
         return {}
 
     def checkpoint(self) -> Checkpoint | None:
-        """Return which file of trained weights is loaded and what it states; None where weights are drawn."""
+        """Return which file of trained weights is loaded and what it states; None if weights are drawn."""
         return None
 
 

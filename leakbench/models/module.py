@@ -21,7 +21,7 @@ class OwnModule(Model):
     """A network that the user built: any ``nn.Module`` from images [B, C, H, W] in [0, 1] to logits [B, K].
 
     Attributes:
-        label: what reports call it.
+        label: its name in reports.
         module: the network; it is attacked as it is, in its mode and with its weights, and never changed.
     """
 
@@ -69,7 +69,7 @@ class OwnModule(Model):
         return {"name": self.name, "version": self.version, "label": self.label, "module": self._fingerprint}
 
     def behaviour(self, image_shape: tuple[int, int, int]) -> dict[str, str]:
-        """Return a hash of what ``forward`` computes, which no listing of layers tells; found once for each shape."""
+        """Return a hash of ``forward``'s results, which a list of layers does not determine; once for each shape."""
         if image_shape not in self._behaviours:
             self._behaviours[image_shape] = _behaviour(self.module, image_shape)
         return {"behaviour": self._behaviours[image_shape]}
@@ -85,9 +85,9 @@ class OwnModule(Model):
 
 
 def _behaviour(module: nn.Module, image_shape: tuple[int, int, int]) -> str:
-    """Return a hash of a module's logits and gradient on a fixed image and its label; empty where it has none.
+    """Return a hash of a module's logits and gradient on a fixed image and its label; empty if it has none.
 
-    In float64, and of so few digits that another machine finds the same; in float32 where the module knows no other.
+    In float64, and of so few digits that another machine finds the same; in float32 if the module supports no other.
     """
     image = torch.rand((1, *image_shape), generator=generator("behaviour"), dtype=torch.float64)
     for dtype, digits in ((torch.float64, 6), (torch.float32, 3)):

@@ -15,7 +15,7 @@ from leakbench.models.architecture import Architecture, Mode
 from leakbench.models.base import register
 from leakbench.models.weights import Init
 
-Activation = Literal["relu", "sigmoid"]
+ActivationName = Literal["relu", "sigmoid"]
 Shortcut = Literal["pad", "conv"]
 Width = Annotated[int, Field(ge=1, le=1024)]
 
@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "sigmoid": nn.Sigmoi
 class _Block(nn.Module):
     """Two 3x3 convolutions with batch normalisation and a shortcut.
 
-    Where the shape changes, the shortcut subsamples and pads with zeros (option A, ``pad``), or is a 1x1 convolution
+    If the shape changes, the shortcut subsamples and pads with zeros (option A, ``pad``), or is a 1x1 convolution
     with batch normalisation (option B, ``conv``); elsewhere it is the identity.
     """
 
@@ -89,11 +89,11 @@ class _ResNet(nn.Module):
 
 @dataclass(frozen=True)
 class _CifarResNet(Architecture):
-    """What the CIFAR residual networks have in common.
+    """The base of the CIFAR residual networks.
 
     Attributes:
         activation: ``relu``, or ``sigmoid`` as the released key-lock attacks use.
-        shortcut: where the shape changes, ``pad`` (option A) or ``conv``, a 1x1 convolution with batch normalisation
+        shortcut: if the shape changes, ``pad`` (option A) or ``conv``, a 1x1 convolution with batch normalisation
             (option B, which FedKL's locked networks have).
         width: the channels of the first stage.
         init: ``default`` (Kaiming normal convolutions) or ``uniform(a)``.
@@ -103,7 +103,7 @@ class _CifarResNet(Architecture):
     """
 
     blocks: ClassVar[int]
-    activation: Activation = "relu"
+    activation: ActivationName = "relu"
     init: Init = "default"
     mode: Mode = "train"
     fresh: bool = False

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from leakbench.errors import Unsupported
 from leakbench.models.architecture import Architecture, Mode
 from leakbench.models.base import register
-from leakbench.models.resnet import ACTIVATIONS, Activation, Width
+from leakbench.models.resnet import ACTIVATIONS, ActivationName, Width
 from leakbench.models.weights import Init
 
 Stem = Literal["imagenet", "cifar"]
@@ -71,7 +71,7 @@ def _block(inputs: int, outputs: int, stride: int, activation: type[nn.Module]) 
 
 @dataclass(frozen=True)
 class _ImageNetResNet(Architecture):
-    """What the ImageNet residual networks have in common.
+    """The base of the ImageNet residual networks.
 
     Attributes:
         activation: ``relu``, or ``sigmoid`` as the released key-lock attacks use.
@@ -85,7 +85,7 @@ class _ImageNetResNet(Architecture):
     """
 
     blocks: ClassVar[tuple[int, ...]]
-    activation: Activation = "relu"
+    activation: ActivationName = "relu"
     stem: Stem = "imagenet"
     max_pool: bool = True
     width: Width = 64

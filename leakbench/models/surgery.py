@@ -21,7 +21,7 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` where the sub-module of this dotted name is; the model is changed."""
+    """Replace the sub-module of this dotted name by ``new``; the model is changed."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
 
@@ -41,13 +41,13 @@ def replace_norms(
     """Return a copy whose convolutions are followed by ``make(channels, old)`` in place of their normalisation ``old``.
 
     A convolution's normalisation is the one that its output goes through next, before any other layer with parameters,
-    for as many channels; where there is none, ``old`` is None and the new one is inserted after the convolution. Layers
-    are taken in the order in which they run or, where ``torch.fx`` cannot trace the network, of registration.
+    for as many channels; if there is none, ``old`` is None and the new one is inserted after the convolution. Layers
+    are taken in the order in which they run or, if ``torch.fx`` cannot trace the network, of registration.
 
     Args:
         model: any network; it is not changed.
         make: called once a layer, in order.
-        layers: ``first`` serves the first convolution alone; ``all`` also every later one with a normalisation and, in
+        layers: ``first`` serves only the first convolution; ``all`` also every later one with a normalisation and, in
             a network that has none at all, every later one.
 
     Raises:
@@ -76,7 +76,7 @@ def replace_norms(
 
 
 def _traced(model: nn.Module) -> list[tuple[str, str | None]]:
-    """Return the names of every convolution and its normalisation as they run; nothing where that cannot be traced."""
+    """Return the names of every convolution and its normalisation as they run; nothing if that cannot be traced."""
     tensors = [*model.parameters(), *model.buffers()]
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # forward may keep what it is given
     try:
@@ -93,7 +93,7 @@ def _traced(model: nn.Module) -> list[tuple[str, str | None]]:
 
 
 class _Tracer(fx.Tracer):
-    """A tracer that looks into containers alone, and takes every layer of torch's for what it is."""
+    """A tracer that looks only into containers, and treats every layer of torch's as a leaf."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, (nn.Conv2d, *_NORMS)) or super().is_leaf_module(m, module_qualified_name)

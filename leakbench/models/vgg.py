@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from leakbench.errors import Unsupported
 from leakbench.models.architecture import Architecture, Mode
 from leakbench.models.base import register
-from leakbench.models.resnet import ACTIVATIONS, Activation, Width
+from leakbench.models.resnet import ACTIVATIONS, ActivationName, Width
 from leakbench.models.weights import Init
 
 _STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))
@@ -78,7 +78,7 @@ class VGG16(Architecture):
     """
 
     reference: ClassVar[str] = "Simonyan and Zisserman 2015, VGG, ICLR, table 1, D (torchvision's definition)"
-    activation: Activation = "relu"
+    activation: ActivationName = "relu"
     norm: Literal["batch", "none"] = "batch"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
     width: Width = 64

@@ -1,4 +1,4 @@
-"""How a network gets its weights: drawn by a named law, or loaded from a checkpoint, which can state its training."""
+"""A network's weights: drawn from a named distribution, or loaded from a checkpoint, which can state its training."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ class Training:
     """How far a network was trained, in the words of who trained it.
 
     Attributes:
-        stage: where in the training, such as ``untrained`` or ``epoch 12 of 200``.
+        stage: the stage of the training, such as ``untrained`` or ``epoch 12 of 200``.
         test_accuracy: the share of the test images that the network classifies rightly, in [0, 1].
         dataset: the spec of the dataset whose training images it saw and whose test images it was tested on.
         defense: the spec of the defense that it was trained behind; the file then holds the network with the layers
             that the defense adds, and one client's secrets. Empty for a network as the model builds it.
 
     Raises:
-        BadOption: a value that does not fit.
+        BadOption: an invalid value.
     """
 
     stage: str
@@ -92,7 +92,7 @@ class Checkpoint:
 
     Attributes:
         file: its path, as it was given.
-        training: what the file states of its training; None where it states nothing.
+        training: what the file states of its training; None if it states nothing.
     """
 
     file: str
@@ -110,7 +110,7 @@ def save(
     """Write a network's state dict as a file that ``weights=`` takes and that states how far the network was trained.
 
     Of a network behind a ``defense`` all tensors are written, secrets that no state dict holds included: the file is
-    what a client keeps, and is attacked behind that defense alone.
+    what a client keeps, and is attacked only behind that defense.
 
     The same state and words give the same bytes. A file that was there is replaced in one step.
 
@@ -123,7 +123,7 @@ def save(
         defense: see ``Training``.
 
     Raises:
-        BadOption: a value that does not fit, or a path that ends otherwise.
+        BadOption: an invalid value, or a path that ends otherwise.
         LeakbenchError: the file cannot be written.
     """
     training = Training(stage, test_accuracy, dataset, defense)
@@ -142,11 +142,11 @@ def save(
 
 
 def stated(path: str) -> Checkpoint:
-    """Return what a checkpoint states of its training; a file that ``torch.save`` wrote states nothing.
+    """Return the training that a checkpoint states; a file that ``torch.save`` wrote states nothing.
 
     Raises:
         MissingAsset: the file does not exist.
-        CorruptAsset: the file cannot be read, or what it states does not fit.
+        CorruptAsset: the file cannot be read, or its statements are invalid.
     """
     file = _existing(path)
     if file.suffix != ".safetensors":
@@ -157,7 +157,7 @@ def stated(path: str) -> Checkpoint:
         return Checkpoint(path, None if words is None else Training(**json.loads(words)))
     except (OSError, SafetensorError, TypeError, ValueError, RecursionError) as error:
         raise CorruptAsset(
-            f"what the checkpoint {path!r} states of its training cannot be read: {one_line(error)}; "
+            f"the training that the checkpoint {path!r} states cannot be read: {one_line(error)}; "
             "write it with leakbench.models.weights.save"
         ) from None
 

@@ -1,4 +1,4 @@
-"""What a solver minimises and what it returns."""
+"""The objective that a solver minimises, and the solution that it returns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from leakbench.core.loss_curve import Curve
 
 Unknowns = dict[str, Tensor]
-"""Name -> [T, *shape]: everything that the attacker searches for."""
+"""Name -> [T, *shape]: everything that the attacker optimises."""
 
 Evaluation = int | Sequence[int]
 """How many evaluations came before, the same for every row or one number a row."""
@@ -22,22 +22,22 @@ class Objective(Protocol):
     """A per-trial function of the unknowns."""
 
     def __call__(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
-        """Return [T], row t a differentiable function of row t of the unknowns alone.
+        """Return [T], row t a differentiable function of only row t of the unknowns.
 
         Args:
             unknowns: name -> [T, *shape].
-            evaluation: how many evaluations of the row came before; what is drawn anew at each depends on it.
+            evaluation: how many evaluations of the row came before; draws at each evaluation depend on it.
         """
         ...
 
     def select(self, rows: Sequence[int]) -> Self:
-        """Return the objective of these trials alone."""
+        """Return the objective of only these trials."""
         ...
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Where a solver stopped.
+    """The end of an optimisation.
 
     Attributes:
         unknowns: name -> [T, *shape], the last iterate at which the objective was finite.
@@ -55,7 +55,7 @@ class Solution:
 
 
 def value_and_gradient(objective: Objective, unknowns: Unknowns, evaluation: Evaluation) -> tuple[Tensor, Unknowns]:
-    """Return the objective [T] and its gradient by every unknown; an unknown that does not matter gets zeros."""
+    """Return the objective [T] and its gradient by every unknown; an unknown without influence gets zeros."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in unknowns.items()}
     value = objective(leaves, evaluation)
     grads = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True)
@@ -73,7 +73,7 @@ def rows_finite(value: Tensor, gradient: Unknowns) -> Tensor:
 
 
 def largest(rows: Tensor) -> Tensor:
-    """Return [T], the largest absolute entry of each row of [T, N]; NaN where there is a NaN."""
+    """Return [T], the largest absolute entry of each row of [T, N]; NaN in a row with a NaN."""
     return rows.abs().amax(1)
 
 
@@ -83,5 +83,5 @@ def where_rows(rows: Tensor, yes: Tensor, no: Tensor) -> Tensor:
 
 
 def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
-    """Return the rows [R] of [T, *shape]; what all rows share (stride 0) stays shared."""
+    """Return the rows [R] of [T, *shape]; a tensor that all rows share (stride 0) stays shared."""
     return tensor[:1].expand(len(rows), *tensor.shape[1:]) if tensor.stride(0) == 0 else tensor[rows]

@@ -11,7 +11,7 @@ from torch import Tensor
 from leakbench.core.loss_curve import Curve, marks
 from leakbench.optim.base import Objective, Solution, Unknowns, rows_finite, where_rows
 from leakbench.optim.graph import recorded
-from leakbench.optim.rmsprop import Gain, RMSprop
+from leakbench.optim.rmsprop import GainFunction, RMSprop
 
 
 def descend(
@@ -25,7 +25,7 @@ def descend(
     milestones: Sequence[int] = (),
     decay: float = 0.1,
     project: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
-    gain: Mapping[str, Gain] | None = None,
+    gain: Mapping[str, GainFunction] | None = None,
 ) -> Solution:
     """Descend for ``steps`` steps; a trial that becomes non-finite stops at its last finite iterate.
 
@@ -39,7 +39,7 @@ def descend(
         milestones: the steps before which every step size is multiplied by ``decay``.
         decay: see ``milestones``.
         project: (name, tensor) -> tensor, applied after every update.
-        gain: for unknowns whose RMSprop divides by something else than torch's; see ``RMSprop``.
+        gain: for unknowns whose RMSprop does not divide as torch's does; see ``RMSprop``.
     """
     unknowns = {name: tensor.detach().clone() for name, tensor in start.items()}
     trials, device = len(next(iter(unknowns.values()))), next(iter(unknowns.values())).device
@@ -65,10 +65,10 @@ def descend(
             seen.append(value.clone())
         evaluations += finite
         finite = finite & rows_finite(value, gradient)
-        if step % 50 == 0 and not bool(finite.any()):  # to look is to wait for the device
+        if step % 50 == 0 and not bool(finite.any()):  # reading a value waits for the device, so only now and then
             break
         for name, tensor in unknowns.items():
-            # a row that is not finite goes on as it will: nothing of it is seen again
+            # diverged rows keep updating; their result is discarded
             best[name] = where_rows(finite, tensor, best[name])
             tensor.grad = gradient[name].sign() if name in sign else gradient[name]
         optimiser.step()

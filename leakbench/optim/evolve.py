@@ -20,13 +20,13 @@ from leakbench.core.rng import Rng
 from leakbench.errors import BadOption
 from leakbench.optim.base import Objective, Solution, Unknowns
 
-WORST = 1e20
-"""What a candidate whose objective is not finite, or larger, is told to cost."""
+NON_FINITE_COST = 1e20
+"""Cost reported to the optimiser for a non-finite candidate, and the largest one reported for any."""
 
 
 @contextmanager
 def _own_randomness() -> Iterator[None]:
-    """Give the global random states of Python and numpy back afterwards: importing nevergrad draws from them."""
+    """Restore the global random states of Python and numpy afterwards: importing nevergrad draws from them."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (the global state is what is saved)
     try:
         yield
@@ -43,7 +43,7 @@ def nevergrad() -> Any:
 
 
 def check_optimiser(name: str) -> None:
-    """Raise BadOption, with a suggestion, where nevergrad has no optimiser of this name."""
+    """Raise BadOption, with a suggestion, if nevergrad has no optimiser of this name."""
     known = nevergrad().optimizers.registry
     if name not in known:
         close = get_close_matches(name, known, n=1)
@@ -61,22 +61,22 @@ def evolve(
     popsize: int = 50,
     batch: int | None = None,
 ) -> Solution:
-    """Search each trial by its own optimiser: in every round ask ``popsize`` candidates, evaluate them, tell all.
+    """Optimise each trial by its own optimiser, in rounds: ask for ``popsize`` candidates, and report their costs.
 
     The candidates of all trials are evaluated together, in pieces of up to ``batch``; a piece that does not fit into
-    memory is halved. Which candidates a trial asks depends on nothing but its own seed and objective.
+    memory is halved. The candidates of a trial depend only on its own seed and objective.
 
     Args:
         objective: the per-trial objective; it is evaluated under ``no_grad``.
-        start: name -> [T, *shape], where the search begins.
-        rng: what the optimisers are seeded by.
+        start: name -> [T, *shape], the starting point.
+        rng: seeds the optimisers.
         optimizer: the name of one of nevergrad's optimisers.
-        budget: evaluations of each trial's objective; the last round has what is left of it.
+        budget: evaluations of each trial's objective; the last round gets the rest of it.
         popsize: candidates a round.
         batch: the most candidates evaluated at a time, all trials together; None for no limit.
 
     Returns:
-        The candidate of each trial with the smallest objective; a trial is finite where any candidate's objective was.
+        The candidate of each trial with the smallest objective; a trial is finite if any candidate's objective was.
     """
     shapes = {name: tensor.shape[1:] for name, tensor in start.items()}
     sizes = [shape.numel() for shape in shapes.values()]
@@ -93,7 +93,7 @@ def evolve(
     best = origin.clone()
     value = torch.full((trials,), torch.inf, dtype=origin.dtype, device=origin.device)
     with _own_randomness(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nevergrad and cma tell of their own internals
+        warnings.simplefilter("ignore")  # nevergrad and cma warn of their own internals
         searches = [
             _optimiser(optimizer, row.double().cpu().numpy(), budget, generator.initial_seed())
             for row, generator in zip(origin, rng.generators("evolve"))
@@ -107,8 +107,12 @@ def evolve(
             rows = [trial for trial in range(trials) for _ in range(count)]
             numbers = [done + number for _ in range(trials) for number in range(count)]
             costs = evaluate(unpack(flat), rows, numbers).view(trials, count)
-            told = torch.nan_to_num(costs.double(), nan=WORST, posinf=WORST, neginf=WORST).clamp(max=WORST).cpu()
-            for search, candidates, losses in zip(searches, asked, told.tolist()):
+            reported = (
+                torch.nan_to_num(costs.double(), nan=NON_FINITE_COST, posinf=NON_FINITE_COST, neginf=NON_FINITE_COST)
+                .clamp(max=NON_FINITE_COST)
+                .cpu()
+            )
+            for search, candidates, losses in zip(searches, asked, reported.tolist()):
                 for candidate, loss in zip(candidates, losses):
                     search.tell(candidate, loss)
             lowest, place = torch.where(torch.isfinite(costs), costs, torch.inf).min(1)
@@ -126,7 +130,7 @@ def evolve(
 
 
 class _Pieces:
-    """The objective of candidates, evaluated in pieces that fit; what did not fit once is not tried again."""
+    """The objective of candidates, evaluated in pieces that fit into memory; a size that failed is not tried again."""
 
     def __init__(self, objective: Objective, size: int) -> None:
         self.objective = objective

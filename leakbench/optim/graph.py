@@ -11,15 +11,15 @@ from leakbench.optim.base import Evaluation, Objective, Unknowns, value_and_grad
 
 Evaluate = Callable[[Unknowns, Evaluation], tuple[Tensor, Unknowns]]
 
-WARM = 3
+WARM_UP_EVALUATIONS = 3
 """Evaluations before the recording, in which libraries allocate and choose their kernels."""
 
 
 def recorded(objective: Objective, start: Unknowns) -> Evaluate:
-    """Return ``value_and_gradient`` of an objective, on CUDA as a recorded graph where that gives the same numbers.
+    """Return ``value_and_gradient`` of an objective, on CUDA as a recorded graph if that gives the same numbers.
 
-    What an evaluation returns is overwritten by the next one. An objective that cannot be recorded, or whose recording
-    does not give what a later evaluation of the start gives (it draws something anew each time), is evaluated plainly.
+    The next evaluation overwrites the tensors that one returned. An objective that cannot be recorded, or whose
+    recording differs from a later evaluation of the start (it draws something at each), is evaluated without one.
 
     Args:
         objective: the per-trial objective.
@@ -45,7 +45,7 @@ def _record(objective: Objective, start: Unknowns) -> Evaluate:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(WARM):
+        for _ in range(WARM_UP_EVALUATIONS):
             value_and_gradient(objective, inputs, 0)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()

@@ -41,11 +41,11 @@ class _Rules:
 
 
 class _State(Rows):
-    """What each slot carries.
+    """The state of each slot.
 
     Attributes:
         x: [R, N], the iterate; the last one at which objective and gradient were finite.
-        at: [R, N], where the objective is evaluated next.
+        at: [R, N], the point of the next evaluation.
         direction: [R, N], the direction that led, or is to lead, away from x.
         reach: [R], its largest entry.
         step: [R], how far it was followed.
@@ -153,7 +153,7 @@ def lbfgs(
     budget: int | None = None,
     slots: int | None = None,
 ) -> Solution:
-    """Minimise each trial by L-BFGS; the parameters mean what they mean in ``torch.optim.LBFGS``.
+    """Minimise each trial by L-BFGS; the parameters are those of ``torch.optim.LBFGS``.
 
     A trial is done when its objective or gradient becomes non-finite, when no further step can change it (the gradient
     is within ``tolerance_grad``, or the direction no longer descends), after ``steps``, or by ``stop_below``. Its
@@ -195,7 +195,7 @@ def lbfgs(
     search = StrongWolfe(begun, tolerance_change) if line_search == "strong-wolfe" else None
     state = _State(begun.clone(), history, search)
     live = objective.select(work.trials) if work.waiting else objective
-    poll = 1 if x.device.type == "cpu" else 8  # elsewhere, to look is to wait for the device
+    poll = 1 if x.device.type == "cpu" else 8  # reading a value from another device waits for it
     tick = 0
     while work.trials:
         loss, gradients = value_and_gradient(live, unpack(state.at), [tick - first for first in work.begun])

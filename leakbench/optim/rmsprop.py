@@ -10,11 +10,11 @@ from torch import Tensor
 
 ALPHA, MOMENTUM, EPS = 0.99, 0.99, 1e-8
 
-BLOCK = 2**16
+CACHE_VALUES = 2**16
 """Values that are updated at a time on a CPU, so that the passes of one update share the cache."""
 
-Gain = Callable[[Tensor], Tensor]
-"""From the root of the mean squared gradient [T, *shape] to what the gradient is multiplied by."""
+GainFunction = Callable[[Tensor], Tensor]
+"""From the root of the mean squared gradient [T, *shape] to the factor of the gradient."""
 
 
 class RMSprop:
@@ -22,10 +22,10 @@ class RMSprop:
 
     Args:
         groups: ``params`` and their ``lr``, as torch's optimisers take them; tensors are contiguous.
-        gain: what takes the place of 1 / (root + eps), for some tensors.
+        gain: replaces 1 / (root + eps), for some tensors.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], gain: Mapping[Tensor, Gain]) -> None:
+    def __init__(self, groups: list[dict[str, Any]], gain: Mapping[Tensor, GainFunction]) -> None:
         self.param_groups = groups
         self._gain = gain
         tensors = [tensor for group in groups for tensor in group["params"]]
@@ -45,7 +45,7 @@ class RMSprop:
             momentum.mul_(MOMENTUM).addcmul_(tensor.grad, gain(square.sqrt()))
             tensor.add_(momentum, alpha=-lr)
             return
-        size = BLOCK if tensor.device.type == "cpu" else tensor.numel()
+        size = CACHE_VALUES if tensor.device.type == "cpu" else tensor.numel()
         parts = [whole.reshape(-1).split(size) for whole in (tensor, tensor.grad, square, momentum)]
         for x, grad, s, m in zip(*parts):
             s.mul_(ALPHA).addcmul_(grad, grad, value=1 - ALPHA)

@@ -20,7 +20,7 @@ def analytic_labels(observation: Observation) -> Tensor:
 
 
 def _classifier_gradient(observation: Observation) -> Tensor:
-    """Return the observed gradient of the classifier's weight [T, K, D] or, where withheld, its bias [T, K].
+    """Return the observed gradient of the classifier's weight [T, K, D] or, if withheld, its bias [T, K].
 
     The classifier is the last linear layer with one output for each class and a gradient that is not zero: a layer
     that is not in use has none.

@@ -1,7 +1,7 @@
-"""The chain of layers between the image and the lowest linear layer whose gradient gives its input away.
+"""The chain of layers between the image and the lowest linear layer whose gradient leaks its input.
 
-A linear layer s = W f + b on one image has dL/dW = (dL/db) f^T and dL/df = W^T dL/db. So where both gradients were
-sent, its input f and the error dL/df at it are known, whatever stands above. Below it a layer can be undone only if
+A linear layer s = W f + b on one image has dL/dW = (dL/db) f^T and dL/df = W^T dL/db. So if both gradients were
+sent, its input f and the error dL/df at it are known, whatever is above. Below it a layer can be undone only if
 nothing else takes its input, and only if it is of a kind that is known here.
 """
 
@@ -27,7 +27,7 @@ from leakbench.attacks.peeling.layers import (
 )
 from leakbench.core.rng import generator, seeded
 from leakbench.defenses.keylock import KeyLock
-from leakbench.errors import Unsupported
+from leakbench.errors import Unsupported, one_line
 from leakbench.gradients.convolution import Geometry
 from leakbench.gradients.evaluate import tensors_of
 from leakbench.observation import Observation
@@ -49,14 +49,14 @@ def find_chain(observation: Observation) -> Chain:
     """Return the chain of a network, after checking on a random image that it computes what the network does.
 
     Raises:
-        Unsupported: there is no such chain; the message names the layer that stands in its way.
+        Unsupported: there is no such chain; the message names the layer that prevents it.
     """
     twin = _filled(observation)
     try:
         graph = _Tracer().trace(twin)
     except Exception as error:  # whatever a forward that depends on its data, or that torch.fx does not know, raises
         raise Unsupported(
-            f"peel cannot follow {type(twin).__name__}: {' '.join(str(error).split())}; "
+            f"peel cannot follow {type(twin).__name__}: {one_line(error)}; "
             "write its forward without branches on the data"
         ) from error
     image = torch.rand((1, *observation.image_shape), generator=generator("peel"), dtype=torch.float64)
@@ -69,7 +69,7 @@ def find_chain(observation: Observation) -> Chain:
 
 
 class _Tracer(fx.Tracer):
-    """A tracer that takes every layer of torch's, and key-lock's, for what it is."""
+    """A tracer that treats every layer of torch's, and key-lock's, as a leaf."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, KeyLock) or super().is_leaf_module(m, module_qualified_name)
@@ -129,7 +129,7 @@ def _walk(
 
 
 def _reads_shape(node: fx.Node) -> bool:
-    """Return whether a node looks at a tensor's shape alone."""
+    """Return whether a node looks only at a tensor's shape."""
     if node.op == "call_method":
         return node.target in ("size", "dim", "numel")
     if node.op == "call_function" and node.target is getattr:
@@ -214,7 +214,7 @@ def _normalisation(name: str, module: KeyLock | nn.BatchNorm2d) -> Normalisation
         return layer
     if layer.secret:
         raise Unsupported(
-            f"peel tells a secret scale and shift by the statistics of the image itself, and {name} normalises by "
+            f"peel infers a secret scale and shift from the statistics of the image itself, and {name} normalises by "
             "running ones; attack the network in training mode"
         )
     return Scaling(name, layer)
@@ -276,7 +276,7 @@ def _unknown(name: str, kind: str) -> Unsupported:
 
 
 def _check(chain: Chain, twin: nn.Module, image: Tensor, features: object) -> None:
-    """Raise Unsupported where the chain does not compute what the network does."""
+    """Raise Unsupported if the chain does not compute what the network does."""
     tensors = {name: value.detach()[None] for name, value in tensors_of(twin).items()}
     for name, module in twin.named_modules():
         if isinstance(module, KeyLock):

@@ -27,7 +27,7 @@ JITTERS = (1e-14, 1e-12, 1e-10)
 """The amounts added in turn to the diagonal, which is 1, of a system that rounding has made indefinite."""
 
 REFINEMENTS = 3
-"""How often a factored system is solved; each time but the first for what rounding has left."""
+"""How often a factored system is solved; each time but the first for the remainder that rounding left."""
 
 OUTPUT_DEVIATION = 0.2
 """The standard deviation of w * a that is assumed before a normalisation of unknown scale, for a kernel of norm 1."""
@@ -35,7 +35,7 @@ OUTPUT_DEVIATION = 0.2
 
 @dataclass(frozen=True)
 class Prior:
-    """What is assumed of an input beforehand: a is normal with this mean [n] and inverse covariance matrix [n, n]."""
+    """The assumption on an input beforehand: a is normal with this mean [n] and inverse covariance matrix [n, n]."""
 
     matrix: Tensor
     mean: Tensor
@@ -43,13 +43,13 @@ class Prior:
 
 @dataclass(frozen=True)
 class InputSolution:
-    """What a convolution leaks.
+    """The input that a convolution leaks.
 
     Attributes:
         value: its input [T, C, H, W]; before a normalisation, in a unit of which nothing is known.
         error: the error there, in one over that unit.
         misfit: [T], how far the equations are from being met, in standard deviations (root mean square).
-        scale: [T, O], the standard deviation sigma of the outputs' channels in the unit of the input, negative where
+        scale: [T, O], the standard deviation sigma of the outputs' channels in the unit of the input, negative if
             that of the normalisation's scale was taken for its absolute value; None without a normalisation.
     """
 
@@ -75,7 +75,7 @@ def undo_convolution(
         kernel: w, [T, O, C / groups, kh, kw].
         output: s - b, [T, O, h, w].
         error: e, [T, O, h, w].
-        by_weight: dL/dw, shaped like the kernel; None where it was not sent.
+        by_weight: dL/dw, shaped like the kernel; None if it was not sent.
         noise: of dL/dw.
         prior: of a; None for a weak one about zero. Only then are variances returned.
     """
@@ -123,7 +123,7 @@ def undo_normalised(
         layer: the convolution.
         kernel: w, [T, O, C / groups, kh, kw].
         output: z and h.
-        by_weight: dL/dw, shaped like the kernel; None where it was not sent.
+        by_weight: dL/dw, shaped like the kernel; None if it was not sent.
         noise: of dL/dw.
         prior: of a, whose mean and scale do not count; None for a weak one. Only then are variances returned.
     """
@@ -242,7 +242,7 @@ class Equations:
             kernel: w.
             variance: of r, before it is multiplied by ``size``, [T, O, h, w].
             error: e.
-            by_weight: g, before it is multiplied by ``size``; None where there are no such equations.
+            by_weight: g, before it is multiplied by ``size``; None if there are no such equations.
             noise: of g.
             power: [T], the expected square of a.
             size: [T, O].
@@ -302,7 +302,7 @@ class Equations:
         return out
 
     def _gradient_blocks(self) -> Tensor:
-        """Return [T, groups, H W, H W]: what corr(e, a) adds to ``gram`` for a channel of each group."""
+        """Return [T, groups, H W, H W], the contribution of corr(e, a) to ``gram`` for a channel of each group."""
         geometry, (trials, outputs) = self.layer.geometry, self.gradient.shape
         places = geometry.image[0] * geometry.image[1]
         # rows of G: for each output channel and tap, the error e laid out over the places of the image that the tap met
@@ -337,12 +337,12 @@ def solve_definite(
 
     Args:
         matrix: [T, n, n]; overwritten.
-        rest: returns what is left of the right-hand sides [T, n] at a solution [T, n], more precisely than the matrix.
-        start: [T, n], where to begin.
+        rest: returns the remainder of the right-hand sides [T, n] at a solution [T, n], more precisely than the matrix.
+        start: [T, n], the first approximation.
         with_variance: return the inverse's diagonal, which takes twice as long as the factors.
 
     Returns:
-        The solution [T, n], NaN where no factor was found, and the inverse's diagonal [T, n], or zeros.
+        The solution [T, n], NaN if no factor was found, and the inverse's diagonal [T, n], or zeros.
     """
     # scaled to a unit diagonal, which conditions equations whose weights differ by many orders of magnitude
     scale = torch.rsqrt(matrix.diagonal(dim1=1, dim2=2))

@@ -34,7 +34,7 @@ class GradientNoise:
 
     Attributes:
         relative: to a tensor's root mean square; rounding's share.
-        absolute: the same for all tensors; the share of what a client adds.
+        absolute: the same for all tensors; the share of a client's own noise.
     """
 
     relative: Tensor
@@ -54,7 +54,7 @@ class Standardised:
         value: z [T, C, H, W].
         error: h = gamma (e - mean(e) - z mean(e z)) for the error e at y; that at u is h / sigma.
         alive: [T, C], the channels whose gamma exceeds its noise.
-        eps: what a public normalisation adds to a channel's variance; None of a secret one.
+        eps: the constant that a public normalisation adds to a channel's variance; None of a secret one.
     """
 
     value: Estimate

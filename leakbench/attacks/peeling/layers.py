@@ -1,4 +1,4 @@
-"""The layers that can be undone, each with what it computes; T trials, whose tensors are named as in the network."""
+"""The layers that can be undone, each with its forward pass; T trials, whose tensors are named as in the network."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Convolution:
         weight: the parameter's.
         bias: the parameter's; None without one.
         geometry: strides, padding, groups, sizes.
-        inputs: (C, H, W) of what it takes.
-        outputs: (O, h, w) of what it returns.
+        inputs: (C, H, W) of its input.
+        outputs: (O, h, w) of its output.
     """
 
     name: str
@@ -53,9 +53,9 @@ class Normalisation:
 
     Attributes:
         name: the module's.
-        weight: the scale's; None where it is 1 or secret.
-        bias: the shift's; None where it is 0 or secret.
-        eps: what is added to a channel's variance.
+        weight: the scale's; None if it is 1 or secret.
+        bias: the shift's; None if it is 0 or secret.
+        eps: added to a channel's variance.
         secret: scale and shift are secret.
     """
 
@@ -156,7 +156,7 @@ class Reshape:
 
     Attributes:
         name: the module's or the function's.
-        inputs: the shape of what it takes of one image.
+        inputs: the shape of its input, of one image.
     """
 
     name: str

@@ -81,7 +81,7 @@ def clue(
         if isinstance(lower, Normalisation) and public:
             return "eps", activation, lower
     raise Unsupported(
-        f"peel cannot tell the scale of the input of {layer.name}, whose output is normalised: below must be "
+        f"peel cannot infer the scale of the input of {layer.name}, whose output is normalised: below must be "
         "an activation on a normalisation or on a convolution with a bias, and not both normalisations may be secret"
     )
 
@@ -89,7 +89,7 @@ def clue(
 def _unit_by_eps(output: Standardised, solution: InputSolution) -> tuple[Tensor, Tensor]:
     """Return the unit [T] with 1 - mean(z^2) = eps / (unit * scale)^2 in each channel, and its relative error [T].
 
-    NaN and negative where eps cannot be seen.
+    NaN and negative if eps cannot be seen.
     """
     z, scale, eps = output.value.mean, solution.scale, output.eps
     assert scale is not None

@@ -24,7 +24,7 @@ PIXEL_DEVIATION = 1.0
 
 @dataclass(frozen=True)
 class State:
-    """What is known between two layers.
+    """The knowledge between two layers.
 
     Attributes:
         value: the output of the layer below.
@@ -41,7 +41,7 @@ class State:
 
 @dataclass(frozen=True)
 class ImagePrior:
-    """What is assumed of an image: neighbouring pixels are alike, and their colours change together.
+    """The assumption on an image: neighbouring pixels are alike, and their colours change together.
 
     Attributes:
         mean: the public mean image [C, H, W].
@@ -71,7 +71,7 @@ class ImagePrior:
 
 @dataclass(frozen=True)
 class Known:
-    """What the attacker has at every layer.
+    """The attacker's knowledge at every layer.
 
     Attributes:
         tensors: the network's public tensors, name -> [T, *shape].
