@@ -14,7 +14,7 @@ from test_optim import Rows, rosenbrock, starts, torch_lbfgs
 from test_report import DLG, GREY, NONE, run
 from test_store import METRICS
 
-from leakbench.core.loss_curve import POINTS, Curve, decoded, marks
+from leakbench.core.loss_curve import MAX_POINTS, Curve, decoded, marks
 from leakbench.core.rng import Rng
 from leakbench.errors import ForeignRun
 from leakbench.optim import descend, lbfgs
@@ -33,7 +33,7 @@ def test_marks_are_even_by_their_logarithms_and_end_at_the_limit(limit: int, eve
     found = marks(limit, every)
     assert found[-1] == limit
     assert list(found) == sorted(set(found))
-    assert len(found) <= POINTS
+    assert len(found) <= MAX_POINTS
     assert all(mark % every == 0 or mark == limit for mark in found)
     if limit == 7500:
         ratios = [after / before for before, after in itertools.pairwise(found[8:])]
