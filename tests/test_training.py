@@ -33,6 +33,7 @@ from leakbench.models.weights import stated
 from leakbench.plan.matrix import Matrix, expand
 from leakbench.plan.matrix import load as load_axes
 from leakbench.report import accuracy as report
+from leakbench.report.compare import published
 from leakbench.training import Accuracy, Arm, NullTrainingProgress, TrainingRecord, train
 from leakbench.training.arm import Outcome, Round, TrainingSession, View, start
 from leakbench.training.clients import begin, local_round
@@ -603,15 +604,15 @@ def test_what_a_client_loses_is_told_against_the_undefended_of_its_seed() -> Non
 
 
 def test_beside_the_papers_figures_it_says_where_the_recipe_is_another() -> None:
-    same = report.PAPER_RECIPE
+    same = published().recipe
     other = report.blocks_of([scored("keylock", 0, {"client 1": 9690})])[0]
-    text = report._other_options(other)
+    text = report._other_options(other, published())
     assert (
         "rounds 200 (here 3), batch 64 (here 16), lr 0.01 (here 0.05), milestones 60, 120 and 160 (here none)" in text
     )
     one = scored("keylock", 0, {"client 1": 9690})
     paper = report.blocks_of([replace(one, recipe={**one.recipe, **same})])[0]
-    assert report._other_options(paper) == ""
+    assert report._other_options(paper, published()) == ""
 
 
 @pytest.mark.parametrize("name", ["table1", "table3", "tradeoff", "dlm-cost"])
@@ -805,8 +806,6 @@ def test_the_command_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_figures_of_the_paper_that_ship_are_of_known_components() -> None:
-    from leakbench.report.compare import published
-
     for figure in published().accuracy:
         assert figure.model in models.names()
         assert figure.dataset in datasets.names()

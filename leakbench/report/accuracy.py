@@ -31,18 +31,6 @@ from leakbench.training.thief import KINDS, ZERO, Theft
 FILE = "accuracy.md"
 """The name of the report in a run's folder."""
 CSV = "accuracy.csv"
-PAPER_RECIPE: dict[str, Any] = {
-    "rounds": 200,
-    "batch": 64,
-    "lr": 0.01,
-    "momentum": 0.9,
-    "nesterov": True,
-    "weight_decay": 5e-4,
-    "milestones": [60, 120, 160],
-    "gamma": 0.2,
-    "select": "test",
-}
-"""The recipe that FedKL's code is published with (of a centralised training, epochs stand for rounds)."""
 PAPER_BATCH = 64
 """The batch by which FedKL's code divides."""
 
@@ -183,7 +171,7 @@ def markdown(blocks: Sequence[Block], paper: Published, name: str) -> str:
                 "clients": table(_clients(block), left=3),
                 "thefts": table(_thefts(block), left=3),
                 "published": table(_published(block, paper), left=3),
-                "other": _other_options(block),
+                "other": _other_options(block, paper),
             }
             for block in blocks
         ],
@@ -318,12 +306,12 @@ def _published(block: Block, paper: Published) -> list[dict[str, object]]:
     return found
 
 
-def _other_options(block: Block) -> str:
+def _other_options(block: Block, paper: Published) -> str:
     """Return the published options of the paper's recipe from which this one differs, in words; empty for none."""
     own = block.recipe
     others = [
         f"{name} {_plain(value)} (here {_plain(own[name])})"
-        for name, value in PAPER_RECIPE.items()
+        for name, value in paper.recipe.items()
         if own[name] != value
     ]
     return english(others) if others else ""

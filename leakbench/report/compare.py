@@ -69,10 +69,11 @@ class PublishedAccuracy(BaseModel):
 
 
 class Published(BaseModel):
-    """The published figures and where they are from."""
+    """The published figures, their source, and the recipe of the trainings that is published with them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     source: str
+    recipe: dict[str, Any]
     figure: tuple[PublishedFigure, ...]
     accuracy: tuple[PublishedAccuracy, ...]
 
