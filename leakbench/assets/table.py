@@ -1,4 +1,4 @@
-"""The table of assets: what each is, its licence, its files with their checksums, and where it comes from."""
+"""The table of assets: what each is, its licence, its files with their checksums, and its sources."""
 
 from __future__ import annotations
 

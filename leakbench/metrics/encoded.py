@@ -17,7 +17,7 @@ from leakbench.metrics.aligned import AlignedPSNR, AlignedSSIM
 from leakbench.metrics.base import Metric, Truth, register
 from leakbench.metrics.standard import PSNR_CAP
 
-_AGAINST = "against the image that the client trained on; none where that is the private image itself"
+_AGAINST = "against the image that the client trained on; none if that is the private image itself"
 
 
 class EncodedMetric(Metric):
@@ -42,7 +42,7 @@ class EncodedMetric(Metric):
 @register("psnr_encoded")
 @dataclass(frozen=True)
 class EncodedPSNR(EncodedMetric):
-    """Aligned PSNR against the image that the client trained on, where its defense changes the image."""
+    """Aligned PSNR against the image that the client trained on, if its defense changes the image."""
 
     base: ClassVar[Metric] = AlignedPSNR()
     convention: ClassVar[str] = f"dB, psnr_aligned {_AGAINST}; capped at {PSNR_CAP:g}"
@@ -52,7 +52,7 @@ class EncodedPSNR(EncodedMetric):
 @register("ssim_encoded")
 @dataclass(frozen=True)
 class EncodedSSIM(EncodedMetric):
-    """Aligned SSIM against the image that the client trained on, where its defense changes the image."""
+    """Aligned SSIM against the image that the client trained on, if its defense changes the image."""
 
     base: ClassVar[Metric] = AlignedSSIM()
     smallest: ClassVar[int] = AlignedSSIM.smallest

@@ -18,7 +18,7 @@ class LabelCorrect(Metric):
     """Whether the label that the attack inferred is the private one."""
 
     higher_is_better: ClassVar[bool] = True
-    convention: ClassVar[str] = "1 right, 0 wrong, none where the attack names no label; trivially 1 where it was given"
+    convention: ClassVar[str] = "1 right, 0 wrong, none if the attack names no label; always 1 if it was given"
     reference: ClassVar[str] = "definition"
 
     def __call__(self, images: Tensor, truth: Tensor) -> Tensor:

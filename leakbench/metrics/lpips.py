@@ -50,7 +50,7 @@ TRUNKS: dict[Net, Trunk] = {
 
 
 def trunk_distance(images: Tensor, truth: Tensor, net: Net) -> Tensor:
-    """Return the LPIPS of two batches of values fed as they are, enlarged where they are too small for the trunk.
+    """Return the LPIPS of two batches of values fed as they are, enlarged if they are too small for the trunk.
 
     Args:
         images: [T, 3, H, W], in the range of the convention.

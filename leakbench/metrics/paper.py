@@ -20,7 +20,7 @@ from leakbench.metrics.lpips import Net, TrunkMetric, trunk_distance
 from leakbench.metrics.standard import ERROR_PIXELS, windowed_ssim
 
 PAPER_PSNR_CAP = 100.0
-"""dB; the paper's "PSNR" of equal images, where its code divides by zero."""
+"""dB; the paper's "PSNR" of equal images, for which its code divides by zero."""
 
 _PIXELS = "both images cast to bytes without clamping (values wrap mod 256), 0 to 255, grey replicated"
 _REFERENCE = "Wei et al. 2023, FedKL, arXiv 2305.04095, table 6 (as the released code computes it)"
