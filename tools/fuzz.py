@@ -301,8 +301,8 @@ def _documents(work: Path) -> dict[str, tuple[Target, list[bytes]]]:
         accuracy.markdown(blocks, published(), "study")
         accuracy.csv(found)
         threshold, stated = attacked.targets_of(study)
-        scenes = tradeoff.scenes_of(results, found, stated, threshold)
-        tradeoff.markdown([("picture.png", [scene]) for scene in scenes], threshold, "study")
+        stages = tradeoff.attacked_stages(results, found, stated, threshold)
+        tradeoff.studies(stages, threshold)
 
     def recorded(data: bytes) -> None:
         (study / attacked.TARGETS_FILE).write_text(json.dumps(attacks))
