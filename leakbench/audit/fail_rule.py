@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from leakbench.errors import BadOption
 
-RECOVERED = "recovered"
+SHARE_RECOVERED = "recovered"
 LABELS = "labels"
 
 _COMPARE: Mapping[str, Callable[[float, float], bool]] = {
@@ -63,7 +63,7 @@ class FailRule:
                 f"--fail-if {text!r} is not NAME COMPARATOR NUMBER; write one such as 'recovered > 0.1' or 'psnr >= 20'"
             )
         name, sign, limit = match[1], match[2], float(match[3])
-        known = [RECOVERED, LABELS, *metrics]
+        known = [SHARE_RECOVERED, LABELS, *metrics]
         if name not in known:
             raise BadOption(f"--fail-if {text!r}: unknown name {name!r}; known: {', '.join(known)}")
         if not math.isfinite(limit):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from leakbench.analysis.ensemble import EnsembleResult
-from leakbench.audit.fail_rule import LABELS, RECOVERED, FailRule
+from leakbench.audit.fail_rule import LABELS, SHARE_RECOVERED, FailRule
 from leakbench.audit.layers import ClosedFormLeaks
 from leakbench.core.types import ThreatModel
 from leakbench.errors import LeakbenchError
@@ -19,12 +19,12 @@ class ImageFinding:
 
     Attributes:
         image: the index of the image.
-        truth: the private image as a PNG; None where it is not known.
-        guess: the reconstruction as a PNG; None where no attacker returned one.
+        truth: the private image as a PNG; None if it is not known.
+        guess: the reconstruction as a PNG; None if no attacker returned one.
         attacker: the attack (and its threat model) that returned the reconstruction.
-        ssim: ``ssim_aligned`` of the reconstruction; NaN where it was not measured.
-        psnr: ``psnr_aligned`` in dB; NaN where it was not measured.
-        recovered: whether the image counts as recovered; None where that was not measured.
+        ssim: ``ssim_aligned`` of the reconstruction; NaN if it was not measured.
+        psnr: ``psnr_aligned`` in dB; NaN if it was not measured.
+        recovered: whether the image counts as recovered; None if that was not measured.
     """
 
     image: int
@@ -41,13 +41,13 @@ class DefenseFindings:
     """What leaks behind one defense.
 
     Attributes:
-        result: what the attackers recovered; its share is NaN where that was not measured, and so is the interval of a
+        result: what the attackers recovered; its share is NaN if that was not measured, and so is the interval of a
             recorded update, whose ``defense`` is ``UPDATE``.
         leaks: what leaks without any optimisation.
         note: what the defense states of itself.
-        floor: the share that the best floor recovers without any gradient; NaN where none was run.
+        floor: the share that the best floor recovers without any gradient; NaN if none was run.
         scores: metric -> its largest leakage over all images and attackers.
-        pictures: the best reconstruction of every image; every attacker's where the private image is not known.
+        pictures: the best reconstruction of every image; every attacker's if the private image is not known.
         warnings: why the figures are in doubt.
     """
 
@@ -60,8 +60,8 @@ class DefenseFindings:
     warnings: tuple[str, ...] = ()
 
     def value(self, rule: FailRule) -> float | None:
-        """Return the value that a rule judges; None where it was not measured."""
-        if rule.name == RECOVERED:
+        """Return the value that a rule judges; None if it was not measured."""
+        if rule.name == SHARE_RECOVERED:
             return None if math.isnan(self.result.share) else self.result.share
         if rule.name == LABELS:
             return self.leaks.labels.accuracy
@@ -121,7 +121,7 @@ class Audit:
     rule: FailRule | None = None
 
     def values(self) -> dict[str, float | None]:
-        """Return by defense the value that the rule judges; None where it was not measured."""
+        """Return by defense the value that the rule judges; None if it was not measured."""
         return {} if self.rule is None else {one.result.defense: one.value(self.rule) for one in self.defenses}
 
     def failures(self) -> dict[str, float]:
@@ -131,7 +131,7 @@ class Audit:
         return {defense: value for defense, value in found if rule and value is not None and rule.holds(value)}
 
     def undecided(self) -> str:
-        """Return why the rule can be called neither true nor false, in one line; empty where it can."""
+        """Return why the rule can be called neither true nor false, in one line; empty if it can."""
         if self.rule is None or self.failures():
             return ""
         missing = [defense for defense, value in self.values().items() if value is None]
@@ -147,7 +147,7 @@ class Audit:
         return f"{why} ({'; '.join(missing)})"
 
     def verdict(self) -> bool | None:
-        """Return whether the audit passes; None where there is no rule.
+        """Return whether the audit passes; None if there is no rule.
 
         Raises:
             LeakbenchError: the rule can be called neither true nor false.

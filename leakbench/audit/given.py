@@ -28,7 +28,7 @@ from leakbench.models.module import OwnModule
 NORMALISE, NETWORK = "normalise", "network"
 """The names of an input normalisation and of the network after it."""
 
-Mode = Literal["train", "eval"]
+ClientMode = Literal["train", "eval"]
 
 
 def factory(target: str, plugins: Sequence[Path] = ()) -> nn.Module:
@@ -94,7 +94,7 @@ class AuditedNetwork:
         mode: the mode in which clients train it.
         normalise: the input normalisation ``MEAN/STD``, with one number for each channel or one for all, such as
             ``0.5/0.5`` or ``0.49,0.46,0.41/0.23,0.22,0.23``; empty without one.
-        checkpoint: the file of its weights; empty where the factory made them.
+        checkpoint: the file of its weights; empty if the factory made them.
 
     Raises:
         BadOption: the normalisation is not of this form, or a standard deviation is not positive.
@@ -102,7 +102,7 @@ class AuditedNetwork:
 
     label: str
     module: nn.Module
-    mode: Mode = "train"
+    mode: ClientMode = "train"
     normalise: str = ""
     checkpoint: str = ""
 
@@ -142,9 +142,9 @@ class AuditedNetwork:
 
 
 def load_network(
-    target: str, plugins: Sequence[Path] = (), *, mode: Mode = "train", normalise: str = "", checkpoint: str = ""
+    target: str, plugins: Sequence[Path] = (), *, mode: ClientMode = "train", normalise: str = "", checkpoint: str = ""
 ) -> AuditedNetwork:
-    """Return the network of a factory (see ``factory``), with the weights of a checkpoint where one is given."""
+    """Return the network of a factory (see ``factory``), with the weights of a checkpoint if one is given."""
     found = AuditedNetwork(target, factory(target, plugins), mode, normalise, checkpoint)
     if checkpoint:
         weights.load(found.module, checkpoint)
@@ -228,7 +228,7 @@ class Audited(Dataset):
 
 
 def images_of(spec: str, size: int | None) -> Dataset:
-    """Return the dataset of a spec such as ``folder:PATH``, with images of this size where one is given."""
+    """Return the dataset of a spec such as ``folder:PATH``, with images of this size if one is given."""
     dataset = datasets.parse(spec)
     if size is None:
         return dataset

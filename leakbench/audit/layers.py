@@ -50,8 +50,8 @@ class ClosedForm:
         inputs: how many values it takes.
         images: how many images were observed.
         residual: the share of the norm of the layer's gradient that no single input explains, the largest of all
-            images: 0 for one image in one step without noise, larger where images were mixed or noise was added.
-        conclusive: whether several images would leave a residual. They leave none where the rows of the gradient are
+            images: 0 for one image in one step without noise, larger if images were mixed or noise was added.
+        conclusive: whether several images would leave a residual. They leave none if the rows of the gradient are
             multiples of each other for any batch: two outputs, or a single row that is not zero.
         error: the relative error of the input against the truth, the largest of all images; NaN without a truth.
         pixels: whether the input is the image: its pixels, each moved, scaled and shifted in a public way.
@@ -69,7 +69,7 @@ class ClosedForm:
 
     @property
     def exact(self) -> bool:
-        """Whether the input follows from what was sent, judged by the truth where it is known."""
+        """Whether the input follows from what was sent, judged by the truth if it is known."""
         known = self.conclusive if math.isnan(self.error) else self.error <= RESIDUAL_TOLERANCE
         return known and self.residual <= RESIDUAL_TOLERANCE
 
@@ -79,7 +79,7 @@ class InferredLabels:
     """The labels that follow in closed form from what was sent.
 
     Attributes:
-        inferred: one for each image; None where no rule applies.
+        inferred: one for each image; None if no rule applies.
         correct: how many are correct; None without the true labels.
     """
 
@@ -88,7 +88,7 @@ class InferredLabels:
 
     @property
     def accuracy(self) -> float | None:
-        """The share that is correct, 0 to 1; None where that is not known."""
+        """The share that is correct, 0 to 1; None if that is not known."""
         return None if self.inferred is None or self.correct is None else self.correct / max(1, len(self.inferred))
 
 
@@ -147,7 +147,7 @@ def closed_forms(observation: Observation, truth: Mapping[str, Sequence[Tensor]]
 
     Args:
         observation: what the server saw.
-        truth: layer -> its true inputs, one for each image, each [.., inputs]; None where they are not known.
+        truth: layer -> its true inputs, one for each image, each [.., inputs]; None if they are not known.
     """
     pixels, taken = pixel_layers(observation), widths(observation)
     found = []
@@ -192,7 +192,7 @@ def _conclusive(weight: Tensor) -> bool:
 
 
 def _error(value: Tensor, real: Tensor, factor: bool) -> float:
-    """Return the relative error of a layer's input, after the best factor where the factor is not known."""
+    """Return the relative error of a layer's input, after the best factor if the factor is not known."""
     value, real = value.cpu(), real.flatten().double()
     value = value * (value @ real) if factor else value
     size = float(real.norm())

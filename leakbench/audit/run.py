@@ -39,7 +39,7 @@ from leakbench.store.run_file import FILE, Store
 from leakbench.victim import Client, layer_inputs, observe
 
 CLOSED_FORM_ATTACK = "analytic"
-"""The attack whose answer is proven by the update itself where a layer that takes the pixels leaves no residual."""
+"""The attack whose answer is proven by the update itself if a layer that takes the pixels leaves no residual."""
 
 UPDATE = "the recorded update"
 """What stands in place of a defense in the findings of a recorded update."""
@@ -153,7 +153,7 @@ def audit_update(
         image_shape: (C, H, W) of the image that the client trained on.
         out: the folder of the run file; an existing run is resumed.
         options: see ``AuditOptions``.
-        rate: the learning rate; None where it is not known, which needs other attacks.
+        rate: the learning rate; None if it is not known, which needs other attacks.
         local_steps: how many steps the client took.
         truth: [C, H, W] in [0, 1], the private image. Reconstructions are compared with it; no attacker sees it.
         label: the true label, likewise.
@@ -252,7 +252,7 @@ def _findings(
 
 
 def _pictures(store: Store, trials: pd.DataFrame, index: int, threshold: float) -> list[ImageFinding]:
-    """Return an image with its best reconstruction, or with every one where the private image is not known."""
+    """Return an image with its best reconstruction, or with every one if the private image is not known."""
     rows = trials[trials["image"] == index]
     ended = rows[(rows["status"] == "ok") & rows[JUDGED].notna()]
     pictures = store.images(rows[rows["status"] != ""]["trial"])
@@ -371,7 +371,7 @@ def _conclusive_layers(network: nn.Module, observation: Observation) -> set[str]
 
 
 def _doubts(forms: Sequence[ClosedForm], update: Update) -> Iterable[str]:
-    """Yield a warning where the update is not, or not provably, that of one image in one step."""
+    """Yield a warning if the update is not, or not provably, that of one image in one step."""
     known = [(form.residual, update.rounding(f"{form.layer}.weight"), form.conclusive) for form in forms]
     smallest = min((rounding for _, rounding, _ in known), default=0.0)
     worst = max((left for left, rounding, _ in known if left > max(RESIDUAL_TOLERANCE, rounding)), default=0.0)
