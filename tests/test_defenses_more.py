@@ -834,7 +834,7 @@ def test_an_attacker_is_asked_for_by_name() -> None:
     assert named.informed == "splice"
     assert named == parse_threat({"informed": "splice"})
     assert named.spec() == "informed=splice"
-    assert "'splice'" in named.describe()
+    assert "adaptive (splice)" in named.describe()
     for plain in ("informed=true", {"informed": True}, "informed=yes"):
         assert parse_threat(plain).settings()["informed"] is True
     assert parse_threat("informed=false") == parse_threat("paper")
