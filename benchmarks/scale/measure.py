@@ -6,6 +6,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -25,9 +26,9 @@ SCORES = tuple(one.name for one in leakbench.metrics.of_run() if not one.name.st
 
 
 class Clock(NullProgress):
-    """When as many chunks were stored as there are workers, when the last was, and how many trials between the two.
+    """The times of the first chunk of every worker and of the last chunk, and the number of trials between them.
 
-    Workers begin together: what they did before the clock begins must not be counted, for none of them.
+    Workers begin together: the first chunk of each is not counted.
     """
 
     def __init__(self, workers: int) -> None:
@@ -45,35 +46,22 @@ class Clock(NullProgress):
 
 
 class Instant(Executor):
-    """Answers every task at once: what is left is what leakbench itself does for a trial."""
+    """Does every task at once, so that only the overhead of leakbench is measured."""
 
     def __init__(self) -> None:
         noise = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         self._pngs = [png(image) for image in noise]
-        self._task: Task | None = None
 
-    def idle(self) -> bool:
-        return self._task is None
-
-    def running(self) -> bool:
-        return self._task is not None
-
-    def submit(self, task: Task) -> None:
-        self._task = task
-
-    def wait(self) -> list[Event]:
-        task, self._task = self._task, None
-        match task:
-            case CheckTask():
-                return [TaskDone(task, Refusal({}, frozenset()))]
-            case MeasureTask():
-                return [TaskDone(task, 32)]
-            case ChunkTask():
-                return [TaskDone(task, [self._result(trial) for trial in task.trials])]
-        raise AssertionError
-
-    def close(self) -> None:
-        self._task = None
+    def run(self, tasks: Callable[[], Task | None], begin: Callable[[Task], None]) -> Iterator[Event]:
+        while (task := tasks()) is not None:
+            begin(task)
+            match task:
+                case CheckTask():
+                    yield TaskDone(task, Refusal({}, frozenset()))
+                case MeasureTask():
+                    yield TaskDone(task, 32)
+                case ChunkTask():
+                    yield TaskDone(task, [self._result(trial) for trial in task.trials])
 
     def _result(self, trial: Trial) -> Result:
         image, seed = trial.image, trial.seed
@@ -83,7 +71,7 @@ class Instant(Executor):
 
 
 def matrix(trials: int) -> leakbench.Matrix:
-    """50 cells of 20 images and so many seeds."""
+    """50 cells of 20 images and trials / 1,000 seeds."""
     attacks = [f"ig(steps={steps})" for steps in range(1, 11)]
     defenses = ["none", "keylock", "norm-only", "precode", "noise"]
     axes = {"attacks": attacks, "defenses": defenses, "models": ["lenet"], "datasets": ["samples"]}
@@ -91,10 +79,10 @@ def matrix(trials: int) -> leakbench.Matrix:
 
 
 def trivial(out: str, trials: int) -> dict[str, float]:
-    """Plan, schedule and store so many trials that take no time."""
+    """Plan, schedule and store trials that take no time."""
     before = psutil.Process().memory_info().rss
     begin = time.perf_counter()
-    with mock.patch.object(engine, "_local", return_value=Instant()):
+    with mock.patch.object(engine, "_executor", return_value=Instant()):
         leakbench.run(matrix(trials), out, device="cpu")
     seconds = time.perf_counter() - begin
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -103,7 +91,7 @@ def trivial(out: str, trials: int) -> dict[str, float]:
 
 
 def workers(out: str, count: int, images: int) -> dict[str, float]:
-    """Run real trials, without what starting takes."""
+    """Run real trials, without the time of starting."""
     torch.set_num_threads(count if count > 1 else 1)  # one thread each
     clock = Clock(count)
     axes = {"attacks": ["ig(steps=100)"], "models": ["lenet"], "datasets": ["samples"], "images": images}

@@ -43,15 +43,17 @@ for _kind, _text in KINDS.items():
 
 @app.command()
 def suites() -> None:
-    """List the matrices that ship with leakbench."""
+    """List the matrices that ship with leakbench, with their axes and scales."""
     from leakbench.plan import matrix
 
     for name in matrix.suites():
         axes = matrix.load_suite(name)
         typer.echo(name)
         for axis, value in axes.items():
-            if axis != "name":
-                typer.echo(f"    {axis}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+            if axis == "rows":
+                typer.echo(f"    rows: {len(value)}")
+            elif axis != "name":  # of the table of scales, only their names
+                typer.echo(f"    {axis}: {', '.join(map(str, value)) if isinstance(value, (list, dict)) else value}")
 
 
 @app.command()

@@ -93,9 +93,9 @@ class ThreatModel:
 
     def describe(self) -> str:
         """Return the threat model in sentences, for a report."""
-        sees = "the shared gradient" if self.shares == "gradient" else "the model before and after local training"
+        sees = "the shared gradient of" if self.shares == "gradient" else "the model before and after local training on"
         sentences = [
-            f"An honest-but-curious server sees {sees} of one image, the public weights, and the architecture, with "
+            f"An honest-but-curious server sees {sees} one image, the public weights, and the architecture, with "
             "the layers that a defense adds and the distribution of its secrets",
             f"The label is {'known' if self.labels == 'known' else 'not known'}",
             f"Revealed secrets: {', '.join(sorted(self.reveals)) or 'none'}",

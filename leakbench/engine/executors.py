@@ -17,14 +17,14 @@ import sys
 import threading
 import time
 import traceback
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 import torch
@@ -75,8 +75,8 @@ class Message:
 Event = TaskDone | WorkerDied | TimedOut | Message
 
 
-class Executor(ABC):
-    """Does tasks; a context manager, entered before the first task and left after the last, or after an error.
+class Executor(AbstractContextManager["Executor"]):
+    """Does tasks; entered before the first task and left after the last, or after an error.
 
     Attributes:
         workers: the number of tasks that run at a time.
@@ -84,84 +84,34 @@ class Executor(ABC):
 
     workers: int = 1
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     @abstractmethod
-    def idle(self) -> bool:
-        """Return whether a task can be submitted now."""
-
-    @abstractmethod
-    def submit(self, task: Task) -> None:
-        """Give a task to a worker."""
-
-    @abstractmethod
-    def running(self) -> bool:
-        """Return whether a submitted task has not ended yet."""
-
-    @abstractmethod
-    def wait(self) -> list[Event]:
-        """Wait for events and return them; raise the LeakbenchError that a worker raised."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """End every worker, even a busy one."""
-
     def run(self, tasks: Callable[[], Task | None], begin: Callable[[Task], None]) -> Iterator[Event]:
-        """Do all tasks and yield the events.
+        """Do all tasks and yield the events; raise the LeakbenchError that a worker raised.
 
         Args:
             tasks: returns the next task, or None if there is none before the next event.
-            begin: called with every task that is submitted.
+            begin: called with every task that a worker begins.
         """
-        task = tasks()
-        while task is not None or self.running():
-            if task is not None and self.idle():
-                begin(task)
-                self.submit(task)
-                task = tasks()
-                continue
-            yield from self.wait()
-            task = tasks() if task is None else task
+
+    def __exit__(self, *exception: object) -> None:
+        """End every worker, even a busy one."""
 
 
 class InProcessExecutor(Executor):
     """Does the tasks in this process, one after the other."""
 
     def __init__(self, work: WorkerContext) -> None:
-        self._notes: list[Event] = []
-        self._worker = Worker(work, lambda line: self._notes.append(Message(line)))
-        self._task: Task | None = None
+        self._messages: list[Message] = []
+        self._worker = Worker(work, lambda line: self._messages.append(Message(line)))
 
-    def idle(self) -> bool:
-        """Return whether no task waits."""
-        return self._task is None
-
-    def submit(self, task: Task) -> None:
-        """Keep the task until ``wait`` is called."""
-        self._task = task
-
-    def running(self) -> bool:
-        """Return whether a task waits."""
-        return self._task is not None
-
-    def wait(self) -> list[Event]:
-        """Do the task."""
-        task = self._task
-        assert task is not None  # wait is called only while a task is running
-        answer = self._worker.do(task)
-        self._task = None
-        events = [*self._notes, TaskDone(task, answer)]
-        self._notes.clear()
-        return events
-
-    def close(self) -> None:
-        """Do nothing: the only worker is this process."""
+    def run(self, tasks: Callable[[], Task | None], begin: Callable[[Task], None]) -> Iterator[Event]:
+        """Do the tasks; see ``Executor.run``."""
+        while (task := tasks()) is not None:
+            begin(task)
+            answer = self._worker.do(task)
+            yield from self._messages
+            self._messages.clear()
+            yield TaskDone(task, answer)
 
 
 @dataclass
@@ -196,20 +146,28 @@ class WorkerPool(Executor, Generic[S]):
         self._slots: list[S] = []
         self._deaths = 0
 
-    def idle(self) -> bool:
-        """Return whether a ready worker has no task."""
-        return any(slot.ready and slot.task is None for slot in self._slots)
+    def run(self, tasks: Callable[[], Task | None], begin: Callable[[Task], None]) -> Iterator[Event]:
+        """Have workers do the tasks; see ``Executor.run``."""
+        task = tasks()
+        while task is not None or any(slot.task is not None for slot in self._slots):
+            slot = next((slot for slot in self._slots if slot.ready and slot.task is None), None)
+            if task is not None and slot is not None:
+                begin(task)
+                self._send(slot, task)
+                slot.task = task
+                self._set_deadline(slot, trials_of(task))
+                task = tasks()
+                continue
+            yield from self.wait()
+            task = tasks() if task is None else task
 
-    def running(self) -> bool:
-        """Return whether a worker has a task."""
-        return any(slot.task is not None for slot in self._slots)
+    def __exit__(self, *exception: object) -> None:
+        """End every worker, even a busy one."""
+        self.close()
 
-    def submit(self, task: Task) -> None:
-        """Send the task to a worker that has none."""
-        slot = next(slot for slot in self._slots if slot.ready and slot.task is None)
-        self._send(slot, task)
-        slot.task = task
-        self._set_deadline(slot, trials_of(task))
+    @abstractmethod
+    def close(self) -> None:
+        """End every worker, even a busy one."""
 
     def wait(self) -> list[Event]:
         """Wait for answers, deaths and deadlines."""

@@ -163,11 +163,11 @@ def _migrated(path: Path, db: sqlite3.Connection, readonly: bool) -> sqlite3.Con
 
 
 _NAMES_ANOTHER = bytes.fromhex("d9d505f920a163d7")
-"""How a journal ends that belongs to several files; a run is one file."""
+"""The end of a journal of several files; a run is one file."""
 
 
 def _tail(file: Path, size: int) -> bytes:
-    """Return the last bytes of a file; nothing where there is none."""
+    """Return the last bytes of a file, which may be large; nothing if there is none."""
     if not file.is_file():
         return b""
     with file.open("rb") as opened:
@@ -176,7 +176,7 @@ def _tail(file: Path, size: int) -> bytes:
 
 
 def _check_file(path: Path) -> None:
-    """Raise ForeignRun where the path is not a file that could be a database."""
+    """Raise ForeignRun if the path is not a file that could be a database."""
     try:
         if not path.exists():
             raise ForeignRun(f"there is no run file {path}; give the folder of a run, or start one")
@@ -188,7 +188,7 @@ def _check_file(path: Path) -> None:
     except OSError as error:
         raise ForeignRun(f"{path} cannot be read: {error.strerror}; check the path and its permissions") from None
     if not head:
-        raise ForeignRun(f"{path} is empty: the run was killed before it began; remove the file and start anew")
+        raise ForeignRun(f"{path} is empty: the run was killed at its start; remove the file and start again")
     if tail == _NAMES_ANOTHER:
         raise ForeignRun(f"the journal of {path} names another file, which SQLite would delete; remove the journal")
     if head != b"SQLite format 3\0":
@@ -202,7 +202,7 @@ def _connection(path: Path, readonly: bool) -> sqlite3.Connection:
         with sqlite_errors(path):
             return sqlite3.connect(f"{uri}?mode=rw", uri=True, timeout=30, isolation_level=None)
     log, journal = (path.with_name(f"{path.name}-{what}") for what in ("wal", "journal"))
-    if journal.exists() and journal.stat().st_size:  # a migration was killed: who may write undoes its half
+    if journal.exists() and journal.stat().st_size:  # a killed migration: opening it for writing undoes it
         with sqlite_errors(path), contextlib.closing(sqlite3.connect(f"{uri}?mode=rw", uri=True)) as db:
             db.execute("PRAGMA schema_version").fetchone()
     with sqlite_errors(path):
@@ -224,25 +224,25 @@ _ERRORS: Mapping[int, tuple[type[LeakbenchError], str]] = {
     sqlite3.SQLITE_FULL: (LeakbenchError, "free space on its disk and resume: everything written before is kept"),
     sqlite3.SQLITE_READONLY: (LeakbenchError, "make the file and its folder writable, or copy the folder"),
     sqlite3.SQLITE_IOERR: (LeakbenchError, "check its disk and resume: everything written before is kept"),
-    sqlite3.SQLITE_BUSY: (LeakbenchError, "another process writes to it; wait for that one to end"),
-    sqlite3.SQLITE_LOCKED: (LeakbenchError, "another process writes to it; wait for that one to end"),
+    sqlite3.SQLITE_BUSY: (LeakbenchError, "another process writes to it; wait for it to end"),
+    sqlite3.SQLITE_LOCKED: (LeakbenchError, "another process writes to it; wait for it to end"),
     sqlite3.SQLITE_CANTOPEN: (ForeignRun, "check the path and the permissions of the file and of its folder"),
     sqlite3.SQLITE_PERM: (ForeignRun, "check the permissions of the file and of its folder"),
-    sqlite3.SQLITE_CORRUPT: (ForeignRun, "the file is damaged; restore a copy or start the run anew"),
+    sqlite3.SQLITE_CORRUPT: (ForeignRun, "the file is damaged; restore a copy or start a new run"),
     sqlite3.SQLITE_NOTADB: (ForeignRun, "it is not an SQLite file, or damaged; give the path of a run file"),
 }
 
 
 @contextlib.contextmanager
 def sqlite_errors(path: Path) -> Iterator[None]:
-    """Turn what SQLite raises into the one line that says what to do."""
+    """Turn an error of SQLite into one line that says what to do."""
     try:
         yield
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", None)
         kind, fix = _ERRORS.get((code or 0) & 0xFF, (LeakbenchError, "check that the file is a run file and is whole"))
         raise kind(f"{path}: {error}; {fix}") from error
-    except UnicodeDecodeError as error:  # SQLite's own words on a file whose names are not UTF-8
-        raise ForeignRun(f"{path}: it holds names that are no text; {_ERRORS[sqlite3.SQLITE_CORRUPT][1]}") from error
+    except UnicodeDecodeError as error:  # SQLite raises it for a file whose names are not UTF-8
+        raise ForeignRun(f"{path}: it holds names that are not text; {_ERRORS[sqlite3.SQLITE_CORRUPT][1]}") from error
     except OverflowError:
         raise LeakbenchError(f"{path}: a whole number has more than 64 bits; choose a smaller seed") from None

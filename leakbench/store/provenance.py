@@ -26,12 +26,12 @@ class Provenance:
     Attributes:
         commit: the commit of the leakbench checkout, or None if leakbench was installed.
         dirty: whether the checkout held uncommitted changes; None without a checkout.
-        packages: name -> version of what the numbers depend on, absent ones left out.
+        packages: name -> version of the installed packages that the numbers depend on.
         threads: CPU threads that torch uses.
         command: the command line.
         matrix: the matrix as JSON.
         shard: ``i/n``, or empty for the whole matrix.
-        workers: how many processes.
+        workers: the number of processes.
     """
 
     version: str
@@ -50,12 +50,11 @@ class Provenance:
     def collect(cls, command: str, device: str, matrix: str, shard: str = "", workers: int = 1) -> Provenance:
         """Return the provenance of this process; ``matrix`` is JSON."""
         commit, dirty = _checkout(Path(__file__).resolve().parents[2])
-        versions = {name: _package_version(name) for name in PACKAGES}
         return cls(
             version=__version__,
             commit=commit,
             dirty=dirty,
-            packages={name: version for name, version in versions.items() if version is not None},
+            packages={name: version for name in PACKAGES if (version := _package_version(name)) is not None},
             python=platform.python_version(),
             device=device,
             threads=torch.get_num_threads(),
@@ -97,7 +96,7 @@ _PACKAGES = TypeAdapter(dict[str, str])
 
 
 def _checkout(folder: Path) -> tuple[str | None, bool | None]:
-    """Return the commit of the checkout at this folder and whether it is dirty, or nothing where it is none."""
+    """Return the commit of the checkout at this folder and whether it is dirty; None twice if it is not a checkout."""
     if not (folder / ".git").exists():
         return None, None
     commit = _git(folder, "rev-parse", "HEAD")

@@ -15,19 +15,17 @@ from leakbench.store.provenance import Provenance
 def threshold_of(sessions: Sequence[RunSession]) -> float | None:
     """Return the score from which an image counted as recovered in the last session; None if all trials were run."""
     try:
-        value = json.loads(sessions[-1].provenance.matrix)["threshold"]
+        return float(json.loads(sessions[-1].provenance.matrix)["threshold"])
     except (IndexError, KeyError, TypeError, ValueError):
         return None
-    return float(value)
 
 
 def run_name(sessions: Sequence[RunSession], folder: str) -> str:
     """Return the name that the matrix of the last session gives the run, or else that of its folder."""
     try:
-        matrix = json.loads(sessions[-1].provenance.matrix)
-    except (IndexError, ValueError):
+        name = json.loads(sessions[-1].provenance.matrix)["name"]
+    except (IndexError, KeyError, TypeError, ValueError):
         return folder
-    name = matrix.get("name") if isinstance(matrix, dict) else None
     return name if isinstance(name, str) and name.strip() else folder
 
 
@@ -57,7 +55,7 @@ class Statement:
 
     Attributes:
         note: what a reader must know of its options (``Defense.note``), or its images (``Dataset.note``).
-        informed: what those do who are informed of a defense, in words, by ``informed`` as a threat model writes it.
+        informed: the description of each adaptive attacker of a defense, by ``informed`` as a threat model writes it.
     """
 
     note: str
@@ -65,22 +63,22 @@ class Statement:
 
     @classmethod
     def of(cls, defense: Defense) -> Statement:
-        """Return what a defense states."""
+        """Return the statement of a defense."""
         attackers = by_informed(defense.attackers())
         return cls(defense.note(), {str(name).lower(): one.description for name, one in attackers.items()})
 
 
 @dataclass(frozen=True)
 class StoredComponent:
-    """What a spec stands for.
+    """A component that a run was planned with.
 
     Attributes:
         kind: ``dataset``, ``model``, ``defense`` or ``attack``.
         spec: its name in ``Store.results``: the spec, with ``variant`` in brackets unless that is empty.
         options: every option's value.
         checkpoint: what a model's file of trained weights stated when the run was started.
-        statement: what a defense states of itself, or a dataset that has a note; None for the others, and in runs of
-            old.
+        statement: what a defense states of itself, or a dataset that has a note; None for others, and in old
+            runs.
         variant: what sets it apart from another component of the run with the same spec: ``version 2``, or
             ``settings`` with a hash; empty if there is none.
     """
