@@ -74,7 +74,7 @@ def test_the_pieces_are_even_and_none_is_larger_than_what_was_measured(
     measured: Callable[..., list[int]], trials: int, expected: int
 ) -> None:
     measured(lambda size: 1.0, lambda size: 1)
-    assert chunk.choose(lambda trials: 0, trials, CPU) == expected <= chunk.MAX_TRIALS["cpu"]
+    assert chunk.choose(lambda trials: 0, trials, CPU) == expected <= chunk.LARGEST_CHUNK["cpu"]
 
 
 def test_a_measurement_takes_the_time_and_memory_of_a_step() -> None:

@@ -10,7 +10,7 @@ import typer
 
 app = typer.Typer(help="List components, suites and threat models.", no_args_is_help=True)
 
-KINDS = {
+COMPONENTS = {
     "attacks": "List the attacks, with their options and references.",
     "defenses": "List the defenses, with their options and adaptive attacks.",
     "models": "List the models, with their options and references.",
@@ -37,7 +37,7 @@ def _command(kind: str, text: str) -> None:
         _show(kind)
 
 
-for _kind, _text in KINDS.items():
+for _kind, _text in COMPONENTS.items():
     _command(_kind, _text)
 
 

@@ -11,7 +11,7 @@ import torch
 from leakbench.core.device import SHARE, free_memory, out_of_memory
 from leakbench.core.malloc import release_freed_memory
 
-MAX_TRIALS = {"cpu": 256, "cuda": 4096}
+LARGEST_CHUNK = {"cpu": 256, "cuda": 4096}
 """The largest number of trials at a time, by device."""
 ALWAYS_TOGETHER = 8
 """Up to this many trials run together if they fit: below this size timing noise exceeds the gain."""
@@ -34,7 +34,7 @@ def choose(step: Callable[[int], int | None], trials: int, device: torch.device,
     begin = time.perf_counter()
     best, best_cost = 1, float("inf")
     size, idle = 1, 0
-    while size <= min(trials, MAX_TRIALS[device.type]):
+    while size <= min(trials, LARGEST_CHUNK[device.type]):
         free = free_memory(device)
         try:
             seconds, used = _measure(step, size, device)

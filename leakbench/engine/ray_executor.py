@@ -209,6 +209,6 @@ class RayExecutor(WorkerPool[_Actor]):
 
 
 def _line(error: Exception) -> str:
-    """Return the kind of an error of Ray's and the last line of what it says, which holds the cause."""
+    """Return the type of an error of Ray and the last line of its message, which states the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return ": ".join([type(error).__name__, *lines[-1:]])

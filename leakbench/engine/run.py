@@ -141,8 +141,8 @@ def run(
         options: device, workers, shard.
         progress: the display; none by default.
         command: the command line, for the provenance.
-        data: the recorded update of the matrix's one client, and what is known of its image; None for clients that take
-            their steps on the images of the datasets.
+        data: a recorded update of the only client, with its image and label if they are known; None for clients that
+            take their steps on the images of the datasets.
 
     Raises:
         LeakbenchError: one line on an invalid option, matrix or folder; nothing was written then.
@@ -273,7 +273,7 @@ def _loop(
 
 
 def check(matrix: Matrix, options: RunOptions) -> None:
-    """Raise what ``run`` would raise of a matrix, after one step on a blank image for each cell.
+    """Check a matrix as ``run`` does before it writes: one step on a blank image for each cell.
 
     If several matrices are run, this refuses the last one before the first has run for hours.
 

@@ -32,7 +32,7 @@ class ClientData:
         labels: the class by index.
         mean: [C, H, W], the mean of public images.
         observed: the recorded update of the one client, which then takes no step of its own; images and labels are
-            empty where they are not known. None: every client takes its step.
+            empty if they are not known. None: every client takes its step.
     """
 
     images: Mapping[int, Tensor]
@@ -131,7 +131,7 @@ class Worker:
     work: WorkerContext
     note: Callable[[str], None]
     begin: Callable[[int], None] = lambda trials: None
-    told: set[str] = field(default_factory=set)
+    noted: set[str] = field(default_factory=set)
 
     def do(self, task: Task) -> TaskAnswer:
         """Return the answer to a task.
@@ -148,7 +148,7 @@ class Worker:
                 return self.results(task.data, task.trials, task.slots)
 
     def size(self, first: Trial, trials: int) -> int:
-        """Return how many trials to run at a time, by measurement where the attack can be measured."""
+        """Return how many trials to run at a time, by measurement if the attack can be measured."""
         device = self.work.device
         size = min(trials, DEFAULT[device.type])
         if trials == 1:
@@ -165,7 +165,7 @@ class Worker:
             return size
 
     def results(self, data: ClientData, trials: Sequence[Trial], slots: int) -> list[Result]:
-        """Return the results of trials of one cell; what fails together is tried in halves, then recorded."""
+        """Return the results of trials of one cell; trials that fail together are tried in halves, then recorded."""
         self.begin(len(trials))
         try:
             return self._together(data, trials, slots)
@@ -188,7 +188,7 @@ class Worker:
             return [without_score(data, trials[0], "error", reason)]
 
     def _together(self, data: ClientData, trials: Sequence[Trial], slots: int) -> list[Result]:
-        """Observe, attack and score trials of one cell, so many at a time."""
+        """Observe, attack and score trials of one cell, ``slots`` at a time."""
         begin = time.perf_counter()
         if data.observed is None:
             observation, rng, encoded = self._stepped(data, trials)
@@ -198,7 +198,7 @@ class Worker:
         guess = replace(guess, images=guess.images.float())
         failed = guess.failed
         assert failed is not None, "a called attack says of every trial whether it failed"
-        # the one place where reconstruction and truth meet
+        # only here do reconstruction and truth meet
         truth = self._truth(data, trials, encoded) if data.images else None
         scores = {} if truth is None else self._score(guess, truth)
         seconds = (time.perf_counter() - begin) / len(trials)
@@ -232,7 +232,7 @@ class Worker:
         return seen, rng, self._encoded([trained_on(first.defense, client, data.num_classes) for client in clients])
 
     def _truth(self, data: ClientData, trials: Sequence[Trial], encoded: Tensor | None) -> Truth:
-        """Return the private images with their labels, -1 where a label is not known."""
+        """Return the private images with their labels, -1 for a label that is not known."""
         return Truth(
             torch.stack([data.images[trial.image] for trial in trials]).to(self.work.device),
             torch.tensor([data.labels.get(trial.image, -1) for trial in trials], device=self.work.device),
@@ -240,7 +240,7 @@ class Worker:
         )
 
     def _encoded(self, images: Sequence[Tensor | None]) -> Tensor | None:
-        """Return the images that clients trained on as one tensor, or None where a defense leaves them as they are."""
+        """Return the images that clients trained on as one tensor, or None if the defense does not change them."""
         known = [image for image in images if image is not None]
         return torch.stack(known).to(self.work.device) if len(known) == len(images) else None
 
@@ -262,8 +262,8 @@ class Worker:
             if rows > 1:
                 each = [self._values(metric, *_row(guess, truth, row)) for row in range(rows)]
                 return [value for (value,) in each]
-            if metric.name not in self.told:
-                self.told.add(metric.name)
+            if metric.name not in self.noted:
+                self.noted.add(metric.name)
                 self.note(f"metric {metric.name!r} left out: {' '.join(str(error).split())}")
             return [float("nan")]
 
@@ -343,7 +343,7 @@ def _refusal(trials: Sequence[Trial], observed: Observation | None) -> Refusal:
 
 
 def blank(trial: Trial, groups: set[str], device: torch.device | str = "cpu") -> Observation:
-    """Return what a step on a blank image shows; note the defense's groups of secrets."""
+    """Return the observation of a step on a blank image; add the defense's groups of secrets to ``groups``."""
     shape, classes = trial.dataset.image_shape, trial.dataset.num_classes
     network = build(trial.model, trial.defense, shape, classes, "blank")
     groups |= groups_of(trial.defense, network)
@@ -370,7 +370,7 @@ def repeated(blank: Observation, trials: int, own: bool) -> Observation:
 
 
 def _found(guess: Reconstruction, row: int) -> dict[str, float]:
-    """Return what an attack found of one trial beside image and label; what is not finite is left out."""
+    """Return the finite findings of one trial, by name (``Reconstruction.findings``)."""
     found = {name: _finite(values, row) for name, values in guess.findings.items()}
     return {name: value for name, value in found.items() if value is not None}
 

@@ -301,7 +301,7 @@ class Matrix(Axes):
 
 
 def _informed(defense: Defense) -> tuple[bool | str, ...]:
-    """Return what asks for each adaptive attacker of a defense in a threat model."""
+    """Return the values of ``informed`` that ask for each adaptive attacker of a defense."""
     return tuple(by_informed(defense.attackers()))
 
 
@@ -380,7 +380,7 @@ def override(axes: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
     merged = {**axes, **given}
     stages = axes.get("stages")
     if not isinstance(stages, list) or not all(isinstance(stage, Mapping) for stage in stages):
-        return merged  # none, or what ``Matrix`` refuses
+        return merged  # without stages, or with some that ``Matrix`` refuses
     threats = merged.pop("threats", None)
     if "attacks" in given:
         threats = threats or [threat for stage in stages for threat in stage.get("threats", ["paper"])]

@@ -1,1 +1,1 @@
-"""The run file: one SQLite file that holds every trial, result, image and where they came from."""
+"""The run file: one SQLite file that holds every trial, result, image and their provenance."""

@@ -104,12 +104,12 @@ class StoredComponent:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """Everything that identifies a planned trial, and where its result came from.
+    """Everything that identifies a planned trial, and the session of its result.
 
     Attributes:
         cell: the settings of its cell (``Cell.key``), JSON.
-        threat: what its threat model grants, in words.
-        label: the true label; None where it is not known and, like ``session`` (its number), where the trial has no
+        threat: the description of its threat model.
+        label: the true label; None if it is not known, or, like ``session`` (its number), if the trial has no
             result.
         finished: when, in UTC; empty without a result.
         specs: axis (``defense``, ``threat``, ...) -> the spec as its matrix has it, without any variant.
@@ -125,7 +125,7 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class Pictures:
-    """The PNGs of a trial: the private image where it is known, and the reconstruction where there is one."""
+    """The PNGs of a trial: the private image if it is known, and the reconstruction if there is one."""
 
     truth: bytes | None
     reconstruction: bytes | None

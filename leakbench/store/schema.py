@@ -70,7 +70,7 @@ def create(db: sqlite3.Connection, about: Mapping[str, str]) -> None:
 
 
 def flaw(db: sqlite3.Connection) -> str:
-    """Return what is wrong with a database of this schema that somebody else may have made; empty for nothing.
+    """Return the first flaw of a database of this schema, which may be hostile; empty if there is none.
 
     Its tables must be tables with the columns of the schema, and every value of the type that its column states:
     SQLite itself holds neither against a file. Nothing may be in it that runs when it is read or written.
@@ -164,4 +164,4 @@ def _to_4(db: sqlite3.Connection) -> None:
 
 
 _MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {1: _to_2, 2: _to_3, 3: _to_4}
-"""Schema -> what makes the next one of it."""
+"""Schema -> the function that migrates it to the next one."""
