@@ -125,6 +125,7 @@ def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> t
     threshold = RECOVERED if limit is None else limit
     trials, components = store.trials(), {(one.kind, one.spec): one for one in store.components()}
     versions = list(dict.fromkeys(_version(session.provenance) for session in sessions))
+    fields = list(TrialOf.model_fields)
     found, missing = [], []
     for one in ensemble_results(trials, threshold):
         scene = trials[(trials["dataset"] == one.dataset) & (trials["model"] == one.model)]
@@ -157,16 +158,8 @@ def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> t
                 accuracy=_cost(studies, one.model, one.defense),
                 versions=versions,
                 trials=[
-                    TrialOf(
-                        id=row["trial"],
-                        attack=row["attack"],
-                        threat=row["threat"],
-                        image=row["image"],
-                        seed=row["seed"],
-                        status=row["status"],
-                        score=None if math.isnan(row[RECOVERY]) else row[RECOVERY],
-                    )
-                    for row in own.to_dict("records")
+                    TrialOf.model_validate({**row, "score": None if math.isnan(row["score"]) else row["score"]})
+                    for row in own.rename(columns={"trial": "id", RECOVERY: "score"})[fields].to_dict("records")
                 ],
             )
         found.append(entry)
