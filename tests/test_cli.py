@@ -380,7 +380,7 @@ def test_bad_options_are_one_line_and_write_nothing(cli, place, change, words):
     assert written(place) == []
 
 
-def test_to_inform_of_a_defense_without_an_informed_attacker_is_one_line(cli, place):
+def test_a_defense_without_an_adaptive_attacker_is_one_line(cli, place):
     refused(cli("run", "matrix", *SMALL, "--attack", "dlg", "--threat", "informed=true"), "'none'", "informed=false")
     assert written(place) == []
 
@@ -518,7 +518,7 @@ def files_up_to(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(cli, place):
+def test_a_full_disk_is_one_line_and_the_run_is_resumed_later(cli, place):
     arguments = ("run", "matrix", *SMALL, "--no-floors", "--images", 20, "--chunk", 2, "--out", "x")
     with files_up_to(250_000):
         done = cli(*arguments)

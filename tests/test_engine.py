@@ -284,7 +284,7 @@ def sorted_like_results(matrix: Matrix) -> list[Any]:
     return list(matrix.trials())
 
 
-def test_a_finished_run_does_nothing_and_a_larger_matrix_adds_what_is_missing(tmp_path):
+def test_a_finished_run_does_nothing_and_a_larger_matrix_adds_trials(tmp_path):
     small = plan(attacks=["random", "grey"], images=3)
     first = go(small, tmp_path)
     kept = stored(tmp_path, first.index)
@@ -412,7 +412,7 @@ def test_an_attack_that_diverges_is_scored_as_the_grey_image(tmp_path, attack):
     ],
     ids=["shape", "type", "objective"],
 )
-def test_an_attack_that_returns_something_else_is_an_error_with_a_reason(tmp_path, attack, words):
+def test_an_attack_that_returns_another_type_is_an_error(tmp_path, attack, words):
     results = go(plan(attacks=[attack, "grey"], images=2, seeds=1), tmp_path, chunk=2)
     own = results[results["attack"] == attack.name]
     assert set(own["status"]) == {"error"}
@@ -606,7 +606,7 @@ class Picky(Thief):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_an_attack_that_serves_nothing_is_refused_before_anything_is_written(tmp_path, strict):
+def test_an_attack_that_supports_no_cell_is_refused_before_writing(tmp_path, strict):
     with pytest.raises(Unsupported, match=r"picky.*no nowhere here; choose another model"):
         go(plan(attacks=["grey", Picky("nowhere")]), tmp_path / "run", strict=strict)
     assert not (tmp_path / "run").exists()
@@ -798,7 +798,7 @@ def test_named_metrics_change_no_trial_and_stay_when_a_run_is_resumed(tmp_path):
     assert [line for line in seen.notes if "'fsim' is new to this run" in line]
 
 
-def test_a_named_metric_is_refused_if_no_dataset_has_images_of_its_size():
+def test_a_named_metric_needs_images_of_its_size():
     with pytest.raises(LeakbenchError, match="metric 'vif' is not defined for 12 x 12 images: 41 x 41 pixels") as told:
         plan(metrics=["gmsd", "vif"])
     assert "\n" not in str(told.value)
@@ -895,7 +895,7 @@ def test_a_run_file_that_reaches_its_quota_keeps_whole_chunks(tmp_path, monkeypa
 # Pieces
 
 
-def test_uniform_starts_differ_between_trials_and_not_between_purposes_of_one_name():
+def test_uniform_starts_depend_on_trial_and_purpose():
     rng = Rng(("a", "b"))
     start = rng.uniform("image", (2, 2))
     assert torch.equal(start, rng.uniform("image", (2, 2)))

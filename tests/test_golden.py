@@ -66,7 +66,10 @@ def rows(file: Path, query: str) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("file", FILES)
 def test_trial_ids_are_those_of_the_golden_file(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trial that gets another id is run again in every stored run: raise a component's version if that is meant."""
+    """A trial with another id is run again in every stored run: raise a component's version if that is meant.
+
+    The entry of a new suite or file is in the message of the failure; add it to the golden file.
+    """
     imagenet(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("pytorch_pretrained_biggan.PYTORCH_PRETRAINED_BIGGAN_CACHE", biggan(tmp_path / "biggan"))

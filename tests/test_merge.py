@@ -209,7 +209,7 @@ def sound(tmp_path_factory):
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_is_wrong_with_a_run_is_found(tmp_path, sound, damage):
+def test_faults_of_a_run_are_found(tmp_path, sound, damage):
     sql, words = DAMAGES[damage]
     (tmp_path / FILE).write_bytes((sound / FILE).read_bytes())
     assert check(tmp_path).code == 0

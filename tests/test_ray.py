@@ -121,7 +121,7 @@ def test_a_plugin_that_a_node_lacks_is_one_line(cluster, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_actor_that_ray_has_no_memory_for_is_replaced_and_one_out_of_reach_is_killed():
+def test_an_actor_without_memory_is_replaced_and_a_lost_one_killed():
     """Ray's own errors, which no test can cause at will, from a stand-in for its module."""
     exceptions = pytest.importorskip("ray").exceptions
     killed: list[str] = []

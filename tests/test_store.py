@@ -203,7 +203,7 @@ def test_planning_twice_changes_nothing(tmp_path):
     store.close()
 
 
-def test_rows_are_in_order_of_first_planning_whatever_the_order_of_writing(tmp_path):
+def test_rows_are_in_order_of_planning_not_of_writing(tmp_path):
     store, session = ready(tmp_path)
     zebra, ant = named(TinyAttack, "zebra")(), named(TinyAttack, "ant")()
     trials = [trial(i, s, attack=a) for a in (zebra, ant) for i in (1, 0) for s in (1, 0)]
@@ -598,7 +598,7 @@ def test_released_files_are_sound_reported_and_merged(tmp_path, number):
     assert check(tmp_path / "new").ended == state.ended
 
 
-def test_a_file_of_schema_1_whose_settings_are_no_json_is_refused_and_stays(tmp_path):
+def test_a_file_of_schema_1_with_malformed_settings_is_refused(tmp_path):
     shutil.copy(SCHEMAS / "1.sqlite", tmp_path / FILE)
     db = sqlite3.connect(tmp_path / FILE)
     db.execute("UPDATE trials SET settings = '{' WHERE position = 20")

@@ -115,7 +115,7 @@ def gone(processes: list[psutil.Process]) -> bool:
     return not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_kill_9_of_drivers_and_workers_loses_nothing_and_does_nothing_twice(tmp_path, capsys):
+def test_kill_9_of_drivers_and_workers_loses_and_repeats_nothing(tmp_path, capsys):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     whole = go(matrix(), tmp_path / "whole", chunk=4)
@@ -275,7 +275,7 @@ def test_a_merge_that_was_killed_is_started_again(tmp_path):
     assert check(tmp_path / "all").code == 0
 
 
-def test_a_run_file_that_cannot_be_written_is_one_line_and_is_still_read(small_disk):
+def test_a_read_only_run_file_is_one_line_and_is_still_read(small_disk):
     few = plan(attacks=["random"], images=2)
     go(few, small_disk / "run")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)

@@ -94,7 +94,7 @@ def test_a_worker_that_dies_costs_nothing(tmp_path):
     assert [line for line in seen.notes if "SIGKILL" in line]
 
 
-def test_an_ensemble_spares_the_same_trials_with_workers(tmp_path):
+def test_an_ensemble_skips_the_same_trials_with_workers(tmp_path):
     matrix = ensemble(Knows("0 2"), Counts("2 3"), Thief(), defenses=["none", "noise(scale=0.01)"], floors=True)
     alone, two = go(matrix, tmp_path / "1", chunk=2), go(matrix, tmp_path / "2", chunk=2, workers=2)
     assert len(alone) < len(matrix.trials())
@@ -104,14 +104,14 @@ def test_an_ensemble_spares_the_same_trials_with_workers(tmp_path):
     )
 
 
-def test_what_hangs_is_stopped_at_the_time_limit(tmp_path, monkeypatch):
+def test_a_trial_that_hangs_is_stopped_at_the_time_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "LOADING_SECONDS", 8.0)
     results = go(plan(attacks=[Hangs()], images=[3, 2]), tmp_path, chunk=2, time_limit=1).set_index("image")
     assert results["status"].to_dict() == {3: "ok", 2: "error"}
     assert "timed out after 1 s" in results["reason"][2]
 
 
-def test_ctrl_c_ends_the_workers_and_the_run_goes_on(tmp_path):
+def test_ctrl_c_ends_the_workers_and_the_run_is_resumed(tmp_path):
     matrix = plan(attacks=["random", "mean"], images=8)
     with pytest.raises(KeyboardInterrupt):
         go(matrix, tmp_path, chunk=2, workers=2, progress=Counter(stop_after=2))
@@ -131,7 +131,7 @@ def test_a_component_that_no_process_can_import_is_refused_in_one_line(tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_task_whose_workers_die_is_tried_again_then_halved_then_given_up(tmp_path):
+def test_a_task_whose_workers_die_is_repeated_halved_and_given_up(tmp_path):
     trials = plan(images=4).trials()
     image = torch.zeros(1, 12, 12)
     data = {"tiny": ClientData(dict.fromkeys(range(4), image), dict.fromkeys(range(4), 0), image, 4)}
