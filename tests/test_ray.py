@@ -140,7 +140,7 @@ def test_an_actor_without_memory_is_replaced_and_a_lost_one_killed():
         def kill(self, actor: str) -> None:
             killed.append(actor)
 
-    pool = rays.Rays(WorkerContext((), torch.device("cpu"), False), 1, 0.0, 1, None, "")
+    pool = rays.RayExecutor(WorkerContext((), torch.device("cpu"), False), 1, 0.0, 1, None, "")
     pool._ray, pool._since, task = Ray(), time.monotonic(), ChunkTask((), 1, None)
     pool._start = lambda: rays._Actor("next", "asked")
     for actor, words in (("first", "OutOfMemoryError: too much"), ("second", "ActorUnavailableError")):

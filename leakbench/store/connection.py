@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
@@ -94,20 +95,20 @@ def insert(
 
     What UTF-8 cannot hold of a text (lone surrogates) is replaced.
     """
-    rows = iter(rows)
-    first = next(rows, None)
+    rest = iter(rows)
+    first = next(rest, None)
     if first is None:
         return 0
     columns = list(first.keys())
+    stored = ([_storable(row[column]) for column in columns] for row in itertools.chain([first], rest))
     places = ", ".join("?" for _ in columns)
-    statement = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({places}) {conflict}"
-    db.execute(statement, [_storable(first[column]) for column in columns])
-    db.executemany(statement, ([_storable(row[column]) for column in columns] for row in rows))
+    db.executemany(f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({places}) {conflict}", stored)
     return int(db.execute("SELECT last_insert_rowid()").fetchone()[0])
 
 
 def _storable(value: object) -> object:
-    return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
+    plain = not isinstance(value, str) or value.isascii()
+    return value if plain else str(value).encode("utf-8", "replace").decode("utf-8")
 
 
 @contextlib.contextmanager

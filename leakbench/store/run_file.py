@@ -238,13 +238,18 @@ class Store:
         with self.transaction() as db:
             self._insert_trials([result.trial for result in results])
             known = {row["name"] for row in db.execute("SELECT name FROM metrics")}
-            for result in results:
-                for name in result.scores:
-                    if name not in known:
-                        raise LeakbenchError(
-                            f"{self.path}: {name!r} of the scores is not a metric of this run; record the metric first"
-                        )
-                _write(db, result, session)
+            for name in {name for result in results for name in result.scores} - known:
+                raise LeakbenchError(
+                    f"{self.path}: {name!r} of the scores is not a metric of this run; record the metric first"
+                )
+            forget(db, [result.trial.id for result in results])
+            truths = {_digest(result): result.truth or b"" for result in results}
+            insert(db, "truths", ({"digest": digest, "png": png} for digest, png in truths.items()), KEEP)
+            insert(db, "results", (_columns(result, session) for result in results))
+            insert(db, "scores", _values("metric", {result.trial.id: result.scores for result in results}))
+            insert(db, "findings", _values("name", {result.trial.id: result.findings for result in results}))
+            images = ((result.trial.id, result.reconstruction) for result in results)
+            insert(db, "images", ({"trial_id": trial, "png": png} for trial, png in images if png is not None))
 
     def results(self, planned: pd.DataFrame | None = None) -> pd.DataFrame:
         """Return one row per trial that has a result: ``BEFORE``, every recorded metric, ``AFTER``.
@@ -361,13 +366,23 @@ def forget(db: sqlite3.Connection, trials: Iterable[str]) -> None:
         db.executemany(f"DELETE FROM {table} WHERE trial_id = ?", ids)
 
 
-def _write(db: sqlite3.Connection, result: Result, session: int) -> None:
-    trial, truth = result.trial.id, result.truth or b""
-    digest = hashlib.sha256(truth).hexdigest()
-    insert(db, "truths", [{"digest": digest, "png": truth}], KEEP)
-    forget(db, [trial])
-    row = {
-        "trial_id": trial,
+def _digest(result: Result) -> str:
+    """Return the SHA-256 of a private image; that of nothing if it is not known."""
+    return hashlib.sha256(result.truth or b"").hexdigest()
+
+
+def _values(column: str, named: Mapping[str, Mapping[str, float]]) -> Iterator[dict[str, object]]:
+    """Yield the rows of a table of named values of trials, by trial; NaN is left out."""
+    for trial, values in named.items():
+        for name, value in values.items():
+            if not math.isnan(value):
+                yield {"trial_id": trial, column: name, "value": float(value)}
+
+
+def _columns(result: Result, session: int) -> dict[str, object]:
+    """Return the row of the table ``results``."""
+    return {
+        "trial_id": result.trial.id,
         "status": result.status,
         "reason": result.reason,
         "seconds": float(result.seconds),
@@ -375,14 +390,8 @@ def _write(db: sqlite3.Connection, result: Result, session: int) -> None:
         "objective": None if result.objective is None else float(result.objective),
         "evaluations": None if result.evaluations is None else int(result.evaluations),
         "path": result.path,
-        "truth": digest,
+        "truth": _digest(result),
         "session_id": session,
         "finished": now(),
         "curve": result.curve or None,
     }
-    insert(db, "results", [row])
-    for table, column, values in (("scores", "metric", result.scores), ("findings", "name", result.findings)):
-        found = {name: float(value) for name, value in values.items() if not math.isnan(value)}
-        insert(db, table, ({"trial_id": trial, column: name, "value": value} for name, value in found.items()))
-    if result.reconstruction is not None:
-        insert(db, "images", [{"trial_id": trial, "png": result.reconstruction}])
