@@ -63,7 +63,7 @@ def test_of_an_ensemble_all_attacks_on_an_image_are_in_one_shard():
 
 @pytest.mark.parametrize("text", ["", "1", "0/4", "5/4", "-1/4", "1/0", "a/b", "1/2/3", "١/2"])
 def test_what_is_no_shard_is_refused(text):
-    with pytest.raises(BadOption, match="write i/n"):
+    with pytest.raises(BadOption, match="must be i/n"):
         parse(text)
 
 
