@@ -281,10 +281,10 @@ def test_large_pictures_are_reduced_and_many_fill_several_sheets():
 
 
 def test_a_page_stays_below_its_limit_and_says_what_it_leaves_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(pages, "MAX_BYTES", pages._CODE_BYTES + 60_000)
+    monkeypatch.setattr(pages, "MAX_PAGE_BYTES", pages._CODE_BYTES + 60_000)
     results = [scored(attack, NONE, i, i / 60) for attack in (GREY, DLG, IG) for i in range(60)]
     text = page(tmp_path, results, [*METRICS, *ALIGNED])
-    assert len(text.encode()) < pages.MAX_BYTES
+    assert len(text.encode()) < pages.MAX_PAGE_BYTES
     data = Tags(text).data()
     places = data["trials"]["picture"]
     assert f"{places.count(-2)} of 180 trials are shown without their picture" in text
@@ -299,7 +299,7 @@ def test_a_thousand_pictures_of_noise_fit(tmp_path):
     pictures = [png(i, 32) for i in range(256)]
     made, _ = sheets(pictures)
     assert sum(len(sheet.png) for sheet in made) <= sum(map(len, pictures))
-    assert 2000 * len(made[0].png) / 256 * 4 / 3 + pages._CODE_BYTES < 0.95 * pages.MAX_BYTES
+    assert 2000 * len(made[0].png) / 256 * 4 / 3 + pages._CODE_BYTES < 0.95 * pages.MAX_PAGE_BYTES
 
 
 # The command that makes a trial again

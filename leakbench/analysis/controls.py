@@ -18,13 +18,13 @@ CONTROL, GENERATOR, NONE = "control", "generator", "none"
 
 
 @dataclass(frozen=True)
-class Gain:
-    """How much more an attack leaks than what it is compared with, on the same images and seeds.
+class ControlGain:
+    """The gain of an attack over a floor or a control, on the same images and seeds.
 
     Attributes:
         attack: its spec.
         defense: the defense's spec.
-        control: the spec of what it is compared with: a floor that draws from the same generator, or the attack
+        control: the spec of the floor or control: a floor that draws from the same generator, or the attack
             itself with another gradient.
         values: metric -> (mean, low, high) with the 95 % interval; above 0 means that more leaks.
     """
@@ -37,7 +37,7 @@ class Gain:
 
 def control_gains(
     results: pd.DataFrame, components: Sequence[StoredComponent], metrics: Sequence[MetricInfo]
-) -> list[Gain]:
+) -> list[ControlGain]:
     """Return the gains of every attack with a generator over its floors and controls, behind each defense.
 
     Args:
@@ -60,12 +60,12 @@ def control_gains(
                 if metric.name in own and not math.isnan((value := _gain(own, other, metric))[0])
             }
             if values:
-                found.append(Gain(attack, str(defense), control, values))
+                found.append(ControlGain(attack, str(defense), control, values))
     return found
 
 
 def _pairs(components: Sequence[StoredComponent], floors: set[str]) -> Iterator[tuple[str, str]]:
-    """Yield each attack that has a generator and no control with what it is to be compared with."""
+    """Yield each attack with a generator that is no control, with each floor and control that it is compared with."""
     attacks = [one for one in components if one.kind == "attack" and GENERATOR in one.options]
     for attack in attacks:
         if attack.spec in floors or attack.options.get(CONTROL, NONE) != NONE:

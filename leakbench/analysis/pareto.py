@@ -1,4 +1,4 @@
-"""Utility against leakage: what a training study measured of each defense, and which are on the Pareto front."""
+"""Utility against leakage: the points of a training study, and which of them are on the Pareto front."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from leakbench.errors import BadOption
 FILE = "tradeoff.json"
 """The name of a study's points in a run's folder."""
 
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Proportion = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class Interval(BaseModel):
     """A value with its 95 % interval, all in [0, 1]."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    value: Share
-    low: Share
-    high: Share
+    value: Proportion
+    low: Proportion
+    high: Proportion
 
 
 class Point(BaseModel):
@@ -73,7 +73,7 @@ class Studies(BaseModel):
 
 
 def load(path: Path) -> tuple[Study, ...]:
-    """Return the studies in a JSON file; none where there is no such file.
+    """Return the studies in a JSON file; none if there is no such file.
 
     Raises:
         BadOption: the file holds something else.

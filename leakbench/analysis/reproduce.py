@@ -22,9 +22,9 @@ class Reproduction:
     """How the trials of one cell are made again.
 
     Attributes:
-        head: what a command begins with: a line for the shell, or Python where the network was given in Python.
-        tail: the rest, with ``{image}``, ``{seed}`` and ``{trial}`` (its id) where these go.
-        note: what else that takes; empty where nothing does.
+        head: the start of the command: a line for the shell, or Python if the network was given in Python.
+        tail: the rest, with ``{image}``, ``{seed}`` and ``{trial}`` (its id) in place of these.
+        note: what else the command needs; may be empty.
     """
 
     head: str
@@ -51,7 +51,7 @@ def reproduction(
     own = {axis: known[axis, str(cell[axis])] for axis in _AXES}
     specs = {axis: spec_of(one) for axis, one in own.items()}
     note = " ".join(
-        f"The {axis} {spec} was of version {own[axis].version}; it takes a leakbench that has this version."
+        f"The {axis} {spec} had version {own[axis].version}; repeating it needs a leakbench with that version."
         for axis, spec in specs.items()
         if own[axis].variant.startswith("version")
     )
@@ -77,7 +77,7 @@ def reproduction(
 
 
 def spec_of(one: StoredComponent) -> str:
-    """Return a spec that parses to the component; every option is written where the shortest one no longer does."""
+    """Return a spec that parses to the component, with every option if the component has a variant."""
     if not one.variant:
         return one.spec
     options = ", ".join(f"{name}={_option(value)}" for name, value in one.options.items())
@@ -85,7 +85,7 @@ def spec_of(one: StoredComponent) -> str:
 
 
 def owners(components: Iterable[StoredComponent], own: StoredComponent, threat: str) -> list[str]:
-    """Return the specs of the run's other kinds of defenses with secrets, where the threat model reveals some.
+    """Return the specs of the run's other kinds of defenses with secrets, if the threat model reveals some.
 
     A matrix must hold a defense that has what a threat model reveals.
     """
@@ -118,7 +118,7 @@ def _plugins(sessions: Sequence[RunSession]) -> list[str]:
     for session in sessions:
         try:
             words = shlex.split(session.provenance.command)
-        except ValueError:  # no command line, but what a program called it
+        except ValueError:  # not a command line: a program gave it a name of its own
             continue
         for word, following in zip(words, [*words[1:], ""]):
             path = following if word == "--plugin" else word.removeprefix("--plugin=") if "--plugin=" in word else ""

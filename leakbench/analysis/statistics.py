@@ -34,7 +34,7 @@ def bootstrap_interval(
         resamples: how often the images are drawn anew.
 
     Returns:
-        (low, high); NaN where there are fewer than two images or a value is not finite.
+        (low, high); NaN if there are fewer than two images or a value is not finite.
     """
     array = np.asarray(values, dtype=np.float64)
     groups = _groups(array, images)
@@ -106,7 +106,7 @@ def paired_difference(first: pd.Series, second: pd.Series) -> Difference:
     """Return the difference of two arms, first less second, over the (image, seed) pairs that have both.
 
     Args:
-        first: values by (image, seed), NaN where there is none; so is ``second``.
+        first: values by (image, seed), NaN for a missing one; so is ``second``.
     """
     both = pd.concat([first, second], axis=1, keys=["first", "second"]).dropna()
     images = both.index.get_level_values("image").to_numpy()
@@ -140,7 +140,7 @@ def wilcoxon_test(values: Sequence[float] | Array, images: ImageIds | None = Non
         images: [N] the image of each; those of one image are averaged first. None: every value has its own.
 
     Returns:
-        p in (0, 1]; NaN where there are fewer than two images or a mean is undefined.
+        p in (0, 1]; NaN if there are fewer than two images or a mean is undefined.
     """
     means = _image_means(np.asarray(values, dtype=np.float64), images)
     if len(means) < 2 or np.isnan(means).any():

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
-from leakbench.analysis.statistics import bootstrap_interval
+from leakbench.analysis.statistics import Array, bootstrap_interval
 from leakbench.store.records import MetricInfo
 
 BLOCK = ("dataset", "model", "threat")
@@ -20,8 +19,6 @@ ANY = "(any)"
 """What a floor has in the defense's place: it uses no gradient, so it is the same behind every defense."""
 
 STATUSES = ("ok", "failed", "unsupported", "error")
-
-Array = npt.NDArray[np.float64]
 
 
 def without_repeats(results: pd.DataFrame) -> pd.DataFrame:
@@ -40,8 +37,8 @@ def summarise(results: pd.DataFrame, metrics: Sequence[MetricInfo]) -> pd.DataFr
 
     ``n`` trials ended, of which ``ok``, ``failed``, ``unsupported`` and ``error``. For every metric M: ``M`` is its
     mean over the ``M n`` trials that have it (failed ones included), ``M low`` and ``M high`` its 95 % interval;
-    ``M gain`` is the mean over (image, seed) pairs of what the attack leaks beyond the floor ``M floor``, positive
-    where it leaks more, with ``M gain low`` and ``M gain high``. The floor is the one with the best mean over the
+    ``M gain`` is the mean over (image, seed) pairs of the leakage beyond the floor ``M floor``, positive
+    if the attack leaks more, with ``M gain low`` and ``M gain high``. The floor is the one with the best mean over the
     same pairs; floors themselves have no gain.
     """
     rows = []

@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterable
 
 ABSENT = "–"
-"""What stands for a number that there is none of."""
+"""The text in place of a missing number."""
 
 
 def decimals(values: Iterable[float]) -> int | None:
     """Return how many decimals suit a column; None asks for scientific notation.
 
-    The largest value has about four digits; one decimal more is granted where a small one would have only one digit.
+    The largest value has about four digits; one decimal more is given if a small one would have only one digit.
     """
     sizes = [abs(value) for value in values if math.isfinite(value) and value != 0]
     if not sizes:
@@ -26,7 +26,7 @@ def decimals(values: Iterable[float]) -> int | None:
 
 
 def number(value: float, places: int | None, sign: bool = False) -> str:
-    """Return the value with so many decimals, in scientific notation where ``places`` is None."""
+    """Return the value with ``places`` decimals, in scientific notation if that is None."""
     if math.isnan(value):
         return ABSENT
     if math.isinf(value):
@@ -39,7 +39,7 @@ def number(value: float, places: int | None, sign: bool = False) -> str:
 
 
 def with_interval(value: float, low: float, high: float, places: int | None, sign: bool = False) -> str:
-    """Return ``value [low, high]``, ``value [–]`` where the interval is undefined."""
+    """Return ``value [low, high]``, ``value [–]`` if the interval is undefined."""
     if math.isnan(value):
         return ABSENT
     if math.isnan(low) or math.isnan(high):
@@ -59,7 +59,7 @@ def p_value(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share in whole per cent, and 0 and 100 for none and all alone."""
+    """Return a share in whole per cent; 0 % and 100 % mean none and all exactly."""
     rounded = round(100 * share)
     bounded = rounded if share in (0, 1) else min(99, max(1, rounded))
     return f"{bounded} %"

@@ -1,4 +1,4 @@
-"""What was run, when, where and with which versions: the head of a report."""
+"""The head of a report: commands, times, devices and versions of a run."""
 
 from __future__ import annotations
 

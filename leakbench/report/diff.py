@@ -23,7 +23,7 @@ from leakbench.report.page import render_markdown
 from leakbench.store.records import MetricInfo, RunSession, TrialRecord, threshold_of
 from leakbench.store.run_file import Store
 
-AXES = ("attack", "defense", "model", "dataset", "threat")
+CELL_AXES = ("attack", "defense", "model", "dataset", "threat")
 """The axes of a cell, in the order in which a difference names them."""
 
 
@@ -106,7 +106,7 @@ def diff(first: ComparedRun, second: ComparedRun) -> Comparison:
             f"no trial of {first.name} has a matching trial in {second.name}: no cell, image and seed ended in both; "
             "compare runs of one matrix"
         )
-    varying = [axis for axis in range(len(AXES)) if axis < 2 or len({pair.one.specs[axis] for pair in pairs}) > 1]
+    varying = [axis for axis in range(len(CELL_AXES)) if axis < 2 or len({pair.one.specs[axis] for pair in pairs}) > 1]
     names = {id(pair): ", ".join(pair.one.specs[axis] for axis in varying) for pair in pairs}
     attacked = [pair for pair in pairs if not pair.one.floor]
     known = {metric.name for metric in (*first.metrics, *second.metrics)}
@@ -148,7 +148,7 @@ def _cells(run: ComparedRun) -> list[_Cell]:
     for settings, own in ended.groupby(ended["trial"].map(keys), sort=False):
         specs = run.records[str(own["trial"].iloc[0])].specs
         cell = _Cell(
-            tuple(specs[axis] for axis in AXES), str(settings), bool(own["floor"].iloc[0]), own.set_index(TARGET)
+            tuple(specs[axis] for axis in CELL_AXES), str(settings), bool(own["floor"].iloc[0]), own.set_index(TARGET)
         )
         found.append(cell)
     return found
@@ -169,7 +169,7 @@ def _matched(first: Sequence[_Cell], second: Sequence[_Cell]) -> Iterator[_Match
 
 
 def _ensembles(first: ComparedRun, second: ComparedRun) -> tuple[str, int]:
-    """Return the Markdown on what all attackers together recover, and how many differences are significant.
+    """Return the Markdown on the images that all attackers together recover, and how many differences are significant.
 
     The text is empty if neither run has a threshold.
     """
@@ -216,7 +216,7 @@ def _recovered(run: ComparedRun, threshold: float) -> dict[tuple[str, ...], pd.S
 
 
 def _versions(first: ComparedRun, second: ComparedRun) -> dict[str, object]:
-    """Return what each run was made with, and how that differs."""
+    """Return the versions, packages and devices of both runs, and whether they differ."""
     sources = [list(dict.fromkeys(_source(session) for session in run.sessions)) for run in (first, second)]
     rows = [[run.name, ", ".join(source)] for run, own in zip((first, second), sources) for source in own]
     codes = [{source[0] for source in own} for own in sources]
@@ -261,7 +261,7 @@ def _unmatched(run: ComparedRun, pairs: Sequence[_Matched]) -> list[list[str]]:
     both = {trial for pair in pairs for trials in (pair.before, pair.after) for trial in trials["trial"]}
     own = run.trials[~run.trials["trial"].isin(both)]
     rows = []
-    for key, cell in own.groupby(list(AXES), sort=False):
+    for key, cell in own.groupby(list(CELL_AXES), sort=False):
         ended = int((cell["status"] != "").sum())
         rows.append([run.name, ", ".join(map(str, key)), str(ended), str(len(cell) - ended)])
     return rows

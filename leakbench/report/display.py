@@ -148,7 +148,7 @@ def to_latex(
 
 
 def _tex(text: object) -> str:
-    """Return escaped text in one line without what LaTeX's fonts lack: such a letter is written as ``[U+4E2D]``."""
+    """Return escaped text in one line; a letter that LaTeX's fonts lack is written as ``[U+4E2D]``."""
     return "".join(_TEX.get(char) or (char if char.isascii() else _ascii(char)) for char in one_line(text))
 
 
@@ -162,7 +162,7 @@ def to_console(shown: pd.DataFrame, title: str = "", caption: str = "", left: in
 
     Args:
         shown: text cells, not escaped.
-        title: what stands above the table; likewise ``caption`` below.
+        title: the heading above the table; ``caption`` is the text below it.
         left: how many of the first columns are aligned to the left.
     """
     out = Table(

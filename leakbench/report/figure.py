@@ -20,7 +20,7 @@ MARKERS = "osD^vPX*"
 """The markers of points, in order."""
 
 INK, GREY, ORANGE, RED = "#1a1c20", "#5b5b5b", "#d55e00", "#c40000"
-"""The colours of text, of rules and floors, of what matters most, and of failures."""
+"""The colours of text, of rules and floors, of the main values, and of failures."""
 
 _SETTINGS: Any = {"svg.hashsalt": "leakbench", "svg.fonttype": "path", "pdf.fonttype": 42, "font.family": "DejaVu Sans"}
 _UNDATED: Any = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}

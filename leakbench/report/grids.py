@@ -70,9 +70,9 @@ class GridPage:
 
     Attributes:
         file: the file's name.
-        title: what it shows.
+        title: the heading above the grid.
         seed: whose trials these are.
-        legend: what stands under each reconstruction.
+        legend: the meaning of the numbers under each reconstruction.
         columns: neighbours of the same attack share a header.
     """
 

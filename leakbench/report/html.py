@@ -25,7 +25,7 @@ from leakbench.report.scenes import along, decibels, share_text, worst_cases
 from leakbench.report.sprites import SHEET_COLUMNS, SHEET_ROWS, TILE_SIDE, Sheet, png, sheets, tile
 from leakbench.store.records import MetricInfo, Pictures
 
-MAX_BYTES = 9_500_000
+MAX_PAGE_BYTES = 9_500_000
 """The size that a page may have; pictures beyond it are left out."""
 
 _CODE_BYTES = 200_000
@@ -74,7 +74,7 @@ def html(
         "galleries": galleries,
         "trials": {**_trials(once, metrics, axes, run), **_courses(once, curves or {})},
     }
-    room = MAX_BYTES - _CODE_BYTES - len(embedded(data).encode())
+    room = MAX_PAGE_BYTES - _CODE_BYTES - len(embedded(data).encode())
     found, places = _sprites(once, galleries, pictures, room)
     data["sheets"] = [[sheet.width, sheet.height] for sheet in found]
     data["sheetColumns"] = SHEET_COLUMNS
@@ -197,7 +197,7 @@ def chosen(cell: pd.DataFrame, metric: MetricInfo) -> list[int]:
     """Return the rows (labels) of the best, the median and the worst reconstruction of a cell, by leakage.
 
     Trials with a value in the metric are ordered from most to least leakage, ties by image and seed; the median is the
-    lower one of an even number. Of two trials there is no median, of one there is the best alone.
+    lower one of an even number. Of two trials there is no median, of one there is only the best.
     """
     ascending = [not metric.higher_is_better, True, True]
     order = (

@@ -1,4 +1,4 @@
-"""``report.md``: what the run was, its tables and pictures, and how to read them."""
+"""``report.md``: the settings of a run, its tables and pictures, and how to read them."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def _strongest(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> str:
 
 
 def _controls(results: pd.DataFrame, run: RunData) -> dict[str, object]:
-    """Return what attacks with a generator gain over its floor and over their controls, and the verdicts on that."""
+    """Return the gains of attacks with a generator over its floor and over their controls, and the verdicts on them."""
     metrics = _standard(run.metrics)
     gains = control_gains(results, run.components, metrics)
     names = [metric.name for metric in metrics if any(metric.name in gain.values for gain in gains)]

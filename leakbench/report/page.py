@@ -91,7 +91,7 @@ def _hash(text: str) -> str:
 def render_markdown(template: str, **context: object) -> str:
     """Return Markdown from a template in ``report/pages``, with one empty line between its paragraphs.
 
-    Text is shown as it is given: the template passes what is no Markdown yet through the filter ``escape``. The filter
+    Text is shown as given: the template passes text that is not Markdown through the filter ``escape``. The filter
     ``table`` takes rows of text cells and makes a table, as ``rows | table(["attack", "n"], left=1)``; its cells are
     escaped already.
     """

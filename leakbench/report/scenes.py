@@ -15,7 +15,7 @@ from leakbench.plan.matrix import RECOVERY
 from leakbench.report.markdown import notes
 from leakbench.report.run import RunData
 
-Gain = tuple[float, float, float]
+GainInterval = tuple[float, float, float]
 """A mean gain in dB with the ends of its interval."""
 
 
@@ -24,7 +24,7 @@ class DefenseRow:
     """One defense of a worst case.
 
     Attributes:
-        result: what the ensemble of attackers recovers.
+        result: the share that the ensemble of attackers recovers.
         by: the attackers that recover most, and how many images.
         gain: that of the strongest attacker over the best floor in ``psnr_aligned``; None without one.
         attacker: the strongest attacker; empty if none exceeds the floor.
@@ -32,7 +32,7 @@ class DefenseRow:
 
     result: EnsembleResult
     by: str
-    gain: Gain | None
+    gain: GainInterval | None
     attacker: str
 
 
@@ -110,15 +110,15 @@ def worst_cases(run: RunData, trials: pd.DataFrame) -> list[WorstCase]:
 
 
 def _leakage(row: DefenseRow) -> tuple[bool, float, float]:
-    """Return what defenses are sorted by: the share recovered, without one last, and the gain."""
+    """Return the key that sorts defenses: the share recovered, defenses without one last, and then the gain."""
     share = row.result.share
     return math.isnan(share), 0.0 if math.isnan(share) else share, -math.inf if row.gain is None else row.gain[0]
 
 
-def _gains(run: RunData) -> Mapping[tuple[str, str, str], tuple[str, Gain]]:
+def _gains(run: RunData) -> Mapping[tuple[str, str, str], tuple[str, GainInterval]]:
     """Return (dataset, model, defense) -> the attacker that gains most under any threat model, and its gain."""
     metrics = [metric for metric in run.metrics if metric.name == "psnr_aligned" and metric.name in run.results]
-    found: dict[tuple[str, str, str], tuple[str, Gain]] = {}
+    found: dict[tuple[str, str, str], tuple[str, GainInterval]] = {}
     if not metrics:
         return found
     for row in strongest(summarise(run.results, metrics), "psnr_aligned").to_dict("records"):
@@ -155,7 +155,7 @@ def share_text(one: EnsembleResult) -> str:
     return f"{counted} so far" if one.open else counted
 
 
-def decibels(gain: Gain) -> str:
+def decibels(gain: GainInterval) -> str:
     """Return a gain in dB with its interval."""
     return with_interval(*gain, 1, sign=True)
 

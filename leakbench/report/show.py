@@ -18,7 +18,7 @@ from leakbench.store.connection import decoding
 from leakbench.store.records import MetricInfo, RunSession, TrialRecord
 from leakbench.store.run_file import Store
 
-AXES = ("dataset", "model", "defense", "attack")
+COMPONENT_AXES = ("dataset", "model", "defense", "attack")
 _MAX_LISTED = 4
 
 
@@ -71,7 +71,9 @@ def show(store: Store, prefix: str) -> Shown:
         row = trials[trials["trial"] == trial].iloc[0]
         record, components, sessions = store.records()[trial], store.components(), store.sessions()
         specs = {one.kind: one for one in components if one.spec == row[one.kind]}
-        facts = [(axis, _component(specs[axis].spec, specs[axis].version, specs[axis].options)) for axis in AXES]
+        facts = [
+            (axis, _component(specs[axis].spec, specs[axis].version, specs[axis].options)) for axis in COMPONENT_AXES
+        ]
         facts.append(("threat model", f"{row['threat']}: {record.threat}"))
         label = "" if record.label is None else f", whose label is {record.label}"
         facts.append(("image", f"index {row['image']}{label}; seed {row['seed']}"))
@@ -80,7 +82,7 @@ def show(store: Store, prefix: str) -> Shown:
             facts += [("cost", _cost(row)), ("made by", _source(record, sessions))]
         metrics = store.metrics()
         scored = [metric for metric in metrics if not math.isnan(row[metric.name])]
-        repeat = reproduction({axis: str(row[axis]) for axis in (*AXES, "threat")}, components, sessions)
+        repeat = reproduction({axis: str(row[axis]) for axis in (*COMPONENT_AXES, "threat")}, components, sessions)
         return Shown(
             trial=trial,
             facts=tuple((label, "\n".join(map(one_line, words.split("\n")))) for label, words in facts),
@@ -118,7 +120,7 @@ def _source(record: TrialRecord, sessions: list[RunSession]) -> str:
 
 def _metrics(row: pd.Series, trials: pd.DataFrame, metrics: list[MetricInfo]) -> Table:
     """Return the table of a trial's scores, each beside the best floor on the same image and seed."""
-    same = [*AXES[:2], "threat", "image", "seed"]
+    same = [*COMPONENT_AXES[:2], "threat", "image", "seed"]
     own = (trials[same] == row[same].to_list()).all(axis=1) & (trials["trial"] != row["trial"])
     rows = []
     for metric in metrics:

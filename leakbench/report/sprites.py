@@ -57,7 +57,7 @@ def sheets(pictures: Iterable[bytes]) -> tuple[list[Sheet], list[tuple[int, int]
 
 
 def tile(data: bytes) -> Image.Image | None:
-    """Return a picture as a sheet holds it: reduced where it is large, grey where it has no colour."""
+    """Return a picture as it is in a sheet: reduced if it is large, grey if it has no colour."""
     image = decoded(data)
     if image is None:
         return None
