@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from leakbench import datasets
-from leakbench.core.images import FORMATS
+from leakbench.core.images import IMAGE_FORMATS
 from leakbench.core.rng import seeded
 from leakbench.datasets import Dataset
 from leakbench.datasets.folder import SUFFIXES
@@ -372,7 +372,7 @@ def read_image(path: str, image_shape: tuple[int, int, int]) -> Tensor:
         raise MissingAsset(f"--truth {path!r} does not exist; give an image file ({', '.join(SUFFIXES)})")
     channels, height, width = image_shape
     try:
-        with Image.open(file, formats=FORMATS) as opened:
+        with Image.open(file, formats=IMAGE_FORMATS) as opened:
             image = opened.convert("L" if channels == 1 else "RGB")
         scale = max(height / image.height, width / image.width)
         size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+"""An option above zero."""
 
 LATER = {"later": True}
 """The metadata of an option (``dataclasses.field``) that was added when there were results without it."""

@@ -10,7 +10,7 @@ from PIL import Image
 MAX_PIXELS = 2**24
 """No picture of a run has more pixels."""
 
-FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+IMAGE_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Pillow's names of the formats of images that are read from a user's folder: of others, some run other programs."""
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from leakbench.core.images import FORMATS
+from leakbench.core.images import IMAGE_FORMATS
 from leakbench.datasets.base import Dataset, register
 from leakbench.datasets.images import Channels, Size, check_indices, convert
 from leakbench.errors import BadOption, CorruptAsset
@@ -219,7 +219,7 @@ def _images(folder: Path) -> list[Path]:
 def _pixels(file: Path, side: int, short_side: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Return [side, side, 3]: an image scaled on its short side, its centre square cut out."""
     try:
-        with Image.open(file, formats=FORMATS) as opened:
+        with Image.open(file, formats=IMAGE_FORMATS) as opened:
             image = opened.convert("RGB")
         scale = short_side / min(image.size)
         width, height = (max(short_side, round(length * scale)) for length in image.size)

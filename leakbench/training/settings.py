@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SkipValidation
 
 from leakbench import datasets, defenses, models
-from leakbench.core.component import as_json
+from leakbench.core.component import Positive, as_json
 from leakbench.core.text import slug
 from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
@@ -29,8 +29,6 @@ StageName = Literal["initial", "1 epoch", "25 %", "100 %", "best"]
 
 FEDERATED = ("clients", "fraction", "local_epochs", "split", "shards")
 """The options of federated training only."""
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Recipe(Axes):

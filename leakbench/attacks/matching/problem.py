@@ -13,7 +13,7 @@ from torch import Tensor
 from leakbench.attacks.base import Attack
 from leakbench.attacks.matching.labels import analytic_labels
 from leakbench.attacks.matching.tensors import scaled, total_variation
-from leakbench.core.component import LATER
+from leakbench.core.component import LATER, Positive
 from leakbench.core.rng import Rng
 from leakbench.core.types import Gradient
 from leakbench.observation import Observation
@@ -21,7 +21,6 @@ from leakbench.optim import Unknowns
 
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
