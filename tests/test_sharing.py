@@ -192,7 +192,7 @@ def test_arms_are_compared_by_wilcoxons_test(tmp_path: Path) -> None:
     tests = {row[0]: row for row in table((tmp_path / "sharing.md").read_text(), "**Paired differences**:")}
     assert len(tests) == 1 + 2 * 3 + 15
     p = stats.wilcoxon(np.full(12, 5.0)).pvalue
-    assert tests["lock, key derived − lock"][1:5] == ["12", "+5.000 [+5.000, +5.000]", "+5.000", "<0.001"]
+    assert tests["lock, key derived − lock"][1:5] == ["12", "+5.000 [+5.000, +5.000]", "+5.000", "&#60;0.001"]
     assert p < 0.001
     assert tests["both − lock, key derived"][2:6] == ["+0.000 [+0.000, +0.000]", "+0.000", "1.000", "1.000"]
     assert tests["none − norm-only"][2] == "+2.000 [+2.000, +2.000]"
