@@ -135,16 +135,15 @@ class Audit:
         if self.rule is None or self.failures():
             return ""
         missing = [defense for defense, value in self.values().items() if value is None]
+        names = "; ".join(missing)
         if missing and self.rule.name == LABELS and any(one.leaks.labels.inferred is None for one in self.defenses):
-            why = "no closed-form rule infers the labels, which does not hide them; choose another rule"
-        elif missing:
-            why = (
-                "it was not measured; give --truth (or --label for labels), larger images if the metric needs them, or "
-                "fetch the files that the metric needs"
+            return f"no closed-form rule infers the labels ({names}), which does not hide them; choose another rule"
+        if missing:
+            return (
+                f"{self.rule.name} was not measured ({names}); give --truth (or --label for labels), larger images if "
+                "the metric needs them, or fetch the files that the metric needs"
             )
-        else:
-            return next((warning for one in self.defenses for warning in one.warnings), "")
-        return f"{why} ({'; '.join(missing)})"
+        return next((warning for one in self.defenses for warning in one.warnings), "")
 
     def verdict(self) -> bool | None:
         """Return whether the audit passes; None if there is no rule.
