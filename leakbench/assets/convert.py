@@ -11,6 +11,7 @@ import io
 import json
 import zipfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +21,7 @@ from numpy.typing import NDArray
 from leakbench.assets import archives
 from leakbench.errors import CorruptAsset
 
-IDX = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
+IDX = [f"{part}-{content}-ubyte" for part in ("train", "t10k") for content in ("images-idx3", "labels-idx1")]
 
 BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
 
@@ -113,9 +109,15 @@ def dists(file: Path) -> Iterator[tuple[str, bytes]]:
     yield "dists.safetensors", safetensors.torch.save(torch.load(content, map_location="cpu", weights_only=True))
 
 
-def nothing(file: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield nothing: the asset is not kept in the cache."""
-    yield from ()
+CONVERSIONS = {
+    "idx": idx,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "alexnet": partial(trunk, net="alexnet"),
+    "vgg16": partial(trunk, net="vgg16"),
+    "dists": dists,
+}
+"""The conversions by their names in the table of assets."""
 
 
 def _members(file: Path, names: Sequence[str]) -> dict[str, bytes]:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import pooch
 
@@ -36,9 +36,8 @@ class TorchvisionSource:
         package: the name of torchvision's class.
     """
 
-    kind: ClassVar[str] = "torchvision"
-
     package: str
+    kind: Literal["torchvision"] = "torchvision"
 
     def __str__(self) -> str:
         return f"{self.kind} {self.package}"
