@@ -63,6 +63,14 @@ def test_entries_are_what_the_run_says(ran: Path) -> None:
     assert (ran / "board" / "entry.schema.json").read_text() == schema()
 
 
+def test_entries_of_before_called_adaptive_attackers_informed(ran: Path) -> None:
+    file = ran / "board" / "entries" / "old.json"
+    entry = json.loads(sorted((ran / "board" / "entries").iterdir())[0].read_text())
+    entry["best_attacker"] = entry["attackers"][0]["name"] = "lb (informed)"
+    file.write_text(json.dumps(entry))
+    assert (read(file).best_attacker, read(file).attackers[0].name) == ("lb (adaptive)", "lb (adaptive)")
+
+
 def test_whatever_is_in_a_name_is_text_on_the_page_and_in_the_entries(tmp_path: Path) -> None:
     attack, defense = named(TinyAttack, "thief")(note=NASTY), named(TinyDefense, "guard")(note=NASTY)
     crossed = [scored(attack, defense, image, 0.7) for image in (0, 1)]

@@ -101,9 +101,9 @@ def attacker_names(trials: pd.DataFrame) -> dict[tuple[str, str], str]:
 
 
 def _adaptive(threat: str) -> str:
-    """Return what the short name of an adaptive attacker adds: " (informed)" or " (NAME)"."""
+    """Return what the short name of an adaptive attacker adds: " (adaptive)" or " (NAME)"."""
     named = re.search(r"\binformed=([\w-]+)", threat)
-    return "" if named is None else f" ({'informed' if named[1] == 'true' else named[1]})"
+    return "" if named is None else f" ({'adaptive' if named[1] == 'true' else named[1]})"
 
 
 def _ensemble_result(block: pd.DataFrame, threshold: float, names: Mapping[tuple[str, str], str]) -> EnsembleResult:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from leakbench.analysis import pareto as utility
 from leakbench.analysis.ensemble import RECOVERED, AttackerStats, EnsembleResult, ensemble_results, floor_share
@@ -26,6 +26,9 @@ SCHEMA_FILE = "entry.schema.json"
 _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _Count = Annotated[int, Field(ge=0)]
 _Text = Annotated[str, Field(min_length=1, max_length=2000)]
+_Name = Annotated[
+    _Text, AfterValidator(lambda name: name.replace(" (informed)", " (adaptive)"))
+]  # as entries once said
 
 
 class _Strict(BaseModel):
@@ -35,7 +38,7 @@ class _Strict(BaseModel):
 class Attacker(_Strict):
     """The counts of one attacker of the ensemble."""
 
-    name: _Text
+    name: _Name
     recovered: Annotated[_Count, Field(description="images, once for each seed, that it was the first to recover")]
     tried: Annotated[_Count, Field(description="trials with a score")]
     failed: Annotated[_Count, Field(description="trials that diverged, part of tried")]
@@ -78,7 +81,8 @@ class Entry(_Strict):
     high: _Share
     floor: Annotated[_Share | None, Field(description="share that the best floor recovers; null if none was run")]
     best_attacker: Annotated[
-        str | None, Field(description="the attacker that was first to recover most images; null if none recovered any")
+        _Name | None,
+        Field(description="the attacker that was first to recover most images; null if none recovered any"),
     ]
     attackers: list[Attacker]
     accuracy: Cost | None = None
