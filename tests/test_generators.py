@@ -26,7 +26,7 @@ from leakbench.datasets.images import convert
 from leakbench.datasets.in_memory import read
 from leakbench.datasets.stored import Part, Split, Stored
 from leakbench.errors import BadOption, CorruptAsset, LeakbenchError, MissingAsset, Unsupported
-from leakbench.generators import files
+from leakbench.generators import dcgan
 from leakbench.generators.assess import assess, nearest
 from leakbench.generators.base import Loaded, TruncatedNormal, check_fit, is_mean, load
 from leakbench.generators.dcgan import SHIPPED
@@ -193,10 +193,12 @@ def test_a_damaged_installation_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_what_is_read_and_written_again_stays_the_same(tmp_path: Path, toys: str) -> None:
-    trained, state, means = files.read(train(small(), tmp_path))
-    decoder = files.decoder_of(trained, state)
-    files.write(tmp_path / "again", trained, decoder, means["seen"], means["unseen"])
-    _, again, _ = files.read(tmp_path / "again")
+    file = train(small(), tmp_path)
+    trained, state, means = dcgan.read(file)
+    decoder = dcgan.DCGAN(str(file)).network()
+    assert isinstance(decoder, dcgan.Decoder)
+    dcgan.write(tmp_path / "again", trained, decoder, means["seen"], means["unseen"])
+    _, again, _ = dcgan.read(tmp_path / "again")
     for name, value in state.items():
         assert torch.equal(again[name], value)
 

@@ -26,6 +26,7 @@ __all__ = [
     "File",
     "Progress",
     "Source",
+    "checksum",
     "fetch",
     "file",
     "get",
@@ -82,8 +83,7 @@ def file(name: str, member: str) -> Path:
     known = next(known for known in asset.files if known.name == member)
     found = home() / name / member
     try:
-        status = found.stat()
-        digest = _sha256(found, known.size, status.st_mtime_ns) if status.st_size == known.size else ""
+        digest = checksum(found) if found.stat().st_size == known.size else ""
     except (FileNotFoundError, NotADirectoryError):
         raise MissingAsset(
             f"{asset.kind} {name!r} is not in the cache {home()}; run `leakbench assets fetch {name}`"
@@ -231,8 +231,13 @@ def _recorded(found: Path) -> str | None:
     return next((line.split()[0] for line in lines if line.split()[1:] == [found.name]), None)
 
 
+def checksum(found: Path) -> str:
+    """Return the SHA-256 of a file, which is read once in a process unless its size or time changes."""
+    status = found.stat()
+    return _sha256(found, status.st_size, status.st_mtime_ns)
+
+
 @functools.lru_cache(maxsize=64)
 def _sha256(found: Path, size: int, mtime: int) -> str:
-    """Return the checksum of a file of this size and time, which are the key of the cache."""
     digest: str = pooch.file_hash(found)
     return digest

@@ -13,7 +13,7 @@ from torchvision.utils import make_grid
 
 from leakbench.core.rng import generator
 from leakbench.datasets.in_memory import ByteImages, read
-from leakbench.generators import files
+from leakbench.generators.dcgan import DCGAN
 from leakbench.generators.train import WEIGHTS, GeneratorRecipe, splits
 from leakbench.version import __version__
 
@@ -56,10 +56,10 @@ def nearest(images: Tensor, training: Tensor, rows: int = 2000) -> Nearest:
 @torch.no_grad()
 def samples(file: Path, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return images [count, C, 32, 32] in [0, 1] of the classes in turn, and their labels, drawn by this seed."""
-    trained, state, _ = files.read(file)
-    decoder = files.decoder_of(trained, state)
-    labels = torch.arange(count) % trained.classes
-    latent = torch.randn(count, trained.latent, generator=generator("samples", seed))
+    trained = DCGAN(str(file))
+    card, decoder = trained.card(), trained.network()
+    labels = torch.arange(count) % card.num_classes
+    latent = torch.randn(count, card.latent, generator=generator("samples", seed))
     images = [decoder(part, own) for part, own in zip(latent.split(250), labels.split(250))]
     return torch.cat(images).add(1).div(2), labels
 
@@ -68,12 +68,12 @@ def assess(recipe: GeneratorRecipe, out: Path, command: str) -> list[Path]:
     """Write ``samples.png``, ``nearest.png`` and ``report.md`` on the weights in ``out``, and return their paths."""
     seen, unseen = splits(recipe.dataset)
     training, test = read(seen, range(len(seen))), read(unseen, range(min(SAMPLES, len(unseen))))
-    trained, _, _ = files.read(out / WEIGHTS)
+    trained = DCGAN(str(out / WEIGHTS))
     drawn, _ = samples(out / WEIGHTS, SAMPLES, recipe.seed)
-    classes = min(trained.classes, 20)
+    classes = trained.card().num_classes
     own, other = nearest(drawn, training.pixels), nearest(test.pixels.float() / 255, training.pixels)
 
-    places = [row * trained.classes + column for column in range(classes) for row in range(_GRID)]
+    places = [row * classes + column for column in range(min(classes, 20)) for row in range(_GRID)]
     _save(out / "samples.png", drawn[places], _GRID)
     pairs = torch.cat([drawn[: 2 * _GRID], training.pixels[own.index[: 2 * _GRID]].float() / 255])
     _save(out / "nearest.png", pairs, 2 * _GRID)
@@ -91,7 +91,7 @@ def _save(file: Path, images: Tensor, columns: int) -> None:
 
 
 def _report(
-    recipe: GeneratorRecipe, trained: files.Trained, command: str, own: Nearest, other: Nearest, training: ByteImages
+    recipe: GeneratorRecipe, trained: DCGAN, command: str, own: Nearest, other: Nearest, training: ByteImages
 ) -> str:
     """Return the report on the training and the distances."""
     levels = torch.tensor([0.0, 0.01, 0.05, 0.5, 0.95], dtype=torch.float64)
@@ -101,7 +101,7 @@ def _report(
         return f"| {name} | {len(found.distance)} | {values} |"
 
     close = float((own.distance < other.distance.quantile(0.01)).double().mean())
-    parameters = sum(value.numel() for value in trained.decoder().parameters())
+    parameters = sum(value.numel() for value in trained.network().parameters())
     options = "\n".join(f"| {name} | {value} |" for name, value in vars(recipe).items())
     return f"""# A generator for {recipe.dataset}
 

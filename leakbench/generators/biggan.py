@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
+import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from leakbench import assets
 from leakbench.errors import BadOption, CorruptAsset, MissingAsset, one_line
 from leakbench.generators.base import Card, Generator, TruncatedNormal, register
 
@@ -45,7 +46,7 @@ class BigGANDeep(Generator):
 
     def card(self) -> Card:
         """Return the description from files and options."""
-        config = _config(*self._files())
+        config = _config(self._files()[0])
         side = int(config["output_dim"])
         if self.path is None and side != self.resolution:
             raise CorruptAsset(
@@ -58,7 +59,7 @@ class BigGANDeep(Generator):
             num_classes=len(classes) or int(config["num_classes"]),
             data="the training split of ImageNet (ILSVRC 2012)",
             licence="Apache-2.0 (code); the published weights' terms are those of TensorFlow Hub",
-            checksum=_checksum(*_stamp(self._files()[1])),
+            checksum=assets.checksum(self._files()[1]),
             law=TruncatedNormal(self.truncation),
         )
 
@@ -69,16 +70,11 @@ class BigGANDeep(Generator):
             MissingAsset: the package or the weights are not there.
             CorruptAsset: the files are not those of a BigGAN-deep.
         """
-        try:
-            from pytorch_pretrained_biggan import BigGAN, BigGANConfig
-        except ImportError:
-            raise MissingAsset(
-                "generator 'biggan-deep' needs pytorch-pretrained-biggan; run pip install 'leakbench[biggan]'"
-            ) from None
+        package = _package()
         config_file, weights_file = self._files()
-        config = BigGANConfig.from_dict(_config(config_file, weights_file))
+        config = package.BigGANConfig.from_dict(_config(config_file))
         try:
-            network = BigGAN(config)
+            network = package.BigGAN(config)
             state = torch.load(weights_file, map_location="cpu", weights_only=True)
             missing = network.load_state_dict(state, strict=False).missing_keys
         except Exception as error:
@@ -110,9 +106,8 @@ class BigGANDeep(Generator):
     def _files(self) -> tuple[Path, Path]:
         """Return the paths of configuration and weights."""
         if self.path is None:
-            return _cached(f"biggan-deep-{self.resolution}-{CONFIG}"), _cached(
-                f"biggan-deep-{self.resolution}-{WEIGHTS}"
-            )
+            model = f"biggan-deep-{self.resolution}"
+            return _cached(f"{model}-{CONFIG}"), _cached(f"{model}-{WEIGHTS}")
         folder = Path(self.path).expanduser()
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
@@ -138,15 +133,19 @@ class _Conditional(nn.Module):
         return images
 
 
-def _cached(name: str) -> Path:
-    """Return a file of the package's own cache, which names files by hashes and keeps each one's address beside it."""
+def _package() -> ModuleType:
+    """Return pytorch-pretrained-biggan; raise MissingAsset if it is not installed."""
     try:
-        from pytorch_pretrained_biggan import PYTORCH_PRETRAINED_BIGGAN_CACHE
+        return importlib.import_module("pytorch_pretrained_biggan")
     except ImportError:
         raise MissingAsset(
             "generator 'biggan-deep' needs pytorch-pretrained-biggan; run pip install 'leakbench[biggan]'"
         ) from None
-    cache = Path(PYTORCH_PRETRAINED_BIGGAN_CACHE)
+
+
+def _cached(name: str) -> Path:
+    """Return a file of the package's own cache, which names files by hashes and keeps each one's address beside it."""
+    cache = Path(_package().PYTORCH_PRETRAINED_BIGGAN_CACHE)
     for note in sorted(cache.glob("*.json")):
         file = note.with_suffix("")
         try:
@@ -162,7 +161,7 @@ def _cached(name: str) -> Path:
     )
 
 
-def _config(config_file: Path, weights_file: Path) -> dict[str, Any]:
+def _config(config_file: Path) -> dict[str, Any]:
     """Return the configuration, whose sizes are checked."""
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
@@ -174,14 +173,3 @@ def _config(config_file: Path, weights_file: Path) -> dict[str, Any]:
             "again"
         ) from None
     return dict(config)
-
-
-def _stamp(file: Path) -> tuple[Path, int, int]:
-    status = file.stat()
-    return file, status.st_size, status.st_mtime_ns
-
-
-@functools.lru_cache(maxsize=8)
-def _checksum(file: Path, size: int, mtime: int) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

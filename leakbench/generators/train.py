@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
 
 from leakbench import datasets
 from leakbench.core.files import draft
@@ -27,9 +29,7 @@ from leakbench.datasets import Dataset
 from leakbench.datasets.in_memory import ByteImages, read
 from leakbench.datasets.stored import Stored
 from leakbench.errors import BadOption, CorruptAsset
-from leakbench.generators import files
-from leakbench.generators.files import Trained
-from leakbench.generators.networks import SIDE, ConditionalNorm, Critic, Decoder
+from leakbench.generators.dcgan import SIDE, ConditionalNorm, Decoder, Trained, write
 
 WEIGHTS = "generator.safetensors"
 CHECKPOINT = "checkpoint.pt"
@@ -105,6 +105,30 @@ def overlap(first: ByteImages, second: ByteImages) -> int:
     return sum(hashlib.sha256(image.numpy().tobytes()).digest() in seen for image in second.pixels)
 
 
+class Critic(nn.Module):
+    """A convolutional discriminator with spectral normalisation and a projection on the label.
+
+    Spectral normalisation is that of Miyato et al. 2018 (arXiv 1802.05957), the projection that of Miyato and Koyama
+    2018 (arXiv 1802.05637).
+    """
+
+    def __init__(self, classes: int, channels: int, width: int) -> None:
+        super().__init__()
+        sizes = [channels, max(16, width * 3 // 16), width // 2, width]
+        self.downs = nn.ModuleList(
+            spectral_norm(nn.Conv2d(before, after, 4, 2, 1)) for before, after in itertools.pairwise(sizes)
+        )
+        self.score = spectral_norm(nn.Linear(width * 16, 1))
+        self.match = spectral_norm(nn.Embedding(classes, width))
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return [N], higher for images [N, C, 32, 32] in [-1, 1] that look real and fit their labels [N]."""
+        x = images
+        for down in self.downs:
+            x = F.leaky_relu(down(x), 0.2)
+        return self.score(x.flatten(1))[:, 0] + (self.match(labels) * x.sum((2, 3))).sum(1)
+
+
 class _State:
     """The networks and their optimisers, which training changes."""
 
@@ -130,33 +154,27 @@ class _State:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
             before, step = dict(content["recipe"]), int(content["step"])
-            states = {name: content[name] for name in self._parts()}
-        except Exception as error:
-            raise _no_checkpoint(file, error) from None
-        changed = [name for name, value in asdict(recipe).items() if name != "steps" and before.get(name) != value]
-        if changed or step > recipe.steps:
-            name = changed[0] if changed else "steps"
-            was = step if name == "steps" else before.get(name)
-            raise BadOption(
-                f"the checkpoint {str(file)!r} was made with {name}={was}, not {getattr(recipe, name)}; "
-                "give the same options, or another folder"
-            )
-        try:
+            changed = [name for name, value in asdict(recipe).items() if name != "steps" and before.get(name) != value]
+            if changed or step > recipe.steps:
+                name = changed[0] if changed else "steps"
+                was = step if name == "steps" else before.get(name)
+                raise BadOption(
+                    f"the checkpoint {str(file)!r} was made with {name}={was}, not {getattr(recipe, name)}; "
+                    "give the same options, or another folder"
+                )
             for name, part in self._parts().items():
-                part.load_state_dict(states[name])
-        except Exception as error:  # tensors of other names and shapes, or no tensors
-            raise _no_checkpoint(file, error) from None
+                part.load_state_dict(content[name])
+        except BadOption:
+            raise
+        except Exception as error:  # a damaged file, or tensors of other names and shapes
+            raise CorruptAsset(
+                f"the checkpoint {str(file)!r} cannot be read ({type(error).__name__}); delete it to start again"
+            ) from None
         self.step = step
 
     def _parts(self) -> dict[str, Any]:
         names = ("decoder", "critic", "average", "decoder_adam", "critic_adam")
         return {name: getattr(self, name) for name in names}
-
-
-def _no_checkpoint(file: Path, error: Exception) -> CorruptAsset:
-    return CorruptAsset(
-        f"the checkpoint {str(file)!r} cannot be read ({type(error).__name__}); delete it to start again"
-    )
 
 
 def train(
@@ -215,9 +233,7 @@ def train(
         )
         native = replace(seen, size=None)
         # a dataset's mean is that of the split which it does not attack
-        files.write(
-            out / WEIGHTS, trained, state.average.cpu().eval(), replace(native, split="test").mean(), native.mean()
-        )
+        write(out / WEIGHTS, trained, state.average.cpu().eval(), replace(native, split="test").mean(), native.mean())
         return out / WEIGHTS
 
 
