@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from leakbench.errors import BadOption
+from leakbench.errors import BadOption, Unsupported
 from leakbench.models.base import Model
 from leakbench.models.weights import Checkpoint, Init, fingerprint, initialise, load, stated
 
@@ -42,6 +42,12 @@ class Architecture(Model):
         Raises:
             Unsupported: the architecture does not admit this shape.
         """
+
+    def require(self, image_shape: tuple[int, int, int], side: int) -> None:
+        """Raise Unsupported if the images (C, H, W) have fewer than ``side`` pixels in one direction."""
+        _, height, width = image_shape
+        if min(height, width) < side:
+            raise Unsupported(f"{self.name} needs images of at least {side}x{side}, not {height}x{width}; set size=32")
 
     def build(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
         """Return the network with its weights, in its mode; see ``network``."""

@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from leakbench.errors import Unsupported
 from leakbench.models.architecture import Architecture, Mode
 from leakbench.models.base import register
 from leakbench.models.weights import Init
@@ -53,7 +52,8 @@ class LeNet(Architecture):
 
     def network(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
         """Return the network; images must be at least 8x8."""
-        return _network(image_shape, num_classes, normalise=False)
+        self.require(image_shape, 8)
+        return _LeNet(image_shape, num_classes, normalise=False)
 
 
 @register("lenet-bn")
@@ -76,10 +76,5 @@ class LeNetBN(Architecture):
 
     def network(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
         """Return the network; images must be at least 8x8."""
-        return _network(image_shape, num_classes, normalise=True)
-
-
-def _network(image_shape: tuple[int, int, int], num_classes: int, normalise: bool) -> nn.Module:
-    if min(image_shape[1:]) < 8:
-        raise Unsupported(f"lenet needs images of at least 8x8, not {image_shape[1]}x{image_shape[2]}; set size=32")
-    return _LeNet(image_shape, num_classes, normalise)
+        self.require(image_shape, 8)
+        return _LeNet(image_shape, num_classes, normalise=True)

@@ -9,7 +9,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from leakbench.errors import Unsupported
 from leakbench.models.architecture import Architecture, Mode
 from leakbench.models.base import register
 from leakbench.models.resnet import ACTIVATIONS, ActivationName, Width
@@ -22,34 +21,27 @@ _STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))
 class _VGG(nn.Module):
     """Thirteen 3x3 convolutions in five stages and three linear layers; named as torchvision names it."""
 
-    def __init__(
-        self,
-        channels: int,
-        num_classes: int,
-        width: int,
-        hidden: int,
-        activation: type[nn.Module],
-        normalise: bool,
-        dropout: float,
-    ) -> None:
+    def __init__(self, options: VGG16, channels: int, num_classes: int) -> None:
         super().__init__()
+        activation, hidden = ACTIVATIONS[options.activation], options.hidden
         layers: list[nn.Module] = []
         for factor, count in _STAGES:
             for _ in range(count):
-                layers.append(nn.Conv2d(channels, width * factor, 3, padding=1))
-                layers += [nn.BatchNorm2d(width * factor)] if normalise else []
+                outputs = options.width * factor
+                layers.append(nn.Conv2d(channels, outputs, 3, padding=1))
+                layers += [nn.BatchNorm2d(outputs)] if options.norm == "batch" else []
                 layers.append(activation())
-                channels = width * factor
+                channels = outputs
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
         self.avgpool = nn.AdaptiveAvgPool2d(7)
         self.classifier = nn.Sequential(
             nn.Linear(channels * 49, hidden),
             activation(),
-            nn.Dropout(dropout),
+            nn.Dropout(options.dropout),
             nn.Linear(hidden, hidden),
             activation(),
-            nn.Dropout(dropout),
+            nn.Dropout(options.dropout),
             nn.Linear(hidden, num_classes),
         )
 
@@ -90,19 +82,8 @@ class VGG16(Architecture):
 
     def network(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
         """Return the network; images must be at least 32x32."""
-        if min(image_shape[1:]) < 32:
-            raise Unsupported(
-                f"vgg16 needs images of at least 32x32, not {image_shape[1]}x{image_shape[2]}; set size=32"
-            )
-        model = _VGG(
-            image_shape[0],
-            num_classes,
-            self.width,
-            self.hidden,
-            ACTIVATIONS[self.activation],
-            self.norm == "batch",
-            self.dropout,
-        )
+        self.require(image_shape, 32)
+        model = _VGG(self, image_shape[0], num_classes)
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
