@@ -7,8 +7,8 @@ plain autograd yields transposed weight gradients, which cost several strided co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,59 +36,65 @@ def shared(tensor: Tensor) -> bool:
     return tensor.stride(0) == 0 or len(tensor) == 1
 
 
-class Linear(Function):
-    """x [T, R, I] and weight [T, O, I] give x weight^T [T, R, O]."""
+class Form(NamedTuple):
+    """A form t(x, w, y), linear in each of its operands: its gradient by each of them, a function of the other two.
+
+    Attributes:
+        by_input: (w, y) -> the gradient by x.
+        by_weight: (x, y) -> the gradient by w.
+        by_output: (x, w) -> the gradient by y: the map itself, such as a convolution.
+    """
+
+    by_input: Callable[[Tensor, Tensor], Tensor]
+    by_weight: Callable[[Tensor, Tensor], Tensor]
+    by_output: Callable[[Tensor, Tensor], Tensor]
+
+    def output(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the map of x and weight, differentiable any number of times."""
+        out: Tensor = FormGradient.apply(x, weight, self, 2)
+        return out
+
+
+class FormGradient(Function):
+    """The gradient of a form by the operand at ``place``, a function of the other two in their order.
+
+    Linear in both, so that its derivative by each is the form's gradient by that operand, with the incoming gradient at
+    ``place``.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        """Multiply."""
-        ctx.save_for_backward(x, weight)
-        return torch.bmm(x, weight.transpose(1, 2))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Return the gradients by x and weight."""
-        x, weight = ctx.saved_tensors
-        by_x = InputGradient.apply(grads[0], weight) if needed(ctx, 0) else None
-        by_weight = WeightGradient.apply(grads[0], x) if needed(ctx, 1) else None
-        return by_x, by_weight
-
-
-class InputGradient(Function):
-    """grad [T, R, O] and weight [T, O, I] give grad weight [T, R, I]."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, weight: Tensor) -> Tensor:
-        """Multiply."""
-        ctx.save_for_backward(grad, weight)
-        return torch.bmm(grad, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Return the gradients by grad and weight."""
-        grad, weight = ctx.saved_tensors
-        by_grad = Linear.apply(grads[0], weight) if needed(ctx, 0) else None
-        by_weight = WeightGradient.apply(grad, grads[0]) if needed(ctx, 1) else None
-        return by_grad, by_weight
-
-
-class WeightGradient(Function):
-    """grad [T, R, O] and x [T, R, I] give grad^T x [T, O, I]."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, x: Tensor) -> Tensor:
-        """Multiply; a single row is an outer product."""
-        ctx.save_for_backward(grad, x)
-        left = grad.transpose(1, 2)
-        return left * x if x.shape[1] == 1 else torch.bmm(left, x)
+    def forward(ctx: Any, first: Tensor, second: Tensor, form: Form, place: int) -> Tensor:
+        """Return the gradient."""
+        ctx.save_for_backward(first, second)
+        ctx.form, ctx.place = form, place
+        return form[place](first, second)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Return the gradients by grad and x."""
-        grad, x = ctx.saved_tensors
-        by_grad = Linear.apply(x, grads[0]) if needed(ctx, 0) else None
-        by_x = InputGradient.apply(grad, grads[0]) if needed(ctx, 1) else None
-        return by_grad, by_x
+        """Return the gradients by both operands."""
+        operands = list(ctx.saved_tensors)
+        operands.insert(ctx.place, grads[0])
+
+        def by(place: int) -> Tensor:
+            others = operands[:place] + operands[place + 1 :]
+            return FormGradient.apply(*others, ctx.form, place)
+
+        given = [place for place in range(3) if place != ctx.place]
+        return *(by(place) if needed(ctx, index) else None for index, place in enumerate(given)), None, None
+
+
+def _outer(x: Tensor, y: Tensor) -> Tensor:
+    """Return y^T x [T, O, I] of x [T, R, I] and y [T, R, O]; a single row is an outer product."""
+    left = y.transpose(1, 2)
+    return left * x if x.shape[1] == 1 else torch.bmm(left, x)
+
+
+LINEAR = Form(
+    by_input=lambda weight, y: torch.bmm(y, weight),
+    by_weight=_outer,
+    by_output=lambda x, weight: torch.bmm(x, weight.transpose(1, 2)),
+)
+"""The linear map x weight^T [T, R, O] of x [T, R, I] and weight [T, O, I]."""
 
 
 class SquaredNorm(Function):

@@ -9,15 +9,14 @@ kernel; others one grouped convolution over all trials.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from leakbench.gradients.bilinear import needed, shared
+from leakbench.gradients.bilinear import Form, shared
 
 IM2COL_VALUES = 2**15
 """Up to this many values of a trial's im2col matrix, one matrix product is faster than the grouped weight gradient."""
@@ -135,58 +134,10 @@ def _trials(x: Tensor, like: Tensor, axis: int = 1) -> Tensor:
     return x.reshape(len(like), -1, *x.shape[axis + 1 :])
 
 
-class ConvolutionFunction(Function):
-    """See ``convolve``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-        """Convolve."""
-        ctx.save_for_backward(x, weight)
-        ctx.geometry = geometry
-        return convolve(x, weight, geometry)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Return the gradients by x and weight."""
-        x, weight = ctx.saved_tensors
-        by_x = ConvolutionInputGradient.apply(grads[0], weight, ctx.geometry) if needed(ctx, 0) else None
-        by_weight = ConvolutionWeightGradient.apply(x, grads[0], ctx.geometry) if needed(ctx, 1) else None
-        return by_x, by_weight, None
-
-
-class ConvolutionInputGradient(Function):
-    """See ``input_gradient``."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-        """Convolve with the transpose."""
-        ctx.save_for_backward(grad, weight)
-        ctx.geometry = geometry
-        return input_gradient(grad, weight, geometry)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Return the gradients by grad and weight."""
-        grad, weight = ctx.saved_tensors
-        by_grad = ConvolutionFunction.apply(grads[0], weight, ctx.geometry) if needed(ctx, 0) else None
-        by_weight = ConvolutionWeightGradient.apply(grads[0], grad, ctx.geometry) if needed(ctx, 1) else None
-        return by_grad, by_weight, None
-
-
-class ConvolutionWeightGradient(Function):
-    """See ``weight_gradient``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, grad: Tensor, geometry: Geometry) -> Tensor:
-        """Correlate."""
-        ctx.save_for_backward(x, grad)
-        ctx.geometry = geometry
-        return weight_gradient(x, grad, geometry)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Return the gradients by x and grad."""
-        x, grad = ctx.saved_tensors
-        by_x = ConvolutionInputGradient.apply(grad, grads[0], ctx.geometry) if needed(ctx, 0) else None
-        by_grad = ConvolutionFunction.apply(x, grads[0], ctx.geometry) if needed(ctx, 1) else None
-        return by_x, by_grad, None
+def convolution(geometry: Geometry) -> Form:
+    """Return the form whose map is ``convolve``."""
+    return Form(
+        by_input=lambda weight, y: input_gradient(y, weight, geometry),
+        by_weight=lambda x, y: weight_gradient(x, y, geometry),
+        by_output=lambda x, weight: convolve(x, weight, geometry),
+    )

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from leakbench.gradients.bilinear import Linear
-from leakbench.gradients.convolution import ConvolutionFunction, Geometry
+from leakbench.gradients.bilinear import LINEAR
+from leakbench.gradients.convolution import Geometry, convolution
 from leakbench.gradients.draws import Draws, random_operations
 from leakbench.gradients.normalisation import normalise
 from leakbench.gradients.twice import COMPOSITE, ELEMENTARY
@@ -67,7 +67,7 @@ def conv2d(
         x = F.pad(x, [side for d, k in zip(spread[::-1], kernel[::-1]) for side in _same(d * (k - 1))])
     around = (0, 0) if isinstance(padding, str) else _pair(padding)
     geometry = Geometry(_pair(stride), around, spread, groups, (x.shape[2], x.shape[3]), kernel)
-    out: Tensor = ConvolutionFunction.apply(x, weight, geometry)
+    out = convolution(geometry).output(x, weight)
     return out if bias is None else out + bias[..., None, None]
 
 
@@ -88,7 +88,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if weight.ndim == 2:
         return F.linear(x, weight, bias)
     rows = x.reshape(weight.shape[0], -1, x.shape[-1])
-    out: Tensor = Linear.apply(rows, weight)
+    out = LINEAR.output(rows, weight)
     if bias is not None:
         out = out + bias[:, None]
     return out.reshape(*x.shape[:-1], weight.shape[1])
