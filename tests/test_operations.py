@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from leakbench.core.rng import generator
 from leakbench.errors import Unsupported
 from leakbench.gradients import Evaluator, Path
-from leakbench.gradients.draws import BatchDraws, NoDraws
+from leakbench.gradients.draws import Draws
 from leakbench.gradients.evaluate import fingerprint
 from leakbench.gradients.intercept import Interception
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 def both(call: Callable[..., Tensor], *inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Return value and second derivatives of a call, intercepted and by torch's own mathematical kernels."""
     results = []
-    for context in (Interception(NoDraws()), sdpa_kernel(SDPBackend.MATH)):
+    for context in (Interception(Draws(None)), sdpa_kernel(SDPBackend.MATH)):
         own = [tensor.clone().requires_grad_() for tensor in inputs]
         with context:
             value = call(*own)
@@ -92,7 +92,7 @@ def test_multi_head_attention_is_torchs(name: str, batch_first: bool) -> None:
 
 def test_hardsigmoid_is_torchs_and_acts_in_place() -> None:
     x = torch.tensor([-4.0, -3.0, -1.0, 0.0, 2.0, 3.0, 5.0])
-    with Interception(NoDraws()):
+    with Interception(Draws(None)):
         apart, inside = F.hardsigmoid(x), x.clone()
         assert F.hardsigmoid(inside, inplace=True) is inside
     torch.testing.assert_close(apart, F.hardsigmoid(x))
@@ -148,7 +148,7 @@ def test_a_trials_numbers_depend_on_nothing_but_its_generator(name: str) -> None
 
 
 def test_dropout_keeps_the_mean_and_the_share() -> None:
-    with Interception(BatchDraws(lambda: [generator(t) for t in range(4)])):
+    with Interception(Draws(lambda: [generator(t) for t in range(4)])):
         dropped = F.dropout(torch.ones(4, 5000), 0.3)
     assert dropped.unique().tolist() == [0.0, pytest.approx(1 / 0.7)]
     assert float((dropped == 0).double().mean()) == pytest.approx(0.3, abs=0.02)
@@ -179,4 +179,4 @@ def test_a_fingerprint_tells_architectures_apart_and_copies_together() -> None:
     assert len(set(prints)) == len(make)
     assert prints == [fingerprint(copy.deepcopy(build()).to("meta")) for build in make]
     with pytest.raises(TypeError):
-        fingerprint(Random(Interception(NoDraws())))  # type: ignore[arg-type]
+        fingerprint(Random(Interception(Draws(None))))  # type: ignore[arg-type]

@@ -7,9 +7,9 @@ trials beside it nor on the path by which gradients are computed.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,19 +22,51 @@ Generators = Callable[[], Sequence[torch.Generator]]
 """Makes one generator a trial; it is called when a network first draws, which most never do."""
 
 
-class Draws(ABC):
+class Draws:
     """The source of the random numbers of one forward pass.
 
-    Attributes:
-        in_place: a tensor can be filled with draws. Under ``vmap`` a tensor that was made inside belongs to all trials
-            and cannot; who uses what the filling returns is served, and ``choose_path`` finds out who does not.
+    Args:
+        generators: makes one generator a trial; None for a network that must not draw.
+        trial: the number of the one trial of the pass: an integer or, under ``vmap``, a scalar tensor. None for a pass
+            whose leading axis holds the trials, several places for each if it was split further.
     """
 
-    in_place: ClassVar[bool] = True
+    def __init__(self, generators: Generators | None, trial: int | Tensor | None = None) -> None:
+        self._make = generators and cache(generators)
+        self._trial = trial
 
-    @abstractmethod
+    @property
+    def in_place(self) -> bool:
+        """Whether a tensor can be filled with draws.
+
+        Under ``vmap`` a tensor that was made inside belongs to all trials and cannot; a network that uses what the
+        filling returns is served, and ``choose_path`` finds out any other.
+        """
+        return not isinstance(self._trial, Tensor)
+
+    def of(self, trial: int | Tensor) -> Draws:
+        """Return the source of a pass of a single trial."""
+        return Draws(self._make, trial)
+
     def take(self, shape: Sequence[int], draw: Draw) -> Tensor:
-        """Return the results of ``draw`` on each trial's part of a tensor of this shape."""
+        """Return the results of ``draw`` on each trial's part of a tensor of this shape.
+
+        Raises:
+            Unsupported: there are no generators.
+            ValueError: the leading axis does not hold the trials.
+        """
+        if self._make is None:
+            raise Unsupported("the network draws random numbers, and no source of them was given")
+        generators = self._make()
+        if isinstance(self._trial, int):
+            return draw(tuple(shape), generators[self._trial])
+        if self._trial is not None:
+            rows = torch.stack([draw(tuple(shape), generator) for generator in generators])
+            return rows.to(self._trial.device).index_select(0, self._trial[None])[0]
+        if not shape or shape[0] % len(generators):
+            raise ValueError(f"random numbers of shape {tuple(shape)} have no axis of {len(generators)} trials")
+        own = (shape[0] // len(generators), *shape[1:])
+        return torch.cat([draw(own, generator) for generator in generators])
 
     def uniform(self, like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """Return U[0, 1) draws of this shape (by default that of ``like``)."""
@@ -43,65 +75,6 @@ class Draws(ABC):
     def normal(self, like: Tensor) -> Tensor:
         """Return N(0, 1) draws shaped like a tensor."""
         return self.take(like.shape, _normal).to(like)
-
-
-class NoDraws(Draws):
-    """For networks that must not draw."""
-
-    def take(self, shape: Sequence[int], draw: Draw) -> Tensor:
-        """Raise Unsupported."""
-        raise Unsupported("the network draws random numbers, and no source of them was given")
-
-
-class BatchDraws(Draws):
-    """For a pass whose leading axis holds the trials, several places for each if it was split further."""
-
-    def __init__(self, generators: Generators) -> None:
-        self._make = generators
-        self._made: Sequence[torch.Generator] = ()
-
-    @property
-    def generators(self) -> Sequence[torch.Generator]:
-        """One generator a trial."""
-        self._made = self._made or self._make()
-        return self._made
-
-    def take(self, shape: Sequence[int], draw: Draw) -> Tensor:
-        """Return each trial's draws, one after the other along the leading axis."""
-        trials = len(self.generators)
-        if not shape or shape[0] % trials:
-            raise ValueError(f"random numbers of shape {tuple(shape)} have no axis of {trials} trials")
-        own = (shape[0] // trials, *shape[1:])
-        return torch.cat([draw(own, generator) for generator in self.generators])
-
-    def row(self, trial: int) -> Draws:
-        """Return the source of a pass of a single trial."""
-        return _RowDraws(self, trial)
-
-    def vmapped(self, index: Tensor) -> Draws:
-        """Return the source of a pass under ``vmap`` over trials; index is the trial's own number, a scalar."""
-        return _VmapDraws(self, index)
-
-
-class _RowDraws(Draws):
-    def __init__(self, batch: BatchDraws, trial: int) -> None:
-        self._batch = batch
-        self._trial = trial
-
-    def take(self, shape: Sequence[int], draw: Draw) -> Tensor:
-        return draw(tuple(shape), self._batch.generators[self._trial])
-
-
-class _VmapDraws(Draws):
-    in_place: ClassVar[bool] = False
-
-    def __init__(self, batch: BatchDraws, index: Tensor) -> None:
-        self._batch = batch
-        self._index = index
-
-    def take(self, shape: Sequence[int], draw: Draw) -> Tensor:
-        rows = torch.stack([draw(tuple(shape), generator) for generator in self._batch.generators])
-        return rows.to(self._index.device).index_select(0, self._index[None])[0]
 
 
 def random_operations(draws: Draws) -> Mapping[Callable[..., Any], Callable[..., Any]]:

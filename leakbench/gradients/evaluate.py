@@ -28,7 +28,7 @@ from leakbench.core.rng import generator, seeded
 from leakbench.core.types import Gradient
 from leakbench.errors import Unsupported
 from leakbench.gradients.bilinear import shared
-from leakbench.gradients.draws import BatchDraws, Generators, NoDraws
+from leakbench.gradients.draws import Draws, Generators
 from leakbench.gradients.intercept import PER_TRIAL, UNDER_VMAP, Interception
 
 Path = Literal["batched", "vmap", "one-at-a-time"]
@@ -93,16 +93,15 @@ class Evaluator:
             generators: makes one generator a trial for the network's random layers; without it they must not draw.
         """
         module = _LossModule(self.model, self.loss)
-        source = None if generators is None else BatchDraws(generators)
-        none = NoDraws()
+        draws = Draws(generators)
         if self.path == "batched":
-            with Interception(source or none, PER_TRIAL):
+            with Interception(draws, PER_TRIAL):
                 return functional_call(module, self._named(self._placed(tensors)), (x, y))
         if self.path == "vmap":
             named = self._named(tensors)
 
             def alone(tensors: Mapping[str, Tensor], x: Tensor, y: Tensor, index: Tensor) -> Tensor:
-                with Interception(source.vmapped(index) if source else none, UNDER_VMAP):
+                with Interception(draws.of(index), UNDER_VMAP):
                     loss: Tensor = functional_call(module, dict(tensors), (x[None], y[None]))[0]
                 return loss
 
@@ -119,7 +118,7 @@ class Evaluator:
         apart = {name: v.unbind() if v.ndim > self._own[name].ndim else [v] * len(x) for name, v in tensors.items()}
         rows = []
         for t, (image, label) in enumerate(zip(x.split(1), y.split(1))):
-            with Interception(source.row(t) if source else none):
+            with Interception(draws.of(t)):
                 own = self._named({name: values[t] for name, values in apart.items()})
                 rows.append(functional_call(module, own, (image, label)))
         return torch.cat(rows)
