@@ -56,10 +56,6 @@ class IG(GradientMatching):
 
     def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
         """Run Adam; labels and secrets, if they are optimised, follow their plain gradient."""
-
-        def project(name: str, tensor: Tensor) -> Tensor:
-            return tensor.clamp(0, 1) if self.boxed and name == "image" else tensor
-
         return descend(
             objective,
             start,
@@ -67,5 +63,5 @@ class IG(GradientMatching):
             lr=dict.fromkeys(start, self.lr),
             sign=("image",) if self.signed else (),
             milestones=tuple(step for part in (2.667, 1.6, 1.142) if (step := int(self.steps / part))),
-            project=project,
+            boxed=("image",) if self.boxed else (),
         )

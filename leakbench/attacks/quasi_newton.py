@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
 from leakbench.attacks.matching import GradientMatching, MatchingObjective
 from leakbench.core.component import LATER
 from leakbench.optim import LineSearch, Solution, Unknowns, descend, lbfgs
@@ -38,10 +36,6 @@ class QuasiNewton(GradientMatching):
         """Run at most ``steps`` outer steps of L-BFGS, or ``steps`` steps of Adam."""
         if self.solver != "lbfgs":
             signed = self.solver == "signed-adam"
-
-            def project(name: str, tensor: Tensor) -> Tensor:
-                return tensor.clamp(0, 1) if signed and name == "image" else tensor
-
             return descend(
                 objective,
                 start,
@@ -49,7 +43,7 @@ class QuasiNewton(GradientMatching):
                 lr=dict.fromkeys(start, self.lr),
                 sign=("image",) if signed else (),
                 milestones=tuple(self.steps * part // 8 for part in (3, 5, 7)) if signed else (),
-                project=project,
+                boxed=("image",) if signed else (),
             )
         return lbfgs(
             objective,

@@ -85,19 +85,14 @@ class Precode(Defense):
 
     def secrets(self, model: nn.Module) -> tuple[Secret, ...]:
         """Return the noise of the client's forward pass."""
-        return tuple(
-            Secret(f"{name}.noise", "noise", Normal(), fresh=True)
-            for name, module in model.named_modules()
-            if isinstance(module, VariationalBottleneck)
-        )
+        return tuple(Secret(f"{name}.noise", "noise", Normal(), fresh=True) for name in bottlenecks(model))
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return cross-entropy plus ``beta`` times the divergence, [B]."""
         encoded: list[Tensor] = []
         hooks = [
-            module.encoder.register_forward_hook(lambda module, inputs, output: encoded.append(output))
-            for module in model.modules()
-            if isinstance(module, VariationalBottleneck)
+            bottleneck.encoder.register_forward_hook(lambda module, inputs, output: encoded.append(output))
+            for bottleneck in bottlenecks(model).values()
         ]
         try:
             loss = super().loss(model, x, y)
@@ -151,9 +146,9 @@ def recovered_noise(model: nn.Module, observed: Observed, weights: Weights) -> G
     compute mu and sigma; in float64.
     """
     found = {}
-    for name, module in model.named_modules():
+    for name in bottlenecks(model):
         layers = [f"{name}.{layer}.{tensor}" for layer in ("encoder", "decoder") for tensor in ("weight", "bias")]
-        if not isinstance(module, VariationalBottleneck) or not set(layers) <= observed.keys():
+        if not set(layers) <= observed.keys():
             continue
         sent = [observed[layer].double() for layer in layers]
         features, code = layer_input(*sent[:2]), layer_input(*sent[2:])
@@ -225,8 +220,9 @@ def frozen_heads(model: nn.Module, hidden: Collection[str]) -> tuple[nn.Module, 
 
 def heads(model: nn.Module) -> dict[str, VariationalBottleneck]:
     """Return by name what ``wrap`` put in the classifier's place, the bottleneck and the classifier: its bottleneck."""
-    return {
-        name.rpartition(".")[0]: module
-        for name, module in model.named_modules()
-        if isinstance(module, VariationalBottleneck)
-    }
+    return {name.rpartition(".")[0]: bottleneck for name, bottleneck in bottlenecks(model).items()}
+
+
+def bottlenecks(model: nn.Module) -> dict[str, VariationalBottleneck]:
+    """Return every bottleneck of a network by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, VariationalBottleneck)}

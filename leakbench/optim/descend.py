@@ -1,8 +1,8 @@
-"""First-order descent of many trials at once: (signed) Adam and RMSprop with a step schedule and a projection."""
+"""First-order descent of many trials at once: (signed) Adam and RMSprop with a step schedule and bounds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -24,7 +24,7 @@ def descend(
     sign: Sequence[str] = (),
     milestones: Sequence[int] = (),
     decay: float = 0.1,
-    project: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
+    boxed: Sequence[str] = (),
     gain: Mapping[str, GainFunction] | None = None,
 ) -> Solution:
     """Descend for ``steps`` steps; a trial that becomes non-finite stops at its last finite iterate.
@@ -38,7 +38,7 @@ def descend(
         sign: the unknowns whose gradient is replaced by its sign before the update.
         milestones: the steps before which every step size is multiplied by ``decay``.
         decay: see ``milestones``.
-        project: (name, tensor) -> tensor, applied after every update.
+        boxed: the unknowns that are clamped to [0, 1] after every update.
         gain: for unknowns whose RMSprop does not divide as torch's does; see ``RMSprop``.
     """
     unknowns = {name: tensor.detach().clone() for name, tensor in start.items()}
@@ -72,10 +72,8 @@ def descend(
             best[name] = where_rows(finite, tensor, best[name])
             tensor.grad = gradient[name].sign() if name in sign else gradient[name]
         optimiser.step()
-        for name, tensor in unknowns.items():
-            projected = project(name, tensor)
-            if projected is not tensor:
-                tensor.copy_(projected)
+        for name in boxed:
+            unknowns[name].clamp_(0, 1)
     unknowns = {name: where_rows(finite, tensor, best[name]) for name, tensor in unknowns.items()}
     seen += [torch.full_like(value, torch.nan)] * (len(places) - len(seen))
     curve = Curve(steps, 1, torch.stack(seen, 1))
