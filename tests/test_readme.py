@@ -45,10 +45,10 @@ def test_the_python_lines_run(tmp_path, monkeypatch):
     assert tuple(scope["guess"].images.shape) == (2, 3, 32, 32)
 
 
-def test_the_defenses_that_nobody_can_be_informed_of_are_those_that_are_named():
+def test_the_defenses_without_an_adaptive_attacker_are_those_that_are_named():
     from leakbench import defenses
 
-    (named,) = re.findall(r"Defenses that state nothing \(([^)]*)\)", TEXT)
+    (named,) = re.findall(r"Defenses without an adaptive attacker \(([^)]*)\)", TEXT)
     own = {name: defenses.get(name) for name in defenses.names()}
     silent = {name for name, cls in own.items() if cls.__module__.startswith("leakbench.") and not cls().attackers()}
     assert set(re.findall(r"`([^`]+)`", named)) == silent
