@@ -13,7 +13,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from leakbench import attacks, defenses
-from leakbench.analysis.summary import summarise
 from leakbench.attacks import Attack
 from leakbench.core.malloc import keep_freed_memory
 from leakbench.core.rng import Rng
@@ -62,6 +61,8 @@ class Run:
 
     def summary(self) -> pd.DataFrame:
         """Return one row per cell: counts, and each metric's mean, interval and gain over the best floor."""
+        from leakbench.analysis.summary import summarise  # scipy.stats takes a second
+
         with Store.open(self.out / FILE, readonly=True) as store:
             return summarise(store.results(), store.metrics())
 

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import piq
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from leakbench import assets
 from leakbench.errors import MissingAsset
@@ -56,6 +55,8 @@ class MultiScaleSSIM(PiqMetric):
 
     def measure(self, images: Tensor, truth: Tensor) -> Tensor:
         """Return [T] values in [0, 1], 1 for equal images."""
+        import piq  # takes two seconds
+
         return piq.multi_scale_ssim(images, truth, reduction="none")
 
 
@@ -74,6 +75,8 @@ class VIF(PiqMetric):
 
     def measure(self, images: Tensor, truth: Tensor) -> Tensor:
         """Return [T] values, 0 or more: the part of the truth's information that the reconstruction keeps."""
+        import piq  # takes two seconds
+
         return piq.vif_p(images, truth, reduction="none")
 
 
@@ -91,6 +94,8 @@ class GMSD(PiqMetric):
 
     def measure(self, images: Tensor, truth: Tensor) -> Tensor:
         """Return [T] values, 0 or more; 0 for equal images."""
+        import piq  # takes two seconds
+
         return piq.gmsd(images, truth, reduction="none")
 
 
@@ -109,32 +114,33 @@ class FSIM(PiqMetric):
 
     def measure(self, images: Tensor, truth: Tensor) -> Tensor:
         """Return [T] values in [0, 1], 1 for equal images."""
+        import piq  # takes two seconds
+
         return piq.fsim(images, truth, reduction="none")
 
 
-class _Network(piq.DISTS):
-    """piq's DISTS with the weights of the cache: piq 0.8.0 downloads its own when one is made, and takes no others."""
+@functools.cache
+def _network(device: torch.device) -> nn.Module:
+    """Return piq's DISTS with the weights of the cache: piq 0.8.0 downloads its own, and takes no others."""
+    import piq
+    import torchvision
 
-    def __init__(self, device: torch.device) -> None:
-        import torchvision
-
-        with torch.device("meta"):
-            features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
-        trunk = safetensors.torch.load_file(trunk_file(TRUNKS["vgg"], DISTS.name))
-        features.load_state_dict({name.removeprefix("features."): v for name, v in trunk.items()}, assign=True)
-        own = {name: value.double() for name, value in safetensors.torch.load_file(_weights()).items()}
-        total = own["alpha"].sum() + own["beta"].sum()
-        weights = [part for name in ("alpha", "beta") for part in (own[name] / total).split(_CHANNELS, dim=1)]
-        piq.ContentLoss.__init__(
-            self, features, _LAYERS, weights, True, reduction="none", allow_layers_weights_mismatch=True
-        )
-        self.double().to(device)
+    with torch.device("meta"):
+        features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
+    trunk = safetensors.torch.load_file(trunk_file(TRUNKS["vgg"], DISTS.name))
+    features.load_state_dict({name.removeprefix("features."): v for name, v in trunk.items()}, assign=True)
+    own = {name: value.double() for name, value in safetensors.torch.load_file(_weights()).items()}
+    total = own["alpha"].sum() + own["beta"].sum()
+    weights = [part for name in ("alpha", "beta") for part in (own[name] / total).split(_CHANNELS, dim=1)]
+    network: nn.Module = piq.DISTS.__new__(piq.DISTS)
+    piq.ContentLoss.__init__(
+        network, features, _LAYERS, weights, True, reduction="none", allow_layers_weights_mismatch=True
+    )
+    return network.double().to(device)
 
 
 _LAYERS = ("3", "8", "15", "22", "29")
 _CHANNELS = [3, 64, 128, 256, 512, 512]
-
-_network = functools.cache(_Network)
 
 
 def _weights() -> Path:

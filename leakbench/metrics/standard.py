@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import piq
 import torch
 from torch import Tensor
 
@@ -41,6 +40,7 @@ def windowed_ssim(images: Tensor, truth: Tensor, window: int, sigma: float, data
     Returns:
         [T] float64 in [-1, 1]; 1 for equal images.
     """
+    import piq  # takes two seconds
 
     def similarity(*pair: Tensor) -> Tensor:
         x, y = (part.double().flatten(0, 1).unsqueeze(1) for part in pair)
@@ -82,6 +82,8 @@ class PSNR(Metric):
 
     def __call__(self, images: Tensor, truth: Tensor) -> Tensor:
         """Return [T] values in dB, 0 to 100; see ``Metric``."""
+        import piq  # takes two seconds
+
         check_pair(self, images, truth)
 
         def error(x: Tensor, y: Tensor) -> Tensor:
