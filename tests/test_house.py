@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import leakbench
 
 PACKAGE = Path(leakbench.__file__).parent
+ROOT = PACKAGE.parent
+RIDDLES = (
+    "beyond chance|complete and sound|give[ns]? away|go(es)? on|has its like|informed of|read off|settled|"
+    "so many|sought|spared|the informed|told apart|told nothing|told which|who is informed|words of another form|"
+    "work(s|ed)? out"
+)
+"""Phrases that a newcomer does not understand at first reading; CONTRIBUTING's glossary has the field's terms."""
 
 
 def test_imports_run_downward() -> None:
@@ -27,3 +37,27 @@ def test_the_root_has_few_modules() -> None:
 def test_the_command_line_starts_without_torch() -> None:
     code = "import sys, leakbench.cli.main; assert 'torch' not in sys.modules and 'pandas' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=dict(os.environ))
+
+
+def test_a_public_class_name_means_one_thing() -> None:
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")]
+    names = Counter(node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef))
+    assert [name for name, count in names.items() if count > 1 and not name.startswith("_")] == []
+
+
+def test_the_text_that_users_read_has_no_riddles() -> None:
+    pages = [*PACKAGE.rglob("*.j2"), *ROOT.glob("docs/**/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    text = {str(page): page.read_text(encoding="utf-8") for page in pages}
+    for path in PACKAGE.rglob("*.py"):
+        strings = [node.value for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if _is_text(node)]
+        text[str(path)] = "\n".join(strings)
+    found = {name: hits for name, body in text.items() if (hits := _riddles(body))}
+    assert found == {}
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def _riddles(text: str) -> list[str]:
+    return [match[0] for match in re.finditer(rf"\b({RIDDLES})\b", " ".join(text.split()))]

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 
 
 def show(
-    run: Run,
+    run: RunFolder,
     trial: Annotated[str, typer.Argument(metavar="TRIAL", help="The id of a trial, or its first digits.")],
 ) -> None:
     """Show one trial: settings, threat model, status, every metric with its convention, and cost.

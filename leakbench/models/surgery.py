@@ -125,7 +125,7 @@ def _registered(model: nn.Module) -> list[tuple[str, str | None]]:
 
 
 def _norm_after(leaves: Sequence[tuple[str, nn.Module]], channels: int) -> str | None:
-    """Return the name of the first normalisation of so many channels before any other layer with parameters."""
+    """Return the name of the first normalisation of this many channels before any other layer with parameters."""
     for name, module in leaves:
         if isinstance(module, _NORMS) and _width(module) == channels:
             return name
