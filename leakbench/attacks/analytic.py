@@ -33,7 +33,7 @@ NEGLIGIBLE = 1e-3
 @register("analytic")
 @dataclass(frozen=True)
 class Analytic(Attack):
-    """Analytic: the pixels that a linear layer takes, from its gradient in closed form.
+    """Analytic: derives the pixels that enter a linear layer from the layer's gradient, in closed form.
 
     The layer is W x + b, so that each row of dL/dW is x times that row's dL/db: x = (dL/dW)^T (dL/db) / |dL/db|^2.
     Without dL/db (no bias, or a withheld one), x is the leading right singular vector of dL/dW up to a factor; of the

@@ -33,8 +33,8 @@ class DLG(QuasiNewton):
         "images in memory."
     )
     fails: ClassVar[str] = (
-        "Diverges on some images, how many depends on the initial weights; ReLU networks; behind a normalisation, the "
-        "contrast is not determined."
+        "Diverges on some images; their number depends on the initial weights. Recovers nothing from ReLU networks, "
+        "and no contrast behind a normalisation."
     )
 
     def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
@@ -57,7 +57,7 @@ class IDLG(QuasiNewton):
     assumes: ClassVar[str] = (
         "As DLG, and a hard label with a classifier whose inputs are not negative, from which the label is inferred."
     )
-    cost: ClassVar[str] = "As DLG; a trial that has matched ends early."
+    cost: ClassVar[str] = "As DLG; a trial ends early once its gradient matches."
     fails: ClassVar[str] = (
         "As DLG; a wrong label (classifier inputs of any sign, as behind PRECODE; mixed labels) spoils the search."
     )

@@ -40,7 +40,7 @@ class Updates(QuasiNewton):
 @register("dlm")
 @dataclass(frozen=True)
 class DLM(Updates):
-    """Deep Leakage from Model: the distance of the dummy gradient to the update times a scale k, which is learned.
+    """Deep Leakage from Model: matches the dummy gradient to the update times a scale k, which is learned.
 
     |g' - k u|^2 over image, soft label and k, for the update u of one local step (the mean of several); k is 1 /
     learning rate where it matches. If soft labels are optimised, others with a smaller gradient of the same direction
@@ -65,7 +65,7 @@ class DLM(Updates):
     assumes: ClassVar[str] = (
         "A network that can be differentiated twice; the weights before and after local training of one image."
     )
-    cost: ClassVar[str] = "As DLG, for every start of k."
+    cost: ClassVar[str] = "As DLG, once for every starting value of k."
     fails: ClassVar[str] = (
         "Several local steps, which are matched by their mean; clipped or sparsified weights, unless the attacker is "
         "adaptive; noise stronger than the update."
@@ -112,7 +112,7 @@ class DLM(Updates):
 @register("dlm+")
 @dataclass(frozen=True)
 class DLMPlus(Updates):
-    """DLM+: the distance of the normalised dummy gradient to the normalised update, which no learning rate changes.
+    """DLM+: matches the normalised dummy gradient to the normalised update; the learning rate does not matter.
 
     With n(u) = mean_l |u_l| over the parameter tensors l: sum_l |g'_l / n(g') - u_l / n(u)|^2 over the image, and the
     label inferred from the update (the released code is given it). See Updates, QuasiNewton and GradientMatching for

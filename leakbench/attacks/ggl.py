@@ -70,7 +70,7 @@ def known_labels(observation: Observation) -> Tensor:
 @register("ggl")
 @dataclass(frozen=True)
 class GGL(GradientMatching):
-    """GGL: gradient-free search of a pretrained generator's latent for the observed gradient.
+    """GGL: gradient-free search for the latent of a pretrained generator whose image has the observed gradient.
 
     The distance is the mean over parameters of |T(g') - g|^2. The label is inferred from the last layer's gradient and
     conditions the generator; the latent starts at 0; the best candidate by the attack's own objective is returned.
@@ -101,8 +101,8 @@ class GGL(GradientMatching):
     )
     cost: ClassVar[str] = "``budget`` evaluations of the gradient, 25,000 by default; no second derivative is needed."
     fails: ClassVar[str] = (
-        "Returns only images that the generator can draw: at best a distant look-alike of any other. Compare it with "
-        "`prior` and `control=wrong-gradient`."
+        "Returns only images that the generator can draw; for any other image, at best a distant look-alike. Compare "
+        "it with `prior` and `control=wrong-gradient`."
     )
     per_tensor: ClassVar[bool] = True
     steps: ClassVar[int] = 1  # type: ignore[misc]  # the budget counts evaluations
@@ -238,7 +238,7 @@ class _Regularised:
 @register("prior")
 @dataclass(frozen=True)
 class PriorFloor(Attack):
-    """Floor: a random image of the generator with the label that ggl uses; of the gradient only that label is used.
+    """Floor: a random image of the generator with the label that ggl infers; the gradient gives nothing else.
 
     Where the threat model does not grant the label, it is inferred from the gradient, which tables show only for the
     first defense; the comparison of ``ggl`` with it takes each defense's own.

@@ -30,7 +30,7 @@ LATENT_WEIGHTS = ("first.weight", "label.weight")
 @register("grnn")
 @dataclass(frozen=True)
 class GRNN(GradientMatching):
-    """GRNN: RMSprop on a generator's weights, for a fixed latent, on squared distance, distance and squared TV.
+    """GRNN: trains a generator on a fixed latent (RMSprop); loss: squared distance, distance and squared TV.
 
     The objective is |g' - g|^2 + |g' - g| + tv TV. The generator of each trial is drawn anew, has one branch for the
     image and one for the soft label, and normalises its one image by that image's statistics. An image whose side is
@@ -47,10 +47,10 @@ class GRNN(GradientMatching):
     reference: ClassVar[str] = "Ren et al. 2022, GRNN: Generative Regression Neural Network, ACM TIST (released code)"
     assumes: ClassVar[str] = "A network that can be differentiated twice; images of 32 to 256 pixels."
     cost: ClassVar[str] = (
-        "One evaluation a step through a generator of each trial's own weights: 1,000 by default; the weights "
-        "are most of the memory."
+        "One evaluation a step: 1,000 by default. Each trial has its own generator, whose weights take most of the "
+        "memory."
     )
-    fails: ClassVar[str] = "Small budgets leave smooth images; behind a key-lock it ends at the floors."
+    fails: ClassVar[str] = "Small budgets leave smooth images; behind key-lock it is no better than the floors."
     steps: Count = 1000
     lr: Positive = 1e-4
     tv: NonNegative = 1e-3

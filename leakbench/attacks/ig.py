@@ -27,7 +27,7 @@ def cosine_distance(gradient: Gradient, observed: Mapping[str, Tensor]) -> Tenso
 @register("ig")
 @dataclass(frozen=True)
 class IG(GradientMatching):
-    """Inverting Gradients: signed Adam over the image on the cosine distance plus total variation, boxed to [0, 1].
+    """Inverting Gradients: signed Adam over an image in [0, 1], which minimises cosine distance plus total variation.
 
     The step size falls tenfold after 3/8, 5/8 and 7/8 of the steps. See GradientMatching for the options.
 

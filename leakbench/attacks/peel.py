@@ -73,8 +73,8 @@ class Peel(Attack):
         "One least-squares problem a layer, in float64; no search. Time grows with the cube of a layer's inputs."
     )
     fails: ClassVar[str] = (
-        "ReLU, pooling and residual connections (unsupported); noise: 1e-3 of the gradient costs detail, a tenth all, "
-        "behind a secret normalisation less; channels that a gate has shut are lost."
+        "ReLU, pooling and residual connections (unsupported). Noise of 1e-3 of the gradient hides detail, of 0.1 the "
+        "whole image; behind a secret normalisation less noise is enough. Channels behind a closed gate are lost."
     )
     precision: Annotated[float, Field(gt=0, le=1)] = 3e-7
     roughness: Positive = 0.1

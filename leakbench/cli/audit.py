@@ -72,10 +72,12 @@ class _Shared:
     )
     mode: Literal["train", "eval"] = option("The mode in which clients train.", default="train")
     budget: Literal["quick", "standard", "thorough"] = option(
-        "The attacks and how long they run: see `leakbench list suites`, audit.", default="standard"
+        "Which attacks run, and how long: quick takes minutes, thorough longest.", default="standard"
     )
     threshold: float | None = option(
-        "The SSIM, after brightness and contrast are fitted, from which an image is recovered (0.6).", min=0, max=1
+        "An image is recovered if its SSIM, after a fit of brightness and contrast, is at least this (0.6).",
+        min=0,
+        max=1,
     )
     fail_if: str | None = option(
         "Exit with 1 if this is true behind any defense. NAME is recovered (the share of images), labels (the share "

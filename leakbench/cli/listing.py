@@ -49,10 +49,12 @@ def suites() -> None:
     for name in matrix.suites():
         axes = matrix.load_suite(name)
         typer.echo(name)
+        words = {"default": "default scale", "scale": "scales"}
         for axis, value in axes.items():
             if axis == "rows":
-                typer.echo(f"    rows: {len(value)}")
+                typer.echo(f"    rows: {len(value)}, each with its own axes")
             elif axis != "name":  # of the table of scales, only their names
+                axis = words.get(axis, axis)
                 typer.echo(f"    {axis}: {', '.join(map(str, value)) if isinstance(value, (list, dict)) else value}")
 
 

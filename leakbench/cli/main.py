@@ -18,7 +18,7 @@ from leakbench.errors import LeakbenchError, OldPlugin, one_line
 from leakbench.version import __version__
 
 app = typer.Typer(
-    help="Measure what shared gradients leak in federated learning: attacks crossed with defenses.",
+    help="Measure how much shared gradients leak in federated learning: run attacks against defenses.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -50,7 +50,7 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Measure what shared gradients leak in federated learning."""
+    """Measure how much shared gradients leak in federated learning."""
 
 
 USAGE: type[Exception] = typer.BadParameter.__mro__[1]  # the base of typer's usage errors, which it does not export

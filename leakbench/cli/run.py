@@ -44,20 +44,20 @@ class MatrixOptions:
     )
     floors: bool | None = option("Add the floors random, grey and mean (default: yes).")
     metric: list[str] | None = option(
-        "A metric beside those of every run: ms_ssim, vif, gmsd, fsim or dists; repeatable."
+        "A further metric, beside those that every run has: ms_ssim, vif, gmsd, fsim or dists; repeatable."
     )
     name: str | None = option("The run's name.")
     out: Path | None = option(OUT)
     device: str = option(DEVICE, default="auto")
-    chunk: int | None = option("Trials at a time (default: measured); halved if memory does not suffice.", min=1)
+    chunk: int | None = option("How many trials run at a time (default: measured); halved if memory runs out.", min=1)
     workers: int | None = option(
         "Worker processes; they share the threads, and the GPUs if --device names none (default: 1; with Ray as many "
         "as the cluster has room for).",
         min=1,
     )
     time_limit: float | None = option(
-        "The time limit of a trial; a chunk of n trials has n times as much. A chunk that times out is run again one "
-        "trial at a time, and a trial that times out is recorded as an error.",
+        "The time limit of one trial; n trials that run together have n times as long. If they time out, they are run "
+        "again one at a time, and a trial that times out is recorded as an error.",
         metavar="SECONDS",
     )
     shard: str = option(
@@ -73,7 +73,7 @@ class MatrixOptions:
     )
     gpus_per_worker: float | None = option("With Ray: GPUs per worker, such as 0.25.", min=0, metavar="NUMBER")
     strict: bool = option(
-        "Refuse the matrix if a cell cannot be served; stop at the first error of a component.",
+        "Refuse the matrix if an attack does not support a case; stop at the first error of a component.",
         "--strict",
         default=False,
     )
@@ -111,14 +111,15 @@ class MatrixOptions:
 
 @command(app, "matrix", MatrixOptions)
 def matrix(given: MatrixOptions) -> None:
-    """Cross attacks with defenses, models, datasets and threat models; write OUT/run.sqlite and the report.
+    """Run attacks against defenses, for all models, datasets and threat models; write OUT/run.sqlite and the report.
 
-    Without a file, a suite or an axis, the suite ``quick`` runs. Run again, the command adds only the missing trials.
+    Without a file, --suite, --attack, --defense and so on, the suite quick runs. The same command again runs only the
+    missing trials.
 
-    The suite ``worst-case`` runs an ensemble of attackers, oblivious and adaptive, behind every --defense, the cheapest
+    The suite worst-case runs an ensemble of attackers, oblivious and adaptive, behind every --defense, the cheapest
     first; an image that one of them recovers is not attacked again. OUT/worst-case.md ranks the defenses by the share
-    of images recovered, with the strongest attacker and its cost. A given --attack replaces the ensemble. Its scales
-    are smoke (minutes) and cpu (the default: 13 defenses and 32 images, within an hour on two cores).
+    of images recovered, with the strongest attacker and its cost. --attack replaces the ensemble. The scales of this
+    suite are smoke (minutes) and cpu (the default: 13 defenses and 32 images, within an hour on two cores).
     """
     _run(given.matrices(), given)
 

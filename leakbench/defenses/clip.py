@@ -31,8 +31,10 @@ class Clip(Defense):
 
     reference: ClassVar[str] = "Li et al. 2022, GGL, arXiv 2203.15696, section 4 (gradient clipping)"
     assumes: ClassVar[str] = "The attacker relies on the gradient's size."
-    cost: ClassVar[str] = "Smaller steps."
-    fails: ClassVar[str] = "Distances that ignore the size (cosine), and attackers who also clip the dummy gradient."
+    cost: ClassVar[str] = "Smaller training steps."
+    fails: ClassVar[str] = (
+        "Attacks whose distance ignores the size (cosine), and attackers who also clip the dummy gradient."
+    )
     norm: Norm = 1.0
 
     def release(self, step: Step, rng: torch.Generator) -> Gradient:

@@ -46,7 +46,7 @@ class DP(Defense):
         "2019, arXiv 1908.10530"
     )
     assumes: ClassVar[str] = "Nothing: its guarantee holds against every attacker, for the epsilon that it states."
-    cost: ClassVar[str] = "Accuracy; more so the smaller epsilon is."
+    cost: ClassVar[str] = "Accuracy; a smaller epsilon costs more."
     fails: ClassVar[str] = "A large epsilon guarantees little; the report states it."
     clip: Norm = 1.0
     noise_multiplier: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.1

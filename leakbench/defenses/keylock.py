@@ -159,8 +159,8 @@ class KeyLockDefense(Defense):
     assumes: ClassVar[str] = "The attacker knows neither key nor lock, and does not model scale and shift."
     cost: ClassVar[str] = "Two linear layers for each locked block; every client's model works only with its own key."
     fails: ClassVar[str] = (
-        "Closed forms, and searches that optimise scale and shift; the lock's gradients give the key. "
-        "Only the information that closed ReLU gates and the normalisation (contrast) remove stays hidden."
+        "Closed forms, and attacks that optimise scale and shift; the key follows from the lock's gradients. Only the "
+        "contrast (removed by the normalisation) and the channels behind closed ReLU gates stay hidden."
     )
     version: ClassVar[int] = 2  # 2: adaptive attackers start from a known lock
     length: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
@@ -202,7 +202,7 @@ class KeyLockDefense(Defense):
     def attackers(self) -> Mapping[str, AdaptiveAttacker]:
         """Return the attacker who uses what is known of the lock, and ``free``, who uses no lock."""
         aided = AdaptiveAttacker(
-            "recovers the key from the lock's gradients, or optimises scale and shift, starting at a known lock's",
+            "recovers the key from given lock gradients; else optimises scale and shift, starting at a given lock's",
             relax=partial(self._relaxed, aided=True),
             recover=recovered_keys,
             scale_free=True,

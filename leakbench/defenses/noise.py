@@ -34,7 +34,7 @@ class Noise(Defense):
     version: ClassVar[int] = 3  # 3: adaptive attackers weigh the prior with the likelihood
     assumes: ClassVar[str] = "The attacker does not model the noise."
     cost: ClassVar[str] = "Slower training; strong noise costs accuracy."
-    fails: ClassVar[str] = "Weak noise: adaptive attackers average it out over the many entries of a gradient."
+    fails: ClassVar[str] = "Weak noise is averaged out over the many entries of a gradient by adaptive attackers."
     scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     kind: Literal["gaussian", "laplace"] = "gaussian"
     relative: bool = False

@@ -14,7 +14,7 @@ from leakbench.models.surgery import Layers, plain_norm, replace_norms
 @register("norm-only")
 @dataclass(frozen=True)
 class NormOnly(Defense):
-    """The key-lock's control arm: only its normalisation, with scale 1 and shift 0 and no secret.
+    """The control for keylock: its normalisation with scale 1 and shift 0, without a secret.
 
     Attributes:
         layers: as for key-lock: the ``first`` convolution's block, or ``all`` of them.
@@ -24,7 +24,7 @@ class NormOnly(Defense):
         "control for arXiv 2305.04095: separates the effect of the normalisation from that of the lock"
     )
     assumes: ClassVar[str] = "Nothing: it is the placebo for key-lock."
-    cost: ClassVar[str] = "As a normalisation without scale and shift."
+    cost: ClassVar[str] = "That of a normalisation without scale and shift."
     fails: ClassVar[str] = "It hides only the contrast of an image."
     layers: Layers = "first"
 

@@ -32,7 +32,9 @@ class Prune(Defense):
     reference: ClassVar[str] = "Zhu et al. 2019, Deep Leakage from Gradients, NeurIPS, section 5.2"
     assumes: ClassVar[str] = "The attacker also matches the zeros."
     cost: ClassVar[str] = "Less to send; strong pruning slows training."
-    fails: ClassVar[str] = "Matching only the entries that were sent: the largest carry most of the image."
+    fails: ClassVar[str] = (
+        "Attackers who match only the entries that were sent: the largest ones carry most of the image."
+    )
     ratio: Ratio = 0.9
 
     def release(self, step: Step, rng: torch.Generator) -> Gradient:

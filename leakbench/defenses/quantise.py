@@ -41,7 +41,7 @@ class Quantise(Defense):
     )
     assumes: ClassVar[str] = "The attack needs an exact gradient, as closed forms do."
     cost: ClassVar[str] = "Less to send; few bits cost accuracy."
-    fails: ClassVar[str] = "Searches that model the rounding as noise."
+    fails: ClassVar[str] = "Attackers who model the rounding as noise."
     bits: Annotated[int, Field(ge=1, le=16)] | Literal["half"] = 8
 
     def release(self, step: Step, rng: torch.Generator) -> Gradient:

@@ -25,7 +25,7 @@ JACOBIAN_ROWS = 64
 @register("soteria")
 @dataclass(frozen=True)
 class Soteria(Defense):
-    """Zero the columns of the classifier's gradient whose feature depends least on the image, relative to its size.
+    """Zero the columns of the classifier's gradient for the features that depend least on the image for their size.
 
     With r [D] the classifier's input, feature i is scored s_i = |d r_i / d x|_2 / (|r_i| + offset). A column i of
     dL/dW with s_i below the percentile 100 * ratio of s becomes zero. The bias and all other layers are sent as they
@@ -45,7 +45,9 @@ class Soteria(Defense):
     )
     assumes: ClassVar[str] = "The attacker matches the classifier's pruned gradient."
     cost: ClassVar[str] = "A derivative of every feature by the image, for every step."
-    fails: ClassVar[str] = "Leaving out the pruned columns: the layers below are sent as they are."
+    fails: ClassVar[str] = (
+        "Attackers who leave out the pruned columns: the gradients of the layers below are sent unchanged."
+    )
     ratio: Ratio = 0.5
     offset: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-10
 

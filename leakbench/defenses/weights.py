@@ -176,7 +176,7 @@ class WeightSparsify(WeightDefense):
     assumes: ClassVar[str] = "The attacker mistakes the difference of two sparse models for the update."
     cost: ClassVar[str] = "Less to send; a network without most of its weights needs many rounds to learn again."
     fails: ClassVar[str] = (
-        "An attacker who has the weights that were handed out: kept weights show their update exactly."
+        "Attackers who have the weights before training: weights that are not zeroed show their update exactly."
     )
     ratio: Ratio = 0.5
     snapshots: Snapshots = "both"
