@@ -6,11 +6,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
-from leakbench.analysis.statistics import bootstrap_interval
-from leakbench.analysis.summary import gains
+from leakbench.analysis.statistics import paired_difference
 from leakbench.store.records import MetricInfo, StoredComponent
 
 CONTROL, GENERATOR, NONE = "control", "generator", "none"
@@ -52,13 +50,13 @@ def control_gains(
         for defense in results.loc[results["attack"] == attack, "defense"].drop_duplicates():
             if (control, defense) not in cells:
                 continue
-            own, other = cells[attack, defense], cells[control, defense]
-            other = other.reindex(own.index)
-            values = {
-                metric.name: value
-                for metric in metrics
-                if metric.name in own and not math.isnan((value := _gain(own, other, metric))[0])
-            }
+            values = {}
+            for metric in (one for one in metrics if one.name in results):
+                sign = 1 if metric.higher_is_better else -1
+                own, other = (sign * cells[name, defense][metric.name] for name in (attack, control))
+                gain = paired_difference(own, other.reindex(own.index))
+                if not math.isnan(gain.mean):
+                    values[metric.name] = (gain.mean, gain.low, gain.high)
             if values:
                 found.append(ControlGain(attack, str(defense), control, values))
     return found
@@ -75,14 +73,3 @@ def _pairs(components: Sequence[StoredComponent], floors: set[str]) -> Iterator[
             plain = {**other.options, CONTROL: NONE}
             if same_floor or (other.options.get(CONTROL, NONE) != NONE and plain == dict(attack.options)):
                 yield attack.spec, other.spec
-
-
-def _gain(own: pd.DataFrame, other: pd.DataFrame, metric: MetricInfo) -> tuple[float, float, float]:
-    values, below = (cell[metric.name].to_numpy(dtype=np.float64) for cell in (own, other))
-    pairs = ~np.isnan(values) & ~np.isnan(below)
-    if not pairs.any():
-        return math.nan, math.nan, math.nan
-    gain = gains(values[pairs], below[pairs], metric)
-    images = own.index.get_level_values("image").to_numpy()[pairs]
-    with np.errstate(invalid="ignore"):
-        return float(gain.mean()), *bootstrap_interval(gain, images)

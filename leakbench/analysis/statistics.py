@@ -150,6 +150,11 @@ def wilcoxon_test(values: Sequence[float] | Array, images: ImageIds | None = Non
     return float(stats.wilcoxon(means, zero_method="pratt").pvalue)
 
 
+def mcnemar_test(more: int, less: int) -> float:
+    """Return the two-sided p of McNemar's exact test that changes one way are as likely as the other way; 1 of none."""
+    return float(stats.binomtest(more, more + less).pvalue) if more + less else 1.0
+
+
 def holm(values: Sequence[float]) -> list[float]:
     """Return p values corrected for multiple tests (Holm 1979); NaN stays NaN and does not count."""
     order = sorted((p, index) for index, p in enumerate(values) if not math.isnan(p))

@@ -70,18 +70,13 @@ def strongest(summary: pd.DataFrame, metric: str) -> pd.DataFrame:
     Where no attack beats its floor, the floor is the strongest attack and the gain is 0: an attacker can always
     return the floor, so that no defense is ranked as leaking less than that.
     """
-    rows = []
-    cells = summary[~summary["floor"].astype(bool) & summary[f"{metric} gain"].notna()]
-    for key, cell in cells.groupby([*BLOCK, "defense"], sort=False):
-        best = cell.iloc[int(cell[f"{metric} gain"].to_numpy(dtype=np.float64).argmax())]
-        row: dict[str, Any] = dict(zip([*BLOCK, "defense"], key))
-        if best[f"{metric} gain"] > 0:
-            row |= {"attack": best["attack"], "floor": False, "gain": best[f"{metric} gain"]}
-            row |= {"low": best[f"{metric} gain low"], "high": best[f"{metric} gain high"]}
-        else:
-            row |= {"attack": best[f"{metric} floor"], "floor": True, "gain": 0.0, "low": math.nan, "high": math.nan}
-        rows.append(row)
-    return pd.DataFrame(rows, columns=[*BLOCK, "defense", "attack", "floor", "gain", "low", "high"])
+    columns = {f"{metric} gain": "gain", f"{metric} gain low": "low", f"{metric} gain high": "high"}
+    cells = summary[~summary["floor"].astype(bool)].rename(columns=columns).dropna(subset="gain")
+    best = cells.loc[cells.groupby([*BLOCK, "defense"], sort=False)["gain"].idxmax()].reset_index(drop=True)
+    at_floor = best["gain"] <= 0
+    best = best.assign(attack=best["attack"].mask(at_floor, best[f"{metric} floor"]), floor=at_floor)
+    best.loc[at_floor, list(columns.values())] = (0.0, math.nan, math.nan)
+    return best[[*BLOCK, "defense", "attack", "floor", *columns.values()]]
 
 
 def _paired(cell: pd.DataFrame) -> pd.DataFrame:

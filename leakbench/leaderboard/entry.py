@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from leakbench.analysis import pareto as utility
-from leakbench.analysis.ensemble import RECOVERED, AttackerStats, EnsembleResult, ensemble_results, floor_share
+from leakbench.analysis.ensemble import RECOVERED, AttackerStats, ensemble_results, floor_share
 from leakbench.core.text import plural
 from leakbench.errors import BadOption, one_line
 from leakbench.plan.matrix import RECOVERY
@@ -129,7 +129,6 @@ def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> t
     threshold = RECOVERED if limit is None else limit
     trials, components = store.trials(), {(one.kind, one.spec): one for one in store.components()}
     versions = list(dict.fromkeys(_version(session.provenance) for session in sessions))
-    fields = list(TrialOf.model_fields)
     found, missing = [], []
     for one in ensemble_results(trials, threshold):
         scene = trials[(trials["dataset"] == one.dataset) & (trials["model"] == one.model)]
@@ -143,13 +142,14 @@ def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> t
             missing.append(one_line(f"{where} (run {run_name(sessions, name)}): {' and '.join(reasons)}"))
             continue
         floor = floor_share(scene, threshold)
-        known = {kind: components[kind, getattr(one, kind)] for kind in ("dataset", "model", "defense")}
+        specs = {kind: getattr(one, kind) for kind in ("dataset", "model", "defense")}
+        known = {kind: components[kind, spec] for kind, spec in specs.items()}
+        best = max(one.attackers, key=lambda stats: stats.recovered)
+        rows = own.rename(columns={"trial": "id", RECOVERY: "score"})[list(TrialOf.model_fields)]
         with decoding(store.path):
             entry = Entry(
                 run=run_name(sessions, name),
-                dataset=one.dataset,
-                model=one.model,
-                defense=one.defense,
+                **specs,
                 settings={kind: {"version": item.version, **item.options} for kind, item in known.items()},
                 threshold=threshold,
                 images=one.images,
@@ -157,14 +157,11 @@ def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> t
                 low=one.low,
                 high=one.high,
                 floor=None if math.isnan(floor) else floor,
-                best_attacker=_best(one),
+                best_attacker=best.attacker if best.recovered else None,
                 attackers=[_attacker(stats) for stats in one.attackers],
                 accuracy=_cost(studies, one.model, one.defense),
                 versions=versions,
-                trials=[
-                    TrialOf.model_validate({**row, "score": None if math.isnan(row["score"]) else row["score"]})
-                    for row in own.rename(columns={"trial": "id", RECOVERY: "score"})[fields].to_dict("records")
-                ],
+                trials=rows.astype({"score": object}).replace({"score": {math.nan: None}}).to_dict("records"),
             )
         found.append(entry)
     return found, missing
@@ -173,11 +170,6 @@ def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> t
 def _version(source: Any) -> str:
     commit = "" if source.commit is None else f" at commit {source.commit}"
     return f"leakbench {source.version}{commit}{' with uncommitted changes' if source.dirty else ''}"
-
-
-def _best(one: EnsembleResult) -> str | None:
-    most = max(one.attackers, key=lambda stats: stats.recovered, default=None)
-    return most.attacker if most is not None and most.recovered else None
 
 
 def _attacker(stats: AttackerStats) -> Attacker:

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from leakbench.analysis import pareto as utility
 from leakbench.analysis.reproduce import owners, spec_of
-from leakbench.analysis.statistics import ALPHA, holm, wilcoxon_test
+from leakbench.analysis.statistics import ALPHA, holm, mcnemar_test, wilcoxon_test
 from leakbench.engine import run as engine
 from leakbench.engine.progress import NullProgress
 from leakbench.engine.run import RunOptions
@@ -34,9 +33,9 @@ class Repeat:
     score: float
 
     @property
-    def scored(self) -> bool:
-        """Whether both outcomes have a score."""
-        return self.trial.score is not None and not math.isnan(self.score)
+    def before(self) -> float:
+        """The score in the entry, NaN if there is none."""
+        return math.nan if self.trial.score is None else self.trial.score
 
 
 MIN_SAMPLE = 7
@@ -70,42 +69,43 @@ class EntryCheck:
     @property
     def more(self) -> int:
         """How many trials recover their image now and did not in the entry."""
-        return sum(not self._before(one) and self._after(one) for one in self.repeats)
+        return self._moves.count((False, True))
 
     @property
     def less(self) -> int:
         """How many trials recovered their image in the entry and do not now."""
-        return sum(self._before(one) and not self._after(one) for one in self.repeats)
-
-    @property
-    def p(self) -> float:
-        """The smaller p of ``flips`` and ``scores``, with Holm's correction for two tests."""
-        return min(holm([self.flips, self.scores]))
+        return self._moves.count((True, False))
 
     @property
     def flips(self) -> float:
         """The two-sided p of McNemar's exact test of ``more`` against ``less``."""
-        flips = self.more + self.less
-        return 1.0 if not flips else float(stats.binomtest(self.more, flips).pvalue)
+        return mcnemar_test(self.more, self.less)
 
     @property
     def scores(self) -> float:
         """The two-sided p of Wilcoxon's test of the scores; differences below ``SCORE_TOLERANCE`` count as none."""
-        pairs = [(one.score - (one.trial.score or 0.0), one.trial.image) for one in self.repeats if one.scored]
-        changes = [0.0 if abs(change) < SCORE_TOLERANCE else change for change, _ in pairs]
-        p = wilcoxon_test(changes, np.array([image for _, image in pairs])) if pairs else math.nan
+        changes = np.array([one.score - one.before for one in self.repeats])
+        images = np.array([one.trial.image for one in self.repeats])
+        scored = ~np.isnan(changes)
+        changes[np.abs(changes) < SCORE_TOLERANCE] = 0.0
+        p = wilcoxon_test(changes[scored], images[scored]) if scored.any() else math.nan
         return 1.0 if math.isnan(p) else p
 
     @property
     def holds(self) -> bool:
-        """Whether the entry equals its run, and the sample has the same outcome up to chance."""
-        return not self.differing and not self.changed and self.p > ALPHA
+        """Whether the entry equals its run, and neither test of the sample is significant (Holm's correction)."""
+        return not self.differing and not self.changed and min(holm([self.flips, self.scores])) > ALPHA
 
-    def _before(self, one: Repeat) -> bool:
-        return one.trial.status == "ok" and (one.trial.score or 0.0) >= self.threshold
-
-    def _after(self, one: Repeat) -> bool:
-        return one.status == "ok" and one.score >= self.threshold
+    @property
+    def _moves(self) -> list[tuple[bool, bool]]:
+        """Whether each trial recovers its image in the entry, and whether it does now."""
+        return [
+            (
+                one.trial.status == "ok" and one.before >= self.threshold,
+                one.status == "ok" and one.score >= self.threshold,
+            )
+            for one in self.repeats
+        ]
 
 
 def check(
@@ -165,10 +165,10 @@ def check(
             }
             axes["defenses"] += owners(components.values(), own, threat)
             matrix = Matrix(**axes, threats=[threat], images=[trial.image], seeds=[trial.seed], floors=False)
-            made, *others = matrix.trials()
-            if trial.id not in [one.id for one in (made, *others)]:
+            made = [one.id for one in matrix.trials()]
+            if trial.id not in made:
                 raise BadOption(
-                    f"trial {trial.id} ({trial.attack}) has other settings here (id {made.id}); use the "
+                    f"trial {trial.id} ({trial.attack}) has other settings here (id {made[0]}); use the "
                     f"leakbench, data and plugins that made the entry: {', '.join(entry.versions)}"
                 )
             out = engine.run(matrix, Path(folder) / str(place), RunOptions(device), progress=progress)
@@ -187,12 +187,11 @@ def check(
 def words(found: EntryCheck) -> Sequence[str]:
     """Return the outcome of a verification, line by line."""
     lines = [f"the entry differs from its run in {name}" for name in found.differing]
-    for one in found.repeats:
-        before = math.nan if one.trial.score is None else one.trial.score
-        lines.append(
-            f"{one.trial.id} {one.trial.attack}, image {one.trial.image}: "
-            f"{RECOVERY} {before:.3f} ({one.trial.status}), again {one.score:.3f} ({one.status})"
-        )
+    lines += [
+        f"{one.trial.id} {one.trial.attack}, image {one.trial.image}: "
+        f"{RECOVERY} {one.before:.3f} ({one.trial.status}), again {one.score:.3f} ({one.status})"
+        for one in found.repeats
+    ]
     count = len(found.repeats)
     lines += [f"{one.trial.id} is {one.trial.status} in the entry, and {one.status} now" for one in found.changed]
     lines.append(

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -26,7 +27,7 @@ from leakbench.store.provenance import Provenance
 from leakbench.training import TrainingRecord, records
 from leakbench.training.arm import GLOBAL, Outcome, Round
 from leakbench.training.run import ARMS_FOLDER
-from leakbench.training.thief import KINDS, ZERO, Theft
+from leakbench.training.thief import KINDS, ZERO
 
 FILE = "accuracy.md"
 """The name of the report in a run's folder."""
@@ -109,25 +110,23 @@ def write(out: Path | str) -> list[Path]:
 
 def blocks_of(found: Sequence[TrainingRecord]) -> list[Block]:
     """Return the trainings by dataset, model and recipe; in each, the controls come first, then defenses by name."""
-    grouped: dict[tuple[str, str, str], list[TrainingRecord]] = {}
-    for one in found:
+    controls = {"none": 0, "norm-only": 1}
+
+    def place(one: TrainingRecord) -> tuple[str, str, str]:
         recipe = ", ".join(f"{name}={value}" for name, value in one.recipe.items())
-        grouped.setdefault((one.specs["dataset"], one.specs["model"], recipe), []).append(one)
+        return one.specs["dataset"], one.specs["model"], recipe
+
+    def rank(one: TrainingRecord) -> tuple[int, str, int]:
+        return controls.get(one.specs["defense"].partition("(")[0], 2), one.specs["defense"], one.seed
+
     blocks = []
-    for index, ((dataset, model, _), own) in enumerate(sorted(grouped.items()), 1):
-        arms: dict[str, list[TrainingRecord]] = {}
-        for one in sorted(own, key=lambda one: (_rank(one.specs["defense"]), one.seed)):
-            arms.setdefault(one.specs["defense"], []).append(one)
-        mode = str(own[0].recipe["mode"])
-        file = f"curves-{index:02}-{slug((dataset, model, mode))}.png"
+    for (dataset, model, _), own in groupby(sorted(found, key=place), place):
+        by_defense = groupby(sorted(own, key=rank), lambda one: one.specs["defense"])
+        arms = {defense: list(arm) for defense, arm in by_defense}
+        mode = str(next(iter(arms.values()))[0].recipe["mode"])
+        file = f"curves-{len(blocks) + 1:02}-{slug((dataset, model, mode))}.png"
         blocks.append(Block(dataset, model, mode, arms, file))
     return blocks
-
-
-def _rank(defense: str) -> tuple[int, str]:
-    """Return the sort key of a defense: the two controls first."""
-    first = {"none": 0, "norm-only": 1}
-    return first.get(defense.partition("(")[0], 2), defense
 
 
 def accuracy(outcome: Outcome) -> float:
@@ -146,6 +145,10 @@ def interval(own: Sequence[TrainingRecord]) -> Value:
 
 def _percent(value: float, sign: bool = False) -> str:
     return number(100 * value, 2, sign)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return mean(values) if values else math.nan
 
 
 def _spread(values: Sequence[float], ends: bool = False) -> str:
@@ -182,47 +185,34 @@ def _about(blocks: Sequence[Block]) -> list[dict[str, object]]:
     """Return how many trainings there are, how long they took, and every start that ended one."""
     own = [one for block in blocks for one in block.records]
     seconds = sum(each.seconds for one in own for each in one.outcome.rounds)
-    facts: list[tuple[str, object]] = [
-        ("trainings", len(own)),
-        ("time in rounds", f"{number(seconds / 60, 1)} min"),
-    ]
-    starts: list[Provenance] = []
-    for one in own:
-        start = Provenance(**one.provenance, matrix="")
-        if start not in starts:
-            starts.append(start)
+    facts: list[tuple[str, object]] = [("trainings", len(own)), ("time in rounds", f"{number(seconds / 60, 1)} min")]
+    starts = [Provenance(**one.provenance, matrix="") for one in own]
+    for place, start in enumerate(starts):
+        if start not in starts[:place]:
             facts += [("command", start.command), *start.describe().items()]
     return [{"run": label, "": words} for label, words in facts]
 
 
 def _costs(block: Block) -> list[dict[str, object]]:
+    """Return a row for each defense, with only a status if none of its trainings has a round."""
     control = interval(block.arms.get("none", ())).mean
-    best = f"best {block.unit}"
-    columns = ["defense", "seeds", best, "accuracy", "over seeds", "cost, points", "test loss", "failed clients"]
-    found = []
+    found: list[dict[str, object]] = []
     for defense, own in block.arms.items():
-        row: dict[str, object] = dict.fromkeys([*columns, "paper's convention"], ABSENT)
         ended = [one.outcome for one in block.ended.get(defense, ())]
-        if not ended:
-            found.append(row | {"defense": defense, "seeds": len(own), best: own[0].outcome.status})
-            continue
-        value = interval(own)
-        chosen = [outcome.chosen() for outcome in ended]
+        value, chosen = interval(own), [outcome.chosen() for outcome in ended]
+        rounds = [one for outcome in ended for one in outcome.rounds]
         diverged = any(outcome.status != "ok" for outcome in ended)
         found.append(
-            row
-            | {
+            {
                 "defense": f"{defense} (diverged)" if diverged else defense,
-                "seeds": len(ended),
-                best: ", ".join(str(one.number) for one in chosen),
+                "seeds": len(ended or own),
+                f"best {block.unit}": ", ".join(str(one.number) for one in chosen) or own[0].outcome.status,
                 "accuracy": per_cent(*value),
                 "over seeds": _spread([accuracy(one) for one in ended]) if len(ended) > 1 else ABSENT,
                 "cost, points": ABSENT if defense == "none" else _percent(control - value.mean, sign=True),
-                "test loss": number(mean(view.test.loss for one in chosen for view in one.views), 4),
-                "failed clients": sum(
-                    len(one.failures) + len(one.untested) for outcome in ended for one in outcome.rounds
-                ),
-                "paper's convention": _percent(mean(map(_as_paper, chosen))),
+                "test loss": number(_mean([view.test.loss for one in chosen for view in one.views]), 4),
+                "failed clients": sum(len(one.failures) + len(one.untested) for one in rounds) if rounds else ABSENT,
+                "paper's convention": _percent(_mean([_as_paper(one) for one in chosen])),
             }
         )
     return found
@@ -258,7 +248,9 @@ def _thefts(block: Block) -> list[dict[str, object]]:
     for defense, own in block.arms.items():
         kinds: dict[str, list[float]] = {}
         for theft in [theft for one in own for theft in one.outcome.thefts]:
-            kinds.setdefault(theft.kind, []).extend(correct / theft.count for correct in _different(theft))
+            constant = theft.kind == ZERO and len(set(theft.correct)) == 1  # the key does not change the zero lock
+            draws = theft.correct[:1] if constant else theft.correct
+            kinds.setdefault(theft.kind, []).extend(correct / theft.count for correct in draws)
         found += [
             {
                 "defense": defense,
@@ -272,11 +264,6 @@ def _thefts(block: Block) -> list[dict[str, object]]:
     return found
 
 
-def _different(theft: Theft) -> tuple[int, ...]:
-    """Return the correct images of each draw; of a zero lock that the key does not change, those of the first."""
-    return theft.correct[:1] if theft.kind == ZERO and len(set(theft.correct)) == 1 else theft.correct
-
-
 def _published(block: Block, paper: Published) -> list[dict[str, object]]:
     """Return the paper's figures beside ours; a figure that was not transcribed is missing."""
     found: list[dict[str, object]] = []
@@ -284,36 +271,33 @@ def _published(block: Block, paper: Published) -> list[dict[str, object]]:
         place = (block.mode, *(spec.partition("(")[0] for spec in (block.model, block.dataset, defense)))
         if place[-1] not in ("none", "keylock"):
             continue
-        ours: dict[str, object] = {
-            "ours": _percent(mean(accuracy(one.outcome) for one in own)),
-            "ours, paper's convention": _percent(mean(_as_paper(one.outcome.chosen()) for one in own)),
-        }
-        stolen = [
-            correct / theft.count
-            for one in own
-            for theft in one.outcome.thefts
-            if theft.kind == "fresh key, initial lock"
-            for correct in theft.correct
-        ]
-        random_key: dict[str, object] = dict.fromkeys(ours, ABSENT)
-        if stolen:
-            random_key["ours"] = _percent(mean(stolen))
+        thefts = [theft for one in own for theft in one.outcome.thefts if theft.kind == "fresh key, initial lock"]
+        stolen = _mean([correct / theft.count for theft in thefts for correct in theft.correct])
+        ours = mean(accuracy(one.outcome) for one in own)
+        as_paper = mean(_as_paper(one.outcome.chosen()) for one in own)
         fits = [one for one in paper.accuracy if (one.mode, one.model, one.dataset, one.defense) == place]
         rows = [(one.table, one.of, f"{one.percent:.2f}") for one in fits] or [(ABSENT, "not transcribed", ABSENT)]
         for printed, of, listed in rows:
-            figures = random_key if of == "random key" else ours
-            found.append({"table": printed, "defense": defense, "of": of, "paper": listed} | figures)
+            random_key = of == "random key"
+            found.append(
+                {
+                    "table": printed,
+                    "defense": defense,
+                    "of": of,
+                    "paper": listed,
+                    "ours": _percent(stolen if random_key else ours),
+                    "ours, paper's convention": ABSENT if random_key else _percent(as_paper),
+                }
+            )
     return found
 
 
 def _other_options(block: Block, paper: Published) -> str:
     """Return the published options of the paper's recipe from which this one differs, in words; empty for none."""
-    own = block.recipe
-    others = [
-        f"{name} {_plain(value)} (here {_plain(own[name])})"
-        for name, value in paper.recipe.items()
-        if own[name] != value
+    differing = [
+        (name, value, block.recipe[name]) for name, value in paper.recipe.items() if block.recipe[name] != value
     ]
+    others = [f"{name} {_plain(value)} (here {_plain(here)})" for name, value, here in differing]
     return english(others) if others else ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -62,10 +63,6 @@ def _figure(block: pd.DataFrame, curves: ObjectiveCurves, names: tuple[str, str,
 
 def _quartiles(curves: Sequence[Sequence[tuple[int, float]]]) -> tuple[np.ndarray, ...]:
     """Return evaluations, and the quartiles of the objective at those that at least half of the curves have."""
-    values: dict[int, list[float]] = {}
-    for curve in curves:
-        for place, value in curve:
-            values.setdefault(place, []).append(value)
-    kept = [place for place in sorted(values) if 2 * len(values[place]) >= len(curves)]
-    quartiles = np.array([np.quantile(values[place], (0.25, 0.5, 0.75)) for place in kept]).reshape(-1, 3)
-    return np.array(kept), quartiles[:, 0], quartiles[:, 1], quartiles[:, 2]
+    values = pd.DataFrame([dict(curve) for curve in curves]).dropna(axis=1, thresh=math.ceil(len(curves) / 2))
+    quartiles = values[sorted(values)].quantile([0.25, 0.5, 0.75])
+    return quartiles.columns.to_numpy(), *quartiles.to_numpy()

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from leakbench.analysis.ensemble import TARGET
 from leakbench.analysis.paired import METRICS, Pair
-from leakbench.analysis.statistics import ALPHA, holm
+from leakbench.analysis.statistics import ALPHA, holm, mcnemar_test
 from leakbench.core.text import ABSENT, p_value, percent
 from leakbench.errors import BadOption
 from leakbench.plan.matrix import RECOVERY
@@ -59,35 +58,26 @@ class Comparison:
     significant: int
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """The trials of one cell of one run.
-
-    Attributes:
-        specs: by axis, as the matrix has them.
-        settings: every setting but image and seed, as JSON.
-        trials: those that ended, by (image, seed).
-    """
+class _Cell(NamedTuple):
+    """One cell of one run: its specs by axis, its settings but image and seed as JSON, its ended trials by TARGET."""
 
     specs: tuple[str, ...]
     settings: str
-    floor: bool
     trials: pd.DataFrame
 
 
-@dataclass(frozen=True)
-class _Matched:
-    """A cell that both runs have, by its trials in the first and in the second run, in the same order."""
+class _Matched(NamedTuple):
+    """A cell that both runs have: its specs, its settings in both, and its trials in both in the same order."""
 
-    one: _Cell
-    other: _Cell
+    specs: tuple[str, ...]
+    settings: tuple[str, str]
     before: pd.DataFrame
     after: pd.DataFrame
 
-    def identical(self, metrics: Sequence[str]) -> int:
-        """Return how many trials have the same scores in both runs, to the last digit."""
-        first, second = (trials.reindex(columns=list(metrics)) for trials in (self.before, self.after))
-        return int(((first == second) | (first.isna() & second.isna())).all(axis=1).sum())
+    @property
+    def floor(self) -> bool:
+        """Whether the cell is of a floor."""
+        return bool(self.before["floor"].iloc[0])
 
 
 def diff(first: ComparedRun, second: ComparedRun) -> Comparison:
@@ -100,20 +90,19 @@ def diff(first: ComparedRun, second: ComparedRun) -> Comparison:
     Raises:
         BadOption: no trial of one run has a matching trial in the other.
     """
-    pairs = list(_matched(_cells(first), _cells(second)))
+    pairs = list(_matched(list(_cells(first)), list(_cells(second))))
     if not pairs:
         raise BadOption(
             f"no trial of {first.name} has a matching trial in {second.name}: no cell, image and seed ended in both; "
             "compare runs of one matrix"
         )
-    varying = [axis for axis in range(len(CELL_AXES)) if axis < 2 or len({pair.one.specs[axis] for pair in pairs}) > 1]
-    names = {id(pair): ", ".join(pair.one.specs[axis] for axis in varying) for pair in pairs}
-    attacked = [pair for pair in pairs if not pair.one.floor]
+    varying = [axis for axis in range(len(CELL_AXES)) if axis < 2 or len({pair.specs[axis] for pair in pairs}) > 1]
+    names = [", ".join(pair.specs[axis] for axis in varying) for pair in pairs]
+    attacked = [(name, pair) for name, pair in zip(names, pairs) if not pair.floor]
     known = {metric.name for metric in (*first.metrics, *second.metrics)}
     metrics = [name for name in METRICS if name in known]
     scores = [
-        Pair(names[id(pair)], *(trials.reindex(columns=metrics) for trials in (pair.after, pair.before)))
-        for pair in attacked
+        Pair(name, pair.after.reindex(columns=metrics), pair.before.reindex(columns=metrics)) for name, pair in attacked
     ]
     differences, significant = paired_table(scores, metrics)
     ensembles, moved = _ensembles(first, second)
@@ -123,35 +112,32 @@ def diff(first: ComparedRun, second: ComparedRun) -> Comparison:
         second=second.name,
         significant=significant + moved,
         cells=len(attacked),
-        trials=sum(len(pair.before) for pair in attacked),
-        identical=sum(pair.identical(metrics) for pair in attacked),
+        trials=sum(len(pair.before) for _, pair in attacked),
+        identical=sum(_identical(pair, metrics) for _, pair in attacked),
         **_versions(first, second),
         differences=differences,
         tested="\n" in differences,
         alpha=ALPHA,
         ensembles=ensembles,
-        statuses=[[names[id(pair)], *row] for pair in pairs for row in _moves(pair)],
+        statuses=[[name, *row] for name, pair in zip(names, pairs) for row in _moves(pair)],
         floors=dict.fromkeys(
-            pair.one.specs[0] for pair in pairs if pair.one.floor and pair.identical(list(METRICS)) < len(pair.before)
+            pair.specs[0] for pair in pairs if pair.floor and _identical(pair, list(METRICS)) < len(pair.before)
         ),
-        settings=[[names[id(pair)], *row] for pair in pairs for row in _changed_settings(pair)],
+        settings=[
+            [name, *row] for name, pair in zip(names, pairs) for row in _changes(*map(json.loads, pair.settings))
+        ],
         unmatched=[row for run in (first, second) for row in _unmatched(run, pairs)],
     )
     return Comparison(text, significant + moved)
 
 
-def _cells(run: ComparedRun) -> list[_Cell]:
-    """Return the cells of a run that have a result."""
+def _cells(run: ComparedRun) -> Iterator[_Cell]:
+    """Yield the cells of a run that have a result."""
     ended = run.trials[run.trials["status"] != ""]
     keys = {trial: record.cell for trial, record in run.records.items()}
-    found = []
     for settings, own in ended.groupby(ended["trial"].map(keys), sort=False):
         specs = run.records[str(own["trial"].iloc[0])].specs
-        cell = _Cell(
-            tuple(specs[axis] for axis in CELL_AXES), str(settings), bool(own["floor"].iloc[0]), own.set_index(TARGET)
-        )
-        found.append(cell)
-    return found
+        yield _Cell(tuple(specs[axis] for axis in CELL_AXES), str(settings), own.set_index(TARGET))
 
 
 def _matched(first: Sequence[_Cell], second: Sequence[_Cell]) -> Iterator[_Matched]:
@@ -165,7 +151,14 @@ def _matched(first: Sequence[_Cell], second: Sequence[_Cell]) -> Iterator[_Match
         if other is not None:
             both = cell.trials.index.intersection(other.trials.index)
             if len(both):
-                yield _Matched(cell, other, cell.trials.loc[both], other.trials.loc[both])
+                settings = (cell.settings, other.settings)
+                yield _Matched(cell.specs, settings, cell.trials.loc[both], other.trials.loc[both])
+
+
+def _identical(pair: _Matched, metrics: Sequence[str]) -> int:
+    """Return how many trials have the same scores in both runs, to the last digit."""
+    first, second = (trials.reindex(columns=list(metrics)) for trials in (pair.before, pair.after))
+    return int(((first == second) | (first.isna() & second.isna())).all(axis=1).sum())
 
 
 def _ensembles(first: ComparedRun, second: ComparedRun) -> tuple[str, int]:
@@ -183,12 +176,14 @@ def _ensembles(first: ComparedRun, second: ComparedRun) -> tuple[str, int]:
             both = old.index.intersection(after[scene].index) if scene in after else ()
             if len(both):
                 found.append((scene, old[both], after[scene][both]))
-    rows, moves = [], [(int((now & ~old).sum()), int((old & ~now).sum())) for _, old, now in found]
-    values = [float(stats.binomtest(more, more + less).pvalue) if more + less else 1.0 for more, less in moves]
-    adjusted = holm(values)
-    for (scene, old, now), (more, less), p, corrected in zip(found, moves, values, adjusted):
+    rows, values = [], []
+    for scene, old, now in found:
+        more, less = int((now & ~old).sum()), int((old & ~now).sum())
         shares = [percent(float(one.mean())) for one in (old, now)]
-        rows.append([", ".join(scene), str(len(old)), *shares, str(more), str(less), p_value(p), p_value(corrected)])
+        rows.append([", ".join(scene), str(len(old)), *shares, str(more), str(less)])
+        values.append(mcnemar_test(more, less))
+    adjusted = holm(values)
+    rows = [[*row, p_value(p), p_value(corrected)] for row, p, corrected in zip(rows, values, adjusted)]
     headings = ["behind", "images", "first run", "second run", "newly recovered", "no longer", "p", "p (Holm)"]
     bold = np.zeros((len(rows), len(headings)), dtype=bool)
     bold[:, -1] = [corrected <= ALPHA for corrected in adjusted]
@@ -241,12 +236,8 @@ def _moves(pair: _Matched) -> list[list[str]]:
     return [[str(move), str(count)] for move, count in changed.items()]
 
 
-def _changed_settings(pair: _Matched) -> list[tuple[str, str, str]]:
-    """Return which settings differ between cells of the same specs."""
-    return list(_changes(json.loads(pair.one.settings), json.loads(pair.other.settings)))
-
-
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield which settings differ between cells of the same specs."""
     for name in dict.fromkeys((*before, *after)):
         one, other = before.get(name), after.get(name)
         if isinstance(one, dict) and isinstance(other, dict):
@@ -260,8 +251,7 @@ def _unmatched(run: ComparedRun, pairs: Sequence[_Matched]) -> list[list[str]]:
     """Return how many trials of a run have no matching trial in the other, by cell."""
     both = {trial for pair in pairs for trials in (pair.before, pair.after) for trial in trials["trial"]}
     own = run.trials[~run.trials["trial"].isin(both)]
-    rows = []
-    for key, cell in own.groupby(list(CELL_AXES), sort=False):
-        ended = int((cell["status"] != "").sum())
-        rows.append([run.name, ", ".join(map(str, key)), str(ended), str(len(cell) - ended)])
-    return rows
+    return [
+        [run.name, ", ".join(map(str, key)), str((statuses != "").sum()), str((statuses == "").sum())]
+        for key, statuses in own.groupby(list(CELL_AXES), sort=False)["status"]
+    ]

@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from leakbench.analysis.statistics import Array, bootstrap_interval
+from leakbench.analysis.statistics import paired_difference
 from leakbench.core.registry import split_spec
 from leakbench.core.text import ABSENT, number, percent, plural
 from leakbench.plan.matrix import RECOVERY
+from leakbench.report.display import to_markdown
 from leakbench.report.figure import COLOURS, GREY, key_below, plain, saved, style
 from leakbench.report.page import render_markdown
 from leakbench.report.run import RunData
@@ -145,7 +146,7 @@ def markdown(name: str, trials: pd.DataFrame, unfinished: int, errors: int) -> s
         errors=errors,
         threshold=SSIM_THRESHOLD,
         others=sorted(trials.loc[trials["family"].isna(), "defense"].unique()),
-        attacks=table([{str(key): cell for key, cell in row.items()} for row in attacks.to_dict("records")], left=3),
+        attacks=to_markdown(attacks, left=3),
         undefended=table(_undefended(trials), left=2),
         scales=table(_scales(trials), left=2),
         defended=table(_defended(trials), left=1),
@@ -154,9 +155,10 @@ def markdown(name: str, trials: pd.DataFrame, unfinished: int, errors: int) -> s
     )
 
 
-def _setting(cell: pd.DataFrame) -> dict[str, object]:
-    """Return the columns that name a cell, whose trials have the same place, attack and knowledge."""
+def _row(cell: pd.DataFrame) -> dict[str, object]:
+    """Return the names and counts of a cell, whose trials have the same place, attack and knowledge."""
     one = cell.iloc[0]
+    share, low, high = map(percent, recovered(cell))
     return {
         "dataset": one["dataset"],
         "model": one["model"],
@@ -164,12 +166,6 @@ def _setting(cell: pd.DataFrame) -> dict[str, object]:
         "local steps": one["steps"],
         "attack": one["method"],
         "rate": "known" if one["known"] else "hidden",
-    }
-
-
-def _counts(cell: pd.DataFrame) -> dict[str, object]:
-    share, low, high = map(percent, recovered(cell))
-    return {
         "n": len(cell),
         "failed": int((cell["status"] == "failed").sum()),
         "recovered": f"{share} [{low}, {high}]",
@@ -180,28 +176,23 @@ def _undefended(trials: pd.DataFrame) -> list[dict[str, object]]:
     """Return the rows without a defense: those with the rate known first, in each place."""
     found = []
     for _, group in trials[trials["family"] == ""].groupby(_PLACE, sort=False):
-        cells = [cell for _, cell in group.groupby(_WHO, sort=False)]
-        with_rate = [cell for cell in cells if cell["known"].iloc[0]]
-        for cell in [*with_rate, *(cell for cell in cells if not cell["known"].iloc[0])]:
-            psnr = {"psnr_aligned": number(float(cell["psnr_aligned"].mean()), 1)}
+        ranked = group.sort_values("known", ascending=False, kind="stable")
+        for (_, known), cell in ranked.groupby(_WHO, sort=False):
+            twins = group[group["known"] & (group["told"] == cell["told"].iloc[0])]
             gap: dict[str, object] = dict.fromkeys(("compared with", "difference", "intervals overlap"), ABSENT)
-            others = [other for other in with_rate if other["told"].iloc[0] == cell["told"].iloc[0]]
-            if others and not cell["known"].iloc[0]:
-                gap = _gap(cell, others[0])
-            found.append(_setting(cell) | _counts(cell) | psnr | gap)
+            if len(twins) and not known:
+                gap = _gap(cell, twins[twins["method"] == twins["method"].iloc[0]])
+            found.append(_row(cell) | {"psnr_aligned": number(float(cell["psnr_aligned"].mean()), 1)} | gap)
     return found
 
 
 def _gap(cell: pd.DataFrame, with_rate: pd.DataFrame) -> dict[str, object]:
     """Return by how much the share of an attack without the rate differs from that of an attack that knows it."""
-    keys = ["image", "seed"]
-    pairs = cell[[*keys, "recovered"]].merge(with_rate[[*keys, "recovered"]], on=keys)
-    gap: Array = pairs["recovered_x"].to_numpy(dtype=np.float64) - pairs["recovered_y"].to_numpy(dtype=np.float64)
-    low, high = bootstrap_interval(gap, pairs["image"].to_numpy())
-    interval = f"{_points(low)}, {_points(high)}" if math.isfinite(low) else ABSENT
+    gap = paired_difference(*(arm.set_index(["image", "seed"])["recovered"] for arm in (cell, with_rate)))
+    interval = f"{_points(gap.low)}, {_points(gap.high)}" if math.isfinite(gap.low) else ABSENT
     return {
         "compared with": with_rate["method"].iloc[0],
-        "difference": f"{_points(float(gap.mean()))} [{interval}]",
+        "difference": f"{_points(gap.mean)} [{interval}]",
         "intervals overlap": "yes" if recovered(cell).overlaps(recovered(with_rate)) else "no",
     }
 
@@ -221,7 +212,8 @@ def _scales(trials: pd.DataFrame) -> list[dict[str, object]]:
         own = (cell["scale"] * cell["rate"])[cell["recovered"].astype(bool)]
         values = {"median k r": own.median(), "least": own.min(), "largest": own.max()}
         texts = {name: f"{value:.4g}" if len(own) else ABSENT for name, value in values.items()}
-        found.append(_setting(cell) | {"recovered": f"{len(own)} of {len(cell)}"} | texts)
+        names = {key: text for key, text in _row(cell).items() if key not in ("n", "failed")}
+        found.append(names | {"recovered": f"{len(own)} of {len(cell)}"} | texts)
     return found
 
 
@@ -246,7 +238,7 @@ def _levels(trials: pd.DataFrame, family: str) -> pd.DataFrame:
 
 def _defended(trials: pd.DataFrame) -> list[dict[str, object]]:
     return [
-        {"defense": family, "strength": f"{key[4]:g}"} | _setting(cell) | _counts(cell)
+        {"defense": family, "strength": f"{key[4]:g}"} | _row(cell)
         for family in families(trials)
         for key, cell in sorted(
             _levels(trials, family).groupby([*_PLACE, "strength", *_WHO], sort=False), key=lambda pair: pair[0][:5]
