@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from leakbench.core.files import StrictModel, first_fault
 from leakbench.errors import BadOption
 
 FILE = "tradeoff.json"
@@ -17,16 +18,15 @@ FILE = "tradeoff.json"
 Proportion = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
-class Interval(BaseModel):
+class Interval(StrictModel):
     """A value with its 95 % interval, all in [0, 1]."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     value: Proportion
     low: Proportion
     high: Proportion
 
 
-class Point(BaseModel):
+class Point(StrictModel):
     """One defense at one strength.
 
     Attributes:
@@ -36,14 +36,13 @@ class Point(BaseModel):
         leakage: such as the share of images recovered by the best attacker; lower is better.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     label: str
     models: tuple[str, ...] = ()
     utility: Interval
     leakage: Interval
 
 
-class Study(BaseModel):
+class Study(StrictModel):
     """What trainings and attacks say of utility and leakage: points that compare.
 
     Attributes:
@@ -52,7 +51,6 @@ class Study(BaseModel):
         note: how it was measured.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     title: str
     utility: str
     leakage: str
@@ -65,10 +63,9 @@ class Study(BaseModel):
         return sorted((self.points[index] for index in kept), key=lambda point: point.utility.value)
 
 
-class Studies(BaseModel):
+class Studies(StrictModel):
     """The content of ``FILE``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     studies: tuple[Study, ...] = ()
 
 
@@ -83,10 +80,8 @@ def load(path: Path) -> tuple[Study, ...]:
     try:
         return Studies.model_validate_json(path.read_bytes()).studies
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
         raise BadOption(
-            f"{path} holds no studies of utility and leakage: {where}: {first['msg']}; remove it, and "
+            f"{path} holds no studies of utility and leakage: {first_fault(error)}; remove it, and "
             "`leakbench report` writes it again"
         ) from None
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and models of what JSON and TOML files hold."""
 
 from __future__ import annotations
 
@@ -6,6 +6,22 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from leakbench.errors import one_line
+
+
+class StrictModel(BaseModel):
+    """A frozen model of the content of a file; an unknown field is refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def first_fault(error: ValidationError) -> str:
+    """Return the first thing that is wrong with the content of a file, in one line that names the field."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {one_line(first['msg'])}"
 
 
 @contextmanager

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from leakbench.analysis import pareto as utility
 from leakbench.analysis.ensemble import RECOVERED, AttackerStats, ensemble_results, floor_share
+from leakbench.core.files import StrictModel, first_fault
 from leakbench.core.text import plural
 from leakbench.errors import BadOption, one_line
 from leakbench.plan.matrix import RECOVERY
@@ -31,11 +32,7 @@ _Name = Annotated[
 ]  # as entries once said
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Attacker(_Strict):
+class Attacker(StrictModel):
     """The counts of one attacker of the ensemble."""
 
     name: _Name
@@ -46,7 +43,7 @@ class Attacker(_Strict):
     evaluations: Annotated[_Count | None, Field(description="of the objective; null if it counts none")]
 
 
-class TrialOf(_Strict):
+class TrialOf(StrictModel):
     """One trial, to verify the entry by."""
 
     id: Annotated[str, Field(pattern="^[0-9a-f]{16}$", description="the hash of every resolved setting")]
@@ -58,14 +55,14 @@ class TrialOf(_Strict):
     score: Annotated[float | None, Field(description="ssim_aligned; null if there is none")]
 
 
-class Cost(_Strict):
+class Cost(StrictModel):
     """The test accuracy behind the defense, if the run has a training study."""
 
     accuracy: _Share
     without: Annotated[_Share | None, Field(description="that without any defense; null if it was not measured")]
 
 
-class Entry(_Strict):
+class Entry(StrictModel):
     """The worst case behind one defense, for one dataset and model."""
 
     schema_: Annotated[Literal["leakbench-leaderboard-1"], Field(alias="schema")] = "leakbench-leaderboard-1"
@@ -107,10 +104,7 @@ def read(path: Path) -> Entry:
     except OSError as error:
         raise BadOption(f"{path} cannot be read: {error.strerror}; give the JSON file of an entry") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        words = one_line(first["msg"])
-        raise BadOption(f"{path} is not an entry of a leaderboard: {where}: {words}; see {SCHEMA_FILE}") from None
+        raise BadOption(f"{path} is not an entry of a leaderboard: {first_fault(error)}; see {SCHEMA_FILE}") from None
 
 
 def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> tuple[list[Entry], list[str]]:
@@ -146,6 +140,7 @@ def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> t
         known = {kind: components[kind, spec] for kind, spec in specs.items()}
         best = max(one.attackers, key=lambda stats: stats.recovered)
         rows = own.rename(columns={"trial": "id", RECOVERY: "score"})[list(TrialOf.model_fields)]
+        rows = rows.assign(score=rows["score"].astype(object).where(rows["score"].notna(), None))
         with decoding(store.path):
             entry = Entry(
                 run=run_name(sessions, name),
@@ -161,7 +156,7 @@ def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> t
                 attackers=[_attacker(stats) for stats in one.attackers],
                 accuracy=_cost(studies, one.model, one.defense),
                 versions=versions,
-                trials=rows.astype({"score": object}).replace({"score": {math.nan: None}}).to_dict("records"),
+                trials=[TrialOf.model_validate(row) for row in rows.to_dict("records")],
             )
         found.append(entry)
     return found, missing

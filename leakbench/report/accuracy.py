@@ -119,7 +119,7 @@ def blocks_of(found: Sequence[TrainingRecord]) -> list[Block]:
     def rank(one: TrainingRecord) -> tuple[int, str, int]:
         return controls.get(one.specs["defense"].partition("(")[0], 2), one.specs["defense"], one.seed
 
-    blocks = []
+    blocks: list[Block] = []
     for (dataset, model, _), own in groupby(sorted(found, key=place), place):
         by_defense = groupby(sorted(own, key=rank), lambda one: one.specs["defense"])
         arms = {defense: list(arm) for defense, arm in by_defense}

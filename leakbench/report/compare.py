@@ -8,9 +8,10 @@ from importlib import resources
 from typing import Annotated, Any
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from leakbench.analysis.summary import summarise
+from leakbench.core.files import StrictModel
 from leakbench.core.text import ABSENT, decimals
 from leakbench.report.display import mean_text
 from leakbench.report.markdown import trained
@@ -23,7 +24,7 @@ _OURS = ("paper_mse", "paper_psnr", "psnr", "psnr_aligned", "ssim")
 _Positive = Annotated[float, Field(gt=0)]
 
 
-class PublishedFigure(BaseModel):
+class PublishedFigure(StrictModel):
     """One cell of a published table; a value that was not transcribed is None.
 
     Attributes:
@@ -35,7 +36,6 @@ class PublishedFigure(BaseModel):
         standard: the PSNR in dB, in the standard convention, that ``mse`` implies.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     table: str
     page: int | None = None
     attack: str
@@ -47,7 +47,7 @@ class PublishedFigure(BaseModel):
     standard: _Positive | None = None
 
 
-class PublishedAccuracy(BaseModel):
+class PublishedAccuracy(StrictModel):
     """A published test accuracy.
 
     Attributes:
@@ -58,7 +58,6 @@ class PublishedAccuracy(BaseModel):
         percent: as printed.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     table: str
     mode: str
     model: str
@@ -68,10 +67,9 @@ class PublishedAccuracy(BaseModel):
     percent: _Positive
 
 
-class Published(BaseModel):
+class Published(StrictModel):
     """The published figures, their source, and the recipe of the trainings that is published with them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     source: str
     recipe: dict[str, Any]
     figure: tuple[PublishedFigure, ...]

@@ -64,5 +64,5 @@ def _figure(block: pd.DataFrame, curves: ObjectiveCurves, names: tuple[str, str,
 def _quartiles(curves: Sequence[Sequence[tuple[int, float]]]) -> tuple[np.ndarray, ...]:
     """Return evaluations, and the quartiles of the objective at those that at least half of the curves have."""
     values = pd.DataFrame([dict(curve) for curve in curves]).dropna(axis=1, thresh=math.ceil(len(curves) / 2))
-    quartiles = values[sorted(values)].quantile([0.25, 0.5, 0.75])
+    quartiles = values.sort_index(axis=1).quantile([0.25, 0.5, 0.75])
     return quartiles.columns.to_numpy(), *quartiles.to_numpy()
