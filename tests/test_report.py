@@ -24,8 +24,8 @@ from leakbench.core.types import PRESETS, ThreatModel
 from leakbench.errors import BadOption, ForeignRun, LeakbenchError
 from leakbench.plan.trial import Cell, Result, Trial
 from leakbench.report import bootstrap_interval, console_table, grids, strongest, summarise, write
+from leakbench.report.display import escape
 from leakbench.report.markdown import markdown
-from leakbench.report.md import escape
 from leakbench.report.run import RunData
 from leakbench.store.records import MetricInfo, Pictures, RunSession, run_name
 from leakbench.store.run_file import FILE, Store

@@ -20,7 +20,7 @@ from leakbench.cli.main import app
 from leakbench.core.registry import Registry, option_text
 from leakbench.core.types import PRESETS
 from leakbench.defenses.adaptive import by_informed
-from leakbench.report.md import escape
+from leakbench.report.display import escape
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"
 HEAD = "<!-- Written by tools/reference.py; change the components, and run `make reference`. -->\n\n"

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 
 import pandas as pd
 
@@ -76,6 +77,10 @@ class EnsembleResult:
         return sum(one.open for one in self.attackers)
 
 
+SCENE = attrgetter("dataset", "model")
+"""The dataset and the model of a result; results of the same ones follow each other."""
+
+
 def ensemble_results(trials: pd.DataFrame, threshold: float) -> list[EnsembleResult]:
     """Return one result for each dataset, model and defense; the least recovered defense of a model comes first.
 
@@ -110,12 +115,11 @@ def _ensemble_result(block: pd.DataFrame, threshold: float, names: Mapping[tuple
     """Return the result of one defense from its trials in the order of planning."""
     recovered = (block["status"] == "ok") & (block[RECOVERY] >= threshold)
     first = block[recovered].drop_duplicates(TARGET)
-    known = pd.MultiIndex.from_frame(block[TARGET]).isin(pd.MultiIndex.from_frame(first[TARGET]))
+    known = recovered.groupby([block[axis] for axis in TARGET]).transform("any")
     scored = block["status"].isin(("ok", "failed")) & block[RECOVERY].notna()
     targets = block[scored].drop_duplicates(TARGET)
-    hit = pd.MultiIndex.from_frame(targets[TARGET]).isin(pd.MultiIndex.from_frame(first[TARGET]))
-    by_image = pd.Series(hit, index=targets["image"], dtype=float).groupby(level=0).mean()
-    share = float(by_image.mean()) if len(by_image) else math.nan
+    by_image = known[targets.index].astype(float).groupby(targets["image"]).mean()
+    share = float(by_image.mean())
     low, high = wilson_interval(share, len(by_image)) if len(by_image) else (math.nan, math.nan)
     waiting = block["status"] == ""
     attackers = []

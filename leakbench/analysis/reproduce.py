@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from leakbench import defenses
@@ -65,13 +67,10 @@ def reproduction(
     others = owners(known.values(), own["defense"], str(cell["threat"]))
     if others:
         note = f"{', '.join(others)} runs too, so that a defense has the secret that is revealed. {note}".strip()
-    words = ["leakbench", "run", "matrix"]
-    for path in _plugins(sessions):
-        words += ["--plugin", path]
-    for axis in ("attack", "defense", "model", "dataset"):
-        words += [f"--{axis}", specs[axis]]
-    words += [word for spec in others for word in ("--defense", spec)]
-    words += ["--threat", str(cell["threat"])]
+    options = [("--plugin", path) for path in _plugins(sessions)]
+    options += [(f"--{axis}", specs[axis]) for axis in ("attack", "defense", "model", "dataset")]
+    options += [*(("--defense", spec) for spec in others), ("--threat", str(cell["threat"]))]
+    words = ["leakbench", "run", "matrix", *itertools.chain(*options)]
     tail = " --images {image}, --seeds {seed}, --no-floors --device " + _device(sessions) + " --out runs/again-{trial}"
     return Reproduction(shlex.join(words), tail, note)
 
@@ -114,17 +113,13 @@ def _option(value: object) -> str:
 
 def _plugins(sessions: Sequence[RunSession]) -> list[str]:
     """Return the files that the run's commands named as plugins."""
-    found: dict[str, None] = {}
+    found: list[str] = []
     for session in sessions:
-        try:
-            words = shlex.split(session.provenance.command)
-        except ValueError:  # not a command line: a program gave it a name of its own
-            continue
-        for word, following in zip(words, [*words[1:], ""]):
-            path = following if word == "--plugin" else word.removeprefix("--plugin=") if "--plugin=" in word else ""
-            if path:
-                found[path] = None
-    return list(found)
+        with suppress(ValueError):  # not a command line: a program gave it a name of its own
+            split = [word.split("=", 1) for word in shlex.split(session.provenance.command)]
+            words = itertools.chain(*(parts if parts[0] == "--plugin" else ["=".join(parts)] for parts in split))
+            found += [path for word, path in itertools.pairwise(words) if word == "--plugin"]
+    return list(dict.fromkeys(found))
 
 
 def _device(sessions: Sequence[RunSession]) -> str:

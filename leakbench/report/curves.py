@@ -82,10 +82,8 @@ def levels(components: Sequence[StoredComponent]) -> list[Level]:
 
 def kinds(components: Sequence[StoredComponent]) -> list[Kind]:
     """Return the axes along which a run has a curve: those with at least two strengths beside the exact gradient."""
-    found = levels(components)
-    return [
-        kind for kind in _TITLES if sum(one.kind == kind and one.defense != "none" for one in found) >= MIN_STRENGTHS
-    ]
+    strengths = [level.kind for level in levels(components) if level.defense != "none"]
+    return [kind for kind in _TITLES if strengths.count(kind) >= MIN_STRENGTHS]
 
 
 def check(plans: Sequence[Matrix]) -> None:
@@ -156,24 +154,14 @@ def files(run: RunData) -> Iterator[tuple[str, bytes]]:
 
 def markdown(pages: Sequence[CurvesPage], metrics: Sequence[MetricInfo]) -> str:
     """Return the report; it depends on nothing but its arguments."""
-    metrics = _shown(metrics)
-    return render_markdown(
-        "curves.md.j2",
-        pages=[
-            (page, _floors(page, metrics), [(_TITLES[kind], _table(page, kind, metrics)) for kind in page.levels])
-            for page in pages
-        ],
-    )
-
-
-def _floors(page: CurvesPage, metrics: Sequence[MetricInfo]) -> list[str]:
-    """Return the best floor of each metric."""
-    found = [(metric.name, page.best_floor(metric.name)) for metric in metrics]
-    return [
-        f"{name} {mean_text(best, name, decimals([best[name]]))} ({best['attack']})"
-        for name, best in found
-        if best is not None
-    ]
+    shown, blocks = _shown(metrics), []
+    for page in pages:
+        best = [(metric.name, page.best_floor(metric.name)) for metric in shown]
+        floors = [
+            f"{name} {mean_text(row, name, decimals([row[name]]))} ({row['attack']})" for name, row in best if row
+        ]
+        blocks.append((page, floors, [(_TITLES[kind], _table(page, kind, shown)) for kind in page.levels]))
+    return render_markdown("curves.md.j2", pages=blocks)
 
 
 def _shown(metrics: Sequence[MetricInfo]) -> list[MetricInfo]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -17,12 +18,12 @@ from tabulate import tabulate
 from leakbench.analysis.summary import BLOCK
 from leakbench.core.text import ABSENT, decimals, number, with_interval
 from leakbench.errors import one_line
-from leakbench.report.md import escape
 from leakbench.store.records import MetricInfo
 
 Bold = npt.NDArray[np.bool_]
 """Which cells are bold: [rows, columns] of a display table."""
 
+_SPECIAL = re.compile(r"[&<>|`*\\$~#@]|\[(?=\^)|\](?=[(\[:])|(?<![^\W_])_|_(?![^\W_])|(?<=:)//")
 _TEX = {"−": "$-$", "∞": "$\\infty$", "↑": "$\\uparrow$", "↓": "$\\downarrow$", ABSENT: "--", "<": "\\textless{}"}
 _TEX |= {">": "\\textgreater{}", "|": "\\textbar{}", "`": "\\textasciigrave{}"}
 
@@ -87,6 +88,11 @@ def gain_text(row: Mapping[Hashable, Any], name: str, places: int | None) -> str
     if row["floor"]:
         return "floor"
     return with_interval(row[f"{name} gain"], row[f"{name} gain low"], row[f"{name} gain high"], places, sign=True)
+
+
+def escape(text: object) -> str:
+    """Return text that Markdown shows as it is, in one line, inside a table as well as outside."""
+    return _SPECIAL.sub(lambda match: "".join(f"&#{ord(c)};" for c in match[0]), one_line(text))
 
 
 def to_markdown(shown: pd.DataFrame, left: int = 2, bold: Bold | None = None) -> str:

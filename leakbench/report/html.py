@@ -17,7 +17,6 @@ from leakbench.analysis.summary import ANY, BLOCK, STATUSES, summarise, without_
 from leakbench.core.text import ABSENT, decimals
 from leakbench.plan.matrix import RECOVERY
 from leakbench.report import figure, utility
-from leakbench.report.about import facts, mixed
 from leakbench.report.markdown import MAIN_METRICS, PAPER_PREFIX
 from leakbench.report.page import SCRIPTS, STYLES, embedded, picture, render
 from leakbench.report.run import ObjectiveCurves, PicturesOf, RunData
@@ -89,8 +88,8 @@ def html(
         "ended": len(run.results),
         "planned": run.planned,
         "counts": {status: int((run.results["status"] == status).sum()) for status in STATUSES},
-        "facts": facts(run.sessions, run.results, run.planned),
-        "mixed": mixed(run.sessions),
+        "facts": run.facts(),
+        "mixed": run.mixed,
         "threats": {threat: run.threats.get(threat, "") for threat in axes["threat"]},
         "metrics": metrics,
         "ranking": ranking,

@@ -11,10 +11,8 @@ from leakbench.analysis.controls import control_gains
 from leakbench.analysis.summary import ANY, BLOCK, strongest, summarise, without_repeats
 from leakbench.core.text import ABSENT, decimals, with_interval
 from leakbench.models.weights import Checkpoint
-from leakbench.report.about import about
 from leakbench.report.differences import differences
-from leakbench.report.display import gain_text, leakage_table, to_markdown
-from leakbench.report.md import escape
+from leakbench.report.display import escape, gain_text, leakage_table, to_markdown
 from leakbench.report.page import render_markdown
 from leakbench.report.run import Picture, RunData
 from leakbench.store.records import MetricInfo, Statement, StoredComponent
@@ -62,7 +60,7 @@ def markdown(run: RunData, pictures: Sequence[Picture] = ()) -> str:
     return render_markdown(
         "report.md.j2",
         name=run.name,
-        about=about(run.sessions, run.results, run.planned),
+        about=run.about(),
         blocks=blocks,
         **(_legend(run, summary, pictures) if blocks else {}),
     )

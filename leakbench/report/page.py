@@ -16,8 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from leakbench.core.text import english, number, percent, plural
-from leakbench.report.display import to_markdown
-from leakbench.report.md import escape
+from leakbench.report.display import escape, to_markdown
 
 STYLES = ("style.css",)
 """The look that every page shares: colours for light and dark, type, tables, cards, print."""

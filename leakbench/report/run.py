@@ -1,4 +1,4 @@
-"""All of a run that a report shows, read from its file once."""
+"""All of a run that a report shows, read from its file once, and the head of a report."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import pandas as pd
 
 from leakbench.analysis.ensemble import skipped
+from leakbench.analysis.summary import STATUSES
+from leakbench.core.text import number
+from leakbench.report.page import render_markdown
 from leakbench.store.records import MetricInfo, Pictures, RunSession, StoredComponent, run_name, threshold_of
 from leakbench.store.run_file import Store
 
@@ -66,3 +69,28 @@ class RunData:
         planned = len(trials) - (0 if threshold is None else skipped(trials, threshold))
         results, name = store.results(trials), run_name(sessions, folder)
         return cls(name, sessions, planned, results, store.metrics(), store.threats(), store.components()), trials
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the starts were made by different versions of leakbench."""
+        return len({session.provenance.code for session in self.sessions}) > 1
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Return labels and words on the run's starts: trials, time, commands, versions and devices."""
+        counts = self.results["status"].value_counts()
+        statuses = ", ".join(f"{counts[status]} {status}" for status in STATUSES if status in counts)
+        ended = f"{len(self.results)} of {self.planned} planned" + (f" ({statuses})" if statuses else "")
+        found = [("trials", ended), ("time in trials", f"{number(self.results['seconds'].sum(), 1)} s")]
+        for session in self.sessions:
+            label = "" if len(self.sessions) == 1 else f", start {session.id}"
+            words = {
+                "command": session.provenance.command,
+                "time": f"{session.started} to {session.ended or 'an unknown end, because it was interrupted'}",
+                **session.provenance.describe(),
+            }
+            found += [(f"{name}{label}", text) for name, text in words.items()]
+        return found
+
+    def about(self) -> str:
+        """Return the table of the run's starts in Markdown."""
+        return render_markdown("about.md.j2", facts=self.facts(), mixed=self.mixed).rstrip()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import pandas as pd
 
-from leakbench.analysis.ensemble import RECOVERED, EnsembleResult, ensemble_results, floor_share
+from leakbench.analysis.ensemble import RECOVERED, SCENE, EnsembleResult, ensemble_results, floor_share
 from leakbench.analysis.summary import strongest, summarise
 from leakbench.core.text import percent, with_interval
 from leakbench.plan.matrix import RECOVERY
@@ -93,13 +94,13 @@ def worst_cases(run: RunData, trials: pd.DataFrame) -> list[WorstCase]:
     images, gains = notes(run.components), {} if skips else _gains(run)
     if RECOVERY not in trials:
         trials = trials.assign(**{RECOVERY: math.nan})
-    grouped: dict[tuple[str, str], list[DefenseRow]] = {}
-    for one in ensemble_results(trials, threshold):
-        attacker, gain = gains.get((one.dataset, one.model, one.defense), ("", None))
-        by = _first_recovered(one) if skips else _most_recovered(one, trials, threshold)
-        grouped.setdefault((one.dataset, one.model), []).append(DefenseRow(one, by, gain, attacker))
     found = []
-    for (dataset, model), rows in grouped.items():
+    for (dataset, model), results in groupby(ensemble_results(trials, threshold), SCENE):
+        rows = []
+        for one in results:
+            attacker, gain = gains.get((dataset, model, one.defense), ("", None))
+            by = _first_recovered(one) if skips else _most_recovered(one, trials, threshold)
+            rows.append(DefenseRow(one, by, gain, attacker))
         rows.sort(key=_leakage)
         floor = floor_share(trials[(trials["dataset"] == dataset) & (trials["model"] == model)], threshold)
         ends = [end for row in rows for end in row.gain or () if math.isfinite(end)]
@@ -118,15 +119,17 @@ def _leakage(row: DefenseRow) -> tuple[bool, float, float]:
 def _gains(run: RunData) -> Mapping[tuple[str, str, str], tuple[str, GainInterval]]:
     """Return (dataset, model, defense) -> the attacker that gains most under any threat model, and its gain."""
     metrics = [metric for metric in run.metrics if metric.name == "psnr_aligned" and metric.name in run.results]
-    found: dict[tuple[str, str, str], tuple[str, GainInterval]] = {}
     if not metrics:
-        return found
-    for row in strongest(summarise(run.results, metrics), "psnr_aligned").to_dict("records"):
-        key = (str(row["dataset"]), str(row["model"]), str(row["defense"]))
-        value = (float(row["gain"]), float(row["low"]), float(row["high"]))
-        if key not in found or value[0] > found[key][1][0]:
-            found[key] = ("" if row["floor"] else f"{row['attack']}, {row['threat']}", value)
-    return found
+        return {}
+    best = strongest(summarise(run.results, metrics), "psnr_aligned")
+    best = best.sort_values("gain", ascending=False, kind="stable").drop_duplicates(["dataset", "model", "defense"])
+    return {
+        (row["dataset"], row["model"], row["defense"]): (
+            "" if row["floor"] else f"{row['attack']}, {row['threat']}",
+            (row["gain"], row["low"], row["high"]),
+        )
+        for row in best.to_dict("records")
+    }
 
 
 def _first_recovered(one: EnsembleResult) -> str:

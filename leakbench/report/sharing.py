@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from leakbench.analysis.paired import Pair
 from leakbench.analysis.summary import summarise
 from leakbench.core.text import slug
-from leakbench.report.about import about
 from leakbench.report.differences import paired_table
 from leakbench.report.display import leakage_table, to_markdown
 from leakbench.report.figure import saved
@@ -65,8 +64,7 @@ def files(run: RunData, store: Store) -> Iterator[tuple[str, bytes]]:
         pictures = store.images([trial for trial in trials.to_numpy().ravel() if isinstance(trial, str)])
         yield file, saved(figure(trials, pictures))
         blocks.append((key, words.get(key[1], ""), file, _scores(run, block), _tests(block)))
-    head = about(run.sessions, run.results, run.planned)
-    yield FILE, render_markdown("sharing.md.j2", head=head, blocks=blocks).encode()
+    yield FILE, render_markdown("sharing.md.j2", head=run.about(), blocks=blocks).encode()
 
 
 def arms(results: pd.DataFrame) -> pd.DataFrame:

@@ -47,7 +47,6 @@ class AttackedDefense:
         distance: the mean over images of the least ``lpips_vgg`` of any attacker; NaN without its weights.
         images: how many images were attacked, seeds counted separately.
         strongest: the attack that recovered most images; empty if none recovered any.
-        failed: trials that ended without a score.
         models: the specs under which the run has the attacked checkpoints, one per seed.
     """
 
@@ -58,7 +57,6 @@ class AttackedDefense:
     distance: Value
     images: int
     strongest: str
-    failed: int
     models: tuple[str, ...] = ()
 
 
@@ -105,11 +103,9 @@ def write(out: Path | str) -> list[Path]:
     found = records(out)
     stages = attacked_stages(results, found, targets, threshold)
     written = [replace(out / pareto.FILE, studies(stages, threshold).model_dump_json(indent=1).encode() + b"\n")]
-    groups: dict[tuple[str, str], list[AttackedStage]] = {}
-    for stage in stages:
-        groups.setdefault((stage.dataset, stage.model), []).append(stage)
     pictures = []
-    for index, (names, group) in enumerate(groups.items(), 1):
+    for index, names in enumerate(dict.fromkeys((stage.dataset, stage.model) for stage in stages), 1):
+        group = [stage for stage in stages if (stage.dataset, stage.model) == names]
         file = f"tradeoff/tradeoff-{index:02}-{slug(names)}.png"
         written.append(replace(out / file, saved(figure(group))))
         pictures.append((file, f"{names[1]} on {names[0]}", [(stage, table(_rows(stage), left=1)) for stage in group]))
@@ -143,9 +139,7 @@ def attacked_stages(
     stages = []
     for (dataset, model, stage), arms in grouped.items():
         floors = results[results["model"].isin([t.model for own in arms.values() for t in own]) & results["floor"]]
-        floor = math.nan
-        if DISTANCE in floors and floors[DISTANCE].notna().any():
-            floor = float(floors.groupby("attack")[DISTANCE].mean().min())
+        floor = float(floors.groupby("attack")[DISTANCE].mean().min()) if DISTANCE in floors else math.nan
         points = [_point(results, own, [by_folder[one.arm] for one in own], threshold) for own in arms.values()]
         stages.append(AttackedStage(dataset, model, stage, tuple(points), floor))
     return stages
@@ -165,7 +159,7 @@ def _point(
         least = scored.groupby(["model", "seed", "image"])[DISTANCE].min().dropna()
         images = least.index.get_level_values("image").to_numpy()
         distance = Value(float(least.mean()), *bootstrap_interval(least.to_numpy(), images))
-    by = recovered[recovered["hit"]].groupby("attack")["image"].count()
+    by = recovered.loc[recovered["hit"], "attack"].value_counts().sort_index()
     return AttackedDefense(
         defense=targets[0].defense,
         accuracy=interval(arms),
@@ -174,7 +168,6 @@ def _point(
         distance=distance,
         images=len(hits),
         strongest="" if by.empty else str(by.idxmax()),
-        failed=int((~own["status"].isin(["ok", "failed", "unsupported"])).sum()),
         models=tuple(models),
     )
 
@@ -227,22 +220,20 @@ def _interval(value: Value) -> pareto.Interval:
 def _rows(stage: AttackedStage) -> list[dict[str, object]]:
     """Return the rows of a stage's table."""
     fronts = {name: stage.front(name) for name in stage.leakages()}
-    found = []
-    for index, point in enumerate(stage.points):
-        marks = [name for name, kept in fronts.items() if index in kept]
-        found.append(
-            {
-                "defense": point.defense,
-                "accuracy": per_cent(*point.accuracy),
-                "of the checkpoint": number(100 * point.before, 2),
-                "n": point.images,
-                "recovered": per_cent(*point.share, places=0),
-                "LPIPS": with_interval(*point.distance, 3),
-                "on the front": english(marks) if marks else ABSENT,
-                "strongest attack": point.strongest or ABSENT,
-            }
-        )
-    return found
+    marks = [[name for name, kept in fronts.items() if index in kept] for index in range(len(stage.points))]
+    return [
+        {
+            "defense": point.defense,
+            "accuracy": per_cent(*point.accuracy),
+            "of the checkpoint": number(100 * point.before, 2),
+            "n": point.images,
+            "recovered": per_cent(*point.share, places=0),
+            "LPIPS": with_interval(*point.distance, 3),
+            "on the front": english(own) if own else ABSENT,
+            "strongest attack": point.strongest or ABSENT,
+        }
+        for point, own in zip(stage.points, marks)
+    ]
 
 
 def figure(stages: Sequence[AttackedStage]) -> Figure:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 
 import pandas as pd
 
-from leakbench.analysis.ensemble import TARGET, EnsembleResult, attacker_names, ensemble_results
+from leakbench.analysis.ensemble import SCENE, TARGET, EnsembleResult, attacker_names, ensemble_results
 from leakbench.core.text import ABSENT, english, number, percent, plural
 from leakbench.plan.matrix import RECOVERY
 from leakbench.report.display import to_markdown
@@ -19,8 +20,8 @@ from leakbench.store.records import StoredComponent
 def ranking(trials: pd.DataFrame, threshold: float) -> str:
     """Return the table of each dataset and model as Markdown: every defense, the least recovered first."""
     scenes = [
-        {"dataset": dataset, "model": model, "headline": _headline(own)}
-        for (dataset, model), own in _scenes(trials, threshold).items()
+        {"dataset": dataset, "model": model, "headline": _headline(list(own))}
+        for (dataset, model), own in groupby(ensemble_results(trials, threshold), SCENE)
     ]
     return render_markdown("ranking.md.j2", scenes=scenes).strip()
 
@@ -42,7 +43,8 @@ def markdown(
         components: what each spec stands for.
     """
     images, scenes = notes(components), []
-    for (dataset, model), own in _scenes(trials, threshold).items():
+    for (dataset, model), results in groupby(ensemble_results(trials, threshold), SCENE):
+        own = list(results)
         here = trials[(trials["dataset"] == dataset) & (trials["model"] == model)]
         scenes.append(
             {
@@ -66,14 +68,6 @@ def markdown(
         stated=stated(components),
         ABSENT=ABSENT,
     )
-
-
-def _scenes(trials: pd.DataFrame, threshold: float) -> dict[tuple[str, str], list[EnsembleResult]]:
-    """Return the results by dataset and model."""
-    scenes: dict[tuple[str, str], list[EnsembleResult]] = {}
-    for one in ensemble_results(trials, threshold):
-        scenes.setdefault((one.dataset, one.model), []).append(one)
-    return scenes
 
 
 def _headline(found: Sequence[EnsembleResult]) -> str:
