@@ -113,13 +113,13 @@ def _option(value: object) -> str:
 
 def _plugins(sessions: Sequence[RunSession]) -> list[str]:
     """Return the files that the run's commands named as plugins."""
-    found: list[str] = []
+    found: dict[str, None] = {}
     for session in sessions:
         with suppress(ValueError):  # not a command line: a program gave it a name of its own
-            split = [word.split("=", 1) for word in shlex.split(session.provenance.command)]
-            words = itertools.chain(*(parts if parts[0] == "--plugin" else ["=".join(parts)] for parts in split))
-            found += [path for word, path in itertools.pairwise(words) if word == "--plugin"]
-    return list(dict.fromkeys(found))
+            words = shlex.split(session.provenance.command)
+            found |= dict.fromkeys(path for word, path in itertools.pairwise(words) if word == "--plugin")
+            found |= dict.fromkeys(word.partition("=")[2] for word in words if word.startswith("--plugin="))
+    return list(found)
 
 
 def _device(sessions: Sequence[RunSession]) -> str:
