@@ -92,13 +92,10 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
     Args:
         points: higher utility and lower leakage are better; those with NaN are on no front.
     """
-    kept = []
-    for index, (utility, leakage) in enumerate(points):
-        if math.isnan(utility) or math.isnan(leakage):
-            continue
-        beaten = any(
-            other >= utility and less <= leakage and (other > utility or less < leakage) for other, less in points
+
+    def beaten(utility: float, leakage: float) -> bool:
+        return any(
+            other >= utility and less <= leakage and (other, less) != (utility, leakage) for other, less in points
         )
-        if not beaten:
-            kept.append(index)
-    return kept
+
+    return [place for place, point in enumerate(points) if not any(map(math.isnan, point)) and not beaten(*point)]

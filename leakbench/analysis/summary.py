@@ -44,13 +44,9 @@ def summarise(results: pd.DataFrame, metrics: Sequence[MetricInfo]) -> pd.DataFr
     rows = []
     for key, block in without_repeats(results).groupby(list(BLOCK), sort=False):
         floors = {str(name): _paired(part) for name, part in block[block["floor"]].groupby("attack", sort=False)}
-        attacks = block["attack"].drop_duplicates().tolist()
-        defenses = block["defense"].drop_duplicates().tolist()
-        cells = {(str(a), str(d)): cell for (a, d), cell in block.groupby(["attack", "defense"], sort=False)}
-        for attack, defense in ((attack, defense) for attack in attacks for defense in defenses):
-            if (attack, defense) not in cells:
-                continue
-            cell = cells[attack, defense]
+        ranks = [pd.factorize(block[axis])[0] for axis in ("attack", "defense")]
+        for _, cell in block.groupby(ranks):
+            attack, defense = cell[["attack", "defense"]].iloc[0]
             row: dict[str, Any] = dict(zip(BLOCK, key)) | {"attack": attack, "defense": defense}
             row |= {"floor": defense == ANY, "n": len(cell)}
             row |= {status: int((cell["status"] == status).sum()) for status in STATUSES}

@@ -20,7 +20,7 @@ from leakbench.core.text import ABSENT, english, number, slug
 from leakbench.errors import BadOption
 from leakbench.report.compare import Published, published
 from leakbench.report.figure import COLOURS, key_below, plain, saved
-from leakbench.report.files import replace
+from leakbench.report.files import remove_others, replace
 from leakbench.report.page import render_markdown
 from leakbench.report.study import Value, per_cent, table
 from leakbench.store.provenance import Provenance
@@ -101,10 +101,7 @@ def write(out: Path | str) -> list[Path]:
     written = [replace(out / CSV, csv(found).encode())]
     written += [replace(out / "curves" / block.file, saved(figure(block))) for block in blocks if block.ended]
     written.append(replace(out / FILE, markdown(blocks, published(), out.resolve().name).encode()))
-    names = {block.file for block in blocks}
-    for path in (out / "curves").glob("*.png"):
-        if _CURVES.fullmatch(path.name) and path.name not in names:
-            path.unlink()
+    remove_others(out / "curves", _CURVES, {block.file for block in blocks})
     return written
 
 

@@ -70,7 +70,7 @@ def write(out: Path | str, formats: Collection[str] = DEFAULT_FORMATS) -> list[P
                 written.append(replace(out / "worst-case.md", text.encode()))
             for name, data in (*curves.files(run), *sharing.files(run, store), *weights.files(run, store)):
                 written.append(replace(out / name, data))
-            _remove_others(out / "grids", {picture.path.removeprefix("grids/") for picture in pictures})
+            remove_others(out / "grids", _GRID, {picture.path.removeprefix("grids/") for picture in pictures})
     return written
 
 
@@ -135,10 +135,10 @@ def replace(path: Path, data: bytes) -> Path:
     return path
 
 
-def _remove_others(folder: Path, names: set[str]) -> None:
-    """Remove the pictures of an earlier report."""
+def remove_others(folder: Path, pattern: re.Pattern[str], names: Collection[str]) -> None:
+    """Remove the pictures of an earlier report: files whose names match a pattern and are not among ``names``."""
     for path in folder.glob("*.png"):
-        if _GRID.fullmatch(path.name) and path.name not in names:
+        if pattern.fullmatch(path.name) and path.name not in names:
             path.unlink(missing_ok=True)
 
 

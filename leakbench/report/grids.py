@@ -123,12 +123,9 @@ def pages(results: pd.DataFrame, rows: int = MAX_ROWS) -> list[GridPage]:
 
 def _first_seeds(results: pd.DataFrame) -> pd.DataFrame:
     """Return the results of the seeds that have pages."""
-    each = 0
-    for _, block in results.groupby(list(BLOCK), sort=False):
-        columns = block[["attack", "defense"]].drop_duplicates()
-        each += -(-len(columns) // MAX_COLUMNS)
-    most = max(1, MAX_PAGES // max(1, each))
-    seeds = sorted(results["seed"].unique())[:most]
+    columns = results[[*BLOCK, "attack", "defense"]].drop_duplicates().groupby(list(BLOCK)).size()
+    each = int(np.ceil(columns / MAX_COLUMNS).sum())
+    seeds = sorted(results["seed"].unique())[: max(1, MAX_PAGES // max(1, each))]
     return results[results["seed"].isin(seeds)]
 
 
@@ -138,10 +135,8 @@ def rows_within(found: Sequence[GridPage], truths: Sequence[bytes | None], budge
     Args:
         truths: one PNG for each page, of the size that its images have; None if it is unknown.
     """
-    row = 0
-    for page, truth in zip(found, truths):
-        image = picture(truth)
-        row += 3 * image.width * image.height * (len(page.columns) + 1) if image is not None else 0
+    shown = [(page, image) for page, truth in zip(found, truths) if (image := picture(truth)) is not None]
+    row = sum(3 * image.width * image.height * (len(page.columns) + 1) for page, image in shown)
     return max(1, min(MAX_ROWS, budget // max(1, row)))
 
 

@@ -110,9 +110,8 @@ def html(
 def _metrics(run: RunData) -> list[MetricInfo]:
     """Return the metrics with a value: those that the matrix shows first, the paper's last."""
     known = {m.name: m for m in run.metrics if m.name in run.results and run.results[m.name].notna().any()}
-    others = [name for name in known if not name.startswith(PAPER_PREFIX)]
-    order = dict.fromkeys([name for name in (*_SHOWN, *MAIN_METRICS) if name in known] + others + list(known))
-    return [known[name] for name in order]
+    ranked = sorted(known, key=lambda name: name.startswith(PAPER_PREFIX))
+    return [known[name] for name in dict.fromkeys((*_SHOWN, *MAIN_METRICS, *ranked)) if name in known]
 
 
 def _options(run: RunData, axes: Mapping[str, Sequence[str]]) -> dict[str, list[dict[str, object]]]:
@@ -155,12 +154,11 @@ def _cells(
     They are its mean, low, high and n, its gain, low and high, and the step of the gain's colour.
     """
     columns = []
-    for metric in metrics:
-        name = metric.name
+    for name in (metric.name for metric in metrics):
         gains = summary[f"{name} gain"].to_numpy(dtype=np.float64)
+        largest = max((value for value in gains if math.isfinite(value) and value > 0), default=0.0)
         for part in ("", " low", " high", " n", " gain", " gain low", " gain high"):
             columns.append([_rounded(value) for value in summary[f"{name}{part}"]])
-        largest = max((value for value in gains if math.isfinite(value) and value > 0), default=0.0)
         columns.append([_step(value, largest) for value in gains])
     heads = [_codes(summary[axis], axes[axis]) for axis in _AXES]
     counts = [summary[name].astype(int).tolist() for name in ("floor", "n", *STATUSES)]
@@ -262,13 +260,9 @@ def _courses(once: pd.DataFrame, curves: ObjectiveCurves) -> dict[str, Any]:
     """Return the lists of evaluations, and of each trial the number of its list and its objective there, or None."""
     marks: dict[tuple[int, ...], int] = {}
     found: list[list[object] | None] = []
-    for trial in once["trial"]:
-        points = curves.get(trial, ())
-        if len(points) < 2:
-            found.append(None)
-            continue
-        at = marks.setdefault(tuple(place for place, _ in points), len(marks))
-        found.append([at, *(float(f"{value:.3g}") for _, value in points)])
+    for points in (curves.get(trial, ()) for trial in once["trial"]):
+        at = marks.setdefault(tuple(place for place, _ in points), len(marks)) if len(points) > 1 else None
+        found.append(None if at is None else [at, *(float(f"{value:.3g}") for _, value in points)])
     return {"marks": [list(places) for places in marks], "curve": found}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,9 +29,8 @@ def write(runs: Sequence[Path], out: Path) -> tuple[list[Path], list[str]]:
     found: list[Entry] = []
     missing: list[str] = []
     for run in runs:
-        studies = utility.load(run / utility.FILE)
         with Store.open(run / FILE, readonly=True) as store:
-            own, lacking = entries(store, run.resolve().name, studies)
+            own, lacking = entries(store, run.resolve().name, utility.load(run / utility.FILE))
         found += own
         missing += lacking
     if not found:
@@ -39,19 +39,16 @@ def write(runs: Sequence[Path], out: Path) -> tuple[list[Path], list[str]]:
             "finish a run, such as --suite worst-case"
         )
     found.sort(key=lambda one: (one.dataset, one.model, one.recovered, one.high))
-    written, rows = [], []
-    taken: dict[str, int] = {}
+    written: list[Path] = []
+    taken: Counter[str] = Counter()
+    scenes: dict[tuple[str, str, float], list[tuple[Entry, str]]] = {}
     for one in found:
         name = slug((one.run, one.dataset, one.model, one.defense))
-        taken[name] = taken.get(name, 0) + 1
+        taken[name] += 1
         file = f"entries/{name}{'' if taken[name] == 1 else f'-{taken[name]}'}.json"
-        text = one.model_dump_json(by_alias=True, indent=1) + "\n"
-        written.append(replace(out / file, text.encode()))
-        rows.append((one, file))
-    written.append(replace(out / SCHEMA_FILE, schema().encode()))
-    scenes: dict[tuple[str, str, float], list[tuple[Entry, str]]] = {}
-    for one, file in rows:
+        written.append(replace(out / file, f"{one.model_dump_json(by_alias=True, indent=1)}\n".encode()))
         scenes.setdefault((one.dataset, one.model, one.threshold), []).append((one, file))
+    written.append(replace(out / SCHEMA_FILE, schema().encode()))
     context = {
         "title": "Leaderboard of defenses",
         "scenes": scenes,
