@@ -80,13 +80,14 @@ def _context(audit: Audit, command: str) -> dict[str, object]:
 
 def _layer_rows(one: DefenseFindings) -> list[list[str]]:
     """Return the layers with the largest shares, in order of registration; the others together."""
-    kept = sorted(range(len(one.leaks.layers)), key=lambda place: -one.leaks.layers[place].share)[:MAX_LAYERS]
+    layers = one.leaks.layers
+    kept = sorted(range(len(layers)), key=lambda place: -layers[place].share)[:MAX_LAYERS]
     exact = {form.layer for form in one.leaks.forms if form.exact}
     rows = []
-    for layer in (one.leaks.layers[place] for place in sorted(kept)):
+    for layer in (layers[place] for place in sorted(kept)):
         leaks = "its input, exactly" if layer.layer in exact else "" if layer.parameters else "nothing was sent"
         rows.append([layer.layer, layer.kind, f"{layer.parameters:,}", f"{100 * layer.share:.2f} %", leaks])
-    others = [one.leaks.layers[place] for place in range(len(one.leaks.layers)) if place not in kept]
+    others = [layer for place, layer in enumerate(layers) if place not in kept]
     if others:
         count, share = sum(other.parameters for other in others), sum(other.share for other in others)
         rows.append([f"{len(others)} others", "", f"{count:,}", f"{100 * share:.2f} %", ""])

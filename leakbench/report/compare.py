@@ -91,7 +91,10 @@ def markdown(
     places = {metric.name: decimals(cells[metric.name]) for metric in metrics if metric.name in cells}
     ours: dict[tuple[str, ...], list[dict[str, object]]] = {}
     for row in cells.to_dict("records"):
-        ours.setdefault(_names(row), []).append(_own_cells(row, places))
+        names = {f"our {axis}": row[axis] for axis in _AXES}
+        counts = {"threat model": row["threat"], "n": row["n"], "failed": row["failed"]}
+        means = {f"our {name}": mean_text(row, name, place) for name, place in places.items()}
+        ours.setdefault(_names(row), []).append(names | counts | means)
     missing: list[dict[str, object]] = [{"our attack": "not in this run"}]
     rows = [_printed(one) | own for one in paper.figure for own in ours.get(_names(one.model_dump()), missing)]
     published = {_names(one.model_dump()) for one in paper.figure}
@@ -108,17 +111,11 @@ def _names(specs: Mapping[Any, Any]) -> tuple[str, ...]:
 
 def _printed(one: PublishedFigure) -> dict[str, object]:
     """Return a published figure as cells."""
-    values = {
-        "paper's MSE": (one.mse, ".2f"),
-        "paper's PSNR": (one.psnr, ".2f"),
-        "implied psnr": (one.standard, ".1f"),
+    return {
+        "table": one.table,
+        "page": one.page or ABSENT,
+        **{axis: getattr(one, axis) for axis in _AXES},
+        "paper's MSE": ABSENT if one.mse is None else f"{one.mse:.2f}",
+        "paper's PSNR": ABSENT if one.psnr is None else f"{one.psnr:.2f}",
+        "implied psnr": ABSENT if one.standard is None else f"{one.standard:.1f}",
     }
-    cells = {"table": one.table, "page": one.page or ABSENT, **{axis: getattr(one, axis) for axis in _AXES}}
-    return cells | {name: ABSENT if value is None else format(value, code) for name, (value, code) in values.items()}
-
-
-def _own_cells(row: Mapping[Any, Any], places: Mapping[str, int | None]) -> dict[str, object]:
-    """Return a row of the summary as cells."""
-    cells = {f"our {axis}": row[axis] for axis in _AXES}
-    cells |= {"threat model": row["threat"], "n": row["n"], "failed": row["failed"]}
-    return cells | {f"our {name}": mean_text(row, name, place) for name, place in places.items()}

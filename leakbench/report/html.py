@@ -61,10 +61,11 @@ def html(
     ranked = next((name for name in _RANKED if any(m.name == name for m in metrics)), "")
     ranking = next((metric for metric in metrics if metric.name == ranked), metrics[0] if metrics else None)
     galleries = _galleries(once, axes, ranking, summary)
+    options = {(one.kind, one.spec): {**one.options, "version": one.version} for one in run.components}
     data: dict[str, Any] = {
         "axes": axes,
         "words": [run.threats.get(threat, "") for threat in axes["threat"]],
-        "options": _options(run, axes),
+        "options": {kind: [options.get((kind, spec), {}) for spec in axes[kind]] for kind in _AXES if kind != "threat"},
         "statements": _statements(run, axes),
         "metrics": _metric_data(metrics, summary),
         "ranked": None if ranking is None else metrics.index(ranking),
@@ -112,12 +113,6 @@ def _metrics(run: RunData) -> list[MetricInfo]:
     known = {m.name: m for m in run.metrics if m.name in run.results and run.results[m.name].notna().any()}
     ranked = sorted(known, key=lambda name: name.startswith(PAPER_PREFIX))
     return [known[name] for name in dict.fromkeys((*_SHOWN, *MAIN_METRICS, *ranked)) if name in known]
-
-
-def _options(run: RunData, axes: Mapping[str, Sequence[str]]) -> dict[str, list[dict[str, object]]]:
-    """Return every option of each component, in the order of its axis."""
-    known = {(one.kind, one.spec): {**one.options, "version": one.version} for one in run.components}
-    return {kind: [known.get((kind, spec), {}) for spec in axes[kind]] for kind in _AXES if kind != "threat"}
 
 
 def _statements(run: RunData, axes: Mapping[str, Sequence[str]]) -> list[list[list[str]]]:

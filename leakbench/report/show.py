@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pandas as pd
@@ -14,8 +12,9 @@ from leakbench.analysis.reproduce import reproduction
 from leakbench.core.text import ABSENT, decimals, number
 from leakbench.errors import BadOption, one_line
 from leakbench.report.display import to_console
+from leakbench.report.markdown import options
 from leakbench.store.connection import decoding
-from leakbench.store.records import MetricInfo, RunSession, TrialRecord
+from leakbench.store.records import MetricInfo, StoredComponent
 from leakbench.store.run_file import Store
 
 COMPONENT_AXES = ("dataset", "model", "defense", "attack")
@@ -71,15 +70,14 @@ def show(store: Store, prefix: str) -> Shown:
         row = trials[trials["trial"] == trial].iloc[0]
         record, components, sessions = store.records()[trial], store.components(), store.sessions()
         specs = {one.kind: one for one in components if one.spec == row[one.kind]}
-        facts = [
-            (axis, _component(specs[axis].spec, specs[axis].version, specs[axis].options)) for axis in COMPONENT_AXES
-        ]
+        facts = [(axis, _component(specs[axis])) for axis in COMPONENT_AXES]
         facts.append(("threat model", f"{row['threat']}: {record.threat}"))
         label = "" if record.label is None else f", whose label is {record.label}"
         facts.append(("image", f"index {row['image']}{label}; seed {row['seed']}"))
         facts.append(("status", _status(str(row["status"]), str(row["reason"]))))
-        if record.session is not None:
-            facts += [("cost", _cost(row)), ("made by", _source(record, sessions))]
+        for session in (one for one in sessions if one.id == record.session):
+            words = [*session.provenance.describe().values(), f"finished {record.finished}"]
+            facts += [("cost", _cost(row)), ("made by", "; ".join(words))]
         metrics = store.metrics()
         scored = [metric for metric in metrics if not math.isnan(row[metric.name])]
         repeat = reproduction({axis: str(row[axis]) for axis in (*COMPONENT_AXES, "threat")}, components, sessions)
@@ -92,9 +90,9 @@ def show(store: Store, prefix: str) -> Shown:
         )
 
 
-def _component(spec: str, version: int, options: Mapping[str, object]) -> str:
-    every = ", ".join(f"{name}={json.dumps(value)}" for name, value in options.items())
-    return f"{spec}\nversion {version}{': ' if every else ''}{every}"
+def _component(one: StoredComponent) -> str:
+    every = options(one)
+    return f"{one.spec}\nversion {one.version}{': ' if every else ''}{every}"
 
 
 def _status(status: str, reason: str) -> str:
@@ -113,22 +111,16 @@ def _cost(row: pd.Series) -> str:
     return ", ".join(parts)
 
 
-def _source(record: TrialRecord, sessions: list[RunSession]) -> str:
-    (session,) = [one for one in sessions if one.id == record.session]
-    return "; ".join([*session.provenance.describe().values(), f"finished {record.finished}"])
-
-
 def _metrics(row: pd.Series, trials: pd.DataFrame, metrics: list[MetricInfo]) -> Table:
     """Return the table of a trial's scores, each beside the best floor on the same image and seed."""
     same = [*COMPONENT_AXES[:2], "threat", "image", "seed"]
     own = (trials[same] == row[same].to_list()).all(axis=1) & (trials["trial"] != row["trial"])
     rows = []
     for metric in metrics:
-        floors = trials[own & trials["floor"] & trials[metric.name].notna()]
-        ordered = floors.sort_values(metric.name, ascending=not metric.higher_is_better, kind="stable")
-        value, places = float(row[metric.name]), decimals([row[metric.name]])
-        best = [f"{number(float(one[metric.name]), places)} ({one['attack']})" for one in ordered.to_dict("records")]
+        name, places = metric.name, decimals([row[metric.name]])
+        floors = trials[own & trials["floor"]].sort_values(name, ascending=not metric.higher_is_better, kind="stable")
+        best = [f"{number(value, places)} ({attack})" for value, attack in floors[[name, "attack"]].dropna().to_numpy()]
         more = "higher" if metric.higher_is_better else "lower"
-        rows.append([metric.name, number(value, places), best[0] if best else ABSENT, more, metric.convention])
+        rows.append([name, number(row[name], places), best[0] if best else ABSENT, more, metric.convention])
     headings = ["metric", "value", "best floor", "more leakage is", "convention"]
     return to_console(pd.DataFrame(rows, columns=headings), left=5)
