@@ -780,6 +780,15 @@ def test_what_a_client_trained_on_is_what_its_step_was_taken_on() -> None:
         assert trained_on(defenses.parse("noise"), client, CLASSES) is None
 
 
+@pytest.mark.parametrize("attack", ["analytic", "peel"])
+def test_a_closed_form_behind_precode_leaves_out_a_splice(attack: str) -> None:
+    """It inverts the network itself, which has no tensor for the error at the features."""
+    observations = [watch("mlp", "precode(k=6)", threat) for threat in ("informed=true", "informed=splice")]
+    known, spliced = (attacks.parse(attack)(own, Rng(("a", "b"))) for own in observations)
+    assert torch.equal(spliced.images, known.images)
+    assert not bool(spliced.failed.any())
+
+
 BELOW = ["lenet", "lenet-bn(mode=eval)", "resnet20(width=4, activation=sigmoid)"]
 
 

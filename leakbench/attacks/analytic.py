@@ -110,7 +110,7 @@ def pixel_layers(observation: Observation) -> dict[str, tuple[Tensor, Tensor, Te
     own = tensors_of(observation.model)
     device = observation.device
     model = copy.deepcopy(observation.model).eval()
-    weights = observation.weights
+    weights = {name: value for name, value in observation.weights.items() if name in own}
     rows = observation.trials if any(_apart(value, own[name]) for name, value in weights.items()) else 1
     orders = [torch.randperm(size, generator=generator("analytic", number)).to(device) for number in (0, 1)]
     probes = [torch.zeros(size), torch.ones(size), *((order + 0.5) / size for order in orders)]

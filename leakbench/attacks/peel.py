@@ -179,7 +179,10 @@ def _bytes(chain: Chain) -> int:
 
 
 def _rows(observation: Observation, begin: int, end: int) -> Observation:
-    """Return the observation of some trials in float64; a tensor that all trials share is still held once."""
+    """Return the observation of some trials in float64; a tensor that all trials share is still held once.
+
+    Tensors that only an adaptive attacker's relaxed network has are left out.
+    """
     own = tensors_of(observation.model)
 
     def part(name: str, value: Tensor) -> Tensor:
@@ -192,7 +195,7 @@ def _rows(observation: Observation, begin: int, end: int) -> Observation:
 
     return replace(
         observation,
-        weights={name: part(name, value) for name, value in observation.weights.items()},
+        weights={name: part(name, value) for name, value in observation.weights.items() if name in own},
         gradient={name: part(name, value) for name, value in observation.gradient.items()},
     )
 
