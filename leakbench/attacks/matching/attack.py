@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from leakbench.attacks.matching.dummy import SECRET_PREFIX, draw
-from leakbench.attacks.matching.objective import MatchingObjective, evaluate
+from leakbench.attacks.matching.objective import SECRET_PREFIX, MatchingObjective, draw, evaluate
 from leakbench.attacks.matching.problem import MatchingProblem
 from leakbench.core.loss_curve import Curve
 from leakbench.core.rng import Rng
