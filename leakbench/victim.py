@@ -6,8 +6,9 @@ One client step is plain torch on the CPU, one trial at a time; what the server 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -170,7 +171,7 @@ def layer_inputs(
     _draw_secrets(network, defense.secrets(network), client.key)
     taken: dict[str, list[Tensor]] = {name: [] for name in layers}
     for name, own in taken.items():
-        network.get_submodule(name).register_forward_pre_hook(_keep(own))
+        network.get_submodule(name).register_forward_pre_hook(partial(_keep, own))
     x, y = _batch(defense, client, num_classes)
     with seeded(client.key, "step"):
         x, y = defense.encode(x, y, generator(client.key, "encode"))
@@ -179,13 +180,9 @@ def layer_inputs(
     return {name: torch.cat([value.flatten() for value in values]) for name, values in taken.items() if values}
 
 
-def _keep(taken: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """Return a hook that keeps what a module takes."""
-
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        taken.append(inputs[0].detach().clone())
-
-    return hook
+def _keep(taken: list[Tensor], _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Keep what a module takes."""
+    taken.append(inputs[0].detach().clone())
 
 
 def groups_of(defense: Defense, network: nn.Module) -> set[str]:

@@ -495,11 +495,11 @@ def test_trials_do_not_know_of_each_other(spec: str, defense: str) -> None:
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("spec", MATCHING)
 def test_both_paths_give_the_same_images(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from leakbench.attacks.matching import dummy
+    from leakbench.attacks.matching import objective as matching
 
     observation = watch("lenet-bn", "keylock(length=9)", trials=2)
     fast = run(spec, observation)
-    monkeypatch.setattr(dummy, "choose_path", lambda *args: "one-at-a-time")
+    monkeypatch.setattr(matching, "choose_path", lambda *args: "one-at-a-time")
     slow = run(spec, observation)
     assert (fast.path, slow.path) == ("batched", "one-at-a-time")
     # an L-BFGS step is 20 iterations, each of which amplifies the rounding of the one before
@@ -568,11 +568,11 @@ class Dropped(nn.Module):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("path", get_args(Path))
 def test_dropout_draws_each_trials_own_masks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from leakbench.attacks.matching import dummy
+    from leakbench.attacks.matching import objective as matching
 
     observation = watch(OwnModule("dropped", Dropped().train()), trials=3)
     state = torch.get_rng_state()
-    monkeypatch.setattr(dummy, "choose_path", lambda *args: path)
+    monkeypatch.setattr(matching, "choose_path", lambda *args: path)
     together = run("ig(steps=3)", observation)
     assert together.path == path
     for rows in ([0], [2, 1]):

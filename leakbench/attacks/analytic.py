@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, ClassVar
 
@@ -137,20 +138,16 @@ def widths(observation: Observation) -> dict[str, int]:
     model = copy.deepcopy(observation.model).eval()
     found: dict[str, int] = {}
     for name, layer in linears(model).items():
-        layer.register_forward_pre_hook(_counting(found, name))
+        layer.register_forward_pre_hook(partial(_count, found, name))
     blank = torch.full((1, *observation.image_shape), 0.5, dtype=torch.float64, device=observation.device)
     with torch.no_grad(), contextlib.suppress(Exception):  # what ran before a network breaks on a blank image counts
         functional_call(model, tensors, (blank,))
     return found
 
 
-def _counting(found: dict[str, int], name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    """Return a hook that adds up how many values a module takes."""
-
-    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        found[name] = found.get(name, 0) + inputs[0].numel()
-
-    return hook
+def _count(found: dict[str, int], name: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Add up how many values a module takes."""
+    found[name] = found.get(name, 0) + inputs[0].numel()
 
 
 def _apart(value: Tensor, own: Tensor) -> bool:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
-
-from torch import Tensor
 
 from leakbench.attacks.base import register
 from leakbench.attacks.matching import NonNegative
 from leakbench.attacks.quasi_newton import QuasiNewton
-from leakbench.core.types import Gradient
-from leakbench.gradients.bilinear import squared_distance
 
 
 @register("dlg")
@@ -37,10 +32,6 @@ class DLG(QuasiNewton):
         "and no contrast behind a normalisation."
     )
 
-    def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
-        """Return the squared distance."""
-        return squared_distance(gradient, observed)
-
 
 @register("idlg")
 @dataclass(frozen=True)
@@ -63,10 +54,6 @@ class IDLG(QuasiNewton):
     )
     labels: Literal["joint", "analytic"] = "analytic"
     stop: NonNegative = 1e-6
-
-    def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
-        """Return the squared distance."""
-        return squared_distance(gradient, observed)
 
     def done_below(self) -> float:
         """Return ``stop``."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from leakbench.attacks.base import register
-from leakbench.attacks.matching import Count, NonNegative, double
+from leakbench.attacks.matching import Count, NonNegative
 from leakbench.attacks.quasi_newton import QuasiNewton
 from leakbench.core.rng import Rng
-from leakbench.core.types import Gradient, Reconstruction
+from leakbench.core.types import Gradient
 from leakbench.gradients.bilinear import squared_norm
 from leakbench.models.surgery import linears
 from leakbench.observation import Observation
@@ -77,6 +77,7 @@ class LB(QuasiNewton):
     cost: ClassVar[str] = "Up to 25 evaluations a step with the line search, each at twice the cost of float32."
     fails: ClassVar[str] = "Local minima: several starts help; noise and pruning, unless the attacker is adaptive."
     per_tensor: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
     tolerance_grad: ClassVar[float] = 1e-12
     tolerance_change: ClassVar[float] = 1e-16
 
@@ -103,12 +104,3 @@ class LB(QuasiNewton):
     def budget(self) -> int:
         """Return ``steps``."""
         return self.steps
-
-    def probe(self, observation: Observation, rng: Rng) -> int | None:
-        """Evaluate the objective and its gradient once, in float64."""
-        return super().probe(double(observation), rng)
-
-    def run(self, observation: Observation, rng: Rng) -> Reconstruction:
-        """Return the best of ``restarts`` searches by the matching distance, for every trial."""
-        found = super().run(double(observation), rng)
-        return replace(found, images=found.images.to(observation.dtype))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from torch import Tensor
+
 from leakbench.attacks.matching import GradientMatching, MatchingObjective
 from leakbench.core.component import LATER
+from leakbench.core.types import Gradient
+from leakbench.gradients.bilinear import squared_distance
 from leakbench.optim import LineSearch, Solution, Unknowns, descend, lbfgs
 
 HISTORY = 100
@@ -15,7 +20,7 @@ HISTORY = 100
 
 @dataclass(frozen=True)
 class QuasiNewton(GradientMatching):
-    """Gradient matching by L-BFGS; see GradientMatching for the other options.
+    """Gradient matching by L-BFGS, by default on the squared distance; see GradientMatching for the other options.
 
     Attributes:
         line_search: ``none``, as published, or torch's ``strong-wolfe``, which costs up to 25 evaluations a step.
@@ -31,6 +36,10 @@ class QuasiNewton(GradientMatching):
     tolerance_change: ClassVar[float] = 1e-9
     line_search: LineSearch = "none"
     solver: Literal["lbfgs", "adam", "signed-adam"] = field(default="lbfgs", metadata=LATER)
+
+    def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
+        """Return the squared distance."""
+        return squared_distance(gradient, observed)
 
     def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
         """Run at most ``steps`` outer steps of L-BFGS, or ``steps`` steps of Adam."""

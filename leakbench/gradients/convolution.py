@@ -36,6 +36,11 @@ class Geometry(NamedTuple):
     kernel: tuple[int, int]
 
 
+def pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    """Return one number for both directions, or a number for each, as (vertical, horizontal)."""
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
 def convolve(x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
     """Return [T, O, h, w] for images [T, C, H, W] and weights [T, O, C / groups, kh, kw]."""
     if shared(weight):

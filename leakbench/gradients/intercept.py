@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from leakbench.gradients.bilinear import LINEAR
-from leakbench.gradients.convolution import Geometry, convolution
+from leakbench.gradients.convolution import Geometry, convolution, pair
 from leakbench.gradients.draws import Draws, random_operations
 from leakbench.gradients.normalisation import normalise
 from leakbench.gradients.twice import COMPOSITE, ELEMENTARY
@@ -62,17 +62,13 @@ def conv2d(
     """Convolve trial t with weight[t]: [T, C, H, W] and [T, O, C/groups, kh, kw] give [T, O, H', W']."""
     if weight.ndim == 4:
         return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    kernel, spread = (weight.shape[3], weight.shape[4]), _pair(dilation)
+    kernel, spread = (weight.shape[3], weight.shape[4]), pair(dilation)
     if padding == "same":
         x = F.pad(x, [side for d, k in zip(spread[::-1], kernel[::-1]) for side in _same(d * (k - 1))])
-    around = (0, 0) if isinstance(padding, str) else _pair(padding)
-    geometry = Geometry(_pair(stride), around, spread, groups, (x.shape[2], x.shape[3]), kernel)
+    around = (0, 0) if isinstance(padding, str) else pair(padding)
+    geometry = Geometry(pair(stride), around, spread, groups, (x.shape[2], x.shape[3]), kernel)
     out = convolution(geometry).output(x, weight)
     return out if bias is None else out + bias[..., None, None]
-
-
-def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
 def _same(total: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from leakbench.attacks.matching.objective import SECRET_PREFIX, MatchingObjective, draw, evaluate
 from leakbench.attacks.matching.problem import MatchingProblem
+from leakbench.attacks.matching.tensors import double
 from leakbench.core.loss_curve import Curve
 from leakbench.core.rng import Rng
 from leakbench.core.types import Reconstruction
@@ -34,7 +35,7 @@ class GradientMatching(MatchingProblem):
 
     def probe(self, observation: Observation, rng: Rng) -> int | None:
         """Evaluate the objective and its gradient once."""
-        objective = self._objective(observation, rng).with_path()
+        objective = self._objective(double(observation) if self.exact else observation, rng).with_path()
         start = self._begin(objective)
         value_and_gradient(objective, start, 0)
         return self.held * sum(value.numel() * value.element_size() for value in start.values())
@@ -45,10 +46,11 @@ class GradientMatching(MatchingProblem):
 
     def run(self, observation: Observation, rng: Rng) -> Reconstruction:
         """Return the best of ``restarts`` optimisations by ``judge``, for every trial."""
-        first = self._objective(observation, rng).with_path()
+        used = double(observation) if self.exact else observation
+        first = self._objective(used, rng).with_path()
         runs = [self._search(first)]
         for index in range(1, self.restarts):
-            other = self._objective(observation, rng.fork(f"restart {index}"))
+            other = self._objective(used, rng.fork(f"restart {index}"))
             runs.append(self._search(replace(other, evaluator=first.evaluator, restart=index)))
         objective = torch.stack([torch.where(run.failed, torch.inf, run.objective) for run in runs])
         best = torch.where(torch.isnan(objective), torch.inf, objective).argmin(0)
@@ -58,7 +60,7 @@ class GradientMatching(MatchingProblem):
             return torch.stack(list(parts))[best, rows]
 
         return Reconstruction(
-            images=pick([run.images for run in runs]),
+            images=pick([run.images for run in runs]).to(observation.dtype),
             labels=pick([run.labels for run in runs]),
             objective=pick([run.objective for run in runs]),
             failed=pick([run.failed for run in runs]),

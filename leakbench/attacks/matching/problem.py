@@ -57,6 +57,8 @@ class MatchingProblem(Attack):
     local: Literal["summed", "unrolled"] = field(default="summed", metadata=LATER)
 
     per_tensor: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
+    """The attack works in float64."""
     held: ClassVar[int] = 5
     """How many copies of the unknowns the solver holds: for Adam two iterates, a gradient and two moments."""
 

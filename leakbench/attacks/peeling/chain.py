@@ -28,7 +28,7 @@ from leakbench.attacks.peeling.layers import (
 from leakbench.core.rng import generator, seeded
 from leakbench.defenses.keylock import KeyLock
 from leakbench.errors import Unsupported, one_line
-from leakbench.gradients.convolution import Geometry
+from leakbench.gradients.convolution import Geometry, pair
 from leakbench.gradients.evaluate import tensors_of
 from leakbench.observation import Observation
 
@@ -180,20 +180,20 @@ def _convolution(name: str, module: nn.Conv2d, before: Tensor, after: Tensor) ->
     spread = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size)]
     if module.padding_mode != "zeros" or (module.padding == "same" and any(total % 2 for total in spread)):
         raise Unsupported(f"peel needs zeros around an image, as many on each side, and {name} pads otherwise")
-    around: list[int] | tuple[int, ...] = spread if isinstance(module.padding, str) else module.padding
-    if isinstance(module.padding, str):
-        around = [total // 2 if module.padding == "same" else 0 for total in spread]
+    around = module.padding
+    if isinstance(around, str):
+        around = tuple(total // 2 if around == "same" else 0 for total in spread)
     return Convolution(
         name=name,
         weight=f"{name}.weight",
         bias=None if module.bias is None else f"{name}.bias",
         geometry=Geometry(
-            (module.stride[0], module.stride[1]),
-            (around[0], around[1]),
-            (module.dilation[0], module.dilation[1]),
-            module.groups,
-            (before.shape[2], before.shape[3]),
-            (module.kernel_size[0], module.kernel_size[1]),
+            stride=pair(module.stride),
+            padding=pair(around),
+            dilation=pair(module.dilation),
+            groups=module.groups,
+            image=pair(before.shape[2:]),
+            kernel=pair(module.kernel_size),
         ),
         inputs=(before.shape[1], before.shape[2], before.shape[3]),
         outputs=(after.shape[1], after.shape[2], after.shape[3]),
@@ -221,12 +221,8 @@ def _normalisation(name: str, module: KeyLock | nn.BatchNorm2d) -> Normalisation
 
 
 _FUNCTIONS: Mapping[Callable[..., object] | str, tuple[ActivationKind, str, float]] = {
-    torch.sigmoid: ("sigmoid", "", 1.0),
-    F.sigmoid: ("sigmoid", "", 1.0),
-    "sigmoid": ("sigmoid", "", 1.0),
-    torch.tanh: ("tanh", "", 1.0),
-    F.tanh: ("tanh", "", 1.0),
-    "tanh": ("tanh", "", 1.0),
+    **dict.fromkeys((torch.sigmoid, F.sigmoid, "sigmoid"), ("sigmoid", "", 1.0)),
+    **dict.fromkeys((torch.tanh, F.tanh, "tanh"), ("tanh", "", 1.0)),
     F.leaky_relu: ("leaky-relu", "negative_slope", 0.01),
     F.elu: ("elu", "alpha", 1.0),
     F.softplus: ("softplus", "beta", 1.0),
