@@ -280,7 +280,7 @@ def test_each_block_is_keyed_by_the_block_before() -> None:
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Sigmoid(), nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3))
     locked = leakbench.keylock(network, length=6, layers="all", gate="sigmoid", rng=seeded())
     first, second = locks(locked).values()
-    assert (first.chained, second.chained) == (False, True)
+    assert (first.previous, second.previous) == (None, first)
     assert second.scale.in_features == 8
 
     def normal(u: Tensor) -> Tensor:
@@ -305,7 +305,7 @@ def test_all_blocks_are_locked_on_every_network(spec: str, count: int) -> None:
     locked = build(models.parse(spec), defenses.parse("keylock(length=6, layers=all)"), shape, 5, "weights")
     found = list(locks(locked).values())
     assert len(found) == count
-    assert [lock.chained for lock in found] == [False] + [True] * (count - 1)
+    assert [lock.previous is not None for lock in found] == [False] + [True] * (count - 1)
     assert sum(isinstance(module, nn.BatchNorm2d) for module in locked.modules()) == count
     secrets = defenses.parse("keylock(length=6, layers=all)").secrets(locked)
     assert [secret.group for secret in secrets].count("key") == 1

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from leakbench.core.component import Positive
 from leakbench.core.types import Gradient
 from leakbench.defenses.adaptive import AdaptiveAttacker, Observed, Weights
 from leakbench.defenses.base import Defense, Step, register
 from leakbench.gradients.bilinear import squared_norm
-
-Norm = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @register("clip")
@@ -35,7 +33,7 @@ class Clip(Defense):
     fails: ClassVar[str] = (
         "Attacks whose distance ignores the size (cosine), and attackers who also clip the dummy gradient."
     )
-    norm: Norm = 1.0
+    norm: Positive = 1.0
 
     def release(self, step: Step, rng: torch.Generator) -> Gradient:
         """Return the clipped gradient."""

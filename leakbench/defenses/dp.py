@@ -11,10 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from leakbench.core.component import Positive
 from leakbench.core.types import Gradient
 from leakbench.defenses.adaptive import AdaptiveAttacker, Observed, Weights
 from leakbench.defenses.base import Defense, Step, register
-from leakbench.defenses.clip import Norm, clipped
+from leakbench.defenses.clip import clipped
 from leakbench.gradients.bilinear import squared_distance
 
 WEAK_EPSILON = 10
@@ -48,7 +49,7 @@ class DP(Defense):
     assumes: ClassVar[str] = "Nothing: its guarantee holds against every attacker, for the epsilon that it states."
     cost: ClassVar[str] = "Accuracy; a smaller epsilon costs more."
     fails: ClassVar[str] = "A large epsilon guarantees little; the report states it."
-    clip: Norm = 1.0
+    clip: Positive = 1.0
     noise_multiplier: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.1
     steps: Annotated[int, Field(ge=1, le=10**9)] = 1000
     sampling_rate: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.01

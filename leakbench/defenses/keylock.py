@@ -78,7 +78,7 @@ class KeyLock(nn.Module):
         Args:
             mean: of the key's entries, which then takes the key's place; None to keep the key.
         """
-        if mean is not None and not self.chained:
+        if mean is not None and self.previous is None:
             del self.key
             self.mean = mean
         if self.drift:
@@ -93,11 +93,6 @@ class KeyLock(nn.Module):
     def previous(self) -> KeyLock | None:
         """The lock whose gamma and beta are the key, or None."""
         return self._previous[0]
-
-    @property
-    def chained(self) -> bool:
-        """Whether the key is another lock's gamma and beta."""
-        return self.previous is not None
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """Return gamma and beta, [C] each ([T, C] for a key [T, S])."""
@@ -188,7 +183,7 @@ class KeyLockDefense(Defense):
         found = []
         for name, lock in locks(model).items():
             width = 0.5 if self.lock_init == "uniform" else lock.scale.in_features**-0.5
-            if not lock.chained:
+            if lock.previous is None:
                 found.append(Secret(f"{name}.key", "key", law))
             for layer in ("scale", "shift"):
                 found += [
@@ -262,13 +257,10 @@ def recovered_keys(model: nn.Module, observed: Observed, weights: Weights) -> Gr
     """Return the key [T, S] by name: the input of scale and shift, which their gradients give if both were sent."""
     found = {}
     for name, lock in locks(model).items():
-        rows = {
-            tensor: [observed[f"{name}.{layer}.{tensor}"] for layer in ("scale", "shift")]
-            for tensor in ("weight", "bias")
-            if all(f"{name}.{layer}.{tensor}" in observed for layer in ("scale", "shift"))
-        }
-        if not lock.chained and len(rows) == 2:
-            found[f"{name}.key"] = layer_input(torch.cat(rows["weight"], 1), torch.cat(rows["bias"], 1))
+        sent = [observed.get(f"{name}.{tensor}") for tensor in LOCK_TENSORS]
+        rows = [value for value in sent if value is not None]
+        if lock.previous is None and len(rows) == len(LOCK_TENSORS):
+            found[f"{name}.key"] = layer_input(torch.cat(rows[::2], 1), torch.cat(rows[1::2], 1))
     return found
 
 
@@ -310,7 +302,7 @@ def shared_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _keyed(model: nn.Module) -> KeyLock:
-    found = [lock for lock in locks(model).values() if not lock.chained]
+    found = [lock for lock in locks(model).values() if lock.previous is None]
     if not found:
         raise BadOption(f"{type(model).__name__} has no key-lock; put one in with leakbench.keylock(model)")
     return found[0]

@@ -14,6 +14,8 @@ from leakbench.core.types import Gradient
 from leakbench.defenses.adaptive import AdaptiveAttacker, Observed, Weights
 from leakbench.defenses.base import Defense, Step, register
 
+NoiseKind = Literal["gaussian", "laplace"]
+
 SMOOTHING = 0.1
 """The absolute value of an error, in deviations of the noise, is smoothed within this distance of 0."""
 
@@ -36,13 +38,14 @@ class Noise(Defense):
     cost: ClassVar[str] = "Slower training; strong noise costs accuracy."
     fails: ClassVar[str] = "Weak noise is averaged out over the many entries of a gradient by adaptive attackers."
     scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
-    kind: Literal["gaussian", "laplace"] = "gaussian"
+    kind: NoiseKind = "gaussian"
     relative: bool = False
 
     def release(self, step: Step, rng: torch.Generator) -> Gradient:
         """Return the gradient plus noise."""
+        size = 1 if self.kind == "gaussian" else 2**0.5  # the standard deviation of what is drawn
         return {
-            name: value + self._deviation(value[None])[0] * self._draw(value.shape, rng)
+            name: value + self._deviation(value[None])[0] * (drawn(self.kind, value.shape, rng) / size)
             for name, value in step.gradient().items()
         }
 
@@ -71,13 +74,12 @@ class Noise(Defense):
         square = value.flatten(1).square().mean(1) if self.relative else value.new_ones(len(value))
         return self.scale * square.sqrt().view(-1, *[1] * (value.ndim - 1))
 
-    def _draw(self, shape: torch.Size, rng: torch.Generator) -> Tensor:
-        """Return noise of standard deviation 1."""
-        return torch.randn(shape, generator=rng) if self.kind == "gaussian" else laplace(shape, rng) / 2**0.5
 
-
-def laplace(shape: torch.Size, rng: torch.Generator) -> Tensor:
-    """Return draws from Laplace(0, 1), of standard deviation sqrt(2): differences of two exponentials of mean 1."""
+def drawn(kind: NoiseKind, shape: torch.Size, rng: torch.Generator) -> Tensor:
+    """Return draws from N(0, 1), or from Laplace(0, 1), of standard deviation sqrt(2)."""
+    if kind == "gaussian":
+        return torch.randn(shape, generator=rng)
+    # a difference of two exponentials of mean 1
     first, second = (torch.empty(shape).exponential_(generator=rng) for _ in range(2))
     return first - second
 

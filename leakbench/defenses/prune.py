@@ -39,10 +39,7 @@ class Prune(Defense):
 
     def release(self, step: Step, rng: torch.Generator) -> Gradient:
         """Return the gradient without its small entries."""
-        return {
-            name: torch.where(value.abs() < percentile(value.abs(), self.ratio), 0.0, value)
-            for name, value in step.gradient().items()
-        }
+        return {name: sparse(value, self.ratio) for name, value in step.gradient().items()}
 
     def attackers(self) -> Mapping[str, AdaptiveAttacker]:
         """Return the attacker who leaves out the zeros."""
@@ -52,6 +49,11 @@ class Prune(Defense):
 def without_zeros(observed: Observed, weights: Weights) -> Gradient:
     """Return what was sent, with NaN in place of zeros."""
     return {name: torch.where(value != 0, value, torch.nan) for name, value in observed.items()}
+
+
+def sparse(value: Tensor, ratio: float) -> Tensor:
+    """Return a tensor with zeros where a magnitude is below the percentile 100 * ratio of all."""
+    return torch.where(value.abs() < percentile(value.abs(), ratio), 0.0, value)
 
 
 def percentile(values: Tensor, ratio: float) -> float:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
+from leakbench.core.component import Positive
 from leakbench.core.types import Gradient
 from leakbench.defenses.adaptive import AdaptiveAttacker, Observed, Weights
 from leakbench.defenses.base import Defense, Step, register
@@ -49,7 +49,7 @@ class Soteria(Defense):
         "Attackers who leave out the pruned columns: the gradients of the layers below are sent unchanged."
     )
     ratio: Ratio = 0.5
-    offset: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-10
+    offset: Positive = 1e-10
 
     def release(self, step: Step, rng: torch.Generator) -> Gradient:
         """Return the gradient with the weakest columns of the classifier's weight set to zero."""

@@ -11,15 +11,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from leakbench.core.component import Positive
 from leakbench.core.types import Gradient
 from leakbench.defenses.adaptive import AdaptiveAttacker, Observed, Weights
 from leakbench.defenses.base import Defense, Step, register
-from leakbench.defenses.noise import laplace, smooth_abs
-from leakbench.defenses.prune import Ratio, percentile
+from leakbench.defenses.noise import NoiseKind, drawn, smooth_abs
+from leakbench.defenses.prune import Ratio, sparse
 from leakbench.gradients.bilinear import shared
 
 Snapshots = Literal["both", "after"]
-Bound = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class WeightDefense(Defense):
@@ -83,15 +83,15 @@ class WeightNoise(WeightDefense):
         "Noise below the size of the update; the clipping by itself hides nothing from an attacker who models it."
     )
     scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
-    kind: Literal["gaussian", "laplace"] = "gaussian"
-    clip: Bound | None = 0.2
+    kind: NoiseKind = "gaussian"
+    clip: Positive | None = 0.2
     as_released: bool = False
     snapshots: Snapshots = "both"
 
     def defended(self, weight: Tensor, rng: torch.Generator) -> Tensor:
         """Return the tensor, clipped and with noise."""
         phi = self._divisor(weight[None])[0]
-        noisy = weight / phi + self._noise(weight, rng)
+        noisy = weight / phi + self.scale * drawn(self.kind, weight.shape, rng)
         return noisy * phi if self.as_released else noisy
 
     def attackers(self) -> Mapping[str, AdaptiveAttacker]:
@@ -154,10 +154,6 @@ class WeightNoise(WeightDefense):
         norm = weight.norm(dim=2).flatten(1).amax(1) if weight.ndim > 2 else weight.flatten(1).norm(dim=1)
         return (norm / (self.clip + 1e-6)).clamp(min=1).view(-1, *[1] * (weight.ndim - 1))
 
-    def _noise(self, like: Tensor, rng: torch.Generator) -> Tensor:
-        gaussian = self.kind == "gaussian"
-        return self.scale * (torch.randn(like.shape, generator=rng) if gaussian else laplace(like.shape, rng))
-
 
 @register("weight-sparsify")
 @dataclass(frozen=True)
@@ -183,7 +179,7 @@ class WeightSparsify(WeightDefense):
 
     def defended(self, weight: Tensor, rng: torch.Generator) -> Tensor:
         """Return the tensor without its small entries; nothing is drawn."""
-        return _sparse(weight, self.ratio)
+        return sparse(weight, self.ratio)
 
     def attackers(self) -> Mapping[str, AdaptiveAttacker]:
         """Return the attacker who knows the weights that were handed out."""
@@ -203,11 +199,6 @@ class WeightSparsify(WeightDefense):
         for name, value in observed.items():
             weight = weights[name]
             rows = weight[:1] if shared(weight) else weight
-            first = torch.stack([_sparse(row, self.ratio) for row in rows]) if self.snapshots == "both" else rows
+            first = torch.stack([sparse(row, self.ratio) for row in rows]) if self.snapshots == "both" else rows
             found[name] = torch.where(first != value, value + (weight - first), torch.nan)
         return found
-
-
-def _sparse(weight: Tensor, ratio: float) -> Tensor:
-    """Return a tensor with zeros below the percentile of its magnitudes."""
-    return torch.where(weight.abs() < percentile(weight.abs(), ratio), 0.0, weight)
