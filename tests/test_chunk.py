@@ -108,11 +108,11 @@ def test_free_memory_is_within_the_machine_and_a_containers_limit(
 @pytest.mark.parametrize("spec", [name for name in attacks.names() if not attacks.parse(name).floor and name != "ggl"])
 def test_every_searching_attack_can_be_measured(spec: str) -> None:
     trial = _plan(attack=spec).trials()[0]
-    blank = work.blank(trial, set())
+    blank = work.blank(trial.cell, set())
     several = work.repeated(blank, 3, own=False)
     assert several.trials == 3
     rng = Rng(("a", "b", "c"), CPU)
-    held = trial.attack.probe(several, rng)
+    held = trial.cell.attack.probe(several, rng)
     assert held is None or held > 0
 
 

@@ -376,7 +376,7 @@ def test_an_attack_that_raises_costs_that_trial_alone(tmp_path):
     assert summary.loc["raises", ["n", "ok", "failed", "unsupported", "error"]].tolist() == [5, 4, 0, 0, 1]
     with Store.open(tmp_path / FILE) as store:
         (lost,) = bad.index[bad["status"] == "error"]
-        (trial,) = [t.id for t in matrix.trials() if t.attack == RaisesForOne() and t.image == lost]
+        (trial,) = [t.id for t in matrix.trials() if t.cell.attack == RaisesForOne() and t.image == lost]
         pictures = store.images([trial])[trial]
         assert pictures.reconstruction is None
         assert pictures.truth.startswith(b"\x89PNG")

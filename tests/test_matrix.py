@@ -218,7 +218,7 @@ def test_trials_are_unique_and_in_the_order_of_the_axes() -> None:
     trials = made.trials()
     ids = [trial.id for trial in trials]
     assert len(set(ids)) == len(ids) == 2 * 2 * 2 * 2
-    found = [(trial.threat.labels, trial.attack.name, trial.seed, trial.image) for trial in trials]
+    found = [(trial.cell.threat.labels, trial.cell.attack.name, trial.seed, trial.image) for trial in trials]
     assert found == list(itertools.product(["known", "inferred"], ["ig", "dlg"], [1, 0], [5, 2]))
     assert [trial.id for trial in made.trials()] == ids
 
@@ -230,7 +230,7 @@ def test_counts_are_ranges() -> None:
 
 def test_floors_are_added_once_and_behind_no_defense() -> None:
     made = matrix(attacks=["dlg", "grey"], defenses=["noise", "none"], images=[0], floors=True)
-    found = [(trial.defense.name, trial.attack.name) for trial in made.trials()]
+    found = [(trial.cell.defense.name, trial.cell.attack.name) for trial in made.trials()]
     extra = [floor for floor in FLOORS if floor != "grey"]
     assert found == [
         *[("none", name) for name in extra],
@@ -246,10 +246,10 @@ def test_an_id_is_a_short_hash_and_the_settings_are_json() -> None:
     trial = one()
     assert len(trial.id) == 16
     assert set(trial.id) <= set("0123456789abcdef")
-    assert json.loads(json.dumps(trial.settings)) == trial.settings
+    assert json.loads(json.dumps(trial.cell.settings)) == trial.cell.settings
     options = {name: value for name, value in DLG().options().items() if name not in ("local", "solver")}  # added later
-    assert trial.settings["attack"] == {**options, "name": "dlg", "version": DLG.version}
-    assert trial.specs == {
+    assert trial.cell.settings["attack"] == {**options, "name": "dlg", "version": DLG.version}
+    assert trial.cell.specs == {
         "dataset": "samples",
         "model": "lenet",
         "defense": "none",
@@ -333,8 +333,8 @@ def test_ones_own_network_is_a_model() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(3072, 7))
     trial = one(models=network)
-    assert isinstance(trial.model, OwnModule)
-    assert trial.model.label == "Sequential"
+    assert isinstance(trial.cell.model, OwnModule)
+    assert trial.cell.model.label == "Sequential"
     assert trial.id == one(models=[OwnModule("Sequential", network)]).id
     before = trial.id
     with torch.no_grad():
@@ -409,14 +409,14 @@ def test_every_informed_attacker_of_every_defense() -> None:
     chosen = matrix(
         defenses=["none", "precode", "noise"], threats=["paper", "labels=known, informed=every"], images=[0]
     )
-    met = [(str(trial.threat.informed), trial.defense.name) for trial in chosen.trials()]
+    met = [(str(trial.cell.threat.informed), trial.cell.defense.name) for trial in chosen.trials()]
     assert met == [
         *(("False", name) for name in ("none", "precode", "noise")),
         *(("True", name) for name in ("precode", "noise")),
         ("splice", "precode"),
         ("omit", "precode"),
     ]
-    assert {trial.threat.labels for trial in chosen.trials()[3:]} == {"known"}
+    assert {trial.cell.threat.labels for trial in chosen.trials()[3:]} == {"known"}
     by_name = matrix(defenses=["precode"], threats=["labels=known, informed=splice"], images=[0])
     assert chosen.trials()[5].id == by_name.trials()[0].id
     with pytest.raises(BadOption, match="no defense of the matrix has an adaptive attacker"):

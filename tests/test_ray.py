@@ -142,7 +142,7 @@ def test_an_actor_without_memory_is_replaced_and_a_lost_one_killed():
 
     pool = rays.RayExecutor(WorkerContext((), torch.device("cpu"), False), 1, 0.0, 1, None, "")
     pool._ray, pool._since, task = Ray(), time.monotonic(), ChunkTask((), 1, None)
-    pool._start = lambda: rays._Actor("next", "asked")
+    pool._start = lambda place: rays._Actor("next", "asked")
     for actor, words in (("first", "OutOfMemoryError: too much"), ("second", "ActorUnavailableError")):
         seat = rays._Actor(actor, "asked")
         seat.ready, seat.task, pool._slots = True, task, [seat]

@@ -361,7 +361,7 @@ def test_no_label_is_cut_off_or_runs_into_the_next(tmp_path, note, images):
     run(tmp_path, results)
     with Store.open(tmp_path / FILE, readonly=True) as store:
         pages = grids.pages(store.results())
-        assert {c.defense for p in pages for c in p.columns} >= {r.trial.specs["defense"] for r in results}
+        assert {c.defense for p in pages for c in p.columns} >= {r.trial.cell.specs["defense"] for r in results}
         for page in pages:
             figure = grids.figure(page, store.images(page.trials))
             canvas = FigureCanvasAgg(figure)

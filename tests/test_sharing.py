@@ -218,7 +218,7 @@ def test_the_grid_has_a_row_for_each_grant_and_the_truth_below(tmp_path: Path) -
 def test_a_run_that_shares_no_key_and_no_lock_has_no_page_on_sharing(tmp_path: Path) -> None:
     shared = {"T3": PRESETS["T3"], "T4": PRESETS["T4"]}
     for kept in shared:
-        rows = [row for row in results(2) if row.trial.threat != shared[kept]]
+        rows = [row for row in results(2) if row.trial.cell.threat != shared[kept]]
         names = [path.name for path in report.write(stored(tmp_path / kept, rows), {"md"})]
         assert "report.md" in names
         assert not [name for name in names if "sharing" in name]

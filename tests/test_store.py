@@ -297,7 +297,7 @@ def test_round_trip(tmp_path_factory, rows):
     for key, want in written.items():
         row = frame.loc[key]
         assert (row["status"], row["reason"], row["seconds"]) == (want.status, want.reason, want.seconds)
-        assert (row["image"], row["attack"]) == (want.trial.image, want.trial.specs["attack"])
+        assert (row["image"], row["attack"]) == (want.trial.image, want.trial.cell.specs["attack"])
         for name in ("psnr", "mse"):
             assert row[name] == want.scores[name] if name in want.scores else np.isnan(row[name])
         assert np.isnan(row["objective"]) if want.objective is None else row["objective"] == want.objective

@@ -323,7 +323,7 @@ def test_a_matrix_of_stages_can_be_written_and_read_again() -> None:
     again = Matrix(**matrix.describe())
     assert [trial.id for trial in again.trials()] == [trial.id for trial in matrix.trials()]
     assert again.threshold == matrix.threshold == 0.6
-    first = [trial.attack.name for trial in matrix.trials() if not trial.attack.floor]
+    first = [trial.cell.attack.name for trial in matrix.trials() if not trial.cell.attack.floor]
     assert list(dict.fromkeys(first)) == ["peel", "lb", "ig", "grnn", "ggl"]
 
 
@@ -367,7 +367,7 @@ def test_what_is_given_takes_the_place_of_stages() -> None:
     ]
     named = Matrix(**override(axes, {"attacks": ["idlg", "dlg"]}))
     assert [[attack.name for attack in stage.attacks] for stage in named.stages] == [["idlg"], ["dlg"]]
-    assert {trial.threat.informed for trial in named.trials()} == {False, True}
+    assert {trial.cell.threat.informed for trial in named.trials()} == {False, True}
     plain = {**AXES, "attacks": ["dlg"], "threats": ["paper"]}
     assert override(plain, {"attacks": ["ig"]}) == {**plain, "attacks": ["ig"]}
     with pytest.raises(BadOption, match=re.escape("[[stages]]")):

@@ -65,7 +65,7 @@ class Instant(Executor):
 
     def _result(self, trial: Trial) -> Result:
         image, seed = trial.image, trial.seed
-        value = (37 * image + 101 * seed + 13 * len(trial.specs["attack"])) % 997 / 997
+        value = (37 * image + 101 * seed + 13 * len(trial.cell.specs["attack"])) % 997 / 997
         scores = {name: value + place for place, name in enumerate(SCORES)}
         return Result(trial, "ok", "", 0.01, scores, self._pngs[(image + seed) % 64], self._pngs[image], image % 10)
 

@@ -60,7 +60,6 @@ def choose(step: Callable[[int], int | None], trials: int, device: torch.device,
 def _measure(step: Callable[[int], int | None], size: int, device: torch.device) -> tuple[float, int]:
     """Return the seconds and the peak memory in bytes of a step of this size, after a first one to warm up."""
     held = step(size) or 0
-    begin = time.perf_counter()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -69,10 +68,9 @@ def _measure(step: Callable[[int], int | None], size: int, device: torch.device)
         step(size)
         torch.cuda.synchronize(device)
         return time.perf_counter() - begin, torch.cuda.max_memory_allocated(device) - before + held
-    process = psutil.Process()
     release_freed_memory()
     begin = time.perf_counter()
-    before = process.memory_info().rss
+    before = psutil.Process().memory_info().rss
     step(size)
     # the peak of the process so far is an upper bound of the peak of this step
     return time.perf_counter() - begin, max(0, _peak() - before) + held

@@ -146,6 +146,15 @@ class WorkerPool(Executor, Generic[S]):
         self._slots: list[S] = []
         self._deaths = 0
 
+    def __enter__(self) -> Self:
+        try:
+            for place in range(self.workers):
+                self._slots.append(self._start(place))
+        except BaseException:
+            self.close()
+            raise
+        return self
+
     def run(self, tasks: Callable[[], Task | None], begin: Callable[[Task], None]) -> Iterator[Event]:
         """Have workers do the tasks; see ``Executor.run``."""
         task = tasks()
@@ -191,8 +200,12 @@ class WorkerPool(Executor, Generic[S]):
                         f"{MAX_FAILED_STARTS} workers in a row died before they were ready, the last {reason}; give "
                         "fewer --workers, or free memory"
                     )
-                self._slots[place] = self._successor(slot)
+                self._slots[place] = self._start(place)
         return events
+
+    @abstractmethod
+    def _start(self, place: int) -> S:
+        """Start the worker of a place: the first one, or the successor of one that has ended."""
 
     @abstractmethod
     def _send(self, slot: S, task: Task) -> None:
@@ -209,10 +222,6 @@ class WorkerPool(Executor, Generic[S]):
     @abstractmethod
     def _end(self, slot: S) -> str:
         """End a worker, and return how it died."""
-
-    @abstractmethod
-    def _successor(self, slot: S) -> S:
-        """Return a new worker in place of one that has ended."""
 
     def _started(self, slot: S) -> None:
         """Record that a worker is ready."""
@@ -235,7 +244,6 @@ class _Process(WorkerSlot):
 
     process: SpawnProcess
     pipe: Connection
-    work: WorkerContext
 
 
 class ProcessExecutor(WorkerPool[_Process]):
@@ -253,14 +261,6 @@ class ProcessExecutor(WorkerPool[_Process]):
         self._plugins = plugins()
         self.workers = len(works)
 
-    def __enter__(self) -> Self:
-        try:
-            self._slots = [self._start(work) for work in self._works]
-        except BaseException:
-            self.close()
-            raise
-        return self
-
     def close(self) -> None:
         """Kill every process; none of them has state to save."""
         for slot in self._slots:
@@ -270,14 +270,15 @@ class ProcessExecutor(WorkerPool[_Process]):
             slot.pipe.close()
         self._slots = []
 
-    def _start(self, work: WorkerContext) -> _Process:
+    def _start(self, place: int) -> _Process:
         here, there = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")
-        process = context.Process(target=_serve, args=(there, packed(work), self._plugins, self._threads), daemon=True)
+        given = (there, packed(self._works[place]), self._plugins, self._threads)
+        process = context.Process(target=_serve, args=given, daemon=True)
         with _sigint_blocked():  # Ctrl-C goes to all processes of a terminal; only the driver answers it
             process.start()
         there.close()
-        return _Process(process, here, work)
+        return _Process(process, here)
 
     def _send(self, slot: _Process, task: Task) -> None:
         message = packed(task)
@@ -318,9 +319,6 @@ class ProcessExecutor(WorkerPool[_Process]):
                 "own script call leakbench.run under if __name__ == '__main__'"
             )
         return reason
-
-    def _successor(self, slot: _Process) -> _Process:
-        return self._start(slot.work)
 
 
 def trials_of(task: Task) -> int:

@@ -101,7 +101,7 @@ class Display(Bar, NullProgress):
         """Show the totals."""
         self.done, self.total = done, done + len(waiting)
         for trial in waiting:
-            self.left[trial.specs["attack"]] += 1
+            self.left[trial.cell.specs["attack"]] += 1
         self.bar.update(self.task, total=self.total, completed=done)
         again = f", {done} of them done before" if done else ""
         self.note(f"{self.part}{self.total} trial{'s' * (self.total != 1)}{again}")
@@ -110,7 +110,7 @@ class Display(Bar, NullProgress):
         """Take trials out of the totals."""
         self.total -= len(trials)
         for trial in trials:
-            self.left[trial.specs["attack"]] -= 1
+            self.left[trial.cell.specs["attack"]] -= 1
         self.bar.update(self.task, total=self.total)
 
     def begin(self, cell: str, trials: int) -> None:
@@ -123,7 +123,7 @@ class Display(Bar, NullProgress):
         self.failures += sum(result.status == "failed" for result in results)
         self.unscored += sum(result.status in ("unsupported", "error") for result in results)
         for result in results:
-            attack = result.trial.specs["attack"]
+            attack = result.trial.cell.specs["attack"]
             self.left[attack] -= 1
             self.seconds[attack] += result.seconds
             self.trials[attack] += 1

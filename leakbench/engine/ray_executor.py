@@ -111,12 +111,12 @@ class RayExecutor(WorkerPool[_Actor]):
                 ray.init(address=self._address or None, log_to_driver=False, logging_level="ERROR")
                 self._own = True
             nodes = sum(bool(node["Alive"]) for node in ray.nodes())
-            self.workers = count = self._count or self._room()
-            share = self._work.share * (min(1.0, self._gpus) or 1 / max(1, -(-count // max(1, nodes))))
+            self.workers = self._count or self._room()
+            share = self._work.share * (min(1.0, self._gpus) or 1 / max(1, -(-self.workers // max(1, nodes))))
             self._packed = packed(replace(self._work, share=share))
             options = {"num_cpus": self._threads, "num_gpus": self._gpus, "max_restarts": 0, "max_task_retries": 0}
             self._host = ray.remote(**options)(RayWorker)
-            self._slots = [self._start() for _ in range(count)]
+            super().__enter__()
         except (ConnectionError, RuntimeError, ValueError) as error:
             self.close()
             if isinstance(error, LeakbenchError):
@@ -155,7 +155,7 @@ class RayExecutor(WorkerPool[_Actor]):
             )
         return int(sum(fit))
 
-    def _start(self) -> _Actor:
+    def _start(self, place: int) -> _Actor:
         actor = self._host.remote(self._packed, plugins(), sys.path, self._threads)
         return _Actor(actor, actor.ready.remote())
 
@@ -203,9 +203,6 @@ class RayExecutor(WorkerPool[_Actor]):
         with contextlib.suppress(Exception):  # an unreachable actor may still live, and hold its share of a GPU
             self._ray.kill(slot.actor)
         return f"with its actor ({slot.death})"
-
-    def _successor(self, slot: _Actor) -> _Actor:
-        return self._start()
 
 
 def _line(error: Exception) -> str:

@@ -165,8 +165,13 @@ def run(
                     store.write(results, session)
                     progress.finish(results)
 
-            for _, cell in itertools.groupby(waiting, key=lambda trial: trial.cell.key):
-                _refuse([trial for trial in cell if trial.cell.key in refused], refused, plan.data, keep, progress)
+            unsupported = [trial for trial in waiting if trial.cell.key in refused]
+            for key, members in itertools.groupby(unsupported, key=lambda trial: trial.cell.key):
+                trials = list(members)
+                cell = trials[0].cell
+                progress.begin(cell.words, len(trials))
+                images = plan.data[cell.specs["dataset"]]
+                keep([without_score(images, trial, "unsupported", refused[key]) for trial in trials])
             schedule = Schedule(
                 [trial for trial in plan.trials if trial.cell.key not in refused],
                 store,
@@ -199,7 +204,7 @@ def _plan(matrix: Matrix, options: RunOptions, file: Path, given: ClientData | N
         new = sorted(named - recorded)
         named |= recorded
     keep_freed_memory()
-    data = _load(trials) if given is None else {trials[0].specs["dataset"]: given}
+    data = _load(trials) if given is None else {trials[0].cell.specs["dataset"]: given}
     measured = metrics.of_run(named)
     scores, missing = _usable(measured)
     missing += [f"metric {name!r} is new to this run: trials that are done keep no value of it" for name in new]
@@ -223,21 +228,6 @@ def _session(plan: _Planned, folder: Path, shard: str, command: str) -> Iterator
         store.record_statements(statements)
         yield store, session
         store.end_session(session)
-
-
-def _refuse(
-    trials: Sequence[Trial],
-    reasons: dict[str, str],
-    data: dict[str, ClientData],
-    keep: Callable[[list[Result]], None],
-    progress: NullProgress,
-) -> None:
-    """Keep the trials of an unsupported cell, with its reason."""
-    if trials:
-        cell = trials[0].cell
-        progress.begin(cell.words, len(trials))
-        images = data[cell.specs["dataset"]]
-        keep([without_score(images, trial, "unsupported", reasons[cell.key]) for trial in trials])
 
 
 def _loop(
@@ -348,8 +338,8 @@ def _check_indices(matrix: Matrix) -> None:
 def _load(trials: Sequence[Trial]) -> dict[str, ClientData]:
     """Return the clients' images of every dataset, by its spec; raise LeakbenchError if they are not as promised."""
     data = {}
-    for name, dataset in {trial.specs["dataset"]: trial.dataset for trial in trials}.items():
-        held = [trial for trial in trials if trial.specs["dataset"] == name]
+    for name, dataset in {trial.cell.specs["dataset"]: trial.cell.dataset for trial in trials}.items():
+        held = [trial for trial in trials if trial.cell.specs["dataset"] == name]
         indices = sorted({index for trial in held for index in (trial.image, *companions(trial))})
         try:
             data[name] = _load_one(dataset, indices)
@@ -410,10 +400,10 @@ def _preflight(
                 groups |= refusal.groups
             case WorkerDied(CheckTask() as check) if check.lost + 1 < MAX_DEATHS:
                 checks.append(replace(check, lost=check.lost + 1))
-    check_reveals({trial.threat for trial in trials}, groups)
+    check_reveals({trial.cell.threat for trial in trials}, groups)
     for cell in (cell for cell in cells if cell in refused):
-        spec = cells[cell].specs["attack"]
-        others = [other for other, trial in cells.items() if ensemble or trial.specs["attack"] == spec]
+        spec = cells[cell].cell.specs["attack"]
+        others = [other for other, trial in cells.items() if ensemble or trial.cell.specs["attack"] == spec]
         if strict or all(other in refused for other in others):
             raise Unsupported(f"{cells[cell].cell.words}: {refused[cell]}")
     return refused
@@ -435,7 +425,7 @@ def _usable(measured: Sequence[Metric]) -> tuple[list[Metric], list[str]]:
 
 def _notes(measured: Sequence[Metric], trials: Sequence[Trial]) -> dict[str, str]:
     """Return what a reader must know of each column, for the image shapes of the run."""
-    shapes = dict.fromkeys(trial.dataset.image_shape for trial in trials)
+    shapes = dict.fromkeys(trial.cell.dataset.image_shape for trial in trials)
     notes = {}
     for metric in measured:
         lines = dict.fromkeys(metric.note(shape) for shape in shapes)

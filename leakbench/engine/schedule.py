@@ -28,7 +28,8 @@ def recovered(trials: Iterable[Trial], store: Store, threshold: float | None) ->
     if threshold is None:
         return set()
     by_target = store.recovered(RECOVERY, threshold)
-    return {trial.id for trial in trials if not trial.attack.floor and by_target.get(trial.target, set()) - {trial.id}}
+    attacked = (trial for trial in trials if not trial.cell.attack.floor)
+    return {trial.id for trial in attacked if by_target.get(trial.target, set()) - {trial.id}}
 
 
 @dataclass

@@ -19,7 +19,7 @@ from leakbench.engine.batch_size import choose
 from leakbench.errors import LeakbenchError, Unsupported
 from leakbench.metrics.base import Metric, Truth
 from leakbench.observation import Observation
-from leakbench.plan.trial import Result, Trial
+from leakbench.plan.trial import Cell, Result, Trial
 from leakbench.victim import Client, build, groups_of, observe, trained_on
 
 
@@ -154,11 +154,11 @@ class Worker:
         if trials == 1:
             return size
         try:
-            seen = blank(first, set(), device)
+            seen = blank(first.cell, set(), device)
 
             def step(trials: int) -> int | None:
                 rng = Rng(tuple(f"probe {trial}" for trial in range(trials)), device)
-                return first.attack.measure(repeated(seen, trials, first.model.fresh_weights()), rng)
+                return first.cell.attack.measure(repeated(seen, trials, first.cell.model.fresh_weights()), rng)
 
             return size if step(1) is None else choose(step, trials, device, self.work.share)
         except (Exception, SystemExit):  # a component that fails does so again, and is recorded, when its trials run
@@ -194,7 +194,7 @@ class Worker:
             observation, rng, encoded = self._stepped(data, trials)
         else:
             observation, rng, encoded = data.observed, Rng(("audit/update",), self.work.device), None
-        guess = trials[0].attack(replace(observation, slots=slots), rng)
+        guess = trials[0].cell.attack(replace(observation, slots=slots), rng)
         guess = replace(guess, images=guess.images.float())
         failed = guess.failed
         assert failed is not None, "a called attack says of every trial whether it failed"
@@ -225,11 +225,13 @@ class Worker:
 
     def _stepped(self, data: ClientData, trials: Sequence[Trial]) -> tuple[Observation, Rng, Tensor | None]:
         """Return what clients send after a step, the attacker's draws, and the encoded images (``Truth.encoded``)."""
-        first, device = trials[0], self.work.device
+        cell, device = trials[0].cell, self.work.device
         clients = [_client(trial, data) for trial in trials]
-        seen = observe(first.model, first.defense, first.threat, clients, data.num_classes, data.mean, device)
-        rng = Rng(tuple(f"attack/{trial.seed}/{_data_key(trial)}/{trial.image}" for trial in trials), device)
-        return seen, rng, self._encoded([trained_on(first.defense, client, data.num_classes) for client in clients])
+        seen = observe(cell.model, cell.defense, cell.threat, clients, data.num_classes, data.mean, device)
+        rng = Rng(tuple(f"attack/{trial.seed}/{cell.specs['dataset']}/{trial.image}" for trial in trials), device)
+        images = [trained_on(cell.defense, client, data.num_classes) for client in clients]
+        known = [image for image in images if image is not None]
+        return seen, rng, torch.stack(known).to(device) if len(known) == len(images) else None
 
     def _truth(self, data: ClientData, trials: Sequence[Trial], encoded: Tensor | None) -> Truth:
         """Return the private images with their labels, -1 for a label that is not known."""
@@ -238,11 +240,6 @@ class Worker:
             torch.tensor([data.labels.get(trial.image, -1) for trial in trials], device=self.work.device),
             encoded,
         )
-
-    def _encoded(self, images: Sequence[Tensor | None]) -> Tensor | None:
-        """Return the images that clients trained on as one tensor, or None if the defense does not change them."""
-        known = [image for image in images if image is not None]
-        return torch.stack(known).to(self.work.device) if len(known) == len(images) else None
 
     def _score(self, guess: Reconstruction, truth: Truth) -> dict[str, list[float]]:
         """Return every metric's values by row, NaN if the metric raises, which is noted."""
@@ -299,30 +296,27 @@ def png(image: Tensor) -> bytes:
 
 
 def _client(trial: Trial, data: ClientData) -> Client:
-    key = f"{trial.seed}/{_data_key(trial)}/{trial.image}"
-    weights = f"weights/{key}" if trial.model.fresh_weights() else f"weights/{trial.seed}"
+    key = f"{trial.seed}/{trial.cell.specs['dataset']}/{trial.image}"
+    weights = f"weights/{key}" if trial.cell.model.fresh_weights() else f"weights/{trial.seed}"
     others = tuple((data.images[index], data.labels[index]) for index in companions(trial))
     return Client(data.images[trial.image], data.labels[trial.image], weights, f"client/{key}", others)
 
 
 def companions(trial: Trial) -> list[int]:
     """Return the indices of the client's further images, any but the attacked one, for a defense that mixes them in."""
-    if not trial.defense.companions:
+    cell = trial.cell
+    if not cell.defense.companions:
         return []
-    rng = generator("companions", trial.seed, _data_key(trial), trial.image)
-    order = torch.randperm(len(trial.dataset), generator=rng).tolist()
-    return [index for index in order if index != trial.image][: trial.defense.companions]
-
-
-def _data_key(trial: Trial) -> str:
-    return trial.specs["dataset"]
+    rng = generator("companions", trial.seed, cell.specs["dataset"], trial.image)
+    order = torch.randperm(len(cell.dataset), generator=rng).tolist()
+    return [index for index in order if index != trial.image][: cell.defense.companions]
 
 
 def _refusal(trials: Sequence[Trial], observed: Observation | None) -> Refusal:
     """Return which cells that see the same, one trial each, cannot be served: an update, or a step on a blank image."""
     groups: set[str] = set()
     try:
-        seen = blank(trials[0], groups) if observed is None else observed
+        seen = blank(trials[0].cell, groups) if observed is None else observed
     except Unsupported as error:
         return Refusal({trial.cell.key: str(error) for trial in trials}, frozenset(groups))
     except LeakbenchError:
@@ -332,7 +326,7 @@ def _refusal(trials: Sequence[Trial], observed: Observation | None) -> Refusal:
     refused = {}
     for trial in trials:
         try:
-            trial.attack.preflight(seen)
+            trial.cell.attack.preflight(seen)
         except Unsupported as error:
             refused[trial.cell.key] = str(error)
         except LeakbenchError:
@@ -342,15 +336,14 @@ def _refusal(trials: Sequence[Trial], observed: Observation | None) -> Refusal:
     return Refusal(refused, frozenset(groups))
 
 
-def blank(trial: Trial, groups: set[str], device: torch.device | str = "cpu") -> Observation:
+def blank(cell: Cell, groups: set[str], device: torch.device | str = "cpu") -> Observation:
     """Return the observation of a step on a blank image; add the defense's groups of secrets to ``groups``."""
-    shape, classes = trial.dataset.image_shape, trial.dataset.num_classes
-    network = build(trial.model, trial.defense, shape, classes, "blank")
-    groups |= groups_of(trial.defense, network)
+    dataset, model, defense = cell.dataset, cell.model, cell.defense
+    shape, classes = dataset.image_shape, dataset.num_classes
+    groups |= groups_of(defense, build(model, defense, shape, classes, "blank"))
     image = torch.full(shape, 0.5)
-    client = Client(image, 0, "blank", "blank", ((image, 0),) * min(trial.defense.companions, len(trial.dataset) - 1))
-    mean = trial.dataset.mean()
-    return observe(trial.model, trial.defense, trial.threat, [client], classes, mean, device)
+    client = Client(image, 0, "blank", "blank", ((image, 0),) * min(defense.companions, len(dataset) - 1))
+    return observe(model, defense, cell.threat, [client], classes, dataset.mean(), device)
 
 
 def repeated(blank: Observation, trials: int, own: bool) -> Observation:

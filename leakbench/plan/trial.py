@@ -101,41 +101,6 @@ class Trial:
         return trial_id(self.cell.settings, self.image, self.seed)
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """Everything that identifies the trial, as plain JSON values."""
-        return {**self.cell.settings, "image": self.image, "seed": self.seed}
-
-    @property
-    def dataset(self) -> Dataset:
-        """The cell's."""
-        return self.cell.dataset
-
-    @property
-    def model(self) -> Model:
-        """The cell's."""
-        return self.cell.model
-
-    @property
-    def defense(self) -> Defense:
-        """The cell's."""
-        return self.cell.defense
-
-    @property
-    def attack(self) -> Attack:
-        """The cell's."""
-        return self.cell.attack
-
-    @property
-    def threat(self) -> ThreatModel:
-        """The cell's."""
-        return self.cell.threat
-
-    @property
-    def specs(self) -> dict[str, str]:
-        """The cell's."""
-        return self.cell.specs
-
-    @property
     def target(self) -> str:
         """What is attacked (``target``)."""
         return target(self.cell.settings, self.image, self.seed)
