@@ -494,7 +494,7 @@ def test_restarts_begin_at_other_values_of_k() -> None:
         torch.testing.assert_close(first("dlm(k0=120, spread=2)", restart), torch.full((2,), k))
     objective = objective_of("dlm(restarts=1, labels=analytic)", "weights")
     start = objective.attack._begin(objective)
-    dummy = objective.dummy(start["image"], objective.labels, start, 0)  # type: ignore[arg-type]
+    dummy = objective.dummy(start["image"], objective.observation.labels, start, 0)  # type: ignore[arg-type]
     size, other = (
         torch.stack([value.detach().flatten(1).square().sum(1) for value in gradient.values()]).sum(0).sqrt()
         for gradient in (dummy, objective.observation.gradient)

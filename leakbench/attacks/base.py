@@ -127,7 +127,10 @@ def prepare(attack: Attack, observation: Observation) -> tuple[Attack, Observati
     adaptive = _adaptive_attacker(observation)
     if adaptive is not None and observation.adaptive is None:
         observation = _derive(attack, dataclasses.replace(observation, adaptive=adaptive), adaptive)
-    return _adapt(attack, observation.threat), _per_step(observation, unit)
+    if unit != 1.0 and observation.unit == 1.0:
+        gradient = {name: value / unit for name, value in observation.gradient.items()}
+        observation = dataclasses.replace(observation, gradient=gradient, unit=unit)
+    return _adapt(attack, observation.threat), observation
 
 
 def _adaptive_attacker(observation: Observation) -> AdaptiveAttacker | None:
@@ -182,14 +185,6 @@ def _unit_of(attack: Attack, threat: ThreatModel) -> float:
             "dlm or dlm+, or a threat model with rate=known"
         )
     return threat.unit
-
-
-def _per_step(observation: Observation, unit: float) -> Observation:
-    """Return the observation with its gradient divided by this unit (``_unit_of``)."""
-    if unit == 1.0 or observation.unit != 1.0:
-        return observation
-    gradient = {name: value / unit for name, value in observation.gradient.items()}
-    return dataclasses.replace(observation, gradient=gradient, unit=unit)
 
 
 def _derive(attack: Attack, observation: Observation, adaptive: AdaptiveAttacker) -> Observation:

@@ -10,6 +10,10 @@ from pydantic import Field
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 """An option above zero."""
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""An option of zero or more."""
+Count = Annotated[int, Field(ge=1)]
+"""An option of one or more."""
 
 LATER = {"later": True}
 """The metadata of an option (``dataclasses.field``) that was added when there were results without it."""

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from leakbench.core.component import Positive
+from leakbench.core.component import NonNegative, Positive
 from leakbench.core.types import Gradient
 from leakbench.defenses.adaptive import AdaptiveAttacker, Observed, Weights
 from leakbench.defenses.base import Defense, Step, register
@@ -50,7 +50,7 @@ class DP(Defense):
     cost: ClassVar[str] = "Accuracy; a smaller epsilon costs more."
     fails: ClassVar[str] = "A large epsilon guarantees little; the report states it."
     clip: Positive = 1.0
-    noise_multiplier: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.1
+    noise_multiplier: NonNegative = 1.1
     steps: Annotated[int, Field(ge=1, le=10**9)] = 1000
     sampling_rate: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.01
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 1e-5

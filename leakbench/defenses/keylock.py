@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from leakbench.core.component import NonNegative
 from leakbench.core.types import Distribution, Gradient, Normal, Secret, Uniform
 from leakbench.defenses.adaptive import AdaptiveAttacker, Observed, Weights
 from leakbench.defenses.base import Defense, register
@@ -163,7 +164,7 @@ class KeyLockDefense(Defense):
     keys: Literal["uniform", "normal"] = "uniform"
     lock_init: Literal["default", "uniform"] = "default"
     layers: Layers = "first"
-    drift: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    drift: NonNegative = 0.0
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Return a copy whose normalisation is a key-lock, inserted where the network has none; the key is zero."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from leakbench.core.component import NonNegative
 from leakbench.core.types import Gradient
 from leakbench.defenses.adaptive import AdaptiveAttacker, Observed, Weights
 from leakbench.defenses.base import Defense, Step, register
@@ -37,7 +37,7 @@ class Noise(Defense):
     assumes: ClassVar[str] = "The attacker does not model the noise."
     cost: ClassVar[str] = "Slower training; strong noise costs accuracy."
     fails: ClassVar[str] = "Weak noise is averaged out over the many entries of a gradient by adaptive attackers."
-    scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    scale: NonNegative = 0.01
     kind: NoiseKind = "gaussian"
     relative: bool = False
 

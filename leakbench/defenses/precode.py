@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from leakbench.core.component import NonNegative
 from leakbench.core.types import Gradient, Normal, Secret
 from leakbench.defenses.adaptive import AdaptiveAttacker, Observed, Weights
 from leakbench.defenses.base import Defense, register
@@ -70,7 +71,7 @@ class Precode(Defense):
         "The noise follows from the sent gradients in closed form; the layers below can be matched without it."
     )
     k: Annotated[int, Field(ge=1, le=65536)] = 256
-    beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
+    beta: NonNegative = 1e-3
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Return a copy with the bottleneck before the last linear layer."""

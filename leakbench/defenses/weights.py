@@ -5,13 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from leakbench.core.component import Positive
+from leakbench.core.component import NonNegative, Positive
 from leakbench.core.types import Gradient
 from leakbench.defenses.adaptive import AdaptiveAttacker, Observed, Weights
 from leakbench.defenses.base import Defense, Step, register
@@ -82,7 +81,7 @@ class WeightNoise(WeightDefense):
     fails: ClassVar[str] = (
         "Noise below the size of the update; the clipping by itself hides nothing from an attacker who models it."
     )
-    scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
+    scale: NonNegative = 1e-3
     kind: NoiseKind = "gaussian"
     clip: Positive | None = 0.2
     as_released: bool = False

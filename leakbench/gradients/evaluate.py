@@ -81,17 +81,8 @@ class Evaluator:
     loss: Loss = plain_loss
     path: Path = "batched"
 
-    def losses(
-        self, tensors: Mapping[str, Tensor], x: Tensor, y: Tensor, generators: Generators | None = None
-    ) -> Tensor:
-        """Return the loss [T] of images [T, C, H, W] and labels ([T] int64 or [T, K] probabilities).
-
-        Args:
-            tensors: see ``gradient``.
-            x: see ``gradient``.
-            y: see ``gradient``.
-            generators: makes one generator a trial for the network's random layers; without it they must not draw.
-        """
+    def _losses(self, tensors: Mapping[str, Tensor], x: Tensor, y: Tensor, generators: Generators | None) -> Tensor:
+        """Return the loss [T] of each trial; the arguments are those of ``gradient``."""
         module = _LossModule(self.model, self.loss)
         draws = Draws(generators)
         if self.path == "batched":
@@ -144,7 +135,7 @@ class Evaluator:
         """
         # views, because the backward pass can leave out only tensors that are no leaves
         own = {name: _differentiable(tensors[name]) for name in self.names}
-        loss = self.losses({**tensors, **own}, x.view_as(x), y, generators)
+        loss = self._losses({**tensors, **own}, x.view_as(x), y, generators)
         grads = torch.autograd.grad(loss.sum(), list(own.values()), create_graph=create_graph, allow_unused=True)
         return {name: torch.zeros_like(own[name]) if grad is None else grad for name, grad in zip(self.names, grads)}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -62,6 +62,18 @@ def value_and_gradient(objective: Objective, unknowns: Unknowns, evaluation: Eva
     return value.detach(), {
         name: torch.zeros_like(leaf) if grad is None else grad for (name, leaf), grad in zip(leaves.items(), grads)
     }
+
+
+def joined(unknowns: Unknowns) -> tuple[Tensor, Callable[[Tensor], Unknowns]]:
+    """Return unknowns as rows [T, N], and the function that makes such rows [R, N] unknowns again."""
+    shapes = {name: tensor.shape[1:] for name, tensor in unknowns.items()}
+    sizes = [shape.numel() for shape in shapes.values()]
+
+    def unpack(rows: Tensor) -> Unknowns:
+        parts = rows.split(sizes, dim=1)
+        return {name: part.reshape(len(rows), *shape) for (name, shape), part in zip(shapes.items(), parts)}
+
+    return torch.cat([tensor.detach().flatten(1) for tensor in unknowns.values()], 1), unpack
 
 
 def rows_finite(value: Tensor, gradient: Unknowns) -> Tensor:

@@ -18,7 +18,7 @@ from leakbench.core.device import out_of_memory
 from leakbench.core.loss_curve import Curve, marks
 from leakbench.core.rng import Rng
 from leakbench.errors import BadOption
-from leakbench.optim.base import Objective, Solution, Unknowns
+from leakbench.optim.base import Objective, Solution, Unknowns, joined
 
 NON_FINITE_COST = 1e20
 """Cost reported to the optimiser for a non-finite candidate, and the largest one reported for any."""
@@ -78,17 +78,11 @@ def evolve(
     Returns:
         The candidate of each trial with the smallest objective; a trial is finite if any candidate's objective was.
     """
-    shapes = {name: tensor.shape[1:] for name, tensor in start.items()}
-    sizes = [shape.numel() for shape in shapes.values()]
-    origin = torch.cat([tensor.detach().flatten(1) for tensor in start.values()], 1)
+    origin, unpack = joined(start)
     trials = len(origin)
     places = marks(budget, popsize)
     seen: list[Tensor] = []
     evaluate = _Pieces(objective, batch or trials * popsize)
-
-    def unpack(flat: Tensor) -> Unknowns:
-        parts = flat.split(sizes, dim=1)
-        return {name: part.reshape(len(flat), *shape) for (name, shape), part in zip(shapes.items(), parts)}
 
     best = origin.clone()
     value = torch.full((trials,), torch.inf, dtype=origin.dtype, device=origin.device)

@@ -83,15 +83,12 @@ class History(Rows):
         self._append(ring, s_y, y_y, keep, used)
 
         # the formulas of the module's docstring: a, c, and d as ``past`` - h g
-        inverse, yy, scale = self.inverse[:, :used, :used], self.yy[:, :used, :used], self._scale[:, None]
+        inverse, yy = self.inverse[:, :used, :used], self.yy[:, :used, :used]
+        scale = torch.where(self.pairs > 0, self.scale, 1.0)[:, None]
         a = -_times(inverse, s_g)
         c = _times(inverse.mT, self.sy[:, :used] * a + scale * (y_g + _times(yy, a)))
         past = torch.bmm(c[:, None], self.s[:, :used]) - torch.bmm((scale * a)[:, None], self.y[:, :used])
         return past[:, 0].sub_(scale * gradient)
-
-    @property
-    def _scale(self) -> Tensor:
-        return torch.where(self.pairs > 0, self.scale, 1.0)
 
     def _append(self, ring: tuple[Tensor, Tensor], s_y: Tensor, y_y: Tensor, keep: Tensor, used: int) -> None:
         """Bring the small matrices up to date with the pair in each row's ring slot."""

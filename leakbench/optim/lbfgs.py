@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from leakbench.core.loss_curve import Curve, marks
-from leakbench.optim.base import Objective, Solution, Unknowns, largest, value_and_gradient
+from leakbench.optim.base import Objective, Solution, Unknowns, joined, largest, value_and_gradient
 from leakbench.optim.history import History, Rows
 from leakbench.optim.wolfe import StrongWolfe
 
@@ -181,14 +181,7 @@ def lbfgs(
     if slots is not None and slots < 1:
         raise ValueError(f"slots={slots} must be at least 1")
     rules = _Rules(steps, lr, max_iter, tolerance_grad, tolerance_change, stop_below, stop_every, budget)
-    shapes = {name: tensor.shape[1:] for name, tensor in start.items()}
-    sizes = [shape.numel() for shape in shapes.values()]
-
-    def unpack(flat: Tensor) -> Unknowns:
-        parts = flat.split(sizes, dim=1)
-        return {name: part.view(len(flat), *shape) for (name, shape), part in zip(shapes.items(), parts)}
-
-    x = torch.cat([tensor.detach().flatten(1) for tensor in start.values()], 1)
+    x, unpack = joined(start)
     limit = steps * (max_iter * 5 // 4) if budget is None else budget
     work = _Slots(x, slots or len(x), limit)
     begun = x[: len(work.trials)]
@@ -199,7 +192,7 @@ def lbfgs(
     tick = 0
     while work.trials:
         loss, gradients = value_and_gradient(live, unpack(state.at), [tick - first for first in work.begun])
-        gradient = torch.cat([gradients[name].flatten(1) for name in shapes], 1)
+        gradient = torch.cat([gradients[name].flatten(1) for name in start], 1)
         work.record(tick, loss, state.done)
         # a trial has at most one pair an evaluation, the first excepted, so the oldest trial bounds the ring in use
         _advance(state, loss, gradient, rules, used=max(1, min(history, tick - min(work.begun))))

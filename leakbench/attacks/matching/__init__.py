@@ -5,11 +5,10 @@ at once. The search space is the image itself, or whatever else an image can be 
 """
 
 from leakbench.attacks.matching.attack import GradientMatching
-from leakbench.attacks.matching.labels import analytic_labels
 from leakbench.attacks.matching.objective import FINAL_EVALUATION, ROUGHNESS, MatchingObjective
-from leakbench.attacks.matching.problem import Count, NonNegative
+from leakbench.attacks.matching.problem import analytic_labels
 from leakbench.attacks.matching.tensors import double, pack, root, scaled, total_variation
-from leakbench.core.component import Positive
+from leakbench.core.component import Count, NonNegative, Positive
 
 __all__ = [
     "FINAL_EVALUATION",

@@ -101,7 +101,7 @@ class GradientMatching(MatchingProblem):
             begun = objective.cap_by_null(begun)
         match, images, logits = evaluate(objective, solution.unknowns)
         finite = solution.finite & torch.isfinite(images.flatten(1)).all(1)
-        labels = objective.labels
+        labels = objective.observation.labels
         if labels is None:
             assert logits is not None  # or ``match`` would have raised
             labels = logits.argmax(1)

@@ -55,11 +55,6 @@ class MatchingObjective:
     rng: Rng
     restart: int = 0
 
-    @property
-    def labels(self) -> Tensor | None:
-        """[T] int64, or None if soft labels are optimised."""
-        return self.observation.labels
-
     def __call__(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
         """Return [T], the matching distance plus the prior."""
         images, logits = self.render(unknowns)
@@ -124,8 +119,8 @@ class MatchingObjective:
         """Return the labels [T], or class probabilities [T, K], of the dummy gradient."""
         if self.observation.targets is not None:
             return self.observation.targets
-        if self.labels is not None:
-            return self.labels
+        if self.observation.labels is not None:
+            return self.observation.labels
         assert logits is not None, "an attack that optimises labels renders their logits"
         return torch.softmax(logits, 1)
 
@@ -205,7 +200,7 @@ class MatchingObjective:
             self.observation,
             weights=take(self.observation.weights),
             gradient=take(self.observation.gradient),
-            labels=None if self.labels is None else self.labels[index],
+            labels=None if self.observation.labels is None else self.observation.labels[index],
             targets=None if self.observation.targets is None else self.observation.targets[index],
             shown=None if self.observation.shown is None else take(self.observation.shown),
         )

@@ -5,22 +5,19 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field
 from torch import Tensor
 
 from leakbench.attacks.base import Attack
-from leakbench.attacks.matching.labels import analytic_labels
 from leakbench.attacks.matching.tensors import scaled, total_variation
-from leakbench.core.component import LATER, Positive
+from leakbench.core.component import LATER, Count, NonNegative, Positive
 from leakbench.core.rng import Rng
 from leakbench.core.types import Gradient
+from leakbench.errors import Unsupported
+from leakbench.models.surgery import linears
 from leakbench.observation import Observation
 from leakbench.optim import Unknowns
-
-Count = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -114,3 +111,22 @@ class MatchingProblem(Attack):
     def prior(self, images: Tensor) -> Tensor:
         """Return the term [T] that is added to the distance for images [T, C, H, W]: weighted total variation."""
         return self.tv * total_variation(images) if self.tv else images.new_zeros(len(images))
+
+
+def analytic_labels(observation: Observation) -> Tensor:
+    """Return [T] int64, the row of the classifier's gradient with the smallest sum (Zhao et al. 2020, iDLG, section 3).
+
+    Exact for one image, a hard label, cross-entropy and a classifier whose inputs are not negative, because only the
+    true class has a negative derivative of the loss by its logit. The classifier is the last linear layer with one
+    output for each class and a gradient that is not zero: a layer that is not in use has none. The gradient is that of
+    its weight [T, K, D] or, if that was withheld, of its bias [T, K].
+    """
+    for name, layer in reversed(linears(observation.model).items()):
+        for tensor in ("weight", "bias"):
+            gradient = observation.gradient.get(f"{name}.{tensor}")
+            if gradient is not None and layer.out_features == observation.num_classes and bool(gradient.any()):
+                return gradient.flatten(2).sum(2).argmin(1) if gradient.ndim > 2 else gradient.argmin(1)
+    raise Unsupported(
+        "the label cannot be inferred from the gradient: no gradient of a linear classifier was sent, or one of zeros; "
+        "use labels=joint, or a threat model with labels=known"
+    )
