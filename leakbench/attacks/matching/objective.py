@@ -6,12 +6,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
-from leakbench.attacks.matching.problem import MatchingProblem
 from leakbench.attacks.matching.tensors import pack, scaled
 from leakbench.core.rng import Rng
 from leakbench.core.types import Gradient, Secret
@@ -21,6 +20,9 @@ from leakbench.gradients.bilinear import squared_norm
 from leakbench.gradients.evaluate import tensors_of
 from leakbench.observation import Observation
 from leakbench.optim import Evaluation, Unknowns, take_rows
+
+if TYPE_CHECKING:
+    from leakbench.attacks.matching.attack import GradientMatching
 
 ROUGHNESS = 0.05
 """The expected absolute difference of neighbouring pixels of an image in [0, 1]: that of 32 photographs.
@@ -48,7 +50,7 @@ class MatchingObjective:
         restart: the index of the restart, from 0 on.
     """
 
-    attack: MatchingProblem
+    attack: GradientMatching
     observation: Observation
     evaluator: Evaluator
     tensors: Mapping[str, Tensor]
