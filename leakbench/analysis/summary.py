@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,12 @@ ANY = "(any)"
 """What a floor has in the defense's place: it uses no gradient, so it is the same behind every defense."""
 
 STATUSES = ("ok", "failed", "unsupported", "error")
+
+
+def blocks(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, str, str], pd.DataFrame]]:
+    """Yield each dataset, model and threat model with its rows, in the order in which they are first met."""
+    for (dataset, model, threat), own in rows.groupby(list(BLOCK), sort=False):
+        yield (str(dataset), str(model), str(threat)), own
 
 
 def without_repeats(results: pd.DataFrame) -> pd.DataFrame:
@@ -42,7 +48,7 @@ def summarise(results: pd.DataFrame, metrics: Sequence[MetricInfo]) -> pd.DataFr
     same pairs; floors themselves have no gain.
     """
     rows = []
-    for key, block in without_repeats(results).groupby(list(BLOCK), sort=False):
+    for key, block in blocks(without_repeats(results)):
         floors = {str(name): _paired(part) for name, part in block[block["floor"]].groupby("attack", sort=False)}
         ranks = [pd.factorize(block[axis])[0] for axis in ("attack", "defense")]
         for _, cell in block.groupby(ranks):

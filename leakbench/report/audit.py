@@ -94,18 +94,11 @@ def _layer_rows(one: DefenseFindings) -> list[list[str]]:
     return rows
 
 
-def _attack_rows(one: DefenseFindings) -> list[list[str]]:
+def _attack_rows(one: DefenseFindings) -> list[list[object]]:
     """Return a row for each attacker."""
-    return [
-        [
-            stats.attacker,
-            str(stats.recovered),
-            str(stats.tried),
-            str(stats.failed),
-            str(stats.skipped),
-            ABSENT if stats.evaluations is None else f"{stats.evaluations:,}",
-            number(stats.seconds, 1),
-            "; ".join(stats.unscored),
-        ]
-        for stats in one.result.attackers
-    ]
+    rows: list[list[object]] = []
+    for stats in one.result.attackers:
+        counts = [stats.recovered, stats.tried, stats.failed, stats.skipped]
+        evaluations = ABSENT if stats.evaluations is None else f"{stats.evaluations:,}"
+        rows.append([stats.attacker, *counts, evaluations, number(stats.seconds, 1), "; ".join(stats.unscored)])
+    return rows

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from leakbench import defenses
-from leakbench.analysis.summary import BLOCK, summarise
+from leakbench.analysis.summary import blocks, summarise
 from leakbench.core.text import decimals, slug
 from leakbench.errors import BadOption
 from leakbench.plan.matrix import Matrix
@@ -131,9 +131,7 @@ def pages(
     """Return one page for each dataset, model and threat model under which the strengths of a curve were attacked."""
     summary = summarise(results, _shown(metrics))
     found: list[CurvesPage] = []
-    for key, block in summary.groupby(list(BLOCK), sort=False):
-        dataset, model, threat = (str(part) for part in key)
-        names = (dataset, model, threat)
+    for names, block in blocks(summary):
         attacked = set(block.loc[~block["floor"].astype(bool), "defense"])
         own = [one for one in components if one.spec in attacked]
         axes = {kind: [level for level in levels(own) if level.kind == kind] for kind in kinds(own)}

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from leakbench.analysis.summary import BLOCK
+from leakbench.analysis.summary import blocks
 from leakbench.report.figure import COLOURS, plain
 from leakbench.report.run import ObjectiveCurves
 
@@ -28,9 +28,8 @@ def pages(results: pd.DataFrame, curves: ObjectiveCurves) -> Iterator[tuple[tupl
         curves: by trial, the objective at some evaluations (``Store.curves``).
     """
     known = results[results["trial"].isin({trial for trial, points in curves.items() if len(points) >= _MIN_POINTS})]
-    for key, block in known.groupby(list(BLOCK), sort=False):
-        dataset, model, threat = (str(part) for part in key)
-        yield (dataset, model, threat), _figure(block, curves, (dataset, model, threat))
+    for names, block in blocks(known):
+        yield names, _figure(block, curves, names)
 
 
 def _figure(block: pd.DataFrame, curves: ObjectiveCurves, names: tuple[str, str, str]) -> Figure:

@@ -212,21 +212,17 @@ def _recovered(run: ComparedRun, threshold: float) -> dict[tuple[str, ...], pd.S
 
 def _versions(first: ComparedRun, second: ComparedRun) -> dict[str, object]:
     """Return the versions, packages and devices of both runs, and whether they differ."""
-    sources = [list(dict.fromkeys(_source(session) for session in run.sessions)) for run in (first, second)]
-    rows = [[run.name, ", ".join(source)] for run, own in zip((first, second), sources) for source in own]
-    codes = [{source[0] for source in own} for own in sources]
+    made = [(run.name, session.provenance) for run in (first, second) for session in run.sessions]
+    places = [(source.describe()["packages"], f"Python {source.python}", source.device) for _, source in made]
+    codes = [{session.provenance.code for session in run.sessions} for run in (first, second)]
+    rows = [(name, ", ".join((source.code, *place))) for (name, source), place in zip(made, places)]
     return {
-        "made_with": rows,
-        "uncommitted": any(s.provenance.dirty for run in (first, second) for s in run.sessions),
+        "made_with": list(dict.fromkeys(rows)),
+        "uncommitted": any(source.dirty for _, source in made),
         "same_code": codes[0] == codes[1],
         "several": len(codes[0]) > 1,
-        "same_place": len({source[1:] for own in sources for source in own}) <= 1,
+        "same_place": len(set(places)) <= 1,
     }
-
-
-def _source(session: RunSession) -> tuple[str, str, str, str]:
-    source = session.provenance
-    return source.code, source.describe()["packages"], f"Python {source.python}", source.device
 
 
 def _moves(pair: _Matched) -> list[list[str]]:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from tabulate import tabulate
 
-from leakbench.analysis.summary import BLOCK
+from leakbench.analysis.summary import blocks
 from leakbench.core.text import ABSENT, decimals, number, with_interval
 from leakbench.errors import one_line
 from leakbench.store.records import MetricInfo
@@ -193,10 +193,10 @@ def console_table(summary: pd.DataFrame) -> list[Table]:
     """Return a compact table for each dataset, model and threat model of ``summarise``'s summary."""
     tables = []
     shown = [metric for metric in _CONSOLE if metric.name in summary and summary[metric.name].notna().any()]
-    for key, block in summary.groupby(list(BLOCK), sort=False):
+    for names, block in blocks(summary):
         table = leakage_table(block, shown, ["psnr"], interval=False).rename(columns=_SHORT)
         if (table["no score"] == "0").all():
             table = table.drop(columns="no score")
         caption = "means; gain: psnr over the best floor, with its 95 % interval; report.md has every metric"
-        tables.append(to_console(table, " · ".join(map(str, key)), caption))
+        tables.append(to_console(table, " · ".join(names), caption))
     return tables

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from leakbench.analysis.summary import BLOCK, summarise
+from leakbench.analysis.summary import blocks, summarise
 from leakbench.core.text import ABSENT, decimals, number
 from leakbench.errors import one_line
 from leakbench.report.display import Bold, heading, leakage_table, to_latex
@@ -37,12 +37,11 @@ def latex(run: RunData) -> str:
     """Return ``report.tex``: a table for each dataset, model and threat model; it depends on its arguments only."""
     metrics = _metrics(run, REPORT_METRICS)
     tables: list[str] = []
-    for key, block in summarise(run.results, metrics).groupby(list(BLOCK), sort=False):
+    for (dataset, model, threat), block in blocks(summarise(run.results, metrics)):
         defenses = block["defense"].drop_duplicates().tolist()
         ranked = block.assign(rank=block["defense"].map(defenses.index)).sort_values("rank", kind="stable")
         shown = leakage_table(ranked, metrics)
         shown.insert(0, "defense", shown.pop("defense"))
-        dataset, model, threat = key
         title, label = f"{model} on {dataset}, threat model {threat}", f"tab:leakage-{len(tables) + 1}"
         own = ranked["defense"].where(~ranked["floor"].astype(bool))  # the rows of floors are in no group
         tables.append(to_latex(shown, _CAPTION, label, title, bold=_best(ranked, metrics, own, shown, most=True)))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 
 from leakbench.analysis.controls import control_gains
-from leakbench.analysis.summary import ANY, BLOCK, strongest, summarise, without_repeats
+from leakbench.analysis.summary import ANY, BLOCK, blocks, strongest, summarise, without_repeats
 from leakbench.core.text import ABSENT, decimals, with_interval
 from leakbench.models.weights import Checkpoint
 from leakbench.report.differences import differences
@@ -37,12 +37,11 @@ def markdown(run: RunData, pictures: Sequence[Picture] = ()) -> str:
     """Return the report of a run; it depends on nothing but its arguments."""
     summary = summarise(run.results, run.metrics)
     weights, images = trained(run.components), notes(run.components)
-    blocks, last = [], None
-    for key, block in summary.groupby(list(BLOCK), sort=False):
-        dataset, model, threat = (str(part) for part in key)
-        results = run.results[(run.results[list(BLOCK)] == [dataset, model, threat]).all(axis=1)]
-        block_of = (dataset, model, threat)
-        blocks.append(
+    shown, last = [], None
+    for block_of, block in blocks(summary):
+        dataset, model, threat = block_of
+        results = run.results[(run.results[list(BLOCK)] == list(block_of)).all(axis=1)]
+        shown.append(
             {
                 "heading": [dataset, model] if last != (dataset, model) else [],
                 "images": images.get(dataset, ""),
@@ -61,8 +60,8 @@ def markdown(run: RunData, pictures: Sequence[Picture] = ()) -> str:
         "report.md.j2",
         name=run.name,
         about=run.about(),
-        blocks=blocks,
-        **(_legend(run, summary, pictures) if blocks else {}),
+        blocks=shown,
+        **(_legend(run, summary, pictures) if shown else {}),
     )
 
 

@@ -102,23 +102,14 @@ def _floors(trials: pd.DataFrame, threshold: float) -> list[tuple[str, int, int]
     ]
 
 
-def _attackers(found: Sequence[EnsembleResult]) -> list[list[str]]:
+def _attackers(found: Sequence[EnsembleResult]) -> list[list[object]]:
     """Return a row for every attacker of every defense."""
-    return [
-        [
-            one.defense,
-            stats.attacker,
-            str(stats.recovered),
-            str(stats.tried),
-            str(stats.skipped),
-            str(stats.failed),
-            str(sum(stats.unscored.values())),
-            ABSENT if stats.evaluations is None else f"{stats.evaluations:,}",
-            number(stats.seconds, 1),
-        ]
-        for one in found
-        for stats in one.attackers
-    ]
+    rows: list[list[object]] = []
+    for defense, stats in [(one.defense, stats) for one in found for stats in one.attackers]:
+        counts = [stats.recovered, stats.tried, stats.skipped, stats.failed, sum(stats.unscored.values())]
+        evaluations = ABSENT if stats.evaluations is None else f"{stats.evaluations:,}"
+        rows.append([defense, stats.attacker, *counts, evaluations, number(stats.seconds, 1)])
+    return rows
 
 
 def _reasons(found: Sequence[EnsembleResult]) -> list[list[str]]:
