@@ -969,9 +969,8 @@ def test_a_report_says_who_is_informed_of_every_defense_or_that_nobody_is(tmp_pa
     used = [Signs(), Halved(), "precode(k=2)", "dp(noise_multiplier=0.01)"]
     run(Matrix(defenses=used, threshold=0.5, **axes), tmp_path)
     with Store.open(tmp_path / FILE, readonly=True) as store:
-        results, components = store.results(), store.components()
-        page = markdown(Report("x", store.sessions(), 8, results, store.metrics(), store.threats(), components))
-        worst = worst_case.markdown("x", store.trials(), 0.5, store.threats(), components)
+        report = Report.of(store, "x")
+        page, worst = markdown(report), worst_case.markdown(report, 0.5)
     for text in (page, worst):
         lines = text.partition("What each defense states")[2].splitlines()
         cells = [[cell.strip() for cell in line.split("|")] for line in lines if line.startswith("| ")]

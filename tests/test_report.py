@@ -315,7 +315,7 @@ def test_sessions_that_differ_are_told(tmp_path):
     source = provenance()
     other = RunSession(2, type(source)(**{**source.__dict__, "version": "0.2", "matrix": "none"}), "b", "c")
     results = frame(tmp_path, [])
-    text = markdown(RunData("n", [one, other], 0, results, [PSNR], {}))
+    text = markdown(RunData("n", [one, other], results, [PSNR], {}))
     assert "mixes versions" in text
     assert "interrupted" in text
     assert run_name([one], "folder") == "x"

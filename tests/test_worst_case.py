@@ -22,6 +22,7 @@ from leakbench.engine.run import finished
 from leakbench.errors import BadOption
 from leakbench.plan.matrix import Matrix, Stage, expand, load_suite, override
 from leakbench.report import worst_case
+from leakbench.report.run import RunData
 from leakbench.store.run_file import FILE, Store
 
 
@@ -227,7 +228,7 @@ def test_who_knows_a_defense_without_an_informed_attacker_is_left_out_with_the_r
 def report_of(out: Path) -> str:
     """Return what ``report.write`` makes of a run's ensemble; pictures take time."""
     with Store.open(out / FILE, readonly=True) as store:
-        return worst_case.markdown("worst", store.trials(), 0.6, store.threats(), store.components())
+        return worst_case.markdown(RunData.of(store, "worst"), 0.6)
 
 
 def squeezed(text: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import pandas as pd
 from matplotlib.figure import Figure
 
 from leakbench.analysis.pareto import Study
@@ -20,7 +19,6 @@ FIGURE_FORMATS = ("pdf", "svg")
 
 def figures(
     run: RunData,
-    trials: pd.DataFrame,
     pages: Sequence[grids.GridPage],
     pictures: PicturesOf,
     studies: Sequence[Study] = (),
@@ -33,14 +31,13 @@ def figures(
     evaluations; utility against leakage, one for each study that is given.
 
     Args:
-        run: all that the report shows; its results have every trial that ended.
-        trials: every planned trial in the order of planning (``Store.trials``).
+        run: all that the report shows.
         pages: of ``grids.pages``.
         pictures: from trials to their pictures (``Store.images``).
         studies: utility and leakage.
         courses: by trial, the objective at some evaluations (``Store.curves``).
     """
-    scored = [scene for scene in worst_cases(run, trials) if scene.known]
+    scored = [scene for scene in worst_cases(run) if scene.known]
     for index, scene in enumerate(scored):
         yield from _both(f"worst-case-{index + 1:03}-{slug((scene.dataset, scene.model))}", _worst(scene))
     for page in pages:

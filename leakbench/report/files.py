@@ -47,12 +47,11 @@ def write(out: Path | str, formats: Collection[str] = DEFAULT_FORMATS) -> list[P
     out = Path(out)
     written = []
     with Store.open(out / FILE, readonly=True) as store:
-        run, trials = RunData.of(store, out.resolve().name)
-        results, threshold = run.results, run.threshold
+        run = RunData.of(store, out.resolve().name)
         if "csv" in formats:
-            written.append(replace(out / "results.csv", csv(results).encode()))
+            written.append(replace(out / "results.csv", csv(run.results).encode()))
         if "html" in formats:
-            text = html.html(run, trials, store.images, utility.load(out / utility.FILE), store.curves())
+            text = html.html(run, store.images, utility.load(out / utility.FILE), store.curves())
             written.append(replace(out / "report.html", text.encode("utf-8", "replace")))
         if "latex" in formats:
             written.append(replace(out / "report.tex", latex.latex(run).encode()))
@@ -60,14 +59,13 @@ def write(out: Path | str, formats: Collection[str] = DEFAULT_FORMATS) -> list[P
                 written.append(replace(out / "table6.tex", text.encode()))
         if "md" in formats:
             pictures = []
-            for page in _pages(store, results):
+            for page in _pages(store, run.results):
                 path = out / "grids" / page.file
                 written.append(replace(path, grids.png(page, store.images(page.trials))))
                 pictures.append(Picture(page.block, f"grids/{page.file}", page.title, page.seed))
             written.append(replace(out / "report.md", markdown(run, pictures).encode()))
-            if threshold is not None:
-                text = worst_case.markdown(run.name, trials, threshold, store.threats(), store.components())
-                written.append(replace(out / "worst-case.md", text.encode()))
+            if run.threshold is not None:
+                written.append(replace(out / "worst-case.md", worst_case.markdown(run, run.threshold).encode()))
             for name, data in (*curves.files(run), *sharing.files(run, store), *weights.files(run, store)):
                 written.append(replace(out / name, data))
             remove_others(out / "grids", _GRID, {picture.path.removeprefix("grids/") for picture in pictures})
@@ -83,9 +81,8 @@ def write_figures(out: Path | str) -> list[Path]:
     """
     out = Path(out)
     with Store.open(out / FILE, readonly=True) as store:
-        run, trials = RunData.of(store, out.resolve().name)
-        studies = utility.load(out / utility.FILE)
-        found = figures.figures(run, trials, _pages(store, run.results), store.images, studies, store.curves())
+        run, studies = RunData.of(store, out.resolve().name), utility.load(out / utility.FILE)
+        found = figures.figures(run, _pages(store, run.results), store.images, studies, store.curves())
         return [replace(out / "figures" / name, data) for name, data in found]
 
 

@@ -40,7 +40,6 @@ _INFORMED = re.compile(r"\binformed=([\w-]+)")
 
 def html(
     run: RunData,
-    trials: pd.DataFrame,
     pictures: PicturesOf,
     studies: Sequence[Study] = (),
     curves: ObjectiveCurves | None = None,
@@ -48,8 +47,7 @@ def html(
     """Return the page of a run; it depends on nothing but its arguments.
 
     Args:
-        run: all that the report shows; its results have every trial that ended.
-        trials: every planned trial in the order of planning (``Store.trials``).
+        run: all that the report shows.
         pictures: from the trials of ``run`` to their pictures.
         studies: utility and leakage, if trainings were studied too.
         curves: how the objective of each trial fell, as far as it is known.
@@ -82,7 +80,7 @@ def html(
     context = {
         "title": f"Leakage report: {run.name}",
         "name": run.name,
-        "scenes": worst_cases(run, trials),
+        "scenes": worst_cases(run),
         "threshold": RECOVERED if run.threshold is None else run.threshold,
         "skips": run.threshold is not None,
         "recovery": any(metric.name == RECOVERY for metric in metrics),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import pandas as pd
 
@@ -11,6 +12,7 @@ from leakbench.analysis.ensemble import skipped
 from leakbench.analysis.summary import STATUSES
 from leakbench.core.text import number
 from leakbench.report.page import render_markdown
+from leakbench.store.frames import ended
 from leakbench.store.records import MetricInfo, Pictures, RunSession, StoredComponent, run_name, threshold_of
 from leakbench.store.run_file import Store
 
@@ -37,16 +39,14 @@ class RunData:
 
     Attributes:
         name: the run's name.
-        planned: how many trials were planned, without those that are skipped.
-        results: one row per trial with a result (``Store.results``).
+        trials: every planned trial in the order of planning (``Store.trials``).
         threats: threat model -> what it grants, in words.
         components: what each spec stands for.
     """
 
     name: str
     sessions: Sequence[RunSession]
-    planned: int
-    results: pd.DataFrame
+    trials: pd.DataFrame
     metrics: Sequence[MetricInfo]
     threats: Mapping[str, str]
     components: Sequence[StoredComponent] = ()
@@ -57,18 +57,20 @@ class RunData:
         return threshold_of(self.sessions)
 
     @classmethod
-    def of(cls, store: Store, folder: str) -> tuple[RunData, pd.DataFrame]:
-        """Return what a report shows of an open run, and every planned trial (``Store.trials``).
+    def of(cls, store: Store, folder: str) -> RunData:
+        """Return what a report shows of an open run; ``folder`` is the name of a run that has none of its own."""
+        sessions, metrics, threats = store.sessions(), store.metrics(), store.threats()
+        return cls(run_name(sessions, folder), sessions, store.trials(), metrics, threats, store.components())
 
-        Args:
-            store: the run file.
-            folder: the name of a run that has none of its own.
-        """
-        sessions, trials = store.sessions(), store.trials()
-        threshold = threshold_of(sessions)
-        planned = len(trials) - (0 if threshold is None else skipped(trials, threshold))
-        results, name = store.results(trials), run_name(sessions, folder)
-        return cls(name, sessions, planned, results, store.metrics(), store.threats(), store.components()), trials
+    @cached_property
+    def results(self) -> pd.DataFrame:
+        """One row per trial with a result (``Store.results``)."""
+        return ended(self.trials)
+
+    @cached_property
+    def planned(self) -> int:
+        """How many trials were planned, without those that are skipped."""
+        return len(self.trials) - (0 if self.threshold is None else skipped(self.trials, self.threshold))
 
     @property
     def mixed(self) -> bool:

@@ -82,13 +82,9 @@ def _equal(one: Sequence[EnsembleResult], others: Sequence[EnsembleResult]) -> l
     return [other for other in others if (other.share, other.images) == (one[0].share, one[0].images)]
 
 
-def worst_cases(run: RunData, trials: pd.DataFrame) -> list[WorstCase]:
-    """Return the worst case behind each defense, for each dataset and model.
-
-    Args:
-        run: all that the report shows; its results have every trial that ended.
-        trials: every planned trial in the order of planning (``Store.trials``).
-    """
+def worst_cases(run: RunData) -> list[WorstCase]:
+    """Return the worst case behind each defense, for each dataset and model."""
+    trials = run.trials
     skips = run.threshold is not None
     threshold = RECOVERED if run.threshold is None else run.threshold
     images, gains = notes(run.components), {} if skips else _gains(run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 import pandas as pd
@@ -14,7 +14,7 @@ from leakbench.plan.matrix import RECOVERY
 from leakbench.report.display import to_markdown
 from leakbench.report.markdown import notes, options, stated
 from leakbench.report.page import render_markdown
-from leakbench.store.records import StoredComponent
+from leakbench.report.run import RunData
 
 
 def ranking(trials: pd.DataFrame, threshold: float) -> str:
@@ -26,22 +26,14 @@ def ranking(trials: pd.DataFrame, threshold: float) -> str:
     return render_markdown("ranking.md.j2", scenes=scenes).strip()
 
 
-def markdown(
-    name: str,
-    trials: pd.DataFrame,
-    threshold: float,
-    threats: Mapping[str, str],
-    components: Sequence[StoredComponent] = (),
-) -> str:
+def markdown(run: RunData, threshold: float) -> str:
     """Return the report of an ensemble; it depends on nothing but its arguments.
 
     Args:
-        name: the run's.
-        trials: every planned trial in the order of planning (``Store.trials``).
+        run: all that the report shows.
         threshold: in [0, 1]; an image is recovered if its ``ssim_aligned`` is at least this.
-        threats: threat model -> what it grants, in words.
-        components: what each spec stands for.
     """
+    trials, components = run.trials, run.components
     images, scenes = notes(components), []
     for (dataset, model), results in groupby(ensemble_results(trials, threshold), SCENE):
         own = list(results)
@@ -60,10 +52,10 @@ def markdown(
     attackers = attacker_names(trials[~trials["floor"].to_numpy(dtype=bool)])
     return render_markdown(
         "worst_case.md.j2",
-        name=name,
+        name=run.name,
         threshold=threshold,
         scenes=scenes,
-        attackers=[[short, attack, threats.get(threat, threat)] for (attack, threat), short in attackers.items()],
+        attackers=[[short, attack, run.threats.get(threat, threat)] for (attack, threat), short in attackers.items()],
         components=[[one.kind, one.spec, options(one)] for one in components if one.kind in ("attack", "defense")],
         stated=stated(components),
         ABSENT=ABSENT,
