@@ -251,17 +251,14 @@ class Store:
             images = ((result.trial.id, result.reconstruction) for result in results)
             insert(db, "images", ({"trial_id": trial, "png": png} for trial, png in images if png is not None))
 
-    def results(self, planned: pd.DataFrame | None = None) -> pd.DataFrame:
+    def results(self) -> pd.DataFrame:
         """Return one row per trial that has a result: ``BEFORE``, every recorded metric, ``AFTER``.
 
         Rows are in order of dataset, model, threat, defense and attack (each by its first planning), seed, image. A
         metric that was not computed is NaN. If one spec names components of different settings (a version was
         raised, or a default changed, between two sessions), the version or a hash of the settings is added to it.
-
-        Args:
-            planned: the frame that ``trials`` returned, if it was already read.
         """
-        return frames.ended(self.trials() if planned is None else planned)
+        return frames.ended(self.trials())
 
     def trials(self) -> pd.DataFrame:
         """Return one row per planned trial in the order of planning, with the columns of ``results``.
