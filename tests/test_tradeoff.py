@@ -47,7 +47,7 @@ def test_the_front_holds_what_nothing_else_beats() -> None:
 def test_a_distance_beyond_the_floor_leaks_no_less_than_the_floor() -> None:
     def point(name: str, accuracy: float, distance: float) -> AttackedDefense:
         one = Value(accuracy, accuracy, accuracy)
-        return AttackedDefense(name, one, 0.1, Value(0, 0, 0), Value(distance, distance, distance), 2, "")
+        return AttackedDefense(name, one, 0.1, Value(0, 0, 0), Value(distance, distance, distance), 2, "", 0)
 
     stage = AttackedStage(
         "d", "m", "best", (point("far", 0.5, 0.9), point("floor", 0.6, 0.7), point("near", 0.9, 0.1)), 0.6

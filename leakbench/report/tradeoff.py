@@ -47,6 +47,7 @@ class AttackedDefense:
         distance: the mean over images of the least ``lpips_vgg`` of any attacker; NaN without its weights.
         images: how many images were attacked, seeds counted separately.
         strongest: the attack that recovered most images; empty if none recovered any.
+        failed: trials that ended without a score.
         models: the specs under which the run has the attacked checkpoints, one per seed.
     """
 
@@ -57,6 +58,7 @@ class AttackedDefense:
     distance: Value
     images: int
     strongest: str
+    failed: int
     models: tuple[str, ...] = ()
 
 
@@ -168,6 +170,7 @@ def _point(
         distance=distance,
         images=len(hits),
         strongest="" if by.empty else str(by.idxmax()),
+        failed=int((~own["status"].isin(["ok", "failed", "unsupported"])).sum()),
         models=tuple(models),
     )
 
