@@ -58,7 +58,9 @@ def factory(target: str, plugins: Sequence[Path] = ()) -> nn.Module:
         for part in name.split("."):
             maker = getattr(maker, part, None)
     else:
-        found = [module for module in _plugin_modules(plugins) if hasattr(module, name)]
+        files = {str(Path(path).resolve()) for path in plugins}
+        loaded = [module for module in list(sys.modules.values()) if str(getattr(module, "__file__", "")) in files]
+        found = [module for module in loaded if hasattr(module, name)]
         if len(found) != 1:
             raise BadOption(
                 f"--model {target!r} is in {len(found)} of the plugins; write package.module:factory, or give "
@@ -77,11 +79,6 @@ def factory(target: str, plugins: Sequence[Path] = ()) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise BadOption(f"--model {target!r} returns {type(made).__name__}; return an nn.Module")
     return made
-
-
-def _plugin_modules(plugins: Sequence[Path]) -> list[Any]:
-    files = {str(Path(path).resolve()) for path in plugins}
-    return [module for module in list(sys.modules.values()) if str(getattr(module, "__file__", "")) in files]
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,11 @@ class Executor(AbstractContextManager["Executor"]):
             begin: called with every task that a worker begins.
         """
 
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
         """End every worker, even a busy one."""
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
 class InProcessExecutor(Executor):
@@ -169,14 +172,6 @@ class WorkerPool(Executor, Generic[S]):
                 continue
             yield from self.wait()
             task = tasks() if task is None else task
-
-    def __exit__(self, *exception: object) -> None:
-        """End every worker, even a busy one."""
-        self.close()
-
-    @abstractmethod
-    def close(self) -> None:
-        """End every worker, even a busy one."""
 
     def wait(self) -> list[Event]:
         """Wait for answers, deaths and deadlines."""

@@ -43,7 +43,6 @@ from leakbench.engine.worker import (
 from leakbench.errors import BadOption, LeakbenchError, MissingAsset, Unsupported, one_line
 from leakbench.gradients import full_precision
 from leakbench.metrics.base import Metric
-from leakbench.models import Model
 from leakbench.models.weights import Checkpoint
 from leakbench.observation import Observation
 from leakbench.plan.matrix import Matrix
@@ -438,21 +437,12 @@ def _stated(trials: Sequence[Trial]) -> tuple[dict[str, Checkpoint], dict[tuple[
 
     Settings are the components' as JSON.
     """
-    cells = {trial.cell.key: trial.cell for trial in trials}.values()
-    components = {
-        (kind, json.dumps(cell.settings[kind], sort_keys=True)): component
-        for cell in cells
-        for kind, component in (("dataset", cell.dataset), ("model", cell.model), ("defense", cell.defense))
-    }
     checkpoints, statements = {}, {}
-    for (kind, settings), component in components.items():
-        if isinstance(component, Model):
-            checkpoint = component.checkpoint()
-            if checkpoint is not None:
-                checkpoints[settings] = checkpoint
-        elif isinstance(component, Dataset):
-            if note := component.note():
-                statements[kind, settings] = Statement(note, {})
-        else:
-            statements[kind, settings] = Statement.of(component)
+    for cell in {trial.cell.key: trial.cell for trial in trials}.values():
+        settings = {kind: json.dumps(own, sort_keys=True) for kind, own in cell.settings.items()}
+        if checkpoint := cell.model.checkpoint():
+            checkpoints[settings["model"]] = checkpoint
+        if note := cell.dataset.note():
+            statements["dataset", settings["dataset"]] = Statement(note, {})
+        statements["defense", settings["defense"]] = Statement.of(cell.defense)
     return checkpoints, statements
