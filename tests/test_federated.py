@@ -30,7 +30,7 @@ from leakbench.training.arm import Round, start
 from leakbench.training.clients import begin, local_round
 from leakbench.training.data import partition
 from leakbench.training.federated import CLIENTS_FOLDER
-from leakbench.training.files import RECORD, STATE
+from leakbench.training.files import RECORD, STATE, plain
 from leakbench.training.run import ARMS_FOLDER
 
 
@@ -198,7 +198,7 @@ def test_a_round_that_a_client_cannot_test_is_not_the_best(tmp_path: Path, monke
     assert one.outcome.best == 2
     # checkpoints hold the first client's secrets, and its accuracy stands beside them
     assert one.outcome.stages[:-1] == whole.outcome.stages[:-1]
-    assert TypeAdapter(Round).validate_python(one.outcome.rounds[0].plain()) == one.outcome.rounds[0]
+    assert TypeAdapter(Round).validate_python(plain(one.outcome.rounds[0])) == one.outcome.rounds[0]
     text = report.write(tmp_path / "cut")[-1].read_text()
     assert "2 times, a client could not test the model" in text
     assert "had no part in the average" not in text

@@ -38,7 +38,7 @@ from leakbench.training import Accuracy, Arm, NullTrainingProgress, TrainingReco
 from leakbench.training.arm import Outcome, Round, TrainingSession, View, start
 from leakbench.training.clients import begin, local_round
 from leakbench.training.data import augmented, batches, load, partition
-from leakbench.training.files import RECORD, STATE, read_state
+from leakbench.training.files import RECORD, STATE, plain, read_state
 from leakbench.training.run import ARMS_FOLDER
 from leakbench.training.settings import Tradeoff
 from leakbench.training.steps import Score, Trainee, descend, evaluate, optimiser
@@ -96,7 +96,7 @@ def session(defense: str = "none", **options: Any) -> TrainingSession:
 
 def numbers(record: TrainingRecord) -> list[Any]:
     """Everything measured, but not how long it took."""
-    rounds = [replace(one, seconds=0.0).plain() for one in record.outcome.rounds]
+    rounds = plain([replace(one, seconds=0.0) for one in record.outcome.rounds])
     return [rounds, record.outcome.best, record.outcome.thefts, record.outcome.stages]
 
 
@@ -222,7 +222,7 @@ def test_a_step_is_that_of_sgd_on_what_the_defense_released() -> None:
     twin = build(own.arm.model, own.arm.defense, (1, 8, 8), 2, "training/0").train()
     twin = twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     plain = torch.optim.SGD(twin.parameters(), recipe.rate(1), 0.9, nesterov=True, weight_decay=5e-4)
-    sgd = optimiser(trainee, recipe, {})
+    sgd = optimiser(trainee, recipe, 1, {})
     for _ in range(3):
         loss = descend(trainee, sgd, x, y, torch.Generator(), defended=True, classes=2)
         released = own.arm.defense.release(Step(twin, x, y, own.arm.defense), torch.Generator())
@@ -240,7 +240,7 @@ def test_every_defense_trains_and_its_loss_is_finite(spec: str) -> None:
     own = session(spec)
     before = own.trainee.shared()
     x, y = next(batches(own.data.train, 8, (), torch.Generator().manual_seed(0)))
-    sgd = optimiser(own.trainee, own.arm.recipe, {})
+    sgd = optimiser(own.trainee, own.arm.recipe, 1, {})
     loss = descend(own.trainee, sgd, x, y, torch.Generator().manual_seed(0), defended=True, classes=2)
     assert 0 < loss < 100
     moved = {name: float((value - before[name]).abs().max()) for name, value in own.trainee.shared().items()}
@@ -252,7 +252,9 @@ def test_noise_is_of_its_scale_and_dp_clips_each_example() -> None:
     own = session("dp(clip=0.01, noise_multiplier=0)", weight_decay=0, momentum=0, nesterov=False, lr=1.0)
     before = own.trainee.shared()
     x, y = next(batches(own.data.train, 8, (), torch.Generator().manual_seed(0)))
-    descend(own.trainee, optimiser(own.trainee, own.arm.recipe, {}), x, y, torch.Generator(), defended=True, classes=2)
+    descend(
+        own.trainee, optimiser(own.trainee, own.arm.recipe, 1, {}), x, y, torch.Generator(), defended=True, classes=2
+    )
     after = own.trainee.shared()
     assert sum(float((after[name] - before[name]).square().sum()) for name in after) ** 0.5 <= 0.0101
 
@@ -267,7 +269,7 @@ def test_precode_draws_noise_for_every_example_and_keeps_its_buffer() -> None:
 
     hooks = [module.register_forward_pre_hook(watch) for module in own.trainee.network.modules()]
     x, y = next(batches(own.data.train, 16, (), torch.Generator().manual_seed(0)))
-    sgd, rng = optimiser(own.trainee, own.arm.recipe, {}), torch.Generator().manual_seed(0)
+    sgd, rng = optimiser(own.trainee, own.arm.recipe, 1, {}), torch.Generator().manual_seed(0)
     for _ in range(2):
         descend(own.trainee, sgd, x, y, rng, defended=True, classes=2)
     assert [tuple(noise.shape) for noise in seen] == [(16, 5), (16, 5)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,14 +11,13 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, TypeAdapter
 
-from leakbench.core.rng import generator
 from leakbench.defenses import Defense
 from leakbench.models import weights
 from leakbench.models.weights import Checkpoint
 from leakbench.training.data import TrainingData, load
-from leakbench.training.files import STATE, read_state, restoring, write_state
+from leakbench.training.files import STATE, plain, read_state, restoring, write_state
 from leakbench.training.settings import Arm, Recipe
-from leakbench.training.steps import Score, StoredLoss, Tensors, Trainee, draw, evaluate
+from leakbench.training.steps import Score, StoredLoss, Tensors, Trainee, evaluate
 from leakbench.training.thief import Theft, thefts
 from leakbench.victim import build
 
@@ -74,11 +72,6 @@ class Round:
         scores = [view.validation if part == "validation" else view.test for view in self.views]
         return sum(score.accuracy for score in scores if score is not None) / len(scores)
 
-    def plain(self) -> dict[str, Any]:
-        """Return the round as plain JSON values; a loss that is not finite as None."""
-        value: dict[str, Any] = json.loads(_ROUND.dump_json(self))
-        return value
-
 
 @dataclass(frozen=True)
 class SavedStage:
@@ -119,26 +112,16 @@ class Outcome:
     thefts: tuple[Theft, ...] = ()
     images: Annotated[int, Field(ge=0)] = 0
 
-    def plain(self) -> dict[str, Any]:
-        """Return the outcome as plain JSON values."""
-        value: dict[str, Any] = json.loads(_OUTCOME.dump_json(self))
-        return value
-
-    @classmethod
-    def of(cls, plain: Mapping[str, Any]) -> Outcome:
-        """Return the value that ``plain`` wrote; raise ValueError for anything else."""
-        outcome = _OUTCOME.validate_python(plain)
-        numbers = [one.number for one in outcome.rounds]
-        if numbers != list(range(1, len(numbers) + 1)) or outcome.best not in (numbers or [0]):
+    def __post_init__(self) -> None:
+        numbers = [one.number for one in self.rounds]
+        if numbers != list(range(1, len(numbers) + 1)) or self.best not in (numbers or [0]):
             raise ValueError("its rounds are not numbered 1, 2, ..., or the best round is not among them")
-        return outcome
 
     def chosen(self) -> Round:
         """Return the best round."""
         return self.rounds[self.best - 1]
 
 
-_ROUND, _OUTCOME = TypeAdapter(Round), TypeAdapter(Outcome)
 _ROUNDS, _STAGES = TypeAdapter(list[Round]), TypeAdapter(list[SavedStage])
 
 
@@ -172,11 +155,10 @@ def start(arm: Arm, device: torch.device | str = "cpu") -> TrainingSession:
     network = build(arm.model, arm.defense, data.image_shape, data.num_classes, f"training/{arm.seed}")
     placed = network.train().to(device=torch.device(device), memory_format=torch.channels_last)  # type: ignore[call-overload]
     trainee = Trainee.of(placed, arm.defense)
-    trained = trainee.parameters()
     checkpoint: Checkpoint | None = arm.model.checkpoint()
     if checkpoint is None or not checkpoint.defense:
-        locks = [secret for secret in trainee.lasting if secret.name in trained]
-        trainee.load(draw(locks, trainee, generator("training", arm.seed, "lock")))
+        trainee.load(trainee.draw(trainee.locks, "training", arm.seed, "lock"))
+        trainee.load(trainee.draw(trainee.keys, "training", arm.seed, "key", 0))  # that of a federation's first client
     return TrainingSession(arm, data, trainee, {**trainee.shared(), **trainee.private()})
 
 
@@ -264,8 +246,8 @@ class TrainingHistory:
                 self.keep(name, at, accuracy)
         if self.best_round is one:
             self.best = model
-        state = {"rounds": [each.plain() for each in self.rounds], "stages": [vars(stage) for stage in self.stages]}
-        write_state(self.folder / STATE, {**state, "best": self.best, **rest})
+        state = {"rounds": plain(self.rounds), "stages": plain(self.stages), "best": self.best}
+        write_state(self.folder / STATE, {**state, **rest})
 
     def keep(self, name: str, number: int, accuracy: float) -> None:
         """Write the network as it is as a checkpoint that the matrix of attacks takes.

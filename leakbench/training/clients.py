@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from leakbench.core.rng import generator, seeded
+from leakbench.core.rng import generator
 from leakbench.datasets.in_memory import ByteImages
 from leakbench.defenses.base import UpdateStep
-from leakbench.training.data import batches
 from leakbench.training.settings import Recipe
-from leakbench.training.steps import Tensors, Trainee, check, descend, draw, momentum_of, optimiser
+from leakbench.training.steps import Tensors, Trainee, check, train_round
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,8 @@ def begin(trainee: Trainee, client: int, seed: int, initial: Mapping[str, Tensor
         seed: of the keys.
         initial: the tensors of the first model.
     """
-    trained = trainee.parameters()
-    keys = [secret for secret in trainee.lasting if secret.name not in trained]
-    first = {secret.name: initial[secret.name] for secret in trainee.lasting if secret.name in trained}
-    return Own({**first, **draw(keys, trainee, generator("training", seed, "key", client))})
+    first = {secret.name: initial[secret.name] for secret in trainee.locks}
+    return Own(first | trainee.draw(trainee.keys, "training", seed, "key", client))
 
 
 def local_round(
@@ -91,27 +88,18 @@ def local_round(
         classes: number of classes.
     """
     key = ("training", seed, "client", client, "round", number)
-    trainee.network.train()
     trainee.load(shared, own.private)
-    sgd = optimiser(trainee, recipe, own.momentum)
-    for group in sgd.param_groups:
-        group["lr"] = recipe.rate(number)
-    rng, draws = generator(*key, "order"), generator(*key, "defense")
-    losses = []
-    x = y = torch.empty(0)
-    with seeded(*key, "layers"):
-        for _ in range(recipe.local_epochs):
-            for x, y in batches(images, recipe.batch, recipe.augment, rng):
-                losses.append(descend(trainee, sgd, x, y, draws, defended=False, classes=classes))
-    trainee.settle()
+    losses, momentum, batch = train_round(
+        trainee, images, recipe, own.momentum, key=key, number=number, defended=False, classes=classes
+    )
     after = trainee.shared()
     parameters = trainee.parameters()
     update = {name: shared[name].cpu() - after[name].cpu() for name in after if name in parameters}
     before = {name: shared[name].cpu() for name in update}
-    step = UpdateStep(trainee.defense, before, update, (trainee.network, x, y))
+    step = UpdateStep(trainee.defense, before, update, (trainee.network, *batch))
     released = trainee.defense.reply(step, generator(*key, "release"))
     check(released, update, trainee.defense)
     sent = {name: value.cpu() for name, value in after.items()}
     sent |= {name: shared[name].cpu() - released.get(name, torch.zeros_like(value)) for name, value in update.items()}
     loss = sum(losses) / len(losses)
-    return Sent(sent, len(images), loss, len(losses)), Own(trainee.private(), momentum_of(trainee, sgd))
+    return Sent(sent, len(images), loss, len(losses)), Own(trainee.private(), momentum)

@@ -10,7 +10,6 @@ import json
 import random
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from leakbench.flower.simulation import Failure, simulate
 from leakbench.training.arm import GLOBAL, OnRound, Outcome, Round, TrainingHistory, TrainingSession, View, start, view
 from leakbench.training.clients import Own, begin, local_round
 from leakbench.training.data import partition
-from leakbench.training.files import STATE, read_state, restoring, write_state
+from leakbench.training.files import STATE, plain, read_state, restoring, write_state
 from leakbench.training.settings import Arm
 from leakbench.training.steps import Tensors, Trainee
 
@@ -199,7 +198,7 @@ def client_app(arm: Arm, folder: Path, device: str) -> ClientApp:
         own = _own(session, folder, client, number)
         session.trainee.load(_tensors(message.content["arrays"], session.trainee), own.private)
         seen = view(session, f"client {client + 1}", client, number)
-        return Message(RecordDict({"report": ConfigRecord({"view": json.dumps(asdict(seen))})}), reply_to=message)
+        return Message(RecordDict({"report": ConfigRecord({"view": json.dumps(plain(seen))})}), reply_to=message)
 
     def _opened(message: Message, context: Context) -> tuple[TrainingSession, int, int]:
         """Return the session, the client's number from 0 on, and the round."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic_core import to_jsonable_python
 
 from leakbench.core.files import draft
 from leakbench.errors import CorruptAsset, LeakbenchError, one_line
@@ -28,9 +29,14 @@ def remove_drafts(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def plain(value: object) -> Any:
+    """Return a dataclass, or a container of dataclasses, as plain JSON values; a number that is not finite as None."""
+    return to_jsonable_python(value, inf_nan_mode="null")
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write plain values as JSON, whole or not at all."""
-    _replace(path, lambda own: own.write_text(json.dumps(value, indent=1), encoding="utf-8"))
+    """Write values, see ``plain``, as JSON, whole or not at all."""
+    _replace(path, lambda own: own.write_text(json.dumps(plain(value), indent=1), encoding="utf-8"))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,10 +6,10 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from leakbench.core.device import device_named
 from leakbench.core.lock import alone
@@ -59,7 +59,7 @@ class TrainingRecord:
         folder: of the arm.
     """
 
-    specs: dict[str, str]
+    specs: Annotated[dict[Literal["dataset", "model", "defense"], str], Field(min_length=3)]
     recipe: dict[str, Any]
     seed: int
     settings: dict[str, Any]
@@ -109,7 +109,7 @@ def train(
             progress.begin(arm, number, len(arms))
             remove_drafts(folder)
             outcome = _one(arm, folder, where, workers, progress)
-            write_json(folder / RECORD, plain(arm, outcome, Provenance.collect(command, str(where), "")))
+            write_json(folder / RECORD, _contents(arm, outcome, Provenance.collect(command, str(where), "")))
             if outcome.rounds:  # an arm that broke is resumed after its last round
                 (folder / STATE).unlink(missing_ok=True)
                 shutil.rmtree(folder / "clients", ignore_errors=True)
@@ -158,10 +158,8 @@ def finished(arms: Sequence[Arm], out: Path) -> int:
     return sum(_finished(out / ARMS_FOLDER / arm.folder, arm) for arm in arms)
 
 
-def plain(arm: Arm, outcome: Outcome, provenance: Provenance) -> dict[str, Any]:
-    """Return the contents of an arm's file, as JSON values."""
-    source = asdict(provenance)
-    del source["matrix"]
+def _contents(arm: Arm, outcome: Outcome, provenance: Provenance) -> dict[str, Any]:
+    """Return the contents of an arm's file."""
     return {
         "format": FORMAT,
         "id": arm.id,
@@ -169,8 +167,8 @@ def plain(arm: Arm, outcome: Outcome, provenance: Provenance) -> dict[str, Any]:
         "recipe": arm.recipe.settings(),
         "seed": arm.seed,
         "settings": arm.settings,
-        "outcome": outcome.plain(),
-        "provenance": source,
+        "outcome": outcome,
+        "provenance": _without_matrix(provenance),
     }
 
 
@@ -178,26 +176,20 @@ def read(folder: Path) -> TrainingRecord:
     """Return the record of an arm's folder; raise CorruptAsset if it cannot be read."""
     found = read_json(folder / RECORD)
     try:
-        source = asdict(_PROVENANCE.validate_python({**found["provenance"], "matrix": ""}))
-        del source["matrix"]
-        return TrainingRecord(
-            specs={axis: _TEXT.validate_python(found["specs"][axis]) for axis in ("dataset", "model", "defense")},
-            recipe=Recipe(**found["recipe"]).settings(),
-            seed=_WHOLE.validate_python(found["seed"]),
-            settings=_TABLE.validate_python(found["settings"]),
-            outcome=Outcome.of(found["outcome"]),
-            provenance=source,
-            folder=folder,
-        )
+        recipe = Recipe(**found["recipe"]).settings()
+        provenance = _without_matrix(_PROVENANCE.validate_python({**found["provenance"], "matrix": ""}))
+        return _RECORD.validate_python({**found, "recipe": recipe, "provenance": provenance, "folder": folder})
     except (KeyError, TypeError, ValueError, LeakbenchError) as error:
         reason = one_line(f"{type(error).__name__}: {error}")
         raise CorruptAsset(f"{folder / RECORD} is not the record of a training ({reason}); remove its folder") from None
 
 
-_PROVENANCE = TypeAdapter(Provenance)
-_TEXT = TypeAdapter(str)
-_WHOLE = TypeAdapter(int)
-_TABLE = TypeAdapter(dict[str, Any])
+def _without_matrix(provenance: Provenance) -> dict[str, Any]:
+    """Return a provenance as a training has it: a training has no matrix."""
+    return {name: value for name, value in asdict(provenance).items() if name != "matrix"}
+
+
+_PROVENANCE, _RECORD = TypeAdapter(Provenance), TypeAdapter(TrainingRecord)
 
 
 def records(out: Path) -> list[TrainingRecord]:

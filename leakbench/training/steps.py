@@ -12,14 +12,14 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from leakbench.core.rng import generator
+from leakbench.core.rng import generator, seeded
 from leakbench.core.types import Gradient, Secret
 from leakbench.datasets.in_memory import ByteImages
 from leakbench.defenses import Defense
 from leakbench.defenses.base import Step
 from leakbench.errors import BadOption
 from leakbench.gradients.evaluate import tensors_of
-from leakbench.training.data import floats
+from leakbench.training.data import batches, floats
 from leakbench.training.settings import Recipe
 
 Tensors = dict[str, Tensor]
@@ -64,6 +64,18 @@ class Trainee:
         """The secrets that a client keeps: a key, a lock."""
         return tuple(secret for secret in self.secrets if not secret.fresh)
 
+    @property
+    def keys(self) -> list[Secret]:
+        """The lasting secrets that are not trained, of which every client draws its own."""
+        trained = self.parameters()
+        return [secret for secret in self.lasting if secret.name not in trained]
+
+    @property
+    def locks(self) -> list[Secret]:
+        """The lasting secrets that are trained, which are part of the first model."""
+        trained = self.parameters()
+        return [secret for secret in self.lasting if secret.name in trained]
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by name."""
         return {name: value for name, value in self.network.named_parameters() if value.requires_grad}
@@ -87,6 +99,11 @@ class Trainee:
             for name, value in state.items():
                 tensors[name].copy_(value)
 
+    def draw(self, secrets: Sequence[Secret], *key: object) -> Tensors:
+        """Return a draw of each of these secrets from its distribution, by a key."""
+        rng = generator(*key)
+        return {secret.name: secret.law.draw(tuple(self.shapes[secret.name]), rng) for secret in secrets}
+
     def refresh(self, rows: int, rng: torch.Generator) -> None:
         """Draw the fresh secrets of a pass, one draw for each of ``rows`` examples: [rows, *shape]."""
         for secret in self.secrets:
@@ -104,17 +121,12 @@ class Trainee:
         setattr(self.network.get_submodule(module), tensor, value.to(self.device))
 
 
-def draw(secrets: Sequence[Secret], trainee: Trainee, rng: torch.Generator) -> Tensors:
-    """Return a draw of each of these secrets from its distribution."""
-    return {secret.name: secret.law.draw(tuple(trainee.shapes[secret.name]), rng) for secret in secrets}
-
-
-def optimiser(trainee: Trainee, recipe: Recipe, momentum: Mapping[str, Tensor]) -> torch.optim.SGD:
-    """Return SGD over the trained parameters, which continues with this momentum."""
+def optimiser(trainee: Trainee, recipe: Recipe, number: int, momentum: Mapping[str, Tensor]) -> torch.optim.SGD:
+    """Return SGD over the trained parameters for round ``number``, which continues with this momentum."""
     parameters = trainee.parameters()
     sgd = torch.optim.SGD(
         list(parameters.values()),
-        lr=recipe.lr,
+        lr=recipe.rate(number),
         momentum=recipe.momentum,
         nesterov=recipe.nesterov,
         weight_decay=recipe.weight_decay,
@@ -124,10 +136,34 @@ def optimiser(trainee: Trainee, recipe: Recipe, momentum: Mapping[str, Tensor]) 
     return sgd
 
 
-def momentum_of(trainee: Trainee, sgd: torch.optim.SGD) -> Tensors:
-    """Return copies of the momentum of the trained parameters."""
+def train_round(
+    trainee: Trainee,
+    images: ByteImages,
+    recipe: Recipe,
+    momentum: Mapping[str, Tensor],
+    *,
+    key: Sequence[object],
+    number: int,
+    defended: bool,
+    classes: int,
+) -> tuple[list[float], Tensors, tuple[Tensor, Tensor]]:
+    """Train on images for round ``number``, from 1 on; every draw depends on ``key``, see ``descend``.
+
+    Returns:
+        The loss of each step, copies of the momentum by parameter, and the images and labels of the last step.
+    """
+    sgd = optimiser(trainee, recipe, number, momentum)
+    order, draws = generator(*key, "order"), generator(*key, "defense")
+    losses = []
+    x = y = torch.empty(0)
+    trainee.network.train()
+    with seeded(*key, "layers"):
+        for _ in range(recipe.local_epochs):
+            for x, y in batches(images, recipe.batch, recipe.augment, order):
+                losses.append(descend(trainee, sgd, x, y, draws, defended=defended, classes=classes))
+    trainee.settle()
     buffers = {name: sgd.state[value].get("momentum_buffer") for name, value in trainee.parameters().items()}
-    return {name: value.detach().clone() for name, value in buffers.items() if value is not None}
+    return losses, {name: value.detach().clone() for name, value in buffers.items() if value is not None}, (x, y)
 
 
 class _OnCpu(Step):

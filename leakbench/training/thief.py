@@ -11,9 +11,8 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from leakbench.core.rng import generator
 from leakbench.datasets.in_memory import ByteImages
-from leakbench.training.steps import Tensors, Trainee, draw, evaluate
+from leakbench.training.steps import Tensors, Trainee, evaluate
 
 OWN = "own key and lock"
 """No theft: each client with its own secrets."""
@@ -76,13 +75,10 @@ def thefts(
     """
     if not trainee.lasting or not draws:
         return []
-    trained = trainee.parameters()
-    keys = [secret for secret in trainee.lasting if secret.name not in trained]
-    locks = [secret for secret in trainee.lasting if secret.name in trained]
-    own = list(privates)
+    keys, locks, own = trainee.keys, trainee.locks, list(privates)
     first = {secret.name: initial[secret.name] for secret in locks}
-    fresh_keys = [draw(keys, trainee, generator("thief", seed, "key", number)) for number in range(draws)]
-    fresh_locks = [draw(locks, trainee, generator("thief", seed, "lock", number)) for number in range(draws)]
+    fresh_keys = [trainee.draw(keys, "thief", seed, "key", number) for number in range(draws)]
+    fresh_locks = [trainee.draw(locks, "thief", seed, "lock", number) for number in range(draws)]
     zero = {secret.name: torch.zeros(trainee.shapes[secret.name]) for secret in locks}
     names = [secret.name for secret in keys]
     crossed = [{**mine, **{name: other[name] for name in names}} for mine, other in itertools.permutations(own, 2)]

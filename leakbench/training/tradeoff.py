@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -105,8 +105,10 @@ def attack(
                 matrix = _matrix(plan, arm, out / ARMS_FOLDER / arm.folder / stage.file)
                 with progress() as display:
                     engine.run(matrix, out, RunOptions(device), progress=display, command=command)
-                targets.append(_target(arm, matrix, stage.name, stage.accuracy))
-    write_json(out / TARGETS_FILE, {"threshold": threshold, "targets": [asdict(target) for target in targets]})
+                specs = matrix.describe()
+                model, defense = specs["models"][0], specs["defenses"][0]
+                targets.append(Target(arm.folder, stage.name, model, defense, stage.accuracy))
+    write_json(out / TARGETS_FILE, {"threshold": threshold, "targets": targets})
     return targets
 
 
@@ -119,11 +121,6 @@ def _threshold(plans: Sequence[Tradeoff]) -> float:
             "one); give all rows one threshold, or each row a run of its own"
         )
     return float(found[0])
-
-
-def _target(arm: Arm, matrix: Matrix, stage: str, accuracy: float) -> Target:
-    described = matrix.describe()
-    return Target(arm.folder, stage, described["models"][0], described["defenses"][0], accuracy)
 
 
 def targets_of(out: Path) -> tuple[float, list[Target]]:
