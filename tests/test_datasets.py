@@ -94,7 +94,7 @@ def test_every_photograph_is_credited() -> None:
     credits = (samples.FOLDER / "CREDITS.md").read_text()
     with (samples.FOLDER / "index.csv").open(newline="") as file:
         photographs = {row["photograph"]: row["label"] for row in csv.DictReader(file)}
-    assert len(photographs) == samples.CLASSES
+    assert len(photographs) == samples.Samples.classes
     for name, label in photographs.items():
         assert f"| {label} | `{name}` |" in credits
 

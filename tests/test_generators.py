@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from leakbench import datasets, generators
 from leakbench.cli import main as cli
-from leakbench.datasets.images import convert
-from leakbench.datasets.in_memory import read
+from leakbench.datasets.images import convert, read
 from leakbench.datasets.stored import Part, Split, Stored
 from leakbench.errors import BadOption, CorruptAsset, LeakbenchError, MissingAsset, Unsupported
 from leakbench.generators import dcgan

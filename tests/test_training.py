@@ -25,7 +25,7 @@ from leakbench.cli.accuracy import TrainOptions
 from leakbench.cli.main import app
 from leakbench.core.types import Gradient
 from leakbench.datasets import Dataset
-from leakbench.datasets.in_memory import read
+from leakbench.datasets.images import read
 from leakbench.defenses import Defense
 from leakbench.defenses.base import Step, UpdateStep
 from leakbench.errors import BadOption, CorruptAsset, LeakbenchError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,19 +17,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 Plan = TypeVar("Plan", bound="Accuracy")
-_SETTINGS = (
-    "mode",
-    "rounds",
-    "clients",
-    "fraction",
-    "local_epochs",
-    "split",
-    "batch",
-    "lr",
-    "images",
-    "select",
-    "name",
-)
 
 
 @dataclass(frozen=True)
@@ -72,6 +59,11 @@ class TrainOptions:
         rows = matrix.expand({} if self.file is None else matrix.load(self.file), self.scale)
         plans = [kind(**_fitting({**row, **given}, rows, given)) for row in rows]
         return plans, self.out or Path("runs") / plans[0].name
+
+
+_NAMES = [one.name for one in fields(TrainOptions)]
+_SETTINGS = _NAMES[_NAMES.index("mode") : _NAMES.index("out")]
+"""The options that are keys of the file."""
 
 
 @command(app, "accuracy", TrainOptions)

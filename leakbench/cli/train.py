@@ -39,52 +39,25 @@ def generator(
 
     Run again, the command resumes from the last checkpoint and ends with the same weights.
     """
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     from leakbench import datasets
+    from leakbench.engine.progress import Bar, duration
     from leakbench.generators.assess import assess
     from leakbench.generators.train import GeneratorRecipe
     from leakbench.generators.train import train as run
 
-    recipe = GeneratorRecipe(
-        dataset=dataset,
-        steps=steps,
-        batch=batch,
-        seed=seed,
-        lr=lr,
-        flip=flip,
-        latent=latent,
-        width=width,
-        precision=precision,  # type: ignore[arg-type]  # checked by the recipe
-    )
+    # the recipe checks the precision
+    recipe = GeneratorRecipe(dataset, steps, batch, seed, lr, flip, latent, width, precision=precision)  # type: ignore[arg-type]
     folder = out or Path("generators") / datasets.parse(dataset).name
     err = console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[losses]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with (
-        stoppable(lambda: "its last checkpoint is kept") as line,
-        Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar,
-    ):
-        task = bar.add_task("training", total=steps, losses="")
+    with stoppable(lambda: "its last checkpoint is kept") as line, Bar(err, "") as bar:
 
         def told(step: int, critic: float, decoder: float) -> None:
             losses = f"critic {critic:.2f}, decoder {decoder:.2f}"
-            bar.update(task, completed=step, losses=losses)
+            seconds = bar.bar.tasks[0].time_remaining
+            left = "" if seconds is None else f"about {duration(seconds)} left"
+            bar.bar.update(bar.task, description="training", total=steps, completed=step, beside=losses, left=left)
             if not err.is_terminal and step % 100 == 0:
-                err.print(f"[{step}/{steps}] {losses}", markup=False, highlight=False)
+                bar.note(f"[{step}/{steps}] {losses}")
 
         weights = run(recipe, folder, device=device, command=line, on_step=told)
     for path in [weights, *assess(recipe, folder, line)]:

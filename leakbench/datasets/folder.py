@@ -45,20 +45,24 @@ class Listing:
     public: tuple[Path, ...]
 
 
+@register("folder")
 @dataclass(frozen=True)
-class Folders(Dataset):
-    """Images in class folders: those of ``val`` or ``test`` if the folder has one of them, or all images.
+class Folder(Dataset):
+    """Images of your own, one subfolder a class: folder:PATH; scaled on the short side, then the centre square.
 
-    The label of an image is the index of its folder's name among the sorted names of all class folders. The mean is
-    that of at most 256 images of ``train``, evenly spaced in the order of their names; without a ``train`` folder it
-    is the grey image 0.5. A folder is listed once in a process.
+    The images are those of ``val`` or ``test`` if the folder has one of them, or all. The label of an image is the
+    index of its folder's name among the sorted names of all class folders. The mean is that of at most 256 images of
+    ``train``, evenly spaced in the order of their names; without a ``train`` folder it is the grey image 0.5. A folder
+    is listed once in a process.
 
     Attributes:
         zoom: the shorter side is scaled to this many times the size before the centre square is cut out.
-        path: the folder.
+        path: the folder; its images are in class folders, or these are within train, val or test.
         size: the side of the images.
         channels: 1 for grey, 3 for RGB.
     """
+
+    reference: ClassVar[str] = "the layout of torchvision's ImageFolder"
 
     zoom: ClassVar[float] = 1.0
     whole: ClassVar[bool] = True
@@ -120,23 +124,9 @@ class Folders(Dataset):
         return convert(image[None].float() / 255, None, self.channels)[0]
 
 
-@register("folder")
-@dataclass(frozen=True)
-class Folder(Folders):
-    """Images of your own, one subfolder a class: folder:PATH; scaled on the short side, then the centre square.
-
-    Attributes:
-        path: the folder; its images are in class folders, or these are within train, val or test.
-        size: the side of the images.
-        channels: 1 for grey, 3 for RGB.
-    """
-
-    reference: ClassVar[str] = "the layout of torchvision's ImageFolder"
-
-
 @register("imagenet")
 @dataclass(frozen=True)
-class ImageNet(Folders):
+class ImageNet(Folder):
     """ImageNet (ILSVRC 2012) from a folder of yours, which cannot be fetched: imagenet:PATH with class folders n*.
 
     The usual preparation: the short side is scaled to 256 for a size of 224 (in proportion for other sizes), then the

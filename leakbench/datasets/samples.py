@@ -14,20 +14,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from leakbench.datasets.base import Dataset, register
-from leakbench.datasets.images import Channels, Size, check_indices, convert, shape
+from leakbench.datasets.base import register
+from leakbench.datasets.images import Resizable, check_indices, convert
 from leakbench.errors import CorruptAsset
 
 FOLDER = Path(__file__).parent / "samples"
 SIDE = 32
-NATIVE = (3, SIDE, SIDE)
 COUNT = 64
-CLASSES = 7
 
 
 @register("samples")
 @dataclass(frozen=True)
-class Samples(Dataset):
+class Samples(Resizable):
     """64 crops, 32 x 32 colour, of 7 photographs in the public domain; they ship with leakbench.
 
     The class of an image is its photograph. The mean is that of 32 other crops of the same photographs, which do not
@@ -39,19 +37,8 @@ class Samples(Dataset):
     """
 
     reference: ClassVar[str] = "photographs of scikit-image; authors and licences in samples/CREDITS.md of the package"
-
-    size: Size | None = None
-    channels: Channels | None = None
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every image."""
-        return shape(NATIVE, self.size, self.channels)
-
-    @property
-    def num_classes(self) -> int:
-        """How many photographs there are."""
-        return CLASSES
+    native: ClassVar[tuple[int, int, int]] = (3, SIDE, SIDE)
+    classes: ClassVar[int] = 7
 
     def __len__(self) -> int:
         """How many images there are."""
@@ -67,8 +54,8 @@ class Samples(Dataset):
     def note(self) -> str:
         """Return that the crops are not independent."""
         return (
-            f"These images are crops of {CLASSES} photographs, and crops of one photograph are alike. Intervals and "
-            "tests assume independent images, so they are too narrow here. CIFAR-10 has no such groups."
+            f"These images are crops of {self.classes} photographs, and crops of one photograph are alike. Intervals "
+            "and tests assume independent images, so they are too narrow here. CIFAR-10 has no such groups."
         )
 
     def mean(self) -> Tensor:
@@ -88,5 +75,5 @@ def _sheet(name: Literal["images", "public"]) -> tuple[Tensor, Tensor]:
     except (OSError, ValueError, KeyError) as error:
         raise CorruptAsset(f"{FOLDER} is damaged ({error}); install leakbench anew") from None
     rows, columns = pixels.shape[0] // SIDE, pixels.shape[1] // SIDE
-    crops = pixels.reshape(rows, SIDE, columns, SIDE, 3).transpose(0, 2, 4, 1, 3).reshape(-1, *NATIVE)
+    crops = pixels.reshape(rows, SIDE, columns, SIDE, 3).transpose(0, 2, 4, 1, 3).reshape(-1, *Samples.native)
     return torch.from_numpy(crops[: len(labels)]).float() / 255, torch.tensor(labels)

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from leakbench import assets
-from leakbench.datasets.base import Dataset
-from leakbench.datasets.images import Channels, Size, check_indices, convert, shape
+from leakbench.datasets.images import Resizable, check_indices, convert
 
 Split = Literal["test", "train"]
 
@@ -27,37 +26,22 @@ _ROWS = 2048
 
 
 @dataclass(frozen=True)
-class Stored(Dataset):
+class Stored(Resizable):
     """A dataset of two splits in the cache.
 
     Attributes:
-        size: the side of the images, resized bilinearly with antialiasing; none keeps their own size.
-        channels: 1 for grey, 3 for RGB; none keeps their own.
+        counts: number of images of each split.
         split: the split that is attacked. The mean is that of the other split.
     """
 
-    native: ClassVar[tuple[int, int, int]]
-    classes: ClassVar[int]
     counts: ClassVar[dict[str, int]]
 
-    size: Size | None = None
-    channels: Channels | None = None
     split: Split = "test"
 
     @classmethod
     @abstractmethod
     def parts(cls, split: Split) -> list[Part]:
         """Return the files of a split; each one's checksum is verified once in a process."""
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every image."""
-        return shape(self.native, self.size, self.channels)
-
-    @property
-    def num_classes(self) -> int:
-        """How many classes there are."""
-        return self.classes
 
     def __len__(self) -> int:
         """How many images the split has."""

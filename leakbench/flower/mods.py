@@ -114,19 +114,19 @@ class _DefenseMod:
         secrets = self._secrets()
         received = {name: _tensors(record) for name, record in message.content.array_records.items()}
         if secrets:
-            own = self._own(context)
-            inside = self._inside()
+            own, inside = self._own(context), self._inside()
             for name, arrays in received.items():
                 message.content[name] = _record(arrays | {key: own[key] for key in own if key in inside})
         reply = call_next(message, context)
         if reply.has_error():
             return reply
         hidden = {secret.name for secret in secrets}
+        fresh = {secret.name for secret in secrets if secret.fresh}
         known = list(_tensors(context.state.array_records[SECRETS]).items()) if secrets else []
         for name, record in list(reply.content.array_records.items()):
             arrays = _tensors(record)
             known += [(key, value) for key, value in arrays.items() if key in hidden]
-            kept = {key: value for key, value in arrays.items() if key in hidden and not self._fresh(key)}
+            kept = {key: value for key, value in arrays.items() if key in hidden - fresh}
             if kept:
                 context.state[SECRETS] = _record(_tensors(context.state.array_records[SECRETS]) | kept)
             reply.content[name] = _record({key: value for key, value in arrays.items() if key not in hidden})
@@ -183,9 +183,6 @@ class _DefenseMod:
 
     def _secrets(self) -> tuple[Secret, ...]:
         return () if self.network is None else self.defense.secrets(self.network)
-
-    def _fresh(self, name: str) -> bool:
-        return any(secret.fresh for secret in self._secrets() if secret.name == name)
 
     def _inside(self) -> set[str]:
         """Return the names of the secrets that the network's state dict holds."""

@@ -12,7 +12,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from leakbench.core.rng import generator
-from leakbench.datasets.in_memory import ByteImages, read
+from leakbench.datasets.images import ByteImages, read
 from leakbench.generators.dcgan import DCGAN
 from leakbench.generators.train import WEIGHTS, GeneratorRecipe, splits
 from leakbench.version import __version__

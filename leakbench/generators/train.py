@@ -26,7 +26,7 @@ from leakbench.core.files import draft
 from leakbench.core.lock import alone
 from leakbench.core.rng import generator, seeded
 from leakbench.datasets import Dataset
-from leakbench.datasets.in_memory import ByteImages, read
+from leakbench.datasets.images import ByteImages, read
 from leakbench.datasets.stored import Stored
 from leakbench.errors import BadOption, CorruptAsset
 from leakbench.generators.dcgan import SIDE, ConditionalNorm, Decoder, Trained, write

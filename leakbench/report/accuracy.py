@@ -23,7 +23,6 @@ from leakbench.report.figure import COLOURS, key_below, plain, saved
 from leakbench.report.files import remove_others, replace
 from leakbench.report.page import render_markdown
 from leakbench.report.study import Value, per_cent, table
-from leakbench.store.provenance import Provenance
 from leakbench.training import TrainingRecord, records
 from leakbench.training.arm import GLOBAL, Outcome, Round
 from leakbench.training.run import ARMS_FOLDER
@@ -183,7 +182,7 @@ def _about(blocks: Sequence[Block]) -> list[dict[str, object]]:
     own = [one for block in blocks for one in block.records]
     seconds = sum(each.seconds for one in own for each in one.outcome.rounds)
     facts: list[tuple[str, object]] = [("trainings", len(own)), ("time in rounds", f"{number(seconds / 60, 1)} min")]
-    starts = [Provenance(**one.provenance, matrix="") for one in own]
+    starts = [one.provenance for one in own]
     for place, start in enumerate(starts):
         if start not in starts[:place]:
             facts += [("command", start.command), *start.describe().items()]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leakbench.core.rng import generator
-from leakbench.datasets.in_memory import ByteImages
+from leakbench.datasets.images import ByteImages
 from leakbench.defenses.base import UpdateStep
 from leakbench.training.settings import Recipe
 from leakbench.training.steps import Tensors, Trainee, check, train_round

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from leakbench import assets
 from leakbench.core.rng import generator
 from leakbench.datasets import Dataset
-from leakbench.datasets.in_memory import ByteImages, read
+from leakbench.datasets.images import ByteImages, read
 from leakbench.datasets.stored import Stored
 from leakbench.errors import BadOption
 from leakbench.training.settings import Augmentation, Recipe

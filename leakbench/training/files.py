@@ -57,28 +57,23 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
 
 def read_state(path: Path) -> dict[str, Any]:
     """Return the state that ``write_state`` wrote, running no pickled code; raise CorruptAsset if it is damaged."""
-    try:
+    with restoring(path):
         state: object = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise TypeError
-    except Exception as error:  # a damaged file can make the reader raise anything
-        raise _no_state(path, error) from None
-    return state
+        return state
 
 
 @contextlib.contextmanager
 def restoring(path: Path) -> Iterator[None]:
-    """Raise CorruptAsset, as ``read_state`` does, if the code inside finds a state of another form."""
+    """Raise CorruptAsset if the code inside finds a state that is damaged or of another form."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise _no_state(path, error) from None
-
-
-def _no_state(path: Path, error: Exception) -> CorruptAsset:
-    return CorruptAsset(
-        f"the state of a training {path} cannot be read ({type(error).__name__}); remove it to start the training again"
-    )
+    except Exception as error:  # a damaged file can make the reader raise anything
+        raise CorruptAsset(
+            f"the state of a training {path} cannot be read ({type(error).__name__}); "
+            "remove it to start the training again"
+        ) from None
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -64,7 +64,7 @@ class TrainingRecord:
     seed: int
     settings: dict[str, Any]
     outcome: Outcome
-    provenance: dict[str, Any]
+    provenance: Provenance
     folder: Path
 
 
@@ -168,7 +168,7 @@ def _contents(arm: Arm, outcome: Outcome, provenance: Provenance) -> dict[str, A
         "seed": arm.seed,
         "settings": arm.settings,
         "outcome": outcome,
-        "provenance": _without_matrix(provenance),
+        "provenance": {name: value for name, value in vars(provenance).items() if name != "matrix"},
     }
 
 
@@ -177,19 +177,14 @@ def read(folder: Path) -> TrainingRecord:
     found = read_json(folder / RECORD)
     try:
         recipe = Recipe(**found["recipe"]).settings()
-        provenance = _without_matrix(_PROVENANCE.validate_python({**found["provenance"], "matrix": ""}))
+        provenance = {**found["provenance"], "matrix": ""}  # a training has no matrix
         return _RECORD.validate_python({**found, "recipe": recipe, "provenance": provenance, "folder": folder})
     except (KeyError, TypeError, ValueError, LeakbenchError) as error:
         reason = one_line(f"{type(error).__name__}: {error}")
         raise CorruptAsset(f"{folder / RECORD} is not the record of a training ({reason}); remove its folder") from None
 
 
-def _without_matrix(provenance: Provenance) -> dict[str, Any]:
-    """Return a provenance as a training has it: a training has no matrix."""
-    return {name: value for name, value in asdict(provenance).items() if name != "matrix"}
-
-
-_PROVENANCE, _RECORD = TypeAdapter(Provenance), TypeAdapter(TrainingRecord)
+_RECORD = TypeAdapter(TrainingRecord)
 
 
 def records(out: Path) -> list[TrainingRecord]:

@@ -124,8 +124,7 @@ class Recipe(Axes):
         """Return every option that the training depends on, as plain JSON values."""
         unused = () if self.mode == "fedavg" else FEDERATED
         own = {name: getattr(self, name) for name in Recipe.model_fields if name not in unused}
-        plain: dict[str, Any] = json.loads(json.dumps(own))
-        return plain
+        return as_json(own)
 
 
 def _axis(axis: str, parse: Callable[[Any], Any]) -> BeforeValidator:

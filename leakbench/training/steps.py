@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from leakbench.core.rng import generator, seeded
 from leakbench.core.types import Gradient, Secret
-from leakbench.datasets.in_memory import ByteImages
+from leakbench.datasets.images import ByteImages
 from leakbench.defenses import Defense
 from leakbench.defenses.base import Step
 from leakbench.errors import BadOption

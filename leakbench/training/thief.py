@@ -11,7 +11,7 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from leakbench.datasets.in_memory import ByteImages
+from leakbench.datasets.images import ByteImages
 from leakbench.training.steps import Tensors, Trainee, evaluate
 
 OWN = "own key and lock"
