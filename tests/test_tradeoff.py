@@ -21,9 +21,9 @@ from leakbench.report import write
 from leakbench.report.study import Value
 from leakbench.report.tradeoff import AttackedDefense, AttackedStage
 from leakbench.store.run_file import FILE, Store
-from leakbench.training import records
+from leakbench.training import records, train
 from leakbench.training.settings import Tradeoff
-from leakbench.training.tradeoff import attack, targets_of, train
+from leakbench.training.tradeoff import arms_of, attack, targets_of
 
 ATTACK: dict[str, Any] = {"attacks": ["peel"], "threats": ["paper", "informed=true"], "images": [0, 5]}
 
@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_told_before_anything_is_trained(
             return nn.Sequential(nn.Flatten(), nn.Linear(image_shape[0] * image_shape[1] * image_shape[2], num_classes))
 
     with pytest.raises(BadOption, match=words):
-        train([study(**options)], tmp_path)
+        train(arms_of([study(**options)]), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -98,7 +98,7 @@ def test_rows_of_different_thresholds_are_refused(tmp_path: Path) -> None:
 
 def test_checkpoints_are_attacked_and_drawn_against_their_accuracy(tmp_path: Path) -> None:
     plans = [study(defenses=["none", "noise(scale=10)"], stages=["initial", "best"], rounds=1)]
-    train(plans, tmp_path)
+    train(arms_of(plans), tmp_path)
     targets = attack(plans, tmp_path)
     assert [(one.stage, one.defense) for one in targets] == [
         (stage, defense) for defense in ("none", "noise(scale=10.0)") for stage in ("initial", "best")
@@ -145,7 +145,7 @@ def test_checkpoints_are_attacked_and_drawn_against_their_accuracy(tmp_path: Pat
 
 def test_what_could_not_be_attacked_is_said(tmp_path: Path) -> None:
     plans = [study(defenses=["none", "soteria"], stages=["best"], rounds=1)]
-    train(plans, tmp_path)
+    train(arms_of(plans), tmp_path)
     assert [one.defense for one in attack(plans, tmp_path)] == ["none"]
     report.write(tmp_path)
     text = (tmp_path / "tradeoff.md").read_text()

@@ -21,21 +21,7 @@ from leakbench.assets.table import ASSETS, Asset, File
 from leakbench.core.registry import suggest
 from leakbench.errors import BadOption, CorruptAsset, MissingAsset, one_line
 
-__all__ = [
-    "Asset",
-    "File",
-    "Progress",
-    "Source",
-    "checksum",
-    "fetch",
-    "file",
-    "get",
-    "home",
-    "names",
-    "path",
-    "present",
-    "verify",
-]
+__all__ = ["Asset", "File", "checksum", "fetch", "file", "get", "home", "names", "path", "present", "verify"]
 
 SUMS = "SHA256SUMS"
 """The file with the checksums of an asset's files, written when it is fetched; read if the table knows none."""

@@ -113,13 +113,16 @@ def tradeoff(given: TrainOptions) -> None:
     plans, folder = given.plans(Tradeoff)
     arms = [arm for one in plans for arm in one.arms()]
     with stoppable(lambda: _done(arms, folder)) as line:
+        from leakbench import training
         from leakbench.engine.progress import Display
         from leakbench.training import tradeoff as study
         from leakbench.training.progress import Rounds
 
         out = console()
         with Rounds(out) as told:
-            found = study.train(plans, folder, device=given.device, workers=given.workers, command=line, progress=told)
+            found = training.train(
+                study.arms_of(plans), folder, device=given.device, workers=given.workers, command=line, progress=told
+            )
         targets = study.attack(plans, folder, device=given.device, command=line, progress=lambda: Display(out))
     from leakbench import report as reports
     from leakbench.report import accuracy as costs

@@ -150,7 +150,6 @@ class TrunkMetric(Metric):
     """
 
     net: ClassVar[Net]
-    higher_is_better: ClassVar[bool] = False
 
     def check(self) -> None:
         """Raise MissingAsset, with the command that fetches it, if the trunk is not in the cache."""

@@ -50,7 +50,6 @@ def quantise(images: Tensor) -> Tensor:
 class PaperMSE(Metric):
     """The FedKL paper's "MSE", which is the RMSE on 0 to 255."""
 
-    higher_is_better: ClassVar[bool] = False
     convention: ClassVar[str] = f"root of the mean squared error; {_PIXELS}"
     reference: ClassVar[str] = _REFERENCE
 

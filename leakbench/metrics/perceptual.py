@@ -85,7 +85,6 @@ class VIF(PiqMetric):
 class GMSD(PiqMetric):
     """Gradient magnitude similarity deviation; only with --metric gmsd."""
 
-    higher_is_better: ClassVar[bool] = False
     smallest: ClassVar[int] = 8
     convention: ClassVar[str] = (
         f"0 or more, lower is closer; luminance of {_PIXELS}, halved in size; Prewitt filters, constant 170/255^2"
@@ -157,7 +156,6 @@ def _weights() -> Path:
 class DISTS(PiqMetric):
     """Deep image structure and texture similarity on the features of VGG16; only with --metric dists."""
 
-    higher_is_better: ClassVar[bool] = False
     smallest: ClassVar[int] = 16
     convention: ClassVar[str] = (
         f"0 to 1, lower is closer; {_PIXELS}, grey replicated, normalised as for ImageNet; images above 256 pixels are "

@@ -55,7 +55,6 @@ def windowed_ssim(images: Tensor, truth: Tensor, window: int, sigma: float, data
 class MSE(Metric):
     """Mean squared error of the pixels."""
 
-    higher_is_better: ClassVar[bool] = False
     convention: ClassVar[str] = "mean over channels and pixels in [0, 1], reconstruction clamped; 0 to 1"
     reference: ClassVar[str] = "definition"
 

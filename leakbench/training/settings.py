@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SkipValidation
@@ -20,7 +19,7 @@ from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
 from leakbench.errors import BadOption
 from leakbench.models import Model
-from leakbench.plan.matrix import Axes, Indices, Matrix, PositiveInt, check_count, components
+from leakbench.plan.matrix import Axes, Indices, PositiveInt, check_count, components
 
 TrainingMode = Literal["centralised", "fedavg"]
 Augmentation = Literal["flip", "crop"]
@@ -168,22 +167,6 @@ class Tradeoff(Accuracy):
 
     stages: Annotated[tuple[StageName, ...], Field(min_length=1)] = ("initial", "100 %")
     attack: dict[str, Any]
-
-    def matrix(self, arm: Arm, checkpoint: Path, *, check: bool = False) -> Matrix:
-        """Return the matrix that attacks a checkpoint of an arm behind the arm's defense; ``check``: before it exists.
-
-        Raises:
-            BadOption: an axis has no valid value, or the model takes no checkpoint.
-        """
-        taken = [name for name in ("models", "defenses", "datasets") if name in self.attack]
-        if taken:
-            raise BadOption(f"attack: {taken[0]} are set by the training; leave {taken[0]} out of [attack]")
-        if "weights" not in models.registry.fields(type(arm.model)):
-            raise BadOption(f"model {arm.model.name!r} takes no weights= and cannot be attacked after training")
-        options = arm.model.options() if check else {**arm.model.options(), "weights": str(checkpoint)}
-        trained = models.registry.build(arm.model.name, options)
-        own = {"models": [trained], "defenses": [arm.defense], "datasets": [arm.dataset], "name": self.name}
-        return Matrix(**{**self.attack, **own})
 
 
 @dataclass(frozen=True)

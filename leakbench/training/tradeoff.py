@@ -9,6 +9,7 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from leakbench import models
 from leakbench.engine import run as engine
 from leakbench.engine.progress import NullProgress as Display
 from leakbench.engine.run import RunOptions
@@ -16,8 +17,7 @@ from leakbench.errors import BadOption, CorruptAsset
 from leakbench.plan.matrix import Matrix
 from leakbench.training.data import unseen
 from leakbench.training.files import read_json, write_json
-from leakbench.training.run import ARMS_FOLDER, NullTrainingProgress, TrainingRecord, read
-from leakbench.training.run import train as train_arms
+from leakbench.training.run import ARMS_FOLDER, read
 from leakbench.training.settings import Arm, Tradeoff
 
 TARGETS_FILE = "targets.json"
@@ -45,32 +45,38 @@ class Target:
     accuracy: Annotated[float, Field(ge=0, le=1)]
 
 
-def train(
-    plans: Sequence[Tradeoff],
-    out: Path,
-    *,
-    device: str = "cpu",
-    workers: int = 0,
-    command: str = "",
-    progress: NullTrainingProgress | None = None,
-) -> list[TrainingRecord]:
-    """Train every arm of every plan that has no outcome in ``out``; see ``training.train``.
+def arms_of(plans: Sequence[Tradeoff]) -> list[Arm]:
+    """Return every arm of the plans once, each of which can be attacked once it is trained.
 
     Raises:
-        LeakbenchError: a training or its attacks cannot be run as given (before anything is trained).
+        LeakbenchError: an arm or its attacks cannot be run as given.
     """
     arms = {}
     _threshold(plans)
     for plan in plans:
         for arm in plan.arms():
-            _matrix(plan, arm, Path("checkpoint.safetensors"), check=True)
+            _matrix(plan, arm, None)
             arms[arm.id] = arm
-    return train_arms(list(arms.values()), out, device=device, workers=workers, command=command, progress=progress)
+    return list(arms.values())
 
 
-def _matrix(plan: Tradeoff, arm: Arm, checkpoint: Path, *, check: bool = False) -> Matrix:
-    """Return the matrix that attacks a checkpoint (``Tradeoff.matrix``), on images that it was not trained on."""
-    matrix = plan.matrix(arm, checkpoint, check=check)
+def _matrix(plan: Tradeoff, arm: Arm, checkpoint: Path | None) -> Matrix:
+    """Return the matrix that attacks a checkpoint behind its arm's defense, on images that it was not trained on.
+
+    Without a checkpoint, which does not exist yet, the matrix is only good for a check.
+
+    Raises:
+        BadOption: an axis has no valid value, or the model takes no checkpoint.
+    """
+    taken = [name for name in ("models", "defenses", "datasets") if name in plan.attack]
+    if taken:
+        raise BadOption(f"attack: {taken[0]} are set by the training; leave {taken[0]} out of [attack]")
+    if "weights" not in models.registry.fields(type(arm.model)):
+        raise BadOption(f"model {arm.model.name!r} takes no weights= and cannot be attacked after training")
+    options = arm.model.options() | ({} if checkpoint is None else {"weights": str(checkpoint)})
+    trained = models.registry.build(arm.model.name, options)
+    own = {"models": [trained], "defenses": [arm.defense], "datasets": [arm.dataset], "name": plan.name}
+    matrix = Matrix(**{**plan.attack, **own})
     dataset, images = unseen(arm.dataset, matrix.images)
     return matrix.model_copy(update={"datasets": (dataset,), "images": images})
 
