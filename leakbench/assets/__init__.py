@@ -1,7 +1,8 @@
 """Datasets and weights that are too large to ship: the source of each, its checksums, and the one cache.
 
-An asset has one form in the cache, whichever source it came from, and every file of it is compared with a SHA-256
-before it is used. The cache is the folder ``LEAKBENCH_HOME``, or the user's cache folder.
+The table of assets is ``table.toml``. An asset has one form in the cache, whichever source it came from, and every file
+of it is compared with a SHA-256 before it is used. The cache is the folder ``LEAKBENCH_HOME``, or the user's cache
+folder.
 """
 
 from __future__ import annotations
@@ -11,17 +12,76 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pooch
+from pydantic import BeforeValidator, TypeAdapter
 
+from leakbench.assets.convert import CONVERSIONS
 from leakbench.assets.sources import Progress, Source, Unavailable
-from leakbench.assets.table import ASSETS, Asset, File
 from leakbench.core.registry import suggest
 from leakbench.errors import BadOption, CorruptAsset, MissingAsset, one_line
 
 __all__ = ["Asset", "File", "checksum", "fetch", "file", "get", "home", "names", "path", "present", "verify"]
+
+Conversion = Callable[[Path], Iterator[tuple[str, bytes]]]
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of an asset as it lies in the cache.
+
+    Attributes:
+        name: its name in the asset's folder.
+        size: bytes.
+        sha256: its checksum; None if nobody has published it: then it is recorded when the asset is fetched, after the
+            archive was compared with the checksum that torchvision states.
+    """
+
+    name: str
+    size: int
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A dataset or weight file that is fetched once.
+
+    Attributes:
+        name: its name on the command line.
+        title: what it is, in words.
+        kind: what it is called in messages.
+        licence: the terms it comes under.
+        files: what lies in the cache.
+        sources: in the order in which they are tried; empty if the asset cannot be fetched.
+        carried: the files that may be carried in by hand, or what to do if the asset cannot be fetched.
+        convert: yields the asset's files, as (name, content), from any of the archives that a source serves; nothing if
+            the asset cannot be fetched.
+    """
+
+    name: str
+    title: str
+    kind: Literal["dataset", "weight file"]
+    licence: str
+    files: tuple[File, ...]
+    sources: tuple[Source, ...]
+    carried: str
+    convert: Annotated[Conversion, BeforeValidator(CONVERSIONS.__getitem__)] = lambda archive: iter(())
+
+    @property
+    def size(self) -> int:
+        """Bytes in the cache."""
+        return sum(file.size for file in self.files)
+
+
+_TABLE = tomllib.loads(Path(__file__).with_name("table.toml").read_text(encoding="utf-8"))
+
+ASSETS = TypeAdapter(tuple[Asset, ...]).validate_python(_TABLE["asset"])
+"""Every asset."""
 
 SUMS = "SHA256SUMS"
 """The file with the checksums of an asset's files, written when it is fetched; read if the table knows none."""

@@ -23,25 +23,24 @@ def list_assets() -> None:
     """List the assets: name, kind, size, licence, whether they are in the cache, sources in order, and checksums."""
     from rich import box
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from leakbench import assets
 
     console = Console()
-    table = Table("name", "kind", "size", "licence", "present", "sources", box=box.SIMPLE)
-    for column in table.columns:
-        column.no_wrap = column.header in ("name", "kind", "size")
+    rows = [["name", "kind", "size", "licence", "present", "sources"]]
     for name in assets.names():
         asset = assets.get(name)
         size = f"{asset.size / 1e6:.0f} MB" if asset.size else ""
         sources = ", ".join(map(str, asset.sources)) or "cannot be fetched"
-        table.add_row(name, asset.kind, size, asset.licence, "yes" if assets.present(name) else "no", sources)
+        rows.append([name, asset.kind, size, asset.licence, "yes" if assets.present(name) else "no", sources])
     if console.is_terminal:
+        table = Table(*(Column(head, no_wrap=head in ("name", "kind", "size")) for head in rows[0]), box=box.SIMPLE)
+        for row in rows[1:]:
+            table.add_row(*row)
         console.print(table)
     else:
-        typer.echo("\t".join(str(column.header) for column in table.columns))
-        for row in zip(*(column.cells for column in table.columns)):
-            typer.echo("\t".join(map(str, row)))
+        typer.echo("\n".join("\t".join(row) for row in rows))
     typer.echo("Files and their SHA-256:")
     for name in assets.names():
         for file in assets.get(name).files:

@@ -113,13 +113,9 @@ class Loaded(nn.Module):
 
     def draw(self, latent: Tensor, labels: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
         """Return images [N, *image_shape]: reduced with antialiasing, grey repeated if three channels are asked for."""
-        own = self.card.image_shape
-        images = self(latent, labels)
-        return convert(
-            images,
-            None if own[1:] == image_shape[1:] else image_shape[1],
-            None if own[0] == image_shape[0] else 3,
-        )
+        channels, height, width = image_shape
+        size = None if self.card.image_shape[1:] == (height, width) else height
+        return convert(self(latent, labels), size, channels)
 
 
 def load(generator: Generator, device: torch.device, dtype: torch.dtype) -> Loaded:

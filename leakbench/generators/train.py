@@ -34,7 +34,6 @@ from leakbench.generators.dcgan import SIDE, ConditionalNorm, Decoder, Trained, 
 WEIGHTS = "generator.safetensors"
 CHECKPOINT = "checkpoint.pt"
 
-Precision = Literal["float32", "bfloat16"]
 OnStep = Callable[[int, float, float], None]
 """Called after every step with the number of steps done and the losses of critic and decoder."""
 
@@ -66,7 +65,7 @@ class GeneratorRecipe:
     latent: PositiveInt = 64
     width: Annotated[int, Field(ge=8, multiple_of=4)] = 192
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    precision: Precision = "float32"
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(GeneratorRecipe, include_extras=True).items():

@@ -15,14 +15,14 @@ class Rounds(Bar, NullTrainingProgress):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console, "")
-        self.words, self.total = "", 0
+        self.total = 0
         self.seconds: list[float] = []
 
     def begin(self, arm: Arm, number: int, arms: int) -> None:
         """Show the arm."""
-        self.words, self.total, self.seconds = arm.words(), arm.recipe.rounds, []
-        self.note(f"training {number} of {arms}: {self.words}, {self.total} rounds")
-        self.bar.update(self.task, description=self.words, total=self.total, completed=0, beside="", left="")
+        words, self.total, self.seconds = arm.words(), arm.recipe.rounds, []
+        self.note(f"training {number} of {arms}: {words}, {self.total} rounds")
+        self.bar.update(self.task, description=words, total=self.total, completed=0, beside="", left="")
 
     def round(self, one: Round) -> None:
         """Show the measurements after a round."""
