@@ -12,8 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from leakbench.metrics.base import Metric, register
-from leakbench.metrics.checks import by_rows, check_pair
+from leakbench.metrics.base import Metric, by_rows, check_pair, register
 from leakbench.metrics.standard import ERROR_PIXELS, PSNR, PSNR_CAP, SSIM
 
 _FIT = "after the least-squares fit a*x + b to the truth, two numbers an image, any sign, then clipped to [0, 1]"

@@ -15,8 +15,7 @@ from torch.nn import functional as F
 
 from leakbench import assets
 from leakbench.errors import CorruptAsset, MissingAsset
-from leakbench.metrics.base import Metric, register
-from leakbench.metrics.checks import by_rows, check_pair, rgb
+from leakbench.metrics.base import Metric, by_rows, check_pair, register, rgb
 
 Net = Literal["vgg", "alex"]
 

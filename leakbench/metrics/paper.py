@@ -14,8 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from leakbench.metrics.base import Metric, register
-from leakbench.metrics.checks import by_rows, check_pair, rgb
+from leakbench.metrics.base import Metric, by_rows, check_pair, register, rgb
 from leakbench.metrics.lpips import Net, TrunkMetric, trunk_distance
 from leakbench.metrics.standard import ERROR_PIXELS, windowed_ssim
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from leakbench import assets
 from leakbench.errors import MissingAsset
-from leakbench.metrics.base import Metric, register
-from leakbench.metrics.checks import by_rows, check_pair, rgb
+from leakbench.metrics.base import Metric, by_rows, check_pair, register, rgb
 from leakbench.metrics.lpips import TRUNKS, trunk_file
 
 _CHUNK_PIXELS = 2**14

@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from leakbench.metrics.base import Metric, register
-from leakbench.metrics.checks import by_rows, check_pair
+from leakbench.metrics.base import Metric, by_rows, check_pair, register
 
 PSNR_CAP = 100.0
 """dB; the PSNR of equal images, which would be infinite."""

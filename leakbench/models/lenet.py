@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from leakbench.models.architecture import Architecture, Mode
-from leakbench.models.base import register
+from leakbench.models.base import Architecture, Mode, register
 from leakbench.models.weights import Init
 
 

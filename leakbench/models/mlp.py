@@ -10,8 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, Field
 from torch import nn
 
-from leakbench.models.architecture import Architecture
-from leakbench.models.base import register
+from leakbench.models.base import Architecture, register
 from leakbench.models.weights import Init
 
 _ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid}

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakbench.errors import Unsupported
-from leakbench.models.architecture import Architecture, Mode
-from leakbench.models.base import register
+from leakbench.models.base import Architecture, Mode, register
 from leakbench.models.weights import Init
 
 ActivationName = Literal["relu", "sigmoid"]

@@ -9,8 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from leakbench.models.architecture import Architecture, Mode
-from leakbench.models.base import register
+from leakbench.models.base import Architecture, Mode, register
 from leakbench.models.resnet import ACTIVATIONS, ActivationName, Width
 from leakbench.models.weights import Init
 

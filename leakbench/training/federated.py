@@ -66,6 +66,7 @@ class _Server:
     def __init__(self, session: TrainingSession, folder: Path, on_round: OnRound) -> None:
         self.session, self.folder, self.on_round = session, folder, on_round
         self.recipe, self.trainee = session.arm.recipe, session.trainee
+        self.whose = FIRST_CLIENT if self.trainee.lasting else GLOBAL  # whose secrets the checkpoints hold
         self.failures: list[Failure] = []
         self.shared = self.trainee.shared()
         self.history = TrainingHistory(session, folder, on_round)
@@ -141,11 +142,6 @@ class _Server:
     def load(self, shared: Tensors, number: int) -> None:
         """Put a global model and the first client's secrets of a round into the network."""
         self.trainee.load(shared, self.private(0, number))
-
-    @property
-    def whose(self) -> str:
-        """The view of the model with the secrets that checkpoints hold: those of the first client, or none."""
-        return FIRST_CLIENT if self.trainee.lasting else GLOBAL
 
     def first_accuracy(self, one: Round) -> float:
         """Return the test accuracy of a round's checkpoint, measured here if its client could not."""
