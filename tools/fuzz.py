@@ -263,7 +263,7 @@ def _documents(work: Path) -> dict[str, tuple[Target, list[bytes]]]:
     from leakbench.training import arm as arms
     from leakbench.training import run as trainings
     from leakbench.training import tradeoff as attacked
-    from leakbench.training.files import RECORD
+    from leakbench.training.files import RECORD, plain
     from leakbench.training.settings import Accuracy
     from leakbench.training.steps import Score
     from leakbench.training.thief import OWN, Theft
@@ -280,7 +280,7 @@ def _documents(work: Path) -> dict[str, tuple[Target, list[bytes]]]:
     study = work / "study"
     folder = study / trainings.ARMS_FOLDER / arm.folder
     folder.mkdir(parents=True)
-    record = trainings.plain(arm, outcome, Provenance.collect("leakbench run accuracy", "cpu", ""))
+    record = plain(trainings.contents(arm, outcome, Provenance.collect("leakbench run accuracy", "cpu", "")))
     target = {"arm": arm.folder, "stage": "best", "model": "lenet", "defense": "none", "accuracy": 0.3}
     attacks = {"threshold": 0.6, "targets": [target]}
     value = {"value": 0.5, "low": 0.4, "high": 0.6}

@@ -109,7 +109,7 @@ def train(
             progress.begin(arm, number, len(arms))
             remove_drafts(folder)
             outcome = _one(arm, folder, where, workers, progress)
-            write_json(folder / RECORD, _contents(arm, outcome, Provenance.collect(command, str(where), "")))
+            write_json(folder / RECORD, contents(arm, outcome, Provenance.collect(command, str(where), "")))
             if outcome.rounds:  # an arm that broke is resumed after its last round
                 (folder / STATE).unlink(missing_ok=True)
                 shutil.rmtree(folder / "clients", ignore_errors=True)
@@ -158,8 +158,8 @@ def finished(arms: Sequence[Arm], out: Path) -> int:
     return sum(_finished(out / ARMS_FOLDER / arm.folder, arm) for arm in arms)
 
 
-def _contents(arm: Arm, outcome: Outcome, provenance: Provenance) -> dict[str, Any]:
-    """Return the contents of an arm's file."""
+def contents(arm: Arm, outcome: Outcome, provenance: Provenance) -> dict[str, Any]:
+    """Return the contents of an arm's file, as ``write_json`` takes them."""
     return {
         "format": FORMAT,
         "id": arm.id,
