@@ -142,6 +142,7 @@ def _texts(work: Path) -> dict[str, tuple[Target, list[bytes]]]:
     from leakbench.models.base import registry as models
     from leakbench.plan import matrix as matrices
     from leakbench.training.settings import Accuracy, Tradeoff
+    from leakbench.training.tradeoff import matrix_of
 
     def spec(data: bytes) -> None:
         registry = (attacks, defenses, models, datasets)[data[0] % 4 if data else 0]
@@ -172,7 +173,7 @@ def _texts(work: Path) -> dict[str, tuple[Target, list[bytes]]]:
         for one in axes(data, studies):
             plan = Tradeoff(**one)
             for arm in plan.arms()[:4]:
-                plan.matrix(arm, Path("checkpoint.safetensors"), check=True).describe()
+                matrix_of(plan, arm, None).describe()
 
     studies = [text + _ATTACK for text in _OPEN_RECIPES]
     changed = [b"\0", b"\0a", b"\0ab"]

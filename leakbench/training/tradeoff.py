@@ -55,12 +55,12 @@ def arms_of(plans: Sequence[Tradeoff]) -> list[Arm]:
     _threshold(plans)
     for plan in plans:
         for arm in plan.arms():
-            _matrix(plan, arm, None)
+            matrix_of(plan, arm, None)
             arms[arm.id] = arm
     return list(arms.values())
 
 
-def _matrix(plan: Tradeoff, arm: Arm, checkpoint: Path | None) -> Matrix:
+def matrix_of(plan: Tradeoff, arm: Arm, checkpoint: Path | None) -> Matrix:
     """Return the matrix that attacks a checkpoint behind its arm's defense, on images that it was not trained on.
 
     Without a checkpoint, which does not exist yet, the matrix is only good for a check.
@@ -108,7 +108,7 @@ def attack(
             for stage in outcome.stages if outcome.rounds else ():
                 if stage.name not in plan.stages:
                     continue
-                matrix = _matrix(plan, arm, out / ARMS_FOLDER / arm.folder / stage.file)
+                matrix = matrix_of(plan, arm, out / ARMS_FOLDER / arm.folder / stage.file)
                 with progress() as display:
                     engine.run(matrix, out, RunOptions(device), progress=display, command=command)
                 specs = matrix.describe()
