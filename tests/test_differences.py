@@ -69,7 +69,7 @@ def test_defenses_are_compared_in_pairs_on_the_same_images() -> None:
 
 def test_too_few_images_have_one_line_and_no_table() -> None:
     text = differences(results(noisy, images=4, attacks=("dlg", "ig")), BLOCK, METRICS[:2], skips=False)
-    line = "Not significant at 4 images: no p of 1 test can be below 0.125."
+    line = "Not significant at 4 images: with 1 test, p is at least 0.125."
     assert text.count(line) == 1
     assert "dlg and ig:" in text
     assert "none − noise" not in text

@@ -394,8 +394,8 @@ def _doubts(forms: Sequence[ClosedForm], update: Update) -> Iterable[str]:
         )
     elif not tested:
         yield (
-            "Whether the update comes from one image was not tested: in this network, updates from several images "
-            "look the same in every linear layer, as they do with two classes. The attackers assume one image."
+            "Whether the update comes from one image was not tested: in this network, the update from several images "
+            "looks like one image's in every linear layer (as with two classes). The attackers assume one image."
         )
 
 

@@ -72,10 +72,10 @@ class _Shared:
     )
     mode: Literal["train", "eval"] = option("The mode in which clients train.", default="train")
     budget: Literal["quick", "standard", "thorough"] = option(
-        "Which attacks run, and how long: quick takes minutes, thorough longest.", default="standard"
+        "Which attacks run, and for how long: quick takes minutes; thorough takes longest.", default="standard"
     )
     threshold: float | None = option(
-        "An image is recovered if its SSIM, after a fit of brightness and contrast, is at least this (0.6).",
+        "An image is recovered if its SSIM, after a fit of brightness and contrast, is at least this (default: 0.6).",
         min=0,
         max=1,
     )
@@ -131,7 +131,7 @@ class _OnImages(_Shared):
         "Trained weights: .safetensors, or a state dict of torch.save.", default="", metavar="FILE"
     )
     defense: list[str] | None = option("A defense of the clients (default: none); repeatable.")
-    threat: list[str] | None = option("A threat model in place of those of the budget; repeatable.")
+    threat: list[str] | None = option("A threat model; it replaces those of the budget; repeatable.")
     device: str = option(DEVICE, default="auto")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from leakbench.metrics.base import Metric, by_rows, check_pair, register
 from leakbench.metrics.standard import ERROR_PIXELS, PSNR, PSNR_CAP, SSIM
 
-_FIT = "after the least-squares fit a*x + b to the truth, two numbers an image, any sign, then clipped to [0, 1]"
+_FIT = "after the least-squares fit a*x + b to the truth, two numbers per image, of any sign, then clipped to [0, 1]"
 
 
 def align(images: Tensor, truth: Tensor) -> Tensor:

@@ -129,5 +129,5 @@ def too_few(images: int, tests: int) -> str:
     if least <= ALPHA:
         return ""
     return (
-        f"Not significant at {plural(images, 'image')}: no p of {plural(tests, 'test')} can be below {p_value(least)}."
+        f"Not significant at {plural(images, 'image')}: with {plural(tests, 'test')}, p is at least {p_value(least)}."
     )

@@ -204,7 +204,7 @@ def _remarks(store: Store) -> Iterator[str]:
     ended = store.query("SELECT count(*) AS n FROM results WHERE status IN ('ok', 'failed')")[0]["n"]
     for row in store.query("SELECT metric, count(*) AS n FROM scores GROUP BY metric"):
         if row["n"] < ended:
-            yield f"{ended - row['n']} trials have no {row['metric']}, which could not be computed"
+            yield f"{ended - row['n']} trials have no value of {row['metric']}: it could not be computed"
 
 
 def _some(lines: list[str], what: str) -> list[str]:
