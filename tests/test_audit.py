@@ -223,7 +223,7 @@ def test_a_threat_model_of_ones_own_is_on_the_page(cli, nets: Path) -> None:  # 
         ("fails", DATA, ["cannot be called without arguments: RuntimeError: no"]),
         ("number", DATA, ["no callable 'number'"]),
         ("absent", DATA, ["is in 0 of the plugins"]),
-        ("no.such.module:build", DATA, ["package.module:NAME", "the import failed"]),
+        ("no.such.module:build", DATA, ["package.module:NAME", "import failed"]),
         ("build", (*DATA, "--normalise", "0.5"), ["MEAN/STD"]),
         ("build", (*DATA, "--normalise", "0.5/0"), ["positive"]),
         ("build", (*DATA, "--normalise", "0,0/1,1"), ["2 means", "3 channels"]),

@@ -53,7 +53,7 @@ def factory(target: str, plugins: Sequence[Path] = ()) -> nn.Module:
             maker = importlib.import_module(module_name)
         except (Exception, SystemExit) as error:  # whatever the user's module raises while it is imported
             raise BadOption(
-                f"--model {target!r} (package.module:NAME): the import failed: {type(error).__name__}: {one_line(error)}"
+                f"--model {target!r} (package.module:NAME): import failed: {type(error).__name__}: {one_line(error)}"
             ) from error
         for part in name.split("."):
             maker = getattr(maker, part, None)
