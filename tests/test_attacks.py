@@ -183,7 +183,7 @@ def test_a_known_label_is_used_and_an_unknown_one_is_sought() -> None:
     unknown = watch("lenet", trials=3)
     attack = DLG(steps=1)
     joint = attack._search(attack._objective(unknown, keys(3)))
-    assert DLG()._objective(unknown, keys(3)).labels is None
+    assert DLG()._objective(unknown, keys(3)).observation.labels is None
     assert joint.labels.shape == (3,)
     wrong = replace(known, labels=(known.labels + 1) % CLASSES)
     assert run("idlg(steps=1)", wrong).labels.tolist() == wrong.labels.tolist(), "what is granted is not second-guessed"
