@@ -212,16 +212,18 @@ def _recovered(run: ComparedRun, threshold: float) -> dict[tuple[str, ...], pd.S
 
 def _versions(first: ComparedRun, second: ComparedRun) -> dict[str, object]:
     """Return the versions, packages and devices of both runs, and whether they differ."""
-    made = [(run.name, session.provenance) for run in (first, second) for session in run.sessions]
-    places = [(source.describe()["packages"], f"Python {source.python}", source.device) for _, source in made]
-    codes = [{session.provenance.code for session in run.sessions} for run in (first, second)]
-    rows = [(name, ", ".join((source.code, *place))) for (name, source), place in zip(made, places)]
+    sources = [[session.provenance for session in run.sessions] for run in (first, second)]
+    made = [
+        dict.fromkeys((one.code, one.describe()["packages"], f"Python {one.python}", one.device) for one in own)
+        for own in sources
+    ]
+    codes = [{one[0] for one in own} for own in made]
     return {
-        "made_with": list(dict.fromkeys(rows)),
-        "uncommitted": any(source.dirty for _, source in made),
+        "made_with": [[run.name, ", ".join(one)] for run, own in zip((first, second), made) for one in own],
+        "uncommitted": any(one.dirty for own in sources for one in own),
         "same_code": codes[0] == codes[1],
         "several": len(codes[0]) > 1,
-        "same_place": len(set(places)) <= 1,
+        "same_place": len({one[1:] for own in made for one in own}) <= 1,
     }
 
 
