@@ -127,8 +127,18 @@ def test_the_same_run_differs_in_nothing(tmp_path: Path) -> None:
     one, two = (arm(tmp_path, name, [scored(10 + i, i) for i in range(9)]) for name in "ab")
     found = diff(one, two)
     assert found.significant == 0
-    assert "The scores of 9 of these are the same to the last digit" in found.text
+    assert "The scores of 9 of these are the same but for rounding" in found.text
     assert "only one run has" not in found.text
+
+
+def test_rounding_is_no_difference(tmp_path: Path) -> None:
+    """Two versions of the library of a metric round differently."""
+    before, after = (
+        [scored(10 + i + bit, i) for i in range(40)] + [scored(5 + bit, 50, TinyDefense(1.0))] for bit in (0.0, 1e-13)
+    )
+    found = diff(arm(tmp_path, "a", before), arm(tmp_path, "b", after))
+    assert found.significant == 0
+    assert "The scores of 41 of these are the same but for rounding" in found.text
 
 
 def test_cells_of_one_name_are_paired_and_their_settings_named(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ ImageIds = Sequence[int] | npt.NDArray[np.int64]
 
 ALPHA = 0.05
 """A difference is statistically significant if its corrected p is at most this (and its interval leaves out 0)."""
+ROUNDING = 1e-9
+"""Scores that differ by at most this are the same: two versions of a library round differently."""
 
 
 def bootstrap_interval(
@@ -112,7 +114,7 @@ def paired_difference(first: pd.Series, second: pd.Series) -> Difference:
     images = both.index.get_level_values("image").to_numpy()
     own, other = (both[arm].to_numpy(dtype=np.float64) for arm in ("first", "second"))
     array = np.zeros_like(own)
-    np.subtract(own, other, out=array, where=own != other)  # equal infinities differ by nothing
+    np.subtract(own, other, out=array, where=~np.isclose(own, other, rtol=0, atol=ROUNDING))  # inf is close to inf
     if not len(array):
         return Difference(0, *[math.nan] * 5)
     means = _image_means(array, images)

@@ -12,7 +12,7 @@ import pandas as pd
 
 from leakbench.analysis.ensemble import TARGET
 from leakbench.analysis.paired import METRICS, Pair
-from leakbench.analysis.statistics import ALPHA, holm, mcnemar_test
+from leakbench.analysis.statistics import ALPHA, ROUNDING, holm, mcnemar_test
 from leakbench.core.text import ABSENT, p_value, percent
 from leakbench.errors import BadOption
 from leakbench.plan.matrix import RECOVERY
@@ -156,9 +156,9 @@ def _matched(first: Sequence[_Cell], second: Sequence[_Cell]) -> Iterator[_Match
 
 
 def _identical(pair: _Matched, metrics: Sequence[str]) -> int:
-    """Return how many trials have the same scores in both runs, to the last digit."""
-    first, second = (trials.reindex(columns=list(metrics)) for trials in (pair.before, pair.after))
-    return int(((first == second) | (first.isna() & second.isna())).all(axis=1).sum())
+    """Return how many trials have the same scores in both runs, but for rounding."""
+    first, second = (trials.reindex(columns=list(metrics)).astype(float) for trials in (pair.before, pair.after))
+    return int(np.isclose(first, second, rtol=0, atol=ROUNDING, equal_nan=True).all(axis=1).sum())
 
 
 def _ensembles(first: ComparedRun, second: ComparedRun) -> tuple[str, int]:
