@@ -25,8 +25,8 @@ from leakbench.attacks.matching import GradientMatching, MatchingObjective, anal
 from leakbench.core.rng import Rng, generator
 from leakbench.core.types import Gradient
 from leakbench.defenses import AdaptiveAttacker, Defense, Step
-from leakbench.defenses.adaptive import by_informed
 from leakbench.defenses.ats import POOL, transform
+from leakbench.defenses.base import by_informed
 from leakbench.defenses.soteria import sensitivity
 from leakbench.errors import BadOption, Unsupported
 from leakbench.gradients.bilinear import squared_distance
@@ -868,7 +868,7 @@ def test_a_splice_needs_a_layer_below() -> None:
 
 def every_attacker() -> list[tuple[str, str]]:
     """Return every defense with each of its adaptive attackers, as ``informed`` asks for it."""
-    stated = {spec: by_informed(defenses.parse(spec).attackers()) for spec in ALL_DEFENSES}
+    stated = {spec: by_informed(defenses.parse(spec)) for spec in ALL_DEFENSES}
     return [(spec, str(name).lower()) for spec, attackers in stated.items() for name in attackers]
 
 

@@ -220,17 +220,34 @@ def test_an_attack_that_overrides_call_still_runs(cli, place):  # noqa: F811
         assert (done.code, done.err) == (0, note if file == "old" else "")
         tables.append(pd.read_csv(f"{file}/results.csv").drop(columns=["trial", "attack", "seconds"]))
     pd.testing.assert_frame_equal(*tables)
-    super_call = LABEL_ONLY + "\n\nclass Sub(LabelOnly):\n    def __call__(self, seen, rng):\n"
-    Path("super.py").write_text(super_call + "        return super().__call__(seen, rng)\n")
-    refused(
-        cli("list", "attacks", "--plugin", "super.py"), "class Sub", "calls it of another attack; rename both to run"
-    )
+    sub = LABEL_ONLY + "\n\nclass Sub(LabelOnly):\n    def __call__(self, seen, rng):\n        return "
+    helper = "self.base(seen, rng)\n\n    def base(self, seen, rng):\n        return "
+    for before in ("", helper):
+        Path("super.py").write_text(f"{sub}{before}super().__call__(seen, rng)\n")
+        words = "calls it of another attack; rename both to run"
+        refused(cli("list", "attacks", "--plugin", "super.py"), "class Sub", words)
+
+
+def test_an_attack_whose_mixin_has_call_still_runs(cli, place):  # noqa: F811
+    mixin = "class Mixin:\n    __call__ = LabelOnly.run\n\n\n"
+    attack = '@attacks.register("mixed")\nclass Mixed(Mixin, Attack):\n    """The same."""\n'
+    Path("mixed.py").write_text(f"{LABEL_ONLY}    _none = None\n\n\n{mixin}{attack}    _bias = LabelOnly._bias\n")
+    axes = ("--attack", "mixed", "--defense", "none", "--model", "lenet", "--dataset", "samples(size=12)")
+    done = cli("run", "matrix", *axes, "--images", 1, "--no-floors", "--plugin", "mixed.py", "--out", "mixed")
+    assert (done.code, done.err) == (0, "note: class Mixed overrides __call__; rename it to run\n")
+    assert list(pd.read_csv("mixed/results.csv")["status"]) == ["ok"]
 
 
 OLD = {
     "hook": (
         TOPK + "\n    def undo(self, observed, weights):\n        return observed\n",
         ["class TopK", "undo", "attackers()"],
+    ),
+    "mixin": (
+        TOPK.replace("class TopK(Defense)", "class Mixin:\n    informed = 'x'\n\n\nclass TopK(Mixin, Defense)").replace(
+            "@defenses", "#", 1
+        ),
+        ["class TopK", "informed", "AdaptiveAttacker"],
     ),
     "words": (TOPK + '\n    informed = "leaves out zeros"\n', ["class TopK", "informed", "AdaptiveAttacker"]),
     "module": ("from leakbench.types import Gradient\n", ["leakbench.types has moved", "leakbench.core.types"]),
@@ -243,6 +260,44 @@ def test_a_plugin_of_old_is_told_what_to_change(cli, place, case):  # noqa: F811
     text, words = OLD[case]
     Path("old.py").write_text(text)
     refused(cli("list", "defenses", "--plugin", "old.py"), "old.py", *words)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("attackers(self):\n        return {'default': leakbench.AdaptiveAttacker(None)}", "description is None"),
+        ("note(self):\n        return None", "note() returned None"),
+    ],
+)
+def test_a_statement_that_is_no_text_is_one_line(cli, place, method, words):  # noqa: F811
+    """A run file with it could not be read again."""
+    Path("mute.py").write_text(f"import leakbench\n{TOPK}\n    def {method}\n")
+    axes = ("--attack", "random", "--defense", "topk", "--model", "lenet", "--dataset", "samples")
+    refused(cli("run", "matrix", *axes, "--plugin", "mute.py", "--out", "run"), words)
+    assert written(place) == ["mute.py"]
+
+
+@pytest.mark.parametrize("name", ["'every'", "'False'", "True"])
+def test_the_name_of_an_attacker_is_no_value_of_informed(cli, place, name):  # noqa: F811
+    """``informed`` in a threat model could not ask for it."""
+    method = f"attackers(self):\n        return {{{name}: leakbench.AdaptiveAttacker('x')}}\n"
+    Path("named.py").write_text(f"import leakbench\n{TOPK}\n    def {method}")
+    axes = ("--attack", "random", "--defense", "topk", "--model", "lenet", "--dataset", "samples")
+    refused(cli("run", "matrix", *axes, "--plugin", "named.py", "--out", "run"), "named", name, "choose another name")
+    assert written(place) == ["named.py"]
+
+
+@pytest.mark.parametrize("returned", ['{"other": self}', "None", '{"default": "topk"}'])
+def test_attackers_that_are_no_adaptive_attackers_are_one_line(cli, place, returned):  # noqa: F811
+    Path("old.py").write_text(f"{TOPK}\n    def attackers(self):\n        return {returned}\n")
+    words = ("defense 'topk'", "attackers() returned", "return AdaptiveAttacker objects by name")
+    done = cli("list", "defenses", "--plugin", "old.py")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert all(word in done.err for word in words)
+    axes = ("--attack", "random", "--defense", "topk", "--model", "lenet", "--dataset", "samples")
+    for threat in ("informed=false", "informed=true", "informed=every"):
+        refused(cli("run", "matrix", *axes, "--threat", threat, "--plugin", "old.py", "--out", "run"), *words)
+    assert written(place) == ["old.py"]
 
 
 def test_a_file_that_is_missing_or_no_python_is_one_line(cli, place, tmp_path):  # noqa: F811

@@ -15,7 +15,8 @@ from leakbench.core.loss_curve import marks
 from leakbench.core.registry import Registry
 from leakbench.core.rng import Rng
 from leakbench.core.types import Reconstruction, ThreatModel
-from leakbench.defenses.adaptive import AdaptiveAttacker, by_informed
+from leakbench.defenses.adaptive import AdaptiveAttacker
+from leakbench.defenses.base import by_informed
 from leakbench.errors import BadOption, OldPlugin, Unsupported
 from leakbench.observation import Observation
 
@@ -42,22 +43,22 @@ class Attack(Component):
     queue: ClassVar[int] = 1
 
     def __init_subclass__(cls) -> None:
-        """Take a subclass's own ``__call__``, which attacks defined before ``run``, for its ``run``.
+        """Take a subclass's ``__call__``, its own or a mixin's, which attacks defined before ``run``, for its ``run``.
 
         Raises:
-            BadOption: it calls another attack's ``__call__`` by name, as that of the class that it derives from.
+            BadOption: a method calls another attack's ``__call__`` by name, as that of the class that it derives from.
         """
         super().__init_subclass__()
-        old = cls.__dict__.get("__call__")
-        if old is None:
+        old = cls.__call__
+        if old is Attack.__call__:
             return
-        if "__call__" in inspect.unwrap(old).__code__.co_names:
+        methods = [inspect.unwrap(value) for value in (old, *vars(cls).values()) if inspect.isfunction(value)]
+        if any("__call__" in method.__code__.co_names for method in methods):
             raise BadOption(
                 f"class {cls.__name__} overrides __call__ and calls it of another attack; rename both to run"
             )
         warnings.warn(f"class {cls.__name__} overrides __call__; rename it to run", OldPlugin, stacklevel=2)
-        del cls.__call__
-        cls.run = old  # type: ignore[method-assign]
+        cls.run, cls.__call__ = old, Attack.__call__  # type: ignore[method-assign]
 
     @abstractmethod
     def run(self, observation: Observation, rng: Rng) -> Reconstruction:
@@ -142,7 +143,7 @@ def _adaptive_attacker(observation: Observation) -> AdaptiveAttacker | None:
     defense, informed = observation.defense, observation.threat.informed
     if defense is None:
         return None
-    attackers = by_informed(defense.attackers())
+    attackers = by_informed(defense)
     if informed in attackers:
         return attackers[informed]
     if not attackers:
@@ -261,12 +262,16 @@ def _checked(attack: Attack, guess: object, observation: Observation) -> Reconst
     if not isinstance(guess, Reconstruction):
         raise BadOption(f"attack {attack.name!r} returned {type(guess).__name__}; return a Reconstruction")
     expected = (observation.trials, *observation.image_shape)
+    if not isinstance(guess.images, torch.Tensor):
+        raise BadOption(f"attack {attack.name!r} returned images as {type(guess.images).__name__}; return a tensor")
     if tuple(guess.images.shape) != expected:
         raise BadOption(
             f"attack {attack.name!r} returned images of shape {tuple(guess.images.shape)}; return {expected}"
         )
     rows = {name: getattr(guess, name) for name in ("labels", "objective", "failed", "evaluations")}
     for name, value in {**rows, **guess.findings}.items():
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise BadOption(f"attack {attack.name!r} returned {name} as {type(value).__name__}; return a tensor")
         if value is not None and tuple(value.shape) != expected[:1]:
             raise BadOption(
                 f"attack {attack.name!r} returned {name} of shape {tuple(value.shape)}; return {expected[:1]}"

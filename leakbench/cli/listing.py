@@ -69,7 +69,7 @@ def threats() -> None:
 
 def _show(kind: str) -> None:
     from leakbench.core.registry import option_text
-    from leakbench.defenses.adaptive import by_informed
+    from leakbench.defenses.base import by_informed
 
     registry = import_module(f"leakbench.{kind}").registry
     for name in registry.names():
@@ -82,7 +82,7 @@ def _show(kind: str) -> None:
         if convention:
             typer.echo(f"    convention: {convention}")
         if kind == "defenses":
-            attackers = {} if registry.required(cls) else by_informed(cls().attackers())
+            attackers = {} if registry.required(cls) else by_informed(cls())
             for informed, attacker in attackers.items():
                 typer.echo(f"    adaptive attack (informed={str(informed).lower()}): {attacker.description}")
             if not attackers:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from leakbench.core.types import Gradient, Secret
+from leakbench.errors import BadOption
 
 DEFAULT_ATTACKER = "default"
 """The attacker of a defense that ``informed = true`` in a threat model asks for."""
@@ -63,6 +64,11 @@ class AdaptiveAttacker:
     scale_free: bool = False
     summed: bool = False
 
+    def __post_init__(self) -> None:
+        """Raise BadOption if the description is not text."""
+        if not isinstance(self.description, str):
+            raise BadOption(f"an AdaptiveAttacker's description is {self.description!r}; give text")
+
     @property
     def models_release(self) -> bool:
         """Whether the attacker models what the defense makes of a gradient, in the units in which it is sent."""
@@ -72,8 +78,3 @@ class AdaptiveAttacker:
     def derives(self) -> bool:
         """Whether the attacker derives secrets or class probabilities analytically from what was sent."""
         return self.recover is not None or self.targets is not None
-
-
-def by_informed(attackers: Mapping[str, AdaptiveAttacker]) -> dict[bool | str, AdaptiveAttacker]:
-    """Return a defense's attackers by what a threat model writes for ``informed``: true for the default one."""
-    return {True if name == DEFAULT_ATTACKER else name: attacker for name, attacker in attackers.items()}

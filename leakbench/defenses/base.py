@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from leakbench.core.component import Component
 from leakbench.core.registry import Registry
 from leakbench.core.types import Gradient, Secret
-from leakbench.defenses.adaptive import AdaptiveAttacker
+from leakbench.defenses.adaptive import DEFAULT_ATTACKER, AdaptiveAttacker
 from leakbench.errors import BadOption, Unsupported
 
 
@@ -157,9 +157,9 @@ class Defense(Component):
     companions: ClassVar[int] = 0
 
     def __init_subclass__(cls) -> None:
-        """Raise BadOption if a subclass has a member of the attacker, as defenses had before ``AdaptiveAttacker``."""
+        """Raise BadOption if a subclass, or its mixin, has a member that is now of an ``AdaptiveAttacker``."""
         super().__init_subclass__()
-        old = [name for name in _OF_ATTACKERS if name in cls.__dict__]
+        old = [name for name in _OF_ATTACKERS if name in dir(cls)]
         if old:
             raise BadOption(
                 f"class {cls.__name__} defines {', '.join(old)}, which a defense no longer has; return an "
@@ -213,6 +213,26 @@ class Defense(Component):
     def note(self) -> str:
         """Return what a reader must know of the defense with these options, in one line, or an empty string."""
         return ""
+
+
+def by_informed(defense: Defense) -> dict[bool | str, AdaptiveAttacker]:
+    """Return a defense's attackers by what a threat model writes for ``informed``: true for the default one.
+
+    Raises:
+        BadOption: ``attackers`` returned something else, such as other defenses, or a name that means something else.
+    """
+    found = defense.attackers()
+    values = list(found.values()) if isinstance(found, Mapping) else [found]
+    wrong = [type(value).__name__ for value in values if not isinstance(value, AdaptiveAttacker)]
+    if wrong or not isinstance(found, Mapping):
+        raise BadOption(
+            f"defense {defense.name!r}: attackers() returned {(wrong or [type(found).__name__])[0]}; return "
+            "AdaptiveAttacker objects by name, see CONTRIBUTING.md"
+        )
+    for name in found:
+        if not isinstance(name, str) or name.lower() in ("true", "false", "every"):
+            raise BadOption(f"defense {defense.name!r}: an attacker is named {name!r}; choose another name")
+    return {True if name == DEFAULT_ATTACKER else name: attacker for name, attacker in found.items()}
 
 
 _OF_ATTACKERS = ["informed", "relax", "undo", "surrogate", "likelihood", "recover", "targets", "scale_free", "summed"]

@@ -22,7 +22,7 @@ from leakbench.core.text import plural
 from leakbench.core.types import PRESETS, ThreatModel
 from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
-from leakbench.defenses.adaptive import by_informed
+from leakbench.defenses.base import by_informed
 from leakbench.errors import BadOption
 from leakbench.metrics import Metric
 from leakbench.models import Model, OwnModule
@@ -302,7 +302,7 @@ class Matrix(Axes):
 
 def _informed(defense: Defense) -> tuple[bool | str, ...]:
     """Return the values of ``informed`` that ask for each adaptive attacker of a defense."""
-    return tuple(by_informed(defense.attackers()))
+    return tuple(by_informed(defense))
 
 
 def check_count(what: str, others: int, *axes: Sequence[int]) -> None:

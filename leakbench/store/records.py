@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from leakbench.defenses import Defense
-from leakbench.defenses.adaptive import by_informed
+from leakbench.defenses.base import by_informed
+from leakbench.errors import BadOption
 from leakbench.models.weights import Checkpoint
 from leakbench.store.provenance import Provenance
 
@@ -63,9 +64,11 @@ class Statement:
 
     @classmethod
     def of(cls, defense: Defense) -> Statement:
-        """Return the statement of a defense."""
-        attackers = by_informed(defense.attackers())
-        return cls(defense.note(), {str(name).lower(): one.description for name, one in attackers.items()})
+        """Return the statement of a defense; raise BadOption if it is malformed."""
+        attackers, note = by_informed(defense), defense.note()
+        if not isinstance(note, str):
+            raise BadOption(f"defense {defense.name!r}: note() returned {note!r}; return text")
+        return cls(note, {str(name).lower(): one.description for name, one in attackers.items()})
 
 
 @dataclass(frozen=True)
