@@ -6,6 +6,7 @@ arguments in place. Every hook defaults to the identity.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -17,7 +18,7 @@ from leakbench.core.component import Component
 from leakbench.core.registry import Registry
 from leakbench.core.types import Gradient, Secret
 from leakbench.defenses.adaptive import DEFAULT_ATTACKER, AdaptiveAttacker
-from leakbench.errors import BadOption, Unsupported
+from leakbench.errors import BadOption, OldPlugin, Unsupported
 
 
 class Step:
@@ -157,14 +158,20 @@ class Defense(Component):
     companions: ClassVar[int] = 0
 
     def __init_subclass__(cls) -> None:
-        """Raise BadOption if a subclass, or its mixin, has a member that is now of an ``AdaptiveAttacker``."""
+        """Build an ``AdaptiveAttacker`` from its hooks on the class or a mixin, where defenses once had them.
+
+        Raises:
+            BadOption: it also has ``relax`` or ``attackers``, which return other things than they did.
+        """
         super().__init_subclass__()
-        old = [name for name in _OF_ATTACKERS if name in dir(cls)]
-        if old:
-            raise BadOption(
-                f"class {cls.__name__} defines {', '.join(old)}, which a defense no longer has; return an "
-                "AdaptiveAttacker with it from attackers(), see CONTRIBUTING.md"
-            )
+        old = [name for name in _HOOKS if name in dir(cls)]
+        if not old:
+            return
+        words = f"class {cls.__name__} defines {', '.join(old)}"
+        if "relax" in old or "attackers" in cls.__dict__:
+            raise BadOption(f"{words}; return an AdaptiveAttacker with it from attackers(), see CONTRIBUTING.md")
+        warnings.warn(f"{words}; return an AdaptiveAttacker from attackers() instead", OldPlugin, stacklevel=2)
+        cls.attackers = _of_hooks  # type: ignore[method-assign]
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Return the network that the client trains, made from a copy of ``model``; secrets are named tensors of it."""
@@ -235,8 +242,16 @@ def by_informed(defense: Defense) -> dict[bool | str, AdaptiveAttacker]:
     return {True if name == DEFAULT_ATTACKER else name: attacker for name, attacker in found.items()}
 
 
-_OF_ATTACKERS = ["informed", "relax", "undo", "surrogate", "likelihood", "recover", "targets", "scale_free", "summed"]
-"""Members that defenses had before ``AdaptiveAttacker``."""
+_HOOKS = ("informed", "relax", "undo", "surrogate", "likelihood", "recover", "targets", "scale_free", "summed")
+"""Members that defenses had before ``AdaptiveAttacker``; ``informed`` was its description, empty for no attacker."""
+
+
+def _of_hooks(defense: Defense) -> Mapping[str, AdaptiveAttacker]:
+    """Return the attacker that a defense of before states by its own members."""
+    hooks = {name: getattr(defense, name) for name in _HOOKS if name in dir(defense)}
+    description = hooks.pop("informed", "")
+    return {DEFAULT_ATTACKER: AdaptiveAttacker(description, loss=defense.loss, **hooks)} if description else {}
+
 
 registry: Registry[Defense] = Registry("defense", "leakbench.defenses", Defense)
 register = registry.register
