@@ -21,6 +21,7 @@ from leakbench.plan import matrix as plans
 from leakbench.plan.matrix import Matrix
 from leakbench.store.run_file import FILE
 from leakbench.training.settings import Accuracy, Tradeoff
+from leakbench.training.tradeoff import matrix_of
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -131,7 +132,7 @@ def ids(row: Mapping[str, Any]) -> Iterator[tuple[float, str]]:
     for arm in plan.arms():
         yield 1, arm.id
         if isinstance(plan, Tradeoff):
-            yield from of_matrix(plan.matrix(arm, Path("untrained.safetensors"), check=True))
+            yield from of_matrix(matrix_of(plan, arm, None))
 
 
 def of_matrix(matrix: Matrix) -> Iterator[tuple[float, str]]:

@@ -279,7 +279,7 @@ def test_the_report_is_made_of_the_run_alone(tmp_path):
     assert "| none | counts | 1 | 2 | 2 | 0 | 0 | – |" in text
     assert "the floors recover: random 0 of 4, grey 0 of 4, mean 0 of 4." in text
     assert "at least 0.6" in text
-    assert "what an attacker returns does not depend on it" in text
+    assert "No attacker sees the private image" in text
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "19 of 19 planned (19 ok)" in page
     assert "over fewer and harder images" in page

@@ -75,7 +75,8 @@ def show(store: Store, prefix: str) -> Shown:
         label = "" if record.label is None else f", whose label is {record.label}"
         facts.append(("image", f"index {row['image']}{label}; seed {row['seed']}"))
         facts.append(("status", _status(str(row["status"]), str(row["reason"]))))
-        for session in (one for one in sessions if one.id == record.session):
+        if record.session is not None:
+            session = {one.id: one for one in sessions}[record.session]
             words = [*session.provenance.describe().values(), f"finished {record.finished}"]
             facts += [("cost", _cost(row)), ("made by", "; ".join(words))]
         metrics = store.metrics()
