@@ -19,7 +19,7 @@ import leakbench
 from leakbench.cli.main import app
 from leakbench.core.registry import Registry, option_text
 from leakbench.core.types import PRESETS
-from leakbench.defenses.adaptive import by_informed
+from leakbench.defenses.base import by_informed
 from leakbench.report.display import escape
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"
@@ -70,7 +70,7 @@ def _plain(text: str) -> str:
 
 
 def _adaptive(registry: Registry[Any], cls: type[Any]) -> str:
-    attackers = {} if registry.required(cls) else by_informed(cls().attackers())
+    attackers = {} if registry.required(cls) else by_informed(cls())
     if not attackers:
         return "**Adaptive attacker**: none."
     lines = [f"- `informed = {json.dumps(name)}`: {escape(one.description)}." for name, one in attackers.items()]

@@ -58,7 +58,7 @@ class Attack(Component):
                 f"class {cls.__name__} overrides __call__ and calls it of another attack; rename both to run"
             )
         warnings.warn(f"class {cls.__name__} overrides __call__; rename it to run", OldPlugin, stacklevel=2)
-        cls.run, cls.__call__ = old, Attack.__call__  # type: ignore[method-assign]
+        cls.run, cls.__call__ = old, Attack.__call__  # type: ignore[method-assign, misc]
 
     @abstractmethod
     def run(self, observation: Observation, rng: Rng) -> Reconstruction:

@@ -171,7 +171,7 @@ class Defense(Component):
         if "relax" in old or "attackers" in cls.__dict__:
             raise BadOption(f"{words}; return an AdaptiveAttacker with it from attackers(), see CONTRIBUTING.md")
         warnings.warn(f"{words}; return an AdaptiveAttacker from attackers() instead", OldPlugin, stacklevel=2)
-        cls.attackers = _of_hooks  # type: ignore[method-assign]
+        cls.attackers = _of_hooks  # type: ignore[assignment, method-assign]
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Return the network that the client trains, made from a copy of ``model``; secrets are named tensors of it."""
