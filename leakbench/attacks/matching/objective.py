@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from leakbench.attacks.matching.problem import MatchingProblem
 from leakbench.attacks.matching.tensors import pack, scaled
 from leakbench.core.rng import Rng
 from leakbench.core.types import Gradient, Secret
@@ -20,9 +21,6 @@ from leakbench.gradients.bilinear import squared_norm
 from leakbench.gradients.evaluate import tensors_of
 from leakbench.observation import Observation
 from leakbench.optim import Evaluation, Unknowns, take_rows
-
-if TYPE_CHECKING:
-    from leakbench.attacks.matching.attack import GradientMatching
 
 ROUGHNESS = 0.05
 """The expected absolute difference of neighbouring pixels of an image in [0, 1]: that of 32 photographs.
@@ -50,7 +48,7 @@ class MatchingObjective:
         restart: the index of the restart, from 0 on.
     """
 
-    attack: GradientMatching
+    attack: MatchingProblem
     observation: Observation
     evaluator: Evaluator
     tensors: Mapping[str, Tensor]

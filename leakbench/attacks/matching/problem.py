@@ -1,0 +1,127 @@
+"""The problem of gradient matching: the options of an attack, and the parts that it may define."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from leakbench.attacks.base import Attack
+from leakbench.attacks.matching.tensors import scaled, total_variation
+from leakbench.core.component import LATER, Count, NonNegative, Positive
+from leakbench.core.rng import Rng
+from leakbench.core.types import Gradient
+from leakbench.errors import Unsupported
+from leakbench.models.surgery import linears
+from leakbench.observation import Observation
+from leakbench.optim import Unknowns
+
+
+@dataclass(frozen=True)
+class MatchingProblem(Attack):
+    """A distance between the dummy and the observed gradient, plus total variation, as a function of the image.
+
+    One that optimises other unknowns than the image overrides ``start`` and ``render``. ``observation.labels`` then
+    holds the labels in use: the granted ones, those inferred from the gradient, or None if soft labels are optimised.
+
+    Attributes:
+        steps: the solver's steps.
+        lr: the solver's step size.
+        tv: the weight of the image's total variation; with a likelihood of strong noise, the posterior's weight counts
+            instead.
+        restarts: independent starts; the one that matches best (``judge``) is returned.
+        labels: used if the threat model does not grant the label: ``joint`` optimises soft labels with the image,
+            ``analytic`` infers the label from the last layer's gradient.
+        secrets: the defense's secrets that are not revealed: ``sample`` draws them from their distributions (a key
+            once; noise at every evaluation, as the network itself would, or once if the solver ``compares``
+            evaluations); ``optimise`` starts from such a draw and optimises those that are inputs of the network (a
+            key, noise), and samples those that are weights.
+        local: used if a client takes several steps before it sends its weights: ``summed`` matches one gradient, at the
+            weights before, to the mean of all steps; ``unrolled`` repeats the client's steps with the dummy, by the
+            learning rate that was granted or is learned.
+    """
+
+    steps: Count = 300
+    lr: Positive = 1.0
+    tv: NonNegative = 0.0
+    restarts: Count = 1
+    labels: Literal["joint", "analytic"] = "joint"
+    secrets: Literal["sample", "optimise"] = "sample"
+    local: Literal["summed", "unrolled"] = field(default="summed", metadata=LATER)
+
+    per_tensor: ClassVar[bool] = False
+
+    @abstractmethod
+    def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
+        """Return the distance [T] of each dummy gradient [T, *shape] from the observed one.
+
+        Both are packed (``pack``), since most distances treat all parameters alike; an attack whose distance does not
+        sets ``per_tensor`` and gets them by name.
+        """
+
+    def judge(self, gradient: Gradient, observed: Mapping[str, Tensor], factor: Tensor | None) -> Tensor:
+        """Return the measure [T] by which restarts are compared, and an end with its start: the distance.
+
+        Args:
+            gradient: as for ``distance``.
+            observed: as for ``distance``, without the factor.
+            factor: what ``factor`` returned.
+        """
+        return self.distance(gradient, scaled(observed, factor))
+
+    @property
+    def compares(self) -> bool:
+        """Whether the solver compares evaluations, so that all of them must use the same draws."""
+        return False
+
+    def factor(self, unknowns: Unknowns) -> Tensor | None:
+        """Return the learned factor [T] (1 / rate) that makes an update comparable to a gradient; None for 1."""
+        return None
+
+    def findings(self, unknowns: Unknowns) -> Mapping[str, Tensor]:
+        """Return further numbers [T] that the attack found, by name."""
+        return {}
+
+    def start(self, observation: Observation, rng: Rng) -> Unknowns:
+        """Return the start, name -> [T, *shape]: image, and label logits if labels are optimised.
+
+        Both are drawn from N(0, 1).
+        """
+        start = {"image": rng.normal("image", observation.image_shape).to(observation.dtype)}
+        if observation.labels is None:
+            start["label"] = rng.normal("label", (observation.num_classes,)).to(observation.dtype)
+        return start
+
+    def render(self, unknowns: Unknowns, observation: Observation) -> tuple[Tensor, Tensor | None]:
+        """Return images [T, C, H, W], and label logits [T, K] if labels are optimised; differentiable."""
+        return unknowns["image"], unknowns.get("label")
+
+    def read_labels(self, observation: Observation) -> Tensor:
+        """Return the labels [T] of ``labels=analytic``, by the published rule; raises Unsupported."""
+        return analytic_labels(observation)
+
+    def prior(self, images: Tensor) -> Tensor:
+        """Return the term [T] that is added to the distance for images [T, C, H, W]: weighted total variation."""
+        return self.tv * total_variation(images) if self.tv else images.new_zeros(len(images))
+
+
+def analytic_labels(observation: Observation) -> Tensor:
+    """Return [T] int64, the row of the classifier's gradient with the smallest sum (Zhao et al. 2020, iDLG, section 3).
+
+    Exact for one image, a hard label, cross-entropy and a classifier whose inputs are not negative, because only the
+    true class has a negative derivative of the loss by its logit. The classifier is the last linear layer with one
+    output for each class and a gradient that is not zero: a layer that is not in use has none. The gradient is that of
+    its weight [T, K, D] or, if that was withheld, of its bias [T, K].
+    """
+    for name, layer in reversed(linears(observation.model).items()):
+        for tensor in ("weight", "bias"):
+            gradient = observation.gradient.get(f"{name}.{tensor}")
+            if gradient is not None and layer.out_features == observation.num_classes and bool(gradient.any()):
+                return gradient.flatten(2).sum(2).argmin(1) if gradient.ndim > 2 else gradient.argmin(1)
+    raise Unsupported(
+        "the label cannot be inferred from the gradient: no gradient of a linear classifier was sent, or one of zeros; "
+        "use labels=joint, or a threat model with labels=known"
+    )
