@@ -1,7 +1,5 @@
 """leakbench from Python: ``run`` a matrix; ``observe``, ``attack`` and ``keylock`` for a network of one's own."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path

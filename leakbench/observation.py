@@ -1,7 +1,5 @@
 """What an attacker sees."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 One client step is plain torch on the CPU, one trial at a time; what the server may see of T steps is an Observation.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass

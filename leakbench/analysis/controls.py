@@ -1,7 +1,5 @@
 """What an attack with a generator has from the gradient: its gain over its floor and its control, pair by pair."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The best that an ensemble of attackers achieves, image by image, and which of its trials were skipped."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

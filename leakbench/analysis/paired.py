@@ -1,7 +1,5 @@
 """Pairs of cells that differ in one respect only, for paired tests."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 from typing import NamedTuple

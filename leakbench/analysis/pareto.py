@@ -1,7 +1,5 @@
 """Utility against leakage: the points of a training study, and which of them are on the Pareto front."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The command that makes one trial again."""
 
-from __future__ import annotations
-
 import itertools
 import shlex
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Intervals of means and shares over images, and paired tests on them; seeds of one image are one observation."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The summary of a run: every attack behind every defense, its means, and its gain over the best floor."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

@@ -5,8 +5,6 @@ of it is compared with a SHA-256 before it is used. The cache is the folder ``LE
 folder.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """Reading untrusted archives: chosen members, in memory, under a size limit; nothing is written to a path."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import lzma

@@ -4,8 +4,6 @@ A conversion yields the files of its asset as (name, content). It checks no shap
 archive: ``assets.fetch`` turns that into one line and compares every file with its size and checksum.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -1,7 +1,5 @@
 """Sources of assets: torchvision's addresses, downloaded with pooch, and packages, through the registries' clients."""
 
-from __future__ import annotations
-
 import importlib.util
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Analytic: the image inferred from the gradient of a linear layer that takes its pixels, whatever follows it."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The contract of an attack: from an Observation to a Reconstruction, all trials at once."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import warnings

@@ -1,7 +1,5 @@
 """DLG and iDLG: L-BFGS on the squared distance between gradients."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 

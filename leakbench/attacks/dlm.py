@@ -1,7 +1,5 @@
 """DLM and DLM+: leakage from the weights before and after local training of unknown learning rate."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal

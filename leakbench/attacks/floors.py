@@ -1,7 +1,5 @@
 """The floors: attacks that use no gradient. Every other attack is measured against them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """GRNN: train a generator until the image and the label that it makes have the observed gradient."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple

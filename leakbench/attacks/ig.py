@@ -1,7 +1,5 @@
 """Inverting Gradients: signed Adam on one global cosine distance plus total variation."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal

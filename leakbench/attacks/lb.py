@@ -1,7 +1,5 @@
 """LB: L-BFGS with a line search on the layer-normalised distance, the general strong optimiser."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal

@@ -1,7 +1,5 @@
 """Peel: the image in closed form, from the last layer back to the first."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

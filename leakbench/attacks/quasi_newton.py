@@ -1,7 +1,5 @@
 """L-BFGS on a distance between gradients: what the attacks that use it share."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal

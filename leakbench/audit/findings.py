@@ -1,7 +1,5 @@
 """The findings of an audit as plain values; its pages are a function of these."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

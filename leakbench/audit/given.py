@@ -1,7 +1,5 @@
 """The user's side of an audit: a network with its weights and input normalisation, images, a recorded update."""
 
-from __future__ import annotations
-
 import importlib
 import math
 import sys

@@ -1,7 +1,5 @@
 """Audit a network on images, or one recorded update: run the attackers, and collect what they found."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import math

@@ -1,7 +1,5 @@
 """``leakbench show`` and ``leakbench diff``: one trial, and the differences between two runs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """``leakbench leaderboard``: a page with the worst case of each defense, and the verification of an entry."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """``leakbench list``: the registered components, with options, defaults and references."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """``leakbench``: the commands, and the place where an error becomes one line and an exit code."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import sys

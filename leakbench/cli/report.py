@@ -1,7 +1,5 @@
 """``leakbench report``: tables and grids from a run file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 

@@ -1,7 +1,5 @@
 """``leakbench check`` and ``leakbench merge``: the integrity of a run file, and several runs as one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """``leakbench train``: train the generators that attacks use."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """The base of every registered component: a name, a version, options, and settings that identify it."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from typing import Annotated, Any, ClassVar

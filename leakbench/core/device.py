@@ -1,7 +1,5 @@
 """Devices: by name, and how much of their memory is free."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import psutil

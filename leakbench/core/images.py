@@ -1,7 +1,5 @@
 """Pictures out of files that somebody else may have made."""
 
-from __future__ import annotations
-
 import io
 import warnings
 

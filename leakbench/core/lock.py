@@ -1,7 +1,5 @@
 """A lock, so that only one process works in a folder."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator

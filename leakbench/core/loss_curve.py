@@ -1,7 +1,5 @@
 """The course of an optimisation: the objective at a few of its evaluations, small enough for every trial to keep."""
 
-from __future__ import annotations
-
 import math
 import struct
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ An iteration of an attack allocates and frees the same buffers of megabytes agai
 from the kernel and gives it back, and every page is then faulted in and cleared once an iteration.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

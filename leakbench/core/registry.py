@@ -5,8 +5,6 @@ typed by the component's dataclass fields; a value that holds commas, brackets o
 parsed, never evaluated.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import hashlib

@@ -1,7 +1,5 @@
 """Numbers and names as text."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """The contract of a dataset: float images in [0, 1] at fixed indices."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Sequence
 

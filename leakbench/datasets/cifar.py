@@ -1,7 +1,5 @@
 """CIFAR-10 and CIFAR-100, from the binary versions in the cache."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """Folders of the user's own images, one subfolder a class, and ImageNet in that form."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import re

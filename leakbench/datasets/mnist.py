@@ -1,7 +1,5 @@
 """MNIST and Fashion-MNIST, from the four idx files in the cache."""
 
-from __future__ import annotations
-
 import struct
 from dataclasses import dataclass
 from pathlib import Path

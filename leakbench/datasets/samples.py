@@ -1,7 +1,5 @@
 """The images that ship with leakbench."""
 
-from __future__ import annotations
-
 import csv
 import functools
 from collections.abc import Sequence

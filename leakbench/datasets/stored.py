@@ -1,7 +1,5 @@
 """Base of the datasets in the cache: two splits, read from the cached files."""
 
-from __future__ import annotations
-
 import functools
 from abc import abstractmethod
 from collections.abc import Callable, Sequence

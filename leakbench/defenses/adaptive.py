@@ -1,7 +1,5 @@
 """What an adaptive attacker knows of a defense: it is not part of what the client does."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 

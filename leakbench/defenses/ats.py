@@ -1,7 +1,5 @@
 """ATSPrivacy: augmentations chosen so that the gradients of augmented images are hard to invert."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Clipping of the shared gradient's norm."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar

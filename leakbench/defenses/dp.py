@@ -1,7 +1,5 @@
 """DP-SGD: clipped per example, with Gaussian noise; and what that guarantees."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

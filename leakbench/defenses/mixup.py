@@ -1,7 +1,5 @@
 """MixUp: the client trains on a blend of two of its images."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar

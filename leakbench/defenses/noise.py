@@ -1,7 +1,5 @@
 """Additive noise on the shared gradient."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal

@@ -1,7 +1,5 @@
 """The placebo for key-lock: its normalisation without its secret."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

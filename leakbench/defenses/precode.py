@@ -1,7 +1,5 @@
 """PRECODE: a variational bottleneck before the classifier."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Collection, Mapping

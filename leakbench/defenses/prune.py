@@ -1,7 +1,5 @@
 """Gradient pruning: the small entries are not sent."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar

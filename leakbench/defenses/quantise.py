@@ -1,7 +1,5 @@
 """The shared gradient in fewer bits."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal

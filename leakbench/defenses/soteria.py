@@ -1,7 +1,5 @@
 """Soteria: the classifier's gradient is perturbed in the columns whose inputs say most about the image."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Defenses of a client that sends its weights: noise on them, and small ones left out."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass

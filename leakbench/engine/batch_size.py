@@ -1,7 +1,5 @@
 """The number of trials to run at a time: as many as fit into memory and make each trial cheaper."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

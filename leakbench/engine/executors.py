@@ -5,8 +5,6 @@ time limit is measured by the monotonic clock). If a worker dies, its task is do
 end with the driver, however that ends.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import multiprocessing

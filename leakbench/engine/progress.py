@@ -1,7 +1,5 @@
 """Progress of a run: a live display in a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from collections.abc import Sequence

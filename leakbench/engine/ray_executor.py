@@ -5,8 +5,6 @@ actors if the cluster has room. Only the driver writes the run file. Every machi
 metrics and attacks load from its cache, and plugins at the same path; images are sent.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pickle

@@ -1,7 +1,5 @@
 """The driver of a run: it plans trials, refuses unsupported ones, and writes the results of its workers."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections import deque

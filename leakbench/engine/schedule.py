@@ -3,8 +3,6 @@
 A worker that takes a task holds it until it answers, dies or times out. Then the task is done, or is scheduled again.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Deterministic sharding of a matrix, for machines that share no file system."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 

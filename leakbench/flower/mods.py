@@ -1,7 +1,5 @@
 """Defenses as client mods: a Flower client sends the update that the defense releases, and keeps its secrets."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 

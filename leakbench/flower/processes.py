@@ -1,7 +1,5 @@
 """Clients of a simulated Flower app in Ray processes of one thread each."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -1,7 +1,5 @@
 """Recordings of a running Flower app's updates, for an audit."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Simulation of a Flower app in this process, with the same numbers for the same seed."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import traceback

@@ -1,7 +1,5 @@
 """Samples of a trained generator, and their distances to the training images."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """BigGAN-deep of 128, 256 or 512 pixels, through the package ``pytorch-pretrained-biggan`` (extra ``biggan``)."""
 
-from __future__ import annotations
-
 import importlib
 import json
 from dataclasses import dataclass

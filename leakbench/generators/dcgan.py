@@ -3,8 +3,6 @@
 The file of one holds its weights, its training data, and two mean images, in safetensors.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

@@ -5,8 +5,6 @@ moving average of the trained one. Every step draws from its own seed, so that a
 with the same weights.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import itertools

@@ -5,8 +5,6 @@ made of the other two. Written out, every weight-sized result is contiguous and 
 plain autograd yields transposed weight gradients, which cost several strided copies at each use.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 

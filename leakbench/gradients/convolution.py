@@ -6,8 +6,6 @@ loops over the groups, which here are the trials. Weights that all trials share 
 kernel; others one grouped convolution over all trials.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import NamedTuple
 

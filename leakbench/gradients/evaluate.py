@@ -5,8 +5,6 @@ runs it on one trial under ``torch.vmap``, which batches every operation that to
 a loop. ``choose_path`` takes the first that agrees with the loop in float64, second derivative included.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import enum

@@ -7,8 +7,6 @@ replaced: convolution, linear map and normalisation. Everything else in a networ
 Whatever the path, operations without a second derivative are written out, and random layers draw from their trial.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any

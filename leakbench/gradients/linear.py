@@ -1,7 +1,5 @@
 """What the gradient of a linear layer leaks."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -13,8 +13,6 @@ The derivatives of <v, dL/dx> + <v_gamma, dL/dgamma> + <v_beta, dL/dbeta> are, w
     by gamma:  sum(v r P d).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

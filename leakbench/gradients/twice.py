@@ -4,8 +4,6 @@ They act on every example separately, so they serve all paths. Attention is writ
 ``torch.nn.functional``, so that an interception of linear maps and dropout reaches inside it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any

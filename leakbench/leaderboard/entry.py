@@ -1,7 +1,5 @@
 """Entries of a leaderboard: the worst case of one defense as JSON of a fixed schema."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Verify an entry of a leaderboard: compare it with its run, and run a sample of its trials again."""
 
-from __future__ import annotations
-
 import math
 import random
 import secrets

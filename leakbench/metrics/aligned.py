@@ -4,8 +4,6 @@ A network with BatchNorm on a batch of one hardly sees the contrast of its input
 raw metrics then punish a perfect structure. The fit uses the truth: it measures, and never selects.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """The contract of a metric: a pure function of reconstruction and truth, with its convention stated."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Gradients leak that image. Metrics by pixel count a mere shift as protection, so
 image it shows: a reconstruction is scored against both, and the reader judges by eye.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

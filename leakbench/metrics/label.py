@@ -1,7 +1,5 @@
 """Whether the attack found the private label."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """LPIPS in the standard convention; without the pretrained trunk it is never computed."""
 
-from __future__ import annotations
-
 import functools
 import warnings
 from dataclasses import dataclass

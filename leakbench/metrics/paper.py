@@ -5,8 +5,6 @@ its "MSE" is a root, and its "PSNR" is computed from that root. For pixels that 
 ``psnr = 2 * paper_psnr - 10 log10(255**2)`` (48.131 dB).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import ClassVar

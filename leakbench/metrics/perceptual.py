@@ -3,8 +3,6 @@
 piq computes each in float64, with the constants of its paper.
 """
 
-from __future__ import annotations
-
 import functools
 from abc import abstractmethod
 from dataclasses import dataclass

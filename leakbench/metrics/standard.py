@@ -1,7 +1,5 @@
 """MSE, PSNR and SSIM in the standard convention: pixels in [0, 1], the reconstruction clamped to that range."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

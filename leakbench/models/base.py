@@ -1,7 +1,5 @@
 """The contract of a model, a factory of networks that map images in [0, 1] to logits; and the package's networks."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from typing import Any, Literal
 

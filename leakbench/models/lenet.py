@@ -1,7 +1,5 @@
 """The LeNet of the gradient-inversion literature, with and without batch normalisation."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """Fully connected networks: that of Deep Leakage from Model, and PRECODE's."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod

@@ -1,7 +1,5 @@
 """A user's own network as a model of a matrix."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 from dataclasses import dataclass, field

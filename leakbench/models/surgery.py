@@ -1,7 +1,5 @@
 """Find and replace parts of any network: its normalisations, its linear layers."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from typing import Literal

@@ -1,7 +1,5 @@
 """A network's weights: drawn from a named distribution, or loaded from a checkpoint, which can state its training."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

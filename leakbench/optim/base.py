@@ -1,7 +1,5 @@
 """The objective that a solver minimises, and the solution that it returns."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self

@@ -1,7 +1,5 @@
 """First-order descent of many trials at once: (signed) Adam and RMSprop with a step schedule and bounds."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Literal
 

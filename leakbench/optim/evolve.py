@@ -1,7 +1,5 @@
 """Gradient-free search of many trials at once, each with an optimiser of its own from nevergrad."""
 
-from __future__ import annotations
-
 import importlib
 import random
 import warnings

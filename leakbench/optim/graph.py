@@ -1,7 +1,5 @@
 """The objective and its gradient recorded as a CUDA graph: one launch an evaluation instead of hundreds."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -12,8 +12,6 @@ a new pair appends a column to it, and the oldest pair leaves by its row and col
 in the ring slot that they were written to, and a slot that holds none is a row and column of zeros.
 """
 
-from __future__ import annotations
-
 from typing import Self
 
 import torch

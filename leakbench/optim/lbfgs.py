@@ -9,8 +9,6 @@ evaluation of the objective is one call of ``_advance``: with a line search a ro
 masks [R] say which rows are at which line.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

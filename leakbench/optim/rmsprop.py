@@ -1,7 +1,5 @@
 """RMSprop with momentum, whose several passes over a large tensor find it in the cache."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -9,8 +9,6 @@ In the book's notation, phi(t) is the objective at step t along the direction, `
 order of the book: algorithm 3.5 has three (too high, flat, rising), and so has ``zoom`` (too high, flat, wrong side).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

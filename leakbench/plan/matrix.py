@@ -1,7 +1,5 @@
 """The matrix: the cross product of attacks, defenses, models, datasets and more; from TOML, options or Python."""
 
-from __future__ import annotations
-
 import difflib
 import itertools
 import tomllib

@@ -1,7 +1,5 @@
 """A trial (one cell of the matrix on one image with one seed) and its result."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """``accuracy.md``: what defenses cost, from the records of a run's trainings; with curves, and as CSV."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """``audit.md`` and ``audit.html``: the findings of an audit in plain words, as pure functions of the findings."""
 
-from __future__ import annotations
-
 import math
 
 from leakbench.analysis.ensemble import UNSCORED

@@ -1,7 +1,5 @@
 """``paper.md``: the figures of the FedKL paper beside those of a run, in its convention and the standard one."""
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources

@@ -1,7 +1,5 @@
 """``curves.md``: what leaks as the gradient that is sent is made less exact, by relative noise or by fewer bits."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Curves over iterations: how the objective of each attack falls behind each defense."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 

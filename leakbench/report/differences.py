@@ -1,7 +1,5 @@
 """Paired differences on the same images: between defenses, and between adaptive and oblivious attackers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """One display table: the rows of a summary as text cells, and these cells as Markdown, as LaTeX or for a terminal."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Hashable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What all figures share: their colours and markers, labels as plain text, and files of the same bytes each time."""
 
-from __future__ import annotations
-
 from functools import cache
 from io import BytesIO
 from typing import Any

@@ -1,7 +1,5 @@
 """``figures/``: a run's figures for a paper, each as PDF and SVG, the same bytes each time."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from matplotlib.figure import Figure

@@ -1,7 +1,5 @@
 """The report's files: read a run, make every page, write each at once."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection
 from pathlib import Path

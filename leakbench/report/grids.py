@@ -1,7 +1,5 @@
 """``grids/*.png``: the private images beside the reconstructions of every attack."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import textwrap

@@ -1,7 +1,5 @@
 """``report.html``: a run as one page, with its worst case, matrix, galleries and every trial."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence

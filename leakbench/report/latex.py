@@ -1,7 +1,5 @@
 """``report.tex`` and ``table6.tex``: a run's tables for a paper, in LaTeX with booktabs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The leaderboard: the worst case behind each defense of one or more runs, an entry each, and a page of them all."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path

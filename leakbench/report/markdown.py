@@ -1,7 +1,5 @@
 """``report.md``: the settings of a run, its tables and pictures, and how to read them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 

@@ -1,7 +1,5 @@
 """The worst case behind each defense: what pages, figures and the leaderboard show of an ensemble of attackers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """``sharing.md``: what sharing key-lock's key, lock or both is worth to an attacker, on the same images."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 

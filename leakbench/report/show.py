@@ -1,7 +1,5 @@
 """One trial: its settings, how it ended, every metric, its cost, and the command that repeats it."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

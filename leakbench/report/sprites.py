@@ -1,7 +1,5 @@
 """Many small pictures in few large ones, so that a page with a thousand of them stays small."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO

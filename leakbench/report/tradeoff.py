@@ -1,7 +1,5 @@
 """``tradeoff.md``: utility against leakage, one point a defense, with intervals and the Pareto front."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

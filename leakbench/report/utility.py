@@ -1,7 +1,5 @@
 """Utility against leakage, drawn: a point for each defense, its intervals, and the Pareto front as a line."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """``weights.md``: what leaks from weights, without the learning rate and with it, and behind defenses of weights."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """``worst-case.md``: the share of images that an ensemble of attackers recovers behind each defense, and its cost."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import groupby

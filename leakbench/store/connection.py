@@ -1,7 +1,5 @@
 """Creating, opening and writing an SQLite file that may be old, foreign, damaged or hostile; its errors in one line."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os

@@ -1,7 +1,5 @@
 """Rows of the run file as the components and the tables that readers ask for."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sqlite3

@@ -1,7 +1,5 @@
 """Integrity of a run file: every trial matches its id, and every result is complete."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sqlite3

@@ -1,7 +1,5 @@
 """Merging several runs of one matrix, such as its shards, into one."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import sqlite3

@@ -4,8 +4,6 @@ A schema is never changed once it was released: a change raises ``SCHEMA`` and a
 tests keep a file of each.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import sqlite3

@@ -1,7 +1,5 @@
 """The common part of both modes of training: the start, the measurements after each round, and the files."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Training by one party with all the data; the defense acts on the gradient of every batch."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A client's round of federated averaging, as pure functions that know nothing of messages."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 

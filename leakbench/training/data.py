@@ -1,7 +1,5 @@
 """The images of a training: split into parts, divided among clients, and augmented in batches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache

@@ -4,8 +4,6 @@ A client's secrets and momentum stay in a file of its own, from which a training
 holds them.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import time

@@ -1,7 +1,5 @@
 """The files of a training: its state after the last finished round, its checkpoints, and the record of its numbers."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

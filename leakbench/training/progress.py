@@ -1,7 +1,5 @@
 """The progress of a training: a live display in a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
 from rich.console import Console
 
 from leakbench.engine.progress import Bar, duration

@@ -1,7 +1,5 @@
 """Train every arm that has no outcome yet, into one folder."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The accuracy of a stolen global model with wrong secrets, for each kind of wrong secret."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Train behind defenses, then attack the checkpoints: the accuracy that a defense costs, and the leakage it stops."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The objective of gradient matching, of T trials at once."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

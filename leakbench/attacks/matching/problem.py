@@ -1,7 +1,5 @@
 """The problem of gradient matching: the options of an attack, and the parts that it may define."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field

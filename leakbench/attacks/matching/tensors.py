@@ -1,7 +1,5 @@
 """Gradients and images as tensors [T, ...]: scaled, packed, in float64; total variation."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 

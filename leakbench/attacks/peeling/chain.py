@@ -5,8 +5,6 @@ sent, its input f and the error dL/df at it are known, whatever is above. Below 
 nothing else takes its input, and only if it is of a kind that is known here.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """The layers that can be undone, each with its forward pass; T trials, whose tensors are named as in the network."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal

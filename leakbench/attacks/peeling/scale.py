@@ -1,7 +1,5 @@
 """The unit of a convolution's input that equations before a normalisation give up to a factor only; T trials."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 

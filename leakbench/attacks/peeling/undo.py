@@ -1,7 +1,5 @@
 """How each layer of a chain is undone: the state at its input from that at its output; T trials."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import singledispatch
