@@ -20,7 +20,7 @@ help:
 	@echo "make torture      kill, interrupt, fill the disk and make the clock jump, which takes minutes"
 	@echo "make test-browser open the pages in a headless Chromium; installs it as root on Debian, or says that it did not run"
 	@echo "make test-extras  set up .venv-extras with Flower and Ray, and run the tests that need them"
-	@echo "make check        format, lint and types"
+	@echo "make check        format, lint, types, and which room imports which"
 	@echo "make assets       fetch the datasets and weights into the cache"
 	@echo "make test-assets  run the tests that need them"
 	@echo "make bench        measure speed into reports/speed (SCALE=smoke|full, DEVICE=cpu|cuda)"
@@ -87,6 +87,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # SCALE=full writes reports/speed and the README's table; the machine must be quiet. smoke writes runs/speed-smoke.
 bench: setup
