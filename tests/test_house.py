@@ -46,7 +46,7 @@ def test_a_public_class_name_means_one_thing() -> None:
 
 
 def test_the_text_that_users_read_has_no_riddles() -> None:
-    pages = [*PACKAGE.rglob("*.j2"), *ROOT.glob("docs/**/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    pages = [*PACKAGE.rglob("*.j2"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*.md")]
     text = {str(page): page.read_text(encoding="utf-8") for page in pages}
     for path in PACKAGE.rglob("*.py"):
         strings = [node.value for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if _is_text(node)]
