@@ -351,6 +351,7 @@ def texts(figure) -> list[Text]:
     return [artist for artist in figure.findobj(Text) if artist.get_text()]
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")  # boxes for the letters that the font lacks
 @pytest.mark.parametrize("note", ["", NASTY, "a-long-name " * 12, "unbroken" * 30])
 @pytest.mark.parametrize("images", [(0,), (5, 10**7, 2**62)])
 def test_no_label_is_cut_off_or_runs_into_the_next(tmp_path, note, images):

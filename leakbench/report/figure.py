@@ -1,6 +1,6 @@
 """What all figures share: their colours and markers, labels as plain text, and files of the same bytes each time."""
 
-from functools import cache
+import warnings
 from io import BytesIO
 from typing import Any
 
@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """The colours of lines and points, in order: Okabe and Ito's, which readers with colour blindness can tell apart."""
@@ -33,7 +32,8 @@ def saved(drawn: Figure, kind: str = "png") -> bytes:
     """
     stream = BytesIO()
     FigureCanvasAgg(drawn)
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a letter that the font lacks becomes a box
         drawn.savefig(stream, format=kind, metadata=_UNDATED[kind], dpi=drawn.dpi)
     return stream.getvalue()
 
@@ -44,14 +44,9 @@ def plain(text: str, longest: int = 240) -> str:
 
 
 def spelled(text: str, longest: int = 240) -> str:
-    """Return text, cut if it is long, with the letters that the font lacks as escapes."""
+    """Return text, cut if it is long, with letters that cannot be printed as escapes."""
     cut = text if len(text) <= longest else f"{text[: longest - 1]}…"
-    return "".join(c if c.isprintable() and _has(c) else c.encode("unicode_escape").decode() for c in cut)
-
-
-@cache
-def _has(char: str) -> bool:
-    return bool(get_font(findfont("DejaVu Sans")).get_char_index(ord(char)))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
 def bars(value: npt.ArrayLike, low: npt.ArrayLike, high: npt.ArrayLike) -> npt.NDArray[np.float64]:

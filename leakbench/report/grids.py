@@ -148,6 +148,8 @@ def figure(page: GridPage, pictures: Mapping[str, Pictures]) -> Figure:
 
     Lengths are in pixels, from the top left.
     """
+    # Matplotlib's own layouts were tried: they scale pictures by fractions, which blurs or drops pixels, and let long
+    # names run into each other. A fixed-width font makes the room that a label needs known beforehand.
     shown = {trial: picture(found.reconstruction) for trial, found in pictures.items()}
     cells = [(i, cell) for column in page.columns for i, cell in column.cells.items() if cell.trial in pictures]
     truths = {i: picture(pictures[cell.trial].truth) for i, cell in cells}
