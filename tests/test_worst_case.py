@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import ranking as command
 from leakbench import Attack, LeakbenchError, Observation, Reconstruction, Rng, Unsupported, report
-from leakbench.analysis.ensemble import UNSCORED, EnsembleResult, ensemble_results, floor_share
+from leakbench.analysis.ensemble import UNSCORED, EnsembleResult, attacker_names, ensemble_results, floor_share
 from leakbench.engine.run import finished
 from leakbench.errors import BadOption
 from leakbench.plan.matrix import Matrix, Stage, expand, load_suite, override
@@ -405,3 +405,10 @@ def test_a_floor_that_failed_recovers_nothing() -> None:
         for image, (status, score) in enumerate(scores)
     ]
     assert floor_share(pd.DataFrame(rows), 0.6) == pytest.approx(1 / 3)
+
+
+def test_an_attacker_of_two_versions_has_no_version_in_its_short_name_unless_both_are_there() -> None:
+    one = pd.DataFrame({"attack": ["lb [version 2]"], "threat": ["informed=true"]})
+    assert list(attacker_names(one).values()) == ["lb (adaptive)"]
+    both = pd.DataFrame({"attack": ["lb [version 1]", "lb [version 2]"], "threat": ["paper", "paper"]})
+    assert list(attacker_names(both).values()) == ["lb [version 1], paper", "lb [version 2], paper"]

@@ -9,6 +9,7 @@ from operator import attrgetter
 import pandas as pd
 
 from leakbench.analysis.statistics import wilson_interval
+from leakbench.core.text import name_of
 from leakbench.plan.matrix import RECOVERY
 
 RECOVERED = 0.6
@@ -98,7 +99,7 @@ def ensemble_results(trials: pd.DataFrame, threshold: float) -> list[EnsembleRes
 def attacker_names(trials: pd.DataFrame) -> dict[tuple[str, str], str]:
     """Return (attack, threat) -> a short name: the attack without options, or both specs if another has that name."""
     attackers = [(str(a), str(t)) for a, t in trials[["attack", "threat"]].drop_duplicates().itertuples(index=False)]
-    short = {(attack, threat): attack.partition("(")[0] + _adaptive(threat) for attack, threat in attackers}
+    short = {(attack, threat): name_of(attack) + _adaptive(threat) for attack, threat in attackers}
     known = list(short.values())
     return {pair: name if known.count(name) == 1 else f"{pair[0]}, {pair[1]}" for pair, name in short.items()}
 

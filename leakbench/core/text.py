@@ -68,6 +68,11 @@ def part(share: float) -> str:
     return "less than 0.01 %" if share < 1e-4 else f"{100 * share:.3g} %"
 
 
+def name_of(spec: str) -> str:
+    """Return the registered name that a spec begins with, without options and without ``[version 2]`` behind it."""
+    return re.split(r"[\s(\[]", spec, maxsplit=1)[0]
+
+
 def slug(parts: Iterable[str]) -> str:
     """Return a file name's part made of names."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(part[:30] for part in parts)).strip("-.")

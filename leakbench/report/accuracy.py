@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from leakbench.analysis.statistics import wilson_interval
-from leakbench.core.text import ABSENT, english, number, slug
+from leakbench.core.text import ABSENT, english, name_of, number, slug
 from leakbench.errors import BadOption
 from leakbench.report.compare import Published, published
 from leakbench.report.figure import COLOURS, key_below, plain, saved
@@ -111,7 +111,7 @@ def blocks_of(found: Sequence[TrainingRecord]) -> list[Block]:
         return one.specs["dataset"], one.specs["model"], recipe
 
     def rank(one: TrainingRecord) -> tuple[int, str, int]:
-        return controls.get(one.specs["defense"].partition("(")[0], 2), one.specs["defense"], one.seed
+        return controls.get(name_of(one.specs["defense"]), 2), one.specs["defense"], one.seed
 
     blocks: list[Block] = []
     for (dataset, model, _), own in groupby(sorted(found, key=place), place):
@@ -262,7 +262,7 @@ def _published(block: Block, paper: Published) -> list[dict[str, object]]:
     """Return the paper's figures beside ours; a figure that was not transcribed is missing."""
     found: list[dict[str, object]] = []
     for defense, own in block.ended.items():
-        place = (block.mode, *(spec.partition("(")[0] for spec in (block.model, block.dataset, defense)))
+        place = (block.mode, *map(name_of, (block.model, block.dataset, defense)))
         if place[-1] not in ("none", "keylock"):
             continue
         thefts = [theft for one in own for theft in one.outcome.thefts if theft.kind == "fresh key, initial lock"]

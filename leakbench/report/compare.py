@@ -10,7 +10,7 @@ from pydantic import Field
 
 from leakbench.analysis.summary import summarise
 from leakbench.core.files import StrictModel
-from leakbench.core.text import ABSENT, decimals
+from leakbench.core.text import ABSENT, decimals, name_of
 from leakbench.report.display import mean_text
 from leakbench.report.markdown import trained
 from leakbench.report.page import render_markdown
@@ -104,7 +104,7 @@ def markdown(
 
 def _names(specs: Mapping[Any, Any]) -> tuple[str, ...]:
     """Return the names of a cell's components, without their options."""
-    return tuple(str(specs[axis]).partition("(")[0] for axis in _AXES)
+    return tuple(name_of(str(specs[axis])) for axis in _AXES)
 
 
 def _printed(one: PublishedFigure) -> dict[str, object]:

@@ -64,7 +64,7 @@ def levels(components: Sequence[StoredComponent]) -> list[Level]:
     for one in components:
         if one.kind != "defense":
             continue
-        name = one.spec.partition("(")[0]
+        name = one.name
         if name == "none":
             found += [Level(one.spec, "noise", 0.0, "0"), Level(one.spec, "precision", -32, "float32")]
         elif name == "noise" and one.options.get("relative") and one.options.get("kind") == "gaussian":

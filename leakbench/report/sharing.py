@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from leakbench.analysis.paired import Pair
 from leakbench.analysis.summary import summarise
-from leakbench.core.text import slug
+from leakbench.core.text import name_of, slug
 from leakbench.report.differences import paired_table
 from leakbench.report.display import leakage_table, to_markdown
 from leakbench.report.figure import saved
@@ -51,7 +51,7 @@ def files(run: RunData, store: Store) -> Iterator[tuple[str, bytes]]:
 
     There are none unless key-lock was attacked with its key shared (T3) and with its lock shared (T4).
     """
-    locked = run.results[run.results["defense"].str.split("(").str[0] == "keylock"]
+    locked = run.results[run.results["defense"].map(name_of) == "keylock"]
     if not {"T3", "T4"} <= set(locked["threat"]):
         return
     words, blocks = trained(run.components), []
@@ -72,7 +72,7 @@ def arms(results: pd.DataFrame) -> pd.DataFrame:
     are several key-locks, each has arms of its own.
     """
     attacked = results[~results["floor"].astype(bool)]
-    names = attacked["defense"].str.split("(").str[0]
+    names = attacked["defense"].map(name_of)
     found = attacked[names.isin([*CONTROLS, "keylock"])]
     locked = names[found.index] == "keylock"
     share = found["threat"].map(lambda threat: GRANTS.get(threat, threat))
@@ -131,7 +131,7 @@ def _tests(block: pd.DataFrame) -> str:
 
 def _pairs(names: Sequence[str]) -> list[tuple[str, str]]:
     """Return the compared arms: the controls; each control with everything, the key and nothing; all grants."""
-    controls = [name for name in names if name.partition("(")[0] in CONTROLS]
+    controls = [name for name in names if name_of(name) in CONTROLS]
     granted = [name for name in names if name not in controls]
     known = [name for name in granted if name.partition(" (")[0] == GRANTS["T3"]]
     ends = dict.fromkeys([*granted[-1:], *known, *granted[:1]])

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from leakbench.core.text import name_of
 from leakbench.defenses import Defense
 from leakbench.defenses.base import by_informed
 from leakbench.errors import BadOption
@@ -102,7 +103,7 @@ class StoredComponent:
     @property
     def name(self) -> str:
         """The registered name that the spec begins with."""
-        return self.plain.partition("(")[0]
+        return name_of(self.plain)
 
 
 @dataclass(frozen=True)
