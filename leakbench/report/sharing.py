@@ -1,6 +1,7 @@
 """``sharing.md``: what sharing key-lock's key, lock or both is worth to an attacker, on the same images."""
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -80,7 +81,7 @@ def arms(results: pd.DataFrame) -> pd.DataFrame:
         share = share + " (" + found["defense"] + ")"
     found = found.assign(**{_ARM: np.where(locked, share, found["defense"])})
     order = {name: place for place, name in enumerate((*CONTROLS, *GRANTS.values()))}
-    rank = found[_ARM].map(lambda arm: order.get(arm.partition(" (")[0], len(order)))
+    rank = found[_ARM].map(lambda arm: order.get(re.split(r" [(\[]", arm)[0], len(order)))
     found = found.loc[rank.sort_values(kind="stable").index]
     return found.drop_duplicates([*_BLOCK, _ARM, "image", "seed"])
 
