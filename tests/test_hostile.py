@@ -25,7 +25,7 @@ from leakbench.core.images import decoded
 from leakbench.engine.progress import Display
 from leakbench.errors import BadOption, CorruptAsset, ForeignRun, LeakbenchError
 from leakbench.report import show
-from leakbench.report.figure import plain
+from leakbench.report.figure import plain, saved
 from leakbench.report.files import write
 from leakbench.store.integrity import check
 from leakbench.store.merge import merge
@@ -289,8 +289,9 @@ def test_a_matrix_that_no_memory_holds_is_refused(axes):
         Accuracy(**plan, seeds=2**62).arms()
 
 
-def test_a_formula_in_a_name_is_no_formula_in_a_figure():
-    """Matplotlib reads what stands between dollars, and raises where that is no formula."""
+@pytest.mark.parametrize("kind", ["png", "pdf", "svg"])
+def test_a_formula_in_a_name_is_no_formula_in_a_figure(kind):
+    """Matplotlib parses text between dollars, raises if it is no formula, and warns of letters that the font lacks."""
     figure = Figure()
     figure.suptitle(plain("folder:/$\\frac{$ 中"))
-    figure.savefig(io.BytesIO())
+    assert saved(figure, kind)
