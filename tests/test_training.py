@@ -594,27 +594,28 @@ def test_what_a_client_loses_is_told_against_the_undefended_of_its_seed() -> Non
         scored("keylock", 1, {"client 1": 9781}, zero=[1135] * 5),
         scored("keylock", 2, {"client 1": 9500}, zero=[980, 981]),
     ]
-    (block,) = report.blocks_of(found)
-    assert [list(row.values())[1:-1] for row in report._clients(block)] == [
-        [0, "client 1", "96.90", "+0.91"],
-        [0, "client 3", "96.25", "+1.56"],
-        [1, "client 1", "97.81", "−0.02"],
-        [2, "client 1", "95.00", "–"],
+    text = report.markdown(report.blocks_of(found), published(), "run")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert [row[1:5] for row in rows if len(row) == 6 and row[2].startswith("client ")] == [
+        ["0", "client 1", "96.90", "+0.91"],
+        ["0", "client 3", "96.25", "+1.56"],
+        ["1", "client 1", "97.81", "−0.02"],
+        ["2", "client 1", "95.00", "–"],
     ]
-    (zero,) = [row for row in report._thefts(block) if row["secrets"] == "zero lock"]
-    assert zero["n"] == 4  # one a seed where the key makes no difference, and both of seed 2
+    (zero,) = [row for row in rows if row[1:2] == ["zero lock"]]
+    assert zero[3] == "4"  # one a seed where the key makes no difference, and both of seed 2
 
 
 def test_beside_the_papers_figures_it_says_where_the_recipe_is_another() -> None:
-    same = published().recipe
-    other = report.blocks_of([scored("keylock", 0, {"client 1": 9690})])[0]
-    text = report._other_options(other, published())
+    one, paper = scored("keylock", 0, {"client 1": 9690}), published()
+    text = report.markdown(report.blocks_of([one]), paper, "run")
+    assert "The paper's recipe differs: " in text
     assert (
         "rounds 200 (here 3), batch 64 (here 16), lr 0.01 (here 0.05), milestones 60, 120 and 160 (here none)" in text
     )
-    one = scored("keylock", 0, {"client 1": 9690})
-    paper = report.blocks_of([replace(one, recipe={**one.recipe, **same})])[0]
-    assert report._other_options(paper, published()) == ""
+    same = replace(one, recipe={**one.recipe, **paper.recipe})
+    text = report.markdown(report.blocks_of([same]), paper, "run")
+    assert "The recipe is that of the paper, as far as it is published. The paper's networks" in text
 
 
 @pytest.mark.parametrize("name", ["table1", "table3", "tradeoff", "dlm-cost"])

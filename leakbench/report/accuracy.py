@@ -14,13 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from leakbench.analysis.statistics import wilson_interval
-from leakbench.core.text import ABSENT, english, name_of, number, slug
+from leakbench.core.text import ABSENT, name_of, number, slug
 from leakbench.errors import BadOption
 from leakbench.report.compare import Published, published
+from leakbench.report.display import per_cent
 from leakbench.report.figure import COLOURS, key_below, plain, saved
 from leakbench.report.files import remove_others, replace
 from leakbench.report.page import render_markdown
-from leakbench.report.study import Value, per_cent, table
+from leakbench.report.study import Value, table
 from leakbench.training import TrainingRecord, records
 from leakbench.training.arm import GLOBAL, Outcome, Round
 from leakbench.training.run import ARMS_FOLDER
@@ -158,24 +159,24 @@ def markdown(blocks: Sequence[Block], paper: Published, name: str) -> str:
     return render_markdown(
         "accuracy.md.j2",
         name=name,
-        about=table(_about(blocks), left=2),
-        source=paper.source,
+        facts=_about(blocks),
+        paper=paper,
+        GLOBAL=GLOBAL,
         blocks=[
             {
                 "block": block,
                 "images": max(one.outcome.images for one in block.records),
                 "costs": table(_costs(block), left=1),
-                "clients": table(_clients(block), left=3),
-                "thefts": table(_thefts(block), left=3),
-                "published": table(_published(block, paper), left=3),
-                "other": _other_options(block, paper),
+                "controls": {one.seed: accuracy(one.outcome) for one in block.arms.get("none", ())},
+                "thefts": _thefts(block),
+                "published": _published(block, paper),
             }
             for block in blocks
         ],
     )
 
 
-def _about(blocks: Sequence[Block]) -> list[dict[str, object]]:
+def _about(blocks: Sequence[Block]) -> list[tuple[str, object]]:
     """Return how many trainings there are, how long they took, and every start that ended one."""
     own = [one for block in blocks for one in block.records]
     seconds = sum(each.seconds for one in own for each in one.outcome.rounds)
@@ -184,7 +185,7 @@ def _about(blocks: Sequence[Block]) -> list[dict[str, object]]:
     for place, start in enumerate(starts):
         if start not in starts[:place]:
             facts += [("command", start.command), *start.describe().items()]
-    return [{"run": label, "": words} for label, words in facts]
+    return facts
 
 
 def _costs(block: Block) -> list[dict[str, object]]:
@@ -217,50 +218,22 @@ def _as_paper(one: Round) -> float:
     return mean(view.test.correct / (PAPER_BATCH * math.ceil(view.test.count / PAPER_BATCH)) for view in one.views)
 
 
-def _clients(block: Block) -> list[dict[str, object]]:
-    """Return a row for each client with secrets of its own, compared with the undefended training of its seed."""
-    controls = {one.seed: accuracy(one.outcome) for one in block.arms.get("none", ())}
-    return [
-        {
-            "defense": defense,
-            "seed": one.seed,
-            "client": view.name,
-            "accuracy": _percent(view.test.accuracy),
-            "cost, points": _percent(controls.get(one.seed, math.nan) - view.test.accuracy, sign=True),
-            "test loss": number(view.test.loss, 4),
-        }
-        for defense, own in block.ended.items()
-        for one in own
-        for view in one.outcome.chosen().views
-        if view.name != GLOBAL
-    ]
-
-
-def _thefts(block: Block) -> list[dict[str, object]]:
+def _thefts(block: Block) -> list[list[object]]:
     """Return a row for each defense and kind of secrets."""
-    found = []
+    found: list[list[object]] = []
     for defense, own in block.arms.items():
         kinds: dict[str, list[float]] = {}
         for theft in [theft for one in own for theft in one.outcome.thefts]:
             constant = theft.kind == ZERO and len(set(theft.correct)) == 1  # the key does not change the zero lock
             draws = theft.correct[:1] if constant else theft.correct
             kinds.setdefault(theft.kind, []).extend(correct / theft.count for correct in draws)
-        found += [
-            {
-                "defense": defense,
-                "secrets": kind,
-                "what they are": KINDS[kind],
-                "n": len(values),
-                "accuracy": _spread(values, ends=True),
-            }
-            for kind, values in kinds.items()
-        ]
+        found += [[defense, kind, KINDS[kind], len(own), _spread(own, ends=True)] for kind, own in kinds.items()]
     return found
 
 
-def _published(block: Block, paper: Published) -> list[dict[str, object]]:
+def _published(block: Block, paper: Published) -> list[list[str]]:
     """Return the paper's figures beside ours; a figure that was not transcribed is missing."""
-    found: list[dict[str, object]] = []
+    found: list[list[str]] = []
     for defense, own in block.ended.items():
         place = (block.mode, *map(name_of, (block.model, block.dataset, defense)))
         if place[-1] not in ("none", "keylock"):
@@ -272,34 +245,9 @@ def _published(block: Block, paper: Published) -> list[dict[str, object]]:
         fits = [one for one in paper.accuracy if (one.mode, one.model, one.dataset, one.defense) == place]
         rows = [(one.table, one.of, f"{one.percent:.2f}") for one in fits] or [(ABSENT, "not transcribed", ABSENT)]
         for printed, of, listed in rows:
-            random_key = of == "random key"
-            found.append(
-                {
-                    "table": printed,
-                    "defense": defense,
-                    "of": of,
-                    "paper": listed,
-                    "ours": _percent(stolen if random_key else ours),
-                    "ours, paper's convention": ABSENT if random_key else _percent(as_paper),
-                }
-            )
+            values = (_percent(stolen), ABSENT) if of == "random key" else (_percent(ours), _percent(as_paper))
+            found.append([printed, defense, of, listed, *values])
     return found
-
-
-def _other_options(block: Block, paper: Published) -> str:
-    """Return the published options of the paper's recipe from which this one differs, in words; empty for none."""
-    differing = [
-        (name, value, block.recipe[name]) for name, value in paper.recipe.items() if block.recipe[name] != value
-    ]
-    others = [f"{name} {_plain(value)} (here {_plain(here)})" for name, value, here in differing]
-    return english(others) if others else ""
-
-
-def _plain(value: object) -> str:
-    """Return the value of an option in words."""
-    if isinstance(value, list):
-        return english(map(str, value)) if value else "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def csv(found: Sequence[TrainingRecord]) -> str:

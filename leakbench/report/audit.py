@@ -1,11 +1,9 @@
 """``audit.md`` and ``audit.html``: the findings of an audit in plain words, as pure functions of the findings."""
 
-import math
-
 from leakbench.analysis.ensemble import UNSCORED
 from leakbench.audit.findings import Audit, DefenseFindings
-from leakbench.core.text import ABSENT, number, part, percent
-from leakbench.report.page import STYLES, picture, render, render_markdown
+from leakbench.core.text import ABSENT, number
+from leakbench.report.page import STYLES, picture, render, render_markdown, sentence
 
 MAX_LAYERS = 12
 """So many layers, those with the largest shares, have a row each; the others share one."""
@@ -18,35 +16,12 @@ ATTACK_HEADINGS = ("attack", "recovered", "tried", "diverged", "skipped", "evalu
 
 def verdict(one: DefenseFindings) -> str:
     """Return in one sentence or two how many images are recovered behind a defense."""
-    found = one.result
-    if math.isnan(found.share):
-        return (
-            "The attacks returned images. How close these are to the private image was not measured: compare them by "
-            "eye, or give the private image."
-        )
-    bounds = f"{100 * found.low:.0f} % to {100 * found.high:.0f} %"
-    interval = "" if math.isnan(found.low) else f" (95 % interval {bounds}, n = {found.images})"
-    if found.share > 0:
-        first = next((stats.attacker for stats in found.attackers if stats.recovered), "")
-        share = "the image" if found.images == 1 else f"{percent(found.share)} of the images"
-        return f"The server recovers {share}{interval}. The first attack to succeed is {first}."
-    return (
-        f"No attack recovered an image{interval}. That does not prove that the images are safe: other attacks or more "
-        "steps may recover them."
-    )
+    return sentence("audit.sentences.j2", "verdict", one.result)
 
 
 def rule_words(audit: Audit) -> str:
     """Return whether the audit passes by its rule; empty without a rule."""
-    if audit.rule is None:
-        return ""
-    if audit.undecided():
-        return f"UNDECIDED: --fail-if '{audit.rule}' cannot be judged: {audit.undecided()}"
-    values = [
-        f"{name}: {'not measured' if value is None else f'{value:.3g}'}" for name, value in audit.values().items()
-    ]
-    verdict = "FAILED: --fail-if '{}' is true ({})." if audit.failures() else "PASSED: --fail-if '{}' is false ({})."
-    return verdict.format(audit.rule, "; ".join(values))
+    return sentence("audit.sentences.j2", "rule", audit)
 
 
 def markdown(audit: Audit, command: str) -> str:
@@ -70,8 +45,6 @@ def _context(audit: Audit, command: str) -> dict[str, object]:
         "layer_headings": LAYER_HEADINGS,
         "attack_headings": ATTACK_HEADINGS,
         "unscored": UNSCORED,
-        "isnan": math.isnan,
-        "part": part,
         "picture": picture,
     }
 

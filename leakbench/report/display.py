@@ -104,9 +104,19 @@ def to_markdown(shown: pd.DataFrame, left: int = 2, bold: Bold | None = None) ->
     cells = [[escape(cell) for cell in row] for row in shown.to_numpy().tolist()]
     for row, column in np.argwhere(bold) if bold is not None else ():
         cells[row][column] = f"**{cells[row][column]}**"
-    align = ["left" if column < left else "right" for column in range(shown.shape[1])]
-    heads = [escape(head) for head in shown.columns]
-    return tabulate(cells, heads, tablefmt="pipe", disable_numparse=True, colalign=align) if cells else ""
+    return aligned([[escape(head) for head in shown.columns], *cells], left)
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int) -> str:
+    """Return rows of Markdown as a table under the first one, aligned as in ``to_markdown``; empty without others."""
+    align = ["left" if column < left else "right" for column in range(len(rows[0]))]
+    cells = rows[1:]
+    return tabulate(cells, rows[0], tablefmt="pipe", disable_numparse=True, colalign=align) if cells else ""
+
+
+def per_cent(value: float, low: float, high: float, places: int = 2) -> str:
+    """Return a share in [0, 1] with its interval, in per cent without the sign."""
+    return with_interval(100 * value, 100 * low, 100 * high, places)
 
 
 def to_latex(

@@ -13,8 +13,8 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from leakbench.core.text import english, number, percent, plural
-from leakbench.report.display import escape, to_markdown
+from leakbench.core.text import ABSENT, english, number, part, percent, plural, with_interval
+from leakbench.report.display import aligned, escape, per_cent, to_markdown
 
 STYLES = ("style.css",)
 """The look that every page shares: colours for light and dark, type, tables, cards, print."""
@@ -89,8 +89,8 @@ def render_markdown(template: str, **context: object) -> str:
     """Return Markdown from a template in ``report/pages``, with one empty line between its paragraphs.
 
     Text is shown as given: the template passes text that is not Markdown through the filter ``escape``. The filter
-    ``table`` takes rows of text cells and makes a table, as ``rows | table(["attack", "n"], left=1)``; its cells are
-    escaped already.
+    ``table`` takes rows of text cells and makes a table, as ``rows | table(["attack", "n"], left=1)``; it escapes them.
+    The filter ``columns`` takes lines of cells between ``|``, the headings first, and lines them up as a table.
     """
     text = _environment(html=False).get_template(template).render(context)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
@@ -98,6 +98,15 @@ def render_markdown(template: str, **context: object) -> str:
 
 def _table(rows: Sequence[Sequence[object]], headings: Sequence[str], left: int) -> str:
     return to_markdown(pd.DataFrame([list(map(str, row)) for row in rows], columns=list(headings), dtype=str), left)
+
+
+def _columns(text: str, left: int) -> str:
+    return aligned([[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.strip()], left)
+
+
+def sentence(template: str, name: str, *values: object) -> str:
+    """Return the text, without markup, of a template's macro for these values."""
+    return str(getattr(_environment(html=False).get_template(template).module, name)(*values))
 
 
 @cache
@@ -109,6 +118,7 @@ def _environment(html: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.globals |= {"english": english, "number": number, "percent": percent, "plural": plural}
-    found.filters |= {"quoted": "“{}”".format} if html else {"escape": escape, "table": _table}
+    found.globals |= {"english": english, "number": number, "part": part, "percent": percent, "plural": plural}
+    found.globals |= {"ABSENT": ABSENT, "isnan": math.isnan, "per_cent": per_cent, "with_interval": with_interval}
+    found.filters |= {"quoted": "“{}”".format} if html else {"escape": escape, "table": _table, "columns": _columns}
     return found

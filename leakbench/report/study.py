@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 
 from leakbench.analysis.statistics import wilson_interval
-from leakbench.core.text import with_interval
 from leakbench.report.display import to_markdown
 from leakbench.report.figure import bars, plain
 
@@ -59,11 +58,6 @@ def table(rows: Sequence[Mapping[str, object]], left: int) -> str:
     """
     cells = [{heading: str(cell) for heading, cell in row.items()} for row in rows]
     return to_markdown(pd.DataFrame(cells, dtype=str).fillna(""), left) if cells else ""
-
-
-def per_cent(value: float, low: float, high: float, places: int = 2) -> str:
-    """Return a share in [0, 1] with its interval, in per cent without the sign."""
-    return with_interval(100 * value, 100 * low, 100 * high, places)
 
 
 def draw_lines(panel: Any, lines: Sequence[Line], ticks: Mapping[float, str]) -> None:

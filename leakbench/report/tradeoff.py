@@ -11,14 +11,14 @@ from matplotlib.figure import Figure
 
 from leakbench.analysis import pareto
 from leakbench.analysis.statistics import bootstrap_interval
-from leakbench.core.text import ABSENT, english, number, slug, with_interval
+from leakbench.core.text import slug
 from leakbench.errors import CorruptAsset
 from leakbench.plan.matrix import RECOVERY
 from leakbench.report.accuracy import interval
 from leakbench.report.figure import GREY, key_below, plain, saved
 from leakbench.report.files import replace
 from leakbench.report.page import render_markdown
-from leakbench.report.study import Value, per_cent, table
+from leakbench.report.study import Value
 from leakbench.report.utility import draw_points
 from leakbench.store.run_file import FILE as RUN
 from leakbench.store.run_file import Store
@@ -108,7 +108,7 @@ def write(out: Path | str) -> list[Path]:
         group = [stage for stage in stages if (stage.dataset, stage.model) == names]
         file = f"tradeoff/tradeoff-{index:02}-{slug(names)}.png"
         written.append(replace(out / file, saved(figure(group))))
-        pictures.append((file, f"{names[1]} on {names[0]}", [(stage, table(_rows(stage), left=1)) for stage in group]))
+        pictures.append((file, f"{names[1]} on {names[0]}", group))
     text = render_markdown(
         "tradeoff.md.j2",
         name=out.resolve().name,
@@ -216,25 +216,6 @@ def studies(stages: Sequence[AttackedStage], threshold: float) -> pareto.Studies
 
 def _interval(value: Value) -> pareto.Interval:
     return pareto.Interval(value=value.mean, low=value.low, high=value.high)
-
-
-def _rows(stage: AttackedStage) -> list[dict[str, object]]:
-    """Return the rows of a stage's table."""
-    fronts = {name: stage.front(name) for name in stage.leakages()}
-    marks = [[name for name, kept in fronts.items() if index in kept] for index in range(len(stage.points))]
-    return [
-        {
-            "defense": point.defense,
-            "accuracy": per_cent(*point.accuracy),
-            "of the checkpoint": number(100 * point.before, 2),
-            "n": point.images,
-            "recovered": per_cent(*point.share, places=0),
-            "LPIPS": with_interval(*point.distance, 3),
-            "on the front": english(own) if own else ABSENT,
-            "strongest attack": point.strongest or ABSENT,
-        }
-        for point, own in zip(stage.points, marks)
-    ]
 
 
 def figure(stages: Sequence[AttackedStage]) -> Figure:
