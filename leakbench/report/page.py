@@ -101,7 +101,8 @@ def _table(rows: Sequence[Sequence[object]], headings: Sequence[str], left: int)
 
 
 def _columns(text: str, left: int) -> str:
-    return aligned([[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.strip()], left)
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.strip()]
+    return aligned(rows, left) + "\n"  # a block's end takes the line break behind it
 
 
 def sentence(template: str, name: str, *values: object) -> str:
