@@ -34,6 +34,7 @@ from leakbench.plan.matrix import Matrix, expand
 from leakbench.plan.matrix import load as load_axes
 from leakbench.report import accuracy as report
 from leakbench.report.compare import published
+from leakbench.store.provenance import Provenance
 from leakbench.training import Accuracy, Arm, NullTrainingProgress, TrainingRecord, train
 from leakbench.training.arm import Outcome, Round, TrainingSession, View, start
 from leakbench.training.clients import begin, local_round
@@ -583,7 +584,8 @@ def scored(defense: str, seed: int, views: dict[str, int], zero: Sequence[int] =
     seen = tuple(View(name, None, Score(0.1, correct, 10_000)) for name, correct in views.items())
     stolen = (Theft("zero lock", tuple(zero), 10_000),) if zero else ()
     outcome = Outcome("ok", "", (Round(1, 0.01, 0.1, seen, 1.0),), 1, (), stolen)
-    return TrainingRecord(own.specs, own.recipe.settings(), seed, own.settings, outcome, {}, Path(own.folder))
+    made = Provenance("0.1", "abc", False, {"torch": "2"}, "3.11", "cpu", 2, "leakbench run accuracy", "{}")
+    return TrainingRecord(own.specs, own.recipe.settings(), seed, own.settings, outcome, made, Path(own.folder))
 
 
 def test_what_a_client_loses_is_told_against_the_undefended_of_its_seed() -> None:
