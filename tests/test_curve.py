@@ -21,7 +21,7 @@ from leakbench.optim import descend, lbfgs
 from leakbench.optim.evolve import evolve
 from leakbench.report import write
 from leakbench.report.files import write_figures
-from leakbench.store.integrity import check
+from leakbench.analysis.integrity import check
 from leakbench.store.merge import merge
 from leakbench.store.run_file import FILE, Store
 

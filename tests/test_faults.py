@@ -29,7 +29,7 @@ from test_engine import (  # noqa: F401
 import leakbench
 from leakbench import Attack, Defense, Gradient, LeakbenchError, Reconstruction, Step, Unsupported
 from leakbench.engine import executors as workers
-from leakbench.store.integrity import check
+from leakbench.analysis.integrity import check
 from leakbench.store.run_file import FILE
 
 

@@ -27,7 +27,7 @@ from leakbench.errors import BadOption, CorruptAsset, ForeignRun, LeakbenchError
 from leakbench.report import show
 from leakbench.report.figure import plain, saved
 from leakbench.report.files import write
-from leakbench.store.integrity import check
+from leakbench.analysis.integrity import check
 from leakbench.store.merge import merge
 from leakbench.store.run_file import FILE, Store
 from leakbench.training import Accuracy

@@ -16,7 +16,7 @@ import leakbench
 from leakbench import LeakbenchError
 from leakbench.engine.shard import parse, part
 from leakbench.errors import BadOption
-from leakbench.store.integrity import check
+from leakbench.analysis.integrity import check
 from leakbench.store.merge import merge
 from leakbench.store.run_file import FILE, Store
 

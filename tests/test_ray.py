@@ -21,7 +21,7 @@ from leakbench.engine import ray_executor as rays
 from leakbench.engine.executors import WorkerDied
 from leakbench.engine.ray_executor import ENVIRONMENT
 from leakbench.engine.worker import ChunkTask, WorkerContext
-from leakbench.store.integrity import check
+from leakbench.analysis.integrity import check
 from leakbench.store.run_file import FILE, Store
 
 pytestmark = [

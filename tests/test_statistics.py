@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from leakbench.analysis.statistics import (
+    UNIT,
     bootstrap_interval,
     holm,
     paired_difference,
@@ -134,7 +135,8 @@ def test_the_smallest_p_is_reached(tests: int) -> None:
 
 
 def series(values: dict[tuple[int, int], float]) -> pd.Series:
-    return pd.Series(values, index=pd.MultiIndex.from_tuples(values, names=["image", "seed"]))
+    index = [(image, image, seed) for image, seed in values]
+    return pd.Series(values.values(), index=pd.MultiIndex.from_tuples(index, names=UNIT))
 
 
 def test_a_paired_difference_is_over_the_pairs_that_have_both() -> None:

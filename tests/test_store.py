@@ -38,7 +38,7 @@ from leakbench.plan.trial import Cell, Result, Trial, trial_id
 from leakbench.report.files import write
 from leakbench.store import schema
 from leakbench.store.frames import AFTER, BEFORE
-from leakbench.store.integrity import check
+from leakbench.analysis.integrity import check
 from leakbench.store.merge import merge
 from leakbench.store.provenance import Provenance
 from leakbench.store.run_file import FILE, Store

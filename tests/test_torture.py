@@ -26,7 +26,7 @@ import leakbench
 from leakbench import LeakbenchError, Matrix, Reconstruction
 from leakbench.engine.run import finished
 from leakbench.engine.worker import ClientData, without_score
-from leakbench.store.integrity import check
+from leakbench.analysis.integrity import check
 from leakbench.store.merge import merge
 from leakbench.store.run_file import FILE, Store
 

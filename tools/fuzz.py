@@ -339,7 +339,7 @@ def _runs(work: Path) -> dict[str, tuple[Target, list[bytes]]]:
     from leakbench.report import diff, show
     from leakbench.report import files as reports
     from leakbench.store import merge
-    from leakbench.store.integrity import check
+    from leakbench.analysis.integrity import check
     from leakbench.store.run_file import FILE, Store
 
     run, hurt = _sound(work), work / "hurt"

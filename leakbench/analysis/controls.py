@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from leakbench.analysis.statistics import paired_difference
+from leakbench.analysis.statistics import UNIT, paired_difference
 from leakbench.store.records import MetricInfo, StoredComponent
 
 CONTROL, GENERATOR, NONE = "control", "generator", "none"
@@ -42,7 +42,7 @@ def control_gains(
         metrics: those to compare in.
     """
     floors = set(results.loc[results["floor"].to_numpy(dtype=bool), "attack"])
-    cells = {key: cell.set_index(["image", "seed"]) for key, cell in results.groupby(["attack", "defense"], sort=False)}
+    cells = {key: cell.set_index(UNIT) for key, cell in results.groupby(["attack", "defense"], sort=False)}
     found = []
     for attack, control in _pairs(components, floors):
         for defense in results.loc[results["attack"] == attack, "defense"].drop_duplicates():

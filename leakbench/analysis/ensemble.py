@@ -8,17 +8,15 @@ from operator import attrgetter
 
 import pandas as pd
 
-from leakbench.analysis.statistics import wilson_interval
+from leakbench.analysis.recovery import TARGET, judged
+from leakbench.analysis.statistics import share_interval, unit_means
 from leakbench.core.text import name_of
 from leakbench.plan.matrix import RECOVERY
 
 RECOVERED = 0.6
-"""An image counts as recovered if its ``ssim_aligned`` is at least this, in a run without a threshold of its own."""
+"""The threshold of ``ssim_aligned`` (``recovery.judged``) in a run without one of its own."""
 
 UNSCORED = f"{RECOVERY} is not defined for images of fewer than 11 pixels a side"
-
-TARGET = ["image", "seed"]
-"""The columns that name an attacked image."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,8 @@ class AttackerStats:
     Attributes:
         attacker: the short name of an attack under a threat model.
         tried: trials that have a score.
-        recovered: images (each seed counts) that this attacker was the first to recover.
+        recovered: images (each seed counts) that this attacker was the first to recover; those that a floor recovers
+            are left out.
         failed: trials that diverged, part of ``tried``.
         skipped: trials that were not run because another attacker had recovered the image.
         open: trials that have not ended yet.
@@ -53,10 +52,12 @@ class EnsembleResult:
     """The share of images that an ensemble of attackers recovers behind one defense, for one dataset and model.
 
     Attributes:
-        images: how many images at least one attacker could attack.
-        targets: the same, counted once per seed.
+        images: how many images at least one attacker could attack, without those that a floor recovers.
+        groups: how many groups they are in (``Dataset.group``).
+        targets: images, counted once per seed.
+        by_floor: how many images are left out because a floor recovers them, by the threshold alone.
         share: of recovered images, in [0, 1]: the mean over images of the share of their seeds; NaN without images.
-        low: the lower end of the share's 95 % Wilson interval over images; ``high`` is the upper end.
+        low: the lower end of the share's 95 % interval (``share_interval``); ``high`` is the upper end.
         attackers: the trials of every attacker, in the order in which they ran.
     """
 
@@ -64,7 +65,9 @@ class EnsembleResult:
     model: str
     defense: str
     images: int
+    groups: int
     targets: int
+    by_floor: int
     share: float
     low: float
     high: float
@@ -85,13 +88,13 @@ def ensemble_results(trials: pd.DataFrame, threshold: float) -> list[EnsembleRes
 
     Args:
         trials: every planned trial in the order of planning (``Store.trials``).
-        threshold: in [0, 1]; an image is recovered if its ``ssim_aligned`` is at least this.
+        threshold: in [0, 1]; see ``recovery.judged``.
     """
-    attacks = trials[~trials["floor"].to_numpy(dtype=bool)]
+    attacks = judged(trials, threshold)[~trials["floor"].to_numpy(dtype=bool)]
     names = attacker_names(attacks)
     found = []
     for _, scene in attacks.groupby(["dataset", "model"], sort=False):
-        own = [_ensemble_result(block, threshold, names) for _, block in scene.groupby("defense", sort=False)]
+        own = [_ensemble_result(block, names) for _, block in scene.groupby("defense", sort=False)]
         found += sorted(own, key=lambda one: (math.isnan(one.share), one.share))
     return found
 
@@ -110,16 +113,17 @@ def _adaptive(threat: str) -> str:
     return "" if named is None else f" ({'adaptive' if named[1] == 'true' else named[1]})"
 
 
-def _ensemble_result(block: pd.DataFrame, threshold: float, names: Mapping[tuple[str, str], str]) -> EnsembleResult:
-    """Return the result of one defense from its trials in the order of planning."""
-    recovered = (block["status"] == "ok") & (block[RECOVERY] >= threshold)
-    first = block[recovered].drop_duplicates(TARGET)
+def _ensemble_result(block: pd.DataFrame, names: Mapping[tuple[str, str], str]) -> EnsembleResult:
+    """Return the result of one defense from its judged trials in the order of planning."""
+    recovered = block["recovered"]
+    first = block[recovered & ~block["by_floor"]].drop_duplicates(TARGET)
     known = recovered.groupby([block[axis] for axis in TARGET]).transform("any")
     scored = block["status"].isin(("ok", "failed")) & block[RECOVERY].notna()
-    targets = block[scored].drop_duplicates(TARGET)
-    by_image = known[targets.index].astype(float).groupby(targets["image"]).mean()
-    share = float(by_image.mean())
-    low, high = wilson_interval(share, len(by_image)) if len(by_image) else (math.nan, math.nan)
+    targets = block[scored & ~block["by_floor"]].drop_duplicates(TARGET)
+    by_image = unit_means(known[targets.index].to_numpy(dtype=float), targets["image"].to_numpy())
+    share = float(by_image.mean()) if len(by_image) else math.nan
+    groups = targets.drop_duplicates("image").sort_values("image")["group"].to_numpy()
+    low, high = share_interval(by_image, groups)
     waiting = block["status"] == ""
     attackers = []
     for (attack, threat), own in block.groupby(["attack", "threat"], sort=False):
@@ -141,15 +145,29 @@ def _ensemble_result(block: pd.DataFrame, threshold: float, names: Mapping[tuple
             )
         )
     dataset, model, defense = (str(block[axis].iloc[0]) for axis in ("dataset", "model", "defense"))
-    return EnsembleResult(dataset, model, defense, len(by_image), len(targets), share, low, high, tuple(attackers))
+    return EnsembleResult(
+        dataset=dataset,
+        model=model,
+        defense=defense,
+        images=len(by_image),
+        groups=len(set(groups)),
+        targets=len(targets),
+        by_floor=block.loc[scored & block["by_floor"], "image"].nunique(),
+        share=share,
+        low=low,
+        high=high,
+        attackers=tuple(attackers),
+    )
 
 
 def floor_share(trials: pd.DataFrame, threshold: float) -> float:
-    """Return the share of images that the best floor recovers: the mean over images of their seeds; NaN without floors.
+    """Return the share of images on which the best floor reaches the threshold: the mean over images of their seeds.
+
+    It is NaN without floors.
 
     Args:
         trials: those of one dataset and model (``Store.trials``); a floor counts once, whatever the threat model.
-        threshold: see ``ensemble_results``.
+        threshold: in [0, 1].
     """
     floors = trials[trials["floor"].to_numpy(dtype=bool) & trials["status"].isin(("ok", "failed"))]
     floors = floors.drop_duplicates(["attack", *TARGET])

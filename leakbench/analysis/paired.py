@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from leakbench.analysis.statistics import UNIT
 from leakbench.analysis.summary import BLOCK
 from leakbench.plan.matrix import parse_threat
 
@@ -17,7 +18,7 @@ MAX_COMPARED = 5
 
 
 class Pair(NamedTuple):
-    """A difference: its name, and the results of both cells by (image, seed)."""
+    """A difference: its name, and the results of both cells by ``UNIT``."""
 
     name: str
     first: pd.DataFrame
@@ -30,7 +31,7 @@ def attacks_of(results: pd.DataFrame, block: tuple[str, str, str]) -> pd.DataFra
 
 
 def _cells(results: pd.DataFrame, axis: str) -> dict[str, pd.DataFrame]:
-    return {str(name): cell.set_index(["image", "seed"]) for name, cell in results.groupby(axis, sort=False)}
+    return {str(name): cell.set_index(UNIT) for name, cell in results.groupby(axis, sort=False)}
 
 
 def defense_pairs(results: pd.DataFrame) -> list[Pair]:

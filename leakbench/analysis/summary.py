@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from leakbench.analysis.statistics import Array, bootstrap_interval
+from leakbench.analysis.recovery import TARGET
+from leakbench.analysis.statistics import UNIT, Array, bootstrap_interval
 from leakbench.store.records import MetricInfo
 
 BLOCK = ("dataset", "model", "threat")
@@ -15,6 +16,9 @@ BLOCK = ("dataset", "model", "threat")
 
 ANY = "(any)"
 """What a floor has in the defense's place: it uses no gradient, so it is the same behind every defense."""
+
+LABEL = "label_correct"
+"""The metric that is not about images."""
 
 STATUSES = ("ok", "failed", "unsupported", "error")
 
@@ -36,17 +40,43 @@ def without_repeats(results: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([floors, results[~floor]])
 
 
+def rescored(results: pd.DataFrame, metrics: Sequence[MetricInfo]) -> pd.DataFrame:
+    """Return the results in which each failed trial has the score of the best floor in place of the grey image's.
+
+    An attacker whose attack diverged still has the floors. The floor is chosen for each dataset and metric by its mean
+    over all images, which needs no private image, and gives its score on the trial's image and seed. Without a floor's
+    score the trial keeps its own; so does ``LABEL``, since an attack that diverged may have inferred the label.
+    """
+    floor = results["floor"].to_numpy(dtype=bool)
+    failed = (results["status"] == "failed").to_numpy() & ~floor
+    if not failed.any():
+        return results
+    found = results.copy()
+    for dataset in results.loc[failed, "dataset"].unique():
+        here = (results["dataset"] == dataset).to_numpy()
+        floors = results[here & floor & (results["status"] == "ok").to_numpy()].drop_duplicates(["attack", *TARGET])
+        rows = found.index[here & failed]
+        wanted = pd.MultiIndex.from_frame(results.loc[rows, TARGET])
+        for metric in (one for one in metrics if one.name in results and one.name != LABEL and len(floors)):
+            table = floors.pivot(index=TARGET, columns="attack", values=metric.name)
+            name, values = _best_floor({str(name): table[name].to_numpy() for name in table}, metric)
+            if name:
+                best = pd.Series(values, table.index).reindex(wanted).to_numpy()
+                found.loc[rows, metric.name] = np.where(np.isnan(best), found.loc[rows, metric.name], best)
+    return found
+
+
 def summarise(results: pd.DataFrame, metrics: Sequence[MetricInfo]) -> pd.DataFrame:
     """Return one row per dataset, model, threat, attack and defense; floors come first and once.
 
     ``n`` trials ended, of which ``ok``, ``failed``, ``unsupported`` and ``error``. For every metric M: ``M`` is its
-    mean over the ``M n`` trials that have it (failed ones included), ``M low`` and ``M high`` its 95 % interval;
+    mean over the ``M n`` trials that have it (failed ones by ``rescored``), ``M low`` and ``M high`` its 95 % interval;
     ``M gain`` is the mean over (image, seed) pairs of the leakage beyond the floor ``M floor``, positive
     if the attack leaks more, with ``M gain low`` and ``M gain high``. The floor is the one with the best mean over the
     same pairs; floors themselves have no gain.
     """
     rows = []
-    for key, block in blocks(without_repeats(results)):
+    for key, block in blocks(without_repeats(rescored(results, metrics))):
         floors = {str(name): _paired(part) for name, part in block[block["floor"]].groupby("attack", sort=False)}
         ranks = [pd.factorize(block[axis])[0] for axis in ("attack", "defense")]
         for _, cell in block.groupby(ranks):
@@ -80,7 +110,7 @@ def strongest(summary: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def _paired(cell: pd.DataFrame) -> pd.DataFrame:
-    return cell.set_index(["image", "seed"])
+    return cell.set_index(UNIT)
 
 
 def _columns(metric: str) -> list[str]:
@@ -91,7 +121,7 @@ def _columns(metric: str) -> list[str]:
 def _measure(cell: pd.DataFrame, floors: Mapping[str, pd.DataFrame], metric: MetricInfo) -> dict[str, Any]:
     """Return the metric's columns for one cell; each floor has the cell's (image, seed) pairs as its rows."""
     values = cell[metric.name].to_numpy(dtype=np.float64)
-    images = cell.index.get_level_values("image").to_numpy()
+    images, groups = (cell.index.get_level_values(level).to_numpy() for level in ("image", "group"))
     has = ~np.isnan(values)
     below = {name: floor[metric.name].to_numpy(dtype=np.float64) for name, floor in floors.items()}
     name, floor = _best_floor({name: np.where(has, floor, np.nan) for name, floor in below.items()}, metric)
@@ -99,10 +129,10 @@ def _measure(cell: pd.DataFrame, floors: Mapping[str, pd.DataFrame], metric: Met
     gain = gains(values[pairs], floor[pairs], metric) if name else values[pairs]
     found = (
         _mean(values[has]),
-        *bootstrap_interval(values[has], images[has]),
+        *bootstrap_interval(values[has], images[has], groups[has]),
         int(has.sum()),
         _mean(gain),
-        *bootstrap_interval(gain, images[pairs]),
+        *bootstrap_interval(gain, images[pairs], groups[pairs]),
         name,
     )
     return dict(zip(_columns(metric.name), found))

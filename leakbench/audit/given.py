@@ -213,6 +213,10 @@ class Audited(Dataset):
         """Return images [N, C, H, W] in [0, 1] and labels [N] at these indices."""
         return self._inner.load(indices)
 
+    def group(self, index: int) -> int:
+        """Return the group of an image."""
+        return self._inner.group(index)
+
     def mean(self) -> Tensor:
         """Return the mean of the public images, [C, H, W]."""
         return self._inner.mean()

@@ -13,7 +13,7 @@ def check(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of
     is 0 if the run is complete and valid, 1 if trials are missing or ended in an error, 3 if the file has faults, and 2
     if there is no run file.
     """
-    from leakbench.store import integrity
+    from leakbench.analysis import integrity
 
     found = integrity.check(run)
     for line in found.lines():

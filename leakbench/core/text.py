@@ -81,3 +81,9 @@ def slug(parts: Iterable[str]) -> str:
 def plural(count: int, noun: str) -> str:
     """Return ``1 image`` or ``4 images``."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def in_groups(images: int, groups: int, noun: str = "") -> str:
+    """Return ``32``, or ``32 in 7 groups`` if the images are in fewer groups; with a noun ``32 images in 7 groups``."""
+    counted = plural(images, noun) if noun else f"{images:,}"
+    return counted if images == groups else f"{counted} in {plural(groups, 'group')}"

@@ -39,6 +39,14 @@ class Dataset(Component):
     def mean(self) -> Tensor:
         """Return [C, H, W] in [0, 1], the mean of public images, which are never attacked."""
 
+    def group(self, index: int) -> int:
+        """Return the group of an image: images of one group are alike, such as crops of one photograph.
+
+        Intervals and tests take groups, not images, as independent. By default every image is its own group. It needs
+        no data of the cache, since reports ask for it too.
+        """
+        return index
+
     def note(self) -> str:
         """Return a warning about scores over these images, in one line, or an empty string."""
         return ""

@@ -49,11 +49,17 @@ class Samples(Resizable):
         rows = torch.tensor(list(indices), dtype=torch.int64)
         return convert(images[rows], self.size, self.channels), labels[rows]
 
+    def group(self, index: int) -> int:
+        """Return the number of the photograph that a crop is from, which is its label."""
+        check_indices(self.name, len(self), [index])
+        return _labels("images")[index]
+
     def note(self) -> str:
         """Return that the crops are not independent."""
         return (
-            f"These images are crops of {self.classes} photographs, and crops of one photograph are alike. Intervals "
-            "and tests assume independent images, so they are too narrow here. CIFAR-10 has no such groups."
+            f"These images are crops of {self.classes} photographs, and crops of one photograph are alike. Each "
+            "photograph is a group: intervals and tests count groups as independent, not images. CIFAR-10 has no such "
+            "groups."
         )
 
     def mean(self) -> Tensor:
@@ -63,14 +69,23 @@ class Samples(Resizable):
 
 
 @functools.cache
-def _sheet(name: Literal["images", "public"]) -> tuple[Tensor, Tensor]:
-    """Return a sheet's crops [N, 3, 32, 32] in [0, 1] and their labels [N]."""
+def _labels(name: Literal["images", "public"]) -> list[int]:
+    """Return the labels of a sheet's crops."""
     try:
         with (FOLDER / "index.csv").open(newline="") as file:
-            labels = [int(row["label"]) for row in csv.DictReader(file) if row["sheet"] == name]
+            return [int(row["label"]) for row in csv.DictReader(file) if row["sheet"] == name]
+    except (OSError, ValueError, KeyError) as error:
+        raise CorruptAsset(f"{FOLDER} is damaged ({error}); install leakbench anew") from None
+
+
+@functools.cache
+def _sheet(name: Literal["images", "public"]) -> tuple[Tensor, Tensor]:
+    """Return a sheet's crops [N, 3, 32, 32] in [0, 1] and their labels [N]."""
+    labels = _labels(name)
+    try:
         with Image.open(FOLDER / f"{name}.png") as image:
             pixels = np.array(image.convert("RGB"))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise CorruptAsset(f"{FOLDER} is damaged ({error}); install leakbench anew") from None
     rows, columns = pixels.shape[0] // SIDE, pixels.shape[1] // SIDE
     crops = pixels.reshape(rows, SIDE, columns, SIDE, 3).transpose(0, 2, 4, 1, 3).reshape(-1, *Samples.native)

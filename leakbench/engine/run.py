@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from leakbench import datasets, metrics
+from leakbench.core.component import as_json
 from leakbench.core.device import device_named
 from leakbench.core.lock import alone
 from leakbench.core.malloc import keep_freed_memory
@@ -223,6 +224,8 @@ def _session(plan: _Planned, folder: Path, shard: str, command: str) -> Iterator
         store.add_trials(plan.trials, among=plan.whole)
         store.record_checkpoints(checkpoints)
         store.record_statements(statements)
+        with store.transaction():
+            store.record_groups(_groups(plan.whole))
         yield store, session
         store.end_session(session)
 
@@ -428,6 +431,21 @@ def _notes(measured: Sequence[Metric], trials: Sequence[Trial]) -> dict[str, str
         lines = dict.fromkeys(metric.note(shape) for shape in shapes)
         notes[metric.name] = " ".join(line for line in lines if line)
     return notes
+
+
+def _groups(trials: Sequence[Trial]) -> dict[str, dict[int, int]]:
+    """Return the group of each image by the dataset's settings (JSON), for datasets in which images share groups."""
+    found = {}
+    for dataset in {trial.cell.specs["dataset"]: trial.cell.dataset for trial in trials}.values():
+        name = datasets.spec(dataset)
+        images = sorted({trial.image for trial in trials if trial.cell.specs["dataset"] == name})
+        try:
+            groups = {image: int(dataset.group(image)) for image in images}
+        except Exception as error:
+            raise LeakbenchError(f"dataset {name!r}: group() failed: {type(error).__name__}: {one_line(error)}") from error
+        if len(set(groups.values())) < len(groups):
+            found[json.dumps(as_json(dataset.settings()), sort_keys=True)] = groups
+    return found
 
 
 def _stated(trials: Sequence[Trial]) -> tuple[dict[str, Checkpoint], dict[tuple[str, str], Statement]]:

@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from leakbench.analysis.recovery import recovered_targets
 from leakbench.engine.worker import ChunkTask, ClientData, MeasureTask, without_score
-from leakbench.plan.matrix import RECOVERY
 from leakbench.plan.trial import Cell, Result, Trial, target
 from leakbench.store.run_file import Store
 
@@ -20,12 +20,14 @@ MAX_DEATHS = 3
 def recovered(trials: Iterable[Trial], store: Store, threshold: float | None) -> set[str]:
     """Return the trials to skip: another trial has recovered the same image behind the same defense.
 
+    Whether it has is judged against the floors on the image (``analysis.recovery``), which run before.
+
     The private image decides here which trials are still run; it never decides what an attack returns. Floors always
     run, and without a threshold all trials run.
     """
     if threshold is None:
         return set()
-    by_target = store.recovered(RECOVERY, threshold)
+    by_target = recovered_targets(store, threshold)
     attacked = (trial for trial in trials if not trial.cell.attack.floor)
     return {trial.id for trial in attacked if by_target.get(trial.target, set()) - {trial.id}}
 
@@ -46,8 +48,8 @@ class _Line:
 class Schedule:
     """The chunks of a run, one after the other.
 
-    In an ensemble (with a threshold), the cells of one dataset, model and defense run one after the other, except for
-    floors, so that the same trials are skipped with any number of workers.
+    In an ensemble (with a threshold), the floors of a dataset run first, and then the cells of one dataset, model and
+    defense one after the other, so that the same trials are skipped with any number of workers.
 
     Args:
         trials: all planned trials, those of a cell together.
@@ -75,6 +77,8 @@ class Schedule:
         groups = itertools.groupby(trials, key=lambda trial: trial.cell.key)
         cells = [tuple(members) for _, members in groups]
         self._pieces = max(1, -(-workers // max(1, len(cells))))
+        if threshold is not None:
+            cells.sort(key=lambda cell: not cell[0].cell.attack.floor)
         self._lines = [_Line(cell[0].cell, cell, target(cell[0].cell.settings, 0, 0)) for cell in cells]
         self._by_cell = {line.cell.key: line for line in self._lines}
         self._unmeasured: deque[MeasureTask] = deque()
@@ -86,17 +90,16 @@ class Schedule:
             self._first += 1
         if self._unmeasured:
             return self._unmeasured.popleft()
-        busy: set[str] = set()
+        busy: set[str] = set()  # chains with a line that has not ended, and datasets whose floors have not
         for line in itertools.islice(self._lines, self._first, None):
             if line.ended:
                 continue
-            chained = self._threshold is not None and not line.cell.attack.floor
-            if not (chained and line.chain in busy):
-                task = self._take(line)
-                if task is not None:
-                    return task
-            if chained and not line.ended:
-                busy.add(line.chain)
+            floor, dataset = line.cell.attack.floor, line.cell.specs["dataset"]
+            waits = self._threshold is not None and not floor and not busy.isdisjoint((line.chain, dataset))
+            if not waits and (task := self._take(line)) is not None:
+                return task
+            if self._threshold is not None and not line.ended:
+                busy.add(dataset if floor else line.chain)
         return None
 
     def measured(self, task: MeasureTask, size: int) -> None:

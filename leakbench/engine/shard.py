@@ -23,12 +23,13 @@ def parse(text: str) -> tuple[int, int]:
 
 
 def part(trials: Sequence[Trial], shard: str, *, ensemble: bool) -> list[Trial]:
-    """Return the trials of a shard, in their order; each trial of a matrix is in one of its n shards.
+    """Return the trials of a shard, in their order; each trial of a matrix is in one of its n shards (a floor may be
+    in several).
 
     A cell with enough images and seeds is cut into n pieces, one for each shard, so that all shards take equally long.
     A smaller cell is cut into pieces that still fill a chunk, which a hash assigns to shards; a shard may be empty. In
     an ensemble, whose attacks skip images that another one has recovered, all trials on one image behind one defense
-    are in the same shard.
+    are in the same shard, and the floors on this image, by which recovered is judged, are in each shard that attacks it.
 
     Args:
         trials: all planned trials.
@@ -54,7 +55,14 @@ def part(trials: Sequence[Trial], shard: str, *, ensemble: bool) -> list[Trial]:
             dealt += [(f"{key}/{number}", _piece(alike, number, pieces)) for number in range(pieces)]
     dealt.sort(key=lambda piece: hashlib.sha256(piece[0].encode()).digest())
     own |= {trial.id for _, piece in dealt[place - 1 :: count] for unit in piece for trial in unit}
-    return [trial for trial in trials if trial.id in own]
+    attacked = {_image(trial) for trial in trials if ensemble and trial.id in own}
+    return [
+        trial for trial in trials if trial.id in own or (trial.cell.attack.floor and _image(trial) in attacked)
+    ]
+
+
+def _image(trial: Trial) -> tuple[str, int, int]:
+    return trial.cell.specs["dataset"], trial.image, trial.seed
 
 
 def _piece(units: list[list[Trial]], number: int, pieces: int) -> list[list[Trial]]:

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from leakbench.analysis.ensemble import TARGET
 from leakbench.analysis.paired import METRICS, Pair
-from leakbench.analysis.statistics import ALPHA, ROUNDING, holm, mcnemar_test
-from leakbench.core.text import ABSENT, p_value, percent
+from leakbench.analysis.recovery import TARGET, judged
+from leakbench.analysis.statistics import ALPHA, ROUNDING, holm, sign_flip_test
+from leakbench.analysis.summary import rescored
+from leakbench.core.text import ABSENT, in_groups, p_value, percent
 from leakbench.errors import BadOption
 from leakbench.plan.matrix import RECOVERY
 from leakbench.report.differences import paired_table, too_few
@@ -32,7 +33,7 @@ class ComparedRun:
 
     Attributes:
         name: its name on the page.
-        trials: every planned trial (``Store.trials``).
+        trials: every planned trial (``Store.trials``), failed ones with the scores of a floor (``rescored``).
         records: what identifies each trial (``Store.records``).
         metrics: those of the run.
         sessions: its starts.
@@ -47,7 +48,8 @@ class ComparedRun:
     @classmethod
     def of(cls, name: str, store: Store) -> ComparedRun:
         """Return an open run under a name."""
-        return cls(name, store.trials(), store.records(), store.metrics(), store.sessions())
+        metrics = store.metrics()
+        return cls(name, rescored(store.trials(), metrics), store.records(), metrics, store.sessions())
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,7 @@ def diff(first: ComparedRun, second: ComparedRun) -> Comparison:
     attacked = [(name, pair) for name, pair in zip(names, pairs) if not pair.floor]
     known = {metric.name for metric in (*first.metrics, *second.metrics)}
     metrics = [name for name in METRICS if name in known]
-    scores = [
-        Pair(name, pair.after.reindex(columns=metrics), pair.before.reindex(columns=metrics)) for name, pair in attacked
-    ]
+    scores = [Pair(name, *(_by_group(pair, arm, metrics) for arm in (pair.after, pair.before))) for name, pair in attacked]
     differences, significant = paired_table(scores, metrics)
     ensembles, moved = _ensembles(first, second)
     text = render_markdown(
@@ -155,6 +155,12 @@ def _matched(first: Sequence[_Cell], second: Sequence[_Cell]) -> Iterator[_Match
                 yield _Matched(cell.specs, settings, cell.trials.loc[both], other.trials.loc[both])
 
 
+def _by_group(pair: _Matched, arm: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+    """Return one side's scores by group, image and seed; the groups are those of the first run."""
+    scores = arm.reindex(columns=list(metrics)).assign(group=pair.before["group"])
+    return scores.set_index("group", append=True)
+
+
 def _identical(pair: _Matched, metrics: Sequence[str]) -> int:
     """Return how many trials have the same scores in both runs, but for rounding."""
     first, second = (trials.reindex(columns=list(metrics)).astype(float) for trials in (pair.before, pair.after))
@@ -175,19 +181,21 @@ def _ensembles(first: ComparedRun, second: ComparedRun) -> tuple[str, int]:
         for scene, old in before.items():
             both = old.index.intersection(after[scene].index) if scene in after else ()
             if len(both):
-                found.append((scene, old[both], after[scene][both]))
-    rows, values = [], []
+                found.append((scene, old.loc[both], after[scene].loc[both]))
+    rows, values, counts = [], [], [(0, 0)]
     for scene, old, now in found:
-        more, less = int((now & ~old).sum()), int((old & ~now).sum())
-        shares = [percent(float(one.mean())) for one in (old, now)]
-        rows.append([", ".join(scene), str(len(old)), *shares, str(more), str(less)])
-        values.append(mcnemar_test(more, less))
+        changes = now["hit"].astype(int) - old["hit"].astype(int)
+        shares = [percent(float(one["hit"].mean())) for one in (old, now)]
+        counts.append((old.index.get_level_values("image").nunique(), old["group"].nunique()))
+        moved = [str(int((changes == change).sum())) for change in (1, -1)]
+        rows.append([", ".join(scene), in_groups(*counts[-1]), *shares, *moved])
+        values.append(sign_flip_test(changes.to_numpy(), old["group"].to_numpy()))
     adjusted = holm(values)
     rows = [[*row, p_value(p), p_value(corrected)] for row, p, corrected in zip(rows, values, adjusted)]
     headings = ["behind", "images", "first run", "second run", "newly recovered", "no longer", "p", "p (Holm)"]
     bold = np.zeros((len(rows), len(headings)), dtype=bool)
     bold[:, -1] = [corrected <= ALPHA for corrected in adjusted]
-    sentence = too_few(max((len(old) for _, old, _ in found), default=0), len(rows)) if rows else ""
+    sentence = too_few(*max(counts, key=lambda count: count[1]), len(rows)) if rows else ""
     text = render_markdown(
         "diff_ensembles.md.j2",
         first=first.name,
@@ -200,14 +208,20 @@ def _ensembles(first: ComparedRun, second: ComparedRun) -> tuple[str, int]:
     return text.strip(), int(bold.sum())
 
 
-def _recovered(run: ComparedRun, threshold: float) -> dict[tuple[str, ...], pd.Series]:
-    """Return by dataset, model and defense whether any attacker recovered each (image, seed) that has a score."""
-    scored = run.trials[~run.trials["floor"].to_numpy(dtype=bool) & run.trials["status"].isin(("ok", "failed"))]
-    scored = scored[scored[RECOVERY].notna()]
-    scored = scored.assign(hit=(scored["status"] == "ok") & (scored[RECOVERY] >= threshold))
+def _recovered(run: ComparedRun, threshold: float) -> dict[tuple[str, ...], pd.DataFrame]:
+    """Return by dataset, model and defense whether any attacker recovered (``hit``) each (image, seed) with a score.
+
+    Images that a floor recovers are left out. Each has its ``group``.
+    """
+    trials = judged(run.trials, threshold)
+    scored = trials[~trials["floor"].to_numpy(dtype=bool) & trials["status"].isin(("ok", "failed"))]
+    scored = scored[scored[RECOVERY].notna() & ~scored["by_floor"]]
     specs = [run.records[trial].specs for trial in scored["trial"]]
     axes = [pd.Series([one[axis] for one in specs], scored.index) for axis in ("dataset", "model", "defense")]
-    return {tuple(map(str, scene)): own.groupby(TARGET)["hit"].any() for scene, own in scored.groupby(axes, sort=False)}
+    return {
+        tuple(map(str, scene)): own.groupby(TARGET).agg(hit=("recovered", "any"), group=("group", "first"))
+        for scene, own in scored.groupby(axes, sort=False)
+    }
 
 
 def _versions(first: ComparedRun, second: ComparedRun) -> dict[str, object]:

@@ -13,10 +13,10 @@ from leakbench.analysis.statistics import (
     bootstrap_interval,
     holm,
     paired_difference,
+    share_interval,
     smallest_p,
-    wilson_interval,
 )
-from leakbench.core.text import ABSENT, decimals, number, p_value, plural, with_interval
+from leakbench.core.text import ABSENT, decimals, in_groups, number, p_value, plural, with_interval
 from leakbench.report.display import to_markdown
 from leakbench.report.page import render_markdown
 from leakbench.store.records import MetricInfo
@@ -59,20 +59,21 @@ def _leading(own: pd.DataFrame) -> str:
     """Return the table of leading attackers; empty if no two attackers met the same image behind a defense."""
     found = []
     for defense, cells in own.groupby("defense", sort=False):
-        means = cells.pivot_table(index="image", columns="attack", values="psnr_aligned", aggfunc="mean", sort=False)
+        means = cells.pivot_table(index=["group", "image"], columns="attack", values="psnr_aligned", aggfunc="mean", sort=False)
         means = means.dropna()  # pivot_table leaves out attackers without any value
         if len(means.columns) < 2 or means.empty:
             continue
         gains = {name: means[name] - means.drop(columns=name).max(axis=1) for name in means.columns}
         attack, gain = max(gains.items(), key=lambda item: ((item[1] > 0).mean(), item[1].mean()))
         share = float((gain > 0).mean())
-        shares = [f"{100 * value:.0f}" for value in (share, *wilson_interval(share, len(gain)))]
-        found.append((defense, attack, len(gain), "{} % [{}, {}]".format(*shares), gain))
-    places = decimals([float(gain.mean()) for *_, gain in found])
-    rows = [
-        [*map(str, row), with_interval(float(gain.mean()), *bootstrap_interval(gain.to_numpy()), places, sign=True)]
-        for *row, gain in found
-    ]
+        groups = gain.index.get_level_values("group").to_numpy()
+        ends = share_interval((gain > 0).to_numpy(dtype=float), groups)
+        shares = [f"{100 * value:.0f}" for value in (share, *ends)]
+        images = in_groups(len(gain), len(set(groups)))
+        lead = (float(gain.mean()), *bootstrap_interval(gain.to_numpy(), groups=groups))
+        found.append((defense, attack, images, "{} % [{}, {}]".format(*shares), lead))
+    places = decimals([lead[0] for *_, lead in found])
+    rows = [[*map(str, row), with_interval(*lead, places, sign=True)] for *row, lead in found]
     headings = ["defense", "attack", "images", "above all others on", "over the best other: mean, dB"]
     return to_markdown(pd.DataFrame(rows, columns=headings))
 
@@ -88,13 +89,13 @@ def paired_table(pairs: Sequence[Pair], metrics: Sequence[str]) -> tuple[str, in
     }
     rows = [row for row in range(len(pairs)) if any(found[metric][row].images for metric in metrics)]
     every = [found[metric][row].p for metric in metrics for row in rows]
-    images = [max(found[metric][row].images for metric in metrics) for row in rows]
     if not rows:
         return "", 0
-    if sentence := too_few(max(images), sum(not math.isnan(p) for p in every)):
+    counts = [max((found[metric][row].images, found[metric][row].groups) for metric in metrics) for row in rows]
+    if sentence := too_few(*max(counts, key=lambda count: count[1]), sum(not math.isnan(p) for p in every)):
         return sentence, 0
     adjusted = dict(zip(((metric, row) for metric in metrics for row in rows), holm(every)))
-    headings, columns, bold = ["difference", "images"], [[pairs[row].name for row in rows], list(map(str, images))], []
+    headings, columns, bold = ["difference", "images"], [[pairs[row].name for row in rows], [in_groups(*count) for count in counts]], []
     for metric in metrics:
         unit = f", {METRICS[metric]}" if METRICS[metric] else ""
         places = decimals([found[metric][row].mean for row in rows])
@@ -121,11 +122,10 @@ def _cells(one: Difference, adjusted: float, places: int | None) -> list[str]:
     return [mean, number(one.median, places, sign=True), p_value(one.p), p_value(adjusted)]
 
 
-def too_few(images: int, tests: int) -> str:
-    """Return a sentence if no difference, however large, can be significant on this number of images."""
-    least = smallest_p(images, max(1, tests))
+def too_few(images: int, groups: int, tests: int) -> str:
+    """Return a sentence if no difference, however large, can be significant on so few groups of images."""
+    least = smallest_p(groups, max(1, tests))
     if least <= ALPHA:
         return ""
-    return (
-        f"Not significant at {plural(images, 'image')}: with {plural(tests, 'test')}, p is at least {p_value(least)}."
-    )
+    counted = in_groups(images, groups, "image")
+    return f"Not significant at {counted}: with {plural(tests, 'test')}, p is at least {p_value(least)}."

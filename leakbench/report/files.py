@@ -12,7 +12,7 @@ from leakbench.errors import BadOption, LeakbenchError
 from leakbench.report import compare, curves, figures, grids, html, latex, sharing, weights, worst_case
 from leakbench.report.markdown import markdown
 from leakbench.report.run import Picture, RunData
-from leakbench.store.frames import AFTER, BEFORE
+from leakbench.store.frames import AFTER, BEFORE, ended
 from leakbench.store.records import threshold_of
 from leakbench.store.run_file import FILE, Store
 
@@ -47,7 +47,7 @@ def write(out: Path | str, formats: Collection[str] = DEFAULT_FORMATS) -> list[P
     with Store.open(out / FILE, readonly=True) as store:
         run = RunData.of(store, out.resolve().name)
         if "csv" in formats:
-            written.append(replace(out / "results.csv", csv(run.results).encode()))
+            written.append(replace(out / "results.csv", csv(ended(run.trials)).encode()))
         if "html" in formats:
             text = html.html(run, store.images, utility.load(out / utility.FILE), store.curves())
             written.append(replace(out / "report.html", text.encode("utf-8", "replace")))
@@ -138,7 +138,7 @@ def remove_others(folder: Path, pattern: re.Pattern[str], names: Collection[str]
 
 
 def csv(results: pd.DataFrame) -> str:
-    """Return the results as CSV: ``BEFORE``, the metrics, then reason, objective and evaluations."""
+    """Return the results as CSV: ``BEFORE``, the metrics, then reason, objective, evaluations and group; scores as they are stored."""
     metrics = [column for column in results.columns if column not in BEFORE + AFTER]
-    columns = [*BEFORE, *metrics, "reason", "objective", "evaluations"]
+    columns = [*BEFORE, *metrics, "reason", "objective", "evaluations", "group"]
     return str(results[columns].to_csv(index=False, lineterminator="\n"))

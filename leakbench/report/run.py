@@ -9,7 +9,7 @@ from functools import cached_property
 import pandas as pd
 
 from leakbench.analysis.ensemble import skipped
-from leakbench.analysis.summary import STATUSES
+from leakbench.analysis.summary import STATUSES, rescored
 from leakbench.core.text import number
 from leakbench.report.page import render_markdown
 from leakbench.store.frames import ended
@@ -64,8 +64,8 @@ class RunData:
 
     @cached_property
     def results(self) -> pd.DataFrame:
-        """One row per trial with a result (``Store.results``)."""
-        return ended(self.trials)
+        """One row per trial with a result (``Store.results``), failed ones with the scores of a floor (``rescored``)."""
+        return rescored(ended(self.trials), self.metrics)
 
     @cached_property
     def planned(self) -> int:

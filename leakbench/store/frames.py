@@ -1,5 +1,6 @@
 """Rows of the run file as the components and the tables that readers ask for."""
 
+import functools
 import hashlib
 import json
 import sqlite3
@@ -8,12 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 import pandas as pd
 from pydantic import TypeAdapter
 
+from leakbench import datasets
+from leakbench.errors import LeakbenchError
 from leakbench.models.weights import Checkpoint
 from leakbench.store.records import Statement, StoredComponent
 
 BEFORE = ("trial", "dataset", "model", "defense", "attack", "threat", "image", "seed", "status", "seconds")
 """The columns of the results before the metrics."""
-AFTER = ("reason", "objective", "evaluations", "floor", "path")
+AFTER = ("reason", "objective", "evaluations", "floor", "path", "group")
 """The columns of the results after the metrics."""
 
 SPECS = ("dataset", "model", "threat", "defense", "attack")
@@ -55,7 +58,11 @@ def components(cells: Sequence[sqlite3.Row], stated: Callable[[str], Mapping[str
 
 
 def trials(
-    rows: Sequence[sqlite3.Row], cells: Sequence[sqlite3.Row], scores: Sequence[sqlite3.Row], metrics: list[str]
+    rows: Sequence[sqlite3.Row],
+    cells: Sequence[sqlite3.Row],
+    scores: Sequence[sqlite3.Row],
+    metrics: list[str],
+    groups: Mapping[str, str],
 ) -> pd.DataFrame:
     """Return one row per trial: ``BEFORE``, the metrics, ``AFTER``.
 
@@ -64,14 +71,18 @@ def trials(
         cells: rows of the table ``cells``.
         scores: rows of (trial, metric, value).
         metrics: the names of the metrics, in order.
+        groups: what was recorded of the groups of images (``Store.stated``).
     """
-    planned = {column: [row[column] for row in rows] for column in (*BEFORE, *AFTER) if column not in SPECS}
+    own = [column for column in (*BEFORE, *AFTER) if column not in (*SPECS, "group")]
+    planned = {column: [row[column] for row in rows] for column in own}
+    groups_of = _groups(cells, groups)
+    planned["group"] = [groups_of[row["cell_id"]](row["image"]) for row in rows]
     for axis in SPECS:
         labels = {cell: _labelled(spec, variant) for cell, (spec, _, variant) in _variants(cells, axis).items()}
         planned[axis] = [labels[row["cell_id"]] for row in rows]
     frame = pd.DataFrame(planned).astype(
         dict.fromkeys(("trial", *SPECS, "status", "reason", "path"), "str")
-        | dict.fromkeys(("image", "seed"), "int64")
+        | dict.fromkeys(("image", "seed", "group"), "int64")
         | {"seconds": "float64", "objective": "float64", "evaluations": "Int64", "floor": "bool"}
     )
     values = pd.DataFrame([tuple(row) for row in scores], columns=["trial", "metric", "value"])
@@ -86,6 +97,24 @@ def ended(planned: pd.DataFrame) -> pd.DataFrame:
     ranks = {f"{axis} rank": pd.factorize(planned[axis])[0] for axis in SPECS}
     found = planned.assign(**ranks)[planned["status"] != ""]
     return found.sort_values([*ranks, "seed", "image", "trial"], ignore_index=True)[list(planned.columns)]
+
+
+def _groups(cells: Sequence[sqlite3.Row], recorded: Mapping[str, str]) -> dict[int, Callable[[int], int]]:
+    """Return by cell the function from an image to its group: as recorded, or else as its dataset states it now."""
+    texts = {cell["id"]: json.dumps(json.loads(cell["settings"])["dataset"], sort_keys=True) for cell in cells}
+    found = {text: _group_of(text, recorded.get(text)) for text in set(texts.values())}
+    return {cell: found[text] for cell, text in texts.items()}
+
+
+def _group_of(settings: str, recorded: str | None) -> Callable[[int], int]:
+    if recorded is not None:
+        known = _GROUPS.validate_json(recorded)
+        return lambda image: known.get(image, image)
+    options = {name: value for name, value in json.loads(settings).items() if name not in ("name", "version")}
+    try:
+        return functools.cache(datasets.registry.build(json.loads(settings)["name"], options).group)
+    except LeakbenchError:  # of a plugin that is not here, or of a folder
+        return lambda image: image
 
 
 def _variants(cells: Sequence[sqlite3.Row], axis: str) -> dict[int, tuple[str, str, str]]:
@@ -116,3 +145,4 @@ def _labelled(spec: str, variant: str) -> str:
 
 _CHECKPOINT = TypeAdapter(Checkpoint)
 _STATEMENT = TypeAdapter(Statement)
+_GROUPS = TypeAdapter(dict[int, int])

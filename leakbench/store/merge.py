@@ -77,6 +77,7 @@ def absorb(store: Store, other: Store) -> int:
             place = db.execute("SELECT coalesce(max(position) + 1, 0) FROM metrics").fetchone()[0]
             insert(db, "metrics", [{**row, "position": place}], KEEP)
         insert(db, "meta", other.query("SELECT key, value FROM meta WHERE key LIKE '%/%'"), KEEP)
+        store.record_groups({settings: json.loads(groups) for settings, groups in other.stated("groups").items()})
         store.record_position(max(store.position(), other.position()))
         return _results(db, other, sessions)
 

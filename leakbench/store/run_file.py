@@ -4,7 +4,8 @@ Any SQLite tool can read it. Every table, picture and page that leakbench makes 
 
 - ``meta(key, value)``: ``schema`` (also ``PRAGMA user_version``), ``created_by``, ``created``; ``planned``, the first
   free position; ``checkpoint/SETTINGS`` (both JSON), what a model's file of trained weights states;
-  ``defense/SETTINGS`` and ``dataset/SETTINGS`` (both JSON), what a defense or a dataset states of itself.
+  ``defense/SETTINGS`` and ``dataset/SETTINGS`` (both JSON), what a defense or a dataset states of itself;
+  ``groups/SETTINGS`` (both JSON), the group of each planned image of a dataset in which images share groups.
 - ``sessions``: one row for every time the run was started or resumed: ``version``, git ``commit_id`` and ``dirty``
   if leakbench ran from a checkout, ``packages`` (JSON, name -> version), ``python``, ``device``, ``threads``,
   ``command``, ``matrix`` (JSON), ``started`` and ``ended`` (UTC; ``ended`` is NULL if the run was killed),
@@ -46,7 +47,7 @@ from leakbench.core.loss_curve import decoded
 from leakbench.errors import ForeignRun, LeakbenchError
 from leakbench.metrics.base import Metric
 from leakbench.models.weights import Checkpoint
-from leakbench.plan.trial import Cell, Result, Trial, target
+from leakbench.plan.trial import Cell, Result, Trial
 from leakbench.store import connection, frames
 from leakbench.store.connection import KEEP, decoding, insert, now
 from leakbench.store.frames import AFTER, BEFORE, SPECS
@@ -140,23 +141,24 @@ class Store:
         """Return the id of every trial that needs no further run; one that ended in an error is tried again."""
         return {row["trial_id"] for row in self.query("SELECT trial_id FROM results WHERE status != 'error'")}
 
-    def recovered(self, metric: str, threshold: float) -> dict[str, set[str]]:
-        """Return the images that attacks (floors are none) have recovered: ``Trial.target`` -> the trials that did so.
+    def scored(self, metrics: Sequence[str]) -> pd.DataFrame:
+        """Return the trials that ended with scores or diverged, in few columns, which is faster than ``trials``.
 
-        A trial has recovered its image if it did not fail and its score in the metric is at least the threshold.
+        They are ``trial``, ``cell`` (its settings) and ``dataset`` (its settings), both JSON, ``image``, ``seed``,
+        ``status``, ``floor`` and these metrics, NaN for one that was not computed.
         """
+        values = "".join(", (SELECT value FROM scores WHERE trial_id = trials.id AND metric = ?)" for _ in metrics)
         rows = self.query(
-            "SELECT trials.id, image, seed, settings FROM scores JOIN results USING (trial_id)"
-            " JOIN trials ON trials.id = trial_id JOIN cells ON cells.id = cell_id"
-            " WHERE metric = ? AND value >= ? AND status = 'ok' AND NOT floor",
-            (metric, threshold),
+            f"SELECT trials.id, settings, image, seed, status, floor{values} FROM results"
+            " JOIN trials ON trials.id = trial_id JOIN cells ON cells.id = cell_id WHERE status IN ('ok', 'failed')",
+            metrics,
         )
-        found: dict[str, set[str]] = {}
+        columns = ["trial", "cell", "image", "seed", "status", "floor", *metrics]
+        types = dict.fromkeys(metrics, "float64") | {"floor": "bool", "image": "int64", "seed": "int64"}
+        found = pd.DataFrame([tuple(row) for row in rows], columns=columns).astype(types)
         with decoding(self.path, "JSON in column settings of cells"):
-            for row in rows:
-                attacked = target(json.loads(row["settings"]), row["image"], row["seed"])
-                found.setdefault(attacked, set()).add(row["id"])
-        return found
+            data = {text: json.dumps(json.loads(text)["dataset"], sort_keys=True) for text in found["cell"].unique()}
+        return found.assign(dataset=found["cell"].map(data))
 
     def chunk(self, cell: str) -> int | None:
         """Return how many trials of a cell (``Cell.key``) run at a time, or None if that was not recorded."""
@@ -180,6 +182,18 @@ class Store:
         with self.transaction() as db:
             for key, value in stated.items():
                 self._set_meta(db, key, value)
+
+    def record_groups(self, groups: Mapping[str, Mapping[int, int]]) -> None:
+        """Record the group of images, by their dataset's settings (JSON), within a transaction.
+
+        The groups that are known stay.
+        """
+        recorded = self.stated("groups")
+        with decoding(self.path, "JSON in row 'groups' of meta"):
+            known = {settings: json.loads(recorded.get(settings, "{}")) for settings in groups}
+        for settings, own in groups.items():
+            merged = {**{str(image): group for image, group in own.items()}, **known[settings]}
+            self._set_meta(self._db, f"groups/{settings}", json.dumps(merged))
 
     def record_metrics(self, metrics: Iterable[Metric], notes: Mapping[str, str] | None = None) -> None:
         """Record the meaning of the metrics, before their scores; the description of a known metric is replaced.
@@ -267,7 +281,8 @@ class Store:
         """
         rows, scores = self.query(frames.TRIALS), self.query("SELECT trial_id, metric, value FROM scores")
         with decoding(self.path, "JSON in column settings of cells"):
-            return frames.trials(rows, self.cells(), scores, [metric.name for metric in self.metrics()])
+            metrics, groups = [metric.name for metric in self.metrics()], self.stated("groups")
+            return frames.trials(rows, self.cells(), scores, metrics, groups)
 
     def records(self) -> dict[str, TrialRecord]:
         """Return what identifies every planned trial, by its id in the order of planning."""

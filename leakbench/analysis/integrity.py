@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from leakbench.analysis.recovery import recovered_targets
 from leakbench.core import loss_curve as curve
 from leakbench.core.images import decoded
 from leakbench.errors import LeakbenchError, one_line
-from leakbench.plan.matrix import RECOVERY
 from leakbench.plan.trial import target, trial_id
 from leakbench.store.connection import decoding
 from leakbench.store.records import threshold_of
@@ -171,7 +171,7 @@ def _curved(data: bytes) -> bool:
 def _missing(store: Store) -> tuple[dict[str, int], int]:
     """Return how many trials of each cell are missing, and how many need no result."""
     threshold = threshold_of(store.sessions())
-    recovered = {} if threshold is None else store.recovered(RECOVERY, threshold)
+    recovered = {} if threshold is None else recovered_targets(store, threshold)
     missing: Counter[str] = Counter()
     skipped = 0
     rows = store.query(

@@ -1,0 +1,77 @@
+"""Which trials recover their image: the one rule that everything counts by."""
+
+import json
+
+import pandas as pd
+
+from leakbench.analysis.statistics import ROUNDING
+from leakbench.core.text import plural
+from leakbench.plan.matrix import RECOVERY
+from leakbench.plan.trial import target
+from leakbench.store.run_file import Store
+
+CLOSENESS = "psnr_aligned"
+"""The second metric in which a reconstruction must be better than every floor."""
+
+TARGET = ["image", "seed"]
+"""The columns that name an attacked image."""
+
+_PLACE = ["dataset", *TARGET]
+
+
+def judged(trials: pd.DataFrame, threshold: float) -> pd.DataFrame:
+    """Return trials with two more columns, ``recovered`` and ``by_floor``.
+
+    ``recovered``: the trial did not fail, its ``RECOVERY`` score is at least the threshold, and it is better than the
+    best floor on the same image and seed both in ``RECOVERY`` and in ``CLOSENESS``. A condition that was not measured
+    (no floor was run, a metric is missing) does not count; ``caveat`` says so. ``by_floor``: a floor reaches the
+    threshold on this image without any gradient, so that the image shows nothing about a leak.
+
+    Args:
+        trials: with the columns dataset, image, seed, status, floor and the metrics (``Store.trials``); floors are the
+            same behind every defense, for every model and threat model.
+        threshold: in [0, 1].
+    """
+    metrics = [RECOVERY, CLOSENESS]
+    own = trials.reindex(columns=list(dict.fromkeys((*trials.columns, *metrics))))
+    floors = best_floors(own, metrics)
+    limits = floors.reindex(pd.MultiIndex.from_frame(own[_PLACE]))
+    recovered = (own["status"] == "ok") & (own[RECOVERY] >= threshold)
+    for metric in metrics:
+        score, limit = own[metric].to_numpy(dtype=float), limits[metric].to_numpy(dtype=float)
+        unknown = pd.isna(score) | pd.isna(limit)
+        recovered &= unknown | (score > limit + ROUNDING)
+    return trials.assign(recovered=recovered, by_floor=limits[RECOVERY].to_numpy(dtype=float) >= threshold)
+
+
+def best_floors(trials: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
+    """Return the largest value of any floor in each metric, by dataset, image and seed."""
+    floors = trials[trials["floor"].to_numpy(dtype=bool) & (trials["status"] == "ok")]
+    return floors.groupby(_PLACE)[metrics].max()
+
+
+def caveat(trials: pd.DataFrame) -> str:
+    """Return why images count as recovered by less than the whole rule, in one sentence; empty if they do not."""
+    attacked = trials[~trials["floor"].to_numpy(dtype=bool) & trials["status"].isin(("ok", "failed"))]
+    if attacked.empty:
+        return ""
+    if CLOSENESS not in trials or attacked[CLOSENESS].isna().all():
+        return f"The run has no {CLOSENESS}: an image counts as recovered by {RECOVERY} only."
+    places = attacked.drop_duplicates(_PLACE)
+    known = best_floors(trials, [CLOSENESS]).dropna().index
+    lacking = places[~pd.MultiIndex.from_frame(places[_PLACE]).isin(known)]["image"].nunique()
+    if not lacking:
+        return ""
+    if lacking == places["image"].nunique():
+        return "The run has no floor: an image counts as recovered by the threshold only."
+    return f"No floor was run on {plural(lacking, 'image')}, which count as recovered by the threshold only."
+
+
+def recovered_targets(store: Store, threshold: float) -> dict[str, set[str]]:
+    """Return the images that attacks (floors are none) have recovered: ``Trial.target`` -> the trials that did so."""
+    trials = judged(store.scored([RECOVERY, CLOSENESS]), threshold)
+    found: dict[str, set[str]] = {}
+    own = trials[trials["recovered"] & ~trials["floor"]]
+    for trial, cell, image, seed in own[["trial", "cell", *TARGET]].itertuples(index=False, name=None):
+        found.setdefault(target(json.loads(cell), image, seed), set()).add(trial)
+    return found
