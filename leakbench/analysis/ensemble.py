@@ -54,7 +54,7 @@ class EnsembleResult:
     Attributes:
         images: how many images at least one attacker could attack, without those that a floor recovers.
         groups: how many groups they are in (``Dataset.group``).
-        targets: images, counted once per seed.
+        targets: attacked pairs of image and seed, with those that a floor recovers.
         by_floor: how many images are left out because a floor recovers them, by the threshold alone.
         share: of recovered images, in [0, 1]: the mean over images of the share of their seeds; NaN without images.
         low: the lower end of the share's 95 % interval (``share_interval``); ``high`` is the upper end.
@@ -151,7 +151,7 @@ def _ensemble_result(block: pd.DataFrame, names: Mapping[tuple[str, str], str]) 
         defense=defense,
         images=len(by_image),
         groups=len(set(groups)),
-        targets=len(targets),
+        targets=len(block[scored].drop_duplicates(TARGET)),
         by_floor=block.loc[scored & block["by_floor"], "image"].nunique(),
         share=share,
         low=low,

@@ -22,7 +22,7 @@ class ImageFinding:
         attacker: the attack (and its threat model) that returned the reconstruction.
         ssim: ``ssim_aligned`` of the reconstruction; NaN if it was not measured.
         psnr: ``psnr_aligned`` in dB; NaN if it was not measured.
-        recovered: whether the image counts as recovered; None if that was not measured.
+        recovered: whether the image counts as recovered (``analysis.recovery``); None if that was not measured.
     """
 
     image: int
@@ -47,6 +47,8 @@ class DefenseFindings:
         scores: metric -> its largest leakage over all images and attackers.
         pictures: the best reconstruction of every image; every attacker's if the private image is not known.
         warnings: why the figures are in doubt.
+        inconclusive: why it shows nothing that no image was recovered, in one sentence; empty if it does, or if images
+            were recovered.
     """
 
     result: EnsembleResult
@@ -56,6 +58,7 @@ class DefenseFindings:
     scores: Mapping[str, float]
     pictures: tuple[ImageFinding, ...]
     warnings: tuple[str, ...] = ()
+    inconclusive: str = ""
 
     def value(self, rule: FailRule) -> float | None:
         """Return the value that a rule judges; None if it was not measured."""

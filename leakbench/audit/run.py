@@ -8,12 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from leakbench import attacks, datasets, defenses
 from leakbench.analysis.ensemble import UNSCORED, ensemble_results, floor_share
+from leakbench.analysis.recovery import caveat, judged
+from leakbench.analysis.verdict import CONTROL, control_flaw
 from leakbench.audit.fail_rule import FailRule
 from leakbench.audit.findings import Audit, DefenseFindings, ImageFinding, NetworkFacts
 from leakbench.audit.given import NORMALISE, Audited, AuditedNetwork, Recorded, Update, classes_of, read_update
@@ -117,9 +120,11 @@ def audit_model(
     with Store.open(out / FILE, readonly=True) as store:
         trials = _planned(store, matrix)
         floor = floor_share(trials, _threshold(matrix))
+        found = {spec: _findings(store, trials, spec, leaks[spec], matrix, indices) for spec in each}
+        control = control_flaw([own.result for spec, own in found.items() if each[spec].name == CONTROL])
         behind = [
-            replace(_findings(store, trials, spec, leaks[spec], matrix, indices), note=one.note(), floor=floor)
-            for spec, one in each.items()
+            replace(own, note=each[spec].note(), floor=floor, inconclusive="" if own.result.share > 0 else control)
+            for spec, own in found.items()
         ]
     facts = (
         *network.facts(),
@@ -197,12 +202,14 @@ def audit_update(
         trials = _planned(store, matrix)
         measured = bool(trials[RECOVERY].notna().any())
         if not measured:
-            trials[JUDGED] = float(proven)
+            trials[JUDGED] = np.where(trials["floor"], math.nan, float(proven))
         found = _findings(store, trials, defenses.spec(*matrix.defenses), leaks, matrix, [0])
     result = replace(found.result, defense=UPDATE, low=math.nan, high=math.nan)
     result = result if measured or proven else replace(result, share=math.nan)
     floor = floor_share(trials, _threshold(matrix)) if measured else math.nan
-    found = replace(found, result=result, floor=floor, warnings=(*_doubts(leaks.forms, update), *found.warnings))
+    flaw = "Inconclusive: an update has no positive control." if result.share == 0 else ""
+    warnings = (*_doubts(leaks.forms, update), *found.warnings)
+    found = replace(found, result=result, floor=floor, inconclusive=flaw, warnings=warnings)
     facts = (*network.facts(), ("update", f"{before} to {after}"))
     return _audit(own, dataset, facts, matrix, [found], options, 1, threat)
 
@@ -228,9 +235,10 @@ def _findings(
         Unsupported: no attacker returned anything, which says nothing about what leaks.
     """
     plain = {one.spec: one.plain for one in store.components() if one.kind == "defense"}
-    behind = trials[trials["defense"].map(plain) == spec]
-    (found,) = ensemble_results(behind.assign(**{RECOVERY: behind[JUDGED]}), _threshold(matrix))
-    mine = behind[~behind["floor"]]
+    shown = trials[trials["floor"] | (trials["defense"].map(plain) == spec)]
+    (found,) = ensemble_results(shown.assign(**{RECOVERY: shown[JUDGED]}), _threshold(matrix))
+    behind = judged(shown.assign(**{RECOVERY: shown[JUDGED]}), _threshold(matrix))
+    mine = behind[~behind["floor"]].assign(**{RECOVERY: shown[RECOVERY]})
     ended = mine[(mine["status"] == "ok") & mine[JUDGED].notna()]
     if not len(ended):
         reasons = dict.fromkeys(
@@ -245,11 +253,12 @@ def _findings(
         for metric in store.metrics()
         if not metric.name.startswith("paper_") and len(values := ended[metric.name].dropna())
     }
-    pictures = [picture for index in indices for picture in _pictures(store, mine, index, _threshold(matrix))]
-    return DefenseFindings(found, leaks, "", math.nan, scores, tuple(pictures), tuple(_gaps(mine, indices)))
+    pictures = [picture for index in indices for picture in _pictures(store, mine, index)]
+    doubts = [caveat(shown)] if mine[RECOVERY].notna().any() and caveat(shown) else []
+    return DefenseFindings(found, leaks, "", math.nan, scores, tuple(pictures), (*_gaps(mine, indices), *doubts))
 
 
-def _pictures(store: Store, trials: pd.DataFrame, index: int, threshold: float) -> list[ImageFinding]:
+def _pictures(store: Store, trials: pd.DataFrame, index: int) -> list[ImageFinding]:
     """Return an image with its best reconstruction, or with every one if the private image is not known."""
     rows = trials[trials["image"] == index]
     ended = rows[(rows["status"] == "ok") & rows[JUDGED].notna()]
@@ -257,7 +266,7 @@ def _pictures(store: Store, trials: pd.DataFrame, index: int, threshold: float) 
     truth = next(iter(pictures.values())).truth if pictures else None
     if not len(ended):
         return [ImageFinding(index, truth, None, "", math.nan, math.nan, False)]
-    ended = ended.sort_values(JUDGED, ascending=False, kind="stable")
+    ended = ended.sort_values(["recovered", JUDGED], ascending=False, kind="stable")
     several = trials["threat"].nunique() > 1
     return [
         ImageFinding(
@@ -267,7 +276,7 @@ def _pictures(store: Store, trials: pd.DataFrame, index: int, threshold: float) 
             attacker=row["attack"] + (f", {row['threat']}" if several and row["threat"] != "paper" else ""),
             ssim=row[RECOVERY],
             psnr=row["psnr_aligned"],
-            recovered=None if math.isnan(row[RECOVERY]) and not row[JUDGED] else row[JUDGED] >= threshold,
+            recovered=None if math.isnan(row[RECOVERY]) and not row[JUDGED] else row["recovered"],
         )
         for row in ended.head(len(ended) if truth is None else 1).to_dict("records")
     ]

@@ -442,7 +442,9 @@ def _groups(trials: Sequence[Trial]) -> dict[str, dict[int, int]]:
         try:
             groups = {image: int(dataset.group(image)) for image in images}
         except Exception as error:
-            raise LeakbenchError(f"dataset {name!r}: group() failed: {type(error).__name__}: {one_line(error)}") from error
+            raise LeakbenchError(
+                f"dataset {name!r}: group() failed: {type(error).__name__}: {one_line(error)}"
+            ) from error
         if len(set(groups.values())) < len(groups):
             found[json.dumps(as_json(dataset.settings()), sort_keys=True)] = groups
     return found

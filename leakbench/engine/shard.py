@@ -56,9 +56,7 @@ def part(trials: Sequence[Trial], shard: str, *, ensemble: bool) -> list[Trial]:
     dealt.sort(key=lambda piece: hashlib.sha256(piece[0].encode()).digest())
     own |= {trial.id for _, piece in dealt[place - 1 :: count] for unit in piece for trial in unit}
     attacked = {_image(trial) for trial in trials if ensemble and trial.id in own}
-    return [
-        trial for trial in trials if trial.id in own or (trial.cell.attack.floor and _image(trial) in attacked)
-    ]
+    return [trial for trial in trials if trial.id in own or (trial.cell.attack.floor and _image(trial) in attacked)]
 
 
 def _image(trial: Trial) -> tuple[str, int, int]:

@@ -10,6 +10,8 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from leakbench.analysis import pareto as utility
 from leakbench.analysis.ensemble import RECOVERED, AttackerStats, ensemble_results, floor_share
+from leakbench.analysis.recovery import caveat
+from leakbench.analysis.verdict import inconclusive, missing_attackers
 from leakbench.core.files import StrictModel, first_fault
 from leakbench.core.text import plural
 from leakbench.errors import BadOption, one_line
@@ -63,18 +65,25 @@ class Cost(StrictModel):
 class Entry(StrictModel):
     """The worst case behind one defense, for one dataset and model."""
 
-    schema_: Annotated[Literal["leakbench-leaderboard-1"], Field(alias="schema")] = "leakbench-leaderboard-1"
+    schema_: Annotated[Literal["leakbench-leaderboard-2"], Field(alias="schema")] = "leakbench-leaderboard-2"
     run: _Text
     dataset: _Text
     model: _Text
     defense: _Text
     settings: Annotated[dict[str, Any], Field(description="every option of dataset, model and defense, with versions")]
-    threshold: Annotated[_Share, Field(description="the ssim_aligned from which an image is recovered")]
-    images: Annotated[int, Field(ge=1)]
+    threshold: Annotated[_Share, Field(description="the ssim_aligned that an image needs to be recovered")]
+    images: Annotated[int, Field(ge=1, description="attacked images, without those that a floor recovers")]
+    groups: Annotated[int, Field(ge=1, description="independent groups that the images are in")]
+    by_floor: Annotated[_Count, Field(description="images left out: a floor reaches the threshold on them")]
     recovered: Annotated[_Share, Field(description="share of the images that at least one attacker recovered")]
-    low: Annotated[_Share, Field(description="lower end of the 95 % Wilson interval of the share")]
+    low: Annotated[_Share, Field(description="lower end of the 95 % interval of the share")]
     high: _Share
-    floor: Annotated[_Share | None, Field(description="share that the best floor recovers; null if none was run")]
+    floor: Annotated[
+        _Share | None, Field(description="share on which the best floor reaches the threshold; null if none was run")
+    ]
+    missing: Annotated[list[_Text], Field(description="attackers of the suite worst-case that did not run")]
+    inconclusive: Annotated[str, Field(description="why attackers that recover nothing show nothing; empty if they do")]
+    caveat: Annotated[str, Field(description="by what lesser rule images count as recovered; empty if by the whole")]
     best_attacker: Annotated[
         _Name | None,
         Field(description="the attacker that was first to recover most images; null if none recovered any"),
@@ -122,14 +131,18 @@ def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> t
     trials, components = store.trials(), {(one.kind, one.spec): one for one in store.components()}
     versions = list(dict.fromkeys(_version(session.provenance) for session in sessions))
     found, missing = [], []
-    for one in ensemble_results(trials, threshold):
+    results = ensemble_results(trials, threshold)
+    lacking = missing_attackers(trials, components.values(), threshold)
+    flaws = inconclusive(results, components.values())
+    for one in results:
         scene = trials[(trials["dataset"] == one.dataset) & (trials["model"] == one.model)]
         own = scene[(scene["defense"] == one.defense) & ~scene["floor"] & (scene["status"] != "")]
         broken = int((own["status"] == "error").sum())
         if one.open or broken or not one.images:
             waiting = [f"{plural(one.open, 'trial')} not run yet"] if one.open else []
             failed = [f"{plural(broken, 'trial')} ended in an error"] if broken else []
-            reasons = waiting + failed or ["no attacker has a score"]
+            floors = [f"a floor recovers {plural(one.by_floor, 'image')}"] if one.by_floor else []
+            reasons = waiting + failed or floors or ["no attacker has a score"]
             where = f"{one.defense}, on {one.dataset}, {one.model}"
             missing.append(one_line(f"{where} (run {run_name(sessions, name)}): {' and '.join(reasons)}"))
             continue
@@ -146,10 +159,15 @@ def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> t
                 settings={kind: {"version": item.version, **item.options} for kind, item in known.items()},
                 threshold=threshold,
                 images=one.images,
+                groups=one.groups,
+                by_floor=one.by_floor,
                 recovered=one.share,
                 low=one.low,
                 high=one.high,
                 floor=None if math.isnan(floor) else floor,
+                missing=lacking[one.dataset, one.model, one.defense],
+                inconclusive=flaws[one.dataset, one.model],
+                caveat=caveat(scene),
                 best_attacker=best.attacker if best.recovered else None,
                 attackers=[_attacker(stats) for stats in one.attackers],
                 accuracy=_cost(studies, one.model, one.defense),

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from leakbench.analysis import pareto as utility
+from leakbench.analysis.recovery import CLOSENESS, judged
 from leakbench.analysis.reproduce import owners, spec_of
-from leakbench.analysis.statistics import ALPHA, holm, mcnemar_test, wilcoxon_test
+from leakbench.analysis.statistics import ALPHA, holm, sign_flip_test, wilcoxon_test
 from leakbench.engine import run as engine
 from leakbench.engine.progress import NullProgress
 from leakbench.engine.run import RunOptions
@@ -24,11 +25,21 @@ from leakbench.store.run_file import FILE, Store
 
 @dataclass(frozen=True)
 class Repeat:
-    """A trial and its second outcome: ``score`` is ``ssim_aligned``, NaN if there is none."""
+    """A trial and its second outcome.
+
+    Attributes:
+        trial: as the entry has it.
+        status: of the second outcome.
+        score: its ``ssim_aligned``, NaN if there is none.
+        recovered: whether the trial recovered its image in the run, and whether it does now (``analysis.recovery``).
+        group: of the image.
+    """
 
     trial: TrialOf
     status: str
     score: float
+    recovered: tuple[bool, bool]
+    group: int
 
     @property
     def before(self) -> float:
@@ -37,7 +48,7 @@ class Repeat:
 
 
 MIN_SAMPLE = 7
-"""With fewer trials no difference of a sample can be significant, in either of its two tests (``smallest_p``)."""
+"""With fewer groups no difference of a sample can be significant, in either of its two tests (``smallest_p``)."""
 
 SCORE_TOLERANCE = 0.01
 """Scores that differ by less count as equal."""
@@ -50,13 +61,11 @@ class EntryCheck:
     Attributes:
         differing: the fields in which the entry differs from the run.
         repeats: the sample, run again.
-        threshold: the score from which an image is recovered.
         seed: the seed by which the sample was drawn.
     """
 
     differing: tuple[str, ...]
     repeats: tuple[Repeat, ...]
-    threshold: float
     seed: int = 0
 
     @property
@@ -67,43 +76,33 @@ class EntryCheck:
     @property
     def more(self) -> int:
         """How many trials recover their image now and did not in the entry."""
-        return self._moves.count((False, True))
+        return [one.recovered for one in self.repeats].count((False, True))
 
     @property
     def less(self) -> int:
         """How many trials recovered their image in the entry and do not now."""
-        return self._moves.count((True, False))
+        return [one.recovered for one in self.repeats].count((True, False))
 
     @property
     def flips(self) -> float:
-        """The two-sided p of McNemar's exact test of ``more`` against ``less``."""
-        return mcnemar_test(self.more, self.less)
+        """The two-sided p of the exact sign-flip test of ``more`` against ``less``, by group."""
+        changes = [int(now) - int(before) for before, now in (one.recovered for one in self.repeats)]
+        return sign_flip_test(changes, [one.group for one in self.repeats])
 
     @property
     def scores(self) -> float:
         """The two-sided p of Wilcoxon's test of the scores; differences below ``SCORE_TOLERANCE`` count as none."""
         changes = np.array([one.score - one.before for one in self.repeats])
-        images = np.array([one.trial.image for one in self.repeats])
+        groups = np.array([one.group for one in self.repeats])
         scored = ~np.isnan(changes)
         changes[np.abs(changes) < SCORE_TOLERANCE] = 0.0
-        p = wilcoxon_test(changes[scored], images[scored]) if scored.any() else math.nan
+        p = wilcoxon_test(changes[scored], groups[scored]) if scored.any() else math.nan
         return 1.0 if math.isnan(p) else p
 
     @property
     def holds(self) -> bool:
         """Whether the entry equals its run, and neither test of the sample is significant (Holm's correction)."""
         return not self.differing and not self.changed and min(holm([self.flips, self.scores])) > ALPHA
-
-    @property
-    def _moves(self) -> list[tuple[bool, bool]]:
-        """Whether each trial recovers its image in the entry, and whether it does now."""
-        return [
-            (
-                one.trial.status == "ok" and one.before >= self.threshold,
-                one.status == "ok" and one.score >= self.threshold,
-            )
-            for one in self.repeats
-        ]
 
 
 def check(
@@ -178,8 +177,13 @@ def check(
                     f"trial {trial.id} ({trial.attack}) ends in an error here ({again['reason']}), so that the entry "
                     "cannot be verified; fix the error, or check on another machine"
                 )
-            repeats.append(Repeat(trial, str(again["status"]), float(again[RECOVERY])))
-    return EntryCheck(differing, tuple(repeats), entry.threshold, seed)
+            now = planned.copy()
+            for column in ("status", RECOVERY, CLOSENESS):
+                now.loc[trial.id, column] = again[column]
+            before, after = (bool(judged(one, entry.threshold).loc[trial.id, "recovered"]) for one in (planned, now))
+            score, group = float(again[RECOVERY]), int(row["group"])
+            repeats.append(Repeat(trial, str(again["status"]), score, (before, after), group))
+    return EntryCheck(differing, tuple(repeats), seed)
 
 
 def words(found: EntryCheck) -> Sequence[str]:
@@ -190,14 +194,16 @@ def words(found: EntryCheck) -> Sequence[str]:
         f"{RECOVERY} {one.before:.3f} ({one.trial.status}), again {one.score:.3f} ({one.status})"
         for one in found.repeats
     ]
-    count = len(found.repeats)
+    count, groups = len(found.repeats), len({one.group for one in found.repeats})
     lines += [f"{one.trial.id} is {one.trial.status} in the entry, and {one.status} now" for one in found.changed]
     lines.append(
         f"of {count} trials run again (--seed {found.seed}), {found.more} recover an image that was not recovered, and "
-        f"{found.less} no longer do (McNemar's p {found.flips:.2g}; Wilcoxon's p of the scores {found.scores:.2g}; "
+        f"{found.less} no longer do (p {found.flips:.2g} by sign flips; Wilcoxon's p of the scores {found.scores:.2g}; "
         f"significant below {ALPHA / 2:g})"
     )
-    if count < MIN_SAMPLE:
-        lines.append(f"no difference of scores can be significant on {count} trials; that takes at least {MIN_SAMPLE}")
+    if groups < MIN_SAMPLE:
+        lines.append(
+            f"no difference of scores can be significant on {groups} independent images; that takes {MIN_SAMPLE} or more"
+        )
     lines.append("the entry holds" if found.holds else "the entry does not hold")
     return [one_line(line) for line in lines]

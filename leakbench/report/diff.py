@@ -103,7 +103,9 @@ def diff(first: ComparedRun, second: ComparedRun) -> Comparison:
     attacked = [(name, pair) for name, pair in zip(names, pairs) if not pair.floor]
     known = {metric.name for metric in (*first.metrics, *second.metrics)}
     metrics = [name for name in METRICS if name in known]
-    scores = [Pair(name, *(_by_group(pair, arm, metrics) for arm in (pair.after, pair.before))) for name, pair in attacked]
+    scores = [
+        Pair(name, *(_by_group(pair, arm, metrics) for arm in (pair.after, pair.before))) for name, pair in attacked
+    ]
     differences, significant = paired_table(scores, metrics)
     ensembles, moved = _ensembles(first, second)
     text = render_markdown(

@@ -59,7 +59,9 @@ def _leading(own: pd.DataFrame) -> str:
     """Return the table of leading attackers; empty if no two attackers met the same image behind a defense."""
     found = []
     for defense, cells in own.groupby("defense", sort=False):
-        means = cells.pivot_table(index=["group", "image"], columns="attack", values="psnr_aligned", aggfunc="mean", sort=False)
+        means = cells.pivot_table(
+            index=["group", "image"], columns="attack", values="psnr_aligned", aggfunc="mean", sort=False
+        )
         means = means.dropna()  # pivot_table leaves out attackers without any value
         if len(means.columns) < 2 or means.empty:
             continue
@@ -95,7 +97,11 @@ def paired_table(pairs: Sequence[Pair], metrics: Sequence[str]) -> tuple[str, in
     if sentence := too_few(*max(counts, key=lambda count: count[1]), sum(not math.isnan(p) for p in every)):
         return sentence, 0
     adjusted = dict(zip(((metric, row) for metric in metrics for row in rows), holm(every)))
-    headings, columns, bold = ["difference", "images"], [[pairs[row].name for row in rows], [in_groups(*count) for count in counts]], []
+    headings, columns, bold = (
+        ["difference", "images"],
+        [[pairs[row].name for row in rows], [in_groups(*count) for count in counts]],
+        [],
+    )
     for metric in metrics:
         unit = f", {METRICS[metric]}" if METRICS[metric] else ""
         places = decimals([found[metric][row].mean for row in rows])

@@ -95,7 +95,7 @@ def ranking(out: Path | str) -> str:
         threshold = threshold_of(store.sessions())
         if threshold is None:
             raise BadOption(f"the run in {str(out)!r} has no threshold; run the suite worst-case, or give --threshold")
-        return worst_case.ranking(store.trials(), threshold)
+        return worst_case.ranking(store.trials(), store.components(), threshold)
 
 
 def write_comparison(out: Path | str) -> Path:

@@ -11,7 +11,7 @@ import pandas as pd
 from leakbench.analysis.ensemble import RECOVERED
 from leakbench.analysis.pareto import Study
 from leakbench.analysis.reproduce import reproduction
-from leakbench.analysis.summary import ANY, BLOCK, STATUSES, summarise, without_repeats
+from leakbench.analysis.summary import ANY, BLOCK, LABEL, STATUSES, summarise, without_repeats
 from leakbench.core.text import ABSENT, decimals
 from leakbench.plan.matrix import RECOVERY
 from leakbench.report import figure, utility
@@ -75,10 +75,12 @@ def html(
     data["sheets"] = [[sheet.width, sheet.height] for sheet in found]
     data["sheetColumns"] = SHEET_COLUMNS
     data["trials"] |= places
+    scenes = worst_cases(run)
     context = {
         "title": f"Leakage report: {run.name}",
         "name": run.name,
-        "scenes": worst_cases(run),
+        "scenes": scenes,
+        "complete": all(scene.complete for scene in scenes),
         "threshold": RECOVERED if run.threshold is None else run.threshold,
         "skips": run.threshold is not None,
         "recovery": any(metric.name == RECOVERY for metric in metrics),
@@ -147,22 +149,33 @@ def _cells(
     columns = []
     for name in (metric.name for metric in metrics):
         gains = summary[f"{name} gain"].to_numpy(dtype=np.float64)
-        largest = max((value for value in gains if math.isfinite(value) and value > 0), default=0.0)
+        whole = _whole(name)
         for part in ("", " low", " high", " n", " gain", " gain low", " gain high"):
             columns.append([_rounded(value) for value in summary[f"{name}{part}"]])
-        columns.append([_step(value, largest) for value in gains])
+        columns.append([_step(value, whole) for value in gains])
     heads = [_codes(summary[axis], axes[axis]) for axis in _AXES]
     counts = [summary[name].astype(int).tolist() for name in ("floor", "n", *STATUSES)]
     return [list(row) for row in zip(*heads, *counts, *columns)]
 
 
-def _step(value: float, largest: float) -> int:
-    """Return the step of a gain's colour: quarters of the largest gain in the metric, -1 below the floor."""
-    if math.isnan(value):
+def _whole(metric: str) -> float:
+    """Return the gain in a metric that has the strongest colour, in every run; infinity for a metric without colours.
+
+    It is 1 on scales that end there. In dB it is 40: floors have 10 to 20 dB, and with 40 dB more the mean error is
+    below one level of 255.
+    """
+    if "psnr" in metric:
+        return 40.0
+    return 1.0 if any(scale in metric for scale in ("ssim", "lpips", LABEL)) else math.inf
+
+
+def _step(value: float, whole: float) -> int:
+    """Return the step of a gain's colour: quarters of a gain of ``whole``, -1 below the floor."""
+    if math.isnan(value) or value == 0 or math.isinf(whole):
         return 0
-    if value <= 0:
-        return -1 if value < 0 else 0
-    return _STEPS if not value < largest else 1 + int(_STEPS * value / largest)
+    if value < 0:
+        return -1
+    return _STEPS if not value < whole else 1 + int(_STEPS * value / whole)
 
 
 def _rounded(value: object) -> object:

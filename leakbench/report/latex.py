@@ -22,12 +22,12 @@ ARMS = ("none", "norm-only", "keylock")
 """The defenses of ``table6.tex``: the paper's two, and key-lock's normalisation without its secret."""
 
 _CAPTION = (
-    "Means over images with 95 \\% bootstrap intervals. Bold: the strongest attack behind each defense. Arrows point "
-    "to more leakage. Diverged trials are scored as the grey image and stay in the means."
+    "Means over images with 95 \\% bootstrap intervals. Bold: the strongest attack behind each defense, if it is above "
+    "the floor. Arrows point to more leakage. Diverged trials have the score of the best floor and stay in the means."
 )
 _CAPTION6 = (
     "Reconstructions without a defense, behind the normalisation of key-lock only, and behind key-lock. Means over "
-    "images, in the standard convention; arrows point to more leakage. Bold: the least leakage."
+    "images, in the standard convention; arrows point to more leakage. Bold: the least leakage, if it is above the floor."
 )
 
 
@@ -76,7 +76,7 @@ def _best(
 ) -> Bold:
     """Return which cells have the most (or the least) leakage of their group, if it has several rows.
 
-    Values that read the same as the best one are bold too.
+    Values that read the same as the best one are bold too. Nothing is bold that leaks no more than the floor.
     """
     bold = np.zeros(shown.shape, dtype=bool)
     several = groups.map(groups.value_counts()).gt(1).to_numpy()
@@ -84,7 +84,8 @@ def _best(
         places = decimals(rows[metric.name])
         best = rows.groupby(groups)[metric.name].transform("max" if metric.higher_is_better == most else "min")
         same = [number(a, places) == number(b, places) != ABSENT for a, b in zip(rows[metric.name], best)]
-        bold[:, shown.columns.get_loc(heading(metric))] = several & np.array(same, dtype=bool)
+        above = ~(rows[f"{metric.name} gain"] <= 0).to_numpy(dtype=bool)
+        bold[:, shown.columns.get_loc(heading(metric))] = several & above & np.array(same, dtype=bool)
     return bold
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from leakbench.core.text import ABSENT, english, number, part, percent, plural, with_interval
+from leakbench.core.text import ABSENT, english, in_groups, number, part, percent, plural, with_interval
 from leakbench.report.display import aligned, escape, per_cent, to_markdown
 
 STYLES = ("style.css",)
@@ -119,7 +119,7 @@ def _environment(html: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.globals |= {"english": english, "number": number, "part": part, "percent": percent, "plural": plural}
+    found.globals |= {"english": english, "in_groups": in_groups, "number": number, "part": part, "percent": percent, "plural": plural}
     found.globals |= {"ABSENT": ABSENT, "isnan": math.isnan, "per_cent": per_cent, "with_interval": with_interval}
     found.filters |= {"quoted": "“{}”".format} if html else {"escape": escape, "table": _table, "columns": _columns}
     return found

@@ -8,8 +8,10 @@ from itertools import groupby
 import pandas as pd
 
 from leakbench.analysis.ensemble import RECOVERED, SCENE, EnsembleResult, ensemble_results, floor_share
+from leakbench.analysis.recovery import caveat, judged
 from leakbench.analysis.summary import strongest, summarise
-from leakbench.core.text import percent, with_interval
+from leakbench.analysis.verdict import inconclusive, missing_attackers
+from leakbench.core.text import in_groups, percent, with_interval
 from leakbench.plan.matrix import RECOVERY
 from leakbench.report.markdown import notes
 from leakbench.report.run import RunData
@@ -25,12 +27,14 @@ class DefenseRow:
     Attributes:
         result: the share that the ensemble of attackers recovers.
         by: the attackers that recover most, and how many images.
+        missing: the attackers of the suite that did not run.
         gain: that of the strongest attacker over the best floor in ``psnr_aligned``; None without one.
         attacker: the strongest attacker; empty if none exceeds the floor.
     """
 
     result: EnsembleResult
     by: str
+    missing: tuple[str, ...]
     gain: GainInterval | None
     attacker: str
 
@@ -41,9 +45,11 @@ class WorstCase:
 
     Attributes:
         defenses: the one that leaks least comes first.
-        floor: the share of images that the best floor recovers; None without a floor.
+        floor: the share of images on which the best floor reaches the threshold; None without a floor.
         low: the lower end of the axis of gains; ``high`` is the upper end.
         note: what a reader must know of the dataset's images; may be empty.
+        inconclusive: why no defense can be called better than another, in one sentence; empty if one can.
+        caveat: by what lesser rule images count as recovered; empty if by the whole.
     """
 
     dataset: str
@@ -53,6 +59,13 @@ class WorstCase:
     low: float
     high: float
     note: str
+    inconclusive: str = ""
+    caveat: str = ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every attacker of the suite ran behind every defense, so that this is the worst case."""
+        return not any(row.missing for row in self.defenses)
 
     @property
     def known(self) -> list[EnsembleResult]:
@@ -88,19 +101,24 @@ def worst_cases(run: RunData) -> list[WorstCase]:
     images, gains = notes(run.components), {} if skips else _gains(run)
     if RECOVERY not in trials:
         trials = trials.assign(**{RECOVERY: math.nan})
-    found = []
-    for (dataset, model), results in groupby(ensemble_results(trials, threshold), SCENE):
+    hits = judged(trials, threshold)
+    hits = hits[hits["recovered"] & ~hits["by_floor"] & ~hits["floor"].to_numpy(dtype=bool)]
+    every, found = ensemble_results(trials, threshold), []
+    flaws, missing = inconclusive(every, run.components), missing_attackers(trials, run.components, threshold)
+    for (dataset, model), results in groupby(every, SCENE):
         rows = []
         for one in results:
             attacker, gain = gains.get((dataset, model, one.defense), ("", None))
-            by = _first_recovered(one) if skips else _most_recovered(one, trials, threshold)
-            rows.append(DefenseRow(one, by, gain, attacker))
+            by = _first_recovered(one) if skips else _most_recovered(one, hits)
+            rows.append(DefenseRow(one, by, tuple(missing[dataset, model, one.defense]), gain, attacker))
         rows.sort(key=_leakage)
-        floor = floor_share(trials[(trials["dataset"] == dataset) & (trials["model"] == model)], threshold)
+        here = trials[(trials["dataset"] == dataset) & (trials["model"] == model)]
+        floor = floor_share(here, threshold)
         ends = [end for row in rows for end in row.gain or () if math.isfinite(end)]
         axis = (min([0.0, *ends]), max([1.0, *ends]))
         shown = None if math.isnan(floor) else floor
-        found.append(WorstCase(dataset, model, tuple(rows), shown, *axis, images.get(dataset, "")))
+        note, flaw = images.get(dataset, ""), flaws[dataset, model]
+        found.append(WorstCase(dataset, model, tuple(rows), shown, *axis, note, flaw, caveat(here)))
     return found
 
 
@@ -131,12 +149,10 @@ def _first_recovered(one: EnsembleResult) -> str:
     return ", ".join(f"{stats.attacker}: {stats.recovered}" for stats in one.attackers if stats.recovered)
 
 
-def _most_recovered(one: EnsembleResult, trials: pd.DataFrame, threshold: float) -> str:
-    """Return the three attackers that recover most."""
-    scene = (trials[["dataset", "model", "defense"]] == [one.dataset, one.model, one.defense]).all(axis=1)
-    own = trials[scene & ~trials["floor"].to_numpy(dtype=bool)]
-    hit = own[(own["status"] == "ok") & (own[RECOVERY] >= threshold)]
-    counts = hit.groupby(["attack", "threat"], sort=False).size().sort_values(ascending=False, kind="stable").head(3)
+def _most_recovered(one: EnsembleResult, hits: pd.DataFrame) -> str:
+    """Return the three attackers that recover most, from the trials of the run that recovered their image."""
+    own = hits[(hits[["dataset", "model", "defense"]] == [one.dataset, one.model, one.defense]).all(axis=1)]
+    counts = own.groupby(["attack", "threat"], sort=False).size().sort_values(ascending=False, kind="stable").head(3)
     several = own["threat"].nunique() > 1
     return ", ".join(
         f"{attack}{f' ({threat})' if several else ''}: {count}"
@@ -147,8 +163,9 @@ def _most_recovered(one: EnsembleResult, trials: pd.DataFrame, threshold: float)
 def share_text(one: EnsembleResult) -> str:
     """Return how much is recovered, in few words: a count of images, or with several seeds of each a share."""
     if math.isnan(one.share):
-        return "not tried yet" if one.open else "no attacker has a score"
-    counted = f"{one.share * one.images:.0f} of {one.images}" if one.targets == one.images else percent(one.share)
+        return "not tried yet" if one.open else "a floor recovers all" if one.by_floor else "no attacker has a score"
+    of = in_groups(one.images, one.groups)
+    counted = f"{one.share * one.images:.0f} of {of}" if one.targets == one.images + one.by_floor else percent(one.share)
     return f"{counted} so far" if one.open else counted
 
 

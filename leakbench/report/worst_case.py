@@ -1,25 +1,51 @@
 """``worst-case.md``: the share of images that an ensemble of attackers recovers behind each defense, and its cost."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 import pandas as pd
 
-from leakbench.analysis.ensemble import SCENE, TARGET, EnsembleResult, attacker_names, ensemble_results
+from leakbench.analysis.ensemble import SCENE, EnsembleResult, attacker_names, ensemble_results
+from leakbench.analysis.recovery import TARGET, caveat
+from leakbench.analysis.verdict import Scene, inconclusive, missing_attackers
 from leakbench.core.text import english
 from leakbench.plan.matrix import RECOVERY
 from leakbench.report.markdown import notes, options, stated
 from leakbench.report.page import render_markdown
 from leakbench.report.run import RunData
+from leakbench.store.records import StoredComponent
 
 
-def ranking(trials: pd.DataFrame, threshold: float) -> str:
+def ranking(trials: pd.DataFrame, components: Sequence[StoredComponent], threshold: float) -> str:
     """Return the table of each dataset and model as Markdown: every defense, the least recovered first."""
+    found = ensemble_results(trials, threshold)
+    flaws, missing = inconclusive(found, components), missing_attackers(trials, components, threshold)
     scenes = [
-        {"dataset": dataset, "model": model, "results": list(own)}
-        for (dataset, model), own in groupby(ensemble_results(trials, threshold), SCENE)
+        {
+            "dataset": scene[0],
+            "model": scene[1],
+            "results": list(own),
+            "inconclusive": flaws[scene],
+            "missing": _missing(missing, scene),
+            "caveat": caveat(_part(trials, scene)),
+        }
+        for scene, own in groupby(found, SCENE)
     ]
     return render_markdown("ranking.md.j2", scenes=scenes).strip()
+
+
+def _part(trials: pd.DataFrame, scene: tuple[str, str]) -> pd.DataFrame:
+    """Return the trials of a dataset and a model."""
+    return trials[(trials["dataset"] == scene[0]) & (trials["model"] == scene[1])]
+
+
+def _missing(missing: Mapping[Scene, Sequence[str]], scene: tuple[str, str]) -> list[tuple[str, list[str]]]:
+    """Return the attackers of the suite that did not run, each list once, with the defenses that it is for."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for (dataset, model, defense), lacking in missing.items():
+        if lacking and (dataset, model) == scene:
+            groups.setdefault(tuple(lacking), []).append(defense)
+    return [(english(lacking), defenses) for lacking, defenses in groups.items()]
 
 
 def markdown(run: RunData, threshold: float) -> str:
@@ -27,19 +53,23 @@ def markdown(run: RunData, threshold: float) -> str:
 
     Args:
         run: all that the report shows.
-        threshold: in [0, 1]; an image is recovered if its ``ssim_aligned`` is at least this.
+        threshold: in [0, 1]; see ``recovery.judged``.
     """
     trials, components = run.trials, run.components
-    images, scenes = notes(components), []
-    for (dataset, model), results in groupby(ensemble_results(trials, threshold), SCENE):
+    images, scenes, found = notes(components), [], ensemble_results(trials, threshold)
+    flaws, missing = inconclusive(found, components), missing_attackers(trials, components, threshold)
+    for (dataset, model), results in groupby(found, SCENE):
         own = list(results)
-        here = trials[(trials["dataset"] == dataset) & (trials["model"] == model)]
+        here = _part(trials, (dataset, model))
         scenes.append(
             {
                 "dataset": dataset,
                 "model": model,
                 "images": images.get(dataset, ""),
                 "results": own,
+                "inconclusive": flaws[dataset, model],
+                "missing": _missing(missing, (dataset, model)),
+                "caveat": caveat(here),
                 "floors": _floors(here, threshold),
                 "reasons": _reasons(own),
             }
@@ -50,6 +80,7 @@ def markdown(run: RunData, threshold: float) -> str:
         name=run.name,
         threshold=threshold,
         scenes=scenes,
+        complete=not any(missing.values()),
         attackers=[[short, attack, run.threats.get(threat, threat)] for (attack, threat), short in attackers.items()],
         components=[[one.kind, one.spec, options(one)] for one in components if one.kind in ("attack", "defense")],
         stated=stated(components),

@@ -1,0 +1,129 @@
+"""What allows a verdict on defenses: the attackers of the suite that ran, and a positive control without a defense."""
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+
+import pandas as pd
+
+from leakbench import attacks, defenses
+from leakbench.analysis.ensemble import EnsembleResult
+from leakbench.analysis.recovery import TARGET, judged
+from leakbench.core.component import as_json
+from leakbench.core.text import name_of
+from leakbench.defenses.base import by_informed
+from leakbench.errors import LeakbenchError
+from leakbench.plan.matrix import EVERY, Matrix, expand, load_suite, parse_threat
+from leakbench.store.records import StoredComponent
+
+SUITE = "worst-case"
+"""The suite whose attackers must have run before a page speaks of the worst case."""
+
+CONTROL = "none"
+"""The defense behind which attackers must recover images, or they would recover nothing behind any defense."""
+
+BUDGET = ("steps", "restarts", "budget")
+"""The options of attacks of which more is a stronger attacker; all others must be the suite's."""
+
+Scene = tuple[str, str, str]
+"""Dataset, model and defense, as the trials name them."""
+
+
+def missing_attackers(
+    trials: pd.DataFrame, components: Iterable[StoredComponent], threshold: float
+) -> dict[Scene, list[str]]:
+    """Return which attackers of the suite did not run behind each defense, in words; an empty list if all of them did.
+
+    An attacker ran if each of its trials has ended without an error, or was skipped since the image was recovered; an
+    attack with more steps than the suite's counts too. The attackers of a defense are the suite's attacks, each
+    oblivious and in the role of every adaptive attacker that the defense states.
+
+    Args:
+        trials: every planned trial (``Store.trials``).
+        components: what each spec stands for (``Store.components``).
+        threshold: by which trials were skipped.
+    """
+    known = {(one.kind, one.spec): one for one in components}
+    own = judged(trials, threshold)[~trials["floor"].to_numpy(dtype=bool)]
+    found: dict[Scene, list[str]] = {}
+    for scene, block in own.groupby(["dataset", "model", "defense"], sort=False):
+        done = block["recovered"].groupby([block[axis] for axis in TARGET]).transform("any") & (block["status"] == "")
+        open_or_broken = (block["status"].isin(("", "error")) & ~done).groupby([block["attack"], block["threat"]]).any()
+        ran = [
+            (known["attack", str(attack)], str(threat))
+            for (attack, threat), unfinished in open_or_broken.items()
+            if not unfinished
+        ]
+        variants = _variants(known["defense", str(scene[2])])
+        wanted = [(attack, variant) for attack, informed in _suite() for variant in (variants if informed else [""])]
+        found[str(scene[0]), str(scene[1]), str(scene[2])] = [
+            attack.name + (f" ({'adaptive' if variant == 'true' else variant})" if variant else "")
+            for attack, variant in wanted
+            if not any(_serves(one, threat, attack, variant) for one, threat in ran)
+        ]
+    return found
+
+
+@cache
+def _suite() -> list[tuple[attacks.Attack, bool]]:
+    """Return each attacker of the suite in its order: the attack, and whether it is adaptive."""
+    stages = Matrix(**expand(load_suite(SUITE))[0]).stages
+    return [
+        (attack, threat.informed == EVERY) for stage in stages for attack in stage.attacks for threat in stage.threats
+    ]
+
+
+def _variants(defense: StoredComponent) -> list[str]:
+    """Return the adaptive attackers that a defense states, as threat models name them; an old run recorded none."""
+    if defense.statement is not None:
+        return list(defense.statement.informed)
+    try:
+        return [str(variant).lower() for variant in by_informed(defenses.parse(defense.plain))]
+    except LeakbenchError:  # a plugin that is not here
+        return []
+
+
+def _serves(ran: StoredComponent, threat: str, attack: attacks.Attack, variant: str) -> bool:
+    """Return whether an attack that ran under a threat model is an attacker of the suite, with at least its budget."""
+    try:
+        granted = parse_threat(threat.partition(" [")[0])
+    except LeakbenchError:  # of a version of leakbench with other threat models
+        return False
+    informed = str(granted.informed).lower() if granted.informed else ""
+    if ran.name != attack.name or granted.shares != "gradient" or informed != variant:
+        return False
+    needed = as_json(attack.options())
+    own = needed | as_json(attacks.parse(attack.name).options()) | dict(ran.options)
+    return all(own[name] >= value if name in BUDGET else own[name] == value for name, value in needed.items())
+
+
+def inconclusive(found: Sequence[EnsembleResult], components: Iterable[StoredComponent]) -> dict[tuple[str, str], str]:
+    """Return by dataset and model why nothing can be concluded of its defenses, in one sentence; empty if it can.
+
+    Attackers that recover nothing behind ``none`` show nothing by recovering nothing behind a defense. The control of a
+    network that was trained behind a defense is one of the same architecture that was trained without.
+    """
+    families = {one.spec: _family(one) for one in components if one.kind == "model"}
+    controls: dict[tuple[str, str], list[EnsembleResult]] = {}
+    for one in found:
+        if name_of(one.defense) == CONTROL:
+            controls.setdefault((one.dataset, families.get(one.model, one.model)), []).append(one)
+    verdicts = {}
+    for dataset, model in dict.fromkeys((one.dataset, one.model) for one in found):
+        own = controls.get((dataset, families.get(model, model)), [])
+        exact = [one for one in own if one.model == model] or own
+        verdicts[dataset, model] = control_flaw(exact)
+    return verdicts
+
+
+def control_flaw(controls: Sequence[EnsembleResult]) -> str:
+    """Return what is wrong with the results behind ``none`` as a positive control, in one sentence; empty if nothing."""
+    if not controls:
+        return f"Inconclusive: there is no positive control, since {CONTROL} was not attacked."
+    if not any(one.share > 0 for one in controls):
+        return f"Inconclusive: the attackers recover no image behind {CONTROL} either."
+    return ""
+
+
+def _family(model: StoredComponent) -> str:
+    """Return a model's name and options without its trained weights."""
+    return f"{model.name} {sorted((name, str(value)) for name, value in model.options.items() if name != 'weights')}"
