@@ -14,6 +14,7 @@ from test_optim import Rows, rosenbrock, starts, torch_lbfgs
 from test_report import DLG, GREY, NONE, run
 from test_store import METRICS
 
+from leakbench.analysis.integrity import check
 from leakbench.core.loss_curve import MAX_POINTS, Curve, decoded, marks
 from leakbench.core.rng import Rng
 from leakbench.errors import ForeignRun
@@ -21,7 +22,6 @@ from leakbench.optim import descend, lbfgs
 from leakbench.optim.evolve import evolve
 from leakbench.report import write
 from leakbench.report.files import write_figures
-from leakbench.analysis.integrity import check
 from leakbench.store.merge import merge
 from leakbench.store.run_file import FILE, Store
 

@@ -28,8 +28,8 @@ from test_engine import (  # noqa: F401
 
 import leakbench
 from leakbench import Attack, Defense, Gradient, LeakbenchError, Reconstruction, Step, Unsupported
-from leakbench.engine import executors as workers
 from leakbench.analysis.integrity import check
+from leakbench.engine import executors as workers
 from leakbench.store.run_file import FILE
 
 

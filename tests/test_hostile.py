@@ -19,6 +19,7 @@ from rich.console import Console
 
 import leakbench
 from leakbench import Matrix, datasets, defenses
+from leakbench.analysis.integrity import check
 from leakbench.assets import archives
 from leakbench.audit.given import read_image
 from leakbench.core.images import decoded
@@ -27,7 +28,6 @@ from leakbench.errors import BadOption, CorruptAsset, ForeignRun, LeakbenchError
 from leakbench.report import show
 from leakbench.report.figure import plain, saved
 from leakbench.report.files import write
-from leakbench.analysis.integrity import check
 from leakbench.store.merge import merge
 from leakbench.store.run_file import FILE, Store
 from leakbench.training import Accuracy

@@ -14,9 +14,9 @@ from test_worst_case import Counts, Knows, Thief, ensemble
 
 import leakbench
 from leakbench import LeakbenchError
+from leakbench.analysis.integrity import check
 from leakbench.engine.shard import parse, part
 from leakbench.errors import BadOption
-from leakbench.analysis.integrity import check
 from leakbench.store.merge import merge
 from leakbench.store.run_file import FILE, Store
 

@@ -17,11 +17,11 @@ import torch
 from test_engine import TESTS, Counter, Thief, go, measured, no_assets, plan  # noqa: F401
 
 from leakbench import LeakbenchError, Reconstruction
+from leakbench.analysis.integrity import check
 from leakbench.engine import ray_executor as rays
 from leakbench.engine.executors import WorkerDied
 from leakbench.engine.ray_executor import ENVIRONMENT
 from leakbench.engine.worker import ChunkTask, WorkerContext
-from leakbench.analysis.integrity import check
 from leakbench.store.run_file import FILE, Store
 
 pytestmark = [

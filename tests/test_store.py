@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
+from leakbench.analysis.integrity import check
 from leakbench.attacks import Attack
 from leakbench.core.rng import Rng
 from leakbench.core.types import Reconstruction, ThreatModel
@@ -38,7 +39,6 @@ from leakbench.plan.trial import Cell, Result, Trial, trial_id
 from leakbench.report.files import write
 from leakbench.store import schema
 from leakbench.store.frames import AFTER, BEFORE
-from leakbench.analysis.integrity import check
 from leakbench.store.merge import merge
 from leakbench.store.provenance import Provenance
 from leakbench.store.run_file import FILE, Store

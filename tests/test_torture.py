@@ -24,9 +24,9 @@ from test_engine import TESTS, Thief, go, measured, no_assets, plan  # noqa: F40
 
 import leakbench
 from leakbench import LeakbenchError, Matrix, Reconstruction
+from leakbench.analysis.integrity import check
 from leakbench.engine.run import finished
 from leakbench.engine.worker import ClientData, without_score
-from leakbench.analysis.integrity import check
 from leakbench.store.merge import merge
 from leakbench.store.run_file import FILE, Store
 

@@ -335,11 +335,11 @@ def _documents(work: Path) -> dict[str, tuple[Target, list[bytes]]]:
 def _runs(work: Path) -> dict[str, tuple[Target, list[bytes]]]:
     """Return the targets that read a run file that was damaged, by its bytes or by the values in its tables."""
     import leakbench
+    from leakbench.analysis.integrity import check
     from leakbench.leaderboard import entry as boards
     from leakbench.report import diff, show
     from leakbench.report import files as reports
     from leakbench.store import merge
-    from leakbench.analysis.integrity import check
     from leakbench.store.run_file import FILE, Store
 
     run, hurt = _sound(work), work / "hurt"

@@ -119,7 +119,14 @@ def _environment(html: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.globals |= {"english": english, "in_groups": in_groups, "number": number, "part": part, "percent": percent, "plural": plural}
+    found.globals |= {
+        "english": english,
+        "in_groups": in_groups,
+        "number": number,
+        "part": part,
+        "percent": percent,
+        "plural": plural,
+    }
     found.globals |= {"ABSENT": ABSENT, "isnan": math.isnan, "per_cent": per_cent, "with_interval": with_interval}
     found.filters |= {"quoted": "“{}”".format} if html else {"escape": escape, "table": _table, "columns": _columns}
     return found
