@@ -111,15 +111,19 @@ def inconclusive(found: Sequence[EnsembleResult], components: Iterable[StoredCom
     for dataset, model in dict.fromkeys((one.dataset, one.model) for one in found):
         own = controls.get((dataset, families.get(model, model)), [])
         exact = [one for one in own if one.model == model] or own
-        verdicts[dataset, model] = control_flaw(exact)
+        verdicts[dataset, model] = control_flaw([one.share for one in exact])
     return verdicts
 
 
-def control_flaw(controls: Sequence[EnsembleResult]) -> str:
-    """Return what is wrong with the results behind ``none`` as a positive control, in one sentence; empty if nothing."""
-    if not controls:
+def control_flaw(shares: Sequence[float]) -> str:
+    """Return what is wrong with a positive control, in one sentence; empty if nothing.
+
+    Args:
+        shares: of images recovered behind ``none``, NaN without a score; empty if it was not attacked.
+    """
+    if not shares:
         return f"Inconclusive: there is no positive control, since {CONTROL} was not attacked."
-    if not any(one.share > 0 for one in controls):
+    if not any(share > 0 for share in shares):
         return f"Inconclusive: the attackers recover no image behind {CONTROL} either."
     return ""
 

@@ -121,7 +121,7 @@ def audit_model(
         trials = _planned(store, matrix)
         floor = floor_share(trials, _threshold(matrix))
         found = {spec: _findings(store, trials, spec, leaks[spec], matrix, indices) for spec in each}
-        control = control_flaw([own.result for spec, own in found.items() if each[spec].name == CONTROL])
+        control = control_flaw([own.result.share for spec, own in found.items() if each[spec].name == CONTROL])
         behind = [
             replace(own, note=each[spec].note(), floor=floor, inconclusive="" if own.result.share > 0 else control)
             for spec, own in found.items()

@@ -64,7 +64,7 @@ class RunData:
 
     @cached_property
     def results(self) -> pd.DataFrame:
-        """One row per trial with a result (``Store.results``), failed ones with the scores of a floor (``rescored``)."""
+        """One row per trial with a result (``Store.results``), failed ones with a floor's scores (``rescored``)."""
         return rescored(ended(self.trials), self.metrics)
 
     @cached_property

@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from leakbench.analysis.paired import Pair
+from leakbench.analysis.statistics import UNIT
 from leakbench.analysis.summary import summarise
 from leakbench.core.text import name_of, slug
 from leakbench.report.differences import paired_table
@@ -125,7 +126,7 @@ def _scores(run: RunData, block: pd.DataFrame) -> str:
 
 def _tests(block: pd.DataFrame) -> str:
     """Return the paired differences between arms, with their tests."""
-    cells = {str(arm): own.set_index(["image", "seed"]) for arm, own in block.groupby(_ARM, sort=False)}
+    cells = {str(arm): own.set_index(UNIT) for arm, own in block.groupby(_ARM, sort=False)}
     pairs = [Pair(f"{first} − {second}", cells[first], cells[second]) for first, second in _pairs(list(cells))]
     return paired_table(pairs, [name for name in _TESTED if name in block and block[name].notna().any()])[0]
 

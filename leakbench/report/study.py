@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from leakbench.analysis.statistics import wilson_interval
+from leakbench.analysis.statistics import share_interval, unit_means
 from leakbench.report.display import to_markdown
 from leakbench.report.figure import bars, plain
 
@@ -23,12 +23,17 @@ class Value(NamedTuple):
     high: float = math.nan
 
     @classmethod
-    def of_share(cls, hits: pd.Series, images: Iterable[object]) -> Value:
-        """Return the share of hits in [0, 1], with its Wilson interval over images; ``images`` has that of each hit."""
+    def of_share(cls, hits: pd.Series) -> Value:
+        """Return the share of hits in [0, 1], the mean over images, with its interval (``share_interval``).
+
+        Args:
+            hits: whether each was one; its index has the levels ``image`` and ``group``.
+        """
         if hits.empty:
             return cls()
-        share = float(hits.mean())
-        return cls(share, *wilson_interval(share, len(set(images))))
+        images, groups = (hits.index.get_level_values(level).to_numpy() for level in ("image", "group"))
+        means = unit_means(hits.to_numpy(dtype=float), images)
+        return cls(float(means.mean()), *share_interval(means, unit_means(groups.astype(float), images).astype(int)))
 
     def overlaps(self, other: Value) -> bool:
         """Return whether the intervals have a point in common."""

@@ -10,8 +10,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from leakbench.analysis import pareto
-from leakbench.analysis.statistics import bootstrap_interval
-from leakbench.core.text import slug
+from leakbench.analysis.recovery import caveat, judged
+from leakbench.analysis.statistics import UNIT, bootstrap_interval
+from leakbench.analysis.summary import rescored
+from leakbench.analysis.verdict import CONTROL, control_flaw
+from leakbench.core.text import name_of, slug
 from leakbench.errors import CorruptAsset
 from leakbench.plan.matrix import RECOVERY
 from leakbench.report.accuracy import interval
@@ -43,7 +46,9 @@ class AttackedDefense:
         before: that of the attacked checkpoint.
         share: the share of the attacked images that at least one attacker recovered, in [0, 1].
         distance: the mean over images of the least ``lpips_vgg`` of any attacker; NaN without its weights.
-        images: how many images were attacked, seeds counted separately.
+        images: how many images were attacked, seeds counted separately, without those that a floor recovers.
+        groups: how many groups they are in; as many as there are images if each is its own.
+        by_floor: how many are left out, since a floor recovers them.
         strongest: the attack that recovered most images; empty if none recovered any.
         failed: trials that ended without a score.
         models: the specs under which the run has the attacked checkpoints, one per seed.
@@ -55,6 +60,8 @@ class AttackedDefense:
     share: Value
     distance: Value
     images: int
+    groups: int
+    by_floor: int
     strongest: str
     failed: int
     models: tuple[str, ...] = ()
@@ -69,6 +76,12 @@ class AttackedStage:
     stage: str
     points: tuple[AttackedDefense, ...]
     floor: float
+    caveat: str = ""
+
+    @property
+    def inconclusive(self) -> str:
+        """Why no defense can be called better than another, in one sentence; empty if one can."""
+        return control_flaw([point.share.mean for point in self.points if name_of(point.defense) == CONTROL])
 
     def leakages(self) -> dict[str, list[Value]]:
         """Return the measures of leakage by name, each with the value of every point."""
@@ -99,7 +112,7 @@ def write(out: Path | str) -> list[Path]:
     out = Path(out)
     threshold, targets = targets_of(out)
     with Store.open(out / RUN, readonly=True) as store:
-        results = store.results()
+        results = rescored(store.results(), store.metrics())
     found = records(out)
     stages = attacked_stages(results, found, targets, threshold)
     written = [replace(out / pareto.FILE, studies(stages, threshold).model_dump_json(indent=1).encode() + b"\n")]
@@ -128,6 +141,7 @@ def attacked_stages(
     results: pd.DataFrame, found: Sequence[TrainingRecord], targets: Sequence[Target], threshold: float
 ) -> list[AttackedStage]:
     """Return the points by dataset, model and stage, in the order in which they were run."""
+    results = judged(results, threshold)
     by_folder = {one.folder.name: one for one in found}
     grouped: dict[tuple[str, str, str], dict[str, list[Target]]] = {}
     for target in targets:
@@ -140,33 +154,36 @@ def attacked_stages(
     for (dataset, model, stage), arms in grouped.items():
         floors = results[results["model"].isin([t.model for own in arms.values() for t in own]) & results["floor"]]
         floor = float(floors.groupby("attack")[DISTANCE].mean().min()) if DISTANCE in floors else math.nan
-        points = [_point(results, own, [by_folder[one.arm] for one in own], threshold) for own in arms.values()]
-        stages.append(AttackedStage(dataset, model, stage, tuple(points), floor))
+        points = [_point(results, own, [by_folder[one.arm] for one in own]) for own in arms.values()]
+        own = results[results["model"].isin([t.model for targets in arms.values() for t in targets])]
+        stages.append(AttackedStage(dataset, model, stage, tuple(points), floor, caveat(own)))
     return stages
 
 
-def _point(
-    results: pd.DataFrame, targets: Sequence[Target], arms: Sequence[TrainingRecord], threshold: float
-) -> AttackedDefense:
+def _point(results: pd.DataFrame, targets: Sequence[Target], arms: Sequence[TrainingRecord]) -> AttackedDefense:
+    """Return the point of a defense from the judged results of the run."""
     models = [target.model for target in targets]
     own = results[results["model"].isin(models) & (results["defense"] == targets[0].defense) & ~results["floor"]]
     scored = own[own["status"].isin(["ok", "failed"])]
     measured = scored[scored[RECOVERY].notna()]  # images of fewer than 11 pixels a side have no SSIM
-    recovered = measured.assign(hit=measured[RECOVERY] >= threshold)
-    hits = recovered.groupby(["model", "seed", "image"])["hit"].any()
+    counted = measured[~measured["by_floor"]]
+    hits = counted.groupby(["model", *UNIT])["recovered"].any()
+    images, groups = (counted[level].nunique() for level in ("image", "group"))
     distance = Value()
     if DISTANCE in scored and scored[DISTANCE].notna().any():
-        least = scored.groupby(["model", "seed", "image"])[DISTANCE].min().dropna()
-        images = least.index.get_level_values("image").to_numpy()
-        distance = Value(float(least.mean()), *bootstrap_interval(least.to_numpy(), images))
-    by = recovered.loc[recovered["hit"], "attack"].value_counts().sort_index()
+        least = scored.groupby(["model", *UNIT])[DISTANCE].min().dropna()
+        units = (least.index.get_level_values(level).to_numpy() for level in ("image", "group"))
+        distance = Value(float(least.mean()), *bootstrap_interval(least.to_numpy(), *units))
+    by = counted.loc[counted["recovered"], "attack"].value_counts().sort_index()
     return AttackedDefense(
         defense=targets[0].defense,
         accuracy=interval(arms),
         before=float(np.mean([target.accuracy for target in targets])),
-        share=Value.of_share(hits, hits.index.get_level_values("image")),
+        share=Value.of_share(hits),
         distance=distance,
         images=len(hits),
+        groups=len(hits) if images == groups else groups,
+        by_floor=len(measured[measured["by_floor"]].drop_duplicates(["model", *UNIT])),
         strongest="" if by.empty else str(by.idxmax()),
         failed=int((~own["status"].isin(["ok", "failed", "unsupported"])).sum()),
         models=tuple(models),
@@ -195,7 +212,8 @@ def studies(stages: Sequence[AttackedStage], threshold: float) -> pareto.Studies
                 leakage="images recovered by at least one attacker",
                 note=(
                     f"{stage.model} on {stage.dataset}, attacked at stage {stage.stage} of its training behind each "
-                    f"defense. An image counts as recovered if its SSIM after alignment is at least {threshold:g}. The "
+                    f"defense. An image counts as recovered if its SSIM after alignment is at least {threshold:g} "
+                    "and it is better than every floor in SSIM and PSNR. The "
                     "accuracy is that of the best round of the training, whatever the stage."
                 ),
                 points=tuple(

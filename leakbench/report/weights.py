@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from leakbench.analysis.statistics import paired_difference
+from leakbench.analysis.recovery import judged
+from leakbench.analysis.statistics import UNIT, paired_difference
 from leakbench.core.registry import split_spec
-from leakbench.core.text import ABSENT, number, percent, plural
-from leakbench.plan.matrix import RECOVERY
+from leakbench.core.text import ABSENT, in_groups, number, percent, plural
 from leakbench.report.display import to_markdown
 from leakbench.report.figure import COLOURS, GREY, key_below, plain, saved, style
 from leakbench.report.page import render_markdown
@@ -25,7 +25,7 @@ FILE = "weights.md"
 """The name of the report in a run's folder."""
 
 SSIM_THRESHOLD = 0.6
-"""An image whose SSIM after alignment is at least this counts as recovered, as in the suite ``worst-case``."""
+"""The threshold by which an image counts as recovered (``recovery.judged``), as in the suite ``worst-case``."""
 
 SCALE_FILE = "grids/weights-scale.png"
 DEFENSES_FILE = "grids/weights-defenses.png"
@@ -39,15 +39,17 @@ def files(run: RunData, store: Store) -> Iterator[tuple[str, bytes]]:
 
     The figures are there if an attack learned the scale, and if there was a defense of weights.
     """
-    trials = rows(run.results, store.records(), store.findings())
-    if trials.empty:
+    every = rows(run.results, store.records(), store.findings())
+    if every.empty:
         return
+    trials = every[~every["by_floor"]].reset_index(drop=True)
+    left_out = every.loc[every["by_floor"], "image"].nunique()
     if len(_learned(trials)):
         yield SCALE_FILE, saved(scale_figure(trials))
     if families(trials):
         yield DEFENSES_FILE, saved(defense_figure(trials))
     errors = int((run.results["status"] == "error").sum())
-    yield FILE, markdown(run.name, trials, run.planned - len(run.results), errors).encode()
+    yield FILE, markdown(run.name, trials, run.planned - len(run.results), errors, left_out).encode()
 
 
 def rows(results: pd.DataFrame, records: Mapping[str, TrialRecord], findings: pd.DataFrame) -> pd.DataFrame:
@@ -55,14 +57,14 @@ def rows(results: pd.DataFrame, records: Mapping[str, TrialRecord], findings: pd
 
     Beside the columns of the results: ``rate`` and ``steps`` of the local training; ``known``, whether the attacker
     knows the rate; ``method``, the attack with what else it knows; ``oblivious``, the method without knowledge of the
-    defense; ``told``, what it knows but the rate and the defense; ``recovered``; ``scale``, k (NaN without one);
+    defense; ``told``, what it knows but the rate and the defense; those of ``judged``; ``scale``, k (NaN without one);
     ``family`` and ``strength`` of a defense of weights. The family is empty for no defense, and None for a defense that
     is not one of weights.
     """
     settings = {trial: json.loads(record.cell) for trial, record in records.items()}
     of_weights = {trial for trial, own in settings.items() if own["threat"]["shares"] == "weights"}
     scored = results["trial"].isin(of_weights) & results["status"].isin(["ok", "failed"])
-    trials = results[scored & ~results["floor"].astype(bool)].reset_index(drop=True)
+    trials = judged(results, SSIM_THRESHOLD)[scored & ~results["floor"].astype(bool)].reset_index(drop=True)
     if trials.empty:
         return pd.DataFrame()
     own = [settings[trial] for trial in trials["trial"]]
@@ -77,7 +79,6 @@ def rows(results: pd.DataFrame, records: Mapping[str, TrialRecord], findings: pd
             name=[one["attack"]["name"] for one in own],
             told=told,
             adaptive=adaptive,
-            recovered=(trials["status"] == "ok") & (trials[RECOVERY] >= SSIM_THRESHOLD),
             scale=trials["trial"].map(findings[findings["name"] == "scale"].set_index("trial")["value"]).astype(float),
             family=family,
             strength=strength,
@@ -122,11 +123,11 @@ def _strength(defense: Mapping[str, Any]) -> tuple[str | None, float]:
 
 
 def recovered(cell: pd.DataFrame) -> Value:
-    """Return the share of a cell's images that were recovered, with its 95 % Wilson interval over images."""
-    return Value.of_share(cell["recovered"], cell["image"])
+    """Return the share of a cell's images that were recovered, with its 95 % interval."""
+    return Value.of_share(cell.set_index(UNIT)["recovered"])
 
 
-def markdown(name: str, trials: pd.DataFrame, unfinished: int, errors: int) -> str:
+def markdown(name: str, trials: pd.DataFrame, unfinished: int, errors: int, left_out: int) -> str:
     """Return the report; it depends on nothing but its arguments.
 
     Args:
@@ -134,6 +135,7 @@ def markdown(name: str, trials: pd.DataFrame, unfinished: int, errors: int) -> s
         trials: the rows of ``rows``.
         unfinished: how many planned trials have no result yet.
         errors: how many trials ended in an error, and are in no table.
+        left_out: how many images are in no table because a floor recovers them.
     """
     short = trials[trials["name"] != trials["attack"]].drop_duplicates(["dataset", "model", "name", "attack"])
     attacks = short[["dataset", "model", "attack"]].rename(columns={"attack": "attack, with its options"})
@@ -142,6 +144,7 @@ def markdown(name: str, trials: pd.DataFrame, unfinished: int, errors: int) -> s
         name=name,
         unfinished=unfinished,
         errors=errors,
+        left_out=left_out,
         threshold=SSIM_THRESHOLD,
         others=sorted(trials.loc[trials["family"].isna(), "defense"].unique()),
         attacks=to_markdown(attacks, left=3),
@@ -164,10 +167,15 @@ def _row(cell: pd.DataFrame) -> dict[str, object]:
         "local steps": one["steps"],
         "attack": one["method"],
         "rate": "known" if one["known"] else "hidden",
-        "n": len(cell),
+        "n": in_groups(len(cell), len(cell) if _alone(cell) else cell["group"].nunique()),
         "failed": int((cell["status"] == "failed").sum()),
         "recovered": f"{share} [{low}, {high}]",
     }
+
+
+def _alone(cell: pd.DataFrame) -> bool:
+    """Return whether every image of a cell is a group of its own."""
+    return bool(cell["group"].nunique() == cell["image"].nunique())
 
 
 def _undefended(trials: pd.DataFrame) -> list[dict[str, object]]:
@@ -186,7 +194,7 @@ def _undefended(trials: pd.DataFrame) -> list[dict[str, object]]:
 
 def _gap(cell: pd.DataFrame, with_rate: pd.DataFrame) -> dict[str, object]:
     """Return by how much the share of an attack without the rate differs from that of an attack that knows it."""
-    gap = paired_difference(*(arm.set_index(["image", "seed"])["recovered"] for arm in (cell, with_rate)))
+    gap = paired_difference(*(arm.set_index(UNIT)["recovered"] for arm in (cell, with_rate)))
     interval = f"{_points(gap.low)}, {_points(gap.high)}" if math.isfinite(gap.low) else ABSENT
     return {
         "compared with": with_rate["method"].iloc[0],
