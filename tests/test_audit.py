@@ -108,7 +108,7 @@ def test_whatever_is_in_a_name_is_text_on_both_pages() -> None:
     picture = ImageFinding(0, None, None, NASTY, math.nan, math.nan, None)
     shares = (LayerShare(NASTY, NASTY, 3, 0, 1.0),)
     labels = InferredLabels(None, None)
-    result = EnsembleResult(NASTY, NASTY, NASTY, 1, 1, 0.0, 0.0, 1.0, (stats,))
+    result = EnsembleResult(NASTY, NASTY, NASTY, 1, 1, 1, 0, 0.0, 0.0, 1.0, (stats,))
     leaks = ClosedFormLeaks(shares, (), labels)
     behind = DefenseFindings(result, leaks, NASTY, 0.0, {}, (picture,), (NASTY,))
     facts = NetworkFacts(5, 2, (3, 12, 12), True, 0, 0)

@@ -318,7 +318,7 @@ def found(defense: str, share: float) -> DefenseFindings:
     layers = [LayerShare(f"block{i}.{NASTY}", "Conv2d", 100, 0, 1 / 40) for i in range(40)]
     forms = [ClosedForm("fc", 512, images, 1e-7, True, 1e-6, False, False)]
     return DefenseFindings(
-        result=EnsembleResult("data", "model", defense, images, images, share, 0.0, 0.9, tuple(attackers)),
+        result=EnsembleResult("data", "model", defense, images, images, images, 0, share, 0.0, 0.9, tuple(attackers)),
         leaks=ClosedFormLeaks(tuple(layers), tuple(forms), InferredLabels((1, 2, 3, 0), 4)),
         note=NASTY,
         floor=0.0,

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from leakbench.analysis.paired import MAX_COMPARED, Pair
-from leakbench.analysis.statistics import ALPHA, holm
+from leakbench.analysis.statistics import ALPHA, UNIT, holm
 from leakbench.report.differences import differences, paired_table
 from leakbench.store.records import MetricInfo
 
@@ -34,7 +34,8 @@ def results(
     ]
     rows += [{"attack": "grey", "defense": "none", "threat": "paper", "image": i, "psnr_aligned": 9.0} for i in (0, 1)]
     frame = pd.DataFrame(rows).assign(dataset="samples", model="lenet", seed=0, status="ok")
-    return frame.assign(floor=frame["attack"] == "grey", ssim_aligned=frame["psnr_aligned"] / 100)
+    floor, group = frame["attack"] == "grey", frame["image"]
+    return frame.assign(floor=floor, group=group, ssim_aligned=frame["psnr_aligned"] / 100)
 
 
 def noisy(defense: str, image: int) -> float:
@@ -79,7 +80,7 @@ def test_too_few_images_have_one_line_and_no_table() -> None:
 def test_a_difference_whose_interval_contains_0_is_not_bold() -> None:
     """Many small differences of one sign have a small p; one large one of the other sign has the interval reach 0."""
     apart = [0.1 + image / 1000 for image in range(15)] + [-3.0]
-    index = pd.MultiIndex.from_product([range(16), [0]], names=["image", "seed"])
+    index = pd.MultiIndex.from_arrays([range(16), range(16), [0] * 16], names=UNIT)
     second = pd.DataFrame({"psnr_aligned": 0.0}, index=index)
     cells, significant = paired_table([Pair("a − b", second.assign(psnr_aligned=apart), second)], ["psnr_aligned"])
     ((_, _, mean, _, p, corrected),) = table(cells)

@@ -194,10 +194,13 @@ def test_the_matrix_has_the_summary_and_its_colours(tmp_path):
         (data["axes"]["attack"][row[4]], data["axes"]["defense"][row[3]]): row[11 + 8 * at : 19 + 8 * at]
         for row in data["cells"]
     }
-    assert cells["dlg", "none"] == [0.9, 0.9, 0.9, 8, 0.4, 0.4, 0.4, 4]
-    assert cells["ig(step=0.01)", "none"] == [0.65, 0.65, 0.65, 8, 0.15, 0.15, 0.15, 2]
+    assert cells["dlg", "none"] == [0.9, 0.9, 0.9, 8, 0.4, 0.4, 0.4, 2]
+    assert cells["ig(step=0.01)", "none"] == [0.65, 0.65, 0.65, 8, 0.15, 0.15, 0.15, 1]
     assert cells["dlg", "noise(scale=0.01)"][-1] == -1
     assert cells["grey", "(any)"][4:] == [None, None, None, 0]
+    assert [pages._whole(name) for name in ("psnr_aligned", "ssim", "label_correct", "mse")] == [40, 1, 1, math.inf]
+    assert pages._step(0.0038, 1.0) == 1  # however large the largest gain of the run is
+    assert pages._step(5.0, math.inf) == 0
     assert [pages._step(value, 4.0) for value in (math.nan, -1, 0, 0.5, 1, 2.5, 4, math.inf)] == [
         0,
         -1,
@@ -245,8 +248,9 @@ def test_a_run_that_skipped_shows_who_recovered_what(tmp_path):
 
 
 def test_images_are_counted_where_each_has_one_seed() -> None:
-    one = EnsembleResult("d", "m", "none", images=4, targets=4, share=0.25, low=0.1, high=0.6, attackers=())
+    one = EnsembleResult("d", "m", "none", 4, 4, 4, 0, share=0.25, low=0.1, high=0.6, attackers=())
     assert share_text(one) == "1 of 4"
+    assert share_text(dataclasses.replace(one, groups=2, targets=5, by_floor=1)) == "1 of 4 in 2 groups"
     assert (
         share_text(dataclasses.replace(one, targets=8)) == "25 %"
     )  # two images may be recovered from half of the seeds

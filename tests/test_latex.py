@@ -92,6 +92,12 @@ def test_the_strongest_attack_behind_each_defense_is_bold(tmp_path):
     assert "grey (floor)" in text
 
 
+def test_nothing_at_or_below_the_floor_is_bold(tmp_path):
+    results = [scored(GREY, NONE, i, 0.3) for i in range(4)] + [scored(DLG, NONE, i, 0.2) for i in range(4)]
+    results += [scored(IG, NONE, i, 0.1) for i in range(4)]
+    assert "\\textbf" not in tex(tmp_path, results)["report.tex"]
+
+
 def test_table_6_has_the_arms_of_the_paper(tmp_path):
     arms = ((NONE, 0.9), (NORM, 0.5), (KEYLOCK, 0.1), (NOISE, 0.05))
     results = [scored(DLG, defense, i, value) for defense, value in arms for i in range(3)]

@@ -97,7 +97,7 @@ def test_an_entry_is_checked_by_running_its_trials_again(cli, ran: Path) -> None
     done = cli("leaderboard", "check", file, "ran", "--sample", "2")
     assert (done.code, done.err) == (0, "")
     assert re.search(r"of 2 trials run again \(--seed \d+\), 0 recover an image .*, and 0 no longer do", done.out)
-    assert "no difference of scores can be significant on 2 trials" in done.out
+    assert "no difference of scores can be significant on 2 independent images" in done.out
     assert done.out.endswith("the entry holds\n")
     entry = json.loads(file.read_text())
     file.write_text(json.dumps({**entry, "recovered": 0.0}))
@@ -131,11 +131,11 @@ def test_leaderboard_without_run_or_folder_is_refused(cli, place: Path) -> None:
 def test_a_sample_holds_unless_its_flips_go_one_way_beyond_chance(flips: int, holds: bool) -> None:
     def repeat(index: int) -> Repeat:
         of = TrialOf(id="0" * 16, attack="dlg", threat="paper", image=index, seed=0, status="ok", score=0.1)
-        return Repeat(of, "ok", 0.9 if index < flips else 0.1)
+        return Repeat(of, "ok", 0.9 if index < flips else 0.1, (False, index < flips), index)
 
-    found = EntryCheck((), tuple(map(repeat, range(8))), 0.6)
+    found = EntryCheck((), tuple(map(repeat, range(8))))
     assert (found.more, found.less, found.holds) == (flips, 0, holds)
-    assert not EntryCheck(("recovered",), found.repeats, 0.6).holds
+    assert not EntryCheck(("recovered",), found.repeats).holds
 
 
 def test_scores_that_all_rise_refute_and_noise_does_not() -> None:
@@ -144,7 +144,8 @@ def test_scores_that_all_rise_refute_and_noise_does_not() -> None:
             TrialOf(id="0" * 16, attack="dlg", threat="paper", image=i, seed=0, status="ok", score=0.2)
             for i in range(16)
         ]
-        return EntryCheck((), tuple(Repeat(one, "ok", 0.2 + change * (i % 5 + 1)) for i, one in enumerate(trials)), 0.6)
+        again = [0.2 + change * (i % 5 + 1) for i in range(16)]
+        return EntryCheck((), tuple(Repeat(one, "ok", again[one.image], (False, False), one.image) for one in trials))
 
     assert (sample(0.02).more, sample(0.02).holds) == (0, False)
     assert sample(0.001).holds
@@ -152,8 +153,8 @@ def test_scores_that_all_rise_refute_and_noise_does_not() -> None:
 
 def test_what_an_attacker_serves_in_one_place_alone_refutes() -> None:
     refused = TrialOf(id="0" * 16, attack="dlg", threat="paper", image=0, seed=0, status="unsupported", score=None)
-    assert EntryCheck((), (Repeat(refused, "unsupported", math.nan),), 0.6).holds
-    assert not EntryCheck((), (Repeat(refused, "ok", 0.1),), 0.6).holds
+    assert EntryCheck((), (Repeat(refused, "unsupported", math.nan, (False, False), 0),)).holds
+    assert not EntryCheck((), (Repeat(refused, "ok", 0.1, (False, False), 0),)).holds
 
 
 def test_what_has_not_ended_or_broke_has_no_entry_and_is_named(cli, place: Path, monkeypatch) -> None:  # noqa: F811

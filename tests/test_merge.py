@@ -56,9 +56,15 @@ def test_shards_have_every_trial_once_and_none_is_much_larger(count, images):
 def test_of_an_ensemble_all_attacks_on_an_image_are_in_one_shard():
     trials = ensemble(Knows("0 2"), Counts("2 3"), Thief(), images=16, defenses=["none", "noise"], floors=True).trials()
     shards = [part(trials, f"{place_}/3", ensemble=True) for place_ in (1, 2, 3)]
-    assert sum(map(len, shards)) == len(trials)
-    targets = [{trial.target for trial in shard} for shard in shards]
+    attacked = [[trial for trial in shard if not trial.cell.attack.floor] for shard in shards]
+    assert sum(map(len, attacked)) == len({trial.id for shard in attacked for trial in shard}) == 2 * 3 * 16
+    assert {trial.id for shard in shards for trial in shard} == {trial.id for trial in trials}
+    targets = [{trial.target for trial in shard} for shard in attacked]
     assert sum(map(len, targets)) == len(set.union(*targets))
+    for shard in shards:  # with the floors that recovered is judged by
+        floors = {(trial.image, trial.cell.attack.name) for trial in shard if trial.cell.attack.floor}
+        assert {trial.image for trial in shard} == {image for image, _ in floors}
+        assert len(floors) == 3 * len({trial.image for trial in shard})
 
 
 @pytest.mark.parametrize("text", ["", "1", "0/4", "5/4", "-1/4", "1/0", "a/b", "1/2/3", "١/2"])

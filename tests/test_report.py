@@ -227,7 +227,8 @@ def test_csv_has_exactly_the_columns(tmp_path):
     (path,) = write(run(tmp_path, [make(DLG, NONE, 0), make(DLG, NONE, 1, status="error")]), {"csv"})
     lines = path.read_text().splitlines()
     assert lines[0] == (
-        "trial,dataset,model,defense,attack,threat,image,seed,status,seconds,psnr,mse,reason,objective,evaluations"
+        "trial,dataset,model,defense,attack,threat,image,seed,status,seconds,psnr,mse,reason,objective,evaluations,"
+        "group"
     )
     assert len(lines) == 3
     back = pd.read_csv(path)

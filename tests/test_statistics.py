@@ -16,6 +16,8 @@ from leakbench.analysis.statistics import (
     bootstrap_interval,
     holm,
     paired_difference,
+    share_interval,
+    sign_flip_test,
     smallest_p,
     wilcoxon_test,
     wilson_interval,
@@ -158,3 +160,100 @@ def test_equal_infinities_differ_by_nothing_and_no_pair_is_no_difference() -> No
     assert none.images == 0
     assert math.isnan(none.mean)
     assert math.isnan(none.p)
+
+
+# Groups
+
+SIZES = (8, 6, 5, 4, 4, 3, 2)
+"""How many of 32 images each of 7 photographs has."""
+GROUPS = np.repeat(np.arange(7), SIZES)
+
+
+def flips(count: int) -> np.ndarray:
+    """Return [2^count, count], all signs."""
+    return 1 - 2 * ((np.arange(2**count)[:, None] >> np.arange(count)) & 1)
+
+
+def test_groups_that_all_agree_have_wilsons_interval_over_groups() -> None:
+    assert share_interval(np.ones(32), GROUPS) == pytest.approx((0.646, 1.0), abs=1e-3)
+    assert share_interval(np.zeros(32), GROUPS) == pytest.approx((0.0, 0.354), abs=1e-3)
+    assert share_interval(np.ones(32), np.arange(32)) == wilson_interval(1.0, 32)
+    assert share_interval(np.ones(32)) == wilson_interval(1.0, 32)
+    assert share_interval([1.0, 1.0, 0.0], [4, 4, 4]) == pytest.approx(wilson_interval(2 / 3, 1))
+    assert all(math.isnan(end) for end in share_interval([]))
+
+
+def test_a_share_with_groups_is_the_cluster_bootstrap_and_never_narrower_than_wilsons() -> None:
+    """23 of 32 images, as behind prune: whole photographs are recovered or not."""
+    hits = np.concatenate([np.ones(8), np.ones(6), [1, 1, 1, 1, 0], np.ones(4), np.zeros(4), np.ones(1), np.zeros(4)])
+    assert hits.mean() == pytest.approx(0.719, abs=0.001)
+    low, high = share_interval(hits, GROUPS)
+    assert (low, high) == pytest.approx((0.36, 0.99), abs=0.03)
+    assert low <= wilson_interval(hits.mean(), 7)[0]
+    plain = wilson_interval(hits.mean(), 32)
+    assert low < plain[0] - 0.1
+    assert high > plain[1] + 0.1
+
+
+def test_one_image_less_does_not_make_an_interval_of_groups_narrower() -> None:
+    ends = [share_interval(np.arange(32) >= missed, GROUPS)[0] for missed in range(9)]
+    assert ends == sorted(ends, reverse=True)
+
+
+def test_the_cluster_bootstrap_is_that_of_all_draws_of_groups() -> None:
+    values = np.random.default_rng(8).normal(0, 1, 32) + np.repeat(np.random.default_rng(9).normal(0, 2, 7), SIZES)
+    sums = np.bincount(GROUPS, values)
+    draws = np.stack(np.meshgrid(*[np.arange(7)] * 7, indexing="ij"), -1).reshape(-1, 7)
+    means = sums[draws].sum(1) / np.array(SIZES)[draws].sum(1)
+    expected = np.percentile(means, (2.5, 97.5))
+    assert bootstrap_interval(values, np.arange(32), GROUPS, resamples=20_000) == pytest.approx(expected, abs=0.05)
+    shuffled = np.random.default_rng(0).permutation(32)
+    again = bootstrap_interval(values[shuffled], shuffled, GROUPS[shuffled], resamples=20_000)
+    assert again == pytest.approx(expected, abs=0.05)
+
+
+def test_images_that_are_their_own_groups_have_the_interval_that_they_had() -> None:
+    rng = np.random.default_rng(10)
+    images, values = np.repeat(np.arange(9), 3), rng.normal(0, 1, 27)
+    assert bootstrap_interval(values, images, images + 100) == bootstrap_interval(values, images)
+    assert all(math.isnan(end) for end in bootstrap_interval(values, images, np.zeros(27, dtype=int)))
+
+
+def test_wilcoxon_by_group_tries_every_sign_of_the_group_means() -> None:
+    values = np.random.default_rng(11).normal(0.4, 1, 32)
+    means = np.array([values[GROUPS == group].mean() for group in range(7)])
+    ranks = stats.rankdata(np.abs(means))
+    sums = (flips(7) * ranks).sum(1)
+    expected = (np.abs(sums) >= abs((np.sign(means) * ranks).sum())).mean()
+    assert wilcoxon_test(values, GROUPS) == pytest.approx(expected)
+    assert wilcoxon_test(np.ones(32) + values / 100, GROUPS) == 2 / 2**7  # 32 images of one sign are 7 observations
+
+
+def test_a_paired_difference_counts_groups() -> None:
+    index = pd.MultiIndex.from_arrays([GROUPS, np.arange(32), np.zeros(32, int)], names=UNIT)
+    values = np.random.default_rng(12).normal(1, 1, 32)
+    found = paired_difference(pd.Series(values, index), pd.Series(0.0, index))
+    assert (found.images, found.groups) == (32, 7)
+    assert found.p == wilcoxon_test(values, GROUPS)
+    assert (found.low, found.high) == bootstrap_interval(values, np.arange(32), GROUPS)
+    assert found.median == pytest.approx(np.median(values))
+
+
+@given(st.lists(st.integers(-1, 1), min_size=7, max_size=30), st.integers(0, 2**32))
+def test_sign_flips_of_groups_are_all_tried(changes: list[int], seed: int) -> None:
+    groups = np.random.default_rng(seed).integers(0, 7, len(changes))
+    sums = np.bincount(groups, weights=changes, minlength=7)
+    expected = (np.abs((flips(7) * sums).sum(1)) >= abs(sums.sum())).mean()
+    assert sign_flip_test(changes, groups) == pytest.approx(expected)
+
+
+def test_sign_flips_are_scipys_and_without_groups_mcnemars() -> None:
+    changes = np.array([1, 1, 1, -1, 0, 1, 1, 0, 0, 1, 1, 1])
+    groups = np.array([0, 0, 1, 1, 2, 3, 3, 3, 4, 5, 6, 6])
+    sums = np.bincount(groups, weights=changes)
+    found = stats.permutation_test((sums,), np.sum, permutation_type="samples", n_resamples=np.inf)
+    assert sign_flip_test(changes, groups) == pytest.approx(found.pvalue)
+    assert sign_flip_test(changes) == pytest.approx(stats.binomtest(8, 9).pvalue)
+    assert sign_flip_test([0, 0]) == 1.0
+    assert sign_flip_test([]) == 1.0
+    assert sign_flip_test([1] * 40 + [-1] * 10) == pytest.approx(stats.binomtest(40, 50).pvalue)

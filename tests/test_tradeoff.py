@@ -47,7 +47,7 @@ def test_the_front_holds_what_nothing_else_beats() -> None:
 def test_a_distance_beyond_the_floor_leaks_no_less_than_the_floor() -> None:
     def point(name: str, accuracy: float, distance: float) -> AttackedDefense:
         one = Value(accuracy, accuracy, accuracy)
-        return AttackedDefense(name, one, 0.1, Value(0, 0, 0), Value(distance, distance, distance), 2, "", 0)
+        return AttackedDefense(name, one, 0.1, Value(0, 0, 0), Value(distance, distance, distance), 2, 2, 0, "", 0)
 
     stage = AttackedStage(
         "d", "m", "best", (point("far", 0.5, 0.9), point("floor", 0.6, 0.7), point("near", 0.9, 0.1)), 0.6
@@ -129,7 +129,7 @@ def test_checkpoints_are_attacked_and_drawn_against_their_accuracy(tmp_path: Pat
         assert [point.leakage.value for point in shown.points] == [one.share.mean for one in scene.points]
         assert [point.utility.value for point in shown.points] == [one.accuracy.mean for one in scene.points]
     text = write(tmp_path, {"html"})[0].read_text()
-    assert text.index("Utility against leakage") < text.index("The worst case behind each defense")
+    assert text.index("Utility against leakage") < text.index("Best of the attackers that ran")
     with Store.open(tmp_path / FILE, readonly=True) as store:
         board, _ = entries(store, "run", (first, last))
     costs = {one.defense: one.accuracy for one in board}

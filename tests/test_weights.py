@@ -592,7 +592,7 @@ def a_run(trials: int = 6) -> tuple[pd.DataFrame, dict[str, TrialRecord], pd.Dat
                 records[trial] = TrialRecord(json.dumps(settings), "", 0, 1, "")
                 lines.append({
                     "trial": trial, "dataset": "d", "model": "m", "defense": "x", "attack": attack, "threat": "t",
-                    "image": image, "seed": 0, "status": "failed" if image == 5 and attack == "dlm" else "ok",
+                    "image": image, "group": image, "seed": 0, "status": "failed" if image == 5 and attack == "dlm" else "ok",
                     "floor": False, "ssim_aligned": 0.9 if found else 0.1, "psnr_aligned": 20.0,
                 })  # fmt: skip
                 if attack == "dlm":
@@ -603,7 +603,7 @@ def a_run(trials: int = 6) -> tuple[pd.DataFrame, dict[str, TrialRecord], pd.Dat
 def test_report_compares_rates_and_shows_scale_and_strengths() -> None:
     trials = weights.rows(*a_run())
     assert len(trials) == 36
-    text = weights.markdown("mine", trials, 0, 0)
+    text = weights.markdown("mine", trials, 0, 0, 0)
     table = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line] for line in table]
     (dlg,) = (line for line in cells if line[4:6] == ["dlg", "known"] and line[0] == "d")
@@ -616,7 +616,7 @@ def test_report_compares_rates_and_shows_scale_and_strengths() -> None:
     assert ["d", "m", "0.01", "1", "dlm", "hidden", "3 of 6", "1", "1", "1"] in cells
     strengths = [line[1] for line in cells if line[0].startswith("weight-noise, gaussian, no clipping")]
     assert strengths == ["0", "0", "0.001", "0.001", "1", "1"]
-    told = weights.markdown("mine", trials.assign(family=None, defense="noise"), 3, 2)
+    told = weights.markdown("mine", trials.assign(family=None, defense="noise"), 3, 2, 0)
     assert "not finished" in told
     assert "2 trials ended in an error" in told
     assert "only in report.md: noise" in told
@@ -637,7 +637,8 @@ def test_figure_of_defenses_has_line_per_attack_over_strengths() -> None:
 def test_intervals_overlap_whichever_share_is_larger(without: int, overlap: str, swapped: bool) -> None:
     def cell(method: str, recovered: int) -> pd.DataFrame:
         image = range(8)
-        return pd.DataFrame({"image": image, "seed": 0, "method": method, "recovered": [i < recovered for i in image]})
+        places = {"image": image, "group": image, "seed": 0}
+        return pd.DataFrame({**places, "method": method, "recovered": [i < recovered for i in image]})
 
     own, other = cell("dlm", without), cell("dlg", 8)
     found = weights._gap(other, own) if swapped else weights._gap(own, other)
@@ -659,7 +660,7 @@ def test_the_report_keeps_options_grants_and_places_apart() -> None:
             records[trial] = TrialRecord(json.dumps(settings), "", 0, 1, "")
         parts.append(own)
     trials = weights.rows(pd.concat(parts), records, findings)
-    text = weights.markdown("mine", trials, 0, 0)
+    text = weights.markdown("mine", trials, 0, 0, 0)
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     undefended = {tuple(line[3:6]) for line in cells if line[0] == "d" and line[6:7] == ["6"]}
     assert undefended == {

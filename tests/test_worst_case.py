@@ -277,7 +277,7 @@ def test_the_report_is_made_of_the_run_alone(tmp_path):
     assert text == squeezed(report_of(tmp_path))
     assert "| none | 75 % [30, 95] | knows 2, counts 1 | 4 | 10 |" in text
     assert "| none | counts | 1 | 2 | 2 | 0 | 0 | – |" in text
-    assert "the floors recover: random 0 of 4, grey 0 of 4, mean 0 of 4." in text
+    assert "the floors reach the threshold on: random 0 of 4, grey 0 of 4, mean 0 of 4." in text
     assert "at least 0.6" in text
     assert "No attacker sees the private image" in text
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
@@ -386,7 +386,7 @@ def test_a_default_scale() -> None:
 def test_a_trial_without_the_score_is_no_miss() -> None:
     """Images too small for SSIM are not judged, rather than counted as withstood."""
     row = {
-        "dataset": "d", "model": "m", "defense": "none", "threat": "paper", "attack": "peel", "image": 0, "seed": 0,
+        "dataset": "d", "model": "m", "defense": "none", "threat": "paper", "attack": "peel", "image": 0, "group": 0, "seed": 0,
         "status": "ok", "reason": "", "floor": False, "evaluations": 1, "seconds": 1.0, "ssim_aligned": float("nan"),
     }  # fmt: skip
     (found,) = ensemble_results(pd.DataFrame([row]), 0.6)

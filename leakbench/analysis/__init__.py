@@ -1,1 +1,4 @@
-"""The numbers of a run: summaries, intervals, paired tests, which images are recovered, and whether a file is complete. Nothing is rendered here."""
+"""The numbers of a run: summaries, intervals, paired tests, which images are recovered, whether a file is complete.
+
+Nothing is rendered here.
+"""

@@ -45,17 +45,17 @@ def missing_attackers(
     known = {(one.kind, one.spec): one for one in components}
     own = judged(trials, threshold)[~trials["floor"].to_numpy(dtype=bool)]
     found: dict[Scene, list[str]] = {}
-    for scene, block in own.groupby(["dataset", "model", "defense"], sort=False):
+    for (dataset, model, defense), block in own.groupby(["dataset", "model", "defense"], sort=False):
         done = block["recovered"].groupby([block[axis] for axis in TARGET]).transform("any") & (block["status"] == "")
-        open_or_broken = (block["status"].isin(("", "error")) & ~done).groupby([block["attack"], block["threat"]]).any()
+        ended = block.assign(ended=~block["status"].isin(("", "error")) | done)
         ran = [
             (known["attack", str(attack)], str(threat))
-            for (attack, threat), unfinished in open_or_broken.items()
-            if not unfinished
+            for (attack, threat), trials_of in ended.groupby(["attack", "threat"], sort=False)
+            if trials_of["ended"].all()
         ]
-        variants = _variants(known["defense", str(scene[2])])
+        variants = _variants(known["defense", str(defense)])
         wanted = [(attack, variant) for attack, informed in _suite() for variant in (variants if informed else [""])]
-        found[str(scene[0]), str(scene[1]), str(scene[2])] = [
+        found[str(dataset), str(model), str(defense)] = [
             attack.name + (f" ({'adaptive' if variant == 'true' else variant})" if variant else "")
             for attack, variant in wanted
             if not any(_serves(one, threat, attack, variant) for one, threat in ran)

@@ -23,13 +23,13 @@ def parse(text: str) -> tuple[int, int]:
 
 
 def part(trials: Sequence[Trial], shard: str, *, ensemble: bool) -> list[Trial]:
-    """Return the trials of a shard, in their order; each trial of a matrix is in one of its n shards (a floor may be
-    in several).
+    """Return the trials of a shard, in their order; each trial of a matrix is in one of its n shards.
 
     A cell with enough images and seeds is cut into n pieces, one for each shard, so that all shards take equally long.
     A smaller cell is cut into pieces that still fill a chunk, which a hash assigns to shards; a shard may be empty. In
     an ensemble, whose attacks skip images that another one has recovered, all trials on one image behind one defense
-    are in the same shard, and the floors on this image, by which recovered is judged, are in each shard that attacks it.
+    are in the same shard. The floors on this image, by which recovered is judged, are in each shard that attacks it, so
+    that a floor's trial may be in several shards.
 
     Args:
         trials: all planned trials.

@@ -181,7 +181,7 @@ def check(
             for column in ("status", RECOVERY, CLOSENESS):
                 now.loc[trial.id, column] = again[column]
             before, after = (bool(judged(one, entry.threshold).loc[trial.id, "recovered"]) for one in (planned, now))
-            score, group = float(again[RECOVERY]), int(row["group"])
+            score, group = float(again[RECOVERY]), int(str(row["group"]))
             repeats.append(Repeat(trial, str(again["status"]), score, (before, after), group))
     return EntryCheck(differing, tuple(repeats), seed)
 
@@ -203,7 +203,7 @@ def words(found: EntryCheck) -> Sequence[str]:
     )
     if groups < MIN_SAMPLE:
         lines.append(
-            f"no difference of scores can be significant on {groups} independent images; that takes {MIN_SAMPLE} or more"
+            f"no difference of scores can be significant on {groups} independent images; that takes {MIN_SAMPLE}"
         )
     lines.append("the entry holds" if found.holds else "the entry does not hold")
     return [one_line(line) for line in lines]

@@ -181,17 +181,17 @@ def _ensembles(first: ComparedRun, second: ComparedRun) -> tuple[str, int]:
     if limits[0] is not None and limits[0] == limits[1]:
         before, after = (_recovered(run, limits[0]) for run in (first, second))
         for scene, old in before.items():
-            both = old.index.intersection(after[scene].index) if scene in after else ()
+            both = old.index.intersection(after[scene].index if scene in after else [])
             if len(both):
                 found.append((scene, old.loc[both], after[scene].loc[both]))
     rows, values, counts = [], [], [(0, 0)]
     for scene, old, now in found:
         changes = now["hit"].astype(int) - old["hit"].astype(int)
-        shares = [percent(float(one["hit"].mean())) for one in (old, now)]
+        shares = [percent(float(hits.mean())) for hits in (old["hit"], now["hit"])]
         counts.append((old.index.get_level_values("image").nunique(), old["group"].nunique()))
         moved = [str(int((changes == change).sum())) for change in (1, -1)]
         rows.append([", ".join(scene), in_groups(*counts[-1]), *shares, *moved])
-        values.append(sign_flip_test(changes.to_numpy(), old["group"].to_numpy()))
+        values.append(sign_flip_test(changes.tolist(), old["group"].tolist()))
     adjusted = holm(values)
     rows = [[*row, p_value(p), p_value(corrected)] for row, p, corrected in zip(rows, values, adjusted)]
     headings = ["behind", "images", "first run", "second run", "newly recovered", "no longer", "p", "p (Holm)"]

@@ -69,7 +69,7 @@ def _leading(own: pd.DataFrame) -> str:
         attack, gain = max(gains.items(), key=lambda item: ((item[1] > 0).mean(), item[1].mean()))
         share = float((gain > 0).mean())
         groups = gain.index.get_level_values("group").to_numpy()
-        ends = share_interval((gain > 0).to_numpy(dtype=float), groups)
+        ends = share_interval((gain > 0).tolist(), groups)
         shares = [f"{100 * value:.0f}" for value in (share, *ends)]
         images = in_groups(len(gain), len(set(groups)))
         lead = (float(gain.mean()), *bootstrap_interval(gain.to_numpy(), groups=groups))

@@ -138,7 +138,7 @@ def remove_others(folder: Path, pattern: re.Pattern[str], names: Collection[str]
 
 
 def csv(results: pd.DataFrame) -> str:
-    """Return the results as CSV: ``BEFORE``, the metrics, then reason, objective, evaluations and group; scores as they are stored."""
+    """Return the results as CSV: ``BEFORE``, the metrics, then further columns; scores as they are stored."""
     metrics = [column for column in results.columns if column not in BEFORE + AFTER]
     columns = [*BEFORE, *metrics, "reason", "objective", "evaluations", "group"]
     return str(results[columns].to_csv(index=False, lineterminator="\n"))

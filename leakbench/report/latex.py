@@ -27,7 +27,8 @@ _CAPTION = (
 )
 _CAPTION6 = (
     "Reconstructions without a defense, behind the normalisation of key-lock only, and behind key-lock. Means over "
-    "images, in the standard convention; arrows point to more leakage. Bold: the least leakage, if it is above the floor."
+    "images, in the standard convention; arrows point to more leakage. Bold: the least leakage, if it is above "
+    "the floor."
 )
 
 

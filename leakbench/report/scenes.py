@@ -165,9 +165,8 @@ def share_text(one: EnsembleResult) -> str:
     if math.isnan(one.share):
         return "not tried yet" if one.open else "a floor recovers all" if one.by_floor else "no attacker has a score"
     of = in_groups(one.images, one.groups)
-    counted = (
-        f"{one.share * one.images:.0f} of {of}" if one.targets == one.images + one.by_floor else percent(one.share)
-    )
+    single = one.targets == one.images + one.by_floor
+    counted = f"{one.share * one.images:.0f} of {of}" if single else percent(one.share)
     return f"{counted} so far" if one.open else counted
 
 
