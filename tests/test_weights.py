@@ -592,7 +592,8 @@ def a_run(trials: int = 6) -> tuple[pd.DataFrame, dict[str, TrialRecord], pd.Dat
                 records[trial] = TrialRecord(json.dumps(settings), "", 0, 1, "")
                 lines.append({
                     "trial": trial, "dataset": "d", "model": "m", "defense": "x", "attack": attack, "threat": "t",
-                    "image": image, "group": image, "seed": 0, "status": "failed" if image == 5 and attack == "dlm" else "ok",
+                    "image": image, "group": image, "seed": 0,
+                    "status": "failed" if image == 5 and attack == "dlm" else "ok",
                     "floor": False, "ssim_aligned": 0.9 if found else 0.1, "psnr_aligned": 20.0,
                 })  # fmt: skip
                 if attack == "dlm":
