@@ -208,7 +208,7 @@ class Worker:
             Result(
                 trial=trial,
                 status="failed" if bool(failed[row]) else "ok",
-                reason="the attack diverged; scored as the grey image" if bool(failed[row]) else "",
+                reason="the attack diverged; its picture is the grey image" if bool(failed[row]) else "",
                 seconds=seconds,
                 scores={name: values[row] for name, values in scores.items() if values[row] == values[row]},
                 reconstruction=png(images[row]),

@@ -109,7 +109,7 @@ class Result:
     """The outcome of a trial; every trial that was started has one.
 
     Attributes:
-        status: ``ok``; ``failed`` (the attack diverged: scored as the grey image); ``unsupported`` or ``error``
+        status: ``ok``; ``failed`` (the attack diverged: the scores are the grey image's); ``unsupported`` or ``error``
             (no scores), with the reason.
         reason: one line, empty for ``ok``.
         seconds: the wall time of the trial's chunk divided by its trials.
