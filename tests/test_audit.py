@@ -8,6 +8,7 @@ import math
 import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,7 +30,7 @@ from leakbench.audit.layers import ClosedFormLeaks, InferredLabels, LayerShare, 
 from leakbench.core.registry import load_plugin
 from leakbench.core.types import PRESETS
 from leakbench.errors import BadOption
-from leakbench.report.audit import html, markdown
+from leakbench.report.audit import html, markdown, verdict
 from leakbench.report.page import picture
 from leakbench.store.run_file import FILE, Store
 
@@ -101,6 +102,48 @@ def nets(place: Path) -> Path:  # noqa: F811
     """A plugin with factories."""
     (place / "nets.py").write_text(NETS)
     return place
+
+
+@pytest.mark.parametrize(
+    ("result", "inconclusive", "words"),
+    [
+        (
+            {"share": 0.0},
+            "Inconclusive: x.",
+            "Inconclusive: x. No attack recovered an image (95 % interval 0 % to 50 %",
+        ),
+        ({"share": 0.0, "groups": 2}, "", "n = 4 in 2 groups). That does not prove"),
+        ({"share": 0.5}, "", "The server recovers 50 % of the images"),
+        ({"share": math.nan, "images": 0, "by_floor": 4}, "", "Inconclusive: a floor, which uses no gradient"),
+    ],
+)
+def test_an_audit_that_recovers_nothing_is_inconclusive_without_a_control(
+    result: dict[str, Any], inconclusive: str, words: str
+) -> None:
+    values = {"images": 4, "groups": 4, "targets": 4, "by_floor": 0, "low": 0.0, "high": 0.5, "attackers": ()} | result
+    found = DefenseFindings(
+        EnsembleResult("d", "m", "noise", **values),
+        ClosedFormLeaks((), (), InferredLabels(None, None)),
+        "",
+        math.nan,
+        {},
+        (),
+        inconclusive=inconclusive,
+    )
+    assert words in verdict(found)
+
+
+def test_an_audit_says_whether_the_attackers_recover_anything_undefended(cli, nets: Path) -> None:  # noqa: F811
+    audited = ("--plugin", "nets.py", "--model", "build", "--data", "samples(size=12)", "--images", "1")
+    for out, defenses, flaw in (
+        ("with", ("none", "noise(scale=10)"), ""),
+        ("without", ("noise(scale=10)",), "Inconclusive: there is no positive control, since none was not attacked."),
+    ):
+        named = [word for one in defenses for word in ("--defense", one)]
+        assert cli("audit", *audited, "--budget", "quick", *named, "--out", out).code == 0
+        text = (nets / out / "audit.md").read_text()
+        (line,) = [line for line in text.splitlines() if line.startswith("- Defense **noise")]
+        assert line.startswith(f"- Defense **noise(scale=10.0)**: {flaw + ' ' if flaw else ''}No attack recovered")
 
 
 def test_whatever_is_in_a_name_is_text_on_both_pages() -> None:

@@ -56,11 +56,25 @@ def test_entries_are_what_the_run_says(ran: Path) -> None:
     assert (noise.accuracy.accuracy, noise.accuracy.without) == (0.75, 0.8)
     assert [trial.image for trial in none.trials] == [0, 1]
     assert none.settings["defense"] == {"version": none.settings["defense"]["version"]}
+    lacking = ["lb", "ig", "grnn", "ggl"]
+    assert (none.missing, none.inconclusive, none.caveat) == (lacking, "", "")
+    assert (noise.groups, noise.by_floor, noise.missing[:2]) == (2, 0, ["lb", "lb (adaptive)"])
     page = (ran / "board" / "index.html").read_text()
     assert "default-src" in page
+    assert "best of the attackers that ran. Not run: lb, ig, grnn and ggl." in page
+    assert "<strong>inconclusive</strong>" not in page
     assert all(f"entries/{file.name}" in page for file in files)
     assert page.index("noise(scale=1.0)") < page.index('<td class="spec">none')
     assert (ran / "board" / "entry.schema.json").read_text() == schema()
+
+
+def test_an_entry_without_a_positive_control_bears_a_mark(cli, place: Path) -> None:  # noqa: F811
+    alone = ("--attack", "peel", "--model", "lenet", "--dataset", "samples(size=16, channels=1)", "--images", "2")
+    assert cli("run", "matrix", *alone, "--defense", "noise", "--threshold", "0.6", "--out", "two").code == 0
+    assert cli("leaderboard", "two", "--out", "marked").code == 0
+    page = (place / "marked" / "index.html").read_text()
+    assert "<strong>inconclusive</strong>" in page
+    assert "there is no positive control, since none was not attacked" in page
 
 
 def test_entries_of_before_called_adaptive_attackers_informed(ran: Path) -> None:

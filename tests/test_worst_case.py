@@ -387,7 +387,8 @@ def test_a_trial_without_the_score_is_no_miss() -> None:
     """Images too small for SSIM are not judged, rather than counted as withstood."""
     row = {
         "dataset": "d", "model": "m", "defense": "none", "threat": "paper", "attack": "peel", "image": 0, "group": 0,
-        "seed": 0, "status": "ok", "reason": "", "floor": False, "evaluations": 1, "seconds": 1.0, "ssim_aligned": float("nan"),
+        "seed": 0, "status": "ok", "reason": "", "floor": False, "evaluations": 1, "seconds": 1.0,
+        "ssim_aligned": float("nan"),
     }  # fmt: skip
     (found,) = ensemble_results(pd.DataFrame([row]), 0.6)
     assert found.images == 0

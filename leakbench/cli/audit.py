@@ -75,7 +75,8 @@ class _Shared:
         "Which attacks run, and for how long: quick takes minutes; thorough takes longest.", default="standard"
     )
     threshold: float | None = option(
-        "An image is recovered if its SSIM, after a fit of brightness and contrast, is at least this (default: 0.6).",
+        "An image is recovered if its SSIM, after a fit of brightness and contrast, is at least this and better than "
+        "every floor's (default: 0.6).",
         min=0,
         max=1,
     )

@@ -38,8 +38,9 @@ class MatrixOptions:
     )
     seeds: list[str] | None = option(SEEDS)
     threshold: str | None = option(
-        "From 0 to 1: once an attack has recovered an image (ssim_aligned of at least this), later attacks behind the "
-        "same defense skip the image (default: that of the matrix; 0.6 in the suite worst-case, none in the others).",
+        "From 0 to 1: once an attack has recovered an image (ssim_aligned of at least this, and better than every "
+        "floor on the image), later attacks behind the same defense skip the image (default: that of the matrix; 0.6 "
+        "in the suite worst-case, none in the others).",
         metavar="NUMBER",
     )
     floors: bool | None = option("Add the floors random, grey and mean (default: yes).")
