@@ -330,7 +330,7 @@ def test_pages_say_inconclusive_and_what_did_not_run(tmp_path: Path) -> None:
     for text in (report_of(tmp_path), report.ranking(tmp_path)):
         assert "Inconclusive: the attackers recover no image behind none either." in text
         assert "least" not in text.split("## How to read")[0].replace("at least", "")
-        assert "- peel, lb, ig, grnn and ggl: behind none" in text
+        assert "- peel, lb, ig, grnn and ggl: behind none and norm-only" in text.replace(" (adaptive)", "")
     assert report_of(tmp_path).startswith("# Best of the attackers that ran")
     (path,) = report.write(tmp_path, {"html"})
     page = path.read_text()

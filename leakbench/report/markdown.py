@@ -1,14 +1,18 @@
 """``report.md``: the settings of a run, its tables and pictures, and how to read them."""
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
 from leakbench.analysis.controls import control_gains
+from leakbench.analysis.ensemble import RECOVERED, ensemble_results
 from leakbench.analysis.summary import ANY, BLOCK, blocks, strongest, summarise, without_repeats
+from leakbench.analysis.verdict import inconclusive
 from leakbench.core.text import ABSENT, decimals, with_interval
 from leakbench.models.weights import Checkpoint
+from leakbench.plan.matrix import RECOVERY
 from leakbench.report.differences import differences
 from leakbench.report.display import escape, gain_text, leakage_table, to_markdown
 from leakbench.report.page import render_markdown
@@ -34,7 +38,7 @@ _LPIPS = {
 def markdown(run: RunData, pictures: Sequence[Picture] = ()) -> str:
     """Return the report of a run; it depends on nothing but its arguments."""
     summary = summarise(run.results, run.metrics)
-    weights, images = trained(run.components), notes(run.components)
+    weights, images, flaws = trained(run.components), notes(run.components), _inconclusive(run)
     shown, last = [], None
     for block_of, block in blocks(summary):
         dataset, model, threat = block_of
@@ -43,6 +47,7 @@ def markdown(run: RunData, pictures: Sequence[Picture] = ()) -> str:
             {
                 "heading": [dataset, model] if last != (dataset, model) else [],
                 "images": images.get(dataset, ""),
+                "inconclusive": flaws.get((dataset, model), ""),
                 "weights": weights.get(model, ""),
                 "threat": threat,
                 "granted": run.threats.get(threat, ""),
@@ -61,6 +66,15 @@ def markdown(run: RunData, pictures: Sequence[Picture] = ()) -> str:
         blocks=shown,
         **(_legend(run, summary, pictures) if shown else {}),
     )
+
+
+def _inconclusive(run: RunData) -> dict[tuple[str, str], str]:
+    """Return why defenses cannot be compared, by dataset and model; empty if nothing was measured."""
+    if RECOVERY not in run.trials:
+        return {}
+    threshold = RECOVERED if run.threshold is None else run.threshold
+    found = ensemble_results(run.trials, threshold)
+    return inconclusive(found, run.components) if any(not math.isnan(one.share) for one in found) else {}
 
 
 def _tables(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> dict[str, object]:
