@@ -28,6 +28,7 @@ from leakbench.models import OwnModule
 from leakbench.models.surgery import Layers
 from leakbench.observation import Observation
 from leakbench.plan.matrix import Matrix, parse_threat
+from leakbench.store.frames import ended
 from leakbench.store.run_file import FILE, Store
 from leakbench.victim import Client, build, check_reveals, groups_of
 from leakbench.victim import observe as observe_clients
@@ -55,7 +56,8 @@ class Run:
     def results(self) -> pd.DataFrame:
         """Return one row per finished trial: what it was, how it ended, every metric."""
         with Store.open(self.out / FILE, readonly=True) as store:
-            return store.results()
+            controls = ended(store.controls())
+            return pd.concat([store.results(), controls], ignore_index=True) if len(controls) else store.results()
 
     def summary(self) -> pd.DataFrame:
         """Return one row per cell: counts, and each metric's mean, interval and gain over the best floor."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
+import own_attacks  # noqa: F401
 import pytest
 import torch
 from hypothesis import settings
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from leakbench import attacks, defenses, generators, models
 from leakbench.core.types import Secret
 from leakbench.defenses import Defense
+from leakbench.engine import isolation
 from leakbench.generators import Card, Generator
 from leakbench.models import Model
 from leakbench.observation import Observation
@@ -85,6 +88,25 @@ ATTACKS = [
     for name in sorted(set(attacks.names()) - {"analytic"})
 ]
 """All but the one that no network with convolutions serves; ``test_analytic`` has its tests."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_template() -> Iterator[None]:
+    """Start the process that is copied for attacks of plugin files once, and not once a run: it takes seconds."""
+    real, kept = isolation.Template, list[isolation.Template]()
+
+    @functools.wraps(real)
+    def shared() -> isolation.Template:
+        if not kept or kept[-1]._process.poll() is not None:
+            kept.append(real())
+            kept[-1].close = functools.partial(lambda: None)  # type: ignore[method-assign]
+        return kept[-1]
+
+    isolation.Template = shared  # type: ignore[misc,assignment]
+    yield
+    isolation.Template = real  # type: ignore[misc]
+    for one in kept:
+        real.close(one)
 
 
 @pytest.fixture

@@ -237,10 +237,10 @@ def test_pixels_that_leak_in_closed_form_count_as_recovered(cli, nets: Path) -> 
 
 
 def test_attackers_that_broke_are_no_pass(cli, nets: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    def broken(self: object, observation: object, rng: object) -> None:
+    def broken(observation: object, begin: int, end: int) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr("leakbench.attacks.peel.Peel.run", broken)
+    monkeypatch.setattr("leakbench.attacks.peel._rows", broken)
     monkeypatch.setattr("leakbench.attacks.peel.served_chain", lambda observation: None)
     done = audit(cli, "pooled", *DATA, "--images", "1", "--fail-if", "recovered > 0.5")
     assert (done.code, "cannot be judged" in done.err) == (2, True)

@@ -15,6 +15,7 @@ from leakbench.core import device as devices
 from leakbench.core.rng import Rng
 from leakbench.engine import batch_size as chunk
 from leakbench.engine import worker as work
+from leakbench.engine.isolation import Isolation
 from leakbench.observation import Observation
 from leakbench.plan.matrix import Matrix
 from leakbench.store.run_file import FILE, Store
@@ -109,7 +110,7 @@ def test_free_memory_is_within_the_machine_and_a_containers_limit(
 def test_every_searching_attack_can_be_measured(spec: str) -> None:
     trial = _plan(attack=spec).trials()[0]
     blank = work.blank(trial.cell, set())
-    several = work.repeated(blank, 3, own=False)
+    several = chunk.repeated(blank, 3, own=False)
     assert several.trials == 3
     rng = Rng(("a", "b", "c"), CPU)
     held = trial.cell.attack.probe(several, rng)
@@ -127,19 +128,19 @@ def test_a_continued_run_is_cut_into_the_same_pieces(tmp_path: Path, monkeypatch
         return spied(self, data, trials, slots)  # type: ignore[arg-type]
 
     monkeypatch.setattr(work.Worker, "_together", spy)
-    monkeypatch.setattr(work, "choose", lambda step, trials, device, share: 2)
+    monkeypatch.setattr(chunk, "choose", lambda step, trials, device, share: 2)
     with pytest.raises(KeyboardInterrupt):
         leakbench.run(_plan(images=5), tmp_path)
     with Store.open(tmp_path / FILE, readonly=True) as store:
         assert store.chunk(_plan().trials()[0].cell.key) == 2
-    monkeypatch.setattr(work, "choose", lambda step, trials, device, share: 5)
+    monkeypatch.setattr(chunk, "choose", lambda step, trials, device, share: 5)
     leakbench.run(_plan(images=5), tmp_path)
     assert sizes == [2, 2, 2, 1]
 
 
 def test_an_attack_that_cannot_be_measured_takes_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(devices.DEFAULT, "cpu", 3)
-    monkeypatch.setattr(work, "choose", lambda step, trials, device, share: pytest.fail("measured"))
+    monkeypatch.setattr(chunk, "choose", lambda step, trials, device, share: pytest.fail("measured"))
     leakbench.run(_plan(attack="grey", images=4), tmp_path)
     with Store.open(tmp_path / FILE, readonly=True) as store:
         assert store.chunk(_plan(attack="grey").trials()[0].cell.key) == 3
@@ -147,15 +148,13 @@ def test_an_attack_that_cannot_be_measured_takes_the_default(tmp_path: Path, mon
 
 def test_a_queue_is_worked_off_in_the_slots_that_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int | None]] = []
-    plain = attacks.parse("dlg(steps=1)")
 
-    def spy(self: Attack, observation: Observation, rng: Rng) -> object:
+    def spy(self: Isolation, attack: Attack, observation: Observation, rng: Rng) -> object:
         seen.append((observation.trials, observation.slots))
-        return _call(self, observation, rng)
+        return attack(observation, rng)
 
-    _call = type(plain).run
-    monkeypatch.setattr(type(plain), "run", spy)
-    monkeypatch.setattr(work, "choose", lambda step, trials, device, share: 2)
+    monkeypatch.setattr(Isolation, "run", spy)
+    monkeypatch.setattr(chunk, "choose", lambda step, trials, device, share: 2)
     queued = leakbench.run(_plan(attack="dlg(steps=1)", images=9), tmp_path / "queue").results()
     assert seen == [(8, 2), (1, 2)]
     alone = leakbench.run(_plan(attack="dlg(steps=1)", images=9), tmp_path / "alone", chunk=1).results()

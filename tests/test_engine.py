@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import own_attacks  # noqa: F401
 import pandas as pd
 import pytest
 import torch

@@ -172,12 +172,12 @@ def test_what_an_attacker_serves_in_one_place_alone_refutes() -> None:
 
 
 def test_what_has_not_ended_or_broke_has_no_entry_and_is_named(cli, place: Path, monkeypatch) -> None:  # noqa: F811
-    def broken(self: object, observation: object, rng: object) -> None:
+    def broken(observation: object) -> None:
         raise RuntimeError("out of luck")
 
     more = ("--attack", "peel", "--images", "1", "--threshold", "0.6", "--out", "ran")
     assert cli("run", "matrix", *MATRIX[:-2], *more).code == 0
-    monkeypatch.setattr("leakbench.attacks.peel.Peel.run", broken)
+    monkeypatch.setattr("leakbench.attacks.peel.served_chain", broken)
     assert cli("run", "matrix", *MATRIX, *more).code == 0
     done = cli("leaderboard", "ran", "--out", "board")
     assert (done.code, len(list((place / "board" / "entries").iterdir()))) == (0, 1)

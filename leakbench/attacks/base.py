@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import warnings
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, final
 
 import torch
@@ -28,6 +29,8 @@ class Attack(Component):
 
     Attributes:
         floor: True for an attack that uses no gradient; tables show every other attack's gain over the best floor.
+        is_control: True for an attack that shows what no gradient leaked, such as memorised images. It is neither a
+            floor nor an attacker: tables show it apart, and it never counts as having recovered an image.
         updates: True for an attack that works on an update of unknown learning rate; any other one is given the
             gradient that the update is of, and needs a threat model that grants the rate.
         learns_rate: True for one of these that finds the rate on the way.
@@ -36,6 +39,7 @@ class Attack(Component):
     """
 
     floor: ClassVar[bool] = False
+    is_control: ClassVar[bool] = False
     updates: ClassVar[bool] = False
     learns_rate: ClassVar[bool] = False
     queue: ClassVar[int] = 1
@@ -44,9 +48,11 @@ class Attack(Component):
         """Take a subclass's ``__call__``, its own or a mixin's, which attacks defined before ``run``, for its ``run``.
 
         Raises:
-            BadOption: a method calls another attack's ``__call__`` by name, as that of the class that it derives from.
+            BadOption: a method calls another attack's ``__call__`` by name, as that of the class that it derives from;
+                or the class has code that would run when leakbench copies it or reads its attributes.
         """
         super().__init_subclass__()
+        _check_passive(cls)
         old = cls.__call__
         if old is Attack.__call__:
             return
@@ -57,6 +63,11 @@ class Attack(Component):
             )
         warnings.warn(f"class {cls.__name__} overrides __call__; rename it to run", OldPlugin, stacklevel=2)
         cls.run, cls.__call__ = old, Attack.__call__  # type: ignore[method-assign, misc]
+
+    @property
+    def competes(self) -> bool:
+        """Whether it counts as an attacker: it is neither a floor nor a control."""
+        return not (self.floor or self.is_control)
 
     @abstractmethod
     def run(self, observation: Observation, rng: Rng) -> Reconstruction:
@@ -78,6 +89,10 @@ class Attack(Component):
         """
         return None
 
+    def uses(self) -> Sequence[Component]:
+        """Return the other components whose code the attack runs, such as a generator."""
+        return ()
+
     @final
     def __call__(self, observation: Observation, rng: Rng) -> Reconstruction:
         """Return a reconstruction of every trial, whose failed rows are the grey image.
@@ -91,7 +106,7 @@ class Attack(Component):
             BadOption: the attack returned something else than a reconstruction of every trial.
         """
         attack, known = prepare(self, observation)
-        return _checked(self, attack.run(known, rng), known)
+        return checked(self, attack.run(known, rng), known)
 
     @final
     def preflight(self, observation: Observation) -> None:
@@ -104,6 +119,17 @@ class Attack(Component):
         """Return what ``probe`` returns for this observation."""
         attack, known = prepare(self, observation)
         return attack.probe(known, rng)
+
+
+def _check_passive(cls: type[Attack]) -> None:
+    """Raise BadOption if a class has code that runs outside of the calls of the attack (``engine.isolation``)."""
+    for name in ("__reduce__", "__reduce_ex__", "__getstate__", "__getattribute__", "__getattr__", "__class__"):
+        if inspect.getattr_static(cls, name, None) is not inspect.getattr_static(Attack, name, None):
+            raise BadOption(f"class {cls.__name__} defines {name}, which would run outside of the attack; leave it out")
+    for name, kind in (("floor", bool), ("is_control", bool), ("updates", bool), ("learns_rate", bool), ("queue", int)):
+        value = inspect.getattr_static(cls, name)
+        if type(value) is not kind:
+            raise BadOption(f"class {cls.__name__} states {name} = {value!r}; write a plain {kind.__name__}")
 
 
 registry: Registry[Attack] = Registry("attack", "leakbench.attacks", Attack)
@@ -251,7 +277,7 @@ def _undone(observation: Observation, adaptive: AdaptiveAttacker) -> Observation
     return dataclasses.replace(observation, gradient=gradient, shown=shown)
 
 
-def _checked(attack: Attack, guess: object, observation: Observation) -> Reconstruction:
+def checked(attack: Attack, guess: object, observation: Observation) -> Reconstruction:
     """Return a reconstruction on the observation's device whose failed or non-finite rows are the grey image.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +21,7 @@ from leakbench.attacks.matching import (
     analytic_labels,
     double,
 )
+from leakbench.core.component import Component
 from leakbench.core.device import SHARE, free_memory
 from leakbench.core.rng import Rng
 from leakbench.core.types import Gradient, Reconstruction
@@ -127,6 +128,10 @@ class GGL(GradientMatching):
     def settings(self) -> dict[str, Any]:
         """Return name, version, every option, and what identifies the generator's weights."""
         return {**super().settings(), "weights": generators.parse(self.generator).settings()}
+
+    def uses(self) -> Sequence[Component]:
+        """Return the generator."""
+        return (generators.parse(self.generator),)
 
     def check(self, observation: Observation) -> None:
         """Raise Unsupported where generator and images do not fit, or the label cannot be had.
@@ -263,6 +268,10 @@ class PriorFloor(Attack):
     def settings(self) -> dict[str, Any]:
         """Return name, version, every option, and what identifies the generator's weights."""
         return {**super().settings(), "weights": generators.parse(self.generator).settings()}
+
+    def uses(self) -> Sequence[Component]:
+        """Return the generator."""
+        return (generators.parse(self.generator),)
 
     def check(self, observation: Observation) -> None:
         """Raise Unsupported where generator and images do not fit, or the label cannot be had."""

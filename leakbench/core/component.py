@@ -1,10 +1,17 @@
 """The base of every registered component: a name, a version, options, and settings that identify it."""
 
 import dataclasses
+import functools
+import inspect
 import json
+import sys
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
+
+PACKAGE = Path(__file__).resolve().parents[1]
+"""The folder of leakbench."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 """An option above zero."""
@@ -72,3 +79,29 @@ class Component:
         """Return the first line of the class's own docstring, empty without one."""
         text = (cls.__dict__.get("__doc__") or "").strip().split("\n")[0]
         return "" if text.startswith(f"{cls.__name__}(") else text  # written by dataclass if there is none
+
+
+def shipped(cls: type) -> bool:
+    """Return whether a class, its bases and all their functions are defined in leakbench."""
+    own = [part for part in cls.__mro__ if issubclass(part, Component)]
+    others = [part for part in cls.__mro__ if part not in own and part.__module__ not in ("builtins", "abc", "typing")]
+    return not others and all(_in_package(part) for part in own)
+
+
+def _in_package(cls: type) -> bool:
+    module = sys.modules.get(cls.__module__)
+    file = getattr(module, "__file__", None)
+    if file is None or not Path(file).resolve().is_relative_to(PACKAGE):
+        return False
+    if functools.reduce(lambda at, name: getattr(at, name, None), cls.__qualname__.split("."), module) is not cls:
+        return False
+    functions = [value for value in vars(cls).values() if inspect.isfunction(value)]
+    files = {function.__code__.co_filename for function in functions}
+    files -= {"<string>", dataclasses.__file__}  # what a dataclass generates
+    return all(Path(name).resolve().is_relative_to(PACKAGE) for name in files)
+
+
+def source_file(cls: type) -> Path | None:
+    """Return the file that defines a class; None for a class of a notebook or a prompt."""
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return None if file is None else Path(file)

@@ -47,6 +47,12 @@ class Dataset(Component):
         """
         return index
 
+    def public(self) -> Tensor:
+        """Return public images [P, C, H, W] in [0, 1] that an attacker may have memorised; by default ``samples``."""
+        from leakbench.datasets.samples import crops  # its class derives from this one
+
+        return crops(self.image_shape)
+
     def note(self) -> str:
         """Return a warning about scores over these images, in one line, or an empty string."""
         return ""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from leakbench.datasets.base import register
 from leakbench.datasets.images import Resizable, check_indices, convert
@@ -66,6 +67,15 @@ class Samples(Resizable):
         """Return [C, H, W], the mean of the public crops."""
         images, _ = _sheet("public")
         return convert(images.mean(0, keepdim=True), self.size, self.channels)[0]
+
+
+def crops(image_shape: tuple[int, int, int]) -> Tensor:
+    """Return the 64 images [64, C, H, W] in [0, 1] at another size, square or not, and with other channels."""
+    channels, *size = image_shape
+    images = convert(_sheet("images")[0], None, channels)
+    if size != list(images.shape[2:]):
+        images = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
+    return images.clamp(0, 1)
 
 
 @functools.cache

@@ -2,12 +2,17 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import psutil
 import torch
+from torch import Tensor
 
+from leakbench.attacks import Attack
 from leakbench.core.device import SHARE, free_memory, out_of_memory
 from leakbench.core.malloc import release_freed_memory
+from leakbench.core.rng import Rng
+from leakbench.observation import Observation
 
 LARGEST_CHUNK = {"cpu": 256, "cuda": 4096}
 """The largest number of trials at a time, by device."""
@@ -53,6 +58,40 @@ def choose(step: Callable[[int], int | None], trials: int, device: torch.device,
         size = trials if size < trials < 2 * size else 2 * size
     pieces = -(-trials // best)
     return -(-trials // pieces)
+
+
+def chunk_size(attack: Attack, observation: Observation, own: bool, trials: int, share: float) -> int | None:
+    """Return how many trials of an attack to run at a time, by measurement; None if it cannot be measured.
+
+    Args:
+        attack: the attack.
+        observation: of one trial, a blank image.
+        own: whether each trial has its own weights.
+        trials: how many there are.
+        share: the part of the free memory that they may take.
+    """
+
+    def step(trials: int) -> int | None:
+        rng = Rng(tuple(f"probe {trial}" for trial in range(trials)), observation.device)
+        return attack.measure(repeated(observation, trials, own), rng)
+
+    return None if step(1) is None else choose(step, trials, observation.device, share)
+
+
+def repeated(blank: Observation, trials: int, own: bool) -> Observation:
+    """Return the observation of one trial as one of many, each with its ``own`` weights or all with the same."""
+    parameters = {name for name, _ in blank.model.named_parameters()}
+
+    def repeat(value: Tensor, copy: bool) -> Tensor:
+        rows = value.expand(trials, *value.shape[1:])
+        return rows.contiguous() if copy else rows
+
+    return replace(
+        blank,
+        weights={name: repeat(value, own) if name in parameters else value for name, value in blank.weights.items()},
+        gradient={name: repeat(value, True) for name, value in blank.gradient.items()},
+        labels=None if blank.labels is None else blank.labels.expand(trials),
+    )
 
 
 def _measure(step: Callable[[int], int | None], size: int, device: torch.device) -> tuple[float, int]:

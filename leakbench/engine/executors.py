@@ -29,6 +29,7 @@ import torch
 
 from leakbench.core.malloc import keep_freed_memory
 from leakbench.core.registry import load_plugin, plugins
+from leakbench.engine.isolation import foreign
 from leakbench.engine.worker import ChunkTask, MeasureTask, Task, TaskAnswer, Worker, WorkerContext
 from leakbench.errors import LeakbenchError, one_line
 from leakbench.gradients import full_precision
@@ -37,7 +38,7 @@ MAX_FAILED_STARTS = 10
 """After this many workers in a row died before they were ready, the run ends."""
 
 LOADING_SECONDS = 20.0
-"""By how much the time limit of a worker's first task is longer: for what it loads once."""
+"""By how much the time limit of a worker's first task, and of an attack with a process of its own, is longer."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,10 @@ class InProcessExecutor(Executor):
             yield from self._messages
             self._messages.clear()
             yield TaskDone(task, answer)
+
+    def close(self) -> None:
+        """End the processes of attacks."""
+        self._worker.isolation.close()
 
 
 @dataclass
@@ -228,7 +233,8 @@ class WorkerPool(Executor, Generic[S]):
 
     def _set_deadline(self, slot: S, trials: int) -> None:
         if self._limit is not None:
-            slot.deadline = time.monotonic() + self._limit * trials + (LOADING_SECONDS if slot.fresh else 0.0)
+            loads = slot.fresh or (slot.task is not None and _starts_process(slot.task))
+            slot.deadline = time.monotonic() + self._limit * trials + (LOADING_SECONDS if loads else 0.0)
 
 
 @dataclass
@@ -323,6 +329,12 @@ def trials_of(task: Task) -> int:
             return task.trials
         case _:
             return 1
+
+
+def _starts_process(task: Task) -> bool:
+    """Return whether an attack of a task may have to wait for a process of its own."""
+    trials = (task.trial,) if isinstance(task, MeasureTask) else task.trials
+    return any(foreign(attack) for attack in {trial.cell.attack.name: trial.cell.attack for trial in trials}.values())
 
 
 def packed(value: object) -> bytes:

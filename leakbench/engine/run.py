@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from leakbench import datasets, metrics
-from leakbench.core.component import as_json
+from leakbench.core.component import Component, as_json
 from leakbench.core.device import device_named
 from leakbench.core.lock import alone
 from leakbench.core.malloc import keep_freed_memory
@@ -25,6 +25,7 @@ from leakbench.engine.executors import (
     TimedOut,
     WorkerDied,
 )
+from leakbench.engine.isolation import foreign, refuse_inside
 from leakbench.engine.progress import NullProgress
 from leakbench.engine.schedule import MAX_DEATHS, Schedule, recovered
 from leakbench.engine.shard import part
@@ -42,13 +43,14 @@ from leakbench.engine.worker import (
 from leakbench.errors import BadOption, LeakbenchError, MissingAsset, Unsupported, one_line
 from leakbench.gradients import full_precision
 from leakbench.metrics.base import Metric
+from leakbench.metrics.public import PublicSSIM
 from leakbench.models.weights import Checkpoint
 from leakbench.observation import Observation
 from leakbench.plan.matrix import Matrix
 from leakbench.plan.trial import Result, Trial
 from leakbench.store.frames import AFTER, BEFORE
 from leakbench.store.provenance import Provenance
-from leakbench.store.records import Statement
+from leakbench.store.records import PluginFile, Statement
 from leakbench.store.run_file import FILE, Store
 from leakbench.victim import check_reveals
 
@@ -147,6 +149,8 @@ def run(
     """
     options, progress = options or RunOptions(), progress or NullProgress()
     folder = Path(out) if out is not None else Path("runs") / matrix.name
+    refuse_inside()
+    metrics.refuse_replaced()
     plan = _plan(matrix, options, folder / FILE, data)
     observed = None if data is None else data.observed
     with full_precision(), plan.executor:
@@ -196,6 +200,11 @@ def _plan(matrix: Matrix, options: RunOptions, file: Path, given: ClientData | N
     if not trials:
         raise BadOption(f"shard {options.shard} of {len(matrix.trials())} trials would be empty; choose a smaller n")
     named, new = {metric.name for metric in matrix.metrics}, list[str]()
+    if any(
+        foreign(attack) or attack.is_control
+        for attack in {trial.cell.attack.name: trial.cell.attack for trial in trials}.values()
+    ):
+        named.add(PublicSSIM.name)  # such an attack may have memorised images
     if _has_content(file):
         with Store.open(file, readonly=True) as store:  # a foreign file is refused before anything is loaded
             recorded = {metric.name for metric in store.metrics()}
@@ -226,6 +235,7 @@ def _session(plan: _Planned, folder: Path, shard: str, command: str) -> Iterator
         store.record_statements(statements)
         with store.transaction():
             store.record_groups(_groups(plan.whole))
+        store.record_plugins(_plugin_files(plan.trials, plan.metrics))
         yield store, session
         store.end_session(session)
 
@@ -448,6 +458,15 @@ def _groups(trials: Sequence[Trial]) -> dict[str, dict[int, int]]:
         if len(set(groups.values())) < len(groups):
             found[json.dumps(as_json(dataset.settings()), sort_keys=True)] = groups
     return found
+
+
+def _plugin_files(trials: Sequence[Trial], measured: Sequence[Metric]) -> list[PluginFile]:
+    """Return the files of all components that are not part of leakbench."""
+    parts: list[tuple[str, Component]] = [("metric", metric) for metric in measured]
+    for cell in {trial.cell.key: trial.cell for trial in trials}.values():
+        parts += [("dataset", cell.dataset), ("model", cell.model), ("defense", cell.defense), ("attack", cell.attack)]
+        parts += [("generator", one) for one in cell.attack.uses()]
+    return [file for kind, one in parts if (file := PluginFile.of(kind, one)) is not None]
 
 
 def _stated(trials: Sequence[Trial]) -> tuple[dict[str, Checkpoint], dict[tuple[str, str], Statement]]:

@@ -22,13 +22,13 @@ def recovered(trials: Iterable[Trial], store: Store, threshold: float | None) ->
 
     Whether it has is judged against the floors on the image (``analysis.recovery``), which run before.
 
-    The private image decides here which trials are still run; it never decides what an attack returns. Floors always
-    run, and without a threshold all trials run.
+    The private image decides here which trials are still run; it never decides what an attack returns. Floors and
+    controls always run, and without a threshold all trials run.
     """
     if threshold is None:
         return set()
     by_target = recovered_targets(store, threshold)
-    attacked = (trial for trial in trials if not trial.cell.attack.floor)
+    attacked = (trial for trial in trials if trial.cell.attack.competes)
     return {trial.id for trial in attacked if by_target.get(trial.target, set()) - {trial.id}}
 
 
@@ -94,12 +94,12 @@ class Schedule:
         for line in itertools.islice(self._lines, self._first, None):
             if line.ended:
                 continue
-            floor, dataset = line.cell.attack.floor, line.cell.specs["dataset"]
-            waits = self._threshold is not None and not floor and not busy.isdisjoint((line.chain, dataset))
+            attack, dataset = line.cell.attack, line.cell.specs["dataset"]
+            waits = self._threshold is not None and attack.competes and not busy.isdisjoint((line.chain, dataset))
             if not waits and (task := self._take(line)) is not None:
                 return task
-            if self._threshold is not None and not line.ended:
-                busy.add(dataset if floor else line.chain)
+            if self._threshold is not None and not line.ended and not attack.is_control:
+                busy.add(dataset if attack.floor else line.chain)
         return None
 
     def measured(self, task: MeasureTask, size: int) -> None:

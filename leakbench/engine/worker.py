@@ -15,8 +15,10 @@ from torch import Tensor
 from leakbench.core.device import DEFAULT, SHARE, out_of_memory
 from leakbench.core.rng import Rng, generator
 from leakbench.core.types import Reconstruction
-from leakbench.engine.batch_size import choose
+from leakbench.engine.floors import FalseFloor, noise_like, verify_floor
+from leakbench.engine.isolation import AttackError, Isolation, foreign
 from leakbench.errors import LeakbenchError, Unsupported
+from leakbench.metrics import ReplacedMetric, refuse_replaced
 from leakbench.metrics.base import Metric, Truth
 from leakbench.observation import Observation
 from leakbench.plan.trial import Cell, Result, Trial
@@ -126,12 +128,20 @@ class WorkerContext:
 
 @dataclass(frozen=True)
 class Worker:
-    """Does tasks; calls ``note`` with lines for the user, and ``begin`` with the number of trials that begin."""
+    """Does tasks; calls ``note`` with lines for the user, and ``begin`` with the number of trials that begin.
+
+    Attributes:
+        noted: the metrics and replaced functions that the user was told of.
+        isolation: calls the attacks, those that are not part of leakbench in processes of their own.
+        floors: the floors of leakbench that were verified on private images.
+    """
 
     work: WorkerContext
     note: Callable[[str], None]
     begin: Callable[[int], None] = lambda trials: None
     noted: set[str] = field(default_factory=set)
+    isolation: Isolation = field(default_factory=Isolation)
+    floors: set[str] = field(default_factory=set)
 
     def do(self, task: Task) -> TaskAnswer:
         """Return the answer to a task.
@@ -141,11 +151,42 @@ class Worker:
         """
         match task:
             case CheckTask():
-                return _refusal(task.trials, task.observed)
+                return self._refusal(task.trials, task.observed)
             case MeasureTask():
                 return self.size(task.trial, task.trials)
             case ChunkTask():
                 return self.results(task.data, task.trials, task.slots)
+
+    def _refusal(self, trials: Sequence[Trial], observed: Observation | None) -> Refusal:
+        """Return which cells that see the same, one trial each, cannot be served: an update, or a blank image's step.
+
+        Raises:
+            FalseFloor: a floor uses the gradient.
+        """
+        groups: set[str] = set()
+        try:
+            seen = blank(trials[0].cell, groups) if observed is None else observed
+        except Unsupported as error:
+            return Refusal({trial.cell.key: str(error) for trial in trials}, frozenset(groups))
+        except LeakbenchError:
+            raise
+        except (Exception, SystemExit):  # a component that fails is recorded, with its reason, when its trials run
+            return Refusal({}, frozenset(groups))
+        refused = {}
+        for trial in trials:
+            attack = trial.cell.attack
+            try:
+                self.isolation.check(attack, seen)
+                if attack.floor:
+                    rng = Rng(tuple(map(str, range(seen.trials))), seen.device)
+                    verify_floor(self.isolation, attack, seen, rng, None, noise_like(seen))
+            except Unsupported as error:
+                refused[trial.cell.key] = str(error)
+            except LeakbenchError:
+                raise
+            except (Exception, SystemExit):  # the same
+                continue
+        return Refusal(refused, frozenset(groups))
 
     def size(self, first: Trial, trials: int) -> int:
         """Return how many trials to run at a time, by measurement if the attack can be measured."""
@@ -154,13 +195,8 @@ class Worker:
         if trials == 1:
             return size
         try:
-            seen = blank(first.cell, set(), device)
-
-            def step(trials: int) -> int | None:
-                rng = Rng(tuple(f"probe {trial}" for trial in range(trials)), device)
-                return first.cell.attack.measure(repeated(seen, trials, first.cell.model.fresh_weights()), rng)
-
-            return size if step(1) is None else choose(step, trials, device, self.work.share)
+            seen, own = blank(first.cell, set(), device), first.cell.model.fresh_weights()
+            return self.isolation.size(first.cell.attack, seen, own, trials, self.work.share) or size
         except (Exception, SystemExit):  # a component that fails does so again, and is recorded, when its trials run
             return size
 
@@ -169,6 +205,8 @@ class Worker:
         self.begin(len(trials))
         try:
             return self._together(data, trials, slots)
+        except (FalseFloor, ReplacedMetric):
+            raise
         except (Exception, SystemExit) as error:  # an error of a component costs its own trials, not the run
             if isinstance(error, Unsupported) and len(trials) == 1 and not self.work.strict:
                 return [without_score(data, trials[0], "unsupported", str(error))]
@@ -182,7 +220,8 @@ class Worker:
                     slots = -(-slots // 2)
                 half = len(trials) // 2
                 return self.results(data, trials[:half], slots) + self.results(data, trials[half:], slots)
-            reason = "out of memory" if memory else f"{type(error).__name__}: {' '.join(str(error).split())}"
+            kind = "" if isinstance(error, AttackError) else f"{type(error).__name__}: "
+            reason = "out of memory" if memory else kind + " ".join(str(error).split())
             if self.work.strict:
                 raise LeakbenchError(f"{trials[0].cell.words}, image {trials[0].image}: {reason}") from error
             return [without_score(data, trials[0], "error", reason)]
@@ -194,7 +233,12 @@ class Worker:
             observation, rng, encoded = self._stepped(data, trials)
         else:
             observation, rng, encoded = data.observed, Rng(("audit/update",), self.work.device), None
-        guess = trials[0].cell.attack(replace(observation, slots=slots), rng)
+        attack, observation = trials[0].cell.attack, replace(observation, slots=slots)
+        guess = self.isolation.run(attack, observation, rng)
+        if attack.floor and (foreign(attack) or attack.name not in self.floors):
+            other = self._other(data, trials) if data.observed is None else noise_like(observation)
+            verify_floor(self.isolation, attack, observation, rng, guess, other)
+            self.floors.add(attack.name)
         guess = replace(guess, images=guess.images.float())
         failed = guess.failed
         assert failed is not None, "a called attack says of every trial whether it failed"
@@ -233,16 +277,23 @@ class Worker:
         known = [image for image in images if image is not None]
         return seen, rng, torch.stack(known).to(device) if len(known) == len(images) else None
 
+    def _other(self, data: ClientData, trials: Sequence[Trial]) -> Mapping[str, Tensor]:
+        """Return the gradients that the same clients would have sent of other images: the negatives."""
+        negatives = {index: 1 - image for index, image in data.images.items()}
+        return self._stepped(replace(data, images=negatives), trials)[0].gradient
+
     def _truth(self, data: ClientData, trials: Sequence[Trial], encoded: Tensor | None) -> Truth:
         """Return the private images with their labels, -1 for a label that is not known."""
         return Truth(
             torch.stack([data.images[trial.image] for trial in trials]).to(self.work.device),
             torch.tensor([data.labels.get(trial.image, -1) for trial in trials], device=self.work.device),
             encoded,
+            trials[0].cell.dataset.public,
         )
 
     def _score(self, guess: Reconstruction, truth: Truth) -> dict[str, list[float]]:
         """Return every metric's values by row, NaN if the metric raises, which is noted."""
+        refuse_replaced()
         with torch.no_grad():
             return {metric.name: self._values(metric, guess, truth) for metric in self.work.metrics}
 
@@ -284,7 +335,7 @@ def _row(guess: Reconstruction, truth: Truth, row: int) -> tuple[Reconstruction,
     labels = None if guess.labels is None else guess.labels[row : row + 1]
     only = Reconstruction(guess.images[row : row + 1], labels)
     encoded = None if truth.encoded is None else truth.encoded[row : row + 1]
-    return only, Truth(truth.images[row : row + 1], truth.labels[row : row + 1], encoded)
+    return only, replace(truth, images=truth.images[row : row + 1], labels=truth.labels[row : row + 1], encoded=encoded)
 
 
 def png(image: Tensor) -> bytes:
@@ -312,30 +363,6 @@ def companions(trial: Trial) -> list[int]:
     return [index for index in order if index != trial.image][: cell.defense.companions]
 
 
-def _refusal(trials: Sequence[Trial], observed: Observation | None) -> Refusal:
-    """Return which cells that see the same, one trial each, cannot be served: an update, or a step on a blank image."""
-    groups: set[str] = set()
-    try:
-        seen = blank(trials[0].cell, groups) if observed is None else observed
-    except Unsupported as error:
-        return Refusal({trial.cell.key: str(error) for trial in trials}, frozenset(groups))
-    except LeakbenchError:
-        raise
-    except (Exception, SystemExit):  # a component that fails is recorded, with its reason, when its trials run
-        return Refusal({}, frozenset(groups))
-    refused = {}
-    for trial in trials:
-        try:
-            trial.cell.attack.preflight(seen)
-        except Unsupported as error:
-            refused[trial.cell.key] = str(error)
-        except LeakbenchError:
-            raise
-        except (Exception, SystemExit):  # the same
-            continue
-    return Refusal(refused, frozenset(groups))
-
-
 def blank(cell: Cell, groups: set[str], device: torch.device | str = "cpu") -> Observation:
     """Return the observation of a step on a blank image; add the defense's groups of secrets to ``groups``."""
     dataset, model, defense = cell.dataset, cell.model, cell.defense
@@ -344,22 +371,6 @@ def blank(cell: Cell, groups: set[str], device: torch.device | str = "cpu") -> O
     image = torch.full(shape, 0.5)
     client = Client(image, 0, "blank", "blank", ((image, 0),) * min(defense.companions, len(dataset) - 1))
     return observe(model, defense, cell.threat, [client], classes, dataset.mean(), device)
-
-
-def repeated(blank: Observation, trials: int, own: bool) -> Observation:
-    """Return the observation of one trial as one of many, each with its ``own`` weights or all with the same."""
-    parameters = {name for name, _ in blank.model.named_parameters()}
-
-    def repeat(value: Tensor, copy: bool) -> Tensor:
-        rows = value.expand(trials, *value.shape[1:])
-        return rows.contiguous() if copy else rows
-
-    return replace(
-        blank,
-        weights={name: repeat(value, own) if name in parameters else value for name, value in blank.weights.items()},
-        gradient={name: repeat(value, True) for name, value in blank.gradient.items()},
-        labels=None if blank.labels is None else blank.labels.expand(trials),
-    )
 
 
 def _found(guess: Reconstruction, row: int) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +18,7 @@ from leakbench.core.text import plural
 from leakbench.errors import BadOption, one_line
 from leakbench.plan.matrix import RECOVERY
 from leakbench.store.connection import decoding
-from leakbench.store.records import run_name, threshold_of
+from leakbench.store.records import PluginFile, run_name, threshold_of
 from leakbench.store.run_file import Store
 
 SCHEMA_FILE = "entry.schema.json"
@@ -53,6 +54,15 @@ class TrialOf(StrictModel):
     seed: int
     status: Literal["ok", "failed", "unsupported"]
     score: Annotated[float | None, Field(description="ssim_aligned; null if there is none")]
+
+
+class Plugin(StrictModel):
+    """A component of the run that is not part of leakbench."""
+
+    kind: _Text
+    name: _Text
+    file: Annotated[str, Field(max_length=2000, description="the file that defines it; empty if it is in none")]
+    sha256: Annotated[str, Field(pattern="^([0-9a-f]{64})?$", description="the SHA-256 of this file")]
 
 
 class Cost(StrictModel):
@@ -91,7 +101,16 @@ class Entry(StrictModel):
     attackers: list[Attacker]
     accuracy: Cost | None = None
     versions: Annotated[list[_Text], Field(description="of leakbench, with the commit if it ran from a checkout")]
+    plugins: Annotated[
+        tuple[Plugin, ...], Field(description="components of the run that are not part of leakbench")
+    ] = ()
     trials: Annotated[list[TrialOf], Field(min_length=1)]
+
+    @property
+    def foreign(self) -> list[str]:
+        """The attacks and metrics that are not part of leakbench, with the files that define them, in words."""
+        judging = [one for one in self.plugins if one.kind in ("attack", "generator", "metric")]
+        return [PluginFile(**one.model_dump()).words for one in judging]
 
 
 def schema() -> str:
@@ -172,6 +191,7 @@ def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> t
                 attackers=[_attacker(stats) for stats in one.attackers],
                 accuracy=_cost(studies, one.model, one.defense),
                 versions=versions,
+                plugins=tuple(Plugin(**asdict(one)) for one in store.plugins()),
                 trials=[TrialOf.model_validate(row) for row in rows.to_dict("records")],
             )
         found.append(entry)

@@ -20,6 +20,7 @@ from leakbench.engine.run import RunOptions
 from leakbench.errors import BadOption, LeakbenchError, one_line
 from leakbench.leaderboard.entry import Entry, TrialOf, entries
 from leakbench.plan.matrix import RECOVERY, Matrix
+from leakbench.store.records import PluginFile
 from leakbench.store.run_file import FILE, Store
 
 
@@ -151,7 +152,8 @@ def check(
         raise BadOption(f"none of the entry's trials is in the run {str(run)!r}; give the run of the entry")
     seed = secrets.randbits(32) if seed is None else seed
     chosen = random.Random(seed).sample(known, min(sample, len(known)))
-    repeats = []
+    repeats: list[Repeat] = []
+    used: set[PluginFile] = set()
     with tempfile.TemporaryDirectory() as folder:
         for place, trial in enumerate(chosen):
             row = planned.loc[trial.id]
@@ -171,6 +173,7 @@ def check(
             out = engine.run(matrix, Path(folder) / str(place), RunOptions(device), progress=progress)
             with Store.open(out / FILE, readonly=True) as store:
                 done = store.results()
+                used |= {one for one in store.plugins() if one.kind in ("attack", "generator")}
             again = done[done["trial"] == trial.id].iloc[0]
             if again["status"] == "error":
                 raise LeakbenchError(
@@ -183,6 +186,8 @@ def check(
             before, after = (bool(judged(one, entry.threshold).loc[trial.id, "recovered"]) for one in (planned, now))
             score, group = float(again[RECOVERY]), int(str(row["group"]))
             repeats.append(Repeat(trial, str(again["status"]), score, (before, after), group))
+    stated = {PluginFile(**one.model_dump()) for one in entry.plugins}
+    differing += tuple(f"plugins: here, the file is {one.words}" for one in sorted(used - stated, key=str))
     return EntryCheck(differing, tuple(repeats), seed)
 
 

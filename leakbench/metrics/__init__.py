@@ -3,8 +3,10 @@
 from collections.abc import Collection
 
 # imported to be registered, in the order in which they are listed
-from leakbench.metrics import standard, lpips, aligned, label, paper, encoded, perceptual  # isort: skip  # noqa: F401
+from leakbench.metrics import standard, lpips, aligned, label, paper, encoded, perceptual, public  # isort: skip  # noqa: F401
+from leakbench.metrics import intact
 from leakbench.metrics.base import Metric, Truth, register, registry
+from leakbench.metrics.intact import ReplacedMetric
 
 get = registry.get
 names = registry.names
@@ -17,4 +19,24 @@ def of_run(named: Collection[str] = ()) -> list[Metric]:
     return [parse(name) for name in names() if get(name).default or name in named]
 
 
-__all__ = ["Metric", "Truth", "get", "names", "of_run", "parse", "register", "registry", "spec"]
+_SHIPPED = intact.snapshot()
+
+
+def refuse_replaced() -> None:
+    """Raise ReplacedMetric if a part of the metrics that ship with leakbench was replaced since they were imported."""
+    intact.refuse_replaced(_SHIPPED)
+
+
+__all__ = [
+    "Metric",
+    "ReplacedMetric",
+    "Truth",
+    "get",
+    "names",
+    "of_run",
+    "parse",
+    "refuse_replaced",
+    "register",
+    "registry",
+    "spec",
+]

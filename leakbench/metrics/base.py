@@ -21,11 +21,14 @@ class Truth:
         images: [T, C, H, W] in [0, 1], the private images.
         labels: [T] int64; -1 where a label is not known.
         encoded: [T, C, H, W], the images that the clients trained on if their defense changes them; else None.
+        public: returns public images [P, C, H, W] in [0, 1] of the same kind (``Dataset.public``); None if there are
+            none.
     """
 
     images: Tensor
     labels: Tensor
     encoded: Tensor | None = None
+    public: Callable[[], Tensor] | None = None
 
 
 class Metric(Component):

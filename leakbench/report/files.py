@@ -47,7 +47,7 @@ def write(out: Path | str, formats: Collection[str] = DEFAULT_FORMATS) -> list[P
     with Store.open(out / FILE, readonly=True) as store:
         run = RunData.of(store, out.resolve().name)
         if "csv" in formats:
-            written.append(replace(out / "results.csv", csv(ended(run.trials)).encode()))
+            written.append(replace(out / "results.csv", csv(ended(run.trials), ended(run.controls)).encode()))
         if "html" in formats:
             text = html.html(run, store.images, utility.load(out / utility.FILE), store.curves())
             written.append(replace(out / "report.html", text.encode("utf-8", "replace")))
@@ -137,8 +137,9 @@ def remove_others(folder: Path, pattern: re.Pattern[str], names: Collection[str]
             path.unlink(missing_ok=True)
 
 
-def csv(results: pd.DataFrame) -> str:
-    """Return the results as CSV: ``BEFORE``, the metrics, then further columns; scores as they are stored."""
+def csv(results: pd.DataFrame, controls: pd.DataFrame) -> str:
+    """Return the results, those of controls last, as CSV: ``BEFORE``, metrics, further columns; scores as stored."""
+    results = pd.concat([results, controls]) if len(controls) else results
     metrics = [column for column in results.columns if column not in BEFORE + AFTER]
     columns = [*BEFORE, *metrics, "reason", "objective", "evaluations", "group"]
     return str(results[columns].to_csv(index=False, lineterminator="\n"))

@@ -13,10 +13,12 @@ from leakbench.analysis.pareto import Study
 from leakbench.analysis.reproduce import reproduction
 from leakbench.analysis.summary import ANY, BLOCK, LABEL, STATUSES, summarise, without_repeats
 from leakbench.core.text import ABSENT, decimals
+from leakbench.metrics.public import PublicSSIM
 from leakbench.plan.matrix import RECOVERY
 from leakbench.report import figure, utility
 from leakbench.report.markdown import MAIN_METRICS, PAPER_PREFIX
 from leakbench.report.page import SCRIPTS, STYLES, embedded, picture, render
+from leakbench.report.public import public_tables
 from leakbench.report.run import ObjectiveCurves, PicturesOf, RunData
 from leakbench.report.scenes import along, decibels, share_text, worst_cases
 from leakbench.report.sprites import SHEET_COLUMNS, SHEET_ROWS, TILE_SIDE, Sheet, png, sheets, tile
@@ -88,6 +90,7 @@ def html(
         "planned": run.planned,
         "counts": {status: int((run.results["status"] == status).sum()) for status in STATUSES},
         "facts": run.facts(),
+        "public": [(block, list(table), table.to_numpy().tolist()) for block, table in public_tables(run)],
         "mixed": run.mixed,
         "threats": {threat: run.threats.get(threat, "") for threat in axes["threat"]},
         "metrics": metrics,
@@ -109,6 +112,7 @@ def html(
 def _metrics(run: RunData) -> list[MetricInfo]:
     """Return the metrics with a value: those that the matrix shows first, the paper's last."""
     known = {m.name: m for m in run.metrics if m.name in run.results and run.results[m.name].notna().any()}
+    known.pop(PublicSSIM.name, None)  # which has its own table
     ranked = sorted(known, key=lambda name: name.startswith(PAPER_PREFIX))
     return [known[name] for name in dict.fromkeys((*_SHOWN, *MAIN_METRICS, *ranked)) if name in known]
 

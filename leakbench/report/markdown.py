@@ -11,11 +11,13 @@ from leakbench.analysis.ensemble import RECOVERED, ensemble_results
 from leakbench.analysis.summary import ANY, BLOCK, blocks, strongest, summarise, without_repeats
 from leakbench.analysis.verdict import inconclusive
 from leakbench.core.text import ABSENT, decimals, with_interval
+from leakbench.metrics.public import PublicSSIM
 from leakbench.models.weights import Checkpoint
 from leakbench.plan.matrix import RECOVERY
 from leakbench.report.differences import differences
 from leakbench.report.display import escape, gain_text, leakage_table, to_markdown
 from leakbench.report.page import render_markdown
+from leakbench.report.public import public_tables
 from leakbench.report.run import Picture, RunData
 from leakbench.store.records import MetricInfo, Statement, StoredComponent
 
@@ -39,7 +41,7 @@ def markdown(run: RunData, pictures: Sequence[Picture] = ()) -> str:
     """Return the report of a run; it depends on nothing but its arguments."""
     summary = summarise(run.results, run.metrics)
     weights, images, flaws = trained(run.components), notes(run.components), _inconclusive(run)
-    shown, last = [], None
+    shown, last, public = [], None, dict(public_tables(run))
     for block_of, block in blocks(summary):
         dataset, model, threat = block_of
         results = run.results[(run.results[list(BLOCK)] == list(block_of)).all(axis=1)]
@@ -53,6 +55,7 @@ def markdown(run: RunData, pictures: Sequence[Picture] = ()) -> str:
                 "granted": run.threats.get(threat, ""),
                 **_tables(block, run.metrics),
                 **_controls(results, run),
+                "public": to_markdown(public[block_of]) if block_of in public else "",
                 "differences": differences(run.results, block_of, run.metrics, run.threshold is not None),
                 **_reasons(results),
                 "pictures": [picture for picture in pictures if picture.block == block_of],
@@ -94,7 +97,8 @@ def _tables(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> dict[str, obj
 def _standard(metrics: Sequence[MetricInfo]) -> list[MetricInfo]:
     """Return the metrics of the main table: ``MAIN_METRICS`` first; LPIPS is there even if it was not computed."""
     known = _LPIPS | {metric.name: metric for metric in metrics if not metric.name.startswith(PAPER_PREFIX)}
-    return [known[name] for name in dict.fromkeys((*MAIN_METRICS, *known)) if name in known]
+    names = dict.fromkeys((*MAIN_METRICS, *known))
+    return [known[name] for name in names if name in known and name != PublicSSIM.name]  # which has its own table
 
 
 def _has(block: pd.DataFrame, name: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import pandas as pd
@@ -12,8 +12,16 @@ from leakbench.analysis.ensemble import skipped
 from leakbench.analysis.summary import STATUSES, rescored
 from leakbench.core.text import number
 from leakbench.report.page import render_markdown
-from leakbench.store.frames import ended
-from leakbench.store.records import MetricInfo, Pictures, RunSession, StoredComponent, run_name, threshold_of
+from leakbench.store.frames import AFTER, BEFORE, ended
+from leakbench.store.records import (
+    MetricInfo,
+    Pictures,
+    PluginFile,
+    RunSession,
+    StoredComponent,
+    run_name,
+    threshold_of,
+)
 from leakbench.store.run_file import Store
 
 PicturesOf = Callable[[Sequence[str]], Mapping[str, Pictures]]
@@ -42,6 +50,8 @@ class RunData:
         trials: every planned trial in the order of planning (``Store.trials``).
         threats: threat model -> what it grants, in words.
         components: what each spec stands for.
+        plugins: the files of components that are not part of leakbench.
+        controls: every planned trial of a control (``Store.controls``).
     """
 
     name: str
@@ -50,6 +60,8 @@ class RunData:
     metrics: Sequence[MetricInfo]
     threats: Mapping[str, str]
     components: Sequence[StoredComponent] = ()
+    plugins: Sequence[PluginFile] = ()
+    controls: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=[*BEFORE, *AFTER]))
 
     @property
     def threshold(self) -> float | None:
@@ -60,7 +72,8 @@ class RunData:
     def of(cls, store: Store, folder: str) -> RunData:
         """Return what a report shows of an open run; ``folder`` is the name of a run that has none of its own."""
         sessions, metrics, threats = store.sessions(), store.metrics(), store.threats()
-        return cls(run_name(sessions, folder), sessions, store.trials(), metrics, threats, store.components())
+        parts = (store.components(), store.plugins(), store.controls())
+        return cls(run_name(sessions, folder), sessions, store.trials(), metrics, threats, *parts)
 
     @cached_property
     def results(self) -> pd.DataFrame:
@@ -91,6 +104,8 @@ class RunData:
                 **session.provenance.describe(),
             }
             found += [(f"{name}{label}", text) for name, text in words.items()]
+        if self.plugins:
+            found.append(("not part of leakbench", "; ".join(one.words for one in self.plugins)))
         return found
 
     def about(self) -> str:

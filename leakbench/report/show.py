@@ -64,7 +64,7 @@ def show(store: Store, prefix: str) -> Shown:
     """
     trial = find(store, prefix)
     with decoding(store.path):
-        trials = store.trials()
+        trials = pd.concat([store.trials(), store.controls()])
         row = trials[trials["trial"] == trial].iloc[0]
         record, components, sessions = store.records()[trial], store.components(), store.sessions()
         specs = {one.kind: one for one in components if one.spec == row[one.kind]}

@@ -25,9 +25,11 @@ SPECS = ("dataset", "model", "threat", "defense", "attack")
 TRIALS = (
     "SELECT trials.id AS trial, image, seed, coalesce(status, '') AS status, seconds, coalesce(reason, '') AS reason,"
     " objective, evaluations, floor, coalesce(path, '') AS path, cell_id FROM trials JOIN cells ON cells.id = cell_id"
-    " LEFT JOIN results ON trials.id = trial_id ORDER BY position, trials.rowid"
+    " LEFT JOIN results ON trials.id = trial_id WHERE floor != 2 ORDER BY position, trials.rowid"
 )
-"""The query for the first argument of ``trials``."""
+"""The query for the first argument of ``trials``; ``CONTROLS`` is that for controls."""
+
+CONTROLS = TRIALS.replace("floor != 2", "floor = 2")
 
 
 def components(cells: Sequence[sqlite3.Row], stated: Callable[[str], Mapping[str, str]]) -> list[StoredComponent]:

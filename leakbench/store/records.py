@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from leakbench.core.component import Component, shipped, source_file
 from leakbench.core.text import name_of
 from leakbench.defenses import Defense
 from leakbench.defenses.base import by_informed
@@ -70,6 +72,41 @@ class Statement:
         if not isinstance(note, str):
             raise BadOption(f"defense {defense.name!r}: note() returned {note!r}; return text")
         return cls(note, {str(name).lower(): one.description for name, one in attackers.items()})
+
+
+@dataclass(frozen=True)
+class PluginFile:
+    """A component of a run that is not part of leakbench, and the file that defines it.
+
+    Attributes:
+        kind: ``attack``, ``defense``, ``model``, ``dataset``, ``metric`` or ``generator``.
+        name: the name of the component.
+        file: the name of the file; empty for a component of a notebook or a prompt.
+        sha256: the SHA-256 of the file when the run was started.
+    """
+
+    kind: str
+    name: str
+    file: str
+    sha256: str
+
+    @classmethod
+    def of(cls, kind: str, component: Component) -> PluginFile | None:
+        """Return the file of a component; None if it is part of leakbench."""
+        if shipped(type(component)):
+            return None
+        file = source_file(type(component))
+        try:
+            digest = "" if file is None else hashlib.sha256(file.read_bytes()).hexdigest()
+        except OSError:  # it was deleted since
+            digest = ""
+        return cls(kind, component.name, file.name if file is not None and digest else "", digest)
+
+    @property
+    def words(self) -> str:
+        """The component and its file in words."""
+        where = f"{self.file}, SHA-256 {self.sha256}" if self.file else "not in a file"
+        return f"{self.kind} {self.name} ({where})"
 
 
 @dataclass(frozen=True)

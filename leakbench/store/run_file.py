@@ -5,14 +5,16 @@ Any SQLite tool can read it. Every table, picture and page that leakbench makes 
 - ``meta(key, value)``: ``schema`` (also ``PRAGMA user_version``), ``created_by``, ``created``; ``planned``, the first
   free position; ``checkpoint/SETTINGS`` (both JSON), what a model's file of trained weights states;
   ``defense/SETTINGS`` and ``dataset/SETTINGS`` (both JSON), what a defense or a dataset states of itself;
-  ``groups/SETTINGS`` (both JSON), the group of each planned image of a dataset in which images share groups.
+  ``groups/SETTINGS`` (both JSON), the group of each planned image of a dataset in which images share groups;
+  ``plugin/KIND/NAME/SHA256`` (JSON), the file of a component that is not part of leakbench.
 - ``sessions``: one row for every time the run was started or resumed: ``version``, git ``commit_id`` and ``dirty``
   if leakbench ran from a checkout, ``packages`` (JSON, name -> version), ``python``, ``device``, ``threads``,
   ``command``, ``matrix`` (JSON), ``started`` and ``ended`` (UTC; ``ended`` is NULL if the run was killed),
   ``shard`` (``i/n``, empty for the whole matrix), ``workers``.
 - ``cells``: what the trials of a cell have in common. ``settings`` (JSON) is everything that identifies the cell;
   ``dataset``, ``model``, ``defense``, ``attack`` and ``threat`` are specs; ``threat_words`` describes the threat model;
-  ``floor`` is 1 for attacks that use no gradient; ``chunk`` is how many of its trials run at a time.
+  ``floor`` is 1 for attacks that use no gradient, and 2 for controls (``Attack.is_control``); ``chunk`` is how many of
+  its trials run at a time.
 - ``trials``: the planned trials: an ``image`` and a ``seed`` of a cell (``cell_id``). ``id`` is the hash of the cell's
   settings with these two; ``position`` is the order of planning.
 - ``results``: the outcome of a trial: ``status`` (ok, failed, unsupported, error), ``reason``, ``seconds``, ``label``
@@ -42,7 +44,9 @@ from pathlib import Path
 from typing import Self
 
 import pandas as pd
+from pydantic import TypeAdapter
 
+from leakbench.attacks import Attack
 from leakbench.core.loss_curve import decoded
 from leakbench.errors import ForeignRun, LeakbenchError
 from leakbench.metrics.base import Metric
@@ -52,10 +56,21 @@ from leakbench.store import connection, frames
 from leakbench.store.connection import KEEP, decoding, insert, now
 from leakbench.store.frames import AFTER, BEFORE, SPECS
 from leakbench.store.provenance import Provenance
-from leakbench.store.records import MetricInfo, Pictures, RunSession, Statement, StoredComponent, TrialRecord
+from leakbench.store.records import (
+    MetricInfo,
+    Pictures,
+    PluginFile,
+    RunSession,
+    Statement,
+    StoredComponent,
+    TrialRecord,
+)
 
 FILE = "run.sqlite"
 """The name of the run file inside a run's folder."""
+
+
+_PLUGIN = TypeAdapter(PluginFile)
 
 
 class Store:
@@ -142,7 +157,7 @@ class Store:
         return {row["trial_id"] for row in self.query("SELECT trial_id FROM results WHERE status != 'error'")}
 
     def scored(self, metrics: Sequence[str]) -> pd.DataFrame:
-        """Return the trials that ended with scores or diverged, in few columns, which is faster than ``trials``.
+        """Return the trials (not of controls) that ended with scores or diverged, in few columns, which is faster than ``trials``.
 
         They are ``trial``, ``cell`` (its settings) and ``dataset`` (its settings), both JSON, ``image``, ``seed``,
         ``status``, ``floor`` and these metrics, NaN for one that was not computed.
@@ -150,7 +165,8 @@ class Store:
         values = "".join(", (SELECT value FROM scores WHERE trial_id = trials.id AND metric = ?)" for _ in metrics)
         rows = self.query(
             f"SELECT trials.id, settings, image, seed, status, floor{values} FROM results"
-            " JOIN trials ON trials.id = trial_id JOIN cells ON cells.id = cell_id WHERE status IN ('ok', 'failed')",
+            " JOIN trials ON trials.id = trial_id JOIN cells ON cells.id = cell_id WHERE floor != 2 AND status IN"
+            " ('ok', 'failed')",
             metrics,
         )
         columns = ["trial", "cell", "image", "seed", "status", "floor", *metrics]
@@ -194,6 +210,17 @@ class Store:
         for settings, own in groups.items():
             merged = {**{str(image): group for image, group in own.items()}, **known[settings]}
             self._set_meta(self._db, f"groups/{settings}", json.dumps(merged))
+
+    def record_plugins(self, plugins: Iterable[PluginFile]) -> None:
+        """Record the files of components that are not part of leakbench; what was recorded before stays."""
+        stated = {f"plugin/{one.kind}/{one.name}/{one.sha256}": json.dumps(asdict(one)) for one in plugins}
+        with self.transaction() as db:
+            insert(db, "meta", ({"key": key, "value": value} for key, value in stated.items()), KEEP)
+
+    def plugins(self) -> list[PluginFile]:
+        """Return the files of components that are not part of leakbench, of all starts of the run."""
+        with decoding(self.path, "JSON in a row 'plugin/...' of meta"):
+            return [_PLUGIN.validate_json(text) for _, text in sorted(self.stated("plugin").items())]
 
     def record_metrics(self, metrics: Iterable[Metric], notes: Mapping[str, str] | None = None) -> None:
         """Record the meaning of the metrics, before their scores; the description of a known metric is replaced.
@@ -274,12 +301,19 @@ class Store:
         """
         return frames.ended(self.trials())
 
+    def controls(self) -> pd.DataFrame:
+        """Return the rows of ``trials`` for controls (``Attack.is_control``), which ``trials`` and ``results`` lack."""
+        return self._frame(frames.CONTROLS)
+
     def trials(self) -> pd.DataFrame:
         """Return one row per planned trial in the order of planning, with the columns of ``results``.
 
         A trial without a result has an empty ``status``: it was not run yet, or need not be (``Matrix.threshold``).
         """
-        rows, scores = self.query(frames.TRIALS), self.query("SELECT trial_id, metric, value FROM scores")
+        return self._frame(frames.TRIALS)
+
+    def _frame(self, query: str) -> pd.DataFrame:
+        rows, scores = self.query(query), self.query("SELECT trial_id, metric, value FROM scores")
         with decoding(self.path, "JSON in column settings of cells"):
             metrics, groups = [metric.name for metric in self.metrics()], self.stated("groups")
             return frames.trials(rows, self.cells(), scores, metrics, groups)
@@ -363,7 +397,7 @@ class Store:
 
     def _insert_cell(self, cell: Cell) -> int:
         """Return the number of a cell; a new one gets one."""
-        own = {"settings": cell.key, "threat_words": cell.threat.describe(), "floor": bool(cell.attack.floor)}
+        own = {"settings": cell.key, "threat_words": cell.threat.describe(), "floor": _kind(cell.attack)}
         insert(self._db, "cells", [{**cell.specs, **own}], KEEP)
         return int(self._db.execute("SELECT id FROM cells WHERE settings = ?", (cell.key,)).fetchone()["id"])
 
@@ -376,6 +410,11 @@ def forget(db: sqlite3.Connection, trials: Iterable[str]) -> None:
     ids = [(trial,) for trial in trials]
     for table in ("scores", "findings", "images", "results"):
         db.executemany(f"DELETE FROM {table} WHERE trial_id = ?", ids)
+
+
+def _kind(attack: Attack) -> int:
+    """Return the value of the column ``floor``: 1 for a floor, 2 for a control, 0 for any other attack."""
+    return 2 if attack.is_control else int(attack.floor)
 
 
 def _digest(result: Result) -> str:
