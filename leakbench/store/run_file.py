@@ -157,9 +157,9 @@ class Store:
         return {row["trial_id"] for row in self.query("SELECT trial_id FROM results WHERE status != 'error'")}
 
     def scored(self, metrics: Sequence[str]) -> pd.DataFrame:
-        """Return the trials (not of controls) that ended with scores or diverged, in few columns, which is faster than ``trials``.
+        """Return the trials that ended with scores or diverged, in few columns, which is faster than ``trials``.
 
-        They are ``trial``, ``cell`` (its settings) and ``dataset`` (its settings), both JSON, ``image``, ``seed``,
+        They are without those of controls. The columns are ``trial``, ``cell`` (its settings) and ``dataset`` (its settings), both JSON, ``image``, ``seed``,
         ``status``, ``floor`` and these metrics, NaN for one that was not computed.
         """
         values = "".join(", (SELECT value FROM scores WHERE trial_id = trials.id AND metric = ?)" for _ in metrics)
