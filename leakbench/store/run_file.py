@@ -159,8 +159,9 @@ class Store:
     def scored(self, metrics: Sequence[str]) -> pd.DataFrame:
         """Return the trials that ended with scores or diverged, in few columns, which is faster than ``trials``.
 
-        They are without those of controls. The columns are ``trial``, ``cell`` (its settings) and ``dataset`` (its settings), both JSON, ``image``, ``seed``,
-        ``status``, ``floor`` and these metrics, NaN for one that was not computed.
+        Those of controls are left out. The columns are ``trial``, ``cell`` (its settings) and ``dataset`` (its
+        settings), both JSON, ``image``, ``seed``, ``status``, ``floor`` and these metrics, NaN for one that was not
+        computed.
         """
         values = "".join(", (SELECT value FROM scores WHERE trial_id = trials.id AND metric = ?)" for _ in metrics)
         rows = self.query(
