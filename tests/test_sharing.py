@@ -254,7 +254,7 @@ def test_figures_stand_beside_the_cells_of_the_same_components(tmp_path: Path) -
     rows = frame(tmp_path).replace({"dataset": {"tiny": "mnist(size=32)"}})
     rows["dataset"], rows["model"] = "mnist(size=32)", "lenet"
     with Store.open(tmp_path / FILE, readonly=True) as store:
-        text = compare.markdown(rows, store.metrics(), compare.published())
+        text = compare.study(rows, store.metrics(), compare.published()).markdown
     cells = table(text, "without its secret.")
     first = [row for row in cells if row[:6] == ["6", "–", "dlg", "lenet", "mnist", "none"]]
     assert [row[6:9] for row in first] == [["–", "–", "14.2"]]

@@ -604,7 +604,7 @@ def a_run(trials: int = 6) -> tuple[pd.DataFrame, dict[str, TrialRecord], pd.Dat
 def test_report_compares_rates_and_shows_scale_and_strengths() -> None:
     trials = weights.rows(*a_run())
     assert len(trials) == 36
-    text = weights.markdown("mine", trials, 0, 0, 0)
+    text = weights.page("mine", trials, 0, 0, 0).markdown
     table = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line] for line in table]
     (dlg,) = (line for line in cells if line[4:6] == ["dlg", "known"] and line[0] == "d")
@@ -617,7 +617,7 @@ def test_report_compares_rates_and_shows_scale_and_strengths() -> None:
     assert ["d", "m", "0.01", "1", "dlm", "hidden", "3 of 6", "1", "1", "1"] in cells
     strengths = [line[1] for line in cells if line[0].startswith("weight-noise, gaussian, no clipping")]
     assert strengths == ["0", "0", "0.001", "0.001", "1", "1"]
-    told = weights.markdown("mine", trials.assign(family=None, defense="noise"), 3, 2, 0)
+    told = weights.page("mine", trials.assign(family=None, defense="noise"), 3, 2, 0).markdown
     assert "not finished" in told
     assert "2 trials ended in an error" in told
     assert "only in report.md: noise" in told
@@ -661,7 +661,7 @@ def test_the_report_keeps_options_grants_and_places_apart() -> None:
             records[trial] = TrialRecord(json.dumps(settings), "", 0, 1, "")
         parts.append(own)
     trials = weights.rows(pd.concat(parts), records, findings)
-    text = weights.markdown("mine", trials, 0, 0, 0)
+    text = weights.page("mine", trials, 0, 0, 0).markdown
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     undefended = {tuple(line[3:6]) for line in cells if line[0] == "d" and line[6:7] == ["6"]}
     assert undefended == {

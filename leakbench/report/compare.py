@@ -13,8 +13,7 @@ from leakbench.core.files import StrictModel
 from leakbench.core.text import ABSENT, decimals, name_of
 from leakbench.report.display import mean_text
 from leakbench.report.markdown import trained
-from leakbench.report.page import render_markdown
-from leakbench.report.study import table
+from leakbench.report.study import StudyPage, table
 from leakbench.store.records import MetricInfo, StoredComponent
 
 _AXES = ("attack", "model", "dataset", "defense")
@@ -80,10 +79,10 @@ def published() -> Published:
     return Published.model_validate(tomllib.loads(text))
 
 
-def markdown(
+def study(
     results: pd.DataFrame, metrics: Sequence[MetricInfo], paper: Published, components: Sequence[StoredComponent] = ()
-) -> str:
-    """Return the comparison; it depends on nothing but its arguments."""
+) -> StudyPage:
+    """Return ``paper.md``, the comparison; it depends on nothing but its arguments."""
     summary = summarise(results, [metric for metric in metrics if metric.name in _OURS])
     cells = summary[~summary["floor"].astype(bool)]
     places = {metric.name: decimals(cells[metric.name]) for metric in metrics if metric.name in cells}
@@ -99,7 +98,7 @@ def markdown(
     others = [own for names, group in ours.items() if names not in published for own in group]
     rows += [dict.fromkeys(_printed(paper.figure[0]), ABSENT) | own for own in others]
     shown = table(rows, left=len(max(rows, key=len)))
-    return render_markdown("paper.md.j2", source=paper.source, table=shown, trained=trained(components))
+    return StudyPage("paper.md", {"source": paper.source, "table": shown, "trained": trained(components)})
 
 
 def _names(specs: Mapping[Any, Any]) -> tuple[str, ...]:

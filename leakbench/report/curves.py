@@ -1,7 +1,7 @@
 """``curves.md``: what leaks as the gradient that is sent is made less exact, by relative noise or by fewer bits."""
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,10 +14,9 @@ from leakbench.core.text import decimals, slug
 from leakbench.errors import BadOption
 from leakbench.plan.matrix import Matrix
 from leakbench.report.display import leakage_table, mean_text, to_markdown
-from leakbench.report.figure import GREY, key_below, plain, saved, style
-from leakbench.report.page import render_markdown
+from leakbench.report.figure import GREY, key_below, plain, style
 from leakbench.report.run import RunData
-from leakbench.report.study import Line, draw_lines
+from leakbench.report.study import Line, StudyPage, draw_lines
 from leakbench.store.records import MetricInfo, StoredComponent
 
 FILE = "curves.md"
@@ -138,26 +137,19 @@ def pages(
     return found
 
 
-def files(run: RunData) -> Iterator[tuple[str, bytes]]:
-    """Yield the names and contents of ``curves.md`` and its figures; nothing for a run without curves."""
+def study(run: RunData) -> StudyPage | None:
+    """Return ``curves.md`` with its figures; None for a run without curves."""
     found = pages(run.results, run.metrics, run.components)
     if not found or run.threshold is not None:
-        return
+        return None
+    shown, blocks = _shown(run.metrics), []
     for page in found:
-        yield f"grids/{page.file}", saved(figure(page))
-    yield FILE, markdown(found, run.metrics).encode()
-
-
-def markdown(pages: Sequence[CurvesPage], metrics: Sequence[MetricInfo]) -> str:
-    """Return the report; it depends on nothing but its arguments."""
-    shown, blocks = _shown(metrics), []
-    for page in pages:
         best = [(metric.name, page.best_floor(metric.name)) for metric in shown]
         floors = [
             f"{name} {mean_text(row, name, decimals([row[name]]))} ({row['attack']})" for name, row in best if row
         ]
         blocks.append((page, floors, [(_TITLES[kind], _table(page, kind, shown)) for kind in page.levels]))
-    return render_markdown("curves.md.j2", pages=blocks)
+    return StudyPage(FILE, {"pages": blocks}, {f"grids/{page.file}": figure(page) for page in found})
 
 
 def _shown(metrics: Sequence[MetricInfo]) -> list[MetricInfo]:

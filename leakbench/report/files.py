@@ -64,8 +64,9 @@ def write(out: Path | str, formats: Collection[str] = DEFAULT_FORMATS) -> list[P
             written.append(replace(out / "report.md", markdown(run, pictures).encode()))
             if run.threshold is not None:
                 written.append(replace(out / "worst-case.md", worst_case.markdown(run, run.threshold).encode()))
-            for name, data in (*curves.files(run), *sharing.files(run, store), *weights.files(run, store)):
-                written.append(replace(out / name, data))
+            for study in (curves.study(run), sharing.study(run, store), weights.study(run, store)):
+                for name, data in () if study is None else study.files():
+                    written.append(replace(out / name, data))
             remove_others(out / "grids", _GRID, {picture.path.removeprefix("grids/") for picture in pictures})
     return written
 
@@ -106,8 +107,8 @@ def write_comparison(out: Path | str) -> Path:
     """
     out = Path(out)
     with Store.open(out / FILE, readonly=True) as store:
-        text = compare.markdown(store.results(), store.metrics(), compare.published(), store.components())
-    return replace(out / "paper.md", text.encode())
+        study = compare.study(store.results(), store.metrics(), compare.published(), store.components())
+    return replace(out / study.file, study.markdown.encode())
 
 
 def _pages(store: Store, results: pd.DataFrame) -> list[grids.GridPage]:

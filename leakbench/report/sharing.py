@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -14,11 +14,10 @@ from leakbench.analysis.summary import summarise
 from leakbench.core.text import name_of, slug
 from leakbench.report.differences import paired_table
 from leakbench.report.display import leakage_table, to_markdown
-from leakbench.report.figure import saved
 from leakbench.report.grids import picture
 from leakbench.report.markdown import trained
-from leakbench.report.page import render_markdown
 from leakbench.report.run import RunData
+from leakbench.report.study import StudyPage
 from leakbench.store.records import Pictures
 from leakbench.store.run_file import Store
 
@@ -48,23 +47,20 @@ _ARM = "arm"
 _BLOCK = ["dataset", "model", "attack"]
 
 
-def files(run: RunData, store: Store) -> Iterator[tuple[str, bytes]]:
-    """Yield the names and contents of ``sharing.md`` and its grids.
-
-    There are none unless key-lock was attacked with its key shared (T3) and with its lock shared (T4).
-    """
+def study(run: RunData, store: Store) -> StudyPage | None:
+    """Return ``sharing.md`` with its grids; None unless key-lock was attacked under T3 and T4 (see ``GRANTS``)."""
     locked = run.results[run.results["defense"].map(name_of) == "keylock"]
     if not {"T3", "T4"} <= set(locked["threat"]):
-        return
-    words, blocks = trained(run.components), []
+        return None
+    words, blocks, grids = trained(run.components), [], {}
     for index, (names, block) in enumerate(arms(run.results).groupby(_BLOCK, sort=False), 1):
         key = tuple(map(str, names))
         trials = grid(block)
         file = f"grids/sharing-{index:03}-{slug(key)}.png"
         pictures = store.images([trial for trial in trials.to_numpy().ravel() if isinstance(trial, str)])
-        yield file, saved(figure(trials, pictures))
+        grids[file] = figure(trials, pictures)
         blocks.append((key, words.get(key[1], ""), file, _scores(run, block), _tests(block)))
-    yield FILE, render_markdown("sharing.md.j2", head=run.about(), blocks=blocks).encode()
+    return StudyPage(FILE, {"head": run.about(), "blocks": blocks}, grids)
 
 
 def arms(results: pd.DataFrame) -> pd.DataFrame:

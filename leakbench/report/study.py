@@ -1,18 +1,46 @@
-"""What study pages share: values with intervals, a table of rows, and lines of values along an axis."""
+"""A study: a page with its figures on what one kind of run shows; values with intervals, tables of rows, and lines."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from leakbench.analysis.statistics import share_interval, unit_means
 from leakbench.report.display import to_markdown
-from leakbench.report.figure import bars, plain
+from leakbench.report.figure import bars, plain, saved
+from leakbench.report.page import render_markdown
+
+
+@dataclass(frozen=True)
+class StudyPage:
+    """A page of a run, with its figures; the template ``FILE.j2`` has all of its prose.
+
+    Attributes:
+        file: the page's name in the run's folder.
+        facts: what the template shows, by the name that it has there: text, numbers and rendered tables.
+        figures: the page's figures by path in the run's folder, such as ``grids/curves-001.png``.
+    """
+
+    file: str
+    facts: Mapping[str, object]
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+
+    @property
+    def markdown(self) -> str:
+        """The page; it depends on nothing but the facts."""
+        return render_markdown(f"{self.file}.j2", **self.facts)
+
+    def files(self) -> Iterator[tuple[str, bytes]]:
+        """Yield the names and contents of the figures and of the page."""
+        for name, drawn in self.figures.items():
+            yield name, saved(drawn)
+        yield self.file, self.markdown.encode()
 
 
 class Value(NamedTuple):

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,9 @@ from leakbench.analysis.statistics import UNIT, paired_difference
 from leakbench.core.registry import split_spec
 from leakbench.core.text import ABSENT, in_groups, number, percent, plural
 from leakbench.report.display import to_markdown
-from leakbench.report.figure import COLOURS, GREY, key_below, plain, saved, style
-from leakbench.report.page import render_markdown
+from leakbench.report.figure import COLOURS, GREY, key_below, plain, style
 from leakbench.report.run import RunData
-from leakbench.report.study import Line, Value, draw_lines, table
+from leakbench.report.study import Line, StudyPage, Value, draw_lines, table
 from leakbench.store.records import TrialRecord
 from leakbench.store.run_file import Store
 
@@ -34,22 +33,15 @@ _PLACE = ["dataset", "model", "rate", "steps"]
 _WHO = ["method", "known"]
 
 
-def files(run: RunData, store: Store) -> Iterator[tuple[str, bytes]]:
-    """Yield the names and contents of ``weights.md`` and its figures; nothing for a run whose clients share gradients.
-
-    The figures are there if an attack learned the scale, and if there was a defense of weights.
-    """
+def study(run: RunData, store: Store) -> StudyPage | None:
+    """Return ``weights.md`` with its figures; None for a run whose clients share gradients."""
     every = rows(run.results, store.records(), store.findings())
     if every.empty:
-        return
+        return None
     trials = every[~every["by_floor"]].reset_index(drop=True)
     left_out = every.loc[every["by_floor"], "image"].nunique()
-    if len(_learned(trials)):
-        yield SCALE_FILE, saved(scale_figure(trials))
-    if families(trials):
-        yield DEFENSES_FILE, saved(defense_figure(trials))
     errors = int((run.results["status"] == "error").sum())
-    yield FILE, markdown(run.name, trials, run.planned - len(run.results), errors, left_out).encode()
+    return page(run.name, trials, run.planned - len(run.results), errors, left_out)
 
 
 def rows(results: pd.DataFrame, records: Mapping[str, TrialRecord], findings: pd.DataFrame) -> pd.DataFrame:
@@ -127,8 +119,8 @@ def recovered(cell: pd.DataFrame) -> Value:
     return Value.of_share(cell.set_index(UNIT)["recovered"])
 
 
-def markdown(name: str, trials: pd.DataFrame, unfinished: int, errors: int, left_out: int) -> str:
-    """Return the report; it depends on nothing but its arguments.
+def page(name: str, trials: pd.DataFrame, unfinished: int, errors: int, left_out: int) -> StudyPage:
+    """Return the page, with figures if an attack learned the scale and if there was a defense of weights.
 
     Args:
         name: of the run.
@@ -139,21 +131,22 @@ def markdown(name: str, trials: pd.DataFrame, unfinished: int, errors: int, left
     """
     short = trials[trials["name"] != trials["attack"]].drop_duplicates(["dataset", "model", "name", "attack"])
     attacks = short[["dataset", "model", "attack"]].rename(columns={"attack": "attack, with its options"})
-    return render_markdown(
-        "weights.md.j2",
-        name=name,
-        unfinished=unfinished,
-        errors=errors,
-        left_out=left_out,
-        threshold=SSIM_THRESHOLD,
-        others=sorted(trials.loc[trials["family"].isna(), "defense"].unique()),
-        attacks=to_markdown(attacks, left=3),
-        undefended=table(_undefended(trials), left=2),
-        scales=table(_scales(trials), left=2),
-        defended=table(_defended(trials), left=1),
-        scale_file=SCALE_FILE,
-        defense_file=DEFENSES_FILE,
-    )
+    facts = {
+        "name": name,
+        "unfinished": unfinished,
+        "errors": errors,
+        "left_out": left_out,
+        "threshold": SSIM_THRESHOLD,
+        "others": sorted(trials.loc[trials["family"].isna(), "defense"].unique()),
+        "attacks": to_markdown(attacks, left=3),
+        "undefended": table(_undefended(trials), left=2),
+        "scales": table(_scales(trials), left=2),
+        "defended": table(_defended(trials), left=1),
+        "scale_file": SCALE_FILE,
+        "defense_file": DEFENSES_FILE,
+    }
+    figures = {SCALE_FILE: scale_figure(trials)} if len(_learned(trials)) else {}
+    return StudyPage(FILE, facts, figures | ({DEFENSES_FILE: defense_figure(trials)} if families(trials) else {}))
 
 
 def _row(cell: pd.DataFrame) -> dict[str, object]:
