@@ -525,6 +525,34 @@ def test_the_leaderboard_marks_plugins_and_checks_them_in_their_own_process(
     assert not found.holds
 
 
+MEMORY = f'''{TOP}
+@attacks.register("memory")
+class Memory(Attack):
+    """Returns an image that it remembers."""
+
+    def run(self, observation, rng):
+        return Reconstruction(datasets.parse("samples").load([5])[0].expand(observation.trials, -1, -1, -1).clone())
+'''
+
+
+def test_memorised_images_are_marked_and_every_version_of_a_plugin_is_named(
+    tmp_path: Path,
+    no_assets: None,  # noqa: F811
+) -> None:
+    path = plugin(tmp_path, MEMORY)
+    go(tmp_path / "run", "memory", threshold=0.6, floors=True)
+    path.write_text(MEMORY + "# repaired\n")
+    go(tmp_path / "run", "memory", threshold=0.6, floors=True)
+    report.write(tmp_path / "run", {"md", "html"})
+    mark = "On 1 image, a reconstruction that is near the private image is as near a public one (ssim_public)"
+    for page in ("worst-case.md", "report.html"):
+        assert mark in (tmp_path / "run" / page).read_text().replace("\\", ""), page
+    with Store.open(tmp_path / "run" / FILE, readonly=True) as store:
+        ((entry,), _) = entries(store, "run")
+    assert entry.caveat.startswith(mark)
+    assert len({one.sha256 for one in entry.plugins}) == 2, "results of either are in the run"
+
+
 def test_the_nearest_public_image_is_a_control(tmp_path: Path, no_assets: None) -> None:  # noqa: F811
     results = go(tmp_path / "run", "nearest-public", "lb(steps=3)", images=2, floors=True, threshold=0.6)
     control = results[results["attack"] == "nearest-public"]

@@ -6,6 +6,7 @@ import pandas as pd
 
 from leakbench.analysis.statistics import ROUNDING
 from leakbench.core.text import plural
+from leakbench.metrics.public import PublicSSIM
 from leakbench.plan.matrix import RECOVERY
 from leakbench.plan.trial import target
 from leakbench.store.run_file import Store
@@ -15,6 +16,9 @@ CLOSENESS = "psnr_aligned"
 
 TARGET = ["image", "seed"]
 """The columns that name an attacked image."""
+
+NEAR_PUBLIC = 0.6
+"""The ``ssim_public`` from which a reconstruction is near a public image."""
 
 _PLACE = ["dataset", *TARGET]
 
@@ -51,6 +55,26 @@ def best_floors(trials: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
 
 
 def caveat(trials: pd.DataFrame) -> str:
+    """Return why to doubt that images count as recovered: a lesser rule, or memorised images; empty without a doubt."""
+    return " ".join(filter(None, (_lesser_rule(trials), _memorised(trials))))
+
+
+def _memorised(trials: pd.DataFrame) -> str:
+    """Return a sentence on the images whose reconstruction is as near to a public image; empty without any."""
+    if not {RECOVERY, PublicSSIM.name} <= set(trials):
+        return ""
+    attacked = trials[~trials["floor"].to_numpy(dtype=bool) & (trials["status"] == "ok")]
+    near = attacked[(attacked[RECOVERY] >= NEAR_PUBLIC) & (attacked[PublicSSIM.name] >= NEAR_PUBLIC)]
+    images = near["image"].nunique()
+    if not images:
+        return ""
+    return (
+        f"On {plural(images, 'image')}, a reconstruction that is near the private image is as near a public one "
+        f"({PublicSSIM.name}): it may come from memory and not from the gradient."
+    )
+
+
+def _lesser_rule(trials: pd.DataFrame) -> str:
     """Return why images count as recovered by less than the whole rule, in one sentence; empty if they do not."""
     attacked = trials[~trials["floor"].to_numpy(dtype=bool) & trials["status"].isin(("ok", "failed"))]
     if attacked.empty:

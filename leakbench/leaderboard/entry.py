@@ -93,7 +93,7 @@ class Entry(StrictModel):
     ]
     missing: Annotated[list[_Text], Field(description="attackers of the suite worst-case that did not run")]
     inconclusive: Annotated[str, Field(description="why attackers that recover nothing show nothing; empty if they do")]
-    caveat: Annotated[str, Field(description="by what lesser rule images count as recovered; empty if by the whole")]
+    caveat: Annotated[str, Field(description="why to doubt that images count as recovered; empty without a doubt")]
     best_attacker: Annotated[
         _Name | None,
         Field(description="the attacker that was first to recover most images; null if none recovered any"),

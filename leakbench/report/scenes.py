@@ -49,7 +49,7 @@ class WorstCase:
         low: the lower end of the axis of gains; ``high`` is the upper end.
         note: what a reader must know of the dataset's images; may be empty.
         inconclusive: why no defense can be called better than another, in one sentence; empty if one can.
-        caveat: by what lesser rule images count as recovered; empty if by the whole.
+        caveat: why to doubt that images count as recovered; empty without a doubt.
     """
 
     dataset: str
