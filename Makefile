@@ -11,7 +11,7 @@ SCALE ?= full
 DEVICE ?= cpu
 BROWSER ?= optional
 
-.PHONY: help setup demo trunks test test-full torture test-browser test-extras test-assets assets check format fuzz docs reference wheel clean
+.PHONY: help setup demo trunks test test-full torture test-browser test-extras test-assets assets check format fuzz recheck docs reference wheel clean
 
 help:
 	@echo "make demo         set up, and run three attacks against five defenses on the images that ship with leakbench"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-assets  run the tests that need them"
 	@echo "make bench        measure speed into reports/speed (SCALE=smoke|full, DEVICE=cpu|cuda)"
 	@echo "make fuzz         feed a million hostile inputs to what reads files and specs, hours"
+	@echo "make recheck      recompute the figures of README.md and reports/README.md from the committed data"
 	@echo "make docs         build the documentation into build/docs, and run the tutorial"
 	@echo "make reference    write the pages of docs/reference from the code"
 	@echo "make wheel        build and check dist/*.tar.gz, and dist/*.whl from it"
@@ -101,6 +102,9 @@ format: setup
 fuzz: setup
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable ".[fuzz]"
 	$(BIN)/python tools/fuzz.py
+
+recheck: setup
+	$(BIN)/python -m benchmarks.recheck
 
 docs: setup
 	@$(DOCS)/bin/mkdocs --version >/dev/null 2>&1 || { $(PYTHON) -m venv $(DOCS) && $(DOCS)/bin/python -m pip install --quiet --upgrade pip && $(DOCS)/bin/python -m pip install --quiet --group docs; }

@@ -1,4 +1,4 @@
-"""Tables of the top README that are made from data: each stands between two lines of its own."""
+"""Tables of the top README that programs write: each is between two lines of its own."""
 
 from __future__ import annotations
 

@@ -15,7 +15,6 @@ from scipy import stats
 from test_engine import Counter, Thief, Tiny, go, measured, no_assets, one  # noqa: F401
 from torch import Tensor
 
-from benchmarks import ranking as command
 from leakbench import Attack, LeakbenchError, Observation, Reconstruction, Rng, Unsupported, report
 from leakbench.analysis.ensemble import UNSCORED, EnsembleResult, attacker_names, ensemble_results, floor_share
 from leakbench.engine.run import finished
@@ -300,20 +299,6 @@ def test_attackers_of_one_name_are_told_apart(tmp_path):
     go(ensemble(Knows("0"), Knows("1"), Thief()), tmp_path)
     names = [one.attacker for one in standing(tmp_path).attackers]
     assert names == ["knows(images=0), paper", "knows(images=1), paper", "thief"]
-
-
-def test_the_ranking_goes_into_a_readme(tmp_path, monkeypatch):
-    go(ensemble(Knows("0 1 2 3")), tmp_path / "run")
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{command.BEGIN}\n{command.END}\nafter\n")
-    monkeypatch.setattr("sys.argv", ["ranking", str(tmp_path / "run"), "--readme", str(readme)])
-    command.main()
-    text = readme.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith(f"{command.END}\nafter\n")
-    assert "| none" in text
-    command.main()
-    assert readme.read_text() == text
 
 
 # The matrix
