@@ -181,9 +181,8 @@ class Selection:
 @cache
 def ensembles(chosen: Selection) -> list[EnsembleResult]:
     """Return the result of the selected attackers behind each defense, beside the floors on the same images."""
-    floors = load(chosen.file)
-    for column in ("floor", "dataset", "model", "defense"):
-        floors = floors[floors["floor"] if column == "floor" else floors[column].isin(chosen.rows[column])]
+    everything = load(chosen.file)
+    floors = everything[everything["floor"] & everything["dataset"].isin(chosen.rows["dataset"])]
     return ensemble_results(pd.concat([floors, chosen.rows]), RECOVERED)
 
 
