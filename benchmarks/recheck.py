@@ -45,6 +45,7 @@ from leakbench.analysis.ensemble import RECOVERED, EnsembleResult, ensemble_resu
 from leakbench.analysis.statistics import Difference, holm, paired_difference, wilson_interval
 from leakbench.analysis.summary import summarise
 from leakbench.core.text import name_of, plural
+from leakbench.core.types import ThreatModel
 from leakbench.defenses import parse as defense_of
 from leakbench.defenses.base import by_informed
 from leakbench.plan.matrix import RECOVERY, parse_threat
@@ -661,18 +662,24 @@ def planned(results: pd.DataFrame) -> pd.DataFrame:
     """
     attacked = results[~results["floor"]]
     attackers = attacked[["attack", "threat"]].drop_duplicates().itertuples(index=False, name=None)
-    roles = [(attack, threat, parse_threat(threat).informed) for attack, threat in attackers]
+    roles = [(attack, parse_threat(threat)) for attack, threat in attackers]
+    roles = list(dict.fromkeys((attack, replace(threat, informed=bool(threat.informed))) for attack, threat in roles))
     cells = [
-        {"dataset": dataset, "model": model, "defense": defense, "attack": attack, "threat": threat}
+        {"dataset": dataset, "model": model, "defense": defense, "attack": attack, "threat": own.spec()}
         for dataset, model, defense in attacked[CELL[:3]].drop_duplicates().itertuples(index=False, name=None)
-        for attack, threat, informed in roles
-        if not informed or informed in by_informed(defense_of(defense))
+        for attack, threat in roles
+        for own in (_stated(threat, defense) if threat.informed else [threat])
     ]
     every = pd.merge(pd.DataFrame(cells), attacked[["dataset", *PAIR]].drop_duplicates(), on="dataset")
     skipped = every.merge(attacked[[*CELL, *PAIR]], how="left", indicator="met").query("met == 'left_only'")
     blank = {"status": "", "reason": "", "path": "", "floor": False}
     trials = pd.concat([results, skipped.drop(columns="met").assign(**blank)], ignore_index=True)
     return trials.sort_values("attack", key=lambda names: pd.factorize(names)[0], kind="stable", ignore_index=True)
+
+
+def _stated(threat: ThreatModel, defense: str) -> list[ThreatModel]:
+    """Return a threat model with each adaptive attacker that a defense states."""
+    return [replace(threat, informed=one) for one in by_informed(defense_of(defense))]
 
 
 def _worst_case() -> str:

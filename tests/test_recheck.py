@@ -97,6 +97,24 @@ def test_a_changed_digit_of_a_table_is_caught_and_repaired(table):
     assert repaired == text
 
 
+def test_trials_that_an_ensemble_skipped_are_planned_again():
+    place = {"dataset": "samples", "model": "lenet", "image": 0, "seed": 0, "status": "ok", "floor": False}
+    ran = [
+        ("precode", "peel", "paper"),
+        ("clip", "peel", "paper"),
+        ("clip", "lb", "paper"),
+        ("clip", "lb", "informed=true"),
+    ]
+    rows = [{**place, "defense": defense, "attack": attack, "threat": threat} for defense, attack, threat in ran]
+    trials = recheck.planned(pd.DataFrame(rows))
+    known = list(trials[["defense", "attack", "threat", "status"]].itertuples(index=False, name=None))
+    skipped = [
+        ("precode", "lb", threat, "") for threat in ("paper", "informed=true", "informed=splice", "informed=omit")
+    ]
+    assert set(known) == {(*one, "ok") for one in ran} | set(skipped)
+    assert [attack for _, attack, _, _ in known] == ["peel"] * 2 + ["lb"] * 6
+
+
 # One mark
 
 
