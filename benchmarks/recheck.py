@@ -33,65 +33,32 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 
 import pandas as pd
 
+from benchmarks.committed import CELL, METRIC, Fault, components, load, metric_of, planned
 from benchmarks.readme import filled
 from benchmarks.speed import report as speed
 from benchmarks.speed.machine import ROOT
-from leakbench import attacks
-from leakbench.analysis.ensemble import RECOVERED, EnsembleResult, ensemble_results, floor_share
-from leakbench.analysis.statistics import Difference, holm, paired_difference, wilson_interval
+from leakbench.analysis.ensemble import RECOVERED, EnsembleResult, ensemble_results
+from leakbench.analysis.statistics import UNIT, Difference, holm, paired_difference, share_interval, wilson_interval
 from leakbench.analysis.summary import summarise
-from leakbench.core.text import name_of, plural
-from leakbench.core.types import ThreatModel
-from leakbench.defenses import parse as defense_of
-from leakbench.defenses.base import by_informed
-from leakbench.plan.matrix import RECOVERY, parse_threat
+from leakbench.core.text import plural
+from leakbench.plan.matrix import RECOVERY
 from leakbench.report.worst_case import ranking
-from leakbench.store.records import MetricInfo
 
 TEXTS = ("README.md", "reports/README.md")
 TEST_IMAGES = 10_000
 """Test images of MNIST and of CIFAR-10, over which an accuracy has its interval."""
 TIE = 1e-9
 """A value this near to the middle of two figures, in parts of itself, may be rounded either way."""
-PAIR = ["image", "seed"]
-CELL = ["dataset", "model", "defense", "attack", "threat"]
-METRIC = "psnr_aligned"
-UNREAD = ("paper_", "lpips_")
-"""How the columns begin that no figure is from."""
-
 Numbers = tuple[float, ...]
 Conditions = tuple[tuple[str, str], ...]
 """Pairs of column and value."""
 
 
-class Fault(Exception):
-    """What is wrong with a mark, in one line."""
-
-
 # The data
-
-
-@cache
-def load(files: str) -> pd.DataFrame:
-    """Return a committed CSV, or several (``a + b``), with the column ``floor`` that a run's file has.
-
-    Raises:
-        Fault: there is no such CSV.
-    """
-    names = [file.strip() for file in files.split(" + ")]
-    if missing := [name for name in names if not (name.endswith(".csv") and (ROOT / name).is_file())]:
-        raise Fault(f"there is no file {missing[0]!r} that ends in .csv")
-    read = partial(pd.read_csv, keep_default_na=False, na_values=[""], usecols=lambda name: not name.startswith(UNREAD))
-    data = pd.concat([read(ROOT / name) for name in names])
-    if "attack" not in data:
-        return data
-    floors = {spec: attacks.get(name_of(spec)).floor for spec in data["attack"].unique()}
-    reasons = data["reason"].astype("str").fillna("")
-    return data.assign(floor=data["attack"].map(floors), reason=reasons, path="")
 
 
 @cache
@@ -154,7 +121,7 @@ class Selection:
 
     @property
     def values(self) -> pd.Series:
-        """The metric by image and seed.
+        """The metric by group, image and seed.
 
         Raises:
             Fault: the rows are those of several cells.
@@ -162,12 +129,12 @@ class Selection:
         cells = self.rows[CELL].drop_duplicates()
         if len(cells) > 1:
             raise Fault(f"{len(cells)} cells meet the conditions, such as {tuple(cells.iloc[-1])}")
-        return self.rows.set_index(PAIR)[self.of]
+        return self.rows.set_index(UNIT)[self.of]
 
     @property
     def summary(self) -> pd.DataFrame:
         """The summary of the rows, a row for each cell."""
-        return summarise(self.rows, [MetricInfo(self.of, True, "", "")])
+        return summarise(self.rows, [metric_of(self.of)])
 
     def ensemble(self) -> EnsembleResult:
         """Return the result behind the only defense.
@@ -241,7 +208,7 @@ def _differences(chosen: Selection) -> list[float]:
     alike = [column for column in CELL if " vs " not in chosen.on(column)]
     others = {tuple(cell[alike].iloc[0]): cell for cell in second.cells}
     pairs = [(cell, others.get(tuple(cell[alike].iloc[0]))) for cell in first.cells]
-    series = [[one.set_index(PAIR)[chosen.of] for one in pair if one is not None] for pair in pairs]
+    series = [[one.set_index(UNIT)[chosen.of] for one in pair if one is not None] for pair in pairs]
     found = [paired_difference(*pair).mean for pair in series if len(pair) == 2]
     if not found:
         raise Fault("no two cells of the arms are alike otherwise")
@@ -262,10 +229,12 @@ def holm_p(chosen: Selection) -> Numbers:
 def above(chosen: Selection) -> Numbers:
     """The share of images, in per cent, on which the first arm is above each cell of the second, with its interval."""
     first, second = chosen.arms
-    own = first.rows.groupby("image")[chosen.of].mean()
-    others = pd.concat([cell.groupby("image")[chosen.of].mean() for cell in second.cells], axis=1)
-    share = float((own > others.max(axis=1)).mean())
-    return tuple(100 * value for value in (share, *wilson_interval(share, len(own))))
+    images = ["group", "image"]
+    own = first.rows.groupby(images)[chosen.of].mean()
+    others = pd.concat([cell.groupby(images)[chosen.of].mean() for cell in second.cells], axis=1)
+    higher = (own > others.max(axis=1)).astype(float)
+    ends = share_interval(higher.to_numpy(), higher.index.get_level_values("group").to_numpy())
+    return tuple(100 * value for value in (float(higher.mean()), *ends))
 
 
 def share(chosen: Selection) -> Numbers:
@@ -285,11 +254,19 @@ def images(chosen: Selection) -> Numbers:
     return (float(chosen.ensemble().images),)
 
 
+def attacked(chosen: Selection) -> Numbers:
+    """The number of images that were attacked, with those that a floor recovers."""
+    return (float(chosen.rows["image"].nunique()),)
+
+
+def groups(chosen: Selection) -> Numbers:
+    """The number of groups of the attacked images, such as the photographs that they are crops of."""
+    return (float(chosen.rows["group"].nunique()),)
+
+
 def by_floor(chosen: Selection) -> Numbers:
-    """The number of images that the best floor recovers, of those of which the attackers' share is."""
-    result, everything = chosen.ensemble(), load(chosen.file)
-    place = (everything["dataset"] == result.dataset) & (everything["model"] == result.model)
-    return (floor_share(everything[place], RECOVERED) * result.images,)
+    """The number of images that a floor recovers, and that are not among ``images``."""
+    return (float(chosen.ensemble().by_floor),)
 
 
 def complete(chosen: Selection) -> Numbers:
@@ -356,7 +333,7 @@ COMPUTATIONS: Mapping[str, Callable[[Selection], Numbers]] = {
     one.__name__: one
     for one in (
         mean, ssim, least_mean, most_mean, difference, least_difference,
-        most_difference, p, holm_p, above, share, recovered, images, by_floor, complete,
+        most_difference, p, holm_p, above, share, recovered, images, attacked, groups, by_floor, complete,
         defenses, minutes, failed, trials, least, most, accuracy, cost, train_loss,
     )
 }  # fmt: skip
@@ -654,36 +631,9 @@ class Table:
     block: Callable[[], str]
 
 
-def planned(results: pd.DataFrame) -> pd.DataFrame:
-    """Return the results of an ensemble's run with the trials that it skipped, whose status is empty.
-
-    Every attacker of the run attacks every image behind every defense, an adaptive one only if the defense states it.
-    Attackers come in the order of their attacks.
-    """
-    attacked = results[~results["floor"]]
-    attackers = attacked[["attack", "threat"]].drop_duplicates().itertuples(index=False, name=None)
-    roles = [(attack, parse_threat(threat)) for attack, threat in attackers]
-    roles = list(dict.fromkeys((attack, replace(threat, informed=bool(threat.informed))) for attack, threat in roles))
-    cells = [
-        {"dataset": dataset, "model": model, "defense": defense, "attack": attack, "threat": own.spec()}
-        for dataset, model, defense in attacked[CELL[:3]].drop_duplicates().itertuples(index=False, name=None)
-        for attack, threat in roles
-        for own in (_stated(threat, defense) if threat.informed else [threat])
-    ]
-    every = pd.merge(pd.DataFrame(cells), attacked[["dataset", *PAIR]].drop_duplicates(), on="dataset")
-    skipped = every.merge(attacked[[*CELL, *PAIR]], how="left", indicator="met").query("met == 'left_only'")
-    blank = {"status": "", "reason": "", "path": "", "floor": False}
-    trials = pd.concat([results, skipped.drop(columns="met").assign(**blank)], ignore_index=True)
-    return trials.sort_values("attack", key=lambda names: pd.factorize(names)[0], kind="stable", ignore_index=True)
-
-
-def _stated(threat: ThreatModel, defense: str) -> list[ThreatModel]:
-    """Return a threat model with each adaptive attacker that a defense states."""
-    return [replace(threat, informed=one) for one in by_informed(defense_of(defense))]
-
-
 def _worst_case() -> str:
-    return ranking(planned(load("reports/worst-case/results.csv")), RECOVERED)
+    trials = planned(load("reports/worst-case/results.csv"))
+    return ranking(trials, components(trials), RECOVERED)
 
 
 def _speed() -> str:
@@ -700,14 +650,15 @@ def rechecked_tables(name: str, text: str) -> tuple[list[str], str]:
     for table in TABLES:
         if table.begin not in text:
             continue
-        right = filled(text, table.block(), table.begin, table.end)
-        pairs = itertools.zip_longest(text.splitlines(), right.splitlines(), fillvalue="")
+        before, _, rest = text.partition(table.begin)
+        block = table.block()
+        pairs = itertools.zip_longest(rest.partition(table.end)[0].strip("\n").split("\n"), block.split("\n"))
         faults += [
-            f"{name}:{number}: {stated.strip()!r} stated, {found.strip()!r} recomputed"
-            for number, (stated, found) in enumerate(pairs, 1)
+            f"{name}:{number}: {stated or 'nothing'} stated, {found or 'nothing'} recomputed"
+            for number, (stated, found) in enumerate(pairs, before.count("\n") + 2)
             if stated != found
         ]
-        text = right
+        text = filled(text, block, table.begin, table.end)
     return faults, text
 
 
