@@ -1,7 +1,7 @@
 """The committed results of runs, as a run's file would give them to a report."""
 
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 
 import pandas as pd
 
@@ -38,23 +38,31 @@ def load(files: str) -> pd.DataFrame:
     Raises:
         Fault: there is no such CSV.
     """
-    names = [file.strip() for file in files.split(" + ")]
-    if missing := [name for name in names if not (name.endswith(".csv") and (ROOT / name).is_file())]:
-        raise Fault(f"there is no file {missing[0]!r} that ends in .csv")
-    read = partial(pd.read_csv, keep_default_na=False, na_values=[""], usecols=lambda name: not name.startswith(UNREAD))
-    data = pd.concat([read(ROOT / name) for name in names])
+    data = pd.concat([_read(name.strip()) for name in files.split(" + ")], ignore_index=True)
     if "attack" not in data:
         return data
-    floors = {spec: attacks.get(name_of(spec)).floor for spec in data["attack"].unique()}
-    places = data[["dataset", "image"]].drop_duplicates().itertuples(index=False, name=None)
-    groups = {(spec, image): datasets.parse(spec).group(image) for spec, image in places}
-    added = {
-        "floor": data["attack"].map(floors),
-        "group": [groups[place] for place in zip(data["dataset"], data["image"])],
-        "reason": data["reason"].astype("str").fillna(""),
-        "path": "",
-    }
-    return rescored(data.assign(**added).reset_index(drop=True), [metric_of(name) for name in SCORES])
+    return rescored(data, [metric_of(name) for name in SCORES])
+
+
+def _is_read(column: str) -> bool:
+    return not column.startswith(UNREAD)
+
+
+def _read(name: str) -> pd.DataFrame:
+    """Return a CSV; of results, with the columns that reports add, and without those of controls."""
+    if not (name.endswith(".csv") and (ROOT / name).is_file()):
+        raise Fault(f"there is no file {name!r} that ends in .csv")
+    data = pd.read_csv(ROOT / name, keep_default_na=False, na_values=[""], usecols=_is_read)
+    if "attack" not in data:
+        return data
+    kinds = {spec: attacks.get(name_of(spec)) for spec in data["attack"].unique()}
+    data = data[~data["attack"].map({spec: kind.is_control for spec, kind in kinds.items()})]
+    if "group" not in data:  # of an older version
+        places = data[["dataset", "image"]].drop_duplicates().itertuples(index=False, name=None)
+        groups = {(spec, image): datasets.parse(spec).group(image) for spec, image in places}
+        data = data.assign(group=[groups[place] for place in zip(data["dataset"], data["image"])])
+    floors = data["attack"].map({spec: kind.floor for spec, kind in kinds.items()})
+    return data.assign(floor=floors, reason=data["reason"].astype("str").fillna(""), path="")
 
 
 def metric_of(name: str) -> MetricInfo:
