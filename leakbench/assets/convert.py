@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 from leakbench.assets import archives
 from leakbench.errors import CorruptAsset
 
+# torchvision.datasets does not read these archives here: its CIFAR classes unpickle the files, which runs what is in
+# them, and drop the coarse labels; its readers load a whole split into memory, and the cached forms are mapped; and the
+# registries' archives hold other forms than those that it knows. Its checksums are used.
 IDX = [f"{part}-{content}-ubyte" for part in ("train", "t10k") for content in ("images-idx3", "labels-idx1")]
 
 BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
