@@ -141,13 +141,22 @@ def test_data_survive_being_embedded():
 # What it shows
 
 
-def test_the_worst_case_is_said_in_words(tmp_path):
+def test_the_worst_case_is_said_in_words(tmp_path, monkeypatch):
     results = [scored(GREY, NONE, i, 0.1) for i in range(20)]
     results += [
         scored(attack, NONE, i, 0.9 if (i % 2 == k) else 0.2) for k, attack in enumerate((DLG, IG)) for i in range(20)
     ]
     results += [scored(attack, NOISE, i, 0.3) for attack in (DLG, IG) for i in range(20)]
     text = page(tmp_path, results, [*METRICS, *ALIGNED])
+    words = " ".join(Tags(text).texts("p"))
+    assert "The attackers that ran recover least behind “noise(scale=0.01)”: none of 20 images recovered" in words
+    assert "They recover most behind “none”: 20 of 20 images" in words
+    assert "leaks least" not in words
+    assert "Best of the attackers that ran" in " ".join(Tags(text).texts("h2"))
+    every = {("d", "m", defense): [] for defense in ("none", "noise(scale=0.01)")}
+    monkeypatch.setattr("leakbench.report.scenes.missing_attackers", lambda *_: every)
+    text = page(tmp_path / "complete", results, [*METRICS, *ALIGNED])
+    assert "The worst case behind each defense" in " ".join(Tags(text).texts("h2"))
     words = " ".join(Tags(text).texts("p"))
     assert "“noise(scale=0.01)” leaks least: none of 20 images recovered (95\xa0% interval up to 16\xa0%)." in words
     assert "“none” leaks most: 20 of 20 images recovered (95\xa0% interval 84 to 100\xa0%)." in words
