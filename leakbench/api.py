@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from leakbench import attacks, defenses
 from leakbench.attacks import Attack
 from leakbench.core.malloc import keep_freed_memory
-from leakbench.core.rng import Rng
+from leakbench.core.rng import Rng, check_salt, new_salt, salted
 from leakbench.core.text import plural
 from leakbench.core.types import Reconstruction, ThreatModel
 from leakbench.defenses import Defense
@@ -92,6 +92,7 @@ def run(
     executor: str = "local",
     ray_address: str = "",
     gpus_per_worker: float | None = None,
+    salt: str | None = None,
     progress: NullProgress | None = None,
     command: str = "",
 ) -> Run:
@@ -100,14 +101,16 @@ def run(
     Args:
         matrix: what to run.
         out: the run's folder, ``runs/NAME`` by default; an existing run in it is resumed.
-        device: this and the options up to ``gpus_per_worker`` are those of ``leakbench.engine.run.RunOptions``.
+        device: this and the options up to ``salt`` are those of ``leakbench.engine.run.RunOptions``.
         progress: what reports the progress; nothing by default.
         command: the command line, for the provenance.
 
     Raises:
         LeakbenchError: one line that says what is wrong; nothing was written.
     """
-    options = RunOptions(device, chunk, strict, workers, time_limit, shard, executor, ray_address, gpus_per_worker)
+    options = RunOptions(
+        device, chunk, strict, workers, time_limit, shard, executor, ray_address, gpus_per_worker, salt
+    )
     return Run(engine.run(matrix, out, options, progress=progress, command=command))
 
 
@@ -121,6 +124,7 @@ def observe(
     num_classes: int | None = None,
     mean_image: Tensor | None = None,
     seed: int = 0,
+    salt: str | None = None,
     device: torch.device | str = "cpu",
 ) -> Observation:
     """Run one client step for each image, each a batch of one, and return what a server may see of them.
@@ -133,7 +137,9 @@ def observe(
         threat: what the attacker is granted.
         num_classes: K; by default the size of the model's output.
         mean_image: [C, H, W] in [0, 1], public knowledge of what images look like; grey by default.
-        seed: what the clients' own draws come from.
+        seed: what the clients' own draws come from, with the salt.
+        salt: 32 hex digits; random by default, so that no attack can repeat the clients' draws. With the same seed and
+            salt, clients draw the same.
         device: where the observation's tensors go.
 
     Raises:
@@ -147,6 +153,8 @@ def observe(
     low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 1):
         raise BadOption(f"images range from {low:g} to {high:g}; give them in [0, 1]")
+    check_salt(salt or "")
+    salt = new_salt() if salt is None else salt
     own = OwnModule(type(model).__name__, model)
     images, labels = images.detach().cpu().to(own.dtype), labels.detach().cpu()
     if num_classes is None:
@@ -159,8 +167,9 @@ def observe(
     image_shape = (images.shape[1], images.shape[2], images.shape[3])
     check_reveals([granted], groups_of(method, build(own, method, image_shape, num_classes, "own")))
     clients = [
-        Client(image, int(label), "own", f"client/{seed}/{index}", _others(images, labels, index, method.companions))
+        Client(image, int(label), "own", key, _others(images, labels, index, method.companions))
         for index, (image, label) in enumerate(zip(images, labels))
+        for key in [salted(f"client/{seed}/{index}", "client", salt)]
     ]
     return observe_clients(
         own,

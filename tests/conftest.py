@@ -15,6 +15,7 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 from leakbench import attacks, defenses, generators, models
+from leakbench.core.rng import salted
 from leakbench.core.types import Secret
 from leakbench.defenses import Defense
 from leakbench.engine import isolation
@@ -107,6 +108,29 @@ def _one_template() -> Iterator[None]:
     isolation.Template = real  # type: ignore[misc]
     for one in kept:
         real.close(one)
+
+
+SALT = "5eed" * 8
+"""The salt of every run of the tests that is given none."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_salt() -> Iterator[None]:
+    """Make the random salts of runs one fixed salt, so that the tests draw the same every time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for place in ("engine.run", "api"):
+            patch.setattr(f"leakbench.{place}.new_salt", lambda: SALT)
+        yield
+
+
+def images_of(keys: Sequence[str], dataset: str = "tiny") -> list[tuple[int, int] | None]:
+    """Return seed and image of the trials of an attack's keys, for tests, which know the salt; None for other keys."""
+    known = {
+        salted(f"attack/{seed}/{dataset}/{image}", "attack", SALT): (seed, image)
+        for seed in range(4)
+        for image in range(16)
+    }
+    return [known.get(key) for key in keys]
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import own_attacks  # noqa: F401
 import pandas as pd
 import pytest
 import torch
+from conftest import images_of
 from torch import Tensor, nn
 
 import leakbench
@@ -85,7 +86,7 @@ class Thief(Attack):
         return Reconstruction(images)
 
     def rows(self, rng: Rng, image: int) -> list[int]:
-        return [row for row, key in enumerate(rng.keys) if key.endswith(f"/{image}")]
+        return [row for row, trial in enumerate(images_of(rng.keys)) if trial is not None and trial[1] == image]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from conftest import SALT
 from test_engine import TESTS, Thief, go, measured, no_assets, plan  # noqa: F401
 
 import leakbench
@@ -262,7 +263,7 @@ def test_a_merge_that_was_killed_is_started_again(tmp_path):
     whole = go(matrix, tmp_path / "whole")
     parts = [tmp_path / str(number) for number in (1, 2, 3)]
     for number, part in enumerate(parts, 1):
-        go(matrix, part, shard=f"{number}/3")
+        go(matrix, part, shard=f"{number}/3", salt=SALT)
     script = f"import test_torture; test_torture.killed({list(map(str, parts))!r}, {str(tmp_path / 'all')!r})"
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path})

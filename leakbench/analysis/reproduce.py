@@ -40,16 +40,17 @@ class Reproduction:
 def reproduction(
     cell: Mapping[str, object], components: Sequence[StoredComponent], sessions: Sequence[RunSession]
 ) -> Reproduction:
-    """Return the command whose run has trials of the same id, and so of the same settings.
+    """Return the command whose run has trials of the same id and the same salt: the same settings and draws.
 
     Args:
         cell: the five specs, by axis: a row of ``Store.results`` or ``Store.trials`` has them.
         components: what each spec stands for (``Store.components``).
-        sessions: every start of the run; plugins and the device are taken from them.
+        sessions: every start of the run; plugins, the device and the salt are taken from them.
     """
     known = {(one.kind, one.spec): one for one in components}
     own = {axis: known[axis, str(cell[axis])] for axis in _AXES}
     specs = {axis: spec_of(one) for axis, one in own.items()}
+    salt = sessions[-1].provenance.salt if sessions else ""
     note = " ".join(
         f"The {axis} {spec} had version {own[axis].version}; repeating it needs a leakbench with that version."
         for axis, spec in specs.items()
@@ -60,7 +61,9 @@ def reproduction(
         axes = ", ".join(f"{axis}s=[{specs[axis]!r}]" for axis in ("attack", "defense", "dataset"))
         head = f"leakbench.run(leakbench.Matrix({axes}, models=[network], threats=[{str(cell['threat'])!r}]"
         return Reproduction(
-            head, ', images=[{image}], seeds=[{seed}], floors=False), "runs/again-{trial}")', note.strip()
+            head,
+            f', images=[{{image}}], seeds=[{{seed}}], floors=False), "runs/again-{{trial}}", salt={salt!r})',
+            note.strip(),
         )
     others = owners(known.values(), own["defense"], str(cell["threat"]))
     if others:
@@ -69,7 +72,8 @@ def reproduction(
     options += [(f"--{axis}", specs[axis]) for axis in ("attack", "defense", "model", "dataset")]
     options += [*(("--defense", spec) for spec in others), ("--threat", str(cell["threat"]))]
     words = ["leakbench", "run", "matrix", *itertools.chain(*options)]
-    tail = " --images {image}, --seeds {seed}, --no-floors --device " + _device(sessions) + " --out runs/again-{trial}"
+    same = f"--device {_device(sessions)} --salt {shlex.quote(salt)}"
+    tail = f" --images {{image}}, --seeds {{seed}}, --no-floors {same} --out runs/again-{{trial}}"
     return Reproduction(shlex.join(words), tail, note)
 
 

@@ -58,12 +58,14 @@ class AuditOptions:
         threshold: the ``ssim_aligned`` from which an image counts as recovered; the suite's by default.
         rule: the condition under which the audit fails.
         command: the command line, for the run file.
+        salt: see ``leakbench.engine.run.RunOptions``.
     """
 
     budget: Literal["quick", "standard", "thorough"] = "standard"
     threshold: float | None = None
     rule: FailRule | None = None
     command: str = ""
+    salt: str | None = None
 
     def matrix(self, scale: str, given: Mapping[str, Any]) -> Matrix:
         """Return the matrix of a scale of the suite, with the axes that are given in place of its own."""
@@ -116,7 +118,8 @@ def audit_model(
     indices = list(range(chosen)) if isinstance(chosen, int) else list(chosen)
     each = {defenses.spec(one): one for one in protections}
     leaks = {spec: _leaks(own, one, dataset, indices) for spec, one in each.items()}
-    engine.run(matrix, out, RunOptions(device), progress=progress, command=options.command)
+    run_options = RunOptions(device, salt=options.salt)
+    engine.run(matrix, out, run_options, progress=progress, command=options.command)
     with Store.open(out / FILE, readonly=True) as store:
         trials = _planned(store, matrix)
         floor = floor_share(trials, _threshold(matrix))
@@ -197,7 +200,8 @@ def audit_update(
         num_classes=classes,
         observed=observation,
     )
-    engine.run(matrix, out, RunOptions("cpu"), progress=progress, command=options.command, data=data)
+    run_options = RunOptions("cpu", salt=options.salt)
+    engine.run(matrix, out, run_options, progress=progress, command=options.command, data=data)
     with Store.open(out / FILE, readonly=True) as store:
         trials = _planned(store, matrix)
         measured = bool(trials[RECOVERY].notna().any())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import typer
 from typer.core import TyperGroup
 
-from leakbench.cli.options import DEVICE, command, console, option, stoppable
+from leakbench.cli.options import DEVICE, SALT, command, console, option, stoppable
 from leakbench.errors import BadOption
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ class _Shared:
         "<=.",
         metavar="'NAME > NUMBER'",
     )
+    salt: str | None = option(SALT, metavar="HEX")
     plugin: list[Path] | None = option("A Python file that defines the factory, or components; it is executed.")
 
     def audit(
@@ -106,7 +107,7 @@ class _Shared:
             network = audit.load_network(
                 self.model, self.plugin or [], mode=self.mode, normalise=self.normalise, checkpoint=checkpoint
             )
-            found = attack(network, audit.AuditOptions(self.budget, self.threshold, rule, line), display)
+            found = attack(network, audit.AuditOptions(self.budget, self.threshold, rule, line, self.salt), display)
         for name, text in zip(pages.FILES, (pages.markdown(found, line), pages.html(found, line))):
             replace(self.out / name, text.encode())
         for one in found.defenses:

@@ -18,6 +18,9 @@ def leaderboard(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="check: the seed by which the trials are drawn.")] = None,
     device: Annotated[str | None, typer.Option(help="check: auto, cpu, cuda or cuda:N.")] = None,
+    salt: Annotated[
+        str | None, typer.Option(metavar="HEX", help="check: the salt of the repeated trials (default: the entry's).")
+    ] = None,
     plugin: Annotated[
         list[Path] | None, typer.Option("--plugin", help="check: a Python file that registers components; it is run.")
     ] = None,
@@ -38,9 +41,10 @@ def leaderboard(
     if str(runs[0]) == "check":
         if len(runs) != 3 or out is not None:
             raise BadOption("leaderboard check takes the JSON file of an entry and the folder of its run, and no --out")
-        _check(runs[1], runs[2], sample or 16, seed, device or "auto", plugin or [])
+        _check(runs[1], runs[2], sample or 16, seed, device or "auto", salt, plugin or [])
         return
-    for option, value in (("--sample", sample), ("--seed", seed), ("--device", device), ("--plugin", plugin)):
+    given = {"--sample": sample, "--seed": seed, "--device": device, "--salt": salt, "--plugin": plugin}
+    for option, value in given.items():
         if value is not None and value != []:
             raise BadOption(f"{option} is an option of leaderboard check; leave it out")
     from leakbench.report.leaderboard import write
@@ -54,7 +58,9 @@ def leaderboard(
         typer.echo(str(path))
 
 
-def _check(entry: Path, run: Path, sample: int, seed: int | None, device: str, plugins: list[Path]) -> None:
+def _check(
+    entry: Path, run: Path, sample: int, seed: int | None, device: str, salt: str | None, plugins: list[Path]
+) -> None:
     """Check an entry; exit with 1 if it does not hold."""
     from leakbench.core.registry import load_plugin
     from leakbench.leaderboard.entry import read
@@ -62,7 +68,7 @@ def _check(entry: Path, run: Path, sample: int, seed: int | None, device: str, p
 
     for path in plugins:
         load_plugin(path)
-    found = check(read(entry), run, sample=sample, seed=seed, device=device)
+    found = check(read(entry), run, sample=sample, seed=seed, device=device, salt=salt)
     for line in words(found):
         typer.echo(line)
     raise typer.Exit(0 if found.holds else 1)

@@ -21,6 +21,10 @@ Options = TypeVar("Options")
 SEEDS = "Seeds 0..N-1 for a number N, or a list such as 3,4 (`3,` selects the single seed 3)."
 OUT = "The run's folder (default: runs/NAME); an existing run is resumed."
 DEVICE = "auto, cpu, cuda or cuda:N."
+SALT = (
+    "32 hex digits from which all draws are derived; with the same ones a run draws the same (default: that of the "
+    "existing run, or random)."
+)
 PLUGIN = "A Python file that registers components; it is executed. Repeatable."
 """The help of options that several commands have."""
 

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from leakbench.cli.options import DEVICE, OUT, PLUGIN, SEEDS, argument, command, console, option, stated, stoppable
+from leakbench.cli.options import (
+    DEVICE,
+    OUT,
+    PLUGIN,
+    SALT,
+    SEEDS,
+    argument,
+    command,
+    console,
+    option,
+    stated,
+    stoppable,
+)
 
 if TYPE_CHECKING:
     from leakbench.api import Run
@@ -73,6 +85,7 @@ class MatrixOptions:
         "The Ray cluster (default: RAY_ADDRESS, or else this machine).", metavar="ADDRESS", default=""
     )
     gpus_per_worker: float | None = option("With Ray: GPUs per worker, such as 0.25.", min=0, metavar="NUMBER")
+    salt: str | None = option(SALT, metavar="HEX")
     strict: bool = option(
         "Refuse the matrix if an attack does not support a case; stop at the first error of a component.",
         "--strict",

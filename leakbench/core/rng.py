@@ -2,17 +2,53 @@
 
 A draw is a pure function of the trial's key and a purpose: the same key and purpose always give the same numbers.
 Draws are made on the CPU, one generator a trial, and moved to the device.
+
+A run has a *salt*, which no attack is given. The key of every draw is a digest of the salt and of the purpose of the
+draw, so that the keys that an attack is given name no image, and do not let it compute a client's keys.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from leakbench.errors import BadOption
+
+
+def new_salt() -> str:
+    """Return a random salt: 32 hex digits."""
+    return secrets.token_hex(16)
+
+
+def check_salt(salt: str) -> None:
+    """Raise BadOption unless a salt is 32 hex digits, or empty: the keys are then not salted."""
+    if salt and not re.fullmatch("[0-9a-f]{32}", salt):
+        raise BadOption(f"salt {salt!r} must be 32 hex digits (0-9, a-f); leave it out for a random one")
+
+
+def salted(plain: str, side: Literal["attack", "client"], salt: str) -> str:
+    """Return the key of a draw: 32 hex digits that say nothing of the plain key to anybody without the salt.
+
+    Attackers and clients have different salts, derived from that of the run by keyed BLAKE2b (RFC 7693), so that no
+    attacker's key is a client's.
+
+    Args:
+        plain: the purpose of the draw, with seed, dataset and image.
+        side: for whom it is drawn; whatever follows from a private image is the client's.
+        salt: the run's (``check_salt``); empty: the plain key itself, as in runs of before there were salts.
+    """
+    if not salt:
+        return plain
+    own = hashlib.blake2b(key=salt.encode(), person=side.encode()).digest()
+    return hashlib.blake2b(plain.encode(), key=own, digest_size=16).hexdigest()
 
 
 def generator(*key: object) -> torch.Generator:
@@ -34,7 +70,7 @@ def seeded(*key: object) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Rng:
-    """The random source of an attack: one key a trial.
+    """The random source of an attack: one key a trial, which says nothing of the trial (``salted``).
 
     Example:
         >>> rng = Rng(("image 0", "image 1"))

@@ -15,6 +15,7 @@ from leakbench.core.component import Component, as_json
 from leakbench.core.device import device_named
 from leakbench.core.lock import alone
 from leakbench.core.malloc import keep_freed_memory
+from leakbench.core.rng import check_salt, new_salt
 from leakbench.datasets import Dataset
 from leakbench.engine.executors import (
     Executor,
@@ -74,6 +75,9 @@ class RunOptions:
         ray_address: of the cluster; by default ``RAY_ADDRESS``, and this machine if that is not set.
         gpus_per_worker: with Ray, the GPUs (or the part of one) of each worker; by default 1 if ``device`` is CUDA, or
             ``auto`` and this machine has a GPU, and otherwise 0.
+        salt: of the keys of all draws (``core.rng.salted``): 32 hex digits; by default that of the existing run, and a
+            random one for a new run. With the same salt two runs draw the same. Empty: keys that are not salted, to
+            repeat a run of before there were salts; attackers can then compute the image and the client's draws.
 
     Raises:
         BadOption: one line on the first option that is out of range.
@@ -88,6 +92,7 @@ class RunOptions:
     executor: str = "local"
     ray_address: str = ""
     gpus_per_worker: float | None = None
+    salt: str | None = None
 
     def __post_init__(self) -> None:
         if self.executor not in ("local", "ray"):
@@ -100,6 +105,7 @@ class RunOptions:
                 raise BadOption(f"{name}={count} must be at least 1")
         if self.time_limit is not None and not self.time_limit > 0:
             raise BadOption(f"time_limit={self.time_limit:g} must be above 0 seconds")
+        check_salt(self.salt or "")
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,7 @@ class _Planned:
         data: the clients' images, by the dataset's spec.
         metrics: those of the run, including those that an existing run has.
         missing: a line on each metric that cannot be computed here.
+        salt: of the run.
     """
 
     matrix: Matrix
@@ -122,6 +129,7 @@ class _Planned:
     device: torch.device
     metrics: Sequence[Metric]
     missing: Sequence[str]
+    salt: str
 
 
 def run(
@@ -205,19 +213,43 @@ def _plan(matrix: Matrix, options: RunOptions, file: Path, given: ClientData | N
         for attack in {trial.cell.attack.name: trial.cell.attack for trial in trials}.values()
     ):
         named.add(PublicSSIM.name)  # such an attack may have memorised images
+    stored: str | None = None
     if _has_content(file):
         with Store.open(file, readonly=True) as store:  # a foreign file is refused before anything is loaded
-            recorded = {metric.name for metric in store.metrics()}
+            recorded, stored = {metric.name for metric in store.metrics()}, store.salt()
         new = sorted(named - recorded)
         named |= recorded
+    salt = _salt(options, file, stored)
     keep_freed_memory()
-    data = _load(trials) if given is None else {trials[0].cell.specs["dataset"]: given}
+    name = trials[0].cell.specs["dataset"]
+    data = _load(trials, salt) if given is None else {name: replace(given, salt=salt)}
     measured = metrics.of_run(named)
     scores, missing = _usable(measured)
     missing += [f"metric {name!r} is new to this run: trials that are done keep no value of it" for name in new]
     executor = _executor(WorkerContext(scores, device, options.strict), options)
     whole = matrix.trials() if options.shard else trials
-    return _Planned(matrix, trials, whole, data, executor, device, measured, missing)
+    return _Planned(matrix, trials, whole, data, executor, device, measured, missing, salt)
+
+
+def _salt(options: RunOptions, file: Path, stored: str | None) -> str:
+    """Return the salt of a run: the stored one, or else that of the options, or a random one.
+
+    Raises:
+        BadOption: the options have another salt than the run; a new run is a shard, and no salt is given.
+    """
+    if stored is not None:
+        check_salt(stored)
+        if options.salt not in (None, stored):
+            raise BadOption(
+                f"--salt {options.salt!r}: {file} has the salt {stored!r}; leave --salt out, or choose another --out"
+            )
+        return stored
+    if options.salt is None and options.shard:
+        raise BadOption(
+            f"shard {options.shard} begins a run without a salt, and all shards of a matrix need the same one; give "
+            f"each of them the same 32 random hex digits, such as --salt {new_salt()}"
+        )
+    return new_salt() if options.salt is None else options.salt
 
 
 @contextmanager
@@ -226,8 +258,10 @@ def _session(plan: _Planned, folder: Path, shard: str, command: str) -> Iterator
     file = folder / FILE
     checkpoints, statements = _stated(plan.trials)
     matrix = json.dumps(plan.matrix.describe())
-    provenance = Provenance.collect(command, _named(plan.device), matrix, shard, plan.executor.workers)
+    provenance = Provenance.collect(command, _named(plan.device), matrix, shard, plan.executor.workers, plan.salt)
     with Store.open(file) if _has_content(file) else Store.create(file) as store, alone(folder):
+        if store.salt() not in (None, plan.salt):
+            raise LeakbenchError(f"{file} was begun by another process at the same time; start the command again")
         session = store.start_session(provenance)
         store.record_metrics(plan.metrics, _notes(plan.metrics, plan.trials))
         store.add_trials(plan.trials, among=plan.whole)
@@ -345,14 +379,14 @@ def _check_indices(matrix: Matrix) -> None:
             )
 
 
-def _load(trials: Sequence[Trial]) -> dict[str, ClientData]:
+def _load(trials: Sequence[Trial], salt: str) -> dict[str, ClientData]:
     """Return the clients' images of every dataset, by its spec; raise LeakbenchError if they are not as promised."""
     data = {}
     for name, dataset in {trial.cell.specs["dataset"]: trial.cell.dataset for trial in trials}.items():
         held = [trial for trial in trials if trial.cell.specs["dataset"] == name]
-        indices = sorted({index for trial in held for index in (trial.image, *companions(trial))})
+        indices = sorted({index for trial in held for index in (trial.image, *companions(trial, salt))})
         try:
-            data[name] = _load_one(dataset, indices)
+            data[name] = replace(_load_one(dataset, indices), salt=salt)
         except LeakbenchError:
             raise
         except (Exception, SystemExit) as error:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from leakbench.analysis.recovery import recovered_targets
-from leakbench.engine.worker import ChunkTask, ClientData, MeasureTask, without_score
+from leakbench.engine.worker import ChunkTask, ClientData, MeasureTask, attack_key, without_score
 from leakbench.plan.trial import Cell, Result, Trial, target
 from leakbench.store.run_file import Store
 
@@ -75,7 +75,7 @@ class Schedule:
         self._store, self._data, self._threshold, self._size, self._skip = store, data, threshold, size, skip
         self._done = store.done()
         groups = itertools.groupby(trials, key=lambda trial: trial.cell.key)
-        cells = [tuple(members) for _, members in groups]
+        cells = [self._mixed(list(members)) for _, members in groups]
         self._pieces = max(1, -(-workers // max(1, len(cells))))
         if threshold is not None:
             cells.sort(key=lambda cell: not cell[0].cell.attack.floor)
@@ -172,6 +172,11 @@ class Schedule:
             return None
         line.running += 1
         return line.chunks.popleft()
+
+    def _mixed(self, trials: list[Trial]) -> tuple[Trial, ...]:
+        """Return the trials of a cell in the order of their attackers' keys, so that no position tells the image."""
+        salt = self._data[trials[0].cell.specs["dataset"]].salt
+        return tuple(sorted(trials, key=lambda trial: attack_key(trial, salt)) if salt else trials)
 
     def _cut(self, line: _Line, size: int) -> None:
         """Cut a cell into chunks; trials that are done leave gaps, so that a resumed run is cut as before."""

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from leakbench.core.device import DEFAULT, SHARE, out_of_memory
-from leakbench.core.rng import Rng, generator
+from leakbench.core.rng import Rng, generator, salted
 from leakbench.core.types import Reconstruction
 from leakbench.engine.floors import FalseFloor, noise_like, verify_floor
 from leakbench.engine.isolation import AttackError, Isolation, foreign
@@ -35,6 +35,7 @@ class ClientData:
         mean: [C, H, W], the mean of public images.
         observed: the recorded update of the one client, which then takes no step of its own; images and labels are
             empty if they are not known. None: every client takes its step.
+        salt: of the run (``core.rng.salted``); the keys of clients and of attackers are derived from it.
     """
 
     images: Mapping[int, Tensor]
@@ -42,10 +43,11 @@ class ClientData:
     mean: Tensor
     num_classes: int
     observed: Observation | None = None
+    salt: str = ""
 
     def of(self, trials: Sequence[Trial]) -> ClientData:
         """Return the part that these trials need."""
-        needed = {index for trial in trials for index in (trial.image, *companions(trial))}
+        needed = {index for trial in trials for index in (trial.image, *companions(trial, self.salt))}
         images = {index: image for index, image in self.images.items() if index in needed}
         labels = {index: label for index, label in self.labels.items() if index in needed}
         return replace(self, images=images, labels=labels)
@@ -232,7 +234,8 @@ class Worker:
         if data.observed is None:
             observation, rng, encoded = self._stepped(data, trials)
         else:
-            observation, rng, encoded = data.observed, Rng(("audit/update",), self.work.device), None
+            key = salted("audit/update", "attack", data.salt)
+            observation, rng, encoded = data.observed, Rng((key,), self.work.device), None
         attack, observation = trials[0].cell.attack, replace(observation, slots=slots)
         guess = self.isolation.run(attack, observation, rng)
         if attack.floor and (foreign(attack) or attack.name not in self.floors):
@@ -272,7 +275,7 @@ class Worker:
         cell, device = trials[0].cell, self.work.device
         clients = [_client(trial, data) for trial in trials]
         seen = observe(cell.model, cell.defense, cell.threat, clients, data.num_classes, data.mean, device)
-        rng = Rng(tuple(f"attack/{trial.seed}/{cell.specs['dataset']}/{trial.image}" for trial in trials), device)
+        rng = Rng(tuple(attack_key(trial, data.salt) for trial in trials), device)
         images = [trained_on(cell.defense, client, data.num_classes) for client in clients]
         known = [image for image in images if image is not None]
         return seen, rng, torch.stack(known).to(device) if len(known) == len(images) else None
@@ -346,19 +349,32 @@ def png(image: Tensor) -> bytes:
     return stream.getvalue()
 
 
+def attack_key(trial: Trial, salt: str) -> str:
+    """Return the key of an attacker's draws, the same for all attacks on an image with one seed (``salted``)."""
+    return salted(f"attack/{trial.seed}/{trial.cell.specs['dataset']}/{trial.image}", "attack", salt)
+
+
 def _client(trial: Trial, data: ClientData) -> Client:
+    """Return the client of a trial.
+
+    Weights that all clients of a seed share are public, and so is their key. A client's own weights are public too, but
+    not their key: an attacker who tries the keys of all images would find the index.
+    """
     key = f"{trial.seed}/{trial.cell.specs['dataset']}/{trial.image}"
-    weights = f"weights/{key}" if trial.cell.model.fresh_weights() else f"weights/{trial.seed}"
-    others = tuple((data.images[index], data.labels[index]) for index in companions(trial))
-    return Client(data.images[trial.image], data.labels[trial.image], weights, f"client/{key}", others)
+    fresh = trial.cell.model.fresh_weights()
+    weights = salted(f"weights/{key}", "client", data.salt) if fresh else f"weights/{trial.seed}"
+    others = tuple((data.images[index], data.labels[index]) for index in companions(trial, data.salt))
+    own = salted(f"client/{key}", "client", data.salt)
+    return Client(data.images[trial.image], data.labels[trial.image], weights, own, others)
 
 
-def companions(trial: Trial) -> list[int]:
+def companions(trial: Trial, salt: str) -> list[int]:
     """Return the indices of the client's further images, any but the attacked one, for a defense that mixes them in."""
     cell = trial.cell
     if not cell.defense.companions:
         return []
-    rng = generator("companions", trial.seed, cell.specs["dataset"], trial.image)
+    plain = "\x1f".join(("companions", str(trial.seed), cell.specs["dataset"], str(trial.image)))
+    rng = generator(salted(plain, "client", salt))
     order = torch.randperm(len(cell.dataset), generator=rng).tolist()
     return [index for index in order if index != trial.image][: cell.defense.companions]
 

@@ -100,6 +100,9 @@ class Entry(StrictModel):
     ]
     attackers: list[Attacker]
     accuracy: Cost | None = None
+    salt: Annotated[
+        str, Field(pattern="^([0-9a-f]{32})?$", description="of the run's keys; empty: they named the images")
+    ] = ""
     versions: Annotated[list[_Text], Field(description="of leakbench, with the commit if it ran from a checkout")]
     plugins: Annotated[
         tuple[Plugin, ...], Field(description="components of the run that are not part of leakbench")
@@ -190,6 +193,7 @@ def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> t
                 best_attacker=best.attacker if best.recovered else None,
                 attackers=[_attacker(stats) for stats in one.attackers],
                 accuracy=_cost(studies, one.model, one.defense),
+                salt=store.salt() or "",
                 versions=versions,
                 plugins=tuple(Plugin(**asdict(one)) for one in store.plugins()),
                 trials=[TrialOf.model_validate(row) for row in rows.to_dict("records")],

@@ -113,12 +113,14 @@ def check(
     sample: int = 16,
     seed: int | None = None,
     device: str = "auto",
+    salt: str | None = None,
     progress: NullProgress | None = None,
 ) -> EntryCheck:
     """Compare an entry with its run, and run a sample of its trials again.
 
-    Every trial that is run again has the id in the entry, so all its settings are the same. In float32, two machines
-    agree on how often images are recovered, but not on each image.
+    Every trial that is run again has the id in the entry, so all its settings are the same; by default it has the
+    entry's salt, so all its draws are too. Another salt reveals an attack that knows the entry's. In float32, two
+    machines agree on how often images are recovered, but not on each image.
 
     Args:
         entry: the entry.
@@ -126,6 +128,7 @@ def check(
         sample: the number of trials, drawn at random from those of the entry.
         seed: the seed by which they are drawn; None for a random one.
         device: see ``engine.run``.
+        salt: of the repeated trials; None for that of the entry.
         progress: see ``engine.run``.
 
     Raises:
@@ -170,7 +173,8 @@ def check(
                     f"trial {trial.id} ({trial.attack}) has other settings here (id {made[0]}); use the "
                     f"leakbench, data and plugins that made the entry: {', '.join(entry.versions)}"
                 )
-            out = engine.run(matrix, Path(folder) / str(place), RunOptions(device), progress=progress)
+            options = RunOptions(device, salt=entry.salt if salt is None else salt)
+            out = engine.run(matrix, Path(folder) / str(place), options, progress=progress)
             with Store.open(out / FILE, readonly=True) as store:
                 done = store.results()
                 used |= {one for one in store.plugins() if one.kind in ("attack", "generator")}

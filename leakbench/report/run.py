@@ -24,6 +24,9 @@ from leakbench.store.records import (
 )
 from leakbench.store.run_file import Store
 
+UNSALTED = "none: the keys were not salted, so that an attack could have read dataset and image from them"
+"""The words on a run of before there were salts."""
+
 PicturesOf = Callable[[Sequence[str]], Mapping[str, Pictures]]
 """From trials to their pictures (``Store.images``)."""
 
@@ -102,6 +105,7 @@ class RunData:
                 "command": session.provenance.command,
                 "time": f"{session.started} to {session.ended or 'an unknown end, because it was interrupted'}",
                 **session.provenance.describe(),
+                "salt": session.provenance.salt or UNSALTED,
             }
             found += [(f"{name}{label}", text) for name, text in words.items()]
         if self.plugins:

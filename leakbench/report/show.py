@@ -11,6 +11,7 @@ from leakbench.core.text import ABSENT, decimals, number
 from leakbench.errors import BadOption, one_line
 from leakbench.report.display import to_console
 from leakbench.report.markdown import options
+from leakbench.report.run import UNSALTED
 from leakbench.store.connection import decoding
 from leakbench.store.records import MetricInfo, StoredComponent
 from leakbench.store.run_file import Store
@@ -77,6 +78,7 @@ def show(store: Store, prefix: str) -> Shown:
             session = {one.id: one for one in sessions}[record.session]
             words = [*session.provenance.describe().values(), f"finished {record.finished}"]
             facts += [("cost", _cost(row)), ("made by", "; ".join(words))]
+            facts.append(("salt", session.provenance.salt or UNSALTED))
         metrics = store.metrics()
         scored = [metric for metric in metrics if not math.isnan(row[metric.name])]
         repeat = reproduction({axis: str(row[axis]) for axis in (*COMPONENT_AXES, "threat")}, components, sessions)

@@ -40,7 +40,8 @@ def merge(runs: Sequence[Path], out: Path, *, force: bool = False) -> MergeResul
         force: merge runs of different matrices, or of different versions of packages that the numbers depend on, too.
 
     Raises:
-        LeakbenchError: one line on the difference, or another process works in ``out``; nothing was written then.
+        LeakbenchError: one line on the difference, or another process works in ``out``; nothing was written then. Runs
+            of different salts are refused even with ``force``, since a run has one.
     """
     if not runs:
         raise BadOption("no run is given; give the folder of at least one run")
@@ -52,6 +53,7 @@ def merge(runs: Sequence[Path], out: Path, *, force: bool = False) -> MergeResul
         if exists:
             stack.enter_context(alone(out))
         before = [stack.enter_context(Store.open(target, readonly=True))] if exists else []
+        _check_salts([*before, *sources])
         if not force:
             _check([*before, *sources])
         merged = stack.enter_context(Store.open(target) if exists else Store.create(target))
@@ -114,6 +116,18 @@ def _results(db: sqlite3.Connection, other: Store, sessions: Mapping[int, int]) 
     for table in ("scores", "findings", "images"):
         insert(db, table, (row for row in other.each(f"SELECT * FROM {table}") if row["trial_id"] in wanted))
     return len(wanted)
+
+
+def _check_salts(stores: Sequence[Store]) -> None:
+    """Raise LeakbenchError if runs have different salts."""
+    known = [(store.path, salt) for store in stores if (salt := store.salt()) is not None]
+    for path, salt in known[1:]:
+        first, other = known[0]
+        if salt != other:
+            raise LeakbenchError(
+                f"{first} has the salt {other!r} and {path} has {salt!r}, and a run has one; run one of them again "
+                "with the --salt of the other"
+            )
 
 
 def _check(stores: Sequence[Store]) -> None:

@@ -32,6 +32,7 @@ class Provenance:
         matrix: the matrix as JSON.
         shard: ``i/n``, or empty for the whole matrix.
         workers: the number of processes.
+        salt: of the run's keys (``core.rng.salted``); empty in runs of before there were salts.
     """
 
     version: str
@@ -45,9 +46,12 @@ class Provenance:
     matrix: str
     shard: str = ""
     workers: int = 1
+    salt: str = ""
 
     @classmethod
-    def collect(cls, command: str, device: str, matrix: str, shard: str = "", workers: int = 1) -> Provenance:
+    def collect(
+        cls, command: str, device: str, matrix: str, shard: str = "", workers: int = 1, salt: str = ""
+    ) -> Provenance:
         """Return the provenance of this process; ``matrix`` is JSON."""
         commit, dirty = _checkout(Path(__file__).resolve().parents[2])
         return cls(
@@ -62,6 +66,7 @@ class Provenance:
             matrix=matrix,
             shard=shard,
             workers=workers,
+            salt=salt,
         )
 
     @property

@@ -10,7 +10,8 @@ Any SQLite tool can read it. Every table, picture and page that leakbench makes 
 - ``sessions``: one row for every time the run was started or resumed: ``version``, git ``commit_id`` and ``dirty``
   if leakbench ran from a checkout, ``packages`` (JSON, name -> version), ``python``, ``device``, ``threads``,
   ``command``, ``matrix`` (JSON), ``started`` and ``ended`` (UTC; ``ended`` is NULL if the run was killed),
-  ``shard`` (``i/n``, empty for the whole matrix), ``workers``.
+  ``shard`` (``i/n``, empty for the whole matrix), ``workers``, ``salt`` (of the keys of all draws; empty in runs of
+  before there were salts).
 - ``cells``: what the trials of a cell have in common. ``settings`` (JSON) is everything that identifies the cell;
   ``dataset``, ``model``, ``defense``, ``attack`` and ``threat`` are specs; ``threat_words`` describes the threat model;
   ``floor`` is 1 for attacks that use no gradient, and 2 for controls (``Attack.is_control``); ``chunk`` is how many of
@@ -136,6 +137,17 @@ class Store:
         rows = self.query("SELECT * FROM sessions ORDER BY id")
         with decoding(self.path, "JSON in column packages of sessions"):
             return [RunSession(row["id"], Provenance.of(row), row["started"], row["ended"]) for row in rows]
+
+    def salt(self) -> str | None:
+        """Return the salt of the run, the same in all sessions; None before the first one.
+
+        Raises:
+            ForeignRun: the sessions have several salts.
+        """
+        found = [row["salt"] for row in self.query("SELECT DISTINCT salt FROM sessions")]
+        if len(found) > 1:
+            raise ForeignRun(f"{self.path} has sessions of {len(found)} salts, and a run has one; start a new run")
+        return found[0] if found else None
 
     def add_trials(self, trials: Sequence[Trial], among: Sequence[Trial] | None = None) -> None:
         """Record what is planned; trials that are known already stay as and where they are.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 from leakbench.plan.trial import cell_key
 
-SCHEMA = 4
+SCHEMA = 5
 APPLICATION_ID = 0x6C6B6268
 TABLES = ("meta", "sessions", "cells", "trials", "truths", "results", "metrics", "scores", "findings", "images")
 
@@ -34,7 +34,8 @@ _STATEMENTS = (
 CREATE TABLE sessions (
     id INTEGER PRIMARY KEY, version TEXT NOT NULL, commit_id TEXT, dirty INTEGER, packages TEXT NOT NULL,
     python TEXT NOT NULL, device TEXT NOT NULL, threads INTEGER NOT NULL, command TEXT NOT NULL, matrix TEXT NOT NULL,
-    started TEXT NOT NULL, ended TEXT, shard TEXT NOT NULL DEFAULT '', workers INTEGER NOT NULL DEFAULT 1)""",
+    started TEXT NOT NULL, ended TEXT, shard TEXT NOT NULL DEFAULT '', workers INTEGER NOT NULL DEFAULT 1,
+    salt TEXT NOT NULL DEFAULT '')""",
     _CELLS,
     _TRIALS,
     "CREATE TABLE truths (digest TEXT PRIMARY KEY, png BLOB NOT NULL)",
@@ -161,5 +162,10 @@ def _to_4(db: sqlite3.Connection) -> None:
     db.execute("ALTER TABLE results ADD COLUMN curve BLOB")
 
 
-_MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {1: _to_2, 2: _to_3, 3: _to_4}
+def _to_5(db: sqlite3.Connection) -> None:
+    """Sessions have the salt of the run's keys; those of before have none."""
+    db.execute("ALTER TABLE sessions ADD COLUMN salt TEXT NOT NULL DEFAULT ''")
+
+
+_MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {1: _to_2, 2: _to_3, 3: _to_4, 4: _to_5}
 """Schema -> the function that migrates it to the next one."""
