@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import SALT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -537,7 +538,7 @@ def test_a_file_of_an_older_schema_is_read_as_one_of_this(tmp_path, readonly, nu
     assert len(cells) == 14
     assert sizes == {2, 3, None}
     assert all(picture.truth.startswith(b"\x89PNG") for picture in pictures.values())
-    assert (session.provenance.shard, session.provenance.workers) == ("", 1)
+    assert (session.provenance.shard, session.provenance.workers, session.provenance.salt) == ("", 1, "")
     assert ((tmp_path / FILE).read_bytes() == before) is readonly
     for trial, (image, seed, cell) in _planned(tmp_path / FILE).items():
         assert trial_id(json.loads(cell), image, seed) == trial
@@ -549,7 +550,7 @@ def _planned(path: Path) -> dict[str, tuple[int, int, str]]:
         return {row[0]: tuple(row)[1:] for row in rows}
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
 def test_a_file_that_was_migrated_has_the_tables_of_a_new_one(tmp_path, number):
     shutil.copy(SCHEMAS / f"{number}.sqlite", tmp_path / FILE)
     new = Store.create(tmp_path / "new" / FILE)
@@ -574,11 +575,12 @@ def test_a_released_file_of_this_schema_is_read_as_it_is(tmp_path):
         statements = {one.spec: one.statement for one in store.components() if one.kind == "defense"}
         metrics = [metric.name for metric in store.metrics()]
         assert set(store.threats()) == {"paper", "weights"}
-    assert results["status"].value_counts().to_dict() == {"ok": 34, "unsupported": 12, "error": 8}
+    assert results["status"].value_counts().to_dict() == {"ok": 34, "error": 12, "unsupported": 8}
     assert set(results[results["status"] == "error"]["reason"]) == {"ValueError: too bright"}
     assert set(found["name"]) == {"scale"}
     assert set(found["trial"]) <= set(results["trial"])
     assert (session.provenance.version, session.provenance.workers, session.ended is None) == ("0.1.0", 2, False)
+    assert session.provenance.salt == SALT
     assert statements.keys() == {"none", "raises-for-bright"}
     assert all(statement is not None for statement in statements.values())
     assert {"psnr", "ssim_aligned"} <= set(metrics)
