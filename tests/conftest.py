@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import own_attacks  # noqa: F401
@@ -118,8 +119,7 @@ SALT = "5eed" * 8
 def _one_salt() -> Iterator[None]:
     """Make the random salts of runs one fixed salt, so that the tests draw the same every time."""
     with pytest.MonkeyPatch.context() as patch:
-        for place in ("engine.run", "api"):
-            patch.setattr(f"leakbench.{place}.new_salt", lambda: SALT)
+        patch.setattr("leakbench.core.rng.secrets", SimpleNamespace(token_hex=lambda size: SALT))
         yield
 
 

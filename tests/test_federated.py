@@ -44,7 +44,7 @@ def test_a_round_is_the_mean_of_what_clients_sent_by_their_images(tmp_path: Path
     session = start(arm)
     trainee, data = session.trainee, session.data
     shared = trainee.shared()
-    kept = [begin(trainee, client, 0, session.initial) for client in range(3)]
+    kept = [begin(trainee, client, session.arm, session.initial) for client in range(3)]
     for number in (1, 2):
         sent = []
         for client, rows in enumerate(partition(data.train.labels, arm.recipe, 0)):

@@ -304,7 +304,7 @@ def test_an_evaluation_is_in_evaluation_mode_and_changes_nothing() -> None:
 def rounds_of(own: TrainingSession, count: int) -> list[dict[str, Tensor]]:
     """What one client sends in each of so many rounds, the global model being the last that it sent."""
     trainee = own.trainee
-    kept = begin(trainee, 0, own.arm.seed, own.initial)
+    kept = begin(trainee, 0, own.arm, own.initial)
     shared, sent = trainee.shared(), []
     for number in range(1, count + 1):
         out, kept = local_round(
@@ -329,7 +329,7 @@ def test_one_client_alone_trains_as_a_single_party_does(tmp_path: Path) -> None:
 def test_no_secret_is_sent_and_the_key_never_moves() -> None:
     own = session("keylock(length=9)", mode="fedavg", clients=2)
     trainee = own.trainee
-    first = begin(trainee, 0, 0, own.initial)
+    first = begin(trainee, 0, own.arm, own.initial)
     names = {secret.name for secret in trainee.secrets}
     sent, kept = local_round(
         trainee, own.data.train, own.arm.recipe, first, trainee.shared(), client=0, number=1, seed=0, classes=2
@@ -339,7 +339,7 @@ def test_no_secret_is_sent_and_the_key_never_moves() -> None:
     (key,) = [name for name in names if name.endswith("key")]
     assert torch.equal(kept.private[key], first.private[key])
     assert not torch.equal(
-        kept.private[key], begin(trainee, 1, 0, own.initial).private[key]
+        kept.private[key], begin(trainee, 1, own.arm, own.initial).private[key]
     )  # another client, another key
     locks = names - {key}
     assert any(not torch.equal(kept.private[name], first.private[name]) for name in locks)
@@ -386,7 +386,7 @@ def test_what_a_defense_withholds_does_not_move() -> None:
         trainee,
         own.data.train,
         own.arm.recipe,
-        begin(trainee, 0, 0, own.initial),
+        begin(trainee, 0, own.arm, own.initial),
         before,
         client=0,
         number=1,
@@ -689,7 +689,7 @@ def test_a_checkpoint_is_attacked_with_its_defense_and_secrets(tmp_path: Path, s
 def test_the_matrix_attacks_the_checkpoint_of_a_defended_network(tmp_path: Path) -> None:
     (one,) = train(study(defenses=["keylock(length=9)"], rounds=1).arms(), tmp_path)
     model = f'lenet(weights="{one.folder / "best.safetensors"}")'
-    axes: dict[str, Any] = {"attacks": ["ig(steps=2)"], "models": [model], "datasets": ["halves"], "images": 1}
+    axes: dict[str, Any] = {"attacks": ["ig(steps=20)"], "models": [model], "datasets": ["halves"], "images": 1}
     run = leakbench.run(Matrix(defenses=["keylock(length=9)"], **axes), tmp_path / "run")
     results = run.results()
     assert set(results["status"]) == {"ok"}

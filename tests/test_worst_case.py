@@ -28,7 +28,7 @@ from leakbench.store.run_file import FILE, Store
 
 @dataclass(frozen=True)
 class Knows(Thief):
-    """Has these images, by the salt that only tests know; the others are noise that depends on the size of the chunk."""
+    """Has these images, by the salt, which tests know; the others are noise that depends on the size of the chunk."""
 
     name: ClassVar[str] = "knows"
     images: str = ""

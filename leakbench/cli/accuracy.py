@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-from leakbench.cli.options import DEVICE, OUT, PLUGIN, SEEDS, argument, command, console, option, stated, stoppable
+from leakbench.cli.options import (
+    DEVICE,
+    OUT,
+    PLUGIN,
+    SALT,
+    SEEDS,
+    argument,
+    command,
+    console,
+    option,
+    stated,
+    stoppable,
+)
 
 if TYPE_CHECKING:
     from leakbench.training import TrainingRecord
@@ -47,6 +59,7 @@ class TrainOptions:
     workers: int = option(
         "Ray processes that share the clients of fedavg; 0: one after another, without Ray.", min=0, default=0
     )
+    salt: str | None = option(SALT, metavar="HEX")
     plugin: list[Path] | None = option(PLUGIN)
 
     def plans(self, kind: type[Plan]) -> tuple[list[Plan], Path]:
@@ -86,7 +99,13 @@ def accuracy(given: TrainOptions) -> None:
 
         with Rounds(console()) as told:
             found = training.train(
-                arms, folder, device=given.device, workers=given.workers, command=line, progress=told
+                arms,
+                folder,
+                device=given.device,
+                workers=given.workers,
+                command=line,
+                salt=given.salt,
+                progress=told,
             )
     from leakbench.report import accuracy as report
 
@@ -121,7 +140,13 @@ def tradeoff(given: TrainOptions) -> None:
         out = console()
         with Rounds(out) as told:
             found = training.train(
-                study.arms_of(plans), folder, device=given.device, workers=given.workers, command=line, progress=told
+                study.arms_of(plans),
+                folder,
+                device=given.device,
+                workers=given.workers,
+                command=line,
+                salt=given.salt,
+                progress=told,
             )
         targets = study.attack(plans, folder, device=given.device, command=line, progress=lambda: Display(out))
     from leakbench import report as reports

@@ -185,6 +185,7 @@ def _about(blocks: Sequence[Block]) -> list[tuple[str, object]]:
     for place, start in enumerate(starts):
         if start not in starts[:place]:
             facts += [("command", start.command), *start.describe().items()]
+            facts += [("salt", start.salt)] if start.salt else []
     return facts
 
 

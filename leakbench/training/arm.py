@@ -155,8 +155,8 @@ def start(arm: Arm, device: torch.device | str = "cpu") -> TrainingSession:
     trainee = Trainee.of(placed, arm.defense)
     checkpoint: Checkpoint | None = arm.model.checkpoint()
     if checkpoint is None or not checkpoint.defense:
-        trainee.load(trainee.draw(trainee.locks, "training", arm.seed, "lock"))
-        trainee.load(trainee.draw(trainee.keys, "training", arm.seed, "key", 0))  # that of a federation's first client
+        trainee.load(trainee.draw(trainee.locks, arm.secret_key("lock")))
+        trainee.load(trainee.draw(trainee.keys, arm.secret_key("key", 0)))  # that of a federation's first client
     return TrainingSession(arm, data, trainee, {**trainee.shared(), **trainee.private()})
 
 

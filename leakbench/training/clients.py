@@ -9,7 +9,7 @@ from torch import Tensor
 from leakbench.core.rng import generator
 from leakbench.datasets.images import ByteImages
 from leakbench.defenses.base import UpdateStep
-from leakbench.training.settings import Recipe
+from leakbench.training.settings import Arm, Recipe
 from leakbench.training.steps import Tensors, Trainee, check, train_round
 
 
@@ -43,7 +43,7 @@ class Sent:
     steps: int
 
 
-def begin(trainee: Trainee, client: int, seed: int, initial: Mapping[str, Tensor]) -> Own:
+def begin(trainee: Trainee, client: int, arm: Arm, initial: Mapping[str, Tensor]) -> Own:
     """Return the tensors of a client before its first round: a key of its own, and the lock of the first model.
 
     Trained secrets (a lock) are part of the first model, which the server makes; each client draws the others (a key).
@@ -51,11 +51,11 @@ def begin(trainee: Trainee, client: int, seed: int, initial: Mapping[str, Tensor
     Args:
         trainee: a network, of which only names and shapes are used.
         client: its number, from 0 on.
-        seed: of the keys.
+        arm: with the seed and the salt of the keys.
         initial: the tensors of the first model.
     """
     first = {secret.name: initial[secret.name] for secret in trainee.locks}
-    return Own(first | trainee.draw(trainee.keys, "training", seed, "key", client))
+    return Own(first | trainee.draw(trainee.keys, arm.secret_key("key", client)))
 
 
 def local_round(

@@ -212,7 +212,7 @@ def _own(session: TrainingSession, folder: Path, client: int, number: int) -> Ow
     """Return the tensors that a client keeps after a round, from its file; before its first round the initial ones."""
     path = _file(folder, client, number)
     if path is None:
-        return begin(session.trainee, client, session.arm.seed, session.initial)
+        return begin(session.trainee, client, session.arm, session.initial)
     return Own(**read_state(path))
 
 

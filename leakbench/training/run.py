@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +11,7 @@ from pydantic import Field, TypeAdapter
 
 from leakbench.core.device import device_named
 from leakbench.core.lock import alone
+from leakbench.core.rng import check_salt, new_salt
 from leakbench.errors import BadOption, CorruptAsset, LeakbenchError, Unsupported, one_line
 from leakbench.flower import require
 from leakbench.gradients import full_precision
@@ -23,6 +24,8 @@ from leakbench.training.settings import Arm, Recipe
 from leakbench.victim import build
 
 FORMAT = "leakbench-accuracy-1"
+SALT = "salt.json"
+"""The file of the salt of all trainings, in a run's folder."""
 ARMS_FOLDER = "arms"
 """The folder of the arms in a run's folder; each arm has its own folder in it."""
 
@@ -73,6 +76,7 @@ def train(
     device: str = "cpu",
     workers: int = 0,
     command: str = "",
+    salt: str | None = None,
     progress: NullTrainingProgress | None = None,
 ) -> list[TrainingRecord]:
     """Train every arm that has no outcome in ``out``, and return the records of all of them.
@@ -86,6 +90,7 @@ def train(
         device: ``auto`` (CUDA if there is a GPU), ``cpu``, ``cuda`` or ``cuda:N``.
         workers: number of Ray processes that share the clients of fedavg; with 0 they train in this process, in turn.
         command: the command line, for the provenance.
+        salt: of the lasting secrets (``Arm.salt``); by default that of the trainings in ``out``, or a random one.
         progress: the display.
 
     Raises:
@@ -100,6 +105,8 @@ def train(
         require()
     out.mkdir(parents=True, exist_ok=True)
     with alone(out), full_precision(deterministic=True):
+        salt = _salted(out, salt)
+        arms = [replace(arm, salt=salt) for arm in arms]
         done = [_finished(folder, arm) for folder, arm in zip(folders, arms)]
         for number, (arm, folder, known) in enumerate(zip(arms, folders, done), 1):
             if known:
@@ -107,12 +114,45 @@ def train(
             progress.begin(arm, number, len(arms))
             remove_drafts(folder)
             outcome = _one(arm, folder, where, workers, progress)
-            write_json(folder / RECORD, contents(arm, outcome, Provenance.collect(command, str(where), "")))
+            write_json(folder / RECORD, contents(arm, outcome, Provenance.collect(command, str(where), "", salt=salt)))
             if outcome.rounds:  # an arm that broke is resumed after its last round
                 (folder / STATE).unlink(missing_ok=True)
                 shutil.rmtree(folder / "clients", ignore_errors=True)
             progress.end(outcome)
     return [read(folder) for folder in folders]
+
+
+def salt_of(out: Path) -> str | None:
+    """Return the salt of the trainings in ``out``, empty for those of an earlier leakbench; None if there are none.
+
+    Raises:
+        CorruptAsset: its file cannot be read.
+        BadOption: it is no salt.
+    """
+    if not (out / SALT).exists():
+        return "" if (out / ARMS_FOLDER).exists() else None
+    salt = str(read_json(out / SALT).get("salt"))
+    check_salt(salt)
+    return salt
+
+
+def _salted(out: Path, given: str | None) -> str:
+    """Return the salt of trainings in ``out``; a new one is written, before anything is drawn by it.
+
+    Raises:
+        BadOption: the given one is no salt, or the trainings in ``out`` have another one.
+    """
+    check_salt(given or "")
+    stored = salt_of(out)
+    if stored is None:
+        stored = new_salt() if given is None else given
+        write_json(out / SALT, {"salt": stored})
+    if given not in (None, stored):
+        raise BadOption(
+            f"--salt {given!r}: the trainings in {out} have the salt {stored!r}; leave --salt out, or choose another "
+            "--out"
+        )
+    return stored
 
 
 def check(arm: Arm) -> None:

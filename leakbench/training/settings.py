@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, SkipValidation
 
 from leakbench import datasets, defenses, models
 from leakbench.core.component import Positive, as_json
+from leakbench.core.rng import salted
 from leakbench.core.text import slug
 from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
@@ -171,13 +172,24 @@ class Tradeoff(Accuracy):
 
 @dataclass(frozen=True)
 class Arm:
-    """One training: a model behind a defense on a dataset, from one seed."""
+    """One training: a model behind a defense on a dataset, from one seed.
+
+    Attributes:
+        salt: of the lasting secrets (``core.rng.salted``), which no attack on a checkpoint can draw again; no part of
+            the settings.
+    """
 
     dataset: Dataset
     model: Model
     defense: Defense
     seed: int
     recipe: Recipe
+    salt: str = ""
+
+    def secret_key(self, *purpose: object) -> str:
+        """Return the key that lasting secrets are drawn by: ``"lock"``, or ``"key"`` with a client's number."""
+        plain = "\x1f".join(map(str, ("training", self.seed, *purpose)))
+        return salted(plain, "client", self.salt)
 
     @cached_property
     def settings(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from leakbench.errors import BadOption, CorruptAsset
 from leakbench.plan.matrix import Matrix
 from leakbench.training.data import unseen
 from leakbench.training.files import read_json, write_json
-from leakbench.training.run import ARMS_FOLDER, read
+from leakbench.training.run import ARMS_FOLDER, read, salt_of
 from leakbench.training.settings import Arm, Tradeoff
 
 TARGETS_FILE = "targets.json"
@@ -89,6 +89,8 @@ def attack(
 ) -> list[Target]:
     """Attack the checkpoints of the trainings in ``out``; an existing run in ``out/run.sqlite`` is resumed.
 
+    A new run has the salt of the trainings.
+
     Args:
         plans: the trainings and their attacks.
         out: the run's folder.
@@ -100,6 +102,7 @@ def attack(
         BadOption: rows with different thresholds.
     """
     threshold, targets = _threshold(plans), []
+    run_options = RunOptions(device, salt=salt_of(out) or None)
     for plan in plans:
         for arm in plan.arms():
             outcome = read(out / ARMS_FOLDER / arm.folder).outcome
@@ -108,7 +111,7 @@ def attack(
                     continue
                 matrix = matrix_of(plan, arm, out / ARMS_FOLDER / arm.folder / stage.file)
                 with progress() as display:
-                    engine.run(matrix, out, RunOptions(device), progress=display, command=command)
+                    engine.run(matrix, out, run_options, progress=display, command=command)
                 specs = matrix.describe()
                 model, defense = specs["models"][0], specs["defenses"][0]
                 targets.append(Target(arm.folder, stage.name, model, defense, stage.accuracy))
