@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import SALT
 from PIL import Image
 from skimage.color import rgb2lab
 from test_engine import no_assets  # noqa: F401
@@ -363,7 +364,7 @@ def test_commands_of_strange_trials():
     assert words[:5] == ["leakbench", "run", "matrix", "--plugin", "my file.py"]
     assert words[words.index("--attack") + 1] == 'a(note="it\'s; rm -rf /")'
     assert words[words.index("--defense") + 1] == "guard(scale=0.5, on=true, file=none, n=[1, 2])"
-    assert words[-9:] == [
+    assert words[-11:] == [
         "--images",
         "7,",
         "--seeds",
@@ -371,6 +372,8 @@ def test_commands_of_strange_trials():
         "--no-floors",
         "--device",
         "cuda",
+        "--salt",
+        "",
         "--out",
         "runs/again-ab12",
     ]
@@ -382,6 +385,10 @@ def test_commands_of_strange_trials():
     assert python.command("ab12", 7, 1).startswith("leakbench.run(leakbench.Matrix(attacks=[")
     assert "models=[network]" in python.command("ab12", 7, 1)
     compile(python.command("ab12", 7, 1), "command", "eval")
+    salted = RunSession(3, dataclasses.replace(provenance(), salt=SALT), "", "")
+    assert shlex.split(reproduction(cell, known, [salted]).command("ab12", 7, 1))[-4:-2] == ["--salt", SALT]
+    python = reproduction({**cell, "model": network.spec}, [*known, network], [salted])
+    assert python.command("ab12", 7, 1).endswith(f", salt={SALT!r})")
     assert "given in Python" in python.note
 
 

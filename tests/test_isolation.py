@@ -5,23 +5,29 @@ from __future__ import annotations
 import functools
 import itertools
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
-from conftest import ALL_DEFENSES, ON_WEIGHTS, SMALL, rand, watch
+from conftest import ALL_DEFENSES, ON_WEIGHTS, SALT, SMALL, rand, watch
 from torch import Tensor, nn
 
-from leakbench import attacks, defenses, models
+import leakbench
+from leakbench import Dataset, Reconstruction, attacks, defenses, models
 from leakbench.attacks.base import prepare
 from leakbench.attacks.matching import GradientMatching
-from leakbench.core.rng import Rng, generator
+from leakbench.core.rng import Rng, generator, salted
 from leakbench.core.types import PRESETS, ThreatModel
 from leakbench.defenses import Defense
+from leakbench.engine.worker import attack_key, companions
 from leakbench.models import OwnModule
 from leakbench.observation import Observation
+from leakbench.plan.matrix import Matrix
+from leakbench.plan.trial import Trial
 from leakbench.victim import Client, build, observe
 
 SHAPE = (1, 8, 8)
@@ -214,6 +220,85 @@ def split(defense: Defense, threat: ThreatModel) -> tuple[Private, dict[str, Ten
             else:
                 private.tensors |= {f"gradient of {name} of {t}": full.gradient[name][t] for t in range(len(LABELS))}
     return private, values, gradients
+
+
+@dataclass(frozen=True)
+class Hushed(Dataset):
+    """Images whose indices and labels are numbers that stand for nothing else."""
+
+    name: ClassVar[str] = "hushed"
+    image_shape = SHAPE
+    num_classes = CLASSES
+
+    def __len__(self) -> int:
+        return 60
+
+    def load(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        images = torch.stack([rand(*SHAPE, seed=300 + index) for index in indices])
+        return images, torch.tensor([INDICES.get(index, 0) for index in indices])
+
+    def mean(self) -> Tensor:
+        return torch.full(SHAPE, 0.5)
+
+
+INDICES = {37: 43, 41: 47, 53: 59}
+"""Index -> label of the images that are attacked in a run."""
+
+
+def secrets_of_a_run(trial: Trial, seen: Observation) -> Private:
+    """Return what no attack may be given of a trial: images, dataset and index, a hidden label, client's keys, salt."""
+    others = companions(trial, SALT)
+    plain = f"{trial.seed}/hushed/{trial.image}"
+    keys = [salted(f"{kind}/{plain}", "client", SALT) for kind in ("client", "weights")]
+    labels = (trial.image, INDICES[trial.image])[: 2 if seen.labels is None else 1]
+    images, classes = Hushed().load([trial.image, *others])
+    encoded = images[:1], classes[:1]
+    if others:
+        encoded = images, nn.functional.one_hot(classes, CLASSES).float()
+    tensors = {f"image {row}": image for row, image in enumerate(images)}
+    tensors["encoded"] = trial.cell.defense.encode(*encoded, generator(keys[0], "encode"))[0]
+    return Private(tensors, labels, ("hushed", SALT, f"/{trial.image}", *keys))
+
+
+@pytest.mark.parametrize(
+    ("defense", "model"),
+    [
+        *((defense, "lenet") for defense in [*ALL_DEFENSES, *ON_WEIGHTS]),
+        *((defense, "lenet(fresh=true)") for defense in ("none", "mixup", "keylock(length=9)")),
+    ],
+)
+def test_an_attack_of_a_run_is_given_nothing_that_names_its_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, defense: str, model: str
+) -> None:
+    method = defenses.parse(defense)
+    groups = groups_of(method)
+    granted = [one for one in PRESETS.values() if {word.removesuffix("-weights") for word in one.reveals} <= groups]
+    threats = [replace(one, informed=informed) for one in granted for informed in (False, True)]
+    threats.append(ThreatModel(shares="weights", learning_rate=0.01, local_steps=2, rate="known"))
+    threats = [one for one in threats if one.shares == "weights" or defense not in ON_WEIGHTS]
+    given: list[tuple[Observation, Rng]] = []
+    monkeypatch.setattr(
+        attacks.Attack,
+        "__call__",
+        lambda self, observation, rng: given.append((observation, rng)) or grey(observation),
+    )
+    axes: dict[str, Any] = {"attacks": ["grey"], "datasets": [Hushed()], "images": [53], "floors": False}
+    matrix = Matrix(defenses=[method], models=[model], threats=threats, **axes)
+    results = leakbench.run(matrix, tmp_path, device="cpu", chunk=1).results()
+    trials = {attack_key(trial, SALT): trial for trial in matrix.trials()}
+    assert len(given) == (results["status"] == "ok").sum() >= 2
+    for seen, rng in given:
+        (key,) = rng.keys
+        private = secrets_of_a_run(trials[key], seen)
+        assert private.found_in((seen, rng)) == []
+    for hint in (Hushed(), trials[key], Rng((f"attack/0/x/{trials[key].image}",)), SALT):
+        assert private.found_in((seen, rng, hint)) != []
+
+
+def grey(observation: Observation) -> Reconstruction:
+    """Return grey images, as a called attack does."""
+    images = torch.full((observation.trials, *observation.image_shape), 0.5)
+    return Reconstruction(images, failed=torch.zeros(observation.trials, dtype=torch.bool))
 
 
 def threats_of(defense: Defense) -> list[ThreatModel]:
