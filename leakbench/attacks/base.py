@@ -9,12 +9,13 @@ from typing import ClassVar, final
 
 import torch
 
+from leakbench.attacks.simulate import simulated
 from leakbench.core.component import Component
 from leakbench.core.loss_curve import marks
 from leakbench.core.registry import Registry
 from leakbench.core.rng import Rng
 from leakbench.core.types import Reconstruction, ThreatModel
-from leakbench.defenses.adaptive import AdaptiveAttacker
+from leakbench.defenses.adaptive import SIMULATE, AdaptiveAttacker
 from leakbench.defenses.base import by_informed
 from leakbench.errors import BadOption, OldPlugin, Unsupported
 from leakbench.observation import Observation
@@ -149,8 +150,8 @@ def prepare(attack: Attack, observation: Observation) -> tuple[Attack, Observati
     if attack.floor:
         return attack, observation
     unit = _unit_of(attack, observation.threat)
-    adaptive = _adaptive_attacker(observation)
-    if adaptive is not None and observation.adaptive is None:
+    adaptive = _adaptive_attacker(observation) if observation.adaptive is None else None
+    if adaptive is not None:
         observation = _derive(attack, dataclasses.replace(observation, adaptive=adaptive), adaptive)
     if unit != 1.0 and observation.unit == 1.0:
         gradient = {name: value / unit for name, value in observation.gradient.items()}
@@ -161,6 +162,8 @@ def prepare(attack: Attack, observation: Observation) -> tuple[Attack, Observati
 def _adaptive_attacker(observation: Observation) -> AdaptiveAttacker | None:
     """Return the adaptive attacker that the threat model asks for, or None where the attacker is oblivious.
 
+    A defense that states none has the one that leakbench supplies (``simulate``).
+
     Raises:
         Unsupported: the defense has no such attacker.
     """
@@ -168,13 +171,11 @@ def _adaptive_attacker(observation: Observation) -> AdaptiveAttacker | None:
     if defense is None:
         return None
     attackers = by_informed(defense)
+    if informed == SIMULATE or (informed is True and not attackers):
+        return simulated(observation)
     if informed in attackers:
         return attackers[informed]
-    if not attackers:
-        raise Unsupported(
-            f"the defense {defense.name!r} has no adaptive attacker; use a threat model with informed=false"
-        )
-    known = " or ".join(str(name).lower() for name in attackers)
+    known = " or ".join(str(name).lower() for name in (*attackers, SIMULATE))
     raise Unsupported(f"the defense {defense.name!r} has no adaptive attacker {informed!r}; write informed={known}")
 
 

@@ -1,8 +1,9 @@
 """What an adaptive attacker knows of a defense: it is not part of what the client does."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from leakbench.core.types import Gradient, Secret
@@ -11,10 +12,37 @@ from leakbench.errors import BadOption
 DEFAULT_ATTACKER = "default"
 """The attacker of a defense that ``informed = true`` in a threat model asks for."""
 
+SIMULATE = "simulate"
+"""The adaptive attacker that every defense has: it runs the defense's own code on each dummy gradient."""
+SIMULATED = "runs the defense's own code on each dummy gradient, or inverts it if it moves and scales entries"
+"""The description of ``SIMULATE``."""
+CONTROLS = frozenset({"none", "norm-only"})
+"""The defenses that change at most the network, which every attacker runs: there is nothing else to model."""
+
 Observed = Mapping[str, Tensor]
 """What was sent, [T, *shape] per parameter; withheld names are absent."""
 Weights = Mapping[str, Tensor]
 """The values that the attacker knows: parameters and revealed secrets [T, *shape], buffers [*shape]."""
+
+
+@dataclass(frozen=True)
+class Dummies:
+    """The dummy gradients of T trials, and all that an attacker knows of the steps that they are of.
+
+    Attributes:
+        gradient: [T, *shape] per trainable parameter, those of secrets included; an update where clients share weights.
+        images: [T, C, H, W], the dummy images that the network ran on.
+        labels: [T] int64, or [T, K] class probabilities.
+        tensors: every tensor of the network by name, [T, *shape] or (buffers) [*shape], with the attacker's values in
+            the place of secrets.
+        generators: number of a draw -> one generator a trial, the attacker's own.
+    """
+
+    gradient: Gradient
+    images: Tensor
+    labels: Tensor
+    tensors: Mapping[str, Tensor]
+    generators: Callable[[int], Sequence[torch.Generator]]
 
 
 @dataclass(frozen=True)
@@ -36,6 +64,10 @@ class AdaptiveAttacker:
             No entry may depend on the learning rate, which need not be known.
         surrogate: (gradient, observed, weights) -> [T, *shape] per parameter. A dummy gradient (where the client
             shares its weights, a dummy update) as ``release`` would have sent it.
+        release: dummies -> [T, *shape] per parameter. In place of ``surrogate``, for a ``release`` that reads more than
+            the gradient, or that draws; the attack then computes the dummy gradient of every trainable parameter.
+        encode: (images, labels, generators, one a trial) -> images and labels as ``Defense.encode`` would have returned
+            them; the network runs on these. None: the network runs on the dummy images.
         likelihood: (gradient, observed, weights) -> [T]. -log p(observed | gradient) up to a constant, for a dummy
             gradient as ``surrogate`` returns it. It takes the place of the attack's own distance, relative to its value
             at a gradient of zeros. None: what is sent follows from the gradient without noise.
@@ -55,6 +87,8 @@ class AdaptiveAttacker:
     relax: Callable[[nn.Module, Collection[str]], tuple[nn.Module, tuple[Secret, ...]]] | None = None
     undo: Callable[[Observed, Weights], Gradient] | None = None
     surrogate: Callable[[Gradient, Observed, Weights], Gradient] | None = None
+    release: Callable[[Dummies], Gradient] | None = None
+    encode: Callable[[Tensor, Tensor, Sequence[torch.Generator]], tuple[Tensor, Tensor]] | None = None
     likelihood: Callable[[Gradient, Observed, Weights], Tensor] | None = None
     recover: Callable[[nn.Module, Observed, Weights], Gradient] | None = None
     targets: Callable[[nn.Module, Observed, Weights], Tensor | None] | None = None
@@ -70,7 +104,7 @@ class AdaptiveAttacker:
     @property
     def models_release(self) -> bool:
         """Whether the attacker models what the defense makes of a gradient, in the units in which it is sent."""
-        return self.surrogate is not None or self.likelihood is not None
+        return self.surrogate is not None or self.release is not None or self.likelihood is not None
 
     @property
     def derives(self) -> bool:

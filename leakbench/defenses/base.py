@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from leakbench.core.component import Component
 from leakbench.core.registry import Registry
 from leakbench.core.types import Gradient, Secret
-from leakbench.defenses.adaptive import DEFAULT_ATTACKER, AdaptiveAttacker
+from leakbench.defenses.adaptive import DEFAULT_ATTACKER, SIMULATE, AdaptiveAttacker
 from leakbench.errors import BadOption, OldPlugin, Unsupported
 
 
@@ -237,7 +237,7 @@ def by_informed(defense: Defense) -> dict[bool | str, AdaptiveAttacker]:
             "AdaptiveAttacker objects by name, see CONTRIBUTING.md"
         )
     for name in found:
-        if not isinstance(name, str) or name.lower() in ("true", "false", "every"):
+        if not isinstance(name, str) or name.lower() in ("true", "false", "every", SIMULATE):
             raise BadOption(f"defense {defense.name!r}: an attacker is named {name!r}; choose another name")
     return {True if name == DEFAULT_ATTACKER else name: attacker for name, attacker in found.items()}
 

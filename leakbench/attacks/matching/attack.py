@@ -80,7 +80,10 @@ class GradientMatching(MatchingProblem):
         observation = relaxed(observation)
         model, adaptive = observation.model, observation.adaptive
         loss = plain_loss if adaptive is None or adaptive.loss is None else adaptive.loss
-        evaluator = Evaluator(model, tuple(observation.gradient), loss, "batched")
+        matched = tuple(observation.gradient)
+        if adaptive is not None and adaptive.release is not None:
+            matched = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+        evaluator = Evaluator(model, matched, loss, "batched")
         if observation.labels is None and self.labels == "analytic":
             observation = replace(observation, labels=self.read_labels(observation))
         if self.local == "unrolled" and observation.threat.shares == "weights":
@@ -120,11 +123,12 @@ class GradientMatching(MatchingProblem):
         """Return the start of the optimisation, with that of the secrets that are optimised."""
         observation, rng = objective.observation, objective.rng
         start = self.start(observation, rng)
-        buffers = dict(objective.evaluator.model.named_buffers())
+        model = objective.evaluator.model
+        tensors, buffers = tensors_of(model), dict(model.named_buffers())
         for secret in observation.secrets:
             if secret.optimised or (self.secrets == "optimise" and secret.name in buffers):
                 start[SECRET_PREFIX + secret.name] = draw(
-                    secret, buffers[secret.name], rng, "secret", observation.dtype
+                    secret, tensors[secret.name], rng, "secret", observation.dtype
                 )
         return start
 
@@ -156,7 +160,8 @@ def relaxed(observation: Observation) -> Observation:
     model, optimised = adaptive.relax(observation.model, {secret.name for secret in observation.secrets})
     own = tensors_of(model)
     matched = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    kept = [secret for secret in observation.secrets if secret.name in own]
+    searched = {secret.name for secret in optimised}
+    kept = [secret for secret in observation.secrets if secret.name in own.keys() - searched]
     return replace(
         observation,
         model=model,

@@ -13,7 +13,7 @@ from leakbench.attacks.matching.problem import MatchingProblem
 from leakbench.attacks.matching.tensors import pack, scaled
 from leakbench.core.rng import Rng
 from leakbench.core.types import Gradient, Secret
-from leakbench.defenses.adaptive import AdaptiveAttacker
+from leakbench.defenses.adaptive import AdaptiveAttacker, Dummies
 from leakbench.gradients import Evaluator, choose_path
 from leakbench.gradients.bilinear import squared_norm
 from leakbench.gradients.evaluate import tensors_of
@@ -85,11 +85,15 @@ class MatchingObjective:
     def _distance(
         self, images: Tensor, logits: Tensor | None, unknowns: Unknowns, evaluation: Evaluation, judge: bool = False
     ) -> Tensor:
-        gradient = self._masked(self.dummy(images, self._labels(logits), unknowns, evaluation))
+        images, labels = self._encoded(images, self._labels(logits), evaluation)
+        gradient = self._masked(self.dummy(images, labels, unknowns, evaluation))
         factor, adaptive = self.attack.factor(unknowns), self.observation.adaptive
         if adaptive is not None and adaptive.models_release:
             unit = self._unit(factor)
-            gradient = self._released(adaptive, scaled(gradient, unit))
+            gradient = scaled(gradient, unit)
+            if adaptive.release is not None:
+                gradient = adaptive.release(self._dummies(gradient, images, labels, unknowns, evaluation))
+            gradient = self._released(adaptive, gradient)
             if adaptive.likelihood is not None:
                 return adaptive.likelihood(gradient, self._sent, self.observation.weights) / self.likelihood_scale
             gradient = scaled(gradient, 1 / unit)
@@ -121,6 +125,25 @@ class MatchingObjective:
             return self.observation.labels
         assert logits is not None, "an attack that optimises labels renders their logits"
         return torch.softmax(logits, 1)
+
+    def _encoded(self, images: Tensor, labels: Tensor, evaluation: Evaluation) -> tuple[Tensor, Tensor]:
+        """Return the images and labels that the network runs on, as the adaptive attacker has them encoded."""
+        adaptive = self.observation.adaptive
+        if adaptive is None or adaptive.encode is None:
+            return images, labels
+        encoded, named = adaptive.encode(images, labels, self.rng.generators(self._purposes("encode", evaluation)))
+        granted = self.observation.threat.labels == "known"  # a label that was inferred is an encoded one
+        return encoded, named if granted else labels
+
+    def _dummies(
+        self, gradient: Gradient, images: Tensor, labels: Tensor, unknowns: Unknowns, evaluation: Evaluation
+    ) -> Dummies:
+        """Return what a release is simulated on: dummy gradients in the units in which they are sent."""
+
+        def generators(number: int) -> list[torch.Generator]:
+            return self.rng.generators(self._purposes(f"release {number}", evaluation))
+
+        return Dummies(gradient, images.detach(), labels.detach(), self._filled(unknowns, evaluation), generators)
 
     def _masked(self, gradient: Gradient) -> Gradient:
         """Return the dummy gradient, with zeros at the entries that are unknown of the observed one."""
