@@ -26,7 +26,7 @@ from leakbench.gradients.bilinear import shared
 from leakbench.gradients.evaluate import tensors_of
 from leakbench.observation import Observation
 
-DRAWS = 8
+DRAWS = 4
 """How many draws of a release, or of an encoding, are averaged."""
 PERTURBATION = 0.1
 """The relative change of a gradient or an image by which a derivative is compared with a difference."""

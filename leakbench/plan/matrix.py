@@ -20,6 +20,7 @@ from leakbench.core.text import plural
 from leakbench.core.types import PRESETS, ThreatModel
 from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
+from leakbench.defenses.adaptive import CONTROLS, SIMULATE
 from leakbench.defenses.base import by_informed
 from leakbench.errors import BadOption
 from leakbench.metrics import Metric
@@ -154,7 +155,7 @@ class Matrix(Axes):
         models: specs, Model objects, or networks (``nn.Module``) from images in [0, 1] to logits.
         datasets: specs or Dataset objects.
         threats: presets' names, tables or ThreatModel objects. ``informed = "every"`` asks for every adaptive attacker
-            of each defense, and leaves out defenses without one.
+            of each defense, ``simulate`` last, and leaves out defenses with nothing to model.
         stages: instead of attacks and threats: an ensemble that runs one stage after another, the cheapest first.
         threshold: in [0, 1]; a trial is skipped if another one, behind the same defense, has recovered its image with a
             ``ssim_aligned`` of at least this. So the truth decides which trials are still run, and never what an
@@ -227,8 +228,8 @@ class Matrix(Axes):
 
     def _check_informed(self) -> None:
         """Raise BadOption if a threat model asks for an adaptive attacker that no defense has."""
-        stated = {variant for defense in self.defenses for variant in _informed(defense)} - {True}
-        known = ["true", EVERY, *sorted(map(str, stated))]
+        named = {SIMULATE, *(variant for defense in self.defenses for variant in _informed(defense))} - {True}
+        known = ["true", EVERY, *sorted(map(str, named))]
         for threat in (*self.threats, *(threat for stage in self.stages for threat in stage.threats)):
             if isinstance(threat.informed, str) and threat.informed not in known:
                 raise BadOption(
@@ -237,8 +238,8 @@ class Matrix(Axes):
                 )
         if not self.stages and not any(behind for _, behind in self._grants(self.threats)):
             raise BadOption(
-                f"threat: informed={EVERY!r} is not valid: no defense of the matrix has an adaptive attacker; add a "
-                "defense that has one, or a threat model with informed=false"
+                f"threat: informed={EVERY!r} is not valid: no defense of the matrix has anything to model; add a "
+                "defense that has, or a threat model with informed=false"
             )
 
     def trials(self) -> tuple[Trial, ...]:
@@ -267,7 +268,8 @@ class Matrix(Axes):
             if threat.informed != EVERY:
                 yield threat, self.defenses
                 continue
-            for variant in dict.fromkeys(variant for defense in self.defenses for variant in _informed(defense)):
+            variants = dict.fromkeys(variant for defense in self.defenses for variant in _informed(defense))
+            for variant in sorted(variants, key=lambda variant: variant == SIMULATE):
                 behind = tuple(defense for defense in self.defenses if variant in _informed(defense))
                 yield replace(threat, informed=variant, name=""), behind
 
@@ -299,8 +301,8 @@ class Matrix(Axes):
 
 
 def _informed(defense: Defense) -> tuple[bool | str, ...]:
-    """Return the values of ``informed`` that ask for each adaptive attacker of a defense."""
-    return tuple(by_informed(defense))
+    """Return the values of ``informed`` that ask for each adaptive attacker of a defense; none for a control."""
+    return () if defense.name in CONTROLS else (*by_informed(defense), SIMULATE)
 
 
 def check_count(what: str, others: int, *axes: Sequence[int]) -> None:
