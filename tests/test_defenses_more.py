@@ -26,6 +26,7 @@ from leakbench.core.rng import Rng, generator
 from leakbench.core.types import Gradient
 from leakbench.defenses import AdaptiveAttacker, Defense, Step
 from leakbench.defenses.ats import POOL, transform
+from leakbench.defenses.adaptive import CONTROLS, SIMULATED
 from leakbench.defenses.base import by_informed
 from leakbench.defenses.soteria import sensitivity
 from leakbench.errors import BadOption, Unsupported
@@ -852,9 +853,9 @@ def test_an_attacker_is_asked_for_by_name() -> None:
             parse_threat(bad)
     floor, _ = prepare(attacks.parse("grey"), watch("lenet", "none", "informed=splice"))
     assert floor.name == "grey"
-    with pytest.raises(Unsupported, match=r"'prune' has no adaptive attacker 'splice'; write informed=true$"):
+    with pytest.raises(Unsupported, match=r"'prune' has no adaptive attacker 'splice'; write informed=true or simulate$"):
         objective("ig", watch("lenet", "prune", "informed=splice"))
-    with pytest.raises(Unsupported, match=r"write informed=true or splice or omit$"):
+    with pytest.raises(Unsupported, match=r"write informed=true or splice or omit or simulate$"):
         objective("ig", watch("lenet", "precode(k=6)", "informed=splize"))
 
 
@@ -898,8 +899,8 @@ def test_informed_attacks_run_where_there_is_something_to_know(defense: str) -> 
     attack = attacks.parse("ig(steps=3)")
     floor, _ = prepare(attacks.parse("grey"), observation)
     assert floor.name == "grey", "a floor looks at nothing, whatever it knows"
-    if not STATED[defense]:
-        with pytest.raises(Unsupported, match=r"has no adaptive attacker; use a threat model with informed=false"):
+    if defense in CONTROLS:
+        with pytest.raises(Unsupported, match=r"does nothing to model; use a threat model with informed=false"):
             prepare(attack, observation)
         return
     acting, known = prepare(attack, observation)
@@ -917,14 +918,16 @@ class Signs(Defense):
         return {name: value.sign() for name, value in step.gradient().items()}
 
 
-def test_a_defense_has_no_adaptive_attacker_by_default() -> None:
+def test_a_defense_states_no_adaptive_attacker_and_is_simulated() -> None:
     assert Signs().attackers() == {}
     network = build(models.parse("lenet"), Signs(), SHAPE, CLASSES, "weights")
     observation: Observation = leakbench.observe(
         network, rand(1, *SHAPE), torch.tensor([1]), defense=Signs(), threat="informed=true"
     )
-    with pytest.raises(Unsupported, match="'Signs' has no adaptive attacker"):
-        leakbench.attack("ig(steps=2)", observation)
+    _, known = prepare(attacks.parse("ig"), observation)
+    assert known.adaptive is not None
+    assert known.adaptive.description == SIMULATED
+    assert bool(torch.isfinite(leakbench.attack("ig(steps=2)", observation).images).all())
 
 
 def test_a_cell_in_which_there_is_nothing_to_know_is_a_row(tmp_path) -> None:
@@ -940,7 +943,7 @@ def test_a_cell_in_which_there_is_nothing_to_know_is_a_row(tmp_path) -> None:
     assert status["prune", "ig(steps=2)"] == "ok"
     assert status["none", "grey"] == "ok"
     assert "informed" in table.loc[table["status"] == "unsupported", "reason"].item()
-    with pytest.raises(Unsupported, match="has no adaptive attacker"):
+    with pytest.raises(Unsupported, match="does nothing to model"):
         run(Matrix(defenses=["none"], images=1, **axes), tmp_path / "other")
 
 

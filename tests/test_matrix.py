@@ -115,7 +115,7 @@ def test_a_float_in_text_and_in_python_make_the_same_trial(value: float) -> None
         ({"threats": ["informed=perhaps"]}, "no defense of the matrix has such an adaptive attacker; write true"),
         (
             {"threats": [{"informed": "splize"}], "defenses": ["none", "precode"]},
-            "write true or every or omit or splice",
+            "write true or every or omit or simulate or splice",
         ),
         ({"threats": [{"informed": 2}]}, "informed=2 is not valid"),
         ({"threats": ["shares=all"]}, "'gradient' or 'weights'"),
@@ -415,9 +415,11 @@ def test_every_informed_attacker_of_every_defense() -> None:
         *(("True", name) for name in ("precode", "noise")),
         ("splice", "precode"),
         ("omit", "precode"),
+        ("simulate", "precode"),
+        ("simulate", "noise"),
     ]
     assert {trial.cell.threat.labels for trial in chosen.trials()[3:]} == {"known"}
     by_name = matrix(defenses=["precode"], threats=["labels=known, informed=splice"], images=[0])
     assert chosen.trials()[5].id == by_name.trials()[0].id
-    with pytest.raises(BadOption, match="no defense of the matrix has an adaptive attacker"):
+    with pytest.raises(BadOption, match="no defense of the matrix has anything to model"):
         matrix(threats=["informed=every"])

@@ -262,7 +262,8 @@ def suite_run(*missing: str, steps: int = 1000, defense: str = "soteria") -> tup
     matrix = Matrix(**{**expand(load_suite("worst-case"))[0], "defenses": ["soteria"], "images": 1})
     for trial in matrix.trials():
         attack, threat = trial.cell.attack, trial.cell.specs["threat"]
-        name = attack.name + (" (adaptive)" if trial.cell.threat.informed else "")
+        informed = trial.cell.threat.informed
+        name = attack.name + (f" ({'adaptive' if informed is True else informed})" if informed else "")
         if attack.floor or name in missing:
             continue
         options = {**attack.options(), **({"steps": steps} if attack.name == "ig" else {})}
@@ -277,9 +278,10 @@ def suite_run(*missing: str, steps: int = 1000, defense: str = "soteria") -> tup
     [
         ((), 1000, []),
         ((), 5000, []),
-        ((), 999, ["ig", "ig (adaptive)"]),
+        ((), 999, ["ig", "ig (adaptive)", "ig (simulate)"]),
         (("lb (adaptive)",), 1000, ["lb (adaptive)"]),
         (("peel", "grnn"), 1000, ["peel", "grnn"]),
+        (("peel (simulate)",), 1000, ["peel (simulate)"]),
     ],
 )
 def test_the_worst_case_needs_every_attacker_of_the_suite(

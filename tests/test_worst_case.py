@@ -220,7 +220,7 @@ def test_who_knows_a_defense_without_an_informed_attacker_is_left_out_with_the_r
     own = results[results["threat"] == "informed=true"].set_index("defense")["status"]
     assert set(own["none"]) == {"unsupported"}
     assert set(own[["precode(k=6)"]]) == {"ok"}
-    assert "has no adaptive attacker" in report_of(tmp_path)
+    assert "does nothing to model" in report_of(tmp_path)
 
 
 # What is reported

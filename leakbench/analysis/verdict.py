@@ -10,6 +10,7 @@ from leakbench.analysis.ensemble import EnsembleResult
 from leakbench.analysis.recovery import TARGET, judged
 from leakbench.core.component import as_json
 from leakbench.core.text import name_of
+from leakbench.defenses.adaptive import CONTROLS, SIMULATE
 from leakbench.defenses.base import by_informed
 from leakbench.errors import LeakbenchError
 from leakbench.plan.matrix import EVERY, Matrix, expand, load_suite, parse_threat
@@ -35,7 +36,7 @@ def missing_attackers(
 
     An attacker ran if each of its trials has ended without an error, or was skipped since the image was recovered; an
     attack with more steps than the suite's counts too. The attackers of a defense are the suite's attacks, each
-    oblivious and in the role of every adaptive attacker that the defense states.
+    oblivious and in the role of every adaptive attacker of the defense.
 
     Args:
         trials: every planned trial (``Store.trials``).
@@ -54,7 +55,11 @@ def missing_attackers(
             if trials_of["ended"].all()
         ]
         variants = _variants(known["defense", str(defense)])
-        wanted = [(attack, variant) for attack, informed in _suite() for variant in (variants if informed else [""])]
+        wanted = [
+            (attack, variant)
+            for attack, informed in _suite()
+            for variant in ([""] if not informed else variants if informed == EVERY else variants[-1:])
+        ]
         found[str(dataset), str(model), str(defense)] = [
             attack.name + (f" ({'adaptive' if variant == 'true' else variant})" if variant else "")
             for attack, variant in wanted
@@ -64,22 +69,25 @@ def missing_attackers(
 
 
 @cache
-def _suite() -> list[tuple[attacks.Attack, bool]]:
-    """Return each attacker of the suite in its order: the attack, and whether it is adaptive."""
+def _suite() -> list[tuple[attacks.Attack, bool | str]]:
+    """Return each attacker of the suite in its order: the attack, and ``informed`` of its threat model."""
     stages = Matrix(**expand(load_suite(SUITE))[0]).stages
-    return [
-        (attack, threat.informed == EVERY) for stage in stages for attack in stage.attacks for threat in stage.threats
-    ]
+    return [(attack, threat.informed) for stage in stages for attack in stage.attacks for threat in stage.threats]
 
 
 def _variants(defense: StoredComponent) -> list[str]:
-    """Return the adaptive attackers that a defense states, as threat models name them; an old run recorded none."""
-    if defense.statement is not None:
-        return list(defense.statement.informed)
-    try:
-        return [str(variant).lower() for variant in by_informed(defenses.parse(defense.plain))]
-    except LeakbenchError:  # a plugin that is not here
+    """Return the adaptive attackers of a defense, as threat models name them, ``simulate`` last; none for a control.
+
+    Old runs did not record the stated ones.
+    """
+    if defense.name in CONTROLS:
         return []
+    if defense.statement is not None:
+        return [*defense.statement.informed, SIMULATE]
+    try:
+        return [*(str(variant).lower() for variant in by_informed(defenses.parse(defense.plain))), SIMULATE]
+    except LeakbenchError:  # a plugin that is not here
+        return [SIMULATE]
 
 
 def _serves(ran: StoredComponent, threat: str, attack: attacks.Attack, variant: str) -> bool:

@@ -18,6 +18,8 @@ BASE = 64
 """Digits of an index are in this base; a ratio must be right to a quarter of 1 / BASE."""
 MAX_ROUNDS = 48
 """Probes with new values for entries that were sent as zero, as all but the largest may be."""
+MIN_KNOWN = 0.9
+"""The share of entries whose place must be known after these probes, if the others are left out."""
 SIZES = (1e-6, 1e-3, 1.0, 1e3)
 """The sizes of the gradients that verify a map: one that depends on the size is none."""
 TOLERANCE = 1e-3
@@ -152,11 +154,12 @@ def _smoothed(found: EntryMap, sizes: list[int], names: list[str]) -> EntryMap:
 def _verified(found: EntryMap, send: Send, dtype: torch.dtype) -> EntryMap | None:
     """Return a map that holds on gradients of several sizes, by other draws and on other images; None if it does not.
 
-    Places whose source is not known must be sent as zero, or as no number.
+    Places whose source is not known must be sent as zero, or as no number; a few may not, if no probe showed them.
     """
     known = found.source >= 0
     if not bool(known.any()):
         return None
+    unseen = found.zeroes and float(known.double().mean()) >= MIN_KNOWN
     for number, size in enumerate(SIZES, MAX_ROUNDS):
         gradient = _probe(found.shapes, number, size, dtype)
         sent = _flat(send(gradient, number))
@@ -164,7 +167,7 @@ def _verified(found: EntryMap, send: Send, dtype: torch.dtype) -> EntryMap | Non
             return None
         expected = _flat(gradient)[found.source.clamp(min=0)] * found.factor
         zero = sent == 0
-        right = torch.where(known, (sent - expected).abs() <= TOLERANCE * expected.abs(), ~sent.isfinite())
+        right = torch.where(known, (sent - expected).abs() <= TOLERANCE * expected.abs(), ~sent.isfinite() | unseen)
         if not bool((right | zero).all()):
             return None
         found = replace(found, zeroes=found.zeroes or bool((zero & known & (expected != 0)).any()))

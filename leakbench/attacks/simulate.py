@@ -97,12 +97,14 @@ class Release:
         update: the client shares its weights.
         smooth: the parameters whose sent values autograd differentiates; the others are passed straight through.
         draws: how many draws are averaged.
+        graph: the release runs on gradients with a graph, which numpy for one refuses.
     """
 
     defense: Defense
     model: nn.Module
     names: tuple[str, ...]
     update: bool
+    graph: bool = True
     smooth: frozenset[str] = frozenset()
     draws: int = 1
 
@@ -126,6 +128,8 @@ class Release:
         Raises:
             Unsupported: the release fails on a dummy gradient, or returns no tensors of the parameters' shapes.
         """
+        if not self.graph:
+            gradient = {name: value.detach() for name, value in gradient.items()}
         step = DummyStep(self.defense, gradient, image[None], label[None], self.model, tensors, self.update)
         try:
             with seeded("simulate", rng.initial_seed()):
@@ -261,7 +265,7 @@ def _classified(release: Release, observation: Observation) -> Release:
     (tensors, *_), first, second = _networks(observation), _example(observation, 0), _example(observation, 1)
     parameters = {name: p for name, p in observation.model.named_parameters() if p.requires_grad}
     rng, sizes = generator("simulate", "slope"), {}
-    for name, parameter in parameters.items():
+    for name in parameters:
         value = observation.gradient[name][0].double() if name in observation.gradient else torch.ones(1)
         sizes[name] = float(value[value.isfinite()].square().mean().sqrt()) or 1.0
     own = {
@@ -276,7 +280,11 @@ def _classified(release: Release, observation: Observation) -> Release:
     def send(gradient: Gradient, example: tuple[Tensor, Tensor], number: int) -> Gradient:
         return release.send(gradient, *example, tensors, generator("simulate", "slope", number))
 
-    sent = send(own, first, 0)
+    try:
+        sent = send(own, first, 0)
+    except Unsupported:  # for its graph, or for another reason that is raised again
+        release = replace(release, graph=False)
+        sent = send(own, first, 0)
     moved = send({name: (own[name] + moves[name]).detach() for name in own}, first, 0)
     redrawn, elsewhere = send(own, first, 1), send(own, second, 0)
     draws = sent.keys() != redrawn.keys() or any(not _equal(sent[name], redrawn[name]) for name in sent)
