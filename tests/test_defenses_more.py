@@ -853,7 +853,9 @@ def test_an_attacker_is_asked_for_by_name() -> None:
             parse_threat(bad)
     floor, _ = prepare(attacks.parse("grey"), watch("lenet", "none", "informed=splice"))
     assert floor.name == "grey"
-    with pytest.raises(Unsupported, match=r"'prune' has no adaptive attacker 'splice'; write informed=true or simulate$"):
+    with pytest.raises(
+        Unsupported, match=r"'prune' has no adaptive attacker 'splice'; write informed=true or simulate$"
+    ):
         objective("ig", watch("lenet", "prune", "informed=splice"))
     with pytest.raises(Unsupported, match=r"write informed=true or splice or omit or simulate$"):
         objective("ig", watch("lenet", "precode(k=6)", "informed=splize"))

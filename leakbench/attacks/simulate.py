@@ -324,9 +324,7 @@ class Encoding:
     defense: Defense
     smooth: bool
 
-    def __call__(
-        self, images: Tensor, labels: Tensor, generators: Sequence[torch.Generator]
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor, labels: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Return the images [T, C, H, W] that the network runs on, and their labels."""
         rows = [
             _encoded(self.defense, image[None], label[None], rng)
