@@ -25,8 +25,8 @@ from leakbench.attacks.matching import GradientMatching, MatchingObjective, anal
 from leakbench.core.rng import Rng, generator
 from leakbench.core.types import Gradient
 from leakbench.defenses import AdaptiveAttacker, Defense, Step
-from leakbench.defenses.ats import POOL, transform
 from leakbench.defenses.adaptive import CONTROLS, SIMULATED
+from leakbench.defenses.ats import POOL, transform
 from leakbench.defenses.base import by_informed
 from leakbench.defenses.soteria import sensitivity
 from leakbench.errors import BadOption, Unsupported
