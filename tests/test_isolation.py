@@ -23,6 +23,7 @@ from leakbench.attacks.matching import GradientMatching
 from leakbench.core.rng import Rng, generator, salted
 from leakbench.core.types import PRESETS, ThreatModel
 from leakbench.defenses import Defense
+from leakbench.engine.isolation import Isolation
 from leakbench.engine.worker import attack_key, companions
 from leakbench.models import OwnModule
 from leakbench.observation import Observation
@@ -278,9 +279,9 @@ def test_an_attack_of_a_run_is_given_nothing_that_names_its_image(
     threats = [one for one in threats if one.shares == "weights" or defense not in ON_WEIGHTS]
     given: list[tuple[Observation, Rng]] = []
     monkeypatch.setattr(
-        attacks.Attack,
-        "__call__",
-        lambda self, observation, rng: given.append((observation, rng)) or grey(observation),
+        Isolation,
+        "run",
+        lambda self, attack, observation, rng: given.append((observation, rng)) or grey(observation),
     )
     axes: dict[str, Any] = {"attacks": ["grey"], "datasets": [Hushed()], "images": [53], "floors": False}
     matrix = Matrix(defenses=[method], models=[model], threats=threats, **axes)
