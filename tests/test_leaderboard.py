@@ -58,8 +58,10 @@ def test_entries_are_what_the_run_says(ran: Path) -> None:
     assert none.settings["defense"] == {"version": none.settings["defense"]["version"]}
     lacking = ["lb", "ig", "grnn", "ggl"]
     assert (none.missing, none.inconclusive, none.caveat) == (lacking, "", "")
-    assert (noise.groups, noise.by_floor, noise.missing[:2]) == (2, 0, ["lb", "lb (adaptive)"])
+    assert (noise.groups, noise.by_floor, noise.missing[:2]) == (2, 0, ["peel (simulate)", "lb"])
+    assert (noise.adaptive, noise.unadaptive, none.unadaptive) == ((), "no adaptive attacker ran", "")
     page = (ran / "board" / "index.html").read_text()
+    assert "not attacked adaptively <small>(no adaptive attacker ran)</small>" in page
     assert "default-src" in page
     assert "best of the attackers that ran. Not run: lb, ig, grnn and ggl." in page
     assert "<strong>inconclusive</strong>" not in page

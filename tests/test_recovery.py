@@ -197,7 +197,7 @@ def test_an_old_run_of_samples_has_the_photographs_without_its_data(
 def test_tables_print_images_and_groups(tmp_path: Path) -> None:
     go(ensemble(Knows("0 1 2 3 4 5"), datasets=[Pairs()], images=6, floors=True), tmp_path)
     text = squeezed(report_of(tmp_path))
-    assert "| none | 100 % [44, 100] | knows 6 | 6 in 3 groups |" in text
+    assert "| none | 100 % [44, 100] | knows 6 | nothing to model | 6 in 3 groups |" in text
     (path,) = report.write(tmp_path, {"html"})
     assert "6 of 6 images in 3 groups recovered" in path.read_text()
 
@@ -214,7 +214,7 @@ def test_a_guess_that_the_floor_beats_does_not_end_the_attack_on_its_image(tmp_p
     assert (found.images, found.by_floor, found.share) == (2, 1, 0.5)
     assert [stats.recovered for stats in found.attackers] == [1, 0]
     text = squeezed(report_of(tmp_path))
-    assert "| defense | recovered | by attacker | images | left out |" in text
+    assert "| defense | recovered | by attacker | attacked adaptively by | images | left out |" in text
     assert finished(tmp_path, matrix) == len(matrix.trials())
     assert integrity.check(tmp_path).code == 0
     assert integrity.check(tmp_path).skipped == 1

@@ -276,7 +276,7 @@ def test_the_report_is_made_of_the_run_alone(tmp_path):
     report.write(tmp_path)
     text = squeezed((tmp_path / "worst-case.md").read_text(encoding="utf-8"))
     assert text == squeezed(report_of(tmp_path))
-    assert "| none | 75 % [30, 95] | knows 2, counts 1 | 4 | 10 |" in text
+    assert "| none | 75 % [30, 95] | knows 2, counts 1 | nothing to model | 4 | 10 |" in text
     assert "| none | counts | 1 | 2 | 2 | 0 | 0 | – |" in text
     assert "the floors reach the threshold on: random 0 of 4, grey 0 of 4, mean 0 of 4." in text
     assert "at least 0.6" in text
@@ -293,7 +293,7 @@ def test_a_run_that_was_stopped_says_what_is_to_go(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         go(matrix, tmp_path, chunk=2, progress=Counter(stop_after=3))
     assert standing(tmp_path).open == 1
-    assert "| none | 25 % so far | knows 1, 1 trial to go | 4 |" in squeezed(report_of(tmp_path))
+    assert "| none | 25 % so far | knows 1, 1 trial to go | nothing to model | 4 |" in squeezed(report_of(tmp_path))
     assert finished(tmp_path, matrix) == 7
 
 
@@ -400,3 +400,58 @@ def test_an_attacker_of_two_versions_has_no_version_in_its_short_name_unless_bot
     assert list(attacker_names(one).values()) == ["lb (adaptive)"]
     both = pd.DataFrame({"attack": ["lb [version 1]", "lb [version 2]"], "threat": ["paper", "paper"]})
     assert list(attacker_names(both).values()) == ["lb [version 1], paper", "lb [version 2], paper"]
+
+
+# Who attacked adaptively
+
+
+def row(defense: str, threat: str = "paper", score: float | None = 0.1, **other: Any) -> dict[str, Any]:
+    given = {"dataset": "d", "model": "m", "defense": defense, "attack": "ig", "threat": threat, "floor": False}
+    given |= {"image": 0, "seed": 0, "group": "0", "status": "ok" if score is not None else "", "reason": ""}
+    return given | {"ssim_aligned": score, "psnr_aligned": score, "evaluations": 1, "seconds": 1.0, **other}
+
+
+def test_a_defense_that_nobody_attacked_adaptively_is_ranked_last() -> None:
+    refused = {"status": "unsupported", "reason": "it raised"}
+    rows = [
+        row("none", score=0.9),
+        row("alone", score=0.0),
+        row("refuses", score=0.0),
+        row("refuses", "informed=simulate", None, **refused),
+        row("stated", score=0.2),
+        row("stated", "informed=true", 0.9),
+        row("stated", "informed=simulate", None),
+        row("other", score=0.2),
+        row("other", "informed=simulate", 0.2),
+    ]
+    found = {one.defense: one for one in ensemble_results(pd.DataFrame(rows), 0.6)}
+    assert list(found) == ["other", "none", "stated", "alone", "refuses"]
+    assert {name: one.attacked_by for name, one in found.items()} == {
+        "other": "simulate only",
+        "none": "nothing to model",
+        "stated": "default, simulate",  # which had nothing left to recover
+        "alone": "not attacked adaptively",
+        "refuses": "not attacked adaptively",
+    }
+    assert {name: one.unadaptive for name, one in found.items() if one.last} == {
+        "alone": "no adaptive attacker ran",
+        "refuses": "it raised",
+    }
+    plain = ensemble_results(pd.DataFrame(rows[:3]), 0.6)
+    assert [one.defense for one in plain] == ["alone", "refuses", "none"], "nobody was attacked adaptively"
+
+
+def test_pages_say_who_attacked_adaptively(tmp_path: Path) -> None:
+    stage = Stage(attacks=[Thief()], threats=["paper", {"informed": "every"}])
+    go(ensemble(defenses=["none", "prune", "ats"], images=2, stages=[stage], floors=True), tmp_path)
+    report.write(tmp_path, ["md", "html"])
+    ranked = squeezed(report.ranking(tmp_path))
+    assert "| attacked adaptively by |" in ranked
+    assert re.search(r"\| prune \|.*\| default, simulate \|", ranked)
+    assert re.search(r"\| ats \|.*\| simulate only \|", ranked)
+    assert re.search(r"\| none \|.*\| nothing to model \|", ranked)
+    assert "Not attacked adaptively" not in ranked
+    assert "attacked adaptively by default, simulate" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    alone = ensemble(Thief(), defenses=["none", "prune"], images=2, floors=True)
+    go(alone, tmp_path / "alone")
+    assert "- prune: no adaptive attacker ran" in report.ranking(tmp_path / "alone")

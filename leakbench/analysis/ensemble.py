@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 import pandas as pd
@@ -11,6 +11,7 @@ import pandas as pd
 from leakbench.analysis.recovery import TARGET, judged
 from leakbench.analysis.statistics import share_interval, unit_means
 from leakbench.core.text import name_of
+from leakbench.defenses.adaptive import CONTROLS, DEFAULT_ATTACKER, SIMULATE
 from leakbench.plan.matrix import RECOVERY
 
 RECOVERED = 0.6
@@ -59,6 +60,9 @@ class EnsembleResult:
         share: of recovered images, in [0, 1]: the mean over images of the share of their seeds; NaN without images.
         low: the lower end of the share's 95 % interval (``share_interval``); ``high`` is the upper end.
         attackers: the trials of every attacker, in the order in which they ran.
+        adaptive: the names of the adaptive attackers that ran, or had nothing left to recover.
+        unadaptive: why no adaptive attacker ran; empty if one did, or if there is nothing to model (``CONTROLS``).
+        last: other defenses were attacked adaptively and this one was not, so that it is ranked after them.
     """
 
     dataset: str
@@ -72,11 +76,27 @@ class EnsembleResult:
     low: float
     high: float
     attackers: tuple[AttackerStats, ...]
+    adaptive: tuple[str, ...] = ()
+    unadaptive: str = ""
+    last: bool = False
+
+    @property
+    def attacked_by(self) -> str:
+        """Which adaptive attackers ran, in a few words."""
+        return attacked_by(self.defense, self.adaptive)
 
     @property
     def open(self) -> int:
         """How many trials have not ended yet."""
         return sum(one.open for one in self.attackers)
+
+
+def attacked_by(defense: str, adaptive: Sequence[str]) -> str:
+    """Return which adaptive attackers ran behind a defense, in a few words."""
+    if name_of(defense) in CONTROLS:
+        return "nothing to model"
+    only = list(adaptive) == [SIMULATE]
+    return f"{SIMULATE} only" if only else ", ".join(adaptive) or "not attacked adaptively"
 
 
 SCENE = attrgetter("dataset", "model")
@@ -85,6 +105,8 @@ SCENE = attrgetter("dataset", "model")
 
 def ensemble_results(trials: pd.DataFrame, threshold: float) -> list[EnsembleResult]:
     """Return one result for each dataset, model and defense; the least recovered defense of a model comes first.
+
+    If some defenses were attacked adaptively and others were not, these come last.
 
     Args:
         trials: every planned trial in the order of planning (``Store.trials``).
@@ -95,7 +117,9 @@ def ensemble_results(trials: pd.DataFrame, threshold: float) -> list[EnsembleRes
     found = []
     for _, scene in attacks.groupby(["dataset", "model"], sort=False):
         own = [_ensemble_result(block, names) for _, block in scene.groupby("defense", sort=False)]
-        found += sorted(own, key=lambda one: (math.isnan(one.share), one.share))
+        some = any(one.adaptive for one in own)
+        own = [replace(one, last=some and bool(one.unadaptive)) for one in own]
+        found += sorted(own, key=lambda one: (one.last, math.isnan(one.share), one.share))
     return found
 
 
@@ -109,8 +133,14 @@ def attacker_names(trials: pd.DataFrame) -> dict[tuple[str, str], str]:
 
 def _adaptive(threat: str) -> str:
     """Return what the short name of an adaptive attacker adds: " (adaptive)" or " (NAME)"."""
+    named = _informed(threat)
+    return f" ({'adaptive' if named == 'true' else named})" if named else ""
+
+
+def _informed(threat: str) -> str:
+    """Return ``informed`` of a threat model's spec; empty for an oblivious attacker."""
     named = re.search(r"\binformed=([\w-]+)", threat)
-    return "" if named is None else f" ({'adaptive' if named[1] == 'true' else named[1]})"
+    return "" if named is None else named[1]
 
 
 def _ensemble_result(block: pd.DataFrame, names: Mapping[tuple[str, str], str]) -> EnsembleResult:
@@ -125,7 +155,7 @@ def _ensemble_result(block: pd.DataFrame, names: Mapping[tuple[str, str], str]) 
     groups = targets.drop_duplicates("image").sort_values("image")["group"].to_numpy()
     low, high = share_interval(by_image, groups)
     waiting = block["status"] == ""
-    attackers = []
+    attackers, adaptive, refused = [], dict[str, None](), list[str]()
     for (attack, threat), own in block.groupby(["attack", "threat"], sort=False):
         ended = own[scored[own.index]]
         lacking = own[(own["status"] != "") & ~scored[own.index]]
@@ -144,6 +174,11 @@ def _ensemble_result(block: pd.DataFrame, names: Mapping[tuple[str, str], str]) 
                 seconds=float(own["seconds"].sum()),
             )
         )
+        informed = _informed(str(threat))
+        if informed and (attackers[-1].tried or attackers[-1].skipped):
+            adaptive[DEFAULT_ATTACKER if informed == "true" else informed] = None
+        elif informed:
+            refused += attackers[-1].unscored
     dataset, model, defense = (str(block[axis].iloc[0]) for axis in ("dataset", "model", "defense"))
     return EnsembleResult(
         dataset=dataset,
@@ -157,6 +192,8 @@ def _ensemble_result(block: pd.DataFrame, names: Mapping[tuple[str, str], str]) 
         low=low,
         high=high,
         attackers=tuple(attackers),
+        adaptive=tuple(adaptive),
+        unadaptive="" if adaptive or name_of(defense) in CONTROLS else next(iter(refused), "no adaptive attacker ran"),
     )
 
 

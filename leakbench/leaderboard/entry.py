@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError
 
 from leakbench.analysis import pareto as utility
-from leakbench.analysis.ensemble import RECOVERED, AttackerStats, ensemble_results, floor_share
+from leakbench.analysis.ensemble import RECOVERED, AttackerStats, attacked_by, ensemble_results, floor_share
 from leakbench.analysis.recovery import caveat
 from leakbench.analysis.verdict import inconclusive, missing_attackers
 from leakbench.core.files import StrictModel, first_fault
@@ -99,6 +99,10 @@ class Entry(StrictModel):
         Field(description="the attacker that was first to recover most images; null if none recovered any"),
     ]
     attackers: list[Attacker]
+    adaptive: Annotated[
+        tuple[_Text, ...], Field(description="adaptive attackers that ran, or had no image left to recover")
+    ] = ()
+    unadaptive: Annotated[str, Field(description="why no adaptive attacker ran; empty if one did")] = ""
     accuracy: Cost | None = None
     salt: Annotated[
         str, Field(pattern="^([0-9a-f]{32})?$", description="of the run's keys; empty: they named the images")
@@ -108,6 +112,11 @@ class Entry(StrictModel):
         tuple[Plugin, ...], Field(description="components of the run that are not part of leakbench")
     ] = ()
     trials: Annotated[list[TrialOf], Field(min_length=1)]
+
+    @property
+    def attacked_by(self) -> str:
+        """Which adaptive attackers ran, in a few words."""
+        return attacked_by(self.defense, self.adaptive)
 
     @property
     def foreign(self) -> list[str]:
@@ -192,6 +201,8 @@ def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> t
                 caveat=caveat(scene),
                 best_attacker=best.attacker if best.recovered else None,
                 attackers=[_attacker(stats) for stats in one.attackers],
+                adaptive=one.adaptive,
+                unadaptive=one.unadaptive,
                 accuracy=_cost(studies, one.model, one.defense),
                 salt=store.salt() or "",
                 versions=versions,

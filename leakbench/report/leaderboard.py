@@ -46,6 +46,9 @@ def write(runs: Sequence[Path], out: Path) -> tuple[list[Path], list[str]]:
         file = f"entries/{name}{'' if taken[name] == 1 else f'-{taken[name]}'}.json"
         written.append(replace(out / file, f"{one.model_dump_json(by_alias=True, indent=1)}\n".encode()))
         scenes.setdefault((one.dataset, one.model, one.threshold), []).append((one, file))
+    for rows in scenes.values():
+        some = any(one.adaptive for one, _ in rows)
+        rows.sort(key=lambda row: some and bool(row[0].unadaptive))
     written.append(replace(out / SCHEMA_FILE, schema().encode()))
     context = {
         "title": "Leaderboard of defenses",

@@ -69,7 +69,7 @@ class WorstCase:
 
     @property
     def known(self) -> list[EnsembleResult]:
-        """The results that have a share, from the least to the most recovered."""
+        """The results that have a share, from the least to the most recovered; ``last`` ones after the others."""
         return [row.result for row in self.defenses if not math.isnan(row.result.share)]
 
     @property
@@ -80,7 +80,7 @@ class WorstCase:
     @property
     def most(self) -> list[EnsembleResult]:
         """The results of the defenses that leak most; several if their shares are equal."""
-        return _equal(self.known[-1:], self.known)
+        return _equal(sorted(self.known, key=lambda one: one.share)[-1:], self.known)
 
     @property
     def near(self) -> list[EnsembleResult]:
@@ -122,10 +122,15 @@ def worst_cases(run: RunData) -> list[WorstCase]:
     return found
 
 
-def _leakage(row: DefenseRow) -> tuple[bool, float, float]:
-    """Return the key that sorts defenses: the share recovered, defenses without one last, and then the gain."""
+def _leakage(row: DefenseRow) -> tuple[bool, bool, float, float]:
+    """Return the key that sorts defenses: those not attacked adaptively last, the share recovered, then the gain."""
     share = row.result.share
-    return math.isnan(share), 0.0 if math.isnan(share) else share, -math.inf if row.gain is None else row.gain[0]
+    return (
+        row.result.last,
+        math.isnan(share),
+        0.0 if math.isnan(share) else share,
+        -math.inf if row.gain is None else row.gain[0],
+    )
 
 
 def _gains(run: RunData) -> Mapping[tuple[str, str, str], tuple[str, GainInterval]]:
