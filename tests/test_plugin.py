@@ -414,7 +414,8 @@ def test_the_commands_of_the_guide_exist(cli):  # noqa: F811
         assert re.search(rf"^{target}:", makefile, re.M), target
     options = set(re.findall(r"(--[a-z]+)", text))
     shown = cli("run", "matrix", "--help").out + cli("list", "defenses", "--help").out
-    shown += "".join((GUIDE.parent / tool).read_text() for tool in ("benchmarks/scale/__main__.py", "tools/fuzz.py"))
+    tools = ("benchmarks/scale/__main__.py", "benchmarks/recheck.py", "tools/fuzz.py")
+    shown += "".join((GUIDE.parent / tool).read_text() for tool in tools)
     assert options
     assert all(option in shown for option in options)
     for path in re.findall(r"`((?:leakbench|tests)/[\w/.]+)`", text):
