@@ -67,6 +67,7 @@ def threats() -> None:
 
 def _show(kind: str) -> None:
     from leakbench.core.registry import option_text
+    from leakbench.defenses.adaptive import CONTROLS, SIMULATE, SIMULATED
     from leakbench.defenses.base import by_informed
 
     registry = import_module(f"leakbench.{kind}").registry
@@ -83,8 +84,10 @@ def _show(kind: str) -> None:
             attackers = {} if registry.required(cls) else by_informed(cls())
             for informed, attacker in attackers.items():
                 typer.echo(f"    adaptive attack (informed={str(informed).lower()}): {attacker.description}")
-            if not attackers:
-                typer.echo("    adaptive attack: none")
+            if name in CONTROLS:
+                typer.echo("    adaptive attack: nothing to model")
+            else:
+                typer.echo(f"    adaptive attack (informed={SIMULATE}): {SIMULATED}")
         for word in ("assumes", "cost", "fails", "reference"):
             if getattr(cls, word):
                 typer.echo(f"    {word}: {getattr(cls, word)}")

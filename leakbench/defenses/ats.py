@@ -49,7 +49,7 @@ class ATS(Defense):
     bits. No policy is searched for: those that the authors found are options. A reconstruction is compared with the
     original image, and with the transformed one in the metrics ``*_encoded``; by the first, a mere shift, which hides
     nothing from the eye, counts as protection in metrics by pixel. Every attack matches the transformed image, so that
-    there is no adaptive attacker.
+    no adaptive attacker is stated.
 
     Attributes:
         policy: numbers of sub-policies (0 to 49), ``-`` between those of one policy and ``+`` between policies.
