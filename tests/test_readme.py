@@ -42,13 +42,14 @@ def test_the_python_lines_run(tmp_path, monkeypatch):
     assert tuple(scope["guess"].images.shape) == (2, 3, 32, 32)
 
 
-def test_the_defenses_without_an_adaptive_attacker_are_those_that_are_named():
+def test_the_defenses_that_state_no_adaptive_attacker_are_those_that_are_named():
     from leakbench import defenses
+    from leakbench.defenses.adaptive import CONTROLS
 
-    (named,) = re.findall(r"Defenses without an adaptive attacker \(([^)]*)\)", TEXT)
+    (named,) = re.findall(r"A defense that states\s+none (\([^)]*\) is simulated.*?) such a cell", TEXT, re.DOTALL)
     own = {name: defenses.get(name) for name in defenses.names()}
     silent = {name for name, cls in own.items() if cls.__module__.startswith("leakbench.") and not cls().attackers()}
-    assert set(re.findall(r"`([^`]+)`", named)) == silent
+    assert set(re.findall(r"`([^`]+)`", named)) == silent == CONTROLS | {"ats"}
 
 
 def test_the_defense_of_the_readme_runs(tmp_path, monkeypatch):
