@@ -34,11 +34,14 @@ class Observation:
         slots: how many trials fit into memory at a time; None for all of them.
         targets: [T, K], the class probabilities of the clients' losses that an adaptive attacker derived; None for
             those of the labels.
-        unit: what was sent is ``gradient`` times this; not 1 where an attack works on the mean step of an update.
+        unit: what was sent is ``gradient`` times this and ``size``; not 1 where an attack works on the mean step of an
+            update.
+        size: [T] powers of two, for trials whose largest entry is of no ordinary size (``attacks.base.prepare``); 1 for
+            the others. None: 1 for all.
         adaptive: what the attacker knows of the defense, and models; None before an attack prepares the observation,
             and if the attacker is oblivious.
-        shown: per parameter [T, *shape] bool, where ``gradient`` is what an adaptive attacker found it to be before the
-            defense acted; elsewhere it is zero and nothing is known of it. None: what was sent, everywhere.
+        shown: per parameter [T, *shape] bool, the entries of ``gradient`` that are known. The others are zero: they
+            were not finite, or an adaptive attacker could not undo what the defense did to them. None: all are known.
     """
 
     model: nn.Module
@@ -54,6 +57,7 @@ class Observation:
     slots: int | None = None
     targets: Tensor | None = None
     unit: float = 1.0
+    size: Tensor | None = None
     shown: Mapping[str, Tensor] | None = None
     adaptive: AdaptiveAttacker | None = None
 

@@ -4,7 +4,8 @@ One client step is plain torch on the CPU, one trial at a time; what the server 
 """
 
 import copy
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakbench import defenses
+from leakbench.core.device import out_of_memory
 from leakbench.core.rng import generator, seeded
 from leakbench.core.types import Gradient, Secret, ThreatModel
-from leakbench.defenses.base import Defense, Step
-from leakbench.errors import BadOption, Unsupported
+from leakbench.defenses.base import Defense, Step, checked, encoded
+from leakbench.errors import DEFENSE_FAILED, BadOption, ClientFailed, DefenseFailed, LeakbenchError, Unsupported, words
 from leakbench.gradients.evaluate import architecture, tensors_of
 from leakbench.models.base import Model
 from leakbench.models.weights import load
@@ -50,11 +52,14 @@ def build(
 
     Raises:
         BadOption: the model's checkpoint was trained behind another defense.
+        DefenseFailed: the defense's ``wrap`` raises an error, or returns no network.
     """
     with seeded(weights_key, "model"):
         plain = model.build(image_shape, num_classes)
-    with seeded(weights_key, "defense"):
+    with seeded(weights_key, "defense"), _blamed(defense):
         network = defense.wrap(plain)
+    if not isinstance(network, nn.Module):
+        raise DefenseFailed(f"{defense.name!r} wraps the network as {type(network).__name__}; return an nn.Module")
     checkpoint = model.checkpoint()
     if checkpoint is not None and checkpoint.defense:
         if defenses.parse(checkpoint.defense).settings() != defense.settings():
@@ -64,6 +69,19 @@ def build(
             )
         load(network, checkpoint.file, secrets=True)
     return network
+
+
+@contextmanager
+def _blamed(defense: Defense) -> Iterator[None]:
+    """Turn an error of a defense's own code into DefenseFailed."""
+    try:
+        yield
+    except LeakbenchError:
+        raise
+    except (Exception, SystemExit) as error:
+        if out_of_memory(error):
+            raise
+        raise DefenseFailed(f"{defense.name!r} raised {words(error)}") from error
 
 
 def observe(
@@ -87,8 +105,10 @@ def observe(
         device: where the observation's tensors go.
 
     Raises:
-        BadOption: the defense releases what it should not. What the threat model reveals is checked by the caller
+        BadOption: the threat model lacks the learning rate. What it reveals is checked by the caller
             (``check_reveals``), for all the defenses of a matrix together.
+        ClientFailed: without any defense, the client's gradient is not finite either.
+        DefenseFailed: the defense raised an error, or sent something that is no gradient of its network.
         Unsupported: model and defense do not go together.
     """
     shape = tuple(clients[0].image.shape)
@@ -97,7 +117,8 @@ def observe(
     for client in clients:
         if client.weights_key not in networks:
             networks[client.weights_key] = build(model, defense, image_shape, num_classes, client.weights_key)
-    secrets = defense.secrets(next(iter(networks.values())))
+    with _blamed(defense):
+        secrets = defense.secrets(next(iter(networks.values())))
     _check_local(secrets, threat)
     checkpoint = model.checkpoint()
     behind = checkpoint is not None and bool(checkpoint.defense)
@@ -109,8 +130,18 @@ def observe(
         network = copy.deepcopy(networks[client.weights_key])
         drawn = _draw_secrets(network, secrets, client.key, trained=behind)
         revealed.append({name: value for name, value in drawn.items() if name not in values_hidden})
-        sent.append(_step(network, defense, client, threat, secrets, gradients_hidden, num_classes))
+        try:
+            sent.append(_step(network, defense, client, threat, secrets, gradients_hidden, num_classes))
+        except Unsupported:
+            raise
+        except (Exception, SystemExit) as error:
+            if not out_of_memory(error):
+                _blame(error, model, defense, client, threat, num_classes)
+            raise
     names = list(sent[0])
+    if other := next((row for row in sent if set(row) != set(names)), None):
+        differing = sorted(set(other) ^ set(names))
+        raise BadOption(f"clients sent different parameters, {differing[0]!r} among them; observe them one at a time")
     gradient = {name: torch.stack([row[name] for row in sent]).to(device) for name in names}
 
     order = [networks[client.weights_key] for client in clients]
@@ -129,6 +160,31 @@ def observe(
         threat=threat.granted(),
         defense=defense if threat.informed else None,
     )
+
+
+def _blame(
+    error: BaseException, model: Model, defense: Defense, client: Client, threat: ThreatModel, num_classes: int
+) -> None:
+    """Raise DefenseFailed for an error of a client's step, unless the same step fails without any defense too.
+
+    Raises:
+        ClientFailed: without a defense, the gradient is not finite either.
+    """
+    none, shape = Defense(), client.image.shape
+    try:
+        network = build(model, none, (shape[0], shape[1], shape[2]), num_classes, client.weights_key)
+        _step(network, none, client, threat, (), set(), num_classes)
+    except DefenseFailed as own:
+        reason = str(own).removeprefix(f"{DEFENSE_FAILED}{none.name!r} released ")
+        raise ClientFailed(
+            f"without any defense the client sends {reason}; check the network and its images"
+        ) from error
+    except (Exception, SystemExit):
+        return
+    if isinstance(error, DefenseFailed):
+        return
+    said = str(error) if isinstance(error, LeakbenchError) else f"{defense.name!r} raised {words(error)}"
+    raise DefenseFailed(said) from error
 
 
 def _public_tensors(
@@ -172,7 +228,7 @@ def layer_inputs(
         network.get_submodule(name).register_forward_pre_hook(partial(_keep, own))
     x, y = _batch(defense, client, num_classes)
     with seeded(client.key, "step"):
-        x, y = defense.encode(x, y, generator(client.key, "encode"))
+        x, y = encoded(defense, x, y, generator(client.key, "encode"))
         with torch.no_grad():
             defense.loss(network, x, y)
     return {name: torch.cat([value.flatten() for value in values]) for name, values in taken.items() if values}
@@ -185,7 +241,8 @@ def _keep(taken: list[Tensor], _: nn.Module, inputs: tuple[Tensor, ...]) -> None
 
 def groups_of(defense: Defense, network: nn.Module) -> set[str]:
     """Return the groups of secrets of a defense's network, by which a threat model reveals them."""
-    return {secret.group for secret in defense.secrets(network)}
+    with _blamed(defense):
+        return {secret.group for secret in defense.secrets(network)}
 
 
 def check_reveals(threats: Iterable[ThreatModel], groups: set[str]) -> None:
@@ -246,7 +303,7 @@ def trained_on(defense: Defense, client: Client, num_classes: int) -> Tensor | N
     if type(defense).encode is Defense.encode:
         return None
     with seeded(client.key, "step"):
-        images, _ = defense.encode(*_batch(defense, client, num_classes), generator(client.key, "encode"))
+        images, _ = encoded(defense, *_batch(defense, client, num_classes), generator(client.key, "encode"))
     return images[0] if len(images) == 1 else None
 
 
@@ -299,24 +356,17 @@ def _step(
     hidden: set[str],
     num_classes: int,
 ) -> Gradient:
-    """Return what one client sends, with the hidden names removed."""
+    """Return what one client sends, with the hidden names removed; raise DefenseFailed if it is no gradient."""
     x, y = _batch(defense, client, num_classes)
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     with seeded(client.key, "step"):
-        x, y = defense.encode(x, y, generator(client.key, "encode"))
+        x, y = encoded(defense, x, y, generator(client.key, "encode"))
         shares = threat.shares == "weights"
         trained = _train(network, defense, x, y, threat, secrets, client.key) if shares else None
         released = defense.release(Step(network, x, y, defense, trained), generator(client.key, "release"))
-    sent = {}
-    for name, value in released.items():
-        if name in hidden:
-            continue
-        if name not in parameters:
-            raise BadOption(f"defense {defense.name!r} released {name!r}, which is not a parameter of its network")
-        if value.shape != parameters[name].shape:
-            raise BadOption(
-                f"defense {defense.name!r} released {name!r} of shape {tuple(value.shape)}, "
-                f"not {tuple(parameters[name].shape)}"
-            )
-        sent[name] = value.detach().clone()
+    if isinstance(released, Mapping):
+        released = {name: value for name, value in released.items() if name not in hidden}
+    sent = {name: value.clone() for name, value in checked(defense, released, parameters).items()}
+    if not sent:
+        raise DefenseFailed(f"{defense.name!r} withheld every parameter; send at least one")
     return sent

@@ -188,7 +188,7 @@ def test_a_written_attack_and_defense_are_served() -> None:
     [
         ({"nothing": torch.zeros(1)}, "not a parameter"),
         ({"0.bias": torch.zeros(7)}, "of shape"),
-        ({}, "nothing to attack"),
+        ({}, "withheld every parameter"),
     ],
 )
 def test_a_defense_that_misbehaves_is_told(sent: dict[str, Tensor], message: str) -> None:

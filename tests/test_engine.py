@@ -464,7 +464,7 @@ def test_a_defense_that_raises_costs_its_own_trials(tmp_path):
     results = go(plan(attacks=["random"], defenses=[DefenseRaisesForOne(), "none"]), tmp_path)
     own = results[results["defense"] == "raises-for-one"].set_index("image")
     assert own["status"].to_dict() == {0: "ok", 1: "error", 2: "ok", 3: "ok"}
-    assert own.loc[1, "reason"] == "RuntimeError: not this image"
+    assert own.loc[1, "reason"] == "the defense failed: 'raises-for-one' raised RuntimeError: not this image"
     assert set(results[results["defense"] == "none"]["status"]) == {"ok"}
 
 
@@ -478,7 +478,17 @@ def test_a_defense_that_raises_costs_its_own_trials(tmp_path):
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_a_defense_that_breaks_its_contract_is_told_before_the_run(tmp_path, defense, words):
-    refused(plan(defenses=["none", defense]), tmp_path, *words)
+    seen = Counter()
+    results = go(plan(defenses=["none", defense]), tmp_path, progress=seen)
+    own = results[results["defense"] != "none"]
+    assert set(own["status"]) == {"error"}
+    assert set(results[results["defense"] == "none"]["status"]) == {"ok"}
+    (line,) = [line for line in seen.notes if "the defense failed" in line]
+    (reason,) = set(own["reason"])
+    assert reason in line
+    assert all(word in reason for word in words)
+    with pytest.raises(LeakbenchError, match="the defense failed"):
+        go(plan(defenses=["none", defense]), tmp_path / "strict", strict=True)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from operator import attrgetter
 
 import pandas as pd
 
+from leakbench.analysis.failures import defense_failed
 from leakbench.analysis.recovery import TARGET, judged
 from leakbench.analysis.statistics import share_interval, unit_means
 from leakbench.core.text import name_of
@@ -63,6 +64,7 @@ class EnsembleResult:
         adaptive: the names of the adaptive attackers that ran, or had nothing left to recover.
         unadaptive: why no adaptive attacker ran; empty if one did, or if there is nothing to model (``CONTROLS``).
         last: other defenses were attacked adaptively and this one was not, so that it is ranked after them.
+        broken: how many targets have a trial in which the defense failed.
     """
 
     dataset: str
@@ -79,6 +81,7 @@ class EnsembleResult:
     adaptive: tuple[str, ...] = ()
     unadaptive: str = ""
     last: bool = False
+    broken: int = 0
 
     @property
     def attacked_by(self) -> str:
@@ -107,6 +110,7 @@ def ensemble_results(trials: pd.DataFrame, threshold: float) -> list[EnsembleRes
     """Return one result for each dataset, model and defense; the least recovered defense of a model comes first.
 
     If some defenses were attacked adaptively and others were not, these come last.
+    One that failed in some trials comes after all others: what is recovered behind it does not count as protection.
 
     Args:
         trials: every planned trial in the order of planning (``Store.trials``).
@@ -119,7 +123,7 @@ def ensemble_results(trials: pd.DataFrame, threshold: float) -> list[EnsembleRes
         own = [_ensemble_result(block, names) for _, block in scene.groupby("defense", sort=False)]
         some = any(one.adaptive for one in own)
         own = [replace(one, last=some and bool(one.unadaptive)) for one in own]
-        found += sorted(own, key=lambda one: (one.last, math.isnan(one.share), one.share))
+        found += sorted(own, key=lambda one: (one.broken > 0, one.last, math.isnan(one.share), one.share))
     return found
 
 
@@ -194,6 +198,7 @@ def _ensemble_result(block: pd.DataFrame, names: Mapping[tuple[str, str], str]) 
         attackers=tuple(attackers),
         adaptive=tuple(adaptive),
         unadaptive="" if adaptive or name_of(defense) in CONTROLS else next(iter(refused), "no adaptive attacker ran"),
+        broken=len(block[defense_failed(block)].drop_duplicates(TARGET)),
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from leakbench.analysis.failures import defense_failed
 from leakbench.analysis.recovery import TARGET
 from leakbench.analysis.statistics import UNIT, Array, bootstrap_interval
 from leakbench.store.records import MetricInfo
@@ -69,7 +70,8 @@ def rescored(results: pd.DataFrame, metrics: Sequence[MetricInfo]) -> pd.DataFra
 def summarise(results: pd.DataFrame, metrics: Sequence[MetricInfo]) -> pd.DataFrame:
     """Return one row per dataset, model, threat, attack and defense; floors come first and once.
 
-    ``n`` trials ended, of which ``ok``, ``failed``, ``unsupported`` and ``error``. For every metric M: ``M`` is its
+    ``n`` trials ended, of which ``ok``, ``failed``, ``unsupported`` and ``error``; of the errors, ``broken`` are those
+    of the defense. For every metric M: ``M`` is its
     mean over the ``M n`` trials that have it (failed ones by ``rescored``), ``M low`` and ``M high`` its 95 % interval;
     ``M gain`` is the mean over (image, seed) pairs of the leakage beyond the floor ``M floor``, positive
     if the attack leaks more, with ``M gain low`` and ``M gain high``. The floor is the one with the best mean over the
@@ -84,12 +86,13 @@ def summarise(results: pd.DataFrame, metrics: Sequence[MetricInfo]) -> pd.DataFr
             row: dict[str, Any] = dict(zip(BLOCK, key)) | {"attack": attack, "defense": defense}
             row |= {"floor": defense == ANY, "n": len(cell)}
             row |= {status: int((cell["status"] == status).sum()) for status in STATUSES}
+            row["broken"] = int(defense_failed(cell).sum())
             paired = _paired(cell)
             below = {} if row["floor"] else {name: floor.reindex(paired.index) for name, floor in floors.items()}
             for metric in metrics:
                 row |= _measure(paired, below, metric)
             rows.append(row)
-    columns = [*BLOCK, "attack", "defense", "floor", "n", *STATUSES]
+    columns = [*BLOCK, "attack", "defense", "floor", "n", *STATUSES, "broken"]
     columns += [column for metric in metrics for column in _columns(metric.name)]
     return pd.DataFrame(rows, columns=columns)
 

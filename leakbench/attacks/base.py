@@ -4,10 +4,11 @@ import dataclasses
 import inspect
 import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, final
 
 import torch
+from torch import Tensor
 
 from leakbench.attacks.simulate import simulated
 from leakbench.core.component import Component
@@ -133,6 +134,10 @@ def _check_passive(cls: type[Attack]) -> None:
             raise BadOption(f"class {cls.__name__} states {name} = {value!r}; write a plain {kind.__name__}")
 
 
+ORDINARY_SIZES = (2.0**-30, 2.0**16)
+"""The largest entries that gradients have: networks that are sure of their answer have small ones."""
+
+
 registry: Registry[Attack] = Registry("attack", "leakbench.attacks", Attack)
 register = registry.register
 
@@ -140,7 +145,9 @@ register = registry.register
 def prepare(attack: Attack, observation: Observation) -> tuple[Attack, Observation]:
     """Return an attack and what it works on, both as the threat model has them.
 
-    What was prepared before stays as it is.
+    Entries that are not finite are left out (``Observation.shown``). A gradient whose largest entry is outside
+    ``ORDINARY_SIZES`` is divided by that entry, rounded down to a power of two, so that no attack overflows; gradient
+    matching then asks only for the same direction. What was prepared before stays as it is.
 
     Raises:
         Unsupported: the threat model has the attacker optimise secrets, which this attack cannot; or it asks for an
@@ -150,13 +157,46 @@ def prepare(attack: Attack, observation: Observation) -> tuple[Attack, Observati
     if attack.floor:
         return attack, observation
     unit = _unit_of(attack, observation.threat)
+    observation = _finite(observation)
     adaptive = _adaptive_attacker(observation) if observation.adaptive is None else None
     if adaptive is not None:
         observation = _derive(attack, dataclasses.replace(observation, adaptive=adaptive), adaptive)
     if unit != 1.0 and observation.unit == 1.0:
         gradient = {name: value / unit for name, value in observation.gradient.items()}
         observation = dataclasses.replace(observation, gradient=gradient, unit=unit)
-    return _adapt(attack, observation.threat), observation
+    return _adapt(attack, observation.threat), _of_ordinary_size(observation)
+
+
+def _finite(observation: Observation) -> Observation:
+    """Return the observation with zeros, which are not ``shown``, for the entries that are not finite."""
+    finite = {name: torch.isfinite(value) for name, value in observation.gradient.items()}
+    if all(bool(own.all()) for own in finite.values()):
+        return observation
+    gradient = {name: torch.where(finite[name], value, 0.0) for name, value in observation.gradient.items()}
+    return dataclasses.replace(observation, gradient=gradient, shown=_both(finite, observation.shown))
+
+
+def _both(shown: dict[str, Tensor], before: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Return which entries are shown now, of those that were shown before."""
+    return shown if before is None else {name: own & before.get(name, own) for name, own in shown.items()}
+
+
+def _of_ordinary_size(observation: Observation) -> Observation:
+    """Return the observation with gradients of ``ORDINARY_SIZES`` (``Observation.size``)."""
+    entries = [value.abs().reshape(len(value), -1).amax(1) for value in observation.gradient.values() if value.numel()]
+    largest = torch.stack(entries).amax(0)
+    low, high = ORDINARY_SIZES
+    odd = (largest > 0) & ((largest < low) | (largest > high))
+    if not bool(odd.any()):
+        return observation
+    exponent = torch.frexp(largest.double()).exponent - 1
+    size = torch.where(odd, torch.exp2(exponent.clamp(min=-126).double()), 1.0)  # 2^-126: the least normal float32
+    gradient = {
+        name: (value.double() / size.view(-1, *[1] * (value.ndim - 1))).to(value)
+        for name, value in observation.gradient.items()
+    }
+    size = size.to(observation.dtype) if observation.size is None else size.to(observation.dtype) * observation.size
+    return dataclasses.replace(observation, gradient=gradient, size=size)
 
 
 def _adaptive_attacker(observation: Observation) -> AdaptiveAttacker | None:
@@ -273,7 +313,7 @@ def _undone(observation: Observation, adaptive: AdaptiveAttacker) -> Observation
     if adaptive.undo is None:
         return observation
     before = adaptive.undo(observation.gradient, observation.weights)
-    shown = {name: ~torch.isnan(value) for name, value in before.items()}
+    shown = _both({name: ~torch.isnan(value) for name, value in before.items()}, observation.shown)
     gradient = {name: torch.where(shown[name], value, 0.0) for name, value in before.items()}
     return dataclasses.replace(observation, gradient=gradient, shown=shown)
 

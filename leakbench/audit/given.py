@@ -280,7 +280,7 @@ class Update:
 
     Attributes:
         before: the parameters before a client's local training, by name, and the network's buffers.
-        after: the parameters after it.
+        after: the parameters after it; the attacks leave out values that are not finite.
         eps: the relative distance of neighbouring numbers in the coarser of the types that they were recorded in.
     """
 
@@ -290,7 +290,8 @@ class Update:
 
     def rounding(self, name: str) -> float:
         """Return the share of a parameter's change, in norm, that may be rounding of the recorded numbers."""
-        before, after = self.before[name].double(), self.after[name].double()
+        finite = torch.isfinite(self.after[name])
+        before, after = self.before[name][finite].double(), self.after[name][finite].double()
         change = float((after - before).norm())
         return self.eps * float(before.norm()) / change if change else math.inf
 
@@ -320,13 +321,15 @@ def read_update(network: AuditedNetwork, before: str, after: str) -> Update:
         for name, value in tensors.items():
             if name in trained and not value.is_floating_point():
                 raise BadOption(f"{option} {path!r}: {name!r} holds {value.dtype}, no real numbers; record it again")
-            if not bool(torch.isfinite(value).all()):
+            if option == "--before" and not bool(torch.isfinite(value).all()):
                 raise BadOption(f"{option} {path!r}: {name!r} holds values that are not finite; record it again")
         eps = max(eps, *(torch.finfo(tensors[name].dtype).eps for name in trained))
         found.append({name: value.to(state[name].dtype) for name, value in tensors.items()})
-    if not any(bool((found[1][name] != found[0][name]).any()) for name in trained):
+    moves = {name: (found[0][name] - found[1][name]).nan_to_num(0.0, 0.0, 0.0) for name in trained}
+    if not any(bool(move.any()) for move in moves.values()):
         raise BadOption(
-            f"--before {before!r} and --after {after!r} hold the same trained parameters; nothing was trained"
+            f"--before {before!r} and --after {after!r} hold the same trained parameters (values that are not finite "
+            "do not count); nothing was trained"
         )
     prefix = f"{NETWORK}." if network.normalise else ""
     arms = [{prefix + name: value for name, value in arm.items()} for arm in found]

@@ -351,10 +351,16 @@ def _observation(
 
 
 def _leaks_of_update(network: nn.Module, observation: Observation, label: int | None) -> ClosedFormLeaks:
-    """Return what an update leaks without any optimisation, from the mean gradient of its steps."""
+    """Return what an update leaks without any optimisation, from the mean gradient of its steps.
+
+    Only tensors without an unknown value count.
+    """
     threat = observation.threat
     unit = (1.0 if threat.learning_rate is None else threat.learning_rate) * threat.local_steps
-    mean = {name: value / unit for name, value in observation.gradient.items()}
+    whole = {name: value for name, value in observation.gradient.items() if bool(torch.isfinite(value).all())}
+    mean = {name: value / unit for name, value in whole.items()}
+    if not mean:
+        mean = {name: torch.zeros_like(value) for name, value in observation.gradient.items()}
     sent = replace(observation, gradient=mean, threat=replace(threat, shares="gradient"))
     found = ClosedFormLeaks.of(sent, None, None if label is None else [label])
     layers = _conclusive_layers(network, sent)
@@ -382,7 +388,13 @@ def _conclusive_layers(network: nn.Module, observation: Observation) -> set[str]
 
 
 def _doubts(forms: Sequence[ClosedForm], update: Update) -> Iterable[str]:
-    """Yield a warning if the update is not, or not provably, that of one image in one step."""
+    """Yield a warning for values that are not finite, and if the update is not provably that of one image and step."""
+    finite = torch.cat([torch.isfinite(value).flatten() for value in update.after.values()])
+    if unknown := int((~finite).sum()):
+        yield (
+            f"{unknown:,} of the {len(finite):,} recorded values after the training are not finite (NaN or infinite). "
+            "The attackers had only the others, so a client that sends finite values can leak more."
+        )
     known = [(form.residual, update.rounding(f"{form.layer}.weight"), form.conclusive) for form in forms]
     smallest = min((rounding for _, rounding, _ in known), default=0.0)
     worst = max((left for left, rounding, _ in known if left > max(RESIDUAL_TOLERANCE, rounding)), default=0.0)

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from leakbench.core.component import Component
 from leakbench.core.registry import Registry
+from leakbench.core.text import plural
 from leakbench.core.types import Gradient, Secret
 from leakbench.defenses.adaptive import DEFAULT_ATTACKER, SIMULATE, AdaptiveAttacker
-from leakbench.errors import BadOption, OldPlugin, Unsupported
+from leakbench.errors import BadOption, DefenseFailed, OldPlugin, Unsupported
 
 
 class Step:
@@ -220,6 +221,79 @@ class Defense(Component):
     def note(self) -> str:
         """Return what a reader must know of the defense with these options, in one line, or an empty string."""
         return ""
+
+
+def checked(defense: Defense, released: object, like: Mapping[str, Tensor], *, finite: bool = True) -> Gradient:
+    """Return what a defense released, detached and in the types of the network's parameters.
+
+    A name may be missing: a defense may withhold a parameter.
+
+    Args:
+        defense: names itself in the error.
+        released: what ``release`` or ``reply`` returned.
+        like: the parameters that may be sent, by name.
+        finite: whether every value must be finite; a training that diverged is no fault of its defense.
+
+    Raises:
+        DefenseFailed: it is no mapping from these names to dense floating-point tensors of the same shapes.
+    """
+    if not isinstance(released, Mapping):
+        raise DefenseFailed(f"{defense.name!r} released {type(released).__name__}; return a dict of tensors by name")
+    sent = {}
+    for name, value in released.items():
+        if name not in like:
+            raise DefenseFailed(f"{defense.name!r} released {name!r}, which is not a parameter of its network")
+        sent[name] = _tensor(f"{defense.name!r} released {name!r}", value, like[name], finite=finite)
+    return sent
+
+
+def _tensor(said: str, value: object, like: Tensor, *, finite: bool = True) -> Tensor:
+    """Return a tensor that a defense returned, detached, of the type and on the device of ``like``.
+
+    Raises:
+        DefenseFailed: it is no dense floating-point tensor of the shape of ``like``, or one that must be finite and is
+            not; the message begins with ``said``.
+    """
+    if not isinstance(value, Tensor):
+        raise DefenseFailed(f"{said} as {type(value).__name__}; return a tensor")
+    if value.layout != torch.strided or value.is_nested or value.is_meta:
+        kind = "without values" if value.is_meta else f"with the layout {_short(value.layout)}"
+        raise DefenseFailed(f"{said} {kind}; return a dense tensor")
+    if not value.is_floating_point():
+        raise DefenseFailed(f"{said} as {_short(value.dtype)}; return real floating-point numbers")
+    if value.shape != like.shape:
+        raise DefenseFailed(f"{said} of shape {tuple(value.shape)}, not {tuple(like.shape)}")
+    value = value.detach().to(like)
+    wrong = value.numel() - int(torch.isfinite(value).sum()) if finite else 0
+    if wrong:
+        count = f"{wrong:,} of {plural(value.numel(), 'value')}"
+        raise DefenseFailed(f"{said} with {count} not finite in {_short(value.dtype)} (NaN or infinite)")
+    return value
+
+
+def _short(value: torch.dtype | torch.layout) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def encoded(defense: Defense, x: Tensor, y: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return the images and labels that a client trains on (``Defense.encode``).
+
+    Raises:
+        DefenseFailed: they are no finite images [B, C, H, W] of the same shape with one label each.
+    """
+    pair = defense.encode(x, y, rng)
+    if not (isinstance(pair, tuple) and len(pair) == 2):
+        raise DefenseFailed(f"{defense.name!r} encoded an image as {type(pair).__name__}; return images and labels")
+    images, labels = pair
+    rows = len(images) if isinstance(images, Tensor) and images.ndim == 4 else 0
+    images = _tensor(f"{defense.name!r} encoded images", images, x[:1].expand(max(1, rows), *x.shape[1:]))
+    if isinstance(labels, Tensor) and not labels.is_floating_point():
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            kind = f"{_short(labels.dtype)} {tuple(labels.shape)}"
+            raise DefenseFailed(f"{defense.name!r} encoded labels as {kind}; return int64 {tuple(images.shape[:1])}")
+        return images, labels
+    like = images.new_empty(rows, *(labels.shape[1:2] if isinstance(labels, Tensor) and labels.ndim == 2 else ()))
+    return images, _tensor(f"{defense.name!r} encoded labels", labels, like)
 
 
 def by_informed(defense: Defense) -> dict[bool | str, AdaptiveAttacker]:

@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,9 +39,10 @@ from leakbench.engine.worker import (
     Task,
     WorkerContext,
     companions,
+    failure_line,
     without_score,
 )
-from leakbench.errors import BadOption, LeakbenchError, MissingAsset, Unsupported, one_line
+from leakbench.errors import DEFENSE_FAILED, BadOption, LeakbenchError, MissingAsset, Unsupported, one_line
 from leakbench.gradients import full_precision
 from leakbench.metrics.base import Metric
 from leakbench.metrics.public import PublicSSIM
@@ -170,7 +171,15 @@ def run(
             for line in plan.missing:
                 progress.note(line)
 
+            told: set[str] = set()
+
             def keep(results: list[Result]) -> None:
+                for result in results:
+                    if result.reason.startswith(DEFENSE_FAILED):
+                        line = failure_line(result.trial.cell, result.reason)
+                        if (where := line.partition(DEFENSE_FAILED)[0]) not in told:
+                            told.add(where)
+                            progress.note(line)
                 if results:
                     store.write(results, session)
                     progress.finish(results)
@@ -422,35 +431,49 @@ def _load_one(dataset: Dataset, indices: list[int]) -> ClientData:
 def _preflight(
     trials: Sequence[Trial], strict: bool, ensemble: bool, executor: Executor, observed: Observation | None = None
 ) -> dict[str, str]:
-    """Return the reason for each unsupported cell, from a recorded update or from one step on a blank image.
+    """Return the reason for each unsupported cell: by a recorded update, or by a step on a blank and then a real image.
+
+    The real image is that of the first trial; it is asked only about cells that the blank one refused.
 
     Raises:
         Unsupported: an attack that supports no cell at all (of an ensemble, if no attack does) or, if strict, any
             unsupported cell.
         BadOption: a threat model that reveals a secret that no defense of the matrix has.
     """
-    cells = {trial.cell.key: trial for trial in trials}
+    cells: dict[str, Trial] = {}
+    for trial in trials:
+        cells.setdefault(trial.cell.key, trial)
     seen: dict[str, list[Trial]] = {}  # cells of the same observation
     for trial in cells.values():
         parts = [trial.cell.settings[part] for part in ("dataset", "model", "defense", "threat")]
         seen.setdefault(json.dumps(parts), []).append(trial)
-    checks = deque(CheckTask(tuple(alike), observed) for alike in seen.values())
-    refused: dict[str, str] = {}
-    groups: set[str] = set()
-    for event in executor.run(lambda: checks.popleft() if checks else None, lambda task: None):
-        match event:
-            case TaskDone(CheckTask(), Refusal() as refusal):
-                refused |= refusal.cells
-                groups |= refusal.groups
-            case WorkerDied(CheckTask() as check) if check.lost + 1 < MAX_DEATHS:
-                checks.append(replace(check, lost=check.lost + 1))
-    check_reveals({trial.cell.threat for trial in trials}, groups)
+    blank = _ask([CheckTask(tuple(alike), observed) for alike in seen.values()], executor)
+    check_reveals({trial.cell.threat for trial in trials}, {group for one in blank for group in one.groups})
+    refused = {key: reason for one in blank for key, reason in one.cells.items()}
+    if observed is None:
+        again = [[trial for trial in alike if trial.cell.key in refused] for alike in seen.values()]
+        again = [alike for alike in again if alike]
+        data = _load([alike[0] for alike in again])
+        tasks = [CheckTask(tuple(own), data=data[own[0].cell.specs["dataset"]].of(own[:1])) for own in again]
+        refused = {key: reason for one in _ask(tasks, executor) for key, reason in one.cells.items()}
     for cell in (cell for cell in cells if cell in refused):
         spec = cells[cell].cell.specs["attack"]
         others = [other for other, trial in cells.items() if ensemble or trial.cell.specs["attack"] == spec]
         if strict or all(other in refused for other in others):
             raise Unsupported(f"{cells[cell].cell.words}: {refused[cell]}")
     return refused
+
+
+def _ask(checks: Iterable[CheckTask], executor: Executor) -> list[Refusal]:
+    """Return the answers to checks; one whose worker died ``MAX_DEATHS`` times has none."""
+    waiting, found = deque(checks), list[Refusal]()
+    for event in executor.run(lambda: waiting.popleft() if waiting else None, lambda task: None):
+        match event:
+            case TaskDone(CheckTask(), Refusal() as refusal):
+                found.append(refusal)
+            case WorkerDied(CheckTask() as check) if check.lost + 1 < MAX_DEATHS:
+                waiting.append(replace(check, lost=check.lost + 1))
+    return found
 
 
 def _usable(measured: Sequence[Metric]) -> tuple[list[Metric], list[str]]:

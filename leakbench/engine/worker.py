@@ -17,7 +17,7 @@ from leakbench.core.rng import Rng, generator, salted
 from leakbench.core.types import Reconstruction
 from leakbench.engine.floors import FalseFloor, noise_like, verify_floor
 from leakbench.engine.isolation import AttackError, Isolation, foreign
-from leakbench.errors import LeakbenchError, Unsupported
+from leakbench.errors import DEFENSE_FAILED, ClientFailed, DefenseFailed, LeakbenchError, Unsupported, words
 from leakbench.metrics import ReplacedMetric, refuse_replaced
 from leakbench.metrics.base import Metric, Truth
 from leakbench.observation import Observation
@@ -58,17 +58,19 @@ class CheckTask:
     """Ask whether the attacks of cells with the same observation support it; answered by a ``Refusal``.
 
     Attributes:
-        observed: a recorded update, which they all observe; None for a step on a blank image.
+        observed: a recorded update, which they all observe.
+        data: the client of the first trial, whose step they all observe. None and no update: a step on a blank image.
     """
 
     trials: tuple[Trial, ...]
     observed: Observation | None = None
+    data: ClientData | None = None
     lost: int = 0
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """The findings of a step on a blank image.
+    """The findings of a check.
 
     Attributes:
         cells: the reason for each unsupported cell, by ``Cell.key``.
@@ -153,26 +155,36 @@ class Worker:
         """
         match task:
             case CheckTask():
-                return self._refusal(task.trials, task.observed)
+                return self._refusal(task)
             case MeasureTask():
                 return self.size(task.trial, task.trials)
             case ChunkTask():
                 return self.results(task.data, task.trials, task.slots)
 
-    def _refusal(self, trials: Sequence[Trial], observed: Observation | None) -> Refusal:
-        """Return which cells that see the same, one trial each, cannot be served: an update, or a blank image's step.
+    def _refusal(self, task: CheckTask) -> Refusal:
+        """Return which cells that see the same, one trial each, cannot be served.
+
+        A blank image does not decide that alone: its gradient may have zeros where that of a real image has none, and a
+        defense may treat it in another way. A component that fails is recorded, with its reason, when its trials run.
 
         Raises:
             FalseFloor: a floor uses the gradient.
         """
-        groups: set[str] = set()
+        trials, groups = task.trials, set[str]()
+        cell = trials[0].cell
         try:
-            seen = blank(trials[0].cell, groups) if observed is None else observed
+            if task.observed is not None:
+                seen = task.observed
+            elif task.data is None:
+                seen = blank(cell, groups)
+            else:
+                client, data = _client(trials[0], task.data), task.data
+                seen = observe(cell.model, cell.defense, cell.threat, [client], data.num_classes, data.mean)
         except Unsupported as error:
             return Refusal({trial.cell.key: str(error) for trial in trials}, frozenset(groups))
-        except LeakbenchError:
-            raise
-        except (Exception, SystemExit):  # a component that fails is recorded, with its reason, when its trials run
+        except (Exception, SystemExit) as error:
+            if isinstance(error, LeakbenchError) and not isinstance(error, ClientFailed) and task.data is None:
+                raise
             return Refusal({}, frozenset(groups))
         refused = {}
         for trial in trials:
@@ -222,8 +234,10 @@ class Worker:
                     slots = -(-slots // 2)
                 half = len(trials) // 2
                 return self.results(data, trials[:half], slots) + self.results(data, trials[half:], slots)
-            kind = "" if isinstance(error, AttackError) else f"{type(error).__name__}: "
-            reason = "out of memory" if memory else kind + " ".join(str(error).split())
+            known = str(error) if isinstance(error, (AttackError, DefenseFailed)) else words(error)
+            if known.startswith(DEFENSE_FAILED) and not isinstance(error, DefenseFailed):
+                known = f"the attack says that {known}"  # an attack cannot blame the defense
+            reason = "out of memory" if memory else known
             if self.work.strict:
                 raise LeakbenchError(f"{trials[0].cell.words}, image {trials[0].image}: {reason}") from error
             return [without_score(data, trials[0], "error", reason)]
@@ -237,7 +251,10 @@ class Worker:
             key = salted("audit/update", "attack", data.salt)
             observation, rng, encoded = data.observed, Rng((key,), self.work.device), None
         attack, observation = trials[0].cell.attack, replace(observation, slots=slots)
-        guess = self.isolation.run(attack, observation, rng)
+        try:
+            guess = self.isolation.run(attack, observation, rng)
+        except DefenseFailed as error:  # the client's defense did not fail: an attacker ran its code, or says so
+            raise AttackError(str(error)) from error
         if attack.floor and (foreign(attack) or attack.name not in self.floors):
             other = self._other(data, trials) if data.observed is None else noise_like(observation)
             verify_floor(self.isolation, attack, observation, rng, guess, other)
@@ -331,6 +348,12 @@ def without_score(data: ClientData, trial: Trial, status: Literal["unsupported",
         truth=png(data.images[trial.image]) if trial.image in data.images else None,
         label=data.labels.get(trial.image),
     )
+
+
+def failure_line(cell: Cell, reason: str) -> str:
+    """Return a line for the user on a defense that failed."""
+    specs = cell.specs
+    return f"{specs['defense']}, {specs['model']} on {specs['dataset']}: {reason}"
 
 
 def _row(guess: Reconstruction, truth: Truth, row: int) -> tuple[Reconstruction, Truth]:

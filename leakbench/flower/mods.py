@@ -12,7 +12,7 @@ from leakbench import defenses
 from leakbench.core.rng import generator
 from leakbench.core.types import Gradient, Secret
 from leakbench.defenses import Defense
-from leakbench.defenses.base import UpdateStep
+from leakbench.defenses.base import UpdateStep, checked
 from leakbench.errors import BadOption
 from leakbench.gradients.evaluate import tensors_of
 
@@ -55,6 +55,7 @@ def mod(defense: str | Defense, network: nn.Module | None = None, *, seed: int |
     Raises:
         BadOption: a mod cannot apply the defense; the message says how to apply it. In the client, whose message then
             fails without sending anything: the reply does not hold the received arrays, or holds a secret.
+        DefenseFailed: in the client too: what the defense released is no finite update of these arrays.
 
     Example:
         >>> from flwr.clientapp import ClientApp
@@ -174,7 +175,8 @@ class _DefenseMod:
         parameters = [key for key, value in after.items() if value.is_floating_point() and self._is_parameter(key)]
         update = {key: before[key] - after[key] for key in parameters}
         step = UpdateStep(self.defense, {key: before[key] for key in parameters}, update)
-        released = self.defense.reply(step, self._rng(context))
+        finite = all(bool(torch.isfinite(value).all()) for value in update.values())  # else the training diverged
+        released = checked(self.defense, self.defense.reply(step, self._rng(context)), update, finite=finite)
         for key in parameters:
             after[key] = before[key] - released.get(key, torch.zeros_like(update[key])).to(before[key])
         reply.content[name] = _record(after)

@@ -172,6 +172,7 @@ def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> t
         if one.open or broken or not one.images:
             waiting = [f"{plural(one.open, 'trial')} not run yet"] if one.open else []
             failed = [f"{plural(broken, 'trial')} ended in an error"] if broken else []
+            failed += [f"the defense failed on {plural(one.broken, 'image')}"] if one.broken else []
             floors = [f"a floor recovers {plural(one.by_floor, 'image')}"] if one.by_floor else []
             reasons = waiting + failed or floors or ["no attacker has a score"]
             where = f"{one.defense}, on {one.dataset}, {one.model}"

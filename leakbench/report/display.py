@@ -67,7 +67,10 @@ def heading(metric: MetricInfo) -> str:
 
 def unscored(row: Mapping[Hashable, Any]) -> str:
     """Return how many trials of a row of the summary have no score, by status."""
-    return ", ".join(f"{row[status]} {status}" for status in ("unsupported", "error") if row[status]) or "0"
+    broken = int(row.get("broken", 0))
+    counts = {"unsupported": row["unsupported"], "error": row["error"] - broken}
+    words = [f"{count} {status}" for status, count in counts.items() if count]
+    return ", ".join([*words, f"the defense failed in {broken}"] if broken else words) or "0"
 
 
 def mean_text(row: Mapping[Hashable, Any], name: str, places: int | None, interval: bool = True) -> str:

@@ -8,9 +8,10 @@ import pandas as pd
 
 from leakbench.analysis.controls import control_gains
 from leakbench.analysis.ensemble import RECOVERED, ensemble_results
+from leakbench.analysis.failures import defense_failures
 from leakbench.analysis.summary import ANY, BLOCK, blocks, strongest, summarise, without_repeats
 from leakbench.analysis.verdict import inconclusive
-from leakbench.core.text import ABSENT, decimals, with_interval
+from leakbench.core.text import ABSENT, decimals, plural, with_interval
 from leakbench.metrics.public import PublicSSIM
 from leakbench.models.weights import Checkpoint
 from leakbench.plan.matrix import RECOVERY
@@ -57,6 +58,7 @@ def markdown(run: RunData, pictures: Sequence[Picture] = ()) -> str:
                 **_controls(results, run),
                 "public": to_markdown(public[block_of]) if block_of in public else "",
                 "differences": differences(run.results, block_of, run.metrics, run.threshold is not None),
+                "failures": defense_failures(results),
                 **_reasons(results),
                 "pictures": [picture for picture in pictures if picture.block == block_of],
             }
@@ -135,6 +137,7 @@ def _strongest(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> str:
     if not names or attacks["attack"].nunique() < 2:
         return ""
     shown = pd.DataFrame({"defense": attacks["defense"].drop_duplicates()})
+    broken = attacks.groupby("defense")["broken"].sum()
     for name in sorted(names, key=_RANKED.index):
         best, places = strongest(block, name).set_index("defense"), decimals(block[name])
         texts = {
@@ -143,8 +146,15 @@ def _strongest(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> str:
             else f"{row['attack']}: {with_interval(row['gain'], row['low'], row['high'], places, sign=True)}"
             for defense, row in best.iterrows()
         }
-        shown[f"by {name}"] = [texts.get(defense, ABSENT) for defense in shown["defense"]]
+        shown[f"by {name}"] = [_with_failure(texts.get(one), broken[one]) for one in shown["defense"]]
     return to_markdown(shown, left=1 + len(names))
+
+
+def _with_failure(text: str | None, broken: int) -> str:
+    """Return the strongest attack on a defense, and that the defense failed in some trials if it did."""
+    if not broken:
+        return text or ABSENT
+    return f"{text} (the defense failed in {plural(broken, 'trial')})" if text else "the defense failed"
 
 
 def _controls(results: pd.DataFrame, run: RunData) -> dict[str, object]:

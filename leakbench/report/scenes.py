@@ -8,6 +8,7 @@ from itertools import groupby
 import pandas as pd
 
 from leakbench.analysis.ensemble import RECOVERED, SCENE, EnsembleResult, ensemble_results, floor_share
+from leakbench.analysis.failures import DefenseFailure, defense_failures
 from leakbench.analysis.recovery import caveat, judged
 from leakbench.analysis.summary import strongest, summarise
 from leakbench.analysis.verdict import inconclusive, missing_attackers
@@ -50,6 +51,7 @@ class WorstCase:
         note: what a reader must know of the dataset's images; may be empty.
         inconclusive: why no defense can be called better than another, in one sentence; empty if one can.
         caveat: why to doubt that images count as recovered; empty without a doubt.
+        failures: the defenses that failed.
     """
 
     dataset: str
@@ -61,6 +63,7 @@ class WorstCase:
     note: str
     inconclusive: str = ""
     caveat: str = ""
+    failures: tuple[DefenseFailure, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -69,8 +72,8 @@ class WorstCase:
 
     @property
     def known(self) -> list[EnsembleResult]:
-        """The results that have a share, from the least to the most recovered; ``last`` ones after the others."""
-        return [row.result for row in self.defenses if not math.isnan(row.result.share)]
+        """The results with a share, from the least to the most recovered (``last`` ones last), but for failed defenses."""
+        return [row.result for row in self.defenses if not (math.isnan(row.result.share) or row.result.broken)]
 
     @property
     def least(self) -> list[EnsembleResult]:
@@ -117,15 +120,17 @@ def worst_cases(run: RunData) -> list[WorstCase]:
         ends = [end for row in rows for end in row.gain or () if math.isfinite(end)]
         axis = (min([0.0, *ends]), max([1.0, *ends]))
         shown = None if math.isnan(floor) else floor
-        note, flaw = images.get(dataset, ""), flaws[dataset, model]
-        found.append(WorstCase(dataset, model, tuple(rows), shown, *axis, note, flaw, caveat(here)))
+        words = (images.get(dataset, ""), flaws[dataset, model], caveat(here))
+        failures = tuple(defense_failures(here))
+        found.append(WorstCase(dataset, model, tuple(rows), shown, *axis, *words, failures))
     return found
 
 
-def _leakage(row: DefenseRow) -> tuple[bool, bool, float, float]:
-    """Return the key that sorts defenses: those not attacked adaptively last, the share recovered, then the gain."""
+def _leakage(row: DefenseRow) -> tuple[bool, bool, bool, float, float]:
+    """Return the key that sorts defenses: those that failed last, before them those not attacked adaptively."""
     share = row.result.share
     return (
+        row.result.broken > 0,
         row.result.last,
         math.isnan(share),
         0.0 if math.isnan(share) else share,
@@ -168,11 +173,14 @@ def _most_recovered(one: EnsembleResult, hits: pd.DataFrame) -> str:
 def share_text(one: EnsembleResult) -> str:
     """Return how much is recovered, in few words: a count of images, or with several seeds of each a share."""
     if math.isnan(one.share):
+        if one.broken:
+            return "the defense failed"
         return "not tried yet" if one.open else "a floor recovers all" if one.by_floor else "no attacker has a score"
     of = in_groups(one.images, one.groups)
     single = one.targets == one.images + one.by_floor
     counted = f"{one.share * one.images:.0f} of {of}" if single else percent(one.share)
-    return f"{counted} so far" if one.open else counted
+    counted = f"{counted} so far" if one.open else counted
+    return f"{counted}; the defense failed on {one.broken} more" if one.broken else counted
 
 
 def decibels(gain: GainInterval) -> str:

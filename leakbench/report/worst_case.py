@@ -6,6 +6,7 @@ from itertools import groupby
 import pandas as pd
 
 from leakbench.analysis.ensemble import SCENE, EnsembleResult, attacker_names, ensemble_results
+from leakbench.analysis.failures import defense_failures
 from leakbench.analysis.recovery import TARGET, caveat
 from leakbench.analysis.verdict import Scene, inconclusive, missing_attackers
 from leakbench.core.text import english
@@ -71,6 +72,7 @@ def markdown(run: RunData, threshold: float) -> str:
                 "missing": _missing(missing, (dataset, model)),
                 "caveat": caveat(here),
                 "floors": _floors(here, threshold),
+                "failures": defense_failures(here),
                 "reasons": _reasons(own),
             }
         )

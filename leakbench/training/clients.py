@@ -8,9 +8,9 @@ from torch import Tensor
 
 from leakbench.core.rng import generator
 from leakbench.datasets.images import ByteImages
-from leakbench.defenses.base import UpdateStep
+from leakbench.defenses.base import UpdateStep, checked
 from leakbench.training.settings import Arm, Recipe
-from leakbench.training.steps import Tensors, Trainee, check, train_round
+from leakbench.training.steps import Tensors, Trainee, train_round
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,9 @@ def local_round(
     update = {name: shared[name].cpu() - after[name].cpu() for name in after if name in parameters}
     before = {name: shared[name].cpu() for name in update}
     step = UpdateStep(trainee.defense, before, update, (trainee.network, *batch))
-    released = trainee.defense.reply(step, generator(*key, "release"))
-    check(released, update, trainee.defense)
+    finite = all(bool(torch.isfinite(value).all()) for value in update.values())  # else the training diverged
+    reply = trainee.defense.reply(step, generator(*key, "release"))
+    released = checked(trainee.defense, reply, update, finite=finite)
     sent = {name: value.cpu() for name, value in after.items()}
     sent |= {name: shared[name].cpu() - released.get(name, torch.zeros_like(value)) for name, value in update.items()}
     loss = sum(losses) / len(losses)

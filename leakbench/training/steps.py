@@ -16,8 +16,7 @@ from leakbench.core.rng import generator, seeded
 from leakbench.core.types import Gradient, Secret
 from leakbench.datasets.images import ByteImages
 from leakbench.defenses import Defense
-from leakbench.defenses.base import Step
-from leakbench.errors import BadOption
+from leakbench.defenses.base import Step, checked
 from leakbench.gradients.evaluate import tensors_of
 from leakbench.training.data import batches, floats
 from leakbench.training.settings import Recipe
@@ -190,21 +189,11 @@ def descend(
     kind = Step if type(trainee.defense).release is Defense.release else _OnCpu
     step = kind(trainee.network, x.to(trainee.device), y.to(trainee.device), trainee.defense)
     gradient = trainee.defense.release(step, rng) if defended else step.gradient()
-    check(gradient, trainee.parameters(), trainee.defense)
+    gradient = checked(trainee.defense, gradient, trainee.parameters(), finite=False)
     for name, parameter in trainee.parameters().items():
-        parameter.grad = gradient[name].to(parameter) if name in gradient else None
+        parameter.grad = gradient.get(name)
     sgd.step()
     return sum(step.losses) / max(1, len(step.losses))
-
-
-def check(released: Gradient, parameters: Mapping[str, Tensor], defense: Defense) -> None:
-    """Raise BadOption if a defense released a tensor that is not a parameter, or has another shape."""
-    for name, value in released.items():
-        if name not in parameters or value.shape != parameters[name].shape:
-            raise BadOption(
-                f"defense {defense.name!r} released {name!r}, which is not a parameter or has another shape; "
-                "correct its release"
-            )
 
 
 def _encoded(defense: Defense, x: Tensor, y: Tensor, rng: torch.Generator, classes: int) -> tuple[Tensor, Tensor]:

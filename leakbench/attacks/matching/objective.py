@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from leakbench.attacks.matching.problem import MatchingProblem
-from leakbench.attacks.matching.tensors import pack, scaled
+from leakbench.attacks.matching.tensors import pack, root, scaled
 from leakbench.core.rng import Rng
 from leakbench.core.types import Gradient, Secret
 from leakbench.defenses.adaptive import AdaptiveAttacker, Dummies
@@ -89,23 +89,27 @@ class MatchingObjective:
         gradient = self._masked(self.dummy(images, labels, unknowns, evaluation))
         factor, adaptive = self.attack.factor(unknowns), self.observation.adaptive
         if adaptive is not None and adaptive.models_release:
-            unit = self._unit(factor)
+            unit, back = self._units(factor)
             gradient = scaled(gradient, unit)
             if adaptive.release is not None:
                 gradient = adaptive.release(self._dummies(gradient, images, labels, unknowns, evaluation))
             gradient = self._released(adaptive, gradient)
             if adaptive.likelihood is not None:
                 return adaptive.likelihood(gradient, self._sent, self.observation.weights) / self.likelihood_scale
-            gradient = scaled(gradient, 1 / unit)
+            gradient = scaled(gradient, back)
+        elif factor is None:
+            gradient = self._resized(gradient)
         observed: Mapping[str, Tensor] = self.observation.gradient
         if not self.attack.per_tensor:
             gradient, observed = pack(gradient), self._packed
+        if factor is not None and self.observation.size is not None:
+            factor = factor * self.observation.size
         if judge:
             return self.attack.judge(gradient, observed, factor)
         return self.attack.distance(gradient, scaled(observed, factor))
 
     def ratio(self, unknowns: Unknowns) -> Tensor:
-        """Return [T], |g'| / |g| for the dummy and the observed gradient."""
+        """Return [T], |g'| / |g| for the dummy gradient and what was sent, in its ``unit``."""
         found = []
         for some, own in self.parts(unknowns):
             images, logits = some.render(own)
@@ -115,7 +119,8 @@ class MatchingObjective:
             observed = some.observation.gradient
             sizes = [torch.stack([squared_norm(x[name]) for name in observed]).sum(0) for x in (gradient, observed)]
             found.append((sizes[0] / sizes[1]).sqrt())
-        return torch.cat(found)
+        ratio = torch.cat(found)
+        return ratio if self.observation.size is None else ratio / self.observation.size
 
     def _labels(self, logits: Tensor | None) -> Tensor:
         """Return the labels [T], or class probabilities [T, K], of the dummy gradient."""
@@ -150,15 +155,31 @@ class MatchingObjective:
         shown = self.observation.shown
         if shown is None:
             return gradient
-        return {name: torch.where(shown[name], value, 0.0) for name, value in gradient.items()}
+        return {
+            name: torch.where(shown[name], value, 0.0) if name in shown else value for name, value in gradient.items()
+        }
 
-    def _unit(self, factor: Tensor | None) -> Tensor | float:
-        """Return the factor from the mean gradient to the update that was sent, by a known or learned rate."""
-        unit = self.observation.threat.unit
+    def _resized(self, gradient: Gradient) -> Gradient:
+        """Return the dummy gradient with the norm of the observed one in the trials whose size says nothing."""
+        size = self.observation.size
+        if size is None:
+            return gradient
+        observed = self.observation.gradient
+        squares = (torch.stack([squared_norm(x[name]) for name in observed]).sum(0) for x in (gradient, observed))
+        own, other = map(root, squares)
+        return scaled(gradient, torch.where(size == 1, 1.0, other / own.clamp(min=torch.finfo(own.dtype).tiny)))
+
+    def _units(self, factor: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
+        """Return the factor from the mean gradient to what is sent, and that from there to what is matched.
+
+        The first is a known or learned rate.
+        """
+        unit, size = self.observation.threat.unit, self.observation.size
         if unit is not None:
-            return unit
+            return unit, 1 / unit if size is None else 1 / unit / size
         assert factor is not None, "``prepare`` refuses to model a release in its own units without a rate"
-        return self.observation.unit / factor
+        learned = self.observation.unit / factor
+        return learned, 1 / learned
 
     @cached_property
     def _packed(self) -> Gradient:
@@ -167,7 +188,7 @@ class MatchingObjective:
     @cached_property
     def _sent(self) -> Mapping[str, Tensor]:
         """The gradient or update in the units in which it was sent."""
-        return scaled(self.observation.gradient, self.observation.unit)
+        return scaled(scaled(self.observation.gradient, self.observation.unit), self.observation.size)
 
     @cached_property
     def likelihood_scale(self) -> Tensor:
@@ -195,7 +216,7 @@ class MatchingObjective:
         """Return a gradient, in the units in which it is sent, as the adaptive attacker has it released."""
         if adaptive.surrogate is None:
             return gradient
-        return adaptive.surrogate(gradient, self._sent, self.observation.weights)
+        return self._masked(adaptive.surrogate(gradient, self._sent, self.observation.weights))
 
     def parts(self, unknowns: Unknowns) -> Iterator[tuple[Self, Unknowns]]:
         """Yield the objective and the unknowns of as many trials at a time as fit into memory."""
@@ -224,6 +245,7 @@ class MatchingObjective:
             labels=None if self.observation.labels is None else self.observation.labels[index],
             targets=None if self.observation.targets is None else self.observation.targets[index],
             shown=None if self.observation.shown is None else take(self.observation.shown),
+            size=None if self.observation.size is None else self.observation.size[index],
         )
         return replace(
             self,
