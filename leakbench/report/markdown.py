@@ -146,7 +146,7 @@ def _strongest(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> str:
             else f"{row['attack']}: {with_interval(row['gain'], row['low'], row['high'], places, sign=True)}"
             for defense, row in best.iterrows()
         }
-        shown[f"by {name}"] = [_with_failure(texts.get(one), broken[one]) for one in shown["defense"]]
+        shown[f"by {name}"] = [_with_failure(texts.get(one), int(broken[one])) for one in shown["defense"]]
     return to_markdown(shown, left=1 + len(names))
 
 
