@@ -570,8 +570,23 @@ def test_a_foreign_update_is_refused(cli, nets: Path, recorded: nn.Module, chang
         (nets / "bad.pt").write_bytes((nets / "before.pt").read_bytes())
     if change == "pickle":
         (nets / "bad.pt").write_bytes(pickle.dumps({"1.weight": print}))
-    done = audit(cli, "build", "--before", "before.pt", "--after", "bad.pt", "--size", "12", "--rate", "0.1")
+    files = ("bad.pt", "after.pt") if change == "nan" else ("before.pt", "bad.pt")
+    done = audit(cli, "build", "--before", files[0], "--after", files[1], "--size", "12", "--rate", "0.1")
     refused(done, "bad.pt")
+
+
+def test_an_update_with_values_that_are_not_finite_is_attacked_without_them(cli, nets: Path, recorded: nn.Module):  # noqa: F811
+    state = torch.load(nets / "after.pt", weights_only=True)
+    state["1.weight"][0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
+    torch.save(state, nets / "broken.pt")
+    files = ("--before", "before.pt", "--after", "broken.pt", "--size", "12", "--rate", "0.1")
+    done = audit(cli, "build", *files, "--budget", "quick")
+    assert done.code == 0
+    page = (nets / "out" / "audit.md").read_text()
+    assert "3 of the " in page
+    assert "not finite (NaN or infinite)" in page
+    with Store.open(nets / "out" / FILE, readonly=True) as store:
+        assert "error" not in set(store.results()["status"])
 
 
 def test_a_normalisation_is_in_front_and_stays_fixed() -> None:
