@@ -163,7 +163,8 @@ def run(
     plan = _plan(matrix, options, folder / FILE, data)
     observed = None if data is None else data.observed
     with full_precision(), plan.executor:
-        refused = _preflight(plan.whole, options.strict, matrix.threshold is not None, plan.executor, observed)
+        ensemble = matrix.threshold is not None
+        refused = _preflight(plan.whole, options.strict, ensemble, plan.executor, plan.salt, observed)
         with _session(plan, folder, options.shard, command) as (store, session):
             done = store.done()
             waiting = [trial for trial in plan.trials if trial.id not in done]
@@ -329,7 +330,7 @@ def check(matrix: Matrix, options: RunOptions) -> None:
         full_precision(),
         _executor(WorkerContext((), device_named(options.device), options.strict), local) as executor,
     ):
-        _preflight(matrix.trials(), options.strict, matrix.threshold is not None, executor)
+        _preflight(matrix.trials(), options.strict, matrix.threshold is not None, executor, options.salt or "")
 
 
 def _executor(work: WorkerContext, options: RunOptions) -> Executor:
@@ -429,7 +430,12 @@ def _load_one(dataset: Dataset, indices: list[int]) -> ClientData:
 
 
 def _preflight(
-    trials: Sequence[Trial], strict: bool, ensemble: bool, executor: Executor, observed: Observation | None = None
+    trials: Sequence[Trial],
+    strict: bool,
+    ensemble: bool,
+    executor: Executor,
+    salt: str,
+    observed: Observation | None = None,
 ) -> dict[str, str]:
     """Return the reason for each unsupported cell: by a recorded update, or by a step on a blank and then a real image.
 
@@ -453,7 +459,7 @@ def _preflight(
     if observed is None:
         again = [[trial for trial in alike if trial.cell.key in refused] for alike in seen.values()]
         again = [alike for alike in again if alike]
-        data = _load([alike[0] for alike in again])
+        data = _load([alike[0] for alike in again], salt)
         tasks = [CheckTask(tuple(own), data=data[own[0].cell.specs["dataset"]].of(own[:1])) for own in again]
         refused = {key: reason for one in _ask(tasks, executor) for key, reason in one.cells.items()}
     for cell in (cell for cell in cells if cell in refused):

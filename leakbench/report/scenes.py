@@ -72,7 +72,7 @@ class WorstCase:
 
     @property
     def known(self) -> list[EnsembleResult]:
-        """The results with a share, from the least to the most recovered (``last`` ones last), but for failed defenses."""
+        """The results with a share, the least recovered first and ``last`` ones last, without defenses that failed."""
         return [row.result for row in self.defenses if not (math.isnan(row.result.share) or row.result.broken)]
 
     @property
