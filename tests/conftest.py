@@ -123,10 +123,11 @@ def _one_salt() -> Iterator[None]:
         yield
 
 
-def images_of(keys: Sequence[str], dataset: str = "tiny") -> list[tuple[int, int] | None]:
+def images_of(keys: Sequence[str], datasets: Sequence[str] = ("tiny", "pairs")) -> list[tuple[int, int] | None]:
     """Return seed and image of the trials of an attack's keys, for tests, which know the salt; None for other keys."""
     known = {
         salted(f"attack/{seed}/{dataset}/{image}", "attack", SALT): (seed, image)
+        for dataset in datasets
         for seed in range(4)
         for image in range(16)
     }

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pandas as pd
 import pytest
 import torch
+from conftest import SALT
 from test_engine import Tiny, go, no_assets  # noqa: F401
 from test_html import scored
 from test_report import DLG, GREY, METRICS, NONE, run
@@ -166,7 +167,7 @@ def test_groups_are_stored_with_the_run_and_shards_have_all_of_them(tmp_path: Pa
     assert (trials["group"] == trials["image"] // 2).all()
     assert standing(tmp_path / "whole").groups == 3
     for number in (1, 2):
-        go(matrix, tmp_path / str(number), shard=f"{number}/2")
+        go(matrix, tmp_path / str(number), shard=f"{number}/2", salt=SALT)
     merge([tmp_path / "1", tmp_path / "2"], tmp_path / "merged")
     whole, merged = (standing(tmp_path / name) for name in ("whole", "merged"))
     assert replace(merged, attackers=()) == replace(whole, attackers=())

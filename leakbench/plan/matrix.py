@@ -265,6 +265,9 @@ class Matrix(Axes):
     def _grants(self, threats: Sequence[ThreatModel]) -> Iterator[tuple[ThreatModel, tuple[Defense, ...]]]:
         """Yield these threat models, each with the defenses that are attacked under it."""
         for threat in threats:
+            if threat.informed == SIMULATE:  # a control has nothing to model
+                yield threat, tuple(defense for defense in self.defenses if defense.name not in CONTROLS)
+                continue
             if threat.informed != EVERY:
                 yield threat, self.defenses
                 continue
