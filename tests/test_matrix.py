@@ -421,5 +421,8 @@ def test_every_informed_attacker_of_every_defense() -> None:
     assert {trial.cell.threat.labels for trial in chosen.trials()[3:]} == {"known"}
     by_name = matrix(defenses=["precode"], threats=["labels=known, informed=splice"], images=[0])
     assert chosen.trials()[5].id == by_name.trials()[0].id
-    with pytest.raises(BadOption, match="no defense of the matrix has anything to model"):
-        matrix(threats=["informed=every"])
+    for informed in ("every", "simulate"):
+        with pytest.raises(
+            BadOption, match=f"'{informed}' is not valid: no defense of the matrix has anything to model"
+        ):
+            matrix(threats=[f"informed={informed}"])

@@ -24,6 +24,8 @@ from leakbench.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from leakbench.training import TrainingRecord
     from leakbench.training.settings import Accuracy, Arm
 
@@ -73,6 +75,22 @@ class TrainOptions:
         plans = [kind(**_fitting({**row, **given}, rows, given)) for row in rows]
         return plans, self.out or Path("runs") / plans[0].name
 
+    def train(self, arms: Sequence[Arm], folder: Path, line: str, out: Console) -> list[TrainingRecord]:
+        """Train what has no result in a folder yet, with the rounds shown on a console; return all results."""
+        from leakbench import training
+        from leakbench.training.progress import Rounds
+
+        with Rounds(out) as told:
+            return training.train(
+                arms,
+                folder,
+                device=self.device,
+                workers=self.workers,
+                command=line,
+                salt=self.salt,
+                progress=told,
+            )
+
 
 _NAMES = [one.name for one in fields(TrainOptions)]
 _SETTINGS = _NAMES[_NAMES.index("mode") : _NAMES.index("out")]
@@ -94,19 +112,7 @@ def accuracy(given: TrainOptions) -> None:
     plans, folder = given.plans(Accuracy)
     arms = list({arm.id: arm for one in plans for arm in one.arms()}.values())
     with stoppable(lambda: _done(arms, folder)) as line:
-        from leakbench import training
-        from leakbench.training.progress import Rounds
-
-        with Rounds(console()) as told:
-            found = training.train(
-                arms,
-                folder,
-                device=given.device,
-                workers=given.workers,
-                command=line,
-                salt=given.salt,
-                progress=told,
-            )
+        found = given.train(arms, folder, line, console())
     from leakbench.report import accuracy as report
 
     _end(report.write(folder), found)
@@ -132,22 +138,11 @@ def tradeoff(given: TrainOptions) -> None:
     plans, folder = given.plans(Tradeoff)
     arms = [arm for one in plans for arm in one.arms()]
     with stoppable(lambda: _done(arms, folder)) as line:
-        from leakbench import training
         from leakbench.engine.progress import Display
         from leakbench.training import tradeoff as study
-        from leakbench.training.progress import Rounds
 
         out = console()
-        with Rounds(out) as told:
-            found = training.train(
-                study.arms_of(plans),
-                folder,
-                device=given.device,
-                workers=given.workers,
-                command=line,
-                salt=given.salt,
-                progress=told,
-            )
+        found = given.train(study.arms_of(plans), folder, line, out)
         targets = study.attack(plans, folder, device=given.device, command=line, progress=lambda: Display(out))
     from leakbench import report as reports
     from leakbench.report import accuracy as costs

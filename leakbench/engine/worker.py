@@ -178,8 +178,7 @@ class Worker:
             elif task.data is None:
                 seen = blank(cell, groups)
             else:
-                client, data = _client(trials[0], task.data), task.data
-                seen = observe(cell.model, cell.defense, cell.threat, [client], data.num_classes, data.mean)
+                seen, _ = _observed(task.data, trials[:1])
         except Unsupported as error:
             return Refusal({trial.cell.key: str(error) for trial in trials}, frozenset(groups))
         except (Exception, SystemExit) as error:
@@ -198,7 +197,7 @@ class Worker:
                 refused[trial.cell.key] = str(error)
             except LeakbenchError:
                 raise
-            except (Exception, SystemExit):  # the same
+            except (Exception, SystemExit):  # it is recorded when the trials run
                 continue
         return Refusal(refused, frozenset(groups))
 
@@ -289,18 +288,17 @@ class Worker:
 
     def _stepped(self, data: ClientData, trials: Sequence[Trial]) -> tuple[Observation, Rng, Tensor | None]:
         """Return what clients send after a step, the attacker's draws, and the encoded images (``Truth.encoded``)."""
-        cell, device = trials[0].cell, self.work.device
-        clients = [_client(trial, data) for trial in trials]
-        seen = observe(cell.model, cell.defense, cell.threat, clients, data.num_classes, data.mean, device)
+        device = self.work.device
+        seen, clients = _observed(data, trials, device)
         rng = Rng(tuple(attack_key(trial, data.salt) for trial in trials), device)
-        images = [trained_on(cell.defense, client, data.num_classes) for client in clients]
+        images = [trained_on(trials[0].cell.defense, client, data.num_classes) for client in clients]
         known = [image for image in images if image is not None]
         return seen, rng, torch.stack(known).to(device) if len(known) == len(images) else None
 
     def _other(self, data: ClientData, trials: Sequence[Trial]) -> Mapping[str, Tensor]:
         """Return the gradients that the same clients would have sent of other images: the negatives."""
         negatives = {index: 1 - image for index, image in data.images.items()}
-        return self._stepped(replace(data, images=negatives), trials)[0].gradient
+        return _observed(replace(data, images=negatives), trials, self.work.device)[0].gradient
 
     def _truth(self, data: ClientData, trials: Sequence[Trial], encoded: Tensor | None) -> Truth:
         """Return the private images with their labels, -1 for a label that is not known."""
@@ -389,6 +387,14 @@ def _client(trial: Trial, data: ClientData) -> Client:
     others = tuple((data.images[index], data.labels[index]) for index in companions(trial, data.salt))
     own = salted(f"client/{key}", "client", data.salt)
     return Client(data.images[trial.image], data.labels[trial.image], weights, own, others)
+
+
+def _observed(
+    data: ClientData, trials: Sequence[Trial], device: torch.device | str = "cpu"
+) -> tuple[Observation, list[Client]]:
+    """Return what the clients of trials of one cell send after their steps, and the clients."""
+    cell, clients = trials[0].cell, [_client(trial, data) for trial in trials]
+    return observe(cell.model, cell.defense, cell.threat, clients, data.num_classes, data.mean, device), clients
 
 
 def companions(trial: Trial, salt: str) -> list[int]:

@@ -238,8 +238,8 @@ class Matrix(Axes):
                 )
         if not self.stages and not any(behind for _, behind in self._grants(self.threats)):
             raise BadOption(
-                f"threat: informed={EVERY!r} is not valid: no defense of the matrix has anything to model; add a "
-                "defense that has, or a threat model with informed=false"
+                f"threat: informed={self.threats[0].informed!r} is not valid: no defense of the matrix has anything to "
+                "model; add a defense that has, or a threat model with informed=false"
             )
 
     def trials(self) -> tuple[Trial, ...]:
@@ -266,7 +266,7 @@ class Matrix(Axes):
         """Yield these threat models, each with the defenses that are attacked under it."""
         for threat in threats:
             if threat.informed == SIMULATE:  # a control has nothing to model
-                yield threat, tuple(defense for defense in self.defenses if defense.name not in CONTROLS)
+                yield threat, tuple(defense for defense in self.defenses if SIMULATE in _informed(defense))
                 continue
             if threat.informed != EVERY:
                 yield threat, self.defenses
