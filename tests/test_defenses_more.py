@@ -355,6 +355,8 @@ def test_quantisation_at_its_ends() -> None:
 def test_a_quantisation_error_is_weighed_by_the_grids_width(bits: str) -> None:
     method = defenses.parse(f"quantise(bits={bits})")
     observed = {"a": (randn(2, 40) * 3).half().float(), "b": (randn(2, 3, 5, seed=1) * 1e-3).half().float()}
+    observed["sparse"] = observed["a"] * 1e-3 * (observed["a"] > 2)  # as behind ReLU: most entries are 0
+    observed["zero"] = torch.zeros(2, 7)
     dummy = {name: value + 1e-4 * randn(*value.shape, seed=2) for name, value in observed.items()}
     expected = np.zeros(2)
     for name, value in observed.items():
@@ -364,6 +366,8 @@ def test_a_quantisation_error_is_weighed_by_the_grids_width(bits: str) -> None:
             width = np.sqrt((each**2).mean(1, keepdims=True))
         else:
             width = (given.max(1) - given.min(1))[:, None] / 7
+            if name == "zero":
+                width[:] = 2.0**-24
         error = dummy[name].double().numpy().reshape(2, -1) - given
         expected += (error**2 / (2 * width**2 / 12)).sum(1)
     np.testing.assert_allclose(adaptive(method).likelihood(dummy, observed, {}).numpy(), expected, rtol=1e-4)

@@ -32,7 +32,7 @@ class Quantise(Defense):
         bits: bits an entry, or ``half``.
     """
 
-    version: ClassVar[int] = 3  # 3: adaptive attackers weigh the prior with the likelihood
+    version: ClassVar[int] = 4  # 4: half precision's step at 0 is that at 0, not that at 1/2
     reference: ClassVar[str] = (
         "Suresh et al. 2017, Distributed Mean Estimation with Limited Communication, ICML, section 2.2 (its levels, "
         "rounded to the nearest and not at random); IEEE 754-2008, binary16"
@@ -75,7 +75,8 @@ class Quantise(Defense):
         """Return [T, 1, ...] or, in half precision, [T, *shape]: how far an entry of [T, *shape] is from the next."""
         if self.bits == "half":
             exponent = torch.frexp(value).exponent - 1  # |value| lies in [2^exponent, 2^(exponent + 1))
-            return torch.ldexp(torch.ones_like(value), exponent - HALF_MANTISSA).clamp(min=HALF_STEP)
+            step = torch.ldexp(torch.ones_like(value), exponent - HALF_MANTISSA).clamp(min=HALF_STEP)
+            return step.where(value != 0, HALF_STEP)  # frexp's exponent of 0 is 0, as if 0 were in [1/2, 1)
         entries = value.flatten(1)
         span = entries.amax(1) - entries.amin(1)
         return (span / (2**self.bits - 1)).view(-1, *[1] * (value.ndim - 1))
