@@ -11,6 +11,8 @@ from collections import Counter
 from pathlib import Path
 
 import leakbench
+from leakbench import attacks, defenses, metrics, models
+from leakbench.core.text import FEDKL
 
 PACKAGE = Path(leakbench.__file__).parent
 ROOT = PACKAGE.parent
@@ -61,3 +63,28 @@ def _is_text(node: ast.AST) -> bool:
 
 def _riddles(text: str) -> list[str]:
     return [match[0] for match in re.finditer(rf"\b({RIDDLES})\b", " ".join(text.split()))]
+
+
+def test_every_citation_of_fedkl_names_its_authors() -> None:
+    """Each has the words of one constant; nothing but that constant spells them in the package."""
+    authors = FEDKL.partition(",")[0]
+    wrong = "W" + "ei et al"
+    pages = [path for path in _tracked() if path.suffix in (".cff", ".html", ".j2", ".md", ".py", ".toml")]
+    text = {str(path.relative_to(ROOT)): " ".join(path.read_text(encoding="utf-8").split()) for path in pages}
+    assert [name for name, body in text.items() if wrong.lower() in body.lower()] == []
+    names = re.compile(r"(\w+ et al\.? \d{4}), FedKL|FedKL \((\w+ et al\.? \d{4})")
+    cited = {name: {first or second for first, second in names.findall(body)} for name, body in text.items()}
+    found = {name: hits for name, hits in cited.items() if hits}
+    assert {name: hits for name, hits in found.items() if hits != {authors}} == {}
+    assert {"README.md", "docs/paper.md", "docs/reference/defenses.md", "reports/table6/paper.md"} <= set(found)
+    package = {name for name, body in text.items() if name.startswith("leakbench/") and authors in body}
+    assert package == {"leakbench/core/text.py"}
+    kinds = (attacks, defenses, models, metrics)
+    own = [kind.get(name).reference for kind in kinds for name in kind.names()]
+    assert all(FEDKL in one for one in own if "FedKL" in one or "2305.04095" in one)
+    assert sum(FEDKL in one for one in own) >= 8
+
+
+def _tracked() -> list[Path]:
+    tops = [path for path in ROOT.iterdir() if path.name not in (".git", ".venv", "build", "runs")]
+    return [path for top in tops for path in ([top] if top.is_file() else top.rglob("*")) if path.is_file()]

@@ -42,7 +42,7 @@ class IDLG(QuasiNewton):
         stop: every tenth step a trial whose squared distance is below this is done.
     """
 
-    reference: ClassVar[str] = "Zhao et al. 2020, iDLG, arXiv 2001.02610 (and the code of P. Zhao)"
+    reference: ClassVar[str] = "Zhao et al. 2020, iDLG, arXiv 2001.02610 (and the code of B. Zhao)"
     assumes: ClassVar[str] = (
         "As DLG, and a hard label with a classifier whose inputs are not negative, from which the label is inferred."
     )

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 ABSENT = "–"
 """The text in place of a missing number."""
+FEDKL = "Ren et al. 2023, FedKL, arXiv 2305.04095"
+"""The paper that proposes key-lock; every citation of it in the package is made of this."""
 
 
 def decimals(values: Iterable[float]) -> int | None:

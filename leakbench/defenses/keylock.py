@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from leakbench.core.component import NonNegative
+from leakbench.core.text import FEDKL
 from leakbench.core.types import Distribution, Gradient, Normal, Secret, Uniform
 from leakbench.defenses.adaptive import AdaptiveAttacker, Observed, Weights
 from leakbench.defenses.base import Defense, register
@@ -151,7 +152,7 @@ class KeyLockDefense(Defense):
             of its own (group ``drift``), and ``lock-weights`` are then those of the initial lock, which is stale.
     """
 
-    reference: ClassVar[str] = "Wei et al. 2023, FedKL, arXiv 2305.04095, section 3.3, equation 30 (and released code)"
+    reference: ClassVar[str] = f"{FEDKL}, section 3.3, equation 30 (and released code)"
     assumes: ClassVar[str] = "The attacker knows neither key nor lock, and does not model scale and shift."
     cost: ClassVar[str] = "Two linear layers for each locked block; every client's model works only with its own key."
     fails: ClassVar[str] = (

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from leakbench.core.text import FEDKL
 from leakbench.defenses.base import Defense, register
 from leakbench.models.surgery import Layers, plain_norm, replace_norms
 
@@ -18,9 +19,7 @@ class NormOnly(Defense):
         layers: as for key-lock: the ``first`` convolution's block, or ``all`` of them.
     """
 
-    reference: ClassVar[str] = (
-        "control for arXiv 2305.04095: separates the effect of the normalisation from that of the lock"
-    )
+    reference: ClassVar[str] = f"a control for {FEDKL}: the effect of the normalisation without that of the lock"
     assumes: ClassVar[str] = "Nothing: it is the placebo for key-lock."
     cost: ClassVar[str] = "That of a normalisation without scale and shift."
     fails: ClassVar[str] = "It hides only the contrast of an image."

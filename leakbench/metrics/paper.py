@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from leakbench.core.text import FEDKL
 from leakbench.metrics.base import Metric, by_rows, check_pair, register, rgb
 from leakbench.metrics.lpips import Net, TrunkMetric, trunk_distance
 from leakbench.metrics.standard import ERROR_PIXELS, windowed_ssim
@@ -20,7 +21,7 @@ PAPER_PSNR_CAP = 100.0
 """dB; the paper's "PSNR" of equal images, for which its code divides by zero."""
 
 _PIXELS = "both images cast to bytes without clamping (values wrap mod 256), 0 to 255, grey replicated"
-_REFERENCE = "Wei et al. 2023, FedKL, arXiv 2305.04095, table 6 (as the released code computes it)"
+_REFERENCE = f"{FEDKL}, table 6 (as the released code computes it)"
 
 
 def quantise(images: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from leakbench.core.text import FEDKL
 from leakbench.models.base import Architecture, Mode, register
 from leakbench.models.weights import Init
 
@@ -65,7 +66,7 @@ class LeNetBN(Architecture):
         weights: a checkpoint to attack instead of random weights.
     """
 
-    reference: ClassVar[str] = "Wei et al. 2023, FedKL, arXiv 2305.04095, section 4.3 (LeNet with BN)"
+    reference: ClassVar[str] = f"{FEDKL}, section 4.3 (LeNet with BN)"
     init: Init = "uniform(0.5)"
     mode: Mode = "train"
     fresh: bool = False

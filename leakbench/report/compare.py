@@ -3,14 +3,14 @@
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import pandas as pd
 from pydantic import Field
 
 from leakbench.analysis.summary import summarise
 from leakbench.core.files import StrictModel
-from leakbench.core.text import ABSENT, decimals, name_of
+from leakbench.core.text import ABSENT, FEDKL, decimals, name_of
 from leakbench.report.display import mean_text
 from leakbench.report.markdown import trained
 from leakbench.report.study import StudyPage, table
@@ -67,7 +67,7 @@ class PublishedAccuracy(StrictModel):
 class Published(StrictModel):
     """The published figures, their source, and the recipe of the trainings that is published with them."""
 
-    source: str
+    source: ClassVar[str] = f"{FEDKL}v2"
     recipe: dict[str, Any]
     figure: tuple[PublishedFigure, ...]
     accuracy: tuple[PublishedAccuracy, ...]
