@@ -28,7 +28,7 @@ from leakbench.datasets import Dataset
 from leakbench.datasets.images import read
 from leakbench.defenses import Defense
 from leakbench.defenses.base import Step, UpdateStep
-from leakbench.errors import BadOption, CorruptAsset, LeakbenchError
+from leakbench.errors import DEFENSE_FAILED, BadOption, CorruptAsset, LeakbenchError
 from leakbench.models.weights import stated
 from leakbench.plan.matrix import Matrix, expand
 from leakbench.plan.matrix import load as load_axes
@@ -556,6 +556,23 @@ def test_what_cannot_be_trained_is_a_record_with_a_reason(tmp_path: Path) -> Non
     text = report.write(tmp_path)[-1].read_text()
     assert "soteria, seed 0: unsupported: soteria is defined for one image" in text
     assert "RuntimeError: no luck" in text
+
+
+def test_a_broken_release_ends_its_own_training_in_one_line(tmp_path: Path) -> None:
+    @defenses.register("nan-in-training")
+    @dataclass(frozen=True)
+    class Broken(Defense):
+        """Sends no number."""
+
+        def release(self, step: Step, rng: torch.Generator) -> Gradient:
+            return {name: value * torch.nan for name, value in step.gradient().items()}
+
+    broken, none = train(study(defenses=["nan-in-training", "none"], rounds=1).arms(), tmp_path)
+    assert (broken.outcome.status, broken.outcome.rounds) == ("error", ())
+    assert broken.outcome.reason.startswith(f"{DEFENSE_FAILED}'nan-in-training' released ")
+    assert "not finite" in broken.outcome.reason
+    assert none.outcome.status == "ok"
+    assert broken.outcome.reason in report.write(tmp_path)[-1].read_text().replace("\\", "")
 
 
 def test_a_training_that_diverges_says_so_and_keeps_its_numbers(tmp_path: Path) -> None:

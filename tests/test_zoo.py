@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from zoo import BROKEN, DTYPES, EMPTY, HARMLESS, KINDS, SOMETIMES, Smooth, Zoo, matrix, network
 
 import leakbench
-from leakbench import Attack, LeakbenchError, Observation, Reconstruction, Rng, attacks
+from leakbench import Attack, Defense, LeakbenchError, Observation, Reconstruction, Rng, attacks, metrics
 from leakbench.analysis.failures import defense_failures
+from leakbench.analysis.recovery import judged
 from leakbench.api import Run
 from leakbench.attacks.base import ORDINARY_SIZES, prepare
 from leakbench.core.rng import generator
@@ -28,10 +29,13 @@ from leakbench.engine.progress import NullProgress
 from leakbench.errors import DEFENSE_FAILED, BadOption, DefenseFailed
 from leakbench.leaderboard.entry import entries
 from leakbench.models import OwnModule
+from leakbench.plan.matrix import parse_threat
 from leakbench.report import worst_case
 from leakbench.report.run import RunData
 from leakbench.report.scenes import share_text, worst_cases
 from leakbench.store.run_file import FILE, Store
+from leakbench.training.settings import Recipe
+from leakbench.training.steps import Trainee, descend, optimiser
 from leakbench.victim import Client, observe
 
 RUN = ("nan", "inf", "late-nan", "int32", "complex", "sparse", "raises", "wrap")
@@ -123,6 +127,46 @@ def test_the_size_and_the_type_of_a_release_hide_nothing(zoos, kind):
     assert (own["ssim_aligned"] - none["ssim_aligned"]).abs().max() <= tolerance
     searched = own.index.get_level_values("attack") != "peel"  # to the last bit, which half has not
     assert (own["psnr"] - none["psnr"])[searched].abs().max() <= (1e-9 if exact else 1.0)
+
+
+MOVED = ("roll", "shuffle", "flip")
+"""Harmless defenses that ``simulate`` undoes to the last bit; the factors of ``SCALED`` are divided out in float32."""
+SCALED = ("x1e30", "x1e-30")
+
+
+def by_ig(kind: str, informed: str) -> tuple[Tensor, float]:
+    """Return the image that ig finds behind a defense, and its aligned SSIM."""
+    images, labels = Smooth().load([1])
+    client = Client(images[0], int(labels[0]), "weights", "client")
+    threat = parse_threat(f"informed={informed}")
+    observation = observe(OwnModule("net", network()), Zoo(kind), threat, [client], 4, Smooth().mean())
+    found = run("ig(steps=40, tv=0)", observation).images
+    return found, float(metrics.parse("ssim_aligned")(found, images))
+
+
+def test_ig_that_simulates_goes_the_same_way_behind_moved_entries_as_behind_none():
+    plain, score = by_ig("nothing to do", "false")
+    assert score > 0.9
+    for kind in MOVED:
+        assert torch.equal(by_ig(kind, "simulate")[0], plain), kind
+    for kind in SCALED:
+        found, score = by_ig(kind, "simulate")
+        torch.testing.assert_close(found, plain, rtol=0, atol=0.02, msg=kind)
+        assert score > 0.9
+    assert by_ig("roll", "false")[1] < 0.6
+
+
+@pytest.mark.full
+def test_every_attack_recovers_each_image_behind_moved_and_scaled_entries(tmp_path):
+    kinds, attacks = (*MOVED, *SCALED), ["peel", "lb(steps=60)", "ig(steps=300)"]
+    plan = matrix(*kinds, attacks=attacks, threats=[{}, {"informed": "simulate"}], images=4)
+    results = leakbench.run(plan, tmp_path, device="cpu").results()
+    own = judged(results, 0.6)
+    own = own[~own["floor"] & ((own["defense"] == "none") | own["threat"].str.contains("simulate"))]
+    shares = own.groupby(["defense", "attack"])["recovered"].agg(["mean", "size"])
+    assert len(shares) == (len(kinds) + 1) * len(attacks)
+    assert (shares["size"] == 4).all()
+    assert (shares["mean"] == 1).all(), shares.to_string()
 
 
 def test_a_layer_that_is_withheld_from_every_image_keeps_its_reason(zoos):
@@ -308,14 +352,45 @@ def test_a_client_that_trains_sends_no_broken_reply(kind):
 
 def test_a_federated_round_with_a_broken_reply_is_refused():
     from leakbench.training.clients import Own, local_round
-    from leakbench.training.settings import Recipe
-    from leakbench.training.steps import Trainee
 
     images, labels = Smooth().load(range(4))
     data = ByteImages((images * 255).byte(), labels)
     trainee = Trainee.of(network(), Zoo("nan"))
     with pytest.raises(DefenseFailed, match="not finite"):
         local_round(trainee, data, Recipe(), Own({}, {}), trainee.shared(), client=0, number=1, seed=0, classes=4)
+
+
+def batch_trained_behind(defense: Defense, factor: float = 1.0) -> tuple[bool, bool]:
+    """Take a step in one place; return whether the network moved, and whether its weights are still finite."""
+    trainee = Trainee.of(network(), defense)
+    with torch.no_grad():
+        trainee.network[-1].weight.mul_(factor)
+    before = trainee.shared()
+    images, labels = Smooth().load(range(4))
+    sgd = optimiser(trainee, Recipe(), 1, {})
+    try:
+        descend(trainee, sgd, images, labels, generator("release"), defended=True, classes=4)
+    finally:
+        moved = not same(trainee.shared(), before)
+    return moved, all(bool(torch.isfinite(value).all()) for value in trainee.shared().values())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BROKEN if kind not in ("raises", "wrap", "nothing")])
+def test_training_in_one_place_refuses_a_broken_release_as_a_trial_does(kind):
+    with pytest.raises(DefenseFailed) as error:
+        batch_trained_behind(Zoo(kind))
+    told(str(error.value))
+    assert str(error.value).startswith(f"{DEFENSE_FAILED}'zoo' ")
+
+
+@pytest.mark.parametrize("kind", [*HARMLESS, *DTYPES, *EMPTY])
+def test_training_in_one_place_takes_any_other_release(kind):
+    assert batch_trained_behind(Zoo(kind))[0]
+
+
+@pytest.mark.parametrize("kind", ["one-nan", "flip"])
+def test_a_network_that_diverged_is_not_the_defenses_fault(kind):
+    assert batch_trained_behind(Zoo(kind), factor=math.inf) == (True, False)
 
 
 # odd sizes, and values that are not finite

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from leakbench.core.rng import generator
-from leakbench.errors import Unsupported
+from leakbench.errors import DefenseFailed, Unsupported
 from leakbench.flower.simulation import Failure, simulate
 from leakbench.training.arm import GLOBAL, OnRound, Outcome, Round, TrainingHistory, TrainingSession, View, start, view
 from leakbench.training.clients import Own, begin, local_round
@@ -122,7 +122,8 @@ class _Server:
         if not reports:
             reason = min((failure.reason for failure in self.failures), default="no client replied")
             kind, _, words = reason.partition(": ")
-            raise Unsupported(words) if kind == "Unsupported" else RuntimeError(f"every client failed: {reason}")
+            known = next((error for error in (Unsupported, DefenseFailed) if error.__name__ == kind), None)
+            raise known(words) if known else RuntimeError(f"every client failed: {reason}")
         steps = sum(report["steps"] for report in reports)
         loss: float = sum(report["loss"] * report["steps"] for report in reports) / steps
         return loss

@@ -12,7 +12,7 @@ from pydantic import Field, TypeAdapter
 from leakbench.core.device import device_named
 from leakbench.core.lock import alone
 from leakbench.core.rng import check_salt, new_salt
-from leakbench.errors import BadOption, CorruptAsset, LeakbenchError, Unsupported, one_line
+from leakbench.errors import BadOption, CorruptAsset, DefenseFailed, LeakbenchError, Unsupported, one_line
 from leakbench.flower import require
 from leakbench.gradients import full_precision
 from leakbench.store.provenance import Provenance
@@ -175,6 +175,8 @@ def _one(arm: Arm, folder: Path, device: torch.device, workers: int, progress: N
         return centralised.train(start(arm, device), folder, progress.round)
     except Unsupported as error:
         return Outcome("unsupported", str(error))
+    except DefenseFailed as error:  # ends its own arm, as do the errors of any component
+        return Outcome("error", str(error))
     except LeakbenchError:
         raise
     except (Exception, SystemExit) as error:  # an error of a component ends its own arm, not the run

@@ -16,7 +16,7 @@ from leakbench.core.rng import generator, seeded
 from leakbench.core.types import Gradient, Secret
 from leakbench.datasets.images import ByteImages
 from leakbench.defenses import Defense
-from leakbench.defenses.base import Step, checked
+from leakbench.defenses.base import Step, checked, encoded
 from leakbench.gradients.evaluate import tensors_of
 from leakbench.training.data import batches, floats
 from leakbench.training.settings import Recipe
@@ -183,29 +183,41 @@ def descend(
         rng: of the defense's draws.
         defended: whether the defense acts on the gradient (``release``), or only on data, network and loss.
         classes: number of classes.
+
+    Raises:
+        DefenseFailed: what the defense encodes or releases is malformed; or it is not finite, where the gradient of
+            the same batch without the defense's loss and release is. Else the training diverged.
     """
-    x, y = _encoded(trainee.defense, x, y, rng, classes)
+    defense = trainee.defense
+    x, y = (value.to(trainee.device) for value in _encoded(defense, x, y, rng, classes))
     trainee.refresh(len(x), rng)
-    kind = Step if type(trainee.defense).release is Defense.release else _OnCpu
-    step = kind(trainee.network, x.to(trainee.device), y.to(trainee.device), trainee.defense)
-    gradient = trainee.defense.release(step, rng) if defended else step.gradient()
-    gradient = checked(trainee.defense, gradient, trainee.parameters(), finite=False)
+    kind = Step if type(defense).release is Defense.release else _OnCpu
+    step = kind(trainee.network, x, y, defense)
+    released = defense.release(step, rng) if defended else step.gradient()
+    gradient = checked(defense, released, trainee.parameters(), finite=False)
+    if not _finite(gradient) and _finite(Step(trainee.network, x, y, Defense()).gradient()):
+        checked(defense, released, trainee.parameters())
     for name, parameter in trainee.parameters().items():
         parameter.grad = gradient.get(name)
     sgd.step()
     return sum(step.losses) / max(1, len(step.losses))
 
 
+def _finite(gradient: Gradient) -> bool:
+    """Return whether every value is finite."""
+    return all(bool(torch.isfinite(value).all()) for value in gradient.values())
+
+
 def _encoded(defense: Defense, x: Tensor, y: Tensor, rng: torch.Generator, classes: int) -> tuple[Tensor, Tensor]:
     """Return the batch as the defense encodes it; further images of the batch serve as companions of each image."""
     if not defense.companions:
-        return defense.encode(x, y, rng)
+        return encoded(defense, x, y, rng)
     labels = F.one_hot(y, classes).to(x.dtype)
-    encoded = []
+    pairs = []
     for row in range(len(x)):
         rows = torch.tensor([row, *(int(torch.randint(len(x), (), generator=rng)) for _ in range(defense.companions))])
-        encoded.append(defense.encode(x[rows], labels[rows], rng))
-    images, targets = zip(*encoded)
+        pairs.append(encoded(defense, x[rows], labels[rows], rng))
+    images, targets = zip(*pairs)
     return torch.cat(images), torch.cat(targets)
 
 
