@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -31,8 +32,10 @@ from benchmarks.speed.work import (
     Work,
     flops,
     generator,
+    groups_of,
     scene,
 )
+from leakbench.analysis.statistics import wilson_interval
 from leakbench.attacks.grnn import layout
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -268,9 +271,34 @@ def test_success_rates_are_compared_and_a_second_run_has_nothing_to_do(tmp_path:
 
 def test_a_share_counts_what_is_not_finite_as_no_success() -> None:
     trials = [{"psnr": 25.0, "diverged": False}, {"psnr": None, "diverged": True}, {"psnr": 3.0, "diverged": True}]
-    found = report.shares(trials, 18.0)
-    assert found["success"][:2] == (1, 3)
-    assert found["diverged"][:2] == (2, 3)
+    found = report.outcomes({str(number): trial for number, trial in enumerate(trials)}, 18.0)
+    assert found == {"success": [1, 0, 0], "diverged": [0, 1, 1]}
+
+
+def test_intervals_of_success_rates_are_by_photograph() -> None:
+    groups = groups_of(range(100))
+    assert len(set(groups)) == 7
+    assert groups[:36] == groups[64:]  # the images repeat
+    trials = [{"psnr": 20.0 if group < 3 else 5.0, "diverged": False} for group in groups]
+    numbered = {str(number): trial for number, trial in enumerate(trials)}
+    worse = numbered | {"0": {"psnr": 5.0, "diverged": False}}
+    case = {"spec": "ig", "model": "lenet", "success_db": 18.0, "trials": {"batched": worse, "one-at-a-time": numbered}}
+    page = report._parity(
+        {"cases": {"": case}, "machine": dict.fromkeys(("device", "torch", "date"), ""), "commits": []}
+    )
+    (row,) = [line for line in page.splitlines() if "PSNR" in line]
+    count = sum(trial["psnr"] > 18 for trial in trials)
+    low, high = map(int, re.search(rf" {count}/100 = {count} % \((\d+)–(\d+)\) ", row).groups())
+    by_image = wilson_interval(count / 100, 100)
+    assert low < 100 * by_image[0] - 10
+    assert high > 100 * by_image[1] + 10
+    assert re.search(r" -1 \(-\d to [+-]0\) ", row)
+    committed = json.loads((SPEED / "cpu.json").read_text())["ending"]
+    (row,) = [line for line in report._ending_lines(committed)[1].splitlines() if line.startswith("| leakbench ")]
+    low, high = map(int, re.search(r" 41 \((\d+)–(\d+) %\) ", row).groups())
+    by_image = wilson_interval(41 / 64, 64)
+    assert low < 100 * by_image[0] - 10
+    assert high > 100 * by_image[1] + 5
 
 
 def test_the_clock_of_several_workers_counts_nothing_that_was_done_before_it_began(monkeypatch) -> None:

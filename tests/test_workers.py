@@ -5,6 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +30,7 @@ from test_engine import (  # noqa: F401
 from test_worst_case import Counts, Knows, ensemble, planned
 
 from leakbench import LeakbenchError, Reconstruction
+from leakbench.core.lock import PREFIX, remove_abandoned, temporary_folder
 from leakbench.engine import executors as workers
 from leakbench.engine.schedule import MAX_DEATHS, Schedule
 from leakbench.engine.worker import ClientData, MeasureTask
@@ -106,9 +110,49 @@ def test_an_ensemble_skips_the_same_trials_with_workers(tmp_path):
 
 def test_a_trial_that_hangs_is_stopped_at_the_time_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "LOADING_SECONDS", 8.0)
+    temporary = temporary_files(tmp_path / "tmp", monkeypatch)
+    monkeypatch.setenv("TMPDIR", str(temporary))  # of the worker
     results = go(plan(attacks=[Hangs()], images=[3, 2]), tmp_path, chunk=2, time_limit=1).set_index("image")
+    assert not list(temporary.iterdir()), "the killed worker leaves the folders of its attack"
     assert results["status"].to_dict() == {3: "ok", 2: "error"}
     assert "timed out after 1 s" in results["reason"][2]
+
+
+def temporary_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a new folder in which this process makes its temporary files."""
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def test_a_temporary_folder_is_deleted_by_others_once_its_process_has_ended(tmp_path, monkeypatch):
+    temporary = temporary_files(tmp_path / "tmp", monkeypatch)
+    others = [temporary / name for name in ("attack-abcdefgh", f"{PREFIX}attack-long-name", f"{PREFIX}draft-abcdefgh")]
+    for other in others:
+        other.mkdir(mode=0o700)
+    public = temporary / f"{PREFIX}attack-abcdefgh"
+    public.mkdir()
+    public.chmod(0o755)
+    (tmp_path / "kept").mkdir(mode=0o700)
+    link = temporary / f"{PREFIX}check-abcdefgh"
+    link.symlink_to(tmp_path / "kept")
+    code = "import time; from leakbench.core.lock import temporary_folder as made\nwith made('attack') as folder:\n"
+    code += "    (folder / 'file').touch(); print(folder, flush=True); time.sleep(600)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(temporary)}
+    )
+    held = Path(process.stdout.readline().strip())
+    with temporary_folder("check") as own:
+        remove_abandoned()
+        assert held.exists()
+        assert own.exists()
+        process.kill()
+        process.communicate()
+        assert held.exists()
+        remove_abandoned()
+        assert set(temporary.iterdir()) == {*others, public, link, own}
+        assert (tmp_path / "kept").exists()
+    assert not own.exists()
 
 
 def test_ctrl_c_ends_the_workers_and_the_run_is_resumed(tmp_path):

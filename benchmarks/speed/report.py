@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from tabulate import tabulate
 from benchmarks.readme import fill
 from benchmarks.speed.machine import ROOT
 from benchmarks.speed.measure import Ratio, median, per_iteration, ratio, set_up
-from benchmarks.speed.work import BREACHING, LEAKBENCH, REFERENCE, TITLES
-from leakbench.analysis.statistics import wilson_interval
+from benchmarks.speed.work import BREACHING, LEAKBENCH, REFERENCE, TITLES, groups_of
+from leakbench.analysis.statistics import bootstrap_interval, effective_groups, share_interval, wilson_interval
 
 KINDS = ("cpu", "cuda")
 BEGIN, END = "<!-- speed: begin, written by make bench -->", "<!-- speed: end -->"
@@ -35,8 +36,8 @@ LEGEND = """## How it was measured
   float32 matrix product measured in the same round, over the time that the iteration took.
 - **DLG** is run to its end: the outer steps are up, nothing moves, or the objective is not finite. leakbench does all
   trials in every round, the others an equal share in each, so that all do the same trials. A success is a PSNR of at
-  least the value stated. The brackets hold the ratios of rounds, by the time of an evaluation; an evaluation counts as
-  an iteration.
+  least the value stated; its brackets hold a 95 % interval by photograph (Wilson's), of which the images are crops. The
+  brackets of gains hold the ratios of rounds, by the time of an evaluation; an evaluation counts as an iteration.
 - **Peak memory** is that of a fresh process, beyond what it held after importing torch.
 """
 
@@ -218,7 +219,8 @@ def _ending_lines(row: dict[str, Any]) -> list[str]:
     for name, sums in result["total"].items():
         passes = len(row["rounds"]) if name == LEAKBENCH else 1
         trials = round(sums["trials"] / passes)
-        low, high = wilson_interval(round(sums["successes"] / passes) / trials, trials)
+        groups = effective_groups(list(Counter(groups_of(range(trials))).values()))
+        low, high = wilson_interval(round(sums["successes"] / passes) / trials, groups)
         target = targets.get(name)
         lines.append(
             {
@@ -325,48 +327,68 @@ def parity(folder: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def shares(trials: Sequence[dict[str, Any]], threshold: float) -> dict[str, tuple[int, int, float, float]]:
-    """Return (count, trials, low, high) of the successes and the divergences among measured trials."""
-    counts = {
-        "success": sum(trial["psnr"] is not None and trial["psnr"] >= threshold for trial in trials),
-        "diverged": sum(trial["diverged"] for trial in trials),
-    }
+def outcomes(trials: dict[str, dict[str, Any]], threshold: float) -> dict[str, list[float]]:
+    """Return by ``success`` and ``diverged`` a 1 for each trial that was or did, else a 0.
+
+    Args:
+        trials: the outcome of each by its number.
+        threshold: the PSNR of a success, in dB.
+    """
     return {
-        name: (count, len(trials), *wilson_interval(count / max(1, len(trials)), len(trials)))
-        for name, count in counts.items()
+        "success": [float(one["psnr"] is not None and one["psnr"] >= threshold) for one in trials.values()],
+        "diverged": [float(one["diverged"]) for one in trials.values()],
     }
 
 
 def _parity(parities: dict[str, Any]) -> str:
     lines = []
     for case in parities["cases"].values():
-        both = [shares(list(case["trials"][how].values()), case["success_db"]) for how in ("batched", "one-at-a-time")]
-        if not all(measured["success"][1] for measured in both):
+        alone = case["trials"]["one-at-a-time"]
+        both = {number: one for number, one in case["trials"]["batched"].items() if number in alone}
+        if not both:
             continue
+        groups = groups_of(map(int, both))
+        found = [outcomes(trials, case["success_db"]) for trials in (both, {number: alone[number] for number in both})]
         for what in ("success", "diverged"):
-            (a, b) = (measured[what] for measured in both)
-            overlap = a[2] <= b[3] and b[2] <= a[3]
-            label = f"PSNR ≥ {case['success_db']:g} dB" if what == "success" else "diverged"
-            cells = [f"{n}/{of} = {100 * n / of:.0f} % ({100 * lo:.0f}–{100 * hi:.0f})" for n, of, lo, hi in (a, b)]
+            batched, single = (own[what] for own in found)
+            differences = [a - b for a, b in zip(batched, single)]
             lines.append(
                 {
                     "attack": case["spec"],
                     "network": case["model"],
-                    "share": label,
-                    "batched": cells[0],
-                    "one at a time": cells[1],
-                    "95 % intervals": "overlap" if overlap else "**do not overlap**",
+                    "share": f"PSNR ≥ {case['success_db']:g} dB" if what == "success" else "diverged",
+                    "batched": _share(batched, groups),
+                    "one at a time": _share(single, groups),
+                    "difference, points": _difference(differences, groups),
                 }
             )
     if not lines:
         return "## Success rates\n\nNothing has been compared to its end yet."
     machine = parities["machine"]
     text = (
-        f"In float32 two orders of summation part ways, so rates are compared, not pixels: the same images, weights "
-        f"and starts, batched by leakbench and one at a time by the reference. Wilson intervals. {machine['device']}, "
-        f"torch {machine['torch']}, leakbench at {', '.join(parities['commits'])}, {machine['date']}."
+        "In float32 two orders of summation part ways, so rates are compared, not pixels: the same images, weights and "
+        "starts, batched by leakbench and one at a time by the reference. The images are crops of 7 photographs, and "
+        "the 95 % intervals are by photograph; differences are paired by trial. "
+        f"{machine['device']}, torch {machine['torch']}, leakbench at {', '.join(parities['commits'])}, "
+        f"{machine['date']}."
     )
     return f"## Success rates\n\n{text}\n\n{_table(lines)}"
+
+
+def _share(values: Sequence[float], groups: Sequence[int]) -> str:
+    low, high = share_interval(values, groups)
+    share = sum(values) / len(values)
+    return f"{sum(values):.0f}/{len(values)} = {100 * share:.0f} % ({100 * low:.0f}–{100 * high:.0f})"
+
+
+def _difference(values: Sequence[float], groups: Sequence[int]) -> str:
+    """Return the mean of paired differences with its interval, bold if 0 is outside; no interval for one group."""
+    low, high = bootstrap_interval(values, groups=groups)
+    text = f"{100 * sum(values) / len(values):+.0f}"
+    if low != low:
+        return text
+    text += f" ({100 * low:+.0f} to {100 * high:+.0f})"
+    return text if low <= 0 <= high else f"**{text}**"
 
 
 def plot(measured: dict[str, Any], file: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -27,6 +27,12 @@ FLOOR = 7
 """Forward passes that a gradient, and its derivative by the image, cost at least."""
 
 LEAKBENCH, REFERENCE, BREACHING = "leakbench", "reference", "breaching"
+
+
+def groups_of(trials: Iterable[int]) -> list[int]:
+    """Return the photograph that the image of each trial is a crop of."""
+    dataset = leakbench.datasets.parse("samples")
+    return [dataset.group(trial % IMAGES) for trial in trials]
 
 
 @dataclass(frozen=True)

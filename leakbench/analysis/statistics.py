@@ -105,6 +105,16 @@ def wilson_interval(share: float, trials: float) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def effective_groups(sizes: Sequence[int]) -> float:
+    """Return how many independent observations groups of these sizes are worth if images of one group are the same.
+
+    (sum of sizes)^2 / sum of squared sizes (Kish 1965, Survey Sampling): the number of groups if all are of one size,
+    and fewer if a few groups hold most of the images.
+    """
+    each = np.asarray(sizes, dtype=np.float64)
+    return float(each.sum() ** 2 / np.square(each).sum()) if len(each) else 0.0
+
+
 def share_interval(values: Sequence[float] | Array, groups: Ids | None = None) -> tuple[float, float]:
     """Return the 95 % interval of the mean of images' values in [0, 1], such as the share of images recovered.
 

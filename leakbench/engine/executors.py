@@ -27,6 +27,7 @@ from typing import Generic, Self, TypeVar
 
 import torch
 
+from leakbench.core.lock import remove_abandoned
 from leakbench.core.malloc import keep_freed_memory
 from leakbench.core.registry import load_plugin, plugins
 from leakbench.engine.isolation import foreign
@@ -261,13 +262,14 @@ class ProcessExecutor(WorkerPool[_Process]):
         self.workers = len(works)
 
     def close(self) -> None:
-        """Kill every process; none of them has state to save."""
+        """Kill every process, none of which has state to save, and delete the folders of their attacks."""
         for slot in self._slots:
             slot.process.kill()
         for slot in self._slots:
             slot.process.join()
             slot.pipe.close()
         self._slots = []
+        remove_abandoned()
 
     def _start(self, place: int) -> _Process:
         here, there = multiprocessing.Pipe()

@@ -18,7 +18,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -30,6 +30,7 @@ from leakbench import errors
 from leakbench.attacks import Attack
 from leakbench.attacks.base import checked
 from leakbench.core.component import shipped
+from leakbench.core.lock import remove_abandoned, temporary_folder
 from leakbench.core.loss_curve import Curve
 from leakbench.core.registry import plugins
 from leakbench.core.rng import Rng
@@ -229,8 +230,10 @@ class Template:
 
     def __init__(self) -> None:
         refuse_inside()
-        self._folder = tempfile.TemporaryDirectory(prefix="attack-", ignore_cleanup_errors=True)
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
+        remove_abandoned()
+        self._open = contextlib.ExitStack()  # as long as the process
+        folder = str(self._open.enter_context(temporary_folder("attack")))
+        self._log = self._open.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         self._control, there = socket.socketpair()
         path = [str(Path(folder).resolve()) for folder in sys.path]
         code = f"import sys; sys.path[:] = {path!r}; from {INSIDE} import main; main({there.fileno()})"
@@ -241,8 +244,8 @@ class Template:
                 stdout=self._log,
                 stderr=self._log,
                 pass_fds=[there.fileno()],
-                cwd=self._folder.name,
-                env=environment(self._folder.name),
+                cwd=folder,
+                env=environment(folder),
                 start_new_session=True,  # Ctrl-C in a terminal goes to the driver only, which ends the template
             )
 
@@ -252,8 +255,7 @@ class Template:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        self._log.close()
-        self._folder.cleanup()
+        self._open.close()
 
     def ask(self, message: bytes) -> tuple[bytes | None, str, int | None]:
         """Return the answer to a call, None if its process ended without one; what it printed; and its exit code.
@@ -261,9 +263,9 @@ class Template:
         The exit code is None if the template has ended.
         """
         here, there = socket.socketpair()
-        with here, tempfile.TemporaryFile() as said, _working_folder() as folder:
+        with here, tempfile.TemporaryFile() as said, temporary_folder("attack") as folder:
             with there, contextlib.suppress(OSError):  # the template has ended
-                socket.send_fds(self._control, [folder.encode()], [there.fileno(), said.fileno()])
+                socket.send_fds(self._control, [bytes(folder)], [there.fileno(), said.fileno()])
             with contextlib.suppress(OSError):  # the process has ended
                 here.sendall(message)
             answer, code = self._received(here)
@@ -300,13 +302,6 @@ def _receive(connection: socket.socket) -> bytes:
         return connection.recv(2**20)
     except OSError:
         return b""
-
-
-@contextlib.contextmanager
-def _working_folder() -> Iterator[str]:
-    """Yield an empty folder, which is deleted afterwards."""
-    with tempfile.TemporaryDirectory(prefix="attack-", ignore_cleanup_errors=True) as folder:
-        yield folder
 
 
 def _end_of(file: Any) -> str:

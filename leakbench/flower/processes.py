@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from ray.exceptions import RayError
 
+from leakbench.core.lock import remove_abandoned, temporary_folder
 from leakbench.core.registry import load_plugin, plugins
 from leakbench.errors import BadOption, LeakbenchError
 from leakbench.flower.simulation import Carrier, ClientReply, Delivery, Mail, failed_reply, first_line, replies_of
@@ -40,8 +40,8 @@ def ray_clients(client: ClientApp, count: int) -> Iterator[Carrier]:
     servers: list[psutil.Process] = []
     with ExitStack() as stack:
         if not ray.is_initialized():
-            folder = tempfile.TemporaryDirectory(prefix="leakbench-ray-", ignore_cleanup_errors=True)
-            stack.callback(folder.cleanup)
+            remove_abandoned()
+            folder = stack.enter_context(temporary_folder("ray"))
             stack.callback(ray.shutdown)
             ray.init(
                 address="local",
@@ -50,7 +50,7 @@ def ray_clients(client: ClientApp, count: int) -> Iterator[Carrier]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=folder.name,
+                _temp_dir=str(folder),
             )
             servers = [one for one in psutil.Process().children() if one.name() in ("raylet", "gcs_server")]
         try:

@@ -3,7 +3,6 @@
 import math
 import random
 import secrets
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from leakbench.analysis import pareto as utility
 from leakbench.analysis.recovery import CLOSENESS, judged
 from leakbench.analysis.reproduce import owners, spec_of
 from leakbench.analysis.statistics import ALPHA, holm, sign_flip_test, wilcoxon_test
+from leakbench.core.lock import remove_abandoned, temporary_folder
 from leakbench.engine import run as engine
 from leakbench.engine.progress import NullProgress
 from leakbench.engine.run import RunOptions
@@ -157,7 +157,8 @@ def check(
     chosen = random.Random(seed).sample(known, min(sample, len(known)))
     repeats: list[Repeat] = []
     used: set[PluginFile] = set()
-    with tempfile.TemporaryDirectory() as folder:
+    remove_abandoned()
+    with temporary_folder("check") as folder:
         for place, trial in enumerate(chosen):
             row = planned.loc[trial.id]
             threat, own = str(row["threat"]), components["defense", str(row["defense"])]
@@ -174,7 +175,7 @@ def check(
                     f"leakbench, data and plugins that made the entry: {', '.join(entry.versions)}"
                 )
             options = RunOptions(device, salt=entry.salt if salt is None else salt)
-            out = engine.run(matrix, Path(folder) / str(place), options, progress=progress)
+            out = engine.run(matrix, folder / str(place), options, progress=progress)
             with Store.open(out / FILE, readonly=True) as store:
                 done = store.results()
                 used |= {one for one in store.plugins() if one.kind in ("attack", "generator")}
