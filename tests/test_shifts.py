@@ -1,0 +1,300 @@
+"""Shift factorisation: exact inputs and errors from one weight gradient, and the cases in which there are none."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from leakbench.attacks.peeling.factors import ConvolutionFactors, NotFactorised, scale_by_bias, scale_by_shift
+from leakbench.attacks.peeling.krylov import DENSE, lowest_eigenvectors
+from leakbench.attacks.peeling.lattice import Lattice
+from leakbench.attacks.peeling.shifts import factorise_convolution
+from leakbench.attacks.peeling.unmixing import unmix
+from leakbench.errors import BadOption, Unsupported
+
+EXACT = {
+    "3x3": (nn.Conv2d(40, 24, 3, padding=1), (4, 4)),
+    "rectangular": (nn.Conv2d(40, 24, 3, padding=1), (3, 5)),
+    "fewer outputs than positions": (nn.Conv2d(40, 6, 3, padding=1), (4, 4)),
+    "iterative": (nn.Conv2d(80, 32, 3, padding=1), (5, 5)),
+    "no padding": (nn.Conv2d(40, 24, 3), (5, 4)),
+    "wide padding": (nn.Conv2d(40, 24, 3, padding=4), (3, 3)),
+    "5x5": (nn.Conv2d(40, 24, 5, padding=2), (4, 4)),
+    "3x5": (nn.Conv2d(40, 24, (3, 5), padding=(1, 2)), (4, 4)),
+    "2x2": (nn.Conv2d(40, 24, 2, padding=1), (4, 4)),
+    "4x4 same": (nn.Conv2d(40, 24, 4, padding="same"), (4, 4)),
+    "kernel of the image's size": (nn.Conv2d(40, 24, 4), (4, 4)),
+    "stride 2, odd size": (nn.Conv2d(40, 24, 3, padding=1, stride=2), (5, 5)),
+    "4x4, stride 2": (nn.Conv2d(40, 24, 4, padding=1, stride=2), (4, 6)),
+    "groups": (nn.Conv2d(60, 24, 3, padding=1, groups=3), (4, 4)),
+    "one dimension": (nn.Conv1d(30, 24, 3, padding=1), (12,)),
+    "three dimensions": (nn.Conv3d(40, 24, 3, padding=1), (3, 3, 3)),
+    "one position": (nn.Conv2d(8, 4, 3, padding=1), (1, 1)),
+}
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def step(layer: nn.Module, image: tuple[int, ...], images: int = 1, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weight gradient of a convolution on ReLU inputs, by autograd in float64, those and random errors."""
+    layer = layer.double()
+    h = torch.randn(images, layer.in_channels, *image, dtype=torch.float64, generator=rng(seed)).relu()
+    out = layer(h)
+    d = torch.randn(out.shape, dtype=torch.float64, generator=rng(seed + 1))
+    return torch.autograd.grad(out, layer.weight, d)[0], h, d
+
+
+def error(found: Tensor, true: Tensor, groups: int = 1) -> float:
+    """Return the largest relative error of an image (of a group) after the best scale, in the best order."""
+    worst = 0.0
+    for own, exact in zip(found.chunk(groups, 1), true.chunk(groups, 1)):
+        for image in exact.flatten(1):
+            scale = own.flatten(1) @ image / own.flatten(1).square().sum(1)
+            off = (scale[:, None] * own.flatten(1) - image).norm(dim=1) / image.norm()
+            worst = max(worst, float(off.min()))
+    return worst
+
+
+def factors(gradient: Tensor | None, lattice: Lattice, images: int = 1, seed: int = 0) -> ConvolutionFactors:
+    found = factorise_convolution(gradient, lattice, rng(seed), images)
+    assert isinstance(found, ConvolutionFactors), found
+    return found
+
+
+def refusal(gradient: Tensor | None, lattice: Lattice, images: int = 1) -> NotFactorised:
+    found = factorise_convolution(gradient, lattice, rng(), images)
+    assert isinstance(found, NotFactorised)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("case", EXACT)
+def test_one_image_is_exact(case: str) -> None:
+    layer, image = EXACT[case]
+    gradient, h, d = step(layer, image)
+    lattice = Lattice.of(layer, image)
+    found = factors(gradient, lattice)
+    assert found.inputs.shape == h.shape
+    assert found.errors.shape == d.shape
+    assert error(found.inputs, h, layer.groups) < 1e-10
+    read = (lattice.taps() < lattice.inputs).any(0).view(lattice.output)  # an error whose output reads only padding is
+    assert error(found.errors, d * read, layer.groups) < 1e-10  # in no gradient
+    assert found.misfit < 1e-11
+    rounded = factors(gradient.float(), lattice)
+    assert error(rounded.inputs, h, layer.groups) < 3e-6
+
+
+@pytest.mark.parametrize("images", [2, 4, 8])
+def test_batches_are_exact(images: int) -> None:
+    layer = nn.Conv2d(16 * images, 32, 3, padding=1)
+    gradient, h, d = step(layer, (3, 3), images)
+    found = factors(gradient, Lattice.of(layer, (3, 3)), images)
+    assert error(found.inputs, h) < 1e-10
+    assert error(found.errors, d) < 1e-10
+    assert error(factors(gradient.float(), Lattice.of(layer, (3, 3)), images).inputs, h) < 3e-6
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("images", [1, 3])
+def test_a_network_is_exact_in_both_modes_of_batch_norm(images: int, training: bool) -> None:
+    """The scale, too, by the shift of the normalisation below and, in eval mode, by that above."""
+    torch.manual_seed(0)
+    below = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU())
+    layer, above = nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)
+    head = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    with torch.no_grad():
+        for norm in (below[1], above):
+            norm.running_mean.normal_(0, 0.1)
+            norm.running_var.uniform_(0.5, 1.5)
+            norm.bias.normal_(0, 0.3)
+    nn.Sequential(below, layer, above, head).double().train(training)
+    h = below(torch.rand(images, 3, 4, 4, dtype=torch.float64))
+    out = layer(h)
+    loss = nn.functional.cross_entropy(head(above(out)), torch.arange(images))
+    d, gradient, by_shift, by_upper = torch.autograd.grad(loss, [out, layer.weight, below[1].bias, above.bias])
+    h = h.detach()
+    lattice = Lattice.of(layer, (4, 4))
+    found = factors(gradient, lattice, images)
+    assert error(found.inputs, h) < 1e-10
+    scaled = [scale_by_shift(found, layer.weight, lattice, by_shift)]
+    if not training:
+        scaled.append(scale_by_bias(found, above.weight.detach() / (above.running_var + above.eps).sqrt() * by_upper))
+    for each in scaled:
+        assert each.scale_misfit is not None
+        assert each.scale_misfit < 1e-9
+        for own, mine in ((each.inputs, h), (each.errors, d)):
+            order = torch.cdist(own.flatten(1), mine.flatten(1)).argmin(0)
+            assert torch.allclose(own[order], mine, rtol=1e-8, atol=1e-9 * float(mine.abs().max()))
+
+
+def test_a_bias_gives_the_scale_of_every_group() -> None:
+    layer = nn.Conv2d(48, 24, 3, padding=1, groups=2)
+    gradient, h, d = step(layer, (4, 4))
+    found = scale_by_bias(factors(gradient, Lattice.of(layer, (4, 4))), d.sum((0, 2, 3)))
+    assert torch.allclose(found.inputs, h, atol=1e-10)
+    assert torch.allclose(found.errors, d, atol=1e-10)
+    assert found.scale_misfit < 1e-10
+    with pytest.raises(BadOption, match="does not have the layer's 24 channels"):
+        scale_by_bias(found, torch.ones(5))
+
+
+def test_dilation_exposes_sub_lattices() -> None:
+    layer = nn.Conv2d(40, 24, 3, padding=2, dilation=2)
+    gradient, h, _ = step(layer, (4, 6))
+    found = factors(gradient, Lattice.of(layer, (4, 6)))
+    assert found.phases == 4
+    assert error(found.inputs, torch.cat([h[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)])) < 1e-10
+
+
+REFUSED = {
+    "stride 2": (nn.Conv2d(80, 24, 3, padding=1, stride=2), (4, 4), 1, "its shifts leave 4 dimensions"),
+    "one direction": (nn.Conv2d(80, 24, (1, 3), padding=(0, 1)), (4, 4), 1, "its shifts leave 16 dimensions"),
+    "2x2 same": (nn.Conv2d(80, 24, 2, padding="same"), (4, 4), 1, "its shifts leave 16 dimensions"),
+    "1x1": (nn.Conv2d(80, 24, 1), (4, 4), 1, "its shifts leave 256 dimensions"),
+    "unlike sub-lattices": (nn.Conv2d(80, 24, 3, padding=2, dilation=2), (5, 5), 1, "its shifts leave 4 dimensions"),
+    "few channels": (nn.Conv2d(15, 24, 3, padding=1), (4, 4), 1, "15 channels are fewer than 1 x 16 positions"),
+    "batch": (nn.Conv2d(40, 24, 3, padding=1), (4, 4), 3, "40 channels are fewer than 3 x 16 positions"),
+    "depthwise": (nn.Conv2d(32, 32, 3, padding=1, groups=32), (4, 4), 1, "1 channels of a group are fewer than"),
+    "one output": (nn.Conv2d(40, 1, 3, padding=1), (4, 4), 1, "9 independent rows, and needs 16"),
+    "large": (nn.Conv2d(800, 1, 3, padding=1), (28, 28), 1, "614656 unknowns are more than"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_determine_the_input_is_refused_with_the_reason(case: str) -> None:
+    layer, image, images, reason = REFUSED[case]
+    gradient = torch.randn(layer.weight.shape, generator=rng())
+    assert reason in refusal(gradient, Lattice.of(layer, image), images).reason
+
+
+def test_a_wrong_assumption_is_measured() -> None:
+    """Circular padding that is taken for zeros, a wrong number of images, an input of low rank, and only noise."""
+    layer = nn.Conv2d(40, 24, 3, padding=1)
+    lattice = Lattice.of(layer, (4, 4))
+    around = nn.Conv2d(40, 24, 3, padding=1, padding_mode="circular")
+    found = refusal(step(around, (4, 4))[0], lattice)
+    assert "1 eigenvalues should vanish" in found.reason
+    assert found.gap > 0.2
+    two = step(layer, (4, 4), 2)[0]
+    assert "rank 32 instead of 16" in refusal(two, lattice).reason
+    one, h, d = step(layer, (4, 4))
+    assert "rank 16, and 32 is needed" in refusal(one, lattice, 2).reason
+    h[:, :, 0, 0] = h[:, :, 1, 1]
+    low = torch.autograd.grad(layer(h), layer.weight, d)[0].float()
+    assert "rank 15, and 16 is needed" in refusal(low, lattice).reason
+    noise = refusal(torch.randn(one.shape, generator=rng()), lattice)
+    assert noise.gap > 0.2
+
+
+@pytest.mark.parametrize(
+    ("layer", "image", "reason"),
+    [
+        (nn.ConvTranspose2d(8, 8, 3), (4, 4), "a transposed convolution"),
+        (nn.Linear(8, 8), (4, 4), "a Linear"),
+        (nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"), (4, 4), "circular padding, whose shifts commute"),
+        (nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), (4, 4), "reflect padding, which repeats"),
+        (nn.Conv2d(8, 8, 3), (4,), "takes 2 dimensions, and the input has 1"),
+        (nn.Conv2d(8, 8, 5), (4, 4), "is smaller than the kernel's reach"),
+    ],
+)
+def test_layers_without_shifts_are_unsupported(layer: nn.Module, image: tuple[int, ...], reason: str) -> None:
+    with pytest.raises(Unsupported, match=reason):
+        Lattice.of(layer, image)
+
+
+def test_bad_gradients_are_one_line() -> None:
+    layer = nn.Conv2d(40, 24, 3, padding=1)
+    lattice = Lattice.of(layer, (4, 4))
+    gradient = step(layer, (4, 4))[0]
+    assert "was not sent" in refusal(None, lattice).reason
+    assert "not finite" in refusal(torch.where(gradient > 3, torch.nan, gradient), lattice).reason
+    assert "is zero" in refusal(torch.zeros_like(gradient), lattice).reason
+    with pytest.raises(BadOption, match="expected"):
+        factorise_convolution(gradient[..., :2], lattice, rng())
+    with pytest.raises(BadOption, match="images=0"):
+        factorise_convolution(gradient, lattice, rng(), 0)
+
+
+def test_the_same_seed_gives_the_same_numbers() -> None:
+    layer = nn.Conv2d(80, 24, 3, padding=1)
+    gradient = step(layer, (3, 4), 3)[0].float()
+    before = gradient.clone()
+    one, two, other = (factors(gradient, Lattice.of(layer, (3, 4)), 3, seed) for seed in (0, 0, 1))
+    assert torch.equal(one.inputs, two.inputs)
+    assert torch.equal(one.errors, two.errors)
+    assert error(one.inputs, other.inputs) < 1e-5
+    assert torch.equal(gradient, before)
+
+
+def test_noise_costs_accuracy_in_proportion() -> None:
+    layer = nn.Conv2d(64, 64, 3, padding=1)
+    gradient, h, _ = step(layer, (4, 4))
+    noise = torch.randn(gradient.shape, dtype=torch.float64, generator=rng(9)) * gradient.square().mean().sqrt()
+    for level in (1e-4, 1e-2):
+        found = factors(gradient + level * noise, Lattice.of(layer, (4, 4)))
+        off = error(found.inputs, h)
+        assert level / 10 < off < 10 * level
+        stated = float(found.variance.mean().sqrt() / found.inputs.square().mean().sqrt())
+        assert stated / 3 < off < 3 * stated
+
+
+SMALL = [
+    (nn.Conv2d(1, 1, 3, padding=1), (2, 3)),
+    (nn.Conv2d(1, 1, 3, padding=1, stride=2), (4, 4)),
+    (nn.Conv2d(1, 1, 3, padding=1, stride=2), (3, 4)),
+    (nn.Conv2d(1, 1, 2, padding="same"), (3, 3)),
+    (nn.Conv2d(1, 1, (1, 2), padding=(0, 1)), (2, 3)),
+    (nn.Conv1d(1, 1, 3, padding=3), (3,)),
+    (nn.Conv1d(1, 1, 3, padding=2, dilation=2), (5,)),
+    (nn.Conv1d(1, 1, 3, padding=1, dilation=2), (6,)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("index", range(len(SMALL)))
+def test_the_ambiguity_is_the_dimension_of_a_null_space(index: int) -> None:
+    """Beside the connected components: S_k Z = R S_k as linear equations, with S_k by convolving unit images."""
+    layer, image = SMALL[index]
+    lattice = Lattice.of(layer, image)
+    units = torch.eye(math.prod(image)).view(-1, 1, *image)
+    taps = []
+    for k in range(layer.weight.numel()):
+        weight = torch.zeros(layer.weight.numel()).index_fill_(0, torch.tensor([k]), 1.0).view(layer.weight.shape)
+        taps.append(layer._conv_forward(units, weight, None).flatten(1).mT.double())
+    places = taps[0].shape[1]
+    read = torch.cat(taps, 1).any(1).nonzero().flatten()
+    taps = [tap[read] for tap in taps]
+    outputs = len(read)
+    rows = [
+        torch.cat([torch.kron(tap, torch.eye(places)), -torch.kron(torch.eye(outputs), tap.mT.contiguous())], 1)
+        for tap in taps
+    ]
+    matrix = torch.cat(rows)
+    assert lattice.ambiguity() == matrix.shape[1] - int(torch.linalg.matrix_rank(matrix))
+
+
+def test_lanczos_finds_a_multiple_eigenvalue_as_the_dense_solver_does() -> None:
+    size, count = DENSE + 100, 3
+    vectors = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=rng()))[0]
+    values = torch.cat([torch.zeros(count), torch.linspace(0.1, 1, size - count)]).double()
+    matrix = (vectors * values) @ vectors.mT
+    found, rows = lowest_eigenvectors(lambda x: x @ matrix, size, count, rng())
+    assert torch.allclose(found, values[: count + 1], atol=1e-3)
+    assert float((rows @ matrix).norm()) < 1e-10
+    assert torch.allclose(rows @ rows.mT, torch.eye(count, dtype=torch.float64), atol=1e-10)
+
+
+def test_unmixing_needs_zeros() -> None:
+    rows = torch.rand(300, 3, dtype=torch.float64, generator=rng())
+    mixing = torch.randn(3, 3, dtype=torch.float64, generator=rng(1))
+    none = torch.zeros(300, dtype=torch.float64)
+    sparse = torch.where(torch.rand(300, 3, generator=rng(2)) < 0.5, 0.0, rows)
+    found = unmix(sparse @ mixing, none, rng())
+    values = sparse @ mixing @ found.mT
+    assert error(values.mT[:, None], sparse.mT[:, None]) < 1e-10
+    assert len(unmix(rows @ mixing, none, rng())) < 3
