@@ -66,7 +66,7 @@ SMALL = {
 }
 """Specs of components whose defaults are too large for a test of every combination."""
 
-LARGE = ("resnet18", "resnet32", "resnet34", "vgg16")
+LARGE = ("convnet", "resnet18", "resnet32", "resnet34", "vgg16")
 """Models too large for a test of every combination; ``test_models`` takes narrow ones."""
 FLAT = ("mlp",)
 """Models without a convolution, which key-lock and its placebo need; ``test_weights`` has their tests."""

@@ -42,6 +42,7 @@ def make(spec: str, shape: tuple[int, int, int] = RGB, classes: int = 10, seed: 
         ("resnet20(shortcut=conv)", 10, 269_722 + 2_752),
         ("resnet32", 10, 464_154),
         ("resnet32", 100, 470_004),
+        ("convnet", 10, 2_904_970),
         ("resnet18(max_pool=false)", 10, 11_181_642),
         ("resnet18(max_pool=false)", 100, 11_227_812),
         ("resnet34(max_pool=false)", 10, 21_289_802),
@@ -61,6 +62,8 @@ def test_vgg_has_the_published_size() -> None:
 
 
 NARROW = [
+    "convnet(width=2)",
+    "convnet(width=2, activation=sigmoid, mode=eval)",
     "resnet18(width=2)",
     "resnet18(width=2, max_pool=false, activation=sigmoid)",
     "resnet34(width=2, stem=cifar)",
@@ -84,6 +87,7 @@ def test_deep_models_take_any_shape(spec: str, shape: tuple[int, int, int]) -> N
 @pytest.mark.parametrize(
     ("spec", "largest"),
     [
+        ("convnet(width=2)", 8),
         ("resnet18(width=2)", 32),
         ("resnet18(width=2, max_pool=false)", 16),
         ("resnet18(width=2, stem=cifar)", 16),
