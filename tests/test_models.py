@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from leakbench import defenses, models
 from leakbench.errors import BadOption, CorruptAsset, MissingAsset, Unsupported
 from leakbench.models import OwnModule
+from leakbench.models.base import with_mode
 from leakbench.models.surgery import linears, plain_norm, replace_norms
 from leakbench.victim import build
 
@@ -59,6 +60,20 @@ def test_vgg_has_the_published_size() -> None:
         normalised = models.parse("vgg16").build((3, 64, 64), 100)
     assert count(network) == 134_670_244
     assert count(normalised) - count(network) == 2 * 4224
+
+
+def test_a_spec_names_the_mode_and_so_does_that_of_an_older_run() -> None:
+    named = [name for name in models.names() if "mode" in models.registry.fields(models.get(name))]
+    assert {"convnet", "lenet-bn", "resnet20", "vgg16"} <= set(named)
+    for name in named:
+        model = models.parse(name)
+        assert models.spec(model) == f"{name}(mode=train)" == with_mode(name, model.settings())
+        assert models.spec(models.parse(f"{name}(mode=eval)")) == f"{name}(mode=eval)"
+        assert models.parse(models.spec(model)) == model
+    narrow = models.parse("convnet(width=16)")
+    assert models.spec(narrow) == "convnet(width=16, mode=train)" == with_mode("convnet(width=16)", narrow.settings())
+    for model in (narrow, models.parse("resnet20(mode=eval)"), models.parse("lenet")):
+        assert with_mode(models.spec(model), model.settings()) == models.spec(model)
 
 
 NARROW = [

@@ -531,7 +531,8 @@ def test_a_file_of_an_older_schema_is_read_as_one_of_this(tmp_path, readonly, nu
         assert store.planned() == set(results["trial"])
         assert store._db.execute("PRAGMA foreign_key_check").fetchall() == []
         assert store.findings().empty
-        assert {spec.spec for spec in store.components()} >= {"lenet", "resnet20", "samples", "raises-for-bright"}
+        named = {spec.spec for spec in store.components()}
+        assert named >= {"lenet", "resnet20(mode=train)", "samples", "raises-for-bright"}
         assert store._db.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()[0] == str(schema.SCHEMA)
     assert results["status"].value_counts().to_dict() == {"ok": 31, "unsupported": 5, "error": 4, "failed": 2}
     assert (results["attack"][0], results["model"][0], results["image"][0]) == ("random", "lenet", 0)

@@ -23,6 +23,9 @@ Count = Annotated[int, Field(ge=1)]
 LATER = {"later": True}
 """The metadata of an option (``dataclasses.field``) that was added when there were results without it."""
 
+STATED = {"stated": True}
+"""The metadata of an option that a spec names even at its default, after the others: readers need not know it."""
+
 
 def as_json(settings: dict[str, Any]) -> dict[str, Any]:
     """Return settings as plain JSON values; a value without a JSON form, such as a path, becomes text."""

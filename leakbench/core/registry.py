@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 
-from leakbench.core.component import Component
+from leakbench.core.component import STATED, Component
 from leakbench.errors import BadOption, one_line
 
 T = TypeVar("T", bound=Component)
@@ -118,15 +118,16 @@ class Registry(Generic[T]):
             raise BadOption(f"{self.kind} {name!r}: {one_line(error)}") from None
 
     def spec(self, component: T) -> str:
-        """Return the shortest spec that parses to this component: the options that differ from their defaults."""
-        parts = []
+        """Return the spec that parses to this component, of the options off their defaults and those ``STATED``."""
+        parts, stated = [], []
         for field in self.fields(type(component)).values():
             if not field.repr:
                 continue
             value = getattr(component, field.name)
-            default = field.default if field.default is not dataclasses.MISSING else None
-            if field.default is dataclasses.MISSING or value != default:
-                parts.append(f"{field.name}={option_text(value)}")
+            differs = field.default is dataclasses.MISSING or value != field.default
+            if differs or field.metadata == STATED:
+                (parts if differs else stated).append(f"{field.name}={option_text(value)}")
+        parts += stated
         return f"{component.name}({', '.join(parts)})" if parts else component.name
 
     @staticmethod

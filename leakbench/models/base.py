@@ -1,6 +1,7 @@
 """The contract of a model, a factory of networks that map images in [0, 1] to logits; and the package's networks."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -11,6 +12,19 @@ from leakbench.errors import BadOption, Unsupported
 from leakbench.models.weights import Checkpoint, Init, fingerprint, initialise, load, stated
 
 Mode = Literal["train", "eval"]
+
+
+def with_mode(spec: str, settings: Mapping[str, Any]) -> str:
+    """Return the spec of a stored model with its mode, as ``models.spec`` returns it; older runs have it without.
+
+    Args:
+        spec: the stored spec.
+        settings: the stored settings; those of a model without modes have none.
+    """
+    mode = settings.get("mode")
+    if mode is None or f"mode={mode}" in spec:
+        return spec
+    return f"{spec[:-1]}, mode={mode})" if spec.endswith(")") else f"{spec}(mode={mode})"
 
 
 class Model(Component):

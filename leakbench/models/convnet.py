@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import ClassVar
 
 from torch import Tensor, nn
 
+from leakbench.core.component import STATED
 from leakbench.models.base import Architecture, Mode, register
 from leakbench.models.resnet import ACTIVATIONS, ActivationName, Width
 from leakbench.models.weights import Init
@@ -57,7 +58,7 @@ class ConvNet(Architecture):
     activation: ActivationName = "relu"
     width: Width = 64
     init: Init = "default"
-    mode: Mode = "train"
+    mode: Mode = field(default="train", metadata=STATED)
     fresh: bool = False
     weights: str | None = None
 

@@ -1,11 +1,12 @@
 """The LeNet of the gradient-inversion literature, with and without batch normalisation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from leakbench.core.component import STATED
 from leakbench.core.text import FEDKL
 from leakbench.models.base import Architecture, Mode, register
 from leakbench.models.weights import Init
@@ -68,7 +69,7 @@ class LeNetBN(Architecture):
 
     reference: ClassVar[str] = f"{FEDKL}, section 4.3 (LeNet with BN)"
     init: Init = "uniform(0.5)"
-    mode: Mode = "train"
+    mode: Mode = field(default="train", metadata=STATED)
     fresh: bool = False
     weights: str | None = None
 

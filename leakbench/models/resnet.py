@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from leakbench.core.component import STATED
 from leakbench.errors import Unsupported
 from leakbench.models.base import Architecture, Mode, register
 from leakbench.models.weights import Init
@@ -98,7 +99,7 @@ class _CifarResNet(Architecture):
     blocks: ClassVar[int]
     activation: ActivationName = "relu"
     init: Init = "default"
-    mode: Mode = "train"
+    mode: Mode = field(default="train", metadata=STATED)
     fresh: bool = False
     weights: str | None = None
     shortcut: Shortcut = "pad"
@@ -196,7 +197,7 @@ class _ImageNetResNet(Architecture):
     max_pool: bool = True
     width: Width = 64
     init: Init = "default"
-    mode: Mode = "train"
+    mode: Mode = field(default="train", metadata=STATED)
     fresh: bool = False
     weights: str | None = None
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from leakbench.core.component import STATED
 from leakbench.models.base import Architecture, Mode, register
 from leakbench.models.resnet import ACTIVATIONS, ActivationName, Width
 from leakbench.models.weights import Init
@@ -75,7 +76,7 @@ class VGG16(Architecture):
     width: Width = 64
     hidden: Annotated[int, Field(ge=1, le=65536)] = 4096
     init: Init = "default"
-    mode: Mode = "train"
+    mode: Mode = field(default="train", metadata=STATED)
     fresh: bool = False
     weights: str | None = None
 

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 
 from leakbench import datasets
 from leakbench.errors import LeakbenchError
+from leakbench.models.base import with_mode
 from leakbench.models.weights import Checkpoint
 from leakbench.store.records import Statement, StoredComponent
 
@@ -127,16 +128,20 @@ def _variants(cells: Sequence[sqlite3.Row], axis: str) -> dict[int, tuple[str, s
     """
     texts = {cell["id"]: json.dumps(json.loads(cell["settings"])[axis], sort_keys=True) for cell in cells}
     by_spec: dict[str, dict[str, object]] = {}
+    specs = {cell["id"]: cell[axis] for cell in cells}
+    if axis == "model":
+        specs = {name: with_mode(spec, json.loads(texts[name])) for name, spec in specs.items()}
     for cell in cells:
         text = texts[cell["id"]]
-        by_spec.setdefault(cell[axis], {})[text] = json.loads(text).get("version")
+        by_spec.setdefault(specs[cell["id"]], {})[text] = json.loads(text).get("version")
     found = {}
     rank = {spec: place for place, spec in enumerate(by_spec)}
-    for cell in sorted(cells, key=lambda cell: rank[cell[axis]]):
-        text, alike = texts[cell["id"]], by_spec[cell[axis]]
+    for cell in sorted(cells, key=lambda cell: rank[specs[cell["id"]]]):
+        spec = specs[cell["id"]]
+        text, alike = texts[cell["id"]], by_spec[spec]
         unique = list(alike.values()).count(alike[text]) == 1
         apart = f"version {alike[text]}" if unique else f"settings {hashlib.sha256(text.encode()).hexdigest()[:6]}"
-        found[cell["id"]] = (cell[axis], text, "" if len(alike) == 1 else apart)
+        found[cell["id"]] = (spec, text, "" if len(alike) == 1 else apart)
     return found
 
 

@@ -51,6 +51,7 @@ from leakbench.attacks import Attack
 from leakbench.core.loss_curve import decoded
 from leakbench.errors import ForeignRun, LeakbenchError
 from leakbench.metrics.base import Metric
+from leakbench.models.base import with_mode
 from leakbench.models.weights import Checkpoint
 from leakbench.plan.trial import Cell, Result, Trial
 from leakbench.store import connection, frames
@@ -338,6 +339,11 @@ class Store:
             " dataset, model, threat, defense, attack FROM trials JOIN cells ON cells.id = cell_id"
             " LEFT JOIN results ON trials.id = trial_id ORDER BY position"
         )
+        with decoding(self.path, "JSON in column settings of cells"):
+            models = {
+                text: with_mode(spec, json.loads(text)["model"])
+                for text, spec in {row["settings"]: row["model"] for row in rows}.items()
+            }
         return {
             row["id"]: TrialRecord(
                 cell=row["settings"],
@@ -345,7 +351,7 @@ class Store:
                 label=None if row["label"] == -1 else row["label"],
                 session=row["session_id"],
                 finished=row["finished"],
-                specs={axis: row[axis] for axis in SPECS},
+                specs={axis: row[axis] for axis in SPECS} | {"model": models[row["settings"]]},
             )
             for row in rows
         }

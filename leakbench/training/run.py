@@ -15,6 +15,7 @@ from leakbench.core.rng import check_salt, new_salt
 from leakbench.errors import BadOption, CorruptAsset, DefenseFailed, LeakbenchError, Unsupported, one_line
 from leakbench.flower import require
 from leakbench.gradients import full_precision
+from leakbench.models.base import with_mode
 from leakbench.store.provenance import Provenance
 from leakbench.training import centralised
 from leakbench.training import data as parts
@@ -217,9 +218,11 @@ def read(folder: Path) -> TrainingRecord:
     found = read_json(folder / RECORD)
     try:
         recipe = Recipe(**found["recipe"]).settings()
+        specs = {**found["specs"], "model": with_mode(found["specs"]["model"], found["settings"]["model"])}
         provenance = {**found["provenance"], "matrix": ""}  # a training has no matrix
-        return _RECORD.validate_python({**found, "recipe": recipe, "provenance": provenance, "folder": folder})
-    except (KeyError, TypeError, ValueError, LeakbenchError) as error:
+        read_as = {"specs": specs, "recipe": recipe, "provenance": provenance, "folder": folder}
+        return _RECORD.validate_python({**found, **read_as})
+    except (AttributeError, KeyError, TypeError, ValueError, LeakbenchError) as error:
         reason = one_line(f"{type(error).__name__}: {error}")
         raise CorruptAsset(f"{folder / RECORD} is not the record of a training ({reason}); remove its folder") from None
 
