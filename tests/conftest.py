@@ -61,6 +61,7 @@ SMALL = {
     "idlg": "idlg(steps=1)",
     "dlm": "dlm(steps=3, solver=adam, lr=0.01)",  # twenty iterations of L-BFGS amplify rounding too far
     "dlm+": "dlm+(steps=3, solver=adam, lr=0.01)",
+    "log-cosine": "log-cosine(steps=9, pilot=0.4)",  # a step with each weight, and six with the best
     "ggl": "ggl(budget=6, popsize=3, generator=tiny)",
     "prior": "prior(generator=tiny)",
 }

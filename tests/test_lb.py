@@ -8,6 +8,7 @@ from conftest import CLASSES, rand, randn, watch
 
 import leakbench
 from leakbench import attacks
+from leakbench.attacks.ig import cosine_distance
 from leakbench.attacks.lb import layer_normalised_distance
 from leakbench.core.rng import Rng
 
@@ -37,6 +38,30 @@ def test_it_searches_in_float64_and_returns_what_it_was_given() -> None:
     assert found.objective is not None
     assert found.objective.dtype == torch.float64
     assert observation.gradient["classifier.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ("", torch.float64),
+        (", solver=signed-adam", torch.float64),
+        (", matching=cosine", torch.float64),
+        (", matching=cosine, solver=adam", torch.float32),
+        (", matching=cosine, solver=signed-adam", torch.float32),
+    ],
+)
+def test_only_a_first_order_solver_on_the_cosine_distance_is_in_float32(options: str, dtype: torch.dtype) -> None:
+    found = leakbench.attack(f"lb(steps=2{options})", watch("lenet", trials=2))
+    assert found.objective is not None
+    assert found.objective.dtype == dtype
+
+
+def test_the_cosine_distance_is_that_of_ig() -> None:
+    observed, gradient = ({"a": randn(3, 4, seed=seed), "b": randn(3, 2, 5, seed=seed + 1)} for seed in (1, 3))
+    cosine = attacks.parse("lb(matching=cosine)")
+    torch.testing.assert_close(cosine.distance(gradient, observed), cosine_distance(gradient, observed))
+    assert "matching" in cosine.settings()
+    assert "matching" not in attacks.parse("lb").settings(), "the ids of earlier trials stay"
 
 
 @pytest.mark.parametrize("line_search", ["none", "strong-wolfe"])

@@ -1,15 +1,17 @@
 """LB: L-BFGS with a line search on the layer-normalised distance, the general strong optimiser."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from leakbench.attacks.base import register
+from leakbench.attacks.ig import cosine_distance
 from leakbench.attacks.matching import Count, NonNegative
 from leakbench.attacks.quasi_newton import QuasiNewton
+from leakbench.core.component import LATER
 from leakbench.core.rng import Rng
 from leakbench.core.types import Gradient
 from leakbench.gradients.bilinear import squared_norm
@@ -68,6 +70,8 @@ class LB(QuasiNewton):
 
     Attributes:
         spread: the deviation of the start around grey; far from grey, saturated activations hide the image.
+        matching: the distance: ``layers`` is normalised for each layer, ``cosine`` is that of IG, for ReLU networks,
+            with which a solver other than L-BFGS works in float32.
     """
 
     reference: ClassVar[str] = "Liu and Nocedal 1989, Math. Programming 45 (the optimiser); the objective is our own"
@@ -75,7 +79,6 @@ class LB(QuasiNewton):
     cost: ClassVar[str] = "Up to 25 evaluations a step with the line search, each at twice the cost of float32."
     fails: ClassVar[str] = "Local minima: several starts help; noise and pruning, unless the attacker is adaptive."
     per_tensor: ClassVar[bool] = True
-    exact: ClassVar[bool] = True
     tolerance_grad: ClassVar[float] = 1e-12
     tolerance_change: ClassVar[float] = 1e-16
 
@@ -84,10 +87,16 @@ class LB(QuasiNewton):
     labels: Literal["joint", "analytic"] = "analytic"
     line_search: LineSearch = "strong-wolfe"
     spread: NonNegative = 0.01
+    matching: Literal["layers", "cosine"] = field(default="layers", metadata=LATER)
+
+    @property
+    def exact(self) -> bool:
+        """Whether it works in float64: but for a first-order solver on the cosine distance, always."""
+        return self.solver == "lbfgs" or self.matching == "layers"
 
     def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
-        """Return the layer-normalised distance."""
-        return layer_normalised_distance(gradient, observed)
+        """Return the distance of ``matching``."""
+        return (cosine_distance if self.matching == "cosine" else layer_normalised_distance)(gradient, observed)
 
     def start(self, observation: Observation, rng: Rng) -> Unknowns:
         """Return an image from N(0.5, spread^2), and label logits from N(0, 1) if labels are optimised."""

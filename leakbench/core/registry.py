@@ -119,7 +119,8 @@ class Registry(Generic[T]):
 
     def spec(self, component: T) -> str:
         """Return the spec that parses to this component, of the options off their defaults and those ``STATED``."""
-        parts, stated = [], []
+        parts: list[str] = []
+        stated: list[str] = []
         for field in self.fields(type(component)).values():
             if not field.repr:
                 continue

@@ -4,7 +4,7 @@ An attack is a choice of search space, distance, prior, labels, secrets and solv
 at once. The search space is the image itself, or whatever else an image can be rendered from.
 """
 
-from leakbench.attacks.matching.attack import GradientMatching
+from leakbench.attacks.matching.attack import Found, GradientMatching
 from leakbench.attacks.matching.objective import FINAL_EVALUATION, ROUGHNESS, MatchingObjective
 from leakbench.attacks.matching.problem import analytic_labels
 from leakbench.attacks.matching.tensors import double, pack, root, scaled, total_variation
@@ -14,6 +14,7 @@ __all__ = [
     "FINAL_EVALUATION",
     "ROUGHNESS",
     "Count",
+    "Found",
     "GradientMatching",
     "MatchingObjective",
     "NonNegative",

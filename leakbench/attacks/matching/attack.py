@@ -30,10 +30,13 @@ class GradientMatching(MatchingProblem):
     A subclass defines ``distance`` and ``solve``; ``MatchingProblem`` has its options, and what else it may define.
     """
 
-    exact: ClassVar[bool] = False
-    """The attack works in float64."""
     held: ClassVar[int] = 5
     """How many copies of the unknowns the solver holds: for Adam two iterates, a gradient and two moments."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether the attack works in float64."""
+        return False
 
     @abstractmethod
     def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
@@ -102,7 +105,7 @@ class GradientMatching(MatchingProblem):
             rng=rng,
         )
 
-    def _search(self, objective: MatchingObjective) -> _Found:
+    def _search(self, objective: MatchingObjective) -> Found:
         start = self._begin(objective)
         solution = self.solve(objective, start)
         begun, _, _ = evaluate(objective, start)
@@ -117,7 +120,7 @@ class GradientMatching(MatchingProblem):
         # an optimisation that ends no closer than it began has diverged, whatever it returns
         failed = ~finite | ~torch.isfinite(match) | (match >= begun)
         findings = {name: value.detach() for name, value in self.findings(solution.unknowns).items()}
-        return _Found(images, labels, match, failed, solution.evaluations + 2, findings, solution.curve)
+        return Found(images, labels, match, failed, solution.evaluations + 2, findings, solution.curve)
 
     def _begin(self, objective: MatchingObjective) -> Unknowns:
         """Return the start of the optimisation, with that of the secrets that are optimised."""
@@ -134,7 +137,7 @@ class GradientMatching(MatchingProblem):
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """The result of one optimisation: as Reconstruction, with nothing missing."""
 
     images: Tensor

@@ -44,6 +44,7 @@ class MatchingObjective:
         tensors: every fixed tensor of the network: public weights, revealed and sampled secrets.
         rng: the source of draws at each evaluation (noise, the masks of dropout).
         restart: the index of the restart, from 0 on.
+        prior_factor: [T], by which each trial's prior is multiplied while the objective is minimised; None for 1.
     """
 
     attack: MatchingProblem
@@ -52,11 +53,13 @@ class MatchingObjective:
     tensors: Mapping[str, Tensor]
     rng: Rng
     restart: int = 0
+    prior_factor: Tensor | None = None
 
     def __call__(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
-        """Return [T], the matching distance plus the prior."""
+        """Return [T], the matching distance, as the attack reshapes it, plus the prior."""
         images, logits = self.render(unknowns)
-        return self._distance(images, logits, unknowns, evaluation) + self.attack.prior(images)
+        distance, prior = self._distance(images, logits, unknowns, evaluation), self.attack.prior(images)
+        return self.attack.reshape(distance) + (prior if self.prior_factor is None else self.prior_factor * prior)
 
     def match(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
         """Return the match [T] of these unknowns by ``judge``, the less the better; infinite for a negative rate.
@@ -252,6 +255,7 @@ class MatchingObjective:
             observation=observation,
             tensors=take(self.tensors),
             rng=self.rng.select(rows),
+            prior_factor=None if self.prior_factor is None else self.prior_factor[index],
         )
 
     def with_path(self) -> Self:

@@ -70,6 +70,10 @@ class MatchingProblem(Attack):
         """
         return self.distance(gradient, scaled(observed, factor))
 
+    def reshape(self, distance: Tensor) -> Tensor:
+        """Return what is minimised beside the prior: an increasing function of a distance or likelihood [T]; itself."""
+        return distance
+
     @property
     def compares(self) -> bool:
         """Whether the solver compares evaluations, so that all of them must use the same draws."""

@@ -1,0 +1,93 @@
+"""LogCosine: signed Adam on the logarithm of the cosine distance, the search for ReLU networks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from leakbench.attacks.base import register
+from leakbench.attacks.ig import cosine_distance
+from leakbench.attacks.matching import Count, Found, GradientMatching, MatchingObjective, NonNegative, Positive
+from leakbench.core.types import Gradient
+from leakbench.optim import Solution, Unknowns, descend
+
+WEIGHT = "tv"
+"""The finding that is the weight of the total variation."""
+LAST_STEP = 0.01
+"""The last step size, relative to the first."""
+
+
+@register("log-cosine")
+@dataclass(frozen=True)
+class LogCosine(GradientMatching):
+    """The search for ReLU networks: signed Adam on the logarithm of the cosine distance, plus total variation.
+
+    Beside a logarithm, the weight of the total variation is relative to the distance that is left: what counts falls
+    with the distance, and one weight serves networks whose distances end orders of magnitude apart. Short searches with
+    three weights come first, and the rest of the steps go to the weight whose image matched best. The step size falls
+    smoothly to a hundredth. See GradientMatching for the other options.
+
+    Attributes:
+        tv: the middle one of the three weights; with a likelihood in place of the distance, as for the other attacks.
+        spread: the ratio of two neighbouring weights; 1 searches with ``tv`` only.
+        pilot: the share of the steps that the short searches take together.
+    """
+
+    reference: ClassVar[str] = (
+        "Geiping et al. 2020, Inverting Gradients, NeurIPS (distance, optimiser); the rest is our own"
+    )
+    assumes: ClassVar[str] = "A hard label, inferred from the last layer; a network in the mode that the client used."
+    cost: ClassVar[str] = "One evaluation a step, the short searches included, in float32."
+    fails: ClassVar[str] = (
+        "Batch normalisation in training mode on one image, whose statistics hide it; deep networks without training "
+        "leave blurred images; noise."
+    )
+    steps: Count = 2000
+    lr: Positive = 0.1
+    tv: NonNegative = 0.6
+    labels: Literal["joint", "analytic"] = "analytic"
+    spread: Annotated[float, Field(ge=1, le=1e3)] = 3.0
+    pilot: Annotated[float, Field(ge=0, lt=1)] = 0.2
+
+    def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
+        """Return the cosine distance, which is no less than its rounding."""
+        distance = cosine_distance(gradient, observed)
+        return distance.clamp(min=torch.finfo(distance.dtype).eps)
+
+    def reshape(self, distance: Tensor) -> Tensor:
+        """Return the logarithm of the distance [T], or of a likelihood, which is positive as well."""
+        return distance.clamp(min=torch.finfo(distance.dtype).tiny).log()
+
+    def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
+        """Run Adam, by the sign of the image's gradient, within [0, 1]; other unknowns follow their plain gradient."""
+        return descend(
+            objective,
+            start,
+            steps=self.steps,
+            lr=dict.fromkeys(start, self.lr),
+            sign=("image",),
+            milestones=range(1, self.steps),
+            decay=LAST_STEP ** (1 / self.steps),
+            boxed=("image",),
+        )
+
+    def _search(self, objective: MatchingObjective) -> Found:
+        """Search shortly with each weight, and then with the one that matches best, for every trial."""
+        factors = (1.0, 1 / self.spread, self.spread) if self.spread > 1 and self.tv else ()  # a tie is the middle one
+        steps = int(self.pilot * self.steps / len(factors)) if factors else 0
+        if not steps:
+            return super()._search(objective)
+        size = objective.observation.trials
+        like = next(iter(objective.observation.gradient.values()))
+        pilot = replace(self, steps=steps, pilot=0)
+        tried = [pilot._search(replace(objective, prior_factor=like.new_full((size,), factor))) for factor in factors]
+        matches = torch.stack([one.objective.masked_fill(one.failed, torch.inf) for one in tried])
+        best = matches.nan_to_num(torch.inf).argmin(0)
+        chosen = like.new_tensor(factors)[best]
+        rest = replace(self, steps=self.steps - len(factors) * steps, pilot=0)
+        found = rest._search(replace(objective, prior_factor=chosen))
+        spent = torch.stack([one.evaluations for one in (*tried, found)]).sum(0)
+        return replace(found, evaluations=spent, findings={**found.findings, WEIGHT: self.tv * chosen})
