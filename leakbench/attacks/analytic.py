@@ -131,21 +131,31 @@ def pixel_layers(observation: Observation) -> dict[str, tuple[Tensor, Tensor, Te
 
 def widths(observation: Observation) -> dict[str, int]:
     """Return how many values each linear layer takes of one blank image, in all; those that do not run are left out."""
+    shapes = input_shapes(observation, (nn.Linear,))
+    return {name: sum(map(prod, taken)) for name, taken in shapes.items()}
+
+
+def input_shapes(observation: Observation, kinds: tuple[type[nn.Module], ...]) -> dict[str, list[tuple[int, ...]]]:
+    """Return the shapes, without the batch, of what each layer of these kinds takes of one blank image.
+
+    Layers come in the order in which they first run, each with a shape for every time that it runs.
+    """
     own = tensors_of(observation.model)
     tensors = {name: _row(observation.weights.get(name), own[name], 0, observation.device) for name in own}
     model = copy.deepcopy(observation.model).eval()
-    found: dict[str, int] = {}
-    for name, layer in linears(model).items():
-        layer.register_forward_pre_hook(partial(_count, found, name))
+    found: dict[str, list[tuple[int, ...]]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, kinds):
+            layer.register_forward_pre_hook(partial(_note_shape, found, name))
     blank = torch.full((1, *observation.image_shape), 0.5, dtype=torch.float64, device=observation.device)
     with torch.no_grad(), contextlib.suppress(Exception):  # what ran before a network breaks on a blank image counts
         functional_call(model, tensors, (blank,))
     return found
 
 
-def _count(found: dict[str, int], name: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Add up how many values a module takes."""
-    found[name] = found.get(name, 0) + inputs[0].numel()
+def _note_shape(found: dict[str, list[tuple[int, ...]]], name: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Note the shape of what a module takes."""
+    found.setdefault(name, []).append(tuple(inputs[0].shape[1:]))
 
 
 def _apart(value: Tensor, own: Tensor) -> bool:

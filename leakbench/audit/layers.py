@@ -11,6 +11,7 @@ from torch import Tensor
 
 from leakbench.attacks.analytic import pixel_layers, widths
 from leakbench.attacks.peel import read_labels
+from leakbench.audit.exposure import LayerExposure, exposures
 from leakbench.gradients.linear import layer_direction, layer_input, unexplained
 from leakbench.models.surgery import linears
 from leakbench.observation import Observation
@@ -100,18 +101,26 @@ class ClosedFormLeaks:
         layers: the trained layers, in order of registration.
         forms: the inputs of linear layers.
         labels: the labels.
+        exposures: the inputs of convolutions, in order of execution.
     """
 
     layers: tuple[LayerShare, ...]
     forms: tuple[ClosedForm, ...]
     labels: InferredLabels
+    exposures: tuple[LayerExposure, ...] = ()
+
+    @property
+    def exposed(self) -> list[LayerExposure]:
+        """The convolutions whose input follows for every image that was tried."""
+        return [one for one in self.exposures if one.everywhere]
 
     @classmethod
     def of(
         cls, sent: Observation, inputs: Mapping[str, Sequence[Tensor]] | None, labels: Sequence[int] | None
     ) -> ClosedFormLeaks:
         """Return what leaks from gradients; it is checked against the true inputs and labels if these are known."""
-        return cls(tuple(shares(sent)), tuple(closed_forms(sent, inputs)), labels_of(sent, labels))
+        own = tuple(exposures(sent, inputs))
+        return cls(tuple(shares(sent)), tuple(closed_forms(sent, inputs)), labels_of(sent, labels), own)
 
 
 def shares(observation: Observation) -> list[LayerShare]:

@@ -17,6 +17,7 @@ from leakbench import attacks, datasets, defenses
 from leakbench.analysis.ensemble import UNSCORED, ensemble_results, floor_share
 from leakbench.analysis.recovery import caveat, judged
 from leakbench.analysis.verdict import CONTROL, control_flaw
+from leakbench.attacks.peeling.lattice import CONVOLUTIONS
 from leakbench.audit.fail_rule import FailRule
 from leakbench.audit.findings import Audit, DefenseFindings, ImageFinding, NetworkFacts
 from leakbench.audit.given import NORMALISE, Audited, AuditedNetwork, Recorded, Update, classes_of, read_update
@@ -33,7 +34,6 @@ from leakbench.engine.worker import ClientData
 from leakbench.errors import BadOption, Unsupported
 from leakbench.gradients.evaluate import architecture
 from leakbench.models.module import OwnModule
-from leakbench.models.surgery import linears
 from leakbench.observation import Observation
 from leakbench.plan.matrix import RECOVERY, Matrix, expand, load_suite, override
 from leakbench.store.run_file import FILE, Store
@@ -324,7 +324,8 @@ def _leaks(own: OwnModule, defense: Defense, dataset: Dataset, indices: Sequence
     ]
     classes = dataset.num_classes
     seen = observe(own, defense, PRESETS["paper"], clients, classes, dataset.mean())
-    names = list(linears(seen.model))
+    kinds = (nn.Linear, *CONVOLUTIONS)
+    names = [name for name, module in seen.model.named_modules() if isinstance(module, kinds)]
     inputs = [layer_inputs(own, defense, client, classes, names) for client in clients]
     truth = {name: [row[name] for row in inputs] for name in names if all(name in row for row in inputs)}
     return ClosedFormLeaks.of(seen, truth, [client.label for client in clients])

@@ -1,8 +1,10 @@
 """``audit.md`` and ``audit.html``: the findings of an audit in plain words, as pure functions of the findings."""
 
+from math import isnan, prod
+
 from leakbench.analysis.ensemble import UNSCORED
 from leakbench.audit.findings import Audit, DefenseFindings
-from leakbench.core.text import ABSENT, number
+from leakbench.core.text import ABSENT, number, plural
 from leakbench.report.page import STYLES, picture, render, render_markdown, sentence
 
 MAX_LAYERS = 12
@@ -11,6 +13,7 @@ MAX_LAYERS = 12
 FILES = ("audit.md", "audit.html")
 
 LAYER_HEADINGS = ("layer", "kind", "parameters sent", "share of the squared gradient", "leaks in closed form")
+EXPOSURE_HEADINGS = ("layer", "kernel", "input", "positions", "exposed", "relative error", "why not")
 ATTACK_HEADINGS = ("attack", "recovered", "tried", "diverged", "skipped", "evaluations", "seconds", "without a result")
 
 
@@ -42,7 +45,9 @@ def _context(audit: Audit, command: str) -> dict[str, object]:
         "rule": rule_words(audit),
         "command": command,
         "defenses": [(one, verdict(one), _layer_rows(one), _attack_rows(one)) for one in audit.defenses],
+        "exposures": [_exposure_rows(one) for one in audit.defenses],
         "layer_headings": LAYER_HEADINGS,
+        "exposure_headings": EXPOSURE_HEADINGS,
         "attack_headings": ATTACK_HEADINGS,
         "unscored": UNSCORED,
         "picture": picture,
@@ -63,6 +68,22 @@ def _layer_rows(one: DefenseFindings) -> list[list[str]]:
         count, share = sum(other.parameters for other in others), sum(other.share for other in others)
         rows.append([f"{len(others)} others", "", f"{count:,}", f"{100 * share:.2f} %", ""])
     return rows
+
+
+def _exposure_rows(one: DefenseFindings) -> list[list[str]]:
+    """Return a row for each convolution, in order of execution."""
+    return [
+        [
+            each.layer,
+            " x ".join(map(str, each.kernel)),
+            " x ".join(map(str, each.inputs)),
+            f"{prod(each.inputs[1:]):,}",
+            f"{each.exposed} of {plural(each.images, 'image')}",
+            ABSENT if isnan(each.error) else f"{each.error:.1g}",
+            each.reason,
+        ]
+        for each in one.leaks.exposures
+    ]
 
 
 def _attack_rows(one: DefenseFindings) -> list[list[object]]:

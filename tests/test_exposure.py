@@ -1,0 +1,118 @@
+"""Which inputs of convolutions an audit states as exposed, and how its pages show them."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_audit import DATA, audit
+from test_cli import cli, place  # noqa: F401
+from torch import nn
+
+import leakbench
+from leakbench.audit.exposure import LayerExposure, exposures
+
+SIZE = 8
+
+
+class Network(nn.Module):
+    """A stem, a convolution whose input is exposed, one with too few channels, and a strided one that would be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 24, 3, 2, 1)
+        self.exposed = nn.Conv2d(24, 24, 3, 1, 1)
+        self.norm = nn.BatchNorm2d(24)
+        self.strided = nn.Conv2d(24, 6, 3, 2, 1)
+        self.head = nn.Linear(6 * 4, 5)
+        self.twice = nn.Conv2d(24, 24, 3, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.exposed(self.stem(x).relu())).relu()
+        return self.head(self.strided(self.twice(self.twice(x).relu())).flatten(1))
+
+
+def network() -> Network:
+    torch.manual_seed(3)
+    return Network()
+
+
+def inputs(model: Network, images: torch.Tensor) -> dict[str, list[torch.Tensor]]:
+    """Return the true inputs of every convolution, flattened, one for each image."""
+    taken: dict[str, list[torch.Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            own = taken.setdefault(name, [])
+            module.register_forward_pre_hook(lambda _, given, own=own: own.append(given[0].detach().flatten()))
+    for image in images:
+        model(image[None])
+    return {name: [torch.cat(values[k :: len(images)]) for k in range(len(images))] for name, values in taken.items()}
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+
+def found(images: torch.Tensor, defense: str = "none", truth: bool = True) -> dict[str, LayerExposure]:
+    observation = leakbench.observe(network(), images, torch.tensor([1, 2]), defense=defense)
+    return {one.layer: one for one in exposures(observation, inputs(network(), images) if truth else None)}
+
+
+def test_inputs_that_follow_from_one_weight_gradient_are_stated(images: torch.Tensor) -> None:
+    layers = found(images)
+    assert list(layers) == ["stem", "exposed", "strided"]  # a layer that runs twice sums two gradients
+    own = layers["exposed"]
+    assert (own.images, own.exposed, own.reason, own.inputs) == (2, 2, "", (24, 4, 4))
+    assert own.error < 1e-4
+    assert own.features is not None
+    picture = np.asarray(Image.open(io.BytesIO(own.features))).astype(int)
+    assert picture.shape == (2 * 6, 16 * 6)  # the recovered channels above, the true ones below
+    assert abs(picture[:6] - picture[6:]).max() <= 1
+    assert picture[1:5].std() > 10
+    assert "3 channels are fewer than 1 x 64 positions" in layers["stem"].reason
+    assert not layers["strided"].exposed
+    assert "stride" in layers["strided"].reason
+
+
+def test_without_a_truth_the_gradient_itself_says_whether_an_input_follows(images: torch.Tensor) -> None:
+    layers = found(images, truth=False)
+    assert layers["exposed"].everywhere
+    assert math.isnan(layers["exposed"].error)
+    assert not layers["strided"].exposed
+
+
+def test_strong_noise_and_a_withheld_gradient_expose_nothing(images: torch.Tensor) -> None:
+    assert not any(one.exposed for one in found(images, "noise(scale=1, relative=true)").values())
+    observation = leakbench.observe(network(), images, torch.tensor([1, 2]))
+    kept = {name: value for name, value in observation.gradient.items() if name != "exposed.weight"}
+    object.__setattr__(observation, "gradient", kept)
+    assert "exposed" not in {one.layer for one in exposures(observation, None)}
+
+
+def test_a_wrong_answer_is_not_stated_as_exposed(images: torch.Tensor) -> None:
+    observation = leakbench.observe(network(), images, torch.tensor([1, 2]))
+    wrong = {name: [value.roll(1) for value in values] for name, values in inputs(network(), images).items()}
+    (own,) = [one for one in exposures(observation, wrong) if one.layer == "exposed"]
+    assert own.exposed == 0
+    assert "from the true input" in own.reason
+
+
+def test_both_pages_of_an_audit_state_the_exposed_inputs(cli, place) -> None:  # noqa: F811
+    (place / "nets.py").write_text(
+        "from torch import nn\n"
+        "def build():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 24, 3, 3, 1), nn.ReLU(), nn.Conv2d(24, 8, 3, 1, 1), nn.ReLU(),"
+        " nn.Flatten(), nn.Linear(128, 70))\n"
+    )
+    assert audit(cli, "build", *DATA, "--images", "1").code == 0
+    (out,) = (file.parent for file in place.rglob("audit.md"))
+    text, page = ((out / name).read_text() for name in ("audit.md", "audit.html"))
+    for one in (text, page):
+        assert "The input of 1 of 2 convolutions follows from the gradient of its weight by itself" in one
+    assert "| 2 | 3 x 3 | 24 x 4 x 4 | 16 | 1 of 1 image |" in " ".join(text.split())
+    assert page.count('<li class="exposed">') == page.count('<figure class="features">') == 1
