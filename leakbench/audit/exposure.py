@@ -1,4 +1,4 @@
-"""Which inputs of convolutions follow from what was sent, layer by layer, without a search (``factorise_convolution``)."""
+"""Which inputs of convolutions follow from what was sent without a search, layer by layer (``factorise_convolution``)."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from leakbench.errors import Unsupported
 from leakbench.observation import Observation
 
 MAX_IMAGES = 2
-"""So many images are tried: whether a layer is exposed depends on its size more than on the image."""
+"""The number of images that are tried: whether a layer is exposed depends more on its size than on the image."""
 
 MAX_POSITIONS = 256
 """Layers with more input positions are not tried: the eigenvalue problem would take minutes."""
 
 MAX_ERROR = 1e-2
-"""A layer counts as exposed if its input is at most this far from the truth, relative to its norm, where that is known."""
+"""The distance from the true input, relative to its norm, up to which a layer counts as exposed if that is known."""
 
 SHOWN_CHANNELS = 16
-"""The features of so many channels are drawn, those with the largest norms."""
+"""The number of channels whose features are drawn, those with the largest norms."""
 
 
 @dataclass(frozen=True)
