@@ -1,4 +1,4 @@
-"""Which inputs of convolutions follow from what was sent without a search, layer by layer (``factorise_convolution``)."""
+"""Which inputs of convolutions follow from what was sent, without a search (``factorise_convolution``)."""
 
 from __future__ import annotations
 
