@@ -14,6 +14,7 @@ from scipy import stats
 from leakbench.analysis.statistics import (
     UNIT,
     bootstrap_interval,
+    effective_groups,
     holm,
     paired_difference,
     share_interval,
@@ -31,6 +32,13 @@ def test_the_wilson_interval_is_scipys(trials: int, data: st.DataObject) -> None
     hits = data.draw(st.integers(0, trials))
     expected = stats.binomtest(hits, trials).proportion_ci(method="wilson")
     assert wilson_interval(hits / trials, trials) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_groups_are_worth_their_number_if_all_are_of_one_size() -> None:
+    assert effective_groups([3] * 7) == pytest.approx(7)
+    assert effective_groups([1] * 10) == 10
+    assert effective_groups([8, 1, 1]) == pytest.approx(100 / 66)
+    assert effective_groups([]) == 0
 
 
 def test_the_wilson_interval_of_no_trial_is_everything() -> None:

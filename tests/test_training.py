@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 import leakbench
 from leakbench import datasets, defenses, models
+from leakbench.analysis.statistics import wilson_interval
 from leakbench.cli.accuracy import TrainOptions
 from leakbench.cli.main import app
 from leakbench.core.types import Gradient
@@ -603,6 +604,18 @@ def scored(defense: str, seed: int, views: dict[str, int], zero: Sequence[int] =
     outcome = Outcome("ok", "", (Round(1, 0.01, 0.1, seen, 1.0),), 1, (), stolen)
     made = Provenance("0.1", "abc", False, {"torch": "2"}, "3.11", "cpu", 2, "leakbench run accuracy", "{}")
     return TrainingRecord(own.specs, own.recipe.settings(), seed, own.settings, outcome, made, Path(own.folder))
+
+
+def test_the_interval_of_an_accuracy_is_by_group(tmp_path: Path) -> None:
+    (one,) = train(study(datasets=["samples(size=8)"], rounds=1).arms(), tmp_path)
+    count = one.outcome.chosen().views[0].test.count
+    assert len(one.outcome.groups) == 7
+    assert sum(one.outcome.groups) == count == 13
+    value, low, high = report.interval([one])
+    assert (low, high) == wilson_interval(value, 13**2 / sum(size**2 for size in one.outcome.groups))
+    ungrouped = report.interval([replace(one, outcome=replace(one.outcome, groups=()))])
+    assert high - low > ungrouped.high - ungrouped.low + 0.1
+    assert tuple(report.interval([scored("none", 0, {"global": 9000})])) == (0.9, *wilson_interval(0.9, 10_000))
 
 
 def test_what_a_client_loses_is_told_against_the_undefended_of_its_seed() -> None:

@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from leakbench.analysis.statistics import wilson_interval
+from leakbench.analysis.statistics import effective_groups, wilson_interval
 from leakbench.core.text import ABSENT, name_of, number, slug
 from leakbench.errors import BadOption
 from leakbench.report.compare import Published, published
@@ -130,12 +130,16 @@ def accuracy(outcome: Outcome) -> float:
 
 
 def interval(own: Sequence[TrainingRecord]) -> Value:
-    """Return the mean test accuracy over seeds in [0, 1], with its 95 % Wilson interval over the test images."""
+    """Return the mean test accuracy over seeds in [0, 1], with its 95 % Wilson interval over the test images.
+
+    If groups hold several of them, it is over as many as the groups are worth (``effective_groups``).
+    """
     ended = [one.outcome for one in own if one.outcome.rounds]
     if not ended:
         return Value()
     value = mean(map(accuracy, ended))
-    return Value(value, *wilson_interval(value, ended[0].chosen().views[0].test.count))
+    count = effective_groups(ended[0].groups) if ended[0].groups else ended[0].chosen().views[0].test.count
+    return Value(value, *wilson_interval(value, count))
 
 
 def _percent(value: float, sign: bool = False) -> str:

@@ -100,6 +100,7 @@ class Outcome:
         stages: the checkpoints.
         thefts: the accuracy of the model of the best round for a thief without the right secrets.
         images: number of training images.
+        groups: how many test images each of their groups has (``TrainingData``); empty if each image is its own.
     """
 
     status: str
@@ -109,6 +110,7 @@ class Outcome:
     stages: tuple[SavedStage, ...] = ()
     thefts: tuple[Theft, ...] = ()
     images: Annotated[int, Field(ge=0)] = 0
+    groups: tuple[Annotated[int, Field(ge=1)], ...] = ()
 
     def __post_init__(self) -> None:
         numbers = [one.number for one in self.rounds]
@@ -293,4 +295,5 @@ class TrainingHistory:
             tuple(self.stages),
             tuple(stolen),
             len(session.data.train),
+            session.data.groups,
         )

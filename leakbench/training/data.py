@@ -1,5 +1,6 @@
 """The images of a training: split into parts, divided among clients, and augmented in batches."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -24,13 +25,18 @@ PADDING = 4
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The three parts of a training's images; ``validation`` is empty if none are held out."""
+    """The three parts of a training's images; ``validation`` is empty if none are held out.
+
+    Attributes:
+        groups: how many test images each group of the dataset has (``Dataset.group``); empty if none has several.
+    """
 
     train: ByteImages
     validation: ByteImages
     test: ByteImages
     image_shape: tuple[int, int, int]
     num_classes: int
+    groups: tuple[int, ...] = ()
 
 
 def load(dataset: Dataset, recipe: Recipe, seed: int) -> TrainingData:
@@ -57,7 +63,9 @@ def _loaded(
     kept = len(chosen) - int(held_out * len(chosen))
     held = [train[int(row)] for row in chosen]
     read_parts = (read(seen, held[:kept]), read(seen, held[kept:]), read(other, test[:tested]))
-    return TrainingData(*read_parts, dataset.image_shape, dataset.num_classes)
+    groups = Counter(map(other.group, test[:tested]))
+    sizes = tuple(groups.values()) if len(groups) < groups.total() else ()
+    return TrainingData(*read_parts, dataset.image_shape, dataset.num_classes, sizes)
 
 
 def check(dataset: Dataset, recipe: Recipe) -> None:
