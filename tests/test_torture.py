@@ -8,10 +8,11 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -28,6 +29,7 @@ from leakbench import LeakbenchError, Matrix, Reconstruction
 from leakbench.analysis.integrity import check
 from leakbench.engine.run import finished
 from leakbench.engine.worker import ClientData, without_score
+from leakbench.store import merge as merging
 from leakbench.store.merge import merge
 from leakbench.store.run_file import FILE, Store
 
@@ -68,14 +70,14 @@ def repeats(out: Path) -> int:
 def drive(out: str) -> None:
     """Be the driver of a run whose writes are counted."""
     torch.set_num_threads(1)
-    configure = Store._configure
+    init = Store.__init__
 
-    def counted(store: Store) -> None:
-        configure(store)
-        if not store.readonly:
+    def counted(store: Store, path: Path, db: sqlite3.Connection, readonly: bool) -> None:
+        init(store, path, db, readonly)
+        if not readonly:
             count_writes(store)
 
-    Store._configure = counted
+    Store.__init__ = counted
     leakbench.run(matrix(), out, chunk=4, workers=2, device="cpu")
 
 
@@ -245,16 +247,16 @@ def test_a_report_on_a_full_disk_is_one_line_and_the_old_one_stays(small_disk):
 
 def killed(parts: list[str], out: str) -> None:
     """Be a merge that is killed in the middle of the second run that it adds."""
-    insert, added = Store._absorb_results, []
+    insert, added = merging._results, []
 
-    def dies(self: Store, other: Store, sessions: dict[int, int]) -> int:
-        count = insert(self, other, sessions)
+    def dies(db: sqlite3.Connection, other: Store, sessions: Mapping[int, int]) -> int:
+        count = insert(db, other, sessions)
         added.append(count)
         if len(added) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         return count
 
-    Store._absorb_results = dies
+    merging._results = dies
     merge([Path(part) for part in parts], Path(out))
 
 
