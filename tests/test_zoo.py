@@ -13,7 +13,20 @@ import pytest
 import torch
 from conftest import ATTACKS, close, same, watch
 from torch import Tensor, nn
-from zoo import BROKEN, DTYPES, EMPTY, HARMLESS, KINDS, SOMETIMES, Smooth, Zoo, matrix, network
+from zoo import (
+    BROKEN,
+    DTYPES,
+    EMPTY,
+    HARMLESS,
+    KINDS,
+    SOMETIMES,
+    Smooth,
+    Zoo,
+    grey,
+    matrix,
+    network,
+    without_last_layer,
+)
 
 import leakbench
 from leakbench import Attack, Defense, LeakbenchError, Observation, Reconstruction, Rng, attacks, metrics
@@ -175,6 +188,45 @@ def test_a_layer_that_is_withheld_from_every_image_keeps_its_reason(zoos):
     reasons = own.drop_duplicates("attack").set_index("attack")["reason"]
     assert "none sent the gradients of its weight and its bias" in reasons["peel"]
     assert "label cannot be inferred" in reasons["ig(steps=20)"]
+
+
+@dataclass(frozen=True)
+class HidesFirst(Zoo):
+    """Withholds the last layer of the grey image and of the first image."""
+
+    def release(self, step, rng):
+        hidden = grey(step) or torch.equal(step.images, Smooth().load([0])[0])
+        return without_last_layer(step) if hidden else step.gradient()
+
+
+@dataclass(frozen=True)
+class HidesTwice(Zoo):
+    """Withholds the last layer at its first two releases."""
+
+    releases: ClassVar[list[int]] = []
+
+    def release(self, step, rng):
+        self.releases.append(1)
+        return without_last_layer(step) if len(self.releases) < 3 else step.gradient()
+
+
+def test_a_defense_that_hides_its_first_images_is_attacked_on_the_others(tmp_path):
+    plan = matrix(defenses=["none", HidesFirst()], attacks=["peel"], images=3)
+    run = leakbench.run(plan, tmp_path, device="cpu", chunk=3)
+    results = run.results()
+    own = results[(results["defense"] != "none") & ~results["floor"]].set_index("image")
+    assert own["status"].to_dict() == {0: "unsupported", 1: "ok", 2: "ok"}
+    told(own["reason"][0])
+    with Store.open(run.out / FILE, readonly=True) as store:
+        (scene,) = worst_cases(RunData.of(store, "zoo"))
+    assert {row.result.defense: share_text(row.result) for row in scene.defenses}[own["defense"][0]] == "2 of 2"
+
+
+def test_a_defense_that_hides_at_its_first_releases_is_attacked(tmp_path):
+    HidesTwice.releases.clear()
+    plan = matrix(defenses=["none", HidesTwice()], attacks=["peel"], floors=False)
+    results = leakbench.run(plan, tmp_path, device="cpu", chunk=2).results()
+    assert set(results["status"]) == {"ok"}
 
 
 @pytest.mark.parametrize("kind", EMPTY)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from leakbench import datasets, metrics
-from leakbench.core.component import Component, as_json
+from leakbench.core.component import Component, as_json, shipped
 from leakbench.core.device import device_named
 from leakbench.core.lock import alone
 from leakbench.core.malloc import keep_freed_memory
@@ -439,7 +439,9 @@ def _preflight(
 ) -> dict[str, str]:
     """Return the reason for each unsupported cell: by a recorded update, or by a step on a blank and then a real image.
 
-    The real image is that of the first trial; it is asked only about cells that the blank one refused.
+    The real image is that of the first trial; it is asked only about cells that the blank one refused. A defense that
+    is not part of leakbench may treat each image in another way: its cells are never left out, and each of their trials
+    is refused by its own step.
 
     Raises:
         Unsupported: an attack that supports no cell at all (of an ensemble, if no attack does) or, if strict, any
@@ -467,7 +469,8 @@ def _preflight(
         others = [other for other, trial in cells.items() if ensemble or trial.cell.specs["attack"] == spec]
         if strict or all(other in refused for other in others):
             raise Unsupported(f"{cells[cell].cell.words}: {refused[cell]}")
-    return refused
+    known = {key for key, trial in cells.items() if observed is not None or shipped(type(trial.cell.defense))}
+    return {key: reason for key, reason in refused.items() if key in known}
 
 
 def _ask(checks: Iterable[CheckTask], executor: Executor) -> list[Refusal]:
