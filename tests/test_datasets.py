@@ -250,6 +250,22 @@ def test_a_folder_is_read_in_the_order_of_its_names(photos: Path) -> None:
     assert torch.equal(dataset.mean(), torch.full((3, 16, 16), 0.5))
 
 
+def test_images_of_a_folder_are_grouped_by_the_beginning_of_their_names(tmp_path: Path) -> None:
+    for name in ("a/p1_1.png", "a/p1_2.png", "a/p2_1.png", "a/x.png", "b/p1_9.png", "b/p2.png", "b/x.png"):
+        paint(tmp_path / name, 9)
+    plain = datasets.parse(f"folder:{tmp_path}")
+    grouped = datasets.parse(f"folder(path={json.dumps(str(tmp_path))}, groups=_)")
+    assert [plain.group(index) for index in range(7)] == list(range(7))
+    assert [grouped.group(index) for index in range(7)] == [0, 0, 2, 3, 0, 5, 6]
+    assert "groups" not in plain.settings(), "the ids of older trials stay the same"
+    assert grouped.settings()["groups"] == "_"
+    with pytest.raises(BadOption, match="out of range"):
+        grouped.group(7)
+    with pytest.raises(BadOption, match="leave groups out") as error:
+        folder.Folder(str(tmp_path), groups="--").group(0)
+    one_line(error)
+
+
 def test_a_folder_is_scaled_on_its_short_side_and_cut_at_the_centre(tmp_path: Path) -> None:
     pixels = np.zeros((100, 300, 3), dtype=np.uint8)
     pixels[:, 100:200] = 255

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from leakbench.core.component import LATER
 from leakbench.core.images import IMAGE_FORMATS
 from leakbench.datasets.base import Dataset, register
 from leakbench.datasets.images import Channels, Size, check_indices, convert
@@ -51,13 +52,15 @@ class Folder(Dataset):
     The images are those of ``val`` or ``test`` if the folder has one of them, or all. The label of an image is the
     index of its folder's name among the sorted names of all class folders. The mean is that of at most 256 images of
     ``train``, evenly spaced in the order of their names; without a ``train`` folder it is the grey image 0.5. A folder
-    is listed once in a process.
+    is listed once in a process. Each file is one group, unless ``groups`` is given.
 
     Attributes:
         zoom: the shorter side is scaled to this many times the size before the centre square is cut out.
         path: the folder; its images are in class folders, or these are within train, val or test.
         size: the side of the images.
         channels: 1 for grey, 3 for RGB.
+        groups: files whose names agree up to the first of these characters are one group (``Dataset.group``), in any
+            class: with "_", p7_1.png and p7_2.png are. A name without them is its own group; none: each file is.
     """
 
     reference: ClassVar[str] = "the layout of torchvision's ImageFolder"
@@ -69,6 +72,7 @@ class Folder(Dataset):
     path: str
     size: Size = 32
     channels: Channels = 3
+    groups: str = field(default="", metadata=LATER)
 
     @property
     def folder(self) -> Path:
@@ -102,6 +106,11 @@ class Folder(Dataset):
             images[row] = self._read(file)
         return images, torch.tensor([label for _, label in chosen], dtype=torch.int64)
 
+    def group(self, index: int) -> int:
+        """Return the index of the first image of the same group; raise BadOption if no file name has ``groups``."""
+        check_indices(f"{self.name}:{self.folder}", len(self), [index])
+        return _grouped(self.folder, self.groups)[index] if self.groups else index
+
     def mean(self) -> Tensor:
         """Return [C, H, W], the mean of images of ``train``, or the grey image 0.5 if there is no ``train``."""
         public = self.listing().public
@@ -134,6 +143,7 @@ class ImageNet(Folder):
         path: the folder; class folders are named by WordNet ids (n01440764) and may be within train and val.
         size: the side of the images.
         channels: 1 for grey, 3 for RGB.
+        groups: see ``folder``.
     """
 
     reference: ClassVar[str] = "Russakovsky et al. 2015, ImageNet Large Scale Visual Recognition Challenge, IJCV"
@@ -175,6 +185,17 @@ def _listing(folder: Path) -> Listing:
         attacked=tuple((file, labels[file.parent.name]) for file in images),
         public=tuple(others[number * len(others) // taken] for number in range(taken)),
     )
+
+
+@functools.cache
+def _grouped(folder: Path, end: str) -> list[int]:
+    """Return for each attacked image the index of the first one whose name is the same up to ``end``."""
+    files = [file for file, _ in _listing(folder).attacked]
+    if not any(end in file.stem for file in files):
+        raise BadOption(f"groups={end!r}: no image in {str(folder)!r} has {end!r} in its name; leave groups out")
+    first: dict[str | Path, int] = {}
+    names = [file.stem.partition(end)[0] if end in file.stem else file for file in files]
+    return [first.setdefault(name, index) for index, name in enumerate(names)]
 
 
 @functools.cache
