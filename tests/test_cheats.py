@@ -10,15 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import psutil
 import pytest
+import torch
 from test_engine import no_assets  # noqa: F401
 
 import leakbench
-from leakbench import LeakbenchError, Matrix, Reconstruction, attacks, metrics, report
+from leakbench import LeakbenchError, Matrix, Reconstruction, attacks, datasets, metrics, models, report
 from leakbench.analysis.ensemble import ensemble_results
 from leakbench.api import Run
 from leakbench.core.component import shipped
@@ -591,6 +593,21 @@ def test_the_control_tries_every_label_that_it_cannot_infer() -> None:
     assert part.evaluations is not None
     assert part.evaluations.tolist() == [64 * 4 + 2] * 2
     assert leakbench.attack("nearest-public", seen).evaluations.tolist() == [64 + 2] * 2  # type: ignore[union-attr]
+
+
+def test_noise_hides_the_label_from_the_control_before_it_hides_the_image() -> None:
+    """A label from the sign of the last bias's gradient is wrong behind noise that leaves the images apart."""
+    data = datasets.parse("samples")
+    images, labels = data.load(range(8))
+    torch.manual_seed(0)
+    network = models.parse("lenet").build(data.image_shape, data.num_classes)
+    sent = leakbench.observe(network, images, labels, defense="noise(scale=1)", seed=0)
+    of_bias = list(sent.gradient.values())[-1].argmin(1)
+    assert int((of_bias == labels).sum()) <= 4
+    wrong = leakbench.attack("nearest-public", replace(sent, labels=of_bias))
+    found = leakbench.attack("nearest-public", sent)
+    score = metrics.parse("psnr")
+    assert float(score(found.images, images).mean()) > float(score(wrong.images, images).mean()) + 30
 
 
 def test_options_of_a_run_do_not_run_a_foreign_attack_here() -> None:

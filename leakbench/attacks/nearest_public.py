@@ -33,7 +33,8 @@ class NearestPublic(GradientMatching):
     It reconstructs nothing. On ``samples`` the private image is one of the 64, and the control shows how little of a
     gradient an attack needs that has memorised the images. On other datasets it shows what the nearest of 64 foreign
     images scores. Nearest is by cosine distance over all parameters. If the label is neither granted nor inferred from
-    the last layer's gradient, every class is tried. See GradientMatching for ``secrets``.
+    the last layer's gradient, every class is tried: what noise hides first is the label, and a wrong label hides the
+    image. See GradientMatching for ``secrets``.
     """
 
     reference: ClassVar[str] = "a control by definition; the distance of Geiping et al. 2020, arXiv 2003.14053"
