@@ -216,8 +216,3 @@ def floor_share(trials: pd.DataFrame, threshold: float) -> float:
     hit = ((floors[RECOVERY] >= threshold) & (floors["status"] == "ok")).groupby([floors["attack"], floors["image"]])
     shares = hit.mean().groupby(level=0).mean()
     return float(shares.max()) if len(shares) else math.nan
-
-
-def skipped(trials: pd.DataFrame, threshold: float) -> int:
-    """Return how many planned trials are skipped because another one has recovered the image."""
-    return sum(stats.skipped for one in ensemble_results(trials, threshold) for stats in one.attackers)

@@ -11,7 +11,7 @@ import pandas as pd
 from leakbench.analysis.ensemble import RECOVERED
 from leakbench.analysis.pareto import Study
 from leakbench.analysis.reproduce import reproduction
-from leakbench.analysis.summary import ANY, BLOCK, LABEL, STATUSES, summarise, without_repeats
+from leakbench.analysis.summary import ANY, BLOCK, LABEL, STATUSES, without_repeats
 from leakbench.core.text import ABSENT, decimals
 from leakbench.metrics.public import PublicSSIM
 from leakbench.plan.matrix import RECOVERY
@@ -54,7 +54,7 @@ def html(
     """
     once = without_repeats(run.results)
     metrics = _metrics(run)
-    summary = summarise(run.results, metrics)
+    summary = run.summary
     axes = {axis: list(dict.fromkeys(once[axis].astype(str))) for axis in _AXES}
     ranked = next((name for name in _RANKED if any(m.name == name for m in metrics)), "")
     ranking = next((metric for metric in metrics if metric.name == ranked), metrics[0] if metrics else None)

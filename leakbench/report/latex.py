@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from leakbench.analysis.summary import blocks, summarise
+from leakbench.analysis.summary import blocks
 from leakbench.core.text import ABSENT, decimals, number
 from leakbench.errors import one_line
 from leakbench.report.display import Bold, heading, leakage_table, to_latex
@@ -36,7 +36,7 @@ def latex(run: RunData) -> str:
     """Return ``report.tex``: a table for each dataset, model and threat model; it depends on its arguments only."""
     metrics = _metrics(run, REPORT_METRICS)
     tables: list[str] = []
-    for (dataset, model, threat), block in blocks(summarise(run.results, metrics)):
+    for (dataset, model, threat), block in blocks(run.summary):
         defenses = block["defense"].drop_duplicates().tolist()
         ranked = block.assign(rank=block["defense"].map(defenses.index)).sort_values("rank", kind="stable")
         shown = leakage_table(ranked, metrics)
@@ -51,7 +51,7 @@ def table6(run: RunData) -> str:
     """Return ``table6.tex``, in the layout of the paper's Table 6; empty for a run without key-lock or undefended."""
     metrics = _metrics(run, PAPER_METRICS)
     arms = {one.spec: one.name for one in run.components if one.kind == "defense" and one.name in ARMS}
-    summary = summarise(run.results, metrics)
+    summary = run.summary
     rows = summary[~summary["floor"].astype(bool) & summary["defense"].isin(list(arms))]
     if not {"none", "keylock"} <= set(rows["defense"].map(arms)) or not metrics:
         return ""

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 
 from leakbench.analysis.controls import control_gains
-from leakbench.analysis.ensemble import RECOVERED, ensemble_results
 from leakbench.analysis.failures import defense_failures
-from leakbench.analysis.summary import ANY, BLOCK, blocks, strongest, summarise, without_repeats
+from leakbench.analysis.summary import ANY, BLOCK, blocks, strongest, without_repeats
 from leakbench.analysis.verdict import inconclusive
 from leakbench.core.text import ABSENT, decimals, plural, with_interval
 from leakbench.metrics.public import PublicSSIM
@@ -40,7 +39,7 @@ _LPIPS = {
 
 def markdown(run: RunData, pictures: Sequence[Picture] = ()) -> str:
     """Return the report of a run; it depends on nothing but its arguments."""
-    summary = summarise(run.results, run.metrics)
+    summary = run.summary
     weights, images, flaws = trained(run.components), notes(run.components), _inconclusive(run)
     shown, last, public = [], None, dict(public_tables(run))
     for block_of, block in blocks(summary):
@@ -77,9 +76,8 @@ def _inconclusive(run: RunData) -> dict[tuple[str, str], str]:
     """Return why defenses cannot be compared, by dataset and model; empty if nothing was measured."""
     if RECOVERY not in run.trials:
         return {}
-    threshold = RECOVERED if run.threshold is None else run.threshold
-    found = ensemble_results(run.trials, threshold)
-    return inconclusive(found, run.components) if any(not math.isnan(one.share) for one in found) else {}
+    known = any(not math.isnan(one.share) for one in run.ensembles)
+    return inconclusive(run.ensembles, run.components) if known else {}
 
 
 def _tables(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> dict[str, object]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import pandas as pd
 
-from leakbench.analysis.ensemble import skipped
-from leakbench.analysis.summary import STATUSES, rescored
+from leakbench.analysis.ensemble import RECOVERED, EnsembleResult, ensemble_results
+from leakbench.analysis.summary import STATUSES, rescored, summarise
 from leakbench.core.text import number
+from leakbench.plan.matrix import RECOVERY
 from leakbench.report.page import render_markdown
 from leakbench.store.frames import AFTER, BEFORE, ended
 from leakbench.store.records import (
@@ -84,9 +86,21 @@ class RunData:
         return rescored(ended(self.trials), self.metrics)
 
     @cached_property
+    def summary(self) -> pd.DataFrame:
+        """One row per cell, with the columns of every metric (``summarise``)."""
+        return summarise(self.results, self.metrics)
+
+    @cached_property
+    def ensembles(self) -> Sequence[EnsembleResult]:
+        """What all attackers together recover (``ensemble_results``), by ``RECOVERED`` in a run without a threshold."""
+        trials = self.trials if RECOVERY in self.trials else self.trials.assign(**{RECOVERY: math.nan})
+        return ensemble_results(trials, RECOVERED if self.threshold is None else self.threshold)
+
+    @cached_property
     def planned(self) -> int:
         """How many trials were planned, without those that are skipped."""
-        return len(self.trials) - (0 if self.threshold is None else skipped(self.trials, self.threshold))
+        skips = () if self.threshold is None else self.ensembles
+        return len(self.trials) - sum(stats.skipped for one in skips for stats in one.attackers)
 
     @property
     def mixed(self) -> bool:

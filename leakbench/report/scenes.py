@@ -7,10 +7,10 @@ from itertools import groupby
 
 import pandas as pd
 
-from leakbench.analysis.ensemble import RECOVERED, SCENE, EnsembleResult, ensemble_results, floor_share
+from leakbench.analysis.ensemble import RECOVERED, SCENE, EnsembleResult, floor_share
 from leakbench.analysis.failures import DefenseFailure, defense_failures
 from leakbench.analysis.recovery import caveat, judged
-from leakbench.analysis.summary import strongest, summarise
+from leakbench.analysis.summary import strongest
 from leakbench.analysis.verdict import inconclusive, missing_attackers
 from leakbench.core.text import in_groups, percent, with_interval
 from leakbench.plan.matrix import RECOVERY
@@ -106,7 +106,7 @@ def worst_cases(run: RunData) -> list[WorstCase]:
         trials = trials.assign(**{RECOVERY: math.nan})
     hits = judged(trials, threshold)
     hits = hits[hits["recovered"] & ~hits["by_floor"] & ~hits["floor"].to_numpy(dtype=bool)]
-    every, found = ensemble_results(trials, threshold), []
+    every, found = run.ensembles, []
     flaws, missing = inconclusive(every, run.components), missing_attackers(trials, run.components, threshold)
     for (dataset, model), results in groupby(every, SCENE):
         rows = []
@@ -140,10 +140,9 @@ def _leakage(row: DefenseRow) -> tuple[bool, bool, bool, float, float]:
 
 def _gains(run: RunData) -> Mapping[tuple[str, str, str], tuple[str, GainInterval]]:
     """Return (dataset, model, defense) -> the attacker that gains most under any threat model, and its gain."""
-    metrics = [metric for metric in run.metrics if metric.name == "psnr_aligned" and metric.name in run.results]
-    if not metrics:
+    if not any(metric.name == "psnr_aligned" for metric in run.metrics) or "psnr_aligned" not in run.results:
         return {}
-    best = strongest(summarise(run.results, metrics), "psnr_aligned")
+    best = strongest(run.summary, "psnr_aligned")
     best = best.sort_values("gain", ascending=False, kind="stable").drop_duplicates(["dataset", "model", "defense"])
     return {
         (row["dataset"], row["model"], row["defense"]): (
