@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import multiprocessing
+import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
+from multiprocessing.connection import wait
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +24,7 @@ from leakbench import attacks, defenses, generators, models
 from leakbench.core.rng import salted
 from leakbench.core.types import Secret
 from leakbench.defenses import Defense
-from leakbench.engine import isolation
+from leakbench.engine import batch_size, isolation
 from leakbench.generators import Card, Generator
 from leakbench.models import Model
 from leakbench.observation import Observation
@@ -32,6 +37,8 @@ settings.load_profile("leakbench")
 
 SHAPE = (1, 8, 8)
 CLASSES = 4
+MEASURED = batch_size.choose
+"""Chooses by measurement how many trials run at a time."""
 
 
 @generators.register("tiny")
@@ -110,6 +117,71 @@ def _one_template() -> Iterator[None]:
     isolation.Template = real  # type: ignore[misc]
     for one in kept:
         real.close(one)
+
+
+COPIED = multiprocessing.get_context("forkserver")
+"""Starts processes as copies of one that has imported torch and leakbench, which takes seconds."""
+COPIED.set_forkserver_preload(["leakbench.api", "leakbench.training", "pytest", "hypothesis", "pandas", "scipy.stats"])
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _copied_workers() -> Iterator[None]:
+    """Start the workers of runs as copies; ``test_workers`` has a test of the spawned ones that users have."""
+    with pytest.MonkeyPatch.context() as patch:
+        own = SimpleNamespace(Pipe=multiprocessing.Pipe, get_context=lambda kind: COPIED)
+        patch.setattr("leakbench.engine.executors.multiprocessing", own)
+        yield
+
+
+@pytest.fixture
+def hanging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which a component that hangs makes a file: for each, the clock of time limits jumps by an hour."""
+    folder = tmp_path / "hanging"
+    folder.mkdir()
+    own = SimpleNamespace(monotonic=lambda: time.monotonic() + 3600 * len(os.listdir(folder)))
+    monkeypatch.setattr("leakbench.engine.executors.time", own)
+
+    def look(heard: Sequence[Any], limit: float | None) -> list[Any]:
+        return wait(heard, None if limit is None else min(limit, 0.05))
+
+    monkeypatch.setattr("leakbench.engine.executors.wait", look)
+    return folder
+
+
+def hang(folder: str) -> None:
+    """Do not come back, and say so to ``hanging``."""
+    (Path(folder) / str(time.monotonic_ns())).touch()
+    time.sleep(1000)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _empty_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str | None]:
+    """Hide the cache of the user: without trained weights, LPIPS is left out, which takes longer than a small trial."""
+    real = os.environ.get("LEAKBENCH_HOME")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEAKBENCH_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield real
+
+
+@pytest.fixture(autouse=True)
+def _real_cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _empty_cache: str | None) -> None:
+    """Show the cache of the user to the tests that need it."""
+    if request.node.get_closest_marker("assets"):
+        monkeypatch.delenv("LEAKBENCH_HOME")
+        if _empty_cache is not None:
+            monkeypatch.setenv("LEAKBENCH_HOME", _empty_cache)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _known_chunks() -> Iterator[None]:
+    """Leave out the measurements that choose how many trials run at a time; ``test_chunk`` has them."""
+
+    def choose(step: object, trials: int, device: object, share: float = 0) -> int:
+        return -(-trials // -(-trials // batch_size.ALWAYS_TOGETHER))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_size, "choose", choose)
+        yield
 
 
 SALT = "5eed" * 8

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import MEASURED
 
 import leakbench
 from leakbench import attacks
@@ -21,6 +22,11 @@ from leakbench.plan.matrix import Matrix
 from leakbench.store.run_file import FILE, Store
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _as_users_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunk, "choose", MEASURED)
 
 
 @pytest.fixture

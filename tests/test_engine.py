@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +14,7 @@ import own_attacks  # noqa: F401
 import pandas as pd
 import pytest
 import torch
-from conftest import images_of
+from conftest import COPIED, images_of
 from torch import Tensor, nn
 
 import leakbench
@@ -44,8 +41,6 @@ from leakbench.plan.trial import Result
 from leakbench.store import connection
 from leakbench.store.run_file import FILE, Store
 from leakbench.victim import Client, observe
-
-TESTS = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -238,24 +233,26 @@ def long_matrix() -> Matrix:
     return plan(attacks=[Slow(), "random"], defenses=["none", "noise(scale=0.01)"], images=16)
 
 
+def run_long(out: Path) -> None:
+    torch.set_num_threads(1)
+    go(long_matrix(), out, chunk=2)
+
+
 def test_a_run_that_is_killed_goes_on(tmp_path):
     out = tmp_path / "run"
-    script = f"import test_engine, leakbench; leakbench.run(test_engine.long_matrix(), {str(out)!r}, chunk=2)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], cwd=TESTS, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE
-    )
+    process = COPIED.Process(target=run_long, args=(out,))
+    process.start()
     try:
         for _ in range(3000):
             # the commit of a chunk is seen from outside while the run goes on
-            if process.poll() is not None or ((out / FILE).exists() and len(peek(out)) >= 6):
+            if not process.is_alive() or ((out / FILE).exists() and len(peek(out)) >= 6):
                 break
             time.sleep(0.02)
-        assert process.poll() is None, process.stderr.read().decode()
-        process.send_signal(signal.SIGKILL)
+        assert process.is_alive()
     finally:
         process.kill()
-        process.communicate()
-    assert process.returncode == -signal.SIGKILL
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
     before = done(out)
     kept = stored(out, sorted(before))
     total = len(long_matrix().trials())

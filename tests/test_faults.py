@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -12,6 +11,7 @@ from typing import ClassVar
 import psutil
 import pytest
 import torch
+from conftest import hang
 from test_cli import SMALL, cli, place, refused, written  # noqa: F401
 from test_engine import (  # noqa: F401
     Counter,
@@ -29,7 +29,6 @@ from test_engine import (  # noqa: F401
 import leakbench
 from leakbench import Attack, Defense, Gradient, LeakbenchError, Reconstruction, Step, Unsupported
 from leakbench.analysis.integrity import check
-from leakbench.engine import executors as workers
 from leakbench.store.run_file import FILE
 
 
@@ -383,16 +382,17 @@ class DefenseHangs(Defense):
     """Does not come back, from the blank image that is tried before a run on."""
 
     name: ClassVar[str] = "hangs"
+    folder: str = ""
 
     def release(self, step: Step, rng: torch.Generator) -> Gradient:
-        time.sleep(1000)
+        hang(self.folder)
         raise AssertionError
 
 
-def test_a_defense_that_hangs_is_stopped_and_costs_its_own_trials(tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "LOADING_SECONDS", 8.0)
-    matrix = plan(attacks=["random"], defenses=[DefenseHangs(), "none"], images=1)
-    results = go(matrix, tmp_path, time_limit=1).set_index("defense")
+def test_a_defense_that_hangs_is_stopped_and_costs_its_own_trials(tmp_path, hanging):
+    matrix = plan(attacks=["random"], defenses=[DefenseHangs(str(hanging)), "none"], images=1)
+    results = go(matrix, tmp_path / "run", time_limit=1)
+    results = results.set_index(results["defense"].str.partition("(")[0])
     assert results["status"].to_dict() == {"hangs": "error", "none": "ok"}
     assert "timed out after 1 s" in results["reason"]["hangs"]
 

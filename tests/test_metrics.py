@@ -545,9 +545,11 @@ def test_lpips_is_fed_clamped_rgb_in_minus_one_to_one(net: Net, random_networks:
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.usefixtures("random_trunks")
 def test_lpips_of_large_images_in_several_pieces_is_that_of_each(
-    net: Net, random_networks: dict[Net, nn.Module]
+    net: Net, random_networks: dict[Net, nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images, truth = rand(3, 3, 256, 256), rand(3, 3, 256, 256, seed=1)
+    side = lpips_module._LARGE  # from here on the channels are last
+    monkeypatch.setattr(lpips_module, "_PIXELS", 2 * side**2)
+    images, truth = rand(3, 3, side, side), rand(3, 3, side, side, seed=1)
     with torch.no_grad():
         expected = torch.cat([random_networks[net](2 * x[None] - 1, 2 * y[None] - 1) for x, y in zip(images, truth)])
     torch.testing.assert_close(lpips(images, truth, net), expected.flatten().double(), rtol=1e-4, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -44,30 +45,39 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def run(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    extra = {"PYTHONPATH": str(path)} if path else {}
-    return subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, env=one_thread(**extra))
-
-
-LISTS = """
+COMMANDS = """
 import sys
 from leakbench.cli.main import app
-for kind in sys.argv[1:]:
+for kind in sys.argv[1].split():
     print("##", kind)
     app(["list", kind], standalone_mode=False)
+print("## run")
+app(sys.argv[2:], standalone_mode=False)
 """
 
 
-def test_an_installed_package_is_listed(installed, place):  # noqa: F811
+@pytest.fixture(scope="module")
+def crossed(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What a process with the package says of each kind and of a run, and the folder of the run."""
+    axes = ["--attack", "first-layer", "--attack", "ig(steps=2)", "--defense", "none", "--defense", "signs"]
+    axes += ["--defense", "keylock(length=9)", "--model", "softmax", "--model", "lenet", "--dataset", "dots"]
+    command = ["run", "matrix", *axes, "--images", "2", "--no-floors", "--out", "x"]
+    folder = tmp_path_factory.mktemp("crossed")
+    path = os.pathsep.join([str(installed), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, "-c", LISTS, *MEMBERS],
+        [sys.executable, "-c", COMMANDS, " ".join(MEMBERS), *command],
         capture_output=True,
         text=True,
-        env=one_thread(PYTHONPATH=str(installed)),
+        env=one_thread(PYTHONPATH=path),
+        cwd=folder,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    parts = dict(re.findall(r"^## (\w+)\n((?:(?!## ).*\n)+)", done.stdout, re.M))
-    assert list(parts) == list(MEMBERS)
+    return done.stdout, folder / "x"
+
+
+def test_an_installed_package_is_listed(crossed):
+    parts = dict(re.findall(r"^## (\w+)\n((?:(?!## ).*\n)+)", crossed[0], re.M))
+    assert list(parts) == [*MEMBERS, "run"]
     for kind, name in MEMBERS.items():
         names = re.findall(r"^(\S+)$", parts[kind], re.M)
         assert names.count(name) == 1
@@ -80,11 +90,8 @@ def test_an_installed_package_is_listed(installed, place):  # noqa: F811
     assert "reference: Bernstein et al. 2018, signSGD, ICML" in parts["defenses"]
 
 
-def test_an_installed_package_is_crossed_with_everything(installed, cli, place):  # noqa: F811
-    axes = ["--attack", "first-layer", "--attack", "ig(steps=2)", "--defense", "none", "--defense", "signs"]
-    axes += ["--defense", "keylock(length=9)", "--model", "softmax", "--model", "lenet", "--dataset", "dots"]
-    done = run("run", "matrix", *axes, "--images", "2", "--no-floors", "--out", "x", path=installed)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_an_installed_package_is_crossed_with_everything(crossed, cli, place):  # noqa: F811
+    shutil.copytree(crossed[1], "x")
     results = pd.read_csv("x/results.csv").set_index(["model", "defense", "attack", "dataset"]).sort_index()
     status = results.groupby(level=["model", "defense", "attack"])["status"].unique().map(list).to_dict()
     assert status["softmax", "none", "first-layer"] == ["ok"]
@@ -120,7 +127,12 @@ def test_an_installed_package_that_does_not_import_is_named(tmp_path, place):  #
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[leakbench.defenses]\nmine = broken_plugin\n")
     (tmp_path / "site" / "broken_plugin.py").write_text("raise RuntimeError('not\\ntoday')\n")
-    done = run("list", "defenses", path=tmp_path / "site")
+    done = subprocess.run(
+        [SCRIPT, "list", "defenses"],
+        capture_output=True,
+        text=True,
+        env=one_thread(PYTHONPATH=str(tmp_path / "site")),
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(
         r"error: the plugin 'broken_plugin' .*'mine'.* not today; repair or uninstall it\n", done.stderr

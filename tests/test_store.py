@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shutil
-import signal
 import sqlite3
-import string
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from io import BytesIO
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import SALT
+from conftest import COPIED, SALT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -474,27 +473,26 @@ def test_a_reader_sees_a_run_that_is_being_written(tmp_path):
         assert len(again.results()) == 2
 
 
-WRITER = """
-import itertools, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_store import ready, result, trial
-store, session = ready(Path({folder!r}))
-for chunk in itertools.count():
-    store.write([result(trial(10 * chunk + i)) for i in range(10)], session)
-    print(chunk, flush=True)
-"""
+def write_for_ever(folder: Path, told: Connection) -> None:
+    store, session = ready(folder)
+    for chunk in itertools.count():
+        store.write([result(trial(10 * chunk + i)) for i in range(10)], session)
+        told.send(chunk)
 
 
 def test_kill_9_loses_at_most_a_chunk(tmp_path):
-    code = WRITER.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        told = [process.stdout.readline() for _ in range(5)]
-        time.sleep(0.05)
-        os.kill(process.pid, signal.SIGKILL)
-        told += process.stdout.readlines()
-    written = sum(line.strip(string.whitespace) != "" for line in told)
+    here, there = COPIED.Pipe(duplex=False)
+    process = COPIED.Process(target=write_for_ever, args=(tmp_path, there))
+    process.start()
+    there.close()
+    told = [here.recv() for _ in range(5)]
+    time.sleep(0.05)
+    process.kill()
+    process.join()
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            told.append(here.recv())
+    written = len(told)
     for readonly in (True, False):
         with Store.open(tmp_path / FILE, readonly) as store:
             done = len(store.done())

@@ -6,8 +6,6 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randn
+from conftest import COPIED, randn
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -487,6 +485,16 @@ class Killed(Defense):
         return step.gradient()
 
 
+def killed(mode: str) -> Sequence[Arm]:
+    return study(mode=mode, defenses=["killed-in-training"], rounds=4).arms()
+
+
+def train_until_killed(mode: str, kill: int, out: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ["LEAKBENCH_TEST_KILL"] = str(kill)
+    train(killed(mode), out)
+
+
 @pytest.mark.parametrize(
     ("mode", "kill"),
     # 58 images are 4 steps an epoch: the second step of the third; and the second of three clients in the third round
@@ -495,14 +503,12 @@ class Killed(Defense):
 def test_a_killed_training_is_resumed_to_the_same_record(tmp_path: Path, mode: str, kill: int) -> None:
     if mode == "fedavg":
         pytest.importorskip("flwr")
-    plain = f"study(mode={mode!r}, defenses=['killed-in-training'], rounds=4)"
-    script = f"from pathlib import Path; from test_training import study, train; train({plain}.arms(), Path({{!r}}))"
     cut, whole = tmp_path / "cut", tmp_path / "whole"
-    own = {**os.environ, "OMP_NUM_THREADS": "1", "LEAKBENCH_TEST_KILL": str(kill)}
-    command = [sys.executable, "-c", script.format(str(cut))]
-    process = subprocess.run(command, cwd=Path(__file__).parent, env=own, capture_output=True, timeout=120)
-    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
-    arms = study(mode=mode, defenses=["killed-in-training"], rounds=4).arms()
+    process = COPIED.Process(target=train_until_killed, args=(mode, kill, cut))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    arms = killed(mode)
     folder = cut / ARMS_FOLDER / arms[0].folder
     assert not (folder / RECORD).exists()
     assert len(read_state(folder / STATE)["rounds"]) == 2

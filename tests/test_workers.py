@@ -16,6 +16,7 @@ from typing import ClassVar
 import pandas as pd
 import pytest
 import torch
+from conftest import hang
 from test_engine import (  # noqa: F401
     Counter,
     RaisesForOne,
@@ -68,14 +69,21 @@ class Hangs(Thief):
     """Does not come back at one image."""
 
     name: ClassVar[str] = "hangs"
+    folder: str = ""
 
     def give(self, images, observation, rng):
         if self.rows(rng, 2):
-            time.sleep(1000)
+            hang(self.folder)
         return Reconstruction(images)
 
 
-def test_workers_give_the_bytes_of_one_process(tmp_path):
+def spawned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start workers as users have them, and not as copies."""
+    monkeypatch.setattr(workers, "multiprocessing", multiprocessing)
+
+
+def test_workers_give_the_bytes_of_one_process(tmp_path, monkeypatch):
+    spawned(monkeypatch)
     matrix = plan(attacks=["random", "ig(steps=2)", RaisesForOne()], defenses=["none", "noise(scale=0.1)"], images=5)
     alone, seen = go(matrix, tmp_path / "1", chunk=2), Counter()
     two = go(matrix, tmp_path / "2", chunk=2, workers=2, progress=seen)
@@ -108,11 +116,12 @@ def test_an_ensemble_skips_the_same_trials_with_workers(tmp_path):
     )
 
 
-def test_a_trial_that_hangs_is_stopped_at_the_time_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "LOADING_SECONDS", 8.0)
+def test_a_trial_that_hangs_is_stopped_at_the_time_limit(tmp_path, monkeypatch, hanging):
     temporary = temporary_files(tmp_path / "tmp", monkeypatch)
+    spawned(monkeypatch)
     monkeypatch.setenv("TMPDIR", str(temporary))  # of the worker
-    results = go(plan(attacks=[Hangs()], images=[3, 2]), tmp_path, chunk=2, time_limit=1).set_index("image")
+    matrix = plan(attacks=[Hangs(str(hanging))], images=[3, 2])
+    results = go(matrix, tmp_path / "run", chunk=2, time_limit=1).set_index("image")
     assert not list(temporary.iterdir()), "the killed worker leaves the folders of its attack"
     assert results["status"].to_dict() == {3: "ok", 2: "error"}
     assert "timed out after 1 s" in results["reason"][2]
