@@ -595,7 +595,7 @@ def test_the_command_trains_and_reports(
         assert numbers[0] > 0
     with Image.open(folder / "samples.png") as grid:
         assert grid.size == (2 * (10 * 33 - 1), 2 * (2 * 33 - 1))  # two classes, ten samples of each
-    assert assess(small(steps=3), folder, "")[0].exists()
+    assert assess(small(steps=3), folder)[0][0].exists()
 
 
 def test_a_loaded_generator_has_no_gradients_of_its_own() -> None:

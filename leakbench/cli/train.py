@@ -42,6 +42,9 @@ def generator(
     from leakbench.generators.assess import assess
     from leakbench.generators.train import GeneratorRecipe
     from leakbench.generators.train import train as run
+    from leakbench.report.files import replace
+    from leakbench.report.page import render_markdown
+    from leakbench.version import __version__
 
     # the recipe checks the precision
     recipe = GeneratorRecipe(dataset, steps, batch, seed, lr, flip, latent, width, precision=precision)  # type: ignore[arg-type]
@@ -58,5 +61,7 @@ def generator(
                 bar.note(f"[{step}/{steps}] {losses}")
 
         weights = run(recipe, folder, device=device, command=line, on_step=told)
-    for path in [weights, *assess(recipe, folder, line)]:
+    pictures, facts = assess(recipe, folder)
+    page = render_markdown("generator.md.j2", recipe=vars(recipe), command=line, version=__version__, **facts)
+    for path in [weights, *pictures, replace(folder / "report.md", page.encode())]:
         typer.echo(str(path))

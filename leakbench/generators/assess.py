@@ -10,16 +10,16 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from leakbench.core.rng import generator
-from leakbench.datasets.images import ByteImages, read
+from leakbench.datasets.images import read
 from leakbench.generators.dcgan import DCGAN
 from leakbench.generators.train import WEIGHTS, GeneratorRecipe, splits
-from leakbench.version import __version__
 
 SAMPLES = 1000
 """Number of samples (equally many of each class), and of test images, whose distances are measured."""
 
 _GRID = 10
 _SCALE = 2
+_LEVELS = torch.tensor([0.0, 0.01, 0.05, 0.5, 0.95], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,12 @@ def samples(file: Path, count: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.cat(images).add(1).div(2), labels
 
 
-def assess(recipe: GeneratorRecipe, out: Path, command: str) -> list[Path]:
-    """Write ``samples.png``, ``nearest.png`` and ``report.md`` on the weights in ``out``, and return their paths."""
+def assess(recipe: GeneratorRecipe, out: Path) -> tuple[list[Path], dict[str, object]]:
+    """Write ``samples.png`` and ``nearest.png`` on the weights in ``out``.
+
+    Returns:
+        Their paths, and what the page of the generator states beside its recipe.
+    """
     seen, unseen = splits(recipe.dataset)
     training, test = read(seen, range(len(seen))), read(unseen, range(min(SAMPLES, len(unseen))))
     trained = DCGAN(str(out / WEIGHTS))
@@ -75,8 +79,14 @@ def assess(recipe: GeneratorRecipe, out: Path, command: str) -> list[Path]:
     _save(out / "samples.png", drawn[places], _GRID)
     pairs = torch.cat([drawn[: 2 * _GRID], training.pixels[own.index[: 2 * _GRID]].float() / 255])
     _save(out / "nearest.png", pairs, 2 * _GRID)
-    (out / "report.md").write_text(_report(recipe, trained, command, own, other, training), encoding="utf-8")
-    return [out / "samples.png", out / "nearest.png", out / "report.md"]
+    measured = (("samples", own.distance), ("test images", other.distance))
+    return [out / "samples.png", out / "nearest.png"], {
+        "parameters": sum(value.numel() for value in trained.network().parameters()),
+        "training": len(training),
+        "each": _GRID,
+        "rows": [(name, len(found), found.quantile(_LEVELS).tolist()) for name, found in measured],
+        "close": float((own.distance < other.distance.quantile(0.01)).double().mean()),
+    }
 
 
 def _save(file: Path, images: Tensor, columns: int) -> None:
@@ -86,54 +96,3 @@ def _save(file: Path, images: Tensor, columns: int) -> None:
     picture.resize((picture.width * _SCALE, picture.height * _SCALE), Image.Resampling.NEAREST).save(
         file, optimize=True
     )
-
-
-def _report(
-    recipe: GeneratorRecipe, trained: DCGAN, command: str, own: Nearest, other: Nearest, training: ByteImages
-) -> str:
-    """Return the report on the training and the distances."""
-    levels = torch.tensor([0.0, 0.01, 0.05, 0.5, 0.95], dtype=torch.float64)
-
-    def row(name: str, found: Nearest) -> str:
-        values = " | ".join(f"{float(value):.4f}" for value in found.distance.quantile(levels))
-        return f"| {name} | {len(found.distance)} | {values} |"
-
-    close = float((own.distance < other.distance.quantile(0.01)).double().mean())
-    parameters = sum(value.numel() for value in trained.network().parameters())
-    options = "\n".join(f"| {name} | {value} |" for name, value in vars(recipe).items())
-    return f"""# A generator for {recipe.dataset}
-
-A class-conditional DCGAN of {parameters:,} parameters, trained on the {len(training.labels):,} images of the training
-split only; no image of the test split is identical to one of them. leakbench {__version__}.
-
-```
-{command}
-```
-
-| option | value |
-|:--|:--|
-{options}
-
-## Samples
-
-One row a class, {_GRID} samples of each, the first that were drawn: none was chosen.
-
-![samples](samples.png)
-
-## Distance to the nearest training image
-
-The root mean square difference over all pixels, for images in [0, 1], between an image and the training image nearest
-to it: of {len(own.distance)} samples (equally many of each class), and of the first {len(other.distance)} test images.
-The generator cannot have copied the test images, so their distances are those of images that were not copied.
-
-| images | n | smallest | 1 % | 5 % | median | 95 % |
-|:--|--:|--:|--:|--:|--:|--:|
-{row("samples", own)}
-{row("test images", other)}
-
-{100 * close:.1f} % of the samples come nearer to a training image than the nearest 1 % of the test images do.
-
-Samples above, the training image nearest to each below:
-
-![nearest training images](nearest.png)
-"""

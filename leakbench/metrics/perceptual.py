@@ -4,7 +4,6 @@ piq computes each in float64, with the constants of its paper.
 """
 
 import functools
-from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -23,18 +22,26 @@ _PIXELS = "pixels in [0, 1], reconstruction clamped"
 
 
 class PiqMetric(Metric):
-    """A measure that piq computes, which no run has by default."""
+    """A measure that piq computes, which no run has by default.
+
+    Attributes:
+        function: piq's name for it.
+    """
 
     default: ClassVar[bool] = False
+    function: ClassVar[str]
 
     def __call__(self, images: Tensor, truth: Tensor) -> Tensor:
-        """Return [T] values; see ``Metric``. C is 1 or 3."""
+        """Return [T] values in the range of ``convention``; see ``Metric``. C is 1 or 3."""
         check_pair(self, images, truth)
         return by_rows(self.measure, rgb(images.double().clamp(0, 1)), rgb(truth.double()), _CHUNK_PIXELS)
 
-    @abstractmethod
     def measure(self, images: Tensor, truth: Tensor) -> Tensor:
         """Return [T] values of reconstructions and truth, both [T, 3, H, W] float64 in [0, 1]; grey is replicated."""
+        import piq  # takes two seconds
+
+        values: Tensor = getattr(piq, self.function)(images, truth, reduction="none")
+        return values
 
 
 @register("ms_ssim")
@@ -49,12 +56,7 @@ class MultiScaleSSIM(PiqMetric):
         "0.2363, 0.1333; window and constants of ssim; negative factors count as 0"
     )
     reference: ClassVar[str] = "Wang et al. 2003, Multi-scale structural similarity for image quality assessment"
-
-    def measure(self, images: Tensor, truth: Tensor) -> Tensor:
-        """Return [T] values in [0, 1], 1 for equal images."""
-        import piq  # takes two seconds
-
-        return piq.multi_scale_ssim(images, truth, reduction="none")
+    function: ClassVar[str] = "multi_scale_ssim"
 
 
 @register("vif")
@@ -69,12 +71,7 @@ class VIF(PiqMetric):
         "255; four scales, noise variance 2; always 1 for a truth of one colour"
     )
     reference: ClassVar[str] = "Sheikh and Bovik 2006, Image information and visual quality, IEEE TIP 15(2)"
-
-    def measure(self, images: Tensor, truth: Tensor) -> Tensor:
-        """Return [T] values, 0 or more: the part of the truth's information that the reconstruction keeps."""
-        import piq  # takes two seconds
-
-        return piq.vif_p(images, truth, reduction="none")
+    function: ClassVar[str] = "vif_p"
 
 
 @register("gmsd")
@@ -87,12 +84,7 @@ class GMSD(PiqMetric):
         f"0 or more, lower is closer; luminance of {_PIXELS}, halved in size; Prewitt filters, constant 170/255^2"
     )
     reference: ClassVar[str] = "Xue et al. 2014, Gradient magnitude similarity deviation, IEEE TIP 23(2)"
-
-    def measure(self, images: Tensor, truth: Tensor) -> Tensor:
-        """Return [T] values, 0 or more; 0 for equal images."""
-        import piq  # takes two seconds
-
-        return piq.gmsd(images, truth, reduction="none")
+    function: ClassVar[str] = "gmsd"
 
 
 @register("fsim")
@@ -107,12 +99,7 @@ class FSIM(PiqMetric):
         "pixels; images above 384 pixels are averaged down to about 256"
     )
     reference: ClassVar[str] = "Zhang et al. 2011, FSIM: A feature similarity index, IEEE TIP 20(8)"
-
-    def measure(self, images: Tensor, truth: Tensor) -> Tensor:
-        """Return [T] values in [0, 1], 1 for equal images."""
-        import piq  # takes two seconds
-
-        return piq.fsim(images, truth, reduction="none")
+    function: ClassVar[str] = "fsim"
 
 
 @functools.cache
