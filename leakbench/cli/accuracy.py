@@ -9,19 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-from leakbench.cli.options import (
-    DEVICE,
-    OUT,
-    PLUGIN,
-    SALT,
-    SEEDS,
-    argument,
-    command,
-    console,
-    option,
-    stated,
-    stoppable,
-)
+from leakbench.cli.options import DEVICE, OUT, PLUGIN, SALT, SEEDS, command, console, option, stated, stoppable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,7 +25,9 @@ Plan = TypeVar("Plan", bound="Accuracy")
 class TrainOptions:
     """The options of a command that trains; each field's help says what it is."""
 
-    file: Path | None = argument("A file that states the training; options override it.", "FILE.toml")
+    file: Path | None = option(
+        "A file that states the training; options override it.", metavar="FILE.toml", argument=True
+    )
     scale: str | None = option("One of the scales that the file has, such as smoke, cpu or full.")
     defense: list[str] | None = option("A defense; repeatable.")
     model: list[str] | None = option("A model; repeatable.")

@@ -36,6 +36,7 @@ def option(
     metavar: str | None = None,
     min: float | None = None,
     max: float | None = None,
+    argument: bool = False,
 ) -> Any:
     """Return a field of a dataclass of options that becomes an option; its flag is the field's name by default.
 
@@ -45,14 +46,10 @@ def option(
         default: the value if the option is not given; ``dataclasses.MISSING`` for an option that must be given.
         metavar: what stands for its value in ``--help``.
         min: the least value of a number; likewise ``max``.
+        argument: it becomes an argument, which has no flag.
     """
-    info = typer.Option(*flags, help=help, metavar=metavar, min=min, max=max)
-    return field(default=default, metadata={"typer": info})
-
-
-def argument(help: str, metavar: str) -> Any:
-    """Return a field of a dataclass of options that becomes an argument, which need not be given."""
-    return field(default=None, metadata={"typer": typer.Argument(help=help, metavar=metavar)})
+    kind = typer.Argument if argument else typer.Option
+    return field(default=default, metadata={"typer": kind(*flags, help=help, metavar=metavar, min=min, max=max)})
 
 
 def command(

@@ -9,19 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from leakbench.cli.options import (
-    DEVICE,
-    OUT,
-    PLUGIN,
-    SALT,
-    SEEDS,
-    argument,
-    command,
-    console,
-    option,
-    stated,
-    stoppable,
-)
+from leakbench.cli.options import DEVICE, OUT, PLUGIN, SALT, SEEDS, command, console, option, stated, stoppable
 
 if TYPE_CHECKING:
     from leakbench.api import Run
@@ -35,7 +23,9 @@ app = typer.Typer(help="Run trials.", no_args_is_help=True)
 class MatrixOptions:
     """The options of a command that runs a matrix; each field's help says what it is."""
 
-    file: Path | None = argument("A file that states the matrix; options override it.", "MATRIX.toml")
+    file: Path | None = option(
+        "A file that states the matrix; options override it.", metavar="MATRIX.toml", argument=True
+    )
     suite: str | None = option("A matrix that ships with leakbench: quick (default), worst-case, ...")
     scale: str | None = option("One of the scales that the matrix has, such as smoke, cpu or full.")
     attack: list[str] | None = option('An attack, such as "ig(steps=1000)"; repeatable.')

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 import pandas as pd
 
@@ -19,25 +20,31 @@ from leakbench.store.records import StoredComponent
 
 def ranking(trials: pd.DataFrame, components: Sequence[StoredComponent], threshold: float) -> str:
     """Return the table of each dataset and model as Markdown: every defense, the least recovered first."""
-    found = ensemble_results(trials, threshold)
+    return render_markdown("ranking.md.j2", scenes=_scenes(trials, components, threshold)).strip()
+
+
+def _scenes(trials: pd.DataFrame, components: Sequence[StoredComponent], threshold: float) -> list[dict[str, Any]]:
+    """Return what the pages show of each dataset and model."""
+    images, scenes, found = notes(components), [], ensemble_results(trials, threshold)
     flaws, missing = inconclusive(found, components), missing_attackers(trials, components, threshold)
-    scenes = [
-        {
-            "dataset": scene[0],
-            "model": scene[1],
-            "results": list(own),
-            "inconclusive": flaws[scene],
-            "missing": _missing(missing, scene),
-            "caveat": caveat(_part(trials, scene)),
-        }
-        for scene, own in groupby(found, SCENE)
-    ]
-    return render_markdown("ranking.md.j2", scenes=scenes).strip()
-
-
-def _part(trials: pd.DataFrame, scene: tuple[str, str]) -> pd.DataFrame:
-    """Return the trials of a dataset and a model."""
-    return trials[(trials["dataset"] == scene[0]) & (trials["model"] == scene[1])]
+    for (dataset, model), results in groupby(found, SCENE):
+        own = list(results)
+        here = trials[(trials["dataset"] == dataset) & (trials["model"] == model)]
+        scenes.append(
+            {
+                "dataset": dataset,
+                "model": model,
+                "images": images.get(dataset, ""),
+                "results": own,
+                "inconclusive": flaws[dataset, model],
+                "missing": _missing(missing, (dataset, model)),
+                "caveat": caveat(here),
+                "floors": _floors(here, threshold),
+                "failures": defense_failures(here),
+                "reasons": _reasons(own),
+            }
+        )
+    return scenes
 
 
 def _missing(missing: Mapping[Scene, Sequence[str]], scene: tuple[str, str]) -> list[tuple[str, list[str]]]:
@@ -57,32 +64,14 @@ def markdown(run: RunData, threshold: float) -> str:
         threshold: in [0, 1]; see ``recovery.judged``.
     """
     trials, components = run.trials, run.components
-    images, scenes, found = notes(components), [], ensemble_results(trials, threshold)
-    flaws, missing = inconclusive(found, components), missing_attackers(trials, components, threshold)
-    for (dataset, model), results in groupby(found, SCENE):
-        own = list(results)
-        here = _part(trials, (dataset, model))
-        scenes.append(
-            {
-                "dataset": dataset,
-                "model": model,
-                "images": images.get(dataset, ""),
-                "results": own,
-                "inconclusive": flaws[dataset, model],
-                "missing": _missing(missing, (dataset, model)),
-                "caveat": caveat(here),
-                "floors": _floors(here, threshold),
-                "failures": defense_failures(here),
-                "reasons": _reasons(own),
-            }
-        )
+    scenes = _scenes(trials, components, threshold)
     attackers = attacker_names(trials[~trials["floor"].to_numpy(dtype=bool)])
     return render_markdown(
         "worst_case.md.j2",
         name=run.name,
         threshold=threshold,
         scenes=scenes,
-        complete=not any(missing.values()),
+        complete=not any(scene["missing"] for scene in scenes),
         attackers=[[short, attack, run.threats.get(threat, threat)] for (attack, threat), short in attackers.items()],
         components=[[one.kind, one.spec, options(one)] for one in components if one.kind in ("attack", "defense")],
         stated=stated(components),
