@@ -64,11 +64,12 @@ def _check(
     """Check an entry; exit with 1 if it does not hold."""
     from leakbench.core.registry import load_plugin
     from leakbench.leaderboard.entry import read
-    from leakbench.leaderboard.verify import check, words
+    from leakbench.leaderboard.verify import check
+    from leakbench.report.leaderboard import check_lines
 
     for path in plugins:
         load_plugin(path)
     found = check(read(entry), run, sample=sample, seed=seed, device=device, salt=salt)
-    for line in words(found):
+    for line in check_lines(found):
         typer.echo(line)
     raise typer.Exit(0 if found.holds else 1)

@@ -3,7 +3,6 @@
 import math
 import random
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from leakbench.core.lock import remove_abandoned, temporary_folder
 from leakbench.engine import run as engine
 from leakbench.engine.progress import NullProgress
 from leakbench.engine.run import RunOptions
-from leakbench.errors import BadOption, LeakbenchError, one_line
+from leakbench.errors import BadOption, LeakbenchError
 from leakbench.leaderboard.entry import Entry, TrialOf, entries
 from leakbench.plan.matrix import RECOVERY, Matrix
 from leakbench.store.records import PluginFile
@@ -194,26 +193,3 @@ def check(
     stated = {PluginFile(**one.model_dump()) for one in entry.plugins}
     differing += tuple(f"plugins: here, the file is {one.words}" for one in sorted(used - stated, key=str))
     return EntryCheck(differing, tuple(repeats), seed)
-
-
-def words(found: EntryCheck) -> Sequence[str]:
-    """Return the outcome of a verification, line by line."""
-    lines = [f"the entry differs from its run in {name}" for name in found.differing]
-    lines += [
-        f"{one.trial.id} {one.trial.attack}, image {one.trial.image}: "
-        f"{RECOVERY} {one.before:.3f} ({one.trial.status}), again {one.score:.3f} ({one.status})"
-        for one in found.repeats
-    ]
-    count, groups = len(found.repeats), len({one.group for one in found.repeats})
-    lines += [f"{one.trial.id} is {one.trial.status} in the entry, and {one.status} now" for one in found.changed]
-    lines.append(
-        f"of {count} trials run again (--seed {found.seed}), {found.more} recover an image that was not recovered, and "
-        f"{found.less} no longer do (p {found.flips:.2g} by sign flips; Wilcoxon's p of the scores {found.scores:.2g}; "
-        f"significant below {ALPHA / 2:g})"
-    )
-    if groups < MIN_SAMPLE:
-        lines.append(
-            f"no difference of scores can be significant on {groups} independent images; that takes {MIN_SAMPLE}"
-        )
-    lines.append("the entry holds" if found.holds else "the entry does not hold")
-    return [one_line(line) for line in lines]

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from leakbench.analysis import pareto as utility
+from leakbench.analysis.statistics import ALPHA
 from leakbench.core.text import slug
 from leakbench.errors import BadOption
 from leakbench.leaderboard.entry import SCHEMA_FILE, Entry, entries, schema
+from leakbench.leaderboard.verify import MIN_SAMPLE, EntryCheck
 from leakbench.report.files import replace
-from leakbench.report.page import render
+from leakbench.report.page import render, sentence
 from leakbench.report.scenes import along
 from leakbench.store.run_file import FILE, Store
 
@@ -59,3 +61,8 @@ def write(runs: Sequence[Path], out: Path) -> tuple[list[Path], list[str]]:
     }
     written.append(replace(out / "index.html", render("leaderboard.html.j2", context).encode()))
     return written, missing
+
+
+def check_lines(found: EntryCheck) -> list[str]:
+    """Return the outcome of a verification, line by line."""
+    return sentence("entry_check.j2", "lines", found, MIN_SAMPLE, ALPHA).split("\n")

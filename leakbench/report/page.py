@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from leakbench.core.text import ABSENT, english, in_groups, number, part, percent, plural, with_interval
+from leakbench.errors import one_line
 from leakbench.report.display import aligned, escape, per_cent, to_markdown
 
 STYLES = ("style.css",)
@@ -123,6 +124,7 @@ def _environment(html: bool) -> Environment:
         "english": english,
         "in_groups": in_groups,
         "number": number,
+        "one_line": one_line,
         "part": part,
         "percent": percent,
         "plural": plural,
