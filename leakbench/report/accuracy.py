@@ -21,7 +21,7 @@ from leakbench.report.display import per_cent
 from leakbench.report.figure import COLOURS, key_below, plain, saved
 from leakbench.report.files import remove_others, replace
 from leakbench.report.page import render_markdown
-from leakbench.report.study import Value, table
+from leakbench.report.study import Value
 from leakbench.training import TrainingRecord, records
 from leakbench.training.arm import GLOBAL, Outcome, Round
 from leakbench.training.run import ARMS_FOLDER
@@ -170,7 +170,7 @@ def markdown(blocks: Sequence[Block], paper: Published, name: str) -> str:
             {
                 "block": block,
                 "images": max(one.outcome.images for one in block.records),
-                "costs": table(_costs(block), left=1),
+                "costs": _costs(block),
                 "controls": {one.seed: accuracy(one.outcome) for one in block.arms.get("none", ())},
                 "thefts": _thefts(block),
                 "published": _published(block, paper),

@@ -13,7 +13,7 @@ from leakbench.core.files import StrictModel
 from leakbench.core.text import ABSENT, FEDKL, decimals, name_of
 from leakbench.report.display import mean_text
 from leakbench.report.markdown import trained
-from leakbench.report.study import StudyPage, table
+from leakbench.report.study import StudyPage
 from leakbench.store.records import MetricInfo, StoredComponent
 
 _AXES = ("attack", "model", "dataset", "defense")
@@ -97,8 +97,7 @@ def study(
     published = {_names(one.model_dump()) for one in paper.figure}
     others = [own for names, group in ours.items() if names not in published for own in group]
     rows += [dict.fromkeys(_printed(paper.figure[0]), ABSENT) | own for own in others]
-    shown = table(rows, left=len(max(rows, key=len)))
-    return StudyPage("paper.md", {"source": paper.source, "table": shown, "trained": trained(components)})
+    return StudyPage("paper.md", {"source": paper.source, "rows": rows, "trained": trained(components)})
 
 
 def _names(specs: Mapping[Any, Any]) -> tuple[str, ...]:

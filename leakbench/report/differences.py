@@ -37,12 +37,12 @@ def differences(results: pd.DataFrame, block: tuple[str, str, str], metrics: Seq
     own = attacks_of(results, block)
     names = [metric.name for metric in metrics if metric.name in METRICS and own[metric.name].notna().any()]
     between: dict[str, list[str]] = {}  # table, or the one sentence of several attacks -> the attacks
-    informed = leading = ""
+    informed, leading = "", []
     if not skips:
         for attack, cells in own.groupby("attack", sort=False):
             between.setdefault(paired_table(defense_pairs(cells), names)[0], []).append(str(attack))
         informed, _ = paired_table(informed_pairs(results, block, own), names)
-        leading = _leading(own) if "psnr_aligned" in names else ""
+        leading = _leading(own) if "psnr_aligned" in names else []
     between.pop("", None)
     return render_markdown(
         "differences.md.j2",
@@ -55,8 +55,8 @@ def differences(results: pd.DataFrame, block: tuple[str, str, str], metrics: Seq
     ).strip()
 
 
-def _leading(own: pd.DataFrame) -> str:
-    """Return the table of leading attackers; empty if no two attackers met the same image behind a defense."""
+def _leading(own: pd.DataFrame) -> list[list[object]]:
+    """Return the rows of leading attackers; empty if no two attackers met the same image behind a defense."""
     found = []
     for defense, cells in own.groupby("defense", sort=False):
         means = cells.pivot_table(
@@ -75,9 +75,7 @@ def _leading(own: pd.DataFrame) -> str:
         lead = (float(gain.mean()), *bootstrap_interval(gain.to_numpy(), groups=groups))
         found.append((defense, attack, images, "{} % [{}, {}]".format(*shares), lead))
     places = decimals([lead[0] for *_, lead in found])
-    rows = [[*map(str, row), with_interval(*lead, places, sign=True)] for *row, lead in found]
-    headings = ["defense", "attack", "images", "above all others on", "over the best other: mean, dB"]
-    return to_markdown(pd.DataFrame(rows, columns=headings))
+    return [[*row, with_interval(*lead, places, sign=True)] for *row, lead in found]
 
 
 def paired_table(pairs: Sequence[Pair], metrics: Sequence[str]) -> tuple[str, int]:
@@ -97,22 +95,17 @@ def paired_table(pairs: Sequence[Pair], metrics: Sequence[str]) -> tuple[str, in
     if sentence := too_few(*max(counts, key=lambda count: count[1]), sum(not math.isnan(p) for p in every)):
         return sentence, 0
     adjusted = dict(zip(((metric, row) for metric in metrics for row in rows), holm(every)))
-    headings, columns, bold = (
-        ["difference", "images"],
-        [[pairs[row].name for row in rows], [in_groups(*count) for count in counts]],
-        [],
-    )
+    headings = ["difference", "images"]
+    cells = [[pairs[row].name, in_groups(*count)] for row, count in zip(rows, counts)]
+    bold = np.zeros((len(rows), 2 + 4 * len(metrics)), dtype=bool)
     for metric in metrics:
         unit = f", {METRICS[metric]}" if METRICS[metric] else ""
         places = decimals([found[metric][row].mean for row in rows])
-        cells = [_cells(found[metric][row], adjusted[metric, row], places) for row in rows]
         headings += [f"{metric}: mean{unit}", "median", "p", "p (Holm)"]
-        columns += [list(column) for column in zip(*cells)]
-        bold += [significant(found[metric][row], adjusted[metric, row]) for row in rows]
-    shown = pd.DataFrame(list(zip(*columns)), columns=headings)
-    mask = np.zeros(shown.shape, dtype=bool)
-    mask[:, 5::4] = np.array(bold).reshape(len(metrics), len(rows)).T
-    return to_markdown(shown, left=1, bold=mask), sum(bold)
+        for line, row in enumerate(rows):
+            cells[line] += _cells(found[metric][row], adjusted[metric, row], places)
+            bold[line, len(headings) - 1] = significant(found[metric][row], adjusted[metric, row])
+    return to_markdown(pd.DataFrame(cells, columns=headings), left=1, bold=bold), int(bold.sum())
 
 
 def significant(one: Difference, adjusted: float) -> bool:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
+from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -90,15 +91,18 @@ def render_markdown(template: str, **context: object) -> str:
     """Return Markdown from a template in ``report/pages``, with one empty line between its paragraphs.
 
     Text is shown as given: the template passes text that is not Markdown through the filter ``escape``. The filter
-    ``table`` takes rows of text cells and makes a table, as ``rows | table(["attack", "n"], left=1)``; it escapes them.
-    The filter ``columns`` takes lines of cells between ``|``, the headings first, and lines them up as a table.
+    ``table`` takes rows of cells and makes a table, as ``rows | table(["attack", "n"], left=1)``; it escapes them. Rows
+    that are cells by heading need no list of headings, and a missing cell is empty. The filter ``columns`` takes
+    lines of cells between ``|``, the headings first, and lines them up as a table.
     """
     text = _environment(html=False).get_template(template).render(context)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def _table(rows: Sequence[Sequence[object]], headings: Sequence[str], left: int) -> str:
-    return to_markdown(pd.DataFrame([list(map(str, row)) for row in rows], columns=list(headings), dtype=str), left)
+def _table(rows: Sequence[Any], headings: Sequence[str] = (), *, left: int) -> str:
+    named = [dict(zip(headings, row)) if headings else row for row in rows]
+    cells = [{heading: str(cell) for heading, cell in row.items()} for row in named]
+    return to_markdown(pd.DataFrame(cells, dtype=str).fillna(""), left)
 
 
 def _columns(text: str, left: int) -> str:

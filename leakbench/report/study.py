@@ -12,7 +12,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from leakbench.analysis.statistics import share_interval, unit_means
-from leakbench.report.display import to_markdown
 from leakbench.report.figure import bars, plain, saved
 from leakbench.report.page import render_markdown
 
@@ -81,16 +80,6 @@ class Line:
     label: str
     points: Sequence[tuple[float, float, float, float]]
     look: Mapping[str, Any]
-
-
-def table(rows: Sequence[Mapping[str, object]], left: int) -> str:
-    """Return rows as a Markdown table, in which the first ``left`` columns are aligned to the left.
-
-    Args:
-        rows: cells by heading; a missing one is empty. Without rows there is no table.
-    """
-    cells = [{heading: str(cell) for heading, cell in row.items()} for row in rows]
-    return to_markdown(pd.DataFrame(cells, dtype=str).fillna(""), left) if cells else ""
 
 
 def draw_lines(panel: Any, lines: Sequence[Line], ticks: Mapping[float, str]) -> None:

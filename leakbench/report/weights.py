@@ -16,7 +16,7 @@ from leakbench.core.text import ABSENT, in_groups, number, percent, plural
 from leakbench.report.display import to_markdown
 from leakbench.report.figure import COLOURS, GREY, key_below, plain, style
 from leakbench.report.run import RunData
-from leakbench.report.study import Line, StudyPage, Value, draw_lines, table
+from leakbench.report.study import Line, StudyPage, Value, draw_lines
 from leakbench.store.records import TrialRecord
 from leakbench.store.run_file import Store
 
@@ -139,9 +139,9 @@ def page(name: str, trials: pd.DataFrame, unfinished: int, errors: int, left_out
         "threshold": SSIM_THRESHOLD,
         "others": sorted(trials.loc[trials["family"].isna(), "defense"].unique()),
         "attacks": to_markdown(attacks, left=3),
-        "undefended": table(_undefended(trials), left=2),
-        "scales": table(_scales(trials), left=2),
-        "defended": table(_defended(trials), left=1),
+        "undefended": _undefended(trials),
+        "scales": _scales(trials),
+        "defended": _defended(trials),
         "scale_file": SCALE_FILE,
         "defense_file": DEFENSES_FILE,
     }
