@@ -68,9 +68,23 @@ def known_labels(observation: Observation) -> Tensor:
     return analytic_labels(observation) if observation.labels is None else observation.labels
 
 
+class _Generative(Attack):
+    """An attack with a generator, whose spec is its option ``generator``."""
+
+    generator: str
+
+    def settings(self) -> dict[str, Any]:
+        """Return name, version, every option, and what identifies the generator's weights."""
+        return {**super().settings(), "weights": generators.parse(self.generator).settings()}
+
+    def uses(self) -> Sequence[Component]:
+        """Return the generator."""
+        return (generators.parse(self.generator),)
+
+
 @register("ggl")
 @dataclass(frozen=True)
-class GGL(GradientMatching):
+class GGL(_Generative, GradientMatching):
     """GGL: gradient-free search for the latent of a pretrained generator whose image has the observed gradient.
 
     The distance is the mean over parameters of |T(g') - g|^2. The label is inferred from the last layer's gradient and
@@ -124,14 +138,6 @@ class GGL(GradientMatching):
         generators.parse(self.generator)
         if self.optimizer not in (ADAM, "CMA"):  # nevergrad takes seconds to import
             check_optimiser(self.optimizer)
-
-    def settings(self) -> dict[str, Any]:
-        """Return name, version, every option, and what identifies the generator's weights."""
-        return {**super().settings(), "weights": generators.parse(self.generator).settings()}
-
-    def uses(self) -> Sequence[Component]:
-        """Return the generator."""
-        return (generators.parse(self.generator),)
 
     def check(self, observation: Observation) -> None:
         """Raise Unsupported where generator and images do not fit, or the label cannot be had.
@@ -242,7 +248,7 @@ class _Regularised:
 
 @register("prior")
 @dataclass(frozen=True)
-class PriorFloor(Attack):
+class PriorFloor(_Generative):
     """Floor: a random image of the generator with the label that ggl infers; the gradient gives nothing else.
 
     Where the threat model does not grant the label, it is inferred from the gradient, which tables show only for the
@@ -264,14 +270,6 @@ class PriorFloor(Attack):
 
     def __post_init__(self) -> None:
         generators.parse(self.generator)
-
-    def settings(self) -> dict[str, Any]:
-        """Return name, version, every option, and what identifies the generator's weights."""
-        return {**super().settings(), "weights": generators.parse(self.generator).settings()}
-
-    def uses(self) -> Sequence[Component]:
-        """Return the generator."""
-        return (generators.parse(self.generator),)
 
     def check(self, observation: Observation) -> None:
         """Raise Unsupported where generator and images do not fit, or the label cannot be had."""

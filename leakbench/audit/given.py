@@ -11,11 +11,10 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from leakbench import datasets
-from leakbench.core.images import IMAGE_FORMATS
+from leakbench.core.images import centre
 from leakbench.core.rng import seeded
 from leakbench.datasets import Dataset
 from leakbench.datasets.folder import SUFFIXES
@@ -374,13 +373,8 @@ def read_image(path: str, image_shape: tuple[int, int, int]) -> Tensor:
         raise MissingAsset(f"--truth {path!r} does not exist; give an image file ({', '.join(SUFFIXES)})")
     channels, height, width = image_shape
     try:
-        with Image.open(file, formats=IMAGE_FORMATS) as opened:
-            image = opened.convert("L" if channels == 1 else "RGB")
-        scale = max(height / image.height, width / image.width)
-        size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-        image = image.resize(size, Image.Resampling.BILINEAR)
+        image = centre(file, "L" if channels == 1 else "RGB", (width, height))
     except Exception as error:  # whatever a damaged or hostile file makes Pillow raise
         raise CorruptAsset(f"--truth {path!r} cannot be read as an image ({type(error).__name__})") from None
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    pixels = torch.from_numpy(np.array(image.crop((left, top, left + width, top + height)))).float() / 255
+    pixels = torch.from_numpy(np.array(image)).float() / 255
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)

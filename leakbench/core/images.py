@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from pathlib import Path
 
 from PIL import Image
 
@@ -24,3 +25,18 @@ def decoded(png: bytes) -> Image.Image | None:
                 return image
     except Exception:  # whatever a damaged or hostile file makes Pillow raise
         return None
+
+
+def centre(file: Path, mode: str, size: tuple[int, int], zoom: float = 1.0) -> Image.Image:
+    """Return an image file as ``L`` or ``RGB``, scaled to fill ``zoom`` times a size (W, H), its centre cut out.
+
+    A damaged or hostile file can make Pillow raise anything.
+    """
+    with Image.open(file, formats=IMAGE_FORMATS) as opened:
+        image = opened.convert(mode)
+    least = [round(side * zoom) for side in size]
+    scale = max(side / own for side, own in zip(least, image.size))
+    width, height = (max(side, round(own * scale)) for side, own in zip(least, image.size))
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (width - size[0]) // 2, (height - size[1]) // 2
+    return image.crop((left, top, left + size[0], top + size[1]))

@@ -10,11 +10,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from leakbench.core.component import LATER
-from leakbench.core.images import IMAGE_FORMATS
+from leakbench.core.images import centre
 from leakbench.datasets.base import Dataset, register
 from leakbench.datasets.images import Channels, Size, check_indices, convert
 from leakbench.errors import BadOption, CorruptAsset
@@ -127,8 +126,12 @@ class Folder(Dataset):
         return {**super().settings(), "fingerprint": _fingerprint(self.folder, self.whole)}
 
     def _read(self, file: Path) -> Tensor:
-        image = torch.from_numpy(_pixels(file, self.size, round(self.size * self.zoom))).permute(2, 0, 1)
-        return convert(image[None].float() / 255, None, self.channels)[0]
+        try:
+            pixels = np.array(centre(file, "RGB", (self.size, self.size), self.zoom))
+        except Exception as error:  # a damaged or hostile file can make Pillow raise anything
+            reason = type(error).__name__
+            raise CorruptAsset(f"{file} cannot be read as an image ({reason}); repair or remove it") from None
+        return convert(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255, None, self.channels)[0]
 
 
 @register("imagenet")
@@ -223,17 +226,3 @@ def _images(folder: Path) -> list[Path]:
         for file in sorted(entry.iterdir())
         if file.suffix.lower() in SUFFIXES and file.is_file()
     ]
-
-
-def _pixels(file: Path, side: int, short_side: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Return [side, side, 3]: an image scaled on its short side, its centre square cut out."""
-    try:
-        with Image.open(file, formats=IMAGE_FORMATS) as opened:
-            image = opened.convert("RGB")
-        scale = short_side / min(image.size)
-        width, height = (max(short_side, round(length * scale)) for length in image.size)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    except Exception as error:  # a damaged or hostile file can make Pillow raise anything
-        raise CorruptAsset(f"{file} cannot be read as an image ({type(error).__name__}); repair or remove it") from None
-    left, top = (width - side) // 2, (height - side) // 2
-    return np.array(image.crop((left, top, left + side, top + side)))

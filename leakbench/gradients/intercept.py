@@ -62,16 +62,12 @@ def conv2d(
         return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
     kernel, spread = (weight.shape[3], weight.shape[4]), pair(dilation)
     if padding == "same":
-        x = F.pad(x, [side for d, k in zip(spread[::-1], kernel[::-1]) for side in _same(d * (k - 1))])
+        totals = [d * (k - 1) for d, k in zip(spread[::-1], kernel[::-1])]  # of zeros, by axis
+        x = F.pad(x, [side for total in totals for side in (total // 2, total - total // 2)])
     around = (0, 0) if isinstance(padding, str) else pair(padding)
     geometry = Geometry(pair(stride), around, spread, groups, (x.shape[2], x.shape[3]), kernel)
     out = convolution(geometry).output(x, weight)
     return out if bias is None else out + bias[..., None, None]
-
-
-def _same(total: int) -> tuple[int, int]:
-    """Return how many zeros "same" padding puts before and behind."""
-    return total // 2, total - total // 2
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

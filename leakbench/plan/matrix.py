@@ -5,7 +5,6 @@ import itertools
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,12 +27,16 @@ from leakbench.models import Model, OwnModule
 from leakbench.plan.trial import Cell, Trial
 
 
-def components(axis: str, parse: Callable[[Any], Any], value: object) -> tuple[Any, ...]:
-    """Return the component of each item of an axis, or of its single item; raise BadOption for an empty axis."""
-    items = value if isinstance(value, (list, tuple)) else [value]
-    if not items:
-        raise BadOption(f"{axis} is empty; name at least one")
-    return tuple(parse(item) for item in items)
+def axis(name: str, parse: Callable[[Any], Any]) -> BeforeValidator:
+    """Return what makes a component of each item of an axis, or of its single item; BadOption for an empty axis."""
+
+    def components(value: object) -> tuple[Any, ...]:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if not items:
+            raise BadOption(f"{name} is empty; name at least one")
+        return tuple(parse(item) for item in items)
+
+    return BeforeValidator(components)
 
 
 def _model(value: object) -> Model:
@@ -103,15 +106,8 @@ EVERY = "every"
 RECOVERY = "ssim_aligned"
 """The metric by which an image counts as recovered."""
 
-AttackAxis = Annotated[
-    tuple[SkipValidation[Attack], ...], BeforeValidator(partial(components, "attacks", attacks.parse))
-]
-ThreatAxis = Annotated[
-    tuple[SkipValidation[ThreatModel], ...], BeforeValidator(partial(components, "threats", parse_threat))
-]
-MetricAxis = Annotated[
-    tuple[SkipValidation[Metric], ...], BeforeValidator(partial(components, "metrics", metrics.parse))
-]
+AttackAxis = Annotated[tuple[SkipValidation[Attack], ...], axis("attacks", attacks.parse)]
+ThreatAxis = Annotated[tuple[SkipValidation[ThreatModel], ...], axis("threats", parse_threat)]
 
 
 class Axes(BaseModel):
@@ -172,20 +168,16 @@ class Matrix(Axes):
 
     name: Annotated[str, Field(max_length=100, pattern=r"^\w[\w .()=,+-]*$")] = "matrix"
     attacks: AttackAxis = ()
-    defenses: Annotated[
-        tuple[SkipValidation[Defense], ...], BeforeValidator(partial(components, "defenses", defenses.parse))
-    ]
-    models: Annotated[tuple[SkipValidation[Model], ...], BeforeValidator(partial(components, "models", _model))]
-    datasets: Annotated[
-        tuple[SkipValidation[Dataset], ...], BeforeValidator(partial(components, "datasets", datasets.parse))
-    ]
+    defenses: Annotated[tuple[SkipValidation[Defense], ...], axis("defenses", defenses.parse)]
+    models: Annotated[tuple[SkipValidation[Model], ...], axis("models", _model)]
+    datasets: Annotated[tuple[SkipValidation[Dataset], ...], axis("datasets", datasets.parse)]
     threats: ThreatAxis = (PRESETS["paper"],)
-    stages: Annotated[tuple[SkipValidation[Stage], ...], BeforeValidator(partial(components, "stages", _stage))] = ()
+    stages: Annotated[tuple[SkipValidation[Stage], ...], axis("stages", _stage)] = ()
     threshold: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     images: Indices = 8
     seeds: Indices = [0]
     floors: bool = True
-    metrics: MetricAxis = ()
+    metrics: Annotated[tuple[SkipValidation[Metric], ...], axis("metrics", metrics.parse)] = ()
 
     def __init__(self, /, **axes: Any) -> None:
         named = [axis for axis in ("attacks", "threats") if axis in axes]
@@ -196,6 +188,11 @@ class Matrix(Axes):
             raise BadOption(f"matrix: {_missing('attacks')}")
         self._check_informed()
         self._check_metrics()
+
+    @property
+    def steps(self) -> tuple[Stage, ...]:
+        """The stages; without any, the one that attacks and threats make."""
+        return self.stages or (Stage(attacks=self.attacks, threats=self.threats),)
 
     def _check_metrics(self) -> None:
         """Raise BadOption if a metric that is named is defined for the images of no dataset."""
@@ -208,13 +205,11 @@ class Matrix(Axes):
 
     def __repr__(self) -> str:
         """Return the name and the first members of each axis, in one or two lines."""
-        stages = self.stages or (Stage(attacks=self.attacks, threats=self.threats),)
+        said = self.describe()
         axes: dict[str, list[str]] = {
-            "attack": [attacks.spec(attack) for stage in stages for attack in stage.attacks],
-            "defense": [defenses.spec(defense) for defense in self.defenses],
-            "model": [models.spec(model) for model in self.models],
-            "dataset": [datasets.spec(dataset) for dataset in self.datasets],
-            "threat model": [threat.spec() for stage in stages for threat in stage.threats],
+            "attack": [attack for stage in said.get("stages", [said]) for attack in stage["attacks"]],
+            **{noun: said[f"{noun}s"] for noun in ("defense", "model", "dataset")},
+            "threat model": [threat for stage in said.get("stages", [said]) for threat in stage["threats"]],
         }
         parts = [
             f"{plural(len(names), noun)} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
@@ -230,7 +225,7 @@ class Matrix(Axes):
         """Raise BadOption if a threat model asks for an adaptive attacker that no defense has."""
         named = {SIMULATE, *(variant for defense in self.defenses for variant in _informed(defense))} - {True}
         known = ["true", EVERY, *sorted(map(str, named))]
-        for threat in (*self.threats, *(threat for stage in self.stages for threat in stage.threats)):
+        for threat in (threat for stage in self.steps for threat in stage.threats):
             if isinstance(threat.informed, str) and threat.informed not in known:
                 raise BadOption(
                     f"threat: informed={threat.informed!r} is not valid: no defense of the matrix has such an adaptive "
@@ -252,7 +247,7 @@ class Matrix(Axes):
         seeds = range(self.seeds) if isinstance(self.seeds, int) else self.seeds
         cells = [
             Cell(dataset, model, defense, attack, threat)
-            for stage in self.stages or (Stage(attacks=self.attacks, threats=self.threats),)
+            for stage in self.steps
             for dataset, model, (threat, behind) in itertools.product(
                 self.datasets, self.models, self._grants(stage.threats)
             )
@@ -278,7 +273,7 @@ class Matrix(Axes):
 
     def _floors(self, model: Model) -> list[tuple[Defense, Attack]]:
         """Return the added floors; they use no gradient, so they run behind the defense of a checkpoint, or none."""
-        named = {attack.name for attack in (*self.attacks, *(one for stage in self.stages for one in stage.attacks))}
+        named = {attack.name for stage in self.steps for attack in stage.attacks}
         wanted = [floor for floor in FLOORS if self.floors and floor not in named]
         checkpoint = model.checkpoint()
         behind = (checkpoint.defense if checkpoint else "") or "none"
@@ -286,21 +281,22 @@ class Matrix(Axes):
 
     def describe(self) -> dict[str, Any]:
         """Return the matrix as plain JSON values: specs in place of components."""
-        stages = [_describe(stage.attacks, stage.threats) for stage in self.stages]
-        ensemble = {} if self.threshold is None else {"threshold": self.threshold}
-        named = {"metrics": [metrics.spec(metric) for metric in self.metrics]} if self.metrics else {}
-        return {
+        stages = [
+            {"attacks": [attacks.spec(one) for one in stage.attacks], "threats": [one.spec() for one in stage.threats]}
+            for stage in self.steps
+        ]
+        found: dict[str, Any] = {
             "name": self.name,
-            **({"stages": stages} if stages else _describe(self.attacks, self.threats)),
+            **({"stages": stages} if self.stages else stages[0]),
             "defenses": [defenses.spec(defense) for defense in self.defenses],
             "models": [models.spec(model) for model in self.models],
             "datasets": [datasets.spec(dataset) for dataset in self.datasets],
             "images": self.images,
             "seeds": self.seeds,
             "floors": self.floors,
-            **ensemble,
-            **named,
         }
+        found |= {} if self.threshold is None else {"threshold": self.threshold}
+        return found | ({"metrics": [metrics.spec(metric) for metric in self.metrics]} if self.metrics else {})
 
 
 def _informed(defense: Defense) -> tuple[bool | str, ...]:
@@ -321,10 +317,6 @@ def check_count(what: str, others: int, *axes: Sequence[int]) -> None:
         count *= axis.stop if isinstance(axis, range) else len(axis)
     if count > MAX_TRIALS:
         raise BadOption(f"{count:,} {what} are too many; give fewer images or seeds, for at most {MAX_TRIALS:,}")
-
-
-def _describe(own: Sequence[Attack], threats: Sequence[ThreatModel]) -> dict[str, Any]:
-    return {"attacks": [attacks.spec(attack) for attack in own], "threats": [threat.spec() for threat in threats]}
 
 
 class _Plan(BaseModel):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SkipValidation
+from pydantic import Field, SkipValidation
 
 from leakbench import datasets, defenses, models
 from leakbench.core.component import Positive, as_json
@@ -20,7 +19,7 @@ from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
 from leakbench.errors import BadOption
 from leakbench.models import Model
-from leakbench.plan.matrix import Axes, Indices, PositiveInt, check_count, components
+from leakbench.plan.matrix import Axes, Indices, PositiveInt, axis, check_count
 
 TrainingMode = Literal["centralised", "fedavg"]
 Augmentation = Literal["flip", "crop"]
@@ -127,10 +126,6 @@ class Recipe(Axes):
         return as_json(own)
 
 
-def _axis(axis: str, parse: Callable[[Any], Any]) -> BeforeValidator:
-    return BeforeValidator(partial(components, axis, parse))
-
-
 class Accuracy(Recipe):
     """The trainings of ``leakbench run accuracy``: every model x dataset x defense x seed, by one recipe.
 
@@ -143,9 +138,9 @@ class Accuracy(Recipe):
     """
 
     name: Annotated[str, Field(max_length=100, pattern=r"^\w[\w .()=,+-]*$")] = "accuracy"
-    models: Annotated[tuple[SkipValidation[Model], ...], _axis("models", models.parse)]
-    datasets: Annotated[tuple[SkipValidation[Dataset], ...], _axis("datasets", datasets.parse)]
-    defenses: Annotated[tuple[SkipValidation[Defense], ...], _axis("defenses", defenses.parse)]
+    models: Annotated[tuple[SkipValidation[Model], ...], axis("models", models.parse)]
+    datasets: Annotated[tuple[SkipValidation[Dataset], ...], axis("datasets", datasets.parse)]
+    defenses: Annotated[tuple[SkipValidation[Defense], ...], axis("defenses", defenses.parse)]
     seeds: Indices = Field(default=[0])
 
     def arms(self) -> tuple[Arm, ...]:
