@@ -137,11 +137,11 @@ def attacker_names(trials: pd.DataFrame) -> dict[tuple[str, str], str]:
 
 def _adaptive(threat: str) -> str:
     """Return what the short name of an adaptive attacker adds: " (adaptive)" or " (NAME)"."""
-    named = _informed(threat)
+    named = informed_of(threat)
     return f" ({'adaptive' if named == 'true' else named})" if named else ""
 
 
-def _informed(threat: str) -> str:
+def informed_of(threat: str) -> str:
     """Return ``informed`` of a threat model's spec; empty for an oblivious attacker."""
     named = re.search(r"\binformed=([\w-]+)", threat)
     return "" if named is None else named[1]
@@ -178,7 +178,7 @@ def _ensemble_result(block: pd.DataFrame, names: Mapping[tuple[str, str], str]) 
                 seconds=float(own["seconds"].sum()),
             )
         )
-        informed = _informed(str(threat))
+        informed = informed_of(str(threat))
         if informed and (attackers[-1].tried or attackers[-1].skipped):
             adaptive[DEFAULT_ATTACKER if informed == "true" else informed] = None
         elif informed:

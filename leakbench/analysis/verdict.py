@@ -11,10 +11,9 @@ from leakbench.analysis.recovery import TARGET, judged
 from leakbench.core.component import as_json
 from leakbench.core.text import name_of
 from leakbench.defenses.adaptive import CONTROLS, SIMULATE
-from leakbench.defenses.base import by_informed
 from leakbench.errors import LeakbenchError
 from leakbench.plan.matrix import EVERY, Matrix, expand, load_suite, parse_threat
-from leakbench.store.records import StoredComponent
+from leakbench.store.records import Statement, StoredComponent
 
 SUITE = "worst-case"
 """The suite whose attackers must have run before a page speaks of the worst case."""
@@ -82,12 +81,11 @@ def _variants(defense: StoredComponent) -> list[str]:
     """
     if defense.name in CONTROLS:
         return []
-    if defense.statement is not None:
-        return [*defense.statement.informed, SIMULATE]
     try:
-        return [*(str(variant).lower() for variant in by_informed(defenses.parse(defense.plain))), SIMULATE]
+        stated = defense.statement or Statement.of(defenses.parse(defense.plain))
     except LeakbenchError:  # a plugin that is not here
         return [SIMULATE]
+    return [*stated.informed, SIMULATE]
 
 
 def _serves(ran: StoredComponent, threat: str, attack: attacks.Attack, variant: str) -> bool:

@@ -1,14 +1,13 @@
 """``report.html``: a run as one page, with its worst case, matrix, galleries and every trial."""
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from leakbench.analysis.ensemble import RECOVERED
+from leakbench.analysis.ensemble import RECOVERED, informed_of
 from leakbench.analysis.pareto import Study
 from leakbench.analysis.reproduce import reproduction
 from leakbench.analysis.summary import ANY, BLOCK, LABEL, STATUSES, without_repeats
@@ -35,7 +34,6 @@ _SHOWN = ("psnr_aligned", "ssim_aligned", "lpips_vgg", "psnr")
 _RANKED = (RECOVERY, "psnr_aligned", "psnr")
 _STEPS = 4
 _NO_PICTURE, _LEFT_OUT = -1, -2
-_INFORMED = re.compile(r"\binformed=([\w-]+)")
 
 
 def html(
@@ -120,10 +118,9 @@ def _metrics(run: RunData) -> list[MetricInfo]:
 def _statements(run: RunData, axes: Mapping[str, Sequence[str]]) -> list[list[list[str]]]:
     """Return what each defense states, once for each threat model: its note, and what the adaptive attacker does."""
     known = {one.spec: one.statement for one in run.components if one.kind == "defense"}
-    informed = [_INFORMED.search(threat) for threat in axes["threat"]]
     found = []
     for own in map(known.get, axes["defense"]):
-        said = [own.informed.get(name[1], "") if own is not None and name is not None else "" for name in informed]
+        said = ["" if own is None else own.informed.get(informed_of(threat), "") for threat in axes["threat"]]
         found.append([[text for text in ("" if own is None else own.note, word) if text] for word in said])
     return found
 

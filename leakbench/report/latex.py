@@ -9,6 +9,7 @@ from leakbench.analysis.summary import blocks
 from leakbench.core.text import ABSENT, decimals, number
 from leakbench.errors import one_line
 from leakbench.report.display import Bold, heading, leakage_table, to_latex
+from leakbench.report.page import sentence
 from leakbench.report.run import RunData
 from leakbench.store.records import MetricInfo
 
@@ -21,20 +22,10 @@ PAPER_METRICS = ("mse", "psnr", "lpips_vgg", "lpips_alex", "ssim")
 ARMS = ("none", "norm-only", "keylock")
 """The defenses of ``table6.tex``: the paper's two, and key-lock's normalisation without its secret."""
 
-_CAPTION = (
-    "Means over images with 95 \\% bootstrap intervals. Bold: the strongest attack behind each defense, if it is above "
-    "the floor. Arrows point to more leakage. Diverged trials have the score of the best floor and stay in the means."
-)
-_CAPTION6 = (
-    "Reconstructions without a defense, behind the normalisation of key-lock only, and behind key-lock. Means over "
-    "images, in the standard convention; arrows point to more leakage. Bold: the least leakage, if it is above "
-    "the floor."
-)
-
 
 def latex(run: RunData) -> str:
     """Return ``report.tex``: a table for each dataset, model and threat model; it depends on its arguments only."""
-    metrics = _metrics(run, REPORT_METRICS)
+    metrics, caption = _metrics(run, REPORT_METRICS), sentence("captions.tex.j2", "report")
     tables: list[str] = []
     for (dataset, model, threat), block in blocks(run.summary):
         defenses = block["defense"].drop_duplicates().tolist()
@@ -43,7 +34,7 @@ def latex(run: RunData) -> str:
         shown.insert(0, "defense", shown.pop("defense"))
         title, label = f"{model} on {dataset}, threat model {threat}", f"tab:leakage-{len(tables) + 1}"
         own = ranked["defense"].where(~ranked["floor"].astype(bool))  # the rows of floors are in no group
-        tables.append(to_latex(shown, _CAPTION, label, title, bold=_best(ranked, metrics, own, shown, most=True)))
+        tables.append(to_latex(shown, caption, label, title, bold=_best(ranked, metrics, own, shown, most=True)))
     return _file(run, tables)
 
 
@@ -64,7 +55,8 @@ def table6(run: RunData) -> str:
         places = decimals(rows[metric.name])
         shown[heading(metric)] = [number(value, places) for value in rows[metric.name]]
     bold = _best(rows, metrics, rows["group"], shown, most=False)
-    return _file(run, [to_latex(shown, _CAPTION6, "tab:table6", group=len(names), bold=bold)])
+    caption = sentence("captions.tex.j2", "table6")
+    return _file(run, [to_latex(shown, caption, "tab:table6", group=len(names), bold=bold)])
 
 
 def _metrics(run: RunData, names: Sequence[str]) -> list[MetricInfo]:

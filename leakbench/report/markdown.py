@@ -111,15 +111,16 @@ def _gained(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> list[str]:
     return [metric.name for metric in metrics if _has(block, f"{metric.name} gain")]
 
 
-def _gains(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> str:
-    """Return the table of gains over the best floor in the metrics beside ``psnr``."""
+def _gains(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> list[dict[str, str]]:
+    """Return the rows of gains over the best floor in the metrics beside ``psnr``."""
     names = [name for name in _gained(block, metrics) if name != "psnr"]
     places = {name: decimals(block[name]) for name in names}
-    rows = [
-        [row["attack"], row["defense"], *(gain_text(row, name, places[name]) for name in names)]
-        for row in block[~block["floor"].astype(bool)].to_dict("records")
+    attacks = block[~block["floor"].astype(bool)].to_dict("records") if names else []
+    return [
+        {axis: row[axis] for axis in ("attack", "defense")}
+        | {name: gain_text(row, name, places[name]) for name in names}
+        for row in attacks
     ]
-    return to_markdown(pd.DataFrame(rows, columns=["attack", "defense", *names])) if names else ""
 
 
 def _floors(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> list[tuple[str, list[str]]]:
@@ -161,17 +162,14 @@ def _controls(results: pd.DataFrame, run: RunData) -> dict[str, object]:
     gains = control_gains(results, run.components, metrics)
     names = [metric.name for metric in metrics if any(metric.name in gain.values for gain in gains)]
     places = {name: decimals(gain.values[name][0] for gain in gains if name in gain.values) for name in names}
+    absent = dict.fromkeys(names, ABSENT)
     rows = [
-        [gain.attack, gain.defense, gain.control]
-        + [
-            with_interval(*gain.values[name], places[name], sign=True) if name in gain.values else ABSENT
-            for name in names
-        ]
+        {"attack": gain.attack, "defense": gain.defense, "over": gain.control, **absent}
+        | {name: with_interval(*gain.values[name], places[name], sign=True) for name in names if name in gain.values}
         for gain in gains
     ]
     verdicts = [(gain, name, *gain.values[name][1:]) for gain in gains for name in _VERDICTS if name in gain.values]
-    shown = pd.DataFrame(rows, columns=["attack", "defense", "over", *names])
-    return {"controls": to_markdown(shown, left=3), "verdicts": verdicts}
+    return {"controls": rows, "verdicts": verdicts}
 
 
 def _reasons(results: pd.DataFrame) -> dict[str, object]:

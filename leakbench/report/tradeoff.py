@@ -20,7 +20,7 @@ from leakbench.plan.matrix import RECOVERY
 from leakbench.report.accuracy import interval
 from leakbench.report.figure import GREY, key_below, plain, saved
 from leakbench.report.files import replace
-from leakbench.report.page import render_markdown
+from leakbench.report.page import render_markdown, sentence
 from leakbench.report.study import Value
 from leakbench.report.utility import draw_points
 from leakbench.store.run_file import FILE as RUN
@@ -210,12 +210,7 @@ def studies(stages: Sequence[AttackedStage], threshold: float) -> pareto.Studies
                 title=f"{stage.dataset} · {stage.model} · stage {stage.stage}",
                 utility="test accuracy of the trained network",
                 leakage="images recovered by at least one attacker",
-                note=(
-                    f"{stage.model} on {stage.dataset}, attacked at stage {stage.stage} of its training behind each "
-                    f"defense. An image counts as recovered if its SSIM after alignment is at least {threshold:g} "
-                    "and it is better than every floor in SSIM and PSNR. The "
-                    "accuracy is that of the best round of the training, whatever the stage."
-                ),
+                note=sentence("tradeoff.note.j2", "note", stage, threshold),
                 points=tuple(
                     pareto.Point(
                         label=point.defense,

@@ -153,6 +153,7 @@ def _row(cell: pd.DataFrame) -> dict[str, object]:
     """Return the names and counts of a cell, whose trials have the same place, attack and knowledge."""
     one = cell.iloc[0]
     share, low, high = map(percent, recovered(cell))
+    images, groups = cell["image"].nunique(), cell["group"].nunique()
     return {
         "dataset": one["dataset"],
         "model": one["model"],
@@ -160,15 +161,10 @@ def _row(cell: pd.DataFrame) -> dict[str, object]:
         "local steps": one["steps"],
         "attack": one["method"],
         "rate": "known" if one["known"] else "hidden",
-        "n": in_groups(len(cell), len(cell) if _alone(cell) else cell["group"].nunique()),
+        "n": in_groups(len(cell), len(cell) if groups == images else groups),
         "failed": int((cell["status"] == "failed").sum()),
         "recovered": f"{share} [{low}, {high}]",
     }
-
-
-def _alone(cell: pd.DataFrame) -> bool:
-    """Return whether every image of a cell is a group of its own."""
-    return bool(cell["group"].nunique() == cell["image"].nunique())
 
 
 def _undefended(trials: pd.DataFrame) -> list[dict[str, object]]:
