@@ -25,6 +25,7 @@ from leakbench.errors import BadOption, ForeignRun, LeakbenchError
 from leakbench.plan.trial import Cell, Result, Trial
 from leakbench.report import bootstrap_interval, console_table, grids, strongest, summarise, write
 from leakbench.report.display import escape
+from leakbench.report.figure import saved
 from leakbench.report.markdown import markdown
 from leakbench.report.run import RunData
 from leakbench.store.records import MetricInfo, Pictures, RunSession, run_name
@@ -388,7 +389,7 @@ def test_a_grid_shows_the_pixels_and_marks_what_failed(tmp_path):
         (page,) = grids.pages(store.results())
         pictures = store.images(page.trials)
         figure = grids.figure(page, pictures)
-        data = grids.png(page, pictures)
+        data = saved(figure)
     words = [text.get_text() for text in texts(figure)]
     words = [word for text in words for word in text.splitlines()]
     assert [words.count(w) for w in ("diverged", "error", "unsupported", "not run", "10.0")] == [1, 1, 1, 4, 3]

@@ -10,6 +10,7 @@ from leakbench.analysis import pareto as utility
 from leakbench.core.files import draft
 from leakbench.errors import BadOption, LeakbenchError
 from leakbench.report import compare, curves, figures, grids, html, latex, sharing, weights, worst_case
+from leakbench.report.figure import saved
 from leakbench.report.markdown import markdown
 from leakbench.report.run import Picture, RunData
 from leakbench.store.frames import AFTER, BEFORE, ended
@@ -59,7 +60,7 @@ def write(out: Path | str, formats: Collection[str] = DEFAULT_FORMATS) -> list[P
             pictures = []
             for page in _pages(store, run.results):
                 path = out / "grids" / page.file
-                written.append(replace(path, grids.png(page, store.images(page.trials))))
+                written.append(replace(path, saved(grids.figure(page, store.images(page.trials)))))
                 pictures.append(Picture(page.block, f"grids/{page.file}", page.title, page.seed))
             written.append(replace(out / "report.md", markdown(run, pictures).encode()))
             if run.threshold is not None:

@@ -18,7 +18,7 @@ from PIL import Image
 from leakbench.analysis.summary import ANY, BLOCK, without_repeats
 from leakbench.core.images import decoded
 from leakbench.core.text import number, slug
-from leakbench.report.figure import GREY, RED, saved, spelled
+from leakbench.report.figure import GREY, RED, spelled
 from leakbench.store.records import Pictures
 
 MAX_ROWS = 12
@@ -136,11 +136,6 @@ def rows_within(found: Sequence[GridPage], truths: Sequence[bytes | None], budge
     shown = [(page, image) for page, truth in zip(found, truths) if (image := picture(truth)) is not None]
     row = sum(3 * image.width * image.height * (len(page.columns) + 1) for page, image in shown)
     return max(1, min(MAX_ROWS, budget // max(1, row)))
-
-
-def png(page: GridPage, pictures: Mapping[str, Pictures]) -> bytes:
-    """Return a page as PNG."""
-    return saved(figure(page, pictures))
 
 
 def figure(page: GridPage, pictures: Mapping[str, Pictures]) -> Figure:
