@@ -108,6 +108,7 @@ RECOVERY = "ssim_aligned"
 
 AttackAxis = Annotated[tuple[SkipValidation[Attack], ...], axis("attacks", attacks.parse)]
 ThreatAxis = Annotated[tuple[SkipValidation[ThreatModel], ...], axis("threats", parse_threat)]
+MetricAxis = Annotated[tuple[SkipValidation[Metric], ...], axis("metrics", metrics.parse)]
 
 
 class Axes(BaseModel):
@@ -177,7 +178,7 @@ class Matrix(Axes):
     images: Indices = 8
     seeds: Indices = [0]
     floors: bool = True
-    metrics: Annotated[tuple[SkipValidation[Metric], ...], axis("metrics", metrics.parse)] = ()
+    metrics: MetricAxis = ()
 
     def __init__(self, /, **axes: Any) -> None:
         named = [axis for axis in ("attacks", "threats") if axis in axes]
