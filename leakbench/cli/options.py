@@ -48,7 +48,7 @@ def option(
         min: the least value of a number; likewise ``max``.
         argument: it becomes an argument, which has no flag.
     """
-    kind = typer.Argument if argument else typer.Option
+    kind: Any = typer.Argument if argument else typer.Option
     return field(default=default, metadata={"typer": kind(*flags, help=help, metavar=metavar, min=min, max=max)})
 
 

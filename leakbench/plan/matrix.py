@@ -282,7 +282,7 @@ class Matrix(Axes):
 
     def describe(self) -> dict[str, Any]:
         """Return the matrix as plain JSON values: specs in place of components."""
-        stages = [
+        stages: list[dict[str, Any]] = [
             {"attacks": [attacks.spec(one) for one in stage.attacks], "threats": [one.spec() for one in stage.threats]}
             for stage in self.steps
         ]

@@ -37,7 +37,7 @@ def differences(results: pd.DataFrame, block: tuple[str, str, str], metrics: Seq
     own = attacks_of(results, block)
     names = [metric.name for metric in metrics if metric.name in METRICS and own[metric.name].notna().any()]
     between: dict[str, list[str]] = {}  # table, or the one sentence of several attacks -> the attacks
-    informed, leading = "", []
+    informed, leading = "", list[list[object]]()
     if not skips:
         for attack, cells in own.groupby("attack", sort=False):
             between.setdefault(paired_table(defense_pairs(cells), names)[0], []).append(str(attack))
