@@ -116,11 +116,11 @@ def report(out: str) -> dict[str, float]:
 
 def check(out: str) -> dict[str, float]:
     """Verify a run."""
-    from leakbench.store.integrity import check as verify
+    from leakbench.analysis.integrity import check as verify
 
     begin = time.perf_counter()
     state = verify(Path(out))
-    assert state.code == 0, state.lines()
+    assert state.code == 0, state
     return {"seconds": time.perf_counter() - begin}
 
 

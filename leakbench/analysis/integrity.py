@@ -48,24 +48,6 @@ class RunCheck:
         """0: complete and valid; 1: trials are missing or ended in an error; 3: the file has faults."""
         return 3 if self.faults else 1 if self.missing or self.errors else 0
 
-    def lines(self) -> list[str]:
-        """Return a line on each of these, and the verdict."""
-        counts = ", ".join(f"{count} {status}" for status, count in self.ended.items())
-        skipped = f", {self.skipped} need no result" if self.skipped else ""
-        found = [f"{self.planned} trials planned, {sum(self.ended.values())} ended ({counts or 'none'}){skipped}"]
-        found += self.remarks
-        found += _some(
-            [f"missing: {count} of {cell}" for cell, count in self.missing.items()], "cells with trials missing"
-        )
-        found += _some([f"error in {count}: {reason}" for reason, count in self.errors.items()], "reasons of errors")
-        found += _some([f"fault: {fault}" for fault in self.faults], "faults")
-        verdict = {
-            0: "complete and valid",
-            1: "valid, but not complete: start the run again to finish it",
-            3: "not valid: restore a copy, or start a new run in another folder",
-        }
-        return [one_line(line) for line in (*found, verdict[self.code])]
-
 
 def check(run: Path) -> RunCheck:
     """Read a run (its folder or its file) in full and check it.
@@ -203,9 +185,3 @@ def _remarks(store: Store) -> Iterator[str]:
     for row in store.query("SELECT metric, count(*) AS n FROM scores GROUP BY metric"):
         if row["n"] < ended:
             yield f"{ended - row['n']} trials have no value of {row['metric']}: it could not be computed"
-
-
-def _some(lines: list[str], what: str) -> list[str]:
-    """Return the first ``MAX_LISTED`` lines, and how many more there are."""
-    rest = len(lines) - MAX_LISTED
-    return [*lines[:MAX_LISTED], f"... and {rest} more {what}"] if rest > 0 else lines

@@ -70,6 +70,5 @@ def _check(
     for path in plugins:
         load_plugin(path)
     found = check(read(entry), run, sample=sample, seed=seed, device=device, salt=salt)
-    for line in check_lines(found):
-        typer.echo(line)
+    typer.echo(check_lines(found))
     raise typer.Exit(0 if found.holds else 1)

@@ -14,10 +14,10 @@ def check(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of
     if there is no run file.
     """
     from leakbench.analysis import integrity
+    from leakbench.report.page import sentence
 
     found = integrity.check(run)
-    for line in found.lines():
-        typer.echo(line)
+    typer.echo(sentence("run_check.j2", "lines", found, integrity.MAX_LISTED))
     raise typer.Exit(found.code)
 
 

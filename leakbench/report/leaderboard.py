@@ -63,6 +63,6 @@ def write(runs: Sequence[Path], out: Path) -> tuple[list[Path], list[str]]:
     return written, missing
 
 
-def check_lines(found: EntryCheck) -> list[str]:
+def check_lines(found: EntryCheck) -> str:
     """Return the outcome of a verification, line by line."""
-    return sentence("entry_check.j2", "lines", found, MIN_SAMPLE, ALPHA).split("\n")
+    return sentence("entry_check.j2", "lines", found, MIN_SAMPLE, ALPHA)
