@@ -37,8 +37,7 @@ from leakbench.plan.matrix import axes_from_options
 from leakbench.plan.trial import Cell, Result, Trial
 from leakbench.report import html as pages
 from leakbench.report import write
-from leakbench.report.page import embedded, render
-from leakbench.report.scenes import share_text
+from leakbench.report.page import embedded, render, sentence
 from leakbench.report.sprites import SHEET_COLUMNS, sheets
 from leakbench.store.records import MetricInfo, RunSession, StoredComponent
 from leakbench.store.run_file import FILE, Store
@@ -259,12 +258,13 @@ def test_a_run_that_skipped_shows_who_recovered_what(tmp_path):
 
 def test_images_are_counted_where_each_has_one_seed() -> None:
     one = EnsembleResult("d", "m", "none", 4, 4, 4, 0, share=0.25, low=0.1, high=0.6, attackers=())
-    assert share_text(one) == "1 of 4"
-    assert share_text(dataclasses.replace(one, groups=2, targets=5, by_floor=1)) == "1 of 4 in 2 groups"
+    assert sentence("share.j2", "share", one) == "1 of 4"
+    grouped = dataclasses.replace(one, groups=2, targets=5, by_floor=1)
+    assert sentence("share.j2", "share", grouped) == "1 of 4 in 2 groups"
     assert (
-        share_text(dataclasses.replace(one, targets=8)) == "25 %"
+        sentence("share.j2", "share", dataclasses.replace(one, targets=8)) == "25 %"
     )  # two images may be recovered from half of the seeds
-    assert share_text(dataclasses.replace(one, share=math.nan)) == "no attacker has a score"
+    assert sentence("share.j2", "share", dataclasses.replace(one, share=math.nan)) == "no attacker has a score"
 
 
 # Pictures

@@ -19,7 +19,7 @@ from leakbench.report.markdown import MAIN_METRICS, PAPER_PREFIX
 from leakbench.report.page import SCRIPTS, STYLES, embedded, picture, render
 from leakbench.report.public import public_tables
 from leakbench.report.run import ObjectiveCurves, PicturesOf, RunData
-from leakbench.report.scenes import along, decibels, share_text, worst_cases
+from leakbench.report.scenes import along, worst_cases
 from leakbench.report.sprites import SHEET_COLUMNS, SHEET_ROWS, TILE_SIDE, Sheet, png, sheets, tile
 from leakbench.store.records import MetricInfo, Pictures
 
@@ -99,8 +99,6 @@ def html(
         ],
         "sheets": [picture(sheet.png) for sheet in found],
         "ANY": ANY,
-        "share": share_text,
-        "gain": decibels,
         "along": along,
         "ABSENT": ABSENT,
     }

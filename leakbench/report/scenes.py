@@ -12,7 +12,6 @@ from leakbench.analysis.failures import DefenseFailure, defense_failures
 from leakbench.analysis.recovery import caveat, judged
 from leakbench.analysis.summary import strongest
 from leakbench.analysis.verdict import inconclusive, missing_attackers
-from leakbench.core.text import in_groups, percent, with_interval
 from leakbench.plan.matrix import RECOVERY
 from leakbench.report.markdown import notes
 from leakbench.report.run import RunData
@@ -167,24 +166,6 @@ def _most_recovered(one: EnsembleResult, hits: pd.DataFrame) -> str:
         f"{attack}{f' ({threat})' if several else ''}: {count}"
         for attack, threat, count in counts.reset_index(name="count").itertuples(index=False, name=None)
     )
-
-
-def share_text(one: EnsembleResult) -> str:
-    """Return how much is recovered, in few words: a count of images, or with several seeds of each a share."""
-    if math.isnan(one.share):
-        if one.broken:
-            return "the defense failed"
-        return "not tried yet" if one.open else "a floor recovers all" if one.by_floor else "no attacker has a score"
-    of = in_groups(one.images, one.groups)
-    single = one.targets == one.images + one.by_floor
-    counted = f"{one.share * one.images:.0f} of {of}" if single else percent(one.share)
-    counted = f"{counted} so far" if one.open else counted
-    return f"{counted}; the defense failed on {one.broken} more" if one.broken else counted
-
-
-def decibels(gain: GainInterval) -> str:
-    """Return a gain in dB with its interval."""
-    return with_interval(*gain, 1, sign=True)
 
 
 def along(value: float, low: float, high: float) -> str:
