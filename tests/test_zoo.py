@@ -44,8 +44,9 @@ from leakbench.leaderboard.entry import entries
 from leakbench.models import OwnModule
 from leakbench.plan.matrix import parse_threat
 from leakbench.report import worst_case
+from leakbench.report.page import sentence
 from leakbench.report.run import RunData
-from leakbench.report.scenes import share_text, worst_cases
+from leakbench.report.scenes import worst_cases
 from leakbench.store.run_file import FILE, Store
 from leakbench.training.settings import Recipe
 from leakbench.training.steps import Trainee, descend, optimiser
@@ -241,7 +242,7 @@ def test_no_broken_defense_is_ranked_as_protecting(zoos):
     broken = {f"zoo(kind={kind})" for kind in RUN}
     assert set(order[-len(broken) - 1 :]) == broken | {"zoo(kind=sometimes)"}
     assert not {one.defense for one in (*scene.known, *scene.least, *scene.near, *scene.most)} & broken
-    texts = {row.result.defense: share_text(row.result) for row in scene.defenses}
+    texts = {row.result.defense: sentence("share.j2", "share", row.result) for row in scene.defenses}
     assert {texts[defense] for defense in broken} == {"the defense failed"}
     assert texts["zoo(kind=withheld)"] == "no attacker has a score"
     assert {one.defense for one in scene.failures} == broken | {"zoo(kind=sometimes)"}
@@ -254,7 +255,7 @@ def test_a_defense_that_fails_sometimes_comes_after_the_others_with_a_share(zoos
     (scene,) = worst_cases(zoos.data)
     with_share = [row.result for row in scene.defenses if not math.isnan(row.result.share)]
     assert with_share[-1].defense == "zoo(kind=sometimes)"
-    assert share_text(with_share[-1]) == "1 of 1; the defense failed on 1 more"
+    assert sentence("share.j2", "share", with_share[-1]) == "1 of 1; the defense failed on 1 more"
     (failure,) = [one for one in defense_failures(zoos.results) if one.defense == "zoo(kind=sometimes)"]
     assert (failure.failed, failure.trials) == (3, 6)
 
