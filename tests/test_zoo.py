@@ -220,7 +220,8 @@ def test_a_defense_that_hides_its_first_images_is_attacked_on_the_others(tmp_pat
     told(own["reason"][0])
     with Store.open(run.out / FILE, readonly=True) as store:
         (scene,) = worst_cases(RunData.of(store, "zoo"))
-    assert {row.result.defense: share_text(row.result) for row in scene.defenses}[own["defense"][0]] == "2 of 2"
+    texts = {row.result.defense: sentence("share.j2", "share", row.result) for row in scene.defenses}
+    assert texts[own["defense"][0]] == "2 of 2"
 
 
 def test_a_defense_that_hides_at_its_first_releases_is_attacked(tmp_path):
