@@ -11,10 +11,10 @@ from leakbench.analysis.ensemble import RECOVERED
 from leakbench.analysis.recovery import TARGET, judged
 from leakbench.analysis.summary import rescored
 from leakbench.core.component import as_json
-from leakbench.core.text import name_of
 from leakbench.core.types import ThreatModel
 from leakbench.defenses.base import by_informed
 from leakbench.plan.matrix import RECOVERY, parse_threat
+from leakbench.store.frames import from_csv
 from leakbench.store.records import MetricInfo, StoredComponent
 
 CELL = ["dataset", "model", "defense", "attack", "threat"]
@@ -52,17 +52,12 @@ def _read(name: str) -> pd.DataFrame:
     """Return a CSV; of results, with the columns that reports add, and without those of controls."""
     if not (name.endswith(".csv") and (ROOT / name).is_file()):
         raise Fault(f"there is no file {name!r} that ends in .csv")
-    data = pd.read_csv(ROOT / name, keep_default_na=False, na_values=[""], usecols=_is_read)
-    if "attack" not in data:
-        return data
-    kinds = {spec: attacks.get(name_of(spec)) for spec in data["attack"].unique()}
-    data = data[~data["attack"].map({spec: kind.is_control for spec, kind in kinds.items()})]
-    if "group" not in data:  # of an older version
-        places = data[["dataset", "image"]].drop_duplicates().itertuples(index=False, name=None)
-        groups = {(spec, image): datasets.parse(spec).group(image) for spec, image in places}
-        data = data.assign(group=[groups[place] for place in zip(data["dataset"], data["image"])])
-    floors = data["attack"].map({spec: kind.floor for spec, kind in kinds.items()})
-    return data.assign(floor=floors, reason=data["reason"].astype("str").fillna(""), path="")
+    columns = pd.read_csv(ROOT / name, nrows=0).columns
+    return (
+        from_csv(ROOT / name, _is_read)
+        if "attack" in columns
+        else pd.read_csv(ROOT / name, keep_default_na=False, na_values=[""], usecols=_is_read)
+    )
 
 
 def metric_of(name: str) -> MetricInfo:

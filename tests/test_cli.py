@@ -693,5 +693,5 @@ def test_what_a_folder_of_trainings_has_no_page_of_is_refused(
 ) -> None:
     (place / "trained").mkdir()
     monkeypatch.setattr("leakbench.report.accuracy.trained", lambda out: True)
-    for option in (("--figures",), ("--format", "html"), ("--compare", "paper")):
+    for option in (("--figures",), ("--format", "html")):
         refused(cli("report", "trained", *option), f"{option[0]} is of a run of attacks")

@@ -21,7 +21,6 @@ from leakbench.core.types import PRESETS
 from leakbench.errors import BadOption
 from leakbench.plan.matrix import Matrix, expand, load, load_suite, parse_threat
 from leakbench.plan.trial import Cell, Result, Trial
-from leakbench.report import compare
 from leakbench.report import sharing as study
 from leakbench.report.figure import saved
 from leakbench.store.run_file import FILE, Store
@@ -229,39 +228,3 @@ def test_a_run_that_shares_no_key_and_no_lock_has_no_page_on_sharing(tmp_path: P
         names = [path.name for path in report.write(stored(tmp_path / kept, rows), {"md"})]
         assert "report.md" in names
         assert not [name for name in names if "sharing" in name]
-
-
-# The paper's figures
-
-
-def test_the_published_figures_obey_the_papers_own_convention() -> None:
-    """Listed pairs satisfy psnr = 10 log10(255^2 / mse) up to the averaging over images, and imply what is stated."""
-    paper = compare.published()
-    assert len({(f.table, f.attack, f.model, f.dataset, f.defense) for f in paper.figure}) == len(paper.figure)
-    listed = [figure for figure in paper.figure if figure.mse is not None]
-    assert len(listed) >= 4
-    for figure in listed:
-        assert figure.psnr is not None
-        implied = 10 * math.log10(255**2 / figure.mse)
-        assert implied - 0.01 <= figure.psnr <= implied + 8, "a mean of logarithms is above the logarithm of the mean"
-        assert figure.standard == pytest.approx(20 * math.log10(255 / figure.mse), abs=0.051)
-        if figure.defense == "keylock":
-            assert figure.psnr == pytest.approx(implied, abs=0.15)
-
-
-def test_figures_stand_beside_the_cells_of_the_same_components(tmp_path: Path) -> None:
-    stored(tmp_path, results())
-    rows = frame(tmp_path).replace({"dataset": {"tiny": "mnist(size=32)"}})
-    rows["dataset"], rows["model"] = "mnist(size=32)", "lenet"
-    with Store.open(tmp_path / FILE, readonly=True) as store:
-        text = compare.study(rows, store.metrics(), compare.published()).markdown
-    cells = table(text, "without its secret.")
-    first = [row for row in cells if row[:6] == ["6", "–", "dlg", "lenet", "mnist", "none"]]
-    assert [row[6:9] for row in first] == [["–", "–", "14.2"]]
-    assert first[0][9:14] == ["dlg", "lenet", "mnist(size=32)", "none", "T0"]
-    locked = [row for row in cells if row[:6] == ["6", "–", "dlg", "lenet", "mnist", "keylock"]]
-    assert {row[13] for row in locked} == {level.spec() for level in LEVELS}
-    assert {tuple(row[6:9]) for row in locked} == {("140.87", "26.64", "5.2")}
-    assert any(row[2:6] == ["grnn", "resnet20", "cifar100", "none"] and row[9] == "not in this run" for row in cells)
-    ours = [row for row in cells if row[0] == "–"]
-    assert [(row[9], row[12]) for row in ours] == [("dlg", "norm-only")]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import leakbench
-from leakbench import datasets, defenses, models
+from leakbench import attacks, datasets, defenses, models
 from leakbench.analysis.statistics import wilson_interval
 from leakbench.cli.accuracy import TrainOptions
 from leakbench.cli.main import app
@@ -32,7 +32,7 @@ from leakbench.models.weights import stated
 from leakbench.plan.matrix import Matrix, expand
 from leakbench.plan.matrix import load as load_axes
 from leakbench.report import accuracy as report
-from leakbench.report.compare import published
+from leakbench.report.compare import SIDES, published
 from leakbench.store.provenance import Provenance
 from leakbench.training import Accuracy, Arm, NullTrainingProgress, TrainingRecord, train
 from leakbench.training.arm import Outcome, Round, TrainingSession, View, start
@@ -644,8 +644,15 @@ def test_what_a_client_loses_is_told_against_the_undefended_of_its_seed() -> Non
     assert zero[3] == "4"  # one a seed where the key makes no difference, and both of seed 2
 
 
+def printed(one: TrainingRecord, **thefts: Sequence[int]) -> TrainingRecord:
+    """Return a record at a place of the paper's tables, LeNet on MNIST at 32, with thefts by kind."""
+    stolen = tuple(Theft(kind.replace("_", " "), tuple(correct), 10_000) for kind, correct in thefts.items())
+    specs = {**one.specs, "model": "lenet(init=default)", "dataset": "mnist(size=32, channels=3)"}
+    return replace(one, specs=specs, outcome=replace(one.outcome, thefts=stolen))
+
+
 def test_beside_the_papers_figures_it_says_where_the_recipe_is_another() -> None:
-    one, paper = scored("keylock", 0, {"client 1": 9690}), published()
+    one, paper = printed(scored("keylock", 0, {"client 1": 9690})), published()
     text = report.markdown(report.blocks_of([one]), paper, "run")
     assert "The paper's recipe differs: " in text
     assert (
@@ -654,6 +661,45 @@ def test_beside_the_papers_figures_it_says_where_the_recipe_is_another() -> None
     same = replace(one, recipe={**one.recipe, **paper.recipe})
     text = report.markdown(report.blocks_of([same]), paper, "run")
     assert "The recipe is that of the paper, as far as it is published. The paper's networks" in text
+    elsewhere = report.markdown(report.blocks_of([scored("keylock", 0, {"client 1": 9690})]), paper, "run")
+    assert "Beside Ren et al." not in elsewhere  # the paper has no such network and dataset
+
+
+def test_tables_1_and_3_of_the_paper_are_beside_the_accuracies() -> None:
+    random = {"fresh key, fresh lock": [892, 3346], "fresh key, initial lock": [2101, 5107]}
+    found = [
+        printed(scored("none", 0, {"global": 9780})),
+        printed(scored("norm-only", 0, {"global": 9700})),
+        printed(scored("keylock", 0, {"client 1": 9690, "client 2": 9710}), **random),
+    ]
+    blocks = report.blocks_of(found)
+    text = report.markdown(blocks, published(), "run")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "mnist, 32" in line]
+    assert [row[3:6] for row in rows if row[0] == "federated"] == [
+        ["without", "98.14", "97.80 [97.49, 98.07]"],
+        ["with", "97.45", "97.00 [96.65, 97.32]"],
+        ["cost, points (without − with)", "+0.69", "+0.80"],
+    ]
+    by_key = {row[2]: row[3:7] for row in rows if row[0] == "lenet"}
+    assert by_key["client 0"] == ["97.88", "87.43", "96.90", "75.71"]
+    assert by_key["client 2"] == ["97.66", "87.21", "", "–"]  # the run has two clients
+    assert by_key["average"][:3] == ["97.45", "87.00", "97.00"]
+    assert by_key["random: fresh key, fresh lock"][0] == by_key["random: fresh key, initial lock"][0] == "10.45"
+    assert by_key["random: fresh key, fresh lock"][2] == "21.19 ± 17.35 (8.92 to 33.46)"
+    assert by_key["random: fresh key, initial lock"][2] == "36.04 ± 21.26 (21.01 to 51.07)"
+    assert "97.45 for lenet on mnist (the mean of its rows is 97.81). It takes" in text
+    assert not [row for row in rows if "not in this run" in row]
+
+
+def test_the_comparison_of_a_run_has_every_figure_of_tables_1_and_3() -> None:
+    blocks, paper = report.blocks_of([printed(scored("none", 0, {"global": 9780}))]), published()
+    first, third = report.beside_table1(blocks, paper, whole=True), report.beside_table3(blocks, paper, whole=True)
+    figures = [row["paper"] for row in first if "cost" not in row["key-lock"]]
+    assert figures == [one.accuracy for one in paper.table1]
+    shown = [(row["paper"], row["gap"]) for row in third if "initial lock" not in row["key"]]
+    assert shown == [(one.accuracy, one.gap) for one in paper.table3]
+    assert {row["lock, % of parameters"] for row in third} == set(paper.proportions.values())
+    assert sum(row.get("settings") == "not in this run" for row in first) == 47 - 1
 
 
 @pytest.mark.parametrize("name", ["table1", "table3", "tradeoff", "dlm-cost"])
@@ -847,8 +893,10 @@ def test_the_command_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_figures_of_the_paper_that_ship_are_of_known_components() -> None:
-    for figure in published().accuracy:
+    paper = published()
+    for figure in (*paper.table1, *paper.table3, *paper.table6):
         assert figure.model in models.names()
         assert figure.dataset in datasets.names()
-        assert figure.defense in defenses.names()
-        assert figure.mode in ("centralised", "fedavg")
+    assert {figure.attack for figure in paper.table6} <= set(attacks.names())
+    sides = {name: side for name, side in SIDES.items() if name != "imagenet"}  # which needs a folder
+    assert sides == {name: str(datasets.parse(name).image_shape[1]) for name in sides}

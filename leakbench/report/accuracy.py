@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from leakbench.analysis.statistics import effective_groups, wilson_interval
-from leakbench.core.text import ABSENT, name_of, number, slug
+from leakbench.core.text import ABSENT, name_of, number, plural, slug
 from leakbench.errors import BadOption
-from leakbench.report.compare import Published, published
+from leakbench.report.compare import Published, place_of, published
 from leakbench.report.display import per_cent
 from leakbench.report.figure import COLOURS, key_below, plain, saved
 from leakbench.report.files import remove_others, replace
@@ -25,13 +25,21 @@ from leakbench.report.study import Value
 from leakbench.training import TrainingRecord, records
 from leakbench.training.arm import GLOBAL, Outcome, Round
 from leakbench.training.run import ARMS_FOLDER
-from leakbench.training.thief import KINDS, ZERO
+from leakbench.training.thief import INITIAL, KINDS, PAPER_RANDOM, ZERO
 
 FILE = "accuracy.md"
 """The name of the report in a run's folder."""
 CSV = "accuracy.csv"
 PAPER_BATCH = 64
 """The batch by which FedKL's code divides."""
+
+_RANDOM = {
+    "random: fresh key, fresh lock": PAPER_RANDOM,
+    "random: fresh key, initial lock": INITIAL,
+}
+"""The two readings of the paper's row ``random``, and the kinds of secrets of a thief that they are."""
+Rows = list[Mapping[str, object]]
+"""Rows of a table of a page, each as cells by heading."""
 
 _DASHES = ("-", "--", "-.", ":")
 _CURVES = re.compile(r"curves-\d{2}-.*\.png")
@@ -173,7 +181,7 @@ def markdown(blocks: Sequence[Block], paper: Published, name: str) -> str:
                 "costs": _costs(block),
                 "controls": {one.seed: accuracy(one.outcome) for one in block.arms.get("none", ())},
                 "thefts": _thefts(block),
-                "published": _published(block, paper),
+                "published": _comparison([block], paper, whole=False),
             }
             for block in blocks
         ],
@@ -236,23 +244,121 @@ def _thefts(block: Block) -> list[list[object]]:
     return found
 
 
-def _published(block: Block, paper: Published) -> list[list[str]]:
-    """Return the paper's figures beside ours; a figure that was not transcribed is missing."""
-    found: list[list[str]] = []
-    for defense, own in block.ended.items():
-        place = (block.mode, *map(name_of, (block.model, block.dataset, defense)))
-        if place[-1] not in ("none", "keylock"):
-            continue
-        thefts = [theft for one in own for theft in one.outcome.thefts if theft.kind == "fresh key, initial lock"]
-        stolen = _mean([correct / theft.count for theft in thefts for correct in theft.correct])
-        ours = mean(accuracy(one.outcome) for one in own)
-        as_paper = mean(_as_paper(one.outcome.chosen()) for one in own)
-        fits = [one for one in paper.accuracy if (one.mode, one.model, one.dataset, one.defense) == place]
-        rows = [(one.table, one.of, f"{one.percent:.2f}") for one in fits] or [(ABSENT, "not transcribed", ABSENT)]
-        for printed, of, listed in rows:
-            values = (_percent(stolen), ABSENT) if of == "random key" else (_percent(ours), _percent(as_paper))
-            found.append([printed, defense, of, listed, *values])
+def beside_table1(blocks: Sequence[Block], paper: Published, whole: bool = False) -> Rows:
+    """Return the figures of the paper's table 1 beside the accuracies of a run, with the cost of key-lock.
+
+    Args:
+        blocks: the trainings.
+        paper: the published figures.
+        whole: whether figures without a training of the run are shown, too.
+    """
+    ours = _by_place(blocks)
+    printed = {(one.training, *one.place): one.accuracy for one in paper.table1}
+    rows: Rows = []
+    for one in paper.table1:
+        cell = {"training": one.training, "model": one.model, "dataset": f"{one.dataset}, {one.resolution}"}
+        own = ours.get(one.place, ())
+        for settings, arms in own or ([("not in this run", ())] if whole else []):
+            value = {"this run": per_cent(*interval(arms)), "paper's convention": _mean_as_paper(arms)}
+            blank = {"this run": "", "paper's convention": ""}
+            listed = {"key-lock": one.keylock, "paper": one.accuracy}
+            rows.append(cell | listed | (value if arms else blank) | {"settings": settings})
+        undefended = printed.get((one.training, *one.place[:-1], "without"))
+        if one.keylock == "with" and undefended is not None and (own or whole):
+            points = f"{float(undefended) - float(one.accuracy):+.2f}".replace("-", "−")
+            costs = [cost for block in blocks if (cost := _cost_at(block, one.place)) is not None]
+            listed = {"key-lock": "cost, points (without − with)", "paper": points}
+            rows.append(cell | listed | {"this run": ", ".join(_percent(cost, sign=True) for cost in costs)})
+    return rows
+
+
+def beside_table3(blocks: Sequence[Block], paper: Published, whole: bool = False) -> Rows:
+    """Return the figures of the paper's table 3, by the key in use, beside those of a run (see ``beside_table1``)."""
+    ours = _by_place(blocks)
+    rows: Rows = []
+    for one in paper.table3:
+        cell = {"model": one.model, "dataset": f"{one.dataset}, {one.resolution}"}
+        lock = {"lock, % of parameters": one.parameter_proportion_percent}
+        for settings, arms in ours.get(one.place, ()) or ([("not in this run", ())] if whole else []):
+            for key, kind in _RANDOM.items() if one.key_source == "random" else ((one.key_source, ""),):
+                value, spread = _by_key(arms, one.key_source, kind)
+                gap = value - _mean(_stolen(arms, PAPER_RANDOM))
+                own = {"this run": spread, "gap here": _percent(gap) if arms else "", "settings": settings}
+                rows.append(cell | {"key": key, "paper": one.accuracy, "gap": one.gap} | own | lock)
+    return rows
+
+
+def _by_place(blocks: Sequence[Block]) -> dict[tuple[str, ...], list[tuple[str, Sequence[TrainingRecord]]]]:
+    """Return by published place the trainings with rounds, and their settings in words."""
+    found: dict[tuple[str, ...], list[tuple[str, Sequence[TrainingRecord]]]] = {}
+    for block in blocks:
+        for defense, own in block.ended.items():
+            place = (block.mode, *place_of(own[0].specs, ("model", "dataset")))
+            found.setdefault(place, []).append((f"{block.model}, {defense}, {plural(len(own), 'seed')}", own))
     return found
+
+
+def _cost_at(block: Block, place: tuple[str, ...]) -> float | None:
+    """Return the accuracy without a defense minus that with key-lock, of a block at a published place."""
+    means = {
+        name_of(defense): interval(own).mean
+        for defense, own in block.ended.items()
+        if (block.mode, *place_of(own[0].specs, ("model", "dataset")))[:-1] == place[:-1]
+    }
+    return means["none"] - means["keylock"] if {"none", "keylock"} <= set(means) else None
+
+
+def _stolen(own: Sequence[TrainingRecord], kind: str) -> list[float]:
+    """Return the accuracy in [0, 1] of the stolen model with each draw of secrets of a kind."""
+    thefts = [theft for one in own for theft in one.outcome.thefts if theft.kind == kind]
+    return [correct / theft.count for theft in thefts for correct in theft.correct]
+
+
+def _by_key(own: Sequence[TrainingRecord], source: str, kind: str) -> tuple[float, str]:
+    """Return the accuracy of trainings with the keys of a row of table 3, and in words; NaN and "" without any."""
+    if source == "random":
+        values = _stolen(own, kind)
+    elif source == "average":
+        values = [accuracy(one.outcome) for one in own]
+    else:  # the paper counts clients from 0, a run from 1
+        number = int(source.removeprefix("client "))
+        views = [one.outcome.chosen().views for one in own]
+        values = [each[number].test.accuracy for each in views if number < len(each)]
+    return (_mean(values), _spread(values, ends=source == "random")) if values else (math.nan, "")
+
+
+def _mean_as_paper(own: Sequence[TrainingRecord]) -> str:
+    return _percent(_mean([_as_paper(one.outcome.chosen()) for one in own]))
+
+
+def odd_averages(paper: Published, places: Collection[tuple[str, ...]]) -> list[str]:
+    """Return a clause on each printed average of table 3, at some places, that is far from the mean of its rows."""
+    found = []
+    for one in paper.table3:
+        own = [row for row in paper.table3 if row.place == one.place and row.key_source.startswith("client")]
+        rows = mean(float(row.accuracy) for row in own)
+        if one.place in places and one.key_source == "average" and abs(rows - float(one.accuracy)) > 0.3:
+            found.append(f"{one.accuracy} for {one.model} on {one.dataset} (the mean of its rows is {rows:.2f})")
+    return found
+
+
+def write_comparison(out: Path | str) -> Path:
+    """Write ``paper.md``, tables 1 and 3 of the paper beside the trainings in ``out``; return its path."""
+    out = Path(out)
+    blocks, paper = blocks_of(records(out)), published()
+    text = render_markdown(
+        "paper_accuracy.md.j2", source=paper.source, published=_comparison(blocks, paper, whole=True)
+    )
+    return replace(out / "paper.md", text.encode())
+
+
+def _comparison(blocks: Sequence[Block], paper: Published, whole: bool) -> dict[str, object]:
+    """Return what a page shows of the paper beside trainings."""
+    return {
+        "table1": beside_table1(blocks, paper, whole),
+        "table3": beside_table3(blocks, paper, whole),
+        "averages": odd_averages(paper, {one.place for one in paper.table3} if whole else set(_by_place(blocks))),
+    }
 
 
 def csv(found: Sequence[TrainingRecord]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from leakbench import metrics as registry
 from leakbench.analysis import pareto as utility
 from leakbench.core.files import draft
 from leakbench.errors import BadOption, LeakbenchError
@@ -13,8 +14,9 @@ from leakbench.report import compare, curves, figures, grids, html, latex, shari
 from leakbench.report.figure import saved
 from leakbench.report.markdown import markdown
 from leakbench.report.run import Picture, RunData
-from leakbench.store.frames import AFTER, BEFORE, ended
-from leakbench.store.records import threshold_of
+from leakbench.report.study import StudyPage
+from leakbench.store.frames import AFTER, BEFORE, ended, from_csv
+from leakbench.store.records import MetricInfo, threshold_of
 from leakbench.store.run_file import FILE, Store
 
 FORMATS = ("md", "csv", "html", "latex")
@@ -22,6 +24,9 @@ FORMATS = ("md", "csv", "html", "latex")
 
 STUDIES = ("worst-case.md", "curves.md", "sharing.md", "weights.md")
 """The pages that a run has beside ``report.md`` if it has trials of their kind."""
+
+CSV = "results.csv"
+"""The name of the results in a run's folder."""
 
 DEFAULT_FORMATS = ("md", "csv")
 """The formats of a report if none is given."""
@@ -48,7 +53,7 @@ def write(out: Path | str, formats: Collection[str] = DEFAULT_FORMATS) -> list[P
     with Store.open(out / FILE, readonly=True) as store:
         run = RunData.of(store, out.resolve().name)
         if "csv" in formats:
-            written.append(replace(out / "results.csv", csv(ended(run.trials), ended(run.controls)).encode()))
+            written.append(replace(out / CSV, csv(ended(run.trials), ended(run.controls)).encode()))
         if "html" in formats:
             text = html.html(run, store.images, utility.load(out / utility.FILE), store.curves())
             written.append(replace(out / "report.html", text.encode("utf-8", "replace")))
@@ -103,13 +108,30 @@ def ranking(out: Path | str) -> str:
 def write_comparison(out: Path | str) -> Path:
     """Write ``paper.md``, the published figures beside those of the run file in ``out``; return its path.
 
+    Without a run file, the results are those of ``results.csv`` in ``out``.
+
     Raises:
-        ForeignRun: there is no readable run file in ``out``.
+        ForeignRun: there is neither a readable run file nor ``results.csv`` in ``out``.
     """
     out = Path(out)
-    with Store.open(out / FILE, readonly=True) as store:
-        study = compare.study(store.results(), store.metrics(), compare.published(), store.components())
+    if has_only_csv(out):
+        study = comparison(from_csv(out / CSV))
+    else:
+        with Store.open(out / FILE, readonly=True) as store:
+            study = compare.study(store.results(), store.metrics(), compare.published(), store.components())
     return replace(out / study.file, study.markdown.encode())
+
+
+def comparison(results: pd.DataFrame) -> StudyPage:
+    """Return ``paper.md`` of the results of a CSV (``store.frames.from_csv``)."""
+    infos = [registry.get(name) for name in registry.names() if name in results]
+    metrics = [MetricInfo(one.name, one.higher_is_better, one.convention, "") for one in infos]
+    return compare.study(results, metrics, compare.published())
+
+
+def has_only_csv(out: Path) -> bool:
+    """Return whether a folder has the results of a run as CSV, and not its run file."""
+    return not (out / FILE).exists() and (out / CSV).exists()
 
 
 def _pages(store: Store, results: pd.DataFrame) -> list[grids.GridPage]:

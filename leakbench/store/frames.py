@@ -5,11 +5,13 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import pandas as pd
 from pydantic import TypeAdapter
 
-from leakbench import datasets
+from leakbench import attacks, datasets
+from leakbench.core.text import name_of
 from leakbench.errors import LeakbenchError
 from leakbench.models.base import with_mode
 from leakbench.models.weights import Checkpoint
@@ -153,3 +155,21 @@ def _labelled(spec: str, variant: str) -> str:
 _CHECKPOINT = TypeAdapter(Checkpoint)
 _STATEMENT = TypeAdapter(Statement)
 _GROUPS = TypeAdapter(dict[int, int])
+
+
+def from_csv(file: Path, read: Callable[[str], bool] = lambda column: True) -> pd.DataFrame:
+    """Return the results of a ``results.csv`` as ``Store.results`` has them, without those of controls.
+
+    Args:
+        file: the CSV of a report, also of an older version, which lacks the column ``group``.
+        read: whether a column is read; all others are left out.
+    """
+    data = pd.read_csv(file, keep_default_na=False, na_values=[""], usecols=read)
+    kinds = {spec: attacks.get(name_of(spec)) for spec in data["attack"].unique()}
+    data = data[~data["attack"].map({spec: kind.is_control for spec, kind in kinds.items()})]
+    if "group" not in data:
+        places = data[["dataset", "image"]].drop_duplicates().itertuples(index=False, name=None)
+        groups = {(spec, image): datasets.parse(spec).group(image) for spec, image in places}
+        data = data.assign(group=[groups[place] for place in zip(data["dataset"], data["image"])])
+    floors = data["attack"].map({spec: kind.floor for spec, kind in kinds.items()})
+    return data.assign(floor=floors, reason=data["reason"].astype("str").fillna(""), path="")

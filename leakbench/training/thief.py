@@ -14,6 +14,9 @@ from leakbench.training.steps import Tensors, Trainee, evaluate
 
 OWN = "own key and lock"
 """No theft: each client with its own secrets."""
+INITIAL = "fresh key, initial lock"
+PAPER_RANDOM = "fresh key, fresh lock"
+"""The kind that the words of FedKL's section 4.2 fit best: a random key and random weights of the lock."""
 ZERO = "zero lock"
 """The kind that FedKL's released code evaluates."""
 
@@ -21,8 +24,8 @@ KINDS = {
     OWN: "each client with its own secrets, as it uses the model",
     "another client's key and lock": "a thief with all secrets of one client (the same figures as the client's own)",
     "another client's key, own lock": "the lock of one client with the key of another, every pair of clients",
-    "fresh key, initial lock": "a key drawn from its distribution, and the first model's lock: the paper's text",
-    "fresh key, fresh lock": "key and lock drawn from their distributions",
+    INITIAL: "a key drawn from its distribution, and the lock that the server began with",
+    PAPER_RANDOM: "key and lock drawn from their distributions",
     ZERO: "the lock's tensors are zero, a mistake in the released code: with ReLU gates scale and shift are 0 and "
     "the output is constant; with sigmoid gates both are 1/2 for every key",
 }
@@ -84,8 +87,8 @@ def thefts(
         OWN: own,
         "another client's key and lock": own if len(own) > 1 else [],
         "another client's key, own lock": crossed if keys and locks else [],
-        "fresh key, initial lock": [{**first, **key} for key in fresh_keys] if keys else [],
-        "fresh key, fresh lock": [{**lock, **key} for lock, key in zip(fresh_locks, fresh_keys)],
+        INITIAL: [{**first, **key} for key in fresh_keys] if keys else [],
+        PAPER_RANDOM: [{**lock, **key} for lock, key in zip(fresh_locks, fresh_keys)],
         ZERO: [{**zero, **key} for key in fresh_keys] if locks else [],
     }
     found = []
