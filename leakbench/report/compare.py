@@ -239,7 +239,7 @@ def _beside(
     one: PublishedScores, rows: Sequence[Mapping[str, Any]], listed: Mapping[str, object]
 ) -> list[dict[str, object]]:
     """Return the paper's line, and a line for each cell of the run beside it."""
-    blank = dict.fromkeys(_cell(one), "")
+    blank: dict[str, object] = dict.fromkeys(_cell(one), "")
     found = [_cell(one) | {"from": "paper", "settings": "", "threat": "", "n": IMAGES, "failed": ""} | dict(listed)]
     for row in rows:
         settings = ", ".join(str(row[axis]) for axis in ("attack", "model", "dataset", "defense"))
