@@ -1,12 +1,14 @@
 """leakbench from Python: ``run`` a matrix; ``observe``, ``attack`` and ``keylock`` for a network of one's own."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -21,9 +23,9 @@ from leakbench.defenses.keylock import LockGate, locks
 from leakbench.engine import run as engine
 from leakbench.engine.progress import NullProgress
 from leakbench.engine.run import RunOptions
-from leakbench.errors import BadOption, LeakbenchError
+from leakbench.errors import BadOption, LeakbenchError, one_line
 from leakbench.gradients import full_precision
-from leakbench.gradients.evaluate import tensors_of
+from leakbench.gradients.evaluate import tensors_of, working
 from leakbench.models import OwnModule
 from leakbench.models.surgery import Layers
 from leakbench.observation import Observation
@@ -116,8 +118,8 @@ def run(
 
 def observe(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
+    images: Tensor | NDArray[Any] | Sequence[Any],
+    labels: Tensor | NDArray[Any] | Sequence[Any],
     *,
     defense: str | Defense = "none",
     threat: str | ThreatModel = "paper",
@@ -131,8 +133,8 @@ def observe(
 
     Args:
         model: maps images [B, C, H, W] in [0, 1] to logits [B, K]; used in its mode, with its weights, and not changed.
-        images: [T, C, H, W] in [0, 1], the private images.
-        labels: [T] int64.
+        images: [T, C, H, W] in [0, 1], the private images; a tensor, an array, or a list of either.
+        labels: [T] whole numbers, or class probabilities [T, K].
         defense: what every client does.
         threat: what the attacker is granted.
         num_classes: K; by default the size of the model's output.
@@ -146,7 +148,8 @@ def observe(
         BadOption: shapes or ranges are not valid.
         Unsupported: model and defense do not go together.
     """
-    if images.ndim != 4 or labels.shape != (len(images),):
+    images, labels = _tensor(images, "images"), _tensor(labels, "labels")
+    if images.ndim != 4 or labels.ndim not in (1, 2) or len(labels) != len(images):
         raise BadOption(f"images {tuple(images.shape)} and labels {tuple(labels.shape)}; give [T, C, H, W] and [T]")
     if len(images) == 0:
         raise BadOption("there are no images; give at least one")
@@ -156,19 +159,16 @@ def observe(
     check_salt(salt or "")
     salt = new_salt() if salt is None else salt
     own = OwnModule(type(model).__name__, model)
-    images, labels = images.detach().cpu().to(own.dtype), labels.detach().cpu()
+    images = images.to(working(own.module))
     if num_classes is None:
         num_classes = own.logits(images[:1]).shape[1]
-    if not (int(labels.min()) >= 0 and int(labels.max()) < num_classes):
-        raise BadOption(
-            f"labels range from {int(labels.min())} to {int(labels.max())}; give them in 0 to {num_classes - 1}"
-        )
+    targets = _targets(labels, num_classes)
     method, granted = defenses.parse(defense), parse_threat(threat)
     image_shape = (images.shape[1], images.shape[2], images.shape[3])
     check_reveals([granted], groups_of(method, build(own, method, image_shape, num_classes, "own")))
     clients = [
-        Client(image, int(label), "own", key, _others(images, labels, index, method.companions))
-        for index, (image, label) in enumerate(zip(images, labels))
+        Client(image, target, "own", key, _others(images, targets, index, method.companions))
+        for index, (image, target) in enumerate(zip(images, targets))
         for key in [salted(f"client/{seed}/{index}", "client", salt)]
     ]
     return observe_clients(
@@ -182,10 +182,55 @@ def observe(
     )
 
 
-def _others(images: Tensor, labels: Tensor, index: int, count: int) -> tuple[tuple[Tensor, int], ...]:
+def _tensor(given: Any, name: str) -> Tensor:
+    """Return a tensor, an array, or a list of tensors, arrays or numbers, as a tensor on the CPU.
+
+    Raises:
+        BadOption: it is none of these, or its parts differ in shape.
+    """
+    try:
+        if isinstance(given, Sequence) and any(isinstance(part, Tensor) for part in given):
+            given = torch.stack([torch.as_tensor(part) for part in given])
+        value = given if isinstance(given, Tensor) else torch.as_tensor(np.asarray(given))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadOption(
+            f"{name} of type {type(given).__name__} are no numbers of one shape: {one_line(error)}"
+        ) from error
+    return value.detach().cpu()
+
+
+def _targets(labels: Tensor, num_classes: int) -> list[int | Tensor]:
+    """Return each client's label: a class, or class probabilities [K].
+
+    Raises:
+        BadOption: a label is no whole number from 0 to K - 1, or a row is no distribution over K classes.
+    """
+    if labels.ndim == 2 and labels.shape[1] == 1 != num_classes:
+        labels = labels[:, 0]
+    if labels.ndim == 2:
+        rows = labels.double()
+        if rows.shape[1] != num_classes or bool((rows < 0).any()) or not bool(((rows.sum(1) - 1).abs() < 1e-3).all()):
+            raise BadOption(
+                f"labels {tuple(labels.shape)} are no class probabilities; give rows of {num_classes} numbers from 0 "
+                "that add up to 1, or whole numbers [T]"
+            )
+        return [int(row.argmax()) if float(row.max()) == 1 else row.float() for row in rows]
+    if labels.is_complex() or bool((labels != labels.double().floor()).any()):
+        raise BadOption(
+            f"labels of type {labels.dtype} are no whole numbers; give classes [T], or probabilities [T, K]"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if not (low >= 0 and high < num_classes):
+        raise BadOption(f"labels range from {low} to {high}; give them in 0 to {num_classes - 1}")
+    return [int(label) for label in labels]
+
+
+def _others(
+    images: Tensor, labels: Sequence[int | Tensor], index: int, count: int
+) -> tuple[tuple[Tensor, int | Tensor], ...]:
     """Return ``count`` images after that of an index, with labels, or all there are; after the last comes the first."""
     rows = [row % len(images) for row in range(index + 1, index + 1 + min(count, len(images) - 1))]
-    return tuple((images[row], int(labels[row])) for row in rows)
+    return tuple((images[row], labels[row]) for row in rows)
 
 
 def attack(method: str | Attack, observation: Observation, *, seed: int = 0) -> Reconstruction:

@@ -19,8 +19,9 @@ from leakbench.core.rng import generator, seeded
 from leakbench.core.types import Gradient, Secret, ThreatModel
 from leakbench.defenses.base import Defense, Step, checked, encoded
 from leakbench.errors import DEFENSE_FAILED, BadOption, ClientFailed, DefenseFailed, LeakbenchError, Unsupported, words
-from leakbench.gradients.evaluate import architecture, tensors_of
+from leakbench.gradients.evaluate import architecture, lifted, tensors_of, working
 from leakbench.models.base import Model
+from leakbench.models.module import network_dtype
 from leakbench.models.weights import load
 from leakbench.observation import Observation
 
@@ -31,7 +32,7 @@ class Client:
 
     Attributes:
         image: [C, H, W] in [0, 1].
-        label: the class index.
+        label: the class index, or class probabilities [K].
         weights_key: what the public weights are drawn from; clients that share it share the weights.
         key: what the client's own draws (secrets, noise, augmentation) come from.
         companions: further images and labels of the client's own, for a defense that mixes them in
@@ -39,10 +40,10 @@ class Client:
     """
 
     image: Tensor
-    label: int
+    label: int | Tensor
     weights_key: str
     key: str
-    companions: tuple[tuple[Tensor, int], ...] = ()
+    companions: tuple[tuple[Tensor, int | Tensor], ...] = ()
 
 
 def build(
@@ -142,12 +143,13 @@ def observe(
     if other := next((row for row in sent if set(row) != set(names)), None):
         differing = sorted(set(other) ^ set(names))
         raise BadOption(f"clients sent different parameters, {differing[0]!r} among them; observe them one at a time")
-    gradient = {name: torch.stack([row[name] for row in sent]).to(device) for name in names}
+    gradient = {name: lifted(torch.stack([row[name] for row in sent])).to(device) for name in names}
 
     order = [networks[client.weights_key] for client in clients]
     weights = _public_tensors(order, {secret.name for secret in secrets}, device)
     weights |= {name: torch.stack([row[name] for row in revealed]).to(device) for name in revealed[0]}
-    labels = torch.tensor([client.label for client in clients], device=device) if threat.labels == "known" else None
+    weights = {name: lifted(value) for name, value in weights.items()}
+    labels = _granted_labels(clients).to(device) if threat.labels == "known" else None
     return Observation(
         model=architecture(order[0]),
         weights=weights,
@@ -156,10 +158,18 @@ def observe(
         labels=labels,
         image_shape=image_shape,
         num_classes=num_classes,
-        mean_image=mean_image.to(device),
+        mean_image=mean_image.to(device, working(order[0])),
         threat=threat.granted(),
         defense=defense if threat.informed else None,
     )
+
+
+def _granted_labels(clients: Sequence[Client]) -> Tensor:
+    """Return the labels [T] that an attacker is granted; raise Unsupported for class probabilities."""
+    labels = [client.label for client in clients if isinstance(client.label, int)]
+    if len(labels) < len(clients):
+        raise Unsupported("labels=known grants one class, and a client trains on class probabilities; grant no label")
+    return torch.tensor(labels)
 
 
 def _blame(
@@ -228,7 +238,7 @@ def layer_inputs(
         network.get_submodule(name).register_forward_pre_hook(partial(_keep, own))
     x, y = _batch(defense, client, num_classes)
     with seeded(client.key, "step"):
-        x, y = encoded(defense, x, y, generator(client.key, "encode"))
+        x, y = _typed(network, *encoded(defense, x, y, generator(client.key, "encode")))
         with torch.no_grad():
             defense.loss(network, x, y)
     return {name: torch.cat([value.flatten() for value in values]) for name, values in taken.items() if values}
@@ -310,7 +320,8 @@ def trained_on(defense: Defense, client: Client, num_classes: int) -> Tensor | N
 def _batch(defense: Defense, client: Client, num_classes: int) -> tuple[Tensor, Tensor]:
     """Return what a client's defense encodes: see ``Defense.encode``."""
     if not defense.companions:
-        return client.image[None].clone(), torch.tensor([client.label])
+        label = client.label[None] if isinstance(client.label, Tensor) else torch.tensor([client.label])
+        return client.image[None].clone(), label
     examples = [(client.image, client.label), *client.companions[: defense.companions]]
     if len(examples) <= defense.companions:
         raise Unsupported(
@@ -318,7 +329,14 @@ def _batch(defense: Defense, client: Client, num_classes: int) -> tuple[Tensor, 
             "give the clients more images"
         )
     images, labels = zip(*examples)
-    return torch.stack(images), F.one_hot(torch.tensor(labels), num_classes).to(client.image.dtype)
+    rows = [row if isinstance(row, Tensor) else F.one_hot(torch.tensor(row), num_classes) for row in labels]
+    return torch.stack(images), torch.stack([row.to(client.image.dtype) for row in rows])
+
+
+def _typed(network: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return encoded images, and labels that are probabilities, in the type of the network."""
+    kind = network_dtype(network)
+    return images.to(kind), labels.to(kind) if labels.is_floating_point() else labels
 
 
 def _train(
@@ -360,7 +378,7 @@ def _step(
     x, y = _batch(defense, client, num_classes)
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     with seeded(client.key, "step"):
-        x, y = encoded(defense, x, y, generator(client.key, "encode"))
+        x, y = _typed(network, *encoded(defense, x, y, generator(client.key, "encode")))
         shares = threat.shares == "weights"
         trained = _train(network, defense, x, y, threat, secrets, client.key) if shares else None
         released = defense.release(Step(network, x, y, defense, trained), generator(client.key, "release"))

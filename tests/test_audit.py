@@ -93,7 +93,7 @@ def fails():
 number = 3
 """
 RECOVERED = "The server recovers the image. The first attack to succeed is analytic."
-DATA = ("--data", "samples(size=12)", "--budget", "quick")
+DATA = ("--data", "samples(size=12)", "--first", "7", "--budget", "quick")
 FILES = ("--before", "before.pt", "--after", "after.pt", "--size", "12")
 
 
@@ -134,13 +134,13 @@ def test_an_audit_that_recovers_nothing_is_inconclusive_without_a_control(
 
 
 def test_an_audit_says_whether_the_attackers_recover_anything_undefended(cli, nets: Path) -> None:  # noqa: F811
-    audited = ("--plugin", "nets.py", "--model", "build", "--data", "samples(size=12)", "--images", "1")
+    audited = ("--plugin", "nets.py", "--model", "build", *DATA, "--images", "1")
     for out, defenses, flaw in (
         ("with", ("none", "noise(scale=10)"), ""),
         ("without", ("noise(scale=10)",), "Inconclusive: there is no positive control, since none was not attacked."),
     ):
         named = [word for one in defenses for word in ("--defense", one)]
-        assert cli("audit", *audited, "--budget", "quick", *named, "--out", out).code == 0
+        assert cli("audit", *audited, *named, "--out", out).code == 0
         text = (nets / out / "audit.md").read_text()
         (line,) = [line for line in text.splitlines() if line.startswith("- Defense **noise")]
         assert line.startswith(f"- Defense **noise(scale=10.0)**: {flaw + ' ' if flaw else ''}No attack recovered")
@@ -274,7 +274,7 @@ def test_a_threat_model_of_ones_own_is_on_the_page(cli, nets: Path) -> None:  # 
         ("build", (*DATA, "--checkpoint", "absent.pt"), ["absent.pt"]),
         ("build", (*DATA, "--rate", "0.1"), ["--rate is an option of leakbench audit update"]),
         ("build", (*DATA, "--local-steps", "1"), ["--local-steps is an option of leakbench audit update"]),
-        ("build", (*DATA, "--channels", "3"), ["--channels is an option of leakbench audit update"]),
+        ("build", (*DATA, "--delta"), ["--delta is an option of leakbench audit update"]),
         ("build", (*FILES, "--device", "cpu"), ["--device is an option of leakbench audit model"]),
         ("build", (*FILES, "--checkpoint", "a.pt"), ["--checkpoint is an option of leakbench audit model"]),
         ("build", (*FILES, "--threshold", "0.5"), ["--threshold is for the comparison with --truth"]),

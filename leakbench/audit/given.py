@@ -4,28 +4,38 @@ import importlib
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from leakbench import datasets
-from leakbench.core.images import centre
+from leakbench.core.component import LATER
 from leakbench.core.rng import seeded
+from leakbench.core.text import plural
 from leakbench.datasets import Dataset
-from leakbench.datasets.folder import SUFFIXES
-from leakbench.errors import BadOption, CorruptAsset, MissingAsset, Unsupported, one_line
+from leakbench.datasets.arrays import SUFFIXES as ARRAY_SUFFIXES
+from leakbench.datasets.folder import SUFFIXES, Folder
+from leakbench.datasets.images import READ_AT_ONCE, check_indices, sides
+from leakbench.datasets.pixels import read_image_file
+from leakbench.errors import BadOption, MissingAsset, Unsupported, one_line
+from leakbench.gradients.evaluate import working
+from leakbench.gradients.plain import without_checkpointing
 from leakbench.models import weights
-from leakbench.models.module import OwnModule
+from leakbench.models.module import OwnModule, unwrapped
 
 NORMALISE, NETWORK = "normalise", "network"
 """The names of an input normalisation and of the network after it."""
 
 ClientMode = Literal["train", "eval"]
+
+SHOWN_CLASSES = 4
+"""The most names of classes in an error."""
 
 
 def factory(target: str, plugins: Sequence[Path] = ()) -> nn.Module:
@@ -104,6 +114,20 @@ class AuditedNetwork:
         if self.normalise:
             self._statistics()
 
+    @property
+    def lazy(self) -> bool:
+        """Whether layers take their shapes, and their values, only from the first image."""
+        return any(map(is_lazy, self.module.parameters()))
+
+    def at(self, image_shape: tuple[int, int, int]) -> "AuditedNetwork":
+        """Return the network with its lazy layers initialised for images of a shape, and then its checkpoint loaded."""
+        if not self.lazy:
+            return self
+        module = OwnModule(self.label, self.module).initialised(image_shape)
+        if self.checkpoint:
+            weights.load(module, self.checkpoint)
+        return replace(self, module=module)
+
     def model(self, channels: int) -> OwnModule:
         """Return the network in its mode, after its input normalisation, as a model of a matrix; it is not copied."""
         module = self.module.train(self.mode == "train")
@@ -139,8 +163,9 @@ def load_network(
     target: str, plugins: Sequence[Path] = (), *, mode: ClientMode = "train", normalise: str = "", checkpoint: str = ""
 ) -> AuditedNetwork:
     """Return the network of a factory (see ``factory``), with the weights of a checkpoint if one is given."""
-    found = AuditedNetwork(target, factory(target, plugins), mode, normalise, checkpoint)
-    if checkpoint:
+    module = unwrapped(factory(target, plugins), f"--model {target!r}")
+    found = AuditedNetwork(target, module, mode, normalise, checkpoint)
+    if checkpoint and not found.lazy:
         weights.load(found.module, checkpoint)
     return found
 
@@ -159,12 +184,16 @@ def classes_of(own: OwnModule, image_shape: tuple[int, int, int]) -> int:
     network = own.build(image_shape, classes)
     with seeded("audit", "step"):
         try:
-            loss = nn.functional.cross_entropy(network(torch.full((1, *image_shape), 0.5)), torch.tensor([0]))
+            with without_checkpointing():
+                logits = network(torch.full((1, *image_shape), 0.5, dtype=own.dtype))
+            loss = nn.functional.cross_entropy(logits, torch.tensor([0]))
             parameters = [p for p in network.parameters() if p.requires_grad]
             if not parameters:
                 raise Unsupported(f"model {own.label!r} has no trained parameter; a client would share nothing")
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        except Unsupported:
+            raise
+        except Exception as error:  # whatever the user's network raises
             words = one_line(f"{type(error).__name__}: {error}")
             if "more than 1 value per channel" in words:
                 raise Unsupported(
@@ -177,22 +206,38 @@ def classes_of(own: OwnModule, image_shape: tuple[int, int, int]) -> int:
     return classes
 
 
+LEFT_OUT = -1
+"""In ``Audited.outputs``: the class is left out."""
+
+
 @dataclass(frozen=True)
 class Audited(Dataset):
     """A dataset whose labels are classes of the audited network, which may have more.
 
     Attributes:
-        inner: the dataset; label i is class i.
+        inner: the dataset.
         classes: of the network.
+        outputs: for each class of the dataset the network's output, or ``LEFT_OUT``, whose images do not count; empty
+            if class i is output i.
     """
 
     name: ClassVar[str] = "data"
     inner: str
     classes: int
+    outputs: tuple[int, ...] = field(default=(), metadata=LATER)
 
     @property
     def _inner(self) -> Dataset:
         return datasets.parse(self.inner)
+
+    @cached_property
+    def _kept(self) -> Sequence[int]:
+        """The indices of the images whose classes are not left out."""
+        everything = range(len(self._inner))
+        if LEFT_OUT not in self.outputs:
+            return everything
+        labels = labels_of_images(self._inner)
+        return [index for index in everything if self.outputs[labels[index]] != LEFT_OUT]
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -206,15 +251,21 @@ class Audited(Dataset):
 
     def __len__(self) -> int:
         """How many images there are."""
-        return len(self._inner)
+        return len(self._kept)
 
     def load(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return images [N, C, H, W] in [0, 1] and labels [N] at these indices."""
-        return self._inner.load(indices)
+        check_indices(self.inner, len(self), indices)
+        images, labels = self._inner.load([self._kept[index] for index in indices])
+        return images, torch.tensor(self.outputs)[labels] if self.outputs else labels
 
     def group(self, index: int) -> int:
         """Return the group of an image."""
-        return self._inner.group(index)
+        return self._inner.group(self._kept[index])
+
+    def note(self) -> str:
+        """Return the dataset's warning."""
+        return self._inner.note()
 
     def mean(self) -> Tensor:
         """Return the mean of the public images, [C, H, W]."""
@@ -225,14 +276,146 @@ class Audited(Dataset):
         return {**super().settings(), "inner": self._inner.settings()}
 
 
-def images_of(spec: str, size: int | None) -> Dataset:
-    """Return the dataset of a spec such as ``folder:PATH``, with images of this size if one is given."""
-    dataset = datasets.parse(spec)
-    if size is None:
-        return dataset
-    if "size" not in datasets.registry.fields(type(dataset)):
-        raise BadOption(f"--size {size}: the dataset {dataset.name!r} has one size; leave --size out")
-    return datasets.registry.build(dataset.name, {**dataset.options(), "size": size})
+def labels_of_images(dataset: Dataset) -> list[int]:
+    """Return the label of every image of a dataset."""
+    if isinstance(dataset, Folder):
+        return [label for _, label in dataset.listing().attacked]
+    indices = range(len(dataset))
+    blocks = [dataset.load(indices[start : start + READ_AT_ONCE])[1] for start in indices[::READ_AT_ONCE]]
+    return [int(label) for labels in blocks for label in labels]
+
+
+def audited(inner: Dataset, outputs: int, first: int | None = None, order: str | None = None) -> Audited:
+    """Return a dataset as one of a network's classes.
+
+    Args:
+        inner: the dataset.
+        outputs: how many classes the network has.
+        first: only the first so many classes of the dataset count; they are the first outputs of the network.
+        order: a text file with the name of one class of a folder in each line, in the order of the outputs; of a line
+            with tabs, the text before the first counts.
+
+    Raises:
+        BadOption: the classes are not as many as the outputs, and neither ``first`` nor ``order`` says what they are.
+    """
+    spec, classes = datasets.spec(inner), inner.num_classes
+    if first is not None and order is not None:
+        raise BadOption(f"--first {first} and --classes {order!r} are both given; leave one of them out")
+    if order is not None:
+        return Audited(spec, outputs, _ordered(inner, outputs, order))
+    if first is not None:
+        if not 1 <= first <= min(classes, outputs):
+            raise BadOption(
+                f"--first {first}: the data has {classes_words(classes)} and the network {outputs} outputs; give 1 to "
+                f"{min(classes, outputs)}"
+            )
+        left = classes - first
+        return Audited(spec, outputs, (*range(first), *[LEFT_OUT] * left) if left else ())
+    if classes != outputs:
+        raise BadOption(
+            f"--data {spec!r} has {classes_words(classes)}{_named(inner)}, and the network {outputs} outputs; give "
+            "--classes FILE with the folder's name of each output, or --first N if the first N classes are the first N "
+            "outputs"
+        )
+    return Audited(spec, outputs)
+
+
+def classes_words(count: int) -> str:
+    """Return ``1 class`` or ``4 classes``."""
+    return f"{count} class{'es' * (count != 1)}"
+
+
+def _named(inner: Dataset) -> str:
+    """Return the first names of a folder's classes, and its split, in brackets; empty for another dataset."""
+    if not isinstance(inner, Folder):
+        return ""
+    listing = inner.listing()
+    names = ", ".join(listing.classes[:SHOWN_CLASSES]) + (", ..." if len(listing.classes) > SHOWN_CLASSES else "")
+    return f" ({names}{f'; split {listing.split}' if listing.split else ''})"
+
+
+def _ordered(inner: Dataset, outputs: int, order: str) -> tuple[int, ...]:
+    """Return the output of each class of a folder by the file of names."""
+    if not isinstance(inner, Folder):
+        raise BadOption(f"--classes {order!r} names folders, and the dataset {inner.name!r} has none; give --first N")
+    try:
+        lines = Path(order).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadOption(
+            f"--classes {order!r} cannot be read ({type(error).__name__}); write one class folder a line, in UTF-8"
+        ) from None
+    names = [line.partition("\t")[0].strip() for line in lines if line.strip()]
+    if len(names) != outputs or len(set(names)) != outputs:
+        raise BadOption(
+            f"--classes {order!r} names {len(set(names))} different classes in {plural(len(names), 'line')}, and the "
+            f"network has {outputs} outputs; write one line for each output"
+        )
+    place = {name: output for output, name in enumerate(names)}
+    if unknown := [name for name in inner.listing().classes if name not in place]:
+        raise BadOption(
+            f"--classes {order!r} does not name the class folder {unknown[0]!r}; add it or remove the folder"
+        )
+    found = tuple(place[name] for name in inner.listing().classes)
+    return () if found == tuple(range(len(found))) else found
+
+
+def images_of(
+    spec: str, size: str | None = None, channels: int | None = None, network: AuditedNetwork | None = None
+) -> Dataset:
+    """Return the dataset of a spec such as ``folder:PATH``, of the path of a folder, or of that of an ``.npz`` file.
+
+    Args:
+        spec: the spec or path.
+        size: the size of the images (``datasets.images.sides``); that of the spec, or the dataset's own, by default.
+        channels: of the images; those of the spec, of the network's first layer, or the dataset's own, by default.
+        network: the network that takes them.
+
+    Raises:
+        BadOption: there is no such dataset, or it has no images of this size and with these channels.
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        dataset: Dataset = datasets.registry.build("folder", {"path": spec})
+    elif path.suffix in ARRAY_SUFFIXES:
+        dataset = datasets.registry.build("npz", {"path": spec})
+    else:
+        dataset = datasets.parse(spec)
+    known = datasets.registry.fields(type(dataset))
+    for option, value in (("size", size), ("channels", channels)):
+        if value is not None and option not in known:
+            raise BadOption(f"--{option} {value}: the dataset {dataset.name!r} has one {option}; leave --{option} out")
+    options = dataset.options()
+    given = {} if size is None else {"size": str(size)}
+    if channels is not None:
+        given["channels"] = str(channels)
+    elif network is not None and "channels" in known and options["channels"] == known["channels"].default:
+        own = first_channels(network.module)
+        if own is not None and own != dataset.image_shape[0]:
+            given["channels"] = str(own)
+    return datasets.registry.build(dataset.name, {**options, **given}) if given else dataset
+
+
+def first_channels(module: nn.Module) -> int | None:
+    """Return how many channels a network takes, by its first layer; None if that is no 2-d convolution."""
+    first = next((one for one in module.modules() if next(one.parameters(recurse=False), None) is not None), None)
+    if not isinstance(first, nn.Conv2d) or isinstance(first, nn.LazyConv2d):
+        return None
+    return first.in_channels
+
+
+def shape_of(size: str, channels: int | None, network: AuditedNetwork) -> tuple[int, int, int]:
+    """Return (C, H, W) of the image of a recorded update.
+
+    Raises:
+        BadOption: the size is not one.
+    """
+    try:
+        height, width = sides(size)
+    except ValueError as error:
+        raise BadOption(f"--size {size}: {error}") from None
+    if min(height, width) < 1:
+        raise BadOption(f"--size {size}: the sides are at least 1")
+    return channels or first_channels(network.module) or 3, height, width
 
 
 @dataclass(frozen=True)
@@ -273,108 +456,143 @@ class Recorded(Dataset):
         return torch.full(self.shape, 0.5)
 
 
+RecordedKind = Literal["weights", "delta", "gradient"]
+"""What ``--after`` holds: the weights after the training, these less the weights before, or the loss's gradient."""
+
+SAME_WEIGHTS = 0.5
+"""Weights before and after a client's training have at least this cosine; other values than weights have less."""
+
+
 @dataclass(frozen=True)
 class Update:
     """A recorded update.
 
     Attributes:
         before: the parameters before a client's local training, by name, and the network's buffers.
-        after: the parameters after it; the attacks leave out values that are not finite.
-        eps: the relative distance of neighbouring numbers in the coarser of the types that they were recorded in.
+        change: for each parameter that was sent, its value before less that after, or its gradient; the attacks leave
+            out values that are not finite.
+        rounding: for each of these the share of the change, in norm, that may be rounding of the recorded numbers.
+        trained: how many parameters (tensors) are trained; the others of these were not sent.
     """
 
     before: Mapping[str, Tensor]
-    after: Mapping[str, Tensor]
-    eps: float
-
-    def rounding(self, name: str) -> float:
-        """Return the share of a parameter's change, in norm, that may be rounding of the recorded numbers."""
-        finite = torch.isfinite(self.after[name])
-        before, after = self.before[name][finite].double(), self.after[name][finite].double()
-        change = float((after - before).norm())
-        return self.eps * float(before.norm()) / change if change else math.inf
+    change: Mapping[str, Tensor]
+    rounding: Mapping[str, float]
+    trained: int
 
 
-def read_update(network: AuditedNetwork, before: str, after: str) -> Update:
+def read_update(network: AuditedNetwork, before: str, after: str, kind: RecordedKind = "weights") -> Update:
     """Return a recorded update, with the names that the parameters have after the network's input normalisation.
 
-    Each file is a ``.safetensors`` file, a state dict of ``torch.save`` (read with ``weights_only=True``), or an
-    ``.npz`` of NumPy arrays; by name, or numbered from 0 in the order of the network's state dict, as Flower sends
-    arrays. The file before must have every tensor of the network, the file after it every trained parameter.
+    Each file is a ``.safetensors`` file, an ``.npz`` of NumPy arrays or a file of ``torch.save`` (``state_dict_of``);
+    by name, or numbered from 0 in the order of the network's state dict, as Flower sends arrays, or of its parameters.
+    The file before must have every tensor of the network. The parameters that the file after lacks were not sent.
 
     Raises:
         MissingAsset: a file does not exist.
         CorruptAsset: a file cannot be read.
-        BadOption: its tensors are not those of the network, or nothing changed between the two.
+        BadOption: its tensors are not those of the network, nothing changed between the two, or the file after holds
+            something else than ``kind`` says.
         Unsupported: no parameter of the network is trained.
     """
     state = network.module.state_dict()
     trained = [name for name, value in network.module.named_parameters() if value.requires_grad]
     if not trained:
         raise Unsupported("the network has no trained parameter: nothing is trained, and a client would share nothing")
-    found = []
-    eps = 0.0
-    for option, path in (("--before", before), ("--after", after)):
-        tensors = _read(path, option, list(state))
-        weights.check_names(tensors, state, state if option == "--before" else trained, f"{option} {path!r}")
-        for name, value in tensors.items():
-            if name in trained and not value.is_floating_point():
-                raise BadOption(f"{option} {path!r}: {name!r} holds {value.dtype}, no real numbers; record it again")
-            if option == "--before" and not bool(torch.isfinite(value).all()):
-                raise BadOption(f"{option} {path!r}: {name!r} holds values that are not finite; record it again")
-        eps = max(eps, *(torch.finfo(tensors[name].dtype).eps for name in trained))
-        found.append({name: value.to(state[name].dtype) for name, value in tensors.items()})
-    moves = {name: (found[0][name] - found[1][name]).nan_to_num(0.0, 0.0, 0.0) for name in trained}
-    if not any(bool(move.any()) for move in moves.values()):
-        raise BadOption(
-            f"--before {before!r} and --after {after!r} hold the same trained parameters (values that are not finite "
-            "do not count); nothing was trained"
-        )
-    prefix = f"{NETWORK}." if network.normalise else ""
-    arms = [{prefix + name: value for name, value in arm.items()} for arm in found]
-    return Update(arms[0], arms[1], eps)
+    first = _tensors(network.module, before, "--before", state)
+    second = _tensors(network.module, after, "--after", ())
+    for name, value in first.items():
+        if not bool(torch.isfinite(value).all()):
+            raise BadOption(f"--before {before!r}: {name!r} holds values that are not finite; record it again")
+    sent = [name for name in trained if name in second]
+    if not sent:
+        raise BadOption(f"--after {after!r} holds none of the network's {len(trained)} trained parameters; record them")
+    for option, path, tensors in (("--before", before, first), ("--after", after, second)):
+        if wrong := next((name for name in sent if not tensors[name].is_floating_point()), None):
+            kept = tensors[wrong].dtype
+            raise BadOption(f"{option} {path!r}: {wrong!r} holds {kept}, no real numbers; record it again")
+    _check_kind(network.module, kind, {name: (first[name], second[name]) for name in sent}, f"--after {after!r}")
+    change, rounding = {}, {}
+    for name in sent:
+        old, new = first[name].double(), second[name].double()
+        change[name] = {"weights": old - new, "delta": -new, "gradient": new}[kind]
+        eps = max(torch.finfo(tensors[name].dtype).eps for tensors in (first, second))
+        size = float(change[name].nan_to_num(0.0, 0.0, 0.0).norm())
+        finite = torch.isfinite(new)
+        held = float(old[finite].norm()) if kind == "weights" else size
+        rounding[name] = eps * held / size if size else math.inf
+    if not any(bool(value.nan_to_num(0.0, 0.0, 0.0).any()) for value in change.values()):
+        problem = f"--before {before!r} and --after {after!r} hold the same trained parameters"
+        problem = problem if kind == "weights" else f"--after {after!r} holds only zeros"
+        raise BadOption(f"{problem} (values that are not finite do not count); nothing was trained")
+    prefix, exact = f"{NETWORK}." if network.normalise else "", working(network.module)
+    return Update(
+        {prefix + name: value.to(exact) if value.is_floating_point() else value for name, value in first.items()},
+        {prefix + name: value.to(exact) for name, value in change.items()},
+        {prefix + name: value for name, value in rounding.items()},
+        len(trained),
+    )
 
 
-def _read(path: str, option: str, names: Sequence[str]) -> dict[str, Tensor]:
+def _tensors(module: nn.Module, path: str, option: str, needed: Collection[str]) -> dict[str, Tensor]:
     """Return a file's tensors by the names of the network's state dict."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise MissingAsset(f"{option} {path!r} does not exist; give a .safetensors, a .npz or a state dict")
-    state: Mapping[str, Tensor]
-    if file.suffix == ".npz":
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                state = {key.removeprefix("arr_"): torch.from_numpy(np.array(arrays[key])) for key in arrays.files}
-        except Exception as error:  # whatever a damaged or hostile file makes the reader raise
-            raise CorruptAsset(
-                f"{option} {path!r} cannot be read as plain arrays ({type(error).__name__}); save them with numpy.savez"
-            ) from error
-    else:
-        state = weights.state_dict_of(file, f"{option} {path!r}")
-    if set(state) != {str(place) for place in range(len(state))}:
-        return dict(state)
-    if len(state) != len(names):
+    words = f"{option} {path!r}"
+    return weights.named_as(weights.state_dict_of(file, words), module, module.state_dict(), needed, words)
+
+
+def _check_kind(module: nn.Module, kind: RecordedKind, pairs: Mapping[str, tuple[Tensor, Tensor]], words: str) -> None:
+    """Raise BadOption if the file after holds weights, a difference or a gradient, and ``kind`` says another.
+
+    Args:
+        module: the network.
+        kind: what it should hold.
+        pairs: for each parameter its value before, and what the file after holds.
+        words: what errors call the file.
+    """
+    old, new = (torch.cat([pair[place].double().flatten() for pair in pairs.values()]) for place in (0, 1))
+    old, new = old[torch.isfinite(new)], new[torch.isfinite(new)]
+    if not bool(old.any()) or not bool(new.any()):
+        return
+    alike = float(torch.cosine_similarity(old, new, dim=0))
+    signs = _signs(module, pairs)
+    if kind == "weights" and alike < SAME_WEIGHTS:
+        ways = "--delta if it is the weights after less those before, --gradient if it is a gradient"
         raise BadOption(
-            f"{option} {path!r} has {len(state)} arrays without names, and the network's state dict {len(names)}; it "
-            "is of another network"
+            f"{words} does not hold weights (their cosine with those before is {alike:.2f}), but a difference or a "
+            f"gradient; give {f'--{signs}' if signs else ways}"
         )
-    return {name: state[str(place)] for place, name in enumerate(names)}
+    if kind != "weights" and alike > 1 - (1 - SAME_WEIGHTS) / 10:
+        raise BadOption(f"{words} holds weights (their cosine with those before is {alike:.2f}); leave --{kind} out")
+    if kind != "weights" and signs not in ("", kind):
+        raise BadOption(f"{words} has the signs of a {signs} in the last layer's bias; give --{signs}, not --{kind}")
+
+
+def _signs(module: nn.Module, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> RecordedKind | Literal[""]:
+    """Return ``delta`` or ``gradient`` if the last linear layer's bias has the signs of one image's; else nothing.
+
+    In the gradient of cross-entropy by the logits only the entry of the label is negative.
+    """
+    names = [f"{name}.bias" for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    bias = pairs[names[-1]][1] if names and names[-1] in pairs else torch.zeros(0)
+    negative = int((bias < 0).sum())
+    if len(bias) < 3 or not bool(bias.all()):
+        return ""
+    return "gradient" if negative == 1 else "delta" if negative == len(bias) - 1 else ""
 
 
 def read_image(path: str, image_shape: tuple[int, int, int]) -> Tensor:
-    """Return [C, H, W] in [0, 1]: an image file, scaled on its short side, its centre cut out.
+    """Return [C, H, W] in [0, 1]: an image file, read as the images of a folder (``read_image_file``).
 
     Raises:
         MissingAsset: there is no such file.
-        CorruptAsset: it is no image.
+        CorruptAsset: it is no image, or the range of its pixels is not known.
     """
     file = Path(path).expanduser()
     if not file.is_file():
         raise MissingAsset(f"--truth {path!r} does not exist; give an image file ({', '.join(SUFFIXES)})")
-    channels, height, width = image_shape
-    try:
-        image = centre(file, "L" if channels == 1 else "RGB", (width, height))
-    except Exception as error:  # whatever a damaged or hostile file makes Pillow raise
-        raise CorruptAsset(f"--truth {path!r} cannot be read as an image ({type(error).__name__})") from None
-    pixels = torch.from_numpy(np.array(image)).float() / 255
-    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
+    if image_shape[0] not in (1, 3, 4):
+        raise BadOption(f"--channels {image_shape[0]}: an image file for --truth has 1, 3 or 4; leave --truth out")
+    return read_image_file(file, image_shape, words=f"--truth {path!r}")

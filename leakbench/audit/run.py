@@ -20,19 +20,31 @@ from leakbench.analysis.verdict import CONTROL, control_flaw
 from leakbench.attacks.peeling.lattice import CONVOLUTIONS
 from leakbench.audit.fail_rule import FailRule
 from leakbench.audit.findings import Audit, DefenseFindings, ImageFinding, NetworkFacts
-from leakbench.audit.given import NORMALISE, Audited, AuditedNetwork, Recorded, Update, classes_of, read_update
+from leakbench.audit.given import (
+    NORMALISE,
+    AuditedNetwork,
+    Recorded,
+    RecordedKind,
+    Update,
+    audited,
+    classes_of,
+    classes_words,
+    read_update,
+)
 from leakbench.audit.layers import RESIDUAL_TOLERANCE, ClosedForm, ClosedFormLeaks, closed_forms
 from leakbench.core.rng import seeded
 from leakbench.core.text import english, part, plural
 from leakbench.core.types import PRESETS, ThreatModel
 from leakbench.datasets import Dataset
+from leakbench.datasets.folder import Folder
 from leakbench.defenses import Defense
 from leakbench.engine import run as engine
 from leakbench.engine.progress import NullProgress
 from leakbench.engine.run import RunOptions
 from leakbench.engine.worker import ClientData
 from leakbench.errors import BadOption, Unsupported
-from leakbench.gradients.evaluate import architecture
+from leakbench.gradients.evaluate import architecture, working
+from leakbench.gradients.plain import without_checkpointing
 from leakbench.models.module import OwnModule
 from leakbench.observation import Observation
 from leakbench.plan.matrix import RECOVERY, Matrix, expand, load_suite, override
@@ -81,6 +93,8 @@ def audit_model(
     options: AuditOptions | None = None,
     *,
     images: int | Sequence[int] | None = None,
+    first: int | None = None,
+    order: str | None = None,
     threats: Sequence[str] = (),
     device: str = "auto",
     progress: NullProgress | None = None,
@@ -89,7 +103,7 @@ def audit_model(
 
     Args:
         network: the network.
-        inner: the images; label i is the network's class i.
+        inner: the images; label i is the network's class i, unless ``first`` or ``order`` says otherwise (``audited``).
         protections: the defenses, each audited by itself.
         out: the folder of the run file; an existing run is resumed.
         options: see ``AuditOptions``.
@@ -102,15 +116,10 @@ def audit_model(
         Unsupported: behind one of the defenses no attacker could attack the network; that does not make it safe.
         LeakbenchError: one line on the first thing that cannot be used.
     """
-    options = options or AuditOptions()
+    options, network = options or AuditOptions(), network.at(inner.image_shape)
     own = network.model(inner.image_shape[0])
     classes = classes_of(own, inner.image_shape)
-    if inner.num_classes > classes:
-        raise BadOption(
-            f"--data {datasets.spec(inner)!r} has {inner.num_classes} classes, and the network {classes} outputs; give "
-            "one subfolder for each output, in the order of the outputs"
-        )
-    dataset = Audited(datasets.spec(inner), classes)
+    dataset = audited(inner, classes, first, order)
     usual = int(expand(load_suite("audit"), options.budget)[0]["images"])
     chosen = min(usual, len(dataset)) if images is None else images
     given: dict[str, Any] = {"models": [own], "datasets": [dataset], "defenses": list(protections), "images": chosen}
@@ -132,7 +141,8 @@ def audit_model(
     facts = (
         *network.facts(),
         ("weights", network.checkpoint or "as the factory makes them, with a fixed seed"),
-        ("data", datasets.spec(inner)),
+        ("data", _data_words(inner, first, order)),
+        *([("pixels", inner.note())] if inner.note() and isinstance(inner, Folder) else []),
     )
     return _audit(own, dataset, facts, matrix, behind, options, len(indices))
 
@@ -149,6 +159,7 @@ def audit_update(
     local_steps: int = 1,
     truth: Tensor | None = None,
     label: int | None = None,
+    kind: RecordedKind = "weights",
     progress: NullProgress | None = None,
 ) -> Audit:
     """Attack one recorded update of a network, and return what leaks.
@@ -163,6 +174,7 @@ def audit_update(
         local_steps: how many steps the client took.
         truth: [C, H, W] in [0, 1], the private image. Reconstructions are compared with it; no attacker sees it.
         label: the true label, likewise.
+        kind: what the file ``after`` holds.
         progress: see ``engine.run``.
 
     Raises:
@@ -172,19 +184,21 @@ def audit_update(
     options = options or AuditOptions()
     if rate is not None and not 0 < rate < math.inf:
         raise BadOption(f"--rate {rate:g} must be a finite learning rate above 0")
-    if image_shape[0] not in (1, 3):
-        raise BadOption(f"--channels {image_shape[0]}: images have 1 (grey) or 3 (RGB)")
     if options.threshold is not None and truth is None:
         raise BadOption("--threshold is for the comparison with --truth; give that too")
-    update = read_update(network, before, after)
+    if kind == "gradient" and (rate is not None or local_steps > 1):
+        raise BadOption("--gradient is the gradient of one step, which has no rate; leave --rate and --local-steps out")
+    network = network.at(image_shape)
+    update = read_update(network, before, after, kind)
     initial = network.model(image_shape[0])
     classes = classes_of(initial, image_shape)
-    module = initial.build(image_shape, classes)
+    module = initial.build(image_shape, classes).to(working(network.module))
     module.load_state_dict({**module.state_dict(), **update.before})
     own = OwnModule(network.label, module)
-    threat = ThreatModel(
-        shares="weights", learning_rate=rate, local_steps=local_steps, rate="hidden" if rate is None else "known"
-    )
+    threat = PRESETS["paper"]
+    if kind != "gradient":
+        granted: Literal["hidden", "known"] = "hidden" if rate is None else "known"
+        threat = ThreatModel(shares="weights", learning_rate=rate, local_steps=local_steps, rate=granted)
     observation = _observation(module, update, image_shape, classes, threat)
     leaks = _leaks_of_update(module, observation, label)
     dataset = Recorded(_digest(observation, truth, label), image_shape, classes)
@@ -192,7 +206,7 @@ def audit_update(
     proven = truth is None and any(form.pixels and form.exact and not form.factor for form in leaks.forms)
     if proven:  # the image is known without a truth: the other attackers have nothing left to find
         given["attacks"] = [CLOSED_FORM_ATTACK]
-    matrix = options.matrix(options.budget if rate is not None else f"{options.budget}-update", given)
+    matrix = options.matrix(f"{options.budget}-update" if threat.unit is None else options.budget, given)
     data = ClientData(
         images={} if truth is None else {0: truth},
         labels={} if label is None else {0: label},
@@ -214,8 +228,18 @@ def audit_update(
     flaw = "Inconclusive: an update has no positive control." if result.share == 0 else ""
     warnings = (*_doubts(leaks.forms, update), *found.warnings)
     found = replace(found, result=result, floor=floor, inconclusive=flaw, warnings=warnings)
-    facts = (*network.facts(), ("update", f"{before} to {after}"))
+    words = f"{before} to {after}" if kind == "weights" else f"{after}, a {kind}, of the weights {before}"
+    if len(update.change) < update.trained:
+        words += f"; {len(update.change)} of the {update.trained} trained parameters (tensors) were sent"
+    facts = (*network.facts(), ("update", words))
     return _audit(own, dataset, facts, matrix, [found], options, 1, threat)
+
+
+def _data_words(inner: Dataset, first: int | None, order: str | None) -> str:
+    """Return a dataset in words, with what its classes are."""
+    if order is not None:
+        return f"{datasets.spec(inner)}, classes in the order of {order}"
+    return datasets.spec(inner) + ("" if first is None else f", its first {classes_words(first)}")
 
 
 def _planned(store: Store, matrix: Matrix) -> pd.DataFrame:
@@ -328,7 +352,7 @@ def _leaks(own: OwnModule, defense: Defense, dataset: Dataset, indices: Sequence
     names = [name for name, module in seen.model.named_modules() if isinstance(module, kinds)]
     inputs = [layer_inputs(own, defense, client, classes, names) for client in clients]
     truth = {name: [row[name] for row in inputs] for name in names if all(name in row for row in inputs)}
-    return ClosedFormLeaks.of(seen, truth, [client.label for client in clients])
+    return ClosedFormLeaks.of(seen, truth, [int(client.label) for client in clients])
 
 
 def _observation(
@@ -337,11 +361,10 @@ def _observation(
     """Return what the server saw of an update: the weights before, and the change of every trained parameter."""
     buffers = {name: buffer.detach().clone() for name, buffer in network.named_buffers()}
     parameters = {name: value.detach()[None] for name, value in network.named_parameters()}
-    trained = [name for name, value in network.named_parameters() if value.requires_grad]
     return Observation(
         model=architecture(network),
         weights={**parameters, **buffers},
-        gradient={name: (update.before[name] - update.after[name])[None] for name in trained},
+        gradient={name: value[None] for name, value in update.change.items()},
         secrets=(),
         labels=None,
         image_shape=image_shape,
@@ -357,7 +380,7 @@ def _leaks_of_update(network: nn.Module, observation: Observation, label: int | 
     Only tensors without an unknown value count.
     """
     threat = observation.threat
-    unit = (1.0 if threat.learning_rate is None else threat.learning_rate) * threat.local_steps
+    unit = threat.local_steps if threat.unit is None else threat.unit
     whole = {name: value for name, value in observation.gradient.items() if bool(torch.isfinite(value).all())}
     mean = {name: value / unit for name, value in whole.items()}
     if not mean:
@@ -381,7 +404,9 @@ def _conclusive_layers(network: nn.Module, observation: Observation) -> set[str]
     with seeded("audit", "control"):
         coarse = torch.rand(2, observation.image_shape[0], 3, 3)
         for label, image in enumerate(nn.functional.interpolate(coarse, observation.image_shape[1:])):
-            loss = nn.functional.cross_entropy(probe(image[None]), torch.tensor([label]))
+            with without_checkpointing():
+                logits = probe(image[None].to(observation.dtype))
+            loss = nn.functional.cross_entropy(logits, torch.tensor([label]))
             found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
             total = {name: total[name] if by is None else total[name] + by for name, by in zip(named, found)}
     mixed = replace(observation, gradient={name: value[None] for name, value in total.items()})
@@ -390,13 +415,13 @@ def _conclusive_layers(network: nn.Module, observation: Observation) -> set[str]
 
 def _doubts(forms: Sequence[ClosedForm], update: Update) -> Iterable[str]:
     """Yield a warning for values that are not finite, and if the update is not provably that of one image and step."""
-    finite = torch.cat([torch.isfinite(value).flatten() for value in update.after.values()])
+    finite = torch.cat([torch.isfinite(value).flatten() for value in update.change.values()])
     if unknown := int((~finite).sum()):
         yield (
             f"{unknown:,} of the {len(finite):,} recorded values after the training are not finite (NaN or infinite). "
             "The attackers had only the others, so a client that sends finite values can leak more."
         )
-    known = [(form.residual, update.rounding(f"{form.layer}.weight"), form.conclusive) for form in forms]
+    known = [(form.residual, update.rounding[f"{form.layer}.weight"], form.conclusive) for form in forms]
     smallest = min((rounding for _, rounding, _ in known), default=0.0)
     worst = max((left for left, rounding, _ in known if left > max(RESIDUAL_TOLERANCE, rounding)), default=0.0)
     tested = any(conclusive and rounding <= RESIDUAL_TOLERANCE for _, rounding, conclusive in known)

@@ -54,6 +54,10 @@ app = typer.Typer(
 )
 
 
+SIZE = "The side of the images in pixels, or their height and width, such as 48x32."
+CHANNELS = "The channels of the images (default: those that the network's first layer takes, or 3)."
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Shared:
     """The options of both commands."""
@@ -86,6 +90,12 @@ class _Shared:
         "<=.",
         metavar="'NAME > NUMBER'",
     )
+    no_truth: bool = option(
+        "Leave the private images and their reconstructions out of the report; the scores stay. The run file holds "
+        "them.",
+        "--no-truth",
+        default=False,
+    )
     salt: str | None = option(SALT, metavar="HEX")
     plugin: list[Path] | None = option("A Python file that defines the factory, or components; it is executed.")
 
@@ -108,7 +118,9 @@ class _Shared:
                 self.model, self.plugin or [], mode=self.mode, normalise=self.normalise, checkpoint=checkpoint
             )
             found = attack(network, audit.AuditOptions(self.budget, self.threshold, rule, line, self.salt), display)
-        for name, text in zip(pages.FILES, (pages.markdown(found, line), pages.html(found, line))):
+        for name, text in zip(
+            pages.FILES, (pages.markdown(found, line), pages.html(found, line, pictures=not self.no_truth))
+        ):
             replace(self.out / name, text.encode())
         for one in found.defenses:
             typer.echo(f"{one.result.defense}: {pages.verdict(one)}")
@@ -127,7 +139,16 @@ class _OnImages(_Shared):
     data: str = option(
         "Images, one subfolder for each class; or any dataset's spec.", default=MISSING, metavar="folder:PATH"
     )
-    size: int | None = option("The side of the images in pixels.", min=1)
+    classes: str | None = option(
+        "A text file with the name of the class folder of each output of the network, one a line; by default the "
+        "folders, sorted by name, are the outputs in their order.",
+        metavar="FILE",
+    )
+    first: int | None = option(
+        "Only the first N classes of the data count, as the first N outputs of the network.", metavar="N"
+    )
+    size: str | None = option(SIZE, metavar="SIDE|HEIGHTxWIDTH")
+    channels: int | None = option(CHANNELS, min=1)
     images: str | None = option("The first N images, or indices such as 0,3,5.")
     checkpoint: str = option(
         "Trained weights: .safetensors, or a state dict of torch.save.", default="", metavar="FILE"
@@ -145,8 +166,10 @@ class _OnUpdate(_Shared):
     after: str = option(
         "The weights that it sent: .safetensors, a state dict, or .npz.", default=MISSING, metavar="FILE"
     )
-    size: int = option("The side of the client's image in pixels.", default=MISSING, min=1)
-    channels: int = option("The channels of the image: 1 or 3.", default=3, min=1, max=3)
+    size: str = option(SIZE, default=MISSING, metavar="SIDE|HEIGHTxWIDTH")
+    channels: int | None = option(CHANNELS, min=1)
+    delta: bool = option("--after holds the weights after the training less those before.", "--delta", default=False)
+    gradient: bool = option("--after holds the gradient of the loss of one step.", "--gradient", default=False)
     rate: float | None = option("The client's learning rate, if it is known.")
     local_steps: int = option("How many steps of SGD the client took.", default=1, min=1)
     truth: str | None = option("The private image: it is only compared with the reconstructions.", metavar="IMAGE")
@@ -166,11 +189,13 @@ def model(given: _OnImages) -> None:
     def attack(network: AuditedNetwork, options: AuditOptions, progress: NullProgress) -> Audit:
         return audit.audit_model(
             network,
-            audit.images_of(given.data, given.size),
+            audit.images_of(given.data, given.size, given.channels, network),
             [defenses.parse(one) for one in given.defense or ["none"]],
             given.out,
             options,
             images=axes_from_options({"images": [given.images] if given.images else []}).get("images"),
+            first=given.first,
+            order=given.classes,
             threats=given.threat or (),
             device=given.device,
             progress=progress,
@@ -188,7 +213,9 @@ def update(given: _OnUpdate) -> None:
     from leakbench import audit
 
     def attack(network: AuditedNetwork, options: AuditOptions, progress: NullProgress) -> Audit:
-        shape = (given.channels, given.size, given.size)
+        shape = audit.shape_of(given.size, given.channels, network)
+        if given.delta and given.gradient:
+            raise BadOption("--delta and --gradient are both given; leave one of them out")
         return audit.audit_update(
             network,
             given.before,
@@ -200,6 +227,7 @@ def update(given: _OnUpdate) -> None:
             local_steps=given.local_steps,
             truth=None if given.truth is None else audit.read_image(given.truth, shape),
             label=given.label,
+            kind="delta" if given.delta else "gradient" if given.gradient else "weights",
             progress=progress,
         )
 

@@ -2,7 +2,6 @@
 
 import io
 import warnings
-from pathlib import Path
 
 from PIL import Image
 
@@ -27,13 +26,8 @@ def decoded(png: bytes) -> Image.Image | None:
         return None
 
 
-def centre(file: Path, mode: str, size: tuple[int, int], zoom: float = 1.0) -> Image.Image:
-    """Return an image file as ``L`` or ``RGB``, scaled to fill ``zoom`` times a size (W, H), its centre cut out.
-
-    A damaged or hostile file can make Pillow raise anything.
-    """
-    with Image.open(file, formats=IMAGE_FORMATS) as opened:
-        image = opened.convert(mode)
+def centre(image: Image.Image, size: tuple[int, int], zoom: float = 1.0) -> Image.Image:
+    """Return an image scaled to fill ``zoom`` times a size (W, H), its centre cut out."""
     least = [round(side * zoom) for side in size]
     scale = max(side / own for side, own in zip(least, image.size))
     width, height = (max(side, round(own * scale)) for side, own in zip(least, image.size))

@@ -30,6 +30,7 @@ _PLUGIN = "leakbench_plugin_"
 """The beginning of the names of plugin files' modules."""
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 _QUOTES = ("'", '"')
+_OPTION = re.compile(r"\s*(\w+\s*=|\)$)")
 _QUOTED = re.compile(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", re.DOTALL)
 
 
@@ -247,8 +248,9 @@ def split_spec(spec: str, kind: str) -> tuple[str, str | None, dict[str, str]]:
     """Split ``name:value(option=value, ...)`` into its name, the value after the colon, and its options."""
     text = spec.strip()
     options: dict[str, str] = {}
-    if text.endswith(")") and "(" in text:
-        start = _matching_open(text)
+    start = _matching_open(text) if text.endswith(")") and "(" in text else None
+    valued = ":" in text.partition("(")[0]  # brackets behind NAME:VALUE may belong to the value, as in folder:scan (1)
+    if text.endswith(")") and "(" in text and not (valued and not (start and _OPTION.match(text, start + 1))):
         if start is None:
             raise BadOption(f"{kind} {spec!r}: the brackets do not match; write name(option=value, ...)")
         options = split_options(text[start + 1 : -1], f"{kind} {spec!r}")

@@ -1,7 +1,7 @@
 """The registered datasets: one file for each family."""
 
 # imported to be registered, in the order in which they are listed
-from leakbench.datasets import samples, mnist, cifar, folder  # isort: skip  # noqa: F401
+from leakbench.datasets import samples, mnist, cifar, folder, arrays  # isort: skip  # noqa: F401
 from leakbench.datasets.base import Dataset, register, registry
 
 get = registry.get

@@ -1,26 +1,41 @@
 """Folders of the user's own images, one subfolder a class, and ImageNet in that form."""
 
+import csv
 import functools
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from leakbench.core.component import LATER
-from leakbench.core.images import centre
 from leakbench.datasets.base import Dataset, register
-from leakbench.datasets.images import Channels, Size, check_indices, convert
+from leakbench.datasets.images import Size, check_indices, sides
+from leakbench.datasets.pixels import depth_note, read_image_file
 from leakbench.errors import BadOption, CorruptAsset
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-ATTACKED = ("val", "test")
-PUBLIC = "train"
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+ATTACKED = ("val", "valid", "validation", "test", "testing")
+"""The names of subfolders whose images may be attacked, the first that exists; in any case, as the next."""
+PUBLIC = ("train", "training")
+"""The names of subfolders whose images are public."""
+
+IGNORED = frozenset({"__macosx", "__pycache__", "@eadir", "lost+found", "$recycle.bin", "system volume information"})
+"""Folders, in lower case, that systems and archives leave behind; they and hidden ones are no classes."""
+
+UNSORTED = frozenset({"images", "image", "imgs", "img"})
+"""Folders, in lower case, that hold the images of all classes; a file beside them states the labels."""
+
+LABEL_FILES = ("labels.csv", "labels.tsv", "labels.txt", "annotations.csv", "annotations.txt")
+"""Files with a row FILE, CLASS for each image of a folder without class folders; or SPLIT_annotations.txt."""
+
+_LABEL_COLUMNS = ("label", "labels", "class", "category", "target")
 
 MEAN_IMAGES = 256
 """The mean is that of at most as many images of the training part, evenly spaced in the order of their names."""
@@ -33,31 +48,42 @@ class Listing:
     """The contents of a folder.
 
     Attributes:
-        classes: the names of the class folders, sorted.
+        classes: the names of the classes, sorted: those of the class folders, empty ones too, or of a label file.
         attacked: the images that may be attacked with their labels, in the order of their names.
         public: the images that the mean is taken of.
+        split: the name of the subfolder of the attacked images; empty if the folder is not divided.
     """
 
     classes: tuple[str, ...]
     attacked: tuple[tuple[Path, int], ...]
     public: tuple[Path, ...]
+    split: str = ""
 
 
 @register("folder")
 @dataclass(frozen=True)
 class Folder(Dataset):
-    """Images of your own, one subfolder a class: folder:PATH; scaled on the short side, then the centre square.
+    """Images of your own, one subfolder a class: folder:PATH; scaled to cover the size, then the centre is cut out.
 
-    The images are those of ``val`` or ``test`` if the folder has one of them, or all. The label of an image is the
-    index of its folder's name among the sorted names of all class folders. The mean is that of at most 256 images of
-    ``train``, evenly spaced in the order of their names; without a ``train`` folder it is the grey image 0.5. A folder
-    is listed once in a process. Each file is one group, unless ``groups`` is given.
+    The images are those of ``val``, ``valid``, ``validation``, ``test`` or ``testing``, the first of them that the
+    folder has, or all. Every subfolder is a class, also an empty one; hidden folders and those that systems leave
+    behind, such as ``__MACOSX``, are not. The label of an image is the index of its class among the sorted names of all
+    classes. Folders within a class folder belong to the class. If the images are in no class folders, or all in
+    ``images``, a file ``labels.csv`` (or ``val_annotations.txt``, as in TinyImageNet) states the file and the class of
+    each.
+
+    The mean is that of at most 256 images of ``train`` or ``training``, evenly spaced in the order of their names;
+    without such a folder it is the grey image 0.5. A folder is listed once in a process. Each file is one
+    group, unless ``groups`` is given.
+
+    Grey pixels of 16 bits are divided by 65535, real numbers must be in [0, 1], and 16-bit colours keep their upper 8
+    bits. Transparency is dropped and EXIF rotation is ignored, as by torchvision's ImageFolder.
 
     Attributes:
-        zoom: the shorter side is scaled to this many times the size before the centre square is cut out.
+        zoom: the image is scaled to cover this many times the size before the centre is cut out.
         path: the folder; its images are in class folders, or these are within train, val or test.
-        size: the side of the images.
-        channels: 1 for grey, 3 for RGB.
+        size: the side of the images, or HEIGHTxWIDTH.
+        channels: 1 for grey, 3 for RGB, 4 for RGB with transparency.
         groups: files whose names agree up to the first of these characters are one group (``Dataset.group``), in any
             class: with "_", p7_1.png and p7_2.png are. A name without them is its own group; none: each file is.
     """
@@ -70,7 +96,7 @@ class Folder(Dataset):
 
     path: str
     size: Size = 32
-    channels: Channels = 3
+    channels: Literal[1, 3, 4] = 3
     groups: str = field(default="", metadata=LATER)
 
     @property
@@ -85,11 +111,11 @@ class Folder(Dataset):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of every image."""
-        return self.channels, self.size, self.size
+        return self.channels, *sides(self.size)
 
     @property
     def num_classes(self) -> int:
-        """How many class folders there are."""
+        """How many classes there are."""
         return len(self.listing().classes)
 
     def __len__(self) -> int:
@@ -110,6 +136,11 @@ class Folder(Dataset):
         check_indices(f"{self.name}:{self.folder}", len(self), [index])
         return _grouped(self.folder, self.groups)[index] if self.groups else index
 
+    def note(self) -> str:
+        """Return how images of more than 8 bits are read, if there are any."""
+        listing = self.listing()
+        return depth_note([*(file for file, _ in listing.attacked), *listing.public])
+
     def mean(self) -> Tensor:
         """Return [C, H, W], the mean of images of ``train``, or the grey image 0.5 if there is no ``train``."""
         public = self.listing().public
@@ -126,12 +157,7 @@ class Folder(Dataset):
         return {**super().settings(), "fingerprint": _fingerprint(self.folder, self.whole)}
 
     def _read(self, file: Path) -> Tensor:
-        try:
-            pixels = np.array(centre(file, "RGB", (self.size, self.size), self.zoom))
-        except Exception as error:  # a damaged or hostile file can make Pillow raise anything
-            reason = type(error).__name__
-            raise CorruptAsset(f"{file} cannot be read as an image ({reason}); repair or remove it") from None
-        return convert(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255, None, self.channels)[0]
+        return read_image_file(file, self.image_shape, self.zoom)
 
 
 @register("imagenet")
@@ -144,8 +170,8 @@ class ImageNet(Folder):
 
     Attributes:
         path: the folder; class folders are named by WordNet ids (n01440764) and may be within train and val.
-        size: the side of the images.
-        channels: 1 for grey, 3 for RGB.
+        size: the side of the images, or HEIGHTxWIDTH.
+        channels: 1 for grey, 3 for RGB, 4 for RGB with transparency.
         groups: see ``folder``.
     """
 
@@ -171,23 +197,124 @@ class ImageNet(Folder):
 @functools.cache
 def _listing(folder: Path) -> Listing:
     if not folder.is_dir():
-        raise BadOption(
-            f"the folder {str(folder)!r} does not exist; give a folder with one subfolder of images a class"
-        )
-    attacked = next((folder / name for name in ATTACKED if (folder / name).is_dir()), folder)
-    public = folder / PUBLIC if attacked != folder and (folder / PUBLIC).is_dir() else None
-    images = _images(attacked)
-    others = _images(public) if public else []
+        what = "is a file" if folder.exists() else "does not exist"
+        raise BadOption(f"the folder {str(folder)!r} {what}; give a folder with one subfolder of images a class")
+    attacked, public = _divided(folder)
+    images, classes = _labelled(attacked)
+    others, more = _labelled(public) if public else ([], set())
     if not images:
-        raise BadOption(f"the folder {str(attacked)!r} holds no image in a subfolder; make one subfolder a class")
-    classes = tuple(sorted({file.parent.name for file in [*images, *others]}))
-    labels = {name: label for label, name in enumerate(classes)}
+        raise BadOption(
+            f"the folder {str(attacked)!r} holds no image in a subfolder ({', '.join(SUFFIXES)}); make one subfolder a "
+            "class"
+        )
+    names = tuple(sorted(classes | more))
+    labels = {name: label for label, name in enumerate(names)}
     taken = min(len(others), MEAN_IMAGES)
     return Listing(
-        classes=classes,
-        attacked=tuple((file, labels[file.parent.name]) for file in images),
-        public=tuple(others[number * len(others) // taken] for number in range(taken)),
+        classes=names,
+        attacked=tuple((file, labels[name]) for file, name in images),
+        public=tuple(others[number * len(others) // taken][0] for number in range(taken)),
+        split=attacked.name if attacked != folder else "",
     )
+
+
+def _divided(folder: Path) -> tuple[Path, Path | None]:
+    """Return the folders of the attacked and of the public images: its splits, or the folder itself and none.
+
+    Raises:
+        BadOption: the only split is that of the public images.
+    """
+    named = {entry.name.lower(): entry for entry in reversed(_folders(folder))}
+    public = next((named[name] for name in PUBLIC if name in named), None)
+    attacked = next((named[name] for name in ATTACKED if name in named), None)
+    only_splits = named.keys() <= {*ATTACKED, *PUBLIC}
+    if attacked is not None and (only_splits or _folders(attacked) or _label_file(attacked)):
+        return attacked, public
+    if public is not None and only_splits:
+        raise BadOption(
+            f"the folder {str(folder)!r} has only the split {public.name!r}; write folder:{public} to attack its "
+            f"images, or add one of {', '.join(ATTACKED)}"
+        )
+    return folder, None
+
+
+def _visible(name: str) -> bool:
+    return not name.startswith(".") and name.lower() not in IGNORED
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Return the visible subfolders of a folder, by name."""
+    try:
+        return sorted(entry for entry in folder.iterdir() if entry.is_dir() and _visible(entry.name))
+    except OSError as error:
+        raise BadOption(f"the folder {str(folder)!r} cannot be listed ({error.strerror}); make it readable") from None
+
+
+def _images(folder: Path) -> list[Path]:
+    """Return the visible image files in a folder and in the folders within it, by name."""
+    found, walked = [], {os.path.realpath(folder)}
+    for root, folders, files in os.walk(folder, followlinks=True):
+        new = {name: os.path.realpath(os.path.join(root, name)) for name in folders if _visible(name)}
+        folders[:] = [name for name, real in new.items() if real not in walked]
+        walked.update(new.values())
+        found += [Path(root, name) for name in files if _visible(name) and Path(name).suffix.lower() in SUFFIXES]
+    return sorted(file for file in found if file.is_file())
+
+
+def _labelled(part: Path) -> tuple[list[tuple[Path, str]], set[str]]:
+    """Return the images of a folder with their classes, by class and then by name, and all classes."""
+    classes = _folders(part)
+    if any(entry.name.lower() not in UNSORTED for entry in classes):
+        return [(file, entry.name) for entry in classes for file in _images(entry)], {entry.name for entry in classes}
+    images = _images(part)
+    file = _label_file(part)
+    if file is None and images:
+        named = f", the split {part.name!r}," if part.name.lower() in (*ATTACKED, *PUBLIC) else ""
+        raise BadOption(
+            f"the folder {str(part)!r}{named} holds images that are in no class folder; make one subfolder a class, or "
+            "add labels.csv with a row FILE,CLASS for each image"
+        )
+    if file is None:
+        return [], {entry.name for entry in classes}
+    labels = _stated_labels(file, images)
+    return sorted(labels.items(), key=lambda one: (one[1], one[0])), set(labels.values())
+
+
+def _label_file(part: Path) -> Path | None:
+    """Return the file that states the classes of the images in a folder."""
+    names = (f"{part.name.lower()}_annotations.txt", *LABEL_FILES)
+    return next((part / name for name in names if (part / name).is_file()), None)
+
+
+def _stated_labels(file: Path, images: Sequence[Path]) -> dict[Path, str]:
+    """Return the class that a label file states for each image; it may state more.
+
+    Raises:
+        BadOption: the file cannot be read, or states no class or two classes for an image.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        split = "\t" if any("\t" in line for line in lines) else "," if any("," in line for line in lines) else " "
+        rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=split) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise BadOption(
+            f"the label file {str(file)!r} cannot be read ({type(error).__name__}); write rows FILE,CLASS in UTF-8"
+        ) from None
+    head = [cell.lower() for cell in rows[0]] if rows else []
+    column = next((head.index(name) for name in _LABEL_COLUMNS if name in head[1:]), 1)
+    known: dict[str, set[str]] = {}
+    for row in rows:
+        if len(row) > column and row[column]:
+            known.setdefault(row[0], set()).add(row[column])
+    labels = {}
+    for image in images:
+        names = (image.relative_to(file.parent).as_posix(), image.name, image.stem)
+        stated = next((known[name] for name in names if name in known), set())
+        if len(stated) != 1:
+            problem = f"{len(stated)} classes for" if stated else "no class for"
+            raise BadOption(f"{str(file)!r} states {problem} {image.name!r}; write one row FILE,CLASS for each image")
+        labels[image] = stated.pop()
+    return labels
 
 
 @functools.cache
@@ -206,8 +333,12 @@ def _fingerprint(folder: Path, whole: bool) -> str:
     """Return 16 hex digits: a hash of the names of a listing's files and of their contents, or else their sizes."""
     listing = _listing(folder)
     digest = hashlib.sha256("\n".join(listing.classes).encode("utf-8", "surrogateescape"))
-    for file in dict.fromkeys([*(file for file, _ in listing.attacked), *listing.public]):
-        digest.update(file.relative_to(folder).as_posix().encode("utf-8", "surrogateescape") + b"\t")
+    labels = {file: listing.classes[label] for file, label in listing.attacked}
+    for file in dict.fromkeys([*labels, *listing.public]):
+        name = file.relative_to(folder)
+        if labels.get(file, name.parts[0]) not in name.parts[:-1]:  # the label is not in the path: a file states it
+            digest.update(labels[file].encode("utf-8", "surrogateescape") + b"\t")
+        digest.update(name.as_posix().encode("utf-8", "surrogateescape") + b"\t")
         try:
             with file.open("rb") as opened:
                 content = hashlib.file_digest(opened, "sha256").hexdigest() if whole else str(file.stat().st_size)
@@ -215,14 +346,3 @@ def _fingerprint(folder: Path, whole: bool) -> str:
             raise CorruptAsset(f"{file} cannot be read ({error.strerror}); repair or remove it") from None
         digest.update(content.encode() + b"\n")
     return digest.hexdigest()[:16]
-
-
-def _images(folder: Path) -> list[Path]:
-    """Return the image files in the subfolders of a folder, by class and then by name."""
-    classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    return [
-        file
-        for entry in classes
-        for file in sorted(entry.iterdir())
-        if file.suffix.lower() in SUFFIXES and file.is_file()
-    ]

@@ -7,15 +7,42 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from leakbench.datasets.base import Dataset
 from leakbench.errors import BadOption
 
-Size = Annotated[int, Field(ge=8, le=1024)]
-"""The side of a square image, in pixels."""
+MIN_SIDE, MAX_SIDE = 8, 1024
+
+
+def _check_size(size: int | str) -> int | str:
+    height, width = sides(size)
+    if not (MIN_SIDE <= height <= MAX_SIDE and MIN_SIDE <= width <= MAX_SIDE):
+        raise ValueError(f"give sides from {MIN_SIDE} to {MAX_SIDE}")
+    return height if height == width else f"{height}x{width}"
+
+
+def sides(size: int | str) -> tuple[int, int]:
+    """Return height and width of a size such as 32, or 48x32 for a height of 48 and a width of 32.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    try:
+        numbers = [int(side) for side in str(size).lower().split("x")]
+    except ValueError:
+        numbers = []
+    if not 1 <= len(numbers) <= 2 or isinstance(size, bool):
+        raise ValueError(f"{size!r} is no size; write one side, as 32, or HEIGHTxWIDTH, as 48x32")
+    return numbers[0], numbers[-1]
+
+
+Size = Annotated[
+    int | str, AfterValidator(_check_size), Field(description=f"SIDE or HEIGHTxWIDTH, {MIN_SIDE} to {MAX_SIDE}")
+]
+"""The side of a square image, or height and width, in pixels."""
 
 Channels = Literal[1, 3]
 """1 is grey, 3 is RGB."""
@@ -33,7 +60,8 @@ class Resizable(Dataset):
     Attributes:
         native: (C, H, W) as stored.
         classes: number of classes.
-        size: the side of the images, resized bilinearly with antialiasing; none keeps their own size.
+        size: the side of the images, or HEIGHTxWIDTH: resized bilinearly with antialiasing until it is covered, and cut
+            at the centre; none keeps their own size.
         channels: 1 for grey, 3 for RGB; none keeps their own.
     """
 
@@ -46,8 +74,9 @@ class Resizable(Dataset):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of every image."""
-        channels, height, width = self.native
-        return self.channels or channels, self.size or height, self.size or width
+        channels, *native = self.native
+        height, width = native if self.size is None else sides(self.size)
+        return self.channels or channels, height, width
 
     @property
     def num_classes(self) -> int:
@@ -65,23 +94,29 @@ def check_indices(name: str, length: int, indices: Sequence[int]) -> None:
             )
 
 
-def convert(images: Tensor, size: int | None, channels: int | None) -> Tensor:
+def convert(images: Tensor, size: int | str | None, channels: int | None) -> Tensor:
     """Return images [N, C, H, W] in [0, 1] at another size and with other channels; None keeps what is stored.
 
-    Sizes change bilinearly with antialiasing; RGB becomes grey as the luma of ITU-R BT.601; grey becomes RGB by
-    repetition.
+    Sizes change bilinearly with antialiasing, and images are cut at the centre if the proportions differ; RGB becomes
+    grey as the luma of ITU-R BT.601; grey is repeated for any other number of channels.
 
     Args:
-        images: [N, C, H, W] float32 in [0, 1], C = 1 or 3.
-        size: the side of the result.
+        images: [N, C, H, W] float32 in [0, 1]; C = 1 or 3, unless the channels are kept.
+        size: the side of the result, or its height and width (``sides``).
         channels: the channels of the result.
     """
-    if channels == 1 and images.shape[1] == 3:
-        images = (images * torch.tensor(_LUMA)[:, None, None]).sum(1, keepdim=True)
-    elif channels == 3 and images.shape[1] == 1:
-        images = images.repeat(1, 3, 1, 1)
-    if size is not None and images.shape[-2:] != (size, size):
-        images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    if channels is not None and channels != images.shape[1]:
+        if images.shape[1] == 3:
+            images = (images * torch.tensor(_LUMA)[:, None, None]).sum(1, keepdim=True)
+        if channels != 1:
+            images = images.repeat(1, channels, 1, 1)
+    if size is not None and (wanted := sides(size)) != images.shape[-2:]:
+        own = images.shape[-2:]
+        scale = max(new / old for new, old in zip(wanted, own))
+        covering = [max(new, round(old * scale)) for new, old in zip(wanted, own)]
+        images = F.interpolate(images, size=covering, mode="bilinear", antialias=True, align_corners=False)
+        top, left = ((side - new) // 2 for side, new in zip(covering, wanted))
+        images = images[..., top : top + wanted[0], left : left + wanted[1]]
     return images.clamp(0, 1)
 
 

@@ -20,6 +20,7 @@ from leakbench.core.text import plural
 from leakbench.core.types import Gradient, Secret
 from leakbench.defenses.adaptive import DEFAULT_ATTACKER, SIMULATE, AdaptiveAttacker
 from leakbench.errors import BadOption, DefenseFailed, OldPlugin, Unsupported
+from leakbench.gradients.plain import without_checkpointing
 
 
 class Step:
@@ -91,7 +92,8 @@ class Step:
 
     def _gradient(self, images: Tensor, labels: Tensor) -> Gradient:
         parameters = self._parameters()
-        loss = self._defense.loss(self.model, images, labels).mean()
+        with without_checkpointing():
+            loss = self._defense.loss(self.model, images, labels).mean()
         self.losses.append(float(loss.detach()))
         grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         return {

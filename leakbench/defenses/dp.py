@@ -97,7 +97,7 @@ class DP(Defense):
         try:
             epsilon = self.epsilon()
         except ImportError:
-            return f"epsilon is not known: it needs dp-accounting; pip install 'leakbench[dp]'. It is for {training}."
+            return f"epsilon is not known: it needs dp-accounting; pip install dp-accounting. It is for {training}."
         words = "epsilon is infinite" if math.isinf(epsilon) else f"epsilon = {epsilon:.3g} at delta = {self.delta:g}"
         weak = (
             f" Above {WEAK_EPSILON} that is weak or no protection (Ponomareva et al. 2023)."

@@ -25,6 +25,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Generic, Self, TypeVar
 
+import cloudpickle
 import torch
 
 from leakbench.core.lock import remove_abandoned
@@ -342,11 +343,17 @@ def _starts_process(task: Task) -> bool:
 def packed(value: object) -> bytes:
     """Return a value as the bytes that a worker is sent.
 
+    Classes of a notebook or a prompt, which another process cannot import, are sent with it.
+
     Raises:
         LeakbenchError: another process cannot import a component.
     """
     try:
-        return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+        body = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+        if b"__main__" not in body or "__file__" in vars(sys.modules["__main__"]):
+            return body
+        content: bytes = cloudpickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+        return content
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         reason = one_line(error)
         raise LeakbenchError(

@@ -102,7 +102,7 @@ class RayExecutor(WorkerPool[_Actor]):
         try:
             import ray
         except ImportError:
-            raise LeakbenchError("Ray is not installed; pip install 'leakbench[ray]'") from None
+            raise LeakbenchError("Ray is not installed; pip install 'ray>=2.49'") from None
         self._ray = ray
         try:
             if not ray.is_initialized():

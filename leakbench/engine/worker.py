@@ -363,7 +363,12 @@ def _row(guess: Reconstruction, truth: Truth, row: int) -> tuple[Reconstruction,
 
 
 def png(image: Tensor) -> bytes:
-    """Return a PNG of an image [C, H, W] (C = 1 or 3), clamped to [0, 1] and rounded to 8 bits."""
+    """Return a PNG of an image [C, H, W], clamped to [0, 1] and rounded to 8 bits.
+
+    One channel is grey, three are RGB and four RGBA; of any other number the first three are shown, or the first.
+    """
+    if len(image) not in (1, 3, 4):
+        image = image[:3] if len(image) > 3 else image[:1]
     pixels = image.detach().clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     stream = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(stream, "PNG")

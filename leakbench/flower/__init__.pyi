@@ -4,4 +4,6 @@ from .recording import record as record
 from .simulation import Failure as Failure
 from .simulation import simulate as simulate
 
-def require() -> None: ...
+OLDEST: tuple[int, int]
+
+def require(*, ray: bool = False) -> None: ...

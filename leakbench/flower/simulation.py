@@ -15,6 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.task_identity import TaskIdentity
 
 from leakbench.errors import BadOption, LeakbenchError, one_line
+from leakbench.flower import require
 
 # Why the app does not go through flwr.simulation.run_simulation: tried with Flower 1.42 on tests/flower_app.py. Two
 # runs with the same seed differ in the last digits, because replies are added up in the order of their arrival. Node
@@ -103,6 +104,7 @@ def simulate(
         if count < least:
             raise BadOption(f"{name} is {count}; give at least {least}")
     if workers:
+        require(ray=True)
         from leakbench.flower.processes import ray_clients
 
         opened: AbstractContextManager[Carrier] = ray_clients(client, min(workers, clients))

@@ -137,7 +137,7 @@ def _package() -> ModuleType:
         return importlib.import_module("pytorch_pretrained_biggan")
     except ImportError:
         raise MissingAsset(
-            "generator 'biggan-deep' needs pytorch-pretrained-biggan; run pip install 'leakbench[biggan]'"
+            "generator 'biggan-deep' needs pytorch-pretrained-biggan; run pip install pytorch-pretrained-biggan"
         ) from None
 
 

@@ -28,6 +28,7 @@ from leakbench.errors import Unsupported
 from leakbench.gradients.bilinear import shared
 from leakbench.gradients.draws import Draws, Generators
 from leakbench.gradients.intercept import PER_TRIAL, UNDER_VMAP, Interception
+from leakbench.gradients.plain import without_autocast, without_checkpointing
 
 Path = Literal["batched", "vmap", "one-at-a-time"]
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -84,13 +85,13 @@ class Evaluator:
         module = _LossModule(self.model, self.loss)
         draws = Draws(generators)
         if self.path == "batched":
-            with Interception(draws, PER_TRIAL):
+            with Interception(draws, PER_TRIAL), without_checkpointing(), without_autocast():
                 return functional_call(module, self._named(self._placed(tensors)), (x, y))
         if self.path == "vmap":
             named = self._named(tensors)
 
             def alone(tensors: Mapping[str, Tensor], x: Tensor, y: Tensor, index: Tensor) -> Tensor:
-                with Interception(draws.of(index), UNDER_VMAP):
+                with Interception(draws.of(index), UNDER_VMAP), without_checkpointing(), without_autocast():
                     loss: Tensor = functional_call(module, dict(tensors), (x[None], y[None]))[0]
                 return loss
 
@@ -107,7 +108,7 @@ class Evaluator:
         apart = {name: v.unbind() if v.ndim > self._own[name].ndim else [v] * len(x) for name, v in tensors.items()}
         rows = []
         for t, (image, label) in enumerate(zip(x.split(1), y.split(1))):
-            with Interception(draws.of(t)):
+            with Interception(draws.of(t)), without_checkpointing(), without_autocast():
                 own = self._named({name: values[t] for name, values in apart.items()})
                 rows.append(functional_call(module, own, (image, label)))
         return torch.cat(rows)
@@ -337,6 +338,28 @@ _PLAIN = (
 )
 
 
+HALF = (torch.float16, torch.bfloat16)
+
+
+def working(model: nn.Module) -> torch.dtype:
+    """Return the type in which an attacker computes with a network: float64 for such a network, float32 for any other.
+
+    A client of a network in half precision computes in half precision, and the server may take its numbers for more
+    exact ones.
+    """
+    kinds = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()}
+    return torch.float64 if torch.float64 in kinds else torch.float32
+
+
 def architecture(model: nn.Module) -> nn.Module:
-    """Return a copy of a network without its values: every tensor is moved to the ``meta`` device."""
-    return copy.deepcopy(model).to("meta")
+    """Return a copy of a network without its values: every tensor is moved to the ``meta`` device.
+
+    Tensors of half precision become float32, in which the server computes (``lifted``).
+    """
+    own = copy.deepcopy(model).to("meta")
+    return own.float() if any(value.dtype in HALF for value in tensors_of(own).values()) else own
+
+
+def lifted(value: Tensor) -> Tensor:
+    """Return a tensor of half precision as float32, and any other as it is."""
+    return value.float() if value.dtype in HALF else value

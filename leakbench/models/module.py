@@ -2,15 +2,21 @@
 
 import copy
 import hashlib
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from leakbench.core.device import out_of_memory
 from leakbench.core.rng import generator, seeded
-from leakbench.errors import Unsupported, one_line
+from leakbench.errors import Unsupported, words
+from leakbench.gradients.plain import without_checkpointing
 from leakbench.models.base import Model
 
 
@@ -28,20 +34,60 @@ class OwnModule(Model):
     module: nn.Module = field(repr=False)
     _behaviours: dict[tuple[int, int, int], str] = field(default_factory=dict, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        """Take off what ``torch.compile`` and data parallelism put around the network (``unwrapped``)."""
+        object.__setattr__(self, "module", unwrapped(self.module, f"model {self.label!r}"))
+
     def build(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
-        """Return a copy of the module, after checking that it maps a blank image to ``num_classes`` logits."""
+        """Return a copy of the module, after checking that it maps a blank image to ``num_classes`` logits.
+
+        Lazy layers are initialised, and a tensor that is a plain attribute of a layer becomes a buffer, which is moved
+        and converted with the network.
+        """
         logits = self.logits(torch.full((1, *image_shape), 0.5))
         if logits.shape != (1, num_classes):
             raise Unsupported(
                 f"model {self.label!r} returns logits of shape {tuple(logits.shape)} for one image, "
                 f"not (1, {num_classes}); give it one output a class"
             )
-        return copy.deepcopy(self.module).cpu()
+        network = self.initialised(image_shape)
+        for layer in network.modules():
+            for name in [name for name, value in vars(layer).items() if isinstance(value, Tensor)]:
+                value = layer.__dict__.pop(name)
+                layer.register_buffer(name, value.detach(), persistent=False)
+        return network
+
+    def initialised(self, image_shape: tuple[int, ...]) -> nn.Module:
+        """Return a copy on the CPU, in which lazy layers are initialised, always in the same way.
+
+        Raises:
+            Unsupported: the network takes no blank image of this shape.
+        """
+        network = copy.deepcopy(self.module).cpu()
+        if any(map(is_lazy, network.parameters())):
+            modes = {layer: layer.training for layer in network.modules()}
+            with self._refused(image_shape), seeded("lazy"), without_checkpointing(), torch.no_grad():
+                network.eval()(torch.full((1, *image_shape), 0.5, dtype=self.dtype))
+            for layer in network.modules():
+                layer.training = modes[layer]
+        return network
+
+    @contextmanager
+    def _refused(self, image_shape: tuple[int, ...]) -> Iterator[None]:
+        """Turn whatever the network raises on an image into Unsupported."""
+        try:
+            yield
+        except Exception as error:  # whatever a user's module raises
+            if out_of_memory(error):
+                raise
+            raise Unsupported(
+                f"model {self.label!r} takes no image of shape {tuple(image_shape)}: {words(error)}"
+            ) from error
 
     @property
     def dtype(self) -> torch.dtype:
         """The floating-point type of the network's first such parameter, in which it takes images."""
-        return next((tensor.dtype for tensor in self.module.parameters() if tensor.is_floating_point()), torch.float32)
+        return network_dtype(self.module)
 
     def logits(self, images: Tensor) -> Tensor:
         """Return the network's output in evaluation mode for images [B, C, H, W]; the network is not changed.
@@ -49,15 +95,9 @@ class OwnModule(Model):
         Raises:
             Unsupported: the network does not take such images, or returns no [B, K] logits.
         """
-        probe = copy.deepcopy(self.module).cpu().eval()
-        try:
-            with torch.no_grad():
-                out = probe(images.to(self.dtype))
-        except (RuntimeError, ValueError, TypeError) as error:
-            reason = one_line(error)
-            raise Unsupported(
-                f"model {self.label!r} takes no image of shape {tuple(images.shape[1:])}: {reason}"
-            ) from error
+        probe = self.initialised(images.shape[1:]).eval()
+        with self._refused(images.shape[1:]), without_checkpointing(), torch.no_grad():
+            out = probe(images.to(self.dtype))
         if not isinstance(out, Tensor) or out.ndim != 2:
             raise Unsupported(f"model {self.label!r} returns {type(out).__name__}; give logits of shape [B, K]")
         return out
@@ -78,8 +118,74 @@ class OwnModule(Model):
         digest.update(str([module.training for module in self.module.modules()]).encode())
         for name, value in [*self.module.named_parameters(), *self.module.named_buffers()]:
             digest.update(name.encode())
+            if is_lazy(value):  # its values follow from the shape of the images
+                continue
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def unwrapped(module: nn.Module, name: str) -> nn.Module:
+    """Return a network without the wrappers of ``torch.compile`` and data parallelism, which compute the same.
+
+    A network with such a wrapper within is copied; others are returned as they are.
+
+    Args:
+        module: the network.
+        name: what errors call it.
+
+    Raises:
+        Unsupported: it, or a part of it, is TorchScript, whose operations cannot be followed.
+    """
+    while (inner := _inside(module)) is not None:
+        module = inner
+    for place, layer in module.named_modules():
+        if isinstance(layer, torch.jit.ScriptModule):
+            part = f"its layer {place!r} is" if place else "it is"
+            raise Unsupported(f"{name}: {part} TorchScript, which no attack can follow; give the nn.Module itself")
+    wrapped = {layer: inner for layer in module.modules() if (inner := _inside(layer)) is not None}
+    compiled = [place for place, layer in module.named_modules() if _compiled_forward(layer, name)]
+    if not wrapped and not compiled:
+        return module
+    memo: dict[int, Any] = {}
+    for layer, inner in reversed(wrapped.items()):
+        memo[id(layer)] = copy.deepcopy(unwrapped(inner, name), memo)
+    network: nn.Module = copy.deepcopy(module, memo)
+    for place in compiled:
+        del network.get_submodule(place).__dict__["forward"]
+    return network
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    """Return the network within a wrapper of torch's; None for anything else."""
+    if type(module).__name__ == "OptimizedModule":
+        inner: nn.Module | None = module._modules.get("_orig_mod")
+        return inner
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return module.module
+    return None
+
+
+def _compiled_forward(layer: nn.Module, name: str) -> bool:
+    """Return whether a layer's own ``forward`` is its class's, compiled.
+
+    Raises:
+        Unsupported: another function was compiled and put in its place.
+    """
+    compiled = getattr(vars(layer).get("forward"), "_torchdynamo_orig_callable", None)
+    if compiled is None or _inside(layer) is not None:
+        return False
+    function = inspect.unwrap(compiled)
+    if getattr(function, "__func__", function) is not type(layer).forward:
+        raise Unsupported(
+            f"{name}: the forward of its {type(layer).__name__} is compiled from another function than its class's; "
+            "give the network before torch.compile"
+        )
+    return True
+
+
+def network_dtype(module: nn.Module) -> torch.dtype:
+    """Return the floating-point type of a network's first such parameter, in which it takes images."""
+    return next((value.dtype for value in module.parameters() if value.is_floating_point()), torch.float32)
 
 
 def _behaviour(module: nn.Module, image_shape: tuple[int, int, int]) -> str:

@@ -14,6 +14,7 @@ FILES = ("audit.md", "audit.html")
 
 LAYER_HEADINGS = ("layer", "kind", "parameters sent", "share of the squared gradient", "leaks in closed form")
 EXPOSURE_HEADINGS = ("layer", "kernel", "input", "positions", "exposed", "relative error", "why not")
+IMAGE_HEADINGS = ("image", "recovered", "attack", "similarity to the private image")
 ATTACK_HEADINGS = ("attack", "recovered", "tried", "diverged", "skipped", "evaluations", "seconds", "without a result")
 
 
@@ -32,9 +33,10 @@ def markdown(audit: Audit, command: str) -> str:
     return render_markdown("audit.md.j2", **_context(audit, command))
 
 
-def html(audit: Audit, command: str) -> str:
-    """Return the audit as one page."""
-    return render("audit.html.j2", _context(audit, command), styles=(*STYLES, "audit.css"))
+def html(audit: Audit, command: str, *, pictures: bool = True) -> str:
+    """Return the audit as one page, with the private images and their reconstructions or only with their scores."""
+    context = {**_context(audit, command), "pictures": pictures, "image_headings": IMAGE_HEADINGS}
+    return render("audit.html.j2", context, styles=(*STYLES, "audit.css"))
 
 
 def _context(audit: Audit, command: str) -> dict[str, object]:
