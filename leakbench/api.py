@@ -149,7 +149,8 @@ def observe(
         Unsupported: model and defense do not go together.
     """
     images, labels = _tensor(images, "images"), _tensor(labels, "labels")
-    if images.ndim != 4 or labels.ndim not in (1, 2) or len(labels) != len(images):
+    soft = labels.ndim == 2 and labels.shape[1] > 1
+    if images.ndim != 4 or not (labels.ndim == 1 or soft) or len(labels) != len(images):
         raise BadOption(f"images {tuple(images.shape)} and labels {tuple(labels.shape)}; give [T, C, H, W] and [T]")
     if len(images) == 0:
         raise BadOption("there are no images; give at least one")
@@ -205,8 +206,6 @@ def _targets(labels: Tensor, num_classes: int) -> list[int | Tensor]:
     Raises:
         BadOption: a label is no whole number from 0 to K - 1, or a row is no distribution over K classes.
     """
-    if labels.ndim == 2 and labels.shape[1] == 1 != num_classes:
-        labels = labels[:, 0]
     if labels.ndim == 2:
         rows = labels.double()
         if rows.shape[1] != num_classes or bool((rows < 0).any()) or not bool(((rows.sum(1) - 1).abs() < 1e-3).all()):

@@ -478,7 +478,7 @@ def test_what_observe_is_given_may_be_arrays_and_lists() -> None:
     for given, labels in (
         (images.numpy(), np.array([1, 3])),
         (list(images), [1, 3]),
-        ([row.numpy() for row in images], np.array([[1], [3]])),
+        ([row.numpy() for row in images], hot.int().tolist()),
         (images.double(), torch.tensor([1.0, 3.0])),
         (images.tolist(), hot),
         (images, hot.bool().numpy()),
