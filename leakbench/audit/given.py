@@ -291,7 +291,7 @@ def audited(inner: Dataset, outputs: int, first: int | None = None, order: str |
     Args:
         inner: the dataset.
         outputs: how many classes the network has.
-        first: only the first so many classes of the dataset count; they are the first outputs of the network.
+        first: how many classes of the dataset count, the first ones; they are the first outputs of the network.
         order: a text file with the name of one class of a folder in each line, in the order of the outputs; of a line
             with tabs, the text before the first counts.
 
