@@ -32,7 +32,7 @@ def without_autocast() -> Iterator[None]:
     """
     enter, leave = autocast.__enter__, autocast.__exit__
     autocast.__enter__ = lambda self: self  # type: ignore[method-assign]
-    autocast.__exit__ = lambda self, *_: None  # type: ignore[method-assign, assignment]
+    autocast.__exit__ = lambda self, *_: None  # type: ignore[method-assign]
     try:
         yield
     finally:
