@@ -13,9 +13,13 @@ from torch import Tensor
 from leakbench.attacks.base import Attack, register
 from leakbench.attacks.matching import Positive, analytic_labels
 from leakbench.attacks.peeling.chain import Chain, find_chain
+from leakbench.attacks.peeling.descent import beginnings, recover
 from leakbench.attacks.peeling.estimate import undo_linear
+from leakbench.attacks.peeling.inversion import chosen, invert
 from leakbench.attacks.peeling.layers import Activation, ChainLayer, Convolution, Normalisation, Reshape
+from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.scale import clue
+from leakbench.attacks.peeling.trace import filled, trace
 from leakbench.attacks.peeling.undo import ImagePrior, Known, State, undo
 from leakbench.core.component import LATER
 from leakbench.core.device import SHARE, free_memory
@@ -41,7 +45,7 @@ closer."""
 @register("peel")
 @dataclass(frozen=True)
 class Peel(Attack):
-    """Peel: closed form, layer by layer, through invertible activations and normalisations of unknown scale and shift.
+    """Peel: closed form, layer by layer, through activations and normalisations of unknown scale and shift.
 
     The lowest linear layer with a bias gives its input f = (dL/dW)^T d / |d|^2 and dL/df = W^T d, with d = dL/db. Below
     it each convolution gives its input a by weighted least squares on w * a = s - b and corr(e, a) = dL/dw together,
@@ -51,12 +55,19 @@ class Peel(Attack):
     normalisation first has lost its contrast, but for what the normalisation's eps shows where scale and shift are
     public; elsewhere it is returned with the brightness of the public mean.
 
+    A network with ReLUs and residual connections is no such chain. There the gradient by the weight of a convolution of
+    stride 1 with as many channels as places gives the convolution's input and the error at its output, up to a factor
+    that the gradient of a shift below gives. Below it, masks and errors are exact or wrong: each layer's input is the
+    least-squares solution of its weight gradient's equations, and where it is positive the ReLU below is open. The
+    image is then searched for whose forward pass gives the lowest inputs that were recovered.
+
     Attributes:
         precision: the relative error that is assumed of the gradient, float32's by default; the larger one that the
             gradient of the linear layer shows by itself counts instead.
         roughness: the standard deviation by which neighbouring pixels are assumed to differ, for pixels that the
             equations do not determine.
         colour: how much less the differences between an image's colours are assumed to change than their mean.
+        search: in a ReLU network, steps of Adam from the layer inputs to the image, and as many of L-BFGS after them.
     """
 
     reference: ClassVar[str] = (
@@ -65,26 +76,32 @@ class Peel(Attack):
     )
     assumes: ClassVar[str] = (
         "A chain of linear layers, convolutions, invertible activations (sigmoid, tanh, leaky ReLU) and batch "
-        "normalisation of one image; a gradient that is nearly exact."
+        "normalisation of one image; or ReLUs and residual connections, with a convolution of stride 1 of at least as "
+        "many channels as places. A gradient that is nearly exact."
     )
     cost: ClassVar[str] = (
-        "One least-squares problem a layer, in float64; no search. Time grows with the cube of a layer's inputs."
+        "One least-squares problem a layer, in float64; a search only in ReLU networks, whose gradient is of the first "
+        "layers alone. Time grows with the cube of a layer's inputs."
     )
     fails: ClassVar[str] = (
-        "ReLU, pooling and residual connections (unsupported). Noise of 1e-3 of the gradient hides detail, of 0.1 the "
-        "whole image; behind a secret normalisation less noise is enough. Channels behind a closed gate are lost."
+        "ReLUs in narrow or depthwise networks, and pooling (unsupported). Noise of 1e-3 of the gradient hides detail, "
+        "of 0.1 the whole image; behind a secret normalisation less noise is enough. "
+        "Channels behind a closed gate are lost."
     )
     precision: Annotated[float, Field(gt=0, le=1)] = 3e-7
     roughness: Positive = 0.1
     colour: Positive = field(default=0.15, metadata=LATER)
+    search: Annotated[int, Field(ge=1)] = field(default=200, metadata=LATER)
 
     def check(self, observation: Observation) -> None:
-        """Raise Unsupported if the network is no chain of layers that can be undone."""
-        served_chain(observation)
+        """Raise Unsupported if the network is neither a chain of layers that can be undone, nor a ReLU network."""
+        served(observation)
 
     def probe(self, observation: Observation, rng: Rng) -> int | None:
         """Undo the layers down to the topmost convolution."""
-        chain = served_chain(observation)
+        chain = served(observation)
+        if isinstance(chain, Network):
+            return None
         convolutions = [index for index, layer in enumerate(chain.layers) if isinstance(layer, Convolution)]
         if not convolutions:
             return None
@@ -92,8 +109,10 @@ class Peel(Attack):
         return observation.trials * _bytes(chain)
 
     def run(self, observation: Observation, rng: Rng) -> Reconstruction:
-        """Return the image of every trial; nothing is drawn from rng."""
-        chain = served_chain(observation)
+        """Return the image of every trial; only the search in a ReLU network draws from rng."""
+        chain = served(observation)
+        if isinstance(chain, Network):
+            return self._descend(chain, observation, rng)
         trials = observation.trials
         size = observation.slots or max(1, int(SHARE * free_memory(observation.device) / _bytes(chain)))
         bounds = [(begin, min(begin + size, trials)) for begin in range(0, trials, size)]
@@ -105,6 +124,32 @@ class Peel(Attack):
             objective=torch.cat([misfit for _, misfit in parts]).to(observation.dtype),
             failed=~torch.isfinite(images.flatten(1)).all(1),
             path="batched",
+        )
+
+    def _descend(self, network: Network, observation: Observation, rng: Rng) -> Reconstruction:
+        """Return the image of every trial of a ReLU network; a trial of which nothing is recovered has failed."""
+        noise = rng.normal("start", observation.image_shape).to(observation.dtype)
+        images, misfits, spent = torch.full_like(noise, 0.5), noise.new_full((len(noise),), torch.nan), []
+        for trial, draws in enumerate(rng.generators("factorise")):
+            sent = {
+                name: value[trial].cpu() for name, value in observation.gradient.items() if _whole(observation, name)
+            }
+            twin = filled(observation, trial)
+            found = chosen(recover(network.on(twin), sent, draws))
+            if not found:
+                spent.append(0)
+                continue
+            same = network.on(twin.to(observation.device, observation.dtype))
+            image, misfit, count = invert(same, found, noise[trial : trial + 1], self.search)
+            images[trial], misfits[trial] = image[0], misfit[0]
+            spent.append(count)
+        return Reconstruction(
+            images=images,
+            labels=read_labels(observation),
+            objective=misfits,
+            failed=torch.isnan(misfits),
+            evaluations=torch.tensor(spent, device=observation.device),
+            path="one-at-a-time",
         )
 
     def _peel(self, chain: Chain, observation: Observation) -> tuple[Tensor, Tensor]:
@@ -137,11 +182,48 @@ class Peel(Attack):
         return state.value.mean, state.misfit
 
 
+def _whole(observation: Observation, name: str) -> bool:
+    """Return whether every entry of a tensor's gradient is known."""
+    return observation.shown is None or name not in observation.shown or bool(observation.shown[name].all())
+
+
 def _undo(layers: Sequence[ChainLayer], part: range, state: State, known: Known) -> State:
     """Return the state at the input of a part of the chain from that at its output."""
     for index in reversed(part):
         state = undo(layers[index], state, replace(known, below=layers[:index]))
     return state
+
+
+def served(observation: Observation) -> Chain | Network:
+    """Return the chain of an observation, or the steps of its network if they include ReLUs that can be passed.
+
+    Raises:
+        Unsupported: neither can be undone.
+    """
+    try:
+        return served_chain(observation)
+    except Unsupported as error:
+        network = Network(trace(observation))
+        reason = refusal(network, observation)
+        if reason is None:
+            return network
+        raise Unsupported(f"{error}; {reason}") from error
+
+
+def refusal(network: Network, observation: Observation) -> str | None:
+    """Return why a network cannot be undone through its ReLUs; None if it may be."""
+    places = beginnings(network, observation.gradient)
+    if not places:
+        return (
+            "nor does a convolution of stride 1 with a kernel above 1x1, behind a ReLU, give its own input: one needs "
+            "as many channels as places"
+        )
+    secret = {name.rpartition(".")[0] for name in (own.name for own in observation.secrets)}
+    for place in sorted(network.below(places[0])):
+        name = network.steps[place].name
+        if any(f"{own}.".startswith(f"{name}.") for own in secret):
+            return f"nor can an image be searched for below {name}, which has secrets"
+    return None
 
 
 def served_chain(observation: Observation) -> Chain:

@@ -5,7 +5,6 @@ sent, its input f and the error dL/df at it are known, whatever is above. Below 
 nothing else takes its input, and only if it is of a kind that is known here.
 """
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,10 +22,10 @@ from leakbench.attacks.peeling.layers import (
     Reshape,
     Scaling,
 )
-from leakbench.core.rng import generator, seeded
+from leakbench.attacks.peeling.trace import read_convolution, reads_shape, trace
 from leakbench.defenses.keylock import KeyLock
-from leakbench.errors import Unsupported, one_line
-from leakbench.gradients.convolution import Geometry, pair
+from leakbench.errors import Unsupported
+from leakbench.gradients.convolution import Geometry
 from leakbench.gradients.evaluate import tensors_of
 from leakbench.observation import Observation
 
@@ -49,42 +48,11 @@ def find_chain(observation: Observation) -> Chain:
     Raises:
         Unsupported: there is no such chain; the message names the layer that prevents it.
     """
-    twin = _filled(observation)
-    try:
-        graph = _Tracer().trace(twin)
-    except Exception as error:  # whatever a forward that depends on its data, or that torch.fx does not know, raises
-        raise Unsupported(
-            f"peel cannot follow {type(twin).__name__}: {one_line(error)}; "
-            "write its forward without branches on the data"
-        ) from error
-    image = torch.rand((1, *observation.image_shape), generator=generator("peel"), dtype=torch.float64)
-    run = fx.Interpreter(fx.GraphModule(twin, graph), garbage_collect_values=False)
-    with torch.no_grad(), seeded("peel"):
-        run.run(image)
-    chain, last = _walk(observation, twin, graph, run.env)
-    _check(chain, twin, image, run.env[last])
+    traced = trace(observation)
+    twin, image = traced.twin, traced.image
+    chain, last = _walk(observation, twin, traced.graph, traced.values)
+    _check(chain, twin, image, traced.values[last])
     return chain
-
-
-class _Tracer(fx.Tracer):
-    """A tracer that treats every layer of torch's, and key-lock's, as a leaf."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, KeyLock) or super().is_leaf_module(m, module_qualified_name)
-
-
-def _filled(observation: Observation) -> nn.Module:
-    """Return the network of the first trial in float64 on the CPU, with draws in the place of hidden secrets."""
-    twin = copy.deepcopy(observation.model).to_empty(device="cpu").double()
-    laws = {secret.name: secret.law for secret in observation.secrets}
-    with torch.no_grad():
-        for name, tensor in tensors_of(twin).items():
-            if name in laws:
-                value = laws[name].draw(tuple(tensor.shape), generator("peel", name))
-            else:
-                value = observation.weights[name]
-            tensor.copy_(value[0] if value.ndim > tensor.ndim else value)
-    return twin
 
 
 def _walk(
@@ -96,7 +64,7 @@ def _walk(
     node = next(node for node in graph.nodes if node.op == "placeholder")
     layers: list[ChainLayer] = []
     while True:
-        users = [user for user in node.users if not _reads_shape(user)]
+        users = [user for user in node.users if not reads_shape(user)]
         if len(users) != 1:
             raise Unsupported(
                 f"peel goes back through a chain of layers, and {node.name} goes {len(users)} ways "
@@ -106,7 +74,7 @@ def _walk(
         if user.op == "output":
             raise Unsupported("peel begins at a linear layer, and none sent the gradients of its weight and its bias")
         before, after = values[node], values[user]
-        others = [other for other in user.all_input_nodes if other is not node and not _reads_shape(other)]
+        others = [other for other in user.all_input_nodes if other is not node and not reads_shape(other)]
         if others or not isinstance(before, Tensor) or not isinstance(after, Tensor):
             raise Unsupported(
                 f"peel goes back through a chain of layers, and {user.name} takes or gives several tensors"
@@ -126,16 +94,6 @@ def _walk(
         node = user
 
 
-def _reads_shape(node: fx.Node) -> bool:
-    """Return whether a node looks only at a tensor's shape."""
-    if node.op == "call_method":
-        return node.target in ("size", "dim", "numel")
-    if node.op == "call_function" and node.target is getattr:
-        return node.args[1] in ("shape", "ndim", "device", "dtype")
-    inputs = node.all_input_nodes
-    return node.op == "call_function" and bool(inputs) and all(_reads_shape(other) for other in inputs)
-
-
 _CURVES: Mapping[type[nn.Module], tuple[ActivationKind, str]] = {
     nn.Sigmoid: ("sigmoid", ""),
     nn.Tanh: ("tanh", ""),
@@ -150,7 +108,7 @@ def _module(name: str, module: nn.Module, before: Tensor, after: Tensor) -> Chai
     """Return the layer that a module is; None for the identity."""
     kind = type(module)
     if isinstance(module, nn.Conv2d) and kind is nn.Conv2d:
-        return _convolution(name, module, before, after)
+        return read_convolution(name, module, before, after)
     if isinstance(module, nn.Linear) and kind is nn.Linear and before.ndim == 2:
         return Convolution(
             name=name,
@@ -172,30 +130,6 @@ def _module(name: str, module: nn.Module, before: Tensor, after: Tensor) -> Chai
     ):
         return None
     raise _unknown(name, kind.__name__)
-
-
-def _convolution(name: str, module: nn.Conv2d, before: Tensor, after: Tensor) -> Convolution:
-    spread = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size)]
-    if module.padding_mode != "zeros" or (module.padding == "same" and any(total % 2 for total in spread)):
-        raise Unsupported(f"peel needs zeros around an image, as many on each side, and {name} pads otherwise")
-    around = module.padding
-    if isinstance(around, str):
-        around = tuple(total // 2 if around == "same" else 0 for total in spread)
-    return Convolution(
-        name=name,
-        weight=f"{name}.weight",
-        bias=None if module.bias is None else f"{name}.bias",
-        geometry=Geometry(
-            stride=pair(module.stride),
-            padding=pair(around),
-            dilation=pair(module.dilation),
-            groups=module.groups,
-            image=pair(before.shape[2:]),
-            kernel=pair(module.kernel_size),
-        ),
-        inputs=(before.shape[1], before.shape[2], before.shape[3]),
-        outputs=(after.shape[1], after.shape[2], after.shape[3]),
-    )
 
 
 def _normalisation(name: str, module: KeyLock | nn.BatchNorm2d) -> Normalisation | Scaling:

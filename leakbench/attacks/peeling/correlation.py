@@ -1,0 +1,126 @@
+"""The equations between a convolution's input, the error at its output and the gradient by its weight.
+
+dL/dw[o, c, k] = sum over output positions p of error[o, p] * input[c, position that tap k reads at p]: linear in the
+input if the error is known, and linear in the error if the input is known. Both are least-squares problems here.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from leakbench.gradients.convolution import Geometry
+
+FLOOR = 3e-8
+"""The standard deviation that is assumed of an equation's error at least, relative to the equations' root mean square:
+what rounding to single precision leaves where the residual is zero by chance."""
+
+MAX_CONDITION = 1e9
+"""The condition above which a system counts as singular."""
+
+MIN_SINGULAR = 1e-6
+"""The part of the largest singular value below which equations leave a direction open."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The solution of a least-squares problem.
+
+    Attributes:
+        value: the unknowns.
+        deviation: their standard deviations, from the residuals.
+    """
+
+    value: Tensor
+    deviation: Tensor
+
+
+def taps(geometry: Geometry) -> Tensor:
+    """Return [K, P], the input position that each of K taps reads at each of P output positions; H * W for none."""
+    (height, width), g = geometry.image, geometry
+    places = torch.arange(1.0, height * width + 1, dtype=torch.float64).view(1, 1, height, width)
+    read = F.unfold(places, g.kernel, g.dilation, g.padding, g.stride)[0].long() - 1
+    return torch.where(read < 0, height * width, read)
+
+
+def design(error: Tensor, geometry: Geometry) -> Tensor:
+    """Return [O * K, H * W], the equations for a channel of the input, from errors [O, h, w]."""
+    outputs, read = len(error), taps(geometry).to(error.device)
+    size = geometry.image[0] * geometry.image[1]
+    rows = error.new_zeros(outputs, len(read), size + 1)
+    rows.scatter_(2, read.expand(outputs, -1, -1), error.reshape(outputs, 1, -1).expand(-1, len(read), -1))
+    return rows[:, :, :size].reshape(-1, size)
+
+
+def windows(value: Tensor, geometry: Geometry) -> Tensor:
+    """Return [C * K, P], the equations for a channel of the error, from inputs [C, H, W]."""
+    g = geometry
+    return F.unfold(value[None], g.kernel, g.dilation, g.padding, g.stride)[0]
+
+
+def least_squares(matrix: Tensor, right: Tensor) -> Fitted | None:
+    """Return the X [N, M] of least |matrix X - right|, or None if it is not determined: matrix is [R, N]."""
+    rows, unknowns = matrix.shape
+    if rows <= unknowns:
+        return None
+    q, r = torch.linalg.qr(matrix)
+    size = r.diagonal().abs()
+    if not float(size.min()) * MAX_CONDITION > float(size.max()):
+        return None
+    seen = q.T @ right
+    value = torch.linalg.solve_triangular(r, seen, upper=True)
+    inverse = torch.linalg.solve_triangular(r, torch.eye(unknowns).to(r), upper=True)
+    return Fitted(value, _deviation(right - q @ seen, rows - unknowns, inverse, right))
+
+
+@dataclass(frozen=True)
+class Directions:
+    """The singular directions of a least-squares problem of N unknowns, from the best to the worst determined.
+
+    Attributes:
+        basis: [N, N], orthonormal rows.
+        size: [N], the singular values; 0 for what the equations leave open.
+        value: [N, M], the coordinates of the solution; 0 where the size is.
+        noise: [M], the variance of an equation.
+    """
+
+    basis: Tensor
+    size: Tensor
+    value: Tensor
+    noise: Tensor
+
+    def solution(self, count: int) -> Fitted:
+        """Return the solution in the first directions, and 0 in the others."""
+        inverse = self.basis[:count].T / self.size[:count]
+        spread = inverse.square().sum(1)
+        return Fitted(self.basis[:count].T @ self.value[:count], (spread[:, None] * self.noise).sqrt())
+
+
+def directions(matrix: Tensor, right: Tensor) -> Directions:
+    """Return the singular directions of |matrix X - right|, for a matrix [R, N] and [R, M]."""
+    rows, unknowns = matrix.shape
+    q, r = torch.linalg.qr(matrix)
+    left, size, basis = torch.linalg.svd(r, full_matrices=True)
+    seen = left.T[: len(size)] @ (q.T @ right)
+    live = size > MIN_SINGULAR * size[0]
+    rank = int(live.sum())
+    rest = right - q @ (left[:, :rank] @ seen[:rank])
+    noise = rest.square().sum(0) / max(rows - rank, 1) + FLOOR**2 * right.square().mean()
+    sizes, value = size.new_zeros(unknowns), right.new_zeros(unknowns, right.shape[1])
+    sizes[:rank] = size[:rank]
+    value[:rank] = seen[:rank] / size[:rank, None]
+    return Directions(basis, sizes, value, noise)
+
+
+def least_norm(matrix: Tensor, right: Tensor) -> tuple[Fitted, Tensor]:
+    """Return the solution of least norm, and an orthonormal basis [n, N] of what it leaves open."""
+    found = directions(matrix, right)
+    rank = int((found.size > 0).sum())
+    return found.solution(rank), found.basis[rank:]
+
+
+def _deviation(rest: Tensor, freedom: int, inverse: Tensor, right: Tensor) -> Tensor:
+    """Return [N, M], the standard deviations of unknowns whose equations [R, M] left a residual."""
+    variance = rest.square().sum(0) / freedom + FLOOR**2 * right.square().mean()
+    return (inverse.square().sum(1)[:, None] * variance).sqrt()

@@ -1,0 +1,138 @@
+"""The image whose forward pass gives recovered values: a search, which the values determine, for the last layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isnan
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from leakbench.attacks.peeling.descent import Feature
+from leakbench.attacks.peeling.network import Network
+from leakbench.optim import Evaluation, Unknowns, descend, lbfgs
+
+SMOOTH = 2.0
+"""The weight of total variation at first, which falls to 0 linearly: without it the search ends in a wrong image."""
+
+SPREAD = 0.05
+"""The standard deviation of the starting image about grey."""
+
+STEP = 0.03
+"""The size of Adam's first step; it falls to a hundredth."""
+
+EXACT = 1e-11
+"""The relative squared misfit below which the search ends: rounding to single precision leaves 1e-12."""
+
+HISTORY = 50
+"""How many pairs of L-BFGS are kept."""
+
+
+FEATURES = 3
+"""From how many recovered values, the lowest ones, the image is searched for."""
+
+WORST = 8.0
+"""How many times the least error of these the error of a value may be."""
+
+MAX_ERROR = 0.1
+"""The largest relative error of a value that is used, and the largest contradiction to the values below."""
+
+UNCHECKED = 1e-3
+"""The largest relative error of a value that no value below confirms."""
+
+
+def chosen(features: Sequence[Feature]) -> list[Feature]:
+    """Return the recovered values from which an image is searched for: the lowest ones that nothing contradicts.
+
+    Args:
+        features: the recovered values, the highest first.
+    """
+    good = [
+        each
+        for each in features
+        if each.deviation < MAX_ERROR
+        and (each.check < MAX_ERROR or (isnan(each.check) and each.deviation < UNCHECKED))
+        and not each.balance > MAX_ERROR
+    ]
+    lowest = good[-FEATURES:]
+    least = min((each.deviation for each in lowest), default=0.0)
+    return [each for each in lowest if each.deviation <= WORST * least]
+
+
+@dataclass(frozen=True)
+class Match:
+    """How far the values of images [1, C, H, W] on the way are from recovered ones, squared and relative.
+
+    Attributes:
+        network: of the images' floating type.
+        features: what was recovered.
+        smooth: the weight of total variation at first; it falls to 0 within ``anneal`` evaluations.
+        anneal: see ``smooth``.
+    """
+
+    network: Network
+    features: Sequence[Feature]
+    smooth: float = 0.0
+    anneal: int = 1
+
+    def __call__(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
+        """Return [1]."""
+        image = unknowns["image"]
+        total = self._misfit(image)
+        done = evaluation if isinstance(evaluation, int) else evaluation[0]
+        if done < self.anneal and self.smooth:
+            across, down = image.diff(dim=3).abs().mean((1, 2, 3)), image.diff(dim=2).abs().mean((1, 2, 3))
+            total = total + self.smooth * (1 - done / self.anneal) * (across + down)
+        return total
+
+    def select(self, rows: Sequence[int]) -> Self:
+        """Return itself: there is one trial."""
+        return self
+
+    def _misfit(self, image: Tensor) -> Tensor:
+        steps = self.network.steps
+        wanted = {feature.place: feature.value.to(image) for feature in self.features}
+        needed = {place for feature in self.features for place in self.network.below(feature.place)}
+        values: dict[int, Tensor] = {}
+        total = image.new_zeros(len(image))
+        for place in sorted(needed):
+            step = steps[place]
+            inputs = [values[each] for each in step.inputs]
+            values[place] = image if step.kind == "image" else self.network.forward(place, inputs)
+            if place not in wanted:
+                continue
+            target, reached = wanted[place], values[place]
+            if step.kind == "relu" and step.slope == 0:
+                # in front of a ReLU there is a slope where the value is wrongly 0, and 0 only bounds what is in front
+                reached = torch.where(target > 0, inputs[0], reached)
+            total = total + (reached - target).square().sum((1, 2, 3)) / target.square().sum()
+        return total
+
+
+def invert(network: Network, features: Sequence[Feature], noise: Tensor, steps: int) -> tuple[Tensor, Tensor, int]:
+    """Return the image [1, C, H, W] that gives recovered values best, the misfit [1] and the number of evaluations.
+
+    Args:
+        network: of the floating type in which to search.
+        features: the recovered values, of which there is at least one.
+        noise: [1, C, H, W] standard normal, from which the search starts about grey.
+        steps: of Adam, while total variation is annealed, and as many iterations of L-BFGS from there.
+    """
+    match = Match(network, features, SMOOTH, steps)
+    start = {"image": 0.5 + SPREAD * noise}
+    near = descend(match, start, steps=steps, lr={"image": STEP}, milestones=range(1, steps), decay=0.01 ** (1 / steps))
+    exact = lbfgs(
+        Match(network, features),
+        near.unknowns,
+        steps=-(-steps // 20),
+        max_iter=20,
+        history=HISTORY,
+        tolerance_grad=0.0,
+        tolerance_change=0.0,
+        line_search="strong-wolfe",
+        stop_below=EXACT,
+        stop_every=1,
+    )
+    return exact.unknowns["image"], exact.value, int(near.evaluations + exact.evaluations)

@@ -1,0 +1,143 @@
+"""A network's forward pass as torch.fx traces it, with the values that a random image has on the way."""
+
+import copy
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from leakbench.attacks.peeling.layers import Convolution
+from leakbench.core.rng import generator, seeded
+from leakbench.defenses.keylock import KeyLock
+from leakbench.errors import Unsupported, one_line
+from leakbench.gradients.convolution import Geometry, pair
+from leakbench.gradients.evaluate import tensors_of
+from leakbench.observation import Observation
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A traced network.
+
+    Attributes:
+        twin: the network of the first trial in float64 on the CPU, with draws in the place of hidden secrets.
+        graph: its operations in order.
+        image: a random image [1, C, H, W] in [0, 1].
+        values: the value of each operation on that image.
+    """
+
+    twin: nn.Module
+    graph: fx.Graph
+    image: Tensor
+    values: Mapping[fx.Node, object]
+
+
+def trace(observation: Observation) -> Traced:
+    """Return the trace of an observation's network.
+
+    Raises:
+        Unsupported: torch.fx cannot trace it.
+    """
+    twin = filled(observation)
+    try:
+        graph = _Tracer().trace(twin)
+    except Exception as error:  # whatever a forward that depends on its data, or that torch.fx does not know, raises
+        raise Unsupported(
+            f"peel cannot follow {type(twin).__name__}: {one_line(error)}; "
+            "write its forward without branches on the data"
+        ) from error
+    _out_of_place(twin, graph)
+    image = torch.rand((1, *observation.image_shape), generator=generator("peel"), dtype=torch.float64)
+    run = fx.Interpreter(fx.GraphModule(twin, graph), garbage_collect_values=False)
+    with torch.no_grad(), seeded("peel"):
+        run.run(image)
+    return Traced(twin, graph, image, run.env)
+
+
+class _Tracer(fx.Tracer):
+    """A tracer that treats every layer of torch's, and key-lock's, as a leaf."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, KeyLock) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _out_of_place(twin: nn.Module, graph: fx.Graph) -> None:
+    """Make every operation of a graph leave its inputs as they are, as their values are needed afterwards."""
+    for module in twin.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False  # type: ignore[assignment]
+    for node in graph.nodes:
+        if node.kwargs.get("inplace"):
+            node.kwargs = {**node.kwargs, "inplace": False}
+        if node.op == "call_function":
+            node.target = _OUT_OF_PLACE.get(node.target, node.target)
+        elif node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__"):
+            node.target = node.target.removesuffix("_")
+
+
+_OUT_OF_PLACE: Mapping[object, Callable[..., object]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    torch.relu_: torch.relu,
+    F.relu_: F.relu,
+    F.leaky_relu_: F.leaky_relu,
+}
+"""Functions that overwrite their first argument, and those that do not."""
+
+
+def filled(observation: Observation, trial: int = 0) -> nn.Module:
+    """Return the network of a trial in float64 on the CPU, with draws in the place of hidden secrets."""
+    twin = copy.deepcopy(observation.model).to_empty(device="cpu").double().requires_grad_(False)
+    laws = {secret.name: secret.law for secret in observation.secrets}
+    with torch.no_grad():
+        for name, tensor in tensors_of(twin).items():
+            if name in laws:
+                value = laws[name].draw(tuple(tensor.shape), generator("peel", name))
+            else:
+                value = observation.weights[name]
+            tensor.copy_(value[trial] if value.ndim > tensor.ndim else value)
+    return twin
+
+
+def reads_shape(node: fx.Node) -> bool:
+    """Return whether a node looks only at a tensor's shape."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel")
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in ("shape", "ndim", "device", "dtype")
+    inputs = node.all_input_nodes
+    return node.op == "call_function" and bool(inputs) and all(reads_shape(other) for other in inputs)
+
+
+def read_convolution(name: str, module: nn.Conv2d, before: Tensor, after: Tensor) -> Convolution:
+    """Return the layer of a module, for inputs and outputs like ``before`` and ``after``.
+
+    Raises:
+        Unsupported: it does not pad with zeros, as many on each side.
+    """
+    spread = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size)]
+    if module.padding_mode != "zeros" or (module.padding == "same" and any(total % 2 for total in spread)):
+        raise Unsupported(f"peel needs zeros around an image, as many on each side, and {name} pads otherwise")
+    around = module.padding
+    if isinstance(around, str):
+        around = tuple(total // 2 if around == "same" else 0 for total in spread)
+    return Convolution(
+        name=name,
+        weight=f"{name}.weight",
+        bias=None if module.bias is None else f"{name}.bias",
+        geometry=Geometry(
+            stride=pair(module.stride),
+            padding=pair(around),
+            dilation=pair(module.dilation),
+            groups=module.groups,
+            image=pair(before.shape[2:]),
+            kernel=pair(module.kernel_size),
+        ),
+        inputs=(before.shape[1], before.shape[2], before.shape[3]),
+        outputs=(after.shape[1], after.shape[2], after.shape[3]),
+    )

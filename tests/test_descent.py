@@ -1,0 +1,136 @@
+"""The closed form through ReLU networks: what it recovers exactly, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from conftest import rand
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import leakbench
+from leakbench.attacks.peeling.descent import recover
+from leakbench.attacks.peeling.network import Network
+from leakbench.attacks.peeling.trace import trace
+from leakbench.core.rng import seeded
+
+CLASSES = 5
+
+
+class Block(nn.Module):
+    """Two convolutions with batch normalisation, and a shortcut; it overwrites what it can."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, *, pad: bool = False, slope: float = 0.0) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.relu = nn.LeakyReLU(slope, inplace=True) if slope else nn.ReLU(inplace=True)
+        self.extra = outputs - inputs if pad else 0
+        self.stride = stride
+        self.shortcut = nn.Sequential()
+        if not pad and (stride > 1 or inputs != outputs):
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        around = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra)) if self.extra else x
+        out += self.shortcut(around)
+        return self.relu(out)
+
+
+def residual(*, pad: bool = False, slope: float = 0.0, width: int = 32) -> nn.Module:
+    """Return a residual network for images of 8 x 8 pixels, in evaluation mode, with statistics of its own."""
+    with seeded("residual"):
+        stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+        blocks = [Block(16, 20, 1, pad=pad, slope=slope), Block(20, width, 2, pad=pad, slope=slope)]
+        model = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES))
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for tensor, low in ((module.weight, 0.7), (module.bias, -0.3), (module.running_var, 0.5)):
+                    nn.init.uniform_(tensor, low, low + 0.6)
+    return model.double().eval()
+
+
+def seen(model: nn.Module, count: int = 1, seed: int = 1) -> tuple[leakbench.Observation, Tensor]:
+    """Return what a server sees of smooth random images, and these."""
+    images = F.interpolate(rand(count, 3, 4, 4, seed=seed).double(), scale_factor=2, mode="bilinear")
+    return leakbench.observe(model, images, torch.arange(count) % CLASSES, salt="0" * 32), images
+
+
+def truth(network: Network, image: Tensor) -> list[Tensor]:
+    """Return the output of every step."""
+    values: list[Tensor] = []
+    for place, step in enumerate(network.steps):
+        values.append(image if step.kind == "image" else network.forward(place, [values[each] for each in step.inputs]))
+    return values
+
+
+def sent(observation: leakbench.Observation) -> Mapping[str, Tensor]:
+    return {name: value[0].double() for name, value in observation.gradient.items()}
+
+
+def far(value: Tensor, exact: Tensor) -> float:
+    return float((value - exact).detach().norm() / exact.detach().norm())
+
+
+# the network as steps
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_steps_compute_the_network(pad: bool) -> None:
+    model = residual(pad=pad)
+    observation, images = seen(model)
+    network = Network(trace(observation))
+    assert far(truth(network, images)[-1], model(images)) < 1e-14
+    kinds = {step.kind for step in network.steps}
+    assert kinds == {"image", "convolution", "scaling", "relu", "affine", "linear"}
+    assert network.steps[-1].users == ()
+    single = network.on(model.float())
+    assert far(truth(single, images.float())[-1].double(), model.double()(images)) < 1e-5
+
+
+# the descent
+
+
+@pytest.mark.parametrize("options", [{}, {"pad": True}, {"slope": 0.2}], ids=str)
+def test_every_layer_below_the_beginning_is_exact(options: dict[str, float]) -> None:
+    model = residual(**options)  # type: ignore[arg-type]
+    observation, images = seen(model)
+    network = Network(trace(observation))
+    found = recover(network, sent(observation), torch.Generator().manual_seed(0))
+    exact = truth(network, images)
+    assert [network.steps[each.place].name for each in found] == ["4.relu", "3.relu", "3.relu", "2"]
+    assert max(far(each.value, exact[each.place][0]) for each in found) < 1e-9
+
+
+@pytest.mark.parametrize("options", [{}, {"pad": True}], ids=str)
+def test_statistics_of_the_image_itself_are_found_too(options: dict[str, bool]) -> None:
+    model = residual(**options).train()
+    observation, images = seen(model)
+    network = Network(trace(observation))
+    found = recover(network, sent(observation), torch.Generator().manual_seed(0))
+    exact = truth(network, images)
+    assert [network.steps[each.place].name for each in found] == ["4.relu", "3.relu", "3.relu", "2"]
+    assert max(far(each.value, exact[each.place][0]) for each in found) < 1e-6
+
+
+# the attack
+
+
+def psnr(images: Tensor, exact: Tensor) -> float:
+    return float(-10 * (images.clamp(0, 1) - exact).square().mean().log10())
+
+
+def test_the_image_of_a_residual_network_is_recovered() -> None:
+    observation, images = seen(residual(), 2)
+    found = leakbench.attack("peel(search=100)", observation)
+    assert found.failed.tolist() == [False, False]
+    assert found.labels is not None
+    assert found.labels.tolist() == [0, 1]
+    assert psnr(found.images, images) > 60
+    alone = leakbench.attack("peel(search=100)", seen(residual(), 1)[0])
+    assert torch.equal(alone.images[0], found.images[0])
