@@ -13,6 +13,7 @@ from PIL import Image
 from test_engine import Tiny, go, no_assets  # noqa: F401
 
 from leakbench import defenses, report
+from leakbench.analysis.summary import summarise
 from leakbench.defenses.noise import SMOOTHING
 from leakbench.errors import BadOption
 from leakbench.plan.matrix import Matrix, expand, load_suite
@@ -108,9 +109,9 @@ def test_a_run_over_strengths_has_a_table_and_a_figure(tmp_path: Path) -> None:
     assert min(image.size) > 500
     before = (tmp_path / picture).read_bytes()
     with Store.open(tmp_path / FILE, readonly=True) as store:
-        (page,) = curves.pages(store.results(), store.metrics(), store.components())
+        (page,) = curves.pages(summarise(store.results(), store.metrics()), store.components())
         assert saved(curves.figure(page)) == before
         other = results[results["defense"].isin(["none", "quantise(bits=2)"])].assign(threat="optimises=true")
         both = pd.concat([results, other], ignore_index=True)
-        (same,) = curves.pages(both, store.metrics(), store.components())
+        (same,) = curves.pages(summarise(both, store.metrics()), store.components())
         assert (same.block, same.file) == (page.block, page.file), "one strength alone makes no curve"

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from leakbench import defenses
-from leakbench.analysis.summary import blocks, summarise
+from leakbench.analysis.summary import blocks
 from leakbench.core.text import decimals, slug
 from leakbench.errors import BadOption
 from leakbench.plan.matrix import Matrix
@@ -122,11 +122,8 @@ class CurvesPage:
         return max(floors.to_dict("records"), key=lambda row: float(row[metric]), default=None)
 
 
-def pages(
-    results: pd.DataFrame, metrics: Sequence[MetricInfo], components: Sequence[StoredComponent]
-) -> list[CurvesPage]:
+def pages(summary: pd.DataFrame, components: Sequence[StoredComponent]) -> list[CurvesPage]:
     """Return one page for each dataset, model and threat model under which the strengths of a curve were attacked."""
-    summary = summarise(results, _shown(metrics))
     found: list[CurvesPage] = []
     for names, block in blocks(summary):
         attacked = set(block.loc[~block["floor"].astype(bool), "defense"])
@@ -139,7 +136,7 @@ def pages(
 
 def study(run: RunData) -> StudyPage | None:
     """Return ``curves.md`` with its figures; None for a run without curves."""
-    found = pages(run.results, run.metrics, run.components)
+    found = pages(run.summary, run.components)
     if not found or run.threshold is not None:
         return None
     shown, blocks = _shown(run.metrics), []

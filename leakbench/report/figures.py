@@ -40,7 +40,7 @@ def figures(
         yield from _both(f"worst-case-{index + 1:03}-{slug((scene.dataset, scene.model))}", _worst(scene))
     for page in pages:
         yield from _both(f"grid-{page.file.removesuffix('.png')}", grids.figure(page, pictures(page.trials)))
-    for shown in curves.pages(run.results, run.metrics, run.components):
+    for shown in curves.pages(run.summary, run.components):
         yield from _both(shown.file.removesuffix(".png"), curves.figure(shown))
     for index, (names, drawn) in enumerate(descent.pages(run.results, courses or {}), 1):
         yield from _both(f"objective-{index:03}-{slug(names)}", drawn)
