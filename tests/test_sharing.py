@@ -23,6 +23,7 @@ from leakbench.plan.matrix import Matrix, expand, load, load_suite, parse_threat
 from leakbench.plan.trial import Cell, Result, Trial
 from leakbench.report import sharing as study
 from leakbench.report.figure import saved
+from leakbench.report.run import RunData
 from leakbench.store.run_file import FILE, Store
 
 BENCHMARKS = sorted((Path(__file__).parent.parent / "benchmarks").glob("table[4-7].toml"))
@@ -193,9 +194,10 @@ def test_the_report_on_sharing(tmp_path: Path) -> None:
 
 
 def test_arms_are_compared_by_wilcoxons_test(tmp_path: Path) -> None:
-    stored(tmp_path, results(12))
-    report.write(tmp_path, {"md"})
-    tests = {row[0]: row for row in table((tmp_path / "sharing.md").read_text(), "**Paired differences**:")}
+    with Store.open(stored(tmp_path, results(12)) / FILE, readonly=True) as store:
+        page = study.study(RunData.of(store, "x"), store)
+    assert page is not None
+    tests = {row[0]: row for row in table(page.markdown, "**Paired differences**:")}
     assert len(tests) == 1 + 2 * 3 + 15
     p = stats.wilcoxon(np.full(12, 5.0)).pvalue
     assert tests["lock, key derived − lock"][1:5] == ["12", "+5.000 [+5.000, +5.000]", "+5.000", "&#60;0.001"]
