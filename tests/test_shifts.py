@@ -8,9 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from leakbench.attacks.peeling.completion import factorise_incomplete
+from leakbench.attacks.peeling.exposure import predict_exposure
 from leakbench.attacks.peeling.factors import ConvolutionFactors, NotFactorised, scale_by_bias, scale_by_shift
 from leakbench.attacks.peeling.krylov import DENSE, lowest_eigenvectors
 from leakbench.attacks.peeling.lattice import Lattice
+from leakbench.attacks.peeling.masks import factorise_masked, split_rows
+from leakbench.attacks.peeling.pointwise import PointwiseFactors, factorise_pointwise
 from leakbench.attacks.peeling.shifts import factorise_convolution
 from leakbench.attacks.peeling.unmixing import unmix
 from leakbench.errors import BadOption, Unsupported
@@ -298,3 +302,133 @@ def test_unmixing_needs_zeros() -> None:
     values = sparse @ mixing @ found.mT
     assert error(values.mT[:, None], sparse.mT[:, None]) < 1e-10
     assert len(unmix(rows @ mixing, none, rng())) < 3
+
+
+def sparse(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=rng(seed)).relu()
+
+
+def test_masks_are_found_in_an_input_of_low_rank() -> None:
+    """14 of 40 channels are alive, which is fewer than the 16 positions; values and counts of the errors are known."""
+    layer = nn.Conv2d(40, 64, 3, padding=1).double()
+    lattice = Lattice.of(layer, (4, 4))
+    h = sparse((1, 40, 4, 4))
+    h[:, 14:] = 0
+    masks = (torch.rand(1, 64, 4, 4, generator=rng(1)) < 0.6).double()
+    values = torch.randn(64, dtype=torch.float64, generator=rng(2))
+    values[3] = 0
+    d = values.view(1, 64, 1, 1) * masks
+    gradient = torch.autograd.grad(layer(h), layer.weight, d)[0]
+    assert "rank 14, and 16 is needed" in refusal(gradient, lattice).reason
+    found = factorise_masked(gradient, lattice, values, masks.sum((0, 2, 3)), rng())
+    assert isinstance(found, ConvolutionFactors)
+    assert torch.allclose(found.inputs, h, atol=1e-10)
+    assert torch.allclose(found.errors, d, atol=1e-10)
+    wrong = factorise_masked(gradient, lattice, values.flip(0), masks.sum((0, 2, 3)), rng())
+    assert isinstance(wrong, NotFactorised)
+    assert wrong.gap > 0.3
+    with pytest.raises(BadOption, match="expected two tensors"):
+        factorise_masked(gradient, lattice, values[:5], masks.sum((0, 2, 3)), rng())
+
+
+def test_rows_are_split_into_value_and_mask() -> None:
+    values = torch.tensor([[2.0, -0.5, 0.0, 1.0]], dtype=torch.float64)
+    masks = torch.rand(1, 4, 3, 3, generator=rng()) < 0.5
+    errors = values[..., None, None] * masks + 1e-3 * torch.randn(1, 4, 3, 3, dtype=torch.float64, generator=rng(1))
+    found = split_rows(errors)
+    assert torch.equal(found.masks, masks & (values != 0)[..., None, None])
+    assert torch.allclose(found.values, values, atol=2e-3)
+    assert torch.equal(found.errors, found.values[..., None, None] * found.masks)
+    assert found.deviation < 3e-3
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_pruned_gradient_is_exact(images: int) -> None:
+    layer = nn.Conv2d(60, 48, 3, padding=1)
+    gradient, h, d = step(layer, (3, 3), images)
+    share = torch.linspace(1.4, 0.1, 60)[None, :, None, None]  # of some channels nearly nothing is sent
+    sent = torch.rand(gradient.shape, generator=rng(5)) < share
+    sent[:, 59] = False
+    found = factorise_incomplete(torch.where(sent, gradient, torch.nan), sent, Lattice.of(layer, (3, 3)), rng(), images)
+    assert isinstance(found, ConvolutionFactors), found
+    known = torch.isfinite(found.inputs).all(0).flatten(1).all(1)
+    assert known.sum() > 40
+    assert not known[59]
+    assert error(found.inputs[:, known], h[:, known]) < 1e-6
+    assert error(found.errors, d) < 1e-6
+    assert found.misfit < 1e-7
+
+
+def test_too_few_entries_are_refused() -> None:
+    layer = nn.Conv2d(60, 48, 3, padding=1)
+    gradient = step(layer, (3, 3))[0]
+    sent = torch.rand(gradient.shape, generator=rng(5)) < 0.1
+    found = factorise_incomplete(gradient, sent, Lattice.of(layer, (3, 3)), rng())
+    assert isinstance(found, NotFactorised)
+    assert "the dense core" in found.reason
+    with pytest.raises(BadOption, match="equal shapes"):
+        factorise_incomplete(gradient, sent[:4], Lattice.of(layer, (3, 3)), rng())
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_pointwise_convolution_exposes_the_positions(images: int) -> None:
+    layer = nn.Conv2d(90, 40, 1)
+    gradient, h, d = step(layer, (2, 3), images)
+    columns, errors = (each.flatten(2).mT.flatten(0, 1) for each in (h, d))
+    found = factorise_pointwise(gradient, 6, rng(), images)
+    assert isinstance(found, PointwiseFactors)
+    assert torch.allclose(columns @ found.row_space.mT @ found.row_space, columns)
+    assert error(found.inputs, columns) < 1e-9
+    assert error(found.errors, errors) < 1e-9
+    rounded = factorise_pointwise(gradient.float(), 6, rng(), images)
+    assert isinstance(rounded, PointwiseFactors)
+    assert error(rounded.inputs, columns) < 3e-6
+
+
+def test_a_pointwise_convolution_without_zeros_exposes_only_the_row_space() -> None:
+    h = torch.rand(5, 50, dtype=torch.float64, generator=rng())
+    d = torch.randn(30, 5, dtype=torch.float64, generator=rng(1))
+    found = factorise_pointwise((d @ h)[..., None, None], 5, rng())
+    assert isinstance(found, PointwiseFactors)
+    assert len(found.inputs) < 5
+    assert torch.allclose(h @ found.row_space.mT @ found.row_space, h)
+    for gradient, positions, reason in [
+        (None, 5, "was not sent"),
+        (torch.zeros(30, 50, 1, 1), 5, "is zero"),
+        (torch.full((30, 50, 1, 1), torch.nan), 5, "not finite"),
+        (torch.ones(30, 50, 1, 1), 40, "40 positions are more than 50 channels or 30 output channels"),
+        (torch.ones(30, 50, 1, 1), 5, "rank 1, and 5 is needed"),
+    ]:
+        refused = factorise_pointwise(gradient, positions, rng())
+        assert isinstance(refused, NotFactorised)
+        assert reason in refused.reason
+    with pytest.raises(BadOption, match="expected"):
+        factorise_pointwise(torch.ones(3, 3, 3, 3), 5, rng())
+
+
+@pytest.mark.parametrize("case", [*EXACT, *REFUSED])
+def test_the_prediction_agrees_with_the_factorisation(case: str) -> None:
+    layer, image, images, _ = REFUSED.get(case) or (*EXACT[case], 1, "")
+    lattice = Lattice.of(layer, image)
+    found = predict_exposure(lattice, layer.in_channels, layer.out_channels, images, own_statistics=True)
+    assert (found.verdict == "hidden") == (case in REFUSED and case != "1x1"), found
+
+
+def test_the_prediction_before_any_gradient() -> None:
+    """The rule: channels against positions, with 1.3 times as many behind a ReLU whose channels may all be zero."""
+
+    def verdict(channels: int, side: int, images: int = 1, kernel: int = 3, **known: bool) -> str:
+        lattice = Lattice.of(nn.Conv2d(8, 8, kernel, padding=kernel // 2), (side, side))
+        return predict_exposure(lattice, channels, channels, images, **known).verdict
+
+    assert verdict(256, 14) == "exposed"
+    assert verdict(64, 8) == "possible"
+    assert verdict(64, 8, own_statistics=True) == "exposed"
+    assert verdict(64, 8, sparse=False) == "exposed"
+    assert verdict(64, 9) == "hidden"
+    assert verdict(512, 4, images=8) == "exposed"
+    assert verdict(512, 4, images=8, sparse=False) == "hidden"
+    assert verdict(512, 4, images=33) == "hidden"
+    assert verdict(512, 2, kernel=1) == "partly"
+    assert verdict(512, 1, kernel=1) == "exposed"
+    assert verdict(512, 32, kernel=1) == "hidden"

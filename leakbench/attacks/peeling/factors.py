@@ -11,8 +11,14 @@ from torch.nn import functional as F
 from leakbench.attacks.peeling.lattice import Lattice
 from leakbench.errors import BadOption
 
-CLEAR = 6.0
-"""How many standard deviations above 0 an input counts as positive."""
+CLEAR = (3.0, 6.0, 12.0, 25.0, 50.0, 100.0)
+"""How many standard deviations above 0 an input counts as positive; the number with the least misfit is taken."""
+
+OUTLIER = 6.0
+"""Equations whose misfit is larger than this many times the median are left out; a wrong mask makes such a one."""
+
+ROUNDS = 4
+"""How often outliers are looked for."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,8 @@ class ConvolutionFactors:
         phases: the number of sub-lattices that a dilation divides an image into. Each is then returned as an image of
             its own, B * phases in all, and neither its image nor its place there is known.
         groups: the convolution's.
-        scale_misfit: the relative misfit of the equations that determined the factors; None if they are unknown.
+        scale_misfit: the median misfit of the equations that determined the factors, relative to the root mean square
+            of their right-hand sides; None if the factors are unknown.
     """
 
     inputs: Tensor
@@ -97,9 +104,12 @@ def scale_by_shift(
         BadOption: the weight or the shift gradient has another shape.
     """
     below = input_errors(factors.errors, weight, lattice)
-    on = factors.inputs > CLEAR * factors.variance.sqrt()
-    sums = torch.where(on, below, slope * below).flatten(2).sum(2)
-    return _scaled(factors, sums, shift_gradient, "shift gradient")
+    found = []
+    for clear in CLEAR:
+        on = factors.inputs > clear * factors.variance.sqrt()
+        sums = torch.where(on, below, slope * below).flatten(2).sum(2)
+        found.append(_scaled(factors, sums, shift_gradient, "shift gradient"))
+    return min(found, key=lambda each: torch.inf if each.scale_misfit is None else each.scale_misfit)
 
 
 def input_errors(errors: Tensor, weight: Tensor, lattice: Lattice) -> Tensor:
@@ -130,15 +140,11 @@ def _scaled(factors: ConvolutionFactors, sums: Tensor, sent: Tensor, name: str) 
     if sent.shape != sums.shape[1:]:
         raise BadOption(f"a {name} {list(sent.shape)} does not have the layer's {sums.shape[1]} channels")
     right = sent.detach().cpu().double()
-    scales, rest = [], torch.zeros(())
-    for own, part in zip(sums.chunk(factors.groups, 1), right.chunk(factors.groups)):
-        scale = torch.linalg.lstsq(own.mT, part[:, None]).solution[:, 0]
-        rest = rest + (scale @ own - part).square().sum()
-        scales.append(scale)
-    misfit = float(rest.sqrt() / right.norm())
+    found = [_robust(own.mT, part) for own, part in zip(sums.chunk(factors.groups, 1), right.chunk(factors.groups))]
+    scales = torch.stack([scale for scale, _ in found], 1)
 
     def each(values: Tensor) -> Tensor:
-        wide = torch.stack(scales, 1).repeat_interleave(values.shape[1] // factors.groups, 1)
+        wide = scales.repeat_interleave(values.shape[1] // factors.groups, 1)
         return wide.reshape(wide.shape + (1,) * (values.dim() - 2))
 
     return replace(
@@ -146,5 +152,20 @@ def _scaled(factors: ConvolutionFactors, sums: Tensor, sent: Tensor, name: str) 
         inputs=factors.inputs / each(factors.inputs),
         variance=factors.variance / each(factors.inputs).square(),
         errors=factors.errors * each(factors.errors),
-        scale_misfit=misfit,
+        scale_misfit=max(misfit for _, misfit in found),
     )
+
+
+def _robust(matrix: Tensor, right: Tensor) -> tuple[Tensor, float]:
+    """Return the x of least |matrix x - right| without outliers and NaN, and the relative median misfit."""
+    kept = torch.isfinite(matrix).all(1) & torch.isfinite(right)
+    unknowns = matrix.shape[1]
+    for _ in range(ROUNDS):
+        found = torch.linalg.lstsq(matrix[kept], right[kept, None]).solution[:, 0]
+        misfit = (matrix @ found - right).abs()
+        median = float(misfit[kept].median())
+        near = kept & (misfit <= OUTLIER * median)
+        if int(near.sum()) < 2 * unknowns or torch.equal(near, kept):
+            break
+        kept = near
+    return found, median / float(right.square().mean().sqrt())

@@ -21,15 +21,13 @@ class ReducedGradient:
 
     Attributes:
         lattice: the geometry.
-        gradient: dL/dw [K, q, C], by tap, its output channels projected to the q directions of ``outputs``.
         outputs: [O, q], orthonormal.
         basis: [C, r], V / s: the right singular vectors over the singular values.
-        system: N [K q, r] = gradient @ basis.
+        system: N [K q, r], the gradient by tap, projected to ``outputs`` and ``basis``.
         singular: the singular values of the stacked gradient, all of them.
     """
 
     lattice: Lattice
-    gradient: Tensor
     outputs: Tensor
     basis: Tensor
     system: Tensor
@@ -56,7 +54,7 @@ class ReducedGradient:
         # the errors have at most B P_out independent rows: the other directions of the output channels hold only noise
         rows = min(images * lattice.outputs, by_tap.shape[1])
         left = torch.linalg.svd(system.transpose(0, 1).flatten(1), full_matrices=False)[0][:, :rows]
-        return cls(lattice, left.mT @ by_tap, left, basis, (left.mT @ system).flatten(0, 1), singular)
+        return cls(lattice, left, basis, (left.mT @ system).flatten(0, 1), singular)
 
     @property
     def rank(self) -> int:
@@ -95,10 +93,6 @@ class ReducedGradient:
         """Return [b, O, P_out] of errors [b, P_out, q] in the reduced output channels."""
         return self.outputs @ errors.mT
 
-    def inputs(self, errors: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``solve_inputs`` of errors [b, P_out, q] in the reduced output channels."""
-        return solve_inputs(self.gradient, errors, self.lattice)
-
 
 def correlate(errors: Tensor, inputs: Tensor, lattice: Lattice) -> Tensor:
     """Return the weight gradient [K, O, C] of errors [b, P_out, O] and inputs [b, C, P_in]."""
@@ -115,10 +109,10 @@ def solve_inputs(gradient: Tensor, errors: Tensor, lattice: Lattice) -> tuple[Te
         lattice: the geometry; at least b P_in equations are needed, of the K O for each channel.
 
     Returns:
-        Inputs [b, C, P_in], and the variance [b, P_in] of each channel's values, if what is left is noise.
+        Inputs [b, C, P_in] and their variances, if what a channel's equations leave is noise.
     """
-    found, variance = _least_squares(design(errors, lattice.readers()), gradient.flatten(0, 1), len(errors))
-    return found.mT, variance
+    found, variance = least_squares(design(errors, lattice.readers()), gradient.flatten(0, 1), len(errors))
+    return found.mT, variance.mT
 
 
 def solve_errors(gradient: Tensor, inputs: Tensor, lattice: Lattice) -> tuple[Tensor, Tensor]:
@@ -130,9 +124,9 @@ def solve_errors(gradient: Tensor, inputs: Tensor, lattice: Lattice) -> tuple[Te
         lattice: the geometry; at least b P_out equations are needed, of the K C for each output channel.
 
     Returns:
-        Errors [b, P_out, O], and the variance [b, P_out] of each output channel's values, if what is left is noise.
+        Errors [b, P_out, O] and their variances, if what a channel's equations leave is noise.
     """
-    return _least_squares(design(inputs.mT, lattice.taps()), gradient.mT.flatten(0, 1), len(inputs))
+    return least_squares(design(inputs.mT, lattice.taps()), gradient.mT.flatten(0, 1), len(inputs))
 
 
 def design(values: Tensor, places: Tensor) -> Tensor:
@@ -145,12 +139,12 @@ def design(values: Tensor, places: Tensor) -> Tensor:
     return by_tap.permute(0, 3, 1, 2).flatten(2).flatten(0, 1)
 
 
-def _least_squares(matrix: Tensor, right: Tensor, images: int) -> tuple[Tensor, Tensor]:
-    """Return x [b, P, N] of least |matrix x - right|, and its variance [b, P] by the residuals; NaN if singular."""
+def least_squares(matrix: Tensor, right: Tensor, images: int = 1) -> tuple[Tensor, Tensor]:
+    """Return x [b, P, N] of least |matrix x - right|, and its variance by each column's residual."""
     columns, triangle = torch.linalg.qr(matrix)
     projected = columns.mT @ right
     found = torch.linalg.solve_triangular(triangle, projected, upper=True)
     inverse = torch.linalg.solve_triangular(triangle, torch.eye(len(triangle), dtype=right.dtype), upper=True)
-    freedom = max(1, len(matrix) - len(triangle)) * right.shape[1]
-    variance = (right - columns @ projected).square().sum() / freedom * inverse.square().sum(1)
-    return found.unflatten(0, (images, -1)), variance.view(images, -1)
+    noise = (right - columns @ projected).square().sum(0) / max(1, len(matrix) - len(triangle))
+    variance = inverse.square().sum(1)[:, None] * noise
+    return found.unflatten(0, (images, -1)), variance.unflatten(0, (images, -1))

@@ -14,13 +14,16 @@ Nothing above or below the convolution enters: no weight, label, activation or n
 Kailath 1989) recovers frequencies from one shift; here several shifts with a boundary recover all.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from leakbench.attacks.peeling.factors import ConvolutionFactors, NotFactorised
 from leakbench.attacks.peeling.krylov import lowest_eigenvectors
 from leakbench.attacks.peeling.lattice import Lattice
-from leakbench.attacks.peeling.reduced import ReducedGradient, correlate
+from leakbench.attacks.peeling.reduced import ReducedGradient, correlate, solve_inputs
 from leakbench.attacks.peeling.unmixing import unmix
 from leakbench.errors import BadOption
 
@@ -126,13 +129,57 @@ def _factorise_group(
     gradient: Tensor, lattice: Lattice, rng: torch.Generator, images: int, dtype: torch.dtype
 ) -> ConvolutionFactors | NotFactorised:
     """Return the factors of a gradient [O, C, *kernel] without groups and dilation."""
+    mixed = factorise_mixed(gradient, lattice, rng, images, dtype)
+    if isinstance(mixed, NotFactorised):
+        return mixed
+    by_tap = gradient.flatten(2).permute(2, 0, 1)
+    parts = separate(mixed.errors, lambda errors: solve_inputs(by_tap, errors, lattice), rng)
+    if isinstance(parts, NotFactorised):
+        return parts
+    inputs, variance, errors = parts
+    return ConvolutionFactors(
+        inputs=inputs.unflatten(2, lattice.image),
+        variance=variance.unflatten(2, lattice.image),
+        errors=errors.mT.unflatten(2, lattice.output),
+        rank_gap=mixed.rank_gap,
+        null_ratio=mixed.null_ratio,
+        misfit=float((correlate(errors, inputs, lattice) - by_tap).norm() / by_tap.norm()),
+    )
+
+
+@dataclass(frozen=True)
+class MixedErrors:
+    """The errors of a convolution up to a linear mixing of the images, or of the sub-lattices of a dilation.
+
+    Attributes:
+        errors: [B, P_out, O]; each is a mixture of the errors of all images.
+        rank_gap: see ``ConvolutionFactors``.
+        null_ratio: see ``ConvolutionFactors``.
+    """
+
+    errors: Tensor
+    rank_gap: float
+    null_ratio: float
+
+
+def factorise_mixed(
+    gradient: Tensor, lattice: Lattice, rng: torch.Generator, images: int, dtype: torch.dtype
+) -> MixedErrors | NotFactorised:
+    """Return steps 1 to 5 of the derivation.
+
+    Args:
+        gradient: dL/dw [O, C, *kernel], float64, finite and not zero.
+        lattice: the geometry, without groups and dilation.
+        rng: of the start of the eigenvalue solver.
+        images: B.
+        dtype: in which the gradient was sent.
+    """
     rank = images * lattice.inputs
     reduced = ReducedGradient.of(gradient, lattice, images, rank)
-    singular = reduced.singular
-    gap = clear_rank(singular, rank, dtype)
+    gap = clear_rank(reduced.singular, rank, dtype)
     if isinstance(gap, NotFactorised):
         return gap
-    values, solutions = lowest_eigenvectors(reduced.product, lattice.inputs * rank, images, rng)
+    values, solutions = lowest_eigenvectors(reduced.product, lattice.inputs * reduced.rank, images, rng)
     # N has orthonormal columns, so the form has no eigenvalue above 1, and smaller ones than this are rounding
     last, following = (max(float(value), ROUNDING) for value in values[images - 1 : images + 1])
     if last > MAX_NULL_RATIO * following:
@@ -141,30 +188,39 @@ def _factorise_group(
             "noise, another number of images, or another geometry",
             last / following,
         )
-    errors = reduced.errors(solutions)
-    inputs, variance = reduced.inputs(errors)
-    mixed = inputs.permute(1, 2, 0).flatten(0, 1)
-    spread = variance.mean(0).sqrt().repeat(inputs.shape[1])
-    directions = unmix(mixed, spread, rng)
+    return MixedErrors(reduced.expand(reduced.errors(solutions)).mT, gap, last / following)
+
+
+def separate(
+    errors: Tensor, solve: Callable[[Tensor], tuple[Tensor, Tensor]], rng: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor] | NotFactorised:
+    """Return the inputs, their variances and the errors of each image from mixtures: step 6 of the derivation.
+
+    Args:
+        errors: [B, P_out, O], mixed.
+        solve: returns inputs [B, C, P_in] and their variances for errors; NaN in channels that are not determined.
+        rng: of the search.
+
+    Returns:
+        Inputs and variances [B, C, P_in], and errors [B, P_out, O], with inputs of root mean square 1 and positive sum.
+    """
+    inputs, variance = solve(errors)
+    known = torch.isfinite(inputs).all(0).all(1)
+    spread = variance[:, known].mean(0).sqrt()
+    directions = unmix(inputs[:, known].permute(1, 2, 0).flatten(0, 1), spread.flatten(), rng)
+    images = len(errors)
     if len(directions) < images:
         return NotFactorised(
             f"{len(directions)} of {images} images were found: their inputs, which are known up to a mixing, have too "
             "few zeros"
         )
-    errors = torch.einsum("ba,apq->bpq", torch.linalg.inv(directions).mT, errors)
-    inputs, variance = reduced.inputs(errors)
-    size = inputs.square().mean((1, 2), keepdim=True).sqrt() * inputs.sum((1, 2), keepdim=True).sign()
-    variance = variance[:, None] / size.square() + SOLVER_ERROR**2
-    errors = reduced.expand(errors)
-    made = correlate(errors.mT, inputs, lattice).permute(1, 2, 0).reshape(gradient.shape)
-    return ConvolutionFactors(
-        inputs=(inputs / size).unflatten(2, lattice.image),
-        variance=variance.expand_as(inputs).unflatten(2, lattice.image),
-        errors=(errors * size).unflatten(2, lattice.output),
-        rank_gap=gap,
-        null_ratio=last / following,
-        misfit=float((made - gradient).norm() / gradient.norm()),
-    )
+    if images > 1:
+        errors = torch.einsum("ba,apq->bpq", torch.linalg.inv(directions).mT, errors)
+        inputs, variance = solve(errors)
+        known = torch.isfinite(inputs).all(0).all(1)
+    seen = inputs[:, known]
+    size = seen.square().mean((1, 2), keepdim=True).sqrt() * seen.sum((1, 2), keepdim=True).sign()
+    return inputs / size, variance / size.square() + SOLVER_ERROR**2, errors * size
 
 
 def clear_rank(singular: Tensor, rank: int, dtype: torch.dtype) -> float | NotFactorised:

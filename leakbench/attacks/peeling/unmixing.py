@@ -17,6 +17,12 @@ MIN_TOLERANCE = 1e-9
 CLEAR = 6.0
 """Values of more than this many standard deviations are not zero."""
 
+MIN_SIZE = 0.05
+"""Smaller rows, relative to the median, are left out."""
+
+MAX_NOISE = 10.0
+"""Rows with more noise, relative to the median, are left out."""
+
 TRIES = 3
 """The most linear programs for each vector."""
 
@@ -31,6 +37,9 @@ SAME = 0.9999
 
 MIN_ZEROS = 0.04
 """The least share of zeros of a vector, above those that any extreme ray has."""
+
+LIKE = 0.4
+"""The least share of zeros of a vector, relative to the largest; a false one has a fourth of a true one's."""
 
 MAX_NEGATIVE = 0.004
 """The largest share of negative values of a vector."""
@@ -50,9 +59,9 @@ def unmix(mixed: Tensor, spread: Tensor, rng: torch.Generator) -> Tensor:
     sizes = mixed.norm(dim=1)
     if count == 1:
         return torch.ones_like(mixed[:1])
-    live = sizes > 0.05 * sizes[sizes > 0].median()
-    rows = mixed[live] / sizes[live, None]
-    limit = (CLEAR * spread[live] / sizes[live]).clamp(min=MIN_TOLERANCE)
+    limit = (CLEAR * spread / sizes).clamp(min=MIN_TOLERANCE)
+    live = (sizes > MIN_SIZE * sizes[sizes > 0].median()) & (limit <= MAX_NOISE * limit.nanmedian())
+    rows, limit = mixed[live] / sizes[live, None], limit[live]
     pool: list[tuple[float, Tensor]] = []
     best: list[Tensor] = []
     done, last = 0, TRIES * count + 10
@@ -116,7 +125,10 @@ def _fitted(rows: Tensor, limit: Tensor, direction: Tensor) -> tuple[float, Tens
 def _independent(pool: list[tuple[float, Tensor]], count: int) -> list[Tensor]:
     """Return the directions with the most zeros, up to ``count``, each independent of those before it."""
     chosen: list[Tensor] = []
-    for _, direction in sorted(pool, key=lambda each: -each[0]):
+    most = max(share for share, _ in pool)
+    for share, direction in sorted(pool, key=lambda each: -each[0]):
+        if share < LIKE * most:
+            break
         if len(chosen) < count and float(torch.linalg.svdvals(torch.stack([*chosen, direction]))[-1]) > 1e-3:
             chosen.append(direction)
     return chosen

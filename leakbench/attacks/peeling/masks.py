@@ -1,0 +1,137 @@
+"""Output errors that are one value a channel times a mask, as below a ReLU followed by global average pooling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leakbench.attacks.peeling.factors import ConvolutionFactors, NotFactorised
+from leakbench.attacks.peeling.krylov import lowest_eigenvectors
+from leakbench.attacks.peeling.lattice import Lattice
+from leakbench.attacks.peeling.reduced import ReducedGradient, correlate, solve_errors, solve_inputs
+from leakbench.attacks.peeling.shifts import NOT_SENT, refuse
+from leakbench.errors import BadOption
+
+DEAD = 6.0
+"""A channel whose value is below this many times the noise has no active position."""
+
+ROUNDS = 10
+"""How often masks and inputs are solved in turn, at most."""
+
+RANK_TOLERANCE = 1e-6
+"""Singular values below this share of the largest do not count."""
+
+MAX_MISFIT = 0.3
+"""The relative misfit of the gradient up to which masks are accepted; wrong masks leave one of about 1."""
+
+
+@dataclass(frozen=True)
+class BinaryRows:
+    """Errors as value times mask.
+
+    Attributes:
+        values: [B, O]; 0 for a channel without active positions.
+        masks: [B, O, *output], bool.
+        deviation: of the errors from value times mask, relative to the errors.
+    """
+
+    values: Tensor
+    masks: Tensor
+    deviation: float
+
+    @property
+    def errors(self) -> Tensor:
+        """Value times mask, [B, O, *output]."""
+        return self.values.reshape(self.values.shape + (1,) * (self.masks.dim() - 2)) * self.masks
+
+
+def split_rows(errors: Tensor) -> BinaryRows:
+    """Split the errors of each channel into one value and a mask.
+
+    With global average pooling above, dL/d output of the last convolution is a_o m(o, p): m is the ReLU's mask, and a_o
+    the same at all positions. Neither head, loss nor label is needed. A small deviation confirms it.
+
+    Args:
+        errors: [B, O, *output], of any scale.
+    """
+    rows = errors.flatten(2)
+    sign = rows.sum(2, keepdim=True).sign()
+    masks = rows * sign > 0.5 * (rows * sign).amax(2, keepdim=True)
+    for _ in range(4):
+        values = (rows * masks).sum(2) / masks.sum(2).clamp(min=1)
+        masks = rows * values.sign()[..., None] > 0.5 * values.abs()[..., None]
+    rest = (rows - values[..., None] * masks).square().mean(2).sqrt()
+    alive = values.abs() > DEAD * rest.median(1, keepdim=True).values
+    values, masks = values * alive, masks & alive[..., None]
+    deviation = float((rows - values[..., None] * masks).norm() / rows.norm())
+    return BinaryRows(values, masks.view(errors.shape), deviation)
+
+
+def factorise_masked(
+    gradient: Tensor | None, lattice: Lattice, values: Tensor, counts: Tensor, rng: torch.Generator
+) -> ConvolutionFactors | NotFactorised:
+    """Return inputs and errors for an input of low rank, from the values and mask counts of the errors' channels.
+
+    The errors must be d(o, p) = a_o m(o, p) with known a_o and number n_o of positions with m = 1: by the head and, in
+    eval mode, dL/dbeta_o / (dL/d output of one position). If the input has a rank r below P, r singular vectors give
+    errors that are off by some per cent. The n_o largest of each channel are then the mask, and the input follows from
+    the masks by least squares; both are repeated until no mask changes. The misfit says whether that is right.
+
+    Args:
+        gradient: dL/dw [O, C, *kernel] of one image, without groups; None if it was not sent.
+        lattice: the convolution's geometry.
+        values: a [O]; a channel with the value 0 is left out.
+        counts: n [O].
+        rng: a generator on the CPU, for the start of the eigenvalue solver.
+
+    Raises:
+        BadOption: a shape contradicts the geometry.
+    """
+    refused = refuse(gradient, lattice, 1, low_rank=True)
+    if refused is not None or gradient is None:
+        return refused or NOT_SENT
+    if lattice.groups > 1 or lattice.phases > 1 or {values.shape, counts.shape} != {gradient.shape[:1]}:
+        raise BadOption(
+            f"values {list(values.shape)}, counts {list(counts.shape)}, {lattice.groups} groups, {lattice.phases} "
+            f"phases: expected two tensors [{len(gradient)}], and a convolution without groups and dilation"
+        )
+    values, counts = values.detach().cpu().double(), counts.detach().cpu().double().round().long()
+    alive = (values != 0) & (counts > 0)
+    if not bool(alive.any()):
+        return NotFactorised("no channel has active positions")
+    scaled = gradient.detach().cpu().double()[alive] / values[alive].view(-1, *(1,) * (gradient.dim() - 1))
+    reduced = ReducedGradient.of(scaled, lattice, 1, lattice.inputs, RANK_TOLERANCE)
+    _, solutions = lowest_eigenvectors(reduced.product, lattice.inputs * reduced.rank, 1, rng)
+    by_tap = scaled.flatten(2).permute(2, 0, 1)
+    rows = reduced.expand(reduced.errors(solutions))[0]
+    masks = torch.zeros_like(rows)
+    for _ in range(ROUNDS):
+        before, masks = masks, _largest(rows, counts[alive])
+        inputs, variance = solve_inputs(by_tap, masks.mT[None], lattice)
+        if torch.equal(masks, before):
+            break
+        rows = solve_errors(by_tap, inputs, lattice)[0][0].mT
+    misfit = float((correlate(masks.mT[None], inputs, lattice) - by_tap).norm() / by_tap.norm())
+    if not misfit < MAX_MISFIT:
+        return NotFactorised(f"the masks leave {misfit:.2g} of the gradient unexplained", misfit)
+    errors = inputs.new_zeros(1, len(values), lattice.outputs)
+    errors[0, alive] = values[alive, None] * masks
+    return ConvolutionFactors(
+        inputs=inputs.unflatten(2, lattice.image),
+        variance=variance.unflatten(2, lattice.image),
+        errors=errors.unflatten(2, lattice.output),
+        rank_gap=1.0,
+        null_ratio=0.0,
+        misfit=misfit,
+        scale_misfit=0.0,
+    )
+
+
+def _largest(rows: Tensor, counts: Tensor) -> Tensor:
+    """Return masks [O, P] of the largest entries of rows [O, P], as many as counted, after the best common sign."""
+    sign = (rows.sum(1) * counts).sum().sign()
+    order = (sign * rows).argsort(dim=1, descending=True, stable=True)
+    ranks = order.argsort(dim=1)
+    return (ranks < counts[:, None]).to(rows)
