@@ -328,6 +328,42 @@ def test_the_control_of_a_trained_network_is_one_trained_without_a_defense() -> 
     assert "no positive control" in inconclusive(found, other)["d", models[1].spec]
 
 
+def test_drawn_weights_are_no_control_of_trained_ones() -> None:
+    drawn = StoredComponent("model", "lenet", 1, {"weights": None})
+    trained = StoredComponent("model", "lenet(weights=b)", 1, {"weights": "b"})
+    for control, other in ((drawn, trained), (trained, drawn)):
+        rows = [guess(0.9, 30.0, model=control.spec), guess(0.2, 8.0, model=other.spec, defense="x")]
+        found = ensemble_results(frame(floor(0.1, 9.0), *rows), 0.6)
+        flaws = inconclusive(found, [drawn, trained])
+        assert flaws["d", control.spec] == ""
+        assert "no positive control" in flaws["d", other.spec]
+
+
+def test_an_attacker_that_recovers_nothing_anywhere_shows_nothing_by_it() -> None:
+    """A defense that only the closed form cannot attack, and a search without steps can, looks perfect otherwise."""
+    refused = {"status": "unsupported", "ssim_aligned": math.nan, "psnr_aligned": math.nan}
+    rows = [
+        floor(0.1, 9.0),
+        guess(0.9, 30.0, attack="peel"),
+        guess(0.2, 8.0, attack="ig(steps=1)"),
+        guess(0.9, 30.0, attack="peel", defense="honest"),
+        guess(0.2, 8.0, attack="peel", defense="strong"),
+        guess(0.2, 8.0, attack="peel", defense="strong", threat="informed=simulate"),
+        guess(0.2, 8.0, attack="peel", defense="lazy"),
+        guess(0.2, 8.0, attack="ig(steps=1)", defense="lazy", threat="informed=simulate"),
+        guess(0.2, 8.0, attack="ig(steps=1)", defense="silly"),
+        {**guess(0.2, 8.0, attack="peel", defense="silly"), **refused},
+    ]
+    found = {one.defense: one for one in ensemble_results(frame(*rows), 0.6)}
+    assert list(found) == ["strong", "none", "lazy", "silly", "honest"]
+    assert {name for name, one in found.items() if one.unproven} == {"silly"}
+    assert found["strong"].attacked_by == "simulate only"
+    assert found["lazy"].unadaptive == "ig(steps=1) recovers no image behind any defense"
+    assert found["lazy"].last
+    nothing = ensemble_results(frame(floor(0.1, 9.0), *(row for row in rows[1:] if row["ssim_aligned"] != 0.9)), 0.6)
+    assert not any(one.unproven for one in nothing), "that is inconclusive as a whole"
+
+
 def test_pages_say_inconclusive_and_what_did_not_run(tmp_path: Path) -> None:
     go(ensemble(Thief(), defenses=["none", "norm-only"], floors=True), tmp_path)
     for text in (report_of(tmp_path), report.ranking(tmp_path)):

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
@@ -19,6 +19,10 @@ RECOVERED = 0.6
 """The threshold of ``ssim_aligned`` (``recovery.judged``) in a run without one of its own."""
 
 UNSCORED = f"{RECOVERY} is not defined for images of fewer than 11 pixels a side"
+
+
+UNPROVEN = "Inconclusive: no attacker that has a score behind this defense recovers an image behind any other."
+"""Why it shows nothing that no image was recovered (``EnsembleResult.unproven``)."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,12 @@ class EnsembleResult:
         share: of recovered images, in [0, 1]: the mean over images of the share of their seeds; NaN without images.
         low: the lower end of the share's 95 % interval (``share_interval``); ``high`` is the upper end.
         attackers: the trials of every attacker, in the order in which they ran.
-        adaptive: the names of the adaptive attackers that ran, or had nothing left to recover.
+        adaptive: the names of the adaptive attackers that ran, or had nothing left to recover. If images were recovered
+            behind some defense, only attacks count that recovered one of them, under any threat model.
         unadaptive: why no adaptive attacker ran; empty if one did, or if there is nothing to model (``CONTROLS``).
         last: other defenses were attacked adaptively and this one was not, so that it is ranked after them.
         broken: how many targets have a trial in which the defense failed.
+        unproven: images were recovered behind other defenses, and by none of the attacks that have a score here.
     """
 
     dataset: str
@@ -82,6 +88,7 @@ class EnsembleResult:
     unadaptive: str = ""
     last: bool = False
     broken: int = 0
+    unproven: bool = False
 
     @property
     def attacked_by(self) -> str:
@@ -109,7 +116,8 @@ SCENE = attrgetter("dataset", "model")
 def ensemble_results(trials: pd.DataFrame, threshold: float) -> list[EnsembleResult]:
     """Return one result for each dataset, model and defense; the least recovered defense of a model comes first.
 
-    If some defenses were attacked adaptively and others were not, these come last.
+    If some defenses were attacked adaptively and others were not, these come last, with those that only attacks without
+    a positive control have scores of (``EnsembleResult.unproven``).
     One that failed in some trials comes after all others: what is recovered behind it does not count as protection.
 
     Args:
@@ -120,10 +128,13 @@ def ensemble_results(trials: pd.DataFrame, threshold: float) -> list[EnsembleRes
     names = attacker_names(attacks)
     found = []
     for _, scene in attacks.groupby(["dataset", "model"], sort=False):
-        own = [_ensemble_result(block, names) for _, block in scene.groupby("defense", sort=False)]
+        proven = set(scene.loc[scene["recovered"] & ~scene["by_floor"], "attack"])
+        own = [_ensemble_result(block, names, proven) for _, block in scene.groupby("defense", sort=False)]
         some = any(one.adaptive for one in own)
         own = [replace(one, last=some and bool(one.unadaptive)) for one in own]
-        found += sorted(own, key=lambda one: (one.broken > 0, one.last, math.isnan(one.share), one.share))
+        found += sorted(
+            own, key=lambda one: (one.broken > 0, one.last or one.unproven, math.isnan(one.share), one.share)
+        )
     return found
 
 
@@ -147,8 +158,16 @@ def informed_of(threat: str) -> str:
     return "" if named is None else named[1]
 
 
-def _ensemble_result(block: pd.DataFrame, names: Mapping[tuple[str, str], str]) -> EnsembleResult:
-    """Return the result of one defense from its judged trials in the order of planning."""
+def _ensemble_result(
+    block: pd.DataFrame, names: Mapping[tuple[str, str], str], proven: Collection[str]
+) -> EnsembleResult:
+    """Return the result of one defense from its judged trials in the order of planning.
+
+    Args:
+        block: the trials.
+        names: of attackers (``attacker_names``).
+        proven: the attacks that recovered an image behind any defense.
+    """
     recovered = block["recovered"]
     first = block[recovered & ~block["by_floor"]].drop_duplicates(TARGET)
     known = recovered.groupby([block[axis] for axis in TARGET]).transform("any")
@@ -159,7 +178,7 @@ def _ensemble_result(block: pd.DataFrame, names: Mapping[tuple[str, str], str]) 
     groups = targets.drop_duplicates("image").sort_values("image")["group"].to_numpy()
     low, high = share_interval(by_image, groups)
     waiting = block["status"] == ""
-    attackers, adaptive, refused = [], dict[str, None](), list[str]()
+    attackers, adaptive, refused, scoring = [], dict[str, None](), list[str](), set[str]()
     for (attack, threat), own in block.groupby(["attack", "threat"], sort=False):
         ended = own[scored[own.index]]
         lacking = own[(own["status"] != "") & ~scored[own.index]]
@@ -178,11 +197,13 @@ def _ensemble_result(block: pd.DataFrame, names: Mapping[tuple[str, str], str]) 
                 seconds=float(own["seconds"].sum()),
             )
         )
-        informed = informed_of(str(threat))
-        if informed and (attackers[-1].tried or attackers[-1].skipped):
+        informed, scored_any = informed_of(str(threat)), bool(attackers[-1].tried or attackers[-1].skipped)
+        scoring |= {str(attack)} if scored_any else set()
+        if informed and scored_any and (attack in proven or attackers[-1].skipped or not proven):
             adaptive[DEFAULT_ATTACKER if informed == "true" else informed] = None
         elif informed:
-            refused += attackers[-1].unscored
+            nothing = [f"{attack} recovers no image behind any defense"] if scored_any else []
+            refused += [*attackers[-1].unscored, *nothing]
     dataset, model, defense = (str(block[axis].iloc[0]) for axis in ("dataset", "model", "defense"))
     return EnsembleResult(
         dataset=dataset,
@@ -199,6 +220,7 @@ def _ensemble_result(block: pd.DataFrame, names: Mapping[tuple[str, str], str]) 
         adaptive=tuple(adaptive),
         unadaptive="" if adaptive or name_of(defense) in CONTROLS else next(iter(refused), "no adaptive attacker ran"),
         broken=len(block[defense_failed(block)].drop_duplicates(TARGET)),
+        unproven=bool(proven and scoring and len(by_image)) and not scoring & set(proven),
     )
 
 

@@ -106,7 +106,8 @@ def inconclusive(found: Sequence[EnsembleResult], components: Iterable[StoredCom
     """Return by dataset and model why nothing can be concluded of its defenses, in one sentence; empty if it can.
 
     Attackers that recover nothing behind ``none`` show nothing by recovering nothing behind a defense. The control of a
-    network that was trained behind a defense is one of the same architecture that was trained without.
+    network that was trained behind a defense is one of the same architecture that was trained without: weights as they
+    were drawn are no control of trained ones, which are harder to attack, and the other way round.
     """
     families = {one.spec: _family(one) for one in components if one.kind == "model"}
     controls: dict[tuple[str, str], list[EnsembleResult]] = {}
@@ -135,5 +136,6 @@ def control_flaw(shares: Sequence[float]) -> str:
 
 
 def _family(model: StoredComponent) -> str:
-    """Return a model's name and options without its trained weights."""
-    return f"{model.name} {sorted((name, str(value)) for name, value in model.options.items() if name != 'weights')}"
+    """Return a model's name and options, and of its trained weights only whether it has some."""
+    options = sorted((name, str(value)) for name, value in model.options.items() if name != "weights")
+    return f"{model.name} {options} {'trained' if model.options.get('weights') else 'drawn'}"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from leakbench import attacks, datasets, defenses
-from leakbench.analysis.ensemble import UNSCORED, ensemble_results, floor_share
+from leakbench.analysis.ensemble import UNPROVEN, UNSCORED, ensemble_results, floor_share
 from leakbench.analysis.recovery import caveat, judged
 from leakbench.analysis.verdict import CONTROL, control_flaw
 from leakbench.attacks.peeling.lattice import CONVOLUTIONS
@@ -134,10 +134,11 @@ def audit_model(
         floor = floor_share(trials, _threshold(matrix))
         found = {spec: _findings(store, trials, spec, leaks[spec], matrix, indices) for spec in each}
         control = control_flaw([own.result.share for spec, own in found.items() if each[spec].name == CONTROL])
-        behind = [
-            replace(own, note=each[spec].note(), floor=floor, inconclusive="" if own.result.share > 0 else control)
-            for spec, own in found.items()
-        ]
+        behind = []
+        for spec, one in found.items():
+            flaw = control or (UNPROVEN if one.result.unproven else "")
+            flaw = "" if one.result.share > 0 else flaw
+            behind.append(replace(one, note=each[spec].note(), floor=floor, inconclusive=flaw))
     facts = (
         *network.facts(),
         ("weights", network.checkpoint or "as the factory makes them, with a fixed seed"),
@@ -264,7 +265,8 @@ def _findings(
     """
     plain = {one.spec: one.plain for one in store.components() if one.kind == "defense"}
     shown = trials[trials["floor"] | (trials["defense"].map(plain) == spec)]
-    (found,) = ensemble_results(shown.assign(**{RECOVERY: shown[JUDGED]}), _threshold(matrix))
+    every = ensemble_results(trials.assign(**{RECOVERY: trials[JUDGED]}), _threshold(matrix))
+    (found,) = [one for one in every if plain[one.defense] == spec]
     behind = judged(shown.assign(**{RECOVERY: shown[JUDGED]}), _threshold(matrix))
     mine = behind[~behind["floor"]].assign(**{RECOVERY: shown[RECOVERY]})
     ended = mine[(mine["status"] == "ok") & mine[JUDGED].notna()]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError
 
 from leakbench.analysis import pareto as utility
-from leakbench.analysis.ensemble import RECOVERED, AttackerStats, attacked_by, ensemble_results, floor_share
+from leakbench.analysis.ensemble import RECOVERED, UNPROVEN, AttackerStats, attacked_by, ensemble_results, floor_share
 from leakbench.analysis.recovery import caveat
 from leakbench.analysis.verdict import inconclusive, missing_attackers
 from leakbench.core.files import StrictModel, first_fault
@@ -198,7 +198,7 @@ def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> t
                 high=one.high,
                 floor=None if math.isnan(floor) else floor,
                 missing=lacking[one.dataset, one.model, one.defense],
-                inconclusive=flaws[one.dataset, one.model],
+                inconclusive=flaws[one.dataset, one.model] or (UNPROVEN if one.unproven else ""),
                 caveat=caveat(scene),
                 best_attacker=best.attacker if best.recovered else None,
                 attackers=[_attacker(stats) for stats in one.attackers],

@@ -70,9 +70,15 @@ class WorstCase:
         return not any(row.missing for row in self.defenses)
 
     @property
+    def unproven(self) -> list[EnsembleResult]:
+        """The results of defenses that only attackers without a positive control have scores of."""
+        return [row.result for row in self.defenses if row.result.unproven]
+
+    @property
     def known(self) -> list[EnsembleResult]:
-        """The results with a share, the least recovered first and ``last`` ones last, without defenses that failed."""
-        return [row.result for row in self.defenses if not (math.isnan(row.result.share) or row.result.broken)]
+        """The results with a share, least recovered first, ``last`` ones last; none that failed or is ``unproven``."""
+        every = [row.result for row in self.defenses]
+        return [one for one in every if not (math.isnan(one.share) or one.broken or one.unproven)]
 
     @property
     def least(self) -> list[EnsembleResult]:
@@ -126,11 +132,11 @@ def worst_cases(run: RunData) -> list[WorstCase]:
 
 
 def _leakage(row: DefenseRow) -> tuple[bool, bool, bool, float, float]:
-    """Return the key that sorts defenses: those that failed last, before them those not attacked adaptively."""
+    """Return the key that sorts defenses: failed ones last; before them the ``last`` and the ``unproven`` ones."""
     share = row.result.share
     return (
         row.result.broken > 0,
-        row.result.last,
+        row.result.last or row.result.unproven,
         math.isnan(share),
         0.0 if math.isnan(share) else share,
         -math.inf if row.gain is None else row.gain[0],
