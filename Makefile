@@ -48,7 +48,7 @@ trunks: setup
 	@$(BIN)/leakbench assets fetch $(TRUNKS) || echo "LPIPS is left out: no source of its weights could be reached"
 
 test: setup
-	$(BIN)/python -m pytest -n 2 -m "not assets and not full and not docs and not browser and not fl and not ray and not torture"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not assets and not full and not docs and not browser and not fl and not ray and not torture"
 
 torture: setup
 	$(BIN)/python -m pytest -m torture
@@ -82,7 +82,7 @@ assets: setup
 	$(BIN)/leakbench assets fetch $(TRUNKS) dists $(DATA)
 
 test-assets: setup
-	$(BIN)/python -m pytest -n 2 -m assets
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m assets
 
 check: setup
 	$(BIN)/ruff format --check .
