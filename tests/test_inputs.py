@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import pickle
+import random
 import struct
 import sys
 import warnings
@@ -26,12 +28,15 @@ from torch import nn
 
 import leakbench
 from leakbench import datasets
+from leakbench.attacks.masks import read_draws
 from leakbench.audit import AuditedNetwork, images_of
 from leakbench.audit.given import audited, classes_of, first_channels, read_image, read_update
+from leakbench.audit.randomness import randomness
 from leakbench.datasets.folder import Folder
 from leakbench.datasets.pixels import read_image_file
 from leakbench.engine.executors import packed
 from leakbench.errors import BadOption, CorruptAsset, LeakbenchError, Unsupported
+from leakbench.gradients import Evaluator
 from leakbench.models import OwnModule, weights
 from leakbench.models.module import unwrapped
 
@@ -873,3 +878,128 @@ def test_a_class_of_a_notebook_is_sent_with_the_task(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))  # the worker's own
     again = pickle.loads(body)
     assert again.module(torch.zeros(1, 2)).shape == (1, 3)
+
+
+# The client's random draws
+
+
+class DropPath(nn.Module):
+    """A residual branch that is left out for half of the steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.last = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 1, 1), nn.Linear(64, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.sigmoid(self.a(x))
+        if self.training:
+            x = x + torch.sigmoid(self.b(x)) * torch.bernoulli(torch.full((len(x), 1, 1, 1), 0.5)) * 2
+        return self.last(x.flatten(1))
+
+
+class Functional(nn.Module):
+    """Dropout as a function, which stays on in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.last = net()[:3], nn.Linear(64, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(nn.functional.dropout(self.body(x), 0.5))
+
+
+class Jitter(nn.Module):
+    """Adds noise to its input, by Python's random numbers or torch's."""
+
+    def __init__(self, python: bool) -> None:
+        super().__init__()
+        self.inner, self.python = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Sigmoid(), nn.Linear(8, 4)), python
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return self.inner(x)
+        return self.inner(x * (1 + 0.1 * random.random()) if self.python else x + 0.1 * torch.randn_like(x))
+
+
+def dropped(layer: nn.Module, at: int = 3) -> nn.Module:
+    network = net()
+    network.insert(at, layer)
+    return network
+
+
+READ: dict[str, Callable[[], nn.Module]] = {
+    "dropout": lambda: dropped(nn.Dropout(0.5)),
+    "functional": Functional,
+    "functional in eval": lambda: Functional().eval(),
+    "channels": lambda: dropped(nn.Dropout2d(0.5), 2),
+    "alpha off": lambda: dropped(nn.Dropout(0.5)).eval(),
+    "stochastic depth": DropPath,
+    "two": lambda: nn.Sequential(
+        nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, 64), nn.Sigmoid(), nn.Dropout(0.5), nn.Linear(64, 4)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_draws_that_the_gradient_gives_away_are_read(name: str) -> None:
+    network, images = READ[name](), torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(5))
+    seen = leakbench.observe(network, images, [1, 2, 0])
+    known = read_draws(seen)
+    assert known.complete
+    assert len(known.masks) == {"alpha off": 0, "two": 2}.get(name, 1)
+    evaluator = Evaluator(seen.model, tuple(seen.gradient))
+    for path in ("batched", "vmap", "one-at-a-time"):
+        found = dataclasses.replace(evaluator, path=path).gradient(
+            seen.weights, images, torch.tensor([1, 2, 0]), create_graph=False, known=known.masks
+        )
+        assert all(torch.allclose(found[name], value, atol=1e-5) for name, value in seen.gradient.items())
+
+
+UNREAD: dict[str, Callable[[], nn.Module]] = {
+    "noise": lambda: Jitter(False),
+    "python": lambda: Jitter(True),
+    "before a convolution": lambda: nn.Sequential(nn.Dropout(0.5), net()),
+    "leaky": lambda: dropped(nn.RReLU(), 1),
+    "alpha": lambda: dropped(nn.AlphaDropout(0.5)),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_draws_that_are_not_read_are_a_doubt(name: str) -> None:
+    network = UNREAD[name]()
+    seen = leakbench.observe(network, torch.rand(2, *SHAPE), [1, 2])
+    found = randomness(network, SHAPE)
+    assert found.doubt()
+    assert "\n" not in found.doubt()
+    assert name == "python" or not read_draws(seen).complete
+    quiet = randomness(network.eval(), SHAPE)
+    assert quiet.doubt() == ""
+    assert not quiet.inputs
+
+
+def test_the_layers_that_draw_are_named() -> None:
+    assert randomness(dropped(nn.Dropout(0.5)), SHAPE).layers == ("3",)
+    assert randomness(Functional(), SHAPE).layers == ("the network itself",)
+    assert randomness(dropped(nn.Dropout(0.5)), SHAPE).inputs == {"4"}
+    assert randomness(net(), SHAPE).layers == ()
+    assert randomness(dropped(nn.Dropout(0)), SHAPE).layers == ()
+
+
+def test_noise_hides_a_mask() -> None:
+    images = torch.rand(1, *SHAPE)
+    for defense in ("noise(scale=0.001)", "prune"):
+        seen = leakbench.observe(dropped(nn.Dropout(0.5)), images, [1], defense=defense)
+        assert not read_draws(seen).complete
+
+
+def test_a_gate_does_not_pass_on_draws_that_are_not_read(cli, place: Path) -> None:  # noqa: F811
+    (place / "nets.py").write_text(
+        "from torch import nn\nfrom test_inputs import Jitter\n"
+        "def build(): return nn.Sequential(nn.AdaptiveAvgPool2d(8), Jitter(False))\n"
+    )
+    command = ("audit", "--plugin", "nets.py", "--model", "build", "--data", "samples(size=12)", "--first", "4")
+    done = cli(*command, "--budget", "quick", "--images", "1", "--fail-if", "recovered > 0.9", "--out", "out")
+    text = (place / "out" / "audit.md").read_text()
+    assert (done.code, "cannot be judged: Clients draw random numbers" in done.err) == (2, True)
+    assert "Inconclusive: clients draw random numbers" in text
+    assert "the image itself" not in text

@@ -376,7 +376,7 @@ def images_of(
     path = Path(spec).expanduser()
     if path.is_dir():
         dataset: Dataset = datasets.registry.build("folder", {"path": spec})
-    elif path.suffix in ARRAY_SUFFIXES:
+    elif path.suffix in ARRAY_SUFFIXES and (path.is_file() or ":" not in spec):
         dataset = datasets.registry.build("npz", {"path": spec})
     else:
         dataset = datasets.parse(spec)

@@ -17,6 +17,7 @@ from leakbench import attacks, datasets, defenses
 from leakbench.analysis.ensemble import UNPROVEN, UNSCORED, ensemble_results, floor_share
 from leakbench.analysis.recovery import caveat, judged
 from leakbench.analysis.verdict import CONTROL, control_flaw
+from leakbench.attacks.masks import read_draws
 from leakbench.attacks.peeling.lattice import CONVOLUTIONS
 from leakbench.audit.fail_rule import FailRule
 from leakbench.audit.findings import Audit, DefenseFindings, ImageFinding, NetworkFacts
@@ -32,6 +33,7 @@ from leakbench.audit.given import (
     read_update,
 )
 from leakbench.audit.layers import RESIDUAL_TOLERANCE, ClosedForm, ClosedFormLeaks, closed_forms
+from leakbench.audit.randomness import Randomness, randomness
 from leakbench.core.rng import seeded
 from leakbench.core.text import english, part, plural
 from leakbench.core.types import PRESETS, ThreatModel
@@ -126,19 +128,19 @@ def audit_model(
     matrix = options.matrix(options.budget, given | ({"threats": list(threats)} if threats else {}))
     indices = list(range(chosen)) if isinstance(chosen, int) else list(chosen)
     each = {defenses.spec(one): one for one in protections}
-    leaks = {spec: _leaks(own, one, dataset, indices) for spec, one in each.items()}
+    drawn = randomness(own.build(inner.image_shape, classes), inner.image_shape)
+    leaks = {spec: _leaks(own, one, dataset, indices, drawn) for spec, one in each.items()}
     run_options = RunOptions(device, salt=options.salt)
     engine.run(matrix, out, run_options, progress=progress, command=options.command)
     with Store.open(out / FILE, readonly=True) as store:
         trials = _planned(store, matrix)
         floor = floor_share(trials, _threshold(matrix))
-        found = {spec: _findings(store, trials, spec, leaks[spec], matrix, indices) for spec in each}
+        found = {spec: _findings(store, trials, spec, leaks[spec][0], matrix, indices) for spec in each}
         control = control_flaw([own.result.share for spec, own in found.items() if each[spec].name == CONTROL])
         behind = []
         for spec, one in found.items():
             flaw = control or (UNPROVEN if one.result.unproven else "")
-            flaw = "" if one.result.share > 0 else flaw
-            behind.append(replace(one, note=each[spec].note(), floor=floor, inconclusive=flaw))
+            behind.append(_doubted(replace(one, note=each[spec].note(), floor=floor), leaks[spec][1], flaw))
     facts = (
         *network.facts(),
         ("weights", network.checkpoint or "as the factory makes them, with a fixed seed"),
@@ -201,7 +203,9 @@ def audit_update(
         granted: Literal["hidden", "known"] = "hidden" if rate is None else "known"
         threat = ThreatModel(shares="weights", learning_rate=rate, local_steps=local_steps, rate=granted)
     observation = _observation(module, update, image_shape, classes, threat)
-    leaks = _leaks_of_update(module, observation, label)
+    drawn = randomness(module, image_shape)
+    leaks = _redrawn(_leaks_of_update(module, observation, label), drawn)
+    doubt = drawn.doubt() if drawn.layers and not read_draws(observation).complete else ""
     dataset = Recorded(_digest(observation, truth, label), image_shape, classes)
     given: dict[str, Any] = {"models": [own], "datasets": [dataset], "threats": [threat], "images": 1}
     proven = truth is None and any(form.pixels and form.exact and not form.factor for form in leaks.forms)
@@ -227,13 +231,26 @@ def audit_update(
     result = result if measured or proven else replace(result, share=math.nan)
     floor = floor_share(trials, _threshold(matrix)) if measured else math.nan
     flaw = "Inconclusive: an update has no positive control." if result.share == 0 else ""
-    warnings = (*_doubts(leaks.forms, update), *found.warnings)
+    warnings = (*([doubt] if doubt else []), *_doubts(leaks.forms, update), *found.warnings)
     found = replace(found, result=result, floor=floor, inconclusive=flaw, warnings=warnings)
     words = f"{before} to {after}" if kind == "weights" else f"{after}, a {kind}, of the weights {before}"
     if len(update.change) < update.trained:
         words += f"; {len(update.change)} of the {update.trained} trained parameters (tensors) were sent"
     facts = (*network.facts(), ("update", words))
     return _audit(own, dataset, facts, matrix, [found], options, 1, threat)
+
+
+def _doubted(found: DefenseFindings, doubt: str, flaw: str) -> DefenseFindings:
+    """Return findings with the doubt that clients draw random numbers, and why a share of 0 shows nothing.
+
+    Args:
+        found: the findings.
+        doubt: see ``Randomness.doubt``; empty if every draw is known.
+        flaw: of the positive control; empty if it has none.
+    """
+    flaw = "Inconclusive: clients draw random numbers that the attackers do not know." if doubt else flaw
+    warnings = (*([doubt] if doubt else []), *found.warnings)
+    return replace(found, warnings=warnings, inconclusive="" if found.result.share > 0 else flaw)
 
 
 def _data_words(inner: Dataset, first: int | None, order: str | None) -> str:
@@ -330,8 +347,10 @@ def _gaps(trials: pd.DataFrame, indices: Sequence[int]) -> Iterable[str]:
         )
 
 
-def _leaks(own: OwnModule, defense: Defense, dataset: Dataset, indices: Sequence[int]) -> ClosedFormLeaks:
-    """Return what the gradients of images leak behind a defense without any optimisation, checked against the truth.
+def _leaks(
+    own: OwnModule, defense: Defense, dataset: Dataset, indices: Sequence[int], drawn: Randomness
+) -> tuple[ClosedFormLeaks, str]:
+    """Return what gradients leak behind a defense without any optimisation, checked, and the doubt about draws.
 
     Raises:
         Unsupported: the defense mixes in more images than the data has.
@@ -354,7 +373,14 @@ def _leaks(own: OwnModule, defense: Defense, dataset: Dataset, indices: Sequence
     names = [name for name, module in seen.model.named_modules() if isinstance(module, kinds)]
     inputs = [layer_inputs(own, defense, client, classes, names) for client in clients]
     truth = {name: [row[name] for row in inputs] for name in names if all(name in row for row in inputs)}
-    return ClosedFormLeaks.of(seen, truth, [int(client.label) for client in clients])
+    found = ClosedFormLeaks.of(seen, truth, [int(client.label) for client in clients])
+    return _redrawn(found, drawn), drawn.doubt() if drawn.layers and not read_draws(seen).complete else ""
+
+
+def _redrawn(leaks: ClosedFormLeaks, drawn: Randomness) -> ClosedFormLeaks:
+    """Return leaks in which the input of a linear layer is not the image if it depends on random draws."""
+    forms = (replace(form, pixels=form.pixels and form.layer not in drawn.inputs) for form in leaks.forms)
+    return replace(leaks, forms=tuple(forms))
 
 
 def _observation(

@@ -198,7 +198,10 @@ class ImageNet(Folder):
 def _listing(folder: Path) -> Listing:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise BadOption(f"the folder {str(folder)!r} {what}; give a folder with one subfolder of images a class")
+        arrays = f", or write npz:{folder}" if folder.suffix == ".npz" else ""
+        raise BadOption(
+            f"the folder {str(folder)!r} {what}; give a folder with one subfolder of images a class{arrays}"
+        )
     attacked, public = _divided(folder)
     images, classes = _labelled(attacked)
     others, more = _labelled(public) if public else ([], set())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,13 +28,21 @@ class Draws:
 
     Args:
         generators: makes one generator a trial; None for a network that must not draw.
+        known: by the number of a drawing call in the pass, what it keeps: [T, 1, *shape] of 0 and 1. The others draw.
         trial: the number of the one trial of the pass: an integer or, under ``vmap``, a scalar tensor. None for a pass
             whose leading axis holds the trials, several places for each if it was split further.
     """
 
-    def __init__(self, generators: Generators | None, trial: int | Tensor | None = None) -> None:
+    def __init__(
+        self,
+        generators: Generators | None,
+        trial: int | Tensor | None = None,
+        known: Mapping[int, Tensor] = MappingProxyType({}),
+    ) -> None:
         self._make = generators and cache(generators)
         self._trial = trial
+        self._known = known
+        self._calls = 0
 
     @property
     def in_place(self) -> bool:
@@ -46,7 +55,7 @@ class Draws:
 
     def of(self, trial: int | Tensor) -> Draws:
         """Return the source of a pass of a single trial."""
-        return Draws(self._make, trial)
+        return Draws(self._make, trial, self._known)
 
     def take(self, shape: Sequence[int], draw: Draw) -> Tensor:
         """Return the results of ``draw`` on each trial's part of a tensor of this shape.
@@ -68,6 +77,34 @@ class Draws:
         own = (shape[0] // len(generators), *shape[1:])
         return torch.cat([draw(own, generator) for generator in generators])
 
+    def kept(self, x: Tensor, shape: Sequence[int], p: float) -> Tensor:
+        """Return what dropout with probability ``p`` keeps: 0 and 1, of this shape."""
+        known = self._next(shape)
+        return self.uniform(x, shape) >= p if known is None else known
+
+    def ones(self, x: Tensor, p: float | Tensor) -> Tensor:
+        """Return draws shaped like a tensor that are 1 with probability ``p``, and else 0."""
+        known = self._next(x.shape)
+        return self.uniform(x) < p if known is None else known
+
+    def skip(self) -> None:
+        """Count a drawing call whose draws are never known."""
+        self._calls += 1
+
+    def _next(self, shape: Sequence[int]) -> Tensor | None:
+        """Count a drawing call, and return its draws if they are known and of this shape."""
+        value = self._known.get(self._calls)
+        self._calls += 1
+        if value is None:
+            return None
+        if isinstance(self._trial, int):
+            value = value[self._trial]
+        elif self._trial is not None:
+            value = value.index_select(0, self._trial[None])[0]
+        else:
+            value = value.flatten(0, 1)
+        return value if value.shape == tuple(shape) else None
+
     def uniform(self, like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """Return U[0, 1) draws of this shape (by default that of ``like``)."""
         return self.take(like.shape if shape is None else shape, _uniform).to(like.device)
@@ -85,7 +122,7 @@ def random_operations(draws: Draws) -> Mapping[Callable[..., Any], Callable[...,
             raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
         if not training or p == 0:
             return x
-        keep = (draws.uniform(x, shape) >= p).to(x.dtype)
+        keep = draws.kept(x, shape, p).to(x.dtype)
         keep = keep / (1 - p) if p < 1 else keep
         return x.mul_(keep) if inplace else x * keep
 
@@ -96,14 +133,19 @@ def random_operations(draws: Draws) -> Mapping[Callable[..., Any], Callable[...,
         return drop(x, (*x.shape[:2], *[1] * (x.ndim - 2)), p, training, inplace)
 
     def bernoulli_(x: Tensor, p: float | Tensor = 0.5, *, generator: None = None) -> Tensor:
-        filled = (draws.uniform(x) < p).to(x.dtype)
+        filled = draws.ones(x, p).to(x.dtype)
         return x.copy_(filled) if draws.in_place else filled
 
     def bernoulli(x: Tensor, *, generator: None = None) -> Tensor:
-        return (draws.uniform(x) < x).to(x.dtype)
+        return draws.ones(x, x).to(x.dtype)
 
     def rand_like(x: Tensor) -> Tensor:
+        draws.skip()
         return draws.uniform(x).to(x.dtype)
+
+    def randn_like(x: Tensor) -> Tensor:
+        draws.skip()
+        return draws.normal(x)
 
     return {
         F.dropout: dropout,
@@ -115,7 +157,7 @@ def random_operations(draws: Draws) -> Mapping[Callable[..., Any], Callable[...,
         torch.Tensor.bernoulli_: bernoulli_,
         torch.bernoulli: bernoulli,
         torch.rand_like: rand_like,
-        torch.randn_like: draws.normal,
+        torch.randn_like: randn_like,
     }
 
 

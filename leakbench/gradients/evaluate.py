@@ -80,10 +80,17 @@ class Evaluator:
     loss: Loss = plain_loss
     path: Path = "batched"
 
-    def _losses(self, tensors: Mapping[str, Tensor], x: Tensor, y: Tensor, generators: Generators | None) -> Tensor:
+    def _losses(
+        self,
+        tensors: Mapping[str, Tensor],
+        x: Tensor,
+        y: Tensor,
+        generators: Generators | None,
+        known: Mapping[int, Tensor],
+    ) -> Tensor:
         """Return the loss [T] of each trial; the arguments are those of ``gradient``."""
         module = _LossModule(self.model, self.loss)
-        draws = Draws(generators)
+        draws = Draws(generators, known=known)
         if self.path == "batched":
             with Interception(draws, PER_TRIAL), without_checkpointing(), without_autocast():
                 return functional_call(module, self._named(self._placed(tensors)), (x, y))
@@ -120,6 +127,7 @@ class Evaluator:
         y: Tensor,
         create_graph: bool = True,
         generators: Generators | None = None,
+        known: Mapping[int, Tensor] = types.MappingProxyType({}),
     ) -> Gradient:
         """Return each trial's gradient by its own parameters, [T, *shape] per name.
 
@@ -131,10 +139,11 @@ class Evaluator:
             create_graph: keep the graph, so that the gradient can be differentiated by x, y and ``tensors``.
             generators: makes one generator a trial for the network's random layers, such as dropout; without it a
                 network that draws raises Unsupported.
+            known: the draws of random layers that are known (``Draws``).
         """
         # views, because the backward pass can leave out only tensors that are no leaves
         own = {name: _differentiable(tensors[name]) for name in self.names}
-        loss = self._losses({**tensors, **own}, x.view_as(x), y, generators)
+        loss = self._losses({**tensors, **own}, x.view_as(x), y, generators, known)
         grads = torch.autograd.grad(loss.sum(), list(own.values()), create_graph=create_graph, allow_unused=True)
         return {name: torch.zeros_like(own[name]) if grad is None else grad for name, grad in zip(self.names, grads)}
 

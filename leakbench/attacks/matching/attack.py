@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from leakbench.attacks.masks import read_draws
 from leakbench.attacks.matching.objective import SECRET_PREFIX, MatchingObjective, draw, evaluate
 from leakbench.attacks.matching.problem import MatchingProblem
 from leakbench.attacks.matching.tensors import double
@@ -103,6 +104,7 @@ class GradientMatching(MatchingProblem):
             evaluator=evaluator,
             tensors={**observation.weights, **secrets},
             rng=rng,
+            draws=read_draws(observation).masks,
         )
 
     def _search(self, objective: MatchingObjective) -> Found:

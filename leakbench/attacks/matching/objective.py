@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Self
 
@@ -44,6 +44,8 @@ class MatchingObjective:
         tensors: every fixed tensor of the network: public weights, revealed and sampled secrets.
         rng: the source of draws at each evaluation (noise, the masks of dropout).
         restart: the index of the restart, from 0 on.
+        draws: the draws of the client's random layers that its gradient gave away, [T, 1, *shape] by number of the call
+            (``read_draws``).
         prior_factor: [T], by which each trial's prior is multiplied while the objective is minimised; None for 1.
     """
 
@@ -53,6 +55,7 @@ class MatchingObjective:
     tensors: Mapping[str, Tensor]
     rng: Rng
     restart: int = 0
+    draws: Mapping[int, Tensor] = field(default_factory=dict)
     prior_factor: Tensor | None = None
 
     def __call__(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
@@ -255,6 +258,7 @@ class MatchingObjective:
             observation=observation,
             tensors=take(self.tensors),
             rng=self.rng.select(rows),
+            draws={place: value[index] for place, value in self.draws.items()},
             prior_factor=None if self.prior_factor is None else self.prior_factor[index],
         )
 
@@ -304,6 +308,7 @@ class MatchingObjective:
                 labels,
                 create_graph=differentiable,
                 generators=lambda: self.rng.generators(self._purposes("layers", evaluation, step)),
+                known=self.draws if step == 0 else {},
             )
 
     def _filled(self, unknowns: Unknowns, evaluation: Evaluation) -> dict[str, Tensor]:
