@@ -1,4 +1,4 @@
-"""The random draws of a client's layers that its gradient gives away: masks of dropout, branches that were left out.
+"""The random draws of a client's layers that its gradient leaks: masks of dropout, branches that were left out.
 
 What dropout sets to zero enters the next layer as an exact zero, and the gradient of that layer's weight is exactly
 zero there. A branch that stochastic depth left out has a gradient of zeros. No attack has to guess such draws.
@@ -37,7 +37,7 @@ MIN_AGREEMENT = 0.999
 
 @dataclass(frozen=True)
 class KnownDraws:
-    """The draws of one forward pass that were read off a gradient.
+    """The draws of one forward pass that follow from a gradient.
 
     Attributes:
         masks: by the number of the drawing call in a pass, what was kept: [T, 1, *shape] of 0 and 1.
@@ -73,7 +73,7 @@ class _Recorder(Draws):
         return self._noted(x, x.shape, 1 - float(torch.as_tensor(p).double().mean()))
 
     def uniform(self, like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-        """Return 0.5 for draws that no gradient gives away."""
+        """Return 0.5 for draws that no gradient leaks."""
         self.calls.append(_Call((), None))
         return torch.full(tuple(like.shape if shape is None else shape), 0.5, device=like.device)
 

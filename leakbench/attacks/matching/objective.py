@@ -44,7 +44,7 @@ class MatchingObjective:
         tensors: every fixed tensor of the network: public weights, revealed and sampled secrets.
         rng: the source of draws at each evaluation (noise, the masks of dropout).
         restart: the index of the restart, from 0 on.
-        draws: the draws of the client's random layers that its gradient gave away, [T, 1, *shape] by number of the call
+        draws: the draws of the client's random layers that its gradient leaks, [T, 1, *shape] by number of the call
             (``read_draws``).
         prior_factor: [T], by which each trial's prior is multiplied while the objective is minimised; None for 1.
     """
