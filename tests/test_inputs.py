@@ -28,7 +28,7 @@ from torch import nn
 
 import leakbench
 from leakbench import datasets
-from leakbench.attacks.masks import read_draws
+from leakbench.attacks.known_draws import read_draws
 from leakbench.audit import AuditedNetwork, images_of
 from leakbench.audit.given import audited, classes_of, first_channels, read_image, read_update
 from leakbench.audit.randomness import randomness

@@ -17,7 +17,7 @@ from leakbench import attacks, datasets, defenses
 from leakbench.analysis.ensemble import UNPROVEN, UNSCORED, ensemble_results, floor_share
 from leakbench.analysis.recovery import caveat, judged
 from leakbench.analysis.verdict import CONTROL, control_flaw
-from leakbench.attacks.masks import read_draws
+from leakbench.attacks.known_draws import read_draws
 from leakbench.attacks.peeling.lattice import CONVOLUTIONS
 from leakbench.audit.fail_rule import FailRule
 from leakbench.audit.findings import Audit, DefenseFindings, ImageFinding, NetworkFacts

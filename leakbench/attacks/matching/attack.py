@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from leakbench.attacks.masks import read_draws
+from leakbench.attacks.known_draws import read_draws
 from leakbench.attacks.matching.objective import SECRET_PREFIX, MatchingObjective, draw, evaluate
 from leakbench.attacks.matching.problem import MatchingProblem
 from leakbench.attacks.matching.tensors import double
