@@ -38,8 +38,8 @@ class Randomness:
         others = len(self.layers) - SHOWN
         named = [*self.layers[:SHOWN], *([f"{others} others"] if others > 0 else [])]
         return (
-            f"Clients draw random numbers while they train (in {english(named)}), and the attackers did not infer all of "
-            "them from what was sent. An attacker who can, or who repeats the attack with other draws, may recover "
+            f"Clients draw random numbers while they train (in {english(named)}), and the attackers did not infer all "
+            "of them from what was sent. An attacker who can, or who repeats the attack with other draws, may recover "
             "more, so an image that was not recovered is not protected; --mode eval shows what leaks without the draws."
         )
 
