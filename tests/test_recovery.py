@@ -17,7 +17,7 @@ from test_html import scored
 from test_report import DLG, GREY, METRICS, NONE, run
 from test_worst_case import KnowingFloor, Knows, Thief, ensemble, planned, report_of, run_of, squeezed, standing
 
-from leakbench import Reconstruction, datasets, report
+from leakbench import Reconstruction, Unsupported, datasets, report
 from leakbench.analysis import integrity
 from leakbench.analysis.ensemble import ensemble_results
 from leakbench.analysis.recovery import caveat, judged
@@ -379,19 +379,48 @@ def test_pages_say_inconclusive_and_what_did_not_run(tmp_path: Path) -> None:
     assert "The worst case behind each defense" not in page
 
 
+def pruned(observation: Any) -> bool:
+    """Return whether most of what was sent is zero, as behind ``prune``."""
+    return float((torch.cat([value.flatten() for value in observation.gradient.values()]) == 0).float().mean()) > 0.5
+
+
 def test_with_a_control_the_headline_ranks(tmp_path: Path) -> None:
     @dataclass(frozen=True)
     class OnlyUndefended(Knows):
         name: ClassVar[str] = "only-undefended"
 
         def give(self, images: Any, observation: Any, rng: Any) -> Reconstruction:
-            plain = all("norm" not in name for name in observation.gradient)
-            return super().give(images, observation, rng) if plain else Reconstruction(torch.rand_like(images))
+            found = super().give(images, observation, rng)
+            return Reconstruction(torch.rand_like(images)) if pruned(observation) else found
 
-    go(ensemble(OnlyUndefended("0 1 2 3"), defenses=["none", "norm-only"], floors=True), tmp_path)
+    go(ensemble(OnlyUndefended("0 1 2 3"), defenses=["none", "prune"], floors=True), tmp_path)
     assert "Inconclusive" not in report_of(tmp_path)
     (path,) = report.write(tmp_path, {"html"})
-    assert "Inconclusive" not in path.read_text()
+    page = path.read_text()
+    assert "Inconclusive" not in page
+    assert "The attackers that ran recover least behind “prune”" in page
+
+
+def test_pages_name_the_defense_that_only_weak_attackers_attacked(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class NotPruned(Knows):
+        name: ClassVar[str] = "not-pruned"
+
+        def check(self, observation: Any) -> None:
+            if pruned(observation):
+                raise Unsupported("not behind prune")
+
+    @dataclass(frozen=True)
+    class Weak(Knows):
+        name: ClassVar[str] = "weak"
+
+    go(ensemble(NotPruned("0 1 2 3"), Weak(""), defenses=["none", "prune"], floors=True), tmp_path)
+    assert "**Inconclusive behind prune**: no attacker that has a score" in report_of(tmp_path)
+    (path,) = report.write(tmp_path, {"html"})
+    page = path.read_text()
+    assert "Inconclusive behind “prune”" in page
+    assert "recover least" not in page
+    assert "(inconclusive)" in page
 
 
 def test_groups_in_the_file_are_json_by_dataset(tmp_path: Path) -> None:
