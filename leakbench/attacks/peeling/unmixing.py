@@ -11,16 +11,28 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
-MIN_TOLERANCE = 1e-9
-"""The least relative size that counts as zero."""
+MIN_NOISE = 3e-10
+"""The least standard deviation that is assumed of a row, relative to its norm."""
 
-CLEAR = 6.0
-"""Values of more than this many standard deviations are not zero."""
+ZERO, CLEAR = 3.0, 6.0
+"""Up to the first number of standard deviations a value counts as zero; more than the second below 0 it is negative."""
+
+SLACKS = (3.0, 6.0, 12.0)
+"""How many standard deviations below 0 values may be in a linear program; the next is tried if none are feasible."""
+
+WIDTHS = (3.0, 2.0, 1.5)
+"""The widths of the Gaussian weights by which a direction is fitted to its zeros, in standard deviations."""
+
+WIDEST, NARROWING = 0.1, 3.0
+"""The first of ever narrower widths, relative to the norm of a row, and the ratio of one to the next."""
+
+FITS = 4
+"""How often it is fitted with each width."""
 
 MIN_SIZE = 0.05
 """Smaller rows, relative to the median, are left out."""
 
-MAX_NOISE = 10.0
+MAX_NOISE = 3.0
 """Rows with more noise, relative to the median, are left out."""
 
 TRIES = 3
@@ -34,6 +46,9 @@ CONSTRAINTS = 40
 
 SAME = 0.9999
 """The cosine from which on two directions count as one."""
+
+MIN_ANGLE = 0.01
+"""The least singular value of a set of independent directions."""
 
 MIN_ZEROS = 0.04
 """The least share of zeros of a vector, above those that any extreme ray has."""
@@ -56,19 +71,19 @@ def unmix(mixed: Tensor, spread: Tensor, rng: torch.Generator) -> Tensor:
         rng: of the linear functions.
     """
     count = mixed.shape[1]
-    sizes = mixed.norm(dim=1)
     if count == 1:
         return torch.ones_like(mixed[:1])
-    limit = (CLEAR * spread / sizes).clamp(min=MIN_TOLERANCE)
-    live = (sizes > MIN_SIZE * sizes[sizes > 0].median()) & (limit <= MAX_NOISE * limit.nanmedian())
-    rows, limit = mixed[live] / sizes[live, None], limit[live]
+    sizes = mixed.norm(dim=1)
+    noise = (spread / sizes).clamp(min=MIN_NOISE)
+    live = (sizes > MIN_SIZE * sizes[sizes > 0].median()) & (noise <= MAX_NOISE * noise.nanmedian())
+    rows, noise = mixed[live] / sizes[live, None], noise[live]
     pool: list[tuple[float, Tensor]] = []
     best: list[Tensor] = []
     done, last = 0, TRIES * count + 10
     while done < last:
         done += 1
-        direction = _extreme_ray(rows, limit, torch.stack(best) if best else rows[:0], rng)
-        found = None if direction is None else _fitted(rows, limit, direction)
+        start = _extreme_ray(rows, noise, torch.stack(best) if best else rows[:0], rng)
+        found = _fitted(rows, noise, start)
         if found is None or any(float(found[1] @ other) > SAME for _, other in pool):
             continue
         pool.append(found)
@@ -79,47 +94,61 @@ def unmix(mixed: Tensor, spread: Tensor, rng: torch.Generator) -> Tensor:
     return torch.stack(best) if best else rows[:0]
 
 
-def _extreme_ray(rows: Tensor, limit: Tensor, found: Tensor, rng: torch.Generator) -> Tensor | None:
-    """Return a unit vector r with rows @ r >= -limit that minimises a random function, or None if there is none.
+def _extreme_ray(rows: Tensor, noise: Tensor, found: Tensor, rng: torch.Generator) -> Tensor:
+    """Return a unit vector r that minimises a random function where rows @ r is not negative, but for noise.
 
-    The function is zero at the directions ``found`` [k, m], if they are fewer than m.
+    The function is zero at the directions ``found`` [k, m], if they are fewer than m. If the noise leaves no such
+    vector, one that is orthogonal to m - 1 random rows is returned.
     """
     count = rows.shape[1]
     objective = torch.randn(count, dtype=rows.dtype, generator=rng)
     if 0 < len(found) < count:
         objective = objective - torch.linalg.lstsq(found.mT, objective[:, None]).solution[:, 0] @ found
     order = torch.randperm(len(rows), generator=rng)
-    chosen = torch.zeros(len(rows), dtype=torch.bool)
-    chosen[order[: CONSTRAINTS * count]] = True
     middle = rows.mean(0, keepdim=True).numpy()
-    while True:
-        bounds = limit[chosen].numpy()
-        program = linprog(
-            objective.numpy(), -rows[chosen].numpy(), bounds, middle, np.ones(1), (None, None), method="highs-ds"
-        )
-        if program.status != 0:
-            return None
-        ray = torch.from_numpy(program.x)
-        violated = (rows @ ray < -2 * limit) & ~chosen
-        if not bool(violated.any()):
+    for slack in SLACKS:
+        limit = slack * noise
+        chosen = torch.zeros(len(rows), dtype=torch.bool)
+        chosen[order[: CONSTRAINTS * count]] = True
+        violated = chosen
+        while bool(violated.any()):
+            chosen = chosen | violated
+            bounds, ones = limit[chosen].numpy(), np.ones(1)
+            program = linprog(
+                objective.numpy(), -rows[chosen].numpy(), bounds, middle, ones, (None, None), method="highs-ds"
+            )
+            if program.status != 0:
+                break
+            ray = torch.from_numpy(program.x)
+            violated = (rows @ ray < -2 * limit) & ~chosen
+        else:
             return ray / ray.norm()
-        chosen |= violated
+    return torch.linalg.svd(rows[order[: count - 1]], full_matrices=True)[2][-1]
 
 
-def _fitted(rows: Tensor, limit: Tensor, direction: Tensor) -> tuple[float, Tensor] | None:
-    """Return a direction fitted to its zeros, and their share; None if it is negative or has few zeros."""
-    for widen in (3.0, 1.0):
-        near = rows[(rows @ direction).abs() <= widen * limit]
-        if len(near) < len(direction) - 1:
-            return None
-        direction = torch.linalg.eigh(near.mT @ near)[1][:, 0]
-    values = rows @ direction
-    sign = values.sum().sign()
-    zero = values.abs() <= limit
-    share = float(zero.double().mean())
-    negative = float(((sign * values < 0) & ~zero).double().mean())
-    few = share < MIN_ZEROS + len(direction) / len(rows)
-    return None if few or negative > MAX_NEGATIVE else (share, sign * direction)
+def _fitted(rows: Tensor, noise: Tensor, start: Tensor) -> tuple[float, Tensor] | None:
+    """Return a direction fitted to its zeros, and their share; None if it is negative or has few zeros.
+
+    An extreme ray is a true direction, or only near one. The first is fitted to the zeros that it has, the second by
+    weights that fall from wide to narrow; what has more zeros counts.
+    """
+    narrow = [width for width in WIDTHS for _ in range(FITS)]
+    steps = int(np.log(max(1.0, WIDEST / (WIDTHS[0] * float(noise.median())))) / np.log(NARROWING))
+    wide = [WIDTHS[0] * NARROWING**step for step in range(steps, 0, -1)]
+    best = None
+    for widths in (narrow, wide + narrow):
+        direction = start
+        for width in widths:
+            weights = torch.exp(-0.5 * (rows @ direction / (width * noise)).square()) / noise.square()
+            direction = torch.linalg.eigh((rows * weights[:, None]).mT @ rows)[1][:, 0]
+        values = rows @ direction / noise
+        sign = values.sum().sign()
+        share = float((values.abs() <= ZERO).double().mean())
+        negative = float((sign * values < -CLEAR).double().mean())
+        many = share >= MIN_ZEROS + len(direction) / len(rows)
+        if many and negative <= MAX_NEGATIVE and (best is None or share > best[0]):
+            best = share, sign * direction
+    return best
 
 
 def _independent(pool: list[tuple[float, Tensor]], count: int) -> list[Tensor]:
@@ -127,8 +156,8 @@ def _independent(pool: list[tuple[float, Tensor]], count: int) -> list[Tensor]:
     chosen: list[Tensor] = []
     most = max(share for share, _ in pool)
     for share, direction in sorted(pool, key=lambda each: -each[0]):
-        if share < LIKE * most:
+        if share < LIKE * most or len(chosen) == count:
             break
-        if len(chosen) < count and float(torch.linalg.svdvals(torch.stack([*chosen, direction]))[-1]) > 1e-3:
+        if float(torch.linalg.svdvals(torch.stack([*chosen, direction]))[-1]) > MIN_ANGLE:
             chosen.append(direction)
     return chosen
