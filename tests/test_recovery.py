@@ -95,6 +95,26 @@ def test_the_best_floor_is_each_metrics_own_on_the_same_image_and_seed() -> None
     assert judged(frame(*elsewhere, guess(0.7, 21.0)), 0.6)["recovered"].tolist()[-1]
 
 
+def test_a_changed_image_that_the_gradient_leaks_counts_as_recovered() -> None:
+    """A shifted or blended image is what the client trained on; the private image itself is counted beside it."""
+
+    def changed(ssim: float, psnr: float, **more: Any) -> dict[str, Any]:
+        return {"defense": "ats", "ssim_encoded": ssim, "psnr_encoded": psnr, **more}
+
+    rows = [floor(0.3, 15.0, **changed(0.2, 14.0)), floor(0.3, 15.0, **changed(0.9, 99.0, defense="mixup"))]
+    rows += [floor(0.3, 15.0, image=1, **changed(0.2, 14.0)), floor(0.3, 15.0, image=2, **changed(0.2, 14.0))]
+    rows += [guess(0.1, 9.0, **changed(1.0, 100.0)), guess(0.8, 30.0, image=1, **changed(0.4, 13.0))]
+    rows += [guess(0.1, 9.0, image=2, **changed(0.7, 13.0))]  # further from it than the floor
+    found = judged(frame(*rows), 0.6)
+    assert found["recovered"].tolist()[4:] == [True, True, False]
+    assert found["itself"].tolist()[4:] == [False, True, False]
+    (result,) = [one for one in ensemble_results(frame(*rows), 0.6) if one.defense == "ats"]
+    assert (result.share, result.itself) == pytest.approx((2 / 3, 1 / 3))
+    plain = ensemble_results(frame(floor(0.3, 15.0), guess(0.8, 30.0)), 0.6)[0]
+    assert plain.share == 1
+    assert math.isnan(plain.itself)
+
+
 def test_what_was_not_measured_is_said_and_judged_by_the_rest() -> None:
     without = frame(guess(0.7, 5.0))
     assert judged(without, 0.6)["recovered"].all()

@@ -9,7 +9,7 @@ from operator import attrgetter
 import pandas as pd
 
 from leakbench.analysis.failures import defense_failed
-from leakbench.analysis.recovery import TARGET, judged
+from leakbench.analysis.recovery import ENCODED, TARGET, judged
 from leakbench.analysis.statistics import share_interval, unit_means
 from leakbench.core.text import name_of
 from leakbench.defenses.adaptive import CONTROLS, DEFAULT_ATTACKER, SIMULATE
@@ -71,6 +71,8 @@ class EnsembleResult:
         last: other defenses were attacked adaptively and this one was not, so that it is ranked after them.
         broken: how many targets have a trial in which the defense failed.
         unproven: images were recovered behind other defenses, and by none of the attacks that have a score here.
+        itself: the part of ``share`` of which the private image itself is recovered, and not only the image that the
+            client trained on in its place; NaN if the defense changes no image.
     """
 
     dataset: str
@@ -89,6 +91,7 @@ class EnsembleResult:
     last: bool = False
     broken: int = 0
     unproven: bool = False
+    itself: float = math.nan
 
     @property
     def attacked_by(self) -> str:
@@ -175,6 +178,8 @@ def _ensemble_result(
     targets = block[scored & ~block["by_floor"]].drop_duplicates(TARGET)
     by_image = unit_means(known[targets.index].to_numpy(dtype=float), targets["image"].to_numpy())
     share = float(by_image.mean()) if len(by_image) else math.nan
+    changes = ENCODED[0] in block and bool(block[ENCODED[0]].notna().any())
+    itself = block["itself"].groupby([block[axis] for axis in TARGET]).transform("any")[targets.index]
     groups = targets.drop_duplicates("image").sort_values("image")["group"].to_numpy()
     low, high = share_interval(by_image, groups)
     waiting = block["status"] == ""
@@ -221,6 +226,7 @@ def _ensemble_result(
         unadaptive="" if adaptive or name_of(defense) in CONTROLS else next(iter(refused), "no adaptive attacker ran"),
         broken=len(block[defense_failed(block)].drop_duplicates(TARGET)),
         unproven=bool(proven and scoring and len(by_image)) and not scoring & set(proven),
+        itself=float(itself.groupby(targets["image"]).mean().mean()) if changes else math.nan,
     )
 
 

@@ -1,11 +1,13 @@
 """Which trials recover their image: the one rule that everything counts by."""
 
 import json
+from collections.abc import Sequence
 
 import pandas as pd
 
 from leakbench.analysis.statistics import ROUNDING
 from leakbench.core.text import plural
+from leakbench.metrics.encoded import EncodedPSNR, EncodedSSIM
 from leakbench.metrics.public import PublicSSIM
 from leakbench.plan.matrix import RECOVERY
 from leakbench.plan.trial import target
@@ -13,6 +15,9 @@ from leakbench.store.run_file import Store
 
 CLOSENESS = "psnr_aligned"
 """The second metric in which a reconstruction must be better than every floor."""
+
+ENCODED = (EncodedSSIM.name, EncodedPSNR.name)
+"""``RECOVERY`` and ``CLOSENESS`` against the image that the client trained on, if its defense changes the image."""
 
 TARGET = ["image", "seed"]
 """The columns that name an attacked image."""
@@ -24,34 +29,45 @@ _PLACE = ["dataset", *TARGET]
 
 
 def judged(trials: pd.DataFrame, threshold: float) -> pd.DataFrame:
-    """Return trials with two more columns, ``recovered`` and ``by_floor``.
+    """Return trials with three more columns, ``recovered``, ``by_floor`` and ``itself``.
 
-    ``recovered``: the trial did not fail, its ``RECOVERY`` score is at least the threshold, and it is better than the
-    best floor on the same image and seed both in ``RECOVERY`` and in ``CLOSENESS``. A condition that was not measured
-    (no floor was run, a metric is missing) does not count; ``caveat`` says so. ``by_floor``: a floor reaches the
-    threshold on this image without any gradient, so that the image shows nothing about a leak.
+    ``itself``: the trial did not fail, its ``RECOVERY`` score is at least the threshold, and it is better than the best
+    floor on the same image and seed both in ``RECOVERY`` and in ``CLOSENESS``. A condition that was not measured (no
+    floor was run, a metric is missing) does not count; ``caveat`` says so. ``recovered``: the same holds, or it holds
+    for the image that the client trained on in place of the private one (a shift of it, a blend with another): that
+    image is what the gradient leaks, and it shows the private one. ``by_floor``: a floor reaches the threshold on this
+    image without any gradient, so that the image shows nothing about a leak.
 
     Args:
-        trials: with the columns dataset, image, seed, status, floor and the metrics (``Store.trials``); floors are the
-            same behind every defense, for every model and threat model.
+        trials: with the columns dataset, defense, image, seed, status, floor and the metrics (``Store.trials``); floors
+            are the same behind every defense, for every model and threat model.
         threshold: in [0, 1].
     """
-    metrics = [RECOVERY, CLOSENESS]
-    own = trials.reindex(columns=list(dict.fromkeys((*trials.columns, *metrics))))
-    floors = best_floors(own, metrics)
-    limits = floors.reindex(pd.MultiIndex.from_frame(own[_PLACE]))
-    recovered = (own["status"] == "ok") & (own[RECOVERY] >= threshold)
-    for metric in metrics:
-        score, limit = own[metric].to_numpy(dtype=float), limits[metric].to_numpy(dtype=float)
-        unknown = pd.isna(score) | pd.isna(limit)
-        recovered &= unknown | (score > limit + ROUNDING)
-    return trials.assign(recovered=recovered, by_floor=limits[RECOVERY].to_numpy(dtype=float) >= threshold)
+    own = trials.reindex(columns=list(dict.fromkeys((*trials.columns, RECOVERY, CLOSENESS, *ENCODED))))
+    limits = best_floors(own, [RECOVERY, CLOSENESS]).reindex(pd.MultiIndex.from_frame(own[_PLACE]))
+    itself = _above(own, limits, threshold)
+    behind = ["defense", *_PLACE]  # what a client trains on depends on its defense
+    changed = best_floors(own, ENCODED, behind).reindex(pd.MultiIndex.from_frame(own[behind]))
+    return trials.assign(
+        recovered=itself | _above(own, changed, threshold),
+        by_floor=limits[RECOVERY].to_numpy(dtype=float) >= threshold,
+        itself=itself,
+    )
 
 
-def best_floors(trials: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
+def _above(trials: pd.DataFrame, limits: pd.DataFrame, threshold: float) -> pd.Series:
+    """Return which trials did not fail, reach the threshold in the first metric, and exceed the limits that are known."""
+    found = (trials["status"] == "ok") & (trials[limits.columns[0]] >= threshold)
+    for metric in limits:
+        score, limit = trials[metric].to_numpy(dtype=float), limits[metric].to_numpy(dtype=float)
+        found &= pd.isna(score) | pd.isna(limit) | (score > limit + ROUNDING)
+    return found
+
+
+def best_floors(trials: pd.DataFrame, metrics: Sequence[str], place: Sequence[str] = _PLACE) -> pd.DataFrame:
     """Return the largest value of any floor in each metric, by dataset, image and seed."""
     floors = trials[trials["floor"].to_numpy(dtype=bool) & (trials["status"] == "ok")]
-    return floors.groupby(_PLACE)[metrics].max()
+    return floors.groupby(list(place))[list(metrics)].max()
 
 
 def caveat(trials: pd.DataFrame) -> str:
@@ -93,7 +109,7 @@ def _lesser_rule(trials: pd.DataFrame) -> str:
 
 def recovered_targets(store: Store, threshold: float) -> dict[str, set[str]]:
     """Return the images that attacks (floors are none) have recovered: ``Trial.target`` -> the trials that did so."""
-    trials = judged(store.scored([RECOVERY, CLOSENESS]), threshold)
+    trials = judged(store.scored([RECOVERY, CLOSENESS, *ENCODED]), threshold)
     found: dict[str, set[str]] = {}
     own = trials[trials["recovered"] & ~trials["floor"]]
     for trial, cell, image, seed in own[["trial", "cell", *TARGET]].itertuples(index=False, name=None):

@@ -172,8 +172,8 @@ class Store:
     def scored(self, metrics: Sequence[str]) -> pd.DataFrame:
         """Return the trials that ended with scores or diverged, in few columns, which is faster than ``trials``.
 
-        Those of controls are left out. The columns are ``trial``, ``cell`` (its settings) and ``dataset`` (its
-        settings), both JSON, ``image``, ``seed``, ``status``, ``floor`` and these metrics, NaN for one that was not
+        Those of controls are left out. The columns are ``trial``, ``cell``, ``dataset`` and ``defense`` (their
+        settings as JSON), ``image``, ``seed``, ``status``, ``floor`` and these metrics, NaN for one that was not
         computed.
         """
         values = "".join(", (SELECT value FROM scores WHERE trial_id = trials.id AND metric = ?)" for _ in metrics)
@@ -187,8 +187,12 @@ class Store:
         types = dict.fromkeys(metrics, "float64") | {"floor": "bool", "image": "int64", "seed": "int64"}
         found = pd.DataFrame([tuple(row) for row in rows], columns=columns).astype(types)
         with decoding(self.path, "JSON in column settings of cells"):
-            data = {text: json.dumps(json.loads(text)["dataset"], sort_keys=True) for text in found["cell"].unique()}
-        return found.assign(dataset=found["cell"].map(data))
+            cells = {text: json.loads(text) for text in found["cell"].unique()}
+            parts = {
+                part: {text: json.dumps(own[part], sort_keys=True) for text, own in cells.items()}
+                for part in ("dataset", "defense")
+            }
+        return found.assign(**{part: found["cell"].map(each) for part, each in parts.items()})
 
     def chunk(self, cell: str) -> int | None:
         """Return how many trials of a cell (``Cell.key``) run at a time, or None if that was not recorded."""
