@@ -12,6 +12,7 @@ from leakbench.analysis.recovery import TARGET, judged
 from leakbench.analysis.summary import rescored
 from leakbench.core.component import as_json
 from leakbench.core.types import ThreatModel
+from leakbench.defenses.adaptive import CONTROLS, SIMULATE
 from leakbench.defenses.base import by_informed
 from leakbench.plan.matrix import RECOVERY, parse_threat
 from leakbench.store.frames import from_csv
@@ -68,14 +69,17 @@ def metric_of(name: str) -> MetricInfo:
 def planned(results: pd.DataFrame) -> pd.DataFrame:
     """Return the results of an ensemble's run with the trials that it skipped, whose status is empty.
 
-    Every attacker of the run attacks every image behind every defense, an adaptive one only if the defense states it.
+    Every attacker of the run attacks every image behind every defense, an adaptive one only if the defense states it;
+    ``simulate`` needs no statement, but something to model.
     Trials on an image that a floor recovers are left out if they were not run: they do not count, and runs of older
     versions skipped them. Attackers come in the order of their attacks.
     """
     attacked = results[~results["floor"]]
     attackers = attacked[["attack", "threat"]].drop_duplicates().itertuples(index=False, name=None)
     roles = [(attack, parse_threat(threat)) for attack, threat in attackers]
-    roles = list(dict.fromkeys((attack, replace(threat, informed=bool(threat.informed))) for attack, threat in roles))
+    roles = list(
+        dict.fromkeys((attack, threat if threat.informed == SIMULATE else _any(threat)) for attack, threat in roles)
+    )
     cells = [
         {"dataset": dataset, "model": model, "defense": defense, "attack": attack, "threat": own.spec()}
         for dataset, model, defense in attacked[CELL[:3]].drop_duplicates().itertuples(index=False, name=None)
@@ -90,8 +94,15 @@ def planned(results: pd.DataFrame) -> pd.DataFrame:
     return trials.sort_values("attack", key=lambda names: pd.factorize(names)[0], kind="stable", ignore_index=True)
 
 
+def _any(threat: ThreatModel) -> ThreatModel:
+    """Return a threat model that is adaptive by any attacker that a defense states, if it is adaptive."""
+    return replace(threat, informed=bool(threat.informed))
+
+
 def _stated(threat: ThreatModel, defense: str) -> list[ThreatModel]:
-    """Return a threat model with each adaptive attacker that a defense states."""
+    """Return a threat model with each adaptive attacker that it means behind a defense."""
+    if threat.informed == SIMULATE:
+        return [] if defenses.parse(defense).name in CONTROLS else [threat]
     return [replace(threat, informed=one) for one in by_informed(defenses.parse(defense))]
 
 

@@ -249,6 +249,12 @@ def recovered(chosen: Selection) -> Numbers:
     return (found.share * found.images,)
 
 
+def itself(chosen: Selection) -> Numbers:
+    """The number of images whose private image itself is recovered, behind a defense that changes images."""
+    found = chosen.ensemble()
+    return (found.itself * found.images,)
+
+
 def images(chosen: Selection) -> Numbers:
     """The number of images of which the attackers' share is."""
     return (float(chosen.ensemble().images),)
@@ -257,16 +263,6 @@ def images(chosen: Selection) -> Numbers:
 def attacked(chosen: Selection) -> Numbers:
     """The number of images that were attacked, with those that a floor recovers."""
     return (float(chosen.rows["image"].nunique()),)
-
-
-def groups(chosen: Selection) -> Numbers:
-    """The number of groups of the attacked images, such as the photographs that they are crops of."""
-    return (float(chosen.rows["group"].nunique()),)
-
-
-def by_floor(chosen: Selection) -> Numbers:
-    """The number of images that a floor recovers, and that are not among ``images``."""
-    return (float(chosen.ensemble().by_floor),)
 
 
 def complete(chosen: Selection) -> Numbers:
@@ -333,7 +329,7 @@ COMPUTATIONS: Mapping[str, Callable[[Selection], Numbers]] = {
     one.__name__: one
     for one in (
         mean, ssim, least_mean, most_mean, difference, least_difference,
-        most_difference, p, holm_p, above, share, recovered, images, attacked, groups, by_floor, complete,
+        most_difference, p, holm_p, above, share, recovered, itself, images, attacked, complete,
         defenses, minutes, failed, trials, least, most, accuracy, cost, train_loss,
     )
 }  # fmt: skip
