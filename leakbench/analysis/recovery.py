@@ -56,7 +56,7 @@ def judged(trials: pd.DataFrame, threshold: float) -> pd.DataFrame:
 
 
 def _above(trials: pd.DataFrame, limits: pd.DataFrame, threshold: float) -> pd.Series:
-    """Return which trials did not fail, reach the threshold in the first metric, and exceed the limits that are known."""
+    """Return which trials did not fail, reach the threshold in the first metric, and exceed every known limit."""
     found = (trials["status"] == "ok") & (trials[limits.columns[0]] >= threshold)
     for metric in limits:
         score, limit = trials[metric].to_numpy(dtype=float), limits[metric].to_numpy(dtype=float)
