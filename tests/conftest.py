@@ -37,6 +37,8 @@ settings.load_profile("leakbench")
 
 SHAPE = (1, 8, 8)
 CLASSES = 4
+TESTS = Path(__file__).parent
+"""The folder of the tests, from which processes of their own import them."""
 MEASURED = batch_size.choose
 """Chooses by measurement how many trials run at a time."""
 

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import pandas as pd
 import pytest
 import torch
-from test_engine import TESTS, Counter, Thief, go, measured, no_assets, plan  # noqa: F401
+from conftest import TESTS
+from test_engine import Counter, Thief, go, measured, no_assets, plan  # noqa: F401
 
 from leakbench import LeakbenchError, Reconstruction
 from leakbench.analysis.integrity import check

@@ -21,8 +21,8 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from conftest import SALT
-from test_engine import TESTS, Thief, go, measured, no_assets, plan  # noqa: F401
+from conftest import SALT, TESTS
+from test_engine import Thief, go, measured, no_assets, plan  # noqa: F401
 
 import leakbench
 from leakbench import LeakbenchError, Matrix, Reconstruction
