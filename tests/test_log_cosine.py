@@ -9,6 +9,7 @@ import torch
 from conftest import rand, watch
 
 import leakbench
+from leakbench.attacks.base import prepare
 from leakbench.attacks.ig import IG
 from leakbench.attacks.log_cosine import LogCosine
 from leakbench.attacks.matching import total_variation
@@ -52,18 +53,18 @@ def test_the_objective_is_finite_at_the_private_image() -> None:
 
 def test_each_trial_gets_the_weight_that_matched_best() -> None:
     observation = seen()
-    attack = LogCosine(steps=60, tv=0.5, spread=4, pilot=0.5)
+    attack = LogCosine(steps=60, tv=0.5, ratio=4, pilot=0.5)
     found = attack(observation, KEYS)
     weights = [0.5, 0.125, 2.0]
-    short = [LogCosine(steps=10, tv=weight, spread=1)(observation, KEYS).objective for weight in weights]
+    short = [LogCosine(steps=10, tv=weight, ratio=1)(observation, KEYS).objective for weight in weights]
     chosen = torch.tensor(weights)[torch.stack([value for value in short if value is not None]).argmin(0)]
     torch.testing.assert_close(found.findings["tv"], chosen)
     for row, weight in enumerate(chosen.tolist()):
-        alone = LogCosine(steps=30, tv=weight, spread=1)(observation, KEYS)
+        alone = LogCosine(steps=30, tv=weight, ratio=1)(observation, KEYS)
         torch.testing.assert_close(found.images[row], alone.images[row], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("options", "searches"), [("", 4), (", spread=1", 1), (", pilot=0", 1), (", tv=0", 1)])
+@pytest.mark.parametrize(("options", "searches"), [("", 4), (", ratio=1", 1), (", pilot=0", 1), (", tv=0", 1)])
 def test_short_searches_are_part_of_the_steps(options: str, searches: int) -> None:
     found = leakbench.attack(
         f"log-cosine(steps=31, pilot=0.3{options})".replace("pilot=0.3, pilot=0", "pilot=0"), seen()
@@ -71,3 +72,19 @@ def test_short_searches_are_part_of_the_steps(options: str, searches: int) -> No
     assert found.evaluations is not None
     assert found.evaluations.tolist() == [31 + 2 * searches] * 3, "both ends of every search are evaluated once more"
     assert ("tv" in found.findings) == (searches > 1)
+
+
+def test_an_adaptive_attacker_minimises_the_logarithm_of_the_likelihood() -> None:
+    observation = watch("lenet", "noise(scale=0.1, relative=true)", "labels=known, informed=true", trials=3)
+    attack, known = prepare(LogCosine(steps=30, tv=0.5, pilot=0.4), observation)
+    images = rand(3, 1, 8, 8, seed=5)
+    objective = attack._objective(known, KEYS)
+    variation = 0.5 * total_variation(images)
+    expected = (IG(tv=0.5)._objective(known, KEYS)({"image": images}, 0) - variation).log() + variation
+    torch.testing.assert_close(objective({"image": images}, 0), expected)
+    torch.testing.assert_close(objective.match({"image": images}, 0), expected)
+    found = attack(observation, KEYS)
+    assert found.failed is not None
+    assert not bool(found.failed.any())
+    nearest = (found.findings["tv"][:, None] - torch.tensor([0.5 / 3, 0.5, 1.5])).abs().amin(1)
+    assert float(nearest.max()) < 1e-6

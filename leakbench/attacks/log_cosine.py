@@ -11,7 +11,9 @@ from torch import Tensor
 from leakbench.attacks.base import register
 from leakbench.attacks.ig import cosine_distance
 from leakbench.attacks.matching import Count, Found, GradientMatching, MatchingObjective, NonNegative, Positive
+from leakbench.core.rng import Rng
 from leakbench.core.types import Gradient
+from leakbench.observation import Observation
 from leakbench.optim import Solution, Unknowns, descend
 
 WEIGHT = "tv"
@@ -27,12 +29,13 @@ class LogCosine(GradientMatching):
 
     Beside a logarithm, the weight of the total variation is relative to the distance that is left: what counts falls
     with the distance, and one weight serves networks whose distances end orders of magnitude apart. Short searches with
-    three weights come first, and the rest of the steps go to the weight whose image matched best. The step size falls
-    smoothly to a hundredth. See GradientMatching for the other options.
+    three weights come first, and the rest of the steps go to the weight whose image matched best. A search starts near
+    grey, and its step size falls smoothly to a hundredth. See GradientMatching for the other options.
 
     Attributes:
-        tv: the middle one of the three weights; with a likelihood in place of the distance, as for the other attacks.
-        spread: the ratio of two neighbouring weights; 1 searches with ``tv`` only.
+        tv: the middle one of the three weights, beside the logarithm of a distance or of a likelihood.
+        spread: the deviation of the start around grey.
+        ratio: the ratio of two neighbouring weights; 1 searches with ``tv`` only.
         pilot: the share of the steps that the short searches take together.
     """
 
@@ -47,9 +50,10 @@ class LogCosine(GradientMatching):
     )
     steps: Count = 2000
     lr: Positive = 0.1
-    tv: NonNegative = 0.6
+    tv: NonNegative = 1.0
     labels: Literal["joint", "analytic"] = "analytic"
-    spread: Annotated[float, Field(ge=1, le=1e3)] = 3.0
+    spread: NonNegative = 0.1
+    ratio: Annotated[float, Field(ge=1, le=1e3)] = 3.0
     pilot: Annotated[float, Field(ge=0, lt=1)] = 0.2
 
     def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
@@ -60,6 +64,11 @@ class LogCosine(GradientMatching):
     def reshape(self, distance: Tensor) -> Tensor:
         """Return the logarithm of the distance [T], or of a likelihood, which is positive as well."""
         return distance.clamp(min=torch.finfo(distance.dtype).tiny).log()
+
+    def start(self, observation: Observation, rng: Rng) -> Unknowns:
+        """Return an image from N(0.5, spread^2), and label logits from N(0, 1) if labels are optimised."""
+        start = super().start(observation, rng)
+        return start | {"image": 0.5 + self.spread * start["image"]}
 
     def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
         """Run Adam, by the sign of the image's gradient, within [0, 1]; other unknowns follow their plain gradient."""
@@ -76,7 +85,7 @@ class LogCosine(GradientMatching):
 
     def _search(self, objective: MatchingObjective) -> Found:
         """Search shortly with each weight, and then with the one that matches best, for every trial."""
-        factors = (1.0, 1 / self.spread, self.spread) if self.spread > 1 and self.tv else ()  # a tie is the middle one
+        factors = (1.0, 1 / self.ratio, self.ratio) if self.ratio > 1 and self.tv else ()  # a tie is the middle one
         steps = int(self.pilot * self.steps / len(factors)) if factors else 0
         if not steps:
             return super()._search(objective)

@@ -72,7 +72,7 @@ class MatchingObjective:
         images, logits = self.render(unknowns)
         match = self._distance(images, logits, unknowns, evaluation, judge=True)
         if self.null_likelihood is not None:
-            match = match + self.attack.prior(images)
+            match = self.attack.reshape(match) + self.attack.prior(images)
         factor = self.attack.factor(unknowns)
         return match if factor is None else torch.where(factor > 0, match, torch.inf)
 
@@ -86,7 +86,11 @@ class MatchingObjective:
         A rate that is learned can turn any gradient into an update of zero, so a start may not count as worse.
         """
         likelihood = self.null_likelihood
-        return match if likelihood is None else torch.minimum(match, likelihood / self.likelihood_scale)
+        return (
+            match
+            if likelihood is None
+            else torch.minimum(match, self.attack.reshape(likelihood / self.likelihood_scale))
+        )
 
     def _distance(
         self, images: Tensor, logits: Tensor | None, unknowns: Unknowns, evaluation: Evaluation, judge: bool = False
