@@ -117,8 +117,14 @@ class Npz(Dataset):
 
 @functools.cache
 def _fingerprint(file: Path) -> str:
+    _check_exists(file)
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+
+
+def _check_exists(file: Path) -> None:
+    if not file.is_file():
+        raise BadOption(f"the file {str(file)!r} does not exist; give an .npz file with images and labels")
 
 
 @functools.cache
@@ -129,8 +135,7 @@ def _read(file: Path) -> Arrays:
         BadOption: the file does not exist, or has no such arrays.
         CorruptAsset: it cannot be read as plain arrays.
     """
-    if not file.is_file():
-        raise BadOption(f"the file {str(file)!r} does not exist; give an .npz file with images and labels")
+    _check_exists(file)
     try:
         opened = np.load(file, allow_pickle=False)
         if isinstance(opened, np.ndarray):
