@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,6 +25,7 @@ from leakbench import LeakbenchError, Matrix, Reconstruction, attacks, datasets,
 from leakbench.analysis.ensemble import ensemble_results
 from leakbench.api import Run
 from leakbench.core.component import shipped
+from leakbench.core.lock import PREFIX, remove_abandoned
 from leakbench.core.registry import load_plugin
 from leakbench.engine import isolation
 from leakbench.engine.floors import FalseFloor
@@ -482,10 +484,13 @@ class Hangs(Attack):
 '''
 
 
-def test_the_process_of_an_attack_ends_with_its_run(tmp_path: Path) -> None:
-    """As when a worker is killed at its time limit."""
+def test_the_process_of_an_attack_ends_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a worker is killed at its time limit; the next process deletes the folders that it leaves."""
     from conftest import watch
 
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     plugin(tmp_path, HANGS)
     run = os.fork()
     if run == 0:
@@ -504,6 +509,9 @@ def test_the_process_of_an_attack_ends_with_its_run(tmp_path: Path) -> None:
     while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < end, "the attack outlives its run"
         time.sleep(0.05)
+    assert len(list(temporary.glob(f"{PREFIX}attack-*"))) == 2, "of the template, and of the call"
+    remove_abandoned()
+    assert not list(temporary.glob(f"{PREFIX}*"))
 
 
 def test_the_leaderboard_marks_plugins_and_checks_them_in_their_own_process(
