@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import doctest
 import math
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.speed import factorisation
+from leakbench.attacks.peeling import shifts
 from leakbench.attacks.peeling.completion import factorise_incomplete
 from leakbench.attacks.peeling.exposure import predict_exposure
 from leakbench.attacks.peeling.factors import ConvolutionFactors, NotFactorised, scale_by_bias, scale_by_shift
@@ -15,7 +18,7 @@ from leakbench.attacks.peeling.krylov import DENSE, lowest_eigenvectors
 from leakbench.attacks.peeling.lattice import Lattice
 from leakbench.attacks.peeling.masks import factorise_masked, split_rows
 from leakbench.attacks.peeling.pointwise import PointwiseFactors, factorise_pointwise
-from leakbench.attacks.peeling.shifts import factorise_convolution
+from leakbench.attacks.peeling.shifts import clear_rank, factorise_convolution
 from leakbench.attacks.peeling.unmixing import unmix
 from leakbench.errors import BadOption, Unsupported
 
@@ -147,12 +150,26 @@ def test_a_bias_gives_the_scale_of_every_group() -> None:
         scale_by_bias(found, torch.ones(5))
 
 
-def test_dilation_exposes_sub_lattices() -> None:
-    layer = nn.Conv2d(40, 24, 3, padding=2, dilation=2)
-    gradient, h, _ = step(layer, (4, 6))
-    found = factors(gradient, Lattice.of(layer, (4, 6)))
+@pytest.mark.parametrize("images", [1, 2])
+def test_dilation_exposes_sub_lattices(images: int) -> None:
+    layer = nn.Conv2d(30 * images, 24, 3, padding=2, dilation=2)
+    gradient, h, d = step(layer, (4, 6), images)
+    found = scale_by_bias(factors(gradient, Lattice.of(layer, (4, 6)), images), d.sum((0, 2, 3)))
     assert found.phases == 4
-    assert error(found.inputs, torch.cat([h[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)])) < 1e-10
+    own, mine = ((found.inputs, h), (found.errors, d))
+    for values, true in (own, mine):
+        pieces = torch.cat([true[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)])
+        order = torch.cdist(values.flatten(1), pieces.flatten(1)).argmin(0)
+        assert torch.allclose(values[order], pieces, atol=1e-9)
+
+
+def test_each_group_of_a_batch_has_its_own_order() -> None:
+    layer = nn.Conv2d(60, 24, 3, padding=1, groups=2)
+    gradient, h, d = step(layer, (3, 3), 2)
+    found = scale_by_bias(factors(gradient, Lattice.of(layer, (3, 3)), 2), d.sum((0, 2, 3)))
+    assert error(found.inputs, h, 2) < 1e-10
+    assert error(found.errors, d, 2) < 1e-10
+    assert found.scale_misfit < 1e-9
 
 
 REFUSED = {
@@ -245,6 +262,21 @@ def test_noise_costs_accuracy_in_proportion() -> None:
         assert level / 10 < off < 10 * level
         stated = float(found.variance.mean().sqrt() / found.inputs.square().mean().sqrt())
         assert stated / 3 < off < 3 * stated
+
+
+@pytest.mark.parametrize("images", [2, 4])
+def test_images_are_separated_behind_noise(images: int) -> None:
+    layer = nn.Conv2d(30 * images, 64, 3, padding=1)
+    gradient, h, _ = step(layer, (3, 3), images)
+    noise = torch.randn(gradient.shape, dtype=torch.float64, generator=rng(9)) * gradient.square().mean().sqrt()
+    found = factors(gradient + 1e-2 * noise, Lattice.of(layer, (3, 3)), images)
+    assert error(found.inputs, h) < 0.05
+
+
+def test_a_dominant_singular_value_is_no_rank() -> None:
+    """Noise hides where the rank ends, and a large mean of the inputs makes the first ratio a large one."""
+    singular = torch.cat([torch.tensor([1e3]), torch.linspace(1, 0.5, 15), torch.full((20,), 0.1)]).double()
+    assert clear_rank(singular, 16, torch.float32) == pytest.approx(5.0)
 
 
 SMALL = [
@@ -432,3 +464,12 @@ def test_the_prediction_before_any_gradient() -> None:
     assert verdict(512, 2, kernel=1) == "partly"
     assert verdict(512, 1, kernel=1) == "exposed"
     assert verdict(512, 32, kernel=1) == "hidden"
+
+
+def test_the_example_and_the_benchmark_run() -> None:
+    assert doctest.testmod(shifts).failed == 0
+    row = factorisation.measure(factorisation.Point(3, 40, 2), rounds=1)
+    assert row["error"] < 1e-6
+    about = {"processor": "a processor", "torch": "2", "commit": "abc"}
+    page = factorisation.page({"machine": about, "curves": {"images": [row]}})
+    assert f"| 9 | 40 | 2 | {row['seconds'][0]:.2f} | {row['error']:.1e} |" in page

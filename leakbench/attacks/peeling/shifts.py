@@ -65,6 +65,15 @@ def factorise_convolution(
 
     Raises:
         BadOption: the gradient's shape contradicts the geometry, or ``images`` is not positive.
+
+    Example:
+        >>> layer = torch.nn.Conv2d(64, 32, 3, padding=1)
+        >>> private = torch.randn(1, 64, 4, 4, generator=torch.Generator().manual_seed(0)).relu()
+        >>> (gradient,) = torch.autograd.grad(layer(private).square().sum(), layer.weight)
+        >>> found = factorise_convolution(gradient, Lattice.of(layer, (4, 4)), torch.Generator().manual_seed(1))
+        >>> unit = private.square().mean().sqrt()
+        >>> bool((found.inputs * unit - private).abs().max() < 1e-5)
+        True
     """
     refused = refuse(gradient, lattice, images)
     if refused is not None or gradient is None:
@@ -226,8 +235,8 @@ def separate(
 def clear_rank(singular: Tensor, rank: int, dtype: torch.dtype) -> float | NotFactorised:
     """Return s_r / s_r+1, or why the singular values contradict a rank.
 
-    A ratio of 100 or more at another place than r is a contradiction. Without any, the gradient is noisy, and it is for
-    the caller to find out whether its largest r singular values are enough.
+    A ratio of 100 or more at another place than r, with nothing but rounding below it, is a contradiction. Without any,
+    the gradient is noisy, and it is for the caller to find out whether its largest r singular values are enough.
 
     Args:
         singular: all singular values, descending.
@@ -242,7 +251,8 @@ def clear_rank(singular: Tensor, rank: int, dtype: torch.dtype) -> float | NotFa
     gap = float(gaps[rank - 1]) if len(gaps) >= rank else torch.inf
     if gap >= CLEAR_GAP and float(singular[rank - 1]) > floor:
         return gap
-    clear = (gaps >= CLEAR_GAP).nonzero().flatten()
+    # in noise, a ratio says nothing unless rounding alone is below it
+    clear = ((gaps >= CLEAR_GAP) & (singular[1:] <= CLEAR_GAP * floor)).nonzero().flatten()
     found = int(clear[-1]) + 1 if len(clear) else int((singular > floor).sum())
     if found < rank:
         return NotFactorised(f"the gradient has rank {found}, and {rank} is needed: the input's rank is too low", gap)

@@ -35,8 +35,10 @@ MIN_SIZE = 0.05
 MAX_NOISE = 3.0
 """Rows with more noise, relative to the median, are left out."""
 
-TRIES = 3
-"""The most linear programs for each vector."""
+TRIES = 6
+"""The most linear programs for each vector; ``MAX_PROGRAMS`` for all."""
+
+MAX_PROGRAMS = 200
 
 EXTRA = 1.5
 """After a complete set was found, this multiple of its programs is solved: true vectors have more zeros than others."""
@@ -79,7 +81,7 @@ def unmix(mixed: Tensor, spread: Tensor, rng: torch.Generator) -> Tensor:
     rows, noise = mixed[live] / sizes[live, None], noise[live]
     pool: list[tuple[float, Tensor]] = []
     best: list[Tensor] = []
-    done, last = 0, TRIES * count + 10
+    done, last = 0, min(TRIES * count + 10, MAX_PROGRAMS)
     while done < last:
         done += 1
         start = _extreme_ray(rows, noise, torch.stack(best) if best else rows[:0], rng)
