@@ -19,6 +19,7 @@ from leakbench.attacks.peeling.correlation import Fitted, design, directions, le
 from leakbench.attacks.peeling.factors import NotFactorised
 from leakbench.attacks.peeling.lattice import Lattice
 from leakbench.attacks.peeling.layers import Convolution
+from leakbench.attacks.peeling.masks import factorise_masked
 from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.shifts import factorise_convolution
 from leakbench.attacks.peeling.standard import Standard, relative_spreads, standardised
@@ -37,6 +38,12 @@ MASK_ROUNDS = 3
 
 MAX_CHANGED = 0.2
 """The share of a mask's entries above which a new decision is not believed."""
+
+OUTLIER = 6.0
+"""A channel whose sum is further off than this many times the median is left out when a factor is fitted."""
+
+EVEN = 1e-6
+"""How much, relative to the largest one, the errors of a channel may differ that count as the same."""
 
 MAX_IMBALANCE = 0.02
 """How far, relative to the gradient of a shift, the sums of the error may be from it at a beginning."""
@@ -60,7 +67,13 @@ IMBALANCE = 1e-4
 """The part of a channel's root mean square error above which a wrong sum points to a wrong place of the mask."""
 
 EXPLAINED = 0.02
-"""The part of the wrong sum that may be left after a change of the mask that explains it."""
+"""The part of the wrong sum that may be left after a change of the mask at a doubtful place that explains it."""
+
+SMALL = 0.01
+"""The part of the root mean square up to which a value counts as near 0, whatever its deviation."""
+
+EXACTLY = 1e-3
+"""The part of the wrong sum that may be left after a change at a place whose value is near 0."""
 
 LEVELS = (5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 3000.0, 10000.0)
 """The thresholds that are tried for values that count as positive, in standard deviations (``fitting_mask``)."""
@@ -70,6 +83,12 @@ SETTLE_ROUNDS = 60
 
 SETTLED = 1e-9
 """The relative change of a round after which nothing more is expected of another."""
+
+ROUGHLY = 1e-5
+"""The relative change that is small enough before eps is put back; after that, every round must still help."""
+
+STALLED = 0.95
+"""A round that changes at least this part of what the last one did does not help any more."""
 
 SLOW = 0.7
 """A round that changes more than this part of what the last one did is damped."""
@@ -143,7 +162,30 @@ def recover(network: Network, sent: Mapping[str, Tensor], rng: torch.Generator) 
             descent = Descent(network, exact)
             if descent.begin(place, sign * found.errors[0]):
                 return descent.features()
+    for place in heads(network, sent):
+        descent = Descent(network, exact)
+        if descent.begin_at_head(place, rng):
+            return descent.features()
     return []
+
+
+def heads(network: Network, sent: Collection[str]) -> list[int]:
+    """Return the places of the linear layers that take the means of a ReLU's channels, and sent what is needed.
+
+    That is the gradient of their bias, and so the error at their input, and of a shift below the ReLU.
+    """
+    found = []
+    for place, step in enumerate(network.steps):
+        if step.kind != "linear" or f"{step.name}.bias" not in sent:
+            continue
+        at = step.inputs[0]
+        while network.steps[at].kind == "affine" and len(network.steps[at].inputs) == 1:
+            (at,) = network.steps[at].inputs
+        lowest = network.steps[at]
+        pooled = lowest.shape[:1] == network.steps[step.inputs[0]].shape and prod(lowest.shape[1:]) > 1
+        if pooled and lowest.kind == "relu" and lowest.slope == 0 and network.shift(at) in sent:
+            found.append(place)
+    return found
 
 
 def _lattice(layer: Convolution) -> Lattice:
@@ -170,34 +212,42 @@ def fitting_mask(
     masks = torch.stack([solution.value > level * solution.deviation for level in LEVELS])
     own, fixed = (torch.where(masks, each, slope * each).sum((2, 3)) for each in (part, rest))
 
-    def fit(own: Tensor, fixed: Tensor) -> Tensor:
-        return (own * (sums - fixed)).sum(-1) / own.square().sum(-1)
+    def fit(own: Tensor, wanted: Tensor) -> Tensor:
+        return (own * wanted).sum(-1) / own.square().sum(-1)
 
-    factors = fit(own, fixed)
+    factors = fit(own, sums - fixed)
     misfits = (factors[:, None] * own + fixed - sums).norm(dim=1)
     best = int(torch.where(torch.isnan(misfits), torch.inf, misfits).argmin())
     each = (factors[best] * own + fixed - sums).abs()
     least = each.argmin(0)
     level = torch.where(each.amin(0) < 0.5 * each[best], least, best)
     chosen = level[None, :, None, None].expand(1, *masks.shape[1:])
-    rows = level[None]
-    return masks.gather(0, chosen)[0], float(fit(own.gather(0, rows)[0], fixed.gather(0, rows)[0]))
+    mask = masks.gather(0, chosen)[0]
+    own, wanted = own.gather(0, level[None])[0], sums - fixed.gather(0, level[None])[0]
+    # a wrong place of the mask spoils the sum of its channel only
+    misfit = (fit(own, wanted) * own - wanted).abs()
+    good = misfit <= OUTLIER * misfit.median()
+    return mask, float(fit(own[good], wanted[good]))
 
 
-def balanced(mask: Tensor, doubtful: Tensor, error: Tensor, sums: Tensor) -> Tensor:
-    """Return a ReLU's mask [C, H, W], changed at one doubtful place of a channel if that explains its sum.
+def balanced(mask: Tensor, values: Fitted, error: Tensor, sums: Tensor) -> Tensor:
+    """Return a ReLU's mask [C, H, W], changed at one place of a channel if that explains its sum.
 
     Args:
         mask: as it was decided.
-        doubtful: [C, H, W] bool, where it may be wrong.
+        values: the ReLU's output; a place may be wrong if it is near 0, and nearer if it explains the sum less exactly.
         error: at the ReLU's output.
         sums: [C], what the sums of the error behind the ReLU must be.
     """
+    value, deviation = values.value.flatten(1).abs(), values.deviation.flatten(1)
     rows, size = mask.flatten(1), error.flatten(1).square().mean(1).sqrt()
     missing = sums - (rows * error.flatten(1)).sum(1)
-    change = torch.where(doubtful.flatten(1), torch.where(rows, -1.0, 1.0) * error.flatten(1), torch.inf)
-    least, at = (change - missing[:, None]).abs().min(1)
-    wrong = (missing.abs() > IMBALANCE * size) & (least < EXPLAINED * missing.abs())
+    off = (torch.where(rows, -1.0, 1.0) * error.flatten(1) - missing[:, None]).abs()
+    doubtful = (value < CERTAIN * deviation) & (off < EXPLAINED * missing.abs()[:, None])
+    small = (value < SMALL * value.square().mean().sqrt()) & (off < EXACTLY * missing.abs()[:, None])
+    off = torch.where(doubtful | small, off, torch.inf)
+    least, at = off.min(1)
+    wrong = (missing.abs() > IMBALANCE * size) & torch.isfinite(least)
     rows = rows.clone()
     rows[wrong, at[wrong]] = ~rows[wrong, at[wrong]]
     return rows.view_as(mask)
@@ -301,16 +351,29 @@ class Descent:
         sent = self.sent.get(self.network.shift(source) or "") if step.kind == "relu" else None
         if sent is None or step.users != (place,):
             return False
-        self.pin(place, error)
-        self._solve(source, self._readers(source))
-        if source not in self.values:
-            return False
-        below = self.network.backward(place, source, error[None])[0]
-        rough = self.values[source]
-        _, factor = fitting_mask(rough, below, torch.zeros_like(below), sent, step.slope)
-        top = self.pin(place, factor * error)
-        self.values[source] = Fitted(rough.value / factor, rough.deviation / factor)
-        self._decide(source)
+        layer = steps[place].layer
+        assert layer is not None
+        for last in (False, False, True):
+            self.pin(place, error)
+            self.masks.clear()
+            self._solve(source, self._readers(source))
+            if source not in self.values:
+                return False
+            below = self.network.backward(place, source, error[None])[0]
+            rough = self.values[source]
+            self.masks[source], factor = fitting_mask(rough, below, torch.zeros_like(below), sent, step.slope)
+            self.values[source] = Fitted(rough.value / factor, rough.deviation / factor)
+            error = factor * error
+            if not last:
+                # an input with exact zeros gives a better error, and that with exact zeros a better input
+                better = least_squares(
+                    windows(self.clean(source), layer.geometry), self.sent[layer.weight].flatten(1).T
+                )
+                if better is not None:
+                    clear = better.value.abs() > CLEAR * better.deviation
+                    error = torch.where(clear, better.value, 0.0).T.reshape(error.shape)
+        top = self.pin(place, error)
+        self._balance(source)
         if not self.balance(source) < MAX_IMBALANCE:
             return False
         (above,) = steps[place].users if len(steps[place].users) == 1 else (place,)
@@ -320,9 +383,41 @@ class Descent:
             z, spread = standardised(self.network.forward(place, [self.clean(source)[None]])[0], module.eps)
             products = self.sent[f"{steps[above].name}.weight"]
             self._standards[above] = Standard(z, spread, module.weight.detach(), products)
-            top = self.pin(place, factor * error)
+            top = self.pin(place, error)
         self._descend(top)
         return True
+
+    def begin_at_head(self, place: int, rng: torch.Generator) -> bool:
+        """Begin at a linear layer above average pooling, and descend; return whether the mask below it was found.
+
+        The error is the same at all positions of a channel, so the gradient of the shift below the ReLU gives the
+        number of open positions, and the weight gradient of the convolution there which they are (``masks.py``).
+        """
+        steps = self.network.steps
+        error = self.sent[f"{steps[place].name}.bias"][None]
+        self._pinned[steps[place].inputs[0]] = self.network.backward(place, steps[place].inputs[0], error)
+        for at in reversed(range(place)):
+            layer = steps[at].layer
+            if layer is None or layer.geometry.stride != (1, 1) or layer.geometry.kernel == (1, 1):
+                continue
+            found = self._gate(at)
+            above = None if found is None else self.error(found[0])
+            if found is None or above is None or layer.geometry.groups > 1 or layer.weight not in self.sent:
+                continue
+            gate, gain, _ = found
+            values, sums = (gain * above)[0].flatten(1), self.sent.get(self.network.shift(gate) or "")
+            even = float((values - values[:, :1]).abs().max()) <= EVEN * float(values.abs().max())
+            if sums is None or not even or steps[gate].slope:
+                continue
+            counts = (sums / above[0, :, 0, 0]).nan_to_num(0.0, 0.0, 0.0)
+            factors = factorise_masked(self.sent[layer.weight], _lattice(layer), values[:, 0], counts, rng)
+            if isinstance(factors, NotFactorised):
+                continue
+            self.masks[gate] = factors.errors[0] != 0
+            self._forget(gate)
+            self._descend(gate)
+            return True
+        return False
 
     def _descend(self, top: int) -> None:
         """Recover the outputs of the steps below a place at which the error is known, as far as possible."""
@@ -581,13 +676,15 @@ class Descent:
                 new = _lowered(solution.value, null.view(-1, *step.shape[1:])).clamp(min=0)
                 change = float("inf") if value is None else float((new - value).norm() / new.norm())
                 damping = max(MIN_DAMPING, 0.7 * damping) if change > SLOW * last else damping
+                stalled = change < ROUGHLY and change > STALLED * last
+                done = change < (SETTLED if exact else ROUGHLY) or stalled
                 value, last = new, change
                 self.values[place] = Fitted(new, solution.deviation)
                 if exact and not self._rescale(place, shift, readers):
                     return False
                 for each in readers:
                     self._standardise(each, self.values[place].value, exact, damping)
-                if change < SETTLED:
+                if done:
                     break
             if not exact and not self._rescale(place, shift, readers):
                 return False
@@ -664,6 +761,7 @@ class Descent:
         mask, factor = fitting_mask(solution, part[0], (whole - part)[0], shift)
         if not factor > 0:
             return False
+        mask = balanced(mask, solution, (factor * part + whole - part)[0], shift)
         self.masks[place] = mask
         self.values[place] = Fitted(solution.value / factor, solution.deviation / factor)
         for each in readers:
@@ -682,13 +780,16 @@ class Descent:
         value, step = self.values[place], self.network.steps[place]
         mask = value.value > (0 if step.slope else CLEAR * value.deviation)
         self.masks[place] = mask
+        self._balance(place)
+
+    def _balance(self, place: int) -> None:
+        """Change the mask of a ReLU at doubtful places that explain a wrong sum of the error behind it."""
+        value, step, mask = self.values[place], self.network.steps[place], self.masks[place]
         self._forget(place)
         error, sums = self.error(place), self.sent.get(self.network.shift(place) or "")
         if error is not None and sums is not None:
-            doubtful = value.value.abs() < CERTAIN * value.deviation
-            self.masks[place] = balanced(
-                mask, doubtful, (1 - step.slope) * error[0], sums - step.slope * error[0].sum((1, 2))
-            )
+            rest = sums - step.slope * error[0].sum((1, 2))
+            self.masks[place] = balanced(mask, value, (1 - step.slope) * error[0], rest)
 
     def _correct(self, place: int, layer: Convolution, at: int) -> bool:
         """Decide the mask above a convolution again from its weight gradient; return whether it changed.
@@ -719,12 +820,22 @@ class Descent:
         new[:, live] = torch.where(sure, ratio > (1 + self.network.steps[gate].slope) / 2, mask[:, live])
         if own is not None:
             new |= (own.value > CERTAIN * own.deviation).flatten(1)
+        new = self._no_worse(gate, mask, new)
         count = int((new != mask).sum())
         if count == 0 or count > MAX_CHANGED * mask.numel():
             return False
         self.masks[gate] = new.view_as(self.masks[gate])
         self._forget(gate)
         return True
+
+    def _no_worse(self, gate: int, old: Tensor, new: Tensor) -> Tensor:
+        """Return a ReLU's new mask [C, P], but the old one in channels whose sum of the error it would make worse."""
+        error, sums = self.error(gate), self.sent.get(self.network.shift(gate) or "")
+        if error is None or sums is None:
+            return new
+        slope, rows = self.network.steps[gate].slope, error[0].flatten(1)
+        before, after = ((torch.where(mask, rows, slope * rows).sum(1) - sums).abs() for mask in (old, new))
+        return torch.where((after <= torch.maximum(before, 3 * before.median()))[:, None], new, old)
 
     def _check(self, place: int) -> float:
         """Return how far the ReLUs right above a step are from what follows from the step and those below."""

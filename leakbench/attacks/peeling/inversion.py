@@ -23,6 +23,9 @@ SPREAD = 0.05
 STEP = 0.03
 """The size of Adam's first step; it falls to a hundredth."""
 
+REFINEMENTS = 5
+"""How many times as many iterations of L-BFGS as steps of Adam are made at most."""
+
 EXACT = 1e-11
 """The relative squared misfit below which the search ends: rounding to single precision leaves 1e-12."""
 
@@ -118,7 +121,7 @@ def invert(network: Network, features: Sequence[Feature], noise: Tensor, steps: 
         network: of the floating type in which to search.
         features: the recovered values, of which there is at least one.
         noise: [1, C, H, W] standard normal, from which the search starts about grey.
-        steps: of Adam, while total variation is annealed, and as many iterations of L-BFGS from there.
+        steps: of Adam, while total variation is annealed; up to ``REFINEMENTS`` times as many of L-BFGS follow.
     """
     match = Match(network, features, SMOOTH, steps)
     start = {"image": 0.5 + SPREAD * noise}
@@ -126,7 +129,7 @@ def invert(network: Network, features: Sequence[Feature], noise: Tensor, steps: 
     exact = lbfgs(
         Match(network, features),
         near.unknowns,
-        steps=-(-steps // 20),
+        steps=-(-REFINEMENTS * steps // 20),
         max_iter=20,
         history=HISTORY,
         tolerance_grad=0.0,
