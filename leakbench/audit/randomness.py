@@ -31,14 +31,21 @@ class Randomness:
     layers: tuple[str, ...]
     inputs: frozenset[str]
 
+    def names(self) -> str:
+        """Return the first names of the layers that draw, and how many others there are."""
+        others = len(self.layers) - SHOWN
+        return english([*self.layers[:SHOWN], *([f"{others} others"] if others > 0 else [])])
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Return what a page states of the draws, as (name, value)."""
+        return [("random layers", f"{self.names()}; active while clients train")] if self.layers else []
+
     def doubt(self) -> str:
         """Return why nothing is protected by these draws, in one line; empty if there are none."""
         if not self.layers:
             return ""
-        others = len(self.layers) - SHOWN
-        named = [*self.layers[:SHOWN], *([f"{others} others"] if others > 0 else [])]
         return (
-            f"Clients draw random numbers while they train (in {english(named)}), and the attackers did not infer all "
+            f"Clients draw random numbers while they train (in {self.names()}), and the attackers did not infer all "
             "of them from what was sent. An attacker who can, or who repeats the attack with other draws, may recover "
             "more, so an image that was not recovered is not protected; --mode eval shows what leaks without the draws."
         )

@@ -143,6 +143,7 @@ def audit_model(
             behind.append(_doubted(replace(one, note=each[spec].note(), floor=floor), leaks[spec][1], flaw))
     facts = (
         *network.facts(),
+        *drawn.facts(),
         ("weights", network.checkpoint or "as the factory makes them, with a fixed seed"),
         ("data", _data_words(inner, first, order)),
         *([("pixels", inner.note())] if inner.note() and isinstance(inner, Folder) else []),
@@ -236,7 +237,7 @@ def audit_update(
     words = f"{before} to {after}" if kind == "weights" else f"{after}, a {kind}, of the weights {before}"
     if len(update.change) < update.trained:
         words += f"; {len(update.change)} of the {update.trained} trained parameters (tensors) were sent"
-    facts = (*network.facts(), ("update", words))
+    facts = (*network.facts(), *drawn.facts(), ("update", words))
     return _audit(own, dataset, facts, matrix, [found], options, 1, threat)
 
 

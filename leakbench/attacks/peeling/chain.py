@@ -190,7 +190,7 @@ _REASONS = {
     "relu": "it is not invertible",
     "elu": "it is not invertible",
     "silu": "it is not invertible",
-    "dropout": "which units it dropped is not known",
+    "dropout": "the units that it dropped are lost",
     "add": "a residual connection makes no chain",
 }
 
