@@ -79,12 +79,17 @@ def test_trial_ids_are_those_of_the_golden_file(file: str, tmp_path: Path, monke
 
 
 def imagenet(folder: Path) -> None:
-    """Write what ``data/imagenet`` in a folder needs to be listed; an id depends on names and sizes of files only."""
+    """Write what ``data`` in a folder needs: images, of which an id has names and sizes only, and a generator."""
     for label in range(3):
         for image in range(8):
             file = folder / "data" / "imagenet" / f"n0000000{label}" / f"{image}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(bytes(100))
+    (folder / "data" / "generator.pt2").write_bytes(b"")
+    (folder / "data" / "generator.toml").write_text(
+        'latent = 4\nlaw = "normal"\nrange = [0.0, 1.0]\nimage = [3, 48, 48]\nclasses = 0\nlicence = ""\ndata = ""\n',
+        encoding="utf-8",
+    )
 
 
 def biggan(cache: Path) -> Path:

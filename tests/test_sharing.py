@@ -84,8 +84,9 @@ def test_papers_tables_have_controls_and_everything_revealed(file: Path | str, s
     rows = [Matrix(**row) for row in expand(load_suite(file) if isinstance(file, str) else load(file), scale)]
     defenses = {defense.name for row in rows for defense in row.defenses}
     threats = {threat.spec() for row in rows for threat in row.threats}
-    assert defenses == {"none", "norm-only", "keylock"}
-    assert {"T1", "T5"} <= threats
+    small = scale == "smoke" and file != "sharing"
+    assert defenses == {"none", "keylock"} | (set() if small else {"norm-only"})
+    assert {"T1"} | (set() if small else {"T5"}) <= threats
     assert {row.name for row in rows} == {rows[0].name}
     if scale == "full":
         assert {row.images for row in rows} == {20}

@@ -101,7 +101,7 @@ def accuracy(given: TrainOptions) -> None:
 
     plans, folder = given.plans(Accuracy)
     arms = list({arm.id: arm for one in plans for arm in one.arms()}.values())
-    with stoppable(lambda: _done(arms, folder)) as line:
+    with stoppable(lambda: done(arms, folder)) as line:
         found = given.train(arms, folder, line, console())
     from leakbench.report import accuracy as report
 
@@ -127,7 +127,7 @@ def tradeoff(given: TrainOptions) -> None:
 
     plans, folder = given.plans(Tradeoff)
     arms = [arm for one in plans for arm in one.arms()]
-    with stoppable(lambda: _done(arms, folder)) as line:
+    with stoppable(lambda: done(arms, folder)) as line:
         from leakbench.engine.progress import Display
         from leakbench.training import tradeoff as study
 
@@ -145,7 +145,7 @@ def tradeoff(given: TrainOptions) -> None:
     _end(written, found)
 
 
-def _done(arms: Sequence[Arm], folder: Path) -> str:
+def done(arms: Sequence[Arm], folder: Path) -> str:
     """Return how many trainings of a run are done, in words."""
     from leakbench import training
 

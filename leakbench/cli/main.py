@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from leakbench.cli import accuracy, assets, audit, compare, leaderboard, listing, report, run, runs, train
+from leakbench.cli import accuracy, assets, audit, compare, leaderboard, listing, paper, report, run, runs, train
 from leakbench.errors import LeakbenchError, OldPlugin, one_line
 from leakbench.version import __version__
 
@@ -23,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 run.app.add_typer(accuracy.app)  # without a name, its commands are those of `run`
+run.app.add_typer(paper.app)
 app.add_typer(run.app, name="run")
 app.add_typer(train.app, name="train")
 app.add_typer(assets.app, name="assets")

@@ -162,19 +162,19 @@ def _run(plans: Sequence[Matrix], given: MatrixOptions) -> None:
     """Run matrices into one folder, write the report, and print its tables and where it is."""
     from leakbench import report
 
-    finished = _finished(plans, given.out or Path("runs") / plans[0].name, given.run_options())
-    pages = [path for path in finished.report() if path.name in report.STUDIES]
+    run = finish(plans, given.out or Path("runs") / plans[0].name, given.run_options())
+    pages = [path for path in run.report() if path.name in report.STUDIES]
     if plans[-1].threshold is not None:
-        typer.echo(report.ranking(finished.out))
+        typer.echo(report.ranking(run.out))
     elif not pages:
         out = console()
-        for table in finished.tables():
+        for table in run.tables():
             out.print(table)
-    for page in pages or [finished.out / "report.md"]:
+    for page in pages or [run.out / "report.md"]:
         typer.echo(f"report: {page}")
 
 
-def _finished(plans: Sequence[Matrix], folder: Path, options: RunOptions) -> Run:
+def finish(plans: Sequence[Matrix], folder: Path, options: RunOptions) -> Run:
     """Run matrices into one folder.
 
     If there are several, each is checked before the first one runs, and those of which a shard has no trial are left
