@@ -39,6 +39,7 @@ COMMANDS = [
     ("run", "matrix"),
     ("run", "sharing"),
     ("run", "curves"),
+    ("run", "paper"),
     ("report",),
     ("show",),
     ("diff",),

@@ -347,7 +347,7 @@ def test_a_truncated_image_is_named(photos: Path) -> None:
 
 def test_the_settings_of_a_folder_identify_its_data(photos: Path) -> None:
     def fingerprint() -> str:
-        folder._listing.cache_clear()
+        folder._listed.cache_clear()
         folder._fingerprint.cache_clear()
         return datasets.parse(f"folder:{photos}").settings()["fingerprint"]
 

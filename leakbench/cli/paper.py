@@ -59,12 +59,15 @@ def paper(given: PaperOptions) -> None:
     from leakbench.training.settings import Accuracy
 
     folder = given.out or Path("runs") / f"paper-{given.scale}"
-    common = {"scale": given.scale, "device": given.device, "salt": given.salt}
-    trainings = [TrainOptions(file=_file(name), **common) for name in given.names() if name in TRAININGS]
+    trainings = [
+        TrainOptions(file=_file(name), scale=given.scale, device=given.device, salt=given.salt)
+        for name in given.names()
+        if name in TRAININGS
+    ]
     arms = [arm for one in trainings for plan in one.plans(Accuracy)[0] for arm in plan.arms()]
     arms = list({arm.id: arm for arm in arms}.values())
     attacks = [
-        MatrixOptions(file=_file(name), out=folder / name, workers=given.workers, **common)
+        MatrixOptions(file=_file(name), scale=given.scale, device=given.device, workers=given.workers, salt=given.salt)
         for name in given.names()
         if name not in TRAININGS
     ]

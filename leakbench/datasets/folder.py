@@ -154,7 +154,7 @@ class Folder(Dataset):
     def settings(self) -> dict[str, Any]:
         """Return name, version and options, and a fingerprint of the data: names and contents of the files."""
         self.listing()
-        return {**super().settings(), "fingerprint": _fingerprint(self.folder, self.whole)}
+        return {**super().settings(), "fingerprint": _fingerprint(self.folder, self.whole, Path.cwd())}
 
     def _read(self, file: Path) -> Tensor:
         return read_image_file(file, self.image_shape, self.zoom)
@@ -194,8 +194,13 @@ class ImageNet(Folder):
         return listing
 
 
-@functools.cache
 def _listing(folder: Path) -> Listing:
+    return _listed(folder, Path.cwd())
+
+
+@functools.cache
+def _listed(folder: Path, place: Path) -> Listing:
+    """Return the listing of a folder, which is relative to the current folder ``place``."""
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         arrays = f", or write npz:{folder}" if folder.suffix == ".npz" else ""
@@ -332,8 +337,11 @@ def _grouped(folder: Path, end: str) -> list[int]:
 
 
 @functools.cache
-def _fingerprint(folder: Path, whole: bool) -> str:
-    """Return 16 hex digits: a hash of the names of a listing's files and of their contents, or else their sizes."""
+def _fingerprint(folder: Path, whole: bool, place: Path) -> str:
+    """Return 16 hex digits: a hash of the names of a listing's files and of their contents, or else their sizes.
+
+    The folder is relative to the current folder ``place``.
+    """
     listing = _listing(folder)
     digest = hashlib.sha256("\n".join(listing.classes).encode("utf-8", "surrogateescape"))
     labels = {file: listing.classes[label] for file, label in listing.attacked}
