@@ -163,6 +163,16 @@ def test_dilation_exposes_sub_lattices(images: int) -> None:
         assert torch.allclose(values[order], pieces, atol=1e-9)
 
 
+@pytest.mark.parametrize("kernel", [(1, 3), (3, 1)])
+def test_a_kernel_in_one_direction_exposes_rows_or_columns(kernel: tuple[int, int]) -> None:
+    layer = nn.Conv2d(40, 24, kernel, padding=(kernel[0] // 2, kernel[1] // 2))
+    gradient, h, _ = step(layer, (4, 4))
+    found = factors(gradient, Lattice.of(layer, (4, 4)))
+    assert found.phases == 4
+    along = 2 + kernel.index(1)
+    assert error(found.inputs, torch.cat(h.split(1, along))) < 1e-10
+
+
 def test_each_group_of_a_batch_has_its_own_order() -> None:
     layer = nn.Conv2d(60, 24, 3, padding=1, groups=2)
     gradient, h, d = step(layer, (3, 3), 2)
@@ -174,7 +184,8 @@ def test_each_group_of_a_batch_has_its_own_order() -> None:
 
 REFUSED = {
     "stride 2": (nn.Conv2d(80, 24, 3, padding=1, stride=2), (4, 4), 1, "its shifts leave 4 dimensions"),
-    "one direction": (nn.Conv2d(80, 24, (1, 3), padding=(0, 1)), (4, 4), 1, "its shifts leave 16 dimensions"),
+    "one tap, padded": (nn.Conv2d(80, 24, (1, 3), padding=1), (4, 4), 1, "its shifts leave 16 dimensions"),
+    "2x1": (nn.Conv2d(80, 24, (2, 1), padding="same"), (4, 4), 1, "its shifts leave 4 dimensions"),
     "2x2 same": (nn.Conv2d(80, 24, 2, padding="same"), (4, 4), 1, "its shifts leave 16 dimensions"),
     "1x1": (nn.Conv2d(80, 24, 1), (4, 4), 1, "its shifts leave 256 dimensions"),
     "unlike sub-lattices": (nn.Conv2d(80, 24, 3, padding=2, dilation=2), (5, 5), 1, "its shifts leave 4 dimensions"),

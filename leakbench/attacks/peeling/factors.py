@@ -36,8 +36,9 @@ class ConvolutionFactors:
         rank_gap: s_r / s_r+1 of the stacked gradient, r = B P_in; infinite if there are only r singular values.
         null_ratio: the largest of the B vanishing eigenvalues over the next one: 0 if exact, and below 0.2.
         misfit: of the gradient, relative to its norm: its noise, and what is neither input nor error.
-        phases: the number of sub-lattices that a dilation divides an image into. Each is then returned as an image of
-            its own, B * phases in all, and neither its image nor its place there is known.
+        phases: the number of sub-lattices that a dilation, or a kernel with one tap in some dimension, divides an image
+            into. Each is then returned as an image of its own, B * phases in all, and neither its image nor its place
+            there is known.
         groups: the convolution's.
         scale_misfit: the median misfit of the equations that determined the factors, relative to the root mean square
             of their right-hand sides; None if the factors are unknown.

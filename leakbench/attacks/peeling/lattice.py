@@ -89,28 +89,32 @@ class Lattice:
 
     @property
     def phases(self) -> int:
-        """The number of sub-lattices of ``undilated``; 1 if the convolution is not dilated, or they differ."""
-        return 1 if self._sublattice() is None else prod(self.dilation)
+        """The number of sub-lattices of ``undilated``; 1 if there is only one, or they differ."""
+        return 1 if self._sublattice() is None else prod(self._steps())
 
     def undilated(self) -> Lattice:
-        """Return the convolution without dilation that a dilated one is on each of its sub-lattices.
+        """Return the convolution that a dilated one is on each of its sub-lattices, without dilation.
 
-        A convolution of stride 1 and dilation d connects only positions that are equal modulo d. It is thus the same as
-        a convolution without dilation of ``phases`` times as many images: the input's sub-lattices. They are alike if
-        size and padding are multiples of d; otherwise the geometry itself is returned.
+        A convolution of stride 1 and dilation d connects only positions that are equal modulo d, and one with a single
+        tap in a dimension only equal positions there. It is thus the same as a convolution without dilation of
+        ``phases`` times as many images: the input's sub-lattices. They are alike if size and padding are multiples of
+        d; otherwise, and for a 1x1 kernel, the geometry itself is returned.
         """
         return self._sublattice() or self
 
+    def _steps(self) -> tuple[int, ...]:
+        return tuple(n if k == 1 else d for n, k, d in zip(self.image, self.kernel, self.dilation))
+
     def _sublattice(self) -> Lattice | None:
-        dilation = self.dilation
+        steps = self._steps()
         alike = all(
-            n % d == before % d == after % d == 0 for n, (before, after), d in zip(self.image, self.padding, dilation)
+            n % d == before % d == after % d == 0 for n, (before, after), d in zip(self.image, self.padding, steps)
         )
-        if not alike or set(self.stride) != {1} or set(dilation) == {1}:
+        if not alike or set(self.stride) != {1} or set(self.kernel) == {1} or set(steps) == {1}:
             return None
-        image = tuple(n // d for n, d in zip(self.image, dilation))
-        padding = tuple((before // d, after // d) for (before, after), d in zip(self.padding, dilation))
-        return replace(self, image=image, padding=padding, dilation=(1,) * len(dilation))
+        image = tuple(n // d for n, d in zip(self.image, steps))
+        padding = tuple((before // d, after // d) for (before, after), d in zip(self.padding, steps))
+        return replace(self, image=image, padding=padding, dilation=(1,) * len(steps))
 
     def taps(self) -> Tensor:
         """Return [K, P_out], the input position that each of the kernel's K taps reads; P_in outside the input."""
