@@ -29,8 +29,8 @@ class LogCosine(GradientMatching):
 
     Beside a logarithm, the weight of the total variation is relative to the distance that is left: what counts falls
     with the distance, and one weight serves networks whose distances end orders of magnitude apart. Short searches with
-    three weights come first, and the rest of the steps go to the weight whose image matched best. A search starts near
-    grey, and its step size falls smoothly to a hundredth. See GradientMatching for the other options.
+    three weights come first, and the rest of the steps go to the weight whose image was best by the objective. A search
+    starts near grey, and its step size falls smoothly to a hundredth. See GradientMatching for the other options.
 
     Attributes:
         tv: the middle one of the three weights, beside the logarithm of a distance or of a likelihood.
@@ -54,7 +54,7 @@ class LogCosine(GradientMatching):
     labels: Literal["joint", "analytic"] = "analytic"
     spread: NonNegative = 0.1
     ratio: Annotated[float, Field(ge=1, le=1e3)] = 3.0
-    pilot: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    pilot: Annotated[float, Field(ge=0, lt=1)] = 0.3
 
     def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
         """Return the cosine distance, which is no less than its rounding."""
@@ -84,7 +84,11 @@ class LogCosine(GradientMatching):
         )
 
     def _search(self, objective: MatchingObjective) -> Found:
-        """Search shortly with each weight, and then with the one that matches best, for every trial."""
+        """Search shortly with each weight, and then with the best one of every trial.
+
+        Their images are compared by the objective with the middle weight: by the distance only, the least weight would
+        lead while no search has come far.
+        """
         factors = (1.0, 1 / self.ratio, self.ratio) if self.ratio > 1 and self.tv else ()  # a tie is the middle one
         steps = int(self.pilot * self.steps / len(factors)) if factors else 0
         if not steps:
@@ -93,8 +97,11 @@ class LogCosine(GradientMatching):
         like = next(iter(objective.observation.gradient.values()))
         pilot = replace(self, steps=steps, pilot=0)
         tried = [pilot._search(replace(objective, prior_factor=like.new_full((size,), factor))) for factor in factors]
-        matches = torch.stack([one.objective.masked_fill(one.failed, torch.inf) for one in tried])
-        best = matches.nan_to_num(torch.inf).argmin(0)
+        scores = [one.objective for one in tried]
+        if objective.null_likelihood is None:  # or the match is the score
+            scores = [self.reshape(one.objective) + self.prior(one.images) for one in tried]
+        ranked = [score.masked_fill(one.failed, torch.inf) for score, one in zip(scores, tried)]
+        best = torch.stack(ranked).nan_to_num(torch.inf).argmin(0)
         chosen = like.new_tensor(factors)[best]
         rest = replace(self, steps=self.steps - len(factors) * steps, pilot=0)
         found = rest._search(replace(objective, prior_factor=chosen))
