@@ -603,8 +603,10 @@ def test_dropout_draws_for_each_trials_own_evaluation(path: Path) -> None:
         assert not torch.isclose(alone.match(own, evaluation + 1)[0], together[row])
 
 
-def test_dropout_draws_anew_at_every_evaluation() -> None:
-    objective = attacks.parse("ig")._objective(watch(OwnModule("dropped", Dropped().train())), keys(2))  # type: ignore[attr-defined]
+def test_dropout_whose_mask_is_not_leaked_draws_anew_at_every_evaluation() -> None:
+    network = Dropped()
+    network.net = nn.Sequential(*(network.net[place] for place in (0, 2, 1, 3, 4)))  # the sigmoid hides the zeros
+    objective = attacks.parse("ig")._objective(watch(OwnModule("dropped", network.train())), keys(2))  # type: ignore[attr-defined]
     start = {"image": rand(2, *SHAPE)}
     values = [objective.match(start, evaluation).detach() for evaluation in (0, 1, 0)]
     assert torch.equal(values[0], values[2])

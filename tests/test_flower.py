@@ -25,7 +25,7 @@ from leakbench.errors import BadOption, LeakbenchError
 def test_without_the_extra_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for name in ("mod", "record", "simulate"):
-        with pytest.raises(LeakbenchError, match=r"flwr and ray .* pip install 'leakbench\[fl\]'"):
+        with pytest.raises(LeakbenchError, match="pip install 'flwr>="):
             getattr(leakbench.flower, name)
 
 

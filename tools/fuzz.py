@@ -257,6 +257,7 @@ def _documents(work: Path) -> dict[str, tuple[Target, list[bytes]]]:
     from leakbench.analysis import pareto as utility
     from leakbench.leaderboard import entry as boards
     from leakbench.leaderboard import verify as leaderboard
+    from leakbench.report import leaderboard as pages
     from leakbench.report import accuracy, tradeoff
     from leakbench.report.compare import published
     from leakbench.store.provenance import Provenance
@@ -294,7 +295,7 @@ def _documents(work: Path) -> dict[str, tuple[Target, list[bytes]]]:
     def entry(data: bytes) -> None:
         file = work / "entry.json"
         file.write_bytes(document(data, known.model_dump(by_alias=True)))
-        leaderboard.words(leaderboard.check(boards.read(file), run, sample=1, device="cpu"))
+        pages.check_lines(leaderboard.check(boards.read(file), run, sample=1, device="cpu"))
 
     def told() -> None:
         found = trainings.records(study)
