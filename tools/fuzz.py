@@ -257,8 +257,8 @@ def _documents(work: Path) -> dict[str, tuple[Target, list[bytes]]]:
     from leakbench.analysis import pareto as utility
     from leakbench.leaderboard import entry as boards
     from leakbench.leaderboard import verify as leaderboard
-    from leakbench.report import leaderboard as pages
     from leakbench.report import accuracy, tradeoff
+    from leakbench.report import leaderboard as pages
     from leakbench.report.compare import published
     from leakbench.store.provenance import Provenance
     from leakbench.store.run_file import FILE, Store
