@@ -6,7 +6,7 @@ One client step is plain torch on the CPU, one trial at a time; what the server 
 import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -306,15 +306,26 @@ def _draw_secrets(
 
 
 def trained_on(defense: Defense, client: Client, num_classes: int) -> Tensor | None:
-    """Return the image [C, H, W] that a client's step is taken on, if its defense changes it; else None.
+    """Return the images [B, C, H, W] that a client's step is taken on, if its defense changes its image; else None.
 
-    It is as private as the client's image: only for metrics. None also if a step is taken on several images.
+    They are as private as the client's image: only for metrics. None also if another image becomes the same ones with
+    the same draws, so that they show nothing of the client's.
     """
     if type(defense).encode is Defense.encode:
         return None
+    images = _encoded(defense, client, num_classes)
+    noise = torch.rand(client.image.shape, generator=generator(client.key, "other image")).to(client.image)
+    try:
+        others = _encoded(defense, replace(client, image=noise), num_classes)
+    except (Exception, SystemExit):  # of a defense that does not take every image
+        return images
+    return None if torch.equal(images, others) else images
+
+
+def _encoded(defense: Defense, client: Client, num_classes: int) -> Tensor:
+    """Return the images [B, C, H, W] that a client's step is taken on."""
     with seeded(client.key, "step"):
-        images, _ = encoded(defense, *_batch(defense, client, num_classes), generator(client.key, "encode"))
-    return images[0] if len(images) == 1 else None
+        return encoded(defense, *_batch(defense, client, num_classes), generator(client.key, "encode"))[0]
 
 
 def _batch(defense: Defense, client: Client, num_classes: int) -> tuple[Tensor, Tensor]:

@@ -241,6 +241,17 @@ class SlyFloor(Peel):
         return super().run(observation, rng)
 
 
+@attacks.register("even-floor")
+class EvenFloor(SlyFloor):
+    """The same, and for an image and its negative the darker one of the two."""
+
+    floor = True
+
+    def run(self, observation, rng):
+        found = super().run(observation, rng).images
+        return Reconstruction(torch.where(found.mean((1, 2, 3), keepdim=True) > 0.5, 1 - found, found))
+
+
 @attacks.register("true-floor")
 class TrueFloor(Attack):
     """A floor."""
@@ -374,10 +385,11 @@ def test_a_floor_that_uses_the_gradient_is_refused(tmp_path: Path, no_assets: No
     with pytest.raises(FalseFloor, match=r"^attack 'false-floor' states floor = True, and its images change"):
         go(tmp_path / "false", "false-floor", "grey", **small)
     assert not (tmp_path / "false").exists()
-    with pytest.raises(FalseFloor, match="'sly-floor'"):
-        go(tmp_path / "sly", "sly-floor", **small)
-    with Store.open(tmp_path / "sly" / FILE, readonly=True) as store:
-        assert store.done() == set()
+    for name in ("sly-floor", "even-floor"):
+        with pytest.raises(FalseFloor, match=f"'{name}'"):
+            go(tmp_path / name, name, **small)
+        with Store.open(tmp_path / name / FILE, readonly=True) as store:
+            assert store.done() == set()
 
 
 def test_a_replaced_metric_ends_the_run(tmp_path: Path, no_assets: None) -> None:  # noqa: F811

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from torchvision.transforms.v2 import functional as V
 
 import leakbench
 from leakbench import attacks, datasets, defenses, metrics, models
+from leakbench.analysis.recovery import judged
 from leakbench.api import run
 from leakbench.attacks.base import prepare
 from leakbench.attacks.lb import layer_normalised_distance
@@ -753,7 +755,7 @@ def test_the_blends_class_probabilities_are_worked_out(model: str) -> None:
         x, y = _batch(method, client, CLASSES)
         blend, shares = method.encode(x, y, generator(client.key, "encode"))
         torch.testing.assert_close(known.targets[t : t + 1], shares, rtol=1e-9, atol=1e-9)
-        assert torch.equal(trained_on(method, client, CLASSES), blend[0])
+        assert torch.equal(trained_on(method, client, CLASSES), blend)
         blends.append(blend[0])
     informed, oblivious = objective("ig", observation), objective("ig", watch(model, "mixup", trials=4))
     images = {"image": torch.stack(blends)}
@@ -784,9 +786,46 @@ def test_what_a_client_trained_on_is_what_its_step_was_taken_on() -> None:
     network = build(models.parse("lenet"), method, SHAPE, CLASSES, "weights 0")
     for client, sent in zip(clients(2), zip(*watch("lenet", method).gradient.values())):
         image = trained_on(method, client, CLASSES)
-        plain = Step(network, image[None], torch.tensor([client.label]), method).gradient()
+        plain = Step(network, image, torch.tensor([client.label]), method).gradient()
         assert all(torch.equal(value, own) for value, own in zip(plain.values(), sent))
         assert trained_on(defenses.parse("noise"), client, CLASSES) is None
+
+
+@dataclass(frozen=True)
+class Changes(Defense):
+    """Trains on something else than the private image."""
+
+    name: ClassVar[str] = "changes"
+    how: str = "shift"
+
+    def encode(self, x: Tensor, y: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        if self.how == "noise":
+            return torch.rand(x.shape, generator=rng), y
+        x = torch.full_like(x, 0.5) if self.how == "grey" else x.roll(5, -1).flip(-1)
+        x = 4 * x - 2 if self.how == "scale" else x
+        return (torch.cat([x, x]), torch.cat([y, y])) if self.how == "twice" else (x, y)
+
+
+def test_a_changed_image_is_compared_whatever_its_number_and_range(tmp_path) -> None:
+    """Two copies of it, or values beyond [0, 1], do not hide what the gradient leaks."""
+    hows = ["shift", "twice", "scale"]
+    axes = {"models": ["lenet"], "datasets": ["samples(size=16)"], "images": 2, "attacks": ["peel"]}
+    table = run(Matrix(defenses=[Changes(how) for how in hows], **axes), tmp_path).results()
+    own = judged(table, 0.6).query("not floor")
+    assert (own["ssim_encoded"] > 0.99).all(), own[["defense", "ssim_encoded"]].to_string()
+    assert (len(own), int(own["recovered"].sum()), int(own["itself"].sum())) == (6, 6, 0)
+
+
+@pytest.mark.parametrize("how", ["grey", "noise"])
+def test_what_has_nothing_of_the_private_image_shows_nothing_of_it(tmp_path, how: str) -> None:
+    axes = {"models": ["lenet"], "datasets": ["samples(size=16)"], "images": 2, "attacks": ["peel"]}
+    threats = ["paper", {"informed": "every"}]
+    table = run(Matrix(defenses=["none", Changes(how)], threats=threats, **axes), tmp_path).results()
+    own = judged(table, 0.6).query("not floor and defense != 'none'")
+    assert not own["recovered"].any()
+    assert own["ssim_encoded"].isna().all()
+    (reason,) = set(own.loc[own["threat"] == "informed=simulate", "reason"])
+    assert reason.startswith("what 'changes' trains on does not depend on the image")
 
 
 @pytest.mark.parametrize("attack", ["analytic", "peel"])

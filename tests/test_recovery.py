@@ -110,6 +110,11 @@ def test_a_changed_image_that_the_gradient_leaks_counts_as_recovered() -> None:
     assert found["itself"].tolist()[4:] == [False, True, False]
     (result,) = [one for one in ensemble_results(frame(*rows), 0.6) if one.defense == "ats"]
     assert (result.share, result.itself) == pytest.approx((2 / 3, 1 / 3))
+    # floors run behind no defense: their scores against the private image are the limits
+    behind_none = [floor(0.3, 15.0, ssim_encoded=math.nan, psnr_encoded=math.nan)]
+    for psnr, recovered in ((14.0, False), (16.0, True)):
+        found = judged(frame(*behind_none, guess(0.1, 9.0, **changed(0.7, psnr))), 0.6)
+        assert found["recovered"].tolist() == [False, recovered]
     plain = ensemble_results(frame(floor(0.3, 15.0), guess(0.8, 30.0)), 0.6)[0]
     assert plain.share == 1
     assert math.isnan(plain.itself)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import SHAPE, watch
 from torch import Tensor
+from zoo import Zoo
 
 from leakbench import Defense, Gradient, Step, Unsupported, attacks, datasets, defenses, metrics, models, observe
 from leakbench import attack as attack_on
@@ -211,9 +212,9 @@ def test_what_cannot_be_simulated_is_unsupported_in_one_line() -> None:
 
     with pytest.raises(Unsupported, match="'inspects' cannot be run on a dummy gradient: no client of mine; use"):
         prepare(attacks.parse("ig"), seen(shuffled, Inspects()))
-    zeros = Odd(lambda value, rng: torch.zeros_like(value))
-    with pytest.raises(Unsupported, match="'odd' sends does not depend on the gradient"):
-        prepare(attacks.parse("ig"), seen(shuffled, zeros))
+    for empty in (Odd(lambda value, rng: torch.zeros_like(value)), Zoo("other")):
+        with pytest.raises(Unsupported, match=f"'{empty.name}' sends does not depend on the gradient"):
+            prepare(attacks.parse("ig"), seen(shuffled, empty))
     for control in ("none", "norm-only"):
         with pytest.raises(Unsupported, match=f"'{control}' does nothing to model"):
             prepare(attacks.parse("ig"), watch("lenet", control, "informed=simulate"))

@@ -35,8 +35,9 @@ def judged(trials: pd.DataFrame, threshold: float) -> pd.DataFrame:
     floor on the same image and seed both in ``RECOVERY`` and in ``CLOSENESS``. A condition that was not measured (no
     floor was run, a metric is missing) does not count; ``caveat`` says so. ``recovered``: the same holds, or it holds
     for the image that the client trained on in place of the private one (a shift of it, a blend with another): that
-    image is what the gradient leaks, and it shows the private one. ``by_floor``: a floor reaches the threshold on this
-    image without any gradient, so that the image shows nothing about a leak.
+    image is what the gradient leaks. Floors run behind no defense, so that few have a score against it: its limits are
+    then those of the private image. ``by_floor``: a floor reaches the threshold on this image without any gradient, so
+    that the image shows nothing about a leak.
 
     Args:
         trials: with the columns dataset, defense, image, seed, status, floor and the metrics (``Store.trials``); floors
@@ -47,7 +48,8 @@ def judged(trials: pd.DataFrame, threshold: float) -> pd.DataFrame:
     limits = best_floors(own, [RECOVERY, CLOSENESS]).reindex(pd.MultiIndex.from_frame(own[_PLACE]))
     itself = _above(own, limits, threshold)
     behind = ["defense", *_PLACE]  # what a client trains on depends on its defense
-    changed = best_floors(own, ENCODED, behind).reindex(pd.MultiIndex.from_frame(own[behind]))
+    changed = best_floors(own, ENCODED, behind).reindex(pd.MultiIndex.from_frame(own[behind])).reset_index(drop=True)
+    changed = changed.fillna(limits.set_axis(ENCODED, axis=1).reset_index(drop=True))
     return trials.assign(
         recovered=itself | _above(own, changed, threshold),
         by_floor=limits[RECOVERY].to_numpy(dtype=float) >= threshold,

@@ -348,6 +348,11 @@ def _encoding(defense: Defense, observation: Observation) -> Encoding | None:
     image = image[None].clone().requires_grad_()
     rng = [generator("simulate", "encode", number) for number in (0, 1, 0)]
     encoded = _encoded(defense, image, label[None], rng[0])[0]
+    other = _example(observation, 1)[0][None]
+    if _equal(encoded, _encoded(defense, other, label[None], generator("simulate", "encode", 0))[0]):
+        raise Unsupported(
+            f"what {defense.name!r} trains on does not depend on the image: there is nothing of it to match"
+        )
     if not _equal(encoded, _encoded(defense, image, label[None], rng[1])[0]):
         return None
     move = PERTURBATION * torch.randn(image.shape, generator=generator("simulate", "move")).to(image)

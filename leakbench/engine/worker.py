@@ -286,21 +286,26 @@ class Worker:
             for row, trial in enumerate(trials)
         ]
 
-    def _stepped(self, data: ClientData, trials: Sequence[Trial]) -> tuple[Observation, Rng, Tensor | None]:
+    def _stepped(self, data: ClientData, trials: Sequence[Trial]) -> tuple[Observation, Rng, Sequence[Tensor | None]]:
         """Return what clients send after a step, the attacker's draws, and the encoded images (``Truth.encoded``)."""
         device = self.work.device
         seen, clients = _observed(data, trials, device)
         rng = Rng(tuple(attack_key(trial, data.salt) for trial in trials), device)
         images = [trained_on(trials[0].cell.defense, client, data.num_classes) for client in clients]
-        known = [image for image in images if image is not None]
-        return seen, rng, torch.stack(known).to(device) if len(known) == len(images) else None
+        return seen, rng, [None if image is None else image.to(device) for image in images]
 
     def _other(self, data: ClientData, trials: Sequence[Trial]) -> Mapping[str, Tensor]:
-        """Return the gradients that the same clients would have sent of other images: the negatives."""
-        negatives = {index: 1 - image for index, image in data.images.items()}
-        return _observed(replace(data, images=negatives), trials, self.work.device)[0].gradient
+        """Return the gradients that the same clients would have sent of noise, which follows from the salt.
 
-    def _truth(self, data: ClientData, trials: Sequence[Trial], encoded: Tensor | None) -> Truth:
+        An attack that knew the other image, or what makes it of the private one, could return the same for both.
+        """
+        noise = {
+            index: torch.rand(image.shape, generator=generator(salted(f"floor/{index}", "client", data.salt))).to(image)
+            for index, image in data.images.items()
+        }
+        return _observed(replace(data, images=noise), trials, self.work.device)[0].gradient
+
+    def _truth(self, data: ClientData, trials: Sequence[Trial], encoded: Sequence[Tensor | None] | None) -> Truth:
         """Return the private images with their labels, -1 for a label that is not known."""
         return Truth(
             torch.stack([data.images[trial.image] for trial in trials]).to(self.work.device),

@@ -1,7 +1,7 @@
 """The contract of a metric: a pure function of reconstruction and truth, with its convention stated."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,14 +20,15 @@ class Truth:
     Attributes:
         images: [T, C, H, W] in [0, 1], the private images.
         labels: [T] int64; -1 where a label is not known.
-        encoded: [T, C, H, W], the images that the clients trained on if their defense changes them; else None.
+        encoded: the images [B, C, H, W] that each of the T clients trained on, None for one that trained on its private
+            image or on nothing of it; None if the defense changes no image.
         public: returns public images [P, C, H, W] in [0, 1] of the same kind (``Dataset.public``); None if there are
             none.
     """
 
     images: Tensor
     labels: Tensor
-    encoded: Tensor | None = None
+    encoded: Sequence[Tensor | None] | None = None
     public: Callable[[], Tensor] | None = None
 
 

@@ -15,7 +15,7 @@ from leakbench.metrics.aligned import AlignedPSNR, AlignedSSIM
 from leakbench.metrics.base import Metric, Truth, register
 from leakbench.metrics.standard import PSNR_CAP
 
-_AGAINST = "against the image that the client trained on; none if that is the private image itself"
+_AGAINST = "against the image that the client trained on; none if that is the private image, or has nothing of it"
 
 
 class EncodedMetric(Metric):
@@ -33,8 +33,24 @@ class EncodedMetric(Metric):
         return torch.full((len(images),), torch.nan, dtype=torch.float64, device=images.device)
 
     def score(self, guess: Reconstruction, truth: Truth) -> Tensor:
-        """Return [T] values of ``base``, or NaN if the clients trained on the private images."""
-        return self(guess.images, truth.images) if truth.encoded is None else self.base(guess.images, truth.encoded)
+        """Return [T] values of ``base``, NaN for clients that trained on their private image, or on nothing of it.
+
+        If a client trained on several images, the value is that of the nearest one. Images that leave [0, 1] are scaled
+        to it, which no fit of brightness and contrast notices.
+        """
+        values = self(guess.images, truth.images)
+        changed = {} if truth.encoded is None else {row: own for row, own in enumerate(truth.encoded) if own is not None}
+        for number in range(max(map(len, changed.values()), default=0)):
+            rows = [row for row, own in changed.items() if number < len(own)]
+            own = self.base(guess.images[rows], torch.stack([_in_range(changed[row][number]) for row in rows]))
+            values[rows] = torch.fmax(values[rows], own)
+        return values
+
+
+def _in_range(image: Tensor) -> Tensor:
+    """Return an image [C, H, W] that leaves [0, 1] scaled to it."""
+    low, high = float(image.min()), float(image.max())
+    return image if 0 <= low <= high <= 1 else ((image - low) / ((high - low) or 1)).clamp(0, 1)
 
 
 @register("psnr_encoded")
