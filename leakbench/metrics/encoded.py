@@ -39,7 +39,9 @@ class EncodedMetric(Metric):
         to it, which no fit of brightness and contrast notices.
         """
         values = self(guess.images, truth.images)
-        changed = {} if truth.encoded is None else {row: own for row, own in enumerate(truth.encoded) if own is not None}
+        changed = (
+            {} if truth.encoded is None else {row: own for row, own in enumerate(truth.encoded) if own is not None}
+        )
         for number in range(max(map(len, changed.values()), default=0)):
             rows = [row for row, own in changed.items() if number < len(own)]
             own = self.base(guess.images[rows], torch.stack([_in_range(changed[row][number]) for row in rows]))
