@@ -29,7 +29,7 @@ from torch import nn
 import leakbench
 from leakbench import datasets
 from leakbench.attacks.known_draws import read_draws
-from leakbench.audit import AuditedNetwork, images_of
+from leakbench.audit import AuditedNetwork, AuditOptions, images_of
 from leakbench.audit.given import audited, classes_of, first_channels, read_image, read_update
 from leakbench.audit.randomness import randomness
 from leakbench.datasets.folder import Folder
@@ -639,6 +639,16 @@ def test_an_update_of_adapters_is_served_with_the_rest_in_before(tmp_path: Path,
     one_line(error, "--before", "2 of the network's 6 tensors")
 
 
+@pytest.mark.parametrize("scale", ["quick", "standard-update", "thorough"])
+def test_without_a_closed_form_for_the_label_attacks_optimise_it(scale: str) -> None:
+    plain, joint = (AuditOptions().matrix(scale, {}, joint_labels=joint) for joint in (False, True))
+    chosen = [
+        [attack.options().get("labels") for stage in one.stages for attack in stage.attacks] for one in (plain, joint)
+    ]
+    assert "analytic" in chosen[0]
+    assert chosen[1] == ["joint" if labels == "analytic" else labels for labels in chosen[0]]
+
+
 def test_a_list_of_parameters_is_served_with_the_buffers_in_before(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 4))
     given = recorded(tmp_path, network, lambda state: [state[name] for name, _ in network.named_parameters()])
@@ -782,6 +792,7 @@ SERVED: dict[str, Callable[[], nn.Module]] = {
 def test_networks_of_any_precision_and_wrapper_are_attacked(name: str) -> None:
     network, images = SERVED[name](), torch.rand(2, *SHAPE, generator=torch.Generator().manual_seed(5))
     assert classes_of(AuditedNetwork("own", network).at(SHAPE).model(3), SHAPE) == 4
+    assert ("precision" in dict(AuditedNetwork("own", network).facts())) == name.startswith(("float", "bfloat"))
     seen = leakbench.observe(network, images, [1, 2])
     exact = torch.float64 if name == "float64" else torch.float32
     assert {value.dtype for value in seen.gradient.values()} == {exact}

@@ -27,7 +27,7 @@ from leakbench.errors import BadOption, MissingAsset, Unsupported, one_line
 from leakbench.gradients.evaluate import working
 from leakbench.gradients.plain import without_checkpointing
 from leakbench.models import weights
-from leakbench.models.module import OwnModule, unwrapped
+from leakbench.models.module import OwnModule, network_dtype, unwrapped
 
 NORMALISE, NETWORK = "normalise", "network"
 """The names of an input normalisation and of the network after it."""
@@ -156,7 +156,13 @@ class AuditedNetwork:
 
     def facts(self) -> list[tuple[str, str]]:
         """Return what a page states of the network, as (name, value)."""
-        return [("model", self.label), *([("input normalisation", self.normalise)] if self.normalise else [])]
+        kind, exact = (str(one).removeprefix("torch.") for one in (network_dtype(self.module), working(self.module)))
+        precision = f"{kind}, in which clients compute; the attackers compute in {exact}"
+        return [
+            ("model", self.label),
+            *([("input normalisation", self.normalise)] if self.normalise else []),
+            *([("precision", precision)] if kind != "float32" else []),
+        ]
 
 
 def load_network(

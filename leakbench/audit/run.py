@@ -17,6 +17,7 @@ from leakbench import attacks, datasets, defenses
 from leakbench.analysis.ensemble import UNPROVEN, UNSCORED, ensemble_results, floor_share
 from leakbench.analysis.recovery import caveat, judged
 from leakbench.analysis.verdict import CONTROL, control_flaw
+from leakbench.attacks import Attack
 from leakbench.attacks.known_draws import read_draws
 from leakbench.attacks.peeling.lattice import CONVOLUTIONS
 from leakbench.audit.fail_rule import FailRule
@@ -81,10 +82,22 @@ class AuditOptions:
     command: str = ""
     salt: str | None = None
 
-    def matrix(self, scale: str, given: Mapping[str, Any]) -> Matrix:
-        """Return the matrix of a scale of the suite, with the axes that are given in place of its own."""
+    def matrix(self, scale: str, given: Mapping[str, Any], *, joint_labels: bool = False) -> Matrix:
+        """Return the matrix of a scale of the suite, with the axes that are given in place of its own.
+
+        With ``joint_labels``, attacks that would infer the label in closed form optimise it with the image.
+        """
         limit = {} if self.threshold is None else {"threshold": self.threshold}
-        return Matrix(**override(expand(load_suite("audit"), scale)[0], {**given, **limit}))
+        axes = override(expand(load_suite("audit"), scale)[0], {**given, **limit})
+        if joint_labels:
+            axes["stages"] = [{**stage, "attacks": list(map(_jointly, stage["attacks"]))} for stage in axes["stages"]]
+        return Matrix(**axes)
+
+
+def _jointly(spec: str | Attack) -> Attack:
+    """Return an attack that optimises the label with the image, if it has this option."""
+    attack = attacks.parse(spec)
+    return replace(attack, labels="joint") if attack.options().get("labels") == "analytic" else attack  # type: ignore[type-var]
 
 
 def audit_model(
@@ -212,7 +225,8 @@ def audit_update(
     proven = truth is None and any(form.pixels and form.exact and not form.factor for form in leaks.forms)
     if proven:  # the image is known without a truth: the other attackers have nothing left to find
         given["attacks"] = [CLOSED_FORM_ATTACK]
-    matrix = options.matrix(f"{options.budget}-update" if threat.unit is None else options.budget, given)
+    scale = f"{options.budget}-update" if threat.unit is None else options.budget
+    matrix = options.matrix(scale, given, joint_labels=leaks.labels.inferred is None)
     data = ClientData(
         images={} if truth is None else {0: truth},
         labels={} if label is None else {0: label},
