@@ -246,6 +246,11 @@ def test_bad_gradients_are_one_line() -> None:
     assert "was not sent" in refusal(None, lattice).reason
     assert "not finite" in refusal(torch.where(gradient > 3, torch.nan, gradient), lattice).reason
     assert "is zero" in refusal(torch.zeros_like(gradient), lattice).reason
+    groups = nn.Conv2d(40, 24, 3, padding=1, groups=2)
+    half = step(groups, (4, 4))[0].index_fill(0, torch.arange(12), 0.0)
+    assert "zero, at least of one group" in refusal(half, Lattice.of(groups, (4, 4))).reason
+    tiny = factors(1e-60 * gradient, lattice)
+    assert torch.allclose(tiny.errors, 1e-60 * factors(gradient, lattice).errors, rtol=1e-9, atol=0)
     with pytest.raises(BadOption, match="expected"):
         factorise_convolution(gradient[..., :2], lattice, rng())
     with pytest.raises(BadOption, match="images=0"):
@@ -370,6 +375,9 @@ def test_masks_are_found_in_an_input_of_low_rank() -> None:
     wrong = factorise_masked(gradient, lattice, values.flip(0), masks.sum((0, 2, 3)), rng())
     assert isinstance(wrong, NotFactorised)
     assert wrong.gap > 0.3
+    few = factorise_masked(gradient, lattice, values * (torch.arange(64) == 7), masks.sum((0, 2, 3)), rng())
+    assert isinstance(few, NotFactorised)
+    assert "1 output channels do not determine" in few.reason
     with pytest.raises(BadOption, match="expected two tensors"):
         factorise_masked(gradient, lattice, values[:5], masks.sum((0, 2, 3)), rng())
 
@@ -409,6 +417,9 @@ def test_too_few_entries_are_refused() -> None:
     found = factorise_incomplete(gradient, sent, Lattice.of(layer, (3, 3)), rng())
     assert isinstance(found, NotFactorised)
     assert "the dense core" in found.reason
+    none = factorise_incomplete(gradient, torch.zeros_like(sent), Lattice.of(layer, (3, 3)), rng())
+    assert isinstance(none, NotFactorised)
+    assert "is zero" in none.reason
     with pytest.raises(BadOption, match="equal shapes"):
         factorise_incomplete(gradient, sent[:4], Lattice.of(layer, (3, 3)), rng())
 

@@ -70,6 +70,8 @@ def factorise_incomplete(
     outputs, inputs = dense_core(known, rank)
     by_tap, mask = values.flatten(2).permute(2, 0, 1), known.flatten(2).permute(2, 0, 1)
     core = by_tap[:, outputs][:, :, inputs]
+    if min(len(by_tap) * len(outputs), len(inputs)) < rank:
+        return NotFactorised(f"{len(by_tap)} taps x {len(outputs)} output channels are fewer than {rank} positions")
     filled = complete(core.flatten(0, 1), mask[:, outputs][:, :, inputs].flatten(0, 1), rank)
     own, count = lattice.undilated(), images * lattice.phases
     shape = (len(outputs), len(inputs), *lattice.kernel)
@@ -148,7 +150,7 @@ def complete(values: Tensor, sent: Tensor, rank: int) -> Tensor:
     def solve(others: Tensor, right: Tensor, weights: Tensor, ridge: float) -> Tensor:
         squares = (others[:, :, None] * others[:, None]).flatten(1)
         system = (weights @ squares).unflatten(1, (rank, rank)) + ridge * eye
-        return torch.linalg.solve(system, (right @ others)[..., None])[..., 0]
+        return torch.linalg.solve_ex(system, (right @ others)[..., None])[0][..., 0].nan_to_num(0.0, 0.0, 0.0)
 
     misfit = torch.inf
     for step in range(ROUNDS):

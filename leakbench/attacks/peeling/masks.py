@@ -82,7 +82,7 @@ def factorise_masked(
     Args:
         gradient: dL/dw [O, C, *kernel] of one image, without groups; None if it was not sent.
         lattice: the convolution's geometry.
-        values: a [O]; a channel with the value 0 is left out.
+        values: a [O]; a channel with the value 0 (or no finite one) is left out.
         counts: n [O].
         rng: a generator on the CPU, for the start of the eigenvalue solver.
 
@@ -98,8 +98,8 @@ def factorise_masked(
             f"phases: expected two tensors [{len(gradient)}], and a convolution without groups and dilation"
         )
     values, counts = values.detach().cpu().double(), counts.detach().cpu().double().round().long()
-    alive = (values != 0) & (counts > 0)
-    if not bool(alive.any()):
+    alive = torch.isfinite(values) & (values != 0) & (counts > 0)
+    if not bool(alive.any()) or not bool(gradient[alive].any()):
         return NotFactorised("no channel has active positions")
     scaled = gradient.detach().cpu().double()[alive] / values[alive].view(-1, *(1,) * (gradient.dim() - 1))
     reduced = ReducedGradient.of(scaled, lattice, 1, lattice.inputs, RANK_TOLERANCE)
@@ -112,7 +112,9 @@ def factorise_masked(
         inputs, variance = solve_inputs(by_tap, masks.mT[None], lattice)
         if torch.equal(masks, before):
             break
-        rows = solve_errors(by_tap, inputs, lattice)[0][0].mT
+        rows = solve_errors(by_tap, inputs.nan_to_num(), lattice)[0][0].mT.nan_to_num()
+    if not bool(torch.isfinite(inputs).all()):
+        return NotFactorised(f"the masks of {int(alive.sum())} output channels do not determine the input")
     misfit = float((correlate(masks.mT[None], inputs, lattice) - by_tap).norm() / by_tap.norm())
     if not misfit < MAX_MISFIT:
         return NotFactorised(f"the masks leave {misfit:.2g} of the gradient unexplained", misfit)

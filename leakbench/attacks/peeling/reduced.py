@@ -140,7 +140,13 @@ def design(values: Tensor, places: Tensor) -> Tensor:
 
 
 def least_squares(matrix: Tensor, right: Tensor, images: int = 1) -> tuple[Tensor, Tensor]:
-    """Return x [b, P, N] of least |matrix x - right|, and its variance by each column's residual."""
+    """Return x [b, P, N] of least |matrix x - right|, and its variance by each column's residual.
+
+    Both are NaN if the matrix has fewer rows than columns.
+    """
+    if len(matrix) < matrix.shape[1]:
+        missing = right.new_full((images, matrix.shape[1] // images, right.shape[1]), torch.nan)
+        return missing, missing
     columns, triangle = torch.linalg.qr(matrix)
     projected = columns.mT @ right
     found = torch.linalg.solve_triangular(triangle, projected, upper=True)

@@ -79,7 +79,9 @@ def factorise_convolution(
     if refused is not None or gradient is None:
         return refused or NOT_SENT
     parts = []
-    for part in gradient.detach().cpu().double().chunk(lattice.groups):
+    values = gradient.detach().cpu().double()
+    size = values.abs().amax().clamp(min=1e-300)
+    for part in (values / size).chunk(lattice.groups):
         found = _factorise_group(part, lattice.undilated(), rng, images * lattice.phases, gradient.dtype)
         if isinstance(found, NotFactorised):
             return found
@@ -87,7 +89,7 @@ def factorise_convolution(
     return ConvolutionFactors(
         inputs=torch.cat([part.inputs for part in parts], 1),
         variance=torch.cat([part.variance for part in parts], 1),
-        errors=torch.cat([part.errors for part in parts], 1),
+        errors=size * torch.cat([part.errors for part in parts], 1),
         rank_gap=min(part.rank_gap for part in parts),
         null_ratio=max(part.null_ratio for part in parts),
         misfit=max(part.misfit for part in parts),
@@ -117,8 +119,6 @@ def refuse(gradient: Tensor | None, lattice: Lattice, images: int, *, low_rank: 
         raise BadOption(f"a gradient {shape} is none of {lattice} in {lattice.groups} groups; expected [O, C, *kernel]")
     if not bool(torch.isfinite(gradient).all()):
         return NotFactorised("the gradient has values that are not finite")
-    if not bool(gradient.any()):
-        return NotFactorised("the gradient is zero")
     rank, channels = images * lattice.inputs, gradient.shape[1]
     if channels < rank and not low_rank:
         by_group = " of a group" if lattice.groups > 1 else ""
@@ -177,12 +177,14 @@ def factorise_mixed(
     """Return steps 1 to 5 of the derivation.
 
     Args:
-        gradient: dL/dw [O, C, *kernel], float64, finite and not zero.
+        gradient: dL/dw [O, C, *kernel], float64, finite.
         lattice: the geometry, without groups and dilation.
         rng: of the start of the eigenvalue solver.
         images: B.
         dtype: in which the gradient was sent.
     """
+    if not bool(gradient.any()):
+        return NotFactorised("the gradient is zero, at least of one group")
     rank = images * lattice.inputs
     reduced = ReducedGradient.of(gradient, lattice, images, rank)
     gap = clear_rank(reduced.singular, rank, dtype)

@@ -79,6 +79,8 @@ def unmix(mixed: Tensor, spread: Tensor, rng: torch.Generator) -> Tensor:
     noise = (spread / sizes).clamp(min=MIN_NOISE)
     live = (sizes > MIN_SIZE * sizes[sizes > 0].median()) & (noise <= MAX_NOISE * noise.nanmedian())
     rows, noise = mixed[live] / sizes[live, None], noise[live]
+    if len(rows) < count:
+        return rows[:0]
     pool: list[tuple[float, Tensor]] = []
     best: list[Tensor] = []
     done, last = 0, min(TRIES * count + 10, MAX_PROGRAMS)
