@@ -1,4 +1,4 @@
-"""Recomputes every figure of README.md and reports/README.md from the committed data: ``python -m benchmarks.recheck``.
+"""Recomputes the figures of README.md, reports/README.md and docs/paper.md: ``python -m benchmarks.recheck``.
 
 A paragraph, list item or table with figures is followed by a comment that names where they come from, its *mark*:
 
@@ -48,7 +48,7 @@ from leakbench.core.text import plural
 from leakbench.plan.matrix import RECOVERY
 from leakbench.report.worst_case import ranking
 
-TEXTS = ("README.md", "reports/README.md")
+TEXTS = ("README.md", "reports/README.md", "docs/paper.md")
 TEST_IMAGES = 10_000
 """Test images of MNIST and of CIFAR-10, over which an accuracy has its interval."""
 TIE = 1e-9
@@ -615,7 +615,7 @@ def _marked(text: str) -> Iterator[tuple[int, int, str | None]]:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of README.md that a program writes between two comments.
+    """A table that a program writes between two comments of a text.
 
     Attributes:
         begin: the comment before it; ``end`` is the one behind it.
@@ -636,8 +636,15 @@ def _speed() -> str:
     return speed.summary(speed.load(ROOT / "reports" / "speed"))
 
 
+def _claims() -> str:
+    from benchmarks.claims import block  # which takes its findings from here
+
+    return block()
+
+
+CLAIMS = ("<!-- claims: begin, written by python -m benchmarks.recheck --write -->", "<!-- claims: end -->")
 BEGIN, END = "<!-- worst case: begin, written by python -m benchmarks.recheck --write -->", "<!-- worst case: end -->"
-TABLES = (Table(BEGIN, END, _worst_case), Table(speed.BEGIN, speed.END, _speed))
+TABLES = (Table(BEGIN, END, _worst_case), Table(speed.BEGIN, speed.END, _speed), Table(*CLAIMS, _claims))
 
 
 def rechecked_tables(name: str, text: str) -> tuple[list[str], str]:

@@ -90,11 +90,12 @@ def test_a_changed_digit_of_the_reports_is_caught_in_one_line(right, wrong, line
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.begin.split()[1])
 def test_a_changed_digit_of_a_table_is_caught_and_repaired(table):
-    text = text_of("README.md")
+    name = next(name for name in TEXTS if table.begin in text_of(name))
+    text = text_of(name)
     row = next(line for line in text.partition(table.begin)[2].splitlines() if line.startswith("|") and "%" in line)
     wrong = text.replace(row, re.sub(r"\d %", "3.5 %", row, count=1))
-    (found,), repaired = recheck.rechecked_tables("README.md", wrong)
-    assert found.startswith(f"README.md:{1 + text[: text.index(row)].count(chr(10))}: |")
+    (found,), repaired = recheck.rechecked_tables(name, wrong)
+    assert found.startswith(f"{name}:{1 + text[: text.index(row)].count(chr(10))}: |")
     assert repaired == text
 
 
