@@ -209,19 +209,49 @@ def test_arms_are_compared_by_wilcoxons_test(tmp_path: Path) -> None:
     assert tests["norm-only − both"][2] == "+1.000 [+1.000, +1.000]"
 
 
-def test_the_grid_has_a_row_for_each_grant_and_the_truth_below(tmp_path: Path) -> None:
+def test_the_grid_has_the_truth_first_and_a_row_for_each_grant_with_scores(tmp_path: Path) -> None:
     stored(tmp_path, results(3))
-    trials = study.grid(study.arms(frame(tmp_path)))
+    block = study.arms(frame(tmp_path))
+    trials = study.grid(block)
     assert list(trials.index) == NAMES
     assert list(trials.columns) == [0, 1, 2]
     assert trials.notna().to_numpy().all()
     with Store.open(tmp_path / FILE, readonly=True) as store:
         pictures = store.images(trials.stack().tolist())
-    drawn = saved(study.figure(trials, pictures))
-    assert drawn == saved(study.figure(trials, pictures)) != saved(study.figure(trials, {}))
+    sheet = study.figure(block, pictures)
+    words = [text.get_text() for panel in sheet.axes for text in panel.texts]
+    labels = [word for word in words if any(character.isalpha() for character in word)]
+    assert labels == ["private image", "none", *(f"{name} (aligned)" for name in NAMES[1:])]
+    score = block.loc[block["trial"] == trials.loc["key", 1], "psnr_aligned"].iloc[0]
+    assert f"{score:.1f}" in words
+    rows = [[panel.images[0].get_array() for panel in sheet.axes[3 * row : 3 * row + 3]] for row in range(2)]
+    truths = [np.asarray(Image.open(BytesIO(pictures[trial].truth))) for trial in trials.loc["none"]]
+    own = [np.asarray(Image.open(BytesIO(pictures[trial].reconstruction))) for trial in trials.loc["none"]]
+    assert all(np.array_equal(one, other) for one, other in zip(rows[0] + rows[1], truths + own))
+    drawn = saved(sheet)
+    assert drawn == saved(study.figure(block, pictures)) != saved(study.figure(block, {}))
     image = Image.open(BytesIO(drawn))
     assert image.height > 9 * 80
     assert image.width > 3 * 80
+
+
+def test_a_picture_is_drawn_after_the_best_fit_to_the_private_image() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    faded = Image.fromarray((60 + pixels * 0.25).astype(np.uint8))
+    fitted = study._fitted(faded, Image.fromarray(pixels))
+    assert np.abs(np.asarray(fitted).astype(int) - pixels).max() <= 4  # a quarter of the range has 64 levels
+    assert study._fitted(faded, None) is faded
+    assert study._fitted(None, faded) is None
+
+
+def test_raw_differences_of_the_other_sign_are_named(tmp_path: Path) -> None:
+    stored(tmp_path, results(6))
+    block = study.arms(frame(tmp_path))
+    assert study.opposite(block) == []
+    turned = block.assign(psnr=40 - block["psnr"])
+    found = study.opposite(turned)
+    assert "none − norm-only: −2.0 [−2.0, −2.0] dB raw, +2.0 [+2.0, +2.0] dB aligned" in found
+    assert not any("both − lock, key derived" in one for one in found)  # no difference in either
 
 
 def test_a_run_that_shares_no_key_and_no_lock_has_no_page_on_sharing(tmp_path: Path) -> None:

@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from leakbench.analysis.paired import Pair
-from leakbench.analysis.statistics import UNIT
+from leakbench.analysis.statistics import UNIT, paired_difference
 from leakbench.analysis.summary import summarise
-from leakbench.core.text import name_of, slug
+from leakbench.core.text import name_of, number, slug, with_interval
+from leakbench.metrics.aligned import align
 from leakbench.report.differences import paired_table
 from leakbench.report.display import leakage_table, to_markdown
 from leakbench.report.grids import picture
@@ -55,11 +58,10 @@ def study(run: RunData, store: Store) -> StudyPage | None:
     words, blocks, grids = trained(run.components), [], {}
     for index, (names, block) in enumerate(arms(run.results).groupby(_BLOCK, sort=False), 1):
         key = tuple(map(str, names))
-        trials = grid(block)
         file = f"grids/sharing-{index:03}-{slug(key)}.png"
-        pictures = store.images([trial for trial in trials.to_numpy().ravel() if isinstance(trial, str)])
-        grids[file] = figure(trials, pictures)
-        blocks.append((key, words.get(key[1], ""), file, _scores(run, block), _tests(block)))
+        pictures = store.images([trial for trial in grid(block).to_numpy().ravel() if isinstance(trial, str)])
+        grids[file] = figure(block, pictures)
+        blocks.append((key, words.get(key[1], ""), file, _scores(run, block), _tests(block), opposite(block)))
     return StudyPage(FILE, {"head": run.about(), "blocks": blocks}, grids)
 
 
@@ -90,22 +92,55 @@ def grid(block: pd.DataFrame) -> pd.DataFrame:
     return trials.loc[first[_ARM].drop_duplicates(), sorted(trials.columns)[:MAX_IMAGES]]
 
 
-def figure(trials: pd.DataFrame, pictures: Mapping[str, Pictures]) -> Figure:
-    """Return a grid: a row of reconstructions for each arm, and the private images in the last row."""
+def figure(block: pd.DataFrame, pictures: Mapping[str, Pictures]) -> Figure:
+    """Return a grid: the private images in the first row, then a row of reconstructions for each arm, with scores.
+
+    Where a normalisation hides contrast, behind every defense but ``none``, a reconstruction is drawn after the best
+    fit of brightness and contrast to the private image, as the aligned scores measure it; its label says so.
+    """
+    trials = grid(block)
     found = [[pictures.get(trial) for trial in row] for row in trials.to_numpy()]
-    rows = [[pair.reconstruction if pair else None for pair in row] for row in found]
-    rows.append([next((pair.truth for pair in column if pair), None) for column in zip(*found)])
-    height, width = 0.3 + 0.95 * len(rows), 2.6 + 0.95 * len(rows[0])
-    drawn = Figure(figsize=(width, height), dpi=96)
-    panels = drawn.subplots(len(rows), len(rows[0]), squeeze=False)
-    drawn.subplots_adjust(2.5 / width, 0.1 / height, 1 - 0.1 / width, 1 - 0.2 / height, 0.05, 0.05)
-    for label, line, row in zip([*trials.index, "private image"], panels, rows):
+    truths = [next((picture(pair.truth) for pair in column if pair), None) for column in zip(*found)]
+    plain = block.drop_duplicates(_ARM).set_index(_ARM)["defense"] == "none"
+    drawn = [
+        (arm, [picture(pair.reconstruction if pair else None) for pair in row]) for arm, row in zip(trials.index, found)
+    ]
+    rows = [("private image", truths)]
+    rows += [
+        (arm, images) if plain[arm] else (f"{arm} (aligned)", [_fitted(*pair) for pair in zip(images, truths)])
+        for arm, images in drawn
+    ]
+    captions = [[""] * len(truths), *([_caption(block, trial) for trial in row] for row in trials.to_numpy())]
+    height, width = 0.3 + 1.15 * len(rows), 2.6 + 0.95 * len(truths)
+    sheet = Figure(figsize=(width, height), dpi=96)
+    panels = sheet.subplots(len(rows), len(truths), squeeze=False)
+    sheet.subplots_adjust(2.5 / width, 0.25 / height, 1 - 0.1 / width, 1 - 0.1 / height, 0.05, 0.25)
+    for (label, images), under, line in zip(rows, captions, panels):
         line[0].text(-0.1, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=9, wrap=True)
-        for panel, data in zip(line, row):
+        for panel, image, caption in zip(line, images, under):
             panel.set_axis_off()
-            if (image := picture(data)) is not None:
+            panel.text(0.5, -0.03, caption, transform=panel.transAxes, ha="center", va="top", fontsize=7)
+            if image is not None:
                 panel.imshow(np.asarray(image), interpolation="nearest")
-    return drawn
+    return sheet
+
+
+def _fitted(image: Image.Image | None, truth: Image.Image | None) -> Image.Image | None:
+    """Return a picture after the best fit of brightness and contrast to the private image; as it is without one."""
+    if image is None or truth is None or image.size != truth.size:
+        return image
+    pair = [torch.from_numpy(np.array(one.convert("RGB"), dtype=np.float64) / 255)[None] for one in (image, truth)]
+    pixels = align(*pair)[0].mul(255).round().to(torch.uint8).numpy()
+    return Image.fromarray(pixels)
+
+
+def _caption(block: pd.DataFrame, trial: object) -> str:
+    """Return the aligned scores of a trial: PSNR in dB / SSIM; empty without a trial."""
+    scores = block.loc[block["trial"] == trial, [name for name in _TESTED if name in block]]
+    if scores.empty:
+        return ""
+    values = scores.iloc[0]
+    return " / ".join(number(float(values[name]), 2 if "ssim" in name else 1) for name in values.index)
 
 
 def _scores(run: RunData, block: pd.DataFrame) -> str:
@@ -123,8 +158,31 @@ def _scores(run: RunData, block: pd.DataFrame) -> str:
 def _tests(block: pd.DataFrame) -> str:
     """Return the paired differences between arms, with their tests."""
     cells = {str(arm): own.set_index(UNIT) for arm, own in block.groupby(_ARM, sort=False)}
-    pairs = [Pair(f"{first} − {second}", cells[first], cells[second]) for first, second in _pairs(list(cells))]
+    pairs = [Pair(_name(*names), *(cells[name] for name in names)) for names in _pairs(list(cells))]
     return paired_table(pairs, [name for name in _TESTED if name in block and block[name].notna().any()])[0]
+
+
+def opposite(block: pd.DataFrame) -> list[str]:
+    """Return the differences between arms that have opposite signs in ``psnr`` and ``psnr_aligned``.
+
+    Both intervals exclude 0. Normalisation moves brightness and contrast, which only the raw metric counts.
+    """
+    names = ("psnr", "psnr_aligned")
+    if not all(name in block and block[name].notna().any() for name in names):
+        return []
+    cells = {str(arm): own.set_index(UNIT) for arm, own in block.groupby(_ARM, sort=False)}
+    found = []
+    for first, second in _pairs(list(cells)):
+        raw, aligned = (paired_difference(cells[first][name], cells[second][name]) for name in names)
+        ends = [(one.low, one.high) for one in (raw, aligned)]
+        if any(low > 0 for low, _ in ends) and any(high < 0 for _, high in ends):
+            shown = [with_interval(one.mean, one.low, one.high, 1, sign=True) for one in (raw, aligned)]
+            found.append(f"{_name(first, second)}: {shown[0]} dB raw, {shown[1]} dB aligned")
+    return found
+
+
+def _name(first: str, second: str) -> str:
+    return f"{first} − {second}"
 
 
 def _pairs(names: Sequence[str]) -> list[tuple[str, str]]:
