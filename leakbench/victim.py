@@ -306,7 +306,7 @@ def _draw_secrets(
 
 
 def trained_on(defense: Defense, client: Client, num_classes: int) -> Tensor | None:
-    """Return the images [B, C, H, W] that a client's step is taken on, if its defense changes its image; else None.
+    """Return the images [B, C, H, W] that a client's step is taken on, if its defense changes this image; else None.
 
     They are as private as the client's image: only for metrics. None also if another image becomes the same ones with
     the same draws, so that they show nothing of the client's.
@@ -314,6 +314,8 @@ def trained_on(defense: Defense, client: Client, num_classes: int) -> Tensor | N
     if type(defense).encode is Defense.encode:
         return None
     images = _encoded(defense, client, num_classes)
+    if len(images) == 1 and torch.equal(images[0], client.image):
+        return None
     noise = torch.rand(client.image.shape, generator=generator(client.key, "other image")).to(client.image)
     try:
         others = _encoded(defense, replace(client, image=noise), num_classes)

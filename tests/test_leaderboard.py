@@ -70,13 +70,16 @@ def test_entries_are_what_the_run_says(ran: Path) -> None:
     assert (ran / "board" / "entry.schema.json").read_text() == schema()
 
 
-def test_an_entry_without_a_positive_control_bears_a_mark(cli, place: Path) -> None:  # noqa: F811
-    alone = ("--attack", "peel", "--model", "lenet", "--dataset", "samples(size=16, channels=1)", "--images", "2")
+def test_an_entry_without_a_positive_control_bears_a_mark_and_comes_last(cli, ran: Path, place: Path) -> None:  # noqa: F811
+    alone = ("--attack", "peel", *MATRIX[:4], "--images", "2")
     assert cli("run", "matrix", *alone, "--defense", "noise", "--threshold", "0.6", "--out", "two").code == 0
     assert cli("leaderboard", "two", "--out", "marked").code == 0
     page = (place / "marked" / "index.html").read_text()
     assert "<strong>inconclusive</strong>" in page
     assert "there is no positive control, since none was not attacked" in page
+    assert cli("leaderboard", "ran", "two", "--out", "both").code == 0
+    page = (place / "both" / "index.html").read_text()
+    assert re.findall(r'<tr><td class="spec">([^<]*[^< ])', page) == ["noise(scale=1.0)", "none", "noise"]
 
 
 def test_entries_of_before_called_adaptive_attackers_informed(ran: Path) -> None:
