@@ -875,20 +875,32 @@ def test_a_page_can_leave_the_private_images_out(cli, place: Path) -> None:  # n
 # A notebook
 
 
-def test_a_class_of_a_notebook_is_sent_with_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    main = ModuleType("__main__")
+@pytest.mark.parametrize("file", [None, "<stdin>"])
+def test_a_class_of_a_notebook_is_sent_with_the_task(monkeypatch: pytest.MonkeyPatch, file: str | None) -> None:
+    def main(name: str | None = file) -> ModuleType:
+        module = ModuleType("__main__")
+        module.__dict__.update({} if name is None else {"__file__": name})
+        monkeypatch.setitem(sys.modules, "__main__", module)
+        return module
+
+    notebook = main()
     exec(
         "from torch import nn\nclass Net(nn.Module):\n"
         "    def __init__(self):\n        super().__init__(); self.last = nn.Linear(2, 3)\n"
         "    def forward(self, x):\n        return self.last(x)\n",
-        main.__dict__,
+        notebook.__dict__,
     )
-    monkeypatch.setitem(sys.modules, "__main__", main)
-    body = packed(OwnModule("own", main.Net()))
+    body = packed(OwnModule("own", notebook.Net()))
     assert len(packed(SimpleNamespace(a=1))) < 200
-    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))  # the worker's own
+    main()  # the worker's own
     again = pickle.loads(body)
     assert again.module(torch.zeros(1, 2)).shape == (1, 3)
+    answer = packed(("done", again))
+    monkeypatch.setitem(sys.modules, "__main__", notebook)
+    assert type(pickle.loads(answer)[1].module) is notebook.Net
+    main(__file__)  # a script, whose classes a worker imports
+    with pytest.raises(LeakbenchError, match="define it at the top level"):
+        packed(again)
 
 
 # The client's random draws

@@ -341,17 +341,23 @@ def _starts_process(task: Task) -> bool:
 
 
 def packed(value: object) -> bytes:
-    """Return a value as the bytes that a worker is sent.
+    """Return a value as the bytes that another process is sent.
 
     Classes of a notebook or a prompt, which another process cannot import, are sent with it.
 
     Raises:
         LeakbenchError: another process cannot import a component.
     """
+    own = Path(str(vars(sys.modules["__main__"]).get("__file__", "")))
+    by_value = not own.is_file()  # what ``__main__`` defines cannot be imported from a file
     try:
-        body = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
-        if b"__main__" not in body or "__file__" in vars(sys.modules["__main__"]):
-            return body
+        try:
+            body = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+            if not (by_value and b"__main__" in body):
+                return body
+        except (pickle.PicklingError, AttributeError) as error:
+            if not (by_value and "__main__" in str(error)):
+                raise
         content: bytes = cloudpickle.dumps(value, pickle.HIGHEST_PROTOCOL)
         return content
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -395,7 +401,7 @@ def _serve(pipe: Connection, work: bytes, plugins: Sequence[Path], threads: int)
         tqdm.set_lock(threading.RLock())
 
     def send(kind: str, value: object = None) -> None:
-        pipe.send_bytes(pickle.dumps((kind, value), pickle.HIGHEST_PROTOCOL))
+        pipe.send_bytes(packed((kind, value)))
 
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the driver has ended
         try:
