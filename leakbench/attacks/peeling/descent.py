@@ -172,7 +172,8 @@ def recover(network: Network, sent: Mapping[str, Tensor], rng: torch.Generator) 
 def heads(network: Network, sent: Collection[str]) -> list[int]:
     """Return the places of the linear layers that take the means of a ReLU's channels, and sent what is needed.
 
-    That is the gradient of their bias, and so the error at their input, and of a shift below the ReLU.
+    That is the gradient of their bias, and so the error at their input, and of a shift below the ReLU. With half as
+    many channels as places, masks cannot be found.
     """
     found = []
     for place, step in enumerate(network.steps):
@@ -182,7 +183,8 @@ def heads(network: Network, sent: Collection[str]) -> list[int]:
         while network.steps[at].kind == "affine" and len(network.steps[at].inputs) == 1:
             (at,) = network.steps[at].inputs
         lowest = network.steps[at]
-        pooled = lowest.shape[:1] == network.steps[step.inputs[0]].shape and prod(lowest.shape[1:]) > 1
+        channels, places = lowest.shape[:1], prod(lowest.shape[1:])
+        pooled = channels == network.steps[step.inputs[0]].shape and 1 < places <= 2 * prod(channels)
         if pooled and lowest.kind == "relu" and lowest.slope == 0 and network.shift(at) in sent:
             found.append(place)
     return found
