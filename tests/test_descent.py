@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from leakbench.attacks.peeling.descent import recover
 from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.trace import trace
 from leakbench.core.rng import seeded
+from leakbench.errors import Unsupported
 
 CLASSES = 5
 
@@ -138,11 +140,46 @@ def psnr(images: Tensor, exact: Tensor) -> float:
 
 
 def test_the_image_of_a_residual_network_is_recovered() -> None:
-    observation, images = seen(residual(), 2)
-    found = leakbench.attack("peel(search=50)", observation)
-    assert found.failed.tolist() == [False, False]
+    observation, images = seen(residual())
+    found = leakbench.attack("peel(search=60)", observation)
+    assert found.failed.tolist() == [False]
     assert found.labels is not None
-    assert found.labels.tolist() == [0, 1]
+    assert found.labels.tolist() == [0]
     assert psnr(found.images, images) > 60
-    alone = leakbench.attack("peel(search=50)", seen(residual(), 1)[0])
-    assert torch.equal(alone.images[0], found.images[0])
+
+
+def test_a_neighbour_does_not_change_an_image() -> None:
+    pair, alone = (leakbench.attack("peel(search=1)", seen(residual(), count)[0]) for count in (2, 1))
+    assert torch.equal(alone.images[0], pair.images[0])
+    assert not torch.equal(pair.images[1], pair.images[0])
+
+
+def test_a_trial_whose_beginning_is_not_finite_fails_alone() -> None:
+    observation, _ = seen(residual(), 2)
+    gradient = {name: value.clone() for name, value in observation.gradient.items()}
+    gradient["4.conv2.weight"][0, 0, 0] = torch.nan
+    found = leakbench.attack("peel(search=1)", replace(observation, gradient=gradient))
+    assert found.failed.tolist() == [True, True]
+
+
+class Branching(nn.Module):
+    """A network whose forward depends on the values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = residual()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x if x.sum() > 0 else -x)
+
+
+def test_networks_that_cannot_be_served_are_refused_in_a_line() -> None:
+    with pytest.raises(Unsupported, match="cannot follow Branching") as refused:
+        leakbench.attack("peel", seen(Branching())[0])
+    assert "\n" not in str(refused.value)
+    with pytest.raises(Unsupported, match="as many channels as places"):
+        leakbench.attack("peel", seen(residual(width=4))[0])
+    observation, _ = seen(residual())
+    kept = {name: value for name, value in observation.gradient.items() if "conv" not in name and name[0] != "7"}
+    with pytest.raises(Unsupported, match="give its own input"):
+        leakbench.attack("peel", replace(observation, gradient=kept))

@@ -20,14 +20,21 @@ SMOOTH = 2.0
 SPREAD = 0.05
 """The standard deviation of the starting image about grey."""
 
-STEP = 0.03
-"""The size of Adam's first step; it falls to a hundredth."""
+SEARCHES = ((1, 0.1), (5, 0.3))
+"""The searches that are made until one comes near: how many times the steps, and Adam's first step size, which falls to
+a hundredth. Below normalisations by the image's own statistics, an image has no scale, and small steps lead nowhere."""
+
+NEAR = 0.02
+"""The relative squared misfit that counts as near."""
 
 REFINEMENTS = 5
 """How many times as many iterations of L-BFGS as steps of Adam are made at most."""
 
 EXACT = 1e-11
 """The relative squared misfit below which the search ends: rounding to single precision leaves 1e-12."""
+
+NO_CHANGE = 1e-12
+"""The change of the relative squared misfit that counts as none."""
 
 HISTORY = 50
 """How many pairs of L-BFGS are kept."""
@@ -121,21 +128,39 @@ def invert(network: Network, features: Sequence[Feature], noise: Tensor, steps: 
         network: of the floating type in which to search.
         features: the recovered values, of which there is at least one.
         noise: [1, C, H, W] standard normal, from which the search starts about grey.
-        steps: of Adam, while total variation is annealed; up to ``REFINEMENTS`` times as many of L-BFGS follow.
+        steps: of Adam in the first search, in which total variation is annealed; up to ``REFINEMENTS`` times as many of
+            L-BFGS follow.
     """
-    match = Match(network, features, SMOOTH, steps)
     start = {"image": 0.5 + SPREAD * noise}
-    near = descend(match, start, steps=steps, lr={"image": STEP}, milestones=range(1, steps), decay=0.01 ** (1 / steps))
+    match = Match(network, features)
+    best, least, spent = start, torch.inf, 0
+    for times, size in SEARCHES:
+        count = times * steps
+        near = descend(
+            Match(network, features, SMOOTH, count),
+            start,
+            steps=count,
+            lr={"image": size},
+            milestones=range(1, count),
+            decay=0.01 ** (1 / count),
+        )
+        spent += int(near.evaluations)
+        with torch.no_grad():
+            misfit = float(match(near.unknowns, 0))
+        if misfit < least:
+            best, least = near.unknowns, misfit
+        if least < NEAR:
+            break
     exact = lbfgs(
-        Match(network, features),
-        near.unknowns,
+        match,
+        best,
         steps=-(-REFINEMENTS * steps // 20),
         max_iter=20,
         history=HISTORY,
         tolerance_grad=0.0,
-        tolerance_change=0.0,
+        tolerance_change=NO_CHANGE,
         line_search="strong-wolfe",
         stop_below=EXACT,
         stop_every=1,
     )
-    return exact.unknowns["image"], exact.value, int(near.evaluations + exact.evaluations)
+    return exact.unknowns["image"], exact.value, spent + int(exact.evaluations)
