@@ -170,7 +170,14 @@ def run(*arguments: str) -> Result:
 
 
 @pytest.mark.parametrize(
-    "name", ["batchnorm", "table4", "table5", pytest.param("table6", marks=pytest.mark.full), "table7"]
+    "name",
+    [
+        "batchnorm",
+        pytest.param("table4", marks=pytest.mark.tables),
+        "table5",
+        pytest.param("table6", marks=pytest.mark.full),
+        pytest.param("table7", marks=pytest.mark.tables),
+    ],
 )
 def test_every_row_of_attacks_runs_in_small(name: str, place: Path) -> None:
     table = name.removeprefix("table")
