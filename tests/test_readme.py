@@ -29,7 +29,7 @@ def test_every_report_of_a_run_has_its_results():
     pages = ("report.md", "worst-case.md", "weights.md", "sharing.md", "tradeoff.md")
     folders = {file.parent for page in pages for file in (ROOT / "reports").rglob(page)}
     lacking = {folder.name for folder in folders if not (folder / "results.csv").exists()}
-    assert lacking == {"quick", "mnist", "cifar10"}  # the demo, which no text cites, and reports of generators
+    assert lacking == {"mnist", "cifar10"}  # reports of generators
 
 
 def test_the_python_lines_run(tmp_path, monkeypatch):
