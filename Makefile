@@ -11,12 +11,12 @@ SCALE ?= full
 DEVICE ?= cpu
 BROWSER ?= optional
 
-.PHONY: help setup demo trunks test test-full test-tables torture test-browser test-extras test-assets assets check format fuzz recheck docs reference wheel clean
+.PHONY: help setup demo trunks test test-full test-long torture test-browser test-extras test-assets assets check format fuzz recheck docs reference wheel clean
 
 help:
 	@echo "make demo         set up, and run three attacks against five defenses on the images that ship with leakbench"
 	@echo "make test         set up, and run the tests that need no network"
-	@echo "make test-tables  run every row of the paper's largest tables in small, a minute"
+	@echo "make test-long    run the longest tests: the paper's tables in small, an installed package, a small benchmark"
 	@echo "make test-full    run torchvision's networks of full size, which takes an hour"
 	@echo "make torture      kill, interrupt, fill the disk and make the clock jump, which takes minutes"
 	@echo "make test-browser open the pages in a headless Chromium; installs it as root on Debian, or says that it did not run"
@@ -49,10 +49,10 @@ trunks: setup
 	@$(BIN)/leakbench assets fetch $(TRUNKS) || echo "LPIPS is left out: no source of its weights could be reached"
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not assets and not full and not docs and not browser and not fl and not ray and not torture and not tables"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not assets and not full and not docs and not browser and not fl and not ray and not torture and not long"
 
-test-tables: setup
-	$(BIN)/python -m pytest -n 2 -m tables
+test-long: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
 
 torture: setup
 	$(BIN)/python -m pytest -m torture

@@ -215,6 +215,7 @@ def test_the_page_of_the_committed_data_is_up_to_date() -> None:
 # a run
 
 
+@pytest.mark.long
 def test_a_small_run_measures_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = Plan(
         rounds=1,

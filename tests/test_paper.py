@@ -172,11 +172,11 @@ def run(*arguments: str) -> Result:
 @pytest.mark.parametrize(
     "name",
     [
-        "batchnorm",
-        pytest.param("table4", marks=pytest.mark.tables),
+        pytest.param("batchnorm", marks=pytest.mark.long),
+        pytest.param("table4", marks=pytest.mark.long),
         "table5",
         pytest.param("table6", marks=pytest.mark.full),
-        pytest.param("table7", marks=pytest.mark.tables),
+        pytest.param("table7", marks=pytest.mark.long),
     ],
 )
 def test_every_row_of_attacks_runs_in_small(name: str, place: Path) -> None:
@@ -205,6 +205,7 @@ def small(name: str) -> list[dict[str, object]]:
     return [{**row, "name": ""} for row in expand(load(FOLDER / f"{name}.toml"), "smoke")]
 
 
+@pytest.mark.long
 def test_every_centralised_training_runs_in_small(place: Path) -> None:
     done = run("accuracy", str(FOLDER / "table1.toml"), "--mode", "centralised", "--out", "out")
     assert done.exit_code == 0, done.output

@@ -75,6 +75,7 @@ def crossed(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return done.stdout, folder / "x"
 
 
+@pytest.mark.long
 def test_an_installed_package_is_listed(crossed):
     parts = dict(re.findall(r"^## (\w+)\n((?:(?!## ).*\n)+)", crossed[0], re.M))
     assert list(parts) == [*MEMBERS, "run"]
@@ -90,6 +91,7 @@ def test_an_installed_package_is_listed(crossed):
     assert "reference: Bernstein et al. 2018, signSGD, ICML" in parts["defenses"]
 
 
+@pytest.mark.long
 def test_an_installed_package_is_crossed_with_everything(crossed, cli, place):  # noqa: F811
     shutil.copytree(crossed[1], "x")
     results = pd.read_csv("x/results.csv").set_index(["model", "defense", "attack", "dataset"]).sort_index()
