@@ -43,8 +43,8 @@ def record(
     """
     if not isinstance(strategy, Strategy):
         raise BadOption(
-            f"{type(strategy).__name__} is not a strategy of Flower's message API; give one of flwr.serverapp.strategy, "
-            "or save an older strategy's arrays yourself (docs/flower.md, 'Older strategies')"
+            f"{type(strategy).__name__} is not a strategy of Flower's message API; give one of flwr.serverapp.strategy"
+            ", or save an older strategy's arrays yourself (docs/flower.md, 'Older strategies')"
         )
     if type(strategy).start is not Strategy.start:
         raise BadOption(
