@@ -69,7 +69,7 @@ def test_every_citation_of_fedkl_names_its_authors() -> None:
     """Each has the words of one constant; nothing but that constant spells them in the package."""
     authors = FEDKL.partition(",")[0]
     wrong = "W" + "ei et al"
-    pages = [path for path in _tracked() if path.suffix in (".cff", ".html", ".j2", ".md", ".py", ".toml")]
+    pages = [path for path in _own_files() if path.suffix in (".cff", ".html", ".j2", ".md", ".py", ".toml")]
     text = {str(path.relative_to(ROOT)): " ".join(path.read_text(encoding="utf-8").split()) for path in pages}
     assert [name for name, body in text.items() if wrong.lower() in body.lower()] == []
     names = re.compile(r"(\w+ et al\.? \d{4}), FedKL|FedKL \((\w+ et al\.? \d{4})")
@@ -85,6 +85,12 @@ def test_every_citation_of_fedkl_names_its_authors() -> None:
     assert sum(FEDKL in one for one in own) >= 8
 
 
-def _tracked() -> list[Path]:
-    tops = [path for path in ROOT.iterdir() if path.name not in (".git", ".venv", "build", "runs")]
+def _own_files() -> list[Path]:
+    """Return the project's files, without environments, caches and what make built."""
+    made = ("build", "dist", "runs")
+    tops = [
+        path
+        for path in ROOT.iterdir()
+        if path.is_file() or path.name == ".ci" or not (path.name.startswith(".") or path.name in made)
+    ]
     return [path for top in tops for path in ([top] if top.is_file() else top.rglob("*")) if path.is_file()]

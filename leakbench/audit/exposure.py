@@ -6,7 +6,6 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 import torch
@@ -23,9 +22,6 @@ from leakbench.observation import Observation
 
 MAX_IMAGES = 2
 """The number of images that are tried: whether a layer is exposed depends more on its size than on the image."""
-
-MAX_POSITIONS = 256
-"""Layers with more input positions are not tried: the eigenvalue problem would take minutes."""
 
 MAX_ERROR = 1e-2
 """The distance from the true input, relative to its norm, up to which a layer counts as exposed if that is known."""
@@ -120,8 +116,6 @@ def _exposure(
 
 def _input(gradient: Tensor, module: nn.Module, shape: tuple[int, ...], layer: str) -> Tensor | str:
     """Return the input [C, *image] up to a factor, or the reason why it does not follow."""
-    if prod(shape[1:]) > MAX_POSITIONS:
-        return f"not tried: {prod(shape[1:])} positions are more than {MAX_POSITIONS}"
     try:
         lattice = Lattice.of(module, shape[1:])
     except Unsupported as error:
