@@ -49,7 +49,7 @@ trunks: setup
 	@$(BIN)/leakbench assets fetch $(TRUNKS) || echo "LPIPS is left out: no source of its weights could be reached"
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not assets and not full and not docs and not browser and not fl and not ray and not torture and not long"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not assets and not full and not docs and not browser and not fl and not ray and not torture and not long"
 
 test-long: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
