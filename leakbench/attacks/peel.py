@@ -12,8 +12,9 @@ from torch import Tensor
 
 from leakbench.attacks.base import Attack, register
 from leakbench.attacks.matching import Positive, analytic_labels
+from leakbench.attacks.peeling.beginnings import beginnings, heads
 from leakbench.attacks.peeling.chain import Chain, find_chain
-from leakbench.attacks.peeling.descent import beginnings, heads, recover
+from leakbench.attacks.peeling.descent import recover
 from leakbench.attacks.peeling.estimate import undo_linear
 from leakbench.attacks.peeling.inversion import chosen, invert
 from leakbench.attacks.peeling.layers import Activation, ChainLayer, Convolution, Normalisation, Reshape

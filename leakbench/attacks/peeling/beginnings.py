@@ -1,0 +1,60 @@
+"""The convolutions and linear layers at which a descent through a ReLU network can begin."""
+
+from collections.abc import Collection
+from math import prod
+
+from leakbench.attacks.peeling.lattice import Lattice
+from leakbench.attacks.peeling.layers import Convolution
+from leakbench.attacks.peeling.network import Network
+
+
+def beginnings(network: Network, sent: Collection[str]) -> list[int]:
+    """Return the places of the convolutions at which a descent can begin, the lowest first.
+
+    The gradient by the weight of such a convolution can give its input and the error at its output up to a factor
+    (``shifts.py``), and the gradient of a shift below the ReLU that it comes from gives the factor.
+
+    Args:
+        network: its steps.
+        sent: the names of the tensors whose gradient was sent.
+    """
+    found = []
+    for place, step in enumerate(network.steps):
+        layer = step.layer
+        if layer is None or layer.weight not in sent or layer.geometry.groups > 1:
+            continue
+        channels, height, width = layer.inputs
+        source = network.steps[step.inputs[0]]
+        shifts = layer.geometry.stride == (1, 1) and layer.geometry.kernel != (1, 1) and channels >= height * width
+        alone = source.kind == "relu" and source.users == (place,)
+        if shifts and alone and network.shift(step.inputs[0]) in sent:
+            found.append(place)
+    return found
+
+
+def heads(network: Network, sent: Collection[str]) -> list[int]:
+    """Return the places of the linear layers that take the means of a ReLU's channels, and sent what is needed.
+
+    That is the gradient of their bias, and so the error at their input, and of a shift below the ReLU. With half as
+    many channels as places, masks cannot be found.
+    """
+    found = []
+    for place, step in enumerate(network.steps):
+        if step.kind != "linear" or f"{step.name}.bias" not in sent:
+            continue
+        at = step.inputs[0]
+        while network.steps[at].kind == "affine" and len(network.steps[at].inputs) == 1:
+            (at,) = network.steps[at].inputs
+        lowest = network.steps[at]
+        channels, places = lowest.shape[:1], prod(lowest.shape[1:])
+        pooled = channels == network.steps[step.inputs[0]].shape and 1 < places <= 2 * prod(channels)
+        if pooled and lowest.kind == "relu" and lowest.slope == 0 and network.shift(at) in sent:
+            found.append(place)
+    return found
+
+
+def lattice_of(layer: Convolution) -> Lattice:
+    """Return the geometry of a layer as the factorisation takes it."""
+    g = layer.geometry
+    padding = tuple((each, each) for each in g.padding)
+    return Lattice(g.image, g.kernel, padding, g.stride, g.dilation, g.groups)

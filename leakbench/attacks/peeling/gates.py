@@ -1,0 +1,165 @@
+"""The masks of ReLUs: which of them are open, from values, from sums of errors and from weight gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from leakbench.attacks.peeling.correlation import Fitted, least_squares, windows
+from leakbench.attacks.peeling.knowledge import Knowledge
+from leakbench.attacks.peeling.layers import Convolution
+
+CLEAR = 5.0
+"""By how many standard deviations a value must exceed 0 to count as positive."""
+
+CERTAIN = 25.0
+"""By how many standard deviations a value is positive whatever the error's own equations say."""
+
+SHARP = 0.12
+"""The standard deviation up to which the ratio of an error behind a ReLU to that in front of it decides the mask."""
+
+MAX_CHANGED = 0.2
+"""The share of a mask's entries above which a new decision is not believed."""
+
+OUTLIER = 6.0
+"""A channel whose sum is further off than this many times the median is left out when a factor is fitted."""
+
+IMBALANCE = 1e-4
+"""The part of a channel's root mean square error above which a wrong sum points to a wrong place of the mask."""
+
+EXPLAINED = 0.02
+"""The part of the wrong sum that may be left after a change of the mask at a doubtful place that explains it."""
+
+SMALL = 0.01
+"""The part of the root mean square up to which a value counts as near 0, whatever its deviation."""
+
+EXACTLY = 1e-3
+"""The part of the wrong sum that may be left after a change at a place whose value is near 0."""
+
+LEVELS = (5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 3000.0, 10000.0)
+"""The thresholds that are tried for values that count as positive, in standard deviations (``fitting_mask``)."""
+
+
+def fitting_mask(
+    solution: Fitted, part: Tensor, rest: Tensor, sums: Tensor, slope: float = 0.0
+) -> tuple[Tensor, float]:
+    """Return the mask [C, H, W] of a ReLU with the factor f for which part * f + rest has these sums behind it.
+
+    Values that are 0 are only seen as such up to their error, which need not be their deviation. Of masks with several
+    thresholds, the one is taken whose sums fit best; then, in each channel, another one that fits much better there.
+
+    Args:
+        solution: the ReLU's output [C, H, W] with its deviations, up to a positive factor.
+        part: [C, H, W], the part of the error at its output that is in one over that factor.
+        rest: [C, H, W], the other part.
+        sums: [C], the sums of the error behind the ReLU.
+        slope: of the ReLU below 0.
+    """
+    masks = torch.stack([solution.value > level * solution.deviation for level in LEVELS])
+    own, fixed = (torch.where(masks, each, slope * each).sum((2, 3)) for each in (part, rest))
+
+    def fit(own: Tensor, wanted: Tensor) -> Tensor:
+        return (own * wanted).sum(-1) / own.square().sum(-1)
+
+    factors = fit(own, sums - fixed)
+    misfits = (factors[:, None] * own + fixed - sums).norm(dim=1)
+    best = int(torch.where(torch.isnan(misfits), torch.inf, misfits).argmin())
+    each = (factors[best] * own + fixed - sums).abs()
+    least = each.argmin(0)
+    level = torch.where(each.amin(0) < 0.5 * each[best], least, best)
+    chosen = level[None, :, None, None].expand(1, *masks.shape[1:])
+    mask = masks.gather(0, chosen)[0]
+    own, wanted = own.gather(0, level[None])[0], sums - fixed.gather(0, level[None])[0]
+    # a wrong place of the mask spoils the sum of its channel only
+    misfit = (fit(own, wanted) * own - wanted).abs()
+    good = misfit <= OUTLIER * misfit.median()
+    return mask, float(fit(own[good], wanted[good]))
+
+
+def balanced(mask: Tensor, values: Fitted, error: Tensor, sums: Tensor) -> Tensor:
+    """Return a ReLU's mask [C, H, W], changed at one place of a channel if that explains its sum.
+
+    Args:
+        mask: as it was decided.
+        values: the ReLU's output; a place may be wrong if it is near 0, and nearer if it explains the sum less exactly.
+        error: at the ReLU's output.
+        sums: [C], what the sums of the error behind the ReLU must be.
+    """
+    value, deviation = values.value.flatten(1).abs(), values.deviation.flatten(1)
+    rows, size = mask.flatten(1), error.flatten(1).square().mean(1).sqrt()
+    missing = sums - (rows * error.flatten(1)).sum(1)
+    off = (torch.where(rows, -1.0, 1.0) * error.flatten(1) - missing[:, None]).abs()
+    doubtful = (value < CERTAIN * deviation) & (off < EXPLAINED * missing.abs()[:, None])
+    small = (value < SMALL * value.square().mean().sqrt()) & (off < EXACTLY * missing.abs()[:, None])
+    off = torch.where(doubtful | small, off, torch.inf)
+    least, at = off.min(1)
+    wrong = (missing.abs() > IMBALANCE * size) & torch.isfinite(least)
+    rows = rows.clone()
+    rows[wrong, at[wrong]] = ~rows[wrong, at[wrong]]
+    return rows.view_as(mask)
+
+
+def decide(known: Knowledge, place: int) -> None:
+    """Decide the mask of a ReLU from its recovered output."""
+    value, step = known.values[place], known.network.steps[place]
+    mask = value.value > (0 if step.slope else CLEAR * value.deviation)
+    known.masks[place] = mask
+    rebalance(known, place)
+
+
+def rebalance(known: Knowledge, place: int) -> None:
+    """Change the mask of a ReLU at doubtful places that explain a wrong sum of the error behind it."""
+    value, step, mask = known.values[place], known.network.steps[place], known.masks[place]
+    known.forget(place)
+    error, sums = known.error(place), known.sent.get(known.network.shift(place) or "")
+    if error is not None and sums is not None:
+        rest = sums - step.slope * error[0].sum((1, 2))
+        known.masks[place] = balanced(mask, value, (1 - step.slope) * error[0], rest)
+
+
+def correct(known: Knowledge, place: int, layer: Convolution, at: int) -> bool:
+    """Decide the mask above a convolution again from its weight gradient; return whether it changed.
+
+    With the convolution's input known, each row of its weight gradient gives the error at its output. Divided by
+    the error that an open ReLU would give, that is 1 where the ReLU is open and its slope below 0 where not.
+    """
+    found = known.gate(at)
+    if found is None or found[0] not in known.masks:
+        return False
+    gate, gain, offset = found
+    above = known.error(gate)
+    assert above is not None
+    value, step = known.values[place], known.network.steps[place]
+    rectified = step.kind == "relu" and step.slope == 0
+    inputs = torch.where(value.value > CLEAR * value.deviation, value.value, 0.0) if rectified else value.value
+    matrix = windows(inputs, layer.geometry)
+    live = matrix.norm(dim=0)
+    live = live > 1e-3 * live.median()
+    solved = least_squares(matrix[:, live], known.sent[layer.weight].flatten(1).T)
+    if solved is None:
+        return False
+    full, fixed = ((each.expand_as(above))[0].flatten(1)[:, live] for each in (gain * above, offset))
+    ratio, spread = (solved.value.T - fixed) / full, solved.deviation.T / full.abs()
+    mask, own = known.masks[gate].flatten(1), known.values.get(gate)
+    sure = spread < SHARP
+    new = mask.clone()
+    new[:, live] = torch.where(sure, ratio > (1 + known.network.steps[gate].slope) / 2, mask[:, live])
+    if own is not None:
+        new |= (own.value > CERTAIN * own.deviation).flatten(1)
+    new = no_worse(known, gate, mask, new)
+    count = int((new != mask).sum())
+    if count == 0 or count > MAX_CHANGED * mask.numel():
+        return False
+    known.masks[gate] = new.view_as(known.masks[gate])
+    known.forget(gate)
+    return True
+
+
+def no_worse(known: Knowledge, gate: int, old: Tensor, new: Tensor) -> Tensor:
+    """Return a ReLU's new mask [C, P], but the old one in channels whose sum of the error it would make worse."""
+    error, sums = known.error(gate), known.sent.get(known.network.shift(gate) or "")
+    if error is None or sums is None:
+        return new
+    slope, rows = known.network.steps[gate].slope, error[0].flatten(1)
+    before, after = ((torch.where(mask, rows, slope * rows).sum(1) - sums).abs() for mask in (old, new))
+    return torch.where((after <= torch.maximum(before, 3 * before.median()))[:, None], new, old)

@@ -1,0 +1,192 @@
+"""What is known of one trial of a ReLU network: values, masks and errors of its steps, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from leakbench.attacks.peeling.correlation import Fitted, design
+from leakbench.attacks.peeling.layers import Convolution
+from leakbench.attacks.peeling.network import Network
+from leakbench.attacks.peeling.standard import Standard
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A convolution that takes a step's output.
+
+    Attributes:
+        place: its place.
+        layer: its geometry.
+        normalisation: the place of the normalisation by the image's own statistics above it; None if none is.
+    """
+
+    place: int
+    layer: Convolution
+    normalisation: int | None
+
+    @property
+    def equations(self) -> int:
+        """How many equations its weight gradient is for each channel of its input."""
+        return self.layer.outputs[0] * prod(self.layer.geometry.kernel)
+
+    def rows(self, sent: Mapping[str, Tensor]) -> Tensor:
+        """Return the gradient by its weight as [O, K, C]."""
+        return sent[self.layer.weight].flatten(2).transpose(1, 2)
+
+
+class Knowledge:
+    """The knowledge of one trial's values, masks and errors, which grows from the top downwards.
+
+    Args:
+        network: the trial's, in float64.
+        sent: the trial's gradient in float64, by name.
+    """
+
+    def __init__(self, network: Network, sent: Mapping[str, Tensor]) -> None:
+        self.network, self.sent = network, sent
+        self.values: dict[int, Fitted] = {}
+        self.masks: dict[int, Tensor] = {}
+        self.standards: dict[int, Standard] = {}
+        self.pinned: dict[int, Tensor] = {}
+        self.errors: dict[int, Tensor | None] = {}
+
+    def pin(self, place: int, error: Tensor) -> int:
+        """State the error [O, h, w] at a step's output, and at the steps above as far as it determines theirs.
+
+        Returns:
+            The highest of these steps.
+        """
+        steps = self.network.steps
+        error = error[None]
+        self.pinned[place] = error
+        while len(steps[place].users) == 1:
+            (above,) = steps[place].users
+            link = self.link(above, place)
+            if link is None or not bool(link[0].all()):
+                break
+            place, error = above, (error - link[1]) / link[0]
+            self.pinned[place] = error
+        self.errors = {}
+        return place
+
+    def error(self, place: int) -> Tensor | None:
+        """Return the error [1, ...] at a step's output; None if it does not follow from what is known."""
+        if place in self.pinned:
+            return self.pinned[place]
+        if place not in self.errors:
+            users = self.network.steps[place].users
+            parts = [self._below(user, place) for user in users]
+            known = [part for part in parts if part is not None]
+            self.errors[place] = sum(known[1:], known[0]) if parts and len(known) == len(parts) else None
+        return self.errors[place]
+
+    def clean(self, place: int) -> Tensor:
+        """Return the values [C, H, W] of a step, with zeros where a ReLU of slope 0 gave them."""
+        value = self.values[place].value
+        if place in self.masks and self.network.steps[place].slope == 0:
+            return torch.where(self.masks[place], value, 0.0)
+        return value
+
+    def predict(self, place: int) -> Tensor | None:
+        """Return the output [1, ...] of a step as it follows from the recovered values below; None if it does not."""
+        step = self.network.steps[place]
+        if step.kind not in ("convolution", "scaling", "normalisation", "affine"):
+            return None
+        inputs = []
+        for each in step.inputs:
+            value = self.clean(each)[None] if each in self.values else self.predict(each)
+            if value is None:
+                return None
+            inputs.append(value)
+        return self.network.forward(place, inputs)
+
+    def balance(self, place: int) -> float:
+        """Return how far the sums of the error below a ReLU are from the gradient of the shift there, relative to it.
+
+        NaN if no shift is there, or its gradient was not sent.
+        """
+        step = self.network.steps[place]
+        if step.kind != "relu" or place not in self.masks:
+            return float("nan")
+        (below,) = step.inputs
+        sent, error = self.sent.get(self.network.shift(place) or ""), self._below(place, below)
+        if sent is None or error is None:
+            return float("nan")
+        return float((error.sum((0, 2, 3)) - sent).norm() / sent.norm())
+
+    def link(self, user: int, place: int) -> tuple[Tensor, Tensor] | None:
+        """Return gain and offset [1, ...] if the error at ``place`` is gain * error + offset of that at its user."""
+        steps = self.network.steps
+        if user in self.standards:
+            sums = self.sent.get(steps[user].shift or "")
+            standard = self.standards[user]
+            return None if sums is None else (standard.gain, standard.offset(sums))
+        gain = self.network.factor(user, place)
+        return None if gain is None else (gain, torch.zeros_like(gain))
+
+    def gate(self, place: int) -> tuple[int, Tensor, Tensor] | None:
+        """Return the ReLU to which a convolution's output leads, and gain and offset of the error there (``_link``)."""
+        steps, gain = self.network.steps, torch.ones((1, 1, 1, 1), dtype=torch.float64)
+        offset = torch.zeros_like(gain)
+        while len(steps[place].users) == 1:
+            (above,) = steps[place].users
+            if steps[above].kind == "relu":
+                return above, gain, offset
+            link = self.link(above, place)
+            if link is None:
+                return None
+            place, gain, offset = above, gain * link[0], offset + gain * link[1]
+        return None
+
+    def readers(self, place: int) -> list[Reader]:
+        """Return the convolutions that take a step's output and whose equations are known.
+
+        Those below a normalisation by the image's own statistics count, if the error above it is known.
+        """
+        found = []
+        steps = self.network.steps
+        for user in steps[place].users:
+            layer = steps[user].layer
+            if layer is None or layer.geometry.groups > 1 or layer.weight not in self.sent:
+                continue
+            above = steps[user].users[0] if len(steps[user].users) == 1 else user
+            if user not in self.pinned and steps[above].kind == "normalisation":
+                if f"{steps[above].name}.weight" in self.sent and self.error(above) is not None:
+                    found.append(Reader(user, layer, above))
+            elif self.error(user) is not None:
+                found.append(Reader(user, layer, None))
+        return found
+
+    def equations(self, readers: Sequence[Reader]) -> tuple[Tensor, Tensor]:
+        """Return the equations [R, J] of the convolutions for each channel of their input, and the gradients [R, C]."""
+        errors = [self.error(each.place) for each in readers]
+        matrices = [design(error[0], each.layer.geometry) for each, error in zip(readers, errors) if error is not None]
+        return torch.cat(matrices), torch.cat([each.rows(self.sent).flatten(0, 1) for each in readers])
+
+    def shaped(self, place: int, found: Fitted) -> Fitted:
+        """Return a solution [J, C] in the shape of a step's output."""
+        shape = self.network.steps[place].shape
+        return Fitted(*(each.T.reshape(shape) for each in (found.value, found.deviation)))
+
+    def forget(self, place: int) -> None:
+        """Forget the errors of the steps below a place, at which something has changed."""
+        self.errors = {at: error for at, error in self.errors.items() if at >= place}
+
+    def _below(self, user: int, place: int) -> Tensor | None:
+        """Return the part of the error at a step's output that comes through one of its users."""
+        error, kind = self.error(user), self.network.steps[user].kind
+        if error is None:
+            return None
+        if kind == "relu":
+            mask = self.masks.get(user)
+            return None if mask is None else torch.where(mask, error, self.network.steps[user].slope * error)
+        if kind == "normalisation":
+            return self.standards[user].backward(error) if user in self.standards else None
+        if kind in ("convolution", "linear", "scaling", "affine"):
+            return self.network.backward(user, place, error)
+        return None

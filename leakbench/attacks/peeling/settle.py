@@ -1,0 +1,172 @@
+"""A ReLU's output below normalisations by the image's own statistics: a fixed point of values and statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from leakbench.attacks.peeling.correlation import Fitted, design, least_norm
+from leakbench.attacks.peeling.gates import balanced, fitting_mask
+from leakbench.attacks.peeling.knowledge import Knowledge, Reader
+from leakbench.attacks.peeling.standard import Standard, relative_spreads, standardised
+
+SETTLE_ROUNDS = 60
+"""The most rounds in which values and statistics are found in turn."""
+
+SETTLED = 1e-9
+"""The relative change of a round after which nothing more is expected of another."""
+
+ROUGHLY = 1e-5
+"""The relative change that is small enough before eps is put back; after that, every round must still help."""
+
+STALLED = 0.95
+"""A round that changes at least this part of what the last one did does not help any more."""
+
+SLOW = 0.7
+"""A round that changes more than this part of what the last one did is damped."""
+
+MIN_DAMPING = 0.3
+"""The least part of a new guess that replaces the old one."""
+
+MAX_DEVIATION = 0.1
+"""How far, relative to their size, recovered values may be from the ones that follow from those below them."""
+
+
+def settle(known: Knowledge, place: int, readers: Sequence[Reader]) -> bool:
+    """Recover a ReLU's output below normalisations by the image's own statistics; return whether it converged.
+
+    The errors below them depend on the values themselves: values and statistics are a fixed point, which is found
+    up to a factor first, without eps. The factor follows from the gradient of the shift below, and eps is put back.
+    """
+    step = known.network.steps[place]
+    shift = known.sent.get(known.network.shift(place) or "") if step.kind == "relu" else None
+    if shift is None or step.slope:
+        return False
+    begun = all(each.normalisation in known.standards for each in readers)
+    if not begun:
+        guess(known, readers)
+    for exact in (True,) if begun else (False, True):
+        value, last, damping = None, torch.inf, 1.0
+        for _ in range(SETTLE_ROUNDS):
+            found, null = least_norm(*known.equations(readers))
+            if len(null) > 1:
+                return False
+            solution = known.shaped(place, found)
+            new = lowered(solution.value, null.view(-1, *step.shape[1:])).clamp(min=0)
+            change = float("inf") if value is None else float((new - value).norm() / new.norm())
+            damping = max(MIN_DAMPING, 0.7 * damping) if change > SLOW * last else damping
+            stalled = change < ROUGHLY and change > STALLED * last
+            done = change < (SETTLED if exact else ROUGHLY) or stalled
+            value, last = new, change
+            known.values[place] = Fitted(new, solution.deviation)
+            if exact and not rescale(known, place, shift, readers):
+                return False
+            for each in readers:
+                standardise(known, each, known.values[place].value, exact, damping)
+            if done:
+                break
+        if not exact and not rescale(known, place, shift, readers):
+            return False
+    solution = known.values[place]
+    if not float(solution.deviation.norm()) < MAX_DEVIATION * float(solution.value.norm()):
+        del known.values[place], known.masks[place]
+        return False
+    return True
+
+
+def guess(known: Knowledge, readers: Sequence[Reader]) -> None:
+    """Guess the statistics of the normalisations above convolutions whose input is not known, up to a factor."""
+    errors = []
+    for each in readers:
+        assert each.normalisation is not None
+        module = known.network.module(each.normalisation)
+        assert isinstance(module, nn.BatchNorm2d)
+        scale, products = module.weight.detach(), known.sent[f"{known.network.steps[each.normalisation].name}.weight"]
+        z = scale.new_zeros(known.network.steps[each.normalisation].shape)
+        open_ = open_values(known, each.normalisation)
+        if open_ is not None:
+            mask, value = open_
+            shut = (~mask).sum((1, 2), keepdim=True).clamp(min=1)
+            z = torch.where(mask, value, -torch.where(mask, value, 0.0).sum((1, 2), keepdim=True) / shut)
+            z = z - z.mean((1, 2), keepdim=True)
+        known.standards[each.normalisation] = Standard(z, torch.ones_like(scale), scale, products)
+        known.forget(each.normalisation)
+        error = known.error(each.place)
+        assert error is not None
+        errors.append(design(error[0], each.layer.geometry).view(*each.rows(known.sent).shape[:2], -1))
+    spreads = relative_spreads(errors, [each.rows(known.sent) for each in readers])
+    for each, spread in zip(readers, spreads):
+        assert each.normalisation is not None
+        known.standards[each.normalisation] = replace(known.standards[each.normalisation], spread=spread)
+        known.forget(each.normalisation)
+
+
+def open_values(known: Knowledge, place: int) -> tuple[Tensor, Tensor] | None:
+    """Return where the ReLU right above a normalisation is open, and the normalised values there; None without."""
+    users = known.network.steps[place].users
+    gate = users[0] if len(users) == 1 else place
+    if known.network.steps[gate].kind != "relu" or gate not in known.masks:
+        return None
+    module = known.network.module(place)
+    assert isinstance(module, nn.BatchNorm2d)
+    scale, shift = (each.detach()[:, None, None] for each in (module.weight, module.bias))
+    return known.masks[gate] & (scale != 0), (known.values[gate].value - shift) / scale
+
+
+def standardise(known: Knowledge, reader: Reader, value: Tensor, exact: bool, damping: float) -> None:
+    """Set the statistics of the normalisation above a convolution by its input [C, H, W]."""
+    at = reader.normalisation
+    assert at is not None
+    module = known.network.module(at)
+    assert isinstance(module, nn.BatchNorm2d)
+    outputs = known.network.forward(reader.place, [value[None]])[0]
+    z, spread = standardised(outputs, module.eps if exact else 0.0)
+    open_ = open_values(known, at)
+    z = z if open_ is None else torch.where(*open_, z)
+    old = known.standards[at]
+    z = damping * z + (1 - damping) * old.z
+    known.standards[at] = replace(old, z=z - z.mean((1, 2), keepdim=True), spread=spread)
+    known.forget(at)
+
+
+def rescale(known: Knowledge, place: int, shift: Tensor, readers: Sequence[Reader]) -> bool:
+    """Scale a ReLU's output so that the error below it has the sums that the gradient of the shift there gives."""
+    whole = known.error(place)
+    if whole is None:
+        return False
+    parts = []
+    for each in readers:
+        error = known.error(each.place)
+        assert error is not None
+        parts.append(known.network.backward(each.place, place, error))
+    part = sum(parts[1:], parts[0])
+    solution = known.values[place]
+    mask, factor = fitting_mask(solution, part[0], (whole - part)[0], shift)
+    if not factor > 0:
+        return False
+    mask = balanced(mask, solution, (factor * part + whole - part)[0], shift)
+    known.masks[place] = mask
+    known.values[place] = Fitted(solution.value / factor, solution.deviation / factor)
+    for each in readers:
+        assert each.normalisation is not None
+        old = known.standards[each.normalisation]
+        known.standards[each.normalisation] = replace(old, spread=old.spread / factor)
+        known.forget(each.normalisation)
+    return True
+
+
+def lowered(value: Tensor, null: Tensor) -> Tensor:
+    """Return values [C, H, W] less so much of an undetermined pattern [n, H, W], n <= 1, that the least of them is 0.
+
+    A normalisation above a convolution of stride 2 removes a constant at the positions that only its middle tap reads.
+    Outputs of a ReLU are 0 at some of them.
+    """
+    if not len(null):
+        return value
+    pattern = null[0] * null[0].sum().sign()
+    inside = pattern > 0.5 * pattern.amax()
+    least = (value[:, inside] / pattern[inside]).amin(1)
+    return value - least[:, None, None] * torch.where(inside, pattern, 0.0)

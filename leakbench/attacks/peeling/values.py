@@ -1,0 +1,148 @@
+"""A step's output from the weight gradients of the convolutions that take it, and where these are weak, from above."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from leakbench.attacks.peeling.correlation import Fitted, directions, least_squares
+from leakbench.attacks.peeling.gates import correct
+from leakbench.attacks.peeling.knowledge import Knowledge, Reader
+from leakbench.attacks.peeling.settle import settle
+
+MASK_ROUNDS = 3
+"""How often the masks above a convolution are decided again from its weight gradient."""
+
+MAX_PLACES = 4096
+"""The most positions of a channel that are solved for."""
+
+MAX_OPEN = 1024
+"""The most values of a layer's input that are found from the values above it, because its own equations are weak."""
+
+EQUATIONS = 6
+"""How many equations from above are used for each of these values."""
+
+FEW = 1.5
+"""With fewer equations than this many times the unknowns, weak directions are looked for."""
+
+WEAK = 1e-3
+"""The part of the largest singular value below which a direction counts as weak."""
+
+
+def solve(known: Knowledge, place: int, readers: Sequence[Reader]) -> None:
+    """Recover a step's output from the equations of the convolutions that take it; correct the masks above."""
+    normal = [each for each in readers if each.normalisation is not None]
+    if normal and len(normal) < len(readers):
+        return
+    for _ in range(MASK_ROUNDS):
+        if normal:
+            if not settle(known, place, readers):
+                return
+        else:
+            found = complete(known, place, readers)
+            if found is None:
+                return
+            known.values[place] = known.shaped(place, found)
+        changed = [correct(known, place, each.layer, each.place) for each in readers]
+        if not any(changed):
+            return
+
+
+def complete(known: Knowledge, place: int, readers: Sequence[Reader]) -> Fitted | None:
+    """Return a step's output [J, C] from the equations of its readers and, where these are weak, the values above.
+
+    A convolution of stride 2 reads a quarter of the positions by its middle tap only, whose equations can be too
+    few. What is above the step is known where a ReLU is open there, and is linear in the step's output.
+    """
+    channels, places = known.network.steps[place].shape[0], prod(known.network.steps[place].shape[1:])
+    if sum(each.equations for each in readers) <= places - MAX_OPEN // channels or places > MAX_PLACES:
+        return None
+    matrix, right = known.equations(readers)
+    found = least_squares(matrix, right)
+    if found is not None and len(matrix) > FEW * places:
+        return found
+    parts = directions(matrix, right)
+    strong = int((parts.size > WEAK * parts.size[0]).sum())
+    strong = max(strong, places - MAX_OPEN // channels)
+    if strong == places:
+        return parts.solution(places)
+    if not bool((parts.size[:strong] > 0).all()):
+        return None
+    weak = parts.basis[strong:]
+    particular = Fitted(parts.basis.T @ parts.value, parts.solution(strong).deviation)
+    upper = from_above(known, place, particular.value.T, weak)
+    if upper is None:
+        return found
+    # the coordinates [n, C] in the weak directions, from what is above, and from their own equations
+    jacobian, residual, weight = upper
+    own = parts.size[strong:, None] / parts.noise.sqrt()
+    rows = torch.cat([weight[:, None] * jacobian, torch.diag(own.flatten())])
+    solved = least_squares(rows, torch.cat([weight * residual, torch.zeros_like(own.flatten())])[:, None])
+    if solved is None:
+        return found
+    change, spread = (each.view(len(weak), channels) for each in (solved.value, solved.deviation))
+    variance = particular.deviation.square() + weak.T.square() @ spread.square()
+    return Fitted(particular.value + weak.T @ change, variance.sqrt())
+
+
+def from_above(known: Knowledge, place: int, value: Tensor, weak: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return how the open ReLUs above a step depend on its output [C, J] in directions [n, J].
+
+    Returns:
+        The derivatives [R, n * C] of the inputs of open ReLUs, how far these are from what the values say [R], and
+        one over the standard deviation of that [R]. None if nothing above is known.
+    """
+    steps = known.network.steps
+    shape = steps[place].shape
+    gates = [at for at in sorted(reached(known, place)) if at in known.values and at in known.masks]
+    jacobians, residuals, weights = [], [], []
+    for gate in gates:
+        (before,) = steps[gate].inputs
+        base = follow(known, before, place, value.view(1, *shape))
+        if base is None:
+            continue
+        (open_,) = known.masks[gate].flatten().nonzero(as_tuple=True)
+        open_ = open_[:: max(1, len(gates) * len(open_) // (EQUATIONS * len(weak) * shape[0]))]
+        own = known.values[gate]
+        residuals.append((own.value - base[0]).flatten()[open_])
+        weights.append(1 / own.deviation.flatten()[open_])
+        columns = []
+        for direction in weak:
+            moved = torch.zeros(shape[0], *shape, dtype=torch.float64)
+            moved[range(shape[0]), range(shape[0])] = direction.view(shape[1:])
+            changed = follow(known, before, place, value.view(1, *shape) + moved)
+            assert changed is not None
+            columns.append((changed - base).flatten(1)[:, open_])
+        jacobians.append(torch.cat(columns).T)
+    if not jacobians:
+        return None
+    return torch.cat(jacobians), torch.cat(residuals), torch.cat(weights)
+
+
+def reached(known: Knowledge, place: int) -> set[int]:
+    """Return the ReLUs that a step's output reaches through affine steps."""
+    found, unseen = set(), [place]
+    while unseen:
+        for user in known.network.steps[unseen.pop()].users:
+            if known.network.steps[user].kind == "relu":
+                found.add(user)
+            elif known.network.steps[user].kind in ("convolution", "scaling", "affine"):
+                unseen.append(user)
+    return found
+
+
+def follow(known: Knowledge, at: int, place: int, value: Tensor) -> Tensor | None:
+    """Return the outputs [N, ...] of a step for outputs [N, C, H, W] of the step at ``place`` below it."""
+    if at == place:
+        return value
+    if at in known.values:
+        return known.clean(at)[None].expand(len(value), -1, -1, -1)
+    step = known.network.steps[at]
+    if step.kind not in ("convolution", "scaling", "affine"):
+        return None
+    inputs = [follow(known, each, place, value) for each in step.inputs]
+    given = [each for each in inputs if each is not None]
+    return known.network.forward(at, given) if len(given) == len(inputs) else None
