@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from test_audit import DATA, audit
 from test_cli import cli, place  # noqa: F401
+from test_descent import residual, seen
 from torch import nn
 
 import leakbench
-from leakbench.audit.exposure import LayerExposure, exposures
+from leakbench.audit.exposure import LayerExposure, exposures, predicted, rule_in_words
 
 SIZE = 8
 
@@ -102,6 +103,32 @@ def test_a_wrong_answer_is_not_stated_as_exposed(images: torch.Tensor) -> None:
     assert "from the true input" in own.reason
 
 
+def test_inputs_below_an_exposed_one_follow_from_it() -> None:
+    model = residual()
+    observation, truth = seen(model, 2)
+    found = exposures(observation, {name: values for name, values in inputs(model, truth).items() if "." in name})
+    counts = {one.layer: (one.exposed, one.descended) for one in found}
+    assert counts["4.conv2"] == (2, 0)
+    assert counts["0"] == (0, 0)
+    assert [counts[layer] for layer in ("3.conv1", "3.conv2", "4.conv1", "4.shortcut.0")] == [(0, 2)] * 4
+    assert max(one.error for one in found if one.known) < 1e-8
+    assert predicted(model, (3, 8, 8))["4.conv2"].verdict == "exposed"
+
+
+def test_the_rule_says_which_layers_are_exposed_at_this_size() -> None:
+    expected = predicted(Network(), (3, SIZE, SIZE))
+    assert {name: one.verdict for name, one in expected.items()} == {
+        "stem": "hidden",
+        "exposed": "exposed",
+        "strided": "hidden",
+    }
+    assert rule_in_words(expected, (3, SIZE, SIZE)).startswith(
+        "1 of 3 convolutions (exposed), for 1 image of 3 x 8 x 8 in a step. The rule: a kernel above 1x1, stride 1"
+    )
+    assert "0 of 3 convolutions, for 2 images" in rule_in_words(predicted(Network(), (3, 8, 8), 2), (3, 8, 8), 2)
+    assert rule_in_words(predicted(nn.Linear(3, 2), (3,)), (3,)) == "the network has no convolution that runs once"
+
+
 def test_both_pages_of_an_audit_state_the_exposed_inputs(cli, place) -> None:  # noqa: F811
     (place / "nets.py").write_text(
         "from torch import nn\n"
@@ -109,10 +136,12 @@ def test_both_pages_of_an_audit_state_the_exposed_inputs(cli, place) -> None:  #
         "    return nn.Sequential(nn.Conv2d(3, 24, 3, 3, 1), nn.ReLU(), nn.Conv2d(24, 8, 3, 1, 1), nn.ReLU(),"
         " nn.Flatten(), nn.Linear(128, 70))\n"
     )
-    assert audit(cli, "build", *DATA, "--images", "1").code == 0
+    ended = audit(cli, "build", *DATA, "--images", "1")
+    assert ended.code == 0
+    assert "exposed by size: 1 of 2 convolutions (2), for 1 image" in ended.out
     (out,) = (file.parent for file in place.rglob("audit.md"))
     text, page = ((out / name).read_text() for name in ("audit.md", "audit.html"))
     for one in (text, page):
         assert "The input of 1 of 2 convolutions follows from the gradient of its weight by itself" in one
-    assert "| 2 | 3 x 3 | 24 x 4 x 4 | 16 | 1 of 1 image |" in " ".join(text.split())
+    assert "| 2 | 3 x 3 | 24 x 4 x 4 | 16 | exposed | 1 of 1 image |" in " ".join(text.split())
     assert page.count('<li class="exposed">') == page.count('<figure class="features">') == 1

@@ -1,11 +1,18 @@
-"""Which inputs of convolutions follow from what was sent, without a search (``factorise_convolution``)."""
+"""Which inputs of convolutions follow from what was sent, without a search: predicted from sizes, and found.
+
+An input follows from the gradient of its convolution's weight by itself (``factorise_convolution``), or from the layers
+above that were recovered so (``recover``).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,10 +20,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from leakbench.attacks.analytic import input_shapes
+from leakbench.attacks.peeling.descent import recover
+from leakbench.attacks.peeling.exposure import SPARE, Exposure, predict_exposure
 from leakbench.attacks.peeling.factors import NotFactorised
 from leakbench.attacks.peeling.lattice import CONVOLUTIONS, Lattice
+from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.shifts import factorise_convolution
-from leakbench.core.rng import generator
+from leakbench.attacks.peeling.trace import filled, trace
+from leakbench.core.rng import generator, seeded
+from leakbench.core.text import english, plural
 from leakbench.errors import Unsupported
 from leakbench.observation import Observation
 
@@ -29,22 +41,30 @@ MAX_ERROR = 1e-2
 SHOWN_CHANNELS = 16
 """The number of channels whose features are drawn, those with the largest norms."""
 
+MAX_NAMES = 6
+"""The number of layers up to which all are named in a sentence."""
+
+MIN_ZEROS = 0.01
+"""The share of zeros from which a layer's input counts as the output of a ReLU."""
+
 
 @dataclass(frozen=True)
 class LayerExposure:
-    """Whether the input of a convolution follows from the gradient of its weight by itself.
+    """Whether the input of a convolution follows from what was sent.
 
     Attributes:
         layer: its name.
         kernel: the size of its kernel, such as (3, 3).
         inputs: (C, H, W) of its input.
         images: how many images were tried.
-        exposed: for how many of them the input follows, up to a positive factor.
-        reason: why it does not follow, for the first image for which that is so; empty if there is none.
-        error: the relative error of the input against the truth after the best factor, the largest of the exposed
-            images; NaN without a truth or an exposed image.
-        features: channels of the recovered input of the first exposed image as a PNG, and of the true one beside it if
-            that is known; None if nothing is exposed.
+        exposed: for how many of them the input follows from the gradient of the layer's weight by itself, up to a
+            positive factor.
+        descended: for how many others the input follows from the layers above, whose inputs are exposed.
+        reason: why it is not exposed, for the first image for which that is so; empty if there is none.
+        error: the relative error of the input against the truth after the best factor, the largest of the images for
+            which it follows; NaN without a truth or such an image.
+        features: channels of the recovered input of the first such image as a PNG, and of the true one beside it if
+            that is known; None if it follows for no image.
     """
 
     layer: str
@@ -52,14 +72,83 @@ class LayerExposure:
     inputs: tuple[int, ...]
     images: int
     exposed: int
+    descended: int
     reason: str
     error: float
     features: bytes | None
 
     @property
     def everywhere(self) -> bool:
-        """Whether the input follows for every image that was tried."""
+        """Whether the input follows from the layer's own gradient for every image that was tried."""
         return self.exposed == self.images > 0
+
+    @property
+    def known(self) -> bool:
+        """Whether the input follows for every image that was tried, by itself or from the layers above."""
+        return self.exposed + self.descended == self.images > 0
+
+
+def predicted(network: nn.Module, image_shape: tuple[int, ...], images: int = 1) -> dict[str, Exposure]:
+    """Return for every convolution that runs once whether it is expected to expose its input, by sizes only.
+
+    Args:
+        network: in the mode in which clients train it; a random image shows the sizes, and which inputs have zeros.
+        image_shape: (C, H, W).
+        images: in a client's step.
+    """
+    network = copy.deepcopy(network)
+    taken: dict[str, list[Tensor]] = {}  # in order of execution
+    for name, module in network.named_modules():
+        if isinstance(module, CONVOLUTIONS):
+            module.register_forward_pre_hook(partial(_note_input, taken, name))
+    normalised = any(_own_statistics(module) for module in network.modules())
+    image = torch.rand((1, *image_shape), generator=generator("exposure"))
+    like = next(network.parameters(), image)
+    with torch.no_grad(), seeded("exposure"), contextlib.suppress(Exception):  # what ran before it breaks counts
+        network(image.to(like))
+    found = {}
+    for name, values in taken.items():
+        if len(values) != 1:
+            continue
+        module, (value,) = network.get_submodule(name), values
+        try:
+            lattice = Lattice.of(module, value.shape[1:])
+        except Unsupported as error:
+            found[name] = Exposure("hidden", str(error))
+            continue
+        sparse = float((value == 0).double().mean()) > MIN_ZEROS
+        assert isinstance(module, CONVOLUTIONS)
+        channels = module.in_channels, module.out_channels
+        found[name] = predict_exposure(lattice, *channels, images, sparse=sparse, own_statistics=normalised)
+    return found
+
+
+def _own_statistics(module: nn.Module) -> bool:
+    """Return whether a layer normalises by the statistics of the batch."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
+
+
+def _note_input(taken: dict[str, list[Tensor]], name: str, _: nn.Module, given: tuple[Tensor, ...]) -> None:
+    """Note what a module takes of the first image."""
+    taken.setdefault(name, []).append(given[0][0])
+
+
+def rule_in_words(found: Mapping[str, Exposure], image_shape: Sequence[int], images: int = 1) -> str:
+    """Return by which rule convolutions are expected to expose their input, and how many and which these are."""
+    if not found:
+        return "the network has no convolution that runs once"
+    parts = []
+    for verdict, words in (("exposed", "of {}"), ("possible", "more if its rank is full"), ("partly", "in part")):
+        names = [name for name, each in found.items() if each.verdict == verdict]
+        shown = english(names) if 0 < len(names) <= MAX_NAMES else f"the lowest is {names[0]}" if names else ""
+        if names or verdict == "exposed":
+            words = words.format(plural(len(found), "convolution"))
+            parts.append(f"{len(names)} {words}{f' ({shown})' if shown else ''}")
+    return (
+        f"{', '.join(parts)}, for {plural(images, 'image')} of {' x '.join(map(str, image_shape))} in a step. "
+        "The rule: a kernel above 1x1, stride 1, and in each group as many channels as positions x images; "
+        f"behind a ReLU {SPARE:g} times as many, unless the network normalises by the batch's own statistics"
+    )
 
 
 def exposures(observation: Observation, truth: Mapping[str, Sequence[Tensor]] | None) -> list[LayerExposure]:
@@ -70,48 +159,76 @@ def exposures(observation: Observation, truth: Mapping[str, Sequence[Tensor]] | 
         truth: layer -> its true inputs, flattened, one for each image; None if they are not known.
     """
     shapes = input_shapes(observation, CONVOLUTIONS)
+    above = [_from_above(observation, trial) for trial in range(min(observation.trials, MAX_IMAGES))]
     found = []
     for layer, taken in shapes.items():
         if len(taken) == 1 and f"{layer}.weight" in observation.gradient:
-            module = observation.model.get_submodule(layer)
-            found.append(_exposure(observation, layer, module, taken[0], None if truth is None else truth.get(layer)))
+            own = [values.get(layer) for values in above]
+            found.append(_exposure(observation, layer, taken[0], own, None if truth is None else truth.get(layer)))
+    return found
+
+
+def _from_above(observation: Observation, trial: int) -> dict[str, Tensor]:
+    """Return the inputs [C, H, W] of convolutions that follow from those of the layers above them, by layer."""
+    sent = {name: value[trial].cpu() for name, value in observation.gradient.items()}
+    sent = {name: value for name, value in sent.items() if bool(torch.isfinite(value).all())}
+    try:
+        network = Network(trace(observation)).on(filled(observation, trial))
+    except Unsupported:
+        return {}
+    found = {}
+    for feature in recover(network, sent, generator("audit", "descent")):
+        wrong = any(error > MAX_ERROR for error in (feature.check, feature.balance))  # NaN if nothing shows it
+        if wrong or not feature.deviation <= MAX_ERROR:
+            continue
+        for user in network.steps[feature.place].users:
+            if network.steps[user].kind == "convolution":
+                found[network.steps[user].name] = feature.value
     return found
 
 
 def _exposure(
-    observation: Observation, layer: str, module: nn.Module, shape: tuple[int, ...], truth: Sequence[Tensor] | None
+    observation: Observation,
+    layer: str,
+    shape: tuple[int, ...],
+    above: Sequence[Tensor | None],
+    truth: Sequence[Tensor] | None,
 ) -> LayerExposure:
-    gradient = observation.gradient[f"{layer}.weight"]
-    images = min(observation.trials, MAX_IMAGES)
-    recovered, reasons, errors, pictures = 0, [], [], []
-    for image in range(images):
-        value = _input(gradient[image], module, shape, layer)
+    gradient, module = observation.gradient[f"{layer}.weight"], observation.model.get_submodule(layer)
+    exposed, descended, reasons, errors, pictures = 0, 0, [], [], []
+    for image, higher in enumerate(above):
+        real = None if truth is None else truth[image].double().cpu()
+        value = _checked(_input(gradient[image], module, shape, layer), real)
         if isinstance(value, str):
             reasons.append(value)
-            continue
-        real = None if truth is None else truth[image].double().cpu()
-        error = math.nan
-        if real is not None:
-            if real.numel() != value.numel():
-                reasons.append("it runs on several inputs")
-                continue
-            error = _error(value.flatten(), real)
-            if error > MAX_ERROR:
-                reasons.append(f"what follows from the gradient is {error:.2g} from the true input")
-                continue
-        recovered += 1
-        errors.append(error)
-        pictures.append(_drawn(value, None if real is None else real.view_as(value)))
+            value = _checked("" if higher is None else higher, real)
+            descended += not isinstance(value, str)
+        else:
+            exposed += 1
+        if not isinstance(value, str):
+            errors.append(math.nan if real is None else _error(value.flatten(), real))
+            pictures.append(_drawn(value, None if real is None else real.view_as(value)))
     return LayerExposure(
         layer=layer,
         kernel=tuple(gradient.shape[3:]),
         inputs=shape,
-        images=images,
-        exposed=recovered,
+        images=len(above),
+        exposed=exposed,
+        descended=descended,
         reason=reasons[0] if reasons else "",
         error=max(errors, default=math.nan),
         features=pictures[0] if pictures else None,
     )
+
+
+def _checked(value: Tensor | str, real: Tensor | None) -> Tensor | str:
+    """Return an input that agrees with the truth, if that is known, or the reason why it does not follow."""
+    if isinstance(value, str) or real is None:
+        return value
+    if real.numel() != value.numel():
+        return "it runs on several inputs"
+    error = _error(value.flatten(), real)
+    return value if error <= MAX_ERROR else f"what follows from the gradient is {error:.2g} from the true input"
 
 
 def _input(gradient: Tensor, module: nn.Module, shape: tuple[int, ...], layer: str) -> Tensor | str:

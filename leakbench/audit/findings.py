@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from leakbench.analysis.ensemble import EnsembleResult
+from leakbench.attacks.peeling.exposure import Exposure
 from leakbench.audit.fail_rule import LABELS, SHARE_RECOVERED, FailRule
 from leakbench.audit.layers import ClosedFormLeaks
 from leakbench.core.types import ThreatModel
@@ -104,6 +105,7 @@ class Audit:
         defenses: the findings, one for each defense, or one for a recorded update.
         untried: the attacks that were not run.
         threshold: the ``ssim_aligned`` from which an image counts as recovered.
+        predictions: for each convolution whether it is expected to expose its input, by sizes only.
         update: the recorded update's threat model; None for an audit on images.
         rule: the condition under which the audit fails; None without one.
     """
@@ -118,6 +120,7 @@ class Audit:
     defenses: tuple[DefenseFindings, ...]
     untried: tuple[str, ...]
     threshold: float
+    predictions: Mapping[str, Exposure] = field(default_factory=dict)
     update: ThreatModel | None = None
     rule: FailRule | None = None
 

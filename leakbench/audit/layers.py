@@ -111,8 +111,13 @@ class ClosedFormLeaks:
 
     @property
     def exposed(self) -> list[LayerExposure]:
-        """The convolutions whose input follows for every image that was tried."""
+        """The convolutions whose input follows from their own gradient for every image that was tried."""
         return [one for one in self.exposures if one.everywhere]
+
+    @property
+    def descended(self) -> list[LayerExposure]:
+        """The further convolutions whose input follows for every image that was tried, from the layers above."""
+        return [one for one in self.exposures if one.known and not one.everywhere]
 
     @classmethod
     def of(

@@ -19,7 +19,9 @@ from leakbench.analysis.recovery import caveat, judged
 from leakbench.analysis.verdict import CONTROL, control_flaw
 from leakbench.attacks import Attack
 from leakbench.attacks.known_draws import read_draws
+from leakbench.attacks.peeling.exposure import Exposure
 from leakbench.attacks.peeling.lattice import CONVOLUTIONS
+from leakbench.audit.exposure import predicted, rule_in_words
 from leakbench.audit.fail_rule import FailRule
 from leakbench.audit.findings import Audit, DefenseFindings, ImageFinding, NetworkFacts
 from leakbench.audit.given import (
@@ -56,6 +58,9 @@ from leakbench.victim import Client, layer_inputs, observe
 
 CLOSED_FORM_ATTACK = "analytic"
 """The attack whose answer is proven by the update itself if a layer that takes the pixels leaves no residual."""
+
+EXPECTED = "exposed by size"
+"""The fact that says which convolutions are expected to expose their input."""
 
 UPDATE = "the recorded update"
 """What stands in place of a defense in the findings of a recorded update."""
@@ -142,6 +147,10 @@ def audit_model(
     indices = list(range(chosen)) if isinstance(chosen, int) else list(chosen)
     each = {defenses.spec(one): one for one in protections}
     drawn = randomness(own.build(inner.image_shape, classes), inner.image_shape)
+    expected = predicted(own.build(inner.image_shape, classes), inner.image_shape)
+    rule = rule_in_words(expected, inner.image_shape)
+    if progress is not None:
+        progress.note(f"{EXPECTED}: {rule}")
     leaks = {spec: _leaks(own, one, dataset, indices, drawn) for spec, one in each.items()}
     run_options = RunOptions(device, salt=options.salt)
     engine.run(matrix, out, run_options, progress=progress, command=options.command)
@@ -160,8 +169,9 @@ def audit_model(
         ("weights", network.checkpoint or "as the factory makes them, with a fixed seed"),
         ("data", _data_words(inner, first, order)),
         *([("pixels", inner.note())] if inner.note() and isinstance(inner, Folder) else []),
+        (EXPECTED, rule),
     )
-    return _audit(own, dataset, facts, matrix, behind, options, len(indices))
+    return _audit(own, dataset, facts, matrix, behind, options, len(indices), expected)
 
 
 def audit_update(
@@ -218,6 +228,10 @@ def audit_update(
         threat = ThreatModel(shares="weights", learning_rate=rate, local_steps=local_steps, rate=granted)
     observation = _observation(module, update, image_shape, classes, threat)
     drawn = randomness(module, image_shape)
+    expected = predicted(module, image_shape)
+    rule = rule_in_words(expected, image_shape)
+    if progress is not None:
+        progress.note(f"{EXPECTED}: {rule}")
     leaks = _redrawn(_leaks_of_update(module, observation, label), drawn)
     doubt = drawn.doubt() if drawn.layers and not read_draws(observation).complete else ""
     dataset = Recorded(_digest(observation, truth, label), image_shape, classes)
@@ -251,8 +265,8 @@ def audit_update(
     words = f"{before} to {after}" if kind == "weights" else f"{after}, a {kind}, of the weights {before}"
     if len(update.change) < update.trained:
         words += f"; {len(update.change)} of the {update.trained} trained parameters (tensors) were sent"
-    facts = (*network.facts(), *drawn.facts(), ("update", words))
-    return _audit(own, dataset, facts, matrix, [found], options, 1, threat)
+    facts = (*network.facts(), *drawn.facts(), ("update", words), (EXPECTED, rule))
+    return _audit(own, dataset, facts, matrix, [found], options, 1, expected, threat)
 
 
 def _doubted(found: DefenseFindings, doubt: str, flaw: str) -> DefenseFindings:
@@ -507,6 +521,7 @@ def _audit(
     behind: Sequence[DefenseFindings],
     options: AuditOptions,
     images: int,
+    expected: Mapping[str, Exposure],
     update: ThreatModel | None = None,
 ) -> Audit:
     """Return an audit from its findings and everything that its pages state of how it was done."""
@@ -527,6 +542,7 @@ def _audit(
         defenses=tuple(behind),
         untried=tuple(name for name in attacks.names() if name not in tried and not attacks.get(name).floor),
         threshold=_threshold(matrix),
+        predictions=expected,
         update=update,
         rule=options.rule,
     )

@@ -1,8 +1,10 @@
 """``audit.md`` and ``audit.html``: the findings of an audit in plain words, as pure functions of the findings."""
 
+from collections.abc import Mapping
 from math import isnan, prod
 
 from leakbench.analysis.ensemble import UNSCORED
+from leakbench.attacks.peeling.exposure import Exposure
 from leakbench.audit.findings import Audit, DefenseFindings
 from leakbench.core.text import ABSENT, number, plural
 from leakbench.report.page import STYLES, picture, render, render_markdown, sentence
@@ -13,7 +15,10 @@ MAX_LAYERS = 12
 FILES = ("audit.md", "audit.html")
 
 LAYER_HEADINGS = ("layer", "kind", "parameters sent", "share of the squared gradient", "leaks in closed form")
-EXPOSURE_HEADINGS = ("layer", "kernel", "input", "positions", "exposed", "relative error", "why not")
+EXPOSURE_HEADINGS = (
+    *("layer", "kernel", "input", "positions", "expected by size"),
+    *("exposed", "from above", "relative error", "why not exposed"),
+)
 IMAGE_HEADINGS = ("image", "recovered", "attack", "similarity to the private image")
 ATTACK_HEADINGS = ("attack", "recovered", "tried", "diverged", "skipped", "evaluations", "seconds", "without a result")
 
@@ -47,7 +52,7 @@ def _context(audit: Audit, command: str) -> dict[str, object]:
         "rule": rule_words(audit),
         "command": command,
         "defenses": [(one, verdict(one), _layer_rows(one), _attack_rows(one)) for one in audit.defenses],
-        "exposures": [_exposure_rows(one) for one in audit.defenses],
+        "exposures": [_exposure_rows(one, audit.predictions) for one in audit.defenses],
         "layer_headings": LAYER_HEADINGS,
         "exposure_headings": EXPOSURE_HEADINGS,
         "attack_headings": ATTACK_HEADINGS,
@@ -72,7 +77,7 @@ def _layer_rows(one: DefenseFindings) -> list[list[str]]:
     return rows
 
 
-def _exposure_rows(one: DefenseFindings) -> list[list[str]]:
+def _exposure_rows(one: DefenseFindings, expected: Mapping[str, Exposure]) -> list[list[str]]:
     """Return a row for each convolution, in order of execution."""
     return [
         [
@@ -80,7 +85,9 @@ def _exposure_rows(one: DefenseFindings) -> list[list[str]]:
             " x ".join(map(str, each.kernel)),
             " x ".join(map(str, each.inputs)),
             f"{prod(each.inputs[1:]):,}",
+            expected[each.layer].verdict if each.layer in expected else ABSENT,
             f"{each.exposed} of {plural(each.images, 'image')}",
+            f"{each.descended}" if each.descended else "",
             ABSENT if isnan(each.error) else f"{each.error:.1g}",
             each.reason,
         ]
