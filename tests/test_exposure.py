@@ -15,7 +15,7 @@ from test_descent import residual, seen
 from torch import nn
 
 import leakbench
-from leakbench.audit.exposure import LayerExposure, exposures, predicted, rule_in_words
+from leakbench.audit.exposure import LayerExposure, exposures, has_relus, predicted, rule_in_words
 
 SIZE = 8
 
@@ -126,6 +126,8 @@ def test_the_rule_says_which_layers_are_exposed_at_this_size() -> None:
         "1 of 3 convolutions (exposed), for 1 image of 3 x 8 x 8 in a step. The rule: a kernel above 1x1, stride 1"
     )
     assert "0 of 3 convolutions, for 2 images" in rule_in_words(predicted(Network(), (3, 8, 8), 2), (3, 8, 8), 2)
+    assert has_relus(Network(), (3, SIZE, SIZE))
+    assert not has_relus(nn.Sequential(nn.Linear(3, 2), nn.Sigmoid(), nn.Dropout(), nn.Linear(2, 2)), (3,))
     assert rule_in_words(predicted(nn.Linear(3, 2), (3,)), (3,)) == "the network has no convolution that runs once"
 
 

@@ -96,16 +96,8 @@ def predicted(network: nn.Module, image_shape: tuple[int, ...], images: int = 1)
         image_shape: (C, H, W).
         images: in a client's step.
     """
-    network = copy.deepcopy(network)
-    taken: dict[str, list[Tensor]] = {}  # in order of execution
-    for name, module in network.named_modules():
-        if isinstance(module, CONVOLUTIONS):
-            module.register_forward_pre_hook(partial(_note_input, taken, name))
     normalised = any(_own_statistics(module) for module in network.modules())
-    image = torch.rand((1, *image_shape), generator=generator("exposure"))
-    like = next(network.parameters(), image)
-    with torch.no_grad(), seeded("exposure"), contextlib.suppress(Exception):  # what ran before it breaks counts
-        network(image.to(like))
+    taken = _taken(network, image_shape, CONVOLUTIONS)
     found = {}
     for name, values in taken.items():
         if len(values) != 1:
@@ -116,11 +108,36 @@ def predicted(network: nn.Module, image_shape: tuple[int, ...], images: int = 1)
         except Unsupported as error:
             found[name] = Exposure("hidden", str(error))
             continue
-        sparse = float((value == 0).double().mean()) > MIN_ZEROS
         assert isinstance(module, CONVOLUTIONS)
         channels = module.in_channels, module.out_channels
-        found[name] = predict_exposure(lattice, *channels, images, sparse=sparse, own_statistics=normalised)
+        found[name] = predict_exposure(lattice, *channels, images, sparse=_sparse(value), own_statistics=normalised)
     return found
+
+
+def has_relus(network: nn.Module, image_shape: tuple[int, ...]) -> bool:
+    """Return whether a convolution or linear layer takes values that a ReLU set to 0."""
+    taken = _taken(network, image_shape, (nn.Linear, *CONVOLUTIONS))
+    return any(_sparse(value) for values in taken.values() for value in values)
+
+
+def _taken(
+    network: nn.Module, image_shape: tuple[int, ...], kinds: tuple[type[nn.Module], ...]
+) -> dict[str, list[Tensor]]:
+    """Return what the layers of these kinds take of a random image without draws, in order of execution."""
+    network = copy.deepcopy(network).eval()
+    taken: dict[str, list[Tensor]] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, kinds):
+            module.register_forward_pre_hook(partial(_note_input, taken, name))
+    image = torch.rand((1, *image_shape), generator=generator("exposure"))
+    with torch.no_grad(), seeded("exposure"), contextlib.suppress(Exception):  # what ran before it breaks counts
+        network(image.to(next(network.parameters(), image)))
+    return taken
+
+
+def _sparse(value: Tensor) -> bool:
+    """Return whether values have zeros as a ReLU leaves them."""
+    return float((value == 0).double().mean()) > MIN_ZEROS
 
 
 def _own_statistics(module: nn.Module) -> bool:

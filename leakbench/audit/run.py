@@ -21,7 +21,7 @@ from leakbench.attacks import Attack
 from leakbench.attacks.known_draws import read_draws
 from leakbench.attacks.peeling.exposure import Exposure
 from leakbench.attacks.peeling.lattice import CONVOLUTIONS
-from leakbench.audit.exposure import predicted, rule_in_words
+from leakbench.audit.exposure import has_relus, predicted, rule_in_words
 from leakbench.audit.fail_rule import FailRule
 from leakbench.audit.findings import Audit, DefenseFindings, ImageFinding, NetworkFacts
 from leakbench.audit.given import (
@@ -62,6 +62,9 @@ CLOSED_FORM_ATTACK = "analytic"
 EXPECTED = "exposed by size"
 """The fact that says which convolutions are expected to expose their input."""
 
+RELU_ATTACK = "log-cosine"
+"""The search for ReLU networks, which other networks are not attacked by."""
+
 UPDATE = "the recorded update"
 """What stands in place of a defense in the findings of a recorded update."""
 
@@ -87,13 +90,17 @@ class AuditOptions:
     command: str = ""
     salt: str | None = None
 
-    def matrix(self, scale: str, given: Mapping[str, Any], *, joint_labels: bool = False) -> Matrix:
+    def matrix(self, scale: str, given: Mapping[str, Any], *, joint_labels: bool = False, relus: bool = True) -> Matrix:
         """Return the matrix of a scale of the suite, with the axes that are given in place of its own.
 
-        With ``joint_labels``, attacks that would infer the label in closed form optimise it with the image.
+        With ``joint_labels``, attacks that would infer the label in closed form optimise it with the image. Without
+        ``relus``, the stages of ``RELU_ATTACK`` are left out.
         """
         limit = {} if self.threshold is None else {"threshold": self.threshold}
         axes = override(expand(load_suite("audit"), scale)[0], {**given, **limit})
+        if not relus:
+            named = [[attacks.parse(one).name for one in stage["attacks"]] for stage in axes["stages"]]
+            axes["stages"] = [stage for stage, names in zip(axes["stages"], named) if names != [RELU_ATTACK]]
         if joint_labels:
             axes["stages"] = [{**stage, "attacks": list(map(_jointly, stage["attacks"]))} for stage in axes["stages"]]
         return Matrix(**axes)
@@ -143,11 +150,13 @@ def audit_model(
     usual = int(expand(load_suite("audit"), options.budget)[0]["images"])
     chosen = min(usual, len(dataset)) if images is None else images
     given: dict[str, Any] = {"models": [own], "datasets": [dataset], "defenses": list(protections), "images": chosen}
-    matrix = options.matrix(options.budget, given | ({"threats": list(threats)} if threats else {}))
+    built = own.build(inner.image_shape, classes)
+    relus = has_relus(built, inner.image_shape)
+    matrix = options.matrix(options.budget, given | ({"threats": list(threats)} if threats else {}), relus=relus)
     indices = list(range(chosen)) if isinstance(chosen, int) else list(chosen)
     each = {defenses.spec(one): one for one in protections}
-    drawn = randomness(own.build(inner.image_shape, classes), inner.image_shape)
-    expected = predicted(own.build(inner.image_shape, classes), inner.image_shape)
+    drawn = randomness(built, inner.image_shape)
+    expected = predicted(built, inner.image_shape)
     rule = rule_in_words(expected, inner.image_shape)
     if progress is not None:
         progress.note(f"{EXPECTED}: {rule}")
@@ -240,7 +249,8 @@ def audit_update(
     if proven:  # the image is known without a truth: the other attackers have nothing left to find
         given["attacks"] = [CLOSED_FORM_ATTACK]
     scale = f"{options.budget}-update" if threat.unit is None else options.budget
-    matrix = options.matrix(scale, given, joint_labels=leaks.labels.inferred is None)
+    joint = leaks.labels.inferred is None
+    matrix = options.matrix(scale, given, joint_labels=joint, relus=has_relus(module, image_shape))
     data = ClientData(
         images={} if truth is None else {0: truth},
         labels={} if label is None else {0: label},
