@@ -1,11 +1,14 @@
 """The inputs of the example audits: ``python -m benchmarks.audit FOLDER`` writes photographs and a recorded update.
 
-The network is torchvision's untrained ResNet-18 with 3 outputs; the photographs come from scikit-image (their credits
-are in CREDITS.md of the samples). Then, from the checkout:
+The networks are torchvision's, untrained and with 3 outputs; the photographs come from scikit-image (their credits
+are in CREDITS.md of the samples). Then, from the checkout, for NAME resnet18, vgg11, densenet121 and mobilenet:
 
-leakbench audit model --model benchmarks.audit:build --data folder:FOLDER/photos --size 64 --normalise NORMALISE \\
-    --defense none --defense keylock --defense "noise(scale=0.01)" --budget quick --out reports/audit/resnet18
-leakbench audit update --model benchmarks.audit:build --before FOLDER/before.safetensors \\
+leakbench audit model --model benchmarks.audit:NAME --mode eval --data folder:FOLDER/photos --size 64 \\
+    --normalise NORMALISE --images 1 --budget quick --out reports/audit/NAME
+leakbench audit model --model benchmarks.audit:resnet18 --mode train --data folder:FOLDER/photos --size 64 \\
+    --normalise NORMALISE --images 1 --budget quick --defense none --defense "noise(scale=0.01)" \\
+    --out reports/audit/resnet18-train
+leakbench audit update --model benchmarks.audit:resnet18 --before FOLDER/before.safetensors \\
     --after FOLDER/after.safetensors --size 64 --normalise NORMALISE --rate 0.05 \\
     --truth FOLDER/photos/1-chelsea/chelsea.png --label 1 --budget quick --out reports/audit/update
 
@@ -23,7 +26,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
-from torchvision.models import resnet18
+from torchvision import models
 
 from leakbench.audit import load_network, read_image
 
@@ -33,9 +36,27 @@ SIZE = 64
 RATE = 0.05
 
 
-def build() -> nn.Module:
-    """Return the network."""
-    return resnet18(num_classes=len(PHOTOGRAPHS))
+def resnet18() -> nn.Module:
+    """Return torchvision's ResNet-18."""
+    return models.resnet18(num_classes=len(PHOTOGRAPHS))
+
+
+def vgg11() -> nn.Module:
+    """Return torchvision's VGG-11 with batch normalisation and one linear layer, as networks for small images have."""
+    network = models.vgg11_bn()
+    network.avgpool = nn.Identity()
+    network.classifier = nn.Linear(512 * (SIZE // 32) ** 2, len(PHOTOGRAPHS))
+    return network
+
+
+def densenet121() -> nn.Module:
+    """Return torchvision's DenseNet-121."""
+    return models.densenet121(num_classes=len(PHOTOGRAPHS))
+
+
+def mobilenet() -> nn.Module:
+    """Return torchvision's MobileNet-v2."""
+    return models.mobilenet_v2(num_classes=len(PHOTOGRAPHS))
 
 
 def main() -> None:
@@ -49,7 +70,7 @@ def main() -> None:
         path = folder / "photos" / name / f"{photograph}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
-    audited = load_network("benchmarks.audit:build", normalise=NORMALISE)
+    audited = load_network("benchmarks.audit:resnet18", normalise=NORMALISE)
     network = audited.module
     _save(network, folder / "before.safetensors")
     image = read_image(str(folder / "photos" / "1-chelsea" / "chelsea.png"), (3, SIZE, SIZE))

@@ -103,11 +103,11 @@ def test_a_wrong_answer_is_not_stated_as_exposed(images: torch.Tensor) -> None:
     assert "from the true input" in own.reason
 
 
-def test_inputs_below_an_exposed_one_follow_from_it() -> None:
+def test_inputs_of_other_layers_follow_from_an_exposed_one() -> None:
     model = residual()
     observation, truth = seen(model, 2)
     found = exposures(observation, {name: values for name, values in inputs(model, truth).items() if "." in name})
-    counts = {one.layer: (one.exposed, one.descended) for one in found}
+    counts = {one.layer: (one.exposed, one.derived) for one in found}
     assert counts["4.conv2"] == (2, 0)
     assert counts["0"] == (0, 0)
     assert [counts[layer] for layer in ("3.conv1", "3.conv2", "4.conv1", "4.shortcut.0")] == [(0, 2)] * 4

@@ -1,7 +1,7 @@
 """Which inputs of convolutions follow from what was sent, without a search: predicted from sizes, and found.
 
-An input follows from the gradient of its convolution's weight by itself (``factorise_convolution``), or from the layers
-above that were recovered so (``recover``).
+An input follows from the gradient of its convolution's weight by itself (``factorise_convolution``), or from inputs
+that follow so: below them layer by layer (``recover``), above them by the network's forward pass.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class LayerExposure:
         images: how many images were tried.
         exposed: for how many of them the input follows from the gradient of the layer's weight by itself, up to a
             positive factor.
-        descended: for how many others the input follows from the layers above, whose inputs are exposed.
+        derived: for how many others the input follows from those of other layers.
         reason: why it is not exposed, for the first image for which that is so; empty if there is none.
         error: the relative error of the input against the truth after the best factor, the largest of the images for
             which it follows; NaN without a truth or such an image.
@@ -72,7 +72,7 @@ class LayerExposure:
     inputs: tuple[int, ...]
     images: int
     exposed: int
-    descended: int
+    derived: int
     reason: str
     error: float
     features: bytes | None
@@ -84,8 +84,8 @@ class LayerExposure:
 
     @property
     def known(self) -> bool:
-        """Whether the input follows for every image that was tried, by itself or from the layers above."""
-        return self.exposed + self.descended == self.images > 0
+        """Whether the input follows for every image that was tried, by itself or from other layers."""
+        return self.exposed + self.derived == self.images > 0
 
 
 def predicted(network: nn.Module, image_shape: tuple[int, ...], images: int = 1) -> dict[str, Exposure]:
@@ -176,50 +176,52 @@ def exposures(observation: Observation, truth: Mapping[str, Sequence[Tensor]] | 
         truth: layer -> its true inputs, flattened, one for each image; None if they are not known.
     """
     shapes = input_shapes(observation, CONVOLUTIONS)
-    above = [_from_above(observation, trial) for trial in range(min(observation.trials, MAX_IMAGES))]
+    others = [_derived(observation, trial) for trial in range(min(observation.trials, MAX_IMAGES))]
     found = []
     for layer, taken in shapes.items():
         if len(taken) == 1 and f"{layer}.weight" in observation.gradient:
-            own = [values.get(layer) for values in above]
+            own = [values.get(layer) for values in others]
             found.append(_exposure(observation, layer, taken[0], own, None if truth is None else truth.get(layer)))
     return found
 
 
-def _from_above(observation: Observation, trial: int) -> dict[str, Tensor]:
-    """Return the inputs [C, H, W] of convolutions that follow from those of the layers above them, by layer."""
+def _derived(observation: Observation, trial: int) -> dict[str, Tensor]:
+    """Return the inputs [C, H, W] of convolutions that follow from those of other layers, by layer."""
     sent = {name: value[trial].cpu() for name, value in observation.gradient.items()}
     sent = {name: value for name, value in sent.items() if bool(torch.isfinite(value).all())}
     try:
         network = Network(trace(observation)).on(filled(observation, trial))
     except Unsupported:
         return {}
-    found = {}
+    values = {}
     for feature in recover(network, sent, generator("audit", "descent")):
         wrong = any(error > MAX_ERROR for error in (feature.check, feature.balance))  # NaN if nothing shows it
-        if wrong or not feature.deviation <= MAX_ERROR:
-            continue
-        for user in network.steps[feature.place].users:
-            if network.steps[user].kind == "convolution":
-                found[network.steps[user].name] = feature.value
-    return found
+        if feature.deviation <= MAX_ERROR and not wrong:
+            values[feature.place] = feature.value[None]
+    for place, step in enumerate(network.steps):
+        if place not in values and step.inputs and all(each in values for each in step.inputs):
+            with torch.no_grad():
+                values[place] = network.forward(place, [values[each] for each in step.inputs])
+    steps = [step for step in network.steps if step.kind == "convolution" and step.inputs[0] in values]
+    return {step.name: values[step.inputs[0]][0] for step in steps}
 
 
 def _exposure(
     observation: Observation,
     layer: str,
     shape: tuple[int, ...],
-    above: Sequence[Tensor | None],
+    others: Sequence[Tensor | None],
     truth: Sequence[Tensor] | None,
 ) -> LayerExposure:
     gradient, module = observation.gradient[f"{layer}.weight"], observation.model.get_submodule(layer)
-    exposed, descended, reasons, errors, pictures = 0, 0, [], [], []
-    for image, higher in enumerate(above):
+    exposed, derived, reasons, errors, pictures = 0, 0, [], [], []
+    for image, other in enumerate(others):
         real = None if truth is None else truth[image].double().cpu()
         value = _checked(_input(gradient[image], module, shape, layer), real)
         if isinstance(value, str):
             reasons.append(value)
-            value = _checked("" if higher is None else higher, real)
-            descended += not isinstance(value, str)
+            value = _checked("" if other is None else other, real)
+            derived += not isinstance(value, str)
         else:
             exposed += 1
         if not isinstance(value, str):
@@ -229,9 +231,9 @@ def _exposure(
         layer=layer,
         kernel=tuple(gradient.shape[3:]),
         inputs=shape,
-        images=len(above),
+        images=len(others),
         exposed=exposed,
-        descended=descended,
+        derived=derived,
         reason=reasons[0] if reasons else "",
         error=max(errors, default=math.nan),
         features=pictures[0] if pictures else None,

@@ -115,8 +115,8 @@ class ClosedFormLeaks:
         return [one for one in self.exposures if one.everywhere]
 
     @property
-    def descended(self) -> list[LayerExposure]:
-        """The further convolutions whose input follows for every image that was tried, from the layers above."""
+    def derived(self) -> list[LayerExposure]:
+        """The further convolutions whose input follows for every image that was tried, from those of others."""
         return [one for one in self.exposures if one.known and not one.everywhere]
 
     @classmethod

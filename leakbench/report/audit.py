@@ -17,7 +17,7 @@ FILES = ("audit.md", "audit.html")
 LAYER_HEADINGS = ("layer", "kind", "parameters sent", "share of the squared gradient", "leaks in closed form")
 EXPOSURE_HEADINGS = (
     *("layer", "kernel", "input", "positions", "expected by size"),
-    *("exposed", "from above", "relative error", "why not exposed"),
+    *("exposed", "from other layers", "relative error", "why not exposed"),
 )
 IMAGE_HEADINGS = ("image", "recovered", "attack", "similarity to the private image")
 ATTACK_HEADINGS = ("attack", "recovered", "tried", "diverged", "skipped", "evaluations", "seconds", "without a result")
@@ -87,7 +87,7 @@ def _exposure_rows(one: DefenseFindings, expected: Mapping[str, Exposure]) -> li
             f"{prod(each.inputs[1:]):,}",
             expected[each.layer].verdict if each.layer in expected else ABSENT,
             f"{each.exposed} of {plural(each.images, 'image')}",
-            f"{each.descended}" if each.descended else "",
+            f"{each.derived}" if each.derived else "",
             ABSENT if isnan(each.error) else f"{each.error:.1g}",
             each.reason,
         ]
