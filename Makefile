@@ -16,7 +16,7 @@ BROWSER ?= optional
 help:
 	@echo "make demo         set up, and run three attacks against five defenses on the images that ship with leakbench"
 	@echo "make test         set up, and run the tests that need no network"
-	@echo "make test-long    run the longest tests: the paper's tables in small, an installed package, a small benchmark"
+	@echo "make test-long    run the longest tests: the paper's tables in small, killed runs, an installed package, a small benchmark"
 	@echo "make test-full    run torchvision's networks of full size, which takes an hour"
 	@echo "make torture      kill, interrupt, fill the disk and make the clock jump, which takes minutes"
 	@echo "make test-browser open the pages in a headless Chromium; installs it as root on Debian, or says that it did not run"

@@ -590,6 +590,7 @@ class Slow(Defense):
 """
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_with_the_line_that_goes_on(place):
     (place / "slow.py").write_text(SLOW)
     given = dict(zip(SMALL[::2], SMALL[1::2])) | {"--defense": "slow", "--images": "40", "--chunk": "2"}
@@ -657,6 +658,7 @@ def test_a_scale_of_a_matrix_runs_all_its_rows_into_one_folder(cli, place):
     refused(cli("run", "matrix", *SMALL, "--scale", "cpu"), "'cpu'", "it has none")
 
 
+@pytest.mark.long
 def test_the_study_of_sharing_writes_its_own_report(cli, place):
     options = ("--attack", "ig(steps=2)", "--dataset", "samples(size=12)", "--images", 1, "--device", "cpu")
     done = cli("run", "sharing", *options, "--out", "x")

@@ -238,6 +238,7 @@ def run_long(out: Path) -> None:
     go(long_matrix(), out, chunk=2)
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_goes_on(tmp_path):
     out = tmp_path / "run"
     process = COPIED.Process(target=run_long, args=(out,))

@@ -246,7 +246,7 @@ def test_a_guess_that_the_floor_beats_does_not_end_the_attack_on_its_image(tmp_p
     assert integrity.check(tmp_path).skipped == 1
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_floors_run_before_attacks_wherever_they_are_named(tmp_path: Path, workers: int) -> None:
     matrix = ensemble(Knows("0 1 2 3"), Thief(), [KnowingFloor("0 2")])
     ran = run_of(matrix, tmp_path, workers=workers, chunk=1)

@@ -82,6 +82,7 @@ def spawned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "multiprocessing", multiprocessing)
 
 
+@pytest.mark.long
 def test_workers_give_the_bytes_of_one_process(tmp_path, monkeypatch):
     spawned(monkeypatch)
     matrix = plan(attacks=["random", "ig(steps=2)", RaisesForOne()], defenses=["none", "noise(scale=0.1)"], images=5)
@@ -116,6 +117,7 @@ def test_an_ensemble_skips_the_same_trials_with_workers(tmp_path):
     )
 
 
+@pytest.mark.long
 def test_a_trial_that_hangs_is_stopped_at_the_time_limit(tmp_path, monkeypatch, hanging):
     temporary = temporary_files(tmp_path / "tmp", monkeypatch)
     abandoned = temporary / f"{PREFIX}attack-abcdefgh"  # of a worker that was killed before
