@@ -347,6 +347,10 @@ def checked(attack: Attack, guess: object, observation: Observation) -> Reconstr
             f"attack {attack.name!r} returned a curve of shape {tuple(curve.values.shape)}; give one value for "
             "each trial and mark"
         )
+    if guess.reasons and len(guess.reasons) != expected[0]:
+        raise BadOption(
+            f"attack {attack.name!r} returned {len(guess.reasons)} reasons; return one for each of {expected[0]} trials"
+        )
     device = observation.device
     images = guess.images.detach().to(device)
     failed = ~torch.isfinite(images.flatten(1)).all(1)

@@ -14,11 +14,10 @@ from leakbench.attacks.base import Attack, register
 from leakbench.attacks.matching import Positive, analytic_labels
 from leakbench.attacks.peeling.beginnings import beginnings, heads
 from leakbench.attacks.peeling.chain import Chain, find_chain
-from leakbench.attacks.peeling.descent import recover
 from leakbench.attacks.peeling.estimate import undo_linear
-from leakbench.attacks.peeling.inversion import chosen, invert
 from leakbench.attacks.peeling.layers import Activation, ChainLayer, Convolution, Normalisation, Reshape
 from leakbench.attacks.peeling.network import Network
+from leakbench.attacks.peeling.restore import restore
 from leakbench.attacks.peeling.scale import clue
 from leakbench.attacks.peeling.trace import filled, trace
 from leakbench.attacks.peeling.undo import ImagePrior, Known, State, undo
@@ -130,26 +129,23 @@ class Peel(Attack):
     def _descend(self, network: Network, observation: Observation, rng: Rng) -> Reconstruction:
         """Return the image of every trial of a ReLU network; a trial of which nothing is recovered has failed."""
         noise = rng.normal("start", observation.image_shape).to(observation.dtype)
-        images, misfits, spent = torch.full_like(noise, 0.5), noise.new_full((len(noise),), torch.nan), []
+        parts = []
         for trial, draws in enumerate(rng.generators("factorise")):
             sent = {
                 name: value[trial].cpu() for name, value in observation.gradient.items() if _whole(observation, name)
             }
             twin = filled(observation, trial)
-            found = chosen(recover(network.on(twin), sent, draws))
-            if not found:
-                spent.append(0)
-                continue
-            same = network.on(twin.to(observation.device, observation.dtype))
-            image, misfit, count = invert(same, found, noise[trial : trial + 1], self.search)
-            images[trial], misfits[trial] = image[0], misfit[0]
-            spent.append(count)
+            searched = network.on(filled(observation, trial).to(observation.device, observation.dtype))
+            own = noise[trial : trial + 1]
+            parts.append(restore(network.on(twin), searched, sent, own, draws, self.search))
+        misfits = torch.cat([each.misfits for each in parts])
         return Reconstruction(
-            images=images,
+            images=torch.cat([each.images for each in parts]),
             labels=read_labels(observation),
             objective=misfits,
             failed=torch.isnan(misfits),
-            evaluations=torch.tensor(spent, device=observation.device),
+            reasons=tuple(each.reason for each in parts),
+            evaluations=torch.tensor([each.evaluations for each in parts], device=observation.device),
             path="one-at-a-time",
         )
 

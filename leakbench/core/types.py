@@ -199,6 +199,7 @@ class Reconstruction:
         labels: [T] int64, the labels that the attack inferred or was given; None if it infers none.
         objective: [T], the attack's own final objective (lower is better); None if it has none.
         failed: [T] bool, the trials that the attack itself knows to have diverged; None for none.
+        reasons: a line for each trial on why it failed, empty for others; no lines at all if the attack gives none.
         evaluations: [T] int64, evaluations of the objective and its gradient; None if it makes none.
         path: how gradients were computed, ``batched``, ``vmap`` or ``one-at-a-time``; empty if none were.
         findings: further numbers that the attack found, [T] by name; the run keeps them (``Store.findings``).
@@ -213,6 +214,7 @@ class Reconstruction:
     path: str = ""
     findings: Mapping[str, Tensor] = field(default_factory=dict)
     curve: Curve | None = None
+    reasons: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         """Return one line of counts and shapes, with the range of the objective."""

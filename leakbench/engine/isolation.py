@@ -214,7 +214,9 @@ def _reconstruction(attack: Attack, found: object) -> object:
     names = ("images", "labels", "objective", "failed", "evaluations")
     findings = {one_line(name): value for name, value in found["findings"].items()}
     tensors: dict[str, Any] = {name: found.get(name) for name in names}
-    return Reconstruction(**tensors, path=one_line(found.get("path", "")), findings=findings, curve=curve)
+    reasons = tuple(one_line(each) for each in found.get("reasons", ()))
+    path = one_line(found.get("path", ""))
+    return Reconstruction(**tensors, path=path, findings=findings, curve=curve, reasons=reasons)
 
 
 def _death(code: int | None) -> str:

@@ -271,7 +271,7 @@ class Worker:
             Result(
                 trial=trial,
                 status="failed" if bool(failed[row]) else "ok",
-                reason="the attack diverged; its picture is the grey image" if bool(failed[row]) else "",
+                reason=_why(guess, row) if bool(failed[row]) else "",
                 seconds=seconds,
                 scores={name: values[row] for name, values in scores.items() if values[row] == values[row]},
                 reconstruction=png(images[row]),
@@ -426,6 +426,11 @@ def blank(cell: Cell, groups: set[str], device: torch.device | str = "cpu") -> O
     image = torch.full(shape, 0.5)
     client = Client(image, 0, "blank", "blank", ((image, 0),) * min(defense.companions, len(dataset) - 1))
     return observe(model, defense, cell.threat, [client], classes, dataset.mean(), device)
+
+
+def _why(guess: Reconstruction, row: int) -> str:
+    """Return why a trial failed."""
+    return (guess.reasons[row] if guess.reasons else "") or "the attack diverged; its picture is the grey image"
 
 
 def _found(guess: Reconstruction, row: int) -> dict[str, float]:

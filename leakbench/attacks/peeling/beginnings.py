@@ -8,7 +8,7 @@ from leakbench.attacks.peeling.layers import Convolution
 from leakbench.attacks.peeling.network import Network
 
 
-def beginnings(network: Network, sent: Collection[str]) -> list[int]:
+def beginnings(network: Network, sent: Collection[str], images: int = 1) -> list[int]:
     """Return the places of the convolutions at which a descent can begin, the lowest first.
 
     The gradient by the weight of such a convolution can give its input and the error at its output up to a factor
@@ -17,6 +17,7 @@ def beginnings(network: Network, sent: Collection[str]) -> list[int]:
     Args:
         network: its steps.
         sent: the names of the tensors whose gradient was sent.
+        images: how many images were trained on at a time; several are only told apart by the zeros of a ReLU.
     """
     found = []
     for place, step in enumerate(network.steps):
@@ -25,8 +26,10 @@ def beginnings(network: Network, sent: Collection[str]) -> list[int]:
             continue
         channels, height, width = layer.inputs
         source = network.steps[step.inputs[0]]
-        shifts = layer.geometry.stride == (1, 1) and layer.geometry.kernel != (1, 1) and channels >= height * width
-        alone = source.kind == "relu" and source.users == (place,)
+        shifts = (
+            layer.geometry.stride == (1, 1) and layer.geometry.kernel != (1, 1) and channels >= images * height * width
+        )
+        alone = source.kind == "relu" and source.users == (place,) and (images == 1 or source.slope == 0)
         if shifts and alone and network.shift(step.inputs[0]) in sent:
             found.append(place)
     return found

@@ -45,18 +45,30 @@ def taps(geometry: Geometry) -> Tensor:
 
 
 def design(error: Tensor, geometry: Geometry) -> Tensor:
-    """Return [O * K, H * W], the equations for a channel of the input, from errors [O, h, w]."""
-    outputs, read = len(error), taps(geometry).to(error.device)
+    """Return [O * K, B * H * W], the equations for a channel of the inputs, from errors [B, O, h, w]."""
+    (images, outputs), read = error.shape[:2], taps(geometry).to(error.device)
     size = geometry.image[0] * geometry.image[1]
-    rows = error.new_zeros(outputs, len(read), size + 1)
-    rows.scatter_(2, read.expand(outputs, -1, -1), error.reshape(outputs, 1, -1).expand(-1, len(read), -1))
-    return rows[:, :, :size].reshape(-1, size)
+    rows = error.new_zeros(outputs, len(read), images, size + 1)
+    values = error.transpose(0, 1).flatten(2)[:, None].expand(-1, len(read), -1, -1)
+    rows.scatter_(3, read[None, :, None].expand_as(values), values)
+    return rows[..., :size].reshape(-1, images * size)
 
 
 def windows(value: Tensor, geometry: Geometry) -> Tensor:
-    """Return [C * K, P], the equations for a channel of the error, from inputs [C, H, W]."""
+    """Return [C * K, B * P], the equations for a channel of the errors, from inputs [B, C, H, W]."""
     g = geometry
-    return F.unfold(value[None], g.kernel, g.dilation, g.padding, g.stride)[0]
+    return F.unfold(value, g.kernel, g.dilation, g.padding, g.stride).transpose(0, 1).flatten(1)
+
+
+def by_channel(value: Tensor) -> Tensor:
+    """Return [C, B * H * W], the values of each channel of all images, from [B, C, H, W]."""
+    return value.transpose(0, 1).flatten(1)
+
+
+def by_image(rows: Tensor, like: Tensor) -> Tensor:
+    """Return [B, C, H, W], the shape of ``like``, from the values of each channel [C, B * H * W]."""
+    images, channels, height, width = like.shape
+    return rows.reshape(channels, images, height, width).transpose(0, 1)
 
 
 def least_squares(matrix: Tensor, right: Tensor) -> Fitted | None:

@@ -8,14 +8,14 @@ long as it is exact, the error of a layer is the noise of that layer's own gradi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from leakbench.attacks.peeling.beginnings import beginnings, heads, lattice_of
-from leakbench.attacks.peeling.correlation import Fitted, least_squares, windows
+from leakbench.attacks.peeling.correlation import Fitted, by_image, least_squares, windows
 from leakbench.attacks.peeling.factors import NotFactorised
 from leakbench.attacks.peeling.gates import CLEAR, decide, fitting_mask, rebalance
 from leakbench.attacks.peeling.knowledge import Knowledge
@@ -38,7 +38,7 @@ class Feature:
 
     Attributes:
         place: the step's.
-        value: [C, H, W] float64.
+        value: [B, C, H, W] float64.
         deviation: of its values relative to their root mean square, as its own equations show it.
         check: how far it is from the values that follow from those below, relative to it; NaN if there are none.
         balance: how far the sums of the error below it are from the gradient of the shift there; NaN if not seen.
@@ -51,39 +51,64 @@ class Feature:
     balance: float
 
 
-def recover(network: Network, sent: Mapping[str, Tensor], rng: torch.Generator) -> list[Feature]:
+@dataclass(frozen=True)
+class Recovered:
+    """What a descent recovered.
+
+    Attributes:
+        features: the recovered values, the highest first.
+        reason: where and why it ended, a line; empty if it reached the image.
+    """
+
+    features: Sequence[Feature]
+    reason: str
+
+
+def recover(network: Network, sent: Mapping[str, Tensor], rng: torch.Generator, images: int = 1) -> Recovered:
     """Return what can be recovered from the lowest convolution on that gives its own input; nothing if none does.
 
     Args:
         network: a trial's, in float64.
         sent: the trial's gradient, by name.
-        rng: for the start of an eigenvalue solver.
+        rng: for the start of an eigenvalue solver, and for the search that tells images apart.
+        images: how many images were trained on at a time. Their order is not known.
     """
     exact = {name: value.double() for name, value in sent.items()}
-    for place in beginnings(network, sent):
+    reason = "no convolution has as many channels as places"
+    for place in beginnings(network, sent, images):
         layer = network.steps[place].layer
         assert layer is not None
-        found = factorise_convolution(sent[layer.weight], lattice_of(layer), rng)
+        found = factorise_convolution(sent[layer.weight], lattice_of(layer), rng, images)
         if isinstance(found, NotFactorised):
+            reason = f"{layer.name}: {found.reason}"
             continue
-        for sign in (1.0, -1.0):
-            known = Knowledge(network, exact)
-            if begin(known, place, sign * found.errors[0]):
-                return features(known)
-    for place in heads(network, sent):
+        for sign in (1.0, -1.0) if images == 1 else (1.0,):
+            known = Knowledge(network, exact, images)
+            if begin(known, place, sign * found.errors):
+                return _recovered(known)
+        reason = f"{layer.name}: no scale of its input agrees with the gradient of the shift below"
+    for place in heads(network, sent) if images == 1 else ():
         known = Knowledge(network, exact)
-        if begin_at_head(known, place, rng):
-            return features(known)
-    return []
+        refused = begin_at_head(known, place, rng)
+        if refused is None:
+            return _recovered(known)
+        reason = refused
+    return Recovered((), reason)
+
+
+def _recovered(known: Knowledge) -> Recovered:
+    found = features(known)
+    missing = [place for place in known.missing if place not in known.values]
+    return Recovered(found, known.missing[max(missing)] if missing else "")
 
 
 def begin(known: Knowledge, place: int, error: Tensor) -> bool:
-    """Begin at a convolution whose error [O, h, w] is known up to a factor, and descend.
+    """Begin at a convolution whose error [B, O, h, w] is known up to a factor of each image, and descend.
 
-    The gradient of a shift below the ReLU that gives the input is the sum of the error there: it gives the factor.
+    The gradient of a shift below the ReLU that gives the input is the sum of the error there: it gives the factors.
 
     Returns:
-        Whether the factor could be found, and the error's sums agree with that gradient.
+        Whether the factors could be found, and the error's sums agree with that gradient.
     """
     steps = known.network.steps
     (source,) = steps[place].inputs
@@ -99,9 +124,10 @@ def begin(known: Knowledge, place: int, error: Tensor) -> bool:
         solve(known, source, known.readers(source))
         if source not in known.values:
             return False
-        below = known.network.backward(place, source, error[None])[0]
+        below = known.network.backward(place, source, error)
         rough = known.values[source]
-        known.masks[source], factor = fitting_mask(rough, below, torch.zeros_like(below), sent, step.slope)
+        known.masks[source], factors = fitting_mask(rough, below, torch.zeros_like(below), sent, step.slope)
+        factor = factors.view(-1, 1, 1, 1)
         known.values[source] = Fitted(rough.value / factor, rough.deviation / factor)
         error = factor * error
         if not last:
@@ -109,7 +135,7 @@ def begin(known: Knowledge, place: int, error: Tensor) -> bool:
             better = least_squares(windows(known.clean(source), layer.geometry), known.sent[layer.weight].flatten(1).T)
             if better is not None:
                 clear = better.value.abs() > CLEAR * better.deviation
-                error = torch.where(clear, better.value, 0.0).T.reshape(error.shape)
+                error = by_image(torch.where(clear, better.value, 0.0).T, error)
     top = known.pin(place, error)
     rebalance(known, source)
     if not known.balance(source) < MAX_IMBALANCE:
@@ -118,7 +144,7 @@ def begin(known: Knowledge, place: int, error: Tensor) -> bool:
     if steps[above].kind == "normalisation" and f"{steps[above].name}.weight" in known.sent:
         module = known.network.module(above)
         assert isinstance(module, nn.BatchNorm2d)
-        z, spread = standardised(known.network.forward(place, [known.clean(source)[None]])[0], module.eps)
+        z, spread = standardised(known.network.forward(place, [known.clean(source)]), module.eps)
         products = known.sent[f"{steps[above].name}.weight"]
         known.standards[above] = Standard(z, spread, module.weight.detach(), products)
         top = known.pin(place, error)
@@ -126,13 +152,14 @@ def begin(known: Knowledge, place: int, error: Tensor) -> bool:
     return True
 
 
-def begin_at_head(known: Knowledge, place: int, rng: torch.Generator) -> bool:
-    """Begin at a linear layer above average pooling, and descend; return whether the mask below it was found.
+def begin_at_head(known: Knowledge, place: int, rng: torch.Generator) -> str | None:
+    """Begin at a linear layer above average pooling, and descend; return why the mask below it was not found, if so.
 
     The error is the same at all positions of a channel, so the gradient of the shift below the ReLU gives the
     number of open positions, and the weight gradient of the convolution there which they are (``masks.py``).
     """
     steps = known.network.steps
+    reason = f"{steps[place].name}: the masks of the ReLU below do not follow from it"
     error = known.sent[f"{steps[place].name}.bias"][None]
     known.pinned[steps[place].inputs[0]] = known.network.backward(place, steps[place].inputs[0], error)
     for at in reversed(range(place)):
@@ -141,7 +168,10 @@ def begin_at_head(known: Knowledge, place: int, rng: torch.Generator) -> bool:
             continue
         found = known.gate(at)
         above = None if found is None else known.error(found[0])
-        if found is None or above is None or layer.geometry.groups > 1 or layer.weight not in known.sent:
+        if found is None or above is None or layer.geometry.groups > 1:
+            continue
+        if layer.weight not in known.sent:
+            reason = f"{layer.name}: the gradient of its weight was not sent, or is not finite"
             continue
         gate, gain, _ = found
         values, sums = (gain * above)[0].flatten(1), known.sent.get(known.network.shift(gate) or "")
@@ -151,12 +181,13 @@ def begin_at_head(known: Knowledge, place: int, rng: torch.Generator) -> bool:
         counts = (sums / above[0, :, 0, 0]).nan_to_num(0.0, 0.0, 0.0)
         factors = factorise_masked(known.sent[layer.weight], lattice_of(layer), values[:, 0], counts, rng)
         if isinstance(factors, NotFactorised):
+            reason = f"{layer.name}: {factors.reason}"
             continue
-        known.masks[gate] = factors.errors[0] != 0
+        known.masks[gate] = factors.errors != 0
         known.forget(gate)
         descend(known, gate)
-        return True
-    return False
+        return None
+    return reason
 
 
 def descend(known: Knowledge, top: int) -> None:
@@ -194,6 +225,6 @@ def check(known: Knowledge, place: int) -> float:
         follows = known.predict(before)
         if follows is not None:
             value = known.clean(found[0])
-            far = float((known.network.forward(found[0], [follows])[0] - value).norm() / value.norm())
+            far = float((known.network.forward(found[0], [follows]) - value).norm() / value.norm())
             worst = far if not worst > far else worst
     return worst

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from leakbench.attacks.peeling.correlation import Fitted, least_squares, windows
+from leakbench.attacks.peeling.correlation import Fitted, by_channel, by_image, least_squares, windows
 from leakbench.attacks.peeling.knowledge import Knowledge
 from leakbench.attacks.peeling.layers import Convolution
 
@@ -42,42 +42,47 @@ LEVELS = (5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 3000.0, 10000.0)
 
 def fitting_mask(
     solution: Fitted, part: Tensor, rest: Tensor, sums: Tensor, slope: float = 0.0
-) -> tuple[Tensor, float]:
-    """Return the mask [C, H, W] of a ReLU with the factor f for which part * f + rest has these sums behind it.
+) -> tuple[Tensor, Tensor]:
+    """Return the mask [B, C, H, W] of a ReLU, and factors f [B] for which part * f + rest has these sums behind it.
 
     Values that are 0 are only seen as such up to their error, which need not be their deviation. Of masks with several
     thresholds, the one is taken whose sums fit best; then, in each channel, another one that fits much better there.
 
     Args:
-        solution: the ReLU's output [C, H, W] with its deviations, up to a positive factor.
-        part: [C, H, W], the part of the error at its output that is in one over that factor.
-        rest: [C, H, W], the other part.
-        sums: [C], the sums of the error behind the ReLU.
+        solution: the ReLU's output [B, C, H, W] with its deviations, up to a positive factor of each image.
+        part: [B, C, H, W], the part of the error at its output that is in one over that factor.
+        rest: [B, C, H, W], the other part.
+        sums: [C], the sums of the error behind the ReLU, added over the images.
         slope: of the ReLU below 0.
     """
     masks = torch.stack([solution.value > level * solution.deviation for level in LEVELS])
-    own, fixed = (torch.where(masks, each, slope * each).sum((2, 3)) for each in (part, rest))
-
-    def fit(own: Tensor, wanted: Tensor) -> Tensor:
-        return (own * wanted).sum(-1) / own.square().sum(-1)
-
-    factors = fit(own, sums - fixed)
-    misfits = (factors[:, None] * own + fixed - sums).norm(dim=1)
+    own, fixed = (torch.where(masks, each, slope * each).sum((3, 4)).mT for each in (part, rest))
+    wanted = sums - fixed.sum(2)
+    # of each level, sums [C, B] without the factors, and what they should be [C]
+    factors = torch.stack([_fit(*each) for each in zip(own, wanted)])
+    misfits = (torch.einsum("lcb,lb->lc", own, factors) - wanted).norm(dim=1)
     best = int(torch.where(torch.isnan(misfits), torch.inf, misfits).argmin())
-    each = (factors[best] * own + fixed - sums).abs()
+    each = (own @ factors[best] - wanted).abs()
     least = each.argmin(0)
     level = torch.where(each.amin(0) < 0.5 * each[best], least, best)
-    chosen = level[None, :, None, None].expand(1, *masks.shape[1:])
-    mask = masks.gather(0, chosen)[0]
-    own, wanted = own.gather(0, level[None])[0], sums - fixed.gather(0, level[None])[0]
+    channels = torch.arange(len(sums))
+    mask = masks[level, :, channels].transpose(0, 1)
+    own, wanted = own[level, channels], wanted[level, channels]
     # a wrong place of the mask spoils the sum of its channel only
-    misfit = (fit(own, wanted) * own - wanted).abs()
+    misfit = (own @ _fit(own, wanted) - wanted).abs()
     good = misfit <= OUTLIER * misfit.median()
-    return mask, float(fit(own[good], wanted[good]))
+    return mask, _fit(own[good], wanted[good])
+
+
+def _fit(own: Tensor, wanted: Tensor) -> Tensor:
+    """Return the factors [B] with which sums [C, B] come nearest to [C]."""
+    if own.shape[1] == 1:
+        return (own * wanted[:, None]).sum(0) / own.square().sum(0)
+    return torch.linalg.lstsq(own, wanted[:, None]).solution[:, 0]
 
 
 def balanced(mask: Tensor, values: Fitted, error: Tensor, sums: Tensor) -> Tensor:
-    """Return a ReLU's mask [C, H, W], changed at one place of a channel if that explains its sum.
+    """Return a ReLU's mask [B, C, H, W], changed at one place of a channel if that explains its sum.
 
     Args:
         mask: as it was decided.
@@ -85,10 +90,11 @@ def balanced(mask: Tensor, values: Fitted, error: Tensor, sums: Tensor) -> Tenso
         error: at the ReLU's output.
         sums: [C], what the sums of the error behind the ReLU must be.
     """
-    value, deviation = values.value.flatten(1).abs(), values.deviation.flatten(1)
-    rows, size = mask.flatten(1), error.flatten(1).square().mean(1).sqrt()
-    missing = sums - (rows * error.flatten(1)).sum(1)
-    off = (torch.where(rows, -1.0, 1.0) * error.flatten(1) - missing[:, None]).abs()
+    value, deviation = by_channel(values.value).abs(), by_channel(values.deviation)
+    rows, errors = by_channel(mask), by_channel(error)
+    size = errors.square().mean(1).sqrt()
+    missing = sums - (rows * errors).sum(1)
+    off = (torch.where(rows, -1.0, 1.0) * errors - missing[:, None]).abs()
     doubtful = (value < CERTAIN * deviation) & (off < EXPLAINED * missing.abs()[:, None])
     small = (value < SMALL * value.square().mean().sqrt()) & (off < EXACTLY * missing.abs()[:, None])
     off = torch.where(doubtful | small, off, torch.inf)
@@ -96,7 +102,7 @@ def balanced(mask: Tensor, values: Fitted, error: Tensor, sums: Tensor) -> Tenso
     wrong = (missing.abs() > IMBALANCE * size) & torch.isfinite(least)
     rows = rows.clone()
     rows[wrong, at[wrong]] = ~rows[wrong, at[wrong]]
-    return rows.view_as(mask)
+    return by_image(rows, mask)
 
 
 def decide(known: Knowledge, place: int) -> None:
@@ -113,8 +119,8 @@ def rebalance(known: Knowledge, place: int) -> None:
     known.forget(place)
     error, sums = known.error(place), known.sent.get(known.network.shift(place) or "")
     if error is not None and sums is not None:
-        rest = sums - step.slope * error[0].sum((1, 2))
-        known.masks[place] = balanced(mask, value, (1 - step.slope) * error[0], rest)
+        rest = sums - step.slope * error.sum((0, 2, 3))
+        known.masks[place] = balanced(mask, value, (1 - step.slope) * error, rest)
 
 
 def correct(known: Knowledge, place: int, layer: Convolution, at: int) -> bool:
@@ -138,28 +144,28 @@ def correct(known: Knowledge, place: int, layer: Convolution, at: int) -> bool:
     solved = least_squares(matrix[:, live], known.sent[layer.weight].flatten(1).T)
     if solved is None:
         return False
-    full, fixed = ((each.expand_as(above))[0].flatten(1)[:, live] for each in (gain * above, offset))
+    full, fixed = (by_channel(each.expand_as(above))[:, live] for each in (gain * above, offset))
     ratio, spread = (solved.value.T - fixed) / full, solved.deviation.T / full.abs()
-    mask, own = known.masks[gate].flatten(1), known.values.get(gate)
+    mask, own = by_channel(known.masks[gate]), known.values.get(gate)
     sure = spread < SHARP
     new = mask.clone()
     new[:, live] = torch.where(sure, ratio > (1 + known.network.steps[gate].slope) / 2, mask[:, live])
     if own is not None:
-        new |= (own.value > CERTAIN * own.deviation).flatten(1)
+        new |= by_channel(own.value > CERTAIN * own.deviation)
     new = no_worse(known, gate, mask, new)
     count = int((new != mask).sum())
     if count == 0 or count > MAX_CHANGED * mask.numel():
         return False
-    known.masks[gate] = new.view_as(known.masks[gate])
+    known.masks[gate] = by_image(new, known.masks[gate])
     known.forget(gate)
     return True
 
 
 def no_worse(known: Knowledge, gate: int, old: Tensor, new: Tensor) -> Tensor:
-    """Return a ReLU's new mask [C, P], but the old one in channels whose sum of the error it would make worse."""
+    """Return a ReLU's new mask [C, B * P], but the old one in channels whose sum of the error it would make worse."""
     error, sums = known.error(gate), known.sent.get(known.network.shift(gate) or "")
     if error is None or sums is None:
         return new
-    slope, rows = known.network.steps[gate].slope, error[0].flatten(1)
+    slope, rows = known.network.steps[gate].slope, by_channel(error)
     before, after = ((torch.where(mask, rows, slope * rows).sum(1) - sums).abs() for mask in (old, new))
     return torch.where((after <= torch.maximum(before, 3 * before.median()))[:, None], new, old)

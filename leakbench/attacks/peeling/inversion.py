@@ -73,7 +73,7 @@ def chosen(features: Sequence[Feature]) -> list[Feature]:
 
 @dataclass(frozen=True)
 class Match:
-    """How far the values of images [1, C, H, W] on the way are from recovered ones, squared and relative.
+    """How far the values of images [1, B, C, H, W] on the way are from recovered ones, squared and relative.
 
     Attributes:
         network: of the images' floating type.
@@ -89,11 +89,11 @@ class Match:
 
     def __call__(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
         """Return [1]."""
-        image = unknowns["image"]
+        image = unknowns["image"].flatten(0, 1)
         total = self._misfit(image)
         done = evaluation if isinstance(evaluation, int) else evaluation[0]
         if done < self.anneal and self.smooth:
-            across, down = image.diff(dim=3).abs().mean((1, 2, 3)), image.diff(dim=2).abs().mean((1, 2, 3))
+            across, down = image.diff(dim=3).abs().mean(), image.diff(dim=2).abs().mean()
             total = total + self.smooth * (1 - done / self.anneal) * (across + down)
         return total
 
@@ -106,7 +106,7 @@ class Match:
         wanted = {feature.place: feature.value.to(image) for feature in self.features}
         needed = {place for feature in self.features for place in self.network.below(feature.place)}
         values: dict[int, Tensor] = {}
-        total = image.new_zeros(len(image))
+        total = image.new_zeros(1)
         for place in sorted(needed):
             step = steps[place]
             inputs = [values[each] for each in step.inputs]
@@ -117,21 +117,21 @@ class Match:
             if step.kind == "relu" and step.slope == 0:
                 # in front of a ReLU there is a slope where the value is wrongly 0, and 0 only bounds what is in front
                 reached = torch.where(target > 0, inputs[0], reached)
-            total = total + (reached - target).square().sum((1, 2, 3)) / target.square().sum()
+            total = total + (reached - target).square().sum() / target.square().sum()
         return total
 
 
 def invert(network: Network, features: Sequence[Feature], noise: Tensor, steps: int) -> tuple[Tensor, Tensor, int]:
-    """Return the image [1, C, H, W] that gives recovered values best, the misfit [1] and the number of evaluations.
+    """Return the images [B, C, H, W] that give recovered values best, the misfit [1] and the number of evaluations.
 
     Args:
         network: of the floating type in which to search.
         features: the recovered values, of which there is at least one.
-        noise: [1, C, H, W] standard normal, from which the search starts about grey.
+        noise: [B, C, H, W] standard normal, from which the search starts about grey.
         steps: of Adam in the first search, in which total variation is annealed; up to ``REFINEMENTS`` times as many of
             L-BFGS follow.
     """
-    start = {"image": 0.5 + SPREAD * noise}
+    start = {"image": 0.5 + SPREAD * noise[None]}
     match = Match(network, features)
     best, least, spent = start, torch.inf, 0
     for times, size in SEARCHES:
@@ -163,4 +163,4 @@ def invert(network: Network, features: Sequence[Feature], noise: Tensor, steps: 
         stop_below=EXACT,
         stop_every=1,
     )
-    return exact.unknowns["image"], exact.value, spent + int(exact.evaluations)
+    return exact.unknowns["image"][0], exact.value, spent + int(exact.evaluations)

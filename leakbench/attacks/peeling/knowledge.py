@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from leakbench.attacks.peeling.correlation import Fitted, design
+from leakbench.attacks.peeling.correlation import Fitted, by_image, design
 from leakbench.attacks.peeling.layers import Convolution
 from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.standard import Standard
@@ -40,29 +40,30 @@ class Reader:
 
 
 class Knowledge:
-    """The knowledge of one trial's values, masks and errors, which grows from the top downwards.
+    """The knowledge of one trial's values, masks and errors [B, ...], which grows from the top downwards.
 
     Args:
         network: the trial's, in float64.
         sent: the trial's gradient in float64, by name.
+        images: how many images were trained on at a time (B).
     """
 
-    def __init__(self, network: Network, sent: Mapping[str, Tensor]) -> None:
-        self.network, self.sent = network, sent
+    def __init__(self, network: Network, sent: Mapping[str, Tensor], images: int = 1) -> None:
+        self.network, self.sent, self.images = network, sent, images
         self.values: dict[int, Fitted] = {}
+        self.missing: dict[int, str] = {}  # why a step's output is not among the values
         self.masks: dict[int, Tensor] = {}
         self.standards: dict[int, Standard] = {}
         self.pinned: dict[int, Tensor] = {}
         self.errors: dict[int, Tensor | None] = {}
 
     def pin(self, place: int, error: Tensor) -> int:
-        """State the error [O, h, w] at a step's output, and at the steps above as far as it determines theirs.
+        """State the error [B, O, h, w] at a step's output, and at the steps above as far as it determines theirs.
 
         Returns:
             The highest of these steps.
         """
         steps = self.network.steps
-        error = error[None]
         self.pinned[place] = error
         while len(steps[place].users) == 1:
             (above,) = steps[place].users
@@ -75,7 +76,7 @@ class Knowledge:
         return place
 
     def error(self, place: int) -> Tensor | None:
-        """Return the error [1, ...] at a step's output; None if it does not follow from what is known."""
+        """Return the error [B, ...] at a step's output; None if it does not follow from what is known."""
         if place in self.pinned:
             return self.pinned[place]
         if place not in self.errors:
@@ -86,20 +87,20 @@ class Knowledge:
         return self.errors[place]
 
     def clean(self, place: int) -> Tensor:
-        """Return the values [C, H, W] of a step, with zeros where a ReLU of slope 0 gave them."""
+        """Return the values [B, C, H, W] of a step, with zeros where a ReLU of slope 0 gave them."""
         value = self.values[place].value
         if place in self.masks and self.network.steps[place].slope == 0:
             return torch.where(self.masks[place], value, 0.0)
         return value
 
     def predict(self, place: int) -> Tensor | None:
-        """Return the output [1, ...] of a step as it follows from the recovered values below; None if it does not."""
+        """Return the output [B, ...] of a step as it follows from the recovered values below; None if it does not."""
         step = self.network.steps[place]
         if step.kind not in ("convolution", "scaling", "normalisation", "affine"):
             return None
         inputs = []
         for each in step.inputs:
-            value = self.clean(each)[None] if each in self.values else self.predict(each)
+            value = self.clean(each) if each in self.values else self.predict(each)
             if value is None:
                 return None
             inputs.append(value)
@@ -120,7 +121,7 @@ class Knowledge:
         return float((error.sum((0, 2, 3)) - sent).norm() / sent.norm())
 
     def link(self, user: int, place: int) -> tuple[Tensor, Tensor] | None:
-        """Return gain and offset [1, ...] if the error at ``place`` is gain * error + offset of that at its user."""
+        """Return gain and offset [1 or B, ...] if the error here is gain * error + offset of its user's."""
         steps = self.network.steps
         if user in self.standards:
             sums = self.sent.get(steps[user].shift or "")
@@ -163,15 +164,15 @@ class Knowledge:
         return found
 
     def equations(self, readers: Sequence[Reader]) -> tuple[Tensor, Tensor]:
-        """Return the equations [R, J] of the convolutions for each channel of their input, and the gradients [R, C]."""
+        """Return the equations [R, B * J] of the convolutions for each channel of their input, and gradients [R, C]."""
         errors = [self.error(each.place) for each in readers]
-        matrices = [design(error[0], each.layer.geometry) for each, error in zip(readers, errors) if error is not None]
+        matrices = [design(error, each.layer.geometry) for each, error in zip(readers, errors) if error is not None]
         return torch.cat(matrices), torch.cat([each.rows(self.sent).flatten(0, 1) for each in readers])
 
     def shaped(self, place: int, found: Fitted) -> Fitted:
-        """Return a solution [J, C] in the shape of a step's output."""
-        shape = self.network.steps[place].shape
-        return Fitted(*(each.T.reshape(shape) for each in (found.value, found.deviation)))
+        """Return a solution [B * J, C] in the shape [B, C, H, W] of a step's output."""
+        like = found.value.new_empty(self.images, *self.network.steps[place].shape)
+        return Fitted(*(by_image(each.T, like) for each in (found.value, found.deviation)))
 
     def forget(self, place: int) -> None:
         """Forget the errors of the steps below a place, at which something has changed."""

@@ -93,17 +93,20 @@ class Network:
         return other
 
     def forward(self, place: int, inputs: Sequence[Tensor]) -> Tensor:
-        """Return the output [1, ...] of the step at a place for its inputs [1, ...]."""
+        """Return the output [B, ...] of the step at a place for its inputs [B, ...]."""
         node = self._nodes[place]
         if node.op == "placeholder":
             raise ValueError("the image is given, not computed")
+        if len(inputs[0]) > 1 and self.steps and self.steps[place].kind in ("affine", "other"):
+            # the trace has shapes of one image
+            return torch.cat([self.forward(place, each) for each in zip(*(value.split(1) for value in inputs))])
         out: Tensor = _call(self._run, node, {**self._constants, **dict(zip(self._inputs(node), inputs))})
         return out
 
     def backward(self, place: int, source: int, error: Tensor) -> Tensor:
-        """Return the error [1, ...] that the output error of an affine step gives at the output of step ``source``."""
+        """Return the error [B, ...] that the output error of an affine step gives at the output of step ``source``."""
         step = self.steps[place]
-        inputs = [error.new_zeros((1, *self.steps[each].shape)) for each in step.inputs]
+        inputs = [error.new_zeros((len(error), *self.steps[each].shape)) for each in step.inputs]
         at = step.inputs.index(source)
         inputs[at].requires_grad_()
         with torch.enable_grad():
@@ -132,6 +135,11 @@ class Network:
                 if factor is not None and bool((factor == 1).all()):
                     unseen.append(source)
         return None
+
+    def reader(self, place: int) -> str:
+        """Return the name of the first convolution or linear layer that takes a step's output; else the step's own."""
+        users = (self.steps[user] for user in self.steps[place].users)
+        return next((user.name for user in users if user.kind in ("convolution", "linear")), self.steps[place].name)
 
     def module(self, place: int) -> nn.Module:
         """Return the module of a step that is one, with this network's tensors."""

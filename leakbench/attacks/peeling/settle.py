@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from leakbench.attacks.peeling.correlation import Fitted, design, least_norm
+from leakbench.attacks.peeling.correlation import Fitted, by_image, design, least_norm
+from leakbench.attacks.peeling.factors import NotFactorised
 from leakbench.attacks.peeling.gates import balanced, fitting_mask
 from leakbench.attacks.peeling.knowledge import Knowledge, Reader
 from leakbench.attacks.peeling.standard import Standard, relative_spreads, standardised
@@ -35,8 +36,11 @@ MAX_DEVIATION = 0.1
 """How far, relative to their size, recovered values may be from the ones that follow from those below them."""
 
 
-def settle(known: Knowledge, place: int, readers: Sequence[Reader]) -> bool:
-    """Recover a ReLU's output below normalisations by the image's own statistics; return whether it converged.
+NO_FACTOR = NotFactorised("no scale of the input agrees with the gradient of the shift below")
+
+
+def settle(known: Knowledge, place: int, readers: Sequence[Reader]) -> NotFactorised | None:
+    """Recover a ReLU's output below normalisations by the image's own statistics; return why it cannot be, if so.
 
     The errors below them depend on the values themselves: values and statistics are a fixed point, which is found
     up to a factor first, without eps. The factor follows from the gradient of the shift below, and eps is put back.
@@ -44,7 +48,7 @@ def settle(known: Knowledge, place: int, readers: Sequence[Reader]) -> bool:
     step = known.network.steps[place]
     shift = known.sent.get(known.network.shift(place) or "") if step.kind == "relu" else None
     if shift is None or step.slope:
-        return False
+        return NotFactorised("the input is no ReLU's above a shift whose gradient was sent, and has no scale")
     begun = all(each.normalisation in known.standards for each in readers)
     if not begun:
         guess(known, readers)
@@ -53,9 +57,9 @@ def settle(known: Knowledge, place: int, readers: Sequence[Reader]) -> bool:
         for _ in range(SETTLE_ROUNDS):
             found, null = least_norm(*known.equations(readers))
             if len(null) > 1:
-                return False
+                return NotFactorised(f"the equations leave {len(null)} values of each channel of the input open")
             solution = known.shaped(place, found)
-            new = lowered(solution.value, null.view(-1, *step.shape[1:])).clamp(min=0)
+            new = lowered(solution.value, null.view(-1, known.images, *step.shape[1:])).clamp(min=0)
             change = float("inf") if value is None else float((new - value).norm() / new.norm())
             damping = max(MIN_DAMPING, 0.7 * damping) if change > SLOW * last else damping
             stalled = change < ROUGHLY and change > STALLED * last
@@ -63,18 +67,18 @@ def settle(known: Knowledge, place: int, readers: Sequence[Reader]) -> bool:
             value, last = new, change
             known.values[place] = Fitted(new, solution.deviation)
             if exact and not rescale(known, place, shift, readers):
-                return False
+                return NO_FACTOR
             for each in readers:
                 standardise(known, each, known.values[place].value, exact, damping)
             if done:
                 break
         if not exact and not rescale(known, place, shift, readers):
-            return False
+            return NO_FACTOR
     solution = known.values[place]
     if not float(solution.deviation.norm()) < MAX_DEVIATION * float(solution.value.norm()):
         del known.values[place], known.masks[place]
-        return False
-    return True
+        return NotFactorised("input and statistics did not settle")
+    return None
 
 
 def guess(known: Knowledge, readers: Sequence[Reader]) -> None:
@@ -85,18 +89,18 @@ def guess(known: Knowledge, readers: Sequence[Reader]) -> None:
         module = known.network.module(each.normalisation)
         assert isinstance(module, nn.BatchNorm2d)
         scale, products = module.weight.detach(), known.sent[f"{known.network.steps[each.normalisation].name}.weight"]
-        z = scale.new_zeros(known.network.steps[each.normalisation].shape)
+        z = scale.new_zeros(known.images, *known.network.steps[each.normalisation].shape)
         open_ = open_values(known, each.normalisation)
         if open_ is not None:
             mask, value = open_
-            shut = (~mask).sum((1, 2), keepdim=True).clamp(min=1)
-            z = torch.where(mask, value, -torch.where(mask, value, 0.0).sum((1, 2), keepdim=True) / shut)
-            z = z - z.mean((1, 2), keepdim=True)
+            shut = (~mask).sum((0, 2, 3), keepdim=True).clamp(min=1)
+            z = torch.where(mask, value, -torch.where(mask, value, 0.0).sum((0, 2, 3), keepdim=True) / shut)
+            z = z - z.mean((0, 2, 3), keepdim=True)
         known.standards[each.normalisation] = Standard(z, torch.ones_like(scale), scale, products)
         known.forget(each.normalisation)
         error = known.error(each.place)
         assert error is not None
-        errors.append(design(error[0], each.layer.geometry).view(*each.rows(known.sent).shape[:2], -1))
+        errors.append(design(error, each.layer.geometry).view(*each.rows(known.sent).shape[:2], -1))
     spreads = relative_spreads(errors, [each.rows(known.sent) for each in readers])
     for each, spread in zip(readers, spreads):
         assert each.normalisation is not None
@@ -117,18 +121,18 @@ def open_values(known: Knowledge, place: int) -> tuple[Tensor, Tensor] | None:
 
 
 def standardise(known: Knowledge, reader: Reader, value: Tensor, exact: bool, damping: float) -> None:
-    """Set the statistics of the normalisation above a convolution by its input [C, H, W]."""
+    """Set the statistics of the normalisation above a convolution by its input [B, C, H, W]."""
     at = reader.normalisation
     assert at is not None
     module = known.network.module(at)
     assert isinstance(module, nn.BatchNorm2d)
-    outputs = known.network.forward(reader.place, [value[None]])[0]
+    outputs = known.network.forward(reader.place, [value])
     z, spread = standardised(outputs, module.eps if exact else 0.0)
     open_ = open_values(known, at)
     z = z if open_ is None else torch.where(*open_, z)
     old = known.standards[at]
     z = damping * z + (1 - damping) * old.z
-    known.standards[at] = replace(old, z=z - z.mean((1, 2), keepdim=True), spread=spread)
+    known.standards[at] = replace(old, z=z - z.mean((0, 2, 3), keepdim=True), spread=spread)
     known.forget(at)
 
 
@@ -144,10 +148,14 @@ def rescale(known: Knowledge, place: int, shift: Tensor, readers: Sequence[Reade
         parts.append(known.network.backward(each.place, place, error))
     part = sum(parts[1:], parts[0])
     solution = known.values[place]
-    mask, factor = fitting_mask(solution, part[0], (whole - part)[0], shift)
-    if not factor > 0:
+    # one factor for all images, whose statistics are common: to the fit they are parts of one image
+    joint, (factor,) = fitting_mask(
+        Fitted(_as_one(solution.value), _as_one(solution.deviation)), _as_one(part), _as_one(whole - part), shift
+    )
+    if not float(factor) > 0:
         return False
-    mask = balanced(mask, solution, (factor * part + whole - part)[0], shift)
+    mask = by_image(joint[0], part)
+    mask = balanced(mask, solution, factor * part + whole - part, shift)
     known.masks[place] = mask
     known.values[place] = Fitted(solution.value / factor, solution.deviation / factor)
     for each in readers:
@@ -158,8 +166,13 @@ def rescale(known: Knowledge, place: int, shift: Tensor, readers: Sequence[Reade
     return True
 
 
+def _as_one(values: Tensor) -> Tensor:
+    """Return values [B, C, H, W] as those of one image [1, C, B * H, W]."""
+    return values.transpose(0, 1).flatten(1, 2)[None]
+
+
 def lowered(value: Tensor, null: Tensor) -> Tensor:
-    """Return values [C, H, W] less so much of an undetermined pattern [n, H, W], n <= 1, that the least of them is 0.
+    """Return values [B, C, H, W] less so much of an undetermined pattern [n, B, H, W], n <= 1, that their least is 0.
 
     A normalisation above a convolution of stride 2 removes a constant at the positions that only its middle tap reads.
     Outputs of a ReLU are 0 at some of them.
@@ -168,5 +181,5 @@ def lowered(value: Tensor, null: Tensor) -> Tensor:
         return value
     pattern = null[0] * null[0].sum().sign()
     inside = pattern > 0.5 * pattern.amax()
-    least = (value[:, inside] / pattern[inside]).amin(1)
-    return value - least[:, None, None] * torch.where(inside, pattern, 0.0)
+    least = (value.transpose(0, 1)[:, inside] / pattern[inside]).amin(1)
+    return value - least[:, None, None] * torch.where(inside, pattern, 0.0)[:, None]

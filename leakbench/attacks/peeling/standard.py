@@ -1,4 +1,4 @@
-"""Batch normalisation by the statistics of the image itself, whose input is not known yet.
+"""Batch normalisation by the statistics of the images themselves, when its input is not known yet.
 
 y = gamma z + beta with z = (u - mean) / s in each channel gives the error e at y back as gamma / s (e - mean(e) -
 z mean(e z)). Both means follow from the gradients by beta and gamma, and e from above: only z and s are unknown.
@@ -16,7 +16,7 @@ class Standard:
     """What is known of one normalisation.
 
     Attributes:
-        z: [O, h, w], its output before scale and shift; of mean 0 in each channel.
+        z: [B, O, h, w], its output before scale and shift; of mean 0 in each channel.
         spread: [O], the standard deviation by which it divides, eps included.
         scale: [O], gamma.
         products: [O], the gradient by gamma: the sum of the error times z.
@@ -33,18 +33,18 @@ class Standard:
         return (self.scale / self.spread).view(1, -1, 1, 1)
 
     def offset(self, sums: Tensor) -> Tensor:
-        """Return [1, O, h, w], what is added to the error at its input; ``sums`` [O] are those at its output."""
-        return -self.gain * (sums[:, None, None] + self.products[:, None, None] * self.z) / self.z[0].numel()
+        """Return [B, O, h, w], what is added to the error at its input; ``sums`` [O] are those at its output."""
+        return -self.gain * (sums[:, None, None] + self.products[:, None, None] * self.z) / self.z[:, 0].numel()
 
     def backward(self, error: Tensor) -> Tensor:
-        """Return the error [1, O, h, w] at the input for that at the output."""
+        """Return the error [B, O, h, w] at the input for that at the output."""
         return self.gain * error + self.offset(error.sum((0, 2, 3)))
 
 
 def standardised(values: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return z [O, h, w] and the standard deviations [O] of the channels of [O, h, w]."""
-    spread = (values.var((1, 2), unbiased=False) + eps).sqrt()
-    return (values - values.mean((1, 2), keepdim=True)) / spread[:, None, None], spread
+    """Return z [B, O, h, w] and the standard deviations [O] of the channels of [B, O, h, w]."""
+    spread = (values.var((0, 2, 3), unbiased=False) + eps).sqrt()
+    return (values - values.mean((0, 2, 3), keepdim=True)) / spread[:, None, None], spread
 
 
 def relative_spreads(errors: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:

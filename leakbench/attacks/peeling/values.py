@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from leakbench.attacks.peeling.correlation import Fitted, directions, least_squares
+from leakbench.attacks.peeling.factors import NotFactorised
 from leakbench.attacks.peeling.gates import correct
 from leakbench.attacks.peeling.knowledge import Knowledge, Reader
 from leakbench.attacks.peeling.settle import settle
@@ -35,31 +36,42 @@ WEAK = 1e-3
 def solve(known: Knowledge, place: int, readers: Sequence[Reader]) -> None:
     """Recover a step's output from the equations of the convolutions that take it; correct the masks above."""
     normal = [each for each in readers if each.normalisation is not None]
+    names = " and ".join(each.layer.name for each in readers)
     if normal and len(normal) < len(readers):
+        known.missing[place] = f"{names}: only some are normalised by the image's own statistics"
         return
     for _ in range(MASK_ROUNDS):
         if normal:
-            if not settle(known, place, readers):
-                return
+            refused = settle(known, place, readers)
         else:
             found = complete(known, place, readers)
-            if found is None:
-                return
-            known.values[place] = known.shaped(place, found)
+            refused = found if isinstance(found, NotFactorised) else None
+            if not isinstance(found, NotFactorised):
+                known.values[place] = known.shaped(place, found)
+        if refused is not None:
+            known.missing[place] = f"{names}: {refused.reason}"
+            return
         changed = [correct(known, place, each.layer, each.place) for each in readers]
         if not any(changed):
             return
 
 
-def complete(known: Knowledge, place: int, readers: Sequence[Reader]) -> Fitted | None:
-    """Return a step's output [J, C] from the equations of its readers and, where these are weak, the values above.
+def complete(known: Knowledge, place: int, readers: Sequence[Reader]) -> Fitted | NotFactorised:
+    """Return a step's output [B * J, C] from the equations of its readers and, where these are weak, the values above.
 
     A convolution of stride 2 reads a quarter of the positions by its middle tap only, whose equations can be too
     few. What is above the step is known where a ReLU is open there, and is linear in the step's output.
     """
-    channels, places = known.network.steps[place].shape[0], prod(known.network.steps[place].shape[1:])
-    if sum(each.equations for each in readers) <= places - MAX_OPEN // channels or places > MAX_PLACES:
-        return None
+    channels, *size = known.network.steps[place].shape
+    places = known.images * prod(size)
+    if places > MAX_PLACES:
+        return NotFactorised(f"{places} values in each channel of the input are more than {MAX_PLACES}")
+    equations = sum(each.equations for each in readers)
+    weak_equations = NotFactorised(
+        f"{equations} equations do not determine the {places} values of a channel of the input"
+    )
+    if equations <= places - MAX_OPEN // channels:
+        return weak_equations
     matrix, right = known.equations(readers)
     found = least_squares(matrix, right)
     if found is not None and len(matrix) > FEW * places:
@@ -70,26 +82,26 @@ def complete(known: Knowledge, place: int, readers: Sequence[Reader]) -> Fitted 
     if strong == places:
         return parts.solution(places)
     if not bool((parts.size[:strong] > 0).all()):
-        return None
+        return weak_equations
     weak = parts.basis[strong:]
     particular = Fitted(parts.basis.T @ parts.value, parts.solution(strong).deviation)
-    upper = from_above(known, place, particular.value.T, weak)
+    upper = from_above(known, place, known.shaped(place, particular).value, weak)
     if upper is None:
-        return found
+        return found or weak_equations
     # the coordinates [n, C] in the weak directions, from what is above, and from their own equations
     jacobian, residual, weight = upper
     own = parts.size[strong:, None] / parts.noise.sqrt()
     rows = torch.cat([weight[:, None] * jacobian, torch.diag(own.flatten())])
     solved = least_squares(rows, torch.cat([weight * residual, torch.zeros_like(own.flatten())])[:, None])
     if solved is None:
-        return found
+        return found or weak_equations
     change, spread = (each.view(len(weak), channels) for each in (solved.value, solved.deviation))
     variance = particular.deviation.square() + weak.T.square() @ spread.square()
     return Fitted(particular.value + weak.T @ change, variance.sqrt())
 
 
 def from_above(known: Knowledge, place: int, value: Tensor, weak: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return how the open ReLUs above a step depend on its output [C, J] in directions [n, J].
+    """Return how the open ReLUs above a step depend on its output [B, C, H, W] in directions [n, B * H * W].
 
     Returns:
         The derivatives [R, n * C] of the inputs of open ReLUs, how far these are from what the values say [R], and
@@ -101,21 +113,21 @@ def from_above(known: Knowledge, place: int, value: Tensor, weak: Tensor) -> tup
     jacobians, residuals, weights = [], [], []
     for gate in gates:
         (before,) = steps[gate].inputs
-        base = follow(known, before, place, value.view(1, *shape))
+        base = follow(known, before, place, value)
         if base is None:
             continue
         (open_,) = known.masks[gate].flatten().nonzero(as_tuple=True)
         open_ = open_[:: max(1, len(gates) * len(open_) // (EQUATIONS * len(weak) * shape[0]))]
         own = known.values[gate]
-        residuals.append((own.value - base[0]).flatten()[open_])
+        residuals.append((own.value - base).flatten()[open_])
         weights.append(1 / own.deviation.flatten()[open_])
         columns = []
         for direction in weak:
-            moved = torch.zeros(shape[0], *shape, dtype=torch.float64)
-            moved[range(shape[0]), range(shape[0])] = direction.view(shape[1:])
-            changed = follow(known, before, place, value.view(1, *shape) + moved)
+            moved = torch.zeros(shape[0], known.images, *shape, dtype=torch.float64)
+            moved[range(shape[0]), :, range(shape[0])] = direction.view(known.images, *shape[1:])
+            changed = follow(known, before, place, (value + moved).flatten(0, 1))
             assert changed is not None
-            columns.append((changed - base).flatten(1)[:, open_])
+            columns.append((changed.view(shape[0], *base.shape) - base).flatten(1)[:, open_])
         jacobians.append(torch.cat(columns).T)
     if not jacobians:
         return None
@@ -135,11 +147,11 @@ def reached(known: Knowledge, place: int) -> set[int]:
 
 
 def follow(known: Knowledge, at: int, place: int, value: Tensor) -> Tensor | None:
-    """Return the outputs [N, ...] of a step for outputs [N, C, H, W] of the step at ``place`` below it."""
+    """Return the outputs [N * B, ...] of a step for N outputs [N * B, C, H, W] of the step at ``place`` below it."""
     if at == place:
         return value
     if at in known.values:
-        return known.clean(at)[None].expand(len(value), -1, -1, -1)
+        return known.clean(at).repeat(len(value) // known.images, 1, 1, 1)
     step = known.network.steps[at]
     if step.kind not in ("convolution", "scaling", "affine"):
         return None

@@ -1,0 +1,78 @@
+"""The images of one trial of a ReLU network: the descent, and the search from what it recovered."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from leakbench.attacks.peeling.descent import Feature, Recovered, recover
+from leakbench.attacks.peeling.inversion import MAX_ERROR, chosen, invert
+from leakbench.attacks.peeling.network import Network
+
+
+@dataclass(frozen=True)
+class Restored:
+    """The images that one trial was trained on, as far as they were found.
+
+    Attributes:
+        images: [B, C, H, W], in an order of their own; grey if none were found.
+        misfits: [B], how far the layer inputs that the images give are from the recovered ones, squared and relative.
+        evaluations: of the search.
+        reason: why no image was found, a line that names the layer; empty if they were.
+    """
+
+    images: Tensor
+    misfits: Tensor
+    evaluations: int = 0
+    reason: str = ""
+
+
+def restore(
+    network: Network,
+    searched: Network,
+    sent: Mapping[str, Tensor],
+    noise: Tensor,
+    rng: torch.Generator,
+    steps: int,
+) -> Restored:
+    """Return the images that one step was trained on, from the gradient of their mean loss.
+
+    Args:
+        network: the trial's, in float64 on the CPU.
+        searched: the same, of the floating type and on the device of the search for the images.
+        sent: the trial's gradient on the CPU, by name.
+        noise: [B, C, H, W] standard normal of the search's type, for B images.
+        rng: of the factorisation.
+        steps: of the search (``inversion.invert``).
+    """
+    found = recover(network, sent, rng, len(noise))
+    used = chosen(found.features)
+    if not used:
+        grey = torch.full_like(noise, 0.5)
+        return Restored(grey, grey.new_full((len(grey),), torch.nan), reason=failure(network, found))
+    below = set().union(*(network.below(each.place) for each in used))
+    if any(network.steps[place].kind == "normalisation" for place in below):
+        # statistics of the batch: all images at once
+        images, misfit, spent = invert(searched, used, noise, steps)
+        return Restored(images, misfit.expand(len(noise)), spent)
+    each = [invert(searched, _of_image(used, row), noise[row : row + 1], steps) for row in range(len(noise))]
+    return Restored(
+        torch.cat([image for image, _, _ in each]),
+        torch.cat([misfit for _, misfit, _ in each]),
+        sum(count for _, _, count in each),
+    )
+
+
+def _of_image(features: list[Feature], row: int) -> list[Feature]:
+    """Return the recovered values of one image."""
+    return [replace(each, value=each.value[row : row + 1]) for each in features]
+
+
+def failure(network: Network, found: Recovered) -> str:
+    """Return why nothing of what was recovered can be used, in a line that names the layer at which that begins."""
+    for each in found.features:
+        error = max(value for value in (each.deviation, each.check, each.balance, 0.0) if value == value)
+        if error > MAX_ERROR:
+            return f"the descent fails at {network.reader(each.place)}, whose input has an error of about {error:.1g}"
+    return f"nothing was recovered: {found.reason}" if found.reason else "nothing was recovered exactly enough"
