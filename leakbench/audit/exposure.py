@@ -194,10 +194,10 @@ def _derived(observation: Observation, trial: int) -> dict[str, Tensor]:
     except Unsupported:
         return {}
     values = {}
-    for feature in recover(network, sent, generator("audit", "descent")):
+    for feature in recover(network, sent, generator("audit", "descent")).features:
         wrong = any(error > MAX_ERROR for error in (feature.check, feature.balance))  # NaN if nothing shows it
         if feature.deviation <= MAX_ERROR and not wrong:
-            values[feature.place] = feature.value[None]
+            values[feature.place] = feature.value
     for place, step in enumerate(network.steps):
         if place not in values and step.inputs and all(each in values for each in step.inputs):
             with torch.no_grad():
