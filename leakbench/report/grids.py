@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.image import BboxImage
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.transforms import Bbox, TransformedBbox
 from PIL import Image
 
 from leakbench.analysis.summary import ANY, BLOCK, without_repeats
@@ -175,35 +178,53 @@ def figure(page: GridPage, pictures: Mapping[str, Pictures]) -> Figure:
         text(sum(ends) / 2, 1 - (rule - 6) / height, "\n".join(head), ha="center", va="bottom", fontweight="bold")
         drawn.add_artist(Line2D(ends, [level, level], color=GREY, linewidth=0.8))
     for row, i in enumerate(page.images):
-        panel = partial(_panel, drawn, top=top + row * step, column=column, high=high)
+        level = top + row * step
         label = "\n".join(_wrapped(f"image {i}", _LABELS))
-        panel(truths.get(i), _MARGIN + _LABELS).set_ylabel(label, rotation=0, ha="right", va="center", **_FONT)
+        text((_MARGIN + _LABELS - 6) / width, 1 - (level + high / 2) / height, label, ha="right", va="center")
+        _panel(drawn, truths.get(i), (_MARGIN + _LABELS, level, column, high))
         for left, name, own in zip(itertools.chain(*lefts), names, page.columns):
-            cell = own.cells.get(i)
+            cell, middle = own.cells.get(i), (left + column / 2) / width
             image, failed = (None, False) if cell is None else (shown.get(cell.trial), cell.status == "failed")
-            one = panel(image, left)
+            bottom = _panel(drawn, image, (left, level, column, high), failed)
             if image is None:
                 status = "not run" if cell is None else cell.status
                 word = status if status in ("not run", "unsupported", "error") else "no picture"
-                one.text(0.5, 0.5, word, transform=one.transAxes, ha="center", va="center", color=GREY, **_FONT)
-            one.spines[:].set(visible=failed, color=RED, linewidth=2.5)
+                text(middle, 1 - (level + high / 2) / height, word, ha="center", va="center", color=GREY)
             caption = "" if cell is None else f"{cell.caption}\ndiverged" if failed else cell.caption
-            one.set_xlabel(caption, color=RED if failed else "black", labelpad=2, **_FONT)
-            one.set_title("" if row else "\n".join(name), pad=4, **_FONT)
+            if caption:
+                ink = RED if failed else "black"
+                text(middle, 1 - (bottom + 4) / height, caption, ha="center", va="top", color=ink)
+            if not row:
+                text(middle, 1 - (level - 6) / height, "\n".join(name), ha="center", va="bottom")
     return drawn
 
 
-def _panel(drawn: Figure, image: Image.Image | None, left: float, top: float, column: int, high: int) -> Any:
-    """Return axes with an image, enlarged by a whole factor, in the middle of a column; a grey area without one."""
-    width, height = (drawn.bbox.width, drawn.bbox.height)
+def _panel(drawn: Figure, image: Image.Image | None, place: tuple[int, int, int, int], failed: bool = False) -> int:
+    """Draw an image, enlarged by a whole factor, in the middle of a column; a grey area without one.
+
+    Args:
+        place: left, top, width and height of the area in pixels.
+        failed: whether it has a red frame.
+
+    Returns:
+        The bottom of what is drawn, in pixels from the top.
+    """
+    # Axes for each picture would be the plainer way; they take most of the time that a report does.
+    left, top, column, high = place
+    width, height = drawn.bbox.width, drawn.bbox.height
     across, along = (min(column, high), high) if image is None else _enlarged(image)
     left += (column - across) // 2
-    box = (left / width, 1 - (top + along) / height, across / width, along / height)
-    panel = drawn.add_axes(box, xticks=[], yticks=[], facecolor="#dddddd")
-    panel.spines[:].set_visible(False)
-    if image is not None:
-        panel.imshow(np.asarray(image), interpolation="none", aspect="auto")
-    return panel
+    box = Bbox.from_bounds(left / width, 1 - (top + along) / height, across / width, along / height)
+    if image is None:
+        drawn.add_artist(Rectangle(box.p0, box.width, box.height, transform=drawn.transFigure, facecolor="#dddddd"))
+    else:
+        pixels = BboxImage(TransformedBbox(box, drawn.transFigure), interpolation="nearest", origin="upper")
+        pixels.set_data(np.asarray(image))
+        drawn.add_artist(pixels)
+    if failed:
+        frame = {"fill": False, "edgecolor": RED, "linewidth": 2.5}
+        drawn.add_artist(Rectangle(box.p0, box.width, box.height, transform=drawn.transFigure, **frame))
+    return top + along
 
 
 def _columns(block: pd.DataFrame, images: Sequence[int], under: Sequence[str]) -> list[Column]:
