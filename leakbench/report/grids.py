@@ -215,15 +215,15 @@ def _panel(drawn: Figure, image: Image.Image | None, place: tuple[int, int, int,
     across, along = (min(column, high), high) if image is None else _enlarged(image)
     left += (column - across) // 2
     box = Bbox.from_bounds(left / width, 1 - (top + along) / height, across / width, along / height)
+    area: Any = partial(Rectangle, box.p0, box.width, box.height, transform=drawn.transFigure)
     if image is None:
-        drawn.add_artist(Rectangle(box.p0, box.width, box.height, transform=drawn.transFigure, facecolor="#dddddd"))
+        drawn.add_artist(area(facecolor="#dddddd"))
     else:
         pixels = BboxImage(TransformedBbox(box, drawn.transFigure), interpolation="nearest", origin="upper")
         pixels.set_data(np.asarray(image))
         drawn.add_artist(pixels)
     if failed:
-        frame = {"fill": False, "edgecolor": RED, "linewidth": 2.5}
-        drawn.add_artist(Rectangle(box.p0, box.width, box.height, transform=drawn.transFigure, **frame))
+        drawn.add_artist(area(fill=False, edgecolor=RED, linewidth=2.5))
     return top + along
 
 
