@@ -8,6 +8,7 @@ from leakbench.analysis.ensemble import EnsembleResult
 from leakbench.attacks.peeling.exposure import Exposure
 from leakbench.audit.fail_rule import LABELS, SHARE_RECOVERED, FailRule
 from leakbench.audit.layers import ClosedFormLeaks
+from leakbench.audit.update_facts import UpdateFacts
 from leakbench.core.types import ThreatModel
 from leakbench.errors import LeakbenchError
 
@@ -108,6 +109,8 @@ class Audit:
         predictions: for each convolution whether it is expected to expose its input, by sizes only.
         update: the recorded update's threat model; None for an audit on images.
         rule: the condition under which the audit fails; None without one.
+        recorded: what the recorded update shows by itself; None for an audit on images.
+        contradictions: in sentences, what in it contradicts the assumptions of the attackers.
     """
 
     title: str
@@ -123,6 +126,8 @@ class Audit:
     predictions: Mapping[str, Exposure] = field(default_factory=dict)
     update: ThreatModel | None = None
     rule: FailRule | None = None
+    recorded: UpdateFacts | None = None
+    contradictions: tuple[str, ...] = ()
 
     def values(self) -> dict[str, float | None]:
         """Return by defense the value that the rule judges; None if it was not measured."""
@@ -147,7 +152,7 @@ class Audit:
                 f"{self.rule.name} was not measured ({names}); give --truth (or --label for labels), larger images if "
                 "the metric needs them, or fetch the files that the metric needs"
             )
-        return next((warning for one in self.defenses for warning in one.warnings), "")
+        return next((words for words in (*self.contradictions, *(w for d in self.defenses for w in d.warnings))), "")
 
     def verdict(self) -> bool | None:
         """Return whether the audit passes; None if there is no rule.

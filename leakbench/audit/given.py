@@ -479,12 +479,24 @@ class Update:
             out values that are not finite.
         rounding: for each of these the share of the change, in norm, that may be rounding of the recorded numbers.
         trained: how many parameters (tensors) are trained; the others of these were not sent.
+        sent: the buffers that were sent, such as running statistics, by name.
+        kind: what the file after holds.
+        precision: the name of the coarsest number type that holds every value of one of the two files, such as
+            ``float16``, whatever the type in which the file stores them.
     """
 
     before: Mapping[str, Tensor]
     change: Mapping[str, Tensor]
     rounding: Mapping[str, float]
     trained: int
+    sent: Mapping[str, Tensor] = field(default_factory=dict)
+    kind: RecordedKind = "weights"
+    precision: str = "float32"
+
+    @property
+    def eps(self) -> float:
+        """The relative distance between neighbouring numbers of ``precision``."""
+        return float(torch.finfo(getattr(torch, self.precision)).eps)
 
 
 def read_update(network: AuditedNetwork, before: str, after: str, kind: RecordedKind = "weights") -> Update:
@@ -519,10 +531,11 @@ def read_update(network: AuditedNetwork, before: str, after: str, kind: Recorded
             raise BadOption(f"{option} {path!r}: {wrong!r} holds {kept}, no real numbers; record it again")
     _check_kind(network.module, kind, {name: (first[name], second[name]) for name in sent}, f"--after {after!r}")
     change, rounding = {}, {}
+    precision = max((_precision([tensors[name] for name in sent]) for tensors in (first, second)), key=_eps)
+    eps = _eps(precision)
     for name in sent:
         old, new = first[name].double(), second[name].double()
         change[name] = {"weights": old - new, "delta": -new, "gradient": new}[kind]
-        eps = max(torch.finfo(tensors[name].dtype).eps for tensors in (first, second))
         size = float(change[name].nan_to_num(0.0, 0.0, 0.0).norm())
         finite = torch.isfinite(new)
         held = float(old[finite].norm()) if kind == "weights" else size
@@ -537,7 +550,22 @@ def read_update(network: AuditedNetwork, before: str, after: str, kind: Recorded
         {prefix + name: value.to(exact) for name, value in change.items()},
         {prefix + name: value for name, value in rounding.items()},
         len(trained),
+        {prefix + name: second[name] for name, _ in network.module.named_buffers() if name in second},
+        kind,
+        str(precision).removeprefix("torch."),
     )
+
+
+def _eps(dtype: torch.dtype) -> float:
+    return float(torch.finfo(dtype).eps)
+
+
+def _precision(tensors: Sequence[Tensor]) -> torch.dtype:
+    """Return the coarsest number type that holds every finite value of a record as it is."""
+    values = torch.cat([value.flatten().double() for value in tensors])
+    values = values[torch.isfinite(values)]
+    kinds = (torch.bfloat16, torch.float16, torch.float32)
+    return next((kind for kind in kinds if torch.equal(values.to(kind).double(), values)), torch.float64)
 
 
 def _tensors(module: nn.Module, path: str, option: str, needed: Collection[str]) -> dict[str, Tensor]:

@@ -102,12 +102,14 @@ class ClosedFormLeaks:
         forms: the inputs of linear layers.
         labels: the labels.
         exposures: the inputs of convolutions, in order of execution.
+        untested: why the convolutions were not tested; empty if they were.
     """
 
     layers: tuple[LayerShare, ...]
     forms: tuple[ClosedForm, ...]
     labels: InferredLabels
     exposures: tuple[LayerExposure, ...] = ()
+    untested: str = ""
 
     @property
     def exposed(self) -> list[LayerExposure]:

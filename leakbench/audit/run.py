@@ -1,6 +1,5 @@
 """Audit a network on images, or one recorded update: run the attackers, and collect what they found."""
 
-import copy
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,9 +34,9 @@ from leakbench.audit.given import (
     classes_words,
     read_update,
 )
-from leakbench.audit.layers import RESIDUAL_TOLERANCE, ClosedForm, ClosedFormLeaks, closed_forms
+from leakbench.audit.layers import RESIDUAL_TOLERANCE, ClosedFormLeaks, InferredLabels, closed_forms, shares
 from leakbench.audit.randomness import Randomness, randomness
-from leakbench.core.rng import seeded
+from leakbench.audit.update_facts import UpdateFacts, update_facts, without_decay
 from leakbench.core.text import english, part, plural
 from leakbench.core.types import PRESETS, ThreatModel
 from leakbench.datasets import Dataset
@@ -49,7 +48,6 @@ from leakbench.engine.run import RunOptions
 from leakbench.engine.worker import ClientData
 from leakbench.errors import BadOption, Unsupported
 from leakbench.gradients.evaluate import architecture, working
-from leakbench.gradients.plain import without_checkpointing
 from leakbench.models.module import OwnModule
 from leakbench.observation import Observation
 from leakbench.plan.matrix import RECOVERY, Matrix, expand, load_suite, override
@@ -235,13 +233,16 @@ def audit_update(
     if kind != "gradient":
         granted: Literal["hidden", "known"] = "hidden" if rate is None else "known"
         threat = ThreatModel(shares="weights", learning_rate=rate, local_steps=local_steps, rate=granted)
+    shown = update_facts(module, update, _observation(module, update, image_shape, classes, threat))
+    contradictions = shown.contradictions(1 if kind == "gradient" else local_steps)
+    update = without_decay(update, shown)
     observation = _observation(module, update, image_shape, classes, threat)
     drawn = randomness(module, image_shape)
     expected = predicted(module, image_shape)
     rule = rule_in_words(expected, image_shape)
     if progress is not None:
         progress.note(f"{EXPECTED}: {rule}")
-    leaks = _redrawn(_leaks_of_update(module, observation, label), drawn)
+    leaks = _redrawn(_leaks_of_update(observation, label, shown), drawn)
     doubt = drawn.doubt() if drawn.layers and not read_draws(observation).complete else ""
     dataset = Recorded(_digest(observation, truth, label), image_shape, classes)
     given: dict[str, Any] = {"models": [own], "datasets": [dataset], "threats": [threat], "images": 1}
@@ -270,13 +271,14 @@ def audit_update(
     result = result if measured or proven else replace(result, share=math.nan)
     floor = floor_share(trials, _threshold(matrix)) if measured else math.nan
     flaw = "Inconclusive: an update has no positive control." if result.share == 0 else ""
-    warnings = (*([doubt] if doubt else []), *_doubts(leaks.forms, update), *found.warnings)
+    warnings = (*([doubt] if doubt else []), *_doubts(shown, update), *found.warnings)
     found = replace(found, result=result, floor=floor, inconclusive=flaw, warnings=warnings)
     words = f"{before} to {after}" if kind == "weights" else f"{after}, a {kind}, of the weights {before}"
     if len(update.change) < update.trained:
         words += f"; {len(update.change)} of the {update.trained} trained parameters (tensors) were sent"
     facts = (*network.facts(), *drawn.facts(), ("update", words), (EXPECTED, rule))
-    return _audit(own, dataset, facts, matrix, [found], options, 1, expected, threat)
+    found_by = _audit(own, dataset, facts, matrix, [found], options, 1, expected, threat)
+    return replace(found_by, recorded=shown, contradictions=contradictions)
 
 
 def _doubted(found: DefenseFindings, doubt: str, flaw: str) -> DefenseFindings:
@@ -441,10 +443,11 @@ def _observation(
     )
 
 
-def _leaks_of_update(network: nn.Module, observation: Observation, label: int | None) -> ClosedFormLeaks:
+def _leaks_of_update(observation: Observation, label: int | None, shown: UpdateFacts) -> ClosedFormLeaks:
     """Return what an update leaks without any optimisation, from the mean gradient of its steps.
 
-    Only tensors without an unknown value count.
+    Only tensors without an unknown value count. Of an update that is not one image's, no label and no convolution is
+    tested; of one whose entries have one size, no closed form of SGD is.
     """
     threat = observation.threat
     unit = threat.local_steps if threat.unit is None else threat.unit
@@ -453,46 +456,30 @@ def _leaks_of_update(network: nn.Module, observation: Observation, label: int | 
     if not mean:
         mean = {name: torch.zeros_like(value) for name, value in observation.gradient.items()}
     sent = replace(observation, gradient=mean, threat=replace(threat, shares="gradient"))
-    found = ClosedFormLeaks.of(sent, None, None if label is None else [label])
-    layers = _conclusive_layers(network, sent)
-    forms = (replace(form, conclusive=form.conclusive and form.layer in layers) for form in found.forms)
-    return replace(found, forms=tuple(forms))
+    truth = None if label is None else [label]
+    if shown.rule == "sign":
+        return ClosedFormLeaks(tuple(shares(sent)), (), InferredLabels(None, None), (), "the closed forms are for SGD")
+    able = {one.layer for one in shown.layers if one.conclusive}
+    forms = tuple(
+        replace(form, conclusive=form.layer in able and (shown.rule == "sgd" or not form.exact))
+        for form in closed_forms(sent, None)
+    )
+    if shown.one_image is False or (shown.rule == "unknown" and able):
+        reason = "the test is for one image in one step of SGD"
+        return ClosedFormLeaks(tuple(shares(sent)), forms, InferredLabels(None, None), (), reason)
+    return replace(ClosedFormLeaks.of(sent, None, truth), forms=forms)
 
 
-def _conclusive_layers(network: nn.Module, observation: Observation) -> set[str]:
-    """Return the linear layers in which two images leave a residual: the control of the test for one image.
-
-    The gradients of two public images of different classes are added, as in a batch. A layer in which even these look
-    like one image (in a stack of linear layers before two classes, say) proves nothing.
-    """
-    probe = copy.deepcopy(network)
-    named = {name: value for name, value in probe.named_parameters() if value.requires_grad}
-    total = {name: torch.zeros_like(value) for name, value in named.items()}
-    with seeded("audit", "control"):
-        coarse = torch.rand(2, observation.image_shape[0], 3, 3)
-        for label, image in enumerate(nn.functional.interpolate(coarse, observation.image_shape[1:])):
-            with without_checkpointing():
-                logits = probe(image[None].to(observation.dtype))
-            loss = nn.functional.cross_entropy(logits, torch.tensor([label]))
-            found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-            total = {name: total[name] if by is None else total[name] + by for name, by in zip(named, found)}
-    mixed = replace(observation, gradient={name: value[None] for name, value in total.items()})
-    return {form.layer for form in closed_forms(mixed, None) if form.conclusive and form.residual > RESIDUAL_TOLERANCE}
-
-
-def _doubts(forms: Sequence[ClosedForm], update: Update) -> Iterable[str]:
-    """Yield a warning for values that are not finite, and if the update is not provably that of one image and step."""
+def _doubts(shown: UpdateFacts, update: Update) -> Iterable[str]:
+    """Yield a warning for values that are not finite, and if the update does not show whether it is one image's."""
     finite = torch.cat([torch.isfinite(value).flatten() for value in update.change.values()])
     if unknown := int((~finite).sum()):
         yield (
             f"{unknown:,} of the {len(finite):,} recorded values after the training are not finite (NaN or infinite). "
             "The attackers had only the others, so a client that sends finite values can leak more."
         )
-    known = [(form.residual, update.rounding[f"{form.layer}.weight"], form.conclusive) for form in forms]
-    smallest = min((rounding for _, rounding, _ in known), default=0.0)
-    worst = max((left for left, rounding, _ in known if left > max(RESIDUAL_TOLERANCE, rounding)), default=0.0)
-    tested = any(conclusive and rounding <= RESIDUAL_TOLERANCE for _, rounding, conclusive in known)
-    if not known:
+    smallest = min((update.rounding[f"{one.layer}.weight"] for one in shown.layers), default=0.0)
+    if not shown.layers:
         yield (
             "Whether the update comes from one image was not tested, which takes a linear layer that was sent and "
             "runs once. The attackers assume one image."
@@ -502,13 +489,7 @@ def _doubts(forms: Sequence[ClosedForm], update: Update) -> Iterable[str]:
             f"The update is small: rounding of the recorded numbers may account for {part(min(1.0, smallest))} of it. "
             "Whether it comes from one image cannot be tested, and the rounding disturbs attackers as noise would."
         )
-    elif worst:
-        yield (
-            f"{part(worst)} of the update of a linear layer cannot come from one image in one step: the client used "
-            "several images or several steps, or added noise. The attackers assume one image; that they recover "
-            "nothing does not make the client's images safe."
-        )
-    elif not tested:
+    elif not any(one.conclusive for one in shown.layers):
         yield (
             "Whether the update comes from one image was not tested: in this network, the update from several images "
             "looks like one image's in every linear layer (as with two classes). The attackers assume one image."

@@ -122,6 +122,8 @@ class _Shared:
             pages.FILES, (pages.markdown(found, line), pages.html(found, line, pictures=not self.no_truth))
         ):
             replace(self.out / name, text.encode())
+        for words in found.contradictions:
+            typer.echo(words)
         for one in found.defenses:
             typer.echo(f"{one.result.defense}: {pages.verdict(one)}")
         for name in pages.FILES:

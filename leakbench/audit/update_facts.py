@@ -1,0 +1,417 @@
+"""What a recorded update shows by itself: the optimiser's rule, images, steps, weight decay, what else was sent.
+
+All of it follows from the two models, before any attack. A sentence is made only if the numbers prove it.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from leakbench.attacks.analytic import pixel_layers, widths
+from leakbench.audit.given import RecordedKind, Update
+from leakbench.core.rng import seeded
+from leakbench.core.text import english, plural
+from leakbench.gradients.low_rank import LowRank, low_rank, rounding_error
+from leakbench.gradients.plain import without_checkpointing
+from leakbench.models.surgery import linears
+from leakbench.observation import Observation
+
+SIGN_RULES = "Adam, AdamW, RMSprop, Adagrad or signSGD"
+
+LARGE, COUNTED = 0.1, 1e-3
+"""Changes above these shares of the network's largest one are large, and count. Others had next to no gradient."""
+
+SHARE_LARGE = 0.7
+"""Changes have nearly one size if this share of those that count is large; by SGD, a few hundredths usually are."""
+
+TENSORS_LARGE = 0.75
+"""In this share of the weights, at least half of the changes that count are large: all layers have Adam's size."""
+
+ONE_SIZE = 0.05
+"""In a network of one layer, half of the large changes must be this close to their median, relative to it."""
+
+MAX_CONTROL_IMAGES = 33
+"""The most public images in the test of what a layer can show."""
+
+SUM_TOLERANCE = 1e-2
+"""The share of the last layer's change up to which the sum of its rows counts as zero."""
+
+BIAS_TOLERANCE = 1e-3
+"""The share of the bias's change that may be outside of the directions of the weight's."""
+
+
+@dataclass(frozen=True)
+class LayerRank:
+    """The change of a linear layer's weight that ran on one vector for each image.
+
+    Attributes:
+        layer: its name.
+        pixels: whether its input is the image.
+        rank: the rank of the change once weight decay is removed: by SGD, at most the number of different inputs.
+        low: whether that is a low rank; otherwise ``rank`` is the full one and shows nothing.
+        conclusive: whether more inputs would have given a larger rank, by a test on public images.
+        fits: whether the change of the bias fits to that of the weight as under SGD; true without a bias.
+    """
+
+    layer: str
+    pixels: bool
+    rank: int
+    low: bool
+    conclusive: bool
+    fits: bool
+
+
+@dataclass(frozen=True)
+class UpdateFacts:
+    """What a recorded update shows by itself.
+
+    Attributes:
+        rule: ``sgd`` if the change of a layer is of the kind that SGD leaves, with or without momentum and weight
+            decay; ``sign`` if the entries have nearly one size, as after a step of Adam, RMSprop or signSGD; else
+            ``unknown``.
+        layers: the linear layers that were sent and run once, in order of registration.
+        decay: the share of the weights before that the change contains beside the gradients; 0 if none was found.
+        bias_decays: whether the biases have the same decay.
+        zero_sum: whether the rows of the last layer's change sum to zero, as those of the cross-entropy do under SGD;
+            None if that was not tested.
+        steps: how many batches the BatchNorm layers counted; None if no counter was sent.
+        statistics: the layers whose running statistics were sent and moved.
+        precision: see ``Update``.
+        kind: what was recorded.
+    """
+
+    rule: Literal["sgd", "sign", "unknown"]
+    layers: tuple[LayerRank, ...]
+    decay: float
+    bias_decays: bool
+    zero_sum: bool | None
+    steps: int | None
+    statistics: tuple[str, ...]
+    precision: str
+    kind: RecordedKind
+
+    @property
+    def shown(self) -> LayerRank | None:
+        """The layer that shows most: the one that takes the pixels, or that with the largest rank; None if none does.
+
+        The ranks of other rules than SGD show nothing.
+        """
+        low = [one for one in self.layers if one.low and one.fits and one.rank] if self.rule == "sgd" else []
+        best = [one for one in low if one.pixels] or low
+        return max(best, key=lambda one: (one.rank > 1, one.conclusive, one.rank), default=None)
+
+    @property
+    def images(self) -> int | None:
+        """The least number of different images, copies that differ counted; None if the update shows none."""
+        one = self.shown
+        if one is None or (one.rank == 1 and not one.conclusive):
+            return None
+        return one.rank if one.pixels or one.rank == 1 or self.steps == 1 else None
+
+    @property
+    def one_image(self) -> bool | None:
+        """Whether the client trained on one image; None if the update does not show it."""
+        if self.images is not None:
+            return self.images == 1
+        return False if self.shown is not None and self.shown.rank > 1 and self.steps == 1 else None
+
+    @property
+    def several_steps(self) -> bool | None:
+        """Whether the client took several steps; None if the update does not show it."""
+        if self.steps is not None and self.steps > 1:
+            return True
+        inner = [one for one in self.layers if one.low and one.fits and one.conclusive and not one.pixels]
+        if self.images == 1 and inner:
+            return any(one.rank > 1 for one in inner)
+        return None if self.steps is None else False
+
+    def contradictions(self, local_steps: int) -> tuple[str, ...]:
+        """Return in sentences what contradicts the assumption of one image in ``local_steps`` steps of SGD."""
+        return tuple(self._contradictions(local_steps))
+
+    def _contradictions(self, local_steps: int) -> Iterator[str]:
+        one = self.shown
+        if self.rule == "sign":
+            yield (
+                f"The changed values have nearly one size, as {SIGN_RULES} leave them: closed forms, which hold for "
+                "SGD, do not apply, and ranks do not show the number of images."
+            )
+        elif self.rule == "unknown" and any(layer.conclusive for layer in self.layers):
+            yield (
+                "The changes of the linear layers do not have the low ranks that SGD leaves on few images: the client "
+                "used more images or steps than these layers can show, or another optimiser (such as Adam), or noise "
+                "was added."
+            )
+        elif one is not None and one.rank > 1:
+            least = f"the change of layer {one.layer} has rank {one.rank}"
+            if self.images is not None:
+                yield f"The client used several images: at least {self.images} different ones, since {least}."
+            else:
+                yield f"The client used several images or several steps: {least}."
+        if self.zero_sum is False and self.rule != "sign":
+            yield (
+                "The rows of the last layer's change do not sum to zero: the client used another loss than the "
+                "cross-entropy, or another optimiser than SGD."
+            )
+        if self.steps is not None and self.steps > 1 and self.steps != local_steps:
+            yield f"The client trained on {self.steps} batches, by the counters of its BatchNorm layers."
+        elif self.several_steps and local_steps == 1 and self.steps is None:
+            yield "The client took several steps on its image: layers above the first one changed by several inputs."
+
+    def facts(self) -> tuple[tuple[str, str], ...]:
+        """Return what a page states, as (name, value)."""
+        return (
+            ("images", self._images()),
+            ("steps", self._steps()),
+            ("optimiser", self._rule()),
+            ("weight decay", self._decay()),
+            ("running statistics", self._statistics()),
+            ("precision of the record", f"{self.precision}{'' if self.precision == 'float32' else ', by its values'}"),
+        )
+
+    def _images(self) -> str:
+        one = self.shown
+        if one is None and any(layer.conclusive for layer in self.layers):
+            return "not shown: no change of a linear layer has a low rank"
+        if one is None and self.layers:
+            return (
+                "not shown: in this network, the change by several images looks like one image's in every linear layer"
+            )
+        if one is None:
+            return "not shown: no linear layer was sent that runs once"
+        taken = f"layer {one.layer}{', which takes the pixels' if one.pixels else ''}"
+        if one.rank == 1 and one.conclusive:
+            return f"one image{'' if one.pixels else ' in one step'} explains the change of {taken}"
+        if one.rank == 1:
+            return f"not shown: the change of {taken} by several images looks like one image's, too"
+        copies = "; differing copies of an image, such as flipped ones, count" if one.pixels else ""
+        exact = "" if one.conclusive else ", the largest that this layer shows"
+        least = f"at least {self.images} different images" if self.images else "several images or several steps"
+        return f"{least}: the change of {taken} has rank {one.rank}{exact}{copies}"
+
+    def _steps(self) -> str:
+        if self.steps is not None:
+            return (
+                f"{plural(self.steps, 'batch').replace('batchs', 'batches')}, by the counters of the BatchNorm layers"
+            )
+        if self.several_steps is None:
+            return "not shown: no counter of a BatchNorm layer was sent"
+        if self.several_steps:
+            return "several: layers above the first one changed by several inputs"
+        return "one explains the changes of all linear layers"
+
+    def _rule(self) -> str:
+        if self.rule == "sgd":
+            return "SGD (any momentum): the changes of linear layers have low ranks"
+        if self.rule == "sign":
+            return f"the changed values have nearly one size, as {SIGN_RULES} leave them"
+        return "not shown: no change of a linear layer has a low rank"
+
+    def _decay(self) -> str:
+        if self.rule != "sgd":
+            return "not shown"
+        if not self.decay:
+            return "none that exceeds the rounding of the record"
+        ends = "" if self.bias_decays else "; the biases did not decay"
+        if self.kind == "gradient":
+            return f"the gradient contains {self.decay:.3g} times the weights{ends}"
+        return f"the weights shrank by {self.decay:.3g} of their size beside the gradients' steps{ends}"
+
+    def _statistics(self) -> str:
+        if not self.statistics:
+            return "none was sent that changed"
+        return (
+            f"sent by {plural(len(self.statistics), 'layer')}; they leak the means and variances of the private "
+            f"batches by channel ({english(self.statistics[:3])}{', ...' if len(self.statistics) > 3 else ''})"
+        )
+
+
+def update_facts(network: nn.Module, update: Update, observation: Observation) -> UpdateFacts:
+    """Return what a recorded update shows by itself.
+
+    Args:
+        network: the network, with the weights before.
+        update: the record.
+        observation: the same as an attacker sees it; its gradient is ``update.change``, each tensor [1, *shape].
+    """
+    finite = {name: value for name, value in update.change.items() if bool(torch.isfinite(value).all())}
+    names = _layers(finite, network, observation)
+    pixels = pixel_layers(observation)
+    ranks = {name: _rank(f"{name}.weight", finite, update) for name in names}
+    decay = _decay(ranks, finite)
+    bias_decays = _bias_decays(ranks, finite, update, decay)
+    able, zero_sum = _control(network, observation, ranks)
+    layers = tuple(
+        LayerRank(
+            layer=name,
+            pixels=name in pixels,
+            rank=found.rank,
+            low=found.low,
+            conclusive=name in able,
+            fits=_outside(name, found.rank, finite, update, found.decay, bias_decays) <= BIAS_TOLERANCE,
+        )
+        for name, found in ranks.items()
+    )
+    last = next(reversed(names), None)
+    sums = _zero_sum(last, finite, update) if zero_sum and last is not None else None
+    summed = (
+        bool(sums) and last is not None and len(finite[f"{last}.weight"]) > 2
+    )  # two rows have opposite signs anyway
+    proof = [
+        one
+        for one in layers
+        if one.low and one.fits and (one.conclusive or summed) and (sums is not False or one.pixels)
+    ]
+    rule: Literal["sgd", "sign", "unknown"] = "sign" if _one_size(finite) else "sgd" if proof else "unknown"
+    counted = [int(v) - int(update.before[n]) for n, v in update.sent.items() if n.endswith("num_batches_tracked")]
+    return UpdateFacts(
+        rule=rule,
+        layers=layers,
+        decay=decay if rule == "sgd" else 0.0,
+        bias_decays=bias_decays,
+        zero_sum=sums,
+        steps=max(counted) if counted and update.kind == "weights" and max(counted) > 0 else None,
+        statistics=_moved(update),
+        precision=update.precision,
+        kind=update.kind,
+    )
+
+
+def without_decay(update: Update, facts: UpdateFacts) -> Update:
+    """Return an update whose change does not contain the weight decay that was found."""
+    if not facts.decay:
+        return update
+    change = {
+        name: value - facts.decay * update.before[name] if value.dim() > 1 or facts.bias_decays else value
+        for name, value in update.change.items()
+    }
+    return replace(update, change=change)
+
+
+def _layers(change: Mapping[str, Tensor], network: nn.Module, observation: Observation) -> list[str]:
+    """Return the linear layers that run on one vector of an image and whose weight was sent, whole, and changed."""
+    taken = widths(observation)
+    return [
+        name
+        for name, layer in linears(network).items()
+        if taken.get(name) == layer.in_features and bool(change.get(f"{name}.weight", torch.zeros(1)).any())
+    ]
+
+
+def _rank(name: str, change: Mapping[str, Tensor], update: Update) -> LowRank:
+    value, before = change[name].double(), update.before[name].double()
+    held = torch.zeros_like(before) if update.kind == "gradient" else before
+    return low_rank(value, before, rounding_error(held, value, update.eps))
+
+
+def _decay(ranks: Mapping[str, LowRank], change: Mapping[str, Tensor]) -> float:
+    """Return the decay by the largest layer that shows one."""
+    low = {name: found for name, found in ranks.items() if found.low}
+    name = max(low, key=lambda one: change[f"{one}.weight"].numel(), default=None)
+    return 0.0 if name is None else low[name].decay
+
+
+def _bias_decays(ranks: Mapping[str, LowRank], change: Mapping[str, Tensor], update: Update, decay: float) -> bool:
+    """Return whether the changes of biases fit better to those of weights if they contain the decay, too."""
+    if not decay:
+        return False
+    left = [0.0, 0.0]
+    for name, found in ranks.items():
+        if found.low:
+            for place, flag in enumerate((False, True)):
+                left[place] += _outside(name, found.rank, change, update, found.decay, flag)
+    return left[1] <= left[0]
+
+
+def _outside(
+    name: str, rank: int, change: Mapping[str, Tensor], update: Update, decay: float, bias_decays: bool
+) -> float:
+    """Return the share of a bias's change outside of the ``rank`` leading directions of the weight's, beyond rounding.
+
+    By SGD, the change of the bias is the sum of the columns e_i of which the change of the weight is made.
+    """
+    bias = change.get(f"{name}.bias")
+    if bias is None or not bool(bias.any()):
+        return 0.0
+    before = update.before[f"{name}.bias"].double()
+    value = bias.double() - (decay * before if bias_decays else 0.0)
+    weight = change[f"{name}.weight"].double() - decay * update.before[f"{name}.weight"].double()
+    kept = torch.linalg.svd(torch.linalg.qr(weight.T, mode="r")[1].T, full_matrices=False)[0][:, :rank]
+    rest = float((value - kept @ (kept.T @ value)).norm())
+    rounding = 30 * update.eps * float(before.norm() + value.norm())
+    return max(0.0, rest - rounding) / float(value.norm())
+
+
+def _zero_sum(last: str, change: Mapping[str, Tensor], update: Update) -> bool:
+    """Return whether the rows of a layer's change sum to zero once the best multiple of the weights is removed."""
+    value, before = (one[f"{last}.weight"].double() for one in (change, update.before))
+    own, total = value.sum(0), before.sum(0)
+    square = float(total @ total)
+    rest = own - (float(own @ total) / square if square else 0.0) * total
+    rounding = 30 * update.eps * float(before.norm())
+    return float(rest.norm()) <= SUM_TOLERANCE * float(value.norm()) + rounding
+
+
+def _control(network: nn.Module, observation: Observation, ranks: Mapping[str, LowRank]) -> tuple[set[str], bool]:
+    """Return the layers in which more images would have shown, and whether the last one's rows sum to zero.
+
+    The gradient of a batch of public images is tested. In a stack of linear layers before two classes, say, any batch
+    looks like one image.
+    """
+    most = max((found.rank for found in ranks.values() if found.low), default=1)
+    count = min(most + 1, MAX_CONTROL_IMAGES)
+    probe = copy.deepcopy(network)
+    named = {f"{name}.weight": probe.get_parameter(f"{name}.weight") for name in ranks}
+    named = {name: value for name, value in named.items() if value.requires_grad}
+    with seeded("audit", "control"):
+        coarse = torch.rand(count, observation.image_shape[0], 3, 3)
+        images = nn.functional.interpolate(coarse, observation.image_shape[1:]).to(observation.dtype)
+        labels = torch.arange(count) % observation.num_classes
+        try:
+            with without_checkpointing():
+                loss = nn.functional.cross_entropy(probe(images), labels)
+            values = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        except Exception:  # whatever the user's network raises on a batch: then nothing is known of it
+            return set(), False
+    found = {name: value for name, value in zip(named, values) if value is not None and bool(value.any())}
+    able = set()
+    for name, value in found.items():
+        layer = name.removesuffix(".weight")
+        error = rounding_error(torch.zeros_like(value), value, float(torch.finfo(value.dtype).eps))
+        control = low_rank(value, torch.zeros_like(value), error)
+        if not control.low or control.rank > ranks[layer].rank or control.rank == count:
+            able.add(layer)
+    last = found.get(f"{next(reversed(ranks), '')}.weight")
+    return able, last is not None and float(last.sum(0).norm()) <= SUM_TOLERANCE * float(last.norm())
+
+
+def _one_size(change: Mapping[str, Tensor]) -> bool:
+    """Return whether the changed values of a network's weights have nearly one size."""
+    sizes = [value.abs().flatten() for value in change.values() if value.dim() > 1]
+    top = max((float(value.max()) for value in sizes), default=0.0)
+    if not top:
+        return False
+    large = torch.tensor([float((value > LARGE * top).sum()) for value in sizes])
+    counted = torch.tensor([float((value > COUNTED * top).sum()) for value in sizes])
+    if float(large.sum()) < SHARE_LARGE * float(counted.sum()):
+        return False
+    if len(sizes) > 1:
+        return float((2 * large >= counted.clamp(min=1)).double().mean()) >= TENSORS_LARGE
+    values = sizes[0][sizes[0] > LARGE * top]
+    middle = float(values.median())
+    return float(((values - middle).abs() <= ONE_SIZE * middle).double().mean()) >= 0.5
+
+
+def _moved(update: Update) -> tuple[str, ...]:
+    """Return the layers whose running mean or variance was sent and is not what it was before."""
+    found = dict.fromkeys(
+        name.rpartition(".")[0]
+        for name, value in update.sent.items()
+        if name.endswith(("running_mean", "running_var"))
+        and not torch.equal(value.to(update.before[name]), update.before[name])
+    )
+    return tuple(found)

@@ -1,0 +1,148 @@
+"""What the update of a linear layer shows by itself: its weight decay, and how many inputs it is made of.
+
+A layer W x + b that takes the same inputs x_1 .. x_N in every step changes, by SGD of any momentum, weight decay,
+number of steps and order of batches, by W_0 - W_T = sum_i e_i x_i^T + decay W_0: the rule is linear, and its factors
+are numbers. So the change has rank N once the right multiple of W_0 is removed. Adam and its kind divide each entry by
+a number of its own, and leave no low rank.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_ROWS, MAX_COLUMNS = 1024, 4096
+"""Of a larger matrix, this many rows and columns are taken: they have its rank, up to the rank that can be seen."""
+
+SMALL = 32
+"""A matrix with at most this many rows (or columns) may have any rank below their number; a larger one, half of it."""
+
+ROUNDING_SPREAD = 30.0
+"""The rounding of many steps adds up to at most this many times that of one: that of 900 steps."""
+
+CLEAR_OF_NOISE = 3.0
+"""Singular values count if they exceed this many times the largest one that rounding by itself would have."""
+
+ROUNDS = 40
+"""The most rounds in which the decay is fitted."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The rank of a change of weights after the removal of ``decay`` times the weights before.
+
+    Attributes:
+        rank: how many singular values exceed the rounding; the full rank if rounding does not explain the others.
+        limit: the largest rank that can be told from a full one.
+        decay: the share of the weights before that the change contains beside the gradients; 0 if there is none.
+        noise: the size up to which singular values are rounding.
+    """
+
+    rank: int
+    limit: int
+    decay: float
+    noise: float
+
+    @property
+    def low(self) -> bool:
+        """Whether the change has a low rank, as SGD leaves it."""
+        return self.rank <= self.limit
+
+
+def rounding_error(before: Tensor, change: Tensor, eps: float) -> float:
+    """Return the root mean square of the rounding error of an entry of a change, recorded as two sets of weights.
+
+    Args:
+        before: the weights before, of any shape; zeros if the change itself was recorded.
+        change: the weights before less those after.
+        eps: of the number type of the record (``torch.finfo``).
+    """
+    root = math.sqrt(max(1, change.numel()))
+    return eps * (0.25 * float(before.norm()) + float(change.norm())) / root
+
+
+def low_rank(change: Tensor, before: Tensor, error: float) -> LowRank:
+    """Return the rank of a change of weights, and the weight decay with which it is lowest.
+
+    Args:
+        change: [M, N], the weights before a client's training less those after; finite.
+        before: [M, N], the weights before.
+        error: the rounding error of an entry (``rounding_error``).
+    """
+    change, before = (_sample(one.detach().double()) for one in (change, before))
+    rows, columns = change.shape
+    limit = rows - 1 if rows <= SMALL else rows // 2
+    plain = _spectrum(change, error)
+    best, decay = plain, 0.0
+    if plain[1] > 2 * error and bool(before.any()):
+        for other in _decays(change, before, limit):
+            found = _spectrum(change - other * before, error)
+            if found[1] < best[1]:
+                best, decay = found, other
+        if best[1] > ROUNDING_SPREAD * error:
+            decay = _refined(change, before, decay, limit)
+            best = _spectrum(change - decay * before, error)
+        if plain[1] <= 2 * best[1]:  # it explains nothing
+            best, decay = plain, 0.0
+    sizes, level = best
+    noise = CLEAR_OF_NOISE * max(level, error) * (math.sqrt(rows) + math.sqrt(columns))
+    rank = int((sizes > noise).sum())
+    if level > ROUNDING_SPREAD * error or rank > limit:
+        return LowRank(rows, limit, 0.0, noise)
+    return LowRank(rank, limit, decay, noise)
+
+
+def _sample(matrix: Tensor) -> Tensor:
+    """Return the matrix with at most as many rows as columns, and at most ``MAX_ROWS`` and ``MAX_COLUMNS`` of them."""
+    matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    for axis, most in enumerate((MAX_ROWS, MAX_COLUMNS)):
+        size = matrix.shape[axis]
+        if size > most:
+            matrix = matrix.index_select(axis, torch.linspace(0, size - 1, most).round().long())
+    return matrix
+
+
+def _spectrum(matrix: Tensor, error: float) -> tuple[Tensor, float]:
+    """Return the singular values, and the error of an entry that the smallest of them show.
+
+    Random entries of deviation s give singular values from about s (sqrt(N) - sqrt(M)) to s (sqrt(N) + sqrt(M)).
+    """
+    rows, columns = matrix.shape
+    sizes = torch.linalg.svdvals(torch.linalg.qr(matrix.T, mode="r")[1])
+    place, part = (rows - 1, 0.9) if rows <= SMALL else (3 * rows // 4, 0.6)
+    return sizes, float(sizes[place]) / (math.sqrt(columns) - part * math.sqrt(rows))
+
+
+def _refined(change: Tensor, before: Tensor, decay: float, kept: int) -> float:
+    """Return the multiple again, from the matrices themselves: their squares lose half of the digits."""
+    for _ in range(2):
+        vectors = torch.linalg.svd(change - decay * before, full_matrices=False)[0][:, kept:]
+        own = vectors.T @ before
+        decay = float((own * (vectors.T @ change)).sum() / own.square().sum())
+    return decay
+
+
+def _decays(change: Tensor, before: Tensor, limit: int) -> Iterator[float]:
+    """Yield multiples of ``before`` that leave the least of the change outside of some leading directions.
+
+    The rows of the gradient of a classifier by the cross-entropy sum to zero, whatever the batch; the decay follows
+    from the sum of its rows directly.
+    """
+    total = before.sum(0)
+    if bool(total.any()):
+        yield float(total @ change.sum(0) / (total @ total))
+    own, cross, changed = before @ before.T, before @ change.T, change @ change.T
+    for kept in sorted({1, limit // 4, limit // 2, limit} - {0}):
+        decay = 0.0
+        for _ in range(ROUNDS):
+            values, vectors = torch.linalg.eigh(changed - decay * (cross + cross.T) + decay**2 * own)
+            rest = vectors[:, : len(values) - kept]
+            size = float((rest * (own @ rest)).sum())
+            new = float((rest * (cross @ rest)).sum()) / size if size > 0 else 0.0
+            near = abs(new - decay) <= 1e-12 * abs(new)
+            decay = new
+            if near:
+                break
+        yield decay

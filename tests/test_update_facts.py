@@ -1,0 +1,228 @@
+"""What a recorded update shows by itself: the optimiser's rule, images, steps, weight decay, what else was sent."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from test_audit import nets  # noqa: F401
+from test_cli import cli, place  # noqa: F401
+from torch import Tensor, nn
+
+from leakbench import datasets
+from leakbench.audit.given import AuditedNetwork, Update, read_update
+from leakbench.audit.run import AuditOptions, _observation
+from leakbench.audit.update_facts import UpdateFacts, update_facts, without_decay
+from leakbench.core.types import PRESETS
+from leakbench.gradients.linear import layer_input, unexplained
+from leakbench.gradients.low_rank import low_rank, rounding_error
+from leakbench.plan.matrix import Matrix
+
+SHAPE = (3, 12, 12)
+SGD: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "plain": partial(torch.optim.SGD, lr=0.05),
+    "decay": partial(torch.optim.SGD, lr=0.05, weight_decay=5e-3),
+    "momentum": partial(torch.optim.SGD, lr=0.02, momentum=0.9, dampening=0.1, weight_decay=5e-4),
+    "nesterov": partial(torch.optim.SGD, lr=0.02, momentum=0.9, nesterov=True, weight_decay=5e-4),
+}
+OTHERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "Adam": torch.optim.Adam,
+    "AdamW": torch.optim.AdamW,
+    "RMSprop": partial(torch.optim.RMSprop, lr=1e-3),
+    "Adagrad": torch.optim.Adagrad,
+}
+
+
+def mlp(classes: int = 70) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(432, 64), nn.ReLU(), nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, classes)
+    )
+
+
+def convolutional(classes: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    norm = (nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU())
+    return nn.Sequential(*norm, nn.Flatten(), nn.Linear(96, classes))
+
+
+def train(network: nn.Module, make: Callable[..., torch.optim.Optimizer], images: int, batch: int, epochs: int) -> None:
+    """Train a network on the first images, in batches in a random order."""
+    x, labels = datasets.parse("samples(size=12)").load(range(images))
+    classes = network[-1].out_features  # type: ignore[union-attr]
+    optimiser = make(network.parameters())
+    order = torch.Generator().manual_seed(1)
+    for _ in range(epochs):
+        for rows in torch.randperm(images, generator=order).split(batch):
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(
+                network(x[rows].to(next(network.parameters()))), labels[rows] % classes
+            ).backward()
+            optimiser.step()
+
+
+def recorded(
+    folder: Path, network: nn.Module, make: Callable[..., torch.optim.Optimizer], images: int, batch: int, epochs: int
+) -> tuple[Update, UpdateFacts]:
+    """Return the update of a network that is trained, and what it shows; before.pt and after.pt are its files."""
+    own = copy.deepcopy(network)
+    torch.save(own.state_dict(), folder / "before.pt")
+    train(network, make, images, batch, epochs)
+    torch.save(network.state_dict(), folder / "after.pt")
+    return read(folder, own)
+
+
+def read(folder: Path, own: nn.Module) -> tuple[Update, UpdateFacts]:
+    update = read_update(AuditedNetwork("own", own), str(folder / "before.pt"), str(folder / "after.pt"))
+    classes = own[-1].out_features  # type: ignore[union-attr]
+    return update, update_facts(own, update, _observation(own, update, SHAPE, classes, PRESETS["weights"]))
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have an audit run one short attack."""
+    whole = AuditOptions.matrix
+
+    def matrix(self: AuditOptions, scale: str, given: dict[str, object], *, joint_labels: bool = False) -> Matrix:
+        return whole(self, scale, {"attacks": ["analytic", "dlm+(steps=2)"], **given}, joint_labels=joint_labels)
+
+    monkeypatch.setattr(AuditOptions, "matrix", matrix)
+
+
+@pytest.mark.parametrize("option", SGD)
+def test_sgd_of_any_kind_leaves_a_low_rank(option: str) -> None:
+    """Once the right multiple of the weights is removed; in float64 the rest is rounding."""
+    network = mlp().double()
+    before = network[1].weight.detach().clone()
+    empty = copy.deepcopy(network)  # its gradients are zero: what decay alone does
+    train(network, SGD[option], 6, 2, 3)
+    optimiser = SGD[option](empty.parameters())
+    for _ in range(9):
+        for parameter in empty.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimiser.step()
+    true = 1 - float((empty[1].weight.detach() * before).sum() / before.square().sum())
+    change = before - network[1].weight.detach()
+    found = low_rank(change, before, rounding_error(before, change, 2.0**-52))
+    assert (found.rank, found.low) == (6, True)
+    assert found.decay == pytest.approx(true, rel=1e-8)
+    sizes = torch.linalg.svdvals(change - found.decay * before)
+    assert float(sizes[6] / sizes[0]) < 1e-12
+
+
+def test_adam_leaves_no_low_rank() -> None:
+    network = mlp().double()
+    before = network[1].weight.detach().clone()
+    train(network, torch.optim.Adam, 6, 2, 3)
+    change = before - network[1].weight.detach()
+    found = low_rank(change, before, rounding_error(before, change, 2.0**-52))
+    assert (found.low, found.decay) == (False, 0.0)
+
+
+@pytest.mark.parametrize(("images", "batch", "epochs"), [(1, 1, 1), (1, 1, 3), (5, 5, 1), (12, 4, 2)])
+def test_the_images_and_the_decay_of_an_update_follow_from_the_two_models(
+    tmp_path: Path, images: int, batch: int, epochs: int
+) -> None:
+    _, facts = recorded(tmp_path, mlp(), SGD["momentum"], images, batch, epochs)
+    assert (facts.rule, facts.images, facts.one_image) == ("sgd", images, images == 1)
+    assert facts.bias_decays
+    assert facts.zero_sum
+    assert facts.several_steps is {1: epochs > 1}.get(images)
+    words = " ".join(facts.contradictions(1))
+    assert (f"at least {images} different ones" in words, words == "") == (images > 1, images * epochs == 1)
+    assert ("the weights shrank by" in dict(facts.facts())["weight decay"]) is True
+
+
+def test_one_image_with_weight_decay_is_one_image(tmp_path: Path) -> None:
+    """The decay by itself looked like further images: it leaves a part of the change unexplained."""
+    plain, facts = recorded(tmp_path, mlp(), partial(torch.optim.SGD, lr=0.01, weight_decay=5e-3), 1, 1, 1)
+    left = []
+    for update in (plain, without_decay(plain, facts)):
+        weight, bias = (update.change[f"1.{part}"][None].double() for part in ("weight", "bias"))
+        left.append(float(unexplained(weight, bias, layer_input(weight, bias))))
+    assert left[0] > 1e-3
+    assert left[1] < 1e-4
+    assert facts.contradictions(1) == ()
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("optimiser", OTHERS)
+def test_one_image_under_another_rule_is_neither_exact_nor_one_image(
+    cli,  # noqa: F811
+    nets: Path,  # noqa: F811
+    short: None,
+    optimiser: str,
+    steps: int,
+) -> None:
+    _, facts = recorded(nets, mlp(), OTHERS[optimiser], 1, 1, steps)
+    assert (facts.rule, facts.one_image, facts.images, facts.decay) == ("sign", None, None, 0)
+    if (optimiser, steps) not in (("AdamW", 1), ("Adam", 4)):  # the page is the same for all
+        return
+    (nets / "nets.py").write_text("from test_update_facts import mlp\n")
+    files = ("--before", "before.pt", "--after", "after.pt", "--size", "12", "--budget", "quick")
+    command = ("audit", "--plugin", "nets.py", "--model", "mlp", "--out", "out", *files)
+    done = cli(*command, "--fail-if", "recovered > 0.5")
+    assert (done.code, "nearly one size" in done.out, "cannot be judged" in done.err) == (2, True, True)
+    page = (nets / "out" / "audit.md").read_text()
+    assert page.index("nearly one size") < page.index("The recorded update:")
+    for claim in ("exactly", "derived in closed form", "one image explains", "inferred from what was sent"):
+        assert claim not in page
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_page_of_an_epoch_on_batches_says_nothing_false(cli, nets: Path, short: None, classes: int) -> None:  # noqa: F811
+    """Two classes show no second image, but the counters of the normalisation show the batches."""
+    _, facts = recorded(nets, convolutional(classes), SGD["momentum"], 16, 8, 2)
+    assert (facts.steps, facts.statistics, facts.one_image) == (4, ("1", "4"), None)
+    (nets / "nets.py").write_text(
+        f"from test_update_facts import convolutional\ndef build(): return convolutional({classes})\n"
+    )
+    files = ("--before", "before.pt", "--after", "after.pt", "--size", "12", "--budget", "quick")
+    done = cli("audit", "--plugin", "nets.py", "--model", "build", "--out", "out", *files, "--fail-if", "labels > 0.5")
+    assert done.code == 2
+    assert "The client trained on 4 batches, by the counters of its BatchNorm layers." in done.out
+    page = " ".join((nets / "out" / "audit.md").read_text().split())
+    assert ("several images or several steps: the change of layer 7 has rank 2" in page) == (classes == 3)
+    assert "sent by 2 layers; they leak the means and variances of the private batches" in page
+    for claim in (
+        "1 of shape",
+        "sends no running statistics",
+        "takes one step of SGD",
+        "follows exactly",
+        "from what was sent: class",
+    ):
+        assert claim not in page
+
+
+def test_a_record_of_half_precision_is_called_one_and_judged_by_its_rounding(tmp_path: Path) -> None:
+    """A file of float32 that holds numbers of 16 bits is one, too."""
+    network = mlp()
+    update, _ = recorded(tmp_path, network, SGD["plain"], 1, 1, 1)
+    assert update.precision == "float32"
+    for kind in (torch.float16, torch.bfloat16):
+        torch.save(
+            {name: value.to(kind).float() for name, value in network.state_dict().items()}, tmp_path / "after.pt"
+        )
+        update, facts = read(tmp_path, mlp())
+        assert update.precision == str(kind).removeprefix("torch.")
+        assert facts.one_image is not False
+        assert facts.facts()[-1][1].startswith(update.precision)
+
+
+def test_a_layer_in_which_rows_do_not_sum_to_zero_has_another_loss(tmp_path: Path) -> None:
+    network = mlp(4)
+    own = copy.deepcopy(network)
+    torch.save(own.state_dict(), tmp_path / "before.pt")
+    x, labels = datasets.parse("samples(size=12)").load([0, 1])
+    optimiser = SGD["plain"](network.parameters())
+    target: Tensor = nn.functional.one_hot(labels % 4, 4).float()
+    nn.functional.binary_cross_entropy_with_logits(network(x), target).backward()
+    optimiser.step()
+    torch.save(network.state_dict(), tmp_path / "after.pt")
+    _, facts = read(tmp_path, own)
+    assert (facts.zero_sum, facts.rule, facts.images) == (False, "sgd", 2)
+    assert "another loss than the cross-entropy" in " ".join(facts.contradictions(1))
