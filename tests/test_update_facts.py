@@ -87,8 +87,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have an audit run one short attack."""
     whole = AuditOptions.matrix
 
-    def matrix(self: AuditOptions, scale: str, given: dict[str, object], *, joint_labels: bool = False) -> Matrix:
-        return whole(self, scale, {"attacks": ["analytic", "dlm+(steps=2)"], **given}, joint_labels=joint_labels)
+    def matrix(self: AuditOptions, scale: str, given: dict[str, object], **flags: bool) -> Matrix:
+        return whole(self, scale, {"attacks": ["analytic", "dlm+(steps=2)"], **given}, **flags)
 
     monkeypatch.setattr(AuditOptions, "matrix", matrix)
 

@@ -175,6 +175,8 @@ class UpdateFacts:
 
     def _images(self) -> str:
         one = self.shown
+        if self.rule == "sign":
+            return "not shown: ranks count images only under SGD"
         if one is None and any(layer.conclusive for layer in self.layers):
             return "not shown: no change of a linear layer has a low rank"
         if one is None and self.layers:
