@@ -387,7 +387,7 @@ def _control(network: nn.Module, observation: Observation, ranks: Mapping[str, L
         control = low_rank(value, torch.zeros_like(value), error)
         if not control.low or control.rank > ranks[layer].rank or control.rank == count:
             able.add(layer)
-    last = found.get(f"{next(reversed(ranks), '')}.weight")
+    last = found.get(f"{next(reversed(list(ranks)), '')}.weight")
     return able, last is not None and float(last.sum(0).norm()) <= SUM_TOLERANCE * float(last.norm())
 
 

@@ -81,6 +81,8 @@ def low_rank(change: Tensor, before: Tensor, error: float) -> LowRank:
             found = _spectrum(change - other * before, error)
             if found[1] < best[1]:
                 best, decay = found, other
+            if best[1] <= CLEAR_OF_NOISE * error:
+                break
         if best[1] > ROUNDING_SPREAD * error:
             decay = _refined(change, before, decay, limit)
             best = _spectrum(change - decay * before, error)
@@ -134,7 +136,7 @@ def _decays(change: Tensor, before: Tensor, limit: int) -> Iterator[float]:
     if bool(total.any()):
         yield float(total @ change.sum(0) / (total @ total))
     own, cross, changed = before @ before.T, before @ change.T, change @ change.T
-    for kept in sorted({1, limit // 4, limit // 2, limit} - {0}):
+    for kept in dict.fromkeys(max(1, one) for one in (limit // 4, limit, limit // 16)):
         decay = 0.0
         for _ in range(ROUNDS):
             values, vectors = torch.linalg.eigh(changed - decay * (cross + cross.T) + decay**2 * own)
