@@ -25,10 +25,13 @@ from safetensors.torch import save_file
 from test_cli import cli, place, refused  # noqa: F401
 from test_datasets import paint
 from torch import nn
+from torchvision.transforms import RandAugment
 
 import leakbench
 from leakbench import datasets
 from leakbench.attacks.known_draws import read_draws
+from leakbench.attacks.peeling.network import Network
+from leakbench.attacks.peeling.trace import filled, trace
 from leakbench.audit import AuditedNetwork, AuditOptions, images_of
 from leakbench.audit.given import audited, classes_of, first_channels, read_image, read_update
 from leakbench.audit.randomness import randomness
@@ -944,6 +947,54 @@ class Jitter(nn.Module):
         return self.inner(x * (1 + 0.1 * random.random()) if self.python else x + 0.1 * torch.randn_like(x))
 
 
+class TimmDropPath(nn.Module):
+    """Stochastic depth as timm writes it, in two residual blocks of a network for images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, 2, 1)
+        self.blocks = nn.ModuleList(nn.Conv2d(4, 4, 3, 1, 1) for _ in range(2))
+        self.last = nn.Linear(64, 4)
+
+    def drop(self, x: torch.Tensor, keep: float = 0.5) -> torch.Tensor:
+        if not self.training:
+            return x
+        kept = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
+        kept.div_(keep)
+        return x * kept
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.sigmoid(self.stem(x))
+        for block in self.blocks:
+            x = x + self.drop(torch.sigmoid(block(x)))
+        return self.last(x.flatten(1))
+
+
+class Augmented(nn.Module):
+    """Changes its images by one of torchvision's random augmentations, in whatever mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.augment, self.inner = RandAugment(2, 9, 31), net()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(self.augment((255 * x).byte()) / 255 + 0 * x)
+
+
+class Rounded(nn.Module):
+    """Rounds its features up or down at random, with the derivative of the identity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner[:3](x)
+        if self.training:
+            x = x + ((16 * x + torch.rand_like(x)).floor() / 16 - x).detach()
+        return self.inner[3](x)
+
+
 def dropped(layer: nn.Module, at: int = 3) -> nn.Module:
     network = net()
     network.insert(at, layer)
@@ -957,6 +1008,10 @@ READ: dict[str, Callable[[], nn.Module]] = {
     "channels": lambda: dropped(nn.Dropout2d(0.5), 2),
     "alpha off": lambda: dropped(nn.Dropout(0.5)).eval(),
     "stochastic depth": DropPath,
+    "stochastic depth of timm": TimmDropPath,
+    "behind a ReLU": lambda: nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(256, 4)
+    ),
     "two": lambda: nn.Sequential(
         nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, 64), nn.Sigmoid(), nn.Dropout(0.5), nn.Linear(64, 4)
     ),
@@ -969,7 +1024,7 @@ def test_draws_that_the_gradient_gives_away_are_read(name: str) -> None:
     seen = leakbench.observe(network, images, [1, 2, 0])
     known = read_draws(seen)
     assert known.complete
-    assert len(known.masks) == {"alpha off": 0, "two": 2}.get(name, 1)
+    assert len(known.masks) == {"alpha off": 0, "two": 2, "stochastic depth of timm": 2}.get(name, 1)
     evaluator = Evaluator(seen.model, tuple(seen.gradient))
     for path in ("batched", "vmap", "one-at-a-time"):
         found = dataclasses.replace(evaluator, path=path).gradient(
@@ -984,6 +1039,8 @@ UNREAD: dict[str, Callable[[], nn.Module]] = {
     "before a convolution": lambda: nn.Sequential(nn.Dropout(0.5), net()),
     "leaky": lambda: dropped(nn.RReLU(), 1),
     "alpha": lambda: dropped(nn.AlphaDropout(0.5)),
+    "augmented": Augmented,
+    "rounded": Rounded,
 }
 
 
@@ -996,8 +1053,105 @@ def test_draws_that_are_not_read_are_a_doubt(name: str) -> None:
     assert "\n" not in found.doubt()
     assert name == "python" or not read_draws(seen).complete
     quiet = randomness(network.eval(), SHAPE)
-    assert quiet.doubt() == ""
-    assert not quiet.inputs
+    assert bool(quiet.doubt()) == (name == "augmented")
+    assert bool(quiet.inputs) == (name == "augmented")
+
+
+def smooth(count: int) -> torch.Tensor:
+    """Images whose pixels change slowly, the same in each call."""
+    coarse = torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+    return nn.functional.interpolate(coarse, SHAPE[1:], mode="bilinear", align_corners=True)
+
+
+@pytest.mark.parametrize("attack", ["analytic", "peel"])
+def test_pixels_that_dropout_hid_are_filled_in(attack: str) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Dropout(0.3), nn.Linear(192, 32), nn.Sigmoid(), nn.Linear(32, 4))
+    images = smooth(2)
+    seen = leakbench.observe(network, images, [1, 2])
+    found = leakbench.attack(attack, seen)
+    kept = read_draws(seen).masks[0].view_as(images) == 1
+    assert 0.6 < float(kept.double().mean()) < 0.8
+    assert torch.allclose(found.images[kept], images[kept], atol=1e-4)
+    assert float((found.images - images)[~kept].abs().mean()) < 0.02
+
+
+CLOSED: dict[str, Callable[[], nn.Module]] = {
+    "values": lambda: nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1), nn.Sigmoid(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(256, 4)
+    ),
+    "channels": lambda: nn.Sequential(
+        nn.Conv2d(3, 32, 3, 2, 1), nn.Tanh(), nn.Dropout2d(0.25), nn.Conv2d(32, 48, 3, 1, 1), nn.Sigmoid(),
+        nn.Flatten(), nn.Linear(768, 4),
+    ),
+    "function": lambda: Dropping(),
+}  # fmt: skip
+
+
+class Dropping(nn.Module):
+    """Dropout as a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.last = nn.Conv2d(3, 16, 3, 2, 1), nn.Linear(256, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(nn.functional.dropout(torch.sigmoid(self.a(x)).flatten(1), 0.5, self.training))
+
+
+def through_relus() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU(), nn.Dropout2d(0.1), nn.Conv2d(32, 48, 3, 1, 1), nn.ReLU(),
+        nn.Conv2d(48, 48, 3, 1, 1), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(768, 4),
+    )  # fmt: skip
+
+
+def deeper(layer: nn.Module) -> nn.Module:
+    body = nn.Conv2d(3, 4, 3, 2, 1), nn.Sigmoid(), nn.Conv2d(4, 1, 3, 1, 1), nn.Sigmoid(), nn.Flatten()
+    return nn.Sequential(*body, layer, nn.Linear(16, 4))
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_peel_goes_back_through_dropout(name: str) -> None:
+    torch.manual_seed(0)
+    images = smooth(2)
+    found = leakbench.attack("peel", leakbench.observe(CLOSED[name](), images, [1, 2], seed=1, salt="0" * 32))
+    assert torch.allclose(found.images, images, atol=0.02)
+
+
+def test_each_trial_of_a_relu_network_keeps_its_own_channels() -> None:
+    seen = leakbench.observe(through_relus(), smooth(3), [1, 2, 0], seed=1, salt="0" * 32)
+    network = Network(trace(seen))
+    (at,) = [number for number, step in enumerate(network.steps) if step.name == "2"]
+    assert network.steps[at].kind == "affine"
+    masks = read_draws(seen).masks[0]
+    assert len(masks.flatten(1).unique(dim=0)) > 1
+    for trial in range(3):
+        kept = network.on(filled(seen, trial), trial).forward(at, [torch.ones(1, 32, 4, 4).double()])
+        assert torch.allclose(kept, (masks[trial] / 0.9).expand(1, 32, 4, 4))
+
+
+@pytest.mark.long
+def test_peel_goes_back_through_dropout_in_a_relu_network() -> None:
+    images = smooth(1)
+    found = leakbench.attack("peel", leakbench.observe(through_relus(), images, [1], seed=1, salt="0" * 32))
+    assert float((found.images - images).abs().mean()) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        (lambda: deeper(nn.Dropout(0.5)), ["equations", "of whose outputs dropout hides"]),
+        (lambda: nn.Sequential(nn.Dropout(0.5), net()), ["back through 0", "do not follow from the gradient"]),
+        (lambda: dropped(nn.AlphaDropout(0.5)), ["back through 3", "draws random numbers"]),
+    ],
+)
+def test_peel_names_the_random_layer_that_stops_it(network: Callable[[], nn.Module], words: list[str]) -> None:
+    seen = leakbench.observe(network(), smooth(1), [1], seed=1, salt="0" * 32)
+    with pytest.raises(Unsupported) as error:
+        leakbench.attack("peel", seen)
+    one_line(error, *words)
 
 
 def test_the_layers_that_draw_are_named() -> None:

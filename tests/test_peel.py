@@ -388,7 +388,7 @@ HEAD = (nn.Flatten(), nn.Linear(432, 7))
 REFUSED = {
     "relu": (nn.Sequential(conv(3, 3), nn.ReLU(), *HEAD), "not invertible"),
     "pooling": (nn.Sequential(conv(3, 12), nn.MaxPool2d(2), *HEAD), "pooling loses information"),
-    "dropout": (nn.Sequential(conv(3, 3), nn.Dropout(), *HEAD).train(), "units that it dropped"),
+    "dropout": (nn.Sequential(conv(3, 3), nn.AlphaDropout(), *HEAD).train(), "do not follow from the gradient"),
     "layer norm": (nn.Sequential(conv(3, 3), nn.LayerNorm([3, 12, 12]), *HEAD), "none of the layers it knows"),
     "batch norm first": (nn.Sequential(nn.BatchNorm2d(3), conv(3, 3), *HEAD).train(), "right before a normalisation"),
     "fewer values": (

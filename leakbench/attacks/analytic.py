@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from leakbench.attacks.base import Attack, register
+from leakbench.attacks.fill import fill_in
+from leakbench.attacks.known_draws import read_draws
 from leakbench.attacks.peel import read_labels
 from leakbench.core.rng import Rng, generator
 from leakbench.core.types import Reconstruction
 from leakbench.errors import Unsupported
+from leakbench.gradients.draws import Draws
 from leakbench.gradients.evaluate import tensors_of
+from leakbench.gradients.intercept import Interception
 from leakbench.gradients.linear import layer_direction, layer_input, unexplained
 from leakbench.models.surgery import linears
 from leakbench.observation import Observation
@@ -39,6 +43,9 @@ class Analytic(Attack):
     factors that keep every pixel in [0, 1], the largest is taken. Which entry of x is which pixel, and by what scale
     and shift, is seen on probe images: anything that moves pixels and scales each by itself is undone. The rest of the
     network does not matter.
+
+    Dropout between the image and the layer hides pixels. Which ones it kept follows from the layer's gradient; the
+    others are filled in from their neighbours.
     """
 
     reference: ClassVar[str] = (
@@ -64,6 +71,9 @@ class Analytic(Attack):
         weight, bias = (observation.gradient.get(f"{layer}.{part}") for part in ("weight", "bias"))
         assert weight is not None
         weight = weight.double()
+        kept = kept_pixels(observation, layer)
+        if kept is not None:  # the probes of ``pixel_layers`` run without dropout
+            slope, shift = slope * kept, shift * kept
         if bias is not None and bool(bias.any()):
             taken = layer_input(weight, bias.double())
             left = unexplained(weight, bias.double(), taken)
@@ -72,9 +82,16 @@ class Analytic(Attack):
             taken = direction * _largest(direction, slope, shift)[:, None]
             left = unexplained(weight, torch.einsum("tcs,ts->tc", weight, direction), direction)
         pixels = torch.empty_like(taken)
-        pixels[:, order] = (taken - shift) / slope
+        pixels[:, order] = (
+            (taken - shift) / slope if kept is None else (taken - shift) / torch.where(slope == 0, 1, slope)
+        )
+        images = pixels.view(observation.trials, *observation.image_shape)
+        if kept is not None:
+            seen = torch.empty_like(taken, dtype=torch.bool)
+            seen[:, order] = kept != 0
+            images = fill_in(images, seen.view_as(images), observation.mean_image)
         return Reconstruction(
-            images=pixels.view(observation.trials, *observation.image_shape).to(observation.dtype),
+            images=images.to(observation.dtype),
             labels=read_labels(observation),
             objective=left.to(observation.dtype),
             failed=~taken.any(1) | ~torch.isfinite(pixels).all(1),
@@ -127,6 +144,36 @@ def pixel_layers(observation: Observation) -> dict[str, tuple[Tensor, Tensor, Te
         for name, views in found.items()
         if len(views) == rows
     }
+
+
+def kept_pixels(observation: Observation, layer: str) -> Tensor | None:
+    """Return [T, N], by what dropout multiplies each entry of the input of a layer of ``pixel_layers``; 0 if dropped.
+
+    None if nothing is drawn before the layer, or the draws do not follow from the gradient.
+    """
+    masks = read_draws(observation).masks
+    if not masks:
+        return None
+    own, device = tensors_of(observation.model), observation.device
+    model, still = copy.deepcopy(observation.model), copy.deepcopy(observation.model).eval()
+    for module in model.modules():
+        module.training &= not isinstance(module, nn.modules.batchnorm._NormBase)
+    black = torch.zeros((1, *observation.image_shape), dtype=torch.float64, device=device)
+    found = []
+    for row in range(observation.trials):
+        tensors = {name: _row(observation.weights.get(name), value, row, device) for name, value in own.items()}
+        slopes = []
+        for network in (model, still):
+            taken = []
+            for image in (black, black + 1):
+                with Interception(Draws(None, row, masks)):
+                    taken.append(_taken(network, layer, tensors, image))
+            if taken[0] is None or taken[1] is None:
+                return None
+            slopes.append(taken[1] - taken[0])
+        found.append(slopes[0] / slopes[1])
+    factors = torch.stack(found)
+    return None if bool((factors == 1).all()) else factors
 
 
 def widths(observation: Observation) -> dict[str, int]:

@@ -31,8 +31,17 @@ SURE = 5.0
 """A mask with fewer zeros than this many standard deviations below the expected number was not read: noise hides it."""
 
 
+MIN_LIVE = 0.1
+"""The share of a layer's inputs that must not be zero on the random images, so that they show the order of all."""
+
 MIN_AGREEMENT = 0.999
 """The share of a gradient's entries that must be zero or not as their column is; others may be too small to show."""
+
+MAX_MISSED = 0.1
+"""Otherwise, the most entries of a row that may be zero though their column is not; more were pruned."""
+
+MAX_UNSEEN = 1e-6
+"""How many columns may be expected to have missed every row, if rows miss them independently."""
 
 
 @dataclass(frozen=True)
@@ -49,20 +58,25 @@ class KnownDraws:
 
 
 @dataclass(frozen=True)
-class _Call:
-    """A drawing call of a pass: the shape of one image's draws, and the probability of a zero."""
+class DrawCall:
+    """A drawing call of a pass: the shape of one image's draws, and the probability of a zero if they are 0 or 1."""
 
     shape: tuple[int, ...]
     zero: float | None
 
 
-class _Recorder(Draws):
-    """A source that keeps everything, or what ``masks`` say, and notes every call."""
+class Recorder(Draws):
+    """A source that keeps everything, or what ``masks`` say, and notes every call.
 
-    def __init__(self, masks: Mapping[int, Tensor]) -> None:
+    Args:
+        masks: by the number of the drawing call in the pass, what it keeps; the others keep everything.
+        images: how many images the pass has.
+    """
+
+    def __init__(self, masks: Mapping[int, Tensor], images: int) -> None:
         super().__init__(None)
-        self._masks = masks
-        self.calls: list[_Call] = []
+        self._masks, self._images = masks, images
+        self.calls: list[DrawCall] = []
 
     def kept(self, x: Tensor, shape: Sequence[int], p: float) -> Tensor:
         """Return what dropout keeps of a tensor."""
@@ -74,18 +88,18 @@ class _Recorder(Draws):
 
     def uniform(self, like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """Return 0.5 for draws that no gradient leaks."""
-        self.calls.append(_Call((), None))
+        self.calls.append(DrawCall((), None))
         return torch.full(tuple(like.shape if shape is None else shape), 0.5, device=like.device)
 
     def normal(self, like: Tensor) -> Tensor:
         """Return 0, likewise."""
-        self.calls.append(_Call((), None))
+        self.calls.append(DrawCall((), None))
         return torch.zeros_like(like)
 
     def _noted(self, x: Tensor, shape: Sequence[int], zero: float) -> Tensor:
         place = len(self.calls)
-        own = tuple(shape)[1:] if len(shape) and shape[0] == PROBES else None
-        self.calls.append(_Call(own or (1,), None if own is None else zero))
+        own = tuple(shape)[1:] if len(shape) and shape[0] == self._images else None
+        self.calls.append(DrawCall(own or (1,), None if own is None else zero))
         mask = self._masks.get(place)
         return (
             torch.ones(tuple(shape), dtype=torch.bool, device=x.device) if mask is None else mask.expand(tuple(shape))
@@ -136,7 +150,7 @@ class _Look:
         ).to(device)
         self.intercepted = True
 
-    def inputs(self, masks: Mapping[int, Tensor]) -> tuple[list[_Call], dict[str, Tensor]]:
+    def inputs(self, masks: Mapping[int, Tensor]) -> tuple[list[DrawCall], dict[str, Tensor]]:
         """Return the drawing calls of a pass, and which entries of layers' inputs are not zero: [S] bool by layer.
 
         Of linear layers and convolutions, whose entries are channels; those that run several times are left out.
@@ -167,9 +181,9 @@ class _Look:
     @contextlib.contextmanager
     def _pass(
         self, masks: Mapping[int, Tensor], own: Mapping[str, Tensor] | None = None
-    ) -> Iterator[tuple[_Recorder, Callable[[], Tensor]]]:
+    ) -> Iterator[tuple[Recorder, Callable[[], Tensor]]]:
         """Yield a recorder, and the pass that it records."""
-        recorder = _Recorder(masks)
+        recorder = Recorder(masks, PROBES)
         tensors = {name: value.clone() for name, value in self._tensors.items()} | dict(own or {})
         with seeded("masks"), Interception(recorder), without_checkpointing(), without_autocast():
             state = torch.get_rng_state()
@@ -187,10 +201,12 @@ def _branch(look: _Look, place: int) -> Tensor | None:
     return torch.stack(any_left).any(0).double()
 
 
-def _mask(look: _Look, place: int, call: _Call, base: Mapping[str, Tensor]) -> Tensor | None:
+def _mask(look: _Look, place: int, call: DrawCall, base: Mapping[str, Tensor]) -> Tensor | None:
     """Return [T, n], what dropout kept of the n numbers that it draws; None if no layer's gradient shows it.
 
     The number j of every entry of a layer's input is found from passes in which the bits of j + 1 select what is kept.
+    Entries that are zero on all random images, as behind a ReLU, show none; if the others are in the order of the
+    draws, these are too. An entry that is zero anyway counts as dropped: neither a value nor a derivative passes there.
     """
     size, zero = prod(call.shape), call.zero
     assert zero is not None
@@ -204,7 +220,12 @@ def _mask(look: _Look, place: int, call: _Call, base: Mapping[str, Tensor]) -> T
     _, shown = look.inputs({place: coin.to(numbers.device).view(call.shape)})
     for name, code in codes.items():
         live = base[name].cpu() & (code >= 1) & (code <= size)
-        if len(code[live].unique()) < size or not torch.equal(shown[name].cpu()[live], coin[code[live] - 1]):
+        if not torch.equal(shown[name].cpu()[live], coin[code[live] - 1]):
+            continue
+        order = numbers.cpu()
+        if len(code) == size and live.double().mean() >= MIN_LIVE and torch.equal(code[live], order[live]):
+            code, live = order, torch.ones_like(live)
+        elif len(code[live].unique()) < size:
             continue
         found = _left(look.observation, name)
         if found is None:
@@ -219,7 +240,8 @@ def _mask(look: _Look, place: int, call: _Call, base: Mapping[str, Tensor]) -> T
 def _left(observation: Observation, layer: str) -> Tensor | None:
     """Return [T, S] bool, the entries of a layer's input that are not zero, by its weight's gradient; None if in doubt.
 
-    At least two rows of the gradient must not be zero, and all these must have the same zeros.
+    At least two rows of the gradient must not be zero, and all these must have the same zeros; or so many rows that
+    one of them shows every entry although behind a ReLU each misses a few.
     """
     weight = observation.gradient.get(f"{layer}.weight")
     if weight is None:
@@ -228,8 +250,13 @@ def _left(observation: Observation, layer: str) -> Tensor | None:
     rows = entries.any(2, keepdim=True)
     found = entries.any(1)
     agree = (entries | ~rows) == (found[:, None] | ~rows)
-    sure = bool((rows.sum((1, 2)) >= 2).all()) and bool(agree.double().mean() > MIN_AGREEMENT)
-    return found if sure else None
+    count = rows.sum((1, 2))
+    missed = (~agree).sum((1, 2)) / (rows & found[:, None]).sum((1, 2)).clamp(min=1)
+    unseen = found.shape[1] * missed.double() ** count
+    sure = (missed <= MAX_MISSED) & (unseen < MAX_UNSEEN)
+    if bool((count >= 2).all()) and (bool(agree.double().mean() > MIN_AGREEMENT) or bool(sure.all())):
+        return found
+    return None
 
 
 def _first(value: Tensor | None, own: Tensor, device: torch.device) -> Tensor:

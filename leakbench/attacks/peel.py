@@ -1,7 +1,7 @@
 """Peel: the image in closed form, from the last layer back to the first."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Annotated, ClassVar
@@ -11,11 +11,12 @@ from pydantic import Field
 from torch import Tensor
 
 from leakbench.attacks.base import Attack, register
+from leakbench.attacks.fill import fill_in
 from leakbench.attacks.matching import Positive, analytic_labels
 from leakbench.attacks.peeling.beginnings import beginnings, heads
 from leakbench.attacks.peeling.chain import Chain, find_chain
 from leakbench.attacks.peeling.estimate import undo_linear
-from leakbench.attacks.peeling.layers import Activation, ChainLayer, Convolution, Normalisation, Reshape
+from leakbench.attacks.peeling.layers import Activation, ChainLayer, Convolution, Dropout, Normalisation, Reshape
 from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.restore import restore
 from leakbench.attacks.peeling.scale import clue
@@ -61,6 +62,9 @@ class Peel(Attack):
     least-squares solution of its weight gradient's equations, and where it is positive the ReLU below is open. The
     image is then searched for whose forward pass gives the lowest inputs that were recovered.
 
+    Dropout is undone if its mask follows from the gradient: a dropped value is in no equation, and the error there is
+    0. Dropped pixels are filled in from their neighbours.
+
     Attributes:
         precision: the relative error that is assumed of the gradient, float32's by default; the larger one that the
             gradient of the linear layer shows by itself counts instead.
@@ -105,7 +109,8 @@ class Peel(Attack):
         convolutions = [index for index, layer in enumerate(chain.layers) if isinstance(layer, Convolution)]
         if not convolutions:
             return None
-        self._peel(replace(chain, layers=chain.layers[convolutions[-1] :]), _rows(observation, 0, observation.trials))
+        rows = _rows(observation, chain.masks, 0, observation.trials)
+        self._peel(replace(chain, layers=chain.layers[convolutions[-1] :]), rows)
         return observation.trials * _bytes(chain)
 
     def run(self, observation: Observation, rng: Rng) -> Reconstruction:
@@ -116,12 +121,13 @@ class Peel(Attack):
         trials = observation.trials
         size = observation.slots or max(1, int(SHARE * free_memory(observation.device) / _bytes(chain)))
         bounds = [(begin, min(begin + size, trials)) for begin in range(0, trials, size)]
-        parts = [self._peel(chain, _rows(observation, *each)) for each in bounds]
-        images = torch.cat([value for value, _ in parts]).view(trials, *observation.image_shape)
+        parts = [self._peel(chain, _rows(observation, chain.masks, *each)) for each in bounds]
+        images, seen = (torch.cat([part[at] for part in parts]).view(trials, *observation.image_shape) for at in (0, 1))
+        images = fill_in(images, seen, observation.mean_image, self.colour)
         return Reconstruction(
             images=images.to(observation.dtype),
             labels=read_labels(observation),
-            objective=torch.cat([misfit for _, misfit in parts]).to(observation.dtype),
+            objective=torch.cat([misfit for *_, misfit in parts]).to(observation.dtype),
             failed=~torch.isfinite(images.flatten(1)).all(1),
             path="batched",
         )
@@ -135,9 +141,9 @@ class Peel(Attack):
                 name: value[trial].cpu() for name, value in observation.gradient.items() if _whole(observation, name)
             }
             twin = filled(observation, trial)
-            searched = network.on(filled(observation, trial).to(observation.device, observation.dtype))
+            searched = network.on(filled(observation, trial).to(observation.device, observation.dtype), trial)
             own = noise[trial : trial + 1]
-            parts.append(restore(network.on(twin), searched, sent, own, draws, self.search))
+            parts.append(restore(network.on(twin, trial), searched, sent, own, draws, self.search))
         misfits = torch.cat([each.misfits for each in parts])
         return Reconstruction(
             images=torch.cat([each.images for each in parts]),
@@ -149,8 +155,11 @@ class Peel(Attack):
             path="one-at-a-time",
         )
 
-    def _peel(self, chain: Chain, observation: Observation) -> tuple[Tensor, Tensor]:
-        """Return the input of the lowest layer [T, ...], and the misfit [T] of the lowest convolution's equations."""
+    def _peel(self, chain: Chain, observation: Observation) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the input of the lowest layer [T, ...], bool for what dropout left of it, and a misfit [T].
+
+        The misfit is that of the lowest convolution's equations.
+        """
         tensors, sent, layers = observation.weights, observation.gradient, chain.layers
         curved = [isinstance(layer, Activation) for layer in layers if not isinstance(layer, Reshape)]
         value, error, noise = undo_linear(
@@ -176,7 +185,9 @@ class Peel(Attack):
             value = replace(value, mean=torch.where(guessed, features.flatten(1), value.mean))
             state = _undo(layers, range(highest, len(layers)), replace(top, value=value), known)
         state = _undo(layers, range(highest), state, known)
-        return state.value.mean, state.misfit
+        dropped = any(isinstance(layer, Dropout) for layer in layers)
+        seen = state.value.variance.isfinite() if dropped else torch.ones_like(state.value.mean, dtype=torch.bool)
+        return state.value.mean, seen, state.misfit
 
 
 def _whole(observation: Observation, name: str) -> bool:
@@ -218,6 +229,8 @@ def refusal(network: Network, observation: Observation) -> str | None:
     secret = {name.rpartition(".")[0] for name in (own.name for own in observation.secrets)}
     for place in sorted(network.below(places[0])):
         name = network.steps[place].name
+        if network.unknown(place):
+            return f"nor can an image be searched for below {name}, whose random draws do not follow from the gradient"
         if any(f"{own}.".startswith(f"{name}.") for own in secret):
             return f"nor can an image be searched for below {name}, which has secrets"
     return None
@@ -237,16 +250,40 @@ def served_chain(observation: Observation) -> Chain:
             )
         if all(isinstance(lower, Reshape) for lower in chain.layers[:index]):
             continue  # the prior determines what the equations of an image do not
-        known = prod(layer.outputs)
+        dropped = _dropped(chain, index)
+        known = prod(layer.outputs) - dropped
         if layer.weight in observation.gradient:
             taps = prod(layer.geometry.kernel) * layer.outputs[0] // layer.geometry.groups
             known += layer.inputs[0] * min(taps, layer.inputs[1] * layer.inputs[2])
         if known < unknowns:
-            raise Unsupported(f"peel has {known} equations for the {unknowns} values that {layer.name} takes")
+            why = f", {dropped} of whose outputs dropout hides" if dropped else ""
+            raise Unsupported(f"peel has {known} equations for the {unknowns} values that {layer.name} takes{why}")
         upper = chain.layers[index + 1] if index + 1 < len(chain.layers) else None
         if isinstance(upper, Normalisation):
             clue(layer, chain.layers[:index], not upper.secret, observation.gradient)
     return chain
+
+
+def _dropped(chain: Chain, index: int) -> int:
+    """Return how many outputs of a convolution dropout hides, in the trial where these are the most.
+
+    Raises:
+        Unsupported: it hides single values of a channel from whose statistics a secret is inferred.
+    """
+    count = 0
+    for layer in chain.layers[index + 1 :]:
+        if isinstance(layer, Convolution):
+            break
+        if isinstance(layer, Dropout):
+            kept = chain.masks[layer.kept]
+            share = 1 - kept.double().flatten(1).mean(1)
+            count += round(float(share.max()) * prod(layer.inputs))
+            upper = chain.layers[index + 1]
+            if isinstance(upper, Normalisation) and upper.secret and prod(kept.shape[2:]) > kept.shape[2]:
+                raise Unsupported(
+                    f"peel infers the secrets of {upper.name} from all values of a channel, and {layer.name} drops some"
+                )
+    return count
 
 
 def _bytes(chain: Chain) -> int:
@@ -255,10 +292,10 @@ def _bytes(chain: Chain) -> int:
     return 8 * MATRIX_COPIES * max(sizes, default=1) ** 2
 
 
-def _rows(observation: Observation, begin: int, end: int) -> Observation:
+def _rows(observation: Observation, masks: Mapping[str, Tensor], begin: int, end: int) -> Observation:
     """Return the observation of some trials in float64; a tensor that all trials share is still held once.
 
-    Tensors that only an adaptive attacker's relaxed network has are left out.
+    Tensors that only an adaptive attacker's relaxed network has are left out. Masks of dropout are added.
     """
     own = tensors_of(observation.model)
 
@@ -272,7 +309,8 @@ def _rows(observation: Observation, begin: int, end: int) -> Observation:
 
     return replace(
         observation,
-        weights={name: part(name, value) for name, value in observation.weights.items() if name in own},
+        weights={name: part(name, value) for name, value in observation.weights.items() if name in own}
+        | {name: mask[begin:end] for name, mask in masks.items()},
         gradient={name: part(name, value) for name, value in observation.gradient.items()},
     )
 

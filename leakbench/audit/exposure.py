@@ -190,7 +190,7 @@ def _derived(observation: Observation, trial: int) -> dict[str, Tensor]:
     sent = {name: value[trial].cpu() for name, value in observation.gradient.items()}
     sent = {name: value for name, value in sent.items() if bool(torch.isfinite(value).all())}
     try:
-        network = Network(trace(observation)).on(filled(observation, trial))
+        network = Network(trace(observation)).on(filled(observation, trial), trial)
     except Unsupported:
         return {}
     values = {}

@@ -7,7 +7,7 @@ nothing else takes its input, and only if it is of a kind that is known here.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,11 +18,12 @@ from leakbench.attacks.peeling.layers import (
     ActivationKind,
     ChainLayer,
     Convolution,
+    Dropout,
     Normalisation,
     Reshape,
     Scaling,
 )
-from leakbench.attacks.peeling.trace import read_convolution, reads_shape, trace
+from leakbench.attacks.peeling.trace import Traced, read_convolution, reads_shape, trace
 from leakbench.defenses.keylock import KeyLock
 from leakbench.errors import Unsupported
 from leakbench.gradients.convolution import Geometry
@@ -35,11 +36,15 @@ TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class Chain:
-    """The layers from the image upwards, and the names of the parameters of the linear layer above them."""
+    """The layers from the image upwards, and the names of the parameters of the linear layer above them.
+
+    ``masks`` are those of its dropout, by the name under which a layer looks them up.
+    """
 
     layers: tuple[ChainLayer, ...]
     weight: str
     bias: str
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def find_chain(observation: Observation) -> Chain:
@@ -49,16 +54,15 @@ def find_chain(observation: Observation) -> Chain:
         Unsupported: there is no such chain; the message names the layer that prevents it.
     """
     traced = trace(observation)
-    twin, image = traced.twin, traced.image
-    chain, last = _walk(observation, twin, traced.graph, traced.values)
-    _check(chain, twin, image, traced.values[last])
-    return chain
+    chain, last = _walk(observation, traced)
+    _check(chain, traced.twin, traced.image, traced.values[last])
+    masks = {_kept_name(node): mask for node, (mask, _) in traced.kept.items()}
+    return replace(chain, masks={one.kept: masks[one.kept] for one in chain.layers if isinstance(one, Dropout)})
 
 
-def _walk(
-    observation: Observation, twin: nn.Module, graph: fx.Graph, values: Mapping[fx.Node, object]
-) -> tuple[Chain, fx.Node]:
+def _walk(observation: Observation, traced: Traced) -> tuple[Chain, fx.Node]:
     """Follow the image upwards until a linear layer gives its input away; return the node of that input too."""
+    twin, graph, values = traced.twin, traced.graph, traced.values
     modules = dict(twin.named_modules())
     uses = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     node = next(node for node in graph.nodes if node.op == "placeholder")
@@ -87,11 +91,30 @@ def _walk(
             weight, bias = f"{name}.weight", f"{name}.bias"
             if weight in observation.gradient and bias in observation.gradient:
                 return Chain(tuple(layers), weight, bias), node
-        layer = _function(user, before) if module is None else _module(name, module, before, after)
+        layer: ChainLayer | None
+        if user in traced.drawn:
+            layer = _dropout(traced, user, name if module is not None else user.name, before)
+        else:
+            layer = _function(user, before) if module is None else _module(name, module, before, after)
         if isinstance(layer, Normalisation) and not (layers and isinstance(layers[-1], Convolution)):
             raise Unsupported(f"peel needs a convolution right before a normalisation, and {name} has none")
         layers += [] if layer is None else [layer]
         node = user
+
+
+def _dropout(traced: Traced, node: fx.Node, name: str, before: Tensor) -> Dropout:
+    """Return the layer of an operation that draws what it keeps."""
+    if node not in traced.kept:
+        raise Unsupported(
+            f"peel cannot go back through {name}, which draws random numbers while clients train: its draws do not "
+            "follow from the gradient"
+        )
+    return Dropout(name, _kept_name(node), traced.kept[node][1], tuple(before.shape[1:]))
+
+
+def _kept_name(node: fx.Node) -> str:
+    """Return the name of what an operation keeps, which no tensor of a network has."""
+    return f"{node.name}:kept"
 
 
 _CURVES: Mapping[type[nn.Module], tuple[ActivationKind, str]] = {
@@ -190,7 +213,6 @@ _REASONS = {
     "relu": "it is not invertible",
     "elu": "it is not invertible",
     "silu": "it is not invertible",
-    "dropout": "the units that it dropped are lost",
     "add": "a residual connection makes no chain",
 }
 
@@ -210,6 +232,7 @@ def _check(chain: Chain, twin: nn.Module, image: Tensor, features: object) -> No
         if isinstance(module, KeyLock):
             scale, shift = module.coefficients()
             tensors |= {f"{name}:scale": scale.detach()[None], f"{name}:shift": shift.detach()[None]}
+    tensors |= {layer.kept: image.new_ones(1, 1) for layer in chain.layers if isinstance(layer, Dropout)}
     value = image
     for layer in chain.layers:
         value = layer.forward(value, tensors)

@@ -165,4 +165,31 @@ class Reshape:
         return x.flatten(1)
 
 
-ChainLayer = Convolution | Normalisation | Scaling | Activation | Reshape
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout whose mask follows from the gradient: of values or of whole channels.
+
+    Attributes:
+        name: the module's or the function's.
+        kept: the name of the mask among the tensors, [T, 1, *shape] of 0 and 1.
+        p: the probability with which a value is dropped; the others are divided by 1 - p.
+        inputs: the shape of its input, of one image.
+    """
+
+    name: str
+    kept: str
+    p: float
+    inputs: tuple[int, ...]
+
+    def mask(self, like: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return what is kept of values ``like`` [T, ...], as bool of their shape."""
+        kept = tensors[self.kept].flatten(0, 1).bool()
+        kept = kept.view(*kept.shape, *[1] * (1 + len(self.inputs) - kept.ndim))
+        return kept.expand(len(kept), *self.inputs).reshape(like.shape)
+
+    def forward(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the kept values over 1 - p, and else 0."""
+        return x * self.mask(x, tensors) / (1 - self.p)
+
+
+ChainLayer = Convolution | Normalisation | Scaling | Activation | Reshape | Dropout

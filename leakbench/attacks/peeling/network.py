@@ -19,6 +19,8 @@ from leakbench.attacks.peeling.trace import Traced, read_convolution, reads_shap
 from leakbench.core.rng import generator, seeded
 from leakbench.defenses.keylock import KeyLock
 from leakbench.errors import Unsupported
+from leakbench.gradients.draws import Draws
+from leakbench.gradients.intercept import Interception
 
 StepKind = Literal["image", "convolution", "linear", "scaling", "normalisation", "relu", "max-pool", "affine", "other"]
 
@@ -70,13 +72,19 @@ class Network:
         self._nodes = [node for node in graph.nodes if node in moved]
         self._place = {node: place for place, node in enumerate(self._nodes)}
         self._run = fx.Interpreter(fx.GraphModule(traced.twin, graph))
+        self._drawn, self._kept, self._trial = traced.drawn, traced.kept, 0
         self.steps: tuple[NetworkStep, ...] = ()  # what ``forward`` needs is there now
         modules = dict(traced.twin.named_modules())
         uses = [str(node.target) for node in graph.nodes if node.op == "call_module"]
         self.steps = tuple(self._read(node, modules, uses) for node in self._nodes)
 
-    def on(self, twin: nn.Module) -> Network:
-        """Return the same steps with the tensors of another network of the same architecture, of any floating type."""
+    def on(self, twin: nn.Module, trial: int = 0) -> Network:
+        """Return the same steps with the tensors of another network of the same architecture, of any floating type.
+
+        Args:
+            twin: the network.
+            trial: whose it is; random layers repeat this trial's draws.
+        """
         other = object.__new__(Network)
         run = fx.Interpreter(fx.GraphModule(twin, self._graph))
         constants = dict(self._constants)
@@ -89,7 +97,7 @@ class Network:
             else:
                 continue
             fixed.add(node)
-        other.__dict__ = {**self.__dict__, "_run": run, "_constants": constants}
+        other.__dict__ = {**self.__dict__, "_run": run, "_constants": constants, "_trial": trial}
         return other
 
     def forward(self, place: int, inputs: Sequence[Tensor]) -> Tensor:
@@ -100,8 +108,17 @@ class Network:
         if len(inputs[0]) > 1 and self.steps and self.steps[place].kind in ("affine", "other"):
             # the trace has shapes of one image
             return torch.cat([self.forward(place, each) for each in zip(*(value.split(1) for value in inputs))])
-        out: Tensor = _call(self._run, node, {**self._constants, **dict(zip(self._inputs(node), inputs))})
-        return out
+        values = {**self._constants, **dict(zip(self._inputs(node), inputs))}
+        if node not in self._kept:
+            out: Tensor = _call(self._run, node, values)
+            return out
+        mask = self._kept[node][0].to(inputs[0].device)
+        with Interception(Draws(None, self._trial, {0: mask})):
+            return _call(self._run, node, values)
+
+    def unknown(self, place: int) -> bool:
+        """Return whether a step draws random numbers that do not follow from the gradient."""
+        return self._nodes[place] in self._drawn - self._kept.keys()
 
     def backward(self, place: int, source: int, error: Tensor) -> Tensor:
         """Return the error [B, ...] that the output error of an affine step gives at the output of step ``source``."""

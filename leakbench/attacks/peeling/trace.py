@@ -3,18 +3,21 @@
 import copy
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from leakbench.attacks.known_draws import Recorder, read_draws
 from leakbench.attacks.peeling.layers import Convolution
 from leakbench.core.rng import generator, seeded
 from leakbench.defenses.keylock import KeyLock
 from leakbench.errors import Unsupported, one_line
 from leakbench.gradients.convolution import Geometry, pair
 from leakbench.gradients.evaluate import tensors_of
+from leakbench.gradients.intercept import Interception
 from leakbench.observation import Observation
 
 
@@ -26,13 +29,17 @@ class Traced:
         twin: the network of the first trial in float64 on the CPU, with draws in the place of hidden secrets.
         graph: its operations in order.
         image: a random image [1, C, H, W] in [0, 1].
-        values: the value of each operation on that image.
+        values: the value of each operation on that image; where the network draws what to keep, everything is kept.
+        drawn: the operations that draw random numbers.
+        kept: of those whose draws the gradient leaks, [T, 1, *shape] of 0 and 1, and the probability of a 0.
     """
 
     twin: nn.Module
     graph: fx.Graph
     image: Tensor
     values: Mapping[fx.Node, object]
+    drawn: frozenset[fx.Node] = frozenset()
+    kept: Mapping[fx.Node, tuple[Tensor, float]] = field(default_factory=dict)
 
 
 def trace(observation: Observation) -> Traced:
@@ -53,8 +60,41 @@ def trace(observation: Observation) -> Traced:
     image = torch.rand((1, *observation.image_shape), generator=generator("peel"), dtype=torch.float64)
     run = fx.Interpreter(fx.GraphModule(twin, graph), garbage_collect_values=False)
     with torch.no_grad(), seeded("peel"):
+        state = torch.get_rng_state()
         run.run(image)
+        if not torch.equal(state, torch.get_rng_state()):
+            return _redrawn(Traced(twin, graph, image, run.env), observation)
     return Traced(twin, graph, image, run.env)
+
+
+class _CountingInterpreter(fx.Interpreter):
+    """Runs a network that keeps everything, and notes which operations draw, by the numbers of their drawing calls."""
+
+    def __init__(self, traced: Traced) -> None:
+        super().__init__(fx.GraphModule(traced.twin, traced.graph), garbage_collect_values=False)
+        self.recorder = Recorder({}, len(traced.image))
+        self.calls: dict[fx.Node, range] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        before, state = len(self.recorder.calls), torch.get_rng_state()
+        out = super().run_node(n)
+        calls = range(before, len(self.recorder.calls))
+        if calls or not torch.equal(state, torch.get_rng_state()):
+            self.calls[n] = calls
+        return out
+
+
+def _redrawn(traced: Traced, observation: Observation) -> Traced:
+    """Return the trace of a network that draws random numbers, with the draws that its gradient leaks."""
+    run, masks = _CountingInterpreter(traced), read_draws(observation).masks
+    with Interception(run.recorder):
+        run.run(traced.image)
+    kept = {
+        node: (masks[calls[0]], zero)
+        for node, calls in run.calls.items()
+        if len(calls) == 1 and calls[0] in masks and (zero := run.recorder.calls[calls[0]].zero) is not None
+    }
+    return replace(traced, values=run.env, drawn=frozenset(run.calls), kept=kept)
 
 
 class _Tracer(fx.Tracer):

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from leakbench.attacks.peeling.equations import Prior, undo_convolution, undo_normalised
 from leakbench.attacks.peeling.estimate import Estimate, GradientNoise, Standardised
-from leakbench.attacks.peeling.layers import Activation, ChainLayer, Convolution, Normalisation, Reshape, Scaling
+from leakbench.attacks.peeling.layers import (
+    Activation,
+    ChainLayer,
+    Convolution,
+    Dropout,
+    Normalisation,
+    Reshape,
+    Scaling,
+)
 from leakbench.attacks.peeling.scale import expose, find_unit
 
 DEAD_CHANNEL = 9.0
@@ -109,6 +117,23 @@ def _(layer: Activation, state: State, known: Known) -> State:
         state,
         value=Estimate(inputs, value.variance / slope.square()),
         error=Estimate(slope * error.mean, spread),
+    )
+
+
+@undo.register
+def _(layer: Dropout, state: State, known: Known) -> State:
+    """Return the kept values times 1 - p. The error at a dropped value is 0, so a guess of it is in no equation."""
+    value, error = state.value, state.error
+    kept, scale = layer.mask(value.mean, known.tensors), 1 - layer.p
+    count = kept.flatten(1).sum(1).clamp(min=1)
+    middle = (scale * value.mean * kept).flatten(1).sum(1) / count
+    guess = middle.view(-1, *[1] * (value.mean.ndim - 1))
+    return replace(
+        state,
+        value=Estimate(
+            torch.where(kept, scale * value.mean, guess), torch.where(kept, scale**2 * value.variance, torch.inf)
+        ),
+        error=Estimate(error.mean * kept / scale, error.variance * kept / scale**2),
     )
 
 
