@@ -35,6 +35,28 @@ def test_an_attack_recovers_or_fails_by_the_papers_budget() -> None:
     assert claims.recovers(share(0.2, 0.7), full_budget=True) == OPEN
 
 
+def test_the_key_is_judged_beside_an_attacker_with_the_locks_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"T0": share(0.0, 0.32), "T1": share(0.14, 0.69), "T3": share(0.68, 1.0), "T4": share(0.53, 0.98)}
+    found["reveals=lock, informed=true"] = found["T4"]
+    monkeypatch.setattr(claims, "shares", lambda *given: [found[given[1].rpartition("threat=")[2]]] * 2)
+    assert claims.key_matters().verdict == OPEN
+    assert claims.lock_is_safe().verdict == FAILS
+    found["T1"] = found["T0"]
+    assert claims.key_matters().verdict == HOLDS
+
+
+def test_an_attack_that_one_dataset_does_not_stop_is_not_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"mnist": (share(0.31, 0.86), share(0.68, 1.0)), "cifar10": (share(0.0, 0.19), share(0.0, 0.19))}
+
+    def shares(_: str, conditions: str, names: list[str]) -> list[EnsembleResult]:
+        return [found[name]["none" in conditions] for name in names]
+
+    monkeypatch.setattr(claims, "shares", shares)
+    assert claims.ggl_is_stopped().verdict == FAILS
+    found["mnist"] = (share(0.0, 0.32), share(0.68, 1.0))
+    assert claims.ggl_is_stopped().verdict == OPEN
+
+
 def test_costs_and_thieves_are_judged_by_their_intervals() -> None:
     assert [claims.kept(*ends) for ends in ((2.0, 0.1), (3.0, 2.1), (2.5, 1.0))] == [HOLDS, FAILS, OPEN]
     assert [claims.useless(*ends, 10) for ends in ((8.0, 20.0), (21.0, 40.0), (12.0, 24.0))] == [HOLDS, FAILS, OPEN]
