@@ -47,7 +47,7 @@ class Dummies:
 
 @dataclass(frozen=True)
 class AdaptiveAttacker:
-    """An attacker who knows which defense is in use and models it (Tramer et al. 2020, arXiv 2002.08347).
+    """An attacker who knows which defense is in use and models it (Tramèr et al. 2020, arXiv 2002.08347).
 
     Every attack runs with what is stated here; None means "not modelled". T is the number of trials, which all
     functions take together. No function changes its arguments.
