@@ -737,6 +737,29 @@ class Plain(nn.Module):
         return self.inner(nn.functional.conv2d(x, self.scale.view(3, 1, 1, 1), groups=3))
 
 
+@pytest.mark.parametrize("kept", [list, tuple, lambda found: {"scales": list(found)}])
+def test_a_tensor_in_a_container_is_refused_by_name(kept: Callable[[Any], Any]) -> None:
+    network = nn.Sequential(net())
+    network[0].scales = kept([torch.ones(3), torch.ones(3)])
+    with pytest.raises(Unsupported) as error:
+        OwnModule("own", network).build(SHAPE, 4)
+    one_line(error, "model 'own'", "layer '0'", "'scales'", "register_buffer")
+    network[0].scales = kept([network[0][0].weight, 1])  # which moves with its layer
+    assert isinstance(OwnModule("own", network).build(SHAPE, 4), nn.Module)
+    assert isinstance(OwnModule("own", Recurrent()).build(SHAPE, 4), nn.Module)
+
+
+class Recurrent(nn.Module):
+    """Has a layer that lists its own weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.last = nn.LSTM(24, 8, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.body(x.permute(0, 2, 1, 3).flatten(2))[0][:, -1])
+
+
 def lazy() -> nn.Module:
     return nn.Sequential(nn.LazyConv2d(4, 3, 2, 1), nn.Sigmoid(), nn.Flatten(), nn.LazyLinear(4))
 

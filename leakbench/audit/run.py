@@ -295,10 +295,12 @@ def _doubted(found: DefenseFindings, doubt: str, flaw: str) -> DefenseFindings:
 
 
 def _data_words(inner: Dataset, first: int | None, order: str | None) -> str:
-    """Return a dataset in words, with what its classes are."""
+    """Return a dataset in words, with the split that is attacked and what its classes are."""
+    split = inner.listing().split if isinstance(inner, Folder) else ""
+    name = datasets.spec(inner) + (f", split {split}" if split else "")
     if order is not None:
-        return f"{datasets.spec(inner)}, classes in the order of {order}"
-    return datasets.spec(inner) + ("" if first is None else f", its first {classes_words(first)}")
+        return f"{name}, classes in the order of {order}"
+    return name + ("" if first is None else f", its first {classes_words(first)}")
 
 
 def _planned(store: Store, matrix: Matrix) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -43,6 +43,9 @@ class OwnModule(Model):
 
         Lazy layers are initialised, and a tensor that is a plain attribute of a layer becomes a buffer, which is moved
         and converted with the network.
+
+        Raises:
+            Unsupported: the network returns other logits, or a layer keeps a tensor in a list, tuple or dict.
         """
         logits = self.logits(torch.full((1, *image_shape), 0.5))
         if logits.shape != (1, num_classes):
@@ -51,11 +54,24 @@ class OwnModule(Model):
                 f"not (1, {num_classes}); give it one output a class"
             )
         network = self.initialised(image_shape)
+        self._refuse_hidden(network)
         for layer in network.modules():
             for name in [name for name, value in vars(layer).items() if isinstance(value, Tensor)]:
                 value = layer.__dict__.pop(name)
                 layer.register_buffer(name, value.detach(), persistent=False)
         return network
+
+    def _refuse_hidden(self, network: nn.Module) -> None:
+        """Raise Unsupported for a tensor in a container of a layer, which nothing moves or converts with the network."""
+        known = {id(value) for value in (*network.parameters(), *network.buffers())}
+        for place, layer in network.named_modules():
+            for name, value in vars(layer).items():
+                if name not in _OF_MODULES and isinstance(value, (list, tuple, dict)) and _holds_tensor(value, known):
+                    raise Unsupported(
+                        f"model {self.label!r}: {f'layer {place!r}' if place else 'it'} ({type(layer).__name__}) keeps a "
+                        f"tensor in its {type(value).__name__} {name!r}, which does not move with the network; use "
+                        "register_buffer, nn.ParameterList or nn.ParameterDict"
+                    )
 
     def initialised(self, image_shape: tuple[int, ...]) -> nn.Module:
         """Return a copy on the CPU, in which lazy layers are initialised, always in the same way.
@@ -122,6 +138,18 @@ class OwnModule(Model):
                 continue
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+"""The attributes that every module has."""
+
+
+def _holds_tensor(value: object, known: Collection[int]) -> bool:
+    """Return whether a tensor that is none of the known ones, by ``id``, is in a container or in those within it."""
+    if isinstance(value, Tensor):
+        return id(value) not in known
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return any(_holds_tensor(each, known) for each in inner)
 
 
 def unwrapped(module: nn.Module, name: str) -> nn.Module:
