@@ -23,6 +23,7 @@ from torch import nn
 import leakbench
 from leakbench import Unsupported, datasets
 from leakbench.analysis.ensemble import AttackerStats, EnsembleResult
+from leakbench.attacks.peeling.chain import Chain
 from leakbench.audit import AuditedNetwork, FailRule, factory
 from leakbench.audit.findings import Audit, DefenseFindings, ImageFinding, NetworkFacts
 from leakbench.audit.given import classes_of
@@ -156,7 +157,9 @@ def test_whatever_is_in_a_name_is_text_on_both_pages() -> None:
     behind = DefenseFindings(result, leaks, NASTY, 0.0, {}, (picture,), (NASTY,))
     facts = NetworkFacts(5, 2, (3, 12, 12), True, 0, 0)
     threats = ((PRESETS["paper"], True),)
-    found = Audit(NASTY, ((NASTY, NASTY),), facts, 1, NASTY, ((NASTY,),), threats, (behind,), (NASTY,), 0.6)
+    found = Audit(
+        NASTY, ((NASTY, NASTY),), facts, 1, NASTY, ((NASTY,),), threats, (behind,), (NASTY,), ((NASTY, NASTY),), 0.6
+    )
     for text in (html(found, NASTY), markdown(found, NASTY)):
         assert "<script>alert" not in text
         assert "<!--" not in text
@@ -209,6 +212,7 @@ def test_an_audit_that_leaks_fails(cli, nets: Path) -> None:  # noqa: F811
     assert "FAILED: --fail-if 'recovered > 0.5' is true (none: 1; clip: 1)." in done.out
     text = (nets / "out" / "audit.md").read_text()
     assert "Layer 1: its input, the image itself, follows exactly from the layer's gradient" in text
+    assert "Leaks exactly, without any search: 2 of 2 labels, the input of layer 1 " in text
     assert "The label is inferred from what was sent, correctly for 2 of 2 images." in text
     assert "**known-label** (not run)" in text
     assert "## Not tried" in text
@@ -223,7 +227,12 @@ def test_an_audit_that_leaks_fails(cli, nets: Path) -> None:  # noqa: F811
 def test_an_audit_that_passes_claims_no_safety(cli, nets: Path) -> None:  # noqa: F811
     done = audit(cli, "pooled", *DATA, "--images", "1", "--fail-if", "recovered > 0.5")
     assert (done.code, done.err.count("error")) == (0, 0)
-    assert "PASSED: --fail-if 'recovered > 0.5' is false (none: 0)." in done.out
+    assert "PASSED, but inconclusive: --fail-if 'recovered > 0.5' is false (none: 0). The attackers recover" in done.out
+    page = (nets / "out" / "audit.md").read_text()
+    assert "inconclusive" in page.split("\n")[2]
+    assert "**loss**: cross-entropy" in page
+    assert "- **analytic**: A linear layer that takes every pixel once" in page
+    assert "Leaks exactly, without any search: the label" in done.out
     assert "That does not prove that the images are safe" in done.out
     assert audit(cli, "pooled", *DATA, "--images", "1", "--fail-if", "labels > 0.5").code == 1
 
@@ -237,11 +246,11 @@ def test_pixels_that_leak_in_closed_form_count_as_recovered(cli, nets: Path) -> 
 
 
 def test_attackers_that_broke_are_no_pass(cli, nets: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    def broken(observation: object, begin: int, end: int) -> None:
+    def broken(*_: object) -> None:
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr("leakbench.attacks.peel._rows", broken)
-    monkeypatch.setattr("leakbench.attacks.peel.served_chain", lambda observation: None)
+    monkeypatch.setattr("leakbench.attacks.peel.served_chain", lambda observation: Chain((), "", ""))
     done = audit(cli, "pooled", *DATA, "--images", "1", "--fail-if", "recovered > 0.5")
     assert (done.code, "cannot be judged" in done.err) == (2, True)
     assert "1 trial of peel (paper) ended in an error (RuntimeError: out of luck)" in done.err

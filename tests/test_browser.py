@@ -334,7 +334,9 @@ def test_the_page_of_an_audit_fits_and_stays_text(opened, tmp_path, scheme, widt
     behind = (found("none", 0.75), found(f"noise {NASTY}", 0.0))
     facts = NetworkFacts(5, 2, (3, 16, 16), True, 0, 0)
     threats = ((PRESETS["paper"], True),)
-    audited = Audit(NASTY, (("model", NASTY),), facts, 4, NASTY, ((NASTY,),), threats, behind, (NASTY,), 0.6)
+    audited = Audit(
+        NASTY, (("model", NASTY),), facts, 4, NASTY, ((NASTY,),), threats, behind, (NASTY,), ((NASTY, NASTY),), 0.6
+    )
     path = tmp_path / "audit.html"
     path.write_text(
         audit.html(dataclasses.replace(audited, rule=FailRule("recovered", ">", 0.1)), f"leakbench {NASTY}")

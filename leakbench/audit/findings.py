@@ -105,6 +105,7 @@ class Audit:
         threats: the threat models that a reader may expect, each with whether it was run.
         defenses: the findings, one for each defense, or one for a recorded update.
         untried: the attacks that were not run.
+        needs: the attacks that were run, each with what it needs of the network and the client.
         threshold: the ``ssim_aligned`` from which an image counts as recovered.
         predictions: for each convolution whether it is expected to expose its input, by sizes only.
         update: the recorded update's threat model; None for an audit on images.
@@ -122,6 +123,7 @@ class Audit:
     threats: tuple[tuple[ThreatModel, bool], ...]
     defenses: tuple[DefenseFindings, ...]
     untried: tuple[str, ...]
+    needs: tuple[tuple[str, str], ...]
     threshold: float
     predictions: Mapping[str, Exposure] = field(default_factory=dict)
     update: ThreatModel | None = None
@@ -153,6 +155,13 @@ class Audit:
                 "the metric needs them, or fetch the files that the metric needs"
             )
         return next((words for words in (*self.contradictions, *(w for d in self.defenses for w in d.warnings))), "")
+
+    @property
+    def empty_pass(self) -> str:
+        """Why it shows nothing that the rule is false, in one sentence; empty if it does, is true, or is of labels."""
+        if self.rule is None or self.rule.name == LABELS or self.failures():
+            return ""
+        return next((one.inconclusive for one in self.defenses if one.inconclusive), "")
 
     def verdict(self) -> bool | None:
         """Return whether the audit passes; None if there is no rule.

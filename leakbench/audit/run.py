@@ -523,7 +523,7 @@ def _audit(
     if update is None:
         known += [replace(PRESETS["paper"], informed=True, name=""), PRESETS["weights"]]
         known += [replace(PRESETS["weights"], rate="known", name="")]
-    tried = {attack.name for stage in matrix.stages for attack in stage.attacks}
+    used = {attack.name: attack for stage in matrix.stages for attack in stage.attacks}
     return Audit(
         title=own.label,
         facts=tuple(facts),
@@ -533,7 +533,8 @@ def _audit(
         stages=tuple(tuple(attacks.spec(attack) for attack in stage.attacks) for stage in matrix.stages),
         threats=tuple((threat, threat in ran) for threat in dict.fromkeys([*known, *ran])),
         defenses=tuple(behind),
-        untried=tuple(name for name in attacks.names() if name not in tried and not attacks.get(name).floor),
+        needs=tuple((attack.name, attack.assumes) for attack in used.values()),
+        untried=tuple(name for name in attacks.names() if name not in used and not attacks.get(name).floor),
         threshold=_threshold(matrix),
         predictions=expected,
         update=update,

@@ -125,7 +125,7 @@ class _Shared:
         for words in found.contradictions:
             typer.echo(words)
         for one in found.defenses:
-            typer.echo(f"{one.result.defense}: {pages.verdict(one)}")
+            typer.echo(f"{one.result.defense}: {pages.verdict(one)} {pages.exact_words(found, one)}".rstrip())
         for name in pages.FILES:
             typer.echo(str(self.out / name))
         passed = found.verdict()

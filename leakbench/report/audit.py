@@ -28,6 +28,11 @@ def verdict(one: DefenseFindings) -> str:
     return sentence("audit.sentences.j2", "verdict", one.result, one.inconclusive)
 
 
+def exact_words(audit: Audit, one: DefenseFindings) -> str:
+    """Return in one sentence what leaks exactly behind a defense; empty if nothing does."""
+    return sentence("audit.sentences.j2", "exact", audit, one)
+
+
 def rule_words(audit: Audit) -> str:
     """Return whether the audit passes by its rule; empty without a rule."""
     return sentence("audit.sentences.j2", "rule", audit)
