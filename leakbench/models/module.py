@@ -62,14 +62,15 @@ class OwnModule(Model):
         return network
 
     def _refuse_hidden(self, network: nn.Module) -> None:
-        """Raise Unsupported for a tensor in a container of a layer, which nothing moves or converts with the network."""
+        """Raise Unsupported for a tensor in a container of a layer, which does not move with the network."""
         known = {id(value) for value in (*network.parameters(), *network.buffers())}
         for place, layer in network.named_modules():
             for name, value in vars(layer).items():
                 if name not in _OF_MODULES and isinstance(value, (list, tuple, dict)) and _holds_tensor(value, known):
+                    part = f"layer {place!r}" if place else "it"
                     raise Unsupported(
-                        f"model {self.label!r}: {f'layer {place!r}' if place else 'it'} ({type(layer).__name__}) keeps a "
-                        f"tensor in its {type(value).__name__} {name!r}, which does not move with the network; use "
+                        f"model {self.label!r}: {part} ({type(layer).__name__}) keeps a tensor in its "
+                        f"{type(value).__name__} {name!r}, which does not move with the network; use "
                         "register_buffer, nn.ParameterList or nn.ParameterDict"
                     )
 
