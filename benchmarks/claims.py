@@ -302,7 +302,8 @@ def claims(paper: Published) -> list[Claim]:
             lambda: stops(GRNN, "grnn(*)", "keylock"), f"{grnn} --dataset mnist --dataset cifar10 --images 8",
         ),
         Claim(
-            "Key-lock stops GRNN on ResNet-20 (an attacker with the lock's weights, T1).", "4.3", f"SSIM {ssim('grnn', 'resnet20', 'cifar10')}",
+            "Key-lock stops GRNN on ResNet-20 (an attacker with the lock's weights, T1).", "4.3",
+            f"SSIM {ssim('grnn', 'resnet20', 'cifar10')}",
             lambda: stops(GRNN_RESNET, "grnn(*)", "keylock(*"), resnet,
         ),
         Claim(
