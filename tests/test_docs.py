@@ -48,6 +48,14 @@ def test_the_tutorial_runs_as_written(tmp_path, monkeypatch, registries):
     assert "sign" in (tmp_path / "runs" / "sign-worst" / "worst-case.md").read_text(encoding="utf-8")
 
 
+def test_the_closed_form_runs_as_written(capsys):
+    ((_, _, text),) = BLOCK.findall((DOCS / "closed-forms.md").read_text(encoding="utf-8"))
+    exec(text, {})
+    error = re.match(r"tensor\(([\d.e+-]+)", capsys.readouterr().out)
+    assert error is not None
+    assert float(error[1]) < 1e-5
+
+
 @pytest.mark.parametrize("name", sorted(reference.pages()))
 def test_the_reference_is_what_the_code_says(name):
     written = (DOCS / "reference" / name).read_text(encoding="utf-8")
@@ -55,7 +63,7 @@ def test_the_reference_is_what_the_code_says(name):
 
 
 def test_every_page_is_in_the_navigation():
-    named = set(re.findall(r": ([\w/]+\.md)", (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")))
+    named = set(re.findall(r": ([\w/-]+\.md)", (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")))
     assert named == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
 
 

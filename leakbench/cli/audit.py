@@ -125,7 +125,8 @@ class _Shared:
         for words in found.contradictions:
             typer.echo(words)
         for one in found.defenses:
-            typer.echo(f"{one.result.defense}: {pages.verdict(one)} {pages.exact_words(found, one)}".rstrip())
+            words = f"{pages.verdict(one)} {pages.exact_words(found, one)}"
+            typer.echo(f"{one.result.defense}, {pages.mode(found)}: {words}".rstrip())
         for name in pages.FILES:
             typer.echo(str(self.out / name))
         passed = found.verdict()

@@ -33,6 +33,11 @@ def exact_words(audit: Audit, one: DefenseFindings) -> str:
     return sentence("audit.sentences.j2", "exact", audit, one)
 
 
+def mode(audit: Audit) -> str:
+    """Return the mode in which clients train: it decides whose statistics batch normalisation uses."""
+    return "training mode" if audit.network.training else "evaluation mode"
+
+
 def rule_words(audit: Audit) -> str:
     """Return whether the audit passes by its rule; empty without a rule."""
     return sentence("audit.sentences.j2", "rule", audit)
@@ -52,7 +57,7 @@ def html(audit: Audit, command: str, *, pictures: bool = True) -> str:
 def _context(audit: Audit, command: str) -> dict[str, object]:
     """Return what both templates show."""
     return {
-        "title": f"Audit of {audit.title}",
+        "title": f"Audit of {audit.title} in {mode(audit)}",
         "audit": audit,
         "rule": rule_words(audit),
         "command": command,
