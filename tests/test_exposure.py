@@ -115,6 +115,22 @@ def test_inputs_of_other_layers_follow_from_an_exposed_one() -> None:
     assert predicted(model, (3, 8, 8))["4.conv2"].verdict == "exposed"
 
 
+def test_a_pointwise_convolution_leaks_its_positions_in_unknown_order(images: torch.Tensor) -> None:
+    torch.manual_seed(1)
+    below = [nn.Conv2d(3, 32, 4, 4), nn.BatchNorm2d(32), nn.ReLU()]
+    model = nn.Sequential(*below, nn.Conv2d(32, 16, 1), nn.Flatten(), nn.Linear(64, 5))
+    observation = leakbench.observe(model, images, torch.tensor([1, 2]))
+    truth = inputs(model, images)
+    (own,) = [one for one in exposures(observation, truth) if one.layer == "3"]
+    assert (own.positions, own.read, own.exposed, own.unordered) == (4, 4, 0, True)
+    assert own.error < 1e-5
+    (blind,) = [one for one in exposures(observation, None) if one.layer == "3"]
+    assert (blind.positions, math.isnan(blind.error)) == (4, True)
+    wrong = {"0": truth["0"], "3": [torch.rand(128), torch.rand(128)]}
+    (other,) = [one for one in exposures(observation, wrong) if one.layer == "3"]
+    assert (other.positions, other.unordered) == (0, False)
+
+
 def test_the_rule_says_which_layers_are_exposed_at_this_size() -> None:
     expected = predicted(Network(), (3, SIZE, SIZE))
     assert {name: one.verdict for name, one in expected.items()} == {
@@ -145,5 +161,5 @@ def test_both_pages_of_an_audit_state_the_exposed_inputs(cli, place) -> None:  #
     text, page = ((out / name).read_text() for name in ("audit.md", "audit.html"))
     for one in (text, page):
         assert "The input of 1 of 2 convolutions follows from the gradient of its weight by itself" in one
-    assert "| 2 | 3 x 3 | 24 x 4 x 4 | 16 | exposed | 1 of 1 image |" in " ".join(text.split())
+    assert "| 2 | 3 x 3 | 24 x 4 x 4 | 16 | exposed | 1 of 1 |" in " ".join(text.split())
     assert page.count('<li class="exposed">') == page.count('<figure class="features">') == 1

@@ -25,6 +25,7 @@ from leakbench.attacks.peeling.exposure import SPARE, Exposure, predict_exposure
 from leakbench.attacks.peeling.factors import NotFactorised
 from leakbench.attacks.peeling.lattice import CONVOLUTIONS, Lattice
 from leakbench.attacks.peeling.network import Network
+from leakbench.attacks.peeling.pointwise import factorise_pointwise
 from leakbench.attacks.peeling.shifts import factorise_convolution
 from leakbench.attacks.peeling.trace import filled, trace
 from leakbench.core.rng import generator, seeded
@@ -60,9 +61,12 @@ class LayerExposure:
         exposed: for how many of them the input follows from the gradient of the layer's weight by itself, up to a
             positive factor.
         derived: for how many others the input follows from those of other layers.
+        positions: of a 1x1 convolution, of how many of its positions the input follows from its own gradient, in
+            unknown order and each up to a positive factor; the fewest of all images.
+        read: how many positions the kernel reads.
         reason: why it is not exposed, for the first image for which that is so; empty if there is none.
         error: the relative error of the input against the truth after the best factor, the largest of the images for
-            which it follows; NaN without a truth or such an image.
+            which it follows, or of the positions in unknown order; NaN without a truth or such a value.
         features: channels of the recovered input of the first such image as a PNG, and of the true one beside it if
             that is known; None if it follows for no image.
     """
@@ -73,6 +77,8 @@ class LayerExposure:
     images: int
     exposed: int
     derived: int
+    positions: int
+    read: int
     reason: str
     error: float
     features: bytes | None
@@ -81,6 +87,11 @@ class LayerExposure:
     def everywhere(self) -> bool:
         """Whether the input follows from the layer's own gradient for every image that was tried."""
         return self.exposed == self.images > 0
+
+    @property
+    def unordered(self) -> bool:
+        """Whether every position follows for every image, but in unknown order."""
+        return self.positions == self.read > 0 and not self.known
 
     @property
     def known(self) -> bool:
@@ -214,7 +225,7 @@ def _exposure(
     truth: Sequence[Tensor] | None,
 ) -> LayerExposure:
     gradient, module = observation.gradient[f"{layer}.weight"], observation.model.get_submodule(layer)
-    exposed, derived, reasons, errors, pictures = 0, 0, [], [], []
+    exposed, derived, reasons, errors, pictures, apart, read = 0, 0, [], [], [], [], 0
     for image, other in enumerate(others):
         real = None if truth is None else truth[image].double().cpu()
         value = _checked(_input(gradient[image], module, shape, layer), real)
@@ -227,6 +238,11 @@ def _exposure(
         if not isinstance(value, str):
             errors.append(math.nan if real is None else _error(value.flatten(), real))
             pictures.append(_drawn(value, None if real is None else real.view_as(value)))
+        elif set(gradient.shape[3:]) == {1} and gradient.shape[2] == shape[0]:
+            found, read = _positions(gradient[image], module, shape, None if real is None else real.view(shape))
+            apart.append(found)
+    if len(apart) == len(others):  # otherwise the input is known in order
+        errors = [max(each, default=math.nan) for each in apart]
     return LayerExposure(
         layer=layer,
         kernel=tuple(gradient.shape[3:]),
@@ -234,10 +250,36 @@ def _exposure(
         images=len(others),
         exposed=exposed,
         derived=derived,
+        positions=min(map(len, apart)) if len(apart) == len(others) else 0,
+        read=read,
         reason=reasons[0] if reasons else "",
         error=max(errors, default=math.nan),
         features=pictures[0] if pictures else None,
     )
+
+
+def _positions(
+    gradient: Tensor, module: nn.Module, shape: tuple[int, ...], real: Tensor | None
+) -> tuple[list[float], int]:
+    """Return for each position that follows from a 1x1 convolution's gradient its error, and how many are read.
+
+    A vector counts if it is near a true one that no other vector is nearer to; the error is NaN without a truth.
+    """
+    try:
+        lattice = Lattice.of(module, shape[1:])
+    except Unsupported:
+        return [], 0
+    found = factorise_pointwise(gradient, lattice.outputs, generator("audit", "positions"))
+    values = [] if isinstance(found, NotFactorised) else list(found.inputs)
+    if real is None:
+        return [math.nan] * len(values), lattice.outputs
+    nearest: dict[int, float] = {}
+    columns = real.flatten(1).T
+    for value in values:
+        errors = [_error(value, column) for column in columns]
+        place = int(np.argmin(errors))
+        nearest[place] = min(errors[place], nearest.get(place, math.inf))
+    return [error for error in nearest.values() if error <= MAX_ERROR], lattice.outputs
 
 
 def _checked(value: Tensor | str, real: Tensor | None) -> Tensor | str:

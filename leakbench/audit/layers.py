@@ -121,6 +121,11 @@ class ClosedFormLeaks:
         """The further convolutions whose input follows for every image that was tried, from those of others."""
         return [one for one in self.exposures if one.known and not one.everywhere]
 
+    @property
+    def unordered(self) -> list[LayerExposure]:
+        """The 1x1 convolutions whose input follows from their own gradient in unknown order of the positions."""
+        return [one for one in self.exposures if one.unordered]
+
     @classmethod
     def of(
         cls, sent: Observation, inputs: Mapping[str, Sequence[Tensor]] | None, labels: Sequence[int] | None

@@ -6,7 +6,7 @@ from math import isnan, prod
 from leakbench.analysis.ensemble import UNSCORED
 from leakbench.attacks.peeling.exposure import Exposure
 from leakbench.audit.findings import Audit, DefenseFindings
-from leakbench.core.text import ABSENT, number, plural
+from leakbench.core.text import ABSENT, number
 from leakbench.report.page import STYLES, picture, render, render_markdown, sentence
 
 MAX_LAYERS = 12
@@ -17,7 +17,7 @@ FILES = ("audit.md", "audit.html")
 LAYER_HEADINGS = ("layer", "kind", "parameters sent", "share of the squared gradient", "leaks in closed form")
 EXPOSURE_HEADINGS = (
     *("layer", "kernel", "input", "positions", "expected by size"),
-    *("exposed", "from other layers", "relative error", "why not exposed"),
+    *("exposed", "from other layers", "in unknown order", "relative error", "why not exposed"),
 )
 IMAGE_HEADINGS = ("image", "recovered", "attack", "similarity to the private image")
 ATTACK_HEADINGS = ("attack", "recovered", "tried", "diverged", "skipped", "evaluations", "seconds", "without a result")
@@ -96,10 +96,11 @@ def _exposure_rows(one: DefenseFindings, expected: Mapping[str, Exposure]) -> li
             " x ".join(map(str, each.inputs)),
             f"{prod(each.inputs[1:]):,}",
             expected[each.layer].verdict if each.layer in expected else ABSENT,
-            f"{each.exposed} of {plural(each.images, 'image')}",
-            f"{each.derived}" if each.derived else "",
+            f"{each.exposed} of {each.images}",
+            f"{each.derived} of {each.images}" if each.derived else "",
+            f"{each.positions} of {each.read} positions" if each.positions else "",
             ABSENT if isnan(each.error) else f"{each.error:.1g}",
-            each.reason,
+            each.reason.partition(", so that")[0],
         ]
         for each in one.leaks.exposures
     ]
