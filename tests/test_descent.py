@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import leakbench
 from leakbench.attacks.peeling.descent import recover
+from leakbench.attacks.peeling.knowledge import Knowledge
 from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.restore import restore
 from leakbench.attacks.peeling.trace import trace
@@ -216,3 +217,18 @@ def test_networks_that_cannot_be_served_are_refused_in_a_line() -> None:
     kept = {name: value for name, value in observation.gradient.items() if "conv" not in name and name[0] != "7"}
     with pytest.raises(Unsupported, match="give its own input"):
         leakbench.attack("peel", replace(observation, gradient=kept))
+
+
+def test_the_error_of_a_deep_network_needs_no_deep_recursion() -> None:
+    """DenseNet-121 has more steps between a layer and the head than Python's stack would take."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), *[nn.Identity() for _ in range(400)], nn.Flatten(), nn.Linear(144, CLASSES)
+    )
+    observation, _ = seen(model.double().eval())
+    network = Network(trace(observation))
+    knowledge = Knowledge(network, sent(observation))
+    error = sent(observation)["402.bias"]
+    knowledge.pin(len(network.steps) - 1, error)
+    below = knowledge.error(1)
+    assert below is not None
+    assert far(below.sum((0, 2, 3)), sent(observation)["0.bias"]) < 1e-10

@@ -4,7 +4,7 @@ Its configurations ``invertinggradients`` and ``deepleakage`` are taken as they 
 same: the number of iterations, the weight of the total variation, no normalisation of images, the factor 1/2 that its
 squared distance has and DLG's has not, and the start. The differences that remain are its own: its total variation
 pads the border, and its L-BFGS goes on to the last outer step, at one evaluation each, where nothing moves any more.
-Networks run in training mode without running statistics; nothing is logged.
+A network in training mode runs without running statistics; one in evaluation mode is given them. Nothing is logged.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def _reconstruct(
             "mean": [0.0] * channels,
             "std": [1.0] * channels,
         }
-        payload = {"parameters": list(network.parameters()), "buffers": None, "metadata": OmegaConf.create(about)}
+        # with buffers, its copy of the network is in evaluation mode; without, in training mode
+        buffers = None if network.training else list(network.buffers())
+        payload = {"parameters": list(network.parameters()), "buffers": buffers, "metadata": OmegaConf.create(about)}
         shared = {
             "gradients": list(observed),
             "buffers": None,

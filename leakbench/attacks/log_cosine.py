@@ -50,10 +50,10 @@ class LogCosine(GradientMatching):
     )
     steps: Count = 2000
     lr: Positive = 0.1
-    tv: NonNegative = 1.0
+    tv: NonNegative = 0.55
     labels: Literal["joint", "analytic"] = "analytic"
     spread: NonNegative = 0.1
-    ratio: Annotated[float, Field(ge=1, le=1e3)] = 3.0
+    ratio: Annotated[float, Field(ge=1, le=1e3)] = 5.0
     pilot: Annotated[float, Field(ge=0, lt=1)] = 0.3
 
     def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:

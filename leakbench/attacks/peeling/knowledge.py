@@ -77,14 +77,23 @@ class Knowledge:
 
     def error(self, place: int) -> Tensor | None:
         """Return the error [B, ...] at a step's output; None if it does not follow from what is known."""
-        if place in self.pinned:
-            return self.pinned[place]
-        if place not in self.errors:
-            users = self.network.steps[place].users
-            parts = [self._below(user, place) for user in users]
+        for at in self._unseen(place):
+            users = self.network.steps[at].users
+            parts = [self._below(user, at) for user in users]
             known = [part for part in parts if part is not None]
-            self.errors[place] = sum(known[1:], known[0]) if parts and len(known) == len(parts) else None
-        return self.errors[place]
+            self.errors[at] = sum(known[1:], known[0]) if parts and len(known) == len(parts) else None
+        return self.pinned[place] if place in self.pinned else self.errors[place]
+
+    def _unseen(self, place: int) -> list[int]:
+        """Return a step and those above whose error was not asked for yet, the highest first, so that none recurses."""
+        found: set[int] = set()
+        waiting = [place]
+        while waiting:
+            at = waiting.pop()
+            if at not in found and at not in self.pinned and at not in self.errors:
+                found.add(at)
+                waiting += self.network.steps[at].users
+        return sorted(found, reverse=True)
 
     def clean(self, place: int) -> Tensor:
         """Return the values [B, C, H, W] of a step, with zeros where a ReLU of slope 0 gave them."""
