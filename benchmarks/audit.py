@@ -1,13 +1,11 @@
 """The inputs of the example audits: ``python -m benchmarks.audit FOLDER`` writes photographs and a recorded update.
 
 The networks are torchvision's, untrained and with 3 outputs; the photographs come from scikit-image (their credits
-are in CREDITS.md of the samples). Then, from the checkout, for NAME resnet18, vgg11, densenet121 and mobilenet:
+are in CREDITS.md of the samples). Then, from the checkout, for NAME resnet18, vgg11 and densenet121 in the MODE eval,
+and resnet18 and mobilenet in the MODE train (in eval mode, the gradient of an untrained MobileNet is all but 0):
 
-leakbench audit model --model benchmarks.audit:NAME --mode eval --data folder:FOLDER/photos --size 64 \\
+leakbench audit model --model benchmarks.audit:NAME --mode MODE --data folder:FOLDER/photos --size 64 \\
     --normalise NORMALISE --images 1 --budget quick --out reports/audit/NAME
-leakbench audit model --model benchmarks.audit:resnet18 --mode train --data folder:FOLDER/photos --size 64 \\
-    --normalise NORMALISE --images 1 --budget quick --defense none --defense "noise(scale=0.01)" \\
-    --out reports/audit/resnet18-train
 leakbench audit update --model benchmarks.audit:resnet18 --before FOLDER/before.safetensors \\
     --after FOLDER/after.safetensors --size 64 --normalise NORMALISE --rate 0.05 \\
     --truth FOLDER/photos/1-chelsea/chelsea.png --label 1 --budget quick --out reports/audit/update

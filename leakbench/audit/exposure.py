@@ -45,6 +45,9 @@ SHOWN_CHANNELS = 16
 MAX_NAMES = 6
 """The number of layers up to which all are named in a sentence."""
 
+MAX_UNORDERED = 16
+"""The number of positions of a 1x1 convolution up to which they are searched for; more take long."""
+
 MIN_ZEROS = 0.01
 """The share of zeros from which a layer's input counts as the output of a ReLU."""
 
@@ -269,6 +272,8 @@ def _positions(
         lattice = Lattice.of(module, shape[1:])
     except Unsupported:
         return [], 0
+    if lattice.outputs > MAX_UNORDERED:
+        return [], lattice.outputs
     found = factorise_pointwise(gradient, lattice.outputs, generator("audit", "positions"))
     values = [] if isinstance(found, NotFactorised) else list(found.inputs)
     if real is None:
