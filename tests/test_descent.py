@@ -228,7 +228,7 @@ def test_the_error_of_a_deep_network_needs_no_deep_recursion() -> None:
     network = Network(trace(observation))
     knowledge = Knowledge(network, sent(observation))
     error = sent(observation)["402.bias"]
-    knowledge.pin(len(network.steps) - 1, error)
+    knowledge.pin(len(network.steps) - 1, error[None])
     below = knowledge.error(1)
     assert below is not None
     assert far(below.sum((0, 2, 3)), sent(observation)["0.bias"]) < 1e-10

@@ -77,7 +77,7 @@ def test_short_searches_are_part_of_the_steps(options: str, searches: int) -> No
 
 def test_an_adaptive_attacker_minimises_the_logarithm_of_the_likelihood() -> None:
     observation = watch("lenet", "noise(scale=0.1, relative=true)", "labels=known, informed=true", trials=3)
-    attack, known = prepare(LogCosine(steps=30, tv=0.5, pilot=0.4), observation)
+    attack, known = prepare(LogCosine(steps=30, tv=0.5, ratio=3, pilot=0.4), observation)
     images = rand(3, 1, 8, 8, seed=5)
     objective = attack._objective(known, KEYS)
     variation = 0.5 * total_variation(images)
