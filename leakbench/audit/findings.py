@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from leakbench.analysis.ensemble import EnsembleResult
 from leakbench.attacks.peeling.exposure import Exposure
+from leakbench.audit.batch import BatchFindings
 from leakbench.audit.fail_rule import LABELS, SHARE_RECOVERED, FailRule
 from leakbench.audit.layers import ClosedFormLeaks
 from leakbench.audit.update_facts import UpdateFacts
@@ -51,6 +52,7 @@ class DefenseFindings:
         warnings: why the figures are in doubt.
         inconclusive: why it shows nothing that no image was recovered, in one sentence; empty if it does, or if images
             were recovered.
+        batch: the images of a recorded update of several images; None if no layer leaks them.
     """
 
     result: EnsembleResult
@@ -61,9 +63,12 @@ class DefenseFindings:
     pictures: tuple[ImageFinding, ...]
     warnings: tuple[str, ...] = ()
     inconclusive: str = ""
+    batch: BatchFindings | None = None
 
     def value(self, rule: FailRule) -> float | None:
         """Return the value that a rule judges; None if it was not measured."""
+        if rule.name == SHARE_RECOVERED and self.batch is not None and self.batch.recovered:
+            return 1.0
         if rule.name == SHARE_RECOVERED:
             return None if math.isnan(self.result.share) else self.result.share
         if rule.name == LABELS:

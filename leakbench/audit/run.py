@@ -20,6 +20,7 @@ from leakbench.attacks import Attack
 from leakbench.attacks.known_draws import read_draws
 from leakbench.attacks.peeling.exposure import Exposure
 from leakbench.attacks.peeling.lattice import CONVOLUTIONS
+from leakbench.audit.batch import DISAGGREGATE, batch_findings
 from leakbench.audit.exposure import has_relus, predicted, rule_in_words
 from leakbench.audit.fail_rule import FailRule
 from leakbench.audit.findings import Audit, DefenseFindings, ImageFinding, NetworkFacts
@@ -235,8 +236,11 @@ def audit_update(
         threat = ThreatModel(shares="weights", learning_rate=rate, local_steps=local_steps, rate=granted)
     shown = update_facts(module, update, _observation(module, update, image_shape, classes, threat))
     contradictions = shown.contradictions(1 if kind == "gradient" else local_steps)
-    update = without_decay(update, shown)
+    plain = update
+    update = without_decay(plain, shown)
     observation = _observation(module, update, image_shape, classes, threat)
+    batch = batch_findings(observation, plain, shown)
+    everything = batch is not None and batch.recovered
     drawn = randomness(module, image_shape)
     expected = predicted(module, image_shape)
     rule = rule_in_words(expected, image_shape)
@@ -247,7 +251,7 @@ def audit_update(
     dataset = Recorded(_digest(observation, truth, label), image_shape, classes)
     given: dict[str, Any] = {"models": [own], "datasets": [dataset], "threats": [threat], "images": 1}
     proven = truth is None and any(form.pixels and form.exact and not form.factor for form in leaks.forms)
-    if proven:  # the image is known without a truth: the other attackers have nothing left to find
+    if proven or everything:  # without a truth: the other attackers have nothing left to find
         given["attacks"] = [CLOSED_FORM_ATTACK]
     scale = f"{options.budget}-update" if threat.unit is None else options.budget
     joint = leaks.labels.inferred is None
@@ -272,7 +276,14 @@ def audit_update(
     floor = floor_share(trials, _threshold(matrix)) if measured else math.nan
     flaw = "Inconclusive: an update has no positive control." if result.share == 0 else ""
     warnings = (*([doubt] if doubt else []), *_doubts(shown, update), *found.warnings)
-    found = replace(found, result=result, floor=floor, inconclusive=flaw, warnings=warnings)
+    found = replace(found, result=result, floor=floor, inconclusive=flaw, warnings=warnings, batch=batch)
+    if batch is not None and batch.recovered:
+        nan = math.nan
+        each = enumerate(batch.pictures())
+        found = replace(
+            found,
+            pictures=tuple(ImageFinding(place, None, one, DISAGGREGATE, nan, nan, True) for place, one in each),
+        )
     words = f"{before} to {after}" if kind == "weights" else f"{after}, a {kind}, of the weights {before}"
     if len(update.change) < update.trained:
         words += f"; {len(update.change)} of the {update.trained} trained parameters (tensors) were sent"

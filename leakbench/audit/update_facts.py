@@ -55,6 +55,7 @@ class LayerRank:
         low: whether that is a low rank; otherwise ``rank`` is the full one and shows nothing.
         conclusive: whether more inputs would have given a larger rank, by a test on public images.
         fits: whether the change of the bias fits to that of the weight as under SGD; true without a bias.
+        noise: see ``LowRank``.
     """
 
     layer: str
@@ -63,6 +64,7 @@ class LayerRank:
     low: bool
     conclusive: bool
     fits: bool
+    noise: float
 
 
 @dataclass(frozen=True)
@@ -185,9 +187,9 @@ class UpdateFacts:
             )
         if one is None:
             return "not shown: no linear layer was sent that runs once"
-        taken = f"layer {one.layer}{', which takes the pixels' if one.pixels else ''}"
+        taken = f"layer {one.layer}{', which takes the pixels,' if one.pixels else ''}"
         if one.rank == 1 and one.conclusive:
-            return f"one image{'' if one.pixels else ' in one step'} explains the change of {taken}"
+            return f"one image{'' if one.pixels else ' in one step'} explains the change of {taken.rstrip(',')}"
         if one.rank == 1:
             return f"not shown: the change of {taken} by several images looks like one image's, too"
         copies = "; differing copies of an image, such as flipped ones, count" if one.pixels else ""
@@ -255,6 +257,7 @@ def update_facts(network: nn.Module, update: Update, observation: Observation) -
             low=found.low,
             conclusive=name in able,
             fits=_outside(name, found.rank, finite, update, found.decay, bias_decays) <= BIAS_TOLERANCE,
+            noise=found.noise,
         )
         for name, found in ranks.items()
     )

@@ -25,6 +25,9 @@ ROUNDING_SPREAD = 30.0
 CLEAR_OF_NOISE = 3.0
 """Singular values count if they exceed this many times the largest one that rounding by itself would have."""
 
+FITTED_ROWS = 256
+"""The decay is fitted on this many rows first, and on all of them if those do not show it."""
+
 ROUNDS = 40
 """The most rounds in which the decay is fitted."""
 
@@ -73,21 +76,18 @@ def low_rank(change: Tensor, before: Tensor, error: float) -> LowRank:
     """
     change, before = (_sample(one.detach().double()) for one in (change, before))
     rows, columns = change.shape
-    limit = rows - 1 if rows <= SMALL else rows // 2
-    plain = _spectrum(change, error)
-    best, decay = plain, 0.0
-    if plain[1] > 2 * error and bool(before.any()):
-        for other in _decays(change, before, limit):
+    limit = _limit(rows)
+    best, decay = _spectrum(change, error), 0.0
+    if best[1] > 2 * error and before.any():
+        few = torch.linspace(0, rows - 1, min(rows, FITTED_ROWS)).round().long()
+        parts = [(change[few], before[few])] + [(change, before)] * (rows > FITTED_ROWS)
+        for part in parts:
+            other = _refined(change, before, _fitted(*part, error), limit)
             found = _spectrum(change - other * before, error)
-            if found[1] < best[1]:
+            if 2 * found[1] < best[1]:
                 best, decay = found, other
-            if best[1] <= CLEAR_OF_NOISE * error:
+            if best[1] <= ROUNDING_SPREAD * error:
                 break
-        if best[1] > ROUNDING_SPREAD * error:
-            decay = _refined(change, before, decay, limit)
-            best = _spectrum(change - decay * before, error)
-        if plain[1] <= 2 * best[1]:  # it explains nothing
-            best, decay = plain, 0.0
     sizes, level = best
     noise = CLEAR_OF_NOISE * max(level, error) * (math.sqrt(rows) + math.sqrt(columns))
     rank = int((sizes > noise).sum())
@@ -117,22 +117,38 @@ def _spectrum(matrix: Tensor, error: float) -> tuple[Tensor, float]:
     return sizes, float(sizes[place]) / (math.sqrt(columns) - part * math.sqrt(rows))
 
 
-def _refined(change: Tensor, before: Tensor, decay: float, kept: int) -> float:
-    """Return the multiple again, from the matrices themselves: their squares lose half of the digits."""
-    for _ in range(2):
-        vectors = torch.linalg.svd(change - decay * before, full_matrices=False)[0][:, kept:]
-        own = vectors.T @ before
-        decay = float((own * (vectors.T @ change)).sum() / own.square().sum())
+def _fitted(change: Tensor, before: Tensor, error: float) -> float:
+    """Return the multiple of ``before`` without which the smallest singular values are smallest."""
+    best, decay = math.inf, 0.0
+    for other in _decays(change, before):
+        level = _spectrum(change - other * before, error)[1]
+        if level < best:
+            best, decay = level, other
+        if best <= CLEAR_OF_NOISE * error:
+            break
     return decay
 
 
-def _decays(change: Tensor, before: Tensor, limit: int) -> Iterator[float]:
+def _refined(change: Tensor, before: Tensor, decay: float, kept: int) -> float:
+    """Return the multiple again, from the matrices themselves: their squares lose half of the digits."""
+    rest = change - decay * before
+    vectors = torch.linalg.eigh(rest @ rest.T)[1][:, : len(rest) - kept]
+    own = vectors.T @ before
+    return float((own * (vectors.T @ change)).sum() / own.square().sum())
+
+
+def _limit(rows: int) -> int:
+    """Return the largest rank of a matrix of few rows that can be told from a full one."""
+    return rows - 1 if rows <= SMALL else rows // 2
+
+
+def _decays(change: Tensor, before: Tensor) -> Iterator[float]:
     """Yield multiples of ``before`` that leave the least of the change outside of some leading directions.
 
     The rows of the gradient of a classifier by the cross-entropy sum to zero, whatever the batch; the decay follows
     from the sum of its rows directly.
     """
-    total = before.sum(0)
+    limit, total = _limit(len(change)), before.sum(0)
     if bool(total.any()):
         yield float(total @ change.sum(0) / (total @ total))
     own, cross, changed = before @ before.T, before @ change.T, change @ change.T

@@ -25,7 +25,7 @@ ATTACK_HEADINGS = ("attack", "recovered", "tried", "diverged", "skipped", "evalu
 
 def verdict(one: DefenseFindings) -> str:
     """Return in one sentence or two how many images are recovered behind a defense."""
-    return sentence("audit.sentences.j2", "verdict", one.result, one.inconclusive)
+    return sentence("audit.sentences.j2", "verdict", one.result, one.inconclusive, one.batch)
 
 
 def exact_words(audit: Audit, one: DefenseFindings) -> str:

@@ -1,0 +1,100 @@
+"""Every image of a batch, or of a local training, from the first linear layer before a ReLU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_audit import nets  # noqa: F401
+from test_cli import cli, place  # noqa: F401
+from test_update_facts import SGD, recorded, short, train  # noqa: F401
+from torch import Tensor, nn
+
+from leakbench import datasets
+from leakbench.attacks.disaggregation import Disaggregation, _Columns, disaggregate
+from leakbench.core.rng import generator
+from leakbench.gradients.low_rank import low_rank, rounding_error
+
+
+def wide(activation: type[nn.Module] = nn.ReLU, hidden: int = 256) -> nn.Module:
+    """A network on images in [0, 1], which it centres itself."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(3, affine=False).eval()
+    norm.load_state_dict({"running_mean": torch.full((3,), 0.5), "running_var": torch.full((3,), 0.06)}, strict=False)
+    return nn.Sequential(norm, nn.Flatten(), nn.Linear(432, hidden), activation(), nn.Linear(hidden, 70))
+
+
+def found(network: nn.Module, images: int, batch: int, epochs: int, option: str = "plain") -> Disaggregation | None:
+    """Return what the change of the first linear layer gives."""
+    layer = network[2]
+    before = [layer.weight.detach().double().clone(), layer.bias.detach().double().clone()]
+    train(network, SGD[option], images, batch, epochs)
+    change, bias = before[0] - layer.weight.detach().double(), before[1] - layer.bias.detach().double()
+    rank = low_rank(change, before[0], rounding_error(before[0], change, 2.0**-23))
+    assert rank.rank == images
+    return disaggregate(change - rank.decay * before[0], bias - rank.decay * before[1], rank, generator(0))
+
+
+def error(guess: Disaggregation, images: int) -> float:
+    """Return the largest relative error of an image, each with the reconstruction that is nearest to it."""
+    truth = (datasets.parse("samples(size=12)").load(range(images))[0].double() - 0.5) / 0.06**0.5
+    distances = torch.cdist(truth.flatten(1), guess.inputs) / truth.flatten(1).norm(dim=1, keepdim=True)
+    assert len(set(distances.argmin(1).tolist())) == images
+    return float(distances.amin(1).max())
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "epochs", "option"),
+    [(1, 1, 1, "plain"), (4, 4, 1, "plain"), (12, 12, 1, "plain"), (12, 4, 2, "nesterov")],
+)
+def test_every_image_follows_from_the_first_layer(images: int, batch: int, epochs: int, option: str) -> None:
+    network = wide()
+    first = network[2].weight.detach().double().clone(), network[2].bias.detach().double().clone()
+    guess = found(network, images, batch, epochs, option)
+    assert guess is not None
+    assert guess.complete
+    assert error(guess, images) < 2e-3
+    last = network[2].weight.detach().double(), network[2].bias.detach().double()
+    one_step = batch == images
+    assert guess.agreement(*[first] if one_step else (first, last)) > (0.999 if one_step else 0.9)
+    wrong = Disaggregation(guess.inputs.flip(0) + 0.5 * guess.inputs, guess.errors, guess.found, guess.zeros)
+    assert wrong.agreement(first) < 0.9 or images == 1
+
+
+def test_without_zeros_nothing_is_claimed() -> None:
+    """The errors before a sigmoid have none."""
+    guess = found(wide(nn.Sigmoid), 4, 4, 1)
+    assert guess is None or not guess.complete
+
+
+def test_a_mixture_of_two_columns_is_split() -> None:
+    rng = torch.Generator().manual_seed(0)
+    columns: Tensor = torch.randn(200, 6, generator=rng, dtype=torch.float64)
+    columns = torch.where(torch.rand(200, 6, generator=rng) < 0.5, columns, 0.0)
+    rows, mixing = torch.linalg.qr(columns)
+    true = mixing.T  # rows @ true[i] is column i
+    space = _Columns(rows, 1e-9)
+    mixed = true[0] / true[0].norm() + 0.6 * true[3] / true[3].norm()
+    split = space.split(mixed / mixed.norm())
+    alike = (split @ true.T).abs() / true.norm(dim=1) / split.norm(dim=1, keepdim=True)
+    assert float(alike[:, 0].max()) > 1 - 1e-9
+    assert float(alike[:, 3].max()) > 1 - 1e-9
+    assert len(space.split(true[0] / true[0].norm())) == 0
+
+
+@pytest.mark.parametrize("hidden", [256, 8])
+def test_an_audit_recovers_the_images_of_a_local_training(cli, nets: Path, short: None, hidden: int) -> None:  # noqa: F811
+    """A wide layer leaks all of them; one of 8 units has no low rank, and nothing is said to be safe or recovered."""
+    recorded(nets, wide(hidden=hidden), SGD["momentum"], 12, 4, 2)
+    (nets / "nets.py").write_text(f"from test_disaggregation import wide\ndef build(): return wide(hidden={hidden})\n")
+    files = ("--before", "before.pt", "--after", "after.pt", "--size", "12", "--budget", "quick", "--mode", "eval")
+    done = cli(
+        "audit", "--plugin", "nets.py", "--model", "build", "--out", "out", *files, "--fail-if", "recovered > 0.9"
+    )
+    page = (nets / "out" / "audit.md").read_text()
+    claim = "The server recovers all 12 images. They follow in closed form from the change of layer 2"
+    assert (done.code, claim in done.out, claim in page) == ((1, True, True) if hidden > 12 else (2, False, False))
+    assert (page.count("| disaggregate |"), "at least 12 different ones" in done.out) == (
+        (12, True) if hidden > 12 else (0, False)
+    )
