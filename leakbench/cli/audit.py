@@ -211,8 +211,8 @@ def model(given: _OnImages) -> None:
 def update(given: _OnUpdate) -> None:
     """Attack one recorded update: the weights that a client was given, and those that it sent.
 
-    The report first states what the two models show by themselves: images, steps, optimiser. If a linear layer takes the
-    pixels before a ReLU, every image of the client follows. Attacks that search assume one image and plain SGD.
+    The report first states what the two models show by themselves: images, steps, optimiser. If a linear layer takes
+    the pixels before a ReLU, every image of the client follows. Attacks that search assume one image and plain SGD.
     """
     from leakbench import audit
 
