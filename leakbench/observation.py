@@ -1,6 +1,6 @@
 """What an attacker sees."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,7 @@ class Observation:
             and if the attacker is oblivious.
         shown: per parameter [T, *shape] bool, the entries of ``gradient`` that are known. The others are zero: they
             were not finite, or an adaptive attacker could not undo what the defense did to them. None: all are known.
+        tick: called by a search with the number of evaluations so far and of all; None if nobody listens.
     """
 
     model: nn.Module
@@ -60,6 +61,7 @@ class Observation:
     size: Tensor | None = None
     shown: Mapping[str, Tensor] | None = None
     adaptive: AdaptiveAttacker | None = None
+    tick: Callable[[int, int], None] | None = None
 
     def __repr__(self) -> str:
         """Return one line of names, counts and shapes, without values."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import math
 import pickle
 import re
@@ -15,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import save_file
 from test_cli import cli, place, refused  # noqa: F401
 from test_html import NASTY, Tags
@@ -30,6 +32,7 @@ from leakbench.audit.given import classes_of
 from leakbench.audit.layers import ClosedFormLeaks, InferredLabels, LayerShare, closed_forms, labels_of, shares
 from leakbench.core.registry import load_plugin
 from leakbench.core.types import PRESETS
+from leakbench.engine.progress import Display
 from leakbench.errors import BadOption
 from leakbench.report.audit import html, markdown, verdict
 from leakbench.report.page import picture
@@ -233,6 +236,9 @@ def test_an_audit_that_passes_claims_no_safety(cli, nets: Path) -> None:  # noqa
     assert "**loss**: cross-entropy" in page
     assert "- **analytic**: A linear layer that takes every pixel once" in page
     assert "Leaks exactly, without any search: the label" in done.out
+    (line,) = [line for line in done.out.splitlines() if line.startswith("expected time: at most about")]
+    assert "of searches for 1 image (ig(steps=150)" in line
+    assert done.out.index(line) < done.out.index("[1/")
     assert "That does not prove that the images are safe" in done.out
     assert audit(cli, "pooled", *DATA, "--images", "1", "--fail-if", "labels > 0.5").code == 1
 
@@ -659,3 +665,17 @@ def test_a_layer_is_conclusive_only_with_independent_rows() -> None:
         "independent": True,
         "independent, without a sum of zero": True,
     }
+
+
+def test_progress_moves_within_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 4000, 40))
+    monkeypatch.setattr("leakbench.engine.progress.time.monotonic", lambda: float(next(clock)))
+    for terminal in (False, True):
+        written = io.StringIO()
+        with Display(Console(file=written, force_terminal=terminal, width=200)) as display:
+            display.begin("ig(steps=5)", 2)
+            network = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
+            seen = leakbench.observe(network, torch.rand(2, 3, 4, 4), [0, 1])
+            leakbench.attack("ig(steps=5, restarts=2)", dataclasses.replace(seen, tick=display.move))
+            assert 0 < display.bar.tasks[0].completed < 2 if terminal else display.bar.tasks[0].completed == 0
+        assert "ig(steps=5): step 3 of 10" in written.getvalue() or terminal

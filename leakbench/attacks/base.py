@@ -91,6 +91,10 @@ class Attack(Component):
         """
         return None
 
+    def pace(self, observation: Observation, rng: Rng) -> float | None:
+        """Return about how many seconds the search of all trials takes, from one evaluation; None without a search."""
+        return None
+
     def uses(self) -> Sequence[Component]:
         """Return the other components whose code the attack runs, such as a generator."""
         return ()
@@ -121,6 +125,12 @@ class Attack(Component):
         """Return what ``probe`` returns for this observation."""
         attack, known = prepare(self, observation)
         return attack.probe(known, rng)
+
+    @final
+    def seconds(self, observation: Observation, rng: Rng) -> float | None:
+        """Return what ``pace`` returns for this observation."""
+        attack, known = prepare(self, observation)
+        return attack.pace(known, rng)
 
 
 def _check_passive(cls: type[Attack]) -> None:

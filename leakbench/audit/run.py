@@ -36,8 +36,10 @@ from leakbench.audit.given import (
     read_update,
 )
 from leakbench.audit.layers import RESIDUAL_TOLERANCE, ClosedFormLeaks, InferredLabels, closed_forms, shares
+from leakbench.audit.pace import expected_time
 from leakbench.audit.randomness import Randomness, randomness
 from leakbench.audit.update_facts import UpdateFacts, update_facts, without_decay
+from leakbench.core.device import device_named
 from leakbench.core.text import english, part, plural
 from leakbench.core.types import PRESETS, ThreatModel
 from leakbench.datasets import Dataset
@@ -160,6 +162,10 @@ def audit_model(
     if progress is not None:
         progress.note(f"{EXPECTED}: {rule}")
     leaks = {spec: _leaks(own, one, dataset, indices, drawn) for spec, one in each.items()}
+    if progress is not None:
+        clients, place = _clients(protections[0], dataset, indices), device_named(device)
+        seen = observe(own, protections[0], PRESETS["paper"], clients, classes, dataset.mean(), place)
+        _announce(matrix, seen, progress)
     run_options = RunOptions(device, salt=options.salt)
     engine.run(matrix, out, run_options, progress=progress, command=options.command)
     with Store.open(out / FILE, readonly=True) as store:
@@ -263,6 +269,8 @@ def audit_update(
         num_classes=classes,
         observed=observation,
     )
+    if progress is not None:
+        _announce(matrix, observation, progress)
     run_options = RunOptions("cpu", salt=options.salt)
     engine.run(matrix, out, run_options, progress=progress, command=options.command, data=data)
     with Store.open(out / FILE, readonly=True) as store:
@@ -290,6 +298,13 @@ def audit_update(
     facts = (*network.facts(), *drawn.facts(), ("update", words), (EXPECTED, rule))
     found_by = _audit(own, dataset, facts, matrix, [found], options, 1, expected, threat)
     return replace(found_by, recorded=shown, contradictions=contradictions)
+
+
+def _announce(matrix: Matrix, seen: Observation, progress: NullProgress) -> None:
+    """Say how long the searches may take."""
+    words = expected_time(matrix, seen)
+    if words:
+        progress.note(words)
 
 
 def _doubted(found: DefenseFindings, doubt: str, flaw: str) -> DefenseFindings:
@@ -409,6 +424,22 @@ def _leaks(
     Raises:
         Unsupported: the defense mixes in more images than the data has.
     """
+    clients, classes = _clients(defense, dataset, indices), dataset.num_classes
+    seen = observe(own, defense, PRESETS["paper"], clients, classes, dataset.mean())
+    kinds = (nn.Linear, *CONVOLUTIONS)
+    names = [name for name, module in seen.model.named_modules() if isinstance(module, kinds)]
+    inputs = [layer_inputs(own, defense, client, classes, names) for client in clients]
+    truth = {name: [row[name] for row in inputs] for name in names if all(name in row for row in inputs)}
+    found = ClosedFormLeaks.of(seen, truth, [int(client.label) for client in clients])
+    return _redrawn(found, drawn), drawn.doubt() if drawn.layers and not read_draws(seen).complete else ""
+
+
+def _clients(defense: Defense, dataset: Dataset, indices: Sequence[int]) -> list[Client]:
+    """Return the clients of the attacked images.
+
+    Raises:
+        Unsupported: the defense mixes in more images than the data has.
+    """
     further = [index for index in range(len(dataset)) if index not in indices][: defense.companions]
     images, labels = dataset.load([*indices, *further])
     others = tuple((image, int(label)) for image, label in zip(images[len(indices) :], labels[len(indices) :]))
@@ -417,18 +448,10 @@ def _leaks(
             f"defense {defense.name!r} mixes {defense.companions} further images into the attacked one, and the data "
             f"has {len(others)} that are not attacked; give more images, or --images with fewer"
         )
-    clients = [
+    return [
         Client(image, int(label), "weights/0", f"audit/{index}", others)
         for index, image, label in zip(indices, images, labels)
     ]
-    classes = dataset.num_classes
-    seen = observe(own, defense, PRESETS["paper"], clients, classes, dataset.mean())
-    kinds = (nn.Linear, *CONVOLUTIONS)
-    names = [name for name, module in seen.model.named_modules() if isinstance(module, kinds)]
-    inputs = [layer_inputs(own, defense, client, classes, names) for client in clients]
-    truth = {name: [row[name] for row in inputs] for name in names if all(name in row for row in inputs)}
-    found = ClosedFormLeaks.of(seen, truth, [int(client.label) for client in clients])
-    return _redrawn(found, drawn), drawn.doubt() if drawn.layers and not read_draws(seen).complete else ""
 
 
 def _redrawn(leaks: ClosedFormLeaks, drawn: Randomness) -> ClosedFormLeaks:

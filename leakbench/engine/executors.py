@@ -102,11 +102,16 @@ class Executor(AbstractContextManager["Executor"]):
 
 
 class InProcessExecutor(Executor):
-    """Does the tasks in this process, one after the other."""
+    """Does the tasks in this process, one after the other.
 
-    def __init__(self, work: WorkerContext) -> None:
+    Args:
+        work: what a worker needs.
+        tick: see ``Worker``.
+    """
+
+    def __init__(self, work: WorkerContext, tick: Callable[[int, int], None] | None = None) -> None:
         self._messages: list[Message] = []
-        self._worker = Worker(work, lambda line: self._messages.append(Message(line)))
+        self._worker = Worker(work, lambda line: self._messages.append(Message(line)), tick=tick)
 
     def run(self, tasks: Callable[[], Task | None], begin: Callable[[Task], None]) -> Iterator[Event]:
         """Do the tasks; see ``Executor.run``."""

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal
@@ -119,7 +119,7 @@ class Isolation:
         """
         if not foreign(attack):
             return attack(observation, rng)
-        found = self._answer(Call("run", attack, observation, rng))
+        found = self._answer(Call("run", attack, replace(observation, tick=None), rng))
         return checked(attack, _reconstruction(attack, found), observation)
 
     def check(self, attack: Attack, observation: Observation) -> None:

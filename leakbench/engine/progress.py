@@ -11,6 +11,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from leakbench.errors import one_line
 from leakbench.plan.trial import Result, Trial
 
+REFRESH_SECONDS = 0.5
+"""How often a bar in a terminal moves within a chunk."""
+
+LINE_SECONDS = 60.0
+"""How often, elsewhere, a line says how far a chunk is."""
+
 
 class NullProgress:
     """No output; the base of displays."""
@@ -33,6 +39,9 @@ class NullProgress:
 
     def begin(self, cell: str, trials: int) -> None:
         """Report that a chunk of this many trials of a cell begins."""
+
+    def move(self, done: int, total: int) -> None:
+        """Report how many evaluations of all the chunk's search has made."""
 
     def finish(self, results: Sequence[Result]) -> None:
         """Report that the results of a chunk were stored."""
@@ -93,7 +102,7 @@ class Display(Bar, NullProgress):
         self.left: dict[str, int] = defaultdict(int)
         self.seconds: dict[str, float] = defaultdict(float)
         self.trials: dict[str, int] = defaultdict(int)
-        self.started = time.monotonic()
+        self.cell, self.running, self.moved = "", 0, time.monotonic()
 
     def start(self, waiting: Sequence[Trial], done: int) -> None:
         """Show the totals."""
@@ -113,7 +122,21 @@ class Display(Bar, NullProgress):
 
     def begin(self, cell: str, trials: int) -> None:
         """Show the cell."""
+        self.cell, self.running, self.moved = cell, trials, time.monotonic()
         self.bar.update(self.task, description=one_line(f"{self.part}{cell}"))
+
+    def move(self, done: int, total: int) -> None:
+        """Move the bar within the chunk; elsewhere, write a line a minute."""
+        terminal = self.console.is_terminal
+        if time.monotonic() - self.moved < (REFRESH_SECONDS if terminal else LINE_SECONDS):
+            return
+        self.moved = time.monotonic()
+        words = f"{self.cell}: step {min(done, total)} of {total}"
+        if terminal:
+            completed = self.done + self.running * min(1.0, done / total)
+            self.bar.update(self.task, description=one_line(f"{self.part}{words}"), completed=completed)
+        else:
+            self.note(f"{self.part}[{self.done}/{self.total}] {words}")
 
     def finish(self, results: Sequence[Result]) -> None:
         """Show what is done, failed and left."""

@@ -160,7 +160,7 @@ def run(
     folder = Path(out) if out is not None else Path("runs") / matrix.name
     refuse_inside()
     metrics.refuse_replaced()
-    plan = _plan(matrix, options, folder / FILE, data)
+    plan = _plan(matrix, options, folder / FILE, data, progress.move)
     observed = None if data is None else data.observed
     with full_precision(), plan.executor:
         ensemble = matrix.threshold is not None
@@ -205,7 +205,13 @@ def run(
     return folder
 
 
-def _plan(matrix: Matrix, options: RunOptions, file: Path, given: ClientData | None) -> _Planned:
+def _plan(
+    matrix: Matrix,
+    options: RunOptions,
+    file: Path,
+    given: ClientData | None,
+    tick: Callable[[int, int], None],
+) -> _Planned:
     """Return a matrix with its data and executor; nothing is written.
 
     Raises:
@@ -236,7 +242,7 @@ def _plan(matrix: Matrix, options: RunOptions, file: Path, given: ClientData | N
     measured = metrics.of_run(named)
     scores, missing = _usable(measured)
     missing += [f"metric {name!r} is new to this run: trials that are done keep no value of it" for name in new]
-    executor = _executor(WorkerContext(scores, device, options.strict), options)
+    executor = _executor(WorkerContext(scores, device, options.strict), options, tick)
     whole = matrix.trials() if options.shard else trials
     return _Planned(matrix, trials, whole, data, executor, device, measured, missing, salt)
 
@@ -333,8 +339,11 @@ def check(matrix: Matrix, options: RunOptions) -> None:
         _preflight(matrix.trials(), options.strict, matrix.threshold is not None, executor, options.salt or "")
 
 
-def _executor(work: WorkerContext, options: RunOptions) -> Executor:
-    """Return the executor that options ask for; a Ray actor with a GPU has one thread."""
+def _executor(work: WorkerContext, options: RunOptions, tick: Callable[[int, int], None] | None = None) -> Executor:
+    """Return the executor that options ask for; a Ray actor with a GPU has one thread.
+
+    An attack calls ``tick`` in this process only: other workers report whole chunks.
+    """
     if options.executor == "ray":
         from leakbench.engine.ray_executor import RayExecutor
 
@@ -343,7 +352,7 @@ def _executor(work: WorkerContext, options: RunOptions) -> Executor:
         return RayExecutor(own, options.workers, gpus, 1, options.time_limit, options.ray_address)
     workers = options.workers or 1
     if workers == 1 and options.time_limit is None:
-        return InProcessExecutor(work)
+        return InProcessExecutor(work, tick)
     count = torch.cuda.device_count() if work.device.type == "cuda" and work.device.index is None else 1
     share = work.share * count / max(workers, count)
     devices = [torch.device("cuda", place % count) if count > 1 else work.device for place in range(workers)]

@@ -134,6 +134,8 @@ class WorkerContext:
 class Worker:
     """Does tasks; calls ``note`` with lines for the user, and ``begin`` with the number of trials that begin.
 
+    ``tick`` is called while an attack searches (``Observation.tick``).
+
     Attributes:
         noted: the metrics and replaced functions that the user was told of.
         isolation: calls the attacks, those that are not part of leakbench in processes of their own.
@@ -146,6 +148,7 @@ class Worker:
     noted: set[str] = field(default_factory=set)
     isolation: Isolation = field(default_factory=Isolation)
     floors: set[str] = field(default_factory=set)
+    tick: Callable[[int, int], None] | None = None
 
     def do(self, task: Task) -> TaskAnswer:
         """Return the answer to a task.
@@ -249,7 +252,7 @@ class Worker:
         else:
             key = salted("audit/update", "attack", data.salt)
             observation, rng, encoded = data.observed, Rng((key,), self.work.device), None
-        attack, observation = trials[0].cell.attack, replace(observation, slots=slots)
+        attack, observation = trials[0].cell.attack, replace(observation, slots=slots, tick=self.tick)
         try:
             guess = self.isolation.run(attack, observation, rng)
         except DefenseFailed as error:  # the client's defense did not fail: an attacker ran its code, or says so

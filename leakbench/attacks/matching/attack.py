@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -49,6 +50,15 @@ class GradientMatching(MatchingProblem):
         start = self._begin(objective)
         value_and_gradient(objective, start, 0)
         return self.held * sum(value.numel() * value.element_size() for value in start.values())
+
+    def pace(self, observation: Observation, rng: Rng) -> float | None:
+        """Time one evaluation, the second one, of as many as there are steps and restarts."""
+        objective = self._objective(double(observation) if self.exact else observation, rng).with_path()
+        start = self._begin(objective)
+        value_and_gradient(objective, start, 0)[0].sum().item()
+        begun = time.perf_counter()
+        value_and_gradient(objective, start, 1)[0].sum().item()
+        return (time.perf_counter() - begun) * self.steps * self.restarts
 
     def check(self, observation: Observation) -> None:
         """Raise Unsupported if the label cannot be had or the network cannot be differentiated twice."""

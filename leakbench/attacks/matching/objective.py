@@ -60,6 +60,9 @@ class MatchingObjective:
 
     def __call__(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
         """Return [T], the matching distance, as the attack reshapes it, plus the prior."""
+        if self.observation.tick is not None:
+            done = evaluation if isinstance(evaluation, int) else max(evaluation, default=0)
+            self.observation.tick(self.restart * self.attack.steps + done, self.attack.restarts * self.attack.steps)
         images, logits = self.render(unknowns)
         distance, prior = self._distance(images, logits, unknowns, evaluation), self.attack.prior(images)
         return self.attack.reshape(distance) + (prior if self.prior_factor is None else self.prior_factor * prior)
