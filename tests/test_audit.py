@@ -135,6 +135,9 @@ def test_an_audit_that_recovers_nothing_is_inconclusive_without_a_control(
         inconclusive=inconclusive,
     )
     assert words in verdict(found)
+    facts = NetworkFacts(1, 2, (3, 8, 8), training=True, image_norms=0, running_norms=0)
+    audit = Audit("n", (), facts, 4, "quick", (), (), (found,), (), (), 0.6, rule=FailRule("recovered", ">", 0.6))
+    assert audit.undecided().startswith("a floor, which uses no gradient") == ("a floor" in words)
 
 
 def test_an_audit_says_whether_the_attackers_recover_anything_undefended(cli, nets: Path) -> None:  # noqa: F811

@@ -154,6 +154,11 @@ class Audit:
         names = "; ".join(missing)
         if missing and self.rule.name == LABELS and any(one.leaks.labels.inferred is None for one in self.defenses):
             return f"no closed-form rule infers the labels ({names}), which does not hide them; choose another rule"
+        if self.rule.name == SHARE_RECOVERED and any(d.result.by_floor and not d.result.images for d in self.defenses):
+            return (
+                f"a floor, which uses no gradient, comes as close to every image as the threshold asks ({names}); audit "
+                "other images, or raise --threshold"
+            )
         if missing:
             return (
                 f"{self.rule.name} was not measured ({names}); give --truth (or --label for labels), larger images if "
