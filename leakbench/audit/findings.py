@@ -156,8 +156,8 @@ class Audit:
             return f"no closed-form rule infers the labels ({names}), which does not hide them; choose another rule"
         if self.rule.name == SHARE_RECOVERED and any(d.result.by_floor and not d.result.images for d in self.defenses):
             return (
-                f"a floor, which uses no gradient, comes as close to every image as the threshold asks ({names}); audit "
-                "other images, or raise --threshold"
+                f"a floor, which uses no gradient, comes as close to every image as the threshold asks ({names}); "
+                "audit other images, or raise --threshold"
             )
         if missing:
             return (
