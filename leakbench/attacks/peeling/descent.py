@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from leakbench.attacks.peeling.beginnings import beginnings, heads, lattice_of
 from leakbench.attacks.peeling.correlation import Fitted, by_image, least_squares, windows
 from leakbench.attacks.peeling.factors import NotFactorised
-from leakbench.attacks.peeling.gates import CLEAR, decide, fitting_mask, rebalance
-from leakbench.attacks.peeling.knowledge import Knowledge
+from leakbench.attacks.peeling.gates import decide, fitting_mask, rebalance
+from leakbench.attacks.peeling.knowledge import CLEAR, Knowledge
 from leakbench.attacks.peeling.masks import factorise_masked
 from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.shifts import factorise_convolution
@@ -42,6 +42,7 @@ class Feature:
         deviation: of its values relative to their root mean square, as its own equations show it.
         check: how far it is from the values that follow from those below, relative to it; NaN if there are none.
         balance: how far the sums of the error below it are from the gradient of the shift there; NaN if not seen.
+        error: the derivative of the loss by the value; None if it does not follow.
     """
 
     place: int
@@ -49,6 +50,7 @@ class Feature:
     deviation: float
     check: float
     balance: float
+    error: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,7 @@ def features(known: Knowledge) -> list[Feature]:
         value = known.clean(place)
         size = value.square().mean().sqrt()
         deviation = float(known.values[place].deviation.square().mean().sqrt() / size)
-        found.append(Feature(place, value, deviation, check(known, place), known.balance(place)))
+        found.append(Feature(place, value, deviation, check(known, place), known.balance(place), known.error(place)))
     return found
 
 

@@ -6,11 +6,8 @@ import torch
 from torch import Tensor
 
 from leakbench.attacks.peeling.correlation import Fitted, by_channel, by_image, least_squares, windows
-from leakbench.attacks.peeling.knowledge import Knowledge
+from leakbench.attacks.peeling.knowledge import CLEAR, Knowledge
 from leakbench.attacks.peeling.layers import Convolution
-
-CLEAR = 5.0
-"""By how many standard deviations a value must exceed 0 to count as positive."""
 
 CERTAIN = 25.0
 """By how many standard deviations a value is positive whatever the error's own equations say."""
@@ -135,9 +132,11 @@ def correct(known: Knowledge, place: int, layer: Convolution, at: int) -> bool:
     gate, gain, offset = found
     above = known.error(gate)
     assert above is not None
-    value, step = known.values[place], known.network.steps[place]
-    rectified = step.kind == "relu" and step.slope == 0
-    inputs = torch.where(value.value > CLEAR * value.deviation, value.value, 0.0) if rectified else value.value
+    value = known.values[place]
+    if known.rectified(place):
+        inputs = torch.where(value.value > CLEAR * value.deviation, value.value, 0.0)
+    else:
+        inputs = value.value
     matrix = windows(inputs, layer.geometry)
     live = matrix.norm(dim=0)
     live = live > 1e-3 * live.median()

@@ -114,9 +114,12 @@ class Match:
             if place not in wanted:
                 continue
             target, reached = wanted[place], values[place]
+            # in front of a ReLU there is a slope where the value is wrongly 0, and 0 only bounds what is in front
             if step.kind == "relu" and step.slope == 0:
-                # in front of a ReLU there is a slope where the value is wrongly 0, and 0 only bounds what is in front
                 reached = torch.where(target > 0, inputs[0], reached)
+            elif step.kind == "max-pool" and steps[step.inputs[0]].kind == "relu" and steps[step.inputs[0]].slope == 0:
+                before = values[steps[step.inputs[0]].inputs[0]]
+                reached = torch.where(target > 0, self.network.forward(place, [before]), reached)
             total = total + (reached - target).square().sum() / target.square().sum()
         return total
 

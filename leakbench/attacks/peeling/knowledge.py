@@ -14,6 +14,9 @@ from leakbench.attacks.peeling.layers import Convolution
 from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.standard import Standard
 
+CLEAR = 5.0
+"""By how many standard deviations a value must exceed 0 to count as positive."""
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -97,10 +100,19 @@ class Knowledge:
 
     def clean(self, place: int) -> Tensor:
         """Return the values [B, C, H, W] of a step, with zeros where a ReLU of slope 0 gave them."""
-        value = self.values[place].value
+        found = self.values[place]
         if place in self.masks and self.network.steps[place].slope == 0:
-            return torch.where(self.masks[place], value, 0.0)
-        return value
+            return torch.where(self.masks[place], found.value, 0.0)
+        if self.network.steps[place].kind == "max-pool" and self.rectified(place):
+            return torch.where(found.value > CLEAR * found.deviation, found.value, 0.0)
+        return found.value
+
+    def rectified(self, place: int) -> bool:
+        """Return whether a step's output is that of a ReLU with slope 0, or the maxima of one's."""
+        step = self.network.steps[place]
+        if step.kind == "max-pool":
+            return self.rectified(step.inputs[0])
+        return step.kind == "relu" and step.slope == 0
 
     def predict(self, place: int) -> Tensor | None:
         """Return the output [B, ...] of a step as it follows from the recovered values below; None if it does not."""

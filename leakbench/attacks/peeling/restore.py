@@ -9,6 +9,7 @@ from torch import Tensor
 from leakbench.attacks.peeling.descent import Feature, Recovered, recover
 from leakbench.attacks.peeling.inversion import MAX_ERROR, chosen, invert
 from leakbench.attacks.peeling.network import Network
+from leakbench.attacks.peeling.pooling import MAX_WINDOWS, find_stem, pooled, restore_pooled
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,16 @@ def restore(
     if not used:
         grey = torch.full_like(noise, 0.5)
         return Restored(grey, grey.new_full((len(grey),), torch.nan), reason=failure(network, found))
+    lowest = used[-1]
+    stem = find_stem(searched, lowest.place)
+    windows = lowest.value[:, 0].numel()
+    if stem is not None and lowest.error is not None and stem.layer.weight in sent and windows <= MAX_WINDOWS:
+        own = find_stem(network, lowest.place)
+        assert own is not None
+        known = pooled(own, lowest.value, lowest.error, sent[stem.layer.weight])
+        draws = torch.Generator(noise.device).manual_seed(int(torch.randint(2**62, (), generator=rng)))
+        images, misfit, spent = restore_pooled(stem, known, noise, draws, steps)
+        return Restored(images, misfit.expand(len(noise)), spent)
     below = set().union(*(network.below(each.place) for each in used))
     if any(network.steps[place].kind == "normalisation" for place in below):
         # statistics of the batch: all images at once

@@ -1,0 +1,73 @@
+"""The search below a max-pool: what is known of the maxima holds for the true image, and leads to it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import rand
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import leakbench
+from leakbench.attacks.peeling.network import Network
+from leakbench.attacks.peeling.pooling import Pooled, PooledMatch, Stem, find_stem, misfit_of_gradient, pooled, sample
+from leakbench.attacks.peeling.trace import trace
+from leakbench.core.rng import seeded
+
+POOL = 4
+
+
+def network(*, slope: float = 0.0) -> nn.Module:
+    """Return a convolution of stride 2, a normalisation, a ReLU, a max-pool and a linear layer, for 16 x 16 pixels."""
+    with seeded("pool"):
+        relu = nn.LeakyReLU(slope) if slope else nn.ReLU()
+        stem = [nn.Conv2d(3, 24, 5, 2, 2), nn.BatchNorm2d(24), relu, nn.MaxPool2d(3, 2, 1)]
+        model = nn.Sequential(*stem, nn.Flatten(), nn.Linear(24 * 16, 5)).double()
+        nn.init.uniform_(model[1].weight, 0.5, 1.5)
+        nn.init.uniform_(model[1].running_var, 0.05, 0.2)
+    return model.eval()
+
+
+def known(images: Tensor) -> tuple[Stem, Pooled, Tensor]:
+    """Return the stem, what is known of its windows, and the true routings [K, O, Q]."""
+    model = network()
+    loss = F.cross_entropy(model(images), torch.arange(len(images)))
+    (gradient,) = torch.autograd.grad(loss, model[0].weight)
+    value = model[:4](images).detach().requires_grad_()
+    (error,) = torch.autograd.grad(F.cross_entropy(model[4:](value), torch.arange(len(images))), value)
+    steps = Network(trace(leakbench.observe(model, images[:1], torch.tensor([0]), salt="0" * 32)))
+    stem = find_stem(steps, POOL)
+    assert stem is not None
+    found = pooled(stem, value.detach(), error, gradient)
+    with torch.no_grad():
+        z = found.gather(stem.forward(images)).masked_fill(found.places[:, None] == found.bound.shape[1], -math.inf)
+    return stem, found, F.one_hot(z.argmax(0), len(z)).permute(2, 0, 1) * found.active.double()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_bounds_candidates_and_the_weight_gradient_hold_for_the_true_images(count: int) -> None:
+    images = rand(count, 3, 16, 16, seed=2).double()
+    stem, found, routing = known(images)
+    with torch.no_grad():
+        assert float((stem.forward(images) - found.bound).max()) < 1e-12
+        assert bool(found.candidate[routing > 0].all())
+        # overlapping windows with the same maximum, and bounds, leave few positions of nine
+        assert float(found.candidate.sum(0)[found.active].double().mean()) < 4
+        assert float(misfit_of_gradient(stem, found, images, routing)) < 1e-24
+        assert float(PooledMatch(stem, found, routing=routing, weight=1.0)({"image": images[None]}, 0)) < 1e-24
+        sampled = sample(stem, found, images, 1e-4, torch.Generator().manual_seed(0))
+        assert float((sampled - routing).abs().max()) < 1e-3
+        # another image contradicts them
+        other = rand(count, 3, 16, 16, seed=3).double()
+        assert float((stem.forward(other) - found.bound).max()) > 0.1
+        assert float(misfit_of_gradient(stem, found, other, routing)) > 0.01
+
+
+def test_other_first_layers_are_left_to_the_search_by_layer_inputs() -> None:
+    for model in (network(slope=0.1), network().train()):
+        observation = leakbench.observe(model, rand(1, 3, 16, 16).double(), torch.tensor([0]), salt="0" * 32)
+        steps = Network(trace(observation))
+        assert steps.steps[POOL].kind == "max-pool"
+        assert find_stem(steps, POOL) is None
