@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import leakbench
-from leakbench.attacks.peeling.descent import recover
+from leakbench.attacks.peeling.descent import inputs_alone, recover
 from leakbench.attacks.peeling.knowledge import Knowledge
 from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.restore import restore
@@ -138,8 +138,32 @@ def check_layers(model: nn.Module, error: float) -> None:
 # batches
 
 
-@pytest.mark.parametrize(("train", "error"), [(False, 1e-9), (True, 1e-6)])
-def test_every_image_of_a_batch_is_recovered(train: bool, error: float) -> None:
+@pytest.mark.parametrize(
+    ("train", "error"), [pytest.param(False, 1e-9), pytest.param(True, 1e-6, marks=pytest.mark.long)]
+)
+def test_layers_of_every_image_of_a_batch_are_exact(train: bool, error: float) -> None:
+    network, gradient, images = batch(train=train)
+    found = recover(network, gradient, torch.Generator().manual_seed(0), 2).features
+    exact = truth(network, images)
+    assert len(found) == 4
+    order = torch.cdist(found[0].value.flatten(1), exact[found[0].place].flatten(1)).argmin(1)
+    assert sorted(order.tolist()) == [0, 1]
+    assert max(far(each.value, exact[each.place][order]) for each in found) < error
+
+
+@pytest.mark.long
+def test_every_image_of_a_batch_is_recovered() -> None:
+    network, gradient, images = batch(train=False)
+    noise = rand(2, 3, 8, 8, seed=5).double()
+    found = restore(network, network, gradient, noise, torch.Generator().manual_seed(0), 60)
+    assert found.reason == ""
+    order = torch.cdist(found.images.flatten(1), images.flatten(1)).argmin(1)
+    assert sorted(order.tolist()) == [0, 1]
+    assert min(psnr(*pair) for pair in zip(found.images, images[order])) > 60
+
+
+def batch(*, train: bool) -> tuple[Network, Mapping[str, Tensor], Tensor]:
+    """Return a network, the gradient of the mean loss of two images, and these."""
     model = residual(width=48)
     observation, images = seen(model, 2)
     for module in model.modules():
@@ -152,17 +176,36 @@ def test_every_image_of_a_batch_is_recovered(train: bool, error: float) -> None:
     loss = F.cross_entropy(model(images), torch.tensor([3, 1]))
     names, tensors = zip(*model.named_parameters())
     gradient = dict(zip(names, torch.autograd.grad(loss, tensors)))
-    rng = torch.Generator().manual_seed(0)
-    found = recover(network, gradient, rng, 2).features
+    return network, gradient, images
+
+
+# other beginnings
+
+
+def test_a_flattened_head_gives_its_input_and_the_error_there() -> None:
+    with seeded("flat"):
+        layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 10, 3, padding=1), nn.ReLU(), nn.Flatten()]
+        model = nn.Sequential(*layers, nn.Linear(640, 32), nn.ReLU(), nn.Linear(32, CLASSES)).double()
+    observation, images = seen(model)
+    network = Network(trace(observation))
+    found = recover(network, sent(observation), torch.Generator().manual_seed(0)).features
+    assert [network.steps[each.place].name for each in found] == ["3", "1"]
     exact = truth(network, images)
-    assert len(found) == 4
-    order = torch.cdist(found[0].value.flatten(1), exact[found[0].place].flatten(1)).argmin(1)
-    assert sorted(order.tolist()) == [0, 1]
-    assert max(far(each.value, exact[each.place][order]) for each in found) < error
-    if not train:
-        noise = rand(2, 3, 8, 8, seed=5).double()
-        restored = restore(network, network, gradient, noise, rng, 60)
-        assert min(psnr(*pair) for pair in zip(restored.images, images[order])) > 60
+    assert max(far(each.value, exact[each.place]) for each in found) < 1e-10
+
+
+def test_inputs_behind_any_activation_and_normalisation_are_found_up_to_a_factor() -> None:
+    with seeded("silu"):
+        stem = [nn.Conv2d(3, 20, 3, 2, 1), nn.GroupNorm(4, 20), nn.SiLU(), nn.Conv2d(20, 8, 3, padding=1)]
+        model = nn.Sequential(*stem, nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES)).double()
+    observation, images = seen(model)
+    network = Network(trace(observation))
+    assert recover(network, sent(observation), torch.Generator().manual_seed(0)).features == ()
+    (found,) = inputs_alone(network, sent(observation), torch.Generator().manual_seed(0))
+    exact = truth(network, images)[found.place]
+    assert network.steps[found.place].name == "2"
+    assert found.free
+    assert far(found.value * exact.norm() / found.value.norm(), exact) < 1e-8
 
 
 # the attack

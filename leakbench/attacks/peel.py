@@ -13,7 +13,7 @@ from torch import Tensor
 from leakbench.attacks.base import Attack, register
 from leakbench.attacks.fill import fill_in
 from leakbench.attacks.matching import Positive, analytic_labels
-from leakbench.attacks.peeling.beginnings import beginnings, heads
+from leakbench.attacks.peeling.beginnings import all_beginnings
 from leakbench.attacks.peeling.chain import Chain, find_chain
 from leakbench.attacks.peeling.estimate import undo_linear
 from leakbench.attacks.peeling.layers import Activation, ChainLayer, Convolution, Dropout, Normalisation, Reshape
@@ -220,7 +220,7 @@ def served(observation: Observation) -> Chain | Network:
 
 def refusal(network: Network, observation: Observation) -> str | None:
     """Return why a network cannot be undone through its ReLUs; None if it may be."""
-    places = beginnings(network, observation.gradient) or heads(network, observation.gradient)
+    places = all_beginnings(network, observation.gradient)
     if not places:
         return (
             "nor does a convolution of stride 1 with a kernel above 1x1, behind a ReLU, give its own input: one needs "

@@ -20,18 +20,51 @@ def beginnings(network: Network, sent: Collection[str], images: int = 1) -> list
         images: how many images were trained on at a time; several are only told apart by the zeros of a ReLU.
     """
     found = []
+    for place in factorisable(network, sent, images):
+        (at,) = network.steps[place].inputs
+        source = network.steps[at]
+        alone = source.kind == "relu" and source.users == (place,) and (images == 1 or source.slope == 0)
+        if alone and network.shift(at) in sent:
+            found.append(place)
+    return found
+
+
+def factorisable(network: Network, sent: Collection[str], images: int = 1) -> list[int]:
+    """Return the places of the convolutions of stride 1 that have as many channels as places, the lowest first.
+
+    Args:
+        network: its steps.
+        sent: the names of the tensors whose gradient was sent.
+        images: how many images were trained on at a time.
+    """
+    found = []
     for place, step in enumerate(network.steps):
         layer = step.layer
         if layer is None or layer.weight not in sent or layer.geometry.groups > 1:
             continue
         channels, height, width = layer.inputs
-        source = network.steps[step.inputs[0]]
-        shifts = (
-            layer.geometry.stride == (1, 1) and layer.geometry.kernel != (1, 1) and channels >= images * height * width
-        )
-        alone = source.kind == "relu" and source.users == (place,) and (images == 1 or source.slope == 0)
-        if shifts and alone and network.shift(step.inputs[0]) in sent:
+        shifts = layer.geometry.stride == (1, 1) and layer.geometry.kernel != (1, 1)
+        if shifts and channels >= images * height * width and network.steps[step.inputs[0]].kind != "image":
             found.append(place)
+    return found
+
+
+def flat_heads(network: Network, sent: Collection[str]) -> list[tuple[int, int]]:
+    """Return the places of the linear layers that take all values of a ReLU or max-pool, and the places of these.
+
+    The gradients of such a layer's weight and bias give its input, and the error there.
+    """
+    found = []
+    for place, step in enumerate(network.steps):
+        if step.kind != "linear" or not {f"{step.name}.weight", f"{step.name}.bias"} <= set(sent):
+            continue
+        at = step.inputs[0]
+        while network.steps[at].kind == "affine" and len(network.steps[at].inputs) == 1:
+            (at,) = network.steps[at].inputs
+        lowest, taken = network.steps[at], network.steps[step.inputs[0]]
+        whole = len(lowest.shape) == 3 and prod(lowest.shape) == prod(taken.shape)
+        if whole and lowest.kind in ("relu", "max-pool"):
+            found.append((place, at))
     return found
 
 
@@ -54,6 +87,12 @@ def heads(network: Network, sent: Collection[str]) -> list[int]:
         if pooled and lowest.kind == "relu" and lowest.slope == 0 and network.shift(at) in sent:
             found.append(place)
     return found
+
+
+def all_beginnings(network: Network, sent: Collection[str]) -> list[int]:
+    """Return the places at which a descent can begin for one image, in the order in which they are tried."""
+    flat = [place for place, _ in flat_heads(network, sent)]
+    return [*beginnings(network, sent), *flat, *heads(network, sent), *factorisable(network, sent)]
 
 
 def lattice_of(layer: Convolution) -> Lattice:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from leakbench.attacks.peeling.beginnings import beginnings, heads, lattice_of
-from leakbench.attacks.peeling.correlation import Fitted, by_image, least_squares, windows
+from leakbench.attacks.peeling.beginnings import beginnings, factorisable, flat_heads, heads, lattice_of
+from leakbench.attacks.peeling.correlation import FLOOR, Fitted, by_image, least_squares, windows
 from leakbench.attacks.peeling.factors import NotFactorised
 from leakbench.attacks.peeling.gates import decide, fitting_mask, rebalance
 from leakbench.attacks.peeling.knowledge import CLEAR, Knowledge
@@ -31,6 +31,12 @@ EVEN = 1e-6
 MAX_IMBALANCE = 0.02
 """How far, relative to the gradient of a shift, the sums of the error may be from it at a beginning."""
 
+MAX_DEVIATION = 0.1
+"""How far, relative to its size, the input that a linear layer's gradient gives may be from exact."""
+
+ALONE = 3
+"""How many convolutions' inputs are factorised if no descent begins at one."""
+
 
 @dataclass(frozen=True)
 class Feature:
@@ -43,6 +49,7 @@ class Feature:
         check: how far it is from the values that follow from those below, relative to it; NaN if there are none.
         balance: how far the sums of the error below it are from the gradient of the shift there; NaN if not seen.
         error: the derivative of the loss by the value; None if it does not follow.
+        free: the value is known only up to a factor.
     """
 
     place: int
@@ -51,6 +58,7 @@ class Feature:
     check: float
     balance: float
     error: Tensor | None
+    free: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,12 @@ def recover(network: Network, sent: Mapping[str, Tensor], rng: torch.Generator, 
             if begin(known, place, sign * found.errors):
                 return _recovered(known)
         reason = f"{layer.name}: no scale of its input agrees with the gradient of the shift below"
+    for place, at in flat_heads(network, sent) if images == 1 else ():
+        known = Knowledge(network, exact)
+        refused = begin_at_flat_head(known, place, at)
+        if refused is None:
+            return _recovered(known)
+        reason = refused
     for place in heads(network, sent) if images == 1 else ():
         known = Knowledge(network, exact)
         refused = begin_at_head(known, place, rng)
@@ -102,6 +116,33 @@ def _recovered(known: Knowledge) -> Recovered:
     found = features(known)
     missing = [place for place in known.missing if place not in known.values]
     return Recovered(found, known.missing[max(missing)] if missing else "")
+
+
+def inputs_alone(network: Network, sent: Mapping[str, Tensor], rng: torch.Generator) -> list[Feature]:
+    """Return the inputs, up to a factor each, of the lowest convolutions that give their own; the highest first.
+
+    Whatever is above and below them does not matter. One image.
+
+    Args:
+        network: a trial's.
+        sent: the trial's gradient, by name.
+        rng: for the start of an eigenvalue solver.
+    """
+    features: dict[int, Feature] = {}
+    for place in factorisable(network, sent):
+        layer, (source,) = network.steps[place].layer, network.steps[place].inputs
+        assert layer is not None
+        if source in features:
+            continue
+        found = factorise_convolution(sent[layer.weight], lattice_of(layer), rng)
+        if isinstance(found, NotFactorised):
+            continue
+        missing = float("nan")
+        spread = float(found.variance.mean().sqrt())  # the root mean square of the inputs is 1
+        features[source] = Feature(source, found.inputs, spread, missing, missing, None, free=True)
+        if len(features) == ALONE:
+            break
+    return [features[source] for source in sorted(features, reverse=True)]
 
 
 def begin(known: Knowledge, place: int, error: Tensor) -> bool:
@@ -190,6 +231,36 @@ def begin_at_head(known: Knowledge, place: int, rng: torch.Generator) -> str | N
         descend(known, gate)
         return None
     return reason
+
+
+def begin_at_flat_head(known: Knowledge, place: int, at: int) -> str | None:
+    """Begin at a linear layer that takes all values of the step ``at``, and descend; return why not, if so.
+
+    With d = dL/db: dL/dW = d f^T, so f = (dL/dW)^T d / |d|^2, and the error at f is W^T d.
+    """
+    steps = known.network.steps
+    name = steps[place].name
+    by_weight, error = known.sent[f"{name}.weight"], known.sent[f"{name}.bias"]
+    power = error.square().sum()
+    if not float(power) > 0:
+        return f"{name}: the gradient of its bias is zero"
+    value = (error @ by_weight / power)[None]
+    rest = (by_weight - error[:, None] * value).square().mean() + FLOOR**2 * by_weight.square().mean()
+    top = steps[place].inputs[0]
+    known.pinned[top] = known.network.backward(place, top, error[None])
+    if not float((rest / power).sqrt()) < MAX_DEVIATION * float(value.square().mean().sqrt()):
+        return f"{name}: the gradient of its weight is not that of one input"
+    # flattening only orders values anew, so that its transpose is its inverse
+    while top != at:
+        (lower,) = steps[top].inputs
+        value, top = known.network.backward(top, lower, value), lower
+    known.values[at] = Fitted(value, torch.full_like(value, float((rest / power).sqrt())))
+    if steps[at].kind == "relu":
+        decide(known, at)
+        if known.balance(at) > MAX_IMBALANCE:
+            return f"{name}: its input contradicts the gradient of the shift below"
+    descend(known, at)
+    return None
 
 
 def descend(known: Knowledge, top: int) -> None:

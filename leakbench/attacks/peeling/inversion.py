@@ -104,6 +104,7 @@ class Match:
     def _misfit(self, image: Tensor) -> Tensor:
         steps = self.network.steps
         wanted = {feature.place: feature.value.to(image) for feature in self.features}
+        free = {feature.place for feature in self.features if feature.free}
         needed = {place for feature in self.features for place in self.network.below(feature.place)}
         values: dict[int, Tensor] = {}
         total = image.new_zeros(1)
@@ -114,6 +115,9 @@ class Match:
             if place not in wanted:
                 continue
             target, reached = wanted[place], values[place]
+            if place in free:
+                total = total + 1 - (reached * target).sum().square() / (reached.square().sum() * target.square().sum())
+                continue
             # in front of a ReLU there is a slope where the value is wrongly 0, and 0 only bounds what is in front
             if step.kind == "relu" and step.slope == 0:
                 reached = torch.where(target > 0, inputs[0], reached)

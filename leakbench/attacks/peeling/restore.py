@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from leakbench.attacks.peeling.descent import Feature, Recovered, recover
+from leakbench.attacks.peeling.descent import Feature, Recovered, inputs_alone, recover
 from leakbench.attacks.peeling.inversion import MAX_ERROR, chosen, invert
 from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.pooling import MAX_WINDOWS, find_stem, pooled, restore_pooled
@@ -49,6 +49,8 @@ def restore(
     """
     found = recover(network, sent, rng, len(noise))
     used = chosen(found.features)
+    if not used and len(noise) == 1:
+        used = chosen(inputs_alone(network, sent, rng))
     if not used:
         grey = torch.full_like(noise, 0.5)
         return Restored(grey, grey.new_full((len(grey),), torch.nan), reason=failure(network, found))
