@@ -386,8 +386,11 @@ class Hooked(nn.Module):
 
 HEAD = (nn.Flatten(), nn.Linear(432, 7))
 REFUSED = {
-    "relu": (nn.Sequential(conv(3, 3), nn.ReLU(), *HEAD), "not invertible"),
-    "pooling": (nn.Sequential(conv(3, 12), nn.MaxPool2d(2), *HEAD), "pooling loses information"),
+    "relu": (nn.Sequential(conv(3, 3), nn.ReLU(), conv(3, 3), nn.Tanh(), *HEAD), "not invertible"),
+    "pooling": (
+        nn.Sequential(conv(3, 12), nn.MaxPool2d(2), conv(12, 12), nn.Tanh(), *HEAD),
+        "pooling loses information",
+    ),
     "dropout": (nn.Sequential(conv(3, 3), nn.AlphaDropout(), *HEAD).train(), "do not follow from the gradient"),
     "layer norm": (nn.Sequential(conv(3, 3), nn.LayerNorm([3, 12, 12]), *HEAD), "none of the layers it knows"),
     "batch norm first": (nn.Sequential(nn.BatchNorm2d(3), conv(3, 3), *HEAD).train(), "right before a normalisation"),
@@ -396,7 +399,7 @@ REFUSED = {
         "equations for the",
     ),
     "reflected": (nn.Sequential(conv(3, 3, padding_mode="reflect"), *HEAD), "pads otherwise"),
-    "flat slope": (nn.Sequential(conv(3, 3), nn.LeakyReLU(0.0), *HEAD), "invertible activation"),
+    "flat slope": (nn.Sequential(conv(3, 3), nn.LeakyReLU(0.0), conv(3, 3), nn.Tanh(), *HEAD), "invertible activation"),
     "no bias": (nn.Sequential(nn.Flatten(), nn.Linear(432, 7, bias=False)), "none sent the gradients"),
     "residual": (Residual(), "2 ways"),
     "twice": (Twice(), "runs 2 times"),
@@ -419,7 +422,7 @@ def test_what_cannot_be_undone_is_refused(kind: str) -> None:
     ("model", "defense", "reason"),
     [
         ("resnet20(width=1)", "none", "not invertible"),
-        ("resnet20(activation=sigmoid)", "none", "residual"),
+        ("resnet20(activation=sigmoid, width=8)", "none", "residual"),
         ("lenet-bn", "keylock(length=9, layers=all)", "scale of the input"),
         ("lenet-bn(mode=eval)", "keylock(length=9)", "running ones"),
     ],

@@ -60,7 +60,9 @@ class Peel(Attack):
     stride 1 with as many channels as places gives the convolution's input and the error at its output, up to a factor
     that the gradient of a shift below gives. Below it, masks and errors are exact or wrong: each layer's input is the
     least-squares solution of its weight gradient's equations, and where it is positive the ReLU below is open. The
-    image is then searched for whose forward pass gives the lowest inputs that were recovered.
+    image is then searched for whose forward pass gives the lowest inputs that were recovered. Below a max-pool of the
+    first layers, the positions of the maxima are sampled with it. If no descent begins, as behind other activations and
+    group normalisation, the image is searched for from inputs that are known up to a factor.
 
     Dropout is undone if its mask follows from the gradient: a dropped value is in no equation, and the error there is
     0. Dropped pixels are filled in from their neighbours.
@@ -88,9 +90,9 @@ class Peel(Attack):
         "layers alone. Time grows with the cube of a layer's inputs."
     )
     fails: ClassVar[str] = (
-        "ReLUs in narrow or depthwise networks, and pooling (unsupported). Noise of 1e-3 of the gradient hides detail, "
-        "of 0.1 the whole image; behind a secret normalisation less noise is enough. "
-        "Channels behind a closed gate are lost."
+        "ReLUs in narrow or depthwise networks (unsupported). Below a max-pool, an image is close but not exact. "
+        "Noise of 1e-3 of the gradient hides detail, of 0.1 the whole image; behind a secret normalisation less noise is "
+        "enough. Channels behind a closed gate are lost."
     )
     precision: Annotated[float, Field(gt=0, le=1)] = 3e-7
     roughness: Positive = 0.1
@@ -223,8 +225,8 @@ def refusal(network: Network, observation: Observation) -> str | None:
     places = all_beginnings(network, observation.gradient)
     if not places:
         return (
-            "nor does a convolution of stride 1 with a kernel above 1x1, behind a ReLU, give its own input: one needs "
-            "as many channels as places"
+            "nor does a convolution of stride 1 with a kernel above 1x1 give its own input: one needs as many channels "
+            "as places"
         )
     secret = {name.rpartition(".")[0] for name in (own.name for own in observation.secrets)}
     for place in sorted(network.below(places[0])):
