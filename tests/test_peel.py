@@ -422,7 +422,7 @@ def test_what_cannot_be_undone_is_refused(kind: str) -> None:
     ("model", "defense", "reason"),
     [
         ("resnet20(width=1)", "none", "not invertible"),
-        ("resnet20(activation=sigmoid, width=8)", "none", "residual"),
+        ("resnet20(activation=sigmoid, width=2)", "none", "residual"),
         ("lenet-bn", "keylock(length=9, layers=all)", "scale of the input"),
         ("lenet-bn(mode=eval)", "keylock(length=9)", "running ones"),
     ],
