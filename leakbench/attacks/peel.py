@@ -91,8 +91,8 @@ class Peel(Attack):
     )
     fails: ClassVar[str] = (
         "ReLUs in narrow or depthwise networks (unsupported). Below a max-pool, an image is close but not exact. "
-        "Noise of 1e-3 of the gradient hides detail, of 0.1 the whole image; behind a secret normalisation less noise is "
-        "enough. Channels behind a closed gate are lost."
+        "Noise of 1e-3 of the gradient hides detail, of 0.1 the whole image; behind a secret normalisation less noise "
+        "is enough. Channels behind a closed gate are lost."
     )
     precision: Annotated[float, Field(gt=0, le=1)] = 3e-7
     roughness: Positive = 0.1
