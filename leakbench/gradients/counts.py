@@ -1,0 +1,119 @@
+"""How often each label occurs in a batch, by the gradient of the last layer.
+
+The derivative of the mean cross-entropy by the logits of image i is (p_i - y_i) / B, and their sum over the batch is
+the gradient by the last bias: the mean probabilities less the counts over B. An untrained network gives nearly the
+same probabilities for any image, so those of public images serve.
+"""
+
+import torch
+from torch import Tensor
+
+SHRINKAGE = 1e-3
+"""What is added to the variances of public features, relative to their mean, so that their covariance has an inverse."""
+
+LEAST_GRADIENT = 1e-12
+"""In place of an entry of the bias's gradient that is 0, in a quotient."""
+
+
+def largest_remainders(values: Tensor, total: int) -> Tensor:
+    """Return the whole numbers of this sum that are nearest to the shares of ``values`` in it, by largest remainders.
+
+    Args:
+        values: [..., K]; negative ones count as 0. If none is positive, all are equal.
+        total: their sum, at least 0.
+
+    Returns:
+        [..., K] int64.
+    """
+    values = values.double().clamp(min=0)
+    size = values.sum(-1, keepdim=True)
+    equal = torch.full_like(values, 1 / values.shape[-1])
+    shares = total * torch.where(size > 0, values / torch.where(size > 0, size, 1.0), equal)
+    whole = shares.floor()
+    rank = (shares - whole).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return (whole + (rank < total - whole.sum(-1, keepdim=True))).long()
+
+
+def label_counts(by_bias: Tensor, public: Tensor, images: int) -> Tensor:
+    """Return the counts by n = B (p - dL/db), which sum to B, from the gradient of the last bias.
+
+    Args:
+        by_bias: [..., K], dL/db of the mean loss.
+        public: [..., K], the mean probabilities of public images.
+        images: B.
+
+    Returns:
+        [..., K] int64.
+    """
+    return largest_remainders(images * (public.double() - by_bias.double()), images)
+
+
+def label_counts_of_update(change: Tensor, public: Tensor, images: int) -> Tensor | None:
+    """Return the counts from the change of the last bias if its unit, the sum of the learning rates, is not known.
+
+    In a batch of fewer images than classes a class is missing; the unit is the least one for which no count is
+    negative.
+
+    Args:
+        change: [K], the bias before less that after, without decay; a positive multiple of dL/db.
+        public: [K], the mean probabilities of public images.
+        images: B.
+
+    Returns:
+        [K] int64; None if no class need be missing.
+    """
+    if images >= len(public):
+        return None
+    unit = (change.double() / (images * public.double())).max()
+    return largest_remainders(images * public.double() - change.double() / unit, images)
+
+
+def label_counts_by_weight(by_weight: Tensor, features: Tensor, probabilities: Tensor, images: int) -> Tensor:
+    """Return the counts where no gradient of a bias was sent, by least squares.
+
+    dL/dW is the mean of p h^T less that of y h^T. With public features of mean f and covariance C, the second is about
+    n f^T / B; generalised least squares gives n = B (E[p h^T] - dL/dW) w with w = C^-1 f / (f^T C^-1 f).
+
+    Args:
+        by_weight: [..., K, D], dL/dW of the mean loss.
+        features: [P, D], what the last layer takes of public images.
+        probabilities: [P, K], their probabilities.
+        images: B.
+
+    Returns:
+        [..., K] int64.
+    """
+    features, probabilities = features.double(), probabilities.double()
+    middle = features.mean(0)
+    rest = features - middle
+    spread = rest.T @ rest / len(rest)
+    ridge = SHRINKAGE * spread.diagonal().mean() + torch.finfo(spread.dtype).eps * middle.square().mean()
+    weight = torch.linalg.solve(spread + ridge * torch.eye(len(spread), dtype=spread.dtype), middle)
+    weight = weight / (middle @ weight)
+    expected = probabilities.T @ features / len(features)
+    return largest_remainders(images * ((expected - by_weight.double()) @ weight), images)
+
+
+def label_counts_by_embedding(by_weight: Tensor, by_bias: Tensor, weight: Tensor, bias: Tensor, images: int) -> Tensor:
+    """Return the counts of iLRG, for comparison: Ma et al. 2023, Instance-wise Batch Label Restoration, ICLR.
+
+    The row of a class over its derivative of the bias is an embedding of the class, whose probabilities the last layer
+    gives; with them, B dL/db and B are linear in the counts.
+
+    Args:
+        by_weight: [K, D], dL/dW of the mean loss.
+        by_bias: [K], dL/db.
+        weight: [K, D], W.
+        bias: [K], b.
+        images: B.
+
+    Returns:
+        [K] int64.
+    """
+    by_weight, by_bias = by_weight.double(), by_bias.double()
+    divisor = torch.where(by_bias.abs() > LEAST_GRADIENT, by_bias, LEAST_GRADIENT)
+    embedded = torch.softmax(by_weight / divisor[:, None] @ weight.double().T + bias.double(), 1)
+    classes = len(by_bias)
+    system = torch.cat([torch.ones(1, classes, dtype=torch.float64), embedded.T - torch.eye(classes).double()])
+    known = torch.cat([torch.tensor([1.0]).double(), by_bias]) * images
+    return largest_remainders(torch.linalg.pinv(system) @ known, images)

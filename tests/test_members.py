@@ -1,0 +1,113 @@
+"""Batches: which reconstruction is of which image, and how often each label occurs."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from leakbench import datasets
+from leakbench.gradients.counts import (
+    label_counts,
+    label_counts_by_embedding,
+    label_counts_by_weight,
+    label_counts_of_update,
+    largest_remainders,
+)
+from leakbench.metrics.aligned import AlignedPSNR, align
+from leakbench.metrics.members import MemberScores, aligned_errors, assign, count_overlap, matched
+
+
+def noise(count: int, seed: int) -> Tensor:
+    return torch.rand(count, 1, 6, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_assigned_error_is_that_of_the_best_brightness_and_contrast() -> None:
+    images, truth = noise(3, 0) * 0.2 + 0.4, noise(4, 1)
+    for row, column in itertools.product(range(3), range(4)):
+        fitted = align(images[row : row + 1], truth[column : column + 1])
+        error = float((fitted - truth[column]).square().mean())
+        assert float(aligned_errors(images, truth)[row, column]) == pytest.approx(error, rel=0.02)
+    odd = torch.stack([torch.full((1, 6, 6), 0.3), torch.full((1, 6, 6), torch.nan)])
+    assert torch.allclose(aligned_errors(odd, truth), truth.double().flatten(1).var(1, correction=0).expand(2, 4))
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_the_assignment_is_the_best_of_all_and_ignores_the_order(count: int) -> None:
+    images, truth = noise(count, 2), noise(5, 3)
+    costs = aligned_errors(images, truth)
+    best = min(
+        sum(float(costs[row, column]) for row, column in enumerate(columns))
+        for columns in itertools.permutations(range(5), count)
+    )
+    places = assign(images, truth)
+    assert sum(float(costs[int(row), column]) for column, row in enumerate(places) if row >= 0) == pytest.approx(best)
+    assert int((places >= 0).sum()) == count
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(matched(images[order], truth), matched(images, truth))
+
+
+def test_images_come_back_in_their_order_and_missing_ones_are_grey() -> None:
+    truth = noise(4, 5)
+    back = matched(0.3 * truth[[2, 0]] + 0.1, truth)
+    assert torch.allclose(back[[0, 2]], 0.3 * truth[[0, 2]] + 0.1)
+    assert bool((back[[1, 3]] == 0.5).all())
+    assert bool((matched(truth[:0], truth) == 0.5).all())
+    scores = MemberScores(AlignedPSNR()(back, truth), higher_is_better=True)
+    assert scores.best == pytest.approx(100)
+    assert scores.worst < scores.mean < scores.best
+    assert scores.share(60) == 0.5
+    assert MemberScores(torch.tensor([1.0, 3.0]), higher_is_better=False).worst == 3
+    with pytest.raises(ValueError, match="give at most as many"):
+        assign(noise(5, 0), truth)
+
+
+@pytest.mark.parametrize("images", [1, 4, 16, 64])
+def test_counts_are_exact_if_the_probabilities_do_not_depend_on_the_image(images: int) -> None:
+    rng = torch.Generator().manual_seed(images)
+    probabilities = torch.softmax(torch.randn(10, generator=rng), 0)
+    labels = torch.randint(10, (images,), generator=rng)
+    true = torch.bincount(labels, minlength=10)
+    gradient = probabilities - true / images
+    assert torch.equal(label_counts(gradient, probabilities, images), true)
+    update = label_counts_of_update(0.37 * gradient, probabilities, images)
+    assert (update is None) if images >= 10 else torch.equal(update, true)
+
+
+def test_remainders_give_whole_numbers_of_the_sum() -> None:
+    values = torch.tensor([[0.4, 0.4, -3.0, 0.2], [0.0, 0.0, 0.0, 0.0], [1.0, 2.0, 3.0, 4.0]])
+    found = largest_remainders(values, 7)
+    assert found.tolist()[0] == [3, 3, 0, 1]
+    assert found.sum(1).tolist() == [7, 7, 7]
+    assert found.tolist()[1] == [2, 2, 2, 1]
+    assert count_overlap(torch.tensor([3, 3, 0, 1]), torch.tensor([2, 3, 2, 0])) == pytest.approx(5 / 7)
+
+
+def test_counts_of_an_untrained_network_by_bias_weight_and_embedding() -> None:
+    """The rule by public probabilities is right for all labels; the others for most."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Flatten(), nn.Linear(432, 64), nn.ReLU())
+    last = nn.Linear(64, 10)
+    images, labels = datasets.parse("samples(size=12)").load(range(40))
+    labels = labels % 10
+    with torch.no_grad():
+        features = body(images[24:])
+        probabilities = torch.softmax(last(features), 1)
+    overlaps: list[tuple[float, float, float]] = []
+    for rows in (range(8), range(8, 16), range(8, 24)):
+        count, true = len(rows), torch.bincount(labels[rows], minlength=10)
+        loss = nn.functional.cross_entropy(last(body(images[rows])), labels[rows])
+        by_weight, by_bias = torch.autograd.grad(loss, [last.weight, last.bias])
+        found = (
+            label_counts(by_bias, probabilities.mean(0), count),
+            label_counts_by_weight(by_weight, features, probabilities, count),
+            label_counts_by_embedding(by_weight, by_bias, last.weight.detach(), last.bias.detach(), count),
+        )
+        assert all(int(one.sum()) == count for one in found)
+        overlaps.append(tuple(float(count_overlap(one, true)) for one in found))
+    by_bias_, by_weight_, embedded = (sum(each) / 3 for each in zip(*overlaps))
+    assert by_bias_ == 1
+    assert by_weight_ > 0.7
+    assert embedded > 0.7
