@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 SHRINKAGE = 1e-3
-"""What is added to the variances of public features, relative to their mean, so that their covariance has an inverse."""
+"""What is added to the variances of public features, relative to their mean, so that the covariance has an inverse."""
 
 LEAST_GRADIENT = 1e-12
 """In place of an entry of the bias's gradient that is 0, in a quotient."""
