@@ -240,7 +240,7 @@ def _mask(look: _Look, place: int, call: DrawCall, base: Mapping[str, Tensor]) -
 def _left(observation: Observation, layer: str) -> Tensor | None:
     """Return [T, S] bool, the entries of a layer's input that are not zero, by its weight's gradient; None if in doubt.
 
-    At least two rows of the gradient must not be zero, and all these must have the same zeros; or so many rows that
+    At least two rows of the gradient must not be zero, and all these must have the same zeros; or rows enough that
     one of them shows every entry although behind a ReLU each misses a few.
     """
     weight = observation.gradient.get(f"{layer}.weight")

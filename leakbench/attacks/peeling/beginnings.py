@@ -17,7 +17,7 @@ def beginnings(network: Network, sent: Collection[str], images: int = 1) -> list
     Args:
         network: its steps.
         sent: the names of the tensors whose gradient was sent.
-        images: how many images were trained on at a time; several are only told apart by the zeros of a ReLU.
+        images: how many images were trained on at a time; only the zeros of a ReLU separate several.
     """
     found = []
     for place in factorisable(network, sent, images):
