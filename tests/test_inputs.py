@@ -642,6 +642,20 @@ def test_an_update_of_adapters_is_served_with_the_rest_in_before(tmp_path: Path,
     one_line(error, "--before", "2 of the network's 6 tensors")
 
 
+def test_a_network_of_adapters_is_attacked_on_images(cli, place: Path) -> None:  # noqa: F811
+    (place / "nets.py").write_text(
+        "import torch\nfrom torch import nn\nclass build(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__(); self.base = nn.Linear(432, 3).requires_grad_(False)\n"
+        "        self.a = nn.Parameter(torch.randn(2, 432) / 9); self.b = nn.Parameter(torch.ones(3, 2))\n"
+        "    def forward(self, x):\n        x = x.flatten(1)\n"
+        "        return self.base(x) + nn.functional.linear(nn.functional.linear(x, self.a), self.b)\n"
+    )
+    command = ("audit", "--plugin", "nets.py", "--model", "build", "--data", "samples(size=12)", "--first", "3")
+    done = cli(*command, "--budget", "quick", "--images", "1", "--out", "out")
+    assert done.code == 0
+    assert "No closed-form rule infers the label from what was sent." in (place / "out" / "audit.md").read_text()
+
+
 @pytest.mark.parametrize("scale", ["quick", "standard-update", "thorough"])
 def test_without_a_closed_form_for_the_label_attacks_optimise_it(scale: str) -> None:
     plain, joint = (AuditOptions().matrix(scale, {}, joint_labels=joint) for joint in (False, True))

@@ -153,7 +153,7 @@ def audit_model(
     given: dict[str, Any] = {"models": [own], "datasets": [dataset], "defenses": list(protections), "images": chosen}
     built = own.build(inner.image_shape, classes)
     relus = has_relus(built, inner.image_shape)
-    matrix = options.matrix(options.budget, given | ({"threats": list(threats)} if threats else {}), relus=relus)
+    given |= {"threats": list(threats)} if threats else {}
     indices = list(range(chosen)) if isinstance(chosen, int) else list(chosen)
     each = {defenses.spec(one): one for one in protections}
     drawn = randomness(built, inner.image_shape)
@@ -162,6 +162,8 @@ def audit_model(
     if progress is not None:
         progress.note(f"{EXPECTED}: {rule}")
     leaks = {spec: _leaks(own, one, dataset, indices, drawn) for spec, one in each.items()}
+    joint = all(one.labels.inferred is None for one, _ in leaks.values())
+    matrix = options.matrix(options.budget, given, joint_labels=joint, relus=relus)
     if progress is not None:
         clients, place = _clients(protections[0], dataset, indices), device_named(device)
         seen = observe(own, protections[0], PRESETS["paper"], clients, classes, dataset.mean(), place)
