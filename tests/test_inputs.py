@@ -1196,6 +1196,7 @@ def test_the_layers_that_draw_are_named() -> None:
     assert randomness(Functional(), SHAPE).layers == ("the network itself",)
     assert randomness(dropped(nn.Dropout(0.5)), SHAPE).inputs == {"4"}
     assert randomness(net(), SHAPE).layers == ()
+    assert randomness(nn.Sequential(net()[:3], *(nn.Dropout() for _ in range(4)), net()[3]), SHAPE).names() == "1, 2, 3 and 1 other"
     assert randomness(dropped(nn.Dropout(0)), SHAPE).layers == ()
 
 
@@ -1216,4 +1217,6 @@ def test_a_gate_does_not_pass_on_draws_that_are_not_read(cli, place: Path) -> No
     text = (place / "out" / "audit.md").read_text()
     assert (done.code, "cannot be judged: Clients draw random numbers" in done.err) == (2, True)
     assert "Inconclusive: clients draw random numbers" in text
+    assert "active while clients train, and not all their draws are inferred from what was sent" in text
+    assert "&#38;&#35;" not in text  # nothing is escaped twice
     assert "the image itself" not in text

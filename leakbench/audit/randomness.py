@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from leakbench.core.rng import generator, seeded
-from leakbench.core.text import english
+from leakbench.core.text import english, plural
 from leakbench.gradients.plain import without_checkpointing
 from leakbench.models.surgery import linears
 
@@ -34,11 +34,15 @@ class Randomness:
     def names(self) -> str:
         """Return the first names of the layers that draw, and how many others there are."""
         others = len(self.layers) - SHOWN
-        return english([*self.layers[:SHOWN], *([f"{others} others"] if others > 0 else [])])
+        return english([*self.layers[:SHOWN], *([plural(others, "other")] if others > 0 else [])])
 
-    def facts(self) -> list[tuple[str, str]]:
-        """Return what a page states of the draws, as (name, value)."""
-        return [("random layers", f"{self.names()}; active while clients train")] if self.layers else []
+    def facts(self, known: bool) -> list[tuple[str, str]]:
+        """Return what a page states of the draws, as (name, value); ``known`` if all follow from what was sent."""
+        if not self.layers:
+            return []
+        inferred = "all their draws are" if known else "not all their draws are"
+        words = f"{self.names()}; active while clients train, and {inferred} inferred from what was sent"
+        return [("random layers", words)]
 
     def doubt(self) -> str:
         """Return why nothing is protected by these draws, in one line; empty if there are none."""

@@ -181,7 +181,7 @@ def audit_model(
             behind.append(_doubted(replace(one, note=each[spec].note(), floor=floor), leaks[spec][1], flaw))
     facts = (
         *network.facts(),
-        *drawn.facts(),
+        *drawn.facts(known=not any(doubt for _, doubt in leaks.values())),
         ("weights", network.checkpoint or "as the factory makes them, with a fixed seed"),
         ("data", _data_words(inner, first, order)),
         *([("pixels", inner.note())] if inner.note() and isinstance(inner, Folder) else []),
@@ -297,7 +297,7 @@ def audit_update(
     words = f"{before} to {after}" if kind == "weights" else f"{after}, a {kind}, of the weights {before}"
     if len(update.change) < update.trained:
         words += f"; {len(update.change)} of the {update.trained} trained parameters (tensors) were sent"
-    facts = (*network.facts(), *drawn.facts(), ("update", words), (EXPECTED, rule))
+    facts = (*network.facts(), *drawn.facts(known=not doubt), ("update", words), (EXPECTED, rule))
     found_by = _audit(own, dataset, facts, matrix, [found], options, 1, expected, threat)
     return replace(found_by, recorded=shown, contradictions=contradictions)
 
