@@ -1196,7 +1196,10 @@ def test_the_layers_that_draw_are_named() -> None:
     assert randomness(Functional(), SHAPE).layers == ("the network itself",)
     assert randomness(dropped(nn.Dropout(0.5)), SHAPE).inputs == {"4"}
     assert randomness(net(), SHAPE).layers == ()
-    assert randomness(nn.Sequential(net()[:3], *(nn.Dropout() for _ in range(4)), net()[3]), SHAPE).names() == "1, 2, 3 and 1 other"
+    assert (
+        randomness(nn.Sequential(net()[:3], *(nn.Dropout() for _ in range(4)), net()[3]), SHAPE).names()
+        == "1, 2, 3 and 1 other"
+    )
     assert randomness(dropped(nn.Dropout(0)), SHAPE).layers == ()
 
 
