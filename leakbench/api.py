@@ -64,9 +64,10 @@ class Run:
     def summary(self) -> pd.DataFrame:
         """Return one row per cell: counts, and each metric's mean, interval and gain over the best floor."""
         from leakbench.analysis.summary import summarise  # scipy.stats takes a second
+        from leakbench.metrics import NOT_LEAKAGE
 
         with Store.open(self.out / FILE, readonly=True) as store:
-            return summarise(store.results(), store.metrics())
+            return summarise(store.results(), [one for one in store.metrics() if one.name not in NOT_LEAKAGE])
 
     def tables(self) -> list[Table]:
         """Return the summary as compact rich tables, one for each dataset, model and threat model."""

@@ -3,11 +3,14 @@
 One client step is plain torch on the CPU, one trial at a time; what the server may see of T steps is an Observation.
 """
 
+from __future__ import annotations
+
 import copy
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,7 @@ from leakbench.core.types import Gradient, Secret, ThreatModel
 from leakbench.defenses.base import Defense, Step, checked, encoded
 from leakbench.errors import DEFENSE_FAILED, BadOption, ClientFailed, DefenseFailed, LeakbenchError, Unsupported, words
 from leakbench.gradients.evaluate import architecture, lifted, tensors_of, working
+from leakbench.gradients.layer_inputs import InputRecorder, first_layer, first_layers, tensor_key
 from leakbench.models.base import Model
 from leakbench.models.module import network_dtype
 from leakbench.models.weights import load
@@ -46,6 +50,24 @@ class Client:
     companions: tuple[tuple[Tensor, int | Tensor], ...] = ()
 
 
+@dataclass(frozen=True)
+class StepRecord:
+    """What evaluation needs of a client's step; it is as private as the image, and no attacker is given it.
+
+    Attributes:
+        changed: [N, C, H, W] in any range, the images that the network ran on in place of the private one; None if
+            there are none, or if they show nothing of the private one.
+        unseen: whether the network may have run on something that cannot be compared with the private image, such as an
+            image of another size.
+        cosine: of what was sent and what the client would have sent without a defense, in [-1, 1]: 0 if only zeros were
+            sent, NaN if it cannot be computed.
+    """
+
+    changed: Tensor | None
+    unseen: bool
+    cosine: float
+
+
 def build(
     model: Model, defense: Defense, image_shape: tuple[int, int, int], num_classes: int, weights_key: str
 ) -> nn.Module:
@@ -55,8 +77,7 @@ def build(
         BadOption: the model's checkpoint was trained behind another defense.
         DefenseFailed: the defense's ``wrap`` raises an error, or returns no network.
     """
-    with seeded(weights_key, "model"):
-        plain = model.build(image_shape, num_classes)
+    plain = _plain(model, image_shape, num_classes, weights_key)
     with seeded(weights_key, "defense"), _blamed(defense):
         network = defense.wrap(plain)
     if not isinstance(network, nn.Module):
@@ -70,6 +91,12 @@ def build(
             )
         load(network, checkpoint.file, secrets=True)
     return network
+
+
+def _plain(model: Model, image_shape: tuple[int, int, int], num_classes: int, weights_key: str) -> nn.Module:
+    """Return the network before a defense wraps it."""
+    with seeded(weights_key, "model"):
+        return model.build(image_shape, num_classes)
 
 
 @contextmanager
@@ -112,6 +139,33 @@ def observe(
         DefenseFailed: the defense raised an error, or sent something that is no gradient of its network.
         Unsupported: model and defense do not go together.
     """
+    return _observe(model, defense, threat, clients, num_classes, mean_image, device)[0]
+
+
+def observe_recorded(
+    model: Model,
+    defense: Defense,
+    threat: ThreatModel,
+    clients: Sequence[Client],
+    num_classes: int,
+    mean_image: Tensor,
+    device: torch.device | str = "cpu",
+) -> tuple[Observation, list[StepRecord]]:
+    """Return what ``observe`` returns, and what evaluation needs of each client's step."""
+    return _observe(model, defense, threat, clients, num_classes, mean_image, device, _record)
+
+
+def _observe(
+    model: Model,
+    defense: Defense,
+    threat: ThreatModel,
+    clients: Sequence[Client],
+    num_classes: int,
+    mean_image: Tensor,
+    device: torch.device | str,
+    record: Callable[[_Trainer, Client, _Taken], StepRecord] | None = None,
+) -> tuple[Observation, list[StepRecord]]:
+    """Return the observation of ``observe``, and what ``record`` returns of each client's step."""
     shape = tuple(clients[0].image.shape)
     image_shape = (shape[0], shape[1], shape[2])
     networks: dict[str, nn.Module] = {}
@@ -127,18 +181,29 @@ def observe(
 
     sent: list[Gradient] = []
     revealed: list[Gradient] = []
+    records: list[StepRecord] = []
+    trainers: dict[str, _Trainer] = {}
     for client in clients:
-        network = copy.deepcopy(networks[client.weights_key])
-        drawn = _draw_secrets(network, secrets, client.key, trained=behind)
+        own = networks[client.weights_key]
+        if client.weights_key not in trainers:
+            plain = None if record is None else _plain(model, image_shape, num_classes, client.weights_key)
+            trainers[client.weights_key] = _Trainer(
+                own, plain, defense, threat, secrets, gradients_hidden, image_shape, num_classes, behind
+            )
+        trainer = trainers[client.weights_key]
+        network, drawn = trainer.drawn(client)
         revealed.append({name: value for name, value in drawn.items() if name not in values_hidden})
         try:
-            sent.append(_step(network, defense, client, threat, secrets, gradients_hidden, num_classes))
+            taken = trainer.step(network, client)
         except Unsupported:
             raise
         except (Exception, SystemExit) as error:
             if not out_of_memory(error):
                 _blame(error, model, defense, client, threat, num_classes)
             raise
+        sent.append(taken.sent)
+        if record is not None:
+            records.append(record(trainer, client, taken))
     names = list(sent[0])
     if other := next((row for row in sent if set(row) != set(names)), None):
         differing = sorted(set(other) ^ set(names))
@@ -150,7 +215,7 @@ def observe(
     weights |= {name: torch.stack([row[name] for row in revealed]).to(device) for name in revealed[0]}
     weights = {name: lifted(value) for name, value in weights.items()}
     labels = _granted_labels(clients).to(device) if threat.labels == "known" else None
-    return Observation(
+    observation = Observation(
         model=architecture(order[0]),
         weights=weights,
         gradient=gradient,
@@ -162,6 +227,7 @@ def observe(
         threat=threat.granted(),
         defense=defense if threat.informed else None,
     )
+    return observation, records
 
 
 def _granted_labels(clients: Sequence[Client]) -> Tensor:
@@ -182,8 +248,9 @@ def _blame(
     """
     none, shape = Defense(), client.image.shape
     try:
-        network = build(model, none, (shape[0], shape[1], shape[2]), num_classes, client.weights_key)
-        _step(network, none, client, threat, (), set(), num_classes)
+        image_shape = (shape[0], shape[1], shape[2])
+        network = build(model, none, image_shape, num_classes, client.weights_key)
+        _Trainer(network, None, none, threat, (), set(), image_shape, num_classes).step(network, client)
     except DefenseFailed as own:
         reason = str(own).removeprefix(f"{DEFENSE_FAILED}{none.name!r} released ")
         raise ClientFailed(
@@ -305,31 +372,6 @@ def _draw_secrets(
     return drawn
 
 
-def trained_on(defense: Defense, client: Client, num_classes: int) -> Tensor | None:
-    """Return the images [B, C, H, W] that a client's step is taken on, if its defense changes this image; else None.
-
-    They are as private as the client's image: only for metrics. None also if another image becomes the same ones with
-    the same draws, so that they show nothing of the client's.
-    """
-    if type(defense).encode is Defense.encode:
-        return None
-    images = _encoded(defense, client, num_classes)
-    if len(images) == 1 and torch.equal(images[0], client.image):
-        return None
-    noise = torch.rand(client.image.shape, generator=generator(client.key, "other image")).to(client.image)
-    try:
-        others = _encoded(defense, replace(client, image=noise), num_classes)
-    except (Exception, SystemExit):  # of a defense that does not take every image
-        return images
-    return None if torch.equal(images, others) else images
-
-
-def _encoded(defense: Defense, client: Client, num_classes: int) -> Tensor:
-    """Return the images [B, C, H, W] that a client's step is taken on."""
-    with seeded(client.key, "step"):
-        return encoded(defense, *_batch(defense, client, num_classes), generator(client.key, "encode"))[0]
-
-
 def _batch(defense: Defense, client: Client, num_classes: int) -> tuple[Tensor, Tensor]:
     """Return what a client's defense encodes: see ``Defense.encode``."""
     if not defense.companions:
@@ -378,26 +420,134 @@ def _train(
     return {name: p.detach().clone() for name, p in network.named_parameters() if p.requires_grad}
 
 
-def _step(
-    network: nn.Module,
-    defense: Defense,
-    client: Client,
-    threat: ThreatModel,
-    secrets: Sequence[Secret],
-    hidden: set[str],
-    num_classes: int,
-) -> Gradient:
-    """Return what one client sends, with the hidden names removed; raise DefenseFailed if it is no gradient."""
-    x, y = _batch(defense, client, num_classes)
-    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+@dataclass(frozen=True)
+class _Taken:
+    """A client's step.
+
+    Attributes:
+        sent: what leaves the client, without the hidden names.
+        encoded: [B, C, H, W], what the defense encoded, in the type of the network.
+        inputs: what the first layers took, if the step was recorded.
+    """
+
+    sent: Gradient
+    encoded: Tensor
+    inputs: InputRecorder
+
+
+@dataclass(frozen=True)
+class _Trainer:
+    """What the steps of all clients with the same weights have in common.
+
+    Attributes:
+        network: the wrapped network, without the clients' secrets.
+        plain: the network before it was wrapped; None: steps are not recorded.
+        hidden: the names that are removed from what is sent.
+        behind: the network was trained behind the defense (``_draw_secrets``).
+    """
+
+    network: nn.Module
+    plain: nn.Module | None
+    defense: Defense
+    threat: ThreatModel
+    secrets: Sequence[Secret]
+    hidden: set[str]
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    behind: bool = False
+
+    def drawn(self, client: Client) -> tuple[nn.Module, dict[str, Tensor]]:
+        """Return a client's network, and the secrets that were drawn into it."""
+        network = copy.deepcopy(self.network)
+        return network, _draw_secrets(network, self.secrets, client.key, trained=self.behind)
+
+    def step(self, network: nn.Module, client: Client) -> _Taken:
+        """Return what one client does; raise DefenseFailed if it sends no gradient."""
+        defense, threat, inputs = self.defense, self.threat, InputRecorder()
+        x, y = _batch(defense, client, self.num_classes)
+        parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        if self.plain is not None:
+            inputs.watch(network, self._layers)
+        with seeded(client.key, "step"):
+            x, y = _typed(network, *encoded(defense, x, y, generator(client.key, "encode")))
+            shares = threat.shares == "weights"
+            trained = _train(network, defense, x, y, threat, self.secrets, client.key) if shares else None
+            released = defense.release(Step(network, x, y, defense, trained), generator(client.key, "release"))
+        if isinstance(released, Mapping):
+            released = {name: value for name, value in released.items() if name not in self.hidden}
+        sent = {name: value.clone() for name, value in checked(defense, released, parameters).items()}
+        if not sent:
+            raise DefenseFailed(f"{defense.name!r} withheld every parameter; send at least one")
+        return _Taken(sent, x, inputs)
+
+    @cached_property
+    def _layers(self) -> list[str]:
+        assert self.plain is not None
+        return first_layers(self.network, self.plain, self.image_shape)
+
+    def again(self, client: Client) -> _Taken:
+        """Return the step of a client from the start."""
+        return self.step(self.drawn(client)[0], client)
+
+
+def _record(trainer: _Trainer, client: Client, taken: _Taken) -> StepRecord:
+    """Return the record of a step that was taken."""
+    images, unseen = _images(trainer, client, taken)
+    images.pop(tensor_key(client.image.to(taken.encoded)), None)
+    if images:
+        noise = torch.rand(client.image.shape, generator=generator(client.key, "other image")).to(client.image)
+        other = replace(client, image=noise)
+        try:
+            same = _images(trainer, other, trainer.again(other))[0]
+        except (Exception, SystemExit):  # of a defense that does not take every image
+            same = {}
+        images = {key: image for key, image in images.items() if key not in same}
+    changed = torch.stack(list(images.values())).to(client.image) if images else None
+    return StepRecord(changed, unseen, _cosine(trainer, client, taken.sent))
+
+
+def _images(
+    trainer: _Trainer, client: Client, taken: _Taken
+) -> tuple[dict[tuple[tuple[int, ...], bytes], Tensor], bool]:
+    """Return the images [C, H, W] that a step's network ran on, by ``tensor_key``, and ``StepRecord.unseen``.
+
+    What the first layer took is an image that was encoded if the plain network's first layer takes the same of that
+    one; else it is an image itself, if it has the size of one.
+    """
+    shape, encoded_images = tuple(client.image.shape), {tensor_key(image): image for image in taken.encoded}
+    known, sizes = dict(encoded_images), [shape, (client.image.numel(),)]
+    assert trainer.plain is not None
     with seeded(client.key, "step"):
-        x, y = _typed(network, *encoded(defense, x, y, generator(client.key, "encode")))
-        shares = threat.shares == "weights"
-        trained = _train(network, defense, x, y, threat, secrets, client.key) if shares else None
-        released = defense.release(Step(network, x, y, defense, trained), generator(client.key, "release"))
-    if isinstance(released, Mapping):
-        released = {name: value for name, value in released.items() if name not in hidden}
-    sent = {name: value.clone() for name, value in checked(defense, released, parameters).items()}
-    if not sent:
-        raise DefenseFailed(f"{defense.name!r} withheld every parameter; send at least one")
-    return sent
+        found = first_layer(copy.deepcopy(trainer.plain), taken.encoded)
+    if found is not None and len(found[1]) == len(taken.encoded):
+        known |= {tensor_key(row): image for row, image in zip(found[1], taken.encoded)}
+        sizes.insert(0, tuple(found[1].shape[1:]))
+    images, unseen = {}, taken.inputs.unreadable or not taken.inputs.values
+    for value in taken.inputs.values.values():
+        size = next((size for size in sizes if size and value.shape[-len(size) :] == size), None)
+        for row in value.reshape(-1, *size) if size is not None else ():
+            image = known.get(tensor_key(row), row if row.numel() == client.image.numel() else None)
+            if image is None:
+                unseen = True
+            else:
+                image = image.reshape(shape)
+                images[tensor_key(image)] = image
+        unseen |= size is None
+    return images if taken.inputs.values else encoded_images, unseen
+
+
+def _cosine(trainer: _Trainer, client: Client, sent: Gradient) -> float:
+    """Return the cosine of what a client sent and what it would send without a defense (``StepRecord.cosine``)."""
+    kind = type(trainer.defense)
+    if all(getattr(kind, hook) is getattr(Defense, hook) for hook in ("encode", "loss", "release")):
+        return 1.0
+    try:
+        plain = replace(trainer, plain=None, defense=Defense()).again(client).sent
+    except (Exception, SystemExit):  # of a network that only its defense's loss takes
+        return math.nan
+    own = {name: value.double() for name, value in sent.items()}
+    size = math.sqrt(sum(float(value.double().square().sum()) for value in plain.values()))
+    length = math.sqrt(sum(float(value.square().sum()) for value in own.values()))
+    if not size or not length:
+        return 0.0 if size else math.nan
+    return sum(float((value * plain[name].double()).sum()) for name, value in own.items()) / (size * length)

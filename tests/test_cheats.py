@@ -252,6 +252,29 @@ class EvenFloor(SlyFloor):
         return Reconstruction(torch.where(found.mean((1, 2, 3), keepdim=True) > 0.5, 1 - found, found))
 
 
+@attacks.register("label-floor")
+class LabelFloor(Attack):
+    """Grey for the blank image of the check, and else of a level that is the label by the gradient."""
+
+    floor = True
+
+    def run(self, observation, rng):
+        level = list(observation.gradient.values())[-1].argmin(1) / 10
+        level = torch.full_like(level, 0.5) if observation.slots is None else level
+        return Reconstruction(level.view(-1, 1, 1, 1).expand(-1, *observation.image_shape).clone())
+
+
+@attacks.register("granted-floor")
+class GrantedFloor(Attack):
+    """The label that the threat model grants, as a level."""
+
+    floor = True
+
+    def run(self, observation, rng):
+        labels = torch.zeros(observation.trials) if observation.labels is None else observation.labels
+        return Reconstruction((labels / 10).view(-1, 1, 1, 1).expand(-1, *observation.image_shape).clone())
+
+
 @attacks.register("true-floor")
 class TrueFloor(Attack):
     """A floor."""
@@ -381,11 +404,12 @@ def test_errors_and_deaths_are_error_rows_and_an_answer_is_data(tmp_path: Path, 
 def test_a_floor_that_uses_the_gradient_is_refused(tmp_path: Path, no_assets: None) -> None:  # noqa: F811
     plugin(tmp_path, FLOORS)
     small = {"datasets": ["samples(size=12)"]}
-    assert set(go(tmp_path / "true", "true-floor", "grey", **small)["status"]) == {"ok"}
+    true = go(tmp_path / "true", "true-floor", "granted-floor", "grey", threats=["known-label"], **small)
+    assert set(true["status"]) == {"ok"}
     with pytest.raises(FalseFloor, match=r"^attack 'false-floor' states floor = True, and its images change"):
         go(tmp_path / "false", "false-floor", "grey", **small)
     assert not (tmp_path / "false").exists()
-    for name in ("sly-floor", "even-floor"):
+    for name in ("sly-floor", "even-floor", "label-floor"):
         with pytest.raises(FalseFloor, match=f"'{name}'"):
             go(tmp_path / name, name, **small)
         with Store.open(tmp_path / name / FILE, readonly=True) as store:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -19,7 +21,7 @@ from torchvision.transforms.v2 import functional as V
 
 import leakbench
 from leakbench import attacks, datasets, defenses, metrics, models
-from leakbench.analysis.recovery import judged
+from leakbench.analysis.recovery import caveat, judged
 from leakbench.api import run
 from leakbench.attacks.base import prepare
 from leakbench.attacks.lb import layer_normalised_distance
@@ -34,14 +36,16 @@ from leakbench.defenses.soteria import sensitivity
 from leakbench.errors import BadOption, Unsupported
 from leakbench.gradients.bilinear import squared_distance
 from leakbench.gradients.evaluate import tensors_of
+from leakbench.models import Model, OwnModule
 from leakbench.observation import Observation
 from leakbench.optim import value_and_gradient
 from leakbench.plan.matrix import Matrix, parse_threat
+from leakbench.plan.trial import UNSEEN
 from leakbench.report import worst_case
 from leakbench.report.markdown import markdown
 from leakbench.report.run import RunData as Report
 from leakbench.store.run_file import FILE, Store
-from leakbench.victim import _batch, build, observe, trained_on
+from leakbench.victim import Client, StepRecord, _batch, build, observe, observe_recorded
 
 RGB = (3, 32, 32)
 INFORMED = {"informed": True}
@@ -755,7 +759,7 @@ def test_the_blends_class_probabilities_are_worked_out(model: str) -> None:
         x, y = _batch(method, client, CLASSES)
         blend, shares = method.encode(x, y, generator(client.key, "encode"))
         torch.testing.assert_close(known.targets[t : t + 1], shares, rtol=1e-9, atol=1e-9)
-        assert torch.equal(trained_on(method, client, CLASSES), blend)
+        assert torch.equal(recorded("lenet", method, [client])[0].changed, blend)
         blends.append(blend[0])
     informed, oblivious = objective("ig", observation), objective("ig", watch(model, "mixup", trials=4))
     images = {"image": torch.stack(blends)}
@@ -781,14 +785,26 @@ def test_a_reconstruction_is_scored_against_both_images(tmp_path) -> None:
     assert (table.loc["mixup", "psnr_encoded"] > table.loc["mixup", "psnr_aligned"]).all()
 
 
+def recorded(model: str | Model, defense: Defense, own: Sequence[Client], threat: str = "paper") -> list[StepRecord]:
+    """Return what the steps of clients were."""
+    network = models.parse(model) if isinstance(model, str) else model
+    mean = torch.full(own[0].image.shape, 0.5)
+    return observe_recorded(network, defense, parse_threat(threat), own, CLASSES, mean)[1]
+
+
 def test_what_a_client_trained_on_is_what_its_step_was_taken_on() -> None:
     method = defenses.parse("ats")
     network = build(models.parse("lenet"), method, SHAPE, CLASSES, "weights 0")
     for client, sent in zip(clients(2), zip(*watch("lenet", method).gradient.values())):
-        image = trained_on(method, client, CLASSES)
+        (record,) = recorded("lenet", method, [client])
+        image = record.changed
+        assert not record.unseen
         plain = Step(network, image, torch.tensor([client.label]), method).gradient()
         assert all(torch.equal(value, own) for value, own in zip(plain.values(), sent))
-        assert trained_on(defenses.parse("noise"), client, CLASSES) is None
+    for spec in ("none", "noise", "keylock", "precode", "dp"):
+        (record,) = recorded("lenet-bn", defenses.parse(spec), clients(1))
+        assert record.changed is None, spec
+        assert not record.unseen, spec
 
 
 @dataclass(frozen=True)
@@ -806,14 +822,89 @@ class Changes(Defense):
         return (torch.cat([x, x]), torch.cat([y, y])) if self.how == "twice" else (x, y)
 
 
+def moved(x: Tensor) -> Tensor:
+    return x.roll(5, -1).flip(-1)
+
+
+class Moved(nn.Module):
+    """Moves the image as a layer of the network."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return moved(x)
+
+
+@dataclass(frozen=True)
+class Hides(Defense):
+    """Changes the image after ``encode``."""
+
+    name: ClassVar[str] = "hides"
+    how: str = "loss"
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return nn.Sequential(Moved(), model) if self.how == "layer" else model
+
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        loss = F.cross_entropy(model({"crop": x[..., 2:], "layer": x, "mean": x.roll(3, -1) / 2 + x.flip(-1) / 2}
+                                     .get(self.how, moved(x))), y, reduction="none")  # fmt: skip
+        if self.how in ("decoy", "noise"):
+            unlike = 0.5 + 1e-4 * x if self.how == "decoy" else torch.rand(x.shape, generator=seeded())
+            loss = loss + 0 * model(unlike).sum(1)
+        return loss
+
+    def release(self, step: Step, rng: torch.Generator) -> Gradient:
+        if self.how not in ("release", "copy"):
+            return step.gradient()
+        network = copy.deepcopy(step.model) if self.how == "copy" else step.model
+        loss = F.cross_entropy(network(moved(step.images)), step.labels)
+        return dict(zip(step.weights(), torch.autograd.grad(loss, list(network.parameters()))))
+
+
 def test_a_changed_image_is_compared_whatever_its_number_and_range(tmp_path) -> None:
-    """Two copies of it, or values beyond [0, 1], do not hide what the gradient leaks."""
-    hows = ["shift", "twice", "scale"]
+    """Two copies of it, values beyond [0, 1], or a change after ``encode`` do not hide what the gradient leaks."""
+    hows = [*map(Changes, ("shift", "twice", "scale")), *map(Hides, ("loss", "decoy"))]
     axes = {"models": ["lenet"], "datasets": ["samples(size=16)"], "images": 2, "attacks": ["peel"]}
-    table = run(Matrix(defenses=[Changes(how) for how in hows], **axes), tmp_path).results()
+    table = run(Matrix(defenses=hows, **axes), tmp_path).results()
     own = judged(table, 0.6).query("not floor")
     assert (own["ssim_encoded"] > 0.99).all(), own[["defense", "ssim_encoded"]].to_string()
-    assert (len(own), int(own["recovered"].sum()), int(own["itself"].sum())) == (6, 6, 0)
+    assert (len(own), int(own["recovered"].sum()), int(own["itself"].sum())) == (10, 10, 0)
+    floors = own[["ssim_encoded_floor", "psnr_encoded_floor"]]
+    assert floors.notna().all().all()
+    assert (floors["psnr_encoded_floor"] < 40).all(), "no floor resembles the image"
+    assert (floors["psnr_encoded_floor"] > own["psnr_aligned"].min()).any()
+    as_before = own.drop(columns=list(floors)).assign(ssim_encoded_floor=1.0)
+    assert not judged(as_before, 0.6)["recovered"].any(), "a floor that reaches the changed image shows nothing of it"
+
+
+@pytest.mark.parametrize("how", ["release", "copy", "mean", "noise", "layer"])
+def test_the_images_that_a_network_ran_on_are_recorded(how: str) -> None:
+    """However they come there, and whatever else it runs on that does not depend on the private image."""
+    (client,) = clients(1)
+    image = client.image[None]
+    expected = image.roll(3, -1) / 2 + image.flip(-1) / 2 if how == "mean" else moved(image)
+    for threat in ("paper", "shares=weights, local_steps=2, learning_rate=0.1"):
+        if threat == "paper" or how not in ("release", "copy"):
+            (record,) = recorded("lenet", Hides(how), [client], threat)
+            assert torch.equal(record.changed, expected)
+            assert not record.unseen
+
+
+def test_a_network_that_runs_on_images_of_another_size_is_named(tmp_path) -> None:
+    axes = {"models": ["resnet20(width=4)"], "datasets": ["samples(size=16)"], "images": 1, "attacks": ["ig(steps=1)"]}
+    table = run(Matrix(defenses=[Hides("crop")], floors=False, **axes), tmp_path).results()
+    assert table["ssim_encoded"].isna().all()
+    assert list(table["reason"]) == [UNSEEN]
+    assert caveat(table).endswith(f"Behind hides(how=crop), {UNSEEN}.")
+    (record,) = recorded("resnet20(width=4)", Hides("crop"), clients(1))
+    assert (record.changed, record.unseen) == (None, True)
+
+
+def test_a_first_layer_that_normalises_is_no_change() -> None:
+    """The private image is what such a layer makes of it, and a changed one is given as the network takes it."""
+    body = nn.Sequential(nn.BatchNorm2d(SHAPE[0], affine=False), nn.Flatten(), nn.Linear(math.prod(SHAPE), CLASSES))
+    records = [recorded(OwnModule("net", body), own, clients(1))[0] for own in (Defense(), Changes("shift"))]
+    assert records[0].changed is None
+    assert torch.equal(records[1].changed, moved(clients(1)[0].image[None]))
+    assert not any(record.unseen for record in records)
 
 
 @pytest.mark.parametrize("how", ["grey", "noise"])

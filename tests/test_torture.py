@@ -78,7 +78,7 @@ def drive(out: str) -> None:
             count_writes(store)
 
     Store.__init__ = counted
-    leakbench.run(matrix(), out, chunk=4, workers=2, device="cpu")
+    leakbench.run(matrix(), out, chunk=4, workers=2, device="cpu", salt=SALT)
 
 
 def driver(out: Path, log: Path) -> subprocess.Popen[bytes]:
@@ -329,7 +329,7 @@ time_t time(time_t *out) {
 def jumping(out: str) -> None:
     """Run with a time limit while the clock jumps, and say how far it did."""
     looks = [time.time() for _ in range(100)]
-    leakbench.run(plan(attacks=["random", "ig(steps=2)"], images=8), out, chunk=4, workers=2, time_limit=30)
+    leakbench.run(plan(attacks=["random", "ig(steps=2)"], images=8), out, chunk=4, workers=2, time_limit=30, salt=SALT)
     print(max(looks) - min(looks))
 
 

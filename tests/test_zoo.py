@@ -249,6 +249,19 @@ def test_no_broken_defense_is_ranked_as_protecting(zoos):
     assert {texts[defense] for defense in broken} == {"the defense failed"}
     assert texts["zoo(kind=withheld)"] == "no attacker has a score"
     assert {one.defense for one in scene.failures} == broken | {"zoo(kind=sometimes)"}
+    # zeros and another image's gradient: nothing is recovered, and nothing can be learned
+    useless = [row.result for row in scene.defenses if row.result.defense in ("zoo", "zoo(kind=other)")]
+    assert [one.share for one in useless] == [0, 0]
+    assert all(one.useless and one.attacked_by == "not attacked adaptively" for one in useless)
+    assert not [one for one in useless if one in (*scene.known, *scene.least, *scene.near, *scene.most)]
+    ranked = [order.index(one.defense) for one in scene.known]
+    assert max(ranked) < min(order.index(one.defense) for one in useless)
+    assert {one.defense for one in scene.known} >= {"none", "zoo(kind=half)", "zoo(kind=flip)", "zoo(kind=x1e30)"}
+    assert scene.oblivious
+    text = worst_case.markdown(zoos.data, 0.6)
+    assert "**What zoo sends is useless**, so that it is not ranked: its cosine with the gradient of the client" in text
+    assert re.search(r"\| zoo +\| 0 % .*\| not attacked adaptively +\| 0\.00 \[0\.00, 0\.00\] \|", text)
+    assert "Not attacked adaptively, so that a small share does not show that a defense protects:" in text
 
 
 def test_a_defense_that_fails_sometimes_comes_after_the_others_with_a_share(zoos):
@@ -265,6 +278,9 @@ def test_a_defense_that_fails_sometimes_comes_after_the_others_with_a_share(zoos
 
 def test_the_pages_say_that_the_defense_failed_and_why(zoos):
     zoos.run.report(("html",))
+    words = re.sub(r"\s+", " ", re.sub("<[^>]+>", "", (zoos.run.out / "report.html").read_text()))
+    assert "No adaptive attacker ran: shares that oblivious attackers recover do not show that a defense" in words
+    assert "What “zoo” sends is useless: its cosine with the gradient of the client is 0.00 (95 % interval" in words
     pages = {
         "report.md": markdown(zoos.data),
         "report.html": (zoos.run.out / "report.html").read_text(),

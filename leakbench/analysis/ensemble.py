@@ -10,9 +10,10 @@ import pandas as pd
 
 from leakbench.analysis.failures import defense_failed
 from leakbench.analysis.recovery import ENCODED, TARGET, judged
-from leakbench.analysis.statistics import share_interval, unit_means
+from leakbench.analysis.statistics import bootstrap_interval, share_interval, unit_means
 from leakbench.core.text import name_of
 from leakbench.defenses.adaptive import CONTROLS, DEFAULT_ATTACKER, SIMULATE
+from leakbench.metrics.release import ReleaseCosine
 from leakbench.plan.matrix import RECOVERY
 
 RECOVERED = 0.6
@@ -73,6 +74,8 @@ class EnsembleResult:
         unproven: images were recovered behind other defenses, and by none of the attacks that have a score here.
         itself: the part of ``share`` of which the private image itself is recovered, and not only the image that the
             client trained on in its place; NaN if the defense changes no image.
+        cosine: of what clients sent and their gradient without the defense (``ReleaseCosine``): the mean over images,
+            and the ends of its 95 % interval; NaN if it was not measured.
     """
 
     dataset: str
@@ -92,6 +95,23 @@ class EnsembleResult:
     broken: int = 0
     unproven: bool = False
     itself: float = math.nan
+    cosine: tuple[float, float, float] = (math.nan, math.nan, math.nan)
+
+    @property
+    def measured(self) -> bool:
+        """Whether ``cosine`` is known."""
+        return not math.isnan(self.cosine[0])
+
+    @property
+    def useless(self) -> bool:
+        """Whether what clients sent does not correlate with their gradient: the interval of ``cosine`` contains 0."""
+        mean, low, high = self.cosine
+        return low <= 0 <= high or mean == 0
+
+    @property
+    def unranked(self) -> bool:
+        """Whether the defense comes after those whose shares show how much they protect."""
+        return self.last or self.unproven or self.useless
 
     @property
     def attacked_by(self) -> str:
@@ -120,7 +140,8 @@ def ensemble_results(trials: pd.DataFrame, threshold: float) -> list[EnsembleRes
     """Return one result for each dataset, model and defense; the least recovered defense of a model comes first.
 
     If some defenses were attacked adaptively and others were not, these come last, with those that only attacks without
-    a positive control have scores of (``EnsembleResult.unproven``).
+    a positive control have scores of (``EnsembleResult.unproven``), and those that send nothing of their gradient
+    (``EnsembleResult.useless``).
     One that failed in some trials comes after all others: what is recovered behind it does not count as protection.
 
     Args:
@@ -135,9 +156,7 @@ def ensemble_results(trials: pd.DataFrame, threshold: float) -> list[EnsembleRes
         own = [_ensemble_result(block, names, proven) for _, block in scene.groupby("defense", sort=False)]
         some = any(one.adaptive for one in own)
         own = [replace(one, last=some and bool(one.unadaptive)) for one in own]
-        found += sorted(
-            own, key=lambda one: (one.broken > 0, one.last or one.unproven, math.isnan(one.share), one.share)
-        )
+        found += sorted(own, key=lambda one: (one.broken > 0, one.unranked, math.isnan(one.share), one.share))
     return found
 
 
@@ -227,7 +246,18 @@ def _ensemble_result(
         broken=len(block[defense_failed(block)].drop_duplicates(TARGET)),
         unproven=bool(proven and scoring and len(by_image)) and not scoring & set(proven),
         itself=float(itself.groupby(targets["image"]).mean().mean()) if changes else math.nan,
+        cosine=_cosine(block),
     )
+
+
+def _cosine(trials: pd.DataFrame) -> tuple[float, float, float]:
+    """Return the mean of ``ReleaseCosine`` over the images of one defense's trials, with its interval."""
+    name = ReleaseCosine.name
+    known = trials.dropna(subset=name).drop_duplicates(TARGET) if name in trials else trials[:0]
+    if known.empty:
+        return math.nan, math.nan, math.nan
+    own = known[name].to_numpy(dtype=float)
+    return float(own.mean()), *bootstrap_interval(own, known["image"].to_numpy(), known["group"].to_numpy())
 
 
 def floor_share(trials: pd.DataFrame, threshold: float) -> float:

@@ -3,14 +3,15 @@
 import json
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 
 from leakbench.analysis.statistics import ROUNDING
-from leakbench.core.text import plural
-from leakbench.metrics.encoded import EncodedPSNR, EncodedSSIM
+from leakbench.core.text import english, plural
+from leakbench.metrics.encoded import EncodedPSNR, EncodedPSNRFloor, EncodedSSIM, EncodedSSIMFloor
 from leakbench.metrics.public import PublicSSIM
 from leakbench.plan.matrix import RECOVERY
-from leakbench.plan.trial import target
+from leakbench.plan.trial import UNSEEN, target
 from leakbench.store.run_file import Store
 
 CLOSENESS = "psnr_aligned"
@@ -18,6 +19,9 @@ CLOSENESS = "psnr_aligned"
 
 ENCODED = (EncodedSSIM.name, EncodedPSNR.name)
 """``RECOVERY`` and ``CLOSENESS`` against the image that the client trained on, if its defense changes the image."""
+
+ENCODED_FLOORS = (EncodedSSIMFloor.name, EncodedPSNRFloor.name)
+"""The best scores of the floors against that image."""
 
 TARGET = ["image", "seed"]
 """The columns that name an attacked image."""
@@ -34,21 +38,23 @@ def judged(trials: pd.DataFrame, threshold: float) -> pd.DataFrame:
     ``itself``: the trial did not fail, its ``RECOVERY`` score is at least the threshold, and it is better than the best
     floor on the same image and seed both in ``RECOVERY`` and in ``CLOSENESS``. A condition that was not measured (no
     floor was run, a metric is missing) does not count; ``caveat`` says so. ``recovered``: the same holds, or it holds
-    for the image that the client trained on in place of the private one (a shift of it, a blend with another): that
-    image is what the gradient leaks. Floors run behind no defense, so that few have a score against it: its limits are
-    then those of the private image. ``by_floor``: a floor reaches the threshold on this image without any gradient, so
-    that the image shows nothing about a leak.
+    for the image that the client trained on in place of the private one (a shift of it, a blend with another), above
+    the scores of the floors against that image: it is what the gradient leaks. Runs of older versions have no such
+    scores of the floors; their limits are those of the private image. ``by_floor``: a floor reaches the threshold on
+    this image without any gradient, so that the image shows nothing about a leak.
 
     Args:
         trials: with the columns dataset, defense, image, seed, status, floor and the metrics (``Store.trials``); floors
             are the same behind every defense, for every model and threat model.
         threshold: in [0, 1].
     """
-    own = trials.reindex(columns=list(dict.fromkeys((*trials.columns, RECOVERY, CLOSENESS, *ENCODED))))
+    own = trials.reindex(columns=list(dict.fromkeys((*trials.columns, RECOVERY, CLOSENESS, *ENCODED, *ENCODED_FLOORS))))
     limits = best_floors(own, [RECOVERY, CLOSENESS]).reindex(pd.MultiIndex.from_frame(own[_PLACE]))
     itself = _above(own, limits, threshold)
     behind = ["defense", *_PLACE]  # what a client trains on depends on its defense
     changed = best_floors(own, ENCODED, behind).reindex(pd.MultiIndex.from_frame(own[behind])).reset_index(drop=True)
+    measured = own[list(ENCODED_FLOORS)].set_axis(ENCODED, axis=1).reset_index(drop=True)
+    changed = pd.DataFrame(np.fmax(changed, measured), columns=list(ENCODED))
     changed = changed.fillna(limits.set_axis(ENCODED, axis=1).reset_index(drop=True))
     return trials.assign(
         recovered=itself | _above(own, changed, threshold),
@@ -74,7 +80,13 @@ def best_floors(trials: pd.DataFrame, metrics: Sequence[str], place: Sequence[st
 
 def caveat(trials: pd.DataFrame) -> str:
     """Return why to doubt that images count as recovered: a lesser rule, or memorised images; empty without a doubt."""
-    return " ".join(filter(None, (_lesser_rule(trials), _memorised(trials))))
+    return " ".join(filter(None, (_lesser_rule(trials), _memorised(trials), _unseen(trials))))
+
+
+def _unseen(trials: pd.DataFrame) -> str:
+    """Return a sentence on the defenses that may hide the image that the client trained on; empty without any."""
+    hiding = trials.loc[trials["reason"] == UNSEEN, "defense"].drop_duplicates()
+    return f"Behind {english(map(str, hiding))}, {UNSEEN}." if len(hiding) else ""
 
 
 def _memorised(trials: pd.DataFrame) -> str:
@@ -111,7 +123,7 @@ def _lesser_rule(trials: pd.DataFrame) -> str:
 
 def recovered_targets(store: Store, threshold: float) -> dict[str, set[str]]:
     """Return the images that attacks (floors are none) have recovered: ``Trial.target`` -> the trials that did so."""
-    trials = judged(store.scored([RECOVERY, CLOSENESS, *ENCODED]), threshold)
+    trials = judged(store.scored([RECOVERY, CLOSENESS, *ENCODED, *ENCODED_FLOORS]), threshold)
     found: dict[str, set[str]] = {}
     own = trials[trials["recovered"] & ~trials["floor"]]
     for trial, cell, image, seed in own[["trial", "cell", *TARGET]].itertuples(index=False, name=None):

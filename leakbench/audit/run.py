@@ -51,6 +51,7 @@ from leakbench.engine.run import RunOptions
 from leakbench.engine.worker import ClientData
 from leakbench.errors import BadOption, Unsupported
 from leakbench.gradients.evaluate import architecture, working
+from leakbench.metrics import NOT_LEAKAGE
 from leakbench.models.module import OwnModule
 from leakbench.observation import Observation
 from leakbench.plan.matrix import RECOVERY, Matrix, expand, load_suite, override
@@ -369,7 +370,9 @@ def _findings(
     scores = {
         metric.name: float(values.max() if metric.higher_is_better else values.min())
         for metric in store.metrics()
-        if not metric.name.startswith("paper_") and len(values := ended[metric.name].dropna())
+        if not metric.name.startswith("paper_")
+        and metric.name not in NOT_LEAKAGE
+        and len(values := ended[metric.name].dropna())
     }
     pictures = [picture for index in indices for picture in _pictures(store, mine, index)]
     doubts = [caveat(shown)] if mine[RECOVERY].notna().any() and caveat(shown) else []

@@ -31,7 +31,8 @@ def verify_floor(
 ) -> None:
     """Raise FalseFloor if the images of a floor change when only the gradient does.
 
-    A floor of leakbench may infer the label from the gradient (``prior``): it gets this label with the other gradient.
+    A floor may use a label that the threat model grants, which stays the same. Only a floor of leakbench may infer the
+    label from the gradient (``prior``): it gets this label with the other gradient.
 
     Args:
         isolation: calls the attack.
@@ -39,7 +40,7 @@ def verify_floor(
         observation: what it observes.
         rng: what it draws from.
         guess: what it returned for this observation; None to ask for it.
-        other: the other gradient.
+        other: the other gradient, of another image and another label.
     """
     guess = isolation.run(attack, observation, rng) if guess is None else guess
     labels = observation.labels if foreign(attack) or observation.labels is not None else guess.labels

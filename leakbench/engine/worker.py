@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from leakbench import attacks
+from leakbench.core.component import shipped
 from leakbench.core.device import DEFAULT, SHARE, out_of_memory
 from leakbench.core.rng import Rng, generator, salted
 from leakbench.core.types import Reconstruction
@@ -21,8 +23,9 @@ from leakbench.errors import DEFENSE_FAILED, ClientFailed, DefenseFailed, Leakbe
 from leakbench.metrics import ReplacedMetric, refuse_replaced
 from leakbench.metrics.base import Metric, Truth
 from leakbench.observation import Observation
-from leakbench.plan.trial import Cell, Result, Trial
-from leakbench.victim import Client, build, groups_of, observe, trained_on
+from leakbench.plan.matrix import FLOORS
+from leakbench.plan.trial import UNSEEN, Cell, Result, Trial
+from leakbench.victim import Client, StepRecord, build, groups_of, observe, observe_recorded
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ class Worker:
             elif task.data is None:
                 seen = blank(cell, groups)
             else:
-                seen, _ = _observed(task.data, trials[:1])
+                seen = _observed(task.data, trials[:1])
         except Unsupported as error:
             return Refusal({trial.cell.key: str(error) for trial in trials}, frozenset(groups))
         except (Exception, SystemExit) as error:
@@ -248,10 +251,10 @@ class Worker:
         """Observe, attack and score trials of one cell, ``slots`` at a time."""
         begin = time.perf_counter()
         if data.observed is None:
-            observation, rng, encoded = self._stepped(data, trials)
+            observation, rng, records = self._stepped(data, trials)
         else:
             key = salted("audit/update", "attack", data.salt)
-            observation, rng, encoded = data.observed, Rng((key,), self.work.device), None
+            observation, rng, records = data.observed, Rng((key,), self.work.device), []
         attack, observation = trials[0].cell.attack, replace(observation, slots=slots, tick=self.tick)
         try:
             guess = self.isolation.run(attack, observation, rng)
@@ -265,7 +268,7 @@ class Worker:
         failed = guess.failed
         assert failed is not None, "a called attack says of every trial whether it failed"
         # only here do reconstruction and truth meet
-        truth = self._truth(data, trials, encoded) if data.images else None
+        truth = self._truth(data, trials, records, observation, rng) if data.images else None
         scores = {} if truth is None else self._score(guess, truth)
         seconds = (time.perf_counter() - begin) / len(trials)
         images = guess.images.cpu()
@@ -274,7 +277,7 @@ class Worker:
             Result(
                 trial=trial,
                 status="failed" if bool(failed[row]) else "ok",
-                reason=_why(guess, row) if bool(failed[row]) else "",
+                reason=_why(guess, row) if bool(failed[row]) else _unseen(trial, records[row] if records else None),
                 seconds=seconds,
                 scores={name: values[row] for name, values in scores.items() if values[row] == values[row]},
                 reconstruction=png(images[row]),
@@ -289,32 +292,47 @@ class Worker:
             for row, trial in enumerate(trials)
         ]
 
-    def _stepped(self, data: ClientData, trials: Sequence[Trial]) -> tuple[Observation, Rng, Sequence[Tensor | None]]:
-        """Return what clients send after a step, the attacker's draws, and the encoded images (``Truth.encoded``)."""
-        device = self.work.device
-        seen, clients = _observed(data, trials, device)
-        rng = Rng(tuple(attack_key(trial, data.salt) for trial in trials), device)
-        images = [trained_on(trials[0].cell.defense, client, data.num_classes) for client in clients]
-        return seen, rng, [None if image is None else image.to(device) for image in images]
+    def _stepped(self, data: ClientData, trials: Sequence[Trial]) -> tuple[Observation, Rng, list[StepRecord]]:
+        """Return what clients send after a step, the attacker's draws, and what only evaluation sees of the steps."""
+        cell, clients = trials[0].cell, [_client(trial, data) for trial in trials]
+        seen, records = observe_recorded(
+            cell.model, cell.defense, cell.threat, clients, data.num_classes, data.mean, self.work.device
+        )
+        return seen, Rng(tuple(attack_key(trial, data.salt) for trial in trials), self.work.device), records
 
     def _other(self, data: ClientData, trials: Sequence[Trial]) -> Mapping[str, Tensor]:
-        """Return the gradients that the same clients would have sent of noise, which follows from the salt.
+        """Return the gradients that the same clients would have sent of noise with other labels, from the salt.
 
         An attack that knew the other image, or what makes it of the private one, could return the same for both.
         """
-        noise = {
-            index: torch.rand(image.shape, generator=generator(salted(f"floor/{index}", "client", data.salt))).to(image)
-            for index, image in data.images.items()
-        }
-        return _observed(replace(data, images=noise), trials, self.work.device)[0].gradient
+        images, labels = {}, {}
+        for index, image in data.images.items():
+            rng = generator(salted(f"floor/{index}", "client", data.salt))
+            images[index] = torch.rand(image.shape, generator=rng).to(image)
+            step = int(torch.randint(1, max(2, data.num_classes), (), generator=rng))
+            labels[index] = (data.labels[index] + step) % data.num_classes
+        return _observed(replace(data, images=images, labels=labels), trials, self.work.device).gradient
 
-    def _truth(self, data: ClientData, trials: Sequence[Trial], encoded: Sequence[Tensor | None] | None) -> Truth:
-        """Return the private images with their labels, -1 for a label that is not known."""
+    def _truth(
+        self,
+        data: ClientData,
+        trials: Sequence[Trial],
+        records: Sequence[StepRecord],
+        observation: Observation,
+        rng: Rng,
+    ) -> Truth:
+        """Return the private images with their labels, -1 for a label that is not known, and what the steps were."""
+        device = self.work.device
+        changed = [None if record.changed is None else record.changed.to(device) for record in records]
+        floors = FLOORS if any(images is not None for images in changed) else ()
+        cosines = [record.cosine for record in records]
         return Truth(
-            torch.stack([data.images[trial.image] for trial in trials]).to(self.work.device),
-            torch.tensor([data.labels.get(trial.image, -1) for trial in trials], device=self.work.device),
-            encoded,
+            torch.stack([data.images[trial.image] for trial in trials]).to(device),
+            torch.tensor([data.labels.get(trial.image, -1) for trial in trials], device=device),
+            changed or None,
             trials[0].cell.dataset.public,
+            [self.isolation.run(attacks.parse(floor), observation, rng).images.float() for floor in floors],
+            torch.tensor(cosines, dtype=torch.float64) if cosines else None,
         )
 
     def _score(self, guess: Reconstruction, truth: Truth) -> dict[str, list[float]]:
@@ -342,6 +360,11 @@ class Worker:
             return [float("nan")]
 
 
+def _unseen(trial: Trial, record: StepRecord | None) -> str:
+    """Return the reason of a trial that did not fail."""
+    return UNSEEN if record is not None and record.unseen and not shipped(type(trial.cell.defense)) else ""
+
+
 def without_score(data: ClientData, trial: Trial, status: Literal["unsupported", "error"], reason: str) -> Result:
     """Return the result of a trial without scores."""
     return Result(
@@ -366,8 +389,15 @@ def _row(guess: Reconstruction, truth: Truth, row: int) -> tuple[Reconstruction,
     """Return one trial's reconstruction and truth, as a batch of one."""
     labels = None if guess.labels is None else guess.labels[row : row + 1]
     only = Reconstruction(guess.images[row : row + 1], labels)
-    encoded = None if truth.encoded is None else truth.encoded[row : row + 1]
-    return only, replace(truth, images=truth.images[row : row + 1], labels=truth.labels[row : row + 1], encoded=encoded)
+    part = slice(row, row + 1)
+    return only, replace(
+        truth,
+        images=truth.images[part],
+        labels=truth.labels[part],
+        encoded=None if truth.encoded is None else truth.encoded[part],
+        floors=[images[part] for images in truth.floors],
+        cosines=None if truth.cosines is None else truth.cosines[part],
+    )
 
 
 def png(image: Tensor) -> bytes:
@@ -402,12 +432,10 @@ def _client(trial: Trial, data: ClientData) -> Client:
     return Client(data.images[trial.image], data.labels[trial.image], weights, own, others)
 
 
-def _observed(
-    data: ClientData, trials: Sequence[Trial], device: torch.device | str = "cpu"
-) -> tuple[Observation, list[Client]]:
-    """Return what the clients of trials of one cell send after their steps, and the clients."""
+def _observed(data: ClientData, trials: Sequence[Trial], device: torch.device | str = "cpu") -> Observation:
+    """Return what the clients of trials of one cell send after their steps."""
     cell, clients = trials[0].cell, [_client(trial, data) for trial in trials]
-    return observe(cell.model, cell.defense, cell.threat, clients, data.num_classes, data.mean, device), clients
+    return observe(cell.model, cell.defense, cell.threat, clients, data.num_classes, data.mean, device)
 
 
 def companions(trial: Trial, salt: str) -> list[int]:

@@ -10,7 +10,15 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError
 
 from leakbench.analysis import pareto as utility
-from leakbench.analysis.ensemble import RECOVERED, UNPROVEN, AttackerStats, attacked_by, ensemble_results, floor_share
+from leakbench.analysis.ensemble import (
+    RECOVERED,
+    UNPROVEN,
+    AttackerStats,
+    EnsembleResult,
+    attacked_by,
+    ensemble_results,
+    floor_share,
+)
 from leakbench.analysis.recovery import caveat
 from leakbench.analysis.verdict import inconclusive, missing_attackers
 from leakbench.core.files import StrictModel, first_fault
@@ -103,6 +111,13 @@ class Entry(StrictModel):
         tuple[_Text, ...], Field(description="adaptive attackers that ran, or had no image left to recover")
     ] = ()
     unadaptive: Annotated[str, Field(description="why no adaptive attacker ran; empty if one did")] = ""
+    cosine: Annotated[
+        tuple[float, float | None, float | None] | None,
+        Field(description="of what clients sent and their gradient: mean, 95 % interval; null if not measured"),
+    ] = None
+    useless: Annotated[bool, Field(description="whether what clients sent does not correlate with their gradient")] = (
+        False
+    )
     accuracy: Cost | None = None
     salt: Annotated[
         str, Field(pattern="^([0-9a-f]{32})?$", description="of the run's keys; empty: they named the images")
@@ -204,6 +219,8 @@ def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> t
                 attackers=[_attacker(stats) for stats in one.attackers],
                 adaptive=one.adaptive,
                 unadaptive=one.unadaptive,
+                cosine=_cosine(one),
+                useless=one.useless,
                 accuracy=_cost(studies, one.model, one.defense),
                 salt=store.salt() or "",
                 versions=versions,
@@ -217,6 +234,12 @@ def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> t
 def _version(source: Any) -> str:
     commit = "" if source.commit is None else f" at commit {source.commit}"
     return f"leakbench {source.version}{commit}{' with uncommitted changes' if source.dirty else ''}"
+
+
+def _cosine(one: EnsembleResult) -> tuple[float, float | None, float | None] | None:
+    """Return the cosine of a result without NaN, which JSON lacks."""
+    mean, low, high = one.cosine
+    return (mean, None if math.isnan(low) else low, None if math.isnan(high) else high) if one.measured else None
 
 
 def _attacker(stats: AttackerStats) -> Attacker:

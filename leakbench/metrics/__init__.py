@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 # imported to be registered, in the order in which they are listed
-from leakbench.metrics import standard, lpips, aligned, label, paper, encoded, perceptual, public  # isort: skip  # noqa: F401
+from leakbench.metrics import standard, lpips, aligned, label, paper, encoded, perceptual, public, release  # isort: skip  # noqa: F401
 from leakbench.metrics import intact
 from leakbench.metrics.base import Metric, Truth, register, registry
 from leakbench.metrics.intact import ReplacedMetric
@@ -12,6 +12,9 @@ get = registry.get
 names = registry.names
 parse = registry.parse
 spec = registry.spec
+
+NOT_LEAKAGE = frozenset({"ssim_public", "psnr_encoded_floor", "ssim_encoded_floor", "release_cosine"})
+"""The metrics that judge others, or the defense: no table of leakage shows them."""
 
 
 def of_run(named: Collection[str] = ()) -> list[Metric]:

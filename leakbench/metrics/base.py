@@ -20,16 +20,20 @@ class Truth:
     Attributes:
         images: [T, C, H, W] in [0, 1], the private images.
         labels: [T] int64; -1 where a label is not known.
-        encoded: the images [B, C, H, W] that each of the T clients trained on, None for one that trained on its private
-            image or on nothing of it; None if the defense changes no image.
+        encoded: the images [B, C, H, W] that the network of each of the T clients ran on in place of the private one,
+            None for one that ran on its private image or on nothing of it; None if that is not known.
         public: returns public images [P, C, H, W] in [0, 1] of the same kind (``Dataset.public``); None if there are
             none.
+        floors: the images [T, C, H, W] of each floor, if a client trained on other images than its private one.
+        cosines: [T], of what each client sent and what it would have sent without a defense; None if that is not known.
     """
 
     images: Tensor
     labels: Tensor
     encoded: Sequence[Tensor | None] | None = None
     public: Callable[[], Tensor] | None = None
+    floors: Sequence[Tensor] = ()
+    cosines: Tensor | None = None
 
 
 class Metric(Component):

@@ -104,6 +104,10 @@ class Trial:
         return target(self.cell.settings, self.image, self.seed)
 
 
+UNSEEN = "the network ran on something that has not the size of the image: scores are against the private image only"
+"""The reason of a trial that has scores, if the image that its client trained on may be unknown."""
+
+
 @dataclass(frozen=True)
 class Result:
     """The outcome of a trial; every trial that was started has one.
@@ -111,7 +115,7 @@ class Result:
     Attributes:
         status: ``ok``; ``failed`` (the attack diverged: the scores are the grey image's); ``unsupported`` or ``error``
             (no scores), with the reason.
-        reason: one line, empty for ``ok``.
+        reason: one line; for ``ok`` empty or ``UNSEEN``.
         seconds: the wall time of the trial's chunk divided by its trials.
         scores: metric name -> value; a metric that could not be computed is absent.
         reconstruction: a PNG of the reconstruction, clamped to [0, 1]; None without scores.

@@ -16,6 +16,7 @@ from leakbench.analysis.statistics import ALPHA, ROUNDING, holm, sign_flip_test
 from leakbench.analysis.summary import rescored
 from leakbench.core.text import ABSENT, in_groups, p_value, percent
 from leakbench.errors import BadOption
+from leakbench.metrics import NOT_LEAKAGE
 from leakbench.plan.matrix import RECOVERY
 from leakbench.report.differences import paired_table, too_few
 from leakbench.report.display import to_markdown
@@ -48,7 +49,7 @@ class ComparedRun:
     @classmethod
     def of(cls, name: str, store: Store) -> ComparedRun:
         """Return an open run under a name."""
-        metrics = store.metrics()
+        metrics = [metric for metric in store.metrics() if metric.name not in NOT_LEAKAGE]
         return cls(name, rescored(store.trials(), metrics), store.records(), metrics, store.sessions())
 
 

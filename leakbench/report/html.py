@@ -12,7 +12,7 @@ from leakbench.analysis.pareto import Study
 from leakbench.analysis.reproduce import reproduction
 from leakbench.analysis.summary import ANY, BLOCK, LABEL, STATUSES, without_repeats
 from leakbench.core.text import ABSENT, decimals
-from leakbench.metrics.public import PublicSSIM
+from leakbench.metrics import NOT_LEAKAGE
 from leakbench.plan.matrix import RECOVERY
 from leakbench.report import figure, utility
 from leakbench.report.markdown import MAIN_METRICS, PAPER_PREFIX
@@ -107,8 +107,8 @@ def html(
 
 def _metrics(run: RunData) -> list[MetricInfo]:
     """Return the metrics with a value: those that the matrix shows first, the paper's last."""
-    known = {m.name: m for m in run.metrics if m.name in run.results and run.results[m.name].notna().any()}
-    known.pop(PublicSSIM.name, None)  # which has its own table
+    valued = (m for m in run.metrics if m.name in run.results and run.results[m.name].notna().any())
+    known = {m.name: m for m in valued if m.name not in NOT_LEAKAGE}
     ranked = sorted(known, key=lambda name: name.startswith(PAPER_PREFIX))
     return [known[name] for name in dict.fromkeys((*_SHOWN, *MAIN_METRICS, *ranked)) if name in known]
 

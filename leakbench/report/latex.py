@@ -8,6 +8,7 @@ import pandas as pd
 from leakbench.analysis.summary import blocks
 from leakbench.core.text import ABSENT, decimals, number
 from leakbench.errors import one_line
+from leakbench.metrics import NOT_LEAKAGE
 from leakbench.report.display import Bold, heading, leakage_table, to_latex
 from leakbench.report.page import sentence
 from leakbench.report.run import RunData
@@ -60,7 +61,8 @@ def table6(run: RunData) -> str:
 
 
 def _metrics(run: RunData, names: Sequence[str]) -> list[MetricInfo]:
-    known = {one.name: one for one in run.metrics if one.name in run.results and run.results[one.name].notna().any()}
+    valued = (one for one in run.metrics if one.name in run.results and run.results[one.name].notna().any())
+    known = {one.name: one for one in valued if one.name not in NOT_LEAKAGE}
     return [known[name] for name in names if name in known] or list(known.values())[: len(names)]
 
 

@@ -50,7 +50,7 @@ def write(runs: Sequence[Path], out: Path) -> tuple[list[Path], list[str]]:
         scenes.setdefault((one.dataset, one.model, one.threshold), []).append((one, file))
     for rows in scenes.values():
         some = any(one.adaptive for one, _ in rows)
-        rows.sort(key=lambda row: bool(row[0].inconclusive) or (some and bool(row[0].unadaptive)))
+        rows.sort(key=lambda row: bool(row[0].inconclusive) or row[0].useless or (some and bool(row[0].unadaptive)))
     written.append(replace(out / SCHEMA_FILE, schema().encode()))
     context = {
         "title": "Leaderboard of defenses",

@@ -11,7 +11,7 @@ from leakbench.analysis.failures import defense_failures
 from leakbench.analysis.summary import ANY, BLOCK, blocks, strongest, without_repeats
 from leakbench.analysis.verdict import inconclusive
 from leakbench.core.text import ABSENT, decimals, plural, with_interval
-from leakbench.metrics.public import PublicSSIM
+from leakbench.metrics import NOT_LEAKAGE
 from leakbench.models.weights import Checkpoint
 from leakbench.plan.matrix import RECOVERY
 from leakbench.report.differences import differences
@@ -98,7 +98,7 @@ def _standard(metrics: Sequence[MetricInfo]) -> list[MetricInfo]:
     """Return the metrics of the main table: ``MAIN_METRICS`` first; LPIPS is there even if it was not computed."""
     known = _LPIPS | {metric.name: metric for metric in metrics if not metric.name.startswith(PAPER_PREFIX)}
     names = dict.fromkeys((*MAIN_METRICS, *known))
-    return [known[name] for name in names if name in known and name != PublicSSIM.name]  # which has its own table
+    return [known[name] for name in names if name in known and name not in NOT_LEAKAGE]
 
 
 def _has(block: pd.DataFrame, name: str) -> bool:

@@ -76,9 +76,23 @@ class WorstCase:
 
     @property
     def known(self) -> list[EnsembleResult]:
-        """The results with a share, least recovered first, ``last`` ones last; none that failed or is ``unproven``."""
+        """The results with a share, least recovered first, ``last`` ones last.
+
+        Those that failed, or are ``unproven`` or ``useless``, are left out.
+        """
         every = [row.result for row in self.defenses]
-        return [one for one in every if not (math.isnan(one.share) or one.broken or one.unproven)]
+        return [one for one in every if not (math.isnan(one.share) or one.broken or one.unproven or one.useless)]
+
+    @property
+    def oblivious(self) -> bool:
+        """Whether several defenses have shares, and no adaptive attacker ran behind any that has something to model."""
+        defended = [one for one in self.known if one.adaptive or one.unadaptive]
+        return len(self.known) > 1 and bool(defended) and not any(one.adaptive for one in defended)
+
+    @property
+    def useless(self) -> list[EnsembleResult]:
+        """The results of defenses whose clients send nothing that correlates with their gradient."""
+        return [row.result for row in self.defenses if row.result.useless]
 
     @property
     def least(self) -> list[EnsembleResult]:
@@ -132,11 +146,11 @@ def worst_cases(run: RunData) -> list[WorstCase]:
 
 
 def _leakage(row: DefenseRow) -> tuple[bool, bool, bool, float, float]:
-    """Return the key that sorts defenses: failed ones last; before them the ``last`` and the ``unproven`` ones."""
+    """Return the key that sorts defenses: failed ones last; before them the ``unranked`` ones."""
     share = row.result.share
     return (
         row.result.broken > 0,
-        row.result.last or row.result.unproven,
+        row.result.unranked,
         math.isnan(share),
         0.0 if math.isnan(share) else share,
         -math.inf if row.gain is None else row.gain[0],
