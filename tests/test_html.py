@@ -151,6 +151,7 @@ def test_the_worst_case_is_said_in_words(tmp_path, monkeypatch):
     words = " ".join(Tags(text).texts("p"))
     assert "The attackers that ran recover least behind “noise(scale=0.01)”: none of 20 images recovered" in words
     assert "They recover most behind “none”: 20 of 20 images" in words
+    assert "No adaptive attacker ran: that oblivious attackers recover little does not show" in words
     assert "leaks least" not in words
     assert "Best of the attackers that ran" in " ".join(Tags(text).texts("h2"))
     every = {("d", "m", defense): [] for defense in ("none", "noise(scale=0.01)")}

@@ -122,7 +122,7 @@ def random_trunks(random_networks: dict[Net, nn.Module], monkeypatch: pytest.Mon
 
 def test_the_metrics_are_registered_in_the_order_of_their_columns() -> None:
     assert metrics.names()[: len(NAMES)] == NAMES
-    every_run = [*NAMES, "psnr_encoded", "ssim_encoded"]
+    every_run = [*NAMES, "psnr_encoded", "ssim_encoded", "psnr_encoded_floor", "ssim_encoded_floor"]
     assert [metric.name for metric in metrics.of_run()][: len(every_run)] == every_run
     assert not set(NAMED_ONLY) & {metric.name for metric in metrics.of_run()}
     assert [metric.name for metric in metrics.of_run(["fsim", "psnr"])][len(every_run)] == "fsim"

@@ -223,7 +223,7 @@ def test_an_old_run_of_samples_has_the_photographs_without_its_data(
 def test_tables_print_images_and_groups(tmp_path: Path) -> None:
     go(ensemble(Knows("0 1 2 3 4 5"), datasets=[Pairs()], images=6, floors=True), tmp_path)
     text = squeezed(report_of(tmp_path))
-    assert "| none | 100 % [44, 100] | knows 6 | nothing to model | 6 in 3 groups |" in text
+    assert "| none | 100 % [44, 100] | knows 6 | nothing to model | 1.00 [1.00, 1.00] | 6 in 3 groups |" in text
     (path,) = report.write(tmp_path, {"html"})
     assert "6 of 6 images in 3 groups recovered" in path.read_text()
 

@@ -276,7 +276,7 @@ def test_the_report_is_made_of_the_run_alone(tmp_path):
     report.write(tmp_path)
     text = squeezed((tmp_path / "worst-case.md").read_text(encoding="utf-8"))
     assert text == squeezed(report_of(tmp_path))
-    assert "| none | 75 % [30, 95] | knows 2, counts 1 | nothing to model | 4 | 10 |" in text
+    assert "| none | 75 % [30, 95] | knows 2, counts 1 | nothing to model | 1.00 [1.00, 1.00] | 4 | 10 |" in text
     assert "| none | counts | 1 | 2 | 2 | 0 | 0 | – |" in text
     assert "the floors reach the threshold on: random 0 of 4, grey 0 of 4, mean 0 of 4." in text
     assert "at least 0.6" in text
@@ -293,7 +293,7 @@ def test_a_run_that_was_stopped_says_what_is_to_go(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         go(matrix, tmp_path, chunk=2, progress=Counter(stop_after=3))
     assert standing(tmp_path).open == 1
-    assert "| none | 25 % so far | knows 1, 1 trial to go | nothing to model | 4 |" in squeezed(report_of(tmp_path))
+    assert "| none | 25 % so far | knows 1, 1 trial to go | nothing to model | 1.00 [1.00, 1.00] | 4 |" in squeezed(report_of(tmp_path))
     assert finished(tmp_path, matrix) == 7
 
 
