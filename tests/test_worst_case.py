@@ -293,7 +293,9 @@ def test_a_run_that_was_stopped_says_what_is_to_go(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         go(matrix, tmp_path, chunk=2, progress=Counter(stop_after=3))
     assert standing(tmp_path).open == 1
-    assert "| none | 25 % so far | knows 1, 1 trial to go | nothing to model | 1.00 [1.00, 1.00] | 4 |" in squeezed(report_of(tmp_path))
+    assert "| none | 25 % so far | knows 1, 1 trial to go | nothing to model | 1.00 [1.00, 1.00] | 4 |" in squeezed(
+        report_of(tmp_path)
+    )
     assert finished(tmp_path, matrix) == 7
 
 
