@@ -441,7 +441,7 @@ class _Trainer:
 
     Attributes:
         network: the wrapped network, without the clients' secrets.
-        plain: the network before it was wrapped; None: steps are not recorded.
+        plain: a network of its own, as it is before it is wrapped; None: steps are not recorded.
         hidden: the names that are removed from what is sent.
         behind: the network was trained behind the defense (``_draw_secrets``).
     """
@@ -518,7 +518,7 @@ def _images(
     known, sizes = dict(encoded_images), [shape, (client.image.numel(),)]
     assert trainer.plain is not None
     with seeded(client.key, "step"):
-        found = first_layer(copy.deepcopy(trainer.plain), taken.encoded)
+        found = first_layer(trainer.plain, taken.encoded)
     if found is not None and len(found[1]) == len(taken.encoded):
         known |= {tensor_key(row): image for row, image in zip(found[1], taken.encoded)}
         sizes.insert(0, tuple(found[1].shape[1:]))

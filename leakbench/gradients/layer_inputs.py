@@ -87,13 +87,13 @@ def first_layers(network: nn.Module, plain: nn.Module, shape: Sequence[int]) -> 
 
     Args:
         network: the wrapped network; it is not changed.
-        plain: the network before that; it is not changed.
+        plain: the network before that; only statistics of layers without parameters may change.
         shape: of an image, (C, H, W).
     """
     blank = torch.full((1, *shape), 0.5).to(next(plain.parameters(), torch.zeros(())).dtype)
     own, layers = dict(network.named_modules()), dict[str, None]()
     with seeded("first layer"):
-        found = first_layer(copy.deepcopy(plain), blank)
+        found = first_layer(plain, blank)
         if found is not None:
             known = dict(found[0].named_parameters(recurse=False))
             layers |= dict.fromkeys(name for name, one in own.items() if _holds(one, known))
