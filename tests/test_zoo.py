@@ -305,6 +305,9 @@ def test_a_leaderboard_leaves_broken_defenses_out_and_says_why(zoos):
     with Store.open(zoos.run.out / FILE, readonly=True) as store:
         found, missing = entries(store, "zoo")
     assert not {one.defense for one in found} & {f"zoo(kind={kind})" for kind in (*BROKEN, SOMETIMES)}
+    (zeros,) = [one for one in found if one.defense == "zoo"]
+    assert zeros.useless
+    assert zeros.cosine == (0, 0, 0)
     (line,) = [line for line in missing if "zoo(kind=nan)" in line]
     assert "the defense failed on 2 images" in line
 
