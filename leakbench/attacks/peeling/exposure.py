@@ -51,10 +51,8 @@ def predict_exposure(
     if taps == 1:
         return _pointwise(lattice, channels, outputs, images, sparse)
     if channels < positions:
-        return Exposure(
-            "hidden",
-            f"{channels} channel{'' if channels == 1 else 's'}{of} {'is' if channels == 1 else 'are'} fewer than {counted}",
-        )
+        few = f"1 channel{of} is" if channels == 1 else f"{channels} channels{of} are"
+        return Exposure("hidden", f"{few} fewer than {counted}")
     if taps * outputs < positions:
         return Exposure("hidden", f"{taps} taps x {outputs} output channels{of} are fewer than {counted}")
     own = lattice.undilated()
