@@ -19,7 +19,7 @@ MAX_SAMPLED = 12
 """Up to this many images, random sets of rows are tried too: about two to their number are needed."""
 
 SAMPLES, SAMPLINGS = 4096, 16
-"""So many sets of rows are tried at a time, and this many times."""
+"""How many sets of rows are tried at a time, and how often."""
 
 STARTS, STEPS, SEARCHES = 96, 120, 80
 """Starts of a search, its steps, and the most searches. Each has its own subset of the rows, hence its own optima."""
@@ -41,6 +41,9 @@ ROUNDINGS = 4
 
 REWEIGHTINGS, MISSING_STARTS = 30, 24
 """Steps of the search for a missing column, and how many searches are made at a time."""
+
+FREE_ROWS = 3
+"""The number of rows that are left out in the test of whether zeros determine a direction."""
 
 EIGENVALUE_ROUNDING = 1e-14
 """The rounding of eigenvalues, relative to those of orthonormal columns."""
@@ -161,17 +164,31 @@ class _Columns:
             directions = _orthogonal(self.rows[small], directions)
         return directions
 
+    def free(self, direction: Tensor) -> Tensor:
+        """Return a basis [N, k] of the directions that are zero in nearly all rows in which this one [N] is.
+
+        k is 1 if its zeros determine it. The zeros of a mixture are those that its columns have in common, and one for
+        each free factor: without these few rows, k is at least 2.
+        """
+        values = (self.rows @ direction).abs()
+        zero = self.rows[values <= min(self.tolerance, MAX_ZERO * float(values.max()))]
+        for _ in range(FREE_ROWS + 1):
+            found, vectors = torch.linalg.eigh(zero.T @ zero)
+            flat = vectors[:, found <= len(zero) * self.tolerance**2 + EIGENVALUE_ROUNDING]
+            if flat.shape[1] > 1 or len(zero) < len(direction):
+                return flat
+            largest = (zero @ vectors[:, 1]).abs().argmax()
+            zero = torch.cat([zero[:largest], zero[largest + 1 :]])
+        return vectors[:, :1]
+
     def split(self, direction: Tensor) -> Tensor:
         """Return the columns [k, N] of which a direction [N] mixes two; none if it does not.
 
         A mixture of two is zero where both are, so that the rows where it is zero leave a plane of directions. Each
         other row is zero for one direction of the plane; the two for which most rows are, are the columns.
         """
-        values = (self.rows @ direction).abs()
-        zero = self.rows[values <= min(self.tolerance, MAX_ZERO * float(values.max()))]
-        found, vectors = torch.linalg.eigh(zero.T @ zero)
-        flat = vectors[:, found <= len(zero) * self.tolerance**2 + EIGENVALUE_ROUNDING]
-        if len(zero) < len(direction) or flat.shape[1] != 2:
+        flat = self.free(direction)
+        if flat.shape[1] != 2:
             return self.rows[:0]
         first, second = (self.rows @ flat).T
         size = torch.hypot(first, second)
@@ -229,31 +246,33 @@ def _search(columns: _Columns, rng: torch.Generator) -> tuple[Tensor, int]:
     """Return independent directions, as many as there are columns if possible, and how many have a column's zeros."""
     count = columns.rows.shape[1]
     pool = _Pool(columns.rows[:0], columns.rows[:0, 0])
-    basis, good = columns.rows[:0], 0
+    basis, right = columns.rows[:0], torch.zeros(0, dtype=torch.bool)
     for turn in range(SEARCHES):
         new = columns.rounded(_sparse(columns.rows, rng))
         if count <= MAX_SAMPLED and turn < SAMPLINGS:
             new = torch.cat([new, _sampled(columns, rng)])
         pool = pool.joined(columns, new)
-        basis, good = _good(pool)
-        if turn == FRUITLESS and not good:
+        basis, right = _basis(columns, pool)
+        if turn == FRUITLESS and not bool(right.any()):
             break
-        if 0 < good < count:  # the others follow from those that are right
-            pool = pool.joined(columns, columns.rounded(_missing(columns.rows, basis[:good], rng)))
-            basis, good = _good(pool)
-        mixed = [columns.split(one) for one in basis[good:]]
-        if mixed:
-            pool = pool.joined(columns, torch.cat(mixed))
-            basis, good = _good(pool)
-        if good == count:
+        if 0 < int(right.sum()) < count:
+            further = columns.rounded(_missing(columns.rows, basis[right], rng))
+            mixed = [columns.split(one) for one in basis[~right]]
+            pool = pool.joined(columns, torch.cat([further, *mixed]))
+            basis, right = _basis(columns, pool)
+        if int(right.sum()) == count:
             break
-    return torch.stack([columns.fitted(one) for one in basis]) if len(basis) else basis, good
+    return (torch.stack([columns.fitted(one) for one in basis]) if len(basis) else basis), int(right.sum())
 
 
-def _good(pool: _Pool) -> tuple[Tensor, int]:
-    """Return the basis of a pool, and how many of its directions have as many zeros as a column has."""
+def _basis(columns: _Columns, pool: _Pool) -> tuple[Tensor, Tensor]:
+    """Return independent directions [k, N], and which of them [k] are columns.
+
+    A column has as many zeros as others, and these determine it.
+    """
     basis, zeros = pool.basis()
-    return basis, int((zeros >= LIKE * zeros[0]).sum()) if len(zeros) else 0
+    alone = torch.tensor([columns.free(one).shape[1] == 1 for one in basis], dtype=torch.bool)
+    return basis, alone & (zeros >= LIKE * zeros[:1].sum())
 
 
 def _orthogonal(rows: Tensor, start: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from leakbench.audit.fail_rule import FailRule
 from leakbench.audit.findings import Audit, DefenseFindings, ImageFinding
-from leakbench.audit.given import AuditedNetwork, factory, images_of, load_network, read_image, shape_of
+from leakbench.audit.given import AuditedNetwork, factory, images_of, load_network, read_image, read_images, shape_of
 from leakbench.audit.run import AuditOptions, audit_model, audit_update
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "images_of",
     "load_network",
     "read_image",
+    "read_images",
     "shape_of",
 ]

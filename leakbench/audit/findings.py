@@ -67,7 +67,7 @@ class DefenseFindings:
 
     def value(self, rule: FailRule) -> float | None:
         """Return the value that a rule judges; None if it was not measured."""
-        if rule.name == SHARE_RECOVERED and self.batch is not None and self.batch.recovered:
+        if rule.name == SHARE_RECOVERED and math.isnan(self.result.share) and self.batch and self.batch.recovered:
             return 1.0
         if rule.name == SHARE_RECOVERED:
             return None if math.isnan(self.result.share) else self.result.share

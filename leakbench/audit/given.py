@@ -630,3 +630,15 @@ def read_image(path: str, image_shape: tuple[int, int, int]) -> Tensor:
     if image_shape[0] not in (1, 3, 4):
         raise BadOption(f"--channels {image_shape[0]}: an image file for --truth has 1, 3 or 4; leave --truth out")
     return read_image_file(file, image_shape, words=f"--truth {path!r}")
+
+
+def read_images(path: str, image_shape: tuple[int, int, int]) -> Tensor:
+    """Return [N, C, H, W] in [0, 1]: the image files of a folder, in the order of their names (``read_image``).
+
+    Raises:
+        MissingAsset: the folder has no image file.
+    """
+    files = sorted(one for one in Path(path).expanduser().iterdir() if one.suffix.lower() in SUFFIXES)
+    if not files:
+        raise MissingAsset(f"--truth {path!r} is a folder without image files ({', '.join(SUFFIXES)}); put them there")
+    return torch.stack([read_image(str(one), image_shape) for one in files])

@@ -82,10 +82,12 @@ class InferredLabels:
     Attributes:
         inferred: one for each image; None if no rule applies.
         correct: how many are correct; None without the true labels.
+        counts: of an update of several images, how often each class occurs, by an estimate; empty if there is none.
     """
 
     inferred: tuple[int, ...] | None
     correct: int | None
+    counts: tuple[int, ...] = ()
 
     @property
     def accuracy(self) -> float | None:

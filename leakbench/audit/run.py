@@ -20,7 +20,7 @@ from leakbench.attacks import Attack
 from leakbench.attacks.known_draws import read_draws
 from leakbench.attacks.peeling.exposure import Exposure
 from leakbench.attacks.peeling.lattice import CONVOLUTIONS
-from leakbench.audit.batch import DISAGGREGATE, batch_findings
+from leakbench.audit.batch import DISAGGREGATE, ComparedBatch, batch_findings, estimated_counts
 from leakbench.audit.exposure import has_relus, predicted, rule_in_words
 from leakbench.audit.fail_rule import FailRule
 from leakbench.audit.findings import Audit, DefenseFindings, ImageFinding, NetworkFacts
@@ -48,7 +48,7 @@ from leakbench.defenses import Defense
 from leakbench.engine import run as engine
 from leakbench.engine.progress import NullProgress
 from leakbench.engine.run import RunOptions
-from leakbench.engine.worker import ClientData
+from leakbench.engine.worker import ClientData, png
 from leakbench.errors import BadOption, Unsupported
 from leakbench.gradients.evaluate import architecture, working
 from leakbench.metrics import NOT_LEAKAGE
@@ -202,6 +202,7 @@ def audit_update(
     rate: float | None = None,
     local_steps: int = 1,
     truth: Tensor | None = None,
+    truths: Tensor | None = None,
     label: int | None = None,
     kind: RecordedKind = "weights",
     progress: NullProgress | None = None,
@@ -217,6 +218,7 @@ def audit_update(
         rate: the learning rate; None if it is not known, which needs other attacks.
         local_steps: how many steps the client took.
         truth: [C, H, W] in [0, 1], the private image. Reconstructions are compared with it; no attacker sees it.
+        truths: [B, C, H, W] in [0, 1], all private images, if there are several; likewise.
         label: the true label, likewise.
         kind: what the file ``after`` holds.
         progress: see ``engine.run``.
@@ -228,7 +230,7 @@ def audit_update(
     options = options or AuditOptions()
     if rate is not None and not 0 < rate < math.inf:
         raise BadOption(f"--rate {rate:g} must be a finite learning rate above 0")
-    if options.threshold is not None and truth is None:
+    if options.threshold is not None and truth is None and truths is None:
         raise BadOption("--threshold is for the comparison with --truth; give that too")
     if kind == "gradient" and (rate is not None or local_steps > 1):
         raise BadOption("--gradient is the gradient of one step, which has no rate; leave --rate and --local-steps out")
@@ -250,12 +252,15 @@ def audit_update(
     observation = _observation(module, update, image_shape, classes, threat)
     batch = batch_findings(observation, plain, shown)
     everything = batch is not None and batch.recovered
+    beside = batch.compared(truths) if batch is not None and truths is not None else None
     drawn = randomness(module, image_shape)
     expected = predicted(module, image_shape)
     rule = rule_in_words(expected, image_shape)
     if progress is not None:
         progress.note(f"{EXPECTED}: {rule}")
     leaks = _redrawn(_leaks_of_update(observation, label, shown), drawn)
+    counts = estimated_counts(module, observation, plain, shown, batch)
+    leaks = replace(leaks, labels=replace(leaks.labels, counts=counts))
     doubt = drawn.doubt() if drawn.layers and not read_draws(observation).complete else ""
     dataset = Recorded(_digest(observation, truth, label), image_shape, classes)
     given: dict[str, Any] = {"models": [own], "datasets": [dataset], "threats": [threat], "images": 1}
@@ -286,15 +291,17 @@ def audit_update(
     result = result if measured or proven else replace(result, share=math.nan)
     floor = floor_share(trials, _threshold(matrix)) if measured else math.nan
     flaw = "Inconclusive: an update has no positive control." if result.share == 0 else ""
-    warnings = (*([doubt] if doubt else []), *_doubts(shown, update), *found.warnings)
+    unused = ["The private images were not compared: no layer leaks all images of this update."]
+    missed = unused if truths is not None and batch is None else []
+    warnings = (*([doubt] if doubt else []), *_doubts(shown, update), *missed, *found.warnings)
     found = replace(found, result=result, floor=floor, inconclusive=flaw, warnings=warnings, batch=batch)
-    if batch is not None and batch.recovered:
+    if beside is not None:
+        found = _compared(found, beside, _threshold(matrix))
+    elif batch is not None and batch.recovered:
         nan = math.nan
         each = enumerate(batch.pictures())
-        found = replace(
-            found,
-            pictures=tuple(ImageFinding(place, None, one, DISAGGREGATE, nan, nan, True) for place, one in each),
-        )
+        pictures = tuple(ImageFinding(place, None, one, DISAGGREGATE, nan, nan, True) for place, one in each)
+        found = replace(found, pictures=pictures)
     words = f"{before} to {after}" if kind == "weights" else f"{after}, a {kind}, of the weights {before}"
     if len(update.change) < update.trained:
         words += f"; {len(update.change)} of the {update.trained} trained parameters (tensors) were sent"
@@ -308,6 +315,21 @@ def _announce(matrix: Matrix, seen: Observation, progress: NullProgress) -> None
     words = expected_time(matrix, seen)
     if words:
         progress.note(words)
+
+
+def _compared(found: DefenseFindings, compared: ComparedBatch, threshold: float) -> DefenseFindings:
+    """Return findings with the images of a local training beside the private ones, and the share that is recovered."""
+    pictures = [
+        ImageFinding(place, png(truth), png(image), DISAGGREGATE, float(ssim), float(psnr), bool(ssim >= threshold))
+        for place, (image, truth, ssim, psnr) in enumerate(
+            zip(compared.images, compared.truth, compared.ssim.values, compared.psnr.values)
+        )
+    ]
+    share = math.nan if bool(compared.ssim.values.isnan().any()) else compared.ssim.share(threshold)
+    scores = {"ssim_aligned": compared.ssim.best, "psnr_aligned": compared.psnr.best}
+    count = len(pictures)
+    result = replace(found.result, images=count, groups=count, targets=count, share=share)
+    return replace(found, result=result, pictures=tuple(pictures), scores=scores)
 
 
 def _doubted(found: DefenseFindings, doubt: str, flaw: str) -> DefenseFindings:

@@ -175,7 +175,10 @@ class _OnUpdate(_Shared):
     gradient: bool = option("--after holds the gradient of the loss of one step.", "--gradient", default=False)
     rate: float | None = option("The client's learning rate, if it is known.")
     local_steps: int = option("How many steps of SGD the client took.", default=1, min=1)
-    truth: str | None = option("The private image: it is only compared with the reconstructions.", metavar="IMAGE")
+    truth: str | None = option(
+        "The private image, or a folder of all of them: they are only compared with the reconstructions.",
+        metavar="IMAGE|FOLDER",
+    )
     label: int | None = option("The label of the image: it is only compared with the inferred one.", min=0)
 
 
@@ -218,6 +221,7 @@ def update(given: _OnUpdate) -> None:
 
     def attack(network: AuditedNetwork, options: AuditOptions, progress: NullProgress) -> Audit:
         shape = audit.shape_of(given.size, given.channels, network)
+        several = given.truth is not None and Path(given.truth).expanduser().is_dir()
         if given.delta and given.gradient:
             raise BadOption("--delta and --gradient are both given; leave one of them out")
         return audit.audit_update(
@@ -229,7 +233,8 @@ def update(given: _OnUpdate) -> None:
             options,
             rate=given.rate,
             local_steps=given.local_steps,
-            truth=None if given.truth is None else audit.read_image(given.truth, shape),
+            truth=None if given.truth is None or several else audit.read_image(given.truth, shape),
+            truths=audit.read_images(given.truth, shape) if given.truth is not None and several else None,
             label=given.label,
             kind="delta" if given.delta else "gradient" if given.gradient else "weights",
             progress=progress,

@@ -131,10 +131,12 @@ def _fitted(change: Tensor, before: Tensor, error: float) -> float:
 
 def _refined(change: Tensor, before: Tensor, decay: float, kept: int) -> float:
     """Return the multiple again, from the matrices themselves: their squares lose half of the digits."""
-    rest = change - decay * before
-    vectors = torch.linalg.eigh(rest @ rest.T)[1][:, : len(rest) - kept]
-    own = vectors.T @ before
-    return float((own * (vectors.T @ change)).sum() / own.square().sum())
+    for _ in range(2):
+        rest = change - decay * before
+        vectors = torch.linalg.eigh(rest @ rest.T)[1][:, : len(rest) - kept]
+        own = vectors.T @ before
+        decay = float((own * (vectors.T @ change)).sum() / own.square().sum())
+    return decay
 
 
 def _limit(rows: int) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 # imported to be registered, in the order in which they are listed
-from leakbench.metrics import standard, lpips, aligned, label, paper, encoded, perceptual, public, release  # isort: skip  # noqa: F401
+from leakbench.metrics import standard, lpips, aligned, label, paper, encoded, perceptual, public, release, members  # isort: skip  # noqa: F401
 from leakbench.metrics import intact
 from leakbench.metrics.base import Metric, Truth, register, registry
 from leakbench.metrics.intact import ReplacedMetric

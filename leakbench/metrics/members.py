@@ -7,7 +7,6 @@ leaves, pairs them with the private images; every metric is computed on these pa
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 GREY = 0.5
@@ -89,6 +88,8 @@ def assign(images: Tensor, truth: Tensor) -> Tensor:
             f"reconstructions of shape {list(images.shape)} cannot be assigned to images of shape {list(truth.shape)}; "
             "give at most as many, of the same size"
         )
+    from scipy.optimize import linear_sum_assignment  # takes half a second
+
     rows, columns = linear_sum_assignment(aligned_errors(images, truth).cpu().numpy())
     found = torch.full((len(truth),), -1, dtype=torch.int64, device=truth.device)
     found[torch.as_tensor(columns, device=truth.device)] = torch.as_tensor(rows, device=truth.device)
