@@ -1,7 +1,7 @@
 """The image below a max-pool, whose output and error are known: a search for it and for the routing of the maxima.
 
-The first layers are a convolution, normalisations by running statistics, a ReLU and a max-pool, so that the pool's
-output y is the maximum of z, which is affine in the image, over each window. Which position that maximum is at is not
+The first layers are a convolution, a normalisation, a ReLU and a max-pool, so that the pool's output y is the maximum
+of z, which is nearly linear in the image, over each window. Which position that maximum is at is not
 known. Three things limit it. At every position, z is at most the least y of the windows that hold it, and a maximum can
 only be where that bound is y. If two windows have the same y, their maximum is at a position of both. And the error at
 the pool's output, sent on to those positions, must give the weight gradient of the convolution.
@@ -12,17 +12,18 @@ window by window (Gibbs sampling, by z and by what they do to the weight gradien
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakbench.attacks.peeling.correlation import by_channel, windows
 from leakbench.attacks.peeling.layers import Convolution
 from leakbench.attacks.peeling.network import Network
+from leakbench.attacks.peeling.standard import Standard, standardised
 from leakbench.optim import Evaluation, Unknowns, descend, lbfgs
 
 EQUAL = 1e-5
@@ -75,6 +76,9 @@ ITERATIONS = 50
 MAX_WINDOWS = 4096
 """The most windows of all images together; time grows with them."""
 
+CONTRAST = 0.25
+"""The standard deviation of an image's values by which total variation is measured if contrast is not determined."""
+
 
 @dataclass(frozen=True)
 class Stem:
@@ -92,19 +96,38 @@ class Stem:
     pool: int
     layer: Convolution
 
+    @property
+    def needs(self) -> set[str]:
+        """The tensors whose gradients are used."""
+        top = self.network.steps[self.places[-1]]
+        own = {f"{top.name}.weight", f"{top.name}.bias"} if top.kind == "normalisation" else set()
+        return {self.layer.weight} | own
+
     def forward(self, images: Tensor) -> Tensor:
         """Return z [O, B * h * w], the input of the ReLU by channel, for images [B, C, H, W]."""
         for place in self.places:
             images = self.network.forward(place, [images])
         return by_channel(images)
 
-    def gain(self) -> Tensor:
-        """Return [O, 1], the error at the convolution's output over that at the ReLU's input."""
+    def gain(self, images: Tensor, known: Pooled) -> tuple[Tensor, Tensor]:
+        """Return gain [O, 1] and offset [O, N], with which errors at the ReLU's input are sent on to the convolution's.
+
+        Args:
+            images: [B, C, H, W].
+            known: of the windows.
+        """
         steps = self.network.steps
-        error = torch.ones((1, *steps[self.places[-1]].shape), dtype=torch.float64)
+        if steps[self.places[-1]].kind == "normalisation":
+            module = self.network.module(self.places[-1])
+            assert isinstance(module, nn.BatchNorm2d)
+            z, spread = standardised(self.network.forward(self.places[0], [images]), module.eps)
+            standard = Standard(z, spread, module.weight, known.products)
+            return standard.gain[0, :, :1, 0], by_channel(standard.offset(known.sums))
+        error = images.new_ones((1, *steps[self.places[-1]].shape))
         for place in reversed(self.places[1:]):
             error = self.network.backward(place, steps[place].inputs[0], error)
-        return error[0, :, :1, 0]
+        gain = error[0, :, :1, 0]
+        return gain, gain.new_zeros(len(gain), known.bound.shape[1])
 
 
 def find_stem(network: Network, pool: int) -> Stem | None:
@@ -122,9 +145,12 @@ def find_stem(network: Network, pool: int) -> Stem | None:
         return None
     (at,) = steps[at].inputs
     places = [at]
-    while steps[at].kind == "scaling" and len(steps[at].users) == 1:
+    own = steps[at].kind == "normalisation"
+    while steps[at].kind == ("normalisation" if own else "scaling") and len(steps[at].users) == 1:
         (at,) = steps[at].inputs
         places.append(at)
+        if own:
+            break
     layer = steps[at].layer
     if layer is None or layer.geometry.groups > 1 or len(steps[at].users) != 1:
         return None
@@ -139,11 +165,13 @@ class Pooled:
 
     Attributes:
         value: y [O, Q]; 0 where no position is positive.
-        error: [O, Q], the error at the convolution's output that each window sends on to its maximum.
+        error: [O, Q], the error that each window sends on to its maximum.
         places: [K, Q], the positions of each window; N for none.
         bound: [O, N], the upper bounds of z.
         candidate: [K, O, Q], the positions that can be the maximum of an active window.
         gradient: [O, C * taps], the weight gradient of the convolution.
+        sums: [O], the gradient by the shift of a normalisation by the images' own statistics; zeros if there is none.
+        products: [O], the same by its scale.
     """
 
     value: Tensor
@@ -152,6 +180,8 @@ class Pooled:
     bound: Tensor
     candidate: Tensor
     gradient: Tensor
+    sums: Tensor
+    products: Tensor
 
     @property
     def active(self) -> Tensor:
@@ -173,7 +203,7 @@ class Pooled:
         return far.masked_fill(~self.candidate, -1e9)
 
     def routed(self, routing: Tensor) -> Tensor:
-        """Return the errors [O, N] at the convolution's output for routings [K, O, Q]."""
+        """Return the errors [O, N] at the ReLU's input for routings [K, O, Q]."""
         sent = self.error.new_zeros(len(self.error), self.bound.shape[1] + 1)
         for place, share in zip(self.places, routing):
             sent.index_add_(1, place, share * self.error)
@@ -186,14 +216,15 @@ class Pooled:
         return replace(self, **moved, **kept)
 
 
-def pooled(stem: Stem, value: Tensor, error: Tensor, gradient: Tensor) -> Pooled:
+def pooled(stem: Stem, value: Tensor, error: Tensor, sent: Mapping[str, Tensor]) -> Pooled:
     """Return what is known of a max-pool's windows.
 
     Args:
         stem: the layers below.
         value: the pool's output [B, O, h, w], with exact zeros.
         error: there.
-        gradient: by the convolution's weight.
+        sent: the gradient by name; that by the convolution's weight is needed, and those by scale and shift of a
+            normalisation by the images' own statistics.
     """
     images, channels = value.shape[:2]
     height, width = stem.network.steps[stem.network.steps[stem.pool].inputs[0]].shape[1:]
@@ -214,8 +245,10 @@ def pooled(stem: Stem, value: Tensor, error: Tensor, gradient: Tensor) -> Pooled
     possible = (bound[:, places].transpose(0, 1) >= y - tolerance) & active
     candidate = possible & _shared(member, own, y, tolerance, images)
     candidate = torch.where(candidate.any(0), candidate, possible)
-    gain = stem.gain()
-    return Pooled(y, gain * by_channel(error), places, bound[:, :-1], candidate, gradient.double().flatten(1))
+    name = stem.network.steps[stem.places[-1]].name
+    sums, products = (sent.get(f"{name}.{own}", y.new_zeros(channels)).double() for own in ("bias", "weight"))
+    gradient = sent[stem.layer.weight].double().flatten(1)
+    return Pooled(y, by_channel(error), places, bound[:, :-1], candidate, gradient, sums, products)
 
 
 def _shared(member: Tensor, own: Tensor, y: Tensor, tolerance: Tensor, images: int) -> Tensor:
@@ -278,7 +311,10 @@ class PooledMatch:
         if weight:
             total = total + weight * misfit_of_gradient(self.stem, known, images, routing)
         outside = ((images - 1).relu().square() + (-images).relu().square()).mean()
-        return (total + smooth * variation(images) + outside)[None]
+        rough = variation(images)
+        if self.stem.network.steps[self.stem.places[-1]].kind == "normalisation":
+            rough = rough * CONTRAST / images.std()  # which is not determined, and must not fall
+        return (total + smooth * rough + outside)[None]
 
     def select(self, rows: Sequence[int]) -> Self:
         """Return itself: there is one trial."""
@@ -287,7 +323,8 @@ class PooledMatch:
 
 def misfit_of_gradient(stem: Stem, known: Pooled, images: Tensor, routing: Tensor) -> Tensor:
     """Return how far the weight gradient of the convolution is from that of images and routings, squared, relative."""
-    left = known.routed(routing) @ windows(images, stem.layer.geometry).T - known.gradient
+    gain, offset = stem.gain(images, known)
+    left = (gain * known.routed(routing) + offset) @ windows(images, stem.layer.geometry).T - known.gradient
     return left.square().sum() / known.gradient.square().sum()
 
 
@@ -313,7 +350,9 @@ def sample(stem: Stem, known: Pooled, images: Tensor, width: float, rng: torch.G
     soft = torch.softmax(fit, 0) * known.active
     chosen = soft.argmax(0)
     fixed = F.one_hot(chosen, len(soft)).permute(2, 0, 1).to(soft) * known.active
-    left = known.routed(fixed) @ matrix.T - known.gradient
+    gain, offset = stem.gain(images, known)
+    errors = gain * known.error
+    left = (gain * known.routed(fixed) + offset) @ matrix.T - known.gradient
     spread = float(left.square().mean().sqrt())
     open_ = (known.candidate.sum(0) > 1) & (soft.amax(0) < 0.9999)
     patches = F.pad(matrix, (0, 1))[:, known.places].permute(2, 1, 0).contiguous()  # [Q, K, C * taps]
@@ -324,7 +363,7 @@ def sample(stem: Stem, known: Pooled, images: Tensor, width: float, rng: torch.G
     for sweep in range(SWEEPS):
         wide = spread * (1 if sweep >= BURN else 3 - 2 * sweep / BURN)
         for at in order:
-            error, patch, now, product = known.error[:, at, None], patches[at], chosen[:, at], products[at]
+            error, patch, now, product = errors[:, at, None], patches[at], chosen[:, at], products[at]
             seen, square = left @ patch.T, product.diagonal()
             change = 2 * error * (seen - seen[rows, now, None])
             change = change + error.square() * (square + square[now, None] - 2 * product[now])

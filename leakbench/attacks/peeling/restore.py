@@ -57,10 +57,10 @@ def restore(
     lowest = used[-1]
     stem = find_stem(searched, lowest.place)
     windows = lowest.value[:, 0].numel()
-    if stem is not None and lowest.error is not None and stem.layer.weight in sent and windows <= MAX_WINDOWS:
+    if stem is not None and lowest.error is not None and stem.needs <= set(sent) and windows <= MAX_WINDOWS:
         own = find_stem(network, lowest.place)
         assert own is not None
-        known = pooled(own, lowest.value, lowest.error, sent[stem.layer.weight])
+        known = pooled(own, lowest.value, lowest.error, sent)
         draws = torch.Generator(noise.device).manual_seed(int(torch.randint(2**62, (), generator=rng)))
         images, misfit, spent = restore_pooled(stem, known, noise, draws, steps)
         return Restored(images, misfit.expand(len(noise)), spent)
