@@ -135,6 +135,20 @@ def check_layers(model: nn.Module, error: float) -> None:
     assert max(far(each.value, exact[each.place]) for each in found) < error
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_the_output_of_a_pool_of_the_first_layers_is_exact(train: bool) -> None:
+    with seeded("pool"):
+        stem = [nn.Conv2d(3, 20, 3, padding=1), nn.BatchNorm2d(20), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+        model = nn.Sequential(*stem, Block(20, 24, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, CLASSES))
+    observation, images = seen(model.double().train(train))
+    network = Network(trace(observation))
+    found = recover(network, sent(observation), torch.Generator().manual_seed(0)).features
+    exact = truth(network, images)
+    assert [network.steps[each.place].name for each in found] == ["4.relu", "3"]
+    assert max(far(each.value, exact[each.place]) for each in found) < 1e-6
+    assert found[-1].error is not None
+
+
 # batches
 
 

@@ -42,12 +42,14 @@ NO_FACTOR = NotFactorised("no scale of the input agrees with the gradient of the
 def settle(known: Knowledge, place: int, readers: Sequence[Reader]) -> NotFactorised | None:
     """Recover a ReLU's output below normalisations by the image's own statistics; return why it cannot be, if so.
 
-    The errors below them depend on the values themselves: values and statistics are a fixed point, which is found
+    It may also be the output of a max-pool of a ReLU's. The errors below them depend on the values themselves: values and statistics are a fixed point, which is found
     up to a factor first, without eps. The factor follows from the gradient of the shift below, and eps is put back.
     """
     step = known.network.steps[place]
-    shift = known.sent.get(known.network.shift(place) or "") if step.kind == "relu" else None
-    if shift is None or step.slope:
+    # a max-pool sends its errors to other places, but their sums are the same
+    gate = step.inputs[0] if step.kind == "max-pool" else place
+    shift = known.sent.get(known.network.shift(gate) or "") if known.rectified(place) else None
+    if shift is None:
         return NotFactorised("the input is no ReLU's above a shift whose gradient was sent, and has no scale")
     begun = all(each.normalisation in known.standards for each in readers)
     if not begun:
