@@ -24,6 +24,10 @@ SEARCHES = ((1, 0.1), (5, 0.3))
 """The searches that are made until one comes near: how many times the steps, and Adam's first step size, which falls to
 a hundredth. Below normalisations by the image's own statistics, an image has no scale, and small steps lead nowhere."""
 
+POOLED_SEARCHES, POOLED_SMOOTH = ((10, 0.03),), 0.1
+"""The same if there is a max-pool on the way, and the weight of total variation: which value is the maximum changes
+with the image, and larger steps end with wrong ones."""
+
 NEAR = 0.02
 """The relative squared misfit that counts as near."""
 
@@ -141,10 +145,13 @@ def invert(network: Network, features: Sequence[Feature], noise: Tensor, steps: 
     start = {"image": 0.5 + SPREAD * noise[None]}
     match = Match(network, features)
     best, least, spent = start, torch.inf, 0
-    for times, size in SEARCHES:
+    way = set().union(*(network.below(each.place) for each in features))
+    pooled = any(network.steps[place].kind == "max-pool" for place in way)
+    smooth = POOLED_SMOOTH if pooled else SMOOTH
+    for times, size in POOLED_SEARCHES if pooled else SEARCHES:
         count = times * steps
         near = descend(
-            Match(network, features, SMOOTH, count),
+            Match(network, features, smooth, count),
             start,
             steps=count,
             lr={"image": size},

@@ -42,8 +42,9 @@ NO_FACTOR = NotFactorised("no scale of the input agrees with the gradient of the
 def settle(known: Knowledge, place: int, readers: Sequence[Reader]) -> NotFactorised | None:
     """Recover a ReLU's output below normalisations by the image's own statistics; return why it cannot be, if so.
 
-    It may also be the output of a max-pool of a ReLU's. The errors below them depend on the values themselves: values and statistics are a fixed point, which is found
-    up to a factor first, without eps. The factor follows from the gradient of the shift below, and eps is put back.
+    It may also be the output of a max-pool of a ReLU's. The errors below them depend on the values themselves: values
+    and statistics are a fixed point, which is found up to a factor first, without eps. The factor follows from the
+    gradient of the shift below, and eps is put back.
     """
     step = known.network.steps[place]
     # a max-pool sends its errors to other places, but their sums are the same
