@@ -342,8 +342,8 @@ def test_an_old_run_without_statements_asks_the_defense() -> None:
 
 def test_without_a_positive_control_nothing_is_concluded() -> None:
     assert control_flaw([0.5]) == ""
-    assert "no image behind none either" in control_flaw([0.0])
-    assert "no image behind none either" in control_flaw([math.nan])
+    assert "no image even without a defense" in control_flaw([0.0])
+    assert "no image even without a defense" in control_flaw([math.nan])
     assert "no positive control" in control_flaw([])
 
 
@@ -395,7 +395,7 @@ def test_an_attacker_that_recovers_nothing_anywhere_shows_nothing_by_it() -> Non
 def test_pages_say_inconclusive_and_what_did_not_run(tmp_path: Path) -> None:
     go(ensemble(Thief(), defenses=["none", "norm-only"], floors=True), tmp_path)
     for text in (report_of(tmp_path), report.ranking(tmp_path)):
-        assert "Inconclusive: the attackers recover no image behind none either." in text
+        assert "Inconclusive: the attackers recover no image even without a defense." in text
         assert "least" not in text.split("## How to read")[0].replace("at least", "")
         assert "- peel, lb, ig, grnn and ggl: behind none and norm-only" in text.replace(" (adaptive)", "")
     assert report_of(tmp_path).startswith("# Best of the attackers that ran")

@@ -131,7 +131,7 @@ def control_flaw(shares: Sequence[float]) -> str:
     if not shares:
         return f"Inconclusive: there is no positive control, since {CONTROL} was not attacked."
     if not any(share > 0 for share in shares):
-        return f"Inconclusive: the attackers recover no image behind {CONTROL} either."
+        return "Inconclusive: the attackers recover no image even without a defense."
     return ""
 
 

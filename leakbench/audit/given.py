@@ -157,7 +157,7 @@ class AuditedNetwork:
     def facts(self) -> list[tuple[str, str]]:
         """Return what a page states of the network, as (name, value)."""
         kind, exact = (str(one).removeprefix("torch.") for one in (network_dtype(self.module), working(self.module)))
-        precision = f"{kind}, in which clients compute; the attackers compute in {exact}"
+        precision = f"{kind}, in which clients compute; the attackers compute in {exact} or finer"
         return [
             ("model", self.label),
             *([("input normalisation", self.normalise)] if self.normalise else []),
