@@ -642,6 +642,7 @@ def test_an_update_of_adapters_is_served_with_the_rest_in_before(tmp_path: Path,
     one_line(error, "--before", "2 of the network's 6 tensors")
 
 
+@pytest.mark.long
 def test_a_network_of_adapters_is_attacked_on_images(cli, place: Path) -> None:  # noqa: F811
     (place / "nets.py").write_text(
         "import torch\nfrom torch import nn\nclass build(nn.Module):\n"
