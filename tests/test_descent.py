@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -251,6 +252,24 @@ def test_a_trial_whose_beginning_is_not_finite_fails_alone() -> None:
     found = leakbench.attack("peel(search=1)", replace(observation, gradient=gradient))
     assert found.failed.tolist() == [True, True]
     assert "4.conv2" in found.reasons[0]
+
+
+@pytest.mark.parametrize("damage", ["zero", "noise", "constant", "without head", "one layer zero"])
+def test_a_damaged_gradient_is_a_failure_with_a_line(damage: str) -> None:
+    observation, _ = seen(residual())
+    changes = {
+        "zero": lambda name, value: 0 * value,
+        "noise": lambda name, value: rand(*value.shape, seed=len(name)).to(value),
+        "constant": lambda name, value: torch.ones_like(value),
+        "without head": lambda name, value: 0 * value if name.startswith("7") or "4.conv2" in name else value,
+        "one layer zero": lambda name, value: 0 * value if name == "4.conv2.weight" else value,
+    }
+    gradient = {name: changes[damage](name, value) for name, value in observation.gradient.items()}
+    found = leakbench.attack("peel(search=1)", replace(observation, gradient=gradient))
+    assert found.failed.tolist() == [True]
+    (reason,) = found.reasons
+    assert re.match("nothing was recovered|the descent fails at", reason)
+    assert "\n" not in reason
 
 
 class Branching(nn.Module):
