@@ -28,6 +28,7 @@ from leakbench.models.base import Model
 from leakbench.models.module import network_dtype
 from leakbench.models.weights import load
 from leakbench.observation import Observation
+from leakbench.optim.client import ClientOptimiser, ClientState
 
 
 @dataclass(frozen=True)
@@ -410,13 +411,16 @@ def _train(
     assert threat.learning_rate is not None
     network = copy.deepcopy(network)
     fresh = [secret for secret in secrets if secret.fresh]
+    optimiser, state = ClientOptimiser(lr=threat.learning_rate), ClientState()
     for index in range(threat.local_steps):
         if index:
             _draw_secrets(network, fresh, key, index)
         gradient = Step(network, x, y, defense).gradient()
         with torch.no_grad():
-            for name, value in gradient.items():
-                network.get_parameter(name).sub_(threat.learning_rate * value)
+            before = {name: network.get_parameter(name) for name in gradient}
+            after, state = optimiser.moved(before, gradient, state)
+            for name, value in after.items():
+                before[name].copy_(value)
     return {name: p.detach().clone() for name, p in network.named_parameters() if p.requires_grad}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, Self
 
 import pytest
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from leakbench.attacks import dlg
 from leakbench.core.rng import Rng
+from leakbench.errors import BadOption
 from leakbench.optim import Evaluation, LineSearch, Objective, Solution, Unknowns, descend, lbfgs
+from leakbench.optim.client import ClientOptimiser, ClientState
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -470,3 +473,62 @@ def test_descend_returns_the_last_iterate_at_which_the_objective_was_finite() ->
     solution = descend(Rows(broken, parameter), {"x": 1 + 0 * torch.rand(2, 3)}, steps=30, lr={"x": 0.05})
     assert solution.finite.tolist() == [True, False]
     assert bool(torch.isfinite(broken(parameter, solution.unknowns["x"])).all())
+
+
+CLIENTS = {
+    "sgd": (ClientOptimiser(lr=0.1), partial(torch.optim.SGD, lr=0.1)),
+    "momentum": (
+        ClientOptimiser(lr=0.1, momentum=0.9, weight_decay=1e-2),
+        partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-2),
+    ),
+    "nesterov": (
+        ClientOptimiser(lr=0.1, momentum=0.8, nesterov=True, weight_decay=1e-2),
+        partial(torch.optim.SGD, lr=0.1, momentum=0.8, nesterov=True, weight_decay=1e-2),
+    ),
+    "adam": (ClientOptimiser("adam", 0.01, weight_decay=1e-2), partial(torch.optim.Adam, lr=0.01, weight_decay=1e-2)),
+    "adamw": (ClientOptimiser("adamw", 0.01, weight_decay=0.1), partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)),
+}
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+def test_a_clients_optimiser_is_that_of_torch(name: str) -> None:
+    """Over ten steps on a loss whose gradient is 0 in one entry; and it has a derivative everywhere."""
+    own, theirs = CLIENTS[name]
+    start = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weight = start.clone().requires_grad_()
+    optimiser = theirs([weight])
+    factor = torch.tensor([3.0, 1.0, 0.5, 2.0, -1.0, 0.0]).double()
+    moved, state = {"w": start.clone().requires_grad_(), "still": start}, ClientState()
+    first = moved["w"]
+    for _ in range(10):
+        optimiser.zero_grad()
+        (factor * weight.sin()).sum().backward()
+        optimiser.step()
+        moved, state = own.moved(moved, {"w": factor * moved["w"].cos()}, state)
+    assert float((moved["w"] - weight).detach().abs().max()) < 1e-12
+    assert moved["still"] is start
+    (slope,) = torch.autograd.grad(moved["w"].sum(), first)
+    assert bool(torch.isfinite(slope).all())
+
+
+def test_the_unit_of_a_clients_steps_is_the_sum_of_their_factors() -> None:
+    assert ClientOptimiser(lr=0.1).unit(4) == pytest.approx(0.4)
+    assert ClientOptimiser("adam").unit(4) is None
+    rate, momentum, steps = 0.1, 0.9, 5
+    closed = rate * (steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
+    assert ClientOptimiser(lr=rate, momentum=momentum, weight_decay=0.5).unit(steps) == pytest.approx(closed)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lr": 0.0}, "lr=0 of a client's optimiser is out of range; give a finite number above 0"),
+        ({"momentum": 1.0}, "momentum=1"),
+        ({"weight_decay": -1.0}, "weight_decay=-1"),
+        ({"nesterov": True}, "needs momentum"),
+        ({"kind": "adam", "momentum": 0.9}, "is of sgd, not of adam"),
+    ],
+)
+def test_a_clients_optimiser_that_cannot_be_is_refused(options: dict[str, object], words: str) -> None:
+    with pytest.raises(BadOption, match=words):
+        ClientOptimiser(**options)  # type: ignore[arg-type]
