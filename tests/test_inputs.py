@@ -707,7 +707,7 @@ def test_a_recorded_gradient_is_attacked_without_a_rate(cli, place: Path) -> Non
         text = (place / file / "audit.md").read_text()
         assert f"{file}.pt, a {file}, of the weights before.pt" in text
         assert "class 1" in text
-        assert "one image explains the change of layer" in text
+        assert "one image in one step explains the change of layer" in text
     assert "not needed: the gradient itself was recorded" in text
     refused(cli(*command, "quick", "--after", "delta.pt", "--out", "x"), "give --delta")
     refused(cli(*command, "quick", "--after", "delta.pt", "--delta", "--gradient", "--out", "x"), "leave one")
