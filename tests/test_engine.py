@@ -766,7 +766,7 @@ def test_the_columns_of_the_results(tmp_path):
         *("trial", "dataset", "model", "defense", "attack", "threat", "image", "seed", "status", "seconds"),
         *("mse", "psnr", "ssim", "lpips_vgg", "lpips_alex", "psnr_aligned", "ssim_aligned", "label_correct"),
         *("paper_mse", "paper_psnr", "paper_ssim", "paper_lpips_vgg", "paper_lpips_alex"),
-        *("psnr_encoded", "ssim_encoded"),
+        *("psnr_encoded", "ssim_encoded", "psnr_encoded_floor", "ssim_encoded_floor", "release_cosine"),
         *("reason", "objective", "evaluations", "floor", "path", "group"),
     ]
     row = results[results["attack"] == "ig(steps=1)"].iloc[1]
