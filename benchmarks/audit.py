@@ -1,8 +1,8 @@
 """The inputs of the example audits: ``python -m benchmarks.audit FOLDER`` writes photographs and a recorded update.
 
 The networks are torchvision's, untrained and with 3 outputs; the photographs come from scikit-image (their credits
-are in CREDITS.md of the samples). Then, from the checkout, for NAME resnet18, vgg11 and densenet121 in the MODE eval,
-and resnet18 and mobilenet in the MODE train (in eval mode, the gradient of an untrained MobileNet is all but 0):
+are in CREDITS.md of the samples). Then, from the checkout, for NAME resnet18, vgg11, densenet121 and mobilenet in the
+MODE eval, and for resnet18 in the MODE train, into the folder resnet18-train:
 
 leakbench audit model --model benchmarks.audit:NAME --mode MODE --data folder:FOLDER/photos --size 64 \\
     --normalise NORMALISE --images 1 --budget quick --out reports/audit/NAME
@@ -53,8 +53,20 @@ def densenet121() -> nn.Module:
 
 
 def mobilenet() -> nn.Module:
-    """Return torchvision's MobileNet-v2."""
-    return models.mobilenet_v2(num_classes=len(PHOTOGRAPHS))
+    """Return torchvision's MobileNet-v2 with running statistics of random images.
+
+    With those that torch begins with, its activations shrink from layer to layer, and so does the gradient.
+    """
+    network = models.mobilenet_v2(num_classes=len(PHOTOGRAPHS))
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    usual = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        network.train()(torch.randn(8, 3, SIZE, SIZE))
+    for norm, momentum in zip(norms, usual):
+        norm.momentum = momentum
+    return network
 
 
 def main() -> None:
