@@ -161,5 +161,5 @@ def test_both_pages_of_an_audit_state_the_exposed_inputs(cli, place) -> None:  #
     text, page = ((out / name).read_text() for name in ("audit.md", "audit.html"))
     for one in (text, page):
         assert "The input of 1 of 2 convolutions follows from the gradient of its weight by itself" in one
-    assert "| 2 | 3 x 3 | 24 x 4 x 4 | 16 | exposed | 1 of 1 |" in " ".join(text.split())
+    assert "| 2 | 3 x 3 | 24 x 4 x 4 | exposed | by itself |" in " ".join(text.split())
     assert page.count('<li class="exposed">') == page.count('<figure class="features">') == 1

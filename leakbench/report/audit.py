@@ -1,10 +1,11 @@
 """``audit.md`` and ``audit.html``: the findings of an audit in plain words, as pure functions of the findings."""
 
 from collections.abc import Mapping
-from math import isnan, prod
+from math import isnan
 
 from leakbench.analysis.ensemble import UNSCORED
 from leakbench.attacks.peeling.exposure import Exposure
+from leakbench.audit.exposure import LayerExposure
 from leakbench.audit.findings import Audit, DefenseFindings
 from leakbench.core.text import ABSENT, number
 from leakbench.report.page import STYLES, picture, render, render_markdown, sentence
@@ -15,10 +16,7 @@ MAX_LAYERS = 12
 FILES = ("audit.md", "audit.html")
 
 LAYER_HEADINGS = ("layer", "kind", "parameters sent", "share of the squared gradient", "leaks in closed form")
-EXPOSURE_HEADINGS = (
-    *("layer", "kernel", "input", "positions", "expected by size"),
-    *("exposed", "from other layers", "in unknown order", "relative error", "why not exposed"),
-)
+EXPOSURE_HEADINGS = ("layer", "kernel", "input", "expected by size", "follows", "relative error", "why not by itself")
 IMAGE_HEADINGS = ("image", "recovered", "attack", "similarity to the private image")
 ATTACK_HEADINGS = ("attack", "recovered", "tried", "diverged", "skipped", "evaluations", "seconds", "without a result")
 
@@ -94,16 +92,24 @@ def _exposure_rows(one: DefenseFindings, expected: Mapping[str, Exposure]) -> li
             each.layer,
             " x ".join(map(str, each.kernel)),
             " x ".join(map(str, each.inputs)),
-            f"{prod(each.inputs[1:]):,}",
             expected[each.layer].verdict if each.layer in expected else ABSENT,
-            f"{each.exposed} of {each.images}",
-            f"{each.derived} of {each.images}" if each.derived else "",
-            f"{each.positions} of {each.read} positions" if each.positions else "",
+            _follows(each),
             ABSENT if isnan(each.error) else f"{each.error:.1g}",
             each.reason.partition(", so that")[0],
         ]
         for each in one.leaks.exposures
     ]
+
+
+def _follows(one: LayerExposure) -> str:
+    """Return from what the input of a convolution follows, and for how many images if several were tried."""
+    found = [(one.exposed, "by itself"), (one.derived, "from other layers")]
+    parts = [
+        words + (f" ({count} of {one.images} images)" if one.images > 1 else "") for count, words in found if count
+    ]
+    if one.positions:
+        parts.append(f"{one.positions} of {one.read} positions, in unknown order")
+    return ", ".join(parts) or "no"
 
 
 def _attack_rows(one: DefenseFindings) -> list[list[object]]:
