@@ -84,7 +84,7 @@ def recover(network: Network, sent: Mapping[str, Tensor], rng: torch.Generator, 
         images: how many images were trained on at a time. Their order is not known.
     """
     exact = {name: value.double() for name, value in sent.items()}
-    reason = "no convolution has as many channels as places"
+    reason = "no convolution behind a ReLU has as many channels as places"
     for place in beginnings(network, sent, images):
         layer = network.steps[place].layer
         assert layer is not None
