@@ -259,7 +259,7 @@ def test_no_broken_defense_is_ranked_as_protecting(zoos):
     assert {one.defense for one in scene.known} >= {"none", "zoo(kind=half)", "zoo(kind=flip)", "zoo(kind=x1e30)"}
     assert scene.oblivious
     text = worst_case.markdown(zoos.data, 0.6)
-    assert "**What zoo sends is useless**, so that it is not ranked: its cosine with the gradient of the client" in text
+    assert "**What zoo sends does not correlate significantly with the gradient**, so that it is not ranked: cosine 0.00" in text
     assert re.search(r"\| zoo +\| 0 % .*\| not attacked adaptively +\| +0\.00 \[0\.00, 0\.00\] \|", text)
     assert "Not attacked adaptively, so that a small share does not show that a defense protects:" in text
 
@@ -280,7 +280,7 @@ def test_the_pages_say_that_the_defense_failed_and_why(zoos):
     zoos.run.report(("html",))
     words = re.sub(r"\s+", " ", re.sub("<[^>]+>", "", (zoos.run.out / "report.html").read_text()))
     assert "No adaptive attacker ran: that oblivious attackers recover little does not show that a defense" in words
-    assert "What “zoo” sends is useless: its cosine with the gradient of the client is 0.00 (95 % interval" in words
+    assert "What “zoo” sends does not correlate significantly with the gradient: cosine 0.00 (95 % interval" in words
     pages = {
         "report.md": markdown(zoos.data),
         "report.html": (zoos.run.out / "report.html").read_text(),
