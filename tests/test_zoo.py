@@ -259,7 +259,10 @@ def test_no_broken_defense_is_ranked_as_protecting(zoos):
     assert {one.defense for one in scene.known} >= {"none", "zoo(kind=half)", "zoo(kind=flip)", "zoo(kind=x1e30)"}
     assert scene.oblivious
     text = worst_case.markdown(zoos.data, 0.6)
-    assert "**What zoo sends does not correlate significantly with the gradient**, so that it is not ranked: cosine 0.00" in text
+    assert (
+        "**What zoo sends does not correlate significantly with the gradient**, so that it is not ranked: cosine 0.00"
+        in text
+    )
     assert re.search(r"\| zoo +\| 0 % .*\| not attacked adaptively +\| +0\.00 \[0\.00, 0\.00\] \|", text)
     assert "Not attacked adaptively, so that a small share does not show that a defense protects:" in text
 
