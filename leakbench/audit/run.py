@@ -529,7 +529,8 @@ def _leaks_of_update(observation: Observation, label: int | None, shown: UpdateF
     )
     if shown.one_image is False or (shown.rule == "unknown" and able):
         reason = "the test is for one image in one step of SGD"
-        return ClosedFormLeaks(tuple(shares(sent)), forms, InferredLabels(None, None), (), reason)
+        tested = tuple(form for form in forms if form.conclusive or shown.one_image is None)
+        return ClosedFormLeaks(tuple(shares(sent)), tested, InferredLabels(None, None), (), reason)
     return replace(ClosedFormLeaks.of(sent, None, truth), forms=forms)
 
 

@@ -4,7 +4,7 @@ All of it follows from the two models, before any attack. A sentence is made onl
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -369,20 +369,8 @@ def _control(network: nn.Module, observation: Observation, ranks: Mapping[str, L
     """
     most = max((found.rank for found in ranks.values() if found.low), default=1)
     count = min(most + 1, MAX_CONTROL_IMAGES)
-    probe = copy.deepcopy(network)
-    named = {f"{name}.weight": probe.get_parameter(f"{name}.weight") for name in ranks}
-    named = {name: value for name, value in named.items() if value.requires_grad}
-    with seeded("audit", "control"):
-        coarse = torch.rand(count, observation.image_shape[0], 3, 3)
-        images = nn.functional.interpolate(coarse, observation.image_shape[1:]).to(observation.dtype)
-        labels = torch.arange(count) % observation.num_classes
-        try:
-            with without_checkpointing():
-                loss = nn.functional.cross_entropy(probe(images), labels)
-            values = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-        except Exception:  # whatever the user's network raises on a batch: then nothing is known of it
-            return set(), False
-    found = {name: value for name, value in zip(named, values) if value is not None and bool(value.any())}
+    found = _public_gradient(network, observation, list(ranks), count, torch.float64)
+    found = found or _public_gradient(network, observation, list(ranks), count, observation.dtype)
     able = set()
     for name, value in found.items():
         layer = name.removesuffix(".weight")
@@ -392,6 +380,31 @@ def _control(network: nn.Module, observation: Observation, ranks: Mapping[str, L
             able.add(layer)
     last = found.get(f"{next(reversed(list(ranks)), '')}.weight")
     return able, last is not None and float(last.sum(0).norm()) <= SUM_TOLERANCE * float(last.norm())
+
+
+def _public_gradient(
+    network: nn.Module, observation: Observation, layers: Sequence[str], count: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return the gradient of these layers' weights on a batch of public images, without those of zeros.
+
+    It is empty if the network cannot be run on a batch or in this precision; in float64, few images are lost in the
+    rounding.
+    """
+    probe = copy.deepcopy(network).to(dtype)
+    named = {f"{name}.weight": probe.get_parameter(f"{name}.weight") for name in layers}
+    named = {name: value for name, value in named.items() if value.requires_grad}
+    with seeded("audit", "control"):
+        coarse = torch.rand(count, observation.image_shape[0], 3, 3)
+        images = nn.functional.interpolate(coarse, observation.image_shape[1:])
+        images = (images + torch.rand(images.shape)) / 2  # without noise, they have few dimensions
+        labels = torch.arange(count) % observation.num_classes
+        try:
+            with without_checkpointing():
+                loss = nn.functional.cross_entropy(probe(images.to(dtype)), labels)
+            values = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        except Exception:  # whatever the user's network raises
+            return {}
+    return {name: value for name, value in zip(named, values) if value is not None and bool(value.any())}
 
 
 def _one_size(change: Mapping[str, Tensor]) -> bool:
