@@ -293,6 +293,13 @@ def audit_update(
     flaw = "Inconclusive: an update has no positive control." if result.share == 0 else ""
     unused = ["The private images were not compared: no layer leaks all images of this update."]
     missed = unused if truths is not None and batch is None else []
+    one = shown.shown
+    if one is not None and one.pixels and one.rank > 1 and not everything:
+        missed = [
+            f"The {one.rank} images were not all separated from each other in the change of layer {one.layer}, which "
+            "takes the pixels. That does not make them safe.",
+            *missed,
+        ]
     warnings = (*([doubt] if doubt else []), *_doubts(shown, update), *missed, *found.warnings)
     found = replace(found, result=result, floor=floor, inconclusive=flaw, warnings=warnings, batch=batch)
     if beside is not None:
