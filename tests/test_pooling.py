@@ -30,16 +30,21 @@ def network(*, slope: float = 0.0) -> nn.Module:
     return model.eval()
 
 
-def known(images: Tensor, *, train: bool = False) -> tuple[Stem, Pooled, Tensor]:
-    """Return the stem, what is known of its windows, and the true routings [K, O, Q]."""
-    model = network().train(train)
+def known(images: Tensor, *, train: bool = False, scaled: bool = False) -> tuple[Stem, Pooled, Tensor]:
+    """Return the stem, what is known of its windows, and the true routings [K, O, Q]; with an input normalisation."""
+    model, pool = network().train(train), POOL
+    if scaled:
+        norm = nn.BatchNorm2d(3).double()
+        nn.init.constant_(norm.running_mean, 0.4)
+        nn.init.constant_(norm.running_var, 0.06)
+        model, pool = nn.Sequential(norm.eval(), *model), POOL + 1
     loss = F.cross_entropy(model(images), torch.arange(len(images)))
     names, tensors = zip(*model.named_parameters())
     gradient = dict(zip(names, torch.autograd.grad(loss, tensors)))
-    value = model[:4](images).detach().requires_grad_()
-    (error,) = torch.autograd.grad(F.cross_entropy(model[4:](value), torch.arange(len(images))), value)
+    value = model[:pool](images).detach().requires_grad_()
+    (error,) = torch.autograd.grad(F.cross_entropy(model[pool:](value), torch.arange(len(images))), value)
     steps = Network(trace(leakbench.observe(model, images[:1], torch.tensor([0]), salt="0" * 32)))
-    stem = find_stem(steps, POOL)
+    stem = find_stem(steps, pool)
     assert stem is not None
     found = pooled(stem, value.detach(), error, gradient)
     with torch.no_grad():
@@ -47,10 +52,14 @@ def known(images: Tensor, *, train: bool = False) -> tuple[Stem, Pooled, Tensor]
     return stem, found, F.one_hot(z.argmax(0), len(z)).permute(2, 0, 1) * found.active.double()
 
 
-@pytest.mark.parametrize(("count", "train"), [(1, False), (2, False), (2, True)])
-def test_bounds_candidates_and_the_weight_gradient_hold_for_the_true_images(count: int, train: bool) -> None:
+@pytest.mark.parametrize(
+    ("count", "train", "scaled"), [(1, False, False), (1, False, True), (2, False, False), (2, True, False)]
+)
+def test_bounds_candidates_and_the_weight_gradient_hold_for_the_true_images(
+    count: int, train: bool, scaled: bool
+) -> None:
     images = rand(count, 3, 16, 16, seed=2).double()
-    stem, found, routing = known(images, train=train)
+    stem, found, routing = known(images, train=train, scaled=scaled)
     with torch.no_grad():
         assert float((stem.forward(images) - found.bound).max()) < 1e-12
         assert bool(found.candidate[routing > 0].all())

@@ -89,12 +89,14 @@ class Stem:
         places: of the convolution and of what is between it and the ReLU.
         pool: the place of the max-pool.
         layer: the convolution.
+        before: the places of what scales the image before the convolution, such as an input normalisation.
     """
 
     network: Network
     places: tuple[int, ...]
     pool: int
     layer: Convolution
+    before: tuple[int, ...] = ()
 
     @property
     def needs(self) -> set[str]:
@@ -103,9 +105,15 @@ class Stem:
         own = {f"{top.name}.weight", f"{top.name}.bias"} if top.kind == "normalisation" else set()
         return {self.layer.weight} | own
 
+    def inputs(self, images: Tensor) -> Tensor:
+        """Return what the convolution takes of images [B, C, H, W]."""
+        for place in self.before:
+            images = self.network.forward(place, [images])
+        return images
+
     def forward(self, images: Tensor) -> Tensor:
         """Return z [O, B * h * w], the input of the ReLU by channel, for images [B, C, H, W]."""
-        for place in self.places:
+        for place in (*self.before, *self.places):
             images = self.network.forward(place, [images])
         return by_channel(images)
 
@@ -120,7 +128,7 @@ class Stem:
         if steps[self.places[-1]].kind == "normalisation":
             module = self.network.module(self.places[-1])
             assert isinstance(module, nn.BatchNorm2d)
-            z, spread = standardised(self.network.forward(self.places[0], [images]), module.eps)
+            z, spread = standardised(self.network.forward(self.places[0], [self.inputs(images)]), module.eps)
             standard = Standard(z, spread, module.weight, known.products)
             return standard.gain[0, :, :1, 0], by_channel(standard.offset(known.sums))
         error = images.new_ones((1, *steps[self.places[-1]].shape))
@@ -154,9 +162,14 @@ def find_stem(network: Network, pool: int) -> Stem | None:
     layer = steps[at].layer
     if layer is None or layer.geometry.groups > 1 or len(steps[at].users) != 1:
         return None
-    if steps[steps[at].inputs[0]].kind != "image":
+    (at,) = steps[at].inputs
+    before: list[int] = []
+    while steps[at].kind in ("affine", "scaling") and len(steps[at].inputs) == len(steps[at].users) == 1:
+        before.insert(0, at)
+        (at,) = steps[at].inputs
+    if steps[at].kind != "image" or any(steps[each].shape != steps[at].shape for each in before):
         return None
-    return Stem(network, tuple(reversed(places)), pool, layer)
+    return Stem(network, tuple(reversed(places)), pool, layer, tuple(before))
 
 
 @dataclass(frozen=True)
@@ -324,7 +337,9 @@ class PooledMatch:
 def misfit_of_gradient(stem: Stem, known: Pooled, images: Tensor, routing: Tensor) -> Tensor:
     """Return how far the weight gradient of the convolution is from that of images and routings, squared, relative."""
     gain, offset = stem.gain(images, known)
-    left = (gain * known.routed(routing) + offset) @ windows(images, stem.layer.geometry).T - known.gradient
+    left = (gain * known.routed(routing) + offset) @ windows(
+        stem.inputs(images), stem.layer.geometry
+    ).T - known.gradient
     return left.square().sum() / known.gradient.square().sum()
 
 
@@ -345,7 +360,7 @@ def sample(stem: Stem, known: Pooled, images: Tensor, width: float, rng: torch.G
     A window's maximum is at a candidate with a probability by how near z is to y there, and by how near the weight
     gradient then is to the one that was sent, in units of what is left of it. Channels are independent of each other.
     """
-    matrix = windows(images, stem.layer.geometry)
+    matrix = windows(stem.inputs(images), stem.layer.geometry)
     fit = known.fit(stem.forward(images), width)
     soft = torch.softmax(fit, 0) * known.active
     chosen = soft.argmax(0)
