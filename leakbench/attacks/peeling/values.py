@@ -12,7 +12,7 @@ from leakbench.attacks.peeling.correlation import Fitted, directions, least_squa
 from leakbench.attacks.peeling.factors import NotFactorised
 from leakbench.attacks.peeling.gates import correct
 from leakbench.attacks.peeling.knowledge import Knowledge, Reader
-from leakbench.attacks.peeling.settle import settle
+from leakbench.attacks.peeling.settle import MAX_DEVIATION, settle
 
 MASK_ROUNDS = 3
 """How often the masks above a convolution are decided again from its weight gradient."""
@@ -46,7 +46,12 @@ def solve(known: Knowledge, place: int, readers: Sequence[Reader]) -> None:
         else:
             found = complete(known, place, readers)
             refused = found if isinstance(found, NotFactorised) else None
-            if not isinstance(found, NotFactorised):
+            if isinstance(found, Fitted) and not float(found.deviation.norm()) < MAX_DEVIATION * float(
+                found.value.norm()
+            ):
+                refused = NotFactorised("its equations leave the input too uncertain")
+                known.values.pop(place, None)
+            elif isinstance(found, Fitted):
                 known.values[place] = known.shaped(place, found)
         if refused is not None:
             known.missing[place] = f"{names}: {refused.reason}"
