@@ -164,7 +164,7 @@ def begin(known: Knowledge, place: int, error: Tensor) -> bool:
     for last in (False, False, True):
         known.pin(place, error)
         known.masks.clear()
-        solve(known, source, known.readers(source))
+        solve(known, source, known.readers(source), torch.inf)
         if source not in known.values:
             return False
         below = known.network.backward(place, source, error)

@@ -33,8 +33,11 @@ WEAK = 1e-3
 """The part of the largest singular value below which a direction counts as weak."""
 
 
-def solve(known: Knowledge, place: int, readers: Sequence[Reader]) -> None:
-    """Recover a step's output from the equations of the convolutions that take it; correct the masks above."""
+def solve(known: Knowledge, place: int, readers: Sequence[Reader], most: float = MAX_DEVIATION) -> None:
+    """Recover a step's output from the equations of the convolutions that take it; correct the masks above.
+
+    What is more uncertain than ``most``, relative to its size, is not taken: it would spoil these masks.
+    """
     normal = [each for each in readers if each.normalisation is not None]
     names = " and ".join(each.layer.name for each in readers)
     if normal and len(normal) < len(readers):
@@ -46,9 +49,7 @@ def solve(known: Knowledge, place: int, readers: Sequence[Reader]) -> None:
         else:
             found = complete(known, place, readers)
             refused = found if isinstance(found, NotFactorised) else None
-            if isinstance(found, Fitted) and not float(found.deviation.norm()) < MAX_DEVIATION * float(
-                found.value.norm()
-            ):
+            if isinstance(found, Fitted) and not float(found.deviation.norm() / found.value.norm()) < most:
                 refused = NotFactorised("its equations leave the input too uncertain")
                 known.values.pop(place, None)
             elif isinstance(found, Fitted):
