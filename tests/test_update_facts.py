@@ -114,6 +114,20 @@ def test_sgd_of_any_kind_leaves_a_low_rank(option: str) -> None:
     assert float(sizes[6] / sizes[0]) < 1e-12
 
 
+@pytest.mark.parametrize("option", SGD)
+def test_sgd_in_a_small_network_has_no_rule_of_one_size(tmp_path: Path, option: str) -> None:
+    """A few hundred weights have large changes everywhere."""
+    torch.manual_seed(0)
+    stem = (nn.Conv2d(3, 4, 3, 1, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2))
+    for network in (
+        nn.Sequential(*stem, nn.Flatten(), nn.Linear(144, 3)),
+        nn.Sequential(nn.Flatten(), nn.Linear(432, 10)),
+    ):
+        for images, batch, epochs in ((8, 8, 1), (16, 4, 2)):
+            _, facts = recorded(tmp_path, copy.deepcopy(network), SGD[option], images, batch, epochs)
+            assert facts.rule != "sign"
+
+
 def test_adam_leaves_no_low_rank() -> None:
     network = mlp().double()
     before = network[1].weight.detach().clone()
