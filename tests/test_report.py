@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from dataclasses import replace
 from io import BytesIO, StringIO
 from pathlib import Path
 
@@ -14,11 +15,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.image import BboxImage
 from matplotlib.text import Text
 from PIL import Image
 from rich.console import Console
 from test_store import METRICS, Data, Net, Score, TinyAttack, TinyDefense, named, png, provenance, result
 
+from leakbench import metrics
 from leakbench.core.text import decimals, number, percent, with_interval
 from leakbench.core.types import PRESETS, ThreatModel
 from leakbench.errors import BadOption, ForeignRun, LeakbenchError
@@ -399,6 +402,23 @@ def test_a_grid_shows_the_pixels_and_marks_what_failed(tmp_path):
     truth = np.asarray(Image.open(BytesIO(png(1000, 28)))).repeat(4, 0).repeat(4, 1)
     rows, columns = np.where((image[..., :3] == truth[0, 0]).all(-1))
     assert any(np.array_equal(image[r : r + 112, c : c + 112, :3], truth) for r, c in zip(rows, columns))
+
+
+def test_a_grid_draws_a_reconstruction_that_a_picture_cannot_hold_aligned_and_says_so(tmp_path):
+    scores = [{"psnr": 5.0, "psnr_aligned": 48.0}, {"psnr": 5.0, "psnr_aligned": 9.0}]
+    lost, noise = (replace(make(DLG, NONE, i), scores=one, aligned=png(50 + i, 28)) for i, one in enumerate(scores))
+    run(tmp_path, [lost, noise], metrics=[*METRICS, metrics.parse("psnr_aligned")])
+    with Store.open(tmp_path / FILE, readonly=True) as store:
+        (page,) = grids.pages(store.results())
+        pictures = store.images(page.trials)
+        figure = grids.figure(page, pictures)
+    assert [pictures[one.trial.id].aligned for one in (lost, noise)] == [png(50, 28), png(51, 28)]
+    words = [text.get_text() for text in texts(figure)]
+    assert [word for word in words if "aligned" in word and "dB" not in word] == ["5.0 / 48.0\naligned"]
+    assert any("best fit of brightness" in " ".join(word.split()) for word in words)
+    drawn = [artist.get_array() for artist in figure.findobj(BboxImage)]
+    shown = [any(np.array_equal(one, np.asarray(grids.picture(png(seed, 28)))) for one in drawn) for seed in (50, 51)]
+    assert shown == [True, False]  # what is nothing but noise is drawn as it was returned
 
 
 def test_rows_are_the_first_images_and_wide_tables_go_to_more_pages(tmp_path):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 from scipy import stats
 from test_store import METRICS, Data, Net, TinyAttack, TinyDefense, named, png, provenance, result
@@ -18,12 +20,14 @@ from test_store import METRICS, Data, Net, TinyAttack, TinyDefense, named, png, 
 from leakbench import metrics, report
 from leakbench.analysis.statistics import holm
 from leakbench.core.types import PRESETS
+from leakbench.engine import worker
 from leakbench.errors import BadOption
 from leakbench.plan.matrix import Matrix, expand, load, load_suite, parse_threat
 from leakbench.plan.trial import Cell, Result, Trial
 from leakbench.report import sharing as study
 from leakbench.report.figure import saved
 from leakbench.report.run import RunData
+from leakbench.store.records import Pictures
 from leakbench.store.run_file import FILE, Store
 
 BENCHMARKS = sorted((Path(__file__).parent.parent / "benchmarks").glob("table[4-7].toml"))
@@ -238,10 +242,46 @@ def test_the_grid_has_the_truth_first_and_a_row_for_each_grant_with_scores(tmp_p
 def test_a_picture_is_drawn_after_the_best_fit_to_the_private_image() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     faded = Image.fromarray((60 + pixels * 0.25).astype(np.uint8))
-    fitted = study._fitted(faded, Image.fromarray(pixels))
+    stored, truth = (_bytes(image) for image in (faded, Image.fromarray(pixels)))
+    fitted = study._fitted(Pictures(truth, stored), Image.fromarray(pixels))
     assert np.abs(np.asarray(fitted).astype(int) - pixels).max() <= 4  # a quarter of the range has 64 levels
-    assert study._fitted(faded, None) is faded
+    assert np.array_equal(study._fitted(Pictures(truth, stored), None), faded)
     assert study._fitted(None, faded) is None
+    assert np.array_equal(study._fitted(Pictures(truth, stored, truth), Image.fromarray(pixels)), pixels)
+
+
+def _bytes(image: Image.Image) -> bytes:
+    out = BytesIO()
+    image.save(out, "png")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, -3.0, 40.0])
+def test_a_reconstruction_out_of_the_range_of_a_picture_is_kept_aligned(scale: float) -> None:
+    truth = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    (row, _) = kept = worker.aligned(truth * scale + (0.0 if scale == 1 else 0.4), truth)
+    if scale == 1:
+        assert kept == [None, None]
+        return
+    assert row is not None
+    drawn = np.asarray(Image.open(BytesIO(row))).astype(int)
+    assert np.abs(drawn - truth[0].permute(1, 2, 0).mul(255).round().numpy()).max() <= 1
+
+
+def test_old_runs_say_that_a_picture_is_worse_than_its_score(tmp_path: Path) -> None:
+    truths = {image: png(1000 + image, 28) for image in range(3)}
+    rows = [
+        replace(row, reconstruction=png(9, 28) if row.scores["psnr"] > 15 else truths[row.trial.image])
+        for row in results(3)
+    ]
+    rows = [replace(row, scores={**row.scores, "psnr_aligned": 40.0}) for row in rows]
+    for aligned, words in ((None, "this run was made by an older version"), (True, "")):
+        own = [replace(row, aligned=truths[row.trial.image] if aligned else None) for row in rows]
+        folder = stored(tmp_path / str(aligned), own)
+        report.write(folder, {"md"})
+        text = (folder / "sharing.md").read_text()
+        assert ("older version" in text) is bool(words)
+        assert words in text
 
 
 def test_raw_differences_of_the_other_sign_are_named(tmp_path: Path) -> None:

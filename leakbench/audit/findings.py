@@ -21,7 +21,7 @@ class ImageFinding:
     Attributes:
         image: the index of the image.
         truth: the private image as a PNG; None if it is not known.
-        guess: the reconstruction as a PNG; None if no attacker returned one.
+        guess: the reconstruction as a PNG (``Pictures.fitted``); None if no attacker returned one.
         attacker: the attack (and its threat model) that returned the reconstruction.
         ssim: ``ssim_aligned`` of the reconstruction; NaN if it was not measured.
         psnr: ``psnr_aligned`` in dB; NaN if it was not measured.

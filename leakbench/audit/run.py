@@ -422,7 +422,7 @@ def _pictures(store: Store, trials: pd.DataFrame, index: int) -> list[ImageFindi
         ImageFinding(
             image=index,
             truth=truth,
-            guess=pictures[row["trial"]].reconstruction,
+            guess=pictures[row["trial"]].fitted,
             attacker=row["attack"] + (f", {row['threat']}" if several and row["threat"] != "paper" else ""),
             ssim=row[RECOVERY],
             psnr=row["psnr_aligned"],

@@ -21,10 +21,11 @@ from leakbench.engine.floors import FalseFloor, noise_like, verify_floor
 from leakbench.engine.isolation import AttackError, Isolation, foreign
 from leakbench.errors import DEFENSE_FAILED, ClientFailed, DefenseFailed, LeakbenchError, Unsupported, words
 from leakbench.metrics import ReplacedMetric, refuse_replaced
+from leakbench.metrics.aligned import align
 from leakbench.metrics.base import Metric, Truth
 from leakbench.observation import Observation
 from leakbench.plan.matrix import FLOORS
-from leakbench.plan.trial import UNSEEN, Cell, Result, Trial
+from leakbench.plan.trial import MAX_PICTURE_ERROR, UNSEEN, Cell, Result, Trial
 from leakbench.victim import Client, StepRecord, build, groups_of, observe, observe_recorded
 
 
@@ -272,6 +273,7 @@ class Worker:
         scores = {} if truth is None else self._score(guess, truth)
         seconds = (time.perf_counter() - begin) / len(trials)
         images = guess.images.cpu()
+        fitted = [None] * len(trials) if truth is None else aligned(images, truth.images.cpu())
         courses = [b""] * len(trials) if guess.curve is None else guess.curve.rows()
         return [
             Result(
@@ -288,6 +290,7 @@ class Worker:
                 path=guess.path,
                 findings=_found(guess, row),
                 curve=courses[row],
+                aligned=None if bool(failed[row]) else fitted[row],
             )
             for row, trial in enumerate(trials)
         ]
@@ -411,6 +414,20 @@ def png(image: Tensor) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(stream, "PNG")
     return stream.getvalue()
+
+
+def aligned(images: Tensor, truth: Tensor) -> list[bytes | None]:
+    """Return PNGs of the images [T, C, H, W] after the best fit to the truth, where ``png`` would not show the same.
+
+    A PNG loses what lies outside [0, 1], and a contrast of less than a few of its 256 levels; normalisation in front of
+    a network leaves an attacker free to return either. None where the fit of the PNG differs by less than
+    ``MAX_PICTURE_ERROR``, or where the two have other shapes.
+    """
+    if images.shape != truth.shape:
+        return [None] * len(images)
+    fitted, shown = align(images, truth), align(images.clamp(0, 1).mul(255).round().div(255), truth)
+    errors = (fitted - shown).square().flatten(1).mean(dim=1)
+    return [png(image) if float(error) > MAX_PICTURE_ERROR else None for image, error in zip(fitted, errors)]
 
 
 def attack_key(trial: Trial, salt: str) -> str:

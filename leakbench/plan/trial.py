@@ -107,6 +107,9 @@ class Trial:
 UNSEEN = "the network ran on something that has not the size of the image: scores are against the private image only"
 """The reason of a trial that has scores, if the image that its client trained on may be unknown."""
 
+MAX_PICTURE_ERROR = 1e-4
+"""The mean squared error that a stored picture may add to a reconstruction, after the fit: 40 dB."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -126,6 +129,9 @@ class Result:
         path: how the gradients were computed, ``batched``, ``vmap`` or ``one-at-a-time``.
         findings: further numbers that the attack found, by name (``Reconstruction.findings``); only finite ones.
         curve: the objective at some evaluations (``Curve.rows``); empty if there is none.
+        aligned: a PNG of the reconstruction after the best fit of brightness and contrast to the private image
+            (``metrics.aligned``). Only where ``reconstruction`` cannot show it: values outside [0, 1] are lost there,
+            and so is a contrast of a few levels of 256. None otherwise.
     """
 
     trial: Trial
@@ -141,3 +147,4 @@ class Result:
     path: str = ""
     findings: Mapping[str, float] = field(default_factory=dict)
     curve: bytes = b""
+    aligned: bytes | None = None

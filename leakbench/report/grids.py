@@ -40,6 +40,10 @@ THUMBNAIL = 128
 """The longest side of a picture in pixels."""
 
 _UNDER = ("psnr", "psnr_aligned")
+_ALIGNED = (
+    "Aligned: drawn after the best fit of brightness and contrast to the private image; as returned, the picture would "
+    "show nothing."
+)
 _DPI = 128
 _LETTER, _LINE = 7.3, 17  # the width of a letter and the height of a line in pixels, of the fixed-width font below
 _FONT: Any = {"family": ["DejaVu Sans Mono", "DejaVu Sans"], "fontsize": 12 * 72 / _DPI, "parse_math": False}
@@ -49,11 +53,12 @@ _MIN_COLUMN, _MIN_PAGE = 120, 640
 
 @dataclass(frozen=True)
 class GridCell:
-    """One reconstruction: its trial, its status and the numbers under it."""
+    """One reconstruction: its trial, its status, the numbers under it, and its scores in dB (``Pictures.drawn``)."""
 
     trial: str
     status: str
     caption: str
+    scores: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -148,8 +153,10 @@ def figure(page: GridPage, pictures: Mapping[str, Pictures]) -> Figure:
     """
     # Matplotlib's own layouts were tried: they scale pictures by fractions, which blurs or drops pixels, and let long
     # names run into each other. A fixed-width font makes the room that a label needs known beforehand.
-    shown = {trial: picture(found.reconstruction) for trial, found in pictures.items()}
     cells = [(i, cell) for column in page.columns for i, cell in column.cells.items() if cell.trial in pictures]
+    drawn_as = {cell.trial: pictures[cell.trial].drawn(*cell.scores) for _, cell in cells}
+    shown = {trial: picture(png) for trial, (png, _) in drawn_as.items()}
+    aligned = {trial for trial, (_, fitted) in drawn_as.items() if fitted}
     truths = {i: picture(pictures[cell.trial].truth) for i, cell in cells}
     sizes = [_enlarged(image) for image in (*shown.values(), *truths.values()) if image is not None]
     wide, high = (max(sides) for sides in zip(*sizes)) if sizes else (THUMBNAIL, THUMBNAIL)
@@ -161,7 +168,8 @@ def figure(page: GridPage, pictures: Mapping[str, Pictures]) -> Figure:
         left = lefts[-1][-1] + column
     width = max(left + _MARGIN, _MIN_PAGE)
 
-    title, legend = _wrapped(page.title, width - 2 * _MARGIN), _wrapped(page.legend, width - 2 * _MARGIN)
+    words = f"{page.legend} {_ALIGNED}" if aligned else page.legend
+    title, legend = _wrapped(page.title, width - 2 * _MARGIN), _wrapped(words, width - 2 * _MARGIN)
     heads = [_wrapped(group[0].attack, len(group) * (column + _GAP) - _GAP) for group in groups]
     names = [_wrapped(shown.defense, column) for shown in page.columns]
     rule = _MARGIN + _LINE * (len(title) + len(legend) + 1 + max(map(len, heads), default=1))
@@ -190,7 +198,8 @@ def figure(page: GridPage, pictures: Mapping[str, Pictures]) -> Figure:
                 status = "not run" if cell is None else cell.status
                 word = status if status in ("not run", "unsupported", "error") else "no picture"
                 text(middle, 1 - (level + high / 2) / height, word, ha="center", va="center", color=GREY)
-            caption = "" if cell is None else f"{cell.caption}\ndiverged" if failed else cell.caption
+            note = "\ndiverged" if failed else "\naligned" if cell is not None and cell.trial in aligned else ""
+            caption = "" if cell is None else f"{cell.caption}{note}"
             if caption:
                 ink = RED if failed else "black"
                 text(middle, 1 - (bottom + 4) / height, caption, ha="center", va="top", color=ink)
@@ -235,7 +244,8 @@ def _columns(block: pd.DataFrame, images: Sequence[int], under: Sequence[str]) -
         attack = f"{row['attack']} (floor)" if row["defense"] == ANY else str(row["attack"])
         values = [number(row[name], None if abs(row[name]) >= 1e4 else 1) for name in under]
         scored = row["status"] in ("ok", "failed")
-        cell = GridCell(str(row["trial"]), str(row["status"]), " / ".join(values) if scored else "")
+        scores = (float(row.get(_UNDER[0], math.nan)), float(row.get(_UNDER[1], math.nan)))
+        cell = GridCell(str(row["trial"]), str(row["status"]), " / ".join(values) if scored else "", scores)
         cells.setdefault((attack, str(row["defense"])), {})[int(row["image"])] = cell
     attacks = list(dict.fromkeys(attack for attack, _ in cells))
     return [Column(*key, found) for a in attacks for key, found in cells.items() if key[0] == a]

@@ -21,7 +21,7 @@ from leakbench.report.public import public_tables
 from leakbench.report.run import ObjectiveCurves, PicturesOf, RunData
 from leakbench.report.scenes import along, worst_cases
 from leakbench.report.sprites import SHEET_COLUMNS, SHEET_ROWS, TILE_SIDE, Sheet, png, sheets, tile
-from leakbench.store.records import MetricInfo, Pictures
+from leakbench.store.records import MetricInfo
 
 MAX_PAGE_BYTES = 9_500_000
 """The size that a page may have; pictures beyond it are left out."""
@@ -275,13 +275,16 @@ def _sprites(
     """Return the sheets, and the place of every trial's truth and reconstruction in them.
 
     A place is sheet x 256 + tile; ``_NO_PICTURE`` where there is no picture, ``_LEFT_OUT`` where it does not fit into
-    ``room`` bytes. The galleries' pictures come first, then those of the first images by index.
+    ``room`` bytes. The galleries' pictures come first, then those of the first images by index. ``aligned`` has 1 for a
+    reconstruction that is drawn aligned (``Pictures.drawn``), else 0.
     """
     first = dict.fromkeys(row for gallery in galleries for row in gallery[len(_AXES)])  # type: ignore[attr-defined]
     images, seeds, ids = once["image"].tolist(), once["seed"].tolist(), once["trial"].tolist()
     by_index = sorted(range(len(ids)), key=lambda row: (images[row], seeds[row], row))
     left = room * 3 // 4  # base64 takes four bytes for three
-    kept: dict[int, Pictures] = {}
+    scores = once.reindex(columns=["psnr", "psnr_aligned"]).to_numpy(dtype=float).tolist()
+    kept: dict[int, tuple[bytes | None, bytes | None]] = {}
+    aligned = [0] * len(ids)
     seen: set[bytes] = set()
     order = list(dict.fromkeys([*first, *by_index]))
     for start in range(0, len(order), _BATCH):
@@ -291,17 +294,18 @@ def _sprites(
             found = loaded.get(ids[row])
             if found is None:
                 continue
-            new = {data for data in (found.truth, found.reconstruction) if data is not None} - seen
+            drawn, fitted = found.drawn(*scores[row])
+            new = {data for data in (found.truth, drawn) if data is not None} - seen
             cost = sum(_picture_bytes(data) for data in new)
             if cost <= left:
                 left -= cost
                 seen |= new
-                kept[row] = found
+                kept[row], aligned[row] = (found.truth, drawn), int(fitted)
         if left < _SMALLEST_PICTURE:
             break
     rows = sorted(kept)
-    truths = [kept[row].truth or b"" for row in rows]
-    shown = [(row, data) for row in rows if (data := kept[row].reconstruction) is not None]
+    truths = [kept[row][0] or b"" for row in rows]
+    shown = [(row, data) for row in rows if (data := kept[row][1]) is not None]
     made, places = sheets([*truths, *(data for _, data in shown)])
     numbers = [_NO_PICTURE if place is None else place[0] * SHEET_COLUMNS * SHEET_ROWS + place[1] for place in places]
     truth, picture = [_LEFT_OUT] * len(ids), [_LEFT_OUT] * len(ids)
@@ -309,7 +313,7 @@ def _sprites(
         truth[row], picture[row] = at, _NO_PICTURE
     for (row, _), at in zip(shown, numbers[len(rows) :]):
         picture[row] = at
-    return made, {"truth": truth, "picture": picture}
+    return made, {"truth": truth, "picture": picture, "aligned": aligned}
 
 
 def _picture_bytes(data: bytes) -> int:

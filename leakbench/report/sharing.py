@@ -15,6 +15,7 @@ from leakbench.analysis.statistics import UNIT, paired_difference
 from leakbench.analysis.summary import summarise
 from leakbench.core.text import name_of, number, slug, with_interval
 from leakbench.metrics.aligned import align
+from leakbench.plan.trial import MAX_PICTURE_ERROR
 from leakbench.report.differences import paired_table
 from leakbench.report.display import leakage_table, to_markdown
 from leakbench.report.grids import picture
@@ -61,7 +62,8 @@ def study(run: RunData, store: Store) -> StudyPage | None:
         file = f"grids/sharing-{index:03}-{slug(key)}.png"
         pictures = store.images([trial for trial in grid(block).to_numpy().ravel() if isinstance(trial, str)])
         grids[file] = figure(block, pictures)
-        blocks.append((key, words.get(key[1], ""), file, _scores(run, block), _tests(block), opposite(block)))
+        faded = _faded(block, pictures)
+        blocks.append((key, words.get(key[1], ""), file, faded, _scores(run, block), _tests(block), opposite(block)))
     return StudyPage(FILE, {"head": run.about(), "blocks": blocks}, grids)
 
 
@@ -102,13 +104,12 @@ def figure(block: pd.DataFrame, pictures: Mapping[str, Pictures]) -> Figure:
     found = [[pictures.get(trial) for trial in row] for row in trials.to_numpy()]
     truths = [next((picture(pair.truth) for pair in column if pair), None) for column in zip(*found)]
     plain = block.drop_duplicates(_ARM).set_index(_ARM)["defense"] == "none"
-    drawn = [
-        (arm, [picture(pair.reconstruction if pair else None) for pair in row]) for arm, row in zip(trials.index, found)
-    ]
     rows = [("private image", truths)]
     rows += [
-        (arm, images) if plain[arm] else (f"{arm} (aligned)", [_fitted(*pair) for pair in zip(images, truths)])
-        for arm, images in drawn
+        (arm, [picture(one.reconstruction if one else None) for one in row])
+        if plain[arm]
+        else (f"{arm} (aligned)", [_fitted(*pair) for pair in zip(row, truths)])
+        for arm, row in zip(trials.index, found)
     ]
     captions = [[""] * len(truths), *([_caption(block, trial) for trial in row] for row in trials.to_numpy())]
     height, width = 0.3 + 1.15 * len(rows), 2.6 + 0.95 * len(truths)
@@ -125,13 +126,37 @@ def figure(block: pd.DataFrame, pictures: Mapping[str, Pictures]) -> Figure:
     return sheet
 
 
-def _fitted(image: Image.Image | None, truth: Image.Image | None) -> Image.Image | None:
+def _fitted(found: Pictures | None, truth: Image.Image | None) -> Image.Image | None:
     """Return a picture after the best fit of brightness and contrast to the private image; as it is without one."""
+    if found is not None and found.aligned is not None:
+        return picture(found.aligned)
+    image = picture(found.reconstruction if found else None)
     if image is None or truth is None or image.size != truth.size:
         return image
     pair = [torch.from_numpy(np.array(one.convert("RGB"), dtype=np.float64) / 255)[None] for one in (image, truth)]
     pixels = align(*pair)[0].mul(255).round().to(torch.uint8).numpy()
     return Image.fromarray(pixels)
+
+
+def _faded(block: pd.DataFrame, pictures: Mapping[str, Pictures]) -> int:
+    """Return how many aligned pictures of the grid are worse than their ``psnr_aligned``: the run lacks the better one.
+
+    Runs before schema 6 have only the clamped pictures.
+    """
+    behind = block[(block["defense"] != "none") & block["trial"].isin(grid(block).to_numpy().ravel())]
+    if "psnr_aligned" not in behind:
+        return 0
+    count = 0
+    for trial, score in zip(behind["trial"], behind["psnr_aligned"]):
+        found = pictures.get(trial)
+        truth = picture(found.truth) if found else None
+        image = _fitted(found, truth)
+        if image is None or truth is None or image.size != truth.size:
+            continue
+        error = np.asarray(image, dtype=np.float64) / 255 - np.asarray(truth.convert("RGB"), dtype=np.float64) / 255
+        # the scored error, what ``worker.aligned`` lets a picture add to it, and the rounding of both pictures
+        count += bool(np.sqrt(np.square(error).mean()) > 10 ** (-score / 20) + MAX_PICTURE_ERROR**0.5 + 1 / 255)
+    return count
 
 
 def _caption(block: pd.DataFrame, trial: object) -> str:

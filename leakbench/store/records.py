@@ -164,9 +164,32 @@ class TrialRecord:
     specs: Mapping[str, str] = field(default_factory=dict)
 
 
+ALIGNED_GAIN = 10.0
+"""The dB that ``psnr_aligned`` is above ``psnr`` where brightness and contrast are all that a reconstruction lacks."""
+
+
 @dataclass(frozen=True)
 class Pictures:
-    """The PNGs of a trial: the private image if it is known, and the reconstruction if there is one."""
+    """The PNGs of a trial: the private image if it is known, and the reconstruction if there is one.
+
+    Attributes:
+        aligned: the reconstruction after the best fit of brightness and contrast to the private image, if it is not the
+            same fit of ``reconstruction`` (``Result.aligned``); None otherwise, and in runs before schema 6.
+    """
 
     truth: bytes | None
     reconstruction: bytes | None
+    aligned: bytes | None = None
+
+    @property
+    def fitted(self) -> bytes | None:
+        """The picture that shows what the aligned scores measure, as far as the run has one."""
+        return self.aligned or self.reconstruction
+
+    def drawn(self, psnr: float, psnr_aligned: float) -> tuple[bytes | None, bool]:
+        """Return the picture to draw beside these scores in dB, and whether that is ``aligned``.
+
+        The reconstruction is drawn as it is, unless only its brightness and contrast are lost.
+        """
+        lost = self.aligned is not None and psnr_aligned - psnr >= ALIGNED_GAIN
+        return (self.aligned if lost else self.reconstruction), lost

@@ -24,7 +24,8 @@ Any SQLite tool can read it. Every table, picture and page that leakbench makes 
   there is none).
 - ``scores(trial_id, metric, value)``: one row per trial and metric; a metric that was not computed has no row.
 - ``findings(trial_id, name, value)``: further numbers that an attack found (dlm's ``scale``).
-- ``images(trial_id, png)``: the reconstruction, clamped to [0, 1].
+- ``images(trial_id, png, aligned)``: the reconstruction, clamped to [0, 1]; and after the best fit of brightness and
+  contrast to the private image, NULL unless the clamped and rounded picture no longer shows it (``Result.aligned``).
 - ``truths(digest, png)``: the private images, each stored once, by the SHA-256 of the PNG; empty if the image is not
   known, because the server recorded an update.
 - ``metrics``: the meaning of each metric: ``position``, ``name``, ``higher_is_better``, ``convention``, ``note``.
@@ -307,8 +308,12 @@ class Store:
             insert(db, "results", (_columns(result, session) for result in results))
             insert(db, "scores", _values("metric", {result.trial.id: result.scores for result in results}))
             insert(db, "findings", _values("name", {result.trial.id: result.findings for result in results}))
-            images = ((result.trial.id, result.reconstruction) for result in results)
-            insert(db, "images", ({"trial_id": trial, "png": png} for trial, png in images if png is not None))
+            shown = [result for result in results if result.reconstruction is not None]
+            insert(
+                db,
+                "images",
+                ({"trial_id": one.trial.id, "png": one.reconstruction, "aligned": one.aligned} for one in shown),
+            )
 
     def results(self) -> pd.DataFrame:
         """Return one row per trial that has a result: ``BEFORE``, every recorded metric, ``AFTER``.
@@ -371,15 +376,16 @@ class Store:
         truths: dict[str, bytes] = {}
         for trial in trials:
             rows = self.query(
-                "SELECT truth, images.png FROM results LEFT JOIN images USING (trial_id) WHERE trial_id = ?", (trial,)
+                "SELECT truth, images.png, aligned FROM results LEFT JOIN images USING (trial_id) WHERE trial_id = ?",
+                (trial,),
             )
-            for digest, png in rows:
+            for digest, png, aligned in rows:
                 if digest not in truths:
                     found = self.query("SELECT png FROM truths WHERE digest = ?", (digest,))
                     if not found:
                         raise ForeignRun(f"{self.path} lacks the private image of trial {trial}; start a new run")
                     truths[digest] = found[0]["png"]
-                pictures[trial] = Pictures(truths[digest] or None, png)
+                pictures[trial] = Pictures(truths[digest] or None, png, aligned)
         return pictures
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 from leakbench.plan.trial import cell_key
 
-SCHEMA = 5
+SCHEMA = 6
 APPLICATION_ID = 0x6C6B6268
 TABLES = ("meta", "sessions", "cells", "trials", "truths", "results", "metrics", "scores", "findings", "images")
 
@@ -55,7 +55,7 @@ CREATE TABLE scores (
     trial_id TEXT NOT NULL REFERENCES results (trial_id), metric TEXT NOT NULL REFERENCES metrics (name),
     value REAL NOT NULL, PRIMARY KEY (trial_id, metric)) WITHOUT ROWID""",
     _FINDINGS,
-    "CREATE TABLE images (trial_id TEXT PRIMARY KEY REFERENCES results (trial_id), png BLOB NOT NULL)",
+    "CREATE TABLE images (trial_id TEXT PRIMARY KEY REFERENCES results (trial_id), png BLOB NOT NULL, aligned BLOB)",
 )
 
 
@@ -167,5 +167,10 @@ def _to_5(db: sqlite3.Connection) -> None:
     db.execute("ALTER TABLE sessions ADD COLUMN salt TEXT NOT NULL DEFAULT ''")
 
 
-_MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {1: _to_2, 2: _to_3, 3: _to_4, 4: _to_5}
+def _to_6(db: sqlite3.Connection) -> None:
+    """Reconstructions that eight bits cannot show are kept aligned as well."""
+    db.execute("ALTER TABLE images ADD COLUMN aligned BLOB")
+
+
+_MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {1: _to_2, 2: _to_3, 3: _to_4, 4: _to_5, 5: _to_6}
 """Schema -> the function that migrates it to the next one."""

@@ -83,6 +83,7 @@
     const words = [`image ${trials.image[i]}${trials.seed[i] ? `, seed ${trials.seed[i]}` : ""}`];
     if (score !== null) words.push(`${ranked.name} ${number(score, ranked.places)}`);
     if (status(i) !== "ok") words.push(status(i) === "failed" ? "diverged" : status(i));
+    if (trials.aligned[i]) words.push("aligned");
     const open = element("button", { type: "button", className: "open", onclick: () => show(i), set: { "aria-label": `Open the trial: ${words.join(", ")}, ${spec(i, "attack")} behind ${spec(i, "defense")}` } });
     open.append(slides ? element("span", { textContent: "Open this trial" }) : pair(i));
     const caption = element("figcaption", {}, ...(lead ? [element("strong", { textContent: lead }), ` · `] : []), words.join(" · "));
@@ -305,7 +306,7 @@
         step(at - 1, "←", "Previous trial"), step(at + 1, "→", "Next trial"),
         element("button", { type: "button", id: "trial-close", textContent: "Close", onclick: () => dialog.close() })),
       element("div", { className: "body" },
-        element("div", {}, pair(i), slider(i)),
+        element("div", {}, pair(i), slider(i), trials.aligned[i] ? element("p", { className: "muted small", textContent: "The reconstruction is drawn after the best fit of brightness and contrast to the private image; as the attack returned it, the picture would show nothing." }) : null),
         element("div", {},
           facts([["trial", element("code", { textContent: trials.id[i] })], ["image, seed", `${trials.image[i]}, ${trials.seed[i]}`], ["status", words]]),
           element("h3", { textContent: "Settings and threat model" }), facts(settings)),
