@@ -14,22 +14,33 @@ from leakbench.attacks.peeling.descent import Feature
 from leakbench.attacks.peeling.network import Network
 from leakbench.optim import Evaluation, Unknowns, descend, lbfgs
 
-SMOOTH = 2.0
-"""The weight of total variation at first, which falls to 0 linearly: without it the search ends in a wrong image."""
-
 SPREAD = 0.05
 """The standard deviation of the starting image about grey."""
 
-SEARCHES = ((1, 0.1), (5, 0.3))
-"""The searches that are made until one comes near: how many times the steps, and Adam's first step size, which falls to
-a hundredth. Below normalisations by the image's own statistics, an image has no scale, and small steps lead nowhere."""
 
-POOLED_SEARCHES, POOLED_SMOOTH = ((10, 0.03),), 0.1
-"""The same if there is a max-pool on the way, and the weight of total variation: which value is the maximum changes
-with the image, and larger steps end with wrong ones."""
+@dataclass(frozen=True)
+class Search:
+    """A search by Adam for an image.
 
-NEAR = 0.02
-"""The relative squared misfit that counts as near."""
+    Attributes:
+        times: how many times the steps of a search it takes.
+        size: the first step size, which falls to a hundredth.
+        smooth: the weight of total variation at first, which falls to 0 linearly: without it the search ends in a wrong
+            image.
+    """
+
+    times: int
+    size: float
+    smooth: float
+
+
+SEARCHES, NEAR = (Search(1, 0.1, 2.0), Search(5, 0.3, 2.0)), 0.02
+"""The searches that are made until one comes near, and the relative squared misfit that counts as near. Below
+normalisations by the image's own statistics, an image has no scale, and small steps lead nowhere."""
+
+POOLED_SEARCHES, POOLED_NEAR = (Search(10, 0.03, 0.1), Search(5, 0.3, 1.0)), 1e-3
+"""The same if there is a max-pool on the way: which value is the maximum changes with the image, and larger steps end
+with wrong ones, unless small ones do not come near at all."""
 
 REFINEMENTS = 5
 """How many times as many iterations of L-BFGS as steps of Adam are made at most."""
@@ -147,14 +158,14 @@ def invert(network: Network, features: Sequence[Feature], noise: Tensor, steps: 
     best, least, spent = start, torch.inf, 0
     way = set().union(*(network.below(each.place) for each in features))
     pooled = any(network.steps[place].kind == "max-pool" for place in way)
-    smooth = POOLED_SMOOTH if pooled else SMOOTH
-    for times, size in POOLED_SEARCHES if pooled else SEARCHES:
-        count = times * steps
+    searches, enough = (POOLED_SEARCHES, POOLED_NEAR) if pooled else (SEARCHES, NEAR)
+    for search in searches:
+        count = search.times * steps
         near = descend(
-            Match(network, features, smooth, count),
+            Match(network, features, search.smooth, count),
             start,
             steps=count,
-            lr={"image": size},
+            lr={"image": search.size},
             milestones=range(1, count),
             decay=0.01 ** (1 / count),
         )
@@ -163,7 +174,7 @@ def invert(network: Network, features: Sequence[Feature], noise: Tensor, steps: 
             misfit = float(match(near.unknowns, 0))
         if misfit < least:
             best, least = near.unknowns, misfit
-        if least < NEAR:
+        if least < enough:
             break
     exact = lbfgs(
         match,
