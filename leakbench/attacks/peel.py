@@ -76,6 +76,7 @@ class Peel(Attack):
         search: in a ReLU network, steps of Adam from the layer inputs to the image, and as many of L-BFGS after them.
     """
 
+    version: ClassVar[int] = 2  # 2: networks with ReLUs, which were unsupported, or searched less thoroughly
     reference: ClassVar[str] = (
         "in the family of Zhu and Blaschko 2021, R-GAP, ICLR, arXiv 2010.07733; "
         "the way through a normalisation of unknown scale and shift is this package's own"
