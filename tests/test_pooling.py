@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import leakbench
+from leakbench.attacks.peeling import inversion
+from leakbench.attacks.peeling.descent import Feature
 from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.pooling import Pooled, PooledMatch, Stem, find_stem, misfit_of_gradient, pooled, sample
 from leakbench.attacks.peeling.trace import trace
@@ -80,3 +82,18 @@ def test_other_first_layers_are_left_to_the_search_by_layer_inputs() -> None:
     steps = Network(trace(observation))
     assert steps.steps[POOL].kind == "max-pool"
     assert find_stem(steps, POOL) is None
+
+
+def test_a_second_search_is_made_only_if_the_first_does_not_come_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = rand(1, 3, 16, 16, seed=2).double()
+    steps = Network(trace(leakbench.observe(network(), image, torch.tensor([0]), salt="0" * 32)))
+    value = network()[:POOL](image).detach()
+    features = [Feature(POOL, value, 1e-9, math.nan, math.nan, None)]
+    evaluations = []
+    for near in (math.inf, 0.0):
+        monkeypatch.setattr(inversion, "POOLED_NEAR", near)
+        monkeypatch.setattr(inversion, "REFINEMENTS", 0)
+        found, misfit, spent = inversion.invert(steps, features, rand(1, 3, 16, 16, seed=3).double(), 1)
+        evaluations.append(spent)
+        assert float(misfit) == pytest.approx(float(inversion.Match(steps, features)({"image": found[None]}, 0)))
+    assert evaluations[1] - evaluations[0] == inversion.POOLED_SEARCHES[1].times
