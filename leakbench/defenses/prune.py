@@ -61,4 +61,4 @@ def percentile(values: Tensor, ratio: float) -> float:
         values: of any shape.
         ratio: in [0, 1].
     """
-    return float(np.quantile(values.cpu().numpy(), ratio))
+    return float(np.quantile(values.detach().cpu().numpy(), ratio))
