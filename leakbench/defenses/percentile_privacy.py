@@ -55,7 +55,9 @@ class PercentilePrivacy(Defense):
 
     def attackers(self) -> Mapping[str, AdaptiveAttacker]:
         """Return the attacker who filters the dummy update too, and one who matches only the entries that are exact."""
-        exact = AdaptiveAttacker("matches only the entries that were neither clipped nor sent as zero", undo=self._exact)
+        exact = AdaptiveAttacker(
+            "matches only the entries that were neither clipped nor sent as zero", undo=self._exact
+        )
         return {"default": AdaptiveAttacker("filters the dummy update too", surrogate=self._each), "exact": exact}
 
     def _filtered(self, update: Gradient) -> Gradient:

@@ -33,7 +33,9 @@ class TopK(Defense):
         "feedback as in Stich, Cordonnier and Jaggi 2018, Sparsified SGD with Memory, NeurIPS, arXiv 1809.07599"
     )
     assumes: ClassVar[str] = "The attacker also matches the zeros, or does not know of what was kept."
-    cost: ClassVar[str] = "Less to send. Training without error feedback, as leakbench trains, is an upper bound of the cost."
+    cost: ClassVar[str] = (
+        "Less to send. Training without error feedback, as leakbench trains, is an upper bound of the cost."
+    )
     fails: ClassVar[str] = (
         "Attackers who match only the entries that were sent. Over several rounds, more and more different entries are."
     )
