@@ -1,4 +1,4 @@
-"""Defenses of federated frameworks against independent formulas in NumPy: percentile and SVT privacy, signs, top-k, Outpost."""
+"""Defenses of federated frameworks against independent formulas: percentile and SVT privacy, signs, top-k, Outpost."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_outpost_puts_noise_where_gradients_are_large_and_weights_wide() -> None
         if len(noise) > 200:
             assert float(noise.std()) == pytest.approx(wanted, rel=0.2), name
     pruned = defenses.parse("outpost(noise=0, prune=80)").release(step, torch.Generator().manual_seed(0))
-    for name, value in pruned.items():
+    for value in pruned.values():
         assert float((value == 0).double().mean()) == pytest.approx(0.8, abs=1 / value.numel() + 0.01)
 
 

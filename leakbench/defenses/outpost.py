@@ -1,4 +1,4 @@
-"""Outpost: pruning, and noise on the entries with the most Fisher information, by the spread of each layer's weights."""
+"""Outpost: pruning, and noise on the entries with the most Fisher information, by the spread of a layer's weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,8 +36,8 @@ class Outpost(Defense):
     """
 
     reference: ClassVar[str] = (
-        "Wang, Hugh and Li 2023, More than Enough is Too Much: Adaptive Defenses against Gradient Leakage in Production "
-        "Federated Learning, IEEE INFOCOM (released code, Plato)"
+        "Wang, Hugh and Li 2023, More than Enough is Too Much: Adaptive Defenses against Gradient Leakage in "
+        "Production Federated Learning, IEEE INFOCOM (released code, Plato)"
     )
     assumes: ClassVar[str] = "Wide weights, as of LeNet's uniform(0.5); torch's default weights have a small variance."
     cost: ClassVar[str] = "Pruning and noise slow training; the paper lets both decay."

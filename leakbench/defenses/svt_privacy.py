@@ -25,8 +25,8 @@ MAX_PASSES = 1000
 class SVTPrivacy(Defense):
     """The sparse vector technique: noise decides which entries of the update are sent, clipped and with noise.
 
-    u = update / steps, of n entries, c = ceil(fraction * n). An entry is accepted once |clip(u_i)| + Laplace(4 gamma c /
-    e2) is at least tau + Laplace(2 gamma / epsilon), with e2 = epsilon (2 c)^(2/3); the others are asked again until c
+    u = update / steps, of n entries, c = ceil(fraction * n). An entry is accepted once |clip(u_i)| + Laplace(4 gamma
+    c / e2) is at least tau + Laplace(2 gamma / epsilon), with e2 = epsilon (2 c)^(2/3); the others are asked again until c
     are accepted. Of all accepted ones, c are drawn; clip(u_i + Laplace(2 gamma / noise_var)) is sent of these, zero of
     the others, times steps. Laplace(b) has the scale b, and clip limits to +-gamma.
 
@@ -53,8 +53,8 @@ class SVTPrivacy(Defense):
     assumes: ClassVar[str] = "The budgets are small, and the fraction is."
     cost: ClassVar[str] = "Accuracy: with the default budgets what is sent is nearly independent of the update."
     fails: ClassVar[str] = (
-        "With unselected=raw, a large share of the entries is sent exactly. The budgets are for each entry that is sent; "
-        "those of a whole update add up."
+        "With unselected=raw, a large share of the entries is sent exactly. The budgets are for each entry that is "
+        "sent; those of a whole update add up."
     )
     fraction: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.1
     epsilon: Positive = 0.1

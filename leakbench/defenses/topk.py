@@ -47,7 +47,7 @@ class TopK(Defense):
         return {name: self._sent(value[None])[0] for name, value in step.gradient().items()}
 
     def attackers(self) -> Mapping[str, AdaptiveAttacker]:
-        """Return the attacker who leaves out the zeros or, in later rounds, repeats the rounds on the dummy gradient."""
+        """Return the attacker who leaves out the zeros or, after the first round, repeats the rounds on the dummy."""
         if self.rounds == 1:
             words = "matches only the entries that were not sent as zero"
             return {"default": AdaptiveAttacker(words, undo=without_zeros)}
