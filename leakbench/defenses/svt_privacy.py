@@ -25,10 +25,10 @@ MAX_PASSES = 1000
 class SVTPrivacy(Defense):
     """The sparse vector technique: noise decides which entries of the update are sent, clipped and with noise.
 
-    u = update / steps, of n entries, c = ceil(fraction * n). An entry is accepted once |clip(u_i)| + Laplace(4 gamma
-    c / e2) is at least tau + Laplace(2 gamma / epsilon), with e2 = epsilon (2 c)^(2/3); the others are asked again until
-    c are accepted. Of all accepted ones, c are drawn; clip(u_i + Laplace(2 gamma / noise_var)) is sent of these, zero of
-    the others, times steps. Laplace(b) has the scale b, and clip limits to +-gamma.
+    u = update / steps, of n entries, c = ceil(fraction * n). An entry is accepted once |clip(u_i)| + Laplace(4
+    gamma c / e2) is at least tau + Laplace(2 gamma / epsilon), with e2 = epsilon (2 c)^(2/3); the others are asked
+    again until c are accepted. Of all accepted ones, c are drawn; clip(u_i + Laplace(2 gamma / noise_var)) is sent
+    of these, zero of the others, times steps. Laplace(b) has the scale b, and clip limits to +-gamma.
 
     ``gamma`` and ``tau`` count in the units of what is shared: NVFlare filters updates of weights.
 
