@@ -297,7 +297,7 @@ def test_a_threat_model_of_ones_own_is_on_the_page(cli, nets: Path) -> None:  # 
         ("build", (*FILES, "--checkpoint", "a.pt"), ["--checkpoint is an option of leakbench audit model"]),
         ("build", (*FILES, "--threshold", "0.5"), ["--threshold is for the comparison with --truth"]),
         ("build", (), ["neither --data nor --before"]),
-        ("build", ("--before", "a.npz"), ["Missing option '--after'"]),
+        ("build", ("--before", "a.npz", "--size", "12"), ["--after is not given; give both, or --recording"]),
         ("build", ("--before", "a.npz", "--after", "b.npz"), ["Missing option '--size'"]),
         ("build", ("--before", "a.npz", "--after", "b.npz", "--size", "12"), ["a.npz", "does not exist"]),
     ],
@@ -597,7 +597,7 @@ def test_an_update_with_values_that_are_not_finite_is_attacked_without_them(cli,
     state = torch.load(nets / "after.pt", weights_only=True)
     state["1.weight"][0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
     torch.save(state, nets / "broken.pt")
-    files = ("--before", "before.pt", "--after", "broken.pt", "--size", "12", "--rate", "0.1")
+    files = ("--before", "before.pt", "--after", "broken.pt", "--size", "12", "--rate", "0.1", "--finite")
     done = audit(cli, "build", *files, "--budget", "quick")
     assert done.code == 0
     page = (nets / "out" / "audit.md").read_text()

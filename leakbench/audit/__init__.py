@@ -2,7 +2,17 @@
 
 from leakbench.audit.fail_rule import FailRule
 from leakbench.audit.findings import Audit, DefenseFindings, ImageFinding
-from leakbench.audit.given import AuditedNetwork, factory, images_of, load_network, read_image, read_images, shape_of
+from leakbench.audit.given import (
+    AuditedNetwork,
+    factory,
+    image_names,
+    images_of,
+    load_network,
+    read_image,
+    read_images,
+    shape_of,
+)
+from leakbench.audit.recipe import Recipe, read_recording
 from leakbench.audit.run import AuditOptions, audit_model, audit_update
 
 __all__ = [
@@ -12,12 +22,15 @@ __all__ = [
     "DefenseFindings",
     "FailRule",
     "ImageFinding",
+    "Recipe",
     "audit_model",
     "audit_update",
     "factory",
+    "image_names",
     "images_of",
     "load_network",
     "read_image",
     "read_images",
+    "read_recording",
     "shape_of",
 ]

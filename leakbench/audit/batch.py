@@ -1,8 +1,8 @@
 """The images of a recorded update of several images, from the layer that takes their pixels."""
 
 import copy
-import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +10,14 @@ from torch import Tensor, nn
 from leakbench.attacks.analytic import pixel_layers
 from leakbench.attacks.disaggregation import disaggregate
 from leakbench.audit.given import Update
+from leakbench.audit.layers import InferredLabels
+from leakbench.audit.recipe import Recipe
 from leakbench.audit.update_facts import UpdateFacts
 from leakbench.core.rng import generator, seeded
 from leakbench.engine.worker import png
-from leakbench.errors import BadOption
 from leakbench.gradients.counts import label_counts, label_counts_of_update
 from leakbench.gradients.low_rank import LowRank
 from leakbench.gradients.plain import without_checkpointing
-from leakbench.metrics.aligned import AlignedPSNR, AlignedSSIM
-from leakbench.metrics.members import MemberScores, matched
 from leakbench.models.surgery import linears
 from leakbench.observation import Observation
 
@@ -38,12 +37,14 @@ class BatchFindings:
         images: [N, C, H, W], in no order; values in [0, 1] if they are right.
         found: how many of the N columns of errors were found.
         agreement: the least share of units, over all images, that is on where and only where there is an error.
+        errors: [M, N], of each image at the layer's output, summed over the steps.
     """
 
     layer: str
     images: Tensor
     found: int
     agreement: float
+    errors: Tensor
 
     @property
     def recovered(self) -> bool:
@@ -53,42 +54,6 @@ class BatchFindings:
     def pictures(self) -> tuple[bytes, ...]:
         """Return each image as a PNG."""
         return tuple(png(image) for image in self.images)
-
-    def compared(self, truth: Tensor) -> "ComparedBatch":
-        """Return the images in the order of the private ones, with their scores.
-
-        Args:
-            truth: [B, C, H, W] in [0, 1], all private images of the client.
-
-        Raises:
-            BadOption: there are fewer private images than the update shows.
-        """
-        if len(truth) < len(self.images):
-            raise BadOption(
-                f"--truth has {len(truth)} images, and the update shows at least {len(self.images)}; give a folder of "
-                "all images that the client trained on"
-            )
-        pairs = matched(self.images.to(truth), truth)
-        small = min(truth.shape[-2:]) < AlignedSSIM.smallest
-        ssim = torch.full((len(truth),), math.nan) if small else AlignedSSIM()(pairs, truth)
-        return ComparedBatch(pairs, truth, MemberScores(ssim, True), MemberScores(AlignedPSNR()(pairs, truth), True))
-
-
-@dataclass(frozen=True)
-class ComparedBatch:
-    """The images of a local training beside the private ones.
-
-    Attributes:
-        images: [B, C, H, W], those that are assigned to the private images; grey where there is none.
-        truth: [B, C, H, W], the private images.
-        ssim: ``ssim_aligned`` of each; NaN if images are too small for it.
-        psnr: ``psnr_aligned`` of each.
-    """
-
-    images: Tensor
-    truth: Tensor
-    ssim: MemberScores
-    psnr: MemberScores
 
 
 def batch_findings(observation: Observation, update: Update, shown: UpdateFacts) -> BatchFindings | None:
@@ -119,18 +84,23 @@ def batch_findings(observation: Observation, update: Update, shown: UpdateFacts)
     images = pixels.view(-1, *observation.image_shape).float()
     if not bool(torch.isfinite(images).all()):
         return None
-    return BatchFindings(one.layer, images, found.found, found.agreement(*before))
+    return BatchFindings(one.layer, images, found.found, found.agreement(*before), found.errors)
 
 
 PUBLIC_IMAGES = 32
 """The number of images of noise whose probabilities serve if the images themselves are not known."""
 
-LEAST_COUNT = -0.75
-"""A count below this contradicts the stated learning rate and steps."""
+LEAST_COUNT, LEAST_SHARE = -0.75, -0.05
+"""A count below this, and below this share of all, contradicts the stated learning rate and steps."""
 
 
 def estimated_counts(
-    network: nn.Module, observation: Observation, update: Update, shown: UpdateFacts, batch: BatchFindings | None
+    network: nn.Module,
+    observation: Observation,
+    update: Update,
+    shown: UpdateFacts,
+    batch: BatchFindings | None,
+    recipe: Recipe,
 ) -> tuple[int, ...]:
     """Return how often each class occurs among the images of an update, by an estimate; empty if there is none.
 
@@ -142,14 +112,25 @@ def estimated_counts(
         update: the update as it was recorded.
         shown: what it shows by itself.
         batch: the images, if they follow from it.
+        recipe: what is stated of the training.
     """
     one, last = shown.shown, next(reversed(list(linears(network))), "")
     bias = observation.gradient.get(f"{last}.bias")
-    if one is None or shown.one_image is not False or shown.images is None or not one.conclusive:
+    count = recipe.images or (shown.images if one is not None and one.conclusive else None)
+    if count is None or count < 2 or shown.rule == "sign" or recipe.optimizer not in (None, "sgd"):
         return ()
-    if bias is None or not shown.zero_sum or bias.shape[1] != observation.num_classes:
+    if bias is None or shown.zero_sum is False or bias.shape[1] != observation.num_classes:
+        return ()
+    if shown.zero_sum is None and not recipe.images:
         return ()
     known = batch is not None and batch.recovered
+    if batch is not None and known:
+        try:
+            labels = labels_of_errors(network, batch)
+        except Exception:  # whatever the user's network raises on a batch
+            labels = None
+        if labels is not None:
+            return tuple(torch.bincount(labels, minlength=observation.num_classes).tolist())
     with seeded("audit", "labels"):
         coarse = torch.rand(PUBLIC_IMAGES, observation.image_shape[0], 3, 3)
         noise = nn.functional.interpolate(coarse, observation.image_shape[1:])
@@ -158,11 +139,57 @@ def estimated_counts(
             public = _probabilities(network, images.to(observation.dtype), update)
         except Exception:  # whatever the user's network raises on a batch
             return ()
-    change, count, unit = bias[0].double(), shown.images, observation.threat.unit
-    if unit is not None and float((count * (public - change / unit)).min()) >= LEAST_COUNT:
+    optimiser, steps = recipe.optimiser(), recipe.steps or shown.steps
+    change, unit = bias[0].double(), 1.0 if update.kind == "gradient" else None
+    if optimiser is not None and steps is not None:
+        unit = optimiser.unit(steps)
+    if unit is not None and float((count * (public - change / unit)).min()) >= min(LEAST_COUNT, LEAST_SHARE * count):
         return tuple(label_counts(change / unit, public, count).tolist())
     found = label_counts_of_update(change, public, count) if unit is None else None
     return () if found is None else tuple(found.tolist())
+
+
+def labels_of_errors(network: nn.Module, batch: BatchFindings) -> Tensor | None:
+    """Return the label [N] of each image: the derivative of its loss by the layer's output is most like its error.
+
+    The error of an image is the sum, over the steps, of the derivatives of the loss by the layer's output; that of the
+    weights before the training has nearly its direction.
+
+    Args:
+        network: the network, with the weights before.
+        batch: the images.
+
+    Returns:
+        None if the layer does not run on one vector for each image.
+    """
+    probe, taken = copy.deepcopy(network), list[Tensor]()
+    probe.get_submodule(batch.layer).register_forward_hook(lambda _, inputs, output: taken.append(output))
+    with without_checkpointing():
+        logits = probe(batch.images.to(next(probe.parameters())))
+    if len(taken) != 1 or taken[0].shape != batch.errors.T.shape:
+        return None
+    rows = []
+    for column in logits.unbind(1):
+        (row,) = torch.autograd.grad(column.sum(), taken[0], retain_graph=True)
+        rows.append(row.double())
+    by_logit = torch.stack(rows)  # [K, N, M]
+    mean = torch.einsum("nk,knm->nm", torch.softmax(logits.detach().double(), 1), by_logit)
+    likeness = torch.cosine_similarity(mean - by_logit, batch.errors.T.double(), dim=2)
+    return likeness.argmax(0)
+
+
+def counted(labels: InferredLabels, counts: Sequence[int], true: Sequence[int] | None, classes: int) -> InferredLabels:
+    """Return inferred labels with the counts, compared with the true labels if these are known."""
+    if true is None:
+        return replace(labels, counts=tuple(counts))
+    if not counts:
+        right = None
+        if len(true) == 1 and labels.inferred is not None:
+            right = int(labels.inferred[0] == true[0])
+        return replace(labels, correct=right, among=len(true))
+    found = torch.bincount(torch.tensor(true), minlength=classes)
+    overlap = torch.minimum(found, torch.tensor(counts)).sum()
+    return replace(labels, counts=tuple(counts), counted=int(overlap), among=len(true))
 
 
 def _probabilities(network: nn.Module, images: Tensor, update: Update) -> Tensor:

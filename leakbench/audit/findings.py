@@ -9,6 +9,7 @@ from leakbench.attacks.peeling.exposure import Exposure
 from leakbench.audit.batch import BatchFindings
 from leakbench.audit.fail_rule import LABELS, SHARE_RECOVERED, FailRule
 from leakbench.audit.layers import ClosedFormLeaks
+from leakbench.audit.recipe import Recipe
 from leakbench.audit.update_facts import UpdateFacts
 from leakbench.core.types import ThreatModel
 from leakbench.errors import LeakbenchError
@@ -53,6 +54,7 @@ class DefenseFindings:
         inconclusive: why it shows nothing that no image was recovered, in one sentence; empty if it does, or if images
             were recovered.
         batch: the images of a recorded update of several images; None if no layer leaks them.
+        compared: whether the share is of all private images of an update, which were given.
     """
 
     result: EnsembleResult
@@ -64,6 +66,7 @@ class DefenseFindings:
     warnings: tuple[str, ...] = ()
     inconclusive: str = ""
     batch: BatchFindings | None = None
+    compared: bool = False
 
     def value(self, rule: FailRule) -> float | None:
         """Return the value that a rule judges; None if it was not measured."""
@@ -74,6 +77,12 @@ class DefenseFindings:
         if rule.name == LABELS:
             return self.leaks.labels.accuracy
         return self.scores.get(rule.name)
+
+    def judged(self, rule: FailRule) -> bool:
+        """Return whether a rule's value is a share of all private images of an update, or of all their labels."""
+        if rule.name == LABELS:
+            return self.leaks.labels.counted is not None
+        return self.compared and rule.name == SHARE_RECOVERED
 
 
 @dataclass(frozen=True)
@@ -116,7 +125,8 @@ class Audit:
         update: the recorded update's threat model; None for an audit on images.
         rule: the condition under which the audit fails; None without one.
         recorded: what the recorded update shows by itself; None for an audit on images.
-        contradictions: in sentences, what in it contradicts the assumptions of the attackers.
+        contradictions: in sentences, what in it contradicts the assumptions of the attackers, or what is stated.
+        recipe: what is stated of the client's training; None for an audit on images.
     """
 
     title: str
@@ -135,6 +145,7 @@ class Audit:
     rule: FailRule | None = None
     recorded: UpdateFacts | None = None
     contradictions: tuple[str, ...] = ()
+    recipe: Recipe | None = None
 
     def values(self) -> dict[str, float | None]:
         """Return by defense the value that the rule judges; None if it was not measured."""
@@ -164,6 +175,8 @@ class Audit:
                 f"{self.rule.name} was not measured ({names}); give --truth (or --label for labels), larger images if "
                 "the metric needs them, or fetch the files that the metric needs"
             )
+        if all(one.judged(self.rule) for one in self.defenses):
+            return ""
         return next((words for words in (*self.contradictions, *(w for d in self.defenses for w in d.warnings))), "")
 
     @property

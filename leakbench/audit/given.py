@@ -499,12 +499,15 @@ class Update:
         return float(torch.finfo(getattr(torch, self.precision)).eps)
 
 
-def read_update(network: AuditedNetwork, before: str, after: str, kind: RecordedKind = "weights") -> Update:
+def read_update(
+    network: AuditedNetwork, before: str, after: str, kind: RecordedKind = "weights", *, finite: bool = False
+) -> Update:
     """Return a recorded update, with the names that the parameters have after the network's input normalisation.
 
     Each file is a ``.safetensors`` file, an ``.npz`` of NumPy arrays or a file of ``torch.save`` (``state_dict_of``);
     by name, or numbered from 0 in the order of the network's state dict, as Flower sends arrays, or of its parameters.
-    The file before must have every tensor of the network. The parameters that the file after lacks were not sent.
+    The file before must have every tensor of the network. The parameters that the file after lacks were not sent. With
+    ``finite``, its other values may be NaN or infinite.
 
     Raises:
         MissingAsset: a file does not exist.
@@ -529,6 +532,12 @@ def read_update(network: AuditedNetwork, before: str, after: str, kind: Recorded
         if wrong := next((name for name in sent if not tensors[name].is_floating_point()), None):
             kept = tensors[wrong].dtype
             raise BadOption(f"{option} {path!r}: {wrong!r} holds {kept}, no real numbers; record it again")
+    unknown = {name: int((~torch.isfinite(second[name])).sum()) for name in sent}
+    if (wrong := next((name for name, count in unknown.items() if count), None)) and not finite:
+        raise BadOption(
+            f"--after {after!r}: {sum(unknown.values()):,} values are not finite (NaN or infinite), the first in "
+            f"{wrong!r}; record it again, or give --finite to attack the other values"
+        )
     _check_kind(network.module, kind, {name: (first[name], second[name]) for name in sent}, f"--after {after!r}")
     change, rounding = {}, {}
     precision = max((_precision([tensors[name] for name in sent]) for tensors in (first, second)), key=_eps)
@@ -537,8 +546,8 @@ def read_update(network: AuditedNetwork, before: str, after: str, kind: Recorded
         old, new = first[name].double(), second[name].double()
         change[name] = {"weights": old - new, "delta": -new, "gradient": new}[kind]
         size = float(change[name].nan_to_num(0.0, 0.0, 0.0).norm())
-        finite = torch.isfinite(new)
-        held = float(old[finite].norm()) if kind == "weights" else size
+        whole = torch.isfinite(new)
+        held = float(old[whole].norm()) if kind == "weights" else size
         rounding[name] = eps * held / size if size else math.inf
     if not any(bool(value.nan_to_num(0.0, 0.0, 0.0).any()) for value in change.values()):
         problem = f"--before {before!r} and --after {after!r} hold the same trained parameters"
@@ -632,13 +641,24 @@ def read_image(path: str, image_shape: tuple[int, int, int]) -> Tensor:
     return read_image_file(file, image_shape, words=f"--truth {path!r}")
 
 
-def read_images(path: str, image_shape: tuple[int, int, int]) -> Tensor:
-    """Return [N, C, H, W] in [0, 1]: the image files of a folder, in the order of their names (``read_image``).
+def image_names(path: str) -> tuple[str, ...]:
+    """Return the image files of a folder and its subfolders, as paths within it, in their order.
 
     Raises:
         MissingAsset: the folder has no image file.
     """
-    files = sorted(one for one in Path(path).expanduser().iterdir() if one.suffix.lower() in SUFFIXES)
-    if not files:
+    folder = Path(path).expanduser()
+    names = sorted(one.relative_to(folder).as_posix() for one in folder.rglob("*") if one.suffix.lower() in SUFFIXES)
+    if not names:
         raise MissingAsset(f"--truth {path!r} is a folder without image files ({', '.join(SUFFIXES)}); put them there")
-    return torch.stack([read_image(str(one), image_shape) for one in files])
+    return tuple(names)
+
+
+def read_images(path: str, image_shape: tuple[int, int, int]) -> Tensor:
+    """Return [N, C, H, W] in [0, 1]: the image files of a folder, in the order of ``image_names`` (``read_image``).
+
+    Raises:
+        MissingAsset: the folder has no image file.
+    """
+    folder = Path(path).expanduser()
+    return torch.stack([read_image(str(folder / name), image_shape) for name in image_names(path)])

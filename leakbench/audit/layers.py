@@ -83,15 +83,21 @@ class InferredLabels:
         inferred: one for each image; None if no rule applies.
         correct: how many are correct; None without the true labels.
         counts: of an update of several images, how often each class occurs, by an estimate; empty if there is none.
+        counted: how many of these labels are right, whatever their order; None without the true labels.
+        among: how many labels the images have; 0 if that is not known.
     """
 
     inferred: tuple[int, ...] | None
     correct: int | None
     counts: tuple[int, ...] = ()
+    counted: int | None = None
+    among: int = 0
 
     @property
     def accuracy(self) -> float | None:
         """The share that is correct, 0 to 1; None if that is not known."""
+        if self.counted is not None:
+            return self.counted / max(1, self.among)
         return None if self.inferred is None or self.correct is None else self.correct / max(1, len(self.inferred))
 
 

@@ -20,7 +20,7 @@ from leakbench.attacks import Attack
 from leakbench.attacks.known_draws import read_draws
 from leakbench.attacks.peeling.exposure import Exposure
 from leakbench.attacks.peeling.lattice import CONVOLUTIONS
-from leakbench.audit.batch import DISAGGREGATE, ComparedBatch, batch_findings, estimated_counts
+from leakbench.audit.batch import DISAGGREGATE, batch_findings, counted, estimated_counts
 from leakbench.audit.exposure import has_relus, predicted, rule_in_words
 from leakbench.audit.fail_rule import FailRule
 from leakbench.audit.findings import Audit, DefenseFindings, ImageFinding, NetworkFacts
@@ -36,8 +36,10 @@ from leakbench.audit.given import (
     read_update,
 )
 from leakbench.audit.layers import RESIDUAL_TOLERANCE, ClosedFormLeaks, InferredLabels, closed_forms, shares
+from leakbench.audit.members import ComparedImages, Returned, check_truth, compared, pixels_of, read_labels_file
 from leakbench.audit.pace import expected_time
 from leakbench.audit.randomness import Randomness, randomness
+from leakbench.audit.recipe import Recipe, check_recording
 from leakbench.audit.update_facts import UpdateFacts, update_facts, without_decay
 from leakbench.core.device import device_named
 from leakbench.core.text import english, part, plural
@@ -199,12 +201,15 @@ def audit_update(
     out: Path,
     options: AuditOptions | None = None,
     *,
-    rate: float | None = None,
-    local_steps: int = 1,
+    recipe: Recipe | None = None,
+    recording: str = "",
     truth: Tensor | None = None,
     truths: Tensor | None = None,
     label: int | None = None,
+    labels: str | None = None,
+    names: Sequence[str] | None = None,
     kind: RecordedKind = "weights",
+    finite: bool = False,
     progress: NullProgress | None = None,
 ) -> Audit:
     """Attack one recorded update of a network, and return what leaks.
@@ -215,52 +220,75 @@ def audit_update(
         image_shape: (C, H, W) of the image that the client trained on.
         out: the folder of the run file; an existing run is resumed.
         options: see ``AuditOptions``.
-        rate: the learning rate; None if it is not known, which needs other attacks.
-        local_steps: how many steps the client took.
+        recipe: what is stated of the client's training, by options or by the recording.
+        recording: the folder of a recording, which states part of the recipe; empty without one.
         truth: [C, H, W] in [0, 1], the private image. Reconstructions are compared with it; no attacker sees it.
         truths: [B, C, H, W] in [0, 1], all private images, if there are several; likewise.
         label: the true label, likewise.
+        labels: the file of the labels of all private images (``read_labels_file``), likewise.
+        names: of the files of ``truths``.
         kind: what the file ``after`` holds.
+        finite: attack the other values of an update with values that are not finite.
         progress: see ``engine.run``.
 
     Raises:
         Unsupported: no attacker could attack the update; that does not make it safe.
         LeakbenchError: one line on the first thing that cannot be used.
     """
-    options = options or AuditOptions()
-    if rate is not None and not 0 < rate < math.inf:
-        raise BadOption(f"--rate {rate:g} must be a finite learning rate above 0")
+    options, recipe = options or AuditOptions(), recipe or Recipe()
     if options.threshold is not None and truth is None and truths is None:
         raise BadOption("--threshold is for the comparison with --truth; give that too")
-    if kind == "gradient" and (rate is not None or local_steps > 1):
-        raise BadOption("--gradient is the gradient of one step, which has no rate; leave --rate and --local-steps out")
+    if kind == "gradient" and not recipe.one_step:
+        raise BadOption(
+            "--gradient is the gradient of one step, which has no rate, momentum or weight decay; leave --rate, "
+            "--local-steps, --local-epochs, --local-batch, --optimizer, --momentum and --weight-decay out"
+        )
+    known = len(truths) if truths is not None else 1 if truth is not None else None
+    if recipe.images is not None and known is not None and known != recipe.images:
+        raise BadOption(
+            f"--truth has {plural(known, 'image')}, and --images or the recording states {recipe.images}; give a "
+            "folder of all images that the client trained on"
+        )
     network = network.at(image_shape)
-    update = read_update(network, before, after, kind)
+    update = read_update(network, before, after, kind, finite=finite)
     initial = network.model(image_shape[0])
     classes = classes_of(initial, image_shape)
+    true = None if labels is None else read_labels_file(labels, classes, names)
+    if true is not None and recipe.images is not None and len(true) != recipe.images:
+        raise BadOption(
+            f"--labels {labels!r} has {len(true)} labels, and {recipe.images} images are stated; give as many"
+        )
     module = initial.build(image_shape, classes).to(working(network.module))
     module.load_state_dict({**module.state_dict(), **update.before})
     own = OwnModule(network.label, module)
-    threat = PRESETS["paper"]
+    threat, factor = PRESETS["paper"], 1.0
     if kind != "gradient":
-        granted: Literal["hidden", "known"] = "hidden" if rate is None else "known"
-        threat = ThreatModel(shares="weights", learning_rate=rate, local_steps=local_steps, rate=granted)
+        threat, factor = recipe.threat()
     shown = update_facts(module, update, _observation(module, update, image_shape, classes, threat))
-    contradictions = shown.contradictions(1 if kind == "gradient" else local_steps)
+    if recording:
+        check_recording(recipe, shown, recording)
+    contradictions = (
+        *recipe.contradictions(shown),
+        *shown.contradictions(1 if kind == "gradient" else threat.local_steps),
+    )
     plain = update
     update = without_decay(plain, shown)
-    observation = _observation(module, update, image_shape, classes, threat)
+    observation = _observation(module, update, image_shape, classes, threat, factor)
     batch = batch_findings(observation, plain, shown)
     everything = batch is not None and batch.recovered
-    beside = batch.compared(truths) if batch is not None and truths is not None else None
+    if truths is not None and batch is not None:
+        check_truth(batch.images, truths)
+    if progress is not None:
+        for words in contradictions:
+            progress.note(words)
     drawn = randomness(module, image_shape)
     expected = predicted(module, image_shape)
     rule = rule_in_words(expected, image_shape)
     if progress is not None:
         progress.note(f"{EXPECTED}: {rule}")
     leaks = _redrawn(_leaks_of_update(observation, label, shown), drawn)
-    counts = estimated_counts(module, observation, plain, shown, batch)
-    leaks = replace(leaks, labels=replace(leaks.labels, counts=counts))
+    counts = estimated_counts(module, observation, plain, shown, batch, recipe)
+    leaks = replace(leaks, labels=counted(leaks.labels, counts, true, classes))
     doubt = drawn.doubt() if drawn.layers and not read_draws(observation).complete else ""
     dataset = Recorded(_digest(observation, truth, label), image_shape, classes)
     given: dict[str, Any] = {"models": [own], "datasets": [dataset], "threats": [threat], "images": 1}
@@ -287,34 +315,36 @@ def audit_update(
         if not measured:
             trials[JUDGED] = np.where(trials["floor"], math.nan, float(proven))
         found = _findings(store, trials, defenses.spec(*matrix.defenses), leaks, matrix, [0])
+        returned = [] if truths is None else list(_returned(store, trials, image_shape[0]))
     result = replace(found.result, defense=UPDATE, low=math.nan, high=math.nan)
     result = result if measured or proven else replace(result, share=math.nan)
     floor = floor_share(trials, _threshold(matrix)) if measured else math.nan
-    flaw = "Inconclusive: an update has no positive control." if result.share == 0 else ""
-    unused = ["The private images were not compared: no layer leaks all images of this update."]
-    missed = unused if truths is not None and batch is None else []
-    one = shown.shown
-    if one is not None and one.pixels and one.rank > 1 and not everything:
-        missed = [
-            f"The {one.rank} images were not all separated from each other in the change of layer {one.layer}, which "
-            "takes the pixels. That does not make them safe.",
-            *missed,
-        ]
-    warnings = (*([doubt] if doubt else []), *_doubts(shown, update), *missed, *found.warnings)
-    found = replace(found, result=result, floor=floor, inconclusive=flaw, warnings=warnings, batch=batch)
-    if beside is not None:
-        found = _compared(found, beside, _threshold(matrix))
+    found = replace(found, result=result, floor=floor, batch=batch)
+    if truths is not None:
+        images = torch.zeros(0, *image_shape) if batch is None else batch.images
+        beside = compared([Returned(DISAGGREGATE, images), *returned], truths, _threshold(matrix))
+        found = _compared(found, beside)
     elif batch is not None and batch.recovered:
         nan = math.nan
         each = enumerate(batch.pictures())
         pictures = tuple(ImageFinding(place, None, one, DISAGGREGATE, nan, nan, True) for place, one in each)
         found = replace(found, pictures=pictures)
+    flaw = "Inconclusive: an update has no positive control." if found.result.share == 0 else ""
+    one, missed = shown.shown, []
+    if one is not None and one.pixels and one.rank > 1 and not everything:
+        missed = [
+            f"The {one.rank} images were not all separated from each other in the change of layer {one.layer}, which "
+            "takes the pixels. That does not make them safe."
+        ]
+    warnings = (*([doubt] if doubt else []), *_doubts(shown, update), *missed, *found.warnings)
+    found = replace(found, inconclusive=flaw, warnings=warnings)
     words = f"{before} to {after}" if kind == "weights" else f"{after}, a {kind}, of the weights {before}"
     if len(update.change) < update.trained:
         words += f"; {len(update.change)} of the {update.trained} trained parameters (tensors) were sent"
-    facts = (*network.facts(), *drawn.facts(known=not doubt), ("update", words), (EXPECTED, rule))
+    stated = [("stated", recipe.words() + (f" ({recording})" if recording else ""))] if recipe.stated else []
+    facts = (*network.facts(), *drawn.facts(known=not doubt), ("update", words), *stated, (EXPECTED, rule))
     found_by = _audit(own, dataset, facts, matrix, [found], options, 1, expected, threat)
-    return replace(found_by, recorded=shown, contradictions=contradictions)
+    return replace(found_by, recorded=shown, contradictions=contradictions, recipe=recipe)
 
 
 def _announce(matrix: Matrix, seen: Observation, progress: NullProgress) -> None:
@@ -324,19 +354,40 @@ def _announce(matrix: Matrix, seen: Observation, progress: NullProgress) -> None
         progress.note(words)
 
 
-def _compared(found: DefenseFindings, compared: ComparedBatch, threshold: float) -> DefenseFindings:
-    """Return findings with the images of a local training beside the private ones, and the share that is recovered."""
-    pictures = [
-        ImageFinding(place, png(truth), png(image), DISAGGREGATE, float(ssim), float(psnr), bool(ssim >= threshold))
-        for place, (image, truth, ssim, psnr) in enumerate(
-            zip(compared.images, compared.truth, compared.ssim.values, compared.psnr.values)
+def _returned(store: Store, trials: pd.DataFrame, channels: int) -> Iterable[Returned]:
+    """Yield the image that each attack and floor of an update returned."""
+    ended = trials[trials["status"] == "ok"]
+    pictures = store.images(ended["trial"])
+    for trial, attack, floor in ended[["trial", "attack", "floor"]].itertuples(index=False, name=None):
+        picture = pictures[trial].reconstruction
+        pixels = None if picture is None else pixels_of(picture, channels)
+        if pixels is not None:
+            yield Returned(attack, pixels, bool(floor))
+
+
+def _compared(found: DefenseFindings, beside: ComparedImages) -> DefenseFindings:
+    """Return findings with what was returned beside all private images, and the share that is recovered."""
+    pictures = tuple(
+        ImageFinding(
+            place,
+            png(one.truth),
+            None if one.guess is None else png(one.guess),
+            one.attacker,
+            one.ssim,
+            one.psnr,
+            one.recovered,
         )
-    ]
-    share = math.nan if bool(compared.ssim.values.isnan().any()) else compared.ssim.share(threshold)
-    scores = {"ssim_aligned": compared.ssim.best, "psnr_aligned": compared.psnr.best}
+        for place, one in enumerate(beside.members)
+    )
+    scores = {name: values.best for name, values in beside.scores.items()}
     count = len(pictures)
-    result = replace(found.result, images=count, groups=count, targets=count, share=share)
-    return replace(found, result=result, pictures=tuple(pictures), scores=scores)
+    attackers = tuple(
+        replace(one, recovered=beside.recovered.get(one.attacker, one.recovered)) for one in found.result.attackers
+    )
+    result = replace(
+        found.result, images=count, groups=count, targets=count, share=beside.share, by_floor=0, attackers=attackers
+    )
+    return replace(found, result=result, pictures=pictures, scores=scores, floor=beside.floor, compared=True)
 
 
 def _doubted(found: DefenseFindings, doubt: str, flaw: str) -> DefenseFindings:
@@ -495,15 +546,23 @@ def _redrawn(leaks: ClosedFormLeaks, drawn: Randomness) -> ClosedFormLeaks:
 
 
 def _observation(
-    network: nn.Module, update: Update, image_shape: tuple[int, int, int], classes: int, threat: ThreatModel
+    network: nn.Module,
+    update: Update,
+    image_shape: tuple[int, int, int],
+    classes: int,
+    threat: ThreatModel,
+    factor: float = 1.0,
 ) -> Observation:
-    """Return what the server saw of an update: the weights before, and the change of every trained parameter."""
+    """Return what the server saw of an update: the weights before, and the change of every trained parameter.
+
+    With momentum, the change is ``factor`` times that of as many steps of plain SGD on a constant gradient.
+    """
     buffers = {name: buffer.detach().clone() for name, buffer in network.named_buffers()}
     parameters = {name: value.detach()[None] for name, value in network.named_parameters()}
     return Observation(
         model=architecture(network),
         weights={**parameters, **buffers},
-        gradient={name: value[None] for name, value in update.change.items()},
+        gradient={name: value[None] / factor for name, value in update.change.items()},
         secrets=(),
         labels=None,
         image_shape=image_shape,

@@ -14,7 +14,7 @@ from leakbench.cli.options import DEVICE, SALT, command, console, option, stoppa
 from leakbench.errors import BadOption
 
 if TYPE_CHECKING:
-    from leakbench.audit import Audit, AuditedNetwork, AuditOptions
+    from leakbench.audit import Audit, AuditedNetwork, AuditOptions, Recipe
     from leakbench.engine.progress import NullProgress
 
 
@@ -24,7 +24,7 @@ class _Commands(TyperGroup):
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         """Put the command before options that name none, and say of which command a misplaced option is."""
         given = {arg.partition("=")[0] for arg in args if arg.startswith("--")}
-        updates = bool({"--before", "--after"} & given)
+        updates = bool({"--before", "--after", "--recording"} & given)
         if args and args[0].startswith("-") and "--help" not in given:
             if not updates and "--data" not in given:
                 raise BadOption("neither --data nor --before and --after is given; give images, or a recorded update")
@@ -165,21 +165,60 @@ class _OnImages(_Shared):
 class _OnUpdate(_Shared):
     """The options of ``audit update``."""
 
-    before: str = option("The weights that the client was given.", default=MISSING, metavar="FILE")
-    after: str = option(
-        "The weights that it sent: .safetensors, a state dict, or .npz.", default=MISSING, metavar="FILE"
+    before: str | None = option("The weights that the client was given.", metavar="FILE")
+    after: str | None = option("The weights that it sent: .safetensors, a state dict, or .npz.", metavar="FILE")
+    recording: str | None = option(
+        "The folder of one client that leakbench.flower.record wrote, in place of --before and --after. Its facts.json "
+        "states what the app states of the training.",
+        metavar="DIR",
     )
     size: str = option(SIZE, default=MISSING, metavar="SIDE|HEIGHTxWIDTH")
     channels: int | None = option(CHANNELS, min=1)
     delta: bool = option("--after holds the weights after the training less those before.", "--delta", default=False)
     gradient: bool = option("--after holds the gradient of the loss of one step.", "--gradient", default=False)
-    rate: float | None = option("The client's learning rate, if it is known.")
-    local_steps: int = option("How many steps of SGD the client took.", default=1, min=1)
+    finite: bool = option(
+        "Attack the finite values of an update that has others, too (NaN or infinite).", "--finite", default=False
+    )
+    images: str = option("How many images the client trained on; auto: as many as the update shows.", default="auto")
+    local_batch: int | None = option("The images in each of its batches, if that is known.", min=1)
+    local_epochs: int | None = option("How often it went through its images, if that is known.", min=1)
+    local_steps: int | None = option("How many batches it trained on, if that is known (default: 1).", min=1)
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop", "adagrad", "signsgd", "other"] | None = option(
+        "Its optimiser, if that is known."
+    )
+    rate: float | None = option("Its learning rate, if that is known.")
+    momentum: float | None = option("Its momentum, if that is known.")
+    weight_decay: float | None = option("Its weight decay, if that is known.")
     truth: str | None = option(
         "The private image, or a folder of all of them: they are only compared with the reconstructions.",
         metavar="IMAGE|FOLDER",
     )
     label: int | None = option("The label of the image: it is only compared with the inferred one.", min=0)
+    labels: str | None = option(
+        "A text file with the labels of all images, one a line in the order of the images' names, or NAME,LABEL: they "
+        "are only compared with the inferred counts.",
+        metavar="FILE",
+    )
+
+    def recipe(self) -> Recipe:
+        """Return what the options state of the client's training."""
+        from leakbench.audit import Recipe
+
+        images = None
+        if self.images != "auto":
+            if not self.images.isdecimal():
+                raise BadOption(f"--images {self.images!r} is no whole number; give how many images, or auto")
+            images = int(self.images)
+        return Recipe(
+            images=images,
+            local_batch=self.local_batch,
+            local_epochs=self.local_epochs,
+            local_steps=self.local_steps,
+            optimizer=self.optimizer,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            rate=self.rate,
+        )
 
 
 @command(app, "model", _OnImages)
@@ -224,19 +263,31 @@ def update(given: _OnUpdate) -> None:
         several = given.truth is not None and Path(given.truth).expanduser().is_dir()
         if given.delta and given.gradient:
             raise BadOption("--delta and --gradient are both given; leave one of them out")
+        if given.label is not None and given.labels is not None:
+            raise BadOption("--label and --labels are both given; leave one of them out")
+        recipe, before, after = given.recipe(), given.before, given.after
+        if given.recording is not None:
+            recorded = audit.read_recording(given.recording)
+            recipe = recipe.joined(recorded.recipe, f"--recording {given.recording!r}")
+            before, after = before or recorded.before, after or recorded.after
+        if before is None or after is None:
+            raise BadOption(f"{'--before' if before is None else '--after'} is not given; give both, or --recording")
         return audit.audit_update(
             network,
-            given.before,
-            given.after,
+            before,
+            after,
             shape,
             given.out,
             options,
-            rate=given.rate,
-            local_steps=given.local_steps,
+            recipe=recipe,
+            recording=given.recording or "",
             truth=None if given.truth is None or several else audit.read_image(given.truth, shape),
             truths=audit.read_images(given.truth, shape) if given.truth is not None and several else None,
             label=given.label,
+            labels=given.labels,
+            names=audit.image_names(given.truth) if given.truth is not None and several else None,
             kind="delta" if given.delta else "gradient" if given.gradient else "weights",
+            finite=given.finite,
             progress=progress,
         )
 

@@ -1,0 +1,347 @@
+"""What is stated of a client's local training, by options or by a recording, and what of it an update contradicts."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from leakbench.audit.update_facts import SIGN_RULES, UpdateFacts
+from leakbench.core.text import english, plural
+from leakbench.core.types import ThreatModel
+from leakbench.errors import BadOption, CorruptAsset, MissingAsset
+from leakbench.optim.client import ClientOptimiser, ClientState
+
+Optimiser = Literal["sgd", "adam", "adamw", "rmsprop", "adagrad", "signsgd", "other"]
+OPTIMISERS: tuple[Optimiser, ...] = ("sgd", "adam", "adamw", "rmsprop", "adagrad", "signsgd", "other")
+
+FACTS = "facts.json"
+
+DECAY_TOLERANCE = 1.5
+"""A stated weight decay is contradicted if the measured one differs by more than this factor."""
+
+_NAMES = {
+    "images": "examples",
+    "local_batch": "batch",
+    "local_epochs": "epochs",
+    "local_steps": "steps",
+    "optimizer": "optimizer",
+    "momentum": "momentum",
+    "weight_decay": "weight_decay",
+    "rate": "lr",
+}
+"""The fields of a recipe, and what ``facts.json`` calls them."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A client's local training as far as it is stated; None for what is not.
+
+    Attributes:
+        images: how many different images it trained on.
+        local_batch: the images of a batch.
+        local_epochs: how often it went through its images.
+        local_steps: how many batches it trained on.
+        optimizer: the name of its optimiser, one of ``OPTIMISERS``.
+        momentum: of SGD, in [0, 1).
+        weight_decay: of the optimiser.
+        rate: the learning rate.
+
+    Raises:
+        BadOption: a value is out of range, or two contradict each other.
+    """
+
+    images: int | None = None
+    local_batch: int | None = None
+    local_epochs: int | None = None
+    local_steps: int | None = None
+    optimizer: Optimiser | None = None
+    momentum: float | None = None
+    weight_decay: float | None = None
+    rate: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("images", "local_batch", "local_epochs", "local_steps"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+                raise BadOption(f"{option(name)} {value!r} must be a whole number from 1 on")
+        if self.rate is not None and not 0 < self.rate < math.inf:
+            raise BadOption(f"--rate {self.rate:g} must be a finite learning rate above 0")
+        if self.optimizer is not None and self.optimizer not in OPTIMISERS:
+            raise BadOption(f"--optimizer {self.optimizer!r} is none of {', '.join(OPTIMISERS)}; write 'other'")
+        if self.momentum is not None and not 0 <= self.momentum < 1:
+            raise BadOption(f"--momentum {self.momentum:g} must be from 0 to below 1")
+        if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
+            raise BadOption(f"--weight-decay {self.weight_decay:g} must be a finite number from 0 on")
+        if self.momentum and self.optimizer in ("adam", "adamw", "adagrad"):
+            raise BadOption(
+                f"--momentum {self.momentum:g} is of SGD, and --optimizer is {self.optimizer}; leave one of them out"
+            )
+        if self.images is not None and self.local_batch is not None and self.local_batch > self.images:
+            raise BadOption(
+                f"--local-batch {self.local_batch} is larger than --images {self.images}; give at most {self.images}"
+            )
+        steps = self.step_range
+        if steps is not None and self.local_steps is not None and not steps[0] <= self.local_steps <= steps[1]:
+            raise BadOption(f"--local-steps {self.local_steps} contradicts {self._batches()}; leave --local-steps out")
+
+    @property
+    def stated(self) -> bool:
+        """Whether anything is stated."""
+        return any(getattr(self, one.name) is not None for one in fields(self))
+
+    @property
+    def steps(self) -> int | None:
+        """How many batches the client trained on; None if that is not stated."""
+        steps = self.step_range
+        return self.local_steps if self.local_steps is not None else None if steps is None else steps[1]
+
+    @property
+    def step_range(self) -> tuple[int, int] | None:
+        """The fewest (without incomplete batches) and most batches by images, batch and epochs; None if not stated."""
+        if self.images is None or self.local_epochs is None:
+            return None
+        batch = self.images if self.local_batch is None else self.local_batch
+        if self.local_batch is None and self.images > 1:
+            return None
+        return self.local_epochs * (self.images // batch), self.local_epochs * math.ceil(self.images / batch)
+
+    def _batches(self) -> str:
+        steps = self.step_range
+        assert steps is not None
+        return (
+            f"{plural(self.images or 0, 'image')} in batches of {self.local_batch} for "
+            f"{plural(self.local_epochs or 0, 'epoch')}, which makes {_batches(steps[1])}"
+        )
+
+    def optimiser(self) -> ClientOptimiser | None:
+        """Return SGD with the stated values; None if the rate is not stated, or another optimiser is."""
+        if self.rate is None or self.optimizer not in (None, "sgd"):
+            return None
+        return ClientOptimiser(lr=self.rate, momentum=self.momentum or 0.0, weight_decay=self.weight_decay or 0.0)
+
+    @property
+    def one_step(self) -> bool:
+        """Whether nothing is stated that the gradient of one step does not have."""
+        given = (self.rate, self.local_batch, self.optimizer, self.momentum, self.weight_decay)
+        return all(one is None for one in given) and self.local_steps in (None, 1) and self.local_epochs in (None, 1)
+
+    def threat(self) -> tuple[ThreatModel, float]:
+        """Return what attackers that search assume, and the factor by which momentum enlarges the update.
+
+        They assume plain SGD, and are not granted the rate of another optimiser.
+        """
+        steps, optimiser = self.steps or 1, self.optimiser()
+        if optimiser is None:
+            return ThreatModel(shares="weights", learning_rate=None, local_steps=steps), 1.0
+        unit = optimiser.unit(steps)
+        assert unit is not None
+        threat = ThreatModel(shares="weights", learning_rate=optimiser.lr, local_steps=steps, rate="known")
+        return threat, unit / (optimiser.lr * steps)
+
+    def words(self) -> str:
+        """Return what is stated, in words; empty if nothing is."""
+        decay = self.weight_decay
+        parts = [
+            plural(self.images, "image") if self.images is not None else "",
+            f"batches of {self.local_batch}" if self.local_batch is not None else "",
+            plural(self.local_epochs, "epoch") if self.local_epochs is not None else "",
+            _batches(self.local_steps) if self.local_steps is not None else "",
+            f"optimiser {self.optimizer}" if self.optimizer is not None else "",
+            f"learning rate {self.rate:g}" if self.rate is not None else "",
+            f"momentum {self.momentum:g}" if self.momentum is not None else "",
+            "" if decay is None else f"weight decay {decay:g}" if decay else "no weight decay",
+        ]
+        return english([part for part in parts if part])
+
+    def contradictions(self, shown: UpdateFacts) -> tuple[str, ...]:
+        """Return in sentences what the update shows that cannot be as stated."""
+        return tuple(self._contradictions(shown))
+
+    def _contradictions(self, shown: UpdateFacts) -> Iterator[str]:
+        yield from self._images(shown)
+        steps = self.step_range or (None if self.local_steps is None else (self.local_steps, self.local_steps))
+        if shown.steps is not None and steps is not None and not steps[0] <= shown.steps <= steps[1]:
+            words = self._batches() if self.step_range is not None else _batches(steps[1])
+            yield f"Stated: {words}. The counters of the BatchNorm layers show {_batches(shown.steps)}."
+        elif steps == (1, 1) and shown.several_steps:
+            yield "Stated: one step. Layers above the first one changed by several inputs, as after several steps."
+        if self.optimizer == "sgd" and shown.rule == "sign":
+            yield f"Stated: SGD. The changed values have nearly one size, as {SIGN_RULES} leave them."
+        if self.optimizer not in (None, "sgd", "other") and shown.rule == "sgd":
+            yield (
+                f"Stated: {self.optimizer}. The changes of linear layers have the low ranks that SGD leaves, and "
+                f"{self.optimizer} does not."
+            )
+        yield from self._decay(shown)
+
+    def _images(self, shown: UpdateFacts) -> Iterator[str]:
+        stated, found, one = self.images, shown.images, shown.shown
+        if stated is None or found is None or one is None:
+            return
+        if found > stated:
+            words = f"Stated: {plural(stated, 'image')}. The update shows at least {found} different inputs"
+            if self.most_inputs is not None and found > self.most_inputs:
+                yield f"{words}, more than {self._epochs()} can have, even if every epoch changes the images."
+            else:
+                yield f"{words}: the client used more images, or changed them from epoch to epoch (augmentation)."
+        elif found < stated and one.pixels and one.conclusive:
+            yield (
+                f"Stated: {plural(stated, 'image')}. The change of layer {one.layer} shows {found} beyond the rounding "
+                "of the record: the others are copies of these, were not used, or had next to no gradient."
+            )
+
+    def _decay(self, shown: UpdateFacts) -> Iterator[str]:
+        if shown.rule != "sgd" or not shown.decay or shown.kind == "gradient" or self.weight_decay is None:
+            return
+        if not self.weight_decay:
+            yield f"Stated: no weight decay. Beside the gradients, the weights shrank by {shown.decay:.3g} of them."
+            return
+        optimiser, steps = self.optimiser(), self.steps
+        if optimiser is None or steps is None or self.momentum is None:
+            return
+        expected = _decay_of(optimiser, steps)
+        if max(expected, shown.decay) > DECAY_TOLERANCE * min(expected, shown.decay):
+            yield (
+                f"Stated: weight decay {self.weight_decay:g}, with which SGD at learning rate {optimiser.lr:g} and "
+                f"momentum {optimiser.momentum:g} shrinks the weights by {expected:.3g} of their size in "
+                f"{plural(steps, 'step')}. The update shows {shown.decay:.3g}."
+            )
+
+    @property
+    def most_inputs(self) -> int | None:
+        """The most different inputs that the stated images can be, if every epoch changes them; None if not stated."""
+        epochs = self.local_epochs
+        if epochs is None and self.local_batch is not None and self.local_steps is not None:
+            return self.local_batch * self.local_steps
+        return None if self.images is None or epochs is None else self.images * epochs
+
+    def _epochs(self) -> str:
+        if self.local_epochs is None:
+            return f"{_batches(self.local_steps or 0)} of {self.local_batch}"
+        return f"{plural(self.images or 0, 'image')} in {plural(self.local_epochs, 'epoch')}"
+
+    def joined(self, other: "Recipe", source: str) -> "Recipe":
+        """Return this recipe with what only ``other`` states, of a recording.
+
+        Raises:
+            BadOption: the two state different values; ``source`` names the other one.
+        """
+        new: dict[str, Any] = {}
+        for one in fields(self):
+            mine, its = getattr(self, one.name), getattr(other, one.name)
+            if mine is not None and its is not None and mine != its:
+                raise BadOption(
+                    f"{option(one.name)} {mine} contradicts {source}, which states {_NAMES[one.name]} {its}; leave "
+                    f"{option(one.name)} out, or --recording"
+                )
+            if mine is None and its is not None:
+                new[one.name] = its
+        return replace(self, **new)
+
+
+@dataclass(frozen=True)
+class RecordedFolder:
+    """A folder that ``leakbench.flower.record`` wrote.
+
+    Attributes:
+        before: the file of the arrays that the client was given.
+        after: the file of those that it sent.
+        recipe: what ``facts.json`` states of its training.
+    """
+
+    before: str
+    after: str
+    recipe: Recipe
+
+
+def read_recording(folder: str) -> RecordedFolder:
+    """Return the files of a recording, and what it states.
+
+    Raises:
+        MissingAsset: the folder has no ``facts.json``, or not the arrays.
+        BadOption: it states something impossible, or is of other arrays than those in the folder.
+        CorruptAsset: ``facts.json`` cannot be read.
+    """
+    path = Path(folder).expanduser()
+    files = {arm: path / f"{arm}.safetensors" for arm in ("before", "after")}
+    for file in (path / FACTS, *files.values()):
+        if not file.is_file():
+            raise MissingAsset(
+                f"--recording {folder!r} has no {file.name}; give the folder of one client, such as "
+                "updates/round-0001/client-1"
+            )
+    try:
+        facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise CorruptAsset(
+            f"--recording {folder!r}: {FACTS} is malformed JSON ({type(error).__name__}); record it again, or give "
+            "--before and --after"
+        ) from None
+    if not isinstance(facts, dict):
+        raise CorruptAsset(f"--recording {folder!r}: {FACTS} is no JSON object; record it again")
+    for arm, digest in (facts.get("sha256") or {}).items() if isinstance(facts.get("sha256"), dict) else ():
+        if arm in files and hashlib.sha256(files[arm].read_bytes()).hexdigest() != digest:
+            raise BadOption(
+                f"--recording {folder!r}: {FACTS} is of other arrays than {files[arm].name}; take the folder as it was "
+                "recorded, or give --before and --after"
+            )
+    values = {name: _number(facts.get(key), name) for name, key in _NAMES.items()}
+    try:
+        recipe = Recipe(**values)
+    except BadOption as error:
+        raise BadOption(f"--recording {folder!r}: {FACTS} states something impossible: {error}") from None
+    return RecordedFolder(str(files["before"]), str(files["after"]), recipe)
+
+
+def _number(value: Any, name: str) -> Any:
+    """Return a value of ``facts.json`` in the type of a recipe's field; an optimiser of unknown name is ``other``."""
+    if name == "optimizer":
+        plain = None if value is None else str(value).rpartition(".")[2].lower()
+        return plain if plain is None or plain in OPTIMISERS else "other"
+    if value is None or isinstance(value, bool) or not isinstance(value, (int, float)):
+        if value is None:
+            return None
+        raise BadOption(f"--recording: {FACTS} states {_NAMES[name]} {value!r}, which is no number; correct it")
+    whole = name in ("images", "local_batch", "local_epochs", "local_steps")
+    return int(value) if whole and float(value).is_integer() else value
+
+
+def check_recording(recipe: Recipe, shown: UpdateFacts, folder: str) -> None:
+    """Raise BadOption if what a recording states cannot be true of its arrays.
+
+    The counters of the BatchNorm layers count the batches, and under SGD an image has one input in an epoch.
+    """
+    steps, most = recipe.step_range, recipe.most_inputs
+    problem = ""
+    if shown.steps is not None and steps is not None and not steps[0] <= shown.steps <= steps[1]:
+        problem = f"states {_batches(steps[1])}, and the counters of the BatchNorm layers show {_batches(shown.steps)}"
+    elif shown.images is not None and most is not None and shown.images > most:
+        problem = f"states at most {most} inputs, and the arrays show {shown.images} different ones"
+    if problem:
+        raise BadOption(
+            f"--recording {folder!r}: {FACTS} {problem}; correct {FACTS}, or give --before and --after in its place"
+        )
+
+
+def option(name: str) -> str:
+    """Return the option of a field of a recipe."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _batches(count: int) -> str:
+    return "1 batch" if count == 1 else f"{count} batches"
+
+
+def _decay_of(optimiser: ClientOptimiser, steps: int) -> float:
+    """Return the share by which steps without any gradient of the loss shrink the weights."""
+    weights: dict[str, Tensor] = {"": torch.ones((), dtype=torch.float64)}
+    nothing, state = {"": torch.zeros((), dtype=torch.float64)}, ClientState()
+    for _ in range(steps):
+        weights, state = optimiser.moved(weights, nothing, state)
+    return 1 - float(weights[""])
