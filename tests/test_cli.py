@@ -21,6 +21,8 @@ import torch
 import leakbench
 from leakbench import attacks, datasets, defenses, metrics, models
 from leakbench.cli.main import main
+from leakbench.cli.run import MatrixOptions
+from leakbench.core.types import PRESETS
 from leakbench.plan.matrix import load_suite
 from leakbench.store.run_file import FILE, Store
 
@@ -172,10 +174,29 @@ def test_a_list_writes_defaults_as_a_spec_does(cli):
 
 
 def test_suites_and_threats(cli):
-    assert re.search(r"^quick\n    attacks: dlg", cli("list", "suites").out, re.M)
+    table = cli("list", "suites").out
+    assert re.search(r"^suite +crosses +scales\n", table)
+    assert re.search(r"^quick +3 attacks, 5 defenses, 1 model and 1 dataset +–$", table, re.M)
+    assert re.search(r"^curves .* cpu \(default\), smoke$", table, re.M)
+    assert re.search(r"^quick\n    attacks: dlg", cli("list", "suites", "quick").out, re.M)
+    refused(cli("list", "suites", "quik"), "'quik'", "quick")
     text = cli("list", "threats").out
-    assert "paper\n" in text
-    assert "known-label\n" in text
+    assert re.search(r"^known-label\n    The label is known\.$", text, re.M)
+    assert text.count("An honest-but-curious server sees the shared gradient") == 1
+    assert cli("list", "threats", "T4").out == f"T4\n    {PRESETS['T4'].describe()}\n"
+
+
+def test_a_list_shows_one_component_or_one_line_for_each(cli):
+    every = cli("list", "defenses").out
+    card = cli("list", "defenses", "prune").out
+    assert card.startswith("prune\n")
+    assert card in every
+    assert len(card) < len(every) / 5
+    refused(cli("list", "defenses", "prunee"), "did you mean 'prune'")
+    lines = cli("list", "attacks", "--short").out.splitlines()
+    assert [line.split(":")[0] for line in lines] == attacks.registry.names()
+    (line,) = cli("list", "attacks", "ig", "--short").out.splitlines()
+    assert line == next(each for each in lines if each.startswith("ig:"))
 
 
 # Runs
@@ -392,11 +413,26 @@ def test_cuda_that_is_absent_is_one_line(cli, place):
     assert written(place) == []
 
 
-@pytest.mark.parametrize("axis", ["--attack", "--defense", "--model", "--dataset"])
-def test_a_missing_axis_is_named(cli, place, axis):
-    given = {key: value for key, value in zip(SMALL[::2], SMALL[1::2]) if key != axis}
-    refused(cli("run", "matrix", *(part for pair in given.items() for part in pair)), f"{axis[2:]}s is missing", axis)
-    assert written(place) == []
+@pytest.mark.parametrize("axis", ["attack", "defense", "model", "dataset"])
+def test_an_axis_that_is_not_given_is_that_of_quick_and_named(capsys, axis):
+    given = {key[2:]: [value] for key, value in zip(SMALL[::2], SMALL[1::2]) if key[2:] != axis}
+    (plan,) = MatrixOptions(**given).matrices()
+    usual = load_suite("quick")[f"{axis}s"]
+    assert [component.name for component in getattr(plan, f"{axis}s")] == [spec.split("(")[0] for spec in usual]
+    assert all(len(getattr(plan, f"{name}s")) == 1 for name in given)
+    said = capsys.readouterr().err
+    assert said == f"not given, and taken from the suite quick: {axis}s {', '.join(usual)}\n"
+
+
+def test_another_matrix_in_the_same_folder_is_named(cli, place):
+    assert cli("run", "matrix", *SMALL, "--name", "one").code == 0
+    again = cli("run", "matrix", *SMALL, "--name", "one")
+    assert "another matrix" not in again.err
+    changed = [{"grey": "mean"}.get(word, word) for word in SMALL]
+    other = cli("run", "matrix", *changed, "--images", "1", "--seeds", "3,", "--name", "one")
+    assert re.search(r"^note: runs/one already has \d+ trials? of another matrix, .*--out FOLDER", other.err, re.M)
+    stated = cli("run", "matrix", *changed, "--images", "1", "--seeds", "4,", "--name", "one", "--out", "runs/one")
+    assert "another matrix" not in stated.err
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,26 @@ app.add_typer(audit.app, name="audit", short_help="Audit your own network, or a 
 app.command("leaderboard", short_help="Write a leaderboard, or check an entry.")(leaderboard.leaderboard)
 
 
+class _Plain(typer.core.TyperCommand):
+    """A command whose help is plain text: before typer 0.21, brackets are escaped although rich does not print them."""
+
+    def get_help(self, ctx: Any) -> str:  # typer exports no type for it
+        """Return the help."""
+        return super().get_help(ctx).replace("\\[", "[")
+
+
+def _plain(group: typer.Typer) -> None:
+    """Give the commands of a group, and of its groups, plain help."""
+    for command in group.registered_commands:
+        command.cls = _Plain
+    for part in group.registered_groups:
+        if part.typer_instance is not None:
+            _plain(part.typer_instance)
+
+
+_plain(app)
+
+
 def _version(value: bool) -> None:
     if value:
         typer.echo(f"leakbench {__version__}")

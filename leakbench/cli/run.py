@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from leakbench.cli.options import DEVICE, OUT, PLUGIN, SALT, SEEDS, command, console, option, stated, stoppable
+from leakbench.core.text import plural
 
 if TYPE_CHECKING:
     from leakbench.api import Run
@@ -102,6 +103,8 @@ class MatrixOptions:
             base = matrix.load(self.file)
         elif self.suite is not None or not given:
             base = matrix.load_suite(self.suite or "quick")
+        else:
+            base = _usual(given)
         settings = {"name": self.name, "floors": self.floors, "threshold": self.threshold, "metrics": self.metric}
         given |= {key: value for key, value in settings.items() if value is not None}
         return [matrix.Matrix(**matrix.override(row, given)) for row in matrix.expand(base, self.scale)]
@@ -117,8 +120,8 @@ class MatrixOptions:
 def matrix(given: MatrixOptions) -> None:
     """Run attacks against defenses, for all models, datasets and threat models; write OUT/run.sqlite and the report.
 
-    Without a file, --suite, --attack, --defense and so on, the suite quick runs. The same command again runs only the
-    missing trials.
+    Without a file or --suite, the axes that are not given (attacks, defenses, models, datasets) are those of the suite
+    quick. The same command again runs only the missing trials.
 
     The suite worst-case runs an ensemble of attackers, oblivious and adaptive, behind every --defense, the cheapest
     first; an image that one of them recovers is not attacked again. OUT/worst-case.md ranks the defenses by the share
@@ -158,11 +161,26 @@ def sharing(given: MatrixOptions) -> None:
     _run(replace(given, suite="sharing").matrices(), given)
 
 
+def _usual(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the axes of the suite quick that were not given, and print what they are."""
+    from leakbench.plan import matrix
+
+    quick = matrix.load_suite("quick")
+    taken = {axis: quick[axis] for axis in ("attacks", "defenses", "models", "datasets") if axis not in given}
+    if taken:
+        words = "; ".join(f"{axis} {', '.join(specs)}" for axis, specs in taken.items())
+        typer.echo(f"not given, and taken from the suite quick: {words}", err=True)
+    return taken
+
+
 def _run(plans: Sequence[Matrix], given: MatrixOptions) -> None:
     """Run matrices into one folder, write the report, and print its tables and where it is."""
     from leakbench import report
 
-    run = finish(plans, given.out or Path("runs") / plans[0].name, given.run_options())
+    folder = given.out or Path("runs") / plans[0].name
+    if given.out is None:
+        _note_others(folder, plans)
+    run = finish(plans, folder, given.run_options())
     pages = [path for path in run.report() if path.name in report.STUDIES]
     if plans[-1].threshold is not None:
         typer.echo(report.ranking(run.out))
@@ -172,6 +190,22 @@ def _run(plans: Sequence[Matrix], given: MatrixOptions) -> None:
             out.print(table)
     for page in pages or [run.out / "report.md"]:
         typer.echo(f"report: {page}")
+
+
+def _note_others(folder: Path, plans: Sequence[Matrix]) -> None:
+    """Print how many trials of other matrices a folder has, which nobody named; nothing if there are none."""
+    from leakbench.store.run_file import FILE, Store
+
+    if not (folder / FILE).exists():
+        return
+    with Store.open(folder / FILE, readonly=True) as store:
+        others = len(store.planned() - {trial.id for plan in plans for trial in plan.trials()})
+    if others:
+        typer.echo(
+            f"note: {folder} already has {plural(others, 'trial')} of another matrix, and its report will show both; "
+            "--out FOLDER or --name NAME keeps them apart",
+            err=True,
+        )
 
 
 def finish(plans: Sequence[Matrix], folder: Path, options: RunOptions) -> Run:

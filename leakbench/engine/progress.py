@@ -7,12 +7,16 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from leakbench.errors import one_line
 from leakbench.plan.trial import Result, Trial
 
 REFRESH_SECONDS = 0.5
 """How often a bar in a terminal moves within a chunk."""
+
+WIDE = 100
+"""The columns from which a terminal has room for a long bar."""
 
 LINE_SECONDS = 60.0
 """How often, elsewhere, a line says how far a chunk is."""
@@ -50,6 +54,8 @@ class NullProgress:
 class Bar:
     """A live bar in a terminal with one more column; elsewhere only lines.
 
+    In a narrow terminal the description is shortened; counts, bar and time keep their room.
+
     Args:
         console: the output.
         beside: the first text of the column beside the count.
@@ -57,15 +63,17 @@ class Bar:
 
     def __init__(self, console: Console, beside: str) -> None:
         self.console = console
+        fixed = Column(no_wrap=True)
         self.bar = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[beside]}"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
+            BarColumn(bar_width=24 if console.width >= WIDE else 8),
+            MofNCompleteColumn(table_column=fixed),
+            TextColumn("{task.fields[beside]}", table_column=fixed.copy()),
+            TimeElapsedColumn(table_column=fixed.copy()),
+            TextColumn("{task.fields[left]}", table_column=fixed.copy()),
             console=console,
+            expand=True,
             disable=not console.is_terminal,
             transient=True,
         )
@@ -131,12 +139,13 @@ class Display(Bar, NullProgress):
         if time.monotonic() - self.moved < (REFRESH_SECONDS if terminal else LINE_SECONDS):
             return
         self.moved = time.monotonic()
-        words = f"{self.cell}: step {min(done, total)} of {total}"
+        step = f"step {min(done, total)} of {total}"
         if terminal:
             completed = self.done + self.running * min(1.0, done / total)
-            self.bar.update(self.task, description=one_line(f"{self.part}{words}"), completed=completed)
+            words = one_line(f"{step}: {self.part}{self.cell}")  # what moves comes first: the end may have no room
+            self.bar.update(self.task, description=words, completed=completed)
         else:
-            self.note(f"{self.part}[{self.done}/{self.total}] {words}")
+            self.note(f"{self.part}[{self.done}/{self.total}] {self.cell}: {step}")
 
     def finish(self, results: Sequence[Result]) -> None:
         """Show what is done, failed and left."""
@@ -148,26 +157,28 @@ class Display(Bar, NullProgress):
             self.left[attack] -= 1
             self.seconds[attack] += result.seconds
             self.trials[attack] += 1
-        left = duration(self._time_left())
+        left = self._left()
         failures = f"{self.failures} failed" + (f", {self.unscored} without a score" if self.unscored else "")
-        self.bar.update(self.task, completed=self.done, beside=failures, left=f"about {left} left")
+        self.bar.update(self.task, completed=self.done, beside=failures, left=left)
         words = results[0].trial.cell.words
         if not self.console.is_terminal:
             self.note(
                 f"{self.part}[{self.done}/{self.total}] {words}: {len(results)} trial{'s' * (len(results) > 1)}, "
-                f"{failures} so far, about {left} left"
+                f"{failures} so far{left and ', '}{left}"
             )
 
-    def _time_left(self) -> float:
-        """Return seconds, from the mean of each attack's trials so far (of all, for an attack not seen yet)."""
-        if not any(self.trials.values()):
-            return 0.0
-        overall = sum(self.seconds.values()) / sum(self.trials.values())
-        total = 0.0
-        for attack, left in self.left.items():
-            seen = self.trials[attack]
-            total += left * (self.seconds[attack] / seen if seen else overall)
-        return total / self.workers
+    def _left(self) -> str:
+        """Return the time left in words, from the mean of each attack's trials so far.
+
+        Empty while no attack that has trials left was measured; "at least" while another one was not.
+        """
+        waiting = [attack for attack, left in self.left.items() if left > 0]
+        known = [attack for attack in waiting if self.trials[attack]]
+        if waiting and not known:
+            return ""
+        seconds = sum(self.left[attack] * self.seconds[attack] / self.trials[attack] for attack in known)
+        words = "about" if len(known) == len(waiting) else "at least"
+        return f"{words} {duration(seconds / self.workers)} left"
 
 
 def duration(seconds: float) -> str:

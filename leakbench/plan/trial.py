@@ -13,7 +13,7 @@ from leakbench.core.component import as_json
 from leakbench.core.types import ThreatModel
 from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
-from leakbench.models import Model
+from leakbench.models import Model, OwnModule
 
 Status = Literal["ok", "failed", "unsupported", "error"]
 
@@ -64,9 +64,10 @@ class Cell:
 
     @property
     def words(self) -> str:
-        """The cell in a few words, for messages."""
+        """The cell in a few words, for messages; a user's own network has its own name."""
         specs = self.specs
-        return f"{specs['attack']} against {specs['defense']}, {specs['model']} on {specs['dataset']}"
+        model = self.model.label if isinstance(self.model, OwnModule) else specs["model"]
+        return f"{specs['attack']} against {specs['defense']}, {model} on {specs['dataset']}"
 
 
 def cell_key(settings: Mapping[str, Any]) -> str:
