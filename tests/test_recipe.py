@@ -18,11 +18,11 @@ from test_update_facts import SGD, convolutional, mlp, recorded, short  # noqa: 
 
 from leakbench import datasets
 from leakbench.audit.members import Returned, compared, read_labels_file
-from leakbench.audit.recipe import FACTS, Recipe, read_recording
+from leakbench.audit.recipe import FACTS, StatedRecipe, read_recording
 from leakbench.errors import BadOption
 
 FILES = ("--before", "before.pt", "--after", "after.pt", "--size", "12", "--budget", "quick")
-RIGHT = Recipe(12, 4, 2, optimizer="sgd", momentum=0.9, weight_decay=5e-4, rate=0.02)
+RIGHT = StatedRecipe(12, 4, 2, optimizer="sgd", momentum=0.9, weight_decay=5e-4, rate=0.02)
 
 
 @pytest.mark.parametrize(
@@ -39,23 +39,26 @@ RIGHT = Recipe(12, 4, 2, optimizer="sgd", momentum=0.9, weight_decay=5e-4, rate=
 )
 def test_an_impossible_recipe_is_refused(values: dict, words: str) -> None:
     with pytest.raises(BadOption, match=words):
-        Recipe(**values)
+        StatedRecipe(**values)
 
 
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
         (RIGHT, ""),
-        (Recipe(12, None, 2), ""),
-        (Recipe(5, 5, 2), "at least 12 different inputs, more than 5 images in 2 epochs can have"),
-        (Recipe(6), "the client used more images, or changed them from epoch to epoch"),
-        (Recipe(16, 4, 1), "Stated: 16 images. The change of layer 1 shows 12 beyond the rounding"),
-        (Recipe(optimizer="adam"), "Stated: adam. The changes of linear layers have the low ranks that SGD leaves"),
-        (Recipe(weight_decay=0.0), "Stated: no weight decay."),
-        (Recipe(12, 4, 2, momentum=0.9, weight_decay=0.01, rate=0.02), "Stated: weight decay 0.01"),
+        (StatedRecipe(12, None, 2), ""),
+        (StatedRecipe(5, 5, 2), "at least 12 different inputs, more than 5 images in 2 epochs can have"),
+        (StatedRecipe(6), "the client used more images, or changed them from epoch to epoch"),
+        (StatedRecipe(16, 4, 1), "Stated: 16 images. The change of layer 1 shows 12 beyond the rounding"),
+        (
+            StatedRecipe(optimizer="adam"),
+            "Stated: adam. The changes of linear layers have the low ranks that SGD leaves",
+        ),
+        (StatedRecipe(weight_decay=0.0), "Stated: no weight decay."),
+        (StatedRecipe(12, 4, 2, momentum=0.9, weight_decay=0.01, rate=0.02), "Stated: weight decay 0.01"),
     ],
 )
-def test_statements_are_compared_with_what_the_models_show(tmp_path: Path, recipe: Recipe, words: str) -> None:
+def test_statements_are_compared_with_what_the_models_show(tmp_path: Path, recipe: StatedRecipe, words: str) -> None:
     _, facts = recorded(tmp_path, mlp(), partial(SGD["momentum"], dampening=0.0), 12, 4, 2)
     found = " ".join(recipe.contradictions(facts))
     assert words in found
@@ -64,19 +67,19 @@ def test_statements_are_compared_with_what_the_models_show(tmp_path: Path, recip
 
 def test_stated_batches_and_sgd_are_compared_with_counters_and_sizes(tmp_path: Path) -> None:
     _, facts = recorded(tmp_path, convolutional(3), SGD["momentum"], 16, 8, 2)
-    assert Recipe(16, 8, 2).contradictions(facts) == ()
-    assert "show 4 batches" in " ".join(Recipe(16, 8, 3).contradictions(facts))
+    assert StatedRecipe(16, 8, 2).contradictions(facts) == ()
+    assert "show 4 batches" in " ".join(StatedRecipe(16, 8, 3).contradictions(facts))
     _, facts = recorded(tmp_path, mlp(), torch.optim.Adam, 4, 4, 1)
     assert "Stated: SGD. The changed values have nearly one size" in " ".join(
-        Recipe(optimizer="sgd").contradictions(facts)
+        StatedRecipe(optimizer="sgd").contradictions(facts)
     )
 
 
 def test_momentum_enlarges_the_update_of_a_constant_gradient() -> None:
-    threat, factor = Recipe(32, 16, 2, optimizer="sgd", momentum=0.9, rate=0.01).threat()
+    threat, factor = StatedRecipe(32, 16, 2, optimizer="sgd", momentum=0.9, rate=0.01).threat()
     assert (threat.local_steps, threat.rate, threat.learning_rate) == (4, "known", 0.01)
     assert factor == pytest.approx((1 + 1.9 + 2.71 + 3.439) / 4)
-    threat, factor = Recipe(4, 4, 2, optimizer="adam", rate=0.01).threat()
+    threat, factor = StatedRecipe(4, 4, 2, optimizer="adam", rate=0.01).threat()
     assert (threat.local_steps, threat.unit, factor) == (2, None, 1)
 
 

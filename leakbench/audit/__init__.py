@@ -12,7 +12,7 @@ from leakbench.audit.given import (
     read_images,
     shape_of,
 )
-from leakbench.audit.recipe import Recipe, read_recording
+from leakbench.audit.recipe import StatedRecipe, read_recording
 from leakbench.audit.run import AuditOptions, audit_model, audit_update
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
     "DefenseFindings",
     "FailRule",
     "ImageFinding",
-    "Recipe",
+    "StatedRecipe",
     "audit_model",
     "audit_update",
     "factory",

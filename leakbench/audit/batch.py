@@ -11,7 +11,7 @@ from leakbench.attacks.analytic import pixel_layers
 from leakbench.attacks.disaggregation import disaggregate
 from leakbench.audit.given import Update
 from leakbench.audit.layers import InferredLabels
-from leakbench.audit.recipe import Recipe
+from leakbench.audit.recipe import StatedRecipe
 from leakbench.audit.update_facts import UpdateFacts
 from leakbench.core.rng import generator, seeded
 from leakbench.engine.worker import png
@@ -100,7 +100,7 @@ def estimated_counts(
     update: Update,
     shown: UpdateFacts,
     batch: BatchFindings | None,
-    recipe: Recipe,
+    recipe: StatedRecipe,
 ) -> tuple[int, ...]:
     """Return how often each class occurs among the images of an update, by an estimate; empty if there is none.
 

@@ -9,7 +9,7 @@ from leakbench.attacks.peeling.exposure import Exposure
 from leakbench.audit.batch import BatchFindings
 from leakbench.audit.fail_rule import LABELS, SHARE_RECOVERED, FailRule
 from leakbench.audit.layers import ClosedFormLeaks
-from leakbench.audit.recipe import Recipe
+from leakbench.audit.recipe import StatedRecipe
 from leakbench.audit.update_facts import UpdateFacts
 from leakbench.core.types import ThreatModel
 from leakbench.errors import LeakbenchError
@@ -145,7 +145,7 @@ class Audit:
     rule: FailRule | None = None
     recorded: UpdateFacts | None = None
     contradictions: tuple[str, ...] = ()
-    recipe: Recipe | None = None
+    recipe: StatedRecipe | None = None
 
     def values(self) -> dict[str, float | None]:
         """Return by defense the value that the rule judges; None if it was not measured."""

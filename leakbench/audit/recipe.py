@@ -39,7 +39,7 @@ _NAMES = {
 
 
 @dataclass(frozen=True)
-class Recipe:
+class StatedRecipe:
     """A client's local training as far as it is stated; None for what is not.
 
     Attributes:
@@ -226,7 +226,7 @@ class Recipe:
             return f"{_batches(self.local_steps or 0)} of {self.local_batch}"
         return f"{plural(self.images or 0, 'image')} in {plural(self.local_epochs, 'epoch')}"
 
-    def joined(self, other: "Recipe", source: str) -> "Recipe":
+    def joined(self, other: "StatedRecipe", source: str) -> "StatedRecipe":
         """Return this recipe with what only ``other`` states, of a recording.
 
         Raises:
@@ -257,7 +257,7 @@ class RecordedFolder:
 
     before: str
     after: str
-    recipe: Recipe
+    recipe: StatedRecipe
 
 
 def read_recording(folder: str) -> RecordedFolder:
@@ -293,7 +293,7 @@ def read_recording(folder: str) -> RecordedFolder:
             )
     values = {name: _number(facts.get(key), name) for name, key in _NAMES.items()}
     try:
-        recipe = Recipe(**values)
+        recipe = StatedRecipe(**values)
     except BadOption as error:
         raise BadOption(f"--recording {folder!r}: {FACTS} states something impossible: {error}") from None
     return RecordedFolder(str(files["before"]), str(files["after"]), recipe)
@@ -312,7 +312,7 @@ def _number(value: Any, name: str) -> Any:
     return int(value) if whole and float(value).is_integer() else value
 
 
-def check_recording(recipe: Recipe, shown: UpdateFacts, folder: str) -> None:
+def check_recording(recipe: StatedRecipe, shown: UpdateFacts, folder: str) -> None:
     """Raise BadOption if what a recording states cannot be true of its arrays.
 
     The counters of the BatchNorm layers count the batches, and under SGD an image has one input in an epoch.

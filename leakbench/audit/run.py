@@ -39,7 +39,7 @@ from leakbench.audit.layers import RESIDUAL_TOLERANCE, ClosedFormLeaks, Inferred
 from leakbench.audit.members import ComparedImages, Returned, check_truth, compared, pixels_of, read_labels_file
 from leakbench.audit.pace import expected_time
 from leakbench.audit.randomness import Randomness, randomness
-from leakbench.audit.recipe import Recipe, check_recording
+from leakbench.audit.recipe import StatedRecipe, check_recording
 from leakbench.audit.update_facts import UpdateFacts, update_facts, without_decay
 from leakbench.core.device import device_named
 from leakbench.core.text import english, part, plural
@@ -201,7 +201,7 @@ def audit_update(
     out: Path,
     options: AuditOptions | None = None,
     *,
-    recipe: Recipe | None = None,
+    recipe: StatedRecipe | None = None,
     recording: str = "",
     truth: Tensor | None = None,
     truths: Tensor | None = None,
@@ -235,7 +235,7 @@ def audit_update(
         Unsupported: no attacker could attack the update; that does not make it safe.
         LeakbenchError: one line on the first thing that cannot be used.
     """
-    options, recipe = options or AuditOptions(), recipe or Recipe()
+    options, recipe = options or AuditOptions(), recipe or StatedRecipe()
     if options.threshold is not None and truth is None and truths is None:
         raise BadOption("--threshold is for the comparison with --truth; give that too")
     if kind == "gradient" and not recipe.one_step:

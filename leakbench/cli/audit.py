@@ -14,7 +14,7 @@ from leakbench.cli.options import DEVICE, SALT, command, console, option, stoppa
 from leakbench.errors import BadOption
 
 if TYPE_CHECKING:
-    from leakbench.audit import Audit, AuditedNetwork, AuditOptions, Recipe
+    from leakbench.audit import Audit, AuditedNetwork, AuditOptions, StatedRecipe
     from leakbench.engine.progress import NullProgress
 
 
@@ -200,16 +200,16 @@ class _OnUpdate(_Shared):
         metavar="FILE",
     )
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> StatedRecipe:
         """Return what the options state of the client's training."""
-        from leakbench.audit import Recipe
+        from leakbench.audit import StatedRecipe
 
         images = None
         if self.images != "auto":
             if not self.images.isdecimal():
                 raise BadOption(f"--images {self.images!r} is no whole number; give how many images, or auto")
             images = int(self.images)
-        return Recipe(
+        return StatedRecipe(
             images=images,
             local_batch=self.local_batch,
             local_epochs=self.local_epochs,
