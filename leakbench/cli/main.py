@@ -11,7 +11,20 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from leakbench.cli import accuracy, assets, audit, compare, leaderboard, listing, paper, report, run, runs, train
+from leakbench.cli import (
+    accuracy,
+    assets,
+    audit,
+    compare,
+    doctor,
+    leaderboard,
+    listing,
+    paper,
+    report,
+    run,
+    runs,
+    train,
+)
 from leakbench.errors import LeakbenchError, OldPlugin, one_line
 from leakbench.version import __version__
 
@@ -35,6 +48,7 @@ app.command("show", short_help="Show one trial of a run.")(compare.show)
 app.command("diff", short_help="Compare two runs.")(compare.diff)
 app.add_typer(audit.app, name="audit", short_help="Audit your own network, or a recorded update.")
 app.command("leaderboard", short_help="Write a leaderboard, or check an entry.")(leaderboard.leaderboard)
+app.command("doctor", short_help="Check this installation.")(doctor.doctor)
 
 
 class _Plain(typer.core.TyperCommand):
