@@ -19,11 +19,13 @@ from torch.nn import functional as F
 from leakbench import defenses
 from leakbench.core.device import out_of_memory
 from leakbench.core.rng import generator, seeded
-from leakbench.core.types import Gradient, Secret, ThreatModel
+from leakbench.core.types import HONEST, Gradient, Secret, ThreatModel
+from leakbench.datasets.samples import public_crops
 from leakbench.defenses.base import Defense, Step, checked, encoded
 from leakbench.errors import DEFENSE_FAILED, BadOption, ClientFailed, DefenseFailed, LeakbenchError, Unsupported, words
 from leakbench.gradients.evaluate import architecture, lifted, tensors_of, working
 from leakbench.gradients.layer_inputs import InputRecorder, first_layer, first_layers, tensor_key
+from leakbench.models import crafted
 from leakbench.models.base import Model
 from leakbench.models.module import network_dtype
 from leakbench.models.weights import load
@@ -121,6 +123,7 @@ def observe(
     num_classes: int,
     mean_image: Tensor,
     device: torch.device | str = "cpu",
+    public: Tensor | None = None,
 ) -> Observation:
     """Run the local training of every client, and return what the server may see of it.
 
@@ -132,6 +135,8 @@ def observe(
         num_classes: how many classes the labels come from.
         mean_image: [C, H, W] in [0, 1], public.
         device: where the observation's tensors go.
+        public: [P, C, H, W] in [0, 1], images of a malicious server, none of which is attacked; None: crops of the
+            photographs that ship with leakbench.
 
     Raises:
         BadOption: the threat model lacks the learning rate. What it reveals is checked by the caller
@@ -140,7 +145,7 @@ def observe(
         DefenseFailed: the defense raised an error, or sent something that is no gradient of its network.
         Unsupported: model and defense do not go together.
     """
-    return _observe(model, defense, threat, clients, num_classes, mean_image, device)[0]
+    return _observe(model, defense, threat, clients, num_classes, mean_image, device, public)[0]
 
 
 def observe_recorded(
@@ -151,9 +156,10 @@ def observe_recorded(
     num_classes: int,
     mean_image: Tensor,
     device: torch.device | str = "cpu",
+    public: Tensor | None = None,
 ) -> tuple[Observation, list[StepRecord]]:
     """Return what ``observe`` returns, and what evaluation needs of each client's step."""
-    return _observe(model, defense, threat, clients, num_classes, mean_image, device, _record)
+    return _observe(model, defense, threat, clients, num_classes, mean_image, device, public, _record)
 
 
 def _observe(
@@ -164,11 +170,15 @@ def _observe(
     num_classes: int,
     mean_image: Tensor,
     device: torch.device | str,
+    public: Tensor | None,
     record: Callable[[_Trainer, Client, _Taken], StepRecord] | None = None,
 ) -> tuple[Observation, list[StepRecord]]:
     """Return the observation of ``observe``, and what ``record`` returns of each client's step."""
     shape = tuple(clients[0].image.shape)
     image_shape = (shape[0], shape[1], shape[2])
+    if threat.server != HONEST:
+        images = public_crops(image_shape) if public is None else public
+        model = crafted.HandedOut(model, crafted.parse(threat.server), images)
     networks: dict[str, nn.Module] = {}
     for client in clients:
         if client.weights_key not in networks:

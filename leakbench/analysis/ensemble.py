@@ -148,7 +148,7 @@ def ensemble_results(trials: pd.DataFrame, threshold: float) -> list[EnsembleRes
         trials: every planned trial in the order of planning (``Store.trials``).
         threshold: in [0, 1]; see ``recovery.judged``.
     """
-    attacks = judged(trials, threshold)[~trials["floor"].to_numpy(dtype=bool)]
+    attacks = by_server(judged(trials, threshold)[~trials["floor"].to_numpy(dtype=bool)])
     names = attacker_names(attacks)
     found = []
     for _, scene in attacks.groupby(["dataset", "model"], sort=False):
@@ -178,6 +178,19 @@ def informed_of(threat: str) -> str:
     """Return ``informed`` of a threat model's spec; empty for an oblivious attacker."""
     named = re.search(r"\binformed=([\w-]+)", threat)
     return "" if named is None else named[1]
+
+
+def server_of(threat: str) -> str:
+    """Return the malicious server that a threat model's spec names; empty for an honest one."""
+    named = re.search(r"\bserver=([\w-]+(?:\([^)]*\))?)", threat)
+    return "" if named is None else named[1]
+
+
+def by_server(trials: pd.DataFrame) -> pd.DataFrame:
+    """Return trials whose column ``model`` tells a network that a malicious server crafted from the honest one."""
+    servers = trials["threat"].astype(str).map(server_of)
+    models = trials["model"].astype(str)
+    return trials.assign(model=models.where(servers == "", models + ", crafted by a malicious server: " + servers))
 
 
 def _ensemble_result(

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from leakbench.core.loss_curve import Curve
 
+HONEST = "honest"
+"""The server of a threat model that hands out the network as it is."""
+
 Gradient = dict[str, Tensor]
 """Parameter name -> [T, *shape] (or [*shape] for a single client step)."""
 
@@ -37,6 +40,8 @@ class ThreatModel:
             attacker holds who is not granted it, and if nobody knows it (a recorded update).
         local_steps: how many steps of it the client takes before it sends its weights; public.
         rate: whether the attacker is granted the learning rate: ``hidden`` or ``known``.
+        server: ``honest``, or how a malicious server crafts the network that it hands out: the spec of one of
+            ``leakbench.models.crafted``, such as ``imprint(bins=512)``.
         optimises: the attacker optimises, together with the image, the secrets that were not revealed and that are
             inputs of the network (a key): every attack runs with its option ``secrets=optimise``.
         name: the name of the preset; two threat models that differ only by name are equal.
@@ -50,6 +55,7 @@ class ThreatModel:
     learning_rate: float | None = 0.01
     local_steps: int = 1
     rate: Literal["hidden", "known"] = "hidden"
+    server: str = HONEST
     name: str = field(default="", compare=False)
 
     def settings(self) -> dict[str, Any]:
@@ -62,6 +68,7 @@ class ThreatModel:
             "shares": self.shares,
             "optimises": self.optimises,
             **(local if self.shares == "weights" else {}),
+            **({} if self.server == HONEST else {"server": self.server}),
         }
 
     def granted(self) -> ThreatModel:
@@ -83,7 +90,7 @@ class ThreatModel:
         for name, preset in PRESETS.items():
             if preset == self:
                 return name
-        usual = {**PRESETS["weights"].settings(), **PRESETS["paper"].settings()}
+        usual = {**PRESETS["weights"].settings(), **PRESETS["paper"].settings(), "server": HONEST}
         parts = [
             f"{name}={'+'.join(value) if name == 'reveals' else str(value).lower()}"
             for name, value in self.settings().items()
@@ -91,11 +98,16 @@ class ThreatModel:
         ]
         return ", ".join(parts)
 
+    def _server_words(self) -> str:
+        if self.server == HONEST:
+            return "An honest-but-curious server"
+        return f"A malicious server, which crafted the network that it handed out ({self.server}),"
+
     def describe(self) -> str:
         """Return the threat model in sentences, for a report."""
         sees = "the shared gradient of" if self.shares == "gradient" else "the model before and after local training on"
         sentences = [
-            f"An honest-but-curious server sees {sees} one image, the public weights, and the architecture, with "
+            f"{self._server_words()} sees {sees} one image, the public weights, and the architecture, with "
             "the layers that a defense adds and the distribution of its secrets",
             f"The label is {'known' if self.labels == 'known' else 'not known'}",
             f"Revealed secrets: {', '.join(sorted(self.reveals)) or 'none'}",

@@ -53,6 +53,15 @@ class Dataset(Component):
 
         return crops(self.image_shape)
 
+    def unattacked(self) -> Tensor:
+        """Return public images [P, C, H, W] in [0, 1], as alike to the others as there are, none of which is attacked.
+
+        By default they are the 32 crops of photographs that no dataset has.
+        """
+        from leakbench.datasets.samples import public_crops  # its class derives from this one
+
+        return public_crops(self.image_shape)
+
     def note(self) -> str:
         """Return a warning about scores over these images, in one line, or an empty string."""
         return ""

@@ -69,10 +69,20 @@ class Samples(Resizable):
         return convert(images.mean(0, keepdim=True), self.size, self.channels)[0]
 
 
+def public_crops(image_shape: tuple[int, int, int]) -> Tensor:
+    """Return the 32 images [32, C, H, W] in [0, 1] that no dataset has, at another size and with other channels."""
+    return _resized(_sheet("public")[0], image_shape)
+
+
 def crops(image_shape: tuple[int, int, int]) -> Tensor:
     """Return the 64 images [64, C, H, W] in [0, 1] at another size, square or not, and with other channels."""
+    return _resized(_sheet("images")[0], image_shape)
+
+
+def _resized(images: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
+    """Return images [N, C, H, W] in [0, 1] at another size and with other channels."""
     channels, *size = image_shape
-    images = convert(_sheet("images")[0], None, channels)
+    images = convert(images, None, channels)
     if size != list(images.shape[2:]):
         images = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
     return images.clamp(0, 1)

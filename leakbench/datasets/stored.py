@@ -3,7 +3,7 @@
 import functools
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -21,6 +21,9 @@ Part = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 """Images [N, C, H, W] and labels [N] of one file, mapped into memory."""
 
 _ROWS = 2048
+
+UNATTACKED = 2000
+"""The most images of the other split that a malicious server has."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ class Stored(Resizable):
             pixels, classes = parts[index // each]
             images[row], labels[row] = pixels[index % each], classes[index % each]
         return convert(torch.from_numpy(images).float() / 255, self.size, self.channels), torch.from_numpy(labels)
+
+    def unattacked(self) -> Tensor:
+        """Return the first images of the split that is not attacked; see ``Dataset.unattacked``."""
+        other = replace(self, split="train" if self.split == "test" else "test")
+        return other.load(range(min(UNATTACKED, len(other))))[0]
 
     def mean(self) -> Tensor:
         """Return [C, H, W], the mean of the split that is not attacked."""

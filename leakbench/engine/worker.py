@@ -16,7 +16,7 @@ from leakbench import attacks
 from leakbench.core.component import shipped
 from leakbench.core.device import DEFAULT, SHARE, out_of_memory
 from leakbench.core.rng import Rng, generator, salted
-from leakbench.core.types import Reconstruction
+from leakbench.core.types import HONEST, Reconstruction
 from leakbench.engine.floors import FalseFloor, noise_like, verify_floor
 from leakbench.engine.isolation import AttackError, Isolation, foreign
 from leakbench.errors import DEFENSE_FAILED, ClientFailed, DefenseFailed, LeakbenchError, Unsupported, words
@@ -299,7 +299,14 @@ class Worker:
         """Return what clients send after a step, the attacker's draws, and what only evaluation sees of the steps."""
         cell, clients = trials[0].cell, [_client(trial, data) for trial in trials]
         seen, records = observe_recorded(
-            cell.model, cell.defense, cell.threat, clients, data.num_classes, data.mean, self.work.device
+            cell.model,
+            cell.defense,
+            cell.threat,
+            clients,
+            data.num_classes,
+            data.mean,
+            self.work.device,
+            server_images(cell),
         )
         return seen, Rng(tuple(attack_key(trial, data.salt) for trial in trials), self.work.device), records
 
@@ -452,7 +459,13 @@ def _client(trial: Trial, data: ClientData) -> Client:
 def _observed(data: ClientData, trials: Sequence[Trial], device: torch.device | str = "cpu") -> Observation:
     """Return what the clients of trials of one cell send after their steps."""
     cell, clients = trials[0].cell, [_client(trial, data) for trial in trials]
-    return observe(cell.model, cell.defense, cell.threat, clients, data.num_classes, data.mean, device)
+    public = server_images(cell)
+    return observe(cell.model, cell.defense, cell.threat, clients, data.num_classes, data.mean, device, public)
+
+
+def server_images(cell: Cell) -> Tensor | None:
+    """Return the public images [P, C, H, W] of a malicious server; None if the server is honest."""
+    return None if cell.threat.server == HONEST else cell.dataset.unattacked()
 
 
 def companions(trial: Trial, salt: str) -> list[int]:
@@ -473,7 +486,7 @@ def blank(cell: Cell, groups: set[str], device: torch.device | str = "cpu") -> O
     groups |= groups_of(defense, build(model, defense, shape, classes, "blank"))
     image = torch.full(shape, 0.5)
     client = Client(image, 0, "blank", "blank", ((image, 0),) * min(defense.companions, len(dataset) - 1))
-    return observe(model, defense, cell.threat, [client], classes, dataset.mean(), device)
+    return observe(model, defense, cell.threat, [client], classes, dataset.mean(), device, server_images(cell))
 
 
 def _why(guess: Reconstruction, row: int) -> str:

@@ -9,21 +9,21 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SkipValidation, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SkipValidation, ValidationError
 from torch import nn
 
 from leakbench import attacks, datasets, defenses, metrics, models
 from leakbench.attacks import Attack
 from leakbench.core.registry import split_options
 from leakbench.core.text import plural
-from leakbench.core.types import PRESETS, ThreatModel
+from leakbench.core.types import HONEST, PRESETS, ThreatModel
 from leakbench.datasets import Dataset
 from leakbench.defenses import Defense
 from leakbench.defenses.adaptive import CONTROLS, SIMULATE
 from leakbench.defenses.base import by_informed
 from leakbench.errors import BadOption
 from leakbench.metrics import Metric
-from leakbench.models import Model, OwnModule
+from leakbench.models import Model, OwnModule, crafted
 from leakbench.plan.trial import Cell, Trial
 
 
@@ -82,6 +82,7 @@ class _Threat(BaseModel):
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.01
     local_steps: Annotated[int, Field(ge=1, le=10_000)] = 1
     rate: Literal["hidden", "known"] = "hidden"
+    server: Annotated[str, AfterValidator(lambda value: crafted.spec(crafted.parse(value)))] = HONEST
 
     def build(self) -> ThreatModel:
         local = sorted(self.model_fields_set & {"learning_rate", "local_steps", "rate"})

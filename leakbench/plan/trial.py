@@ -19,8 +19,13 @@ Status = Literal["ok", "failed", "unsupported", "error"]
 
 
 def target(cell: Mapping[str, Any], image: int, seed: int) -> str:
-    """Return what a trial attacks: the settings of its cell but attack and threat model, with image and seed (JSON)."""
-    return json.dumps({**cell, "attack": None, "threat": None, "image": image, "seed": seed}, sort_keys=True)
+    """Return what a trial attacks: the settings of its cell but attack and threat model, with image and seed (JSON).
+
+    A network that a malicious server crafted is another target than the honest one.
+    """
+    server = cell["threat"].get("server")
+    threat = None if server is None else {"server": server}
+    return json.dumps({**cell, "attack": None, "threat": threat, "image": image, "seed": seed}, sort_keys=True)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,93 @@
+"""Trap weights: the images of a batch, from the rows of a layer that are active for one of them only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from leakbench.attacks.base import Attack, register
+from leakbench.attacks.crafted_rows import PixelRows, pixel_rows, proved
+from leakbench.attacks.peel import read_labels
+from leakbench.core.rng import Rng
+from leakbench.core.types import Reconstruction
+from leakbench.observation import Observation
+
+INSIDE = 0.02
+"""Pixels of a reconstruction may lie this far outside of [0, 1]."""
+
+SAME = 1e-5
+"""The mean squared difference up to which two rows show the same image."""
+
+
+@register("trap")
+@dataclass(frozen=True)
+class TrapAttacker(Attack):
+    """Trap weights: each row's gradient of the weight over that of the bias, where one image of the batch is active.
+
+    A row that is active for several images shows a mixture of them. An image counts first if it is proved, without a
+    private image: several rows show it, or it has at that row the error that was observed, for one of the labels. It
+    needs no crafted weights, but an ordinary layer's rows are active for half of the images.
+    """
+
+    reference: ClassVar[str] = (
+        "Boenisch, Dziedzic, Schuster, Shamsabadi, Shumailov and Papernot 2023, When the Curious Abandon Honesty: "
+        "Federated Learning Is Not Private, IEEE EuroS&P, arXiv 2112.02918"
+    )
+    assumes: ClassVar[str] = "A linear layer that takes every pixel before a ReLU, crafted (server=trap); one step."
+    cost: ClassVar[str] = (
+        "Milliseconds; the proof takes a pass of every reconstruction, and one backwards for each class."
+    )
+    fails: ClassVar[str] = (
+        "Images for which no row is active alone: most of them in large batches; noise; several steps."
+    )
+    updates: ClassVar[bool] = True
+
+    def check(self, observation: Observation) -> None:
+        """Raise Unsupported if no layer takes the pixels, or its gradient was not sent."""
+        pixel_rows(observation)
+
+    def run(self, observation: Observation, rng: Rng) -> Reconstruction:
+        """Return the first image of every trial; nothing is drawn from rng."""
+        images, objective, failed = [], [], []
+        findings: dict[str, list[float]] = {"rows_active": [], "proved": []}
+        for t, rows in enumerate(pixel_rows(observation)):
+            found, right = read_traps(observation, t, rows, 1)
+            images.append(found[0] if len(found) else torch.full(observation.image_shape, torch.nan))
+            failed.append(not len(found))
+            objective.append(1.0 - float(right[:1].any()))
+            findings["rows_active"].append(float((rows.errors.abs() > rows.least).sum()))
+            findings["proved"].append(float(right.sum()))
+        dtype, device = observation.dtype, observation.device
+        return Reconstruction(
+            images=torch.stack([image.to(dtype) for image in images]).to(device),
+            labels=read_labels(observation),
+            objective=torch.tensor(objective, dtype=dtype, device=device),
+            failed=torch.tensor(failed, device=device),
+            path="batched",
+            findings={name: torch.tensor(values, device=device) for name, values in findings.items()},
+        )
+
+
+def read_traps(observation: Observation, t: int, rows: PixelRows, batch: int) -> tuple[Tensor, Tensor]:
+    """Return one trial's different reconstructions [N, C, H, W], proved ones first, and which are proved [N]."""
+    at = (rows.errors.abs() > rows.least).nonzero()[:, 0]
+    if not len(at):
+        return rows.change.new_zeros(0, *observation.image_shape), torch.zeros(0, dtype=torch.bool)
+    pixels = rows.pixels(rows.change[at], rows.errors[at])
+    inside = ((pixels > -INSIDE) & (pixels < 1 + INSIDE)).all(1)
+    at, pixels = at[inside], pixels[inside]
+    images = pixels.view(-1, *observation.image_shape)
+    right, _ = proved(observation, t, rows.layer, images, at, rows.errors[at], batch)
+    square = pixels.square().sum(1)
+    distance = (square[:, None] + square - 2 * pixels @ pixels.T) / pixels.shape[1]
+    alike = (distance <= SAME).cpu()
+    seen = alike.sum(1)
+    right = right | (alike & right).any(1)
+    chosen: list[int] = []
+    for one in torch.argsort(right * 2.0 * len(at) + seen, descending=True).tolist():
+        if not bool(alike[one, chosen].any()):
+            chosen.append(one)
+    return images[chosen], right[chosen] | (seen[chosen] > 1)
