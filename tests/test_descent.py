@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import leakbench
+from leakbench.attacks.peeling.correlation import Fitted
 from leakbench.attacks.peeling.descent import inputs_alone, recover
+from leakbench.attacks.peeling.gates import balanced
 from leakbench.attacks.peeling.knowledge import Knowledge
 from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.restore import restore
@@ -308,3 +310,25 @@ def test_the_error_of_a_deep_network_needs_no_deep_recursion() -> None:
     below = knowledge.error(1)
     assert below is not None
     assert far(below.sum((0, 2, 3)), sent(observation)["0.bias"]) < 1e-10
+
+
+@pytest.mark.parametrize("wrong", [[3], [3, 5, 8, 9], [4, 9, 12]])
+def test_a_wrong_sum_of_errors_corrects_the_mask_near_the_threshold(wrong: list[int]) -> None:
+    """One place; all that are below another threshold; and some of those near it."""
+    generator = torch.Generator().manual_seed(0)
+    true = torch.arange(40).expand(1, 6, 40) % 2 == 0
+    deviation = torch.ones(1, 6, 40, 1, dtype=torch.float64)
+    value = torch.where(true, 100.0, 0.3)[..., None].double()
+    mask = true[..., None].clone()
+    for rank, place in enumerate(wrong):
+        value[0, 2, place] = 6 + rank
+        mask[0, 2, place] = ~mask[0, 2, place]
+    if wrong[0] == 4:  # an open place between those that are not: no threshold explains it
+        value[0, 2, 6] = 6.5
+    error = torch.randn(1, 6, 40, 1, generator=generator, dtype=torch.float64)
+    sums = torch.where(true[..., None], error, 0.0).sum((0, 2, 3))
+    sums = sums + 1e-7 * torch.randn(6, generator=generator, dtype=torch.float64)
+    found = balanced(mask, Fitted(value, deviation), error, sums)
+    assert torch.equal(found, true[..., None])
+    unexplained = balanced(mask, Fitted(value, deviation), error, sums + torch.tensor([0.0, 0, 0.7, 0, 0, 0]))
+    assert torch.equal(unexplained, mask)

@@ -31,6 +31,10 @@ EVEN = 1e-6
 MAX_IMBALANCE = 0.02
 """How far, relative to the gradient of a shift, the sums of the error may be from it at a beginning."""
 
+CLEAN, NOISY = 1e-4, 3.0
+"""The relative misfit of a factorised gradient below which it has no noise, and how many times as much as that of a
+noisy one the sums may be off."""
+
 MAX_DEVIATION = 0.1
 """How far, relative to its size, the input that a linear layer's gradient gives may be from exact."""
 
@@ -92,11 +96,15 @@ def recover(network: Network, sent: Mapping[str, Tensor], rng: torch.Generator, 
         if isinstance(found, NotFactorised):
             reason = f"{layer.name}: {found.reason}"
             continue
+        reason = f"{layer.name}: no scale of its input agrees with the gradient of the shift below"
         for sign in (1.0, -1.0) if images == 1 else (1.0,):
             known = Knowledge(network, exact, images)
-            if begin(known, place, sign * found.errors):
-                return _recovered(known)
-        reason = f"{layer.name}: no scale of its input agrees with the gradient of the shift below"
+            if not begin(known, place, sign * found.errors, max(MAX_IMBALANCE, NOISY * found.misfit)):
+                continue
+            result = _recovered(known)
+            if found.misfit < CLEAN or any(usable(each) for each in result.features):
+                return result
+            reason = f"{layer.name}: too much noise to descend from it"  # higher ones, of fewer positions, bear more
     for place, at in flat_heads(network, sent) if images == 1 else ():
         known = Knowledge(network, exact)
         refused = begin_at_flat_head(known, place, at)
@@ -145,13 +153,18 @@ def inputs_alone(network: Network, sent: Mapping[str, Tensor], rng: torch.Genera
     return [features[source] for source in sorted(features, reverse=True)]
 
 
-def begin(known: Knowledge, place: int, error: Tensor) -> bool:
+def usable(feature: Feature) -> bool:
+    """Return whether a recovered value is near the truth, as far as its equations and the values below show it."""
+    return feature.deviation < MAX_DEVIATION and feature.check < MAX_DEVIATION
+
+
+def begin(known: Knowledge, place: int, error: Tensor, most: float = MAX_IMBALANCE) -> bool:
     """Begin at a convolution whose error [B, O, h, w] is known up to a factor of each image, and descend.
 
     The gradient of a shift below the ReLU that gives the input is the sum of the error there: it gives the factors.
 
     Returns:
-        Whether the factors could be found, and the error's sums agree with that gradient.
+        Whether the factors could be found, and the error's sums agree with that gradient up to ``most``, relative.
     """
     steps = known.network.steps
     (source,) = steps[place].inputs
@@ -181,7 +194,7 @@ def begin(known: Knowledge, place: int, error: Tensor) -> bool:
                 error = by_image(torch.where(clear, better.value, 0.0).T, error)
     top = known.pin(place, error)
     rebalance(known, source)
-    if not known.balance(source) < MAX_IMBALANCE:
+    if not known.balance(source) < most:
         return False
     (above,) = steps[place].users if len(steps[place].users) == 1 else (place,)
     if steps[above].kind == "normalisation" and f"{steps[above].name}.weight" in known.sent:

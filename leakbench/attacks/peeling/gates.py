@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from leakbench.attacks.peeling.correlation import Fitted, by_channel, by_image, least_squares, windows
 from leakbench.attacks.peeling.knowledge import CLEAR, Knowledge
@@ -32,6 +33,19 @@ SMALL = 0.01
 
 EXACTLY = 1e-3
 """The part of the wrong sum that may be left after a change at a place whose value is near 0."""
+
+MAX_DOUBTFUL = 12
+"""Of how many places of a channel, those nearest to the threshold, every combination is tried if no single one explains
+the wrong sum."""
+
+NOT_OPEN = 2.0
+"""A value below this many standard deviations is none of them."""
+
+FEWEST = 8
+"""How many negative values of a channel say how large its errors are."""
+
+SURE = 20.0
+"""A combination must explain the wrong sum up to this many times what is left in the median channel."""
 
 LEVELS = (5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 3000.0, 10000.0)
 """The thresholds that are tried for values that count as positive, in standard deviations (``fitting_mask``)."""
@@ -79,7 +93,7 @@ def _fit(own: Tensor, wanted: Tensor) -> Tensor:
 
 
 def balanced(mask: Tensor, values: Fitted, error: Tensor, sums: Tensor) -> Tensor:
-    """Return a ReLU's mask [B, C, H, W], changed at one place of a channel if that explains its sum.
+    """Return a ReLU's mask [B, C, H, W], changed at one place of a channel, or at a few, if that explains its sum.
 
     Args:
         mask: as it was decided.
@@ -87,27 +101,90 @@ def balanced(mask: Tensor, values: Fitted, error: Tensor, sums: Tensor) -> Tenso
         error: at the ReLU's output.
         sums: [C], what the sums of the error behind the ReLU must be.
     """
-    value, deviation = by_channel(values.value).abs(), by_channel(values.deviation)
-    rows, errors = by_channel(mask), by_channel(error)
+    value, deviation = by_channel(values.value), by_channel(values.deviation)
+    rows, errors = by_channel(mask).clone(), by_channel(error)
     size = errors.square().mean(1).sqrt()
     missing = sums - (rows * errors).sum(1)
+    usual = SURE * missing.abs().median()
+    for channel in (missing.abs() > IMBALANCE * size).nonzero().flatten().tolist():
+        ratio = (value[channel] / deviation[channel]).nan_to_num()
+        changed = threshold(ratio, rows[channel], errors[channel], missing[channel], usual)
+        rows[channel, changed] = ~rows[channel, changed]
+    missing = sums - (rows * errors).sum(1)
     off = (torch.where(rows, -1.0, 1.0) * errors - missing[:, None]).abs()
-    doubtful = (value < CERTAIN * deviation) & (off < EXPLAINED * missing.abs()[:, None])
-    small = (value < SMALL * value.square().mean().sqrt()) & (off < EXACTLY * missing.abs()[:, None])
+    doubtful = (value.abs() < CERTAIN * deviation) & (off < EXPLAINED * missing.abs()[:, None])
+    small = value.abs() < SMALL * value.square().mean().sqrt()
+    small &= off < EXACTLY * missing.abs()[:, None]
     off = torch.where(doubtful | small, off, torch.inf)
     least, at = off.min(1)
     wrong = (missing.abs() > IMBALANCE * size) & torch.isfinite(least)
-    rows = rows.clone()
     rows[wrong, at[wrong]] = ~rows[wrong, at[wrong]]
+    missing = sums - (rows * errors).sum(1)
+    for channel in (missing.abs() > IMBALANCE * size).nonzero().flatten().tolist():
+        ratio = (value[channel] / deviation[channel]).nan_to_num()
+        changed = combination(ratio, torch.where(rows[channel], -1.0, 1.0) * errors[channel], missing[channel], usual)
+        rows[channel, changed] = ~rows[channel, changed]
     return by_image(rows, mask)
+
+
+def threshold(ratio: Tensor, mask: Tensor, error: Tensor, missing: Tensor, most: Tensor) -> Tensor:
+    """Return the places whose change, with another threshold in this channel, explains what is missing; else none.
+
+    Args:
+        ratio: [N], the values in standard deviations.
+        mask: [N], of the ReLU.
+        error: [N], at its output.
+        missing: in the sum of the error where the mask is open.
+        most: that may be left of it.
+    """
+    near = ((ratio > NOT_OPEN) & (ratio < CERTAIN)).nonzero().flatten()
+    order = near[ratio[near].argsort()]
+    # with the first n of these closed and the others open
+    change = (error[order] * ~mask[order]).sum() - F.pad(error[order].cumsum(0), (1, 0))
+    off = (change - missing).abs()
+    best = int(off.argmin())
+    if not float(off[best]) < float(most):
+        return near[:0]
+    wanted = torch.arange(len(order)) >= best
+    return order[wanted != mask[order]]
+
+
+def combination(ratio: Tensor, change: Tensor, missing: Tensor, most: Tensor) -> Tensor:
+    """Return the places whose change explains what is missing in a channel's sum, as few as possible; else none.
+
+    Args:
+        ratio: [N], the values in standard deviations; only places near the threshold may change.
+        change: [N], what a change of the mask there adds to the sum.
+        missing: in the sum.
+        most: that may be left of it.
+    """
+    near = ((ratio > NOT_OPEN) & (ratio < CERTAIN)).nonzero().flatten()
+    near = near[(ratio[near] / CLEAR).log().abs().argsort()[:MAX_DOUBTFUL]]
+    subsets = (torch.arange(2 ** len(near))[:, None] >> torch.arange(len(near))) & 1
+    off = (subsets.to(change) @ change[near] - missing).abs()
+    count = torch.where(off < most, subsets.sum(1), len(near) + 1)
+    best = int(count.argmin())
+    return near[subsets[best].bool()] if int(count[best]) <= len(near) else near[:0]
 
 
 def decide(known: Knowledge, place: int) -> None:
     """Decide the mask of a ReLU from its recovered output."""
-    value, step = known.values[place], known.network.steps[place]
+    step = known.network.steps[place]
+    if step.slope == 0:
+        known.values[place] = calibrated(known.values[place])
+    value = known.values[place]
     mask = value.value > (0 if step.slope else CLEAR * value.deviation)
     known.masks[place] = mask
     rebalance(known, place)
+
+
+def calibrated(found: Fitted) -> Fitted:
+    """Return a ReLU's output with deviations as large as its negative values, which are zeros, show them to be."""
+    value, deviation = by_channel(found.value), by_channel(found.deviation)
+    below = value < 0
+    square = torch.where(below, value / deviation, 0.0).square().sum(1) / below.sum(1).clamp(min=1)
+    wider = torch.where(below.sum(1) >= FEWEST, square.sqrt(), 1.0).clamp(min=1)
+    return Fitted(found.value, found.deviation * wider[:, None, None])
 
 
 def rebalance(known: Knowledge, place: int) -> None:

@@ -42,6 +42,12 @@ POOLED_SEARCHES, POOLED_NEAR = (Search(10, 0.03, 0.1), Search(5, 0.3, 1.0)), 1e-
 """The same if there is a max-pool on the way: which value is the maximum changes with the image, and larger steps end
 with wrong ones, unless small ones do not come near at all."""
 
+NOISY, MAX_SMOOTH = 4.0, 0.3
+"""The weight of total variation in the end, in relative errors of the values, and the largest one."""
+
+CLEAN = 3e-5
+"""The relative error of values up to which it is 0: rounding to single precision is no noise."""
+
 REFINEMENTS = 5
 """How many times as many iterations of L-BFGS as steps of Adam are made at most."""
 
@@ -93,23 +99,26 @@ class Match:
     Attributes:
         network: of the images' floating type.
         features: what was recovered.
-        smooth: the weight of total variation at first; it falls to 0 within ``anneal`` evaluations.
+        smooth: the weight of total variation at first; it falls to ``last`` within ``anneal`` evaluations.
         anneal: see ``smooth``.
+        last: the weight in the end, for values with noise.
     """
 
     network: Network
     features: Sequence[Feature]
     smooth: float = 0.0
     anneal: int = 1
+    last: float = 0.0
 
     def __call__(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
         """Return [1]."""
         image = unknowns["image"].flatten(0, 1)
         total = self._misfit(image)
         done = evaluation if isinstance(evaluation, int) else evaluation[0]
-        if done < self.anneal and self.smooth:
+        weight = max(self.smooth * (1 - done / self.anneal), self.last)
+        if weight:
             across, down = image.diff(dim=3).abs().mean(), image.diff(dim=2).abs().mean()
-            total = total + self.smooth * (1 - done / self.anneal) * (across + down)
+            total = total + weight * (across + down)
         return total
 
     def select(self, rows: Sequence[int]) -> Self:
@@ -143,6 +152,12 @@ class Match:
         return total
 
 
+def roughest(features: Sequence[Feature]) -> float:
+    """Return the weight of total variation for values with noise: without, the search would fit the noise."""
+    least = min(each.deviation for each in features)
+    return min(NOISY * least, MAX_SMOOTH) if least > CLEAN else 0.0
+
+
 def invert(network: Network, features: Sequence[Feature], noise: Tensor, steps: int) -> tuple[Tensor, Tensor, int]:
     """Return the images [B, C, H, W] that give recovered values best, the misfit [1] and the number of evaluations.
 
@@ -154,7 +169,8 @@ def invert(network: Network, features: Sequence[Feature], noise: Tensor, steps: 
             L-BFGS follow.
     """
     start = {"image": 0.5 + SPREAD * noise[None]}
-    match = Match(network, features)
+    last = roughest(features)
+    match = Match(network, features, last=last)
     best, least, spent = start, torch.inf, 0
     way = set().union(*(network.below(each.place) for each in features))
     pooled = any(network.steps[place].kind == "max-pool" for place in way)
@@ -162,7 +178,7 @@ def invert(network: Network, features: Sequence[Feature], noise: Tensor, steps: 
     for search in searches:
         count = search.times * steps
         near = descend(
-            Match(network, features, search.smooth, count),
+            Match(network, features, search.smooth, count, last),
             start,
             steps=count,
             lr={"image": search.size},
@@ -171,10 +187,10 @@ def invert(network: Network, features: Sequence[Feature], noise: Tensor, steps: 
         )
         spent += int(near.evaluations)
         with torch.no_grad():
-            misfit = float(match(near.unknowns, 0))
+            misfit = float(Match(network, features)(near.unknowns, 0))
         if misfit < least:
             best, least = near.unknowns, misfit
-        if least < enough:
+        if least < max(enough, sum(2 * each.deviation**2 for each in features)):
             break
     exact = lbfgs(
         match,
@@ -188,4 +204,6 @@ def invert(network: Network, features: Sequence[Feature], noise: Tensor, steps: 
         stop_below=EXACT,
         stop_every=1,
     )
-    return exact.unknowns["image"][0], exact.value, spent + int(exact.evaluations)
+    with torch.no_grad():
+        misfit = Match(network, features)(exact.unknowns, 0)
+    return exact.unknowns["image"][0], misfit, spent + int(exact.evaluations)
