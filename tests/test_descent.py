@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import leakbench
 from leakbench.attacks.peeling.correlation import Fitted
-from leakbench.attacks.peeling.descent import inputs_alone, recover
+from leakbench.attacks.peeling.descent import Part, inputs_alone, recover
 from leakbench.attacks.peeling.gates import balanced
 from leakbench.attacks.peeling.knowledge import Knowledge
 from leakbench.attacks.peeling.network import Network
@@ -223,6 +223,16 @@ def test_inputs_behind_any_activation_and_normalisation_are_found_up_to_a_factor
     assert network.steps[found.place].name == "2"
     assert found.free
     assert far(found.value * exact.norm() / found.value.norm(), exact) < 1e-8
+    # of the weight's gradient only its larger half
+    weight = sent(observation)["3.weight"]
+    part = Part(weight, weight.abs() > weight.abs().median())
+    others = {name: value for name, value in sent(observation).items() if name != "3.weight"}
+    assert inputs_alone(network, others, torch.Generator().manual_seed(0)) == []
+    (found,) = inputs_alone(network, others, torch.Generator().manual_seed(0), {"3.weight": part})
+    seen_ = torch.isfinite(found.value)
+    factor = (found.value[seen_] * exact[seen_]).sum() / found.value[seen_].square().sum()
+    assert float(seen_.double().mean()) > 0.5
+    assert far(factor * found.value[seen_], exact[seen_]) < 1e-3
 
 
 # the attack

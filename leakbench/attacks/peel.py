@@ -15,6 +15,7 @@ from leakbench.attacks.fill import fill_in
 from leakbench.attacks.matching import Positive, analytic_labels
 from leakbench.attacks.peeling.beginnings import all_beginnings
 from leakbench.attacks.peeling.chain import Chain, find_chain
+from leakbench.attacks.peeling.descent import Part
 from leakbench.attacks.peeling.estimate import undo_linear
 from leakbench.attacks.peeling.layers import Activation, ChainLayer, Convolution, Dropout, Normalisation, Reshape
 from leakbench.attacks.peeling.network import Network
@@ -140,13 +141,14 @@ class Peel(Attack):
         noise = rng.normal("start", observation.image_shape).to(observation.dtype)
         parts = []
         for trial, draws in enumerate(rng.generators("factorise")):
-            sent = {
-                name: value[trial].cpu() for name, value in observation.gradient.items() if _whole(observation, name)
-            }
+            own_values = {name: value[trial].cpu() for name, value in observation.gradient.items()}
+            shown = {name: each[trial].cpu() for name, each in (observation.shown or {}).items() if name in own_values}
+            parts_sent = {name: Part(own_values[name], each) for name, each in shown.items() if not bool(each.all())}
+            sent = {name: value for name, value in own_values.items() if name not in parts_sent}
             twin = filled(observation, trial)
             searched = network.on(filled(observation, trial).to(observation.device, observation.dtype), trial)
             own = noise[trial : trial + 1]
-            parts.append(restore(network.on(twin, trial), searched, sent, own, draws, self.search))
+            parts.append(restore(network.on(twin, trial), searched, sent, own, draws, self.search, parts_sent))
         misfits = torch.cat([each.misfits for each in parts])
         return Reconstruction(
             images=torch.cat([each.images for each in parts]),
@@ -191,11 +193,6 @@ class Peel(Attack):
         dropped = any(isinstance(layer, Dropout) for layer in layers)
         seen = state.value.variance.isfinite() if dropped else torch.ones_like(state.value.mean, dtype=torch.bool)
         return state.value.mean, seen, state.misfit
-
-
-def _whole(observation: Observation, name: str) -> bool:
-    """Return whether every entry of a tensor's gradient is known."""
-    return observation.shown is None or name not in observation.shown or bool(observation.shown[name].all())
 
 
 def _undo(layers: Sequence[ChainLayer], part: range, state: State, known: Known) -> State:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from leakbench.attacks.peeling.beginnings import beginnings, factorisable, flat_heads, heads, lattice_of
+from leakbench.attacks.peeling.completion import factorise_incomplete
 from leakbench.attacks.peeling.correlation import FLOOR, Fitted, by_image, least_squares, windows
 from leakbench.attacks.peeling.factors import NotFactorised
 from leakbench.attacks.peeling.gates import decide, fitting_mask, rebalance
@@ -38,8 +39,24 @@ noisy one the sums may be off."""
 MAX_DEVIATION = 0.1
 """How far, relative to its size, the input that a linear layer's gradient gives may be from exact."""
 
+MAX_COMPLETED = 36
+"""The most positions of an input for which missing entries are completed: time grows with their fourth power."""
+
 ALONE = 3
 """How many convolutions' inputs are factorised if no descent begins at one."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor's gradient of which a client sent only some entries.
+
+    Attributes:
+        values: the gradient, with anything in the others.
+        sent: bool, of the same shape.
+    """
+
+    values: Tensor
+    sent: Tensor
 
 
 @dataclass(frozen=True)
@@ -48,7 +65,7 @@ class Feature:
 
     Attributes:
         place: the step's.
-        value: [B, C, H, W] float64.
+        value: [B, C, H, W] float64; NaN where it does not follow, if it is free.
         deviation: of its values relative to their root mean square, as its own equations show it.
         check: how far it is from the values that follow from those below, relative to it; NaN if there are none.
         balance: how far the sums of the error below it are from the gradient of the shift there; NaN if not seen.
@@ -126,7 +143,9 @@ def _recovered(known: Knowledge) -> Recovered:
     return Recovered(found, known.missing[max(missing)] if missing else "")
 
 
-def inputs_alone(network: Network, sent: Mapping[str, Tensor], rng: torch.Generator) -> list[Feature]:
+def inputs_alone(
+    network: Network, sent: Mapping[str, Tensor], rng: torch.Generator, parts: Mapping[str, Part] | None = None
+) -> list[Feature]:
     """Return the inputs, up to a factor each, of the lowest convolutions that give their own; the highest first.
 
     Whatever is above and below them does not matter. One image.
@@ -135,18 +154,26 @@ def inputs_alone(network: Network, sent: Mapping[str, Tensor], rng: torch.Genera
         network: a trial's.
         sent: the trial's gradient, by name.
         rng: for the start of an eigenvalue solver.
+        parts: tensors of which only some entries were sent; of such inputs, channels that do not follow are NaN.
     """
+    parts = parts or {}
     features: dict[int, Feature] = {}
-    for place in factorisable(network, sent):
+    for place in factorisable(network, {*sent, *parts}):
         layer, (source,) = network.steps[place].layer, network.steps[place].inputs
         assert layer is not None
         if source in features:
             continue
-        found = factorise_convolution(sent[layer.weight], lattice_of(layer), rng)
+        lattice = lattice_of(layer)
+        if layer.weight in sent:
+            found = factorise_convolution(sent[layer.weight], lattice, rng)
+        elif lattice.inputs <= MAX_COMPLETED:
+            found = factorise_incomplete(parts[layer.weight].values, parts[layer.weight].sent, lattice, rng)
+        else:
+            continue
         if isinstance(found, NotFactorised):
             continue
         missing = float("nan")
-        spread = float(found.variance.mean().sqrt())  # the root mean square of the inputs is 1
+        spread = float(found.variance.nanmean().sqrt())  # the root mean square of the inputs is 1
         features[source] = Feature(source, found.inputs, spread, missing, missing, None, free=True)
         if len(features) == ALONE:
             break

@@ -71,7 +71,7 @@ MAX_ERROR = 0.1
 """The largest relative error of a value that is used, and the largest contradiction to the values below."""
 
 UNCHECKED = 1e-3
-"""The largest relative error of a value that no value below confirms."""
+"""The largest relative error of a value of a descent that no value below confirms."""
 
 
 def chosen(features: Sequence[Feature]) -> list[Feature]:
@@ -84,7 +84,7 @@ def chosen(features: Sequence[Feature]) -> list[Feature]:
         each
         for each in features
         if each.deviation < MAX_ERROR
-        and (each.check < MAX_ERROR or (isnan(each.check) and each.deviation < UNCHECKED))
+        and (each.check < MAX_ERROR or (isnan(each.check) and (each.free or each.deviation < UNCHECKED)))
         and not each.balance > MAX_ERROR
     ]
     lowest = good[-FEATURES:]
@@ -140,6 +140,8 @@ class Match:
                 continue
             target, reached = wanted[place], values[place]
             if place in free:
+                seen = torch.isfinite(target)
+                target, reached = torch.where(seen, target, 0.0), torch.where(seen, reached, 0.0)
                 total = total + 1 - (reached * target).sum().square() / (reached.square().sum() * target.square().sum())
                 continue
             # in front of a ReLU there is a slope where the value is wrongly 0, and 0 only bounds what is in front

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from leakbench.attacks.peeling.descent import Feature, Recovered, inputs_alone, recover
+from leakbench.attacks.peeling.descent import Feature, Part, Recovered, inputs_alone, recover
 from leakbench.attacks.peeling.inversion import MAX_ERROR, chosen, invert
 from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.pooling import MAX_WINDOWS, find_stem, pooled, restore_pooled
@@ -36,21 +36,23 @@ def restore(
     noise: Tensor,
     rng: torch.Generator,
     steps: int,
+    parts: Mapping[str, Part] | None = None,
 ) -> Restored:
     """Return the images that one step was trained on, from the gradient of their mean loss.
 
     Args:
         network: the trial's, in float64 on the CPU.
         searched: the same, of the floating type and on the device of the search for the images.
-        sent: the trial's gradient on the CPU, by name.
+        sent: the trial's gradient on the CPU, by name, as far as all of a tensor was sent.
         noise: [B, C, H, W] standard normal of the search's type, for B images.
         rng: of the factorisation.
         steps: of the search (``inversion.invert``).
+        parts: tensors of which only some entries were sent.
     """
     found = recover(network, sent, rng, len(noise))
     used = chosen(found.features)
     if not used and len(noise) == 1:
-        used = chosen(inputs_alone(network, sent, rng))
+        used = chosen(inputs_alone(network, sent, rng, parts))
     if not used:
         grey = torch.full_like(noise, 0.5)
         return Restored(grey, grey.new_full((len(grey),), torch.nan), reason=failure(network, found))
