@@ -143,12 +143,12 @@ class Peel(Attack):
         for trial, draws in enumerate(rng.generators("factorise")):
             own_values = {name: value[trial].cpu() for name, value in observation.gradient.items()}
             shown = {name: each[trial].cpu() for name, each in (observation.shown or {}).items() if name in own_values}
-            parts_sent = {name: Part(own_values[name], each) for name, each in shown.items() if not bool(each.all())}
-            sent = {name: value for name, value in own_values.items() if name not in parts_sent}
+            incomplete = {name: Part(own_values[name], each) for name, each in shown.items() if not bool(each.all())}
+            sent = {name: value for name, value in own_values.items() if name not in incomplete}
             twin = filled(observation, trial)
             searched = network.on(filled(observation, trial).to(observation.device, observation.dtype), trial)
             own = noise[trial : trial + 1]
-            parts.append(restore(network.on(twin, trial), searched, sent, own, draws, self.search, parts_sent))
+            parts.append(restore(network.on(twin, trial), searched, sent, own, draws, self.search, incomplete))
         misfits = torch.cat([each.misfits for each in parts])
         return Reconstruction(
             images=torch.cat([each.images for each in parts]),

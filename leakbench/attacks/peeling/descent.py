@@ -166,7 +166,7 @@ def inputs_alone(
         lattice = lattice_of(layer)
         if layer.weight in sent:
             found = factorise_convolution(sent[layer.weight], lattice, rng)
-        elif lattice.inputs <= MAX_COMPLETED:
+        elif lattice.inputs <= MAX_COMPLETED and bool(parts[layer.weight].sent.any()):
             found = factorise_incomplete(parts[layer.weight].values, parts[layer.weight].sent, lattice, rng)
         else:
             continue
