@@ -207,5 +207,5 @@ def invert(network: Network, features: Sequence[Feature], noise: Tensor, steps: 
         stop_every=1,
     )
     with torch.no_grad():
-        misfit = Match(network, features)(exact.unknowns, 0)
-    return exact.unknowns["image"][0], misfit, spent + int(exact.evaluations)
+        final = Match(network, features)(exact.unknowns, 0)
+    return exact.unknowns["image"][0], final, spent + int(exact.evaluations)
