@@ -10,13 +10,16 @@ DATA := mnist fashion-mnist cifar10
 SCALE ?= full
 DEVICE ?= cpu
 BROWSER ?= optional
+PRETEND ?= optional
+SWEEP ?= pairs
 
-.PHONY: help setup demo trunks test test-full test-long torture test-browser test-extras test-assets assets check format fuzz recheck docs reference wheel clean
+.PHONY: help setup demo trunks pretend test test-device test-full test-long torture test-browser test-extras test-assets assets check format fuzz recheck docs reference wheel clean
 
 help:
 	@echo "make demo         set up, and run three attacks against five defenses on the images that ship with leakbench"
 	@echo "make test         set up, and run the tests that need no network"
 	@echo "make test-long    run the longest tests: the paper's tables in small, killed runs, an installed package, a small benchmark"
+	@echo "make test-device  compare attacks on a pretended GPU with the CPU, which takes minutes (SWEEP=pairs|full)"
 	@echo "make test-full    run torchvision's networks of full size, which takes an hour"
 	@echo "make torture      kill, interrupt, fill the disk and make the clock jump, which takes minutes"
 	@echo "make test-browser open the pages in a headless Chromium; installs it as root on Debian, or says that it did not run"
@@ -48,10 +51,21 @@ demo: setup trunks
 trunks: setup
 	@$(BIN)/leakbench assets fetch $(TRUNKS) || echo "LPIPS is left out: no source of its weights could be reached"
 
-test: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not assets and not full and not docs and not browser and not fl and not ray and not torture and not long"
+# The pretended GPU of tests/device, compiled once. PRETEND=required fails without a compiler; otherwise its tests are skipped.
+pretend: setup
+	@command -v g++ >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	    && apt-get update -qq && apt-get install -y -qq g++ >/dev/null; } || true
+	@if command -v g++ >/dev/null; then $(BIN)/python -c 'import sys; sys.path.insert(0, "tests/device"); import pretend; pretend.build()'; \
+	else echo "the tests on a pretended GPU will NOT run: there is no g++; install the package g++"; [ "$(PRETEND)" != required ]; fi
 
-test-long: setup
+test: pretend
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not assets and not full and not docs and not browser and not fl and not ray and not torture and not long and not device"
+
+# Attacks, defenses, models and threat models on the pretended GPU against the CPU. SWEEP=full crosses all of them, for hours.
+test-device: pretend
+	SWEEP=$(SWEEP) $(BIN)/python -m pytest -n 2 --dist worksteal -m device
+
+test-long: pretend
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
 
 torture: setup

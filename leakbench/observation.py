@@ -43,6 +43,7 @@ class Observation:
         shown: per parameter [T, *shape] bool, the entries of ``gradient`` that are known. The others are zero: they
             were not finite, or an adaptive attacker could not undo what the defense did to them. None: all are known.
         tick: called by a search with the number of evaluations so far and of all; None if nobody listens.
+        note: called with a line that the user must know of the search; None if nobody listens.
     """
 
     model: nn.Module
@@ -62,6 +63,7 @@ class Observation:
     shown: Mapping[str, Tensor] | None = None
     adaptive: AdaptiveAttacker | None = None
     tick: Callable[[int, int], None] | None = None
+    note: Callable[[str], None] | None = None
 
     def __repr__(self) -> str:
         """Return one line of names, counts and shapes, without values."""

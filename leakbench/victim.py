@@ -28,6 +28,7 @@ from leakbench.gradients.layer_inputs import InputRecorder, first_layer, first_l
 from leakbench.models import crafted
 from leakbench.models.base import Model
 from leakbench.models.module import network_dtype
+from leakbench.models.surgery import with_buffers
 from leakbench.models.weights import load
 from leakbench.observation import Observation
 from leakbench.optim.client import ClientOptimiser, ClientState
@@ -99,7 +100,7 @@ def build(
 def _plain(model: Model, image_shape: tuple[int, int, int], num_classes: int, weights_key: str) -> nn.Module:
     """Return the network before a defense wraps it."""
     with seeded(weights_key, "model"):
-        return model.build(image_shape, num_classes)
+        return with_buffers(model.build(image_shape, num_classes))
 
 
 @contextmanager

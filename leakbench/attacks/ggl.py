@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -44,7 +45,12 @@ Squash = Literal["free", "clip", "tanh"]
 
 def chosen(spec: str, observation: Observation) -> Generator:
     """Return the generator of a spec for these images; raise Unsupported if it cannot draw such images."""
-    shape, classes, mean = observation.image_shape, observation.num_classes, observation.mean_image
+    return _chosen(spec, observation.image_shape, observation.num_classes, observation.mean_image)
+
+
+@functools.lru_cache(maxsize=4)
+def _chosen(spec: str, shape: tuple[int, int, int], classes: int, mean: Tensor) -> Generator:
+    """Return the generator; kept by the identity of the mean image, which is compared on the host."""
     generator = generators.parse(spec).choose(shape, classes, mean)
     generators.check_fit(generator, shape, classes, mean)
     return generator
@@ -200,7 +206,8 @@ class GGL(_Generative, GradientMatching):
         """Run the optimizer over the latent, and over the secrets if these are optimised."""
         whole = _Regularised(objective, self)
         if self.optimizer == ADAM:
-            return descend(whole, start, steps=self.budget, lr=dict.fromkeys(start, self.lr))
+            note = objective.observation.note
+            return descend(whole, start, steps=self.budget, lr=dict.fromkeys(start, self.lr), note=note)
         return evolve(
             whole,
             start,

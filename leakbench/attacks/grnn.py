@@ -94,6 +94,7 @@ class GRNN(GradientMatching):
             lr=dict.fromkeys(start, self.lr),
             rule="rmsprop",
             gain={name: gain for name in LATENT_WEIGHTS if name in start},
+            note=objective.observation.note,
         )
 
     def _latent(self, rng: Rng) -> Tensor:

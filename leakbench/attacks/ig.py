@@ -62,4 +62,5 @@ class IG(GradientMatching):
             sign=("image",) if self.signed else (),
             milestones=tuple(step for part in (2.667, 1.6, 1.142) if (step := int(self.steps / part))),
             boxed=("image",) if self.boxed else (),
+            note=objective.observation.note,
         )

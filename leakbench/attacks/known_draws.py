@@ -185,7 +185,12 @@ class _Look:
         """Yield a recorder, and the pass that it records."""
         recorder = Recorder(masks, PROBES)
         tensors = {name: value.clone() for name, value in self._tensors.items()} | dict(own or {})
-        with seeded("masks"), Interception(recorder), without_checkpointing(), without_autocast():
+        with (
+            seeded("masks", device=self._images.device),
+            Interception(recorder),
+            without_checkpointing(),
+            without_autocast(),
+        ):
             state = torch.get_rng_state()
             yield recorder, lambda: functional_call(self._model, tensors, (self._images,))
             self.intercepted &= torch.equal(state, torch.get_rng_state())

@@ -81,6 +81,7 @@ class LogCosine(GradientMatching):
             milestones=range(1, self.steps),
             decay=LAST_STEP ** (1 / self.steps),
             boxed=("image",),
+            note=objective.observation.note,
         )
 
     def _search(self, objective: MatchingObjective) -> Found:

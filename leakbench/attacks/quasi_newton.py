@@ -51,6 +51,7 @@ class QuasiNewton(GradientMatching):
                 sign=("image",) if signed else (),
                 milestones=tuple(self.steps * part // 8 for part in (3, 5, 7)) if signed else (),
                 boxed=("image",) if signed else (),
+                note=objective.observation.note,
             )
         return lbfgs(
             objective,

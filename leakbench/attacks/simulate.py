@@ -132,7 +132,7 @@ class Release:
             gradient = {name: value.detach() for name, value in gradient.items()}
         step = DummyStep(self.defense, gradient, image[None], label[None], self.model, tensors, self.update)
         try:
-            with seeded("simulate", rng.initial_seed()):
+            with seeded("simulate", rng.initial_seed(), device=image.device):
                 sent = self.defense.release(step, rng)
             found = {name: sent[name].to(gradient[name].dtype) for name in self.names if name in sent}
             wrong = [name for name, value in found.items() if value.shape != gradient[name].shape]
@@ -364,7 +364,7 @@ def _encoding(defense: Defense, observation: Observation) -> Encoding | None:
 def _encoded(defense: Defense, image: Tensor, label: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return what a defense encodes an image [1, C, H, W] and its label as; raise Unsupported if it fails."""
     try:
-        with seeded("simulate", rng.initial_seed()):
+        with seeded("simulate", rng.initial_seed(), device=image.device):
             encoded, labels = defense.encode(image, label, rng)
         if encoded.shape != image.shape:
             raise ValueError(f"it returned images of shape {tuple(encoded.shape)} for {tuple(image.shape)}")

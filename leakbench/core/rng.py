@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from leakbench.core.device import accelerator
 from leakbench.errors import BadOption
 
 
@@ -58,14 +59,29 @@ def generator(*key: object) -> torch.Generator:
 
 
 @contextmanager
-def seeded(*key: object) -> Iterator[None]:
+def seeded(*key: object, device: torch.device | None = None) -> Iterator[None]:
     """Seed torch's global CPU generator by a hash of the key, and give the caller's state back afterwards.
 
     Module initialisers and dropout draw only from the global generator; nothing else is drawn from it.
+
+    Args:
+        key: see above.
+        device: seed the global generator of this device too, from which dropout on it draws.
     """
+    seed = generator(*key).initial_seed()
+    module = None if device is None else accelerator(device)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(generator(*key).initial_seed())
-        yield
+        torch.default_generator.manual_seed(seed)
+        if module is None:
+            yield
+            return
+        before = module.get_rng_state(device)
+        with module.device(device):
+            module.manual_seed(seed)
+        try:
+            yield
+        finally:
+            module.set_rng_state(before, device)
 
 
 @dataclass(frozen=True)

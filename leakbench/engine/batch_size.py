@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leakbench.attacks import Attack
-from leakbench.core.device import SHARE, free_memory, out_of_memory
+from leakbench.core.device import SHARE, accelerator, free_memory, out_of_memory
 from leakbench.core.malloc import release_freed_memory
 from leakbench.core.rng import Rng
 from leakbench.observation import Observation
@@ -97,14 +97,14 @@ def repeated(blank: Observation, trials: int, own: bool) -> Observation:
 def _measure(step: Callable[[int], int | None], size: int, device: torch.device) -> tuple[float, int]:
     """Return the seconds and the peak memory in bytes of a step of this size, after a first one to warm up."""
     held = step(size) or 0
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
+    if (module := accelerator(device)) is not None:
+        module.synchronize(device)
+        before = module.memory_allocated(device)
+        module.reset_peak_memory_stats(device)
         begin = time.perf_counter()
         step(size)
-        torch.cuda.synchronize(device)
-        return time.perf_counter() - begin, torch.cuda.max_memory_allocated(device) - before + held
+        module.synchronize(device)
+        return time.perf_counter() - begin, module.max_memory_allocated(device) - before + held
     release_freed_memory()
     begin = time.perf_counter()
     before = psutil.Process().memory_info().rss

@@ -28,6 +28,7 @@ from typing import Generic, Self, TypeVar
 import cloudpickle
 import torch
 
+from leakbench.core.device import make_current
 from leakbench.core.lock import remove_abandoned
 from leakbench.core.malloc import keep_freed_memory
 from leakbench.core.registry import load_plugin, plugins
@@ -414,7 +415,9 @@ def _serve(pipe: Connection, work: bytes, plugins: Sequence[Path], threads: int)
                 load_plugin(file)
             torch.set_num_threads(threads)
             keep_freed_memory()
-            worker = Worker(pickle.loads(work), lambda line: send("note", line), lambda trials: send("begin", trials))
+            own: WorkerContext = pickle.loads(work)
+            make_current(own.device)
+            worker = Worker(own, lambda line: send("note", line), lambda trials: send("begin", trials))
             send("ready")
             with full_precision():
                 while True:

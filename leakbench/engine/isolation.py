@@ -30,6 +30,7 @@ from leakbench import errors
 from leakbench.attacks import Attack
 from leakbench.attacks.base import checked
 from leakbench.core.component import shipped
+from leakbench.core.device import empty_cache
 from leakbench.core.lock import remove_abandoned, temporary_folder
 from leakbench.core.loss_curve import Curve
 from leakbench.core.registry import plugins
@@ -119,7 +120,7 @@ class Isolation:
         """
         if not foreign(attack):
             return attack(observation, rng)
-        found = self._answer(Call("run", attack, replace(observation, tick=None), rng))
+        found = self._answer(Call("run", attack, replace(observation, tick=None, note=None), rng))
         return checked(attack, _reconstruction(attack, found), observation)
 
     def check(self, attack: Attack, observation: Observation) -> None:
@@ -145,8 +146,7 @@ class Isolation:
     def _answer(self, call: Call) -> object:
         """Return the answer to a call, plain values and tensors; raise the error that it is."""
         message = _packed(call)
-        if call.observation.device.type == "cuda":
-            torch.cuda.empty_cache()  # what this process keeps for later is missing in the other one
+        empty_cache(call.observation.device)  # what this process keeps for later is missing in the other one
         try:
             if self.template is None:
                 self.template = Template()

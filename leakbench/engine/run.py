@@ -12,7 +12,7 @@ import torch
 
 from leakbench import datasets, metrics
 from leakbench.core.component import Component, as_json, shipped
-from leakbench.core.device import device_named
+from leakbench.core.device import accelerator, all_of, device_named
 from leakbench.core.lock import alone
 from leakbench.core.malloc import keep_freed_memory
 from leakbench.core.rng import check_salt, new_salt
@@ -353,10 +353,9 @@ def _executor(work: WorkerContext, options: RunOptions, tick: Callable[[int, int
     workers = options.workers or 1
     if workers == 1 and options.time_limit is None:
         return InProcessExecutor(work, tick)
-    count = torch.cuda.device_count() if work.device.type == "cuda" and work.device.index is None else 1
-    share = work.share * count / max(workers, count)
-    devices = [torch.device("cuda", place % count) if count > 1 else work.device for place in range(workers)]
-    works = [replace(work, device=device, share=share) for device in devices]
+    devices = all_of(work.device)
+    share = work.share * len(devices) / max(workers, len(devices))
+    works = [replace(work, device=devices[place % len(devices)], share=share) for place in range(workers)]
     return ProcessExecutor(works, max(1, torch.get_num_threads() // workers), options.time_limit)
 
 
@@ -381,10 +380,14 @@ def finished(folder: Path, matrix: Matrix, shard: str = "") -> int:
 
 
 def _named(device: torch.device) -> str:
-    """Return a device for the provenance: a GPU with its model and CUDA version."""
-    if device.type != "cuda":
+    """Return a device for the provenance: a GPU of this machine with its model and CUDA version."""
+    module = accelerator(device)
+    if module is None:
         return str(device)
-    return f"{device} ({torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda})"
+    if not module.is_available():
+        return f"{device} (of other machines)"
+    version = f", CUDA {torch.version.cuda}" if device.type == "cuda" else ""
+    return f"{device} ({module.get_device_name(device)}{version})"
 
 
 def _check_indices(matrix: Matrix) -> None:

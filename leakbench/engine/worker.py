@@ -14,12 +14,12 @@ from torch import Tensor
 
 from leakbench import attacks
 from leakbench.core.component import shipped
-from leakbench.core.device import DEFAULT, SHARE, out_of_memory
+from leakbench.core.device import DEFAULT, SHARE, empty_cache, out_of_memory
 from leakbench.core.rng import Rng, generator, salted
 from leakbench.core.types import HONEST, Reconstruction
 from leakbench.engine.floors import FalseFloor, noise_like, verify_floor
 from leakbench.engine.isolation import AttackError, Isolation, foreign
-from leakbench.errors import DEFENSE_FAILED, ClientFailed, DefenseFailed, LeakbenchError, Unsupported, words
+from leakbench.errors import DEFENSE_FAILED, ClientFailed, DefenseFailed, LeakbenchError, Unsupported, one_line, words
 from leakbench.metrics import ReplacedMetric, refuse_replaced
 from leakbench.metrics.aligned import align
 from leakbench.metrics.base import Metric, Truth
@@ -228,25 +228,31 @@ class Worker:
         except (FalseFloor, ReplacedMetric):
             raise
         except (Exception, SystemExit) as error:  # an error of a component costs its own trials, not the run
-            if isinstance(error, Unsupported) and len(trials) == 1 and not self.work.strict:
-                return [without_score(data, trials[0], "unsupported", str(error))]
             memory = out_of_memory(error)
-            if memory and self.work.device.type == "cuda":
-                torch.cuda.empty_cache()
-            if len(trials) > 1:
-                slots = min(slots, len(trials))
-                if memory:
-                    self.note(f"{slots} trials at a time do not fit into memory; trying {-(-slots // 2)}")
-                    slots = -(-slots // 2)
-                half = len(trials) // 2
-                return self.results(data, trials[:half], slots) + self.results(data, trials[half:], slots)
+            if len(trials) == 1:
+                return [self._refused(data, trials[0], error)]
+        # outside of the except block, in which the error's frames would still hold the tensors that did not fit
+        slots = min(slots, len(trials))
+        if memory:
+            empty_cache(self.work.device)
+            self.note(f"{slots} trials at a time do not fit into memory; trying {-(-slots // 2)}")
+            slots = -(-slots // 2)
+        half = len(trials) // 2
+        return self.results(data, trials[:half], slots) + self.results(data, trials[half:], slots)
+
+    def _refused(self, data: ClientData, trial: Trial, error: BaseException) -> Result:
+        """Return the result of a trial that raised an error; raise LeakbenchError if the run is strict."""
+        if isinstance(error, Unsupported) and not self.work.strict:
+            return without_score(data, trial, "unsupported", str(error))
+        if out_of_memory(error):
+            reason = "out of memory"
+        else:
             known = str(error) if isinstance(error, (AttackError, DefenseFailed)) else words(error)
-            if known.startswith(DEFENSE_FAILED) and not isinstance(error, DefenseFailed):
-                known = f"the attack says that {known}"  # an attack cannot blame the defense
-            reason = "out of memory" if memory else known
-            if self.work.strict:
-                raise LeakbenchError(f"{trials[0].cell.words}, image {trials[0].image}: {reason}") from error
-            return [without_score(data, trials[0], "error", reason)]
+            blames = known.startswith(DEFENSE_FAILED) and not isinstance(error, DefenseFailed)
+            reason = f"the attack says that {known}" if blames else known  # an attack cannot blame the defense
+        if self.work.strict:
+            raise LeakbenchError(f"{trial.cell.words}, image {trial.image}: {reason}") from error
+        return without_score(data, trial, "error", reason)
 
     def _together(self, data: ClientData, trials: Sequence[Trial], slots: int) -> list[Result]:
         """Observe, attack and score trials of one cell, ``slots`` at a time."""
@@ -256,9 +262,10 @@ class Worker:
         else:
             key = salted("audit/update", "attack", data.salt)
             observation, rng, records = data.observed, Rng((key,), self.work.device), []
-        attack, observation = trials[0].cell.attack, replace(observation, slots=slots, tick=self.tick)
+        attack, named = trials[0].cell.attack, trials[0].cell.words
+        told = replace(observation, slots=slots, tick=self.tick, note=lambda line: self.note(f"{named}: {line}"))
         try:
-            guess = self.isolation.run(attack, observation, rng)
+            guess = self.isolation.run(attack, told, rng)
         except DefenseFailed as error:  # the client's defense did not fail: an attacker ran its code, or says so
             raise AttackError(str(error)) from error
         if attack.floor and (foreign(attack) or attack.name not in self.floors):
@@ -266,14 +273,14 @@ class Worker:
             verify_floor(self.isolation, attack, observation, rng, guess, other)
             self.floors.add(attack.name)
         guess = replace(guess, images=guess.images.float())
-        failed = guess.failed
-        assert failed is not None, "a called attack says of every trial whether it failed"
         # only here do reconstruction and truth meet
         truth = self._truth(data, trials, records, observation, rng) if data.images else None
         scores = {} if truth is None else self._score(guess, truth)
         seconds = (time.perf_counter() - begin) / len(trials)
-        images = guess.images.cpu()
-        fitted = [None] * len(trials) if truth is None else aligned(images, truth.images.cpu())
+        guess, truths = _on_host(guess), None if truth is None else truth.images.cpu()
+        failed = guess.failed
+        assert failed is not None, "a called attack says of every trial whether it failed"
+        fitted = [None] * len(trials) if truths is None else aligned(guess.images, truths)
         courses = [b""] * len(trials) if guess.curve is None else guess.curve.rows()
         return [
             Result(
@@ -282,8 +289,8 @@ class Worker:
                 reason=_why(guess, row) if bool(failed[row]) else _unseen(trial, records[row] if records else None),
                 seconds=seconds,
                 scores={name: values[row] for name, values in scores.items() if values[row] == values[row]},
-                reconstruction=png(images[row]),
-                truth=None if truth is None else png(truth.images[row].cpu()),
+                reconstruction=png(guess.images[row]),
+                truth=None if truths is None else png(truths[row]),
                 label=data.labels.get(trial.image),
                 objective=_finite(guess.objective, row),
                 evaluations=None if guess.evaluations is None else int(guess.evaluations[row]),
@@ -354,20 +361,29 @@ class Worker:
     def _values(self, metric: Metric, guess: Reconstruction, truth: Truth) -> list[float]:
         rows = len(truth.images)
         try:
-            values = [float(value) for value in metric.score(guess, truth)]
+            found = metric.score(guess, truth)
+            # one copy to the host for all rows
+            values = [float(value) for value in (found.tolist() if isinstance(found, Tensor) else found)]
             if len(values) != rows:
                 raise ValueError(f"it returned {len(values)} values for {rows} images; return one an image")
             return values
         except (Exception, SystemExit) as error:
             if self.work.strict or out_of_memory(error):
                 raise
-            if rows > 1:
-                each = [self._values(metric, *_row(guess, truth, row)) for row in range(rows)]
-                return [value for (value,) in each]
-            if metric.name not in self.noted:
-                self.noted.add(metric.name)
-                self.note(f"metric {metric.name!r} left out: {' '.join(str(error).split())}")
-            return [float("nan")]
+            reason = one_line(error)
+        if rows > 1:  # outside of the except block, whose error would hold the tensors of all rows
+            each = [self._values(metric, *_row(guess, truth, row)) for row in range(rows)]
+            return [value for (value,) in each]
+        if metric.name not in self.noted:
+            self.noted.add(metric.name)
+            self.note(f"metric {metric.name!r} left out: {reason}")
+        return [float("nan")]
+
+
+def _on_host(guess: Reconstruction) -> Reconstruction:
+    """Return a reconstruction with every tensor in the host's memory, for rows to be read one at a time."""
+    own = {name: value.cpu() for name, value in vars(guess).items() if isinstance(value, Tensor)}
+    return replace(guess, **own, findings={name: value.cpu() for name, value in guess.findings.items()})
 
 
 def _unseen(trial: Trial, record: StepRecord | None) -> str:

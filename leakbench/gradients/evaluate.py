@@ -12,7 +12,6 @@ import functools
 import types
 import warnings
 from collections.abc import Callable, Hashable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from leakbench.core.device import accelerator
 from leakbench.core.rng import generator, seeded
 from leakbench.core.types import Gradient
 from leakbench.errors import Unsupported
@@ -32,18 +32,6 @@ from leakbench.gradients.plain import without_autocast, without_checkpointing
 
 Path = Literal["batched", "vmap", "one-at-a-time"]
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
-
-
-def full_precision(deterministic: bool = False) -> AbstractContextManager[None]:
-    """Return a context in which CUDA convolutions are made in float32, not in TF32's ten bits of mantissa.
-
-    Args:
-        deterministic: only with those of cuDNN's algorithms that give the same numbers every time.
-    """
-    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(
-        enabled=True, deterministic=deterministic, allow_tf32=False
-    )
-    return flags
 
 
 def plain_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -254,7 +242,7 @@ def _compare(evaluator: Evaluator, tensors: Mapping[str, Tensor], image_shape: t
 
     def second(path: Path) -> tuple[Gradient, Tensor]:
         probe = x.clone().requires_grad_()
-        with seeded("choose path"):
+        with seeded("choose path", device=device):
             state = _global_state(device)
             gradient = replace(evaluator, path=path).gradient(pair, probe, y, generators=_own_generators)
             if not all(map(torch.equal, state, _global_state(device))):
@@ -296,7 +284,7 @@ def _own_generators() -> list[torch.Generator]:
 def _global_state(device: torch.device) -> list[Tensor]:
     """Return the states of torch's global generators that a network on this device may draw from."""
     states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+    return states if (module := accelerator(device)) is None else [*states, module.get_rng_state(device)]
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -18,6 +18,7 @@ from leakbench.core.rng import generator, seeded
 from leakbench.errors import Unsupported, words
 from leakbench.gradients.plain import without_checkpointing
 from leakbench.models.base import Model
+from leakbench.models.surgery import with_buffers
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +56,7 @@ class OwnModule(Model):
             )
         network = self.initialised(image_shape)
         self._refuse_hidden(network)
-        for layer in network.modules():
-            for name in [name for name, value in vars(layer).items() if isinstance(value, Tensor)]:
-                value = layer.__dict__.pop(name)
-                layer.register_buffer(name, value.detach(), persistent=False)
-        return network
+        return with_buffers(network)
 
     def _refuse_hidden(self, network: nn.Module) -> None:
         """Raise Unsupported for a tensor in a container of a layer, which does not move with the network."""

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from leakbench.errors import Unsupported
 
@@ -16,6 +16,15 @@ _NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d)
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Return every ``nn.Linear`` by name, in order of registration."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def with_buffers(network: nn.Module) -> nn.Module:
+    """Make every tensor that is a plain attribute of a layer a buffer, which moves with the network, and return it."""
+    for layer in network.modules():
+        for name in [name for name, value in vars(layer).items() if isinstance(value, Tensor)]:
+            value = layer.__dict__.pop(name)
+            layer.register_buffer(name, value.detach(), persistent=False)
+    return network
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

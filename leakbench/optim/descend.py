@@ -1,6 +1,6 @@
 """First-order descent of many trials at once: (signed) Adam and RMSprop with a step schedule and bounds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -24,6 +24,7 @@ def descend(
     decay: float = 0.1,
     boxed: Sequence[str] = (),
     gain: Mapping[str, GainFunction] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Solution:
     """Descend for ``steps`` steps; a trial that becomes non-finite stops at its last finite iterate.
 
@@ -38,6 +39,7 @@ def descend(
         decay: see ``milestones``.
         boxed: the unknowns that are clamped to [0, 1] after every update.
         gain: for unknowns whose RMSprop does not divide as torch's does; see ``RMSprop``.
+        note: called with a line if the objective cannot be recorded on a GPU.
     """
     unknowns = {name: tensor.detach().clone() for name, tensor in start.items()}
     trials, device = len(next(iter(unknowns.values()))), next(iter(unknowns.values())).device
@@ -51,7 +53,7 @@ def descend(
     evaluations = torch.zeros(trials, dtype=torch.int64, device=device)
     best = {name: tensor.clone() for name, tensor in unknowns.items()}  # the last iterate known to be finite
     value = torch.full((trials,), float("nan"), device=device)
-    evaluate = recorded(objective, unknowns)
+    evaluate = recorded(objective, unknowns, note)
     places = marks(steps)
     seen: list[Tensor] = []
     for step in range(steps):

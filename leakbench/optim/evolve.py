@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leakbench.core.device import out_of_memory
+from leakbench.core.device import empty_cache, out_of_memory
 from leakbench.core.loss_curve import Curve, marks
 from leakbench.core.rng import Rng
 from leakbench.errors import BadOption
@@ -142,8 +142,7 @@ class _Pieces:
                 if not out_of_memory(error) or self.size == 1:
                     raise
                 self.size = max(1, min(self.size, len(rows[part])) // 2)
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                empty_cache(next(iter(unknowns.values())).device)
                 continue
             begin = part.stop
         return torch.cat(values)

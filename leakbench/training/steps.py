@@ -156,7 +156,7 @@ def train_round(
     losses = []
     x = y = torch.empty(0)
     trainee.network.train()
-    with seeded(*key, "layers"):
+    with seeded(*key, "layers", device=trainee.device):
         for _ in range(recipe.local_epochs):
             for x, y in batches(images, recipe.batch, recipe.augment, order):
                 losses.append(descend(trainee, sgd, x, y, draws, defended=defended, classes=classes))

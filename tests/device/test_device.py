@@ -1,0 +1,409 @@
+"""leakbench on a pretended GPU (``pretend.py``): tensors that may not meet, waits, recordings, memory, two devices."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar, Self
+
+import pytest
+import torch
+from conftest import CLASSES, SHAPE, clients, rand
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import leakbench
+from leakbench import attacks, defenses, models
+from leakbench.core.device import accelerator, all_of, device_named
+from leakbench.core.registry import load_plugin
+from leakbench.core.rng import Rng, seeded
+from leakbench.core.types import Reconstruction
+from leakbench.engine import run as engine
+from leakbench.engine.progress import NullProgress
+from leakbench.errors import BadOption
+from leakbench.gradients import full_precision
+from leakbench.models import OwnModule
+from leakbench.observation import Observation
+from leakbench.optim import Evaluation, Unknowns, graph, value_and_gradient
+from leakbench.plan.matrix import parse_threat
+from leakbench.victim import observe
+
+sys.path.insert(0, str(Path(__file__).parent))
+import pretend
+
+GPUS = ("pretend:0", "pretend:1")
+
+
+@pytest.fixture
+def gpu() -> Iterator[ModuleType]:
+    """The pretended GPU with nothing counted yet; a test in which a rule of CUDA was broken fails."""
+    if reason := pretend.unavailable():
+        pytest.skip(reason)
+    pretend.install()
+    pretend.clear()
+    yield pretend
+    for device in range(pretend.COUNT):
+        pretend.core().set_limit(device, 0)
+    faults, remarks = pretend.counted("fault"), pretend.counted("remark")
+    pretend.clear()
+    assert faults == {}
+    assert remarks == {}
+
+
+def seen(
+    device: str, model: str = "lenet", defense: str = "none", threat: object = "paper", trials: int = 2
+) -> Observation:
+    """Return what a server on a device sees of small clients."""
+    own = parse_threat(threat)
+    grey = torch.full(SHAPE, 0.5)
+    return observe(models.parse(model), defenses.parse(defense), own, clients(trials), CLASSES, grey, device)
+
+
+def attacked(attack: str, observation: Observation) -> Reconstruction:
+    """Return an attack's reconstruction, with keys of the trials."""
+    keys = tuple(map(str, range(observation.trials)))
+    return attacks.parse(attack)(observation, Rng(keys, observation.device))
+
+
+def same(here: Reconstruction, there: Reconstruction) -> None:
+    """Assert that two reconstructions have the same numbers, by the same path."""
+    assert here.path == there.path
+    for name in ("images", "labels", "objective", "failed"):
+        one, other = getattr(here, name), getattr(there, name)
+        if one is not None:
+            torch.testing.assert_close(other.cpu(), one, rtol=1e-4, atol=1e-5, equal_nan=True, msg=name)
+
+
+# The device itself
+
+
+def test_the_device_has_the_rules_of_a_gpu(gpu: ModuleType) -> None:
+    here = torch.ones(3, device="pretend:0")
+    refused: list[Callable[[], object]] = [
+        lambda: here + torch.ones(3),
+        lambda: here + torch.ones(3, device="pretend:1"),
+        lambda: torch.cat([here, torch.ones(())[None]]),
+        lambda: torch.randn(3, generator=torch.Generator(), device="pretend"),
+    ]
+    for operation in refused:
+        with pytest.raises(RuntimeError, match=r"same device|device type"):
+            operation()
+    assert len(gpu.counted("fault")) == 2  # the others are found by torch
+    gpu.clear()
+    assert float((here * 2).sum()) == 6
+    assert gpu.total("wait") == 1
+    assert gpu.counted("launch") == {"aten::mul": 1, "aten::sum": 1, "aten::_local_scalar_dense": 1}
+    torch.rand(3, device="pretend")
+    assert list(gpu.counted("remark")) == ["unseeded draws of aten::uniform_\telsewhere"]
+    gpu.clear()
+
+
+def test_memory_that_is_not_there_is_refused_and_given_back(gpu: ModuleType) -> None:
+    with gpu.limited(2**20):
+        kept = torch.empty(2**19, dtype=torch.uint8, device="pretend")
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(2**20, dtype=torch.uint8, device="pretend")
+        torch.empty(2**21, dtype=torch.uint8, device="pretend:1")
+        del kept
+        torch.empty(2**20, dtype=torch.uint8, device="pretend")
+
+
+def test_a_recording_runs_nothing_and_its_replay_reads_the_same_memory(gpu: ModuleType) -> None:
+    x, counter = (torch.zeros(size, device="pretend") for size in (3, 1))
+    far = torch.zeros(3, device="pretend:1")
+    module, own = torch.get_device_module("pretend"), torch.get_device_module("pretend").CUDAGraph()
+    with module.graph(own):
+        counter += 1
+        found = F.softplus(2 * x + torch.arange(3, device="pretend")).sum()
+        far += 1
+        with pytest.raises(RuntimeError, match="capturing"):
+            x.sum().item()
+    assert float(counter) == 0
+    assert torch.isnan(found)
+    assert far.tolist() == [1, 1, 1]  # of another device: it ran, and is not part of the recording
+    for number, value in enumerate((0.5, -1.0), 1):
+        x.fill_(value)
+        own.replay()
+        assert float(found) == float(F.softplus(2 * torch.full((3,), value) + torch.arange(3)).sum())
+        assert float(counter) == number
+    assert far.tolist() == [1, 1, 1]
+
+
+# The same numbers as on the CPU
+
+
+@pytest.mark.parametrize(
+    ("attack", "case"),
+    [
+        ("ig(steps=3)", {}),
+        ("idlg(steps=1)", {}),
+        ("lb(steps=4)", {}),
+        ("grnn(steps=2)", {}),
+        ("ggl(budget=6, popsize=3, generator=tiny)", {}),
+        ("ggl(budget=3, optimizer=adam, generator=tiny)", {}),
+        ("analytic", {"model": "mlp"}),
+        ("peel", {}),
+        ("grey", {}),
+        ("dlm(steps=2, solver=adam, lr=0.01)", {"threat": "weights"}),
+        ("dlm+(steps=2, solver=adam, lr=0.01)", {"threat": "weights"}),
+        ("ig(steps=3)", {"defense": "precode(k=6)"}),
+        ("ig(steps=3)", {"defense": "keylock(length=9)"}),
+        ("ig(steps=3)", {"defense": "noise", "threat": "informed=true"}),
+        ("ig(steps=3)", {"model": "resnet20"}),
+    ],
+)
+def test_the_numbers_are_those_of_the_cpu(gpu: ModuleType, attack: str, case: Mapping[str, Any]) -> None:
+    here, there = (attacked(attack, seen(device, **case)) for device in ("cpu", "pretend:1"))
+    same(here, there)
+    assert there.images.device == torch.device("pretend:1")
+
+
+# Searches that are recorded
+
+
+@dataclass(frozen=True)
+class Bowl:
+    """|x - 1|^2 of each row; ``drift`` makes it another function at each evaluation, ``reads`` reads a value."""
+
+    drift: float = 0.0
+    reads: bool = False
+
+    def __call__(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
+        assert isinstance(evaluation, int)
+        value = (unknowns["x"] - 1 - self.drift * evaluation).square().sum(1)
+        return value * (1 if not self.reads or bool(value.any()) else 2)
+
+    def select(self, rows: Sequence[int]) -> Self:
+        return self
+
+
+@pytest.mark.parametrize("device", GPUS)
+def test_a_recorded_objective_gives_the_same_numbers_at_other_points(gpu: ModuleType, device: str) -> None:
+    start, other = ({"x": rand(3, 4, seed=seed).to(device)} for seed in (0, 1))
+    evaluate = graph.recorded(Bowl(), start, pytest.fail)
+    value, gradient = evaluate(other, 7)
+    expected, slope = value_and_gradient(Bowl(), other, 7)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradient["x"], slope["x"])
+    gpu.clear()
+    evaluate(start, 8)
+    assert gpu.counted("launch") == {"copy": 1, "replay": 1}
+
+
+def test_what_cannot_be_recorded_is_found_before_anything_is(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, notes, begun = {"x": rand(3, 4).to("pretend")}, list[str](), list[object]()
+    real = pretend.core().begin_recording
+    monkeypatch.setattr(pretend.core(), "begin_recording", lambda: begun.append(None) or real())
+    assert graph.recorded(Bowl(drift=0.5), start, notes.append).__name__ == "plain"
+    assert graph.recorded(Bowl(reads=True), start, notes.append).__name__ == "plain"
+    assert len(begun) == 1
+    assert [line.partition(": ")[2] for line in notes] == [
+        "its recording gives other numbers",
+        "called a synchronizing operation: aten::is_nonzero"
+        if "is_nonzero" in notes[1]
+        else "called a synchronizing operation: aten::_local_scalar_dense",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("attack", "case"),
+    [
+        ("ig(steps=2)", {}),
+        ("grnn(steps=2)", {}),
+        ("ggl(budget=2, optimizer=adam, generator=tiny)", {}),
+        ("ig(steps=2)", {"defense": "keylock(length=9)"}),
+        ("ig(secrets=optimise, steps=2)", {"defense": "keylock(length=9)"}),
+    ],
+)
+def test_a_search_is_recorded(gpu: ModuleType, attack: str, case: Mapping[str, Any]) -> None:
+    observation = replace(seen("pretend:1", **case), note=pytest.fail)
+    attacked(attack, observation)
+    assert gpu.counted("launch")["replay"] >= 3  # the first is compared with an evaluation
+
+
+# Out of memory
+
+
+class Told(NullProgress):
+    """Keeps the lines for the user."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
+
+
+@dataclass(frozen=True)
+class Greedy(leakbench.Attack):
+    """Holds a mebibyte a trial, as an attack's unknowns would be."""
+
+    name: ClassVar[str] = "greedy"
+    reference: ClassVar[str] = "a test"
+
+    def run(self, observation: Observation, rng: Rng) -> Reconstruction:
+        held = [torch.zeros(2**18, device=observation.device) for _ in range(observation.trials)]
+        assert len(held) == observation.trials
+        return Reconstruction(observation.mean_image.expand(observation.trials, *observation.image_shape).clone())
+
+
+def ran(tmp_path: Path, attack: object, images: int, **options: Any) -> tuple[Any, list[str]]:
+    """Return the results of attacks on clients without a defense, and the lines for the user."""
+    matrix = leakbench.Matrix(
+        attacks=[attack], defenses=["none"], models=["lenet"], datasets=["samples"], images=images, floors=False
+    )
+    progress = Told()
+    engine.run(matrix, tmp_path, engine.RunOptions(**options), progress=progress)
+    return leakbench.Run(tmp_path).results(), progress.notes
+
+
+def test_a_chunk_that_does_not_fit_is_halved_and_then_fits(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("leakbench.metrics.of_run", lambda named: [])
+    monkeypatch.setattr("leakbench.engine.worker.foreign", lambda attack: False)
+    monkeypatch.setattr("leakbench.engine.isolation.foreign", lambda attack: False)
+    gc.collect()
+    with gpu.limited(12 * 2**20):  # room for 8 of 16 trials
+        results, notes = ran(tmp_path, Greedy(), 16, device="pretend", chunk=16)
+    assert list(results["status"]) == ["ok"] * 16
+    assert [line for line in notes if "memory" in line] == ["16 trials at a time do not fit into memory; trying 8"]
+
+
+# Draws and precision
+
+
+def test_dropout_in_training_is_seeded_on_the_device(gpu: ModuleType) -> None:
+    x, device = torch.ones(64, device="pretend:1"), torch.device("pretend:1")
+    rows = []
+    for key in ("a", "a", "b"):
+        with seeded(key, device=device):
+            rows.append(F.dropout(x).tolist())
+    assert rows[0] == rows[1] != rows[2]
+    assert gpu.core().state(1).numel() == 0  # unseeded, as before
+
+
+def set_high() -> None:
+    torch.set_float32_matmul_precision("high")
+
+
+def set_all() -> None:
+    torch.backends.fp32_precision = "tf32"
+
+
+def set_convolutions() -> None:
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+
+
+@contextmanager
+def precision(how: Callable[[], None] | None) -> Iterator[None]:
+    """Restore what a test sets of torch's precision."""
+    backends = torch.backends
+    owners = (
+        backends.cuda.matmul,
+        backends.cudnn.conv,
+        backends.cudnn.rnn,
+        backends.mkldnn.matmul,
+        backends.mkldnn.conv,
+    )
+    before = [owner.fp32_precision for owner in owners]
+    try:
+        if how is not None:
+            how()
+        yield
+    finally:
+        backends.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+        backends.cudnn.allow_tf32 = True
+        for owner, own in zip(owners, before):
+            owner.fp32_precision = own
+
+
+@pytest.mark.parametrize("how", [None, set_high, set_all, set_convolutions])
+def test_products_have_full_precision_whatever_was_set_before(how: Callable[[], None] | None) -> None:
+    backends = torch.backends
+
+    def state() -> list[object]:
+        return [owner.fp32_precision for owner in (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul)]
+
+    with precision(how):
+        before = state()
+        with full_precision(deterministic=True):
+            assert state() == ["ieee"] * 3
+            assert not backends.cuda.matmul.allow_tf32  # can be read, and agrees
+            assert not backends.cudnn.allow_tf32
+            assert backends.cudnn.deterministic
+        assert state() == before
+
+
+# Networks and devices of a user
+
+
+class Shifted(nn.Module):
+    """A network that keeps a tensor as a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES))
+        self.mean = torch.full((1, 1, 1), 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x - self.mean)
+        return logits
+
+
+@dataclass(frozen=True)
+class ShiftedModel(leakbench.Model):
+    """A model of a plugin that builds such a network."""
+
+    name: ClassVar[str] = "shifted"
+
+    def build(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        return Shifted()
+
+
+def test_a_plain_tensor_of_a_network_goes_to_the_device(gpu: ModuleType) -> None:
+    grey, paper = torch.full(SHAPE, 0.5), parse_threat("paper")
+    for model in (ShiftedModel(), OwnModule("own", Shifted())):
+        here, there = (
+            attacked("ig(steps=2)", observe(model, defenses.parse("none"), paper, clients(2), CLASSES, grey, device))
+            for device in ("cpu", "pretend:0")
+        )
+        same(here, there)
+
+
+def test_a_device_is_named_or_refused(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all_of(device_named("pretend")) == [torch.device(name) for name in GPUS]
+    assert all_of(device_named("pretend:1")) == [torch.device("pretend:1")]
+    with pytest.raises(BadOption, match="there are 2 PRETEND devices"):
+        device_named("pretend:2")
+    module = accelerator(torch.device("pretend"))
+    assert engine._named(torch.device("pretend:1")) == "pretend:1 (a pretended device)"
+    monkeypatch.setattr(module, "is_available", lambda: False)
+    # the head of a Ray cluster has no GPU, and its driver raises if it is asked for one
+    monkeypatch.setattr(module, "get_device_name", pytest.fail)
+    assert engine._named(torch.device("pretend")) == "pretend (of other machines)"
+
+
+def test_scores_are_read_from_the_device_at_once(gpu: ModuleType, tmp_path: Path) -> None:
+    waits = []
+    for images in (2, 8):
+        gpu.clear()
+        ran(tmp_path / str(images), "grey", images, device="pretend", chunk=8)
+        waits.append({place: times for place, times in gpu.counted("wait").items() if "engine/worker.py" in place})
+    assert waits[0] == waits[1] != {}
+
+
+@pytest.mark.long
+def test_each_worker_has_a_device_of_its_own(gpu: ModuleType, tmp_path: Path) -> None:
+    load_plugin(Path(__file__).with_name("plugin.py"))
+    attack = "ig(steps=2)"
+    here, _ = ran(tmp_path / "one", attack, 4, device="pretend:1", chunk=1)
+    there, _ = ran(tmp_path / "two", attack, 4, device="pretend", chunk=1, workers=2)
+    assert list(there["status"]) == ["ok"] * 4
+    assert list(there["psnr"]) == list(here["psnr"])

@@ -1,0 +1,51 @@
+"""Every attack, defense and model that ships, under four kinds of threat models, on the pretended GPU and on the CPU.
+
+By default every attack meets every defense and every model, and threat models take turns; ``SWEEP=full`` crosses all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from types import ModuleType
+
+import pytest
+from conftest import ALL_DEFENSES, ATTACKS, FLAT, MODELS, ON_WEIGHTS
+from test_device import attacked, gpu, same, seen  # noqa: F401
+
+from leakbench.core.types import Reconstruction
+from leakbench.errors import LeakbenchError
+
+THREATS = ("paper", "known-label", "weights", "informed=true")
+NETWORKS = [*MODELS, *FLAT]
+
+Case = tuple[str, str, str, str]
+
+
+def cases() -> list[Case]:
+    """Return attack, defense, model and threat model of each comparison."""
+    own = [*ATTACKS, "analytic"]
+    if os.environ.get("SWEEP") == "full":
+        return list(itertools.product(own, [*ALL_DEFENSES, *ON_WEIGHTS], NETWORKS, THREATS))
+    pairs = [(attack, defense, "lenet") for attack in own for defense in ALL_DEFENSES]
+    pairs += [(attack, "none", model) for attack in own for model in NETWORKS if model != "lenet"]
+    found = [(*pair, threat) for pair, threat in zip(pairs, itertools.cycle(THREATS))]
+    return found + [(attack, defense, "lenet", "weights") for attack in own for defense in ON_WEIGHTS]
+
+
+def outcome(attack: str, defense: str, model: str, threat: str, device: str) -> Reconstruction | str:
+    """Return what an attack reconstructs on a device, or why it is refused."""
+    try:
+        return attacked(attack, seen(device, model, defense, threat))
+    except LeakbenchError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("case", cases(), ids=" ".join)
+def test_the_outcome_on_a_gpu_is_that_on_the_cpu(gpu: ModuleType, case: Case) -> None:  # noqa: F811
+    here, there = (outcome(*case, device) for device in ("cpu", "pretend:1"))
+    if isinstance(here, str) or isinstance(there, str):
+        assert here == there
+    else:
+        same(here, there)
