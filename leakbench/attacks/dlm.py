@@ -1,6 +1,6 @@
 """DLM and DLM+: leakage from the weights before and after local training of unknown learning rate."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -130,7 +130,12 @@ class DLMPlus(Updates):
 
     def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
         """Return the squared distance after both are divided by their mean norm."""
-        return squared_distance(normalised(gradient, observed), normalised(observed, observed))
+        return self.distance_from(observed)(gradient)
+
+    def distance_from(self, observed: Mapping[str, Tensor]) -> Callable[[Gradient], Tensor]:
+        """Return the distance from an update, which is normalised once."""
+        other = normalised(observed, observed)
+        return lambda gradient: squared_distance(normalised(gradient, other), other)
 
 
 def normalised(gradient: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> Gradient:

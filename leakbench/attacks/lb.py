@@ -1,6 +1,6 @@
 """LB: L-BFGS with a line search on the layer-normalised distance, the general strong optimiser."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -32,14 +32,21 @@ def layer_normalised_distance(gradient: Gradient, observed: Mapping[str, Tensor]
     Between the squared distance (s = 1), in which the largest parameters are all that counts, and relative errors
     (s = |g|^2), in which the smallest count as much. A gradient of zeros is at 1.
     """
-    squares = {name: squared_norm(target) for name, target in observed.items()}
-    sizes = {name: square.sqrt() for name, square in squares.items()}
-    tiny = torch.finfo(torch.float32).tiny
-    floor = (MIN_RELATIVE_SIZE * torch.stack(list(sizes.values())).amax(0)).clamp(min=tiny)
-    weights = {name: 1 / torch.maximum(size, floor) for name, size in sizes.items()}
-    whole = torch.stack([weights[name] * square for name, square in squares.items()]).sum(0).clamp(min=tiny)
-    error = torch.stack([weights[name] * squared_norm(gradient[name] - target) for name, target in observed.items()])
-    return error.sum(0) / whole
+    return layer_normalised_from(observed)(gradient)
+
+
+def layer_normalised_from(observed: Mapping[str, Tensor]) -> Callable[[Gradient], Tensor]:
+    """Return ``layer_normalised_distance`` from an observed gradient, with its sizes and weights computed once."""
+    squares = torch.stack([squared_norm(target) for target in observed.values()])
+    sizes, tiny = squares.sqrt(), torch.finfo(torch.float32).tiny
+    weights = 1 / torch.maximum(sizes, (MIN_RELATIVE_SIZE * sizes.amax(0)).clamp(min=tiny))
+    whole = (weights * squares).sum(0).clamp(min=tiny)
+
+    def distance(gradient: Gradient) -> Tensor:
+        errors = torch.stack([squared_norm(gradient[name] - target) for name, target in observed.items()])
+        return (weights * errors).sum(0) / whole
+
+    return distance
 
 
 def rank_one_labels(observation: Observation) -> Tensor | None:
@@ -97,6 +104,10 @@ class LB(QuasiNewton):
     def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
         """Return the distance of ``matching``."""
         return (cosine_distance if self.matching == "cosine" else layer_normalised_distance)(gradient, observed)
+
+    def distance_from(self, observed: Mapping[str, Tensor]) -> Callable[[Gradient], Tensor]:
+        """Return the distance of ``matching``, whose weights are computed once."""
+        return super().distance_from(observed) if self.matching == "cosine" else layer_normalised_from(observed)
 
     def start(self, observation: Observation, rng: Rng) -> Unknowns:
         """Return an image from N(0.5, spread^2), and label logits from N(0, 1) if labels are optimised."""

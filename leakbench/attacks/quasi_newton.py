@@ -65,6 +65,7 @@ class QuasiNewton(GradientMatching):
             stop_below=self.done_below(),
             budget=self.budget(),
             slots=objective.observation.slots,
+            note=objective.observation.note,
         )
 
     @property

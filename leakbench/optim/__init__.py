@@ -1,6 +1,6 @@
 """Minimise a per-trial objective over [T, ...] unknowns; no trial's fate touches another's."""
 
-from leakbench.optim.base import Evaluation, Objective, Solution, Unknowns, take_rows, value_and_gradient
+from leakbench.optim.base import Evaluation, Objective, Recordable, Solution, Unknowns, take_rows, value_and_gradient
 from leakbench.optim.descend import descend
 from leakbench.optim.lbfgs import LineSearch, lbfgs
 
@@ -8,6 +8,7 @@ __all__ = [
     "Evaluation",
     "LineSearch",
     "Objective",
+    "Recordable",
     "Solution",
     "Unknowns",
     "descend",

@@ -1,5 +1,6 @@
 """The objective that a solver minimises, and the solution that it returns."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
@@ -31,6 +32,18 @@ class Objective(Protocol):
     def select(self, rows: Sequence[int]) -> Self:
         """Return the objective of only these trials."""
         ...
+
+
+class Recordable(ABC):
+    """An objective that draws random numbers for its evaluations, and can have them on the device beforehand."""
+
+    @abstractmethod
+    def buffered(self) -> Self:
+        """Return the objective with its draws in a buffer, which a recorded evaluation reads."""
+
+    @abstractmethod
+    def prepare(self, evaluation: int) -> None:
+        """Fill the buffer for the next evaluation."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +89,8 @@ def joined(unknowns: Unknowns) -> tuple[Tensor, Callable[[Tensor], Unknowns]]:
 
 def rows_finite(value: Tensor, gradient: Unknowns) -> Tensor:
     """Return [T] bool: the objective and every gradient entry of the row are finite."""
-    finite = torch.isfinite(value)
-    for grad in gradient.values():
-        finite = finite & torch.isfinite(largest(grad.flatten(1)))
-    return finite
+    sizes = [largest(grad.flatten(1)) for grad in gradient.values()]
+    return torch.isfinite(value) & torch.isfinite(torch.stack(sizes)).all(0)
 
 
 def largest(rows: Tensor) -> Tensor:

@@ -43,7 +43,8 @@ def descend(
     """
     unknowns = {name: tensor.detach().clone() for name, tensor in start.items()}
     trials, device = len(next(iter(unknowns.values()))), next(iter(unknowns.values())).device
-    groups = [{"params": [tensor], "lr": lr[name]} for name, tensor in unknowns.items()]
+    rates = dict.fromkeys(lr[name] for name in unknowns)
+    groups = [{"params": [own for name, own in unknowns.items() if lr[name] == rate], "lr": rate} for rate in rates]
     optimiser: torch.optim.Optimizer | RMSprop
     if rule == "adam":
         optimiser = torch.optim.Adam(groups)

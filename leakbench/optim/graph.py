@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from leakbench.core.device import accelerator
-from leakbench.optim.base import Evaluation, Objective, Unknowns, value_and_gradient
+from leakbench.optim.base import Evaluation, Objective, Recordable, Unknowns, value_and_gradient
 
 Evaluate = Callable[[Unknowns, Evaluation], tuple[Tensor, Unknowns]]
 
@@ -38,11 +38,12 @@ def recorded(objective: Objective, start: Unknowns, note: Callable[[str], None] 
     module = accelerator(device)
     if module is None:
         return plain
+    own = objective.buffered() if isinstance(objective, Recordable) else objective
     with module.device(device):  # otherwise streams and recordings are those of the current device
-        reason = _waits(plain, start, module)
+        reason = waits(lambda: value_and_gradient(own, start, 0), module)
         if not reason:
             try:
-                replay = _record(objective, start, module)
+                replay = _record(own, start, module)
                 other = {name: value + CHECK_DISTANCE * (1 + value.abs()) for name, value in start.items()}
                 if _agree(replay(other, 1), plain(other, 1)):
                     return replay
@@ -55,13 +56,13 @@ def recorded(objective: Objective, start: Unknowns, note: Callable[[str], None] 
     return plain
 
 
-def _waits(evaluate: Evaluate, start: Unknowns, module: ModuleType) -> str:
-    """Return what waits for the device in an evaluation; empty if nothing does."""
-    evaluate(start, 0)  # what is computed once may wait
+def waits(work: Callable[[], object], module: ModuleType) -> str:
+    """Return what waits for the device when work is done for the second time; empty if nothing does."""
+    work()  # what is computed once may wait
     before = module.get_sync_debug_mode()
     module.set_sync_debug_mode("error")
     try:
-        evaluate(start, 0)
+        work()
     except RuntimeError as error:
         return str(error).splitlines()[0]
     finally:
@@ -83,6 +84,8 @@ def _record(objective: Objective, start: Unknowns, module: ModuleType) -> Evalua
         value, gradient = value_and_gradient(objective, inputs, 0)
 
     def replay(unknowns: Unknowns, evaluation: Evaluation) -> tuple[Tensor, Unknowns]:
+        if isinstance(objective, Recordable) and isinstance(evaluation, int):
+            objective.prepare(evaluation)
         for name, tensor in inputs.items():
             tensor.copy_(unknowns[name])
         graph.replay()

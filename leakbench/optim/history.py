@@ -12,6 +12,7 @@ a new pair appends a column to it, and the oldest pair leaves by its row and col
 in the ring slot that they were written to, and a slot that holds none is a row and column of zeros.
 """
 
+import copy
 from typing import Self
 
 import torch
@@ -28,6 +29,25 @@ class Rows:
                 value.reset(rows)
             elif isinstance(value, Tensor):
                 value[rows] = 0
+
+    def copied(self, deep: bool) -> Self:
+        """Return another object with the same tensors, or with copies of them."""
+        other = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Rows):
+                setattr(other, name, value.copied(deep))
+            elif isinstance(value, Tensor) and deep:
+                setattr(other, name, value.clone())
+        return other
+
+    def take_over(self, other: Self) -> None:
+        """Write the values of another object into the tensors of this one that are not the same."""
+        for name, value in vars(self).items():
+            new = vars(other)[name]
+            if isinstance(value, Rows):
+                value.take_over(new)
+            elif isinstance(value, Tensor) and new is not value:
+                value.copy_(new)
 
     def select(self, rows: Tensor) -> Self:
         """Keep only these rows."""

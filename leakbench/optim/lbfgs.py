@@ -10,16 +10,23 @@ masks [R] say which rows are at which line.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from leakbench.core.device import accelerator
 from leakbench.core.loss_curve import Curve, marks
-from leakbench.optim.base import Objective, Solution, Unknowns, joined, largest, value_and_gradient
+from leakbench.optim.base import Objective, Solution, Unknowns, joined, largest
+from leakbench.optim.graph import WARM_UP_EVALUATIONS, recorded, waits
 from leakbench.optim.history import History, Rows
 from leakbench.optim.wolfe import StrongWolfe
+
+BUCKETS = (8, 16, 32, 64)
+"""Numbers of ring slots for which a GPU's graph is recorded; the last one has all slots."""
 
 LineSearch = Literal["none", "strong-wolfe"]
 
@@ -63,7 +70,7 @@ class _State(Rows):
 
     def __init__(self, x: Tensor, history: int, search: StrongWolfe | None) -> None:
         rows = len(x)
-        self.x, self.at = x, x
+        self.x, self.at = x, x.clone()
         self.direction, self.gradient = torch.zeros_like(x), torch.zeros_like(x)
         self.reach, self.step, self.loss, self.value = (x.new_zeros(rows) for _ in range(4))
         counters = [torch.zeros(rows, dtype=torch.int64, device=x.device) for _ in range(5)]
@@ -90,7 +97,6 @@ class _Slots:
         value: [T], the last objective; NaN until the trial is done.
         finite: [T] bool.
         evaluations: [T].
-        curve: [T, K], the objective at the evaluations ``marks``; NaN elsewhere.
     """
 
     def __init__(self, x: Tensor, count: int, limit: int) -> None:
@@ -100,18 +106,27 @@ class _Slots:
         self.waiting = list(range(len(self.trials), total))
         self._few = max(1, len(self.trials) // 8)
         self._column = {mark: column for column, mark in enumerate(marks(limit))}
+        self._seen: list[tuple[list[int], list[int], Tensor]] = []
         self.x, self.value = x, x.new_full((total,), torch.nan)
         self.finite = torch.ones(total, dtype=torch.bool, device=x.device)
         self.evaluations = torch.zeros(total, dtype=torch.int64, device=x.device)
-        self.curve = x.new_full((total, len(self._column)), torch.nan)
 
     def record(self, tick: int, loss: Tensor, done: Tensor) -> None:
         """Keep the objective [R] of the slots whose trial has reached one of the marks of its curve."""
         own = [tick - first + 1 for first in self.begun]
-        due = [slot for slot, number in enumerate(own) if number in self._column]
-        if due:
-            at = [self.trials[slot] for slot in due], [self._column[own[slot]] for slot in due]
-            self.curve[at] = torch.where(done, torch.nan, loss)[due]
+        if any(number in self._column for number in own):
+            rows = [trial if number in self._column else -1 for trial, number in zip(self.trials, own)]
+            columns = [self._column.get(number, 0) for number in own]
+            self._seen.append((rows, columns, torch.where(done, torch.nan, loss)))
+
+    def curve(self) -> Tensor:
+        """Return the curves [T, K] of ``record``; what was seen is read from the device only now, at once."""
+        curve = torch.full((len(self.x), len(self._column)), torch.nan, dtype=self.x.dtype)
+        if self._seen:
+            rows, columns = (torch.tensor([one for seen in self._seen for one in seen[part]]) for part in (0, 1))
+            values, known = torch.cat([seen[2] for seen in self._seen]).cpu(), rows >= 0
+            curve[rows[known], columns[known]] = values[known]
+        return curve.to(self.x.device)
 
     def exchange(self, state: _State, tick: int) -> bool:
         """Take the results of trials that are done, and give their slots to those that wait; True if any changed hands.
@@ -150,6 +165,7 @@ def lbfgs(
     stop_every: int = 10,
     budget: int | None = None,
     slots: int | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Solution:
     """Minimise each trial by L-BFGS; the parameters are those of ``torch.optim.LBFGS``.
 
@@ -172,6 +188,7 @@ def lbfgs(
         stop_every: see ``stop_below``.
         budget: the evaluations after which a trial is done; any number by default.
         slots: how many trials are worked on at a time, all by default; a trial that is done makes room for the next.
+        note: called with a line if the objective cannot be recorded on a GPU.
 
     Raises:
         ValueError: ``slots`` is below 1.
@@ -186,18 +203,73 @@ def lbfgs(
     search = StrongWolfe(begun, tolerance_change) if line_search == "strong-wolfe" else None
     state = _State(begun.clone(), history, search)
     live = objective.select(work.trials) if work.waiting else objective
+    evaluate, advance = recorded(live, unpack(state.at), note), _Advance(rules, history)
     poll = 1 if x.device.type == "cpu" else 8  # reading a value from another device waits for it
     tick = 0
     while work.trials:
-        loss, gradients = value_and_gradient(live, unpack(state.at), [tick - first for first in work.begun])
+        loss, gradients = evaluate(unpack(state.at), [tick - first for first in work.begun])
         gradient = torch.cat([gradients[name].flatten(1) for name in start], 1)
         work.record(tick, loss, state.done)
         # a trial has at most one pair an evaluation, the first excepted, so the oldest trial bounds the ring in use
-        _advance(state, loss, gradient, rules, used=max(1, min(history, tick - min(work.begun))))
+        advance(state, loss, gradient, used=max(1, min(history, tick - min(work.begun))))
         tick += 1
         if tick % poll == 0 and work.exchange(state, tick) and work.trials:
             live = objective.select(work.trials)
-    return Solution(unpack(work.x), work.value, work.finite, work.evaluations, Curve(limit, 1, work.curve))
+            evaluate, advance = recorded(live, unpack(state.at), note), _Advance(rules, history)
+    return Solution(unpack(work.x), work.value, work.finite, work.evaluations, Curve(limit, 1, work.curve()))
+
+
+class _Advance:
+    """``_advance`` for the same slots; on a GPU as recorded graphs, which write the state in place.
+
+    There is one graph for each number of ring slots of ``BUCKETS``: those that are in use, and some that hold no pair.
+    """
+
+    def __init__(self, rules: _Rules, history: int) -> None:
+        self._rules = rules
+        self._buckets = [*(size for size in BUCKETS if size < history), history]
+        self._recordable = True
+        self._graphs: dict[int, Callable[[], None]] = {}
+
+    def __call__(self, state: _State, loss: Tensor, gradient: Tensor, used: int) -> None:
+        """Use an evaluation; see ``_advance``."""
+        module = accelerator(loss.device)
+        if module is None or not self._recordable:
+            return _advance(state, loss, gradient, self._rules, used)
+        used = next(size for size in self._buckets if size >= used)
+        if not self._graphs:
+            self._loss, self._gradient = loss.clone(), gradient.clone()
+        if used not in self._graphs:
+            with module.device(loss.device):
+                self._recordable = self._record(state, used, module)
+            if not self._recordable:
+                return _advance(state, loss, gradient, self._rules, used)
+        self._loss.copy_(loss)
+        self._gradient.copy_(gradient)
+        self._graphs[used]()
+        return None
+
+    def _record(self, state: _State, used: int, module: ModuleType) -> bool:
+        """Record a graph, and return whether that was possible."""
+
+        def once(state: _State) -> None:
+            _advance(state, self._loss, self._gradient, self._rules, used)
+
+        if waits(lambda: once(state.copied(deep=True)), module):
+            return False
+        stream = module.Stream()
+        stream.wait_stream(module.current_stream())
+        with module.stream(stream):
+            for _ in range(WARM_UP_EVALUATIONS):
+                once(state.copied(deep=True))
+        module.current_stream().wait_stream(stream)
+        graph = module.CUDAGraph()
+        with module.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            next_state = state.copied(deep=False)
+            once(next_state)
+            state.take_over(next_state)
+        self._graphs[used] = graph.replay
+        return True
 
 
 def _advance(state: _State, loss: Tensor, gradient: Tensor, rules: _Rules, used: int) -> None:

@@ -1,4 +1,4 @@
-"""RMSprop with momentum, whose several passes over a large tensor find it in the cache."""
+"""RMSprop with momentum: on a CPU its passes over a tensor find it in the cache, on a GPU one kernel has all tensors."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,8 +32,10 @@ class RMSprop:
     def step(self) -> None:
         """Update every tensor by its ``grad``."""
         for group in self.param_groups:
-            for tensor in group["params"]:
+            alone = [x for x in group["params"] if x in self._gain or x.device.type == "cpu"]
+            for tensor in alone:
                 self._update(tensor, *self._moments[tensor], group["lr"])
+            _update_all([x for x in group["params"] if not any(x is own for own in alone)], self._moments, group["lr"])
 
     def _update(self, tensor: Tensor, square: Tensor, momentum: Tensor, lr: float) -> None:
         assert tensor.grad is not None
@@ -43,9 +45,23 @@ class RMSprop:
             momentum.mul_(MOMENTUM).addcmul_(tensor.grad, gain(square.sqrt()))
             tensor.add_(momentum, alpha=-lr)
             return
-        size = CACHE_VALUES if tensor.device.type == "cpu" else tensor.numel()
-        parts = [whole.reshape(-1).split(size) for whole in (tensor, tensor.grad, square, momentum)]
+        parts = [whole.reshape(-1).split(CACHE_VALUES) for whole in (tensor, tensor.grad, square, momentum)]
         for x, grad, s, m in zip(*parts):
             s.mul_(ALPHA).addcmul_(grad, grad, value=1 - ALPHA)
             m.mul_(MOMENTUM).addcdiv_(grad, s.sqrt().add_(EPS))
             x.add_(m, alpha=-lr)
+
+
+def _update_all(tensors: list[Tensor], moments: Mapping[Tensor, tuple[Tensor, Tensor]], lr: float) -> None:
+    """Update tensors of a GPU, by one launch an operation for all of them."""
+    if not tensors:
+        return
+    grads = [tensor.grad for tensor in tensors]
+    squares, momenta = ([moments[tensor][part] for tensor in tensors] for part in (0, 1))
+    torch._foreach_mul_(squares, ALPHA)
+    torch._foreach_addcmul_(squares, grads, grads, 1 - ALPHA)
+    roots = torch._foreach_sqrt(squares)
+    torch._foreach_add_(roots, EPS)
+    torch._foreach_mul_(momenta, MOMENTUM)
+    torch._foreach_addcdiv_(momenta, grads, roots)
+    torch._foreach_add_(tensors, momenta, alpha=-lr)

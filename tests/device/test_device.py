@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -224,6 +225,39 @@ def test_a_search_is_recorded(gpu: ModuleType, attack: str, case: Mapping[str, A
     observation = replace(seen("pretend:1", **case), note=pytest.fail)
     attacked(attack, observation)
     assert gpu.counted("launch")["replay"] >= 3  # the first is compared with an evaluation
+
+
+with Path(__file__).with_name("launches.csv").open() as file:
+    LAUNCHES = list(csv.DictReader(file))
+    """What an iteration launches and how often it waits, at most; ``before`` is of the first measurement, without graphs
+    but for evaluations of ``ig`` and ``grnn``. The numbers of trials do not matter."""
+
+
+@pytest.mark.parametrize("row", LAUNCHES, ids=lambda row: f"{row['attack']} {row['defense']}")
+def test_an_iteration_launches_and_waits_no_more_than_committed(gpu: ModuleType, row: Mapping[str, str]) -> None:
+    counts = []
+    for steps in (row["short"], row["long"]):
+        observation = seen("pretend", "lenet", row["defense"], row["threat"])
+        gpu.clear()
+        found = attacked(row["attack"].format(steps), observation)
+        assert found.evaluations is not None
+        counts.append((gpu.total("launch"), gpu.total("wait"), int(found.evaluations.max())))
+    launches, waits, iterations = (long - short for short, long in zip(*counts))
+    assert iterations >= 4
+    assert launches / iterations <= float(row["launches"])
+    assert waits / iterations <= float(row["waits"])
+
+
+def test_a_closed_form_launches_the_same_for_any_number_of_trials(gpu: ModuleType) -> None:
+    counts = []
+    for trials in (2, 5):
+        observation = seen("pretend", trials=trials)
+        gpu.clear()
+        attacked("peel", observation)
+        counts.append((gpu.total("launch"), gpu.total("wait")))
+    assert counts[0] == counts[1]
+    assert counts[0][0] <= 1000  # 300 a trial before
+    assert counts[0][1] <= 24  # 69 a trial before
 
 
 # Out of memory

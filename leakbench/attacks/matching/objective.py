@@ -1,7 +1,7 @@
 """The objective of gradient matching, of T trials at once."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Self
@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from leakbench.attacks.matching.buffer import DrawBuffer
 from leakbench.attacks.matching.problem import MatchingProblem
 from leakbench.attacks.matching.tensors import pack, root, scaled
 from leakbench.core.rng import Rng
@@ -18,7 +19,7 @@ from leakbench.gradients import Evaluator, choose_path
 from leakbench.gradients.bilinear import squared_norm
 from leakbench.gradients.evaluate import tensors_of
 from leakbench.observation import Observation
-from leakbench.optim import Evaluation, Unknowns, take_rows
+from leakbench.optim import Evaluation, Recordable, Unknowns, take_rows
 
 ROUGHNESS = 0.05
 """The expected absolute difference of neighbouring pixels of an image in [0, 1]: that of 32 photographs.
@@ -34,7 +35,7 @@ FINAL_EVALUATION = -1
 
 
 @dataclass(frozen=True)
-class MatchingObjective:
+class MatchingObjective(Recordable):
     """The matching objective of T trials, a function of the attack's unknowns and of the secrets that it optimises.
 
     Attributes:
@@ -46,6 +47,7 @@ class MatchingObjective:
         restart: the index of the restart, from 0 on.
         draws: the draws of the client's random layers that its gradient leaks, [T, 1, *shape] by number of the call
             (``read_draws``).
+        buffer: the secrets that are drawn for each evaluation, for one that is recorded; None: they are drawn in it.
         prior_factor: [T], by which each trial's prior is multiplied while the objective is minimised; None for 1.
     """
 
@@ -57,6 +59,16 @@ class MatchingObjective:
     restart: int = 0
     draws: Mapping[int, Tensor] = field(default_factory=dict)
     prior_factor: Tensor | None = None
+    buffer: DrawBuffer | None = None
+
+    def buffered(self) -> Self:
+        """Return the objective with the secrets that each evaluation draws in a buffer on the device."""
+        return replace(self, buffer=DrawBuffer(self.observation.device))
+
+    def prepare(self, evaluation: int) -> None:
+        """Fill the buffer for an evaluation."""
+        if self.buffer is not None:
+            self.buffer.prepare(evaluation)
 
     def __call__(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
         """Return [T], the matching distance, as the attack reshapes it, plus the prior."""
@@ -119,6 +131,8 @@ class MatchingObjective:
             factor = factor * self.observation.size
         if judge:
             return self.attack.judge(gradient, observed, factor)
+        if factor is None:
+            return self._from_observed(gradient)
         return self.attack.distance(gradient, scaled(observed, factor))
 
     def ratio(self, unknowns: Unknowns) -> Tensor:
@@ -193,6 +207,11 @@ class MatchingObjective:
         assert factor is not None, "``prepare`` refuses to model a release in its own units without a rate"
         learned = self.observation.unit / factor
         return learned, 1 / learned
+
+    @cached_property
+    def _from_observed(self) -> Callable[[Gradient], Tensor]:
+        """The distance from the observed gradient, whose own part is computed once."""
+        return self.attack.distance_from(self.observation.gradient if self.attack.per_tensor else self._packed)
 
     @cached_property
     def _packed(self) -> Gradient:
@@ -331,9 +350,19 @@ class MatchingObjective:
             for secret in self.observation.secrets
             if secret.fresh and SECRET_PREFIX + secret.name not in unknowns
         ]
-        purposes = self._purposes("pass", evaluation, step) if drawn else []
-        own, dtype = self._own, self.observation.dtype
-        return {secret.name: draw(secret, own[secret.name], self.rng, purposes, dtype) for secret in drawn}
+        return {secret.name: self._drawn(secret, evaluation, step) for secret in drawn}
+
+    def _drawn(self, secret: Secret, evaluation: Evaluation, step: int) -> Tensor:
+        """Return the draws [T, *shape] of a secret for one of the local steps of an evaluation."""
+
+        def made(rng: Rng, evaluation: Evaluation) -> Tensor:
+            purposes = self._purposes("pass", evaluation, step)
+            return draw(secret, self._own[secret.name], rng, purposes, self.observation.dtype)
+
+        if self.buffer is None or not isinstance(evaluation, int):
+            return made(self.rng, evaluation)
+        on_host = replace(self.rng, device=torch.device("cpu"))
+        return self.buffer.take(f"{secret.name} {step}", lambda number: made(on_host, number))
 
     def _purposes(self, of: str, evaluation: Evaluation, step: int = 0) -> list[str]:
         """Return the purpose of a draw by trial: the part that it is of, the evaluation, and the local step."""

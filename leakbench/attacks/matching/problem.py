@@ -1,8 +1,9 @@
 """The problem of gradient matching: the options of an attack, and the parts that it may define."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -59,6 +60,13 @@ class MatchingProblem(Attack):
         Both are packed (``pack``), since most distances treat all parameters alike; an attack whose distance does not
         sets ``per_tensor`` and gets them by name.
         """
+
+    def distance_from(self, observed: Mapping[str, Tensor]) -> Callable[[Gradient], Tensor]:
+        """Return ``distance`` from an observed gradient as a function of the dummy gradient.
+
+        An attack overrides it to compute only once what depends on the observed gradient only.
+        """
+        return partial(self.distance, observed=observed)
 
     def judge(self, gradient: Gradient, observed: Mapping[str, Tensor], factor: Tensor | None) -> Tensor:
         """Return the measure [T] by which restarts are compared, and an end with its start: the distance.

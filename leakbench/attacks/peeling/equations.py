@@ -10,7 +10,6 @@ most probable a solves (F^T V F + G^T U G + P) a = F^T V r + G^T U g + P m. ``Eq
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -28,6 +27,9 @@ JITTERS = (1e-14, 1e-12, 1e-10)
 
 REFINEMENTS = 3
 """How often a factored system is solved; each time but the first for the remainder that rounding left."""
+
+TEMPORARY_SHARE = 8
+"""The temporaries of all trials' matrices take at most one of this many parts of the matrices' memory."""
 
 OUTPUT_DEVIATION = 0.2
 """The standard deviation of w * a that is assumed before a normalisation of unknown scale, for a kernel of norm 1."""
@@ -291,14 +293,16 @@ class Equations:
         inside = (taps < places).repeat(share, 1).mT
         kernels = self.kernel.reshape(trials, geometry.groups, -1, inputs.shape[1])
         weights = self.forward.reshape(trials, geometry.groups, kernels.shape[2], -1).mT
-        # as many windows at a time as keep the temporaries no larger than the matrix
-        at_once = max(1, count**2 // inputs.shape[1] ** 2)
-        for windows in torch.arange(len(inputs)).split(at_once):
-            entries = (inputs[windows, :, None] * count + inputs[windows, None]).flatten()
-            for trial, group in itertools.product(range(trials), range(geometry.groups)):
-                kernel = kernels[trial, group] * inside[windows, None]
-                square = (kernel * weights[trial, group, windows, :, None]).mT @ kernel
-                out[trial].view(-1)[group * share * places * (count + 1) :].index_add_(0, entries, square.flatten())
+        # of all trials and groups, as many windows at a time as keep the temporaries below one matrix, or an eighth of all
+        most = count**2 * max(1, trials // TEMPORARY_SHARE) // (trials * geometry.groups)
+        at_once = max(1, most // inputs.shape[1] ** 2)
+        groups = share * places * (count + 1) * torch.arange(geometry.groups, device=taps.device)[:, None]
+        for begin in range(0, len(inputs), at_once):
+            part = slice(begin, begin + at_once)
+            entries = (inputs[part, :, None] * count + inputs[part, None]).flatten() + groups
+            kernel = kernels[:, :, None] * inside[part, None]
+            square = (kernel * weights[:, :, part, :, None]).mT @ kernel
+            out.view(trials, -1).scatter_add_(1, entries.flatten().expand(trials, -1), square.flatten(1))
         return out
 
     def _gradient_blocks(self) -> Tensor:
