@@ -382,8 +382,19 @@ class Worker:
 
 def _on_host(guess: Reconstruction) -> Reconstruction:
     """Return a reconstruction with every tensor in the host's memory, for rows to be read one at a time."""
-    own = {name: value.cpu() for name, value in vars(guess).items() if isinstance(value, Tensor)}
-    return replace(guess, **own, findings={name: value.cpu() for name, value in guess.findings.items()})
+
+    def host(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.cpu()
+
+    return replace(
+        guess,
+        images=guess.images.cpu(),
+        labels=host(guess.labels),
+        objective=host(guess.objective),
+        failed=host(guess.failed),
+        evaluations=host(guess.evaluations),
+        findings={name: value.cpu() for name, value in guess.findings.items()},
+    )
 
 
 def _unseen(trial: Trial, record: StepRecord | None) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import backends
@@ -17,8 +18,8 @@ def full_precision(deterministic: bool = False) -> Iterator[None]:
     Args:
         deterministic: only with those of cuDNN's algorithms that give the same numbers every time.
     """
-    cudnn = backends.cudnn
-    owners = (backends.cuda.matmul, cudnn.conv, cudnn.rnn, backends.mkldnn.matmul, backends.mkldnn.conv)
+    cudnn, mkldnn = _module(backends.cudnn), _module(backends.mkldnn)
+    owners = (backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv)
     precisions = [owner.fp32_precision for owner in owners]
     matmul, convolutions = _matmul(), _convolutions()
     flags = cudnn.enabled, cudnn.benchmark, cudnn.deterministic
@@ -53,4 +54,9 @@ def _convolutions() -> bool:
     try:
         return bool(backends.cudnn.allow_tf32)
     except RuntimeError:
-        return backends.cudnn.conv.fp32_precision != "tf32"
+        return _module(backends.cudnn).conv.fp32_precision != "tf32"
+
+
+def _module(backend: Any) -> Any:
+    """Return a module of torch whose attributes its types do not list."""
+    return backend

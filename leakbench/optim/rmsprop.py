@@ -1,4 +1,4 @@
-"""RMSprop with momentum: on a CPU its passes over a tensor find it in the cache, on a GPU one kernel has all tensors."""
+"""RMSprop with momentum: on a CPU its passes over a tensor find it in the cache; on a GPU a kernel has all tensors."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -56,7 +56,7 @@ def _update_all(tensors: list[Tensor], moments: Mapping[Tensor, tuple[Tensor, Te
     """Update tensors of a GPU, by one launch an operation for all of them."""
     if not tensors:
         return
-    grads = [tensor.grad for tensor in tensors]
+    grads = [tensor.grad for tensor in tensors if tensor.grad is not None]
     squares, momenta = ([moments[tensor][part] for tensor in tensors] for part in (0, 1))
     torch._foreach_mul_(squares, ALPHA)
     torch._foreach_addcmul_(squares, grads, grads, 1 - ALPHA)

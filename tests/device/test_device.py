@@ -142,8 +142,8 @@ def test_a_recording_runs_nothing_and_its_replay_reads_the_same_memory(gpu: Modu
     ("attack", "case"),
     [
         ("ig(steps=3)", {}),
-        ("idlg(steps=1)", {}),
-        ("lb(steps=4)", {}),
+        ("dlg(steps=3, solver=adam, lr=0.1)", {}),
+        ("lb(steps=12)", {}),
         ("grnn(steps=2)", {}),
         ("ggl(budget=6, popsize=3, generator=tiny)", {}),
         ("ggl(budget=3, optimizer=adam, generator=tiny)", {}),
@@ -229,8 +229,10 @@ def test_a_search_is_recorded(gpu: ModuleType, attack: str, case: Mapping[str, A
 
 with Path(__file__).with_name("launches.csv").open() as file:
     LAUNCHES = list(csv.DictReader(file))
-    """What an iteration launches and how often it waits, at most; ``before`` is of the first measurement, without graphs
-    but for evaluations of ``ig`` and ``grnn``. The numbers of trials do not matter."""
+    """What an iteration launches and how often it waits, at most, for any number of trials.
+
+    ``before`` is without recordings, on 32 x 32 colour images, which need a few launches more.
+    """
 
 
 @pytest.mark.parametrize("row", LAUNCHES, ids=lambda row: f"{row['attack']} {row['defense']}")
@@ -248,16 +250,15 @@ def test_an_iteration_launches_and_waits_no_more_than_committed(gpu: ModuleType,
     assert waits / iterations <= float(row["waits"])
 
 
-def test_a_closed_form_launches_the_same_for_any_number_of_trials(gpu: ModuleType) -> None:
+def test_a_closed_form_launches_about_the_same_for_any_number_of_trials(gpu: ModuleType) -> None:
     counts = []
-    for trials in (2, 5):
+    for trials in (2, 16):
         observation = seen("pretend", trials=trials)
         gpu.clear()
         attacked("peel", observation)
         counts.append((gpu.total("launch"), gpu.total("wait")))
-    assert counts[0] == counts[1]
-    assert counts[0][0] <= 1000  # 300 a trial before
-    assert counts[0][1] <= 24  # 69 a trial before
+    assert max(launches for launches, _ in counts) <= 1000  # before, 300 a trial
+    assert {waits for _, waits in counts} == {24}  # before, 69 a trial
 
 
 # Out of memory

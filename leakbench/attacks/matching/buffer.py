@@ -21,7 +21,7 @@ class DrawBuffer:
         self._draws: dict[str, tuple[Callable[[int], Tensor], Tensor]] = {}
 
     def take(self, name: str, draw: Callable[[int], Tensor]) -> Tensor:
-        """Return the draws of this name for the evaluation that was prepared; ``draw`` makes those of any, on the CPU."""
+        """Return the draws of this name for the prepared evaluation; ``draw`` makes those of any, on the CPU."""
         if name not in self._draws:
             self._draws[name] = draw, self._drawn(draw).to(self._counter.device)
         return self._draws[name][1].index_select(0, self._counter)[0]

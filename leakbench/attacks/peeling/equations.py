@@ -293,7 +293,7 @@ class Equations:
         inside = (taps < places).repeat(share, 1).mT
         kernels = self.kernel.reshape(trials, geometry.groups, -1, inputs.shape[1])
         weights = self.forward.reshape(trials, geometry.groups, kernels.shape[2], -1).mT
-        # of all trials and groups, as many windows at a time as keep the temporaries below one matrix, or an eighth of all
+        # for all trials and groups, as many windows at a time as keep temporaries below one matrix, or an eighth of all
         most = count**2 * max(1, trials // TEMPORARY_SHARE) // (trials * geometry.groups)
         at_once = max(1, most // inputs.shape[1] ** 2)
         groups = share * places * (count + 1) * torch.arange(geometry.groups, device=taps.device)[:, None]
