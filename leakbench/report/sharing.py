@@ -141,9 +141,10 @@ def _fitted(found: Pictures | None, truth: Image.Image | None) -> Image.Image | 
 def _faded(block: pd.DataFrame, pictures: Mapping[str, Pictures]) -> int:
     """Return how many aligned pictures of the grid are worse than their ``psnr_aligned``: the run lacks the better one.
 
-    Runs before schema 6 have only the clamped pictures.
+    Runs before schema 6 have only the clamped pictures. Failed trials are scored as the grey image, whatever they show.
     """
-    behind = block[(block["defense"] != "none") & block["trial"].isin(grid(block).to_numpy().ravel())]
+    behind = block[(block["defense"] != "none") & (block["status"] == "ok")]
+    behind = behind[behind["trial"].isin(grid(block).to_numpy().ravel())]
     if "psnr_aligned" not in behind:
         return 0
     count = 0
