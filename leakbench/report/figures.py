@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from leakbench.analysis.pareto import Study
 from leakbench.core.text import slug
-from leakbench.report import curves, descent, grids, utility
+from leakbench.report import charts, curves, descent, grids, utility
 from leakbench.report.figure import GREY, INK, ORANGE, bars, plain, saved
 from leakbench.report.run import ObjectiveCurves, PicturesOf, RunData
 from leakbench.report.scenes import WorstCase, worst_cases
@@ -24,9 +24,10 @@ def figures(
 ) -> Iterator[tuple[str, bytes]]:
     """Yield the name and the content of every figure.
 
-    They are the worst case behind each defense, for each dataset and model; the grids of ``report.md``; what leaks as
-    the gradient becomes less exact, for a run that varies it; how the objective of each attack falls over its
-    evaluations; utility against leakage, one for each study that is given.
+    They are the worst case behind each defense, for each dataset and model; attackers x defenses as a heat map, the
+    scores of each image, and recovered images against the threshold and against evaluations (``charts``); the grids of
+    ``report.md``; what leaks as the gradient becomes less exact, for a run that varies it; how the objective of each
+    attack falls over its evaluations; utility against leakage, one for each study that is given.
 
     Args:
         run: all that the report shows.
@@ -38,6 +39,8 @@ def figures(
     scored = [scene for scene in worst_cases(run) if scene.known]
     for index, scene in enumerate(scored):
         yield from _both(f"worst-case-{index + 1:03}-{slug((scene.dataset, scene.model))}", _worst(scene))
+    for name, drawn in charts.charts(run):
+        yield from _both(name, drawn)
     for page in pages:
         yield from _both(f"grid-{page.file.removesuffix('.png')}", grids.figure(page, pictures(page.trials)))
     for shown in curves.pages(run.summary, run.components):

@@ -9,8 +9,9 @@ import pandas as pd
 from leakbench import metrics as registry
 from leakbench.analysis import pareto as utility
 from leakbench.core.files import draft
+from leakbench.core.text import slug
 from leakbench.errors import BadOption, LeakbenchError
-from leakbench.report import compare, curves, figures, grids, html, latex, sharing, weights, worst_case
+from leakbench.report import charts, compare, curves, figures, grids, html, latex, sharing, weights, worst_case
 from leakbench.report.figure import saved
 from leakbench.report.markdown import markdown
 from leakbench.report.run import Picture, RunData
@@ -67,13 +68,19 @@ def write(out: Path | str, formats: Collection[str] = DEFAULT_FORMATS) -> list[P
                 path = out / "grids" / page.file
                 written.append(replace(path, saved(grids.figure(page, store.images(page.trials)))))
                 pictures.append(Picture(page.block, f"grids/{page.file}", page.title, page.seed))
-            written.append(replace(out / "report.md", markdown(run, pictures).encode()))
+            maps = {}
+            for number, crossing in enumerate(charts.crossings(run), 1):
+                name = f"{number:03}-heatmap-{slug((crossing.dataset, crossing.model))}.png"
+                written.append(replace(out / "grids" / name, saved(charts.heatmap(crossing))))
+                maps[crossing.dataset, crossing.model] = f"grids/{name}"
+            written.append(replace(out / "report.md", markdown(run, pictures, maps).encode()))
             if run.threshold is not None:
                 written.append(replace(out / "worst-case.md", worst_case.markdown(run, run.threshold).encode()))
             for study in (curves.study(run), sharing.study(run, store), weights.study(run, store)):
                 for name, data in () if study is None else study.files():
                     written.append(replace(out / name, data))
-            remove_others(out / "grids", _GRID, {picture.path.removeprefix("grids/") for picture in pictures})
+            kept = {path.removeprefix("grids/") for path in (*maps.values(), *(picture.path for picture in pictures))}
+            remove_others(out / "grids", _GRID, kept)
     return written
 
 

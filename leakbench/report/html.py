@@ -14,7 +14,7 @@ from leakbench.analysis.summary import ANY, BLOCK, LABEL, STATUSES, without_repe
 from leakbench.core.text import ABSENT, decimals
 from leakbench.metrics import NOT_LEAKAGE
 from leakbench.plan.matrix import RECOVERY
-from leakbench.report import figure, utility
+from leakbench.report import charts, figure, utility
 from leakbench.report.markdown import MAIN_METRICS, PAPER_PREFIX
 from leakbench.report.page import SCRIPTS, STYLES, embedded, picture, render
 from leakbench.report.public import public_tables
@@ -70,7 +70,11 @@ def html(
         "galleries": galleries,
         "trials": {**_trials(once, metrics, axes, run), **_courses(once, curves or {})},
     }
-    room = MAX_PAGE_BYTES - _CODE_BYTES - len(embedded(data).encode())
+    maps = [
+        (f"{one.dataset} · {one.model}", picture(figure.saved(charts.heatmap(one), "svg"), "svg+xml"))
+        for one in charts.crossings(run)
+    ]
+    room = MAX_PAGE_BYTES - _CODE_BYTES - len(embedded(data).encode()) - sum(len(chart) for _, chart in maps)
     found, places = _sprites(once, galleries, pictures, room)
     data["sheets"] = [[sheet.width, sheet.height] for sheet in found]
     data["sheetColumns"] = SHEET_COLUMNS
@@ -97,6 +101,7 @@ def html(
         "studies": [
             (study, picture(figure.saved(utility.figure(study), "svg"), "svg+xml"), study.front()) for study in studies
         ],
+        "heatmaps": maps,
         "sheets": [picture(sheet.png) for sheet in found],
         "ANY": ANY,
         "along": along,

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import pandas as pd
 
@@ -37,8 +38,16 @@ _LPIPS = {
 }
 
 
-def markdown(run: RunData, pictures: Sequence[Picture] = ()) -> str:
-    """Return the report of a run; it depends on nothing but its arguments."""
+def markdown(
+    run: RunData, pictures: Sequence[Picture] = (), heatmaps: Mapping[tuple[str, str], str] = MappingProxyType({})
+) -> str:
+    """Return the report of a run; it depends on nothing but its arguments.
+
+    Args:
+        run: all that the report shows.
+        pictures: its grids.
+        heatmaps: (dataset, model) -> the path of the heat map of recovered images (``charts.heatmap``).
+    """
     summary = run.summary
     weights, images, flaws = trained(run.components), notes(run.components), _inconclusive(run)
     shown, last, public = [], None, dict(public_tables(run))
@@ -48,6 +57,7 @@ def markdown(run: RunData, pictures: Sequence[Picture] = ()) -> str:
         shown.append(
             {
                 "heading": [dataset, model] if last != (dataset, model) else [],
+                "heatmap": heatmaps.get((dataset, model), ""),
                 "images": images.get(dataset, ""),
                 "inconclusive": flaws.get((dataset, model), ""),
                 "weights": weights.get(model, ""),
