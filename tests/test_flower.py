@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
@@ -389,6 +390,49 @@ def test_the_lines_of_the_documentation_run(app, tmp_path: Path, monkeypatch: py
         before, after = (load_file(folder / f"{name}.safetensors") for name in ("before", "after"))
         update = torch.cat([(before[name] - after[name]).flatten() for name in before])
         assert float(update.norm()) <= 0.51
+
+
+@pytest.mark.fl
+def test_the_project_of_the_documentation_ends_in_an_audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files are written, run, and audited by its command; each claim of the page is that of the recipe."""
+    from typer.testing import CliRunner
+
+    from leakbench import datasets
+    from leakbench.cli.main import app as command_line
+
+    text = (Path(__file__).parent.parent / "docs" / "flower.md").read_text(encoding="utf-8")
+    files = dict(re.findall(r"`(grey/[\w./]+)`\n\n```(?:toml|python)\n(.*?)```", text, re.DOTALL))
+    assert len(files) == 5
+    for name, content in {**files, "grey/grey/__init__.py": ""}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    images, _ = datasets.parse("samples(size=32)").load(range(64))
+    for number, image in enumerate(images):
+        client, label = f"client-{number // 32}", "ab"[number % 2]
+        folder = tmp_path / "photos" / client / label
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy()).save(folder / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path / "grey"))
+    code = compile(files["grey/simulate.py"], str(tmp_path / "grey" / "simulate.py"), "exec")
+    exec(code, {"__file__": str(tmp_path / "grey" / "simulate.py")})
+    facts = json.loads((tmp_path / "updates/round-0001/client-1/facts.json").read_text())
+    stated = {"examples": 32, "batch": 16, "epochs": 2, "lr": 0.01, "momentum": 0.9, "optimizer": "sgd"}
+    assert {key: facts[key] for key in stated} == stated
+    (command,) = [code for code in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) if "--recording" in code]
+    done = CliRunner().invoke(command_line, command.replace("\\\n", " ").split()[1:])
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "audit" / "audit.md").read_text()
+    for claim in (
+        "The client used several images: at least 32 different ones",
+        "The server recovers 100 % of the 32 images, in closed form from the change of layer network.1.",
+        "32 images, batches of 16, 2 epochs, optimiser sgd, learning rate 0.01 and momentum 0.9",
+        "16 of class 0 and 16 of class 1",
+        "SGD (any momentum)",
+        "none that exceeds the rounding of the record",
+    ):
+        assert claim in page
+    assert "Stated:" not in page
 
 
 @pytest.mark.fl

@@ -10,11 +10,13 @@ from torch import Tensor
 from leakbench.attacks.base import register
 from leakbench.attacks.ig import cosine_distance
 from leakbench.attacks.matching import Count, NonNegative
+from leakbench.attacks.matching.problem import SIGN_LOSSES
 from leakbench.attacks.quasi_newton import QuasiNewton
 from leakbench.core.component import LATER
 from leakbench.core.rng import Rng
 from leakbench.core.types import Gradient
 from leakbench.gradients.bilinear import squared_norm
+from leakbench.gradients.losses import head_of
 from leakbench.models.surgery import linears
 from leakbench.observation import Observation
 from leakbench.optim import LineSearch, Unknowns
@@ -56,6 +58,9 @@ def rank_one_labels(observation: Observation) -> Tensor | None:
     the logits and f the features. The leading left singular vector of what was sent gives d up to its sign, and the
     bias the sign. Unlike the rule of iDLG this asks nothing of the sign of f, and noise averages out over the rows.
     """
+    head = head_of(observation.model)
+    if head.single or head.loss not in SIGN_LOSSES:
+        return None
     for name, layer in reversed(linears(observation.model).items()):
         weight, bias = (observation.gradient.get(f"{name}.{tensor}") for tensor in ("weight", "bias"))
         if layer.out_features != observation.num_classes or weight is None or bias is None or not bool(bias.any()):

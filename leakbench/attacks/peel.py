@@ -13,6 +13,7 @@ from torch import Tensor
 from leakbench.attacks.base import Attack, register
 from leakbench.attacks.fill import fill_in
 from leakbench.attacks.matching import Positive, analytic_labels
+from leakbench.attacks.matching.problem import SIGN_LOSSES
 from leakbench.attacks.peeling.beginnings import all_beginnings
 from leakbench.attacks.peeling.chain import Chain, find_chain
 from leakbench.attacks.peeling.descent import Part
@@ -29,6 +30,7 @@ from leakbench.core.rng import Rng
 from leakbench.core.types import Reconstruction
 from leakbench.errors import Unsupported
 from leakbench.gradients.evaluate import tensors_of
+from leakbench.gradients.losses import head_of
 from leakbench.models.surgery import linears
 from leakbench.observation import Observation
 
@@ -323,7 +325,9 @@ def read_labels(observation: Observation) -> Tensor | None:
     """
     if observation.labels is not None:
         return observation.labels
-    for name, layer in reversed(linears(observation.model).items()):
+    head = head_of(observation.model)
+    plain = not head.single and head.loss in SIGN_LOSSES
+    for name, layer in reversed(linears(observation.model).items()) if plain else ():
         bias = observation.gradient.get(f"{name}.bias")
         if bias is not None and layer.out_features == observation.num_classes and bool(bias.any()):
             return bias.argmin(1)

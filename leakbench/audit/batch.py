@@ -16,6 +16,7 @@ from leakbench.audit.update_facts import UpdateFacts
 from leakbench.core.rng import generator, seeded
 from leakbench.engine.worker import png
 from leakbench.gradients.counts import label_counts, label_counts_of_update
+from leakbench.gradients.losses import CROSS_ENTROPY, head_of
 from leakbench.gradients.low_rank import LowRank
 from leakbench.gradients.plain import without_checkpointing
 from leakbench.models.surgery import linears
@@ -115,13 +116,8 @@ def estimated_counts(
         recipe: what is stated of the training.
     """
     one, last = shown.shown, next(reversed(list(linears(network))), "")
-    bias = observation.gradient.get(f"{last}.bias")
-    count = recipe.images or (shown.images if one is not None and one.conclusive else None)
-    if count is None or count < 2 or shown.rule == "sign" or recipe.optimizer not in (None, "sgd"):
-        return ()
-    if bias is None or shown.zero_sum is False or bias.shape[1] != observation.num_classes:
-        return ()
-    if shown.zero_sum is None and not recipe.images:
+    head = head_of(network)
+    if head.loss != CROSS_ENTROPY and not head.single:
         return ()
     known = batch is not None and batch.recovered
     if batch is not None and known:
@@ -131,6 +127,14 @@ def estimated_counts(
             labels = None
         if labels is not None:
             return tuple(torch.bincount(labels, minlength=observation.num_classes).tolist())
+    bias = observation.gradient.get(f"{last}.bias")
+    count = recipe.images or (shown.images if one is not None and one.conclusive else None)
+    if count is None or count < 2 or shown.rule == "sign" or recipe.optimizer not in (None, "sgd"):
+        return ()
+    if bias is None or shown.zero_sum is False or bias.shape[1] != observation.num_classes:
+        return ()
+    if shown.zero_sum is None and not recipe.images:
+        return ()
     with seeded("audit", "labels"):
         coarse = torch.rand(PUBLIC_IMAGES, observation.image_shape[0], 3, 3)
         noise = nn.functional.interpolate(coarse, observation.image_shape[1:])

@@ -13,6 +13,7 @@ from leakbench.audit.recipe import StatedRecipe
 from leakbench.audit.update_facts import UpdateFacts
 from leakbench.core.types import ThreatModel
 from leakbench.errors import LeakbenchError
+from leakbench.gradients.losses import CROSS_ENTROPY, LOSSES
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ class Audit:
         recorded: what the recorded update shows by itself; None for an audit on images.
         contradictions: in sentences, what in it contradicts the assumptions of the attackers, or what is stated.
         recipe: what is stated of the client's training; None for an audit on images.
+        loss: what clients train with, in words.
     """
 
     title: str
@@ -146,6 +148,7 @@ class Audit:
     recorded: UpdateFacts | None = None
     contradictions: tuple[str, ...] = ()
     recipe: StatedRecipe | None = None
+    loss: str = LOSSES[CROSS_ENTROPY]
 
     def values(self) -> dict[str, float | None]:
         """Return by defense the value that the rule judges; None if it was not measured."""

@@ -1,6 +1,7 @@
 """The user's side of an audit: a network with its weights and input normalisation, images, a recorded update."""
 
 import importlib
+import inspect
 import math
 import sys
 from collections import OrderedDict
@@ -25,6 +26,16 @@ from leakbench.datasets.images import READ_AT_ONCE, check_indices, sides
 from leakbench.datasets.pixels import read_image_file
 from leakbench.errors import BadOption, MissingAsset, Unsupported, one_line
 from leakbench.gradients.evaluate import working
+from leakbench.gradients.losses import (
+    CROSS_ENTROPY,
+    Head,
+    LossFunction,
+    last_function,
+    loss_named,
+    main_output,
+    raw_outputs,
+    training_loss,
+)
 from leakbench.gradients.plain import without_checkpointing
 from leakbench.models import weights
 from leakbench.models.module import OwnModule, network_dtype, unwrapped
@@ -99,6 +110,7 @@ class AuditedNetwork:
         normalise: the input normalisation ``MEAN/STD``, with one number for each channel or one for all, such as
             ``0.5/0.5`` or ``0.49,0.46,0.41/0.23,0.22,0.23``; empty without one.
         checkpoint: the file of its weights; empty if the factory made them.
+        loss: what clients train it with: a name in ``LOSSES``, or a function of one's own (``Head``).
 
     Raises:
         BadOption: the normalisation is not of this form, or a standard deviation is not positive.
@@ -109,6 +121,7 @@ class AuditedNetwork:
     mode: ClientMode = "train"
     normalise: str = ""
     checkpoint: str = ""
+    loss: str | LossFunction = CROSS_ENTROPY
 
     def __post_init__(self) -> None:
         if self.normalise:
@@ -138,7 +151,7 @@ class AuditedNetwork:
             layer = nn.BatchNorm2d(channels, eps=1e-12, affine=False).eval()  # its statistics stay as they are
             layer.load_state_dict({"running_mean": mean.expand(channels), "running_var": std.square().expand(channels)})
             module = nn.Sequential(OrderedDict({NORMALISE: layer, NETWORK: module}))
-        return OwnModule(self.label, module)
+        return OwnModule(self.label, module, self.loss)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation, each [1] or [channels] float64."""
@@ -162,18 +175,79 @@ class AuditedNetwork:
             ("model", self.label),
             *([("input normalisation", self.normalise)] if self.normalise else []),
             *([("precision", precision)] if kind != "float32" else []),
+            *([("loss", Head(self.loss).words)] if self.loss != CROSS_ENTROPY else []),
         ]
 
 
 def load_network(
-    target: str, plugins: Sequence[Path] = (), *, mode: ClientMode = "train", normalise: str = "", checkpoint: str = ""
+    target: str,
+    plugins: Sequence[Path] = (),
+    *,
+    mode: ClientMode = "train",
+    normalise: str = "",
+    checkpoint: str = "",
+    loss: str = CROSS_ENTROPY,
 ) -> AuditedNetwork:
-    """Return the network of a factory (see ``factory``), with the weights of a checkpoint if one is given."""
+    """Return the network of a factory (see ``factory``), with the weights of a checkpoint if one is given.
+
+    Args:
+        target: of the network.
+        plugins: as for ``factory``.
+        mode: see ``AuditedNetwork``, also for ``normalise`` and ``checkpoint``.
+        normalise: see there.
+        checkpoint: see there.
+        loss: a name in ``LOSSES``, or ``package.module:function``.
+
+    Raises:
+        BadOption: one of them cannot be used.
+    """
     module = unwrapped(factory(target, plugins), f"--model {target!r}")
-    found = AuditedNetwork(target, module, mode, normalise, checkpoint)
+    found = AuditedNetwork(target, module, mode, normalise, checkpoint, loss_function(loss))
     if checkpoint and not found.lazy:
         weights.load(found.module, checkpoint)
     return found
+
+
+def loss_function(target: str) -> str | LossFunction:
+    """Return a loss by its name in ``LOSSES``, or the function ``package.module:name``.
+
+    Raises:
+        BadOption: there is none.
+    """
+    if ":" not in target:
+        return loss_named(target)
+    module_name, _, name = target.rpartition(":")
+    if str(Path.cwd()) not in sys.path and "" not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module_name), name, None)
+    except (Exception, SystemExit) as error:  # whatever the user's module raises while it is imported
+        raise BadOption(f"--loss {target!r}: import failed: {type(error).__name__}: {one_line(error)}") from error
+    if not inspect.isfunction(found):
+        raise BadOption(f"--loss {target!r}: {module_name!r} has no function {name!r}; name a function")
+    return found
+
+
+def output_note(own: OwnModule, image_shape: tuple[int, int, int]) -> str:
+    """Return what a page says of a network that ends in a softmax or sigmoid and is trained by a loss on logits.
+
+    It is empty if there is nothing to say, or if the network cannot be run.
+    """
+    network = own.initialised(image_shape).eval()
+    try:
+        with without_checkpointing(), raw_outputs():
+            last = last_function(main_output(network(torch.full((1, *image_shape), 0.5, dtype=own.dtype))))
+    except Exception:  # whatever the user's network raises
+        return ""
+    head = own.head(image_shape)
+    if head.loss == "nll" and last != "log_softmax":
+        return "the loss nll takes log-probabilities, and the network does not end in a log-softmax: check the loss"
+    if last not in ("softmax", "sigmoid") or head.loss not in (CROSS_ENTROPY, "bce"):
+        return ""
+    return (
+        f"the network ends in a {last}, and the loss, {head.words}, applies one again; its gradients are small. If "
+        "clients train with another loss, state it (--loss); if they train like this, remove the last layer"
+    )
 
 
 def classes_of(own: OwnModule, image_shape: tuple[int, int, int]) -> int:
@@ -183,20 +257,15 @@ def classes_of(own: OwnModule, image_shape: tuple[int, int, int]) -> int:
         Unsupported: the network cannot be run, or trained, on one image of this shape; the message says why.
     """
     classes = int(own.logits(torch.full((1, *image_shape), 0.5)).shape[1])
-    if classes < 2:
-        raise Unsupported(
-            f"model {own.label!r} returns {classes} logit; give it one output for each class, at least two"
-        )
     network = own.build(image_shape, classes)
     with seeded("audit", "step"):
         try:
             with without_checkpointing():
-                logits = network(torch.full((1, *image_shape), 0.5, dtype=own.dtype))
-            loss = nn.functional.cross_entropy(logits, torch.tensor([0]))
+                loss = training_loss(network, torch.full((1, *image_shape), 0.5, dtype=own.dtype), torch.tensor([0]))
             parameters = [p for p in network.parameters() if p.requires_grad]
             if not parameters:
                 raise Unsupported(f"model {own.label!r} has no trained parameter; a client would share nothing")
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
         except Unsupported:
             raise
         except Exception as error:  # whatever the user's network raises

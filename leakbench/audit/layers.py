@@ -13,6 +13,7 @@ from leakbench.attacks.analytic import pixel_layers, widths
 from leakbench.attacks.peel import read_labels
 from leakbench.audit.exposure import LayerExposure, exposures
 from leakbench.gradients.linear import layer_direction, layer_input, unexplained
+from leakbench.gradients.losses import head_of
 from leakbench.models.surgery import linears
 from leakbench.observation import Observation
 
@@ -85,6 +86,8 @@ class InferredLabels:
         counts: of an update of several images, how often each class occurs, by an estimate; empty if there is none.
         counted: how many of these labels are right, whatever their order; None without the true labels.
         among: how many labels the images have; 0 if that is not known.
+        present: of one image and the binary cross-entropy of several outputs, the classes that it has; empty if it has
+            one, or if they do not follow.
     """
 
     inferred: tuple[int, ...] | None
@@ -92,6 +95,7 @@ class InferredLabels:
     counts: tuple[int, ...] = ()
     counted: int | None = None
     among: int = 0
+    present: tuple[int, ...] = ()
 
     @property
     def accuracy(self) -> float | None:
@@ -228,8 +232,25 @@ def _error(value: Tensor, real: Tensor, factor: bool) -> float:
     return float((value - real).norm()) / size if size else float(value.norm())
 
 
+def classes_present(observation: Observation) -> tuple[int, ...]:
+    """Return the classes of the one image of a network that is trained by the binary cross-entropy of its outputs.
+
+    The derivative by the logit of a class is negative if, and only if, the image has it; it is that by the last bias.
+    """
+    head, last = head_of(observation.model), next(reversed(list(linears(observation.model))), "")
+    bias = observation.gradient.get(f"{last}.bias")
+    if head.loss != "bce" or head.single or observation.trials != 1:
+        return ()
+    if bias is None or bias.shape[1] != observation.num_classes:
+        return ()
+    return tuple((bias[0] < 0).nonzero().flatten().tolist())
+
+
 def labels_of(observation: Observation, truth: Sequence[int] | None) -> InferredLabels:
     """Return the labels that follow from the gradient of the last layer; granted labels are not used."""
+    present = classes_present(observation)
+    if len(present) > 1:
+        return InferredLabels(None, None, present=present)
     read = read_labels(observation)
     if read is None:
         return InferredLabels(None, None)

@@ -33,6 +33,7 @@ from leakbench.audit.given import (
     audited,
     classes_of,
     classes_words,
+    output_note,
     read_update,
 )
 from leakbench.audit.layers import RESIDUAL_TOLERANCE, ClosedFormLeaks, InferredLabels, closed_forms, shares
@@ -184,6 +185,7 @@ def audit_model(
             behind.append(_doubted(replace(one, note=each[spec].note(), floor=floor), leaks[spec][1], flaw))
     facts = (
         *network.facts(),
+        *_output_facts(own, inner.image_shape, progress),
         *drawn.facts(known=not any(doubt for _, doubt in leaks.values())),
         ("weights", network.checkpoint or "as the factory makes them, with a fixed seed"),
         ("data", _data_words(inner, first, order)),
@@ -260,7 +262,7 @@ def audit_update(
         )
     module = initial.build(image_shape, classes).to(working(network.module))
     module.load_state_dict({**module.state_dict(), **update.before})
-    own = OwnModule(network.label, module)
+    own = OwnModule(network.label, module, network.loss)
     threat, factor = PRESETS["paper"], 1.0
     if kind != "gradient":
         threat, factor = recipe.threat()
@@ -342,9 +344,20 @@ def audit_update(
     if len(update.change) < update.trained:
         words += f"; {len(update.change)} of the {update.trained} trained parameters (tensors) were sent"
     stated = [("stated", recipe.words() + (f" ({recording})" if recording else ""))] if recipe.stated else []
-    facts = (*network.facts(), *drawn.facts(known=not doubt), ("update", words), *stated, (EXPECTED, rule))
+    ends = _output_facts(initial, image_shape, progress)
+    facts = (*network.facts(), *ends, *drawn.facts(known=not doubt), ("update", words), *stated, (EXPECTED, rule))
     found_by = _audit(own, dataset, facts, matrix, [found], options, 1, expected, threat)
     return replace(found_by, recorded=shown, contradictions=contradictions, recipe=recipe)
+
+
+def _output_facts(
+    own: OwnModule, image_shape: tuple[int, int, int], progress: NullProgress | None
+) -> list[tuple[str, str]]:
+    """Return the fact that the network's output does not suit the loss, and say it; nothing if it does."""
+    note = output_note(own, image_shape)
+    if note and progress is not None:
+        progress.note(f"output: {note}")
+    return [("output", note)] if note else []
 
 
 def _announce(matrix: Matrix, seen: Observation, progress: NullProgress) -> None:
@@ -667,6 +680,7 @@ def _audit(
         predictions=expected,
         update=update,
         rule=options.rule,
+        loss=own.head(dataset.image_shape).words,
     )
 
 

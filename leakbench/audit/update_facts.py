@@ -15,6 +15,7 @@ from leakbench.attacks.analytic import pixel_layers, widths
 from leakbench.audit.given import RecordedKind, Update
 from leakbench.core.rng import seeded
 from leakbench.core.text import english, plural
+from leakbench.gradients.losses import head_of, training_loss
 from leakbench.gradients.low_rank import LowRank, low_rank, rounding_error
 from leakbench.gradients.plain import without_checkpointing
 from leakbench.models.surgery import linears
@@ -86,6 +87,7 @@ class UpdateFacts:
         statistics: the layers whose running statistics were sent and moved.
         precision: see ``Update``.
         kind: what was recorded.
+        loss: the name of the stated loss if its rows do not sum to zero, and those of the change do; else empty.
     """
 
     rule: Literal["sgd", "sign", "unknown"]
@@ -97,6 +99,7 @@ class UpdateFacts:
     statistics: tuple[str, ...]
     precision: str
     kind: RecordedKind
+    loss: str = ""
 
     @property
     def shown(self) -> LayerRank | None:
@@ -160,6 +163,11 @@ class UpdateFacts:
             yield (
                 "The rows of the last layer's change do not sum to zero: the client used another loss than the "
                 "cross-entropy, or another optimiser than SGD."
+            )
+        if self.loss:
+            yield (
+                f"Stated: the loss {self.loss}. The rows of the last layer's change sum to zero, as the cross-entropy "
+                f"leaves them and {self.loss} does not."
             )
         if self.steps is not None and self.steps > 1 and self.steps != local_steps:
             yield f"The client trained on {self.steps} batches, by the counters of its BatchNorm layers."
@@ -285,7 +293,16 @@ def update_facts(network: nn.Module, update: Update, observation: Observation) -
         statistics=_moved(update),
         precision=update.precision,
         kind=update.kind,
+        loss=_other_loss(network, last, finite, update),
     )
+
+
+def _other_loss(network: nn.Module, last: str | None, change: Mapping[str, Tensor], update: Update) -> str:
+    """Return the name of the stated loss if the rows of the last layer's change should not sum to zero, and do."""
+    head = head_of(network)
+    if head.loss not in ("bce", "mse") or head.single or last is None or len(change[f"{last}.weight"]) < 3:
+        return ""
+    return head.name if _zero_sum(last, change, update) else ""
 
 
 def without_decay(update: Update, facts: UpdateFacts) -> Update:
@@ -402,7 +419,7 @@ def _public_gradient(
         labels = torch.arange(count) % observation.num_classes
         try:
             with without_checkpointing():
-                loss = nn.functional.cross_entropy(probe(images.to(dtype)), labels)
+                loss = training_loss(probe, images.to(dtype), labels).mean()
             values = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
         except Exception:  # whatever the user's network raises
             return {}

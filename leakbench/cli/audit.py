@@ -75,6 +75,12 @@ class _Shared:
         metavar="MEAN/STD",
     )
     mode: Literal["train", "eval"] = option("The mode in which clients train.", default="train")
+    loss: str = option(
+        "What clients train with: cross-entropy, bce (on logits; of one logit or several), mse or nll; or a function "
+        "MODULE:NAME of the network's outputs and the label's one-hot vector, such as one with auxiliary heads.",
+        default="cross-entropy",
+        metavar="LOSS",
+    )
     budget: Literal["quick", "standard", "thorough"] = option(
         "Which attacks run, and for how long: quick takes minutes; thorough takes longest.", default="standard"
     )
@@ -115,7 +121,12 @@ class _Shared:
             measured = [metric.name for metric in metrics.of_run()]
             rule = None if self.fail_if is None else audit.FailRule.parse(self.fail_if, measured)
             network = audit.load_network(
-                self.model, self.plugin or [], mode=self.mode, normalise=self.normalise, checkpoint=checkpoint
+                self.model,
+                self.plugin or [],
+                mode=self.mode,
+                normalise=self.normalise,
+                checkpoint=checkpoint,
+                loss=self.loss,
             )
             found = attack(network, audit.AuditOptions(self.budget, self.threshold, rule, line, self.salt), display)
         for name, text in zip(

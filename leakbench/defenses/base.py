@@ -12,7 +12,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from leakbench.core.component import Component
 from leakbench.core.registry import Registry
@@ -20,6 +19,7 @@ from leakbench.core.text import plural
 from leakbench.core.types import Gradient, Secret
 from leakbench.defenses.adaptive import DEFAULT_ATTACKER, SIMULATE, AdaptiveAttacker
 from leakbench.errors import BadOption, DefenseFailed, OldPlugin, Unsupported
+from leakbench.gradients.losses import training_loss
 from leakbench.gradients.plain import without_checkpointing
 
 
@@ -196,8 +196,8 @@ class Defense(Component):
         return x, y
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """Return [B], the client's training loss; ``y`` is [B] int64 or [B, K] class probabilities."""
-        return F.cross_entropy(model(x), y, reduction="none")
+        """Return [B], the loss that the client trains with; ``y`` is [B] int64 or [B, K] class probabilities."""
+        return training_loss(model, x, y)
 
     def release(self, step: Step, rng: torch.Generator) -> Gradient:
         """Return what is sent, per parameter; secrets are removed afterwards in any case.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from leakbench.defenses.adaptive import AdaptiveAttacker, Observed, Weights
 from leakbench.defenses.base import Defense, register
 from leakbench.gradients.linear import target_probabilities
+from leakbench.gradients.losses import CROSS_ENTROPY, head_of
 from leakbench.models.surgery import linears
 
 
@@ -51,7 +52,12 @@ class MixUp(Defense):
 
 
 def blended_targets(model: nn.Module, observed: Observed, weights: Weights) -> Tensor | None:
-    """Return the class probabilities [T, K] by ``target_probabilities``; None without a linear classifier and bias."""
+    """Return the class probabilities [T, K] by ``target_probabilities``.
+
+    None without a linear classifier and bias, or if the loss is not the cross-entropy.
+    """
+    if head_of(model).loss != CROSS_ENTROPY:
+        return None
     names = [f"{name}.{tensor}" for name in list(linears(model))[-1:] for tensor in ("weight", "bias")]
     if not names or not set(names) <= observed.keys():
         return None

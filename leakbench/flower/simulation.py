@@ -3,7 +3,7 @@
 import copy
 import logging
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +77,7 @@ def simulate(
     *,
     workers: int = 0,
     failed: Callable[[Failure], None] | None = None,
+    config: Mapping[str, bool | int | float | str] | None = None,
 ) -> None:
     """Run a Flower app to its end: the ServerApp in this thread, and ``clients`` copies of the ClientApp.
 
@@ -94,6 +95,7 @@ def simulate(
             processes load the plugins of this process, and compute in its precision.
         failed: called for every message that a client failed to answer; the strategy then continues with the other
             clients, as Flower's strategies do. Without it the first failure ends the simulation.
+        config: ``context.run_config`` of the server and the clients, as ``[tool.flwr.app.config]`` of the app has it.
 
     Raises:
         LeakbenchError: a client failed and ``failed`` is not given; a Ray process died; the strategy waits for more
@@ -112,7 +114,8 @@ def simulate(
         opened = nullcontext(in_process(client))
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN, SERVER, TASK
     with _errors_only(), opened as carrier:
-        server(SimulatedGrid(clients, carrier, failed), Context(RUN, SERVER, {}, RecordDict(), {}))
+        grid = SimulatedGrid(clients, carrier, failed, config)
+        server(grid, Context(RUN, SERVER, {}, RecordDict(), dict(config or {})))
 
 
 def replies_of(client: ClientApp, messages: list[Message], context: Context) -> tuple[list[ClientReply], Context]:
@@ -155,9 +158,17 @@ class SimulatedGrid(Grid):
     Strategies shuffle the messages, and add up replies as they come: a fixed order makes the sum repeatable.
     """
 
-    def __init__(self, clients: int, carrier: Carrier, failed: Callable[[Failure], None] | None = None) -> None:
+    def __init__(
+        self,
+        clients: int,
+        carrier: Carrier,
+        failed: Callable[[Failure], None] | None = None,
+        config: Mapping[str, bool | int | float | str] | None = None,
+    ) -> None:
         self._contexts = {
-            node: Context(RUN, node, {"partition-id": node - 1, "num-partitions": clients}, RecordDict(), {})
+            node: Context(
+                RUN, node, {"partition-id": node - 1, "num-partitions": clients}, RecordDict(), dict(config or {})
+            )
             for node in range(1, clients + 1)
         }
         self._carrier = carrier

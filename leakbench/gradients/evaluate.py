@@ -19,7 +19,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from leakbench.core.device import accelerator
 from leakbench.core.rng import generator, seeded
@@ -28,6 +27,7 @@ from leakbench.errors import Unsupported
 from leakbench.gradients.bilinear import shared
 from leakbench.gradients.draws import Draws, Generators
 from leakbench.gradients.intercept import PER_TRIAL, UNDER_VMAP, Interception
+from leakbench.gradients.losses import training_loss
 from leakbench.gradients.plain import without_autocast, without_checkpointing
 
 Path = Literal["batched", "vmap", "one-at-a-time"]
@@ -35,8 +35,14 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 def plain_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Return the cross-entropy [B] of logits model(x) with y: [B] int64, or [B, K] class probabilities."""
-    return F.cross_entropy(model(x), y, reduction="none")
+    """Return the loss [B] that the network is trained with (``training_loss``), by default the cross-entropy.
+
+    Args:
+        model: from images x [B, C, H, W] to logits.
+        x: images.
+        y: [B] int64, or [B, K] class probabilities.
+    """
+    return training_loss(model, x, y)
 
 
 class _LossModule(nn.Module):

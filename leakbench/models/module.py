@@ -13,9 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from leakbench.core.component import LATER
 from leakbench.core.device import out_of_memory
 from leakbench.core.rng import generator, seeded
 from leakbench.errors import Unsupported, words
+from leakbench.gradients.losses import (
+    CROSS_ENTROPY,
+    Head,
+    LossFunction,
+    head_of,
+    loss_named,
+    main_output,
+    training_loss,
+)
 from leakbench.gradients.plain import without_checkpointing
 from leakbench.models.base import Model
 from leakbench.models.surgery import with_buffers
@@ -25,18 +35,29 @@ from leakbench.models.surgery import with_buffers
 class OwnModule(Model):
     """A network that the user built: any ``nn.Module`` from images [B, C, H, W] in [0, 1] to logits [B, K].
 
+    The logits may be in a tuple, a dict or an object (``main_output``). One logit is for two classes, with the loss
+    ``bce`` or a function of one's own.
+
     Attributes:
         label: its name in reports.
         module: the network; it is attacked as it is, in its mode and with its weights, and never changed.
+        loss: what it is trained with (``Head``): a name in ``LOSSES``, or a function of one's own.
+
+    Raises:
+        BadOption: there is no loss of this name.
     """
 
     name: ClassVar[str] = "module"
     label: str
     module: nn.Module = field(repr=False)
+    loss: str | LossFunction = field(default=CROSS_ENTROPY, metadata=LATER)
+    _heads: dict[tuple[int, int, int], Head] = field(default_factory=dict, init=False, repr=False)
     _behaviours: dict[tuple[int, int, int], str] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Take off what ``torch.compile`` and data parallelism put around the network (``unwrapped``)."""
+        if isinstance(self.loss, str):
+            loss_named(self.loss)
         object.__setattr__(self, "module", unwrapped(self.module, f"model {self.label!r}"))
 
     def build(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
@@ -55,8 +76,53 @@ class OwnModule(Model):
                 f"not (1, {num_classes}); give it one output a class"
             )
         network = self.initialised(image_shape)
+        head = self.head(image_shape)
+        if head != Head() and head_of(network) == Head():
+            network.register_forward_hook(head)
         self._refuse_hidden(network)
         return with_buffers(network)
+
+    def head(self, image_shape: tuple[int, int, int]) -> Head:
+        """Return the head of the network: the usual one if it returns a tensor of logits, trained by cross-entropy.
+
+        Raises:
+            Unsupported: the network takes no such image, or returns no logits.
+        """
+        if image_shape not in self._heads:
+            self._heads[image_shape] = self._head(image_shape)
+        return self._heads[image_shape]
+
+    def _head(self, image_shape: tuple[int, int, int]) -> Head:
+        known = head_of(self.module)
+        if known != Head():
+            return known
+        output = self._output(torch.full((1, *image_shape), 0.5))
+        found = self._main(output)
+        single = found.ndim == 1 or found.shape[1] == 1
+        if single and isinstance(self.loss, str) and self.loss != "bce":
+            raise Unsupported(
+                f"model {self.label!r} returns 1 logit; give it one output for each class, at least two, or the loss "
+                "bce"
+            )
+        return Head(self.loss, single, isinstance(output, Tensor))
+
+    def _output(self, images: Tensor) -> Any:
+        """Return what the network returns in evaluation mode for images [B, C, H, W]."""
+        probe = self.initialised(images.shape[1:]).eval()
+        with self._refused(images.shape[1:]), without_checkpointing(), torch.no_grad():
+            return probe(images.to(self.dtype))
+
+    def _main(self, output: Any) -> Tensor:
+        """Return the tensor of logits in it, [B, K] or [B] of one logit."""
+        try:
+            found = main_output(output)
+        except Unsupported as error:
+            raise Unsupported(f"model {self.label!r}: {error}") from None
+        if found.ndim > 2 or not found.ndim:
+            raise Unsupported(
+                f"model {self.label!r} returns a tensor of shape {tuple(found.shape)}; give logits of shape [B, K]"
+            )
+        return found
 
     def _refuse_hidden(self, network: nn.Module) -> None:
         """Raise Unsupported for a tensor in a container of a layer, which does not move with the network."""
@@ -109,21 +175,25 @@ class OwnModule(Model):
         Raises:
             Unsupported: the network does not take such images, or returns no [B, K] logits.
         """
-        probe = self.initialised(images.shape[1:]).eval()
-        with self._refused(images.shape[1:]), without_checkpointing(), torch.no_grad():
-            out = probe(images.to(self.dtype))
-        if not isinstance(out, Tensor) or out.ndim != 2:
-            raise Unsupported(f"model {self.label!r} returns {type(out).__name__}; give logits of shape [B, K]")
-        return out
+        found: Tensor = self._main(self._output(images))
+        if found.ndim == 1 or found.shape[1] == 1:
+            return Head(single=True)(self.module, (), found)
+        return found
+
+    @property
+    def title(self) -> str:
+        """What reports call the network: its label, and the loss if that is not the cross-entropy."""
+        return self.label if self.loss == CROSS_ENTROPY else f"{self.label}, loss {Head(self.loss).name}"
 
     def settings(self) -> dict[str, Any]:
         """Return the label, and a hash of the architecture, mode and values."""
-        return {"name": self.name, "version": self.version, "label": self.label, "module": self._fingerprint}
+        own = {"name": self.name, "version": self.version, "label": self.label, "module": self._fingerprint}
+        return own if self.loss == CROSS_ENTROPY else {**own, "loss": Head(self.loss).name}
 
     def behaviour(self, image_shape: tuple[int, int, int]) -> dict[str, str]:
         """Return a hash of ``forward``'s results, which a list of layers does not determine; once for each shape."""
         if image_shape not in self._behaviours:
-            self._behaviours[image_shape] = _behaviour(self.module, image_shape)
+            self._behaviours[image_shape] = _behaviour(self.module, image_shape, self.head(image_shape))
         return {"behaviour": self._behaviours[image_shape]}
 
     @cached_property
@@ -214,7 +284,7 @@ def network_dtype(module: nn.Module) -> torch.dtype:
     return next((value.dtype for value in module.parameters() if value.is_floating_point()), torch.float32)
 
 
-def _behaviour(module: nn.Module, image_shape: tuple[int, int, int]) -> str:
+def _behaviour(module: nn.Module, image_shape: tuple[int, int, int], head: Head) -> str:
     """Return a hash of a module's logits and gradient on a fixed image and its label; empty if it has none.
 
     In float64, and of so few digits that another machine finds the same; in float32 if the module supports no other.
@@ -222,10 +292,16 @@ def _behaviour(module: nn.Module, image_shape: tuple[int, int, int]) -> str:
     image = torch.rand((1, *image_shape), generator=generator("behaviour"), dtype=torch.float64)
     for dtype, digits in ((torch.float64, 6), (torch.float32, 3)):
         probe = copy.deepcopy(module).cpu().to(dtype)
+        if head != Head() and head_of(probe) == Head():
+            probe.register_forward_hook(head)
         try:
             with seeded("behaviour"):
                 logits = probe(image.to(dtype))
-                nn.functional.cross_entropy(logits, torch.zeros(1, dtype=torch.int64)).backward()
+                label = torch.zeros(1, dtype=torch.int64)
+                if head.loss == CROSS_ENTROPY or head.single:
+                    nn.functional.cross_entropy(logits, label).backward()
+                else:
+                    training_loss(probe, image.to(dtype), label).mean().backward()
         except Exception:  # whatever a user's module raises: it is refused, with its reason, when it is built
             continue
         sizes = [0.0 if p.grad is None else float(p.grad.double().norm()) for p in probe.parameters()]

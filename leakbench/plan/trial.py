@@ -71,7 +71,7 @@ class Cell:
     def words(self) -> str:
         """The cell in a few words, for messages; a user's own network has its own name."""
         specs = self.specs
-        model = self.model.label if isinstance(self.model, OwnModule) else specs["model"]
+        model = self.model.title if isinstance(self.model, OwnModule) else specs["model"]
         return f"{specs['attack']} against {specs['defense']}, {model} on {specs['dataset']}"
 
 

@@ -18,6 +18,7 @@ from leakbench.defenses.adaptive import AdaptiveAttacker, Dummies
 from leakbench.gradients import Evaluator, choose_path
 from leakbench.gradients.bilinear import squared_norm
 from leakbench.gradients.evaluate import tensors_of
+from leakbench.gradients.losses import head_of
 from leakbench.observation import Observation
 from leakbench.optim import Evaluation, Recordable, Unknowns, take_rows
 
@@ -156,7 +157,9 @@ class MatchingObjective(Recordable):
         if self.observation.labels is not None:
             return self.observation.labels
         assert logits is not None, "an attack that optimises labels renders their logits"
-        return torch.softmax(logits, 1)
+        head = head_of(self.observation.model)
+        several = head.loss == "bce" and not head.single  # each class by itself
+        return torch.sigmoid(logits) if several else torch.softmax(logits, 1)
 
     def _encoded(self, images: Tensor, labels: Tensor, evaluation: Evaluation) -> tuple[Tensor, Tensor]:
         """Return the images and labels that the network runs on, as the adaptive attacker has them encoded."""

@@ -14,6 +14,7 @@ from leakbench.core.component import LATER, Count, NonNegative, Positive
 from leakbench.core.rng import Rng
 from leakbench.core.types import Gradient
 from leakbench.errors import Unsupported
+from leakbench.gradients.losses import CROSS_ENTROPY, head_of
 from leakbench.models.surgery import linears
 from leakbench.observation import Observation
 from leakbench.optim import Unknowns
@@ -118,19 +119,35 @@ class MatchingProblem(Attack):
         return self.tv * total_variation(images) if self.tv else images.new_zeros(len(images))
 
 
+SIGN_LOSSES = (CROSS_ENTROPY, "bce", "nll")
+"""The losses whose derivative by a logit is negative only at the true class."""
+
+
 def analytic_labels(observation: Observation) -> Tensor:
     """Return [T] int64, the row of the classifier's gradient with the smallest sum (Zhao et al. 2020, iDLG, section 3).
 
     Exact for one image, a hard label, cross-entropy and a classifier whose inputs are not negative, because only the
     true class has a negative derivative of the loss by its logit. The classifier is the last linear layer with one
     output for each class and a gradient that is not zero: a layer that is not in use has none. The gradient is that of
-    its weight [T, K, D] or, if that was withheld, of its bias [T, K].
+    its weight [T, K, D] or, if that was withheld, of its bias [T, K]. The same holds for the binary cross-entropy and
+    the negative log-likelihood; of one logit the sign gives the label.
+
+    Raises:
+        Unsupported: no such gradient was sent, or the network is trained by a loss without this rule.
     """
+    head = head_of(observation.model)
+    if head.loss not in SIGN_LOSSES:
+        raise Unsupported(
+            f"the label cannot be inferred from the gradient of the loss {head.name}; use labels=joint, or a threat "
+            "model with labels=known"
+        )
+    outputs = 1 if head.single else observation.num_classes
     for name, layer in reversed(linears(observation.model).items()):
         for tensor in ("weight", "bias"):
             gradient = observation.gradient.get(f"{name}.{tensor}")
-            if gradient is not None and layer.out_features == observation.num_classes and bool(gradient.any()):
-                return gradient.flatten(2).sum(2).argmin(1) if gradient.ndim > 2 else gradient.argmin(1)
+            if gradient is not None and layer.out_features == outputs and bool(gradient.any()):
+                rows = gradient.flatten(2).sum(2) if gradient.ndim > 2 else gradient
+                return (rows[:, 0] < 0).long() if head.single else rows.argmin(1)
     raise Unsupported(
         "the label cannot be inferred from the gradient: no gradient of a linear classifier was sent, or one of zeros; "
         "use labels=joint, or a threat model with labels=known"
