@@ -381,7 +381,7 @@ def test_the_lines_of_the_documentation_run(app, tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parent.parent / "docs" / "flower.md").read_text(encoding="utf-8")
     (block,) = [
-        code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "leakbench.flower import" in code
+        code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "leakbench.flower import mod" in code
     ]
     exec(block, {})
     folders = sorted(path.name for path in tmp_path.glob("updates/round-0001/*"))
