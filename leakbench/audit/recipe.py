@@ -180,9 +180,18 @@ class StatedRecipe:
             )
         yield from self._decay(shown)
 
+    @property
+    def several(self) -> bool:
+        """Whether several images are stated."""
+        return self.images is not None and self.images > 1
+
     def _images(self, shown: UpdateFacts) -> Iterator[str]:
         stated, found, one = self.images, shown.images, shown.shown
-        if stated is None or found is None or one is None:
+        if stated is None:
+            return
+        if self.several and shown.one_image is not False:
+            yield f"Stated: {plural(stated, 'image')}. Attacks that search assume one."
+        if found is None or one is None:
             return
         if found > stated:
             words = f"Stated: {plural(stated, 'image')}. The update shows at least {found} different inputs"

@@ -288,7 +288,7 @@ def audit_update(
     rule = rule_in_words(expected, image_shape)
     if progress is not None:
         progress.note(f"{EXPECTED}: {rule}")
-    leaks = _redrawn(_leaks_of_update(observation, label, shown), drawn)
+    leaks = _redrawn(_leaks_of_update(observation, label, shown, recipe.several), drawn)
     counts = estimated_counts(module, observation, plain, shown, batch, recipe)
     leaks = replace(leaks, labels=counted(leaks.labels, counts, true, classes))
     doubt = drawn.doubt() if drawn.layers and not read_draws(observation).complete else ""
@@ -585,11 +585,11 @@ def _observation(
     )
 
 
-def _leaks_of_update(observation: Observation, label: int | None, shown: UpdateFacts) -> ClosedFormLeaks:
+def _leaks_of_update(observation: Observation, label: int | None, shown: UpdateFacts, several: bool) -> ClosedFormLeaks:
     """Return what an update leaks without any optimisation, from the mean gradient of its steps.
 
-    Only tensors without an unknown value count. Of an update that is not one image's, no label and no convolution is
-    tested; of one whose entries have one size, no closed form of SGD is.
+    Only tensors without an unknown value count. Of an update that is not one image's, or if ``several`` are stated, no
+    label and no convolution is tested; of one whose entries have one size, no closed form of SGD is.
     """
     threat = observation.threat
     unit = threat.local_steps if threat.unit is None else threat.unit
@@ -606,9 +606,9 @@ def _leaks_of_update(observation: Observation, label: int | None, shown: UpdateF
         replace(form, conclusive=form.layer in able and (shown.rule == "sgd" or not form.exact))
         for form in closed_forms(sent, None)
     )
-    if shown.one_image is False or (shown.rule == "unknown" and able):
+    if several or shown.one_image is False or (shown.rule == "unknown" and able):
         reason = "the test is for one image in one step of SGD"
-        tested = tuple(form for form in forms if form.conclusive or shown.one_image is None)
+        tested = tuple(form for form in forms if form.conclusive or (shown.one_image is None and not several))
         return ClosedFormLeaks(tuple(shares(sent)), tested, InferredLabels(None, None), (), reason)
     return replace(ClosedFormLeaks.of(sent, None, truth), forms=forms)
 
