@@ -13,7 +13,7 @@ BROWSER ?= optional
 PRETEND ?= optional
 SWEEP ?= pairs
 
-.PHONY: help setup demo trunks pretend test test-device test-full test-long torture test-browser test-extras test-assets assets check format fuzz recheck docs reference wheel clean
+.PHONY: help setup demo trunks pretend test test-device test-full test-long torture test-browser test-extras test-assets assets check format trained fuzz recheck docs reference wheel clean
 
 help:
 	@echo "make demo         set up, and run three attacks against five defenses on the images that ship with leakbench"
@@ -28,6 +28,7 @@ help:
 	@echo "make assets       fetch the datasets and weights into the cache"
 	@echo "make test-assets  run the tests that need them"
 	@echo "make bench        measure speed into reports/speed (SCALE=smoke|full, DEVICE=cpu|cuda)"
+	@echo "make trained      train the networks that reports attack after training into runs/trained (80 minutes on one core)"
 	@echo "make fuzz         feed a million hostile inputs to what reads files and specs, hours"
 	@echo "make recheck      recompute the figures of README.md and reports/README.md from the committed data"
 	@echo "make docs         build the documentation into build/docs, and run the tutorial"
@@ -116,6 +117,11 @@ bench: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# An interrupted training is resumed.
+trained: setup
+	$(BIN)/leakbench assets fetch cifar10
+	$(BIN)/leakbench run accuracy benchmarks/trained.toml --scale cpu --device $(DEVICE) --out runs/trained
 
 fuzz: setup
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable ".[fuzz]"

@@ -107,6 +107,7 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     with alone(out), full_precision(deterministic=True):
         salt = _salted(out, salt)
+        code = Provenance.collect(command, str(where), "", salt=salt)  # now: a checkout may change while this trains
         arms = [replace(arm, salt=salt) for arm in arms]
         done = [_finished(folder, arm) for folder, arm in zip(folders, arms)]
         for number, (arm, folder, known) in enumerate(zip(arms, folders, done), 1):
@@ -115,7 +116,7 @@ def train(
             progress.begin(arm, number, len(arms))
             remove_drafts(folder)
             outcome = _one(arm, folder, where, workers, progress)
-            write_json(folder / RECORD, contents(arm, outcome, Provenance.collect(command, str(where), "", salt=salt)))
+            write_json(folder / RECORD, contents(arm, outcome, code))
             if outcome.rounds:  # an arm that broke is resumed after its last round
                 (folder / STATE).unlink(missing_ok=True)
                 shutil.rmtree(folder / "clients", ignore_errors=True)
