@@ -119,7 +119,7 @@ def proved(
     network.get_submodule(layer).register_forward_hook(lambda _, __, output: taken.append(output))
     try:
         with torch.enable_grad():
-            logits = network(images.double().cpu().requires_grad_())
+            logits = network(images.detach().double().cpu().clone().requires_grad_())
     except Exception:  # of a network that does not run in float64
         return none
     size = 1.0 if observation.size is None else float(observation.size[t])

@@ -17,8 +17,8 @@ from leakbench.errors import Unsupported
 from leakbench.models.crafted import expected_alone
 from leakbench.observation import Observation
 
-PARALLEL = 1 - 1e-6
-"""The cosine from which on two rows measure the same functional."""
+PARALLEL = 0.98
+"""The cosine from which on two rows measure the same functional; a server may have disguised them by noise."""
 
 MIN_BINS = 2
 """A layer with fewer parallel rows is no imprint."""

@@ -19,16 +19,19 @@ if TYPE_CHECKING:
 
 
 class _Commands(TyperGroup):
-    """Two commands; the options of either one may also follow ``leakbench audit`` directly."""
+    """Three commands; the options of each may also follow ``leakbench audit`` directly."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         """Put the command before options that name none, and say of which command a misplaced option is."""
         given = {arg.partition("=")[0] for arg in args if arg.startswith("--")}
-        updates = bool({"--before", "--after", "--recording"} & given)
+        received, updates = "--received" in given, bool({"--before", "--after", "--recording"} & given)
         if args and args[0].startswith("-") and "--help" not in given:
-            if not updates and "--data" not in given:
-                raise BadOption("neither --data nor --before and --after is given; give images, or a recorded update")
-            args = ["update" if updates else "model", *args]
+            if not (received or updates or "--data" in given):
+                raise BadOption(
+                    "neither --data, nor --before and --after, nor --received is given; give images, a recorded "
+                    "update, or the weights that a server sent"
+                )
+            args = ["received" if received else "update" if updates else "model", *args]
         if args and args[0] in self.commands:
             flags = {name: {flag for one in own.params for flag in one.opts} for name, own in self.commands.items()}
             for name in flags.keys() - {args[0]}:
@@ -43,14 +46,16 @@ app = typer.Typer(
     help="""Attack your own network, and write a report on what leaks: OUT/audit.md and OUT/audit.html.
 
     `audit model` attacks the network on images of yours, behind each defense. `audit update` attacks one recorded
-    update: the weights that a client was given and those that it sent. Without either word, --data selects the first
-    and --before with --after the second.
+    update: the weights that a client was given and those that it sent. `audit received` attacks nothing: it looks for
+    signs that the server crafted the weights that it sent. Without these words, --data selects the first, --before with
+    --after the second, and --received the third.
 
     The report states how many images the server recovers, which layers leak, what the attackers had to assume and
     what was not tried. A network that no attacker can attack is refused with the reason; it does not pass.
 
     The exit code is 0; 1 if --fail-if is true; 2 on bad input, if the network cannot be attacked, and if --fail-if
-    cannot be judged (an attack ended in an error, or returned nothing for an image); 70 on a bug.""",
+    cannot be judged (an attack ended in an error, or returned nothing for an image); 70 on a bug. That of `audit
+    received` is 1 if a layer counts as crafted.""",
 )
 
 
@@ -303,3 +308,32 @@ def update(given: _OnUpdate) -> None:
         )
 
     given.audit(attack)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OnWeights:
+    """The options of ``audit received``."""
+
+    received: str = option(
+        "The weights that the server sent: .safetensors, a state dict of torch.save, or .npz.",
+        default=MISSING,
+        metavar="FILE",
+    )
+    layers: bool = option("Also print the scores of every layer.", "--layers", default=False)
+
+
+@command(app, "received", _OnWeights)
+def received(given: _OnWeights) -> None:
+    """Look for signs that a server crafted the weights that it sent, before a client trains on them.
+
+    No image and no network is needed. Crafted layers (imprints, trap weights) let a server read images out of the
+    gradient of a large batch, or out of the sum of many clients' gradients. The exit code is 1 if a layer counts as
+    crafted. Exit code 0 is no proof of honesty: a server that knows the test can avoid it, at a price.
+    """
+    from leakbench.audit import received as own
+    from leakbench.report.received import lines
+
+    found = own.read_received(given.received)
+    for line in lines(found, layers=given.layers):
+        typer.echo(line)
+    raise typer.Exit(1 if found.crafted else 0)
