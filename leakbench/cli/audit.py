@@ -28,7 +28,7 @@ class _Commands(TyperGroup):
         if args and args[0].startswith("-") and "--help" not in given:
             if not (received or updates or "--data" in given):
                 raise BadOption(
-                    "neither --data, nor --before and --after, nor --received is given; give images, a recorded "
+                    "neither --data nor --before with --after nor --received is given; give images, a recorded "
                     "update, or the weights that a server sent"
                 )
             args = ["received" if received else "update" if updates else "model", *args]
