@@ -74,8 +74,8 @@ are test images, the server's quantiles are those of 20,000 training images.
 - **Noise does, if it is as large as one image's share of the gradient.** With relative noise of 0.0001 {weak} of 16 are
   recovered, with 0.01 {strong} of 16: images with small errors go first, and what is recovered is noisy.
 - **A client can look at the weights before it trains** (`leakbench audit received`): {alarms} of {honest} honest
-  networks were taken for crafted, and {found} of {crafted} crafted ones were found, disguised ones included. A server
-  that knows the test can avoid it at a price; the table below has what it costs.
+  networks were taken for crafted, and {found} of {crafted} crafted ones were found. A server that knows the test can
+  avoid it: the disguises below cost it little at B = 16, and some of the networks that were not found have one.
 
 ## Recovered images
 

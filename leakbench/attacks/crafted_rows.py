@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,14 @@ from leakbench.observation import Observation
 ROUNDING_STEPS = 64
 """Errors below this many relative roundings of the largest one count as zero."""
 
-MATCH = 3e-4
-"""The largest relative difference between an error that was observed and that of a reconstruction which is proved."""
+MIN_MATCH, MAX_MATCH = 1e-6, 3e-4
+"""Bounds of the relative difference between an error that was observed and that of a reconstruction which is proved.
+
+Between them it is the rounding of the error.
+"""
+
+SAME = 1e-5
+"""The mean squared difference up to which two reconstructions are the same image."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ def _of_trial(observation: Observation, name: str, t: int) -> Tensor:
 
 
 def proved(
-    observation: Observation, t: int, layer: str, images: Tensor, rows: Tensor, errors: Tensor, batch: int
+    observation: Observation, t: int, layer: PixelRows, images: Tensor, rows: Tensor, errors: Tensor, batch: int
 ) -> tuple[Tensor, Tensor]:
     """Return which reconstructions [N] would give the errors that were observed, and with which labels [N].
 
@@ -97,7 +104,7 @@ def proved(
     Args:
         observation: as the attack got it.
         t: the trial.
-        layer: the name of the crafted layer.
+        layer: the crafted layer.
         images: [N, C, H, W].
         rows: [N], the row of the layer whose error each image has.
         errors: [N], these errors.
@@ -116,7 +123,7 @@ def proved(
         tensors[name] = (value[t if len(value) > 1 else 0] if value.ndim > like.ndim else value).cpu()
     network = filled(observation.model, tensors, torch.float64)
     taken: list[Tensor] = []
-    network.get_submodule(layer).register_forward_hook(lambda _, __, output: taken.append(output))
+    network.get_submodule(layer.layer).register_forward_hook(lambda _, __, output: taken.append(output))
     try:
         with torch.enable_grad():
             logits = network(images.detach().double().cpu().clone().requires_grad_())
@@ -133,4 +140,17 @@ def proved(
         difference = (own_error - wanted).abs() / wanted.abs().clamp(min=torch.finfo(torch.float64).tiny)
         labels = torch.where(difference < best, label, labels)
         best = torch.minimum(best, difference)
-    return best <= MATCH, labels
+    rounding = (layer.least / errors.abs().cpu()).clamp(MIN_MATCH, MAX_MATCH)
+    return best <= rounding, labels
+
+
+def different(images: Tensor, order: Sequence[int]) -> tuple[list[int], Tensor]:
+    """Return which images [N, C, H, W] to keep, in this order, so that no two are the same, and [N, N], which are."""
+    flat = images.flatten(1)
+    square = flat.square().sum(1)
+    alike = ((square[:, None] + square - 2 * flat @ flat.T) / max(1, flat.shape[1]) <= SAME).cpu()
+    chosen: list[int] = []
+    for one in order:
+        if not bool(alike[one, chosen].any()):
+            chosen.append(one)
+    return chosen, alike

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leakbench.attacks.base import Attack, register
-from leakbench.attacks.crafted_rows import PixelRows, pixel_rows, proved
+from leakbench.attacks.crafted_rows import PixelRows, different, pixel_rows, proved
 from leakbench.attacks.peel import read_labels
 from leakbench.core.rng import Rng
 from leakbench.core.types import Reconstruction
@@ -99,7 +99,7 @@ def read_imprint(observation: Observation, t: int, rows: PixelRows, batch: int) 
     """Return one trial's reconstructions, proved ones first and then by the sizes of their errors.
 
     Returns:
-        Images [N, C, H, W] float64, one for each bin with an error; which of them are proved [N]; the number of bins.
+        Different images [N, C, H, W] of the bins with an error; which are proved [N]; the number of bins.
     """
     order = imprinted(rows)
     change, errors = rows.change[order], rows.errors[order]
@@ -108,8 +108,7 @@ def read_imprint(observation: Observation, t: int, rows: PixelRows, batch: int) 
     live = sizes.abs() > rows.least
     sums, sizes, at = sums[live], sizes[live], order[live]
     images = rows.pixels(sums, sizes).view(-1, *observation.image_shape)
-    right, _ = proved(observation, t, rows.layer, images, at, sizes, batch)
-    first = torch.argsort(
-        sizes.abs().cpu() + right * 2 * float(sizes.abs().max() if len(sizes) else 0), descending=True
-    )
+    right, _ = proved(observation, t, rows, images, at, sizes, batch)
+    most = float(sizes.abs().max()) if len(sizes) else 0.0
+    first, _ = different(images, torch.argsort(sizes.abs().cpu() + 2 * most * right, descending=True).tolist())
     return images[first], right[first], len(order)

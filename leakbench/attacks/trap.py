@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leakbench.attacks.base import Attack, register
-from leakbench.attacks.crafted_rows import PixelRows, pixel_rows, proved
+from leakbench.attacks.crafted_rows import PixelRows, different, pixel_rows, proved
 from leakbench.attacks.peel import read_labels
 from leakbench.core.rng import Rng
 from leakbench.core.types import Reconstruction
@@ -18,18 +18,16 @@ from leakbench.observation import Observation
 INSIDE = 0.02
 """Pixels of a reconstruction may lie this far outside of [0, 1]."""
 
-SAME = 1e-5
-"""The mean squared difference up to which two rows show the same image."""
-
 
 @register("trap")
 @dataclass(frozen=True)
 class TrapAttacker(Attack):
     """Trap weights: each row's gradient of the weight over that of the bias, where one image of the batch is active.
 
-    A row that is active for several images shows a mixture of them. An image counts first if it is proved, without a
-    private image: several rows show it, or it has at that row the error that was observed, for one of the labels. It
-    needs no crafted weights, but an ordinary layer's rows are active for half of the images.
+    A row that is active for several images shows a mixture of them. Images come first that are proved, without a
+    private image: at most of the rows that show it, an image has the error that was observed, for one of the labels.
+    Those that several rows show come next. No crafted weights are needed, but the rows of an ordinary layer are active
+    for half of the images.
     """
 
     reference: ClassVar[str] = (
@@ -80,14 +78,8 @@ def read_traps(observation: Observation, t: int, rows: PixelRows, batch: int) ->
     inside = ((pixels > -INSIDE) & (pixels < 1 + INSIDE)).all(1)
     at, pixels = at[inside], pixels[inside]
     images = pixels.view(-1, *observation.image_shape)
-    right, _ = proved(observation, t, rows.layer, images, at, rows.errors[at], batch)
-    square = pixels.square().sum(1)
-    distance = (square[:, None] + square - 2 * pixels @ pixels.T) / pixels.shape[1]
-    alike = (distance <= SAME).cpu()
-    seen = alike.sum(1)
-    right = right | (alike & right).any(1)
-    chosen: list[int] = []
-    for one in torch.argsort(right * 2.0 * len(at) + seen, descending=True).tolist():
-        if not bool(alike[one, chosen].any()):
-            chosen.append(one)
-    return images[chosen], right[chosen] | (seen[chosen] > 1)
+    right, _ = proved(observation, t, rows, images, at, rows.errors[at], batch)
+    _, alike = different(images, ())
+    right = (alike & right).sum(1) * 2 > alike.sum(1)
+    chosen, _ = different(images, torch.argsort(right * 2.0 * len(at) + alike.sum(1), descending=True).tolist())
+    return images[chosen], right[chosen]
