@@ -132,10 +132,10 @@ def test_the_tail_of_laplace_noise() -> None:
 
 def test_signs_are_signs() -> None:
     own = update()
-    assert np.array_equal(flat(released("sign", own)), np.sign(flat(own)))
-    for name, value in released("sign(scaled=true)", own).items():
+    assert np.array_equal(flat(released("signsgd", own)), np.sign(flat(own)))
+    for name, value in released("signsgd(scaled=true)", own).items():
         torch.testing.assert_close(value, own[name].sign() * own[name].abs().mean())
-    for spec in ("sign", "sign(scaled=true)"):
+    for spec in ("signsgd", "signsgd(scaled=true)"):
         soft = attacker(spec).surrogate(rows(own), {}, {})
         for name, value in released(spec, own).items():
             cosine = torch.nn.functional.cosine_similarity(soft[name].flatten(), value.flatten(), dim=0)
@@ -187,7 +187,7 @@ def test_outpost_puts_noise_where_gradients_are_large_and_weights_wide() -> None
     [
         ("percentile-privacy(gamma=0.001)", 0.5),
         ("svt-privacy(gamma=0.01, unselected=raw, noise_var=1)", 1.0),
-        ("sign", 0.5),
+        ("signsgd", 0.5),
         ("top-k(keep=0.2)", 0.5),
         ("outpost(noise=0.01)", 0.5),
     ],
@@ -205,7 +205,7 @@ def test_the_adaptive_attacker_gains(defense: str, gain: float) -> None:
     assert scores["informed=true"] > scores["paper"] + gain, scores
 
 
-@pytest.mark.parametrize("spec", ["percentile-privacy", "svt-privacy", "sign", "top-k(rounds=3)", "outpost"])
+@pytest.mark.parametrize("spec", ["percentile-privacy", "svt-privacy", "signsgd", "top-k(rounds=3)", "outpost"])
 def test_a_mod_has_only_the_update_and_the_weights(spec: str) -> None:
     """What runs in a federated client sees no image: these defenses need none."""
     defense: Defense = defenses.parse(spec)

@@ -8,7 +8,7 @@ Three scores for each weight matrix (of a convolution, its filters are the rows)
 - *balance*: of trap weights, exactly half of each row is negative, or the sums of the rows are all alike. The score is
   how many powers of ten the variance over the rows is below any that independent signs have by chance.
 
-A server that knows these scores can avoid them, at a price that ``reports/malicious`` measures. They are evidence of
+A server that knows these scores can avoid them (``reports/malicious`` has what was tried). They are evidence of
 crafting if high, and no proof of honesty if low.
 """
 

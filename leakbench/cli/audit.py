@@ -328,7 +328,7 @@ def received(given: _OnWeights) -> None:
 
     No image and no network is needed. Crafted layers (imprints, trap weights) let a server read images out of the
     gradient of a large batch, or out of the sum of many clients' gradients. The exit code is 1 if a layer counts as
-    crafted. Exit code 0 is no proof of honesty: a server that knows the test can avoid it, at a price.
+    crafted. Exit code 0 is no proof of honesty: a server that knows the test can avoid it.
     """
     from leakbench.audit import received as own
     from leakbench.report.received import lines

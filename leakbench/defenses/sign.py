@@ -14,7 +14,7 @@ SOFTNESS = 0.1
 """The sign of a dummy gradient is smoothed where an entry is below this share of its tensor's mean magnitude."""
 
 
-@register("sign")
+@register("signsgd")
 @dataclass(frozen=True)
 class Sign(Defense):
     """signSGD: send the sign of every entry of the gradient.
