@@ -5,10 +5,11 @@ a server that records what the client sends. For NAME mlp2, mlp3, resnet2 and re
 FOLDER/NAME has the photographs, their labels and the recording. Then, from the checkout:
 
 leakbench audit update --model benchmarks.flower_audit:NAME --recording FOLDER/NAME/updates/round-0001/client-1 \\
-    --size 28 --channels 1 --normalise 0.5/0.5 --truth FOLDER/NAME/photos --labels FOLDER/NAME/labels.txt \\
+    --size SIZE --channels 1 --normalise 0.5/0.5 --truth FOLDER/NAME/photos --labels FOLDER/NAME/labels.txt \\
     --budget quick --out reports/audit/flower-NAME
 
-The network resnet is ResNet-18 with a quarter of its channels, for the time that a search takes on a CPU.
+SIZE is 28 for the MLP and 64 for the ResNet, which is ResNet-18 with a quarter of its channels, for the time that a
+search takes on a CPU.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torchvision import models
 from leakbench import datasets
 
 SIZE, IMAGES = 28, 32
+RESNET_SIZE = 64
 CONFIG: Mapping[str, str | int | float] = {
     "optimizer": "sgd",
     "lr": 0.01,
@@ -85,9 +87,9 @@ NETWORKS: Mapping[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
-def photographs(classes: int) -> tuple[Tensor, Tensor]:
-    """Return 32 grey photographs [32, 1, 28, 28] of 8 bits in [0, 1], and a class of each."""
-    images, _ = datasets.parse(f"samples(size={SIZE})").load(range(IMAGES))
+def photographs(classes: int, size: int = SIZE) -> tuple[Tensor, Tensor]:
+    """Return 32 grey photographs [32, 1, size, size] of 8 bits in [0, 1], and a class of each."""
+    images, _ = datasets.parse(f"samples(size={size})").load(range(IMAGES))
     grey = (images.mean(1, keepdim=True) * 255).round() / 255
     labels = torch.randint(classes, (IMAGES,), generator=torch.Generator().manual_seed(classes))
     return grey, labels
@@ -115,7 +117,7 @@ def record_app(name: str, folder: Path) -> None:
     from leakbench.flower import record, simulate
 
     build, classes = NETWORKS[name]
-    images, labels = photographs(classes)
+    images, labels = photographs(classes, RESNET_SIZE if name.startswith("resnet") else SIZE)
     (folder / "photos").mkdir(parents=True)
     for place, image in enumerate(images):
         Image.fromarray((image[0] * 255).round().byte().numpy()).save(folder / "photos" / f"{place:02}.png")
