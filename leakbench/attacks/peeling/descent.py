@@ -210,6 +210,8 @@ def begin(known: Knowledge, place: int, error: Tensor, most: float = MAX_IMBALAN
         below = known.network.backward(place, source, error)
         rough = known.values[source]
         known.masks[source], factors = fitting_mask(rough, below, torch.zeros_like(below), sent, step.slope)
+        if not bool((torch.isfinite(factors) & (factors != 0)).all()):
+            return False
         factor = factors.view(-1, 1, 1, 1)
         known.values[source] = Fitted(rough.value / factor, rough.deviation / factor)
         error = factor * error
