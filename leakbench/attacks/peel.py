@@ -65,7 +65,8 @@ class Peel(Attack):
     least-squares solution of its weight gradient's equations, and where it is positive the ReLU below is open. The
     image is then searched for whose forward pass gives the lowest inputs that were recovered. Below a max-pool of the
     first layers, the positions of the maxima are sampled with it. If no descent begins, as behind other activations and
-    group normalisation, the image is searched for from inputs that are known up to a factor.
+    group normalisation or much noise, the image is searched for from inputs that are known up to a factor. If an
+    adaptive attacker knows that only some entries were sent, layers of few positions are completed to their rank.
 
     Dropout is undone if its mask follows from the gradient: a dropped value is in no equation, and the error there is
     0. Dropped pixels are filled in from their neighbours.
