@@ -214,7 +214,7 @@ def served(observation: Observation) -> Chain | Network:
     try:
         return served_chain(observation)
     except Unsupported as error:
-        network = Network(trace(observation))
+        network = Network(trace(observation), [secret.name for secret in observation.secrets])
         reason = refusal(network, observation)
         if reason is None:
             return network
@@ -234,7 +234,7 @@ def refusal(network: Network, observation: Observation) -> str | None:
         name = network.steps[place].name
         if network.unknown(place):
             return f"nor can an image be searched for below {name}, whose random draws do not follow from the gradient"
-        if any(f"{own}.".startswith(f"{name}.") for own in secret):
+        if place not in network.locked and any(f"{own}.".startswith(f"{name}.") for own in secret):
             return f"nor can an image be searched for below {name}, which has secrets"
     return None
 

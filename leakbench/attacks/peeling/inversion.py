@@ -48,6 +48,12 @@ NOISY, MAX_SMOOTH = 4.0, 0.3
 CLEAN = 3e-5
 """The relative error of values up to which it is 0: rounding to single precision is no noise."""
 
+LOCKED, LOCK_SIZE = ("scale", "shift"), 0.3
+"""The unknowns of a key-lock on the way, and their step size relative to that of the image."""
+
+CONTRAST = 0.25
+"""The standard deviation of an image's values by which total variation is measured if contrast is not determined."""
+
 REFINEMENTS = 5
 """How many times as many iterations of L-BFGS as steps of Adam are made at most."""
 
@@ -113,20 +119,24 @@ class Match:
     def __call__(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
         """Return [1]."""
         image = unknowns["image"].flatten(0, 1)
-        total = self._misfit(image)
+        total = self._misfit(unknowns)
+        locked = len(unknowns) > 1
+        if locked:  # the lock's scale undoes any contrast: the image's must not fall, nor leave [0, 1]
+            total = total + (image - image.clamp(0, 1)).square().mean()
         done = evaluation if isinstance(evaluation, int) else evaluation[0]
         weight = max(self.smooth * (1 - done / self.anneal), self.last)
         if weight:
             across, down = image.diff(dim=3).abs().mean(), image.diff(dim=2).abs().mean()
-            total = total + weight * (across + down)
+            rough = across + down
+            total = total + weight * (rough * CONTRAST / image.std() if locked else rough)
         return total
 
     def select(self, rows: Sequence[int]) -> Self:
         """Return itself: there is one trial."""
         return self
 
-    def _misfit(self, image: Tensor) -> Tensor:
-        steps = self.network.steps
+    def _misfit(self, unknowns: Unknowns) -> Tensor:
+        steps, image = self.network.steps, unknowns["image"].flatten(0, 1)
         wanted = {feature.place: feature.value.to(image) for feature in self.features}
         free = {feature.place for feature in self.features if feature.free}
         needed = {place for feature in self.features for place in self.network.below(feature.place)}
@@ -135,7 +145,11 @@ class Match:
         for place in sorted(needed):
             step = steps[place]
             inputs = [values[each] for each in step.inputs]
-            values[place] = image if step.kind == "image" else self.network.forward(place, inputs)
+            if f"{LOCKED[0]} {place}" in unknowns:
+                scale, shift = (unknowns[f"{name} {place}"][0] for name in LOCKED)
+                values[place] = self.network.rescaled(place, inputs[0], scale, shift)
+            else:
+                values[place] = image if step.kind == "image" else self.network.forward(place, inputs)
             if place not in wanted:
                 continue
             target, reached = wanted[place], values[place]
@@ -170,11 +184,14 @@ def invert(network: Network, features: Sequence[Feature], noise: Tensor, steps: 
         steps: of Adam in the first search, in which total variation is annealed; up to ``REFINEMENTS`` times as many of
             L-BFGS follow.
     """
+    way = set().union(*(network.below(each.place) for each in features))
     start = {"image": 0.5 + SPREAD * noise[None]}
+    for place in way & network.locked:
+        for name, drawn in zip(LOCKED, network.coefficients(place)):
+            start[f"{name} {place}"] = drawn.detach().mean().expand_as(drawn)[None].clone()
     last = roughest(features)
     match = Match(network, features, last=last)
     best, least, spent = start, torch.inf, 0
-    way = set().union(*(network.below(each.place) for each in features))
     pooled = any(network.steps[place].kind == "max-pool" for place in way)
     searches, enough = (POOLED_SEARCHES, POOLED_NEAR) if pooled else (SEARCHES, NEAR)
     for search in searches:
@@ -183,7 +200,7 @@ def invert(network: Network, features: Sequence[Feature], noise: Tensor, steps: 
             Match(network, features, search.smooth, count, last),
             start,
             steps=count,
-            lr={"image": search.size},
+            lr={name: search.size if name == "image" else LOCK_SIZE * search.size for name in start},
             milestones=range(1, count),
             decay=0.01 ** (1 / count),
         )

@@ -6,7 +6,7 @@ network is affine, and the error (the derivative of the loss) at a step's input 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,9 +59,11 @@ class Network:
 
     Args:
         traced: the trace.
+        secrets: the names of tensors that are not known. ``locked`` are the places of the key-locks that have some, in
+            place of whose scale and shift any others may stand.
     """
 
-    def __init__(self, traced: Traced) -> None:
+    def __init__(self, traced: Traced, secrets: Collection[str] = ()) -> None:
         graph, values = traced.graph, traced.values
         self._graph, self._constants = graph, values
         image = next(node for node in graph.nodes if node.op == "placeholder")
@@ -77,6 +79,11 @@ class Network:
         modules = dict(traced.twin.named_modules())
         uses = [str(node.target) for node in graph.nodes if node.op == "call_module"]
         self.steps = tuple(self._read(node, modules, uses) for node in self._nodes)
+        self.locked = frozenset(
+            place
+            for place, step in enumerate(self.steps)
+            if isinstance(modules.get(step.name), KeyLock) and any(name.startswith(f"{step.name}.") for name in secrets)
+        )
 
     def on(self, twin: nn.Module, trial: int = 0) -> Network:
         """Return the same steps with the tensors of another network of the same architecture, of any floating type.
@@ -115,6 +122,19 @@ class Network:
         mask = self._kept[node][0].to(inputs[0].device)
         with Interception(Draws(None, self._trial, {0: mask})):
             return _call(self._run, node, values)
+
+    def coefficients(self, place: int) -> tuple[Tensor, Tensor]:
+        """Return scale and shift [C] of a key-lock, with draws in the place of its secrets."""
+        lock = self.module(place)
+        assert isinstance(lock, KeyLock)
+        return lock.coefficients()
+
+    def rescaled(self, place: int, value: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """Return the output [B, C, H, W] of a key-lock for its input, with a scale and a shift [C] of one's own."""
+        lock = self.module(place)
+        assert isinstance(lock, KeyLock)
+        normalised: Tensor = lock.norm(value)
+        return scale[:, None, None] * normalised + shift[:, None, None]
 
     def unknown(self, place: int) -> bool:
         """Return whether a step draws random numbers that do not follow from the gradient."""
