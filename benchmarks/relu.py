@@ -201,7 +201,7 @@ def table(file: Path) -> str:
     trials = trials[~trials["floor"].astype(bool)]
     rows, failures = [], []
     for (model, defense), cell in trials.groupby(["model", "defense"], sort=False):
-        name = f"`{model}`" if defense == "none" else f"`{defense}`"
+        name = f"`{stated(defense)}`" if trials["defense"].nunique() > 1 else f"`{model}`"
         rows.append([name, *_figures(cell["recovered"], cell["psnr"], cell["psnr_aligned"], cell["seconds"])])
         failures += [
             f"- {name}, image {each.image}, seed {each.seed}: "
@@ -209,6 +209,13 @@ def table(file: Path) -> str:
             for each in cell[~cell["recovered"]].fillna({"reason": ""}).itertuples()
         ]
     return _markdown(("network or defense", *COLUMNS), rows) + _listed(failures)
+
+
+def stated(defense: str) -> str:
+    """Return a defense's spec with the options that are at their default values."""
+    found = defenses.parse(defense)
+    options = ", ".join(f"{name}={value}" for name, value in found.options().items())
+    return f"{found.name}({options})" if options else found.name
 
 
 def batch_table(trials: pd.DataFrame) -> str:

@@ -343,3 +343,12 @@ def test_a_wrong_sum_of_errors_corrects_the_mask_near_the_threshold(wrong: list[
     assert torch.equal(found, true[..., None])
     unexplained = balanced(mask, Fitted(value, deviation), error, sums + torch.tensor([0.0, 0, 0.7, 0, 0, 0]))
     assert torch.equal(unexplained, mask)
+
+
+def test_scale_and_shift_of_a_key_lock_are_searched_for_with_the_image() -> None:
+    model = residual()
+    images = F.interpolate(rand(1, 3, 4, 4, seed=1).double(), scale_factor=2, mode="bilinear")
+    observation = leakbench.observe(model, images, torch.tensor([0]), defense="keylock(gate=sigmoid)", salt="0" * 32)
+    found = leakbench.attack("peel(search=60)", observation)
+    guess, true = (each.flatten() - each.mean() for each in (found.images, images))
+    assert float(torch.nn.functional.cosine_similarity(guess, true, 0)) > 0.9
