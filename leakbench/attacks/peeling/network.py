@@ -60,7 +60,7 @@ class Network:
     Args:
         traced: the trace.
         secrets: the names of tensors that are not known. ``locked`` are the places of the key-locks that have some, in
-            place of whose scale and shift any others may stand.
+            place of whose scale and shift any others may stand; none if a lock's scale and shift are another one's key.
     """
 
     def __init__(self, traced: Traced, secrets: Collection[str] = ()) -> None:
@@ -79,11 +79,11 @@ class Network:
         modules = dict(traced.twin.named_modules())
         uses = [str(node.target) for node in graph.nodes if node.op == "call_module"]
         self.steps = tuple(self._read(node, modules, uses) for node in self._nodes)
-        self.locked = frozenset(
-            place
-            for place, step in enumerate(self.steps)
-            if isinstance(modules.get(step.name), KeyLock) and any(name.startswith(f"{step.name}.") for name in secrets)
-        )
+        named = {place: modules.get(step.name) for place, step in enumerate(self.steps)}
+        locks = {place: module for place, module in named.items() if isinstance(module, KeyLock)}
+        chained = any(lock.previous is not None for lock in locks.values())
+        hidden = {place for place in locks if any(name.startswith(f"{self.steps[place].name}.") for name in secrets)}
+        self.locked = frozenset() if chained else frozenset(hidden)
 
     def on(self, twin: nn.Module, trial: int = 0) -> Network:
         """Return the same steps with the tensors of another network of the same architecture, of any floating type.
