@@ -66,7 +66,8 @@ class Peel(Attack):
     image is then searched for whose forward pass gives the lowest inputs that were recovered. Below a max-pool of the
     first layers, the positions of the maxima are sampled with it. If no descent begins, as behind other activations and
     group normalisation or much noise, the image is searched for from inputs that are known up to a factor. If an
-    adaptive attacker knows that only some entries were sent, layers of few positions are completed to their rank.
+    adaptive attacker knows that only some entries were sent, layers of few positions are completed to their rank. The
+    scale and shift of a key-lock on the way are searched for with the image, whose contrast then stays unknown.
 
     Dropout is undone if its mask follows from the gradient: a dropped value is in no equation, and the error there is
     0. Dropped pixels are filled in from their neighbours.
