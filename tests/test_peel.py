@@ -424,7 +424,7 @@ def test_what_cannot_be_undone_is_refused(kind: str) -> None:
         ("resnet20(width=1)", "none", "not invertible"),
         ("resnet20(activation=sigmoid, width=2)", "none", "residual"),
         ("lenet-bn", "keylock(length=9, layers=all)", "scale of the input"),
-        ("lenet-bn(mode=eval)", "keylock(length=9)", "running ones"),
+        ("lenet-bn(mode=eval)", "keylock(length=9, layers=all)", "running ones"),
     ],
 )
 def test_networks_and_defenses_that_are_refused(model: str, defense: str, reason: str) -> None:
