@@ -44,6 +44,10 @@ NOT_OPEN = 2.0
 FEWEST = 8
 """How many negative values of a channel say how large its errors are."""
 
+OUTLYING = 5.0
+"""A channel is wrong if this many times as much is missing in its sum as in the median channel; an explanation must
+leave at most one over this."""
+
 SURE = 20.0
 """A combination must explain the wrong sum up to this many times what is left in the median channel."""
 
@@ -105,10 +109,11 @@ def balanced(mask: Tensor, values: Fitted, error: Tensor, sums: Tensor) -> Tenso
     rows, errors = by_channel(mask).clone(), by_channel(error)
     size = errors.square().mean(1).sqrt()
     missing = sums - (rows * errors).sum(1)
-    usual = SURE * missing.abs().median()
-    for channel in (missing.abs() > IMBALANCE * size).nonzero().flatten().tolist():
-        ratio = (value[channel] / deviation[channel]).nan_to_num()
-        changed = threshold(ratio, rows[channel], errors[channel], missing[channel], usual)
+    usual = missing.abs().median()
+    least_wrong = torch.maximum(IMBALANCE * size, OUTLYING * usual)
+    for channel in (missing.abs() > least_wrong).nonzero().flatten().tolist():
+        ratio, most = (value[channel] / deviation[channel]).nan_to_num(), _left(missing[channel], usual)
+        changed = threshold(ratio, rows[channel], errors[channel], missing[channel], most)
         rows[channel, changed] = ~rows[channel, changed]
     missing = sums - (rows * errors).sum(1)
     off = (torch.where(rows, -1.0, 1.0) * errors - missing[:, None]).abs()
@@ -117,14 +122,19 @@ def balanced(mask: Tensor, values: Fitted, error: Tensor, sums: Tensor) -> Tenso
     small &= off < EXACTLY * missing.abs()[:, None]
     off = torch.where(doubtful | small, off, torch.inf)
     least, at = off.min(1)
-    wrong = (missing.abs() > IMBALANCE * size) & torch.isfinite(least)
+    wrong = (missing.abs() > least_wrong) & torch.isfinite(least)
     rows[wrong, at[wrong]] = ~rows[wrong, at[wrong]]
     missing = sums - (rows * errors).sum(1)
-    for channel in (missing.abs() > IMBALANCE * size).nonzero().flatten().tolist():
-        ratio = (value[channel] / deviation[channel]).nan_to_num()
-        changed = combination(ratio, torch.where(rows[channel], -1.0, 1.0) * errors[channel], missing[channel], usual)
+    for channel in (missing.abs() > least_wrong).nonzero().flatten().tolist():
+        ratio, most = (value[channel] / deviation[channel]).nan_to_num(), _left(missing[channel], usual)
+        changed = combination(ratio, torch.where(rows[channel], -1.0, 1.0) * errors[channel], missing[channel], most)
         rows[channel, changed] = ~rows[channel, changed]
     return by_image(rows, mask)
+
+
+def _left(missing: Tensor, usual: Tensor) -> Tensor:
+    """Return what an explanation may leave of what is missing in a channel's sum."""
+    return torch.minimum(SURE * usual, missing.abs() / OUTLYING)
 
 
 def threshold(ratio: Tensor, mask: Tensor, error: Tensor, missing: Tensor, most: Tensor) -> Tensor:
