@@ -1,4 +1,5 @@
 from . import attacks as attacks
+from . import clients as clients
 from . import datasets as datasets
 from . import defenses as defenses
 from . import flower as flower
@@ -11,6 +12,7 @@ from .api import keylock as keylock
 from .api import observe as observe
 from .api import run as run
 from .attacks.base import Attack as Attack
+from .clients.base import LocalTraining as LocalTraining
 from .core.rng import Rng as Rng
 from .core.types import Gradient as Gradient
 from .core.types import Normal as Normal

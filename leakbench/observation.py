@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from leakbench.clients import LocalTraining
 from leakbench.core.text import plural
 from leakbench.core.types import Secret, ThreatModel
 from leakbench.defenses.adaptive import AdaptiveAttacker
@@ -25,13 +26,18 @@ class Observation:
         gradient: what was sent, per parameter [T, *shape]; withheld names are absent. Where the client shares its
             weights, the update: the weights before its local training less those that it sent.
         secrets: the secrets that were not revealed: their names and how they are drawn, never a value.
-        labels: [T] int64, or None where the threat model does not grant them.
+        labels: [T] int64, or [T, B] of batches in the clients' order; None where the threat model does not grant them.
         image_shape: (C, H, W) of the images, whose values lie in [0, 1].
         num_classes: how many logits the model returns.
         mean_image: [C, H, W] in [0, 1], the mean of public images of the same kind.
         threat: what was granted; its ``learning_rate`` is None where that is hidden.
         defense: the defense in use; None if the attacker is oblivious of it.
         slots: how many trials fit into memory at a time; None for all of them.
+        count: how many images (B) what each client sent is of; 0 where that is hidden.
+        counts: [T, K] int64, how often each class occurs among a batch's labels; None where that is not granted.
+        client: how clients train, without a learning rate; None where that is hidden, and for a client of one image
+            that trains as ``threat`` says.
+        order: which images [T, b] each local step takes, by their places among the client's; empty where it is hidden.
         targets: [T, K], the class probabilities of the clients' losses that an adaptive attacker derived; None for
             those of the labels.
         unit: what was sent is ``gradient`` times this and ``size``; not 1 where an attack works on the mean step of an
@@ -64,13 +70,17 @@ class Observation:
     adaptive: AdaptiveAttacker | None = None
     tick: Callable[[int, int], None] | None = None
     note: Callable[[str], None] | None = None
+    count: int = 1
+    counts: Tensor | None = None
+    client: LocalTraining | None = None
+    order: tuple[Tensor, ...] = ()
 
     def __repr__(self) -> str:
         """Return one line of names, counts and shapes, without values."""
         count = sum(value[0].numel() for value in self.gradient.values())
         parts = [
             f"{plural(self.trials, 'trial')} of {type(self.model).__name__}",
-            f"images {list(self.image_shape)}",
+            f"images {list(self.image_shape)}" + ("" if self.count == 1 else f", {self.count or 'unknown'} in a batch"),
             f"{self.num_classes} classes",
             f"{plural(len(self.gradient), 'gradient tensor')} with {count:,} values a trial",
             f"labels {'hidden' if self.labels is None else 'known'}",
@@ -95,6 +105,28 @@ class Observation:
     def dtype(self) -> torch.dtype:
         """The floating-point type of the gradient, in which an attack works."""
         return next(iter(self.gradient.values())).dtype
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """The axes of an attack's tensors between trials and images: none for one image, (B,) for a batch."""
+        return () if self.count == 1 else (self.count,)
+
+    @property
+    def sent_unit(self) -> float | None:
+        """What was sent is the mean gradient of the client's steps times this; None if that is not known."""
+        rate = self.threat.learning_rate
+        if self.threat.shares == "gradient" or self.client is None:
+            return self.threat.unit
+        return None if rate is None else self.client.optimiser(rate).unit(self.client.steps)
+
+    @property
+    def rate_unit(self) -> float:
+        """``sent_unit`` over the learning rate; 1 if it is not known how the client trains."""
+        if self.threat.shares == "gradient":
+            return 1.0
+        if self.client is None:
+            return float(self.threat.local_steps)
+        return self.client.optimiser(1.0).unit(self.client.steps) or 1.0
 
     def __post_init__(self) -> None:
         """Raise BadOption if no gradient is left to observe."""

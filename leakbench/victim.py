@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakbench import defenses
+from leakbench.clients import LocalTraining, check_threat, take_step
+from leakbench.clients.local import ONE_IMAGE, Local
 from leakbench.core.device import out_of_memory
 from leakbench.core.rng import generator, seeded
+from leakbench.core.text import plural
 from leakbench.core.types import HONEST, Gradient, Secret, ThreatModel
 from leakbench.datasets.samples import public_crops
 from leakbench.defenses.base import Defense, Step, checked, encoded
@@ -31,12 +34,12 @@ from leakbench.models.module import network_dtype
 from leakbench.models.surgery import with_buffers
 from leakbench.models.weights import load
 from leakbench.observation import Observation
-from leakbench.optim.client import ClientOptimiser, ClientState
+from leakbench.optim.client import ClientState
 
 
 @dataclass(frozen=True)
 class Client:
-    """One client: a private image and label, and the keys of its random draws.
+    """One client: a private image and label, or several, and the keys of its random draws.
 
     Attributes:
         image: [C, H, W] in [0, 1].
@@ -45,6 +48,7 @@ class Client:
         key: what the client's own draws (secrets, noise, augmentation) come from.
         companions: further images and labels of the client's own, for a defense that mixes them in
             (``Defense.companions``).
+        others: further images and labels that it trains on, each like the first one.
     """
 
     image: Tensor
@@ -52,6 +56,23 @@ class Client:
     weights_key: str
     key: str
     companions: tuple[tuple[Tensor, int | Tensor], ...] = ()
+    others: tuple[tuple[Tensor, int | Tensor], ...] = ()
+
+    @property
+    def count(self) -> int:
+        """How many images it trains on."""
+        return 1 + len(self.others)
+
+    @property
+    def images(self) -> Tensor:
+        """Those images: [N, C, H, W]."""
+        return torch.stack([self.image, *(image for image, _ in self.others)])
+
+    @property
+    def labels(self) -> Tensor:
+        """Their labels: [N] int64, or [N, K] class probabilities."""
+        rows = [self.label, *(label for _, label in self.others)]
+        return torch.stack([row if isinstance(row, Tensor) else torch.tensor(row) for row in rows])
 
 
 @dataclass(frozen=True)
@@ -125,6 +146,7 @@ def observe(
     mean_image: Tensor,
     device: torch.device | str = "cpu",
     public: Tensor | None = None,
+    training: LocalTraining = ONE_IMAGE,
 ) -> Observation:
     """Run the local training of every client, and return what the server may see of it.
 
@@ -138,15 +160,16 @@ def observe(
         device: where the observation's tensors go.
         public: [P, C, H, W] in [0, 1], images of a malicious server, none of which is attacked; None: crops of the
             photographs that ship with leakbench.
+        training: how every client trains; the default takes the steps that the threat model states.
 
     Raises:
-        BadOption: the threat model lacks the learning rate. What it reveals is checked by the caller
-            (``check_reveals``), for all the defenses of a matrix together.
+        BadOption: the threat model lacks the learning rate, or contradicts the training. What it reveals is checked by
+            the caller (``check_reveals``), for all the defenses of a matrix together.
         ClientFailed: without any defense, the client's gradient is not finite either.
         DefenseFailed: the defense raised an error, or sent something that is no gradient of its network.
         Unsupported: model and defense do not go together.
     """
-    return _observe(model, defense, threat, clients, num_classes, mean_image, device, public)[0]
+    return _observe(model, defense, threat, clients, num_classes, mean_image, device, public, training)[0]
 
 
 def observe_recorded(
@@ -158,9 +181,10 @@ def observe_recorded(
     mean_image: Tensor,
     device: torch.device | str = "cpu",
     public: Tensor | None = None,
+    training: LocalTraining = ONE_IMAGE,
 ) -> tuple[Observation, list[StepRecord]]:
     """Return what ``observe`` returns, and what evaluation needs of each client's step."""
-    return _observe(model, defense, threat, clients, num_classes, mean_image, device, public, _record)
+    return _observe(model, defense, threat, clients, num_classes, mean_image, device, public, training, _record)
 
 
 def _observe(
@@ -172,6 +196,7 @@ def _observe(
     mean_image: Tensor,
     device: torch.device | str,
     public: Tensor | None,
+    training: LocalTraining,
     record: Callable[[_Trainer, Client, _Taken], StepRecord] | None = None,
 ) -> tuple[Observation, list[StepRecord]]:
     """Return the observation of ``observe``, and what ``record`` returns of each client's step."""
@@ -186,7 +211,13 @@ def _observe(
             networks[client.weights_key] = build(model, defense, image_shape, num_classes, client.weights_key)
     with _blamed(defense):
         secrets = defense.secrets(next(iter(networks.values())))
-    _check_local(secrets, threat)
+    own_steps = training != ONE_IMAGE
+    training = training if own_steps else Local(local_steps=threat.local_steps)
+    if other := next((client for client in clients if client.count != training.count), None):
+        raise BadOption(
+            f"a client has {plural(other.count, 'image')}, and its training is of {training.count}; give it as many"
+        )
+    _check_local(secrets, threat, training, defense)
     checkpoint = model.checkpoint()
     behind = checkpoint is not None and bool(checkpoint.defense)
     values_hidden, gradients_hidden = _hidden(secrets, threat)
@@ -200,7 +231,7 @@ def _observe(
         if client.weights_key not in trainers:
             plain = None if record is None else _plain(model, image_shape, num_classes, client.weights_key)
             trainers[client.weights_key] = _Trainer(
-                own, plain, defense, threat, secrets, gradients_hidden, image_shape, num_classes, behind
+                own, plain, defense, threat, training, secrets, gradients_hidden, image_shape, num_classes, behind
             )
         trainer = trainers[client.weights_key]
         network, drawn = trainer.drawn(client)
@@ -211,7 +242,7 @@ def _observe(
             raise
         except (Exception, SystemExit) as error:
             if not out_of_memory(error):
-                _blame(error, model, defense, client, threat, num_classes)
+                _blame(error, model, defense, client, threat, training, num_classes)
             raise
         sent.append(taken.sent)
         if record is not None:
@@ -226,32 +257,65 @@ def _observe(
     weights = _public_tensors(order, {secret.name for secret in secrets}, device)
     weights |= {name: torch.stack([row[name] for row in revealed]).to(device) for name in revealed[0]}
     weights = {name: lifted(value) for name, value in weights.items()}
-    labels = _granted_labels(clients).to(device) if threat.labels == "known" else None
+    labels = _granted_labels(clients).to(device) if threat.labels != "inferred" else None
+    batched = training.count > 1
+    counts = F.one_hot(labels, num_classes).sum(1) if labels is not None and batched else None
+    granted = threat.granted()
+    if own_steps:
+        granted = _granted(threat, training)
     observation = Observation(
         model=architecture(order[0]),
         weights=weights,
         gradient=gradient,
         secrets=tuple(secret for secret in secrets if secret.name in values_hidden),
-        labels=labels,
+        labels=None if batched and threat.labels == "counts" else labels,
         image_shape=image_shape,
         num_classes=num_classes,
         mean_image=mean_image.to(device, working(order[0])),
-        threat=threat.granted(),
+        threat=granted,
         defense=defense if threat.informed else None,
+        count=0 if batched and threat.count == "hidden" else training.count,
+        counts=counts if batched and threat.labels == "counts" else None,
+        client=training.without_rate() if own_steps and threat.recipe == "known" else None,
+        order=_order(clients, training) if own_steps and threat.order == "known" else (),
     )
     return observation, records
 
 
+def _granted(threat: ThreatModel, training: LocalTraining) -> ThreatModel:
+    """Return what an attacker may read of a threat model whose clients state their own training.
+
+    Without the recipe a learning rate is of no use: the steps that it is of are not known.
+    """
+    if threat.shares == "gradient":
+        return replace(threat, name="")
+    known = threat.recipe == "known"
+    rate = training.rate or threat.learning_rate if known and threat.rate == "known" else None
+    return replace(threat, learning_rate=rate, local_steps=training.steps if known else 1, name="")
+
+
+def _order(clients: Sequence[Client], training: LocalTraining) -> tuple[Tensor, ...]:
+    """Return which images [T, b] each local step of T clients takes."""
+    each = [list(training.rows(generator(client.key, "order"))) for client in clients]
+    return tuple(torch.stack(rows) for rows in zip(*each))
+
+
 def _granted_labels(clients: Sequence[Client]) -> Tensor:
-    """Return the labels [T] that an attacker is granted; raise Unsupported for class probabilities."""
-    labels = [client.label for client in clients if isinstance(client.label, int)]
-    if len(labels) < len(clients):
+    """Return the labels [T] or [T, B] that an attacker is granted; raise Unsupported for class probabilities."""
+    labels = [client.labels for client in clients]
+    if any(own.is_floating_point() for own in labels):
         raise Unsupported("labels=known grants one class, and a client trains on class probabilities; grant no label")
-    return torch.tensor(labels)
+    return torch.stack(labels).squeeze(1) if clients[0].count == 1 else torch.stack(labels)
 
 
 def _blame(
-    error: BaseException, model: Model, defense: Defense, client: Client, threat: ThreatModel, num_classes: int
+    error: BaseException,
+    model: Model,
+    defense: Defense,
+    client: Client,
+    threat: ThreatModel,
+    training: LocalTraining,
+    num_classes: int,
 ) -> None:
     """Raise DefenseFailed for an error of a client's step, unless the same step fails without any defense too.
 
@@ -262,7 +326,7 @@ def _blame(
     try:
         image_shape = (shape[0], shape[1], shape[2])
         network = build(model, none, image_shape, num_classes, client.weights_key)
-        _Trainer(network, None, none, threat, (), set(), image_shape, num_classes).step(network, client)
+        _Trainer(network, None, none, threat, training, (), set(), image_shape, num_classes).step(network, client)
     except DefenseFailed as own:
         reason = str(own).removeprefix(f"{DEFENSE_FAILED}{none.name!r} released ")
         raise ClientFailed(
@@ -350,25 +414,38 @@ def _hidden(secrets: Sequence[Secret], threat: ThreatModel) -> tuple[set[str], s
     return values, gradients
 
 
-def _check_local(secrets: Sequence[Secret], threat: ThreatModel) -> None:
+def _check_local(secrets: Sequence[Secret], threat: ThreatModel, training: LocalTraining, defense: Defense) -> None:
     """Raise if the local training cannot be run, or contradicts what the threat model reveals."""
+    if training.count > 1 and not defense.batched:
+        raise Unsupported(f"defense {defense.name!r} serves clients of one image, and these have several; use batch=1")
+    check_threat(training, replace(threat, local_steps=1))
     if threat.shares == "gradient":
         return
-    if threat.learning_rate is None:
+    if threat.learning_rate is None and training.rate is None:
         raise BadOption("the threat model shares weights and states no learning rate; give one, as learning_rate=0.01")
     for secret in secrets:
-        if secret.fresh and threat.local_steps > 1 and threat.reveals & {secret.group, f"{secret.group}-weights"}:
+        if secret.fresh and training.steps > 1 and threat.reveals & {secret.group, f"{secret.group}-weights"}:
             raise Unsupported(
-                f"the secret {secret.group!r} is drawn anew in each of {threat.local_steps} local steps, and one value "
+                f"the secret {secret.group!r} is drawn anew in each of {training.steps} local steps, and one value "
                 "can be revealed; use local_steps=1"
             )
 
 
 def _draw_secrets(
-    network: nn.Module, secrets: Sequence[Secret], key: str, *purpose: object, trained: bool = False
+    network: nn.Module,
+    secrets: Sequence[Secret],
+    key: str,
+    *purpose: object,
+    trained: bool = False,
+    rows: int = 0,
+    like: nn.Module | None = None,
 ) -> dict[str, Tensor]:
-    """Draw this client's secrets into its network, and return them; of a ``trained`` network only the fresh ones."""
-    tensors = tensors_of(network)
+    """Draw this client's secrets into its network, and return them; of a ``trained`` network only the fresh ones.
+
+    If ``rows`` is given, each image of a pass gets a draw of its own of a fresh secret: [rows, *shape], with the shapes
+    of the network ``like``, in which nothing was drawn.
+    """
+    tensors, shapes = tensors_of(network), tensors_of(like or network)
     drawn = {}
     for secret in secrets:
         if secret.name not in tensors:
@@ -377,7 +454,14 @@ def _draw_secrets(
         if trained and not secret.fresh:
             drawn[secret.name] = own.detach().clone()
             continue
-        value = secret.law.draw(tuple(own.shape), generator(key, "secret", secret.name, *purpose))
+        rng = generator(key, "secret", secret.name, *purpose)
+        if secret.fresh and rows:
+            value = secret.law.draw((rows, *shapes[secret.name].shape), rng)
+            module, _, tensor = secret.name.rpartition(".")
+            setattr(network.get_submodule(module), tensor, value)
+            drawn[secret.name] = value
+            continue
+        value = secret.law.draw(tuple(own.shape), rng)
         with torch.no_grad():
             own.copy_(value)
         drawn[secret.name] = value
@@ -387,8 +471,7 @@ def _draw_secrets(
 def _batch(defense: Defense, client: Client, num_classes: int) -> tuple[Tensor, Tensor]:
     """Return what a client's defense encodes: see ``Defense.encode``."""
     if not defense.companions:
-        label = client.label[None] if isinstance(client.label, Tensor) else torch.tensor([client.label])
-        return client.image[None].clone(), label
+        return client.images, client.labels
     examples = [(client.image, client.label), *client.companions[: defense.companions]]
     if len(examples) <= defense.companions:
         raise Unsupported(
@@ -411,27 +494,25 @@ def _train(
     defense: Defense,
     x: Tensor,
     y: Tensor,
-    threat: ThreatModel,
+    training: LocalTraining,
+    lr: float,
     secrets: Sequence[Secret],
     key: str,
+    like: nn.Module,
 ) -> Gradient:
-    """Return a network's parameters after the client's local training: SGD on its batch.
+    """Return a network's parameters after the client's local training on its encoded images.
 
     What is drawn anew for every pass is so for every step; the client's other secrets are trained with the rest.
     """
-    assert threat.learning_rate is not None
     network = copy.deepcopy(network)
     fresh = [secret for secret in secrets if secret.fresh]
-    optimiser, state = ClientOptimiser(lr=threat.learning_rate), ClientState()
-    for index in range(threat.local_steps):
-        if index:
-            _draw_secrets(network, fresh, key, index)
-        gradient = Step(network, x, y, defense).gradient()
-        with torch.no_grad():
-            before = {name: network.get_parameter(name) for name in gradient}
-            after, state = optimiser.moved(before, gradient, state)
-            for name, value in after.items():
-                before[name].copy_(value)
+    optimiser, state, draws = training.optimiser(lr), ClientState(), generator(key, "augment")
+    for index, rows in enumerate(training.rows(generator(key, "order"))):
+        if index or len(rows) < training.count:
+            _draw_secrets(network, fresh, key, index, rows=len(rows) * (training.count > 1), like=like)
+        some = (x, y) if len(rows) == training.count else (x[rows], y[rows])
+        gradient = Step(network, training.prepared(some[0], draws), some[1], defense).gradient()
+        state = take_step(network, gradient, optimiser, state)
     return {name: p.detach().clone() for name, p in network.named_parameters() if p.requires_grad}
 
 
@@ -465,6 +546,7 @@ class _Trainer:
     plain: nn.Module | None
     defense: Defense
     threat: ThreatModel
+    training: LocalTraining
     secrets: Sequence[Secret]
     hidden: set[str]
     image_shape: tuple[int, int, int]
@@ -474,7 +556,8 @@ class _Trainer:
     def drawn(self, client: Client) -> tuple[nn.Module, dict[str, Tensor]]:
         """Return a client's network, and the secrets that were drawn into it."""
         network = copy.deepcopy(self.network)
-        return network, _draw_secrets(network, self.secrets, client.key, trained=self.behind)
+        rows = self.training.count if self.training.count > 1 else 0
+        return network, _draw_secrets(network, self.secrets, client.key, trained=self.behind, rows=rows)
 
     def step(self, network: nn.Module, client: Client) -> _Taken:
         """Return what one client does; raise DefenseFailed if it sends no gradient."""
@@ -485,8 +568,15 @@ class _Trainer:
             inputs.watch(network, self._layers)
         with seeded(client.key, "step"):
             x, y = _typed(network, *encoded(defense, x, y, generator(client.key, "encode")))
-            shares = threat.shares == "weights"
-            trained = _train(network, defense, x, y, threat, self.secrets, client.key) if shares else None
+            trained = None
+            if client.count > 1 and len(x) != client.count:
+                raise Unsupported(
+                    f"defense {defense.name!r} makes {len(x)} images of a batch of {client.count}; use batch=1"
+                )
+            if threat.shares == "weights":
+                lr = self.training.rate or threat.learning_rate
+                assert lr is not None, "``_check_local`` refuses a client without a rate"
+                trained = _train(network, defense, x, y, self.training, lr, self.secrets, client.key, self.network)
             released = defense.release(Step(network, x, y, defense, trained), generator(client.key, "release"))
         if isinstance(released, Mapping):
             released = {name: value for name, value in released.items() if name not in self.hidden}
@@ -507,6 +597,8 @@ class _Trainer:
 
 def _record(trainer: _Trainer, client: Client, taken: _Taken) -> StepRecord:
     """Return the record of a step that was taken."""
+    if client.count > 1:  # which of the changed images is which one's is not followed
+        return StepRecord(None, False, _cosine(trainer, client, taken.sent))
     images, unseen = _images(trainer, client, taken)
     images.pop(tensor_key(client.image.to(taken.encoded)), None)
     if images:

@@ -97,9 +97,9 @@ DEFENSES = [spec for spec in ALL_DEFENSES if spec in ("none", "noise") or change
 """Those that change the network or the loss, and two that do not: the others are like these to an attack."""
 ATTACKS = [
     SMALL.get(name, f"{name}(steps=3)" if "steps" in attacks.registry.fields(attacks.get(name)) else name)
-    for name in sorted(set(attacks.names()) - {"analytic", "imprint", "trap"})
+    for name in sorted(set(attacks.names()) - {"analytic", "disaggregate", "imprint", "trap"})
 ]
-"""All but those that no honest network with convolutions serves: see ``test_analytic`` and ``test_malicious``."""
+"""All but those that no honest network with convolutions serves; they have tests of their own."""
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -106,7 +106,7 @@ def test_a_float_in_text_and_in_python_make_the_same_trial(value: float) -> None
         ({"datasets": ["sample"]}, "did you mean 'samples'"),
         ({"threats": ["papr"]}, "did you mean 'paper'"),
         ({"threats": ["paper2", "zzzz"]}, "unknown threat model"),
-        ({"threats": [{"labels": "some"}]}, "'inferred' or 'known'"),
+        ({"threats": [{"labels": "some"}]}, "'inferred', 'counts' or 'known'"),
         ({"threats": [{"reveals": 3}]}, "reveals=3 is not valid"),
         ({"threats": [{"reveals": [3]}]}, "is not valid"),
         ({"threats": [{"reveal": ["key"]}]}, "did you mean 'reveals'"),

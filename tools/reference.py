@@ -34,6 +34,7 @@ def pages() -> dict[str, str]:
         "defenses": leakbench.defenses.registry,
         "models": leakbench.models.registry,
         "datasets": leakbench.datasets.registry,
+        "clients": leakbench.clients.registry,
         "metrics": leakbench.metrics.registry,
         "generators": leakbench.generators.registry,
     }

@@ -92,8 +92,9 @@ def _structure(store: Store) -> Iterator[str]:
 
 def _identities(store: Store) -> Iterator[str]:
     cells = {row["id"]: json.loads(row["settings"]) for row in store.query("SELECT id, settings FROM cells")}
-    for row in store.query("SELECT id, cell_id, image, seed FROM trials"):
-        if row["cell_id"] in cells and trial_id(cells[row["cell_id"]], row["image"], row["seed"]) != row["id"]:
+    for row in store.query("SELECT id, cell_id, image, seed, others FROM trials"):
+        own, others = cells.get(row["cell_id"]), tuple(map(int, row["others"].split()))
+        if own is not None and trial_id(own, row["image"], row["seed"], others) != row["id"]:
             yield f"trial {row['id']}: its id does not match its settings"
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 from leakbench.analysis.statistics import ROUNDING
 from leakbench.core.text import english, plural
 from leakbench.metrics.encoded import EncodedPSNR, EncodedPSNRFloor, EncodedSSIM, EncodedSSIMFloor
+from leakbench.metrics.members import WorstAlignedSSIM
 from leakbench.metrics.public import PublicSSIM
 from leakbench.plan.matrix import RECOVERY
 from leakbench.plan.trial import UNSEEN, target
@@ -22,6 +23,12 @@ ENCODED = (EncodedSSIM.name, EncodedPSNR.name)
 
 ENCODED_FLOORS = (EncodedSSIMFloor.name, EncodedPSNRFloor.name)
 """The best scores of the floors against that image."""
+
+WORST = WorstAlignedSSIM.name
+"""``RECOVERY`` of the image of a batch that leaks least."""
+
+JUDGED = (RECOVERY, CLOSENESS, *ENCODED, *ENCODED_FLOORS, WORST)
+"""The metrics by which a trial is judged."""
 
 TARGET = ["image", "seed"]
 """The columns that name an attacked image."""
@@ -43,14 +50,17 @@ def judged(trials: pd.DataFrame, threshold: float) -> pd.DataFrame:
     scores of the floors; their limits are those of the private image. ``by_floor``: a floor reaches the threshold on
     this image without any gradient, so that the image shows nothing about a leak.
 
+    A batch counts as recovered if all of its images reach the threshold; ``recovered_share`` says how many did.
+
     Args:
         trials: with the columns dataset, defense, image, seed, status, floor and the metrics (``Store.trials``); floors
             are the same behind every defense, for every model and threat model.
         threshold: in [0, 1].
     """
-    own = trials.reindex(columns=list(dict.fromkeys((*trials.columns, RECOVERY, CLOSENESS, *ENCODED, *ENCODED_FLOORS))))
+    own = trials.reindex(columns=list(dict.fromkeys((*trials.columns, *JUDGED))))
     limits = best_floors(own, [RECOVERY, CLOSENESS]).reindex(pd.MultiIndex.from_frame(own[_PLACE]))
-    itself = _above(own, limits, threshold)
+    worst = own[WORST].isna() | (own[WORST] >= threshold)
+    itself = _above(own, limits, threshold) & worst
     behind = ["defense", *_PLACE]  # what a client trains on depends on its defense
     changed = best_floors(own, ENCODED, behind).reindex(pd.MultiIndex.from_frame(own[behind])).reset_index(drop=True)
     measured = own[list(ENCODED_FLOORS)].set_axis(ENCODED, axis=1).reset_index(drop=True)
@@ -123,7 +133,7 @@ def _lesser_rule(trials: pd.DataFrame) -> str:
 
 def recovered_targets(store: Store, threshold: float) -> dict[str, set[str]]:
     """Return the images that attacks (floors are none) have recovered: ``Trial.target`` -> the trials that did so."""
-    trials = judged(store.scored([RECOVERY, CLOSENESS, *ENCODED, *ENCODED_FLOORS]), threshold)
+    trials = judged(store.scored(JUDGED), threshold)
     found: dict[str, set[str]] = {}
     own = trials[trials["recovered"] & ~trials["floor"]]
     for trial, cell, image, seed in own[["trial", "cell", *TARGET]].itertuples(index=False, name=None):

@@ -11,6 +11,7 @@ from leakbench.core.registry import option_text
 from leakbench.defenses import Defense
 from leakbench.errors import BadOption
 from leakbench.plan.matrix import parse_threat
+from leakbench.plan.trial import split_label
 from leakbench.store.records import RunSession, StoredComponent
 
 _AXES = ("dataset", "model", "defense", "attack")
@@ -31,9 +32,13 @@ class Reproduction:
     tail: str
     note: str
 
-    def command(self, trial: str, image: int, seed: int) -> str:
-        """Return the command for one trial; its result lies in ``runs/again-TRIAL``."""
-        tail = self.tail.replace("{image}", str(image)).replace("{seed}", str(seed)).replace("{trial}", trial)
+    def command(self, trial: str, images: Sequence[int], seed: int) -> str:
+        """Return the command for one trial, of one image or of a batch; its result lies in ``runs/again-TRIAL``."""
+        tail = (
+            self.tail.replace("{image}", ",".join(map(str, images)))
+            .replace("{seed}", str(seed))
+            .replace("{trial}", trial)
+        )
         return self.head + tail
 
 
@@ -50,16 +55,20 @@ def reproduction(
     known = {(one.kind, one.spec): one for one in components}
     own = {axis: known[axis, str(cell[axis])] for axis in _AXES}
     specs = {axis: spec_of(one) for axis, one in own.items()}
+    client = split_label(own["dataset"].spec)[1]
     salt = sessions[-1].provenance.salt if sessions else ""
     note = " ".join(
         f"The {axis} {spec} had version {own[axis].version}; repeating it needs a leakbench with that version."
         for axis, spec in specs.items()
         if own[axis].variant.startswith("version")
     )
+    if client:
+        note = f"--images names every image of the client; leakbench show prints the command with all. {note}".strip()
     if own["model"].options.keys() == {"label", _OWN}:
         note = f"The network {own['model'].options['label']} was given in Python and has to be given again. {note}"
         axes = ", ".join(f"{axis}s=[{specs[axis]!r}]" for axis in ("attack", "defense", "dataset"))
         head = f"leakbench.run(leakbench.Matrix({axes}, models=[network], threats=[{str(cell['threat'])!r}]"
+        head += f", clients=[{client!r}]" * bool(client)
         return Reproduction(
             head,
             f', images=[{{image}}], seeds=[{{seed}}], floors=False), "runs/again-{{trial}}", salt={salt!r})',
@@ -71,6 +80,7 @@ def reproduction(
     options = [("--plugin", path) for path in _plugins(sessions)]
     options += [(f"--{axis}", specs[axis]) for axis in ("attack", "defense", "model", "dataset")]
     options += [*(("--defense", spec) for spec in others), ("--threat", str(cell["threat"]))]
+    options += [("--clients", client)] if client else []
     words = ["leakbench", "run", "matrix", *itertools.chain(*options)]
     same = f"--device {_device(sessions)} --salt {shlex.quote(salt)}"
     tail = f" --images {{image}}, --seeds {{seed}}, --no-floors {same} --out runs/again-{{trial}}"
@@ -80,7 +90,7 @@ def reproduction(
 def spec_of(one: StoredComponent) -> str:
     """Return a spec that parses to the component, with every option if the component has a variant."""
     if not one.variant:
-        return one.spec
+        return one.plain
     options = ", ".join(f"{name}={_option(value)}" for name, value in one.options.items())
     return f"{one.name}({options})" if options else one.plain
 

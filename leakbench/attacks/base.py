@@ -36,6 +36,8 @@ class Attack(Component):
         updates: True for an attack that works on an update of unknown learning rate; any other one is given the
             gradient that the update is of, and needs a threat model that grants the rate.
         learns_rate: True for one of these that finds the rate on the way.
+        batches: True for an attack that serves clients of several images: observations with a ``count`` above 1, or of
+            0, where it is hidden. It then returns images [T, M, C, H, W] with M <= B.
         queue: how many times as many trials it is given as it works on at a time (``Observation.slots``); more than 1
             for an attack whose trials end at different times, and that then begins the next one in the free place.
     """
@@ -44,6 +46,7 @@ class Attack(Component):
     is_control: ClassVar[bool] = False
     updates: ClassVar[bool] = False
     learns_rate: ClassVar[bool] = False
+    batches: ClassVar[bool] = False
     queue: ClassVar[int] = 1
 
     def __init_subclass__(cls) -> None:
@@ -138,7 +141,8 @@ def _check_passive(cls: type[Attack]) -> None:
     for name in ("__reduce__", "__reduce_ex__", "__getstate__", "__getattribute__", "__getattr__", "__class__"):
         if inspect.getattr_static(cls, name, None) is not inspect.getattr_static(Attack, name, None):
             raise BadOption(f"class {cls.__name__} defines {name}, which would run outside of the attack; leave it out")
-    for name, kind in (("floor", bool), ("is_control", bool), ("updates", bool), ("learns_rate", bool), ("queue", int)):
+    flags = ("floor", "is_control", "updates", "learns_rate", "batches")
+    for name, kind in (*((flag, bool) for flag in flags), ("queue", int)):
         value = inspect.getattr_static(cls, name)
         if type(value) is not kind:
             raise BadOption(f"class {cls.__name__} states {name} = {value!r}; write a plain {kind.__name__}")
@@ -164,11 +168,19 @@ def prepare(attack: Attack, observation: Observation) -> tuple[Attack, Observati
             adaptive attacker that the defense does not have; or the client shares weights, and the attack, or the
             adaptive attacker, needs the learning rate, which is not granted, or a single step.
     """
+    if observation.count != 1 and not attack.batches:
+        raise Unsupported(f"{attack.name} serves clients of one image, and these have several; use batch=1")
     if attack.floor:
         return attack, observation
-    unit = _unit_of(attack, observation.threat)
-    observation = _finite(observation)
+    unit = _unit_of(attack, observation)
+    observation = _without_decay(_finite(observation))
     adaptive = _adaptive_attacker(observation) if observation.adaptive is None else None
+    if adaptive is not None and observation.count != 1 and not adaptive.batched:
+        assert observation.defense is not None
+        raise Unsupported(
+            f"the adaptive attacker models the defense {observation.defense.name!r} for one image, and these clients "
+            "have several; use batch=1, or informed=false"
+        )
     if adaptive is not None:
         observation = _derive(attack, dataclasses.replace(observation, adaptive=adaptive), adaptive)
     if unit != 1.0 and observation.unit == 1.0:
@@ -189,6 +201,16 @@ def _finite(observation: Observation) -> Observation:
 def _both(shown: dict[str, Tensor], before: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Return which entries are shown now, of those that were shown before."""
     return shown if before is None else {name: own & before.get(name, own) for name, own in shown.items()}
+
+
+def _without_decay(observation: Observation) -> Observation:
+    """Return the observation of an update without the share of the weights that a known weight decay adds to it."""
+    client, rate, before = observation.client, observation.threat.learning_rate, observation.weights
+    share = 0.0 if client is None or rate is None else client.optimiser(rate).decayed(client.steps)
+    if not share or observation.unit != 1.0:
+        return observation
+    gradient = {name: value - share * before[name] for name, value in observation.gradient.items()}
+    return dataclasses.replace(observation, gradient=gradient)
 
 
 def _of_ordinary_size(observation: Observation) -> Observation:
@@ -242,25 +264,32 @@ def _adapt(attack: Attack, threat: ThreatModel) -> Attack:
     return dataclasses.replace(attack, secrets="optimise")  # type: ignore[type-var]
 
 
-def _unit_of(attack: Attack, threat: ThreatModel) -> float:
+def _unit_of(attack: Attack, observation: Observation) -> float:
     """Return what the observed gradient is divided by to be what an attack works on.
 
     Where the client shares its weights, that is the mean gradient of its local steps: the update divided by the number
     of steps and, unless the attack has ``updates``, by the learning rate.
 
     Raises:
-        Unsupported: the attack needs the learning rate, and it is not granted.
+        Unsupported: the attack needs the learning rate, and it is not granted; or the optimiser's steps are no sum of
+            gradients.
     """
+    threat, unit = observation.threat, observation.sent_unit
     if threat.shares == "gradient":
         return 1.0
+    if observation.client is not None and observation.client.optimiser(1.0).kind != "sgd":
+        raise Unsupported(
+            f"{attack.name} needs a sum of gradients, and {observation.client.optimiser(1.0).kind} divides each entry "
+            "by a number of its own; use a client with optimizer=sgd"
+        )
     if attack.updates:
-        return float(threat.local_steps)
-    if threat.unit is None:
+        return observation.rate_unit
+    if unit is None:
         raise Unsupported(
             f"{attack.name} needs the gradient, and an update of unknown learning rate does not give its size; use "
             "dlm or dlm+, or a threat model with rate=known"
         )
-    return threat.unit
+    return unit
 
 
 def _derive(attack: Attack, observation: Observation, adaptive: AdaptiveAttacker) -> Observation:
@@ -279,7 +308,7 @@ def _derive(attack: Attack, observation: Observation, adaptive: AdaptiveAttacker
             gradient of one step, and what was sent is the sum of several.
     """
     _check_units(attack, observation, adaptive)
-    size = observation.threat.unit or 1.0
+    size = observation.sent_unit or 1.0
     gradient = {name: value / size for name, value in observation.gradient.items()}
     seen = (observation.model, gradient, observation.weights)
     found = {} if adaptive.recover is None else adaptive.recover(*seen)
@@ -298,15 +327,15 @@ def _derive(attack: Attack, observation: Observation, adaptive: AdaptiveAttacker
 def _check_units(attack: Attack, observation: Observation, adaptive: AdaptiveAttacker) -> None:
     """Raise Unsupported if modelling the defense needs a learning rate that is hidden, or a single step."""
     assert observation.defense is not None
-    name, threat = observation.defense.name, observation.threat
-    if adaptive.models_release and threat.unit is None and not attack.learns_rate:
+    name, threat, unit = observation.defense.name, observation.threat, observation.sent_unit
+    if adaptive.models_release and unit is None and not attack.learns_rate:
         raise Unsupported(
             f"the adaptive attacker models the defense {name!r} in the units of the update, and the learning rate is "
             f"neither known nor learned by {attack.name}; use dlm, a threat model with rate=known, or informed=false"
         )
     if not adaptive.derives:
         return
-    if threat.unit is None and not adaptive.scale_free:
+    if unit is None and not adaptive.scale_free:
         raise Unsupported(
             f"what the adaptive attacker derives behind {name!r} needs the gradient in its own units, and the learning "
             "rate is not known; use a threat model with rate=known, or informed=false"
@@ -336,7 +365,7 @@ def checked(attack: Attack, guess: object, observation: Observation) -> Reconstr
     """
     if not isinstance(guess, Reconstruction):
         raise BadOption(f"attack {attack.name!r} returned {type(guess).__name__}; return a Reconstruction")
-    expected = (observation.trials, *observation.image_shape)
+    expected = _expected(guess, observation)
     if not isinstance(guess.images, torch.Tensor):
         raise BadOption(f"attack {attack.name!r} returned images as {type(guess.images).__name__}; return a tensor")
     if tuple(guess.images.shape) != expected:
@@ -344,13 +373,13 @@ def checked(attack: Attack, guess: object, observation: Observation) -> Reconstr
             f"attack {attack.name!r} returned images of shape {tuple(guess.images.shape)}; return {expected}"
         )
     rows = {name: getattr(guess, name) for name in ("labels", "objective", "failed", "evaluations")}
+    places = expected[: -len(observation.image_shape)]
     for name, value in {**rows, **guess.findings}.items():
+        own = places if name == "labels" else expected[:1]
         if value is not None and not isinstance(value, torch.Tensor):
             raise BadOption(f"attack {attack.name!r} returned {name} as {type(value).__name__}; return a tensor")
-        if value is not None and tuple(value.shape) != expected[:1]:
-            raise BadOption(
-                f"attack {attack.name!r} returned {name} of shape {tuple(value.shape)}; return {expected[:1]}"
-            )
+        if value is not None and tuple(value.shape) != own:
+            raise BadOption(f"attack {attack.name!r} returned {name} of shape {tuple(value.shape)}; return {own}")
     curve = guess.curve
     if curve is not None and tuple(curve.values.shape) != (expected[0], len(marks(curve.limit, curve.every))):
         raise BadOption(
@@ -363,9 +392,20 @@ def checked(attack: Attack, guess: object, observation: Observation) -> Reconstr
         )
     device = observation.device
     images = guess.images.detach().to(device)
-    failed = ~torch.isfinite(images.flatten(1)).all(1)
+    finite = torch.isfinite(images.flatten(len(places))).all(-1)
+    failed = ~finite.view(len(images), -1).any(1)  # an image of a batch that is not finite was not found
     if guess.failed is not None:
         failed = failed | guess.failed.to(device)
-    images = torch.where(failed[:, None, None, None], torch.full_like(images, 0.5), images)
+    images = torch.where(failed.view(-1, *[1] * (images.ndim - 1)), torch.full_like(images, 0.5), images)
     labels = None if guess.labels is None else guess.labels.to(device)
     return dataclasses.replace(guess, images=images, labels=labels, failed=failed)
+
+
+def _expected(guess: Reconstruction, observation: Observation) -> tuple[int, ...]:
+    """Return the shape that a reconstruction must have; of a batch, any number of images up to the batch's."""
+    one = (observation.trials, *observation.image_shape)
+    if observation.count == 1 or not isinstance(guess.images, torch.Tensor):
+        return one
+    given = guess.images.shape[1] if guess.images.ndim == len(one) + 1 else 0
+    most = observation.count or given
+    return (one[0], min(given, most) or most, *one[1:])

@@ -17,6 +17,7 @@ class DLG(QuasiNewton):
     returned. See QuasiNewton and GradientMatching for the options.
     """
 
+    batches: ClassVar[bool] = True
     reference: ClassVar[str] = "Zhu et al. 2019, Deep Leakage from Gradients, NeurIPS (released code)"
     assumes: ClassVar[str] = (
         "A network that can be differentiated twice with useful second derivatives (sigmoid, tanh); one image."
@@ -42,6 +43,7 @@ class IDLG(QuasiNewton):
         stop: every tenth step a trial whose squared distance is below this is done.
     """
 
+    batches: ClassVar[bool] = True
     reference: ClassVar[str] = "Zhao et al. 2020, iDLG, arXiv 2001.02610 (and the code of B. Zhao)"
     assumes: ClassVar[str] = (
         "As DLG, and a hard label with a classifier whose inputs are not negative, from which the label is inferred."

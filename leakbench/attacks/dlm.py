@@ -56,6 +56,7 @@ class DLM(Updates):
             spread=2.
     """
 
+    batches: ClassVar[bool] = True
     reference: ClassVar[str] = (
         "Zhao et al. 2022, Deep Leakage from Model in Federated Learning, arXiv 2206.04887 (code)"
     )
@@ -102,7 +103,7 @@ class DLM(Updates):
         """Return the start of the search, k included."""
         start = super()._begin(objective)
         exponent = 2 * objective.restart / (self.restarts - 1) - 1 if self.restarts > 1 else 0.0
-        k = torch.full_like(start["image"][:, 0, 0, 0], self.k0) if self.k0 else objective.ratio(start)
+        k = torch.full_like(start["image"].flatten(1)[:, 0], self.k0) if self.k0 else objective.ratio(start)
         k = k * self.spread**exponent
         return start | {SCALE: (k.log() if self.scale == "log" else k)[:, None]}
 
@@ -117,6 +118,7 @@ class DLMPlus(Updates):
     the other options.
     """
 
+    batches: ClassVar[bool] = True
     reference: ClassVar[str] = (
         "Zhao et al. 2022, Deep Leakage from Model in Federated Learning, arXiv 2206.04887 (code)"
     )

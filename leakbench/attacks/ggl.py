@@ -12,6 +12,7 @@ from torch import Tensor
 
 from leakbench import generators
 from leakbench.attacks.base import Attack, register
+from leakbench.attacks.batch_labels import batch_labels
 from leakbench.attacks.matching import (
     FINAL_EVALUATION,
     Count,
@@ -57,21 +58,24 @@ def _chosen(spec: str, shape: tuple[int, int, int], classes: int, mean: Tensor) 
 
 
 def draw(generator: Generator, latent: Tensor, labels: Tensor, observation: Observation) -> Tensor:
-    """Return the images [N, C, H, W] in [0, 1] of latents [N, d] and labels [N]."""
+    """Return the images [..., C, H, W] in [0, 1] of latents [..., d] and labels [...]."""
     loaded = generators.load(generator, latent.device, latent.dtype)
-    return loaded.draw(latent, labels, observation.image_shape)
+    images = loaded.draw(latent.flatten(0, -2), labels.flatten(), observation.image_shape)
+    return images.view(*latent.shape[:-1], *images.shape[1:])
 
 
 def random_latents(generator: Generator, observation: Observation, rng: Rng, purpose: str) -> Tensor:
-    """Return [T, d], drawn from the generator's own distribution."""
+    """Return [T, d], or [T, B, d] of batches, drawn from the generator's own distribution."""
     card = generator.card()
-    rows = [card.law.draw((card.latent,), own) for own in rng.generators(purpose)]
+    rows = [card.law.draw((*observation.places, card.latent), own) for own in rng.generators(purpose)]
     return torch.stack(rows).to(rng.device, observation.dtype)
 
 
 def known_labels(observation: Observation) -> Tensor:
-    """Return [T] int64: the granted labels, or those inferred from the gradient."""
-    return analytic_labels(observation) if observation.labels is None else observation.labels
+    """Return [T] int64, or [T, B] of batches: the granted labels, or those inferred from the gradient."""
+    if observation.labels is not None:
+        return observation.labels
+    return analytic_labels(observation) if observation.count == 1 else batch_labels(observation)
 
 
 class _Generative(Attack):
@@ -116,6 +120,7 @@ class GGL(_Generative, GradientMatching):
         batch: the most candidates evaluated at a time; none takes as many as fit into memory.
     """
 
+    batches: ClassVar[bool] = True
     reference: ClassVar[str] = "Li et al. 2022, GGL, CVPR, sections 3.3, 4.2 and 4.4, arXiv 2203.15696 (released code)"
     assumes: ClassVar[str] = (
         "A generator whose training data resemble the images, and the label, inferred from the last layer."
@@ -187,9 +192,9 @@ class GGL(_Generative, GradientMatching):
         return replace(found, images=found.images.to(observation.dtype))
 
     def start(self, observation: Observation, rng: Rng) -> Unknowns:
-        """Return zeros [T, d]."""
-        size = chosen(self.generator, observation).card().latent
-        return {"latent": torch.zeros(observation.trials, size, dtype=observation.dtype, device=observation.device)}
+        """Return zeros [T, d], or [T, B, d] of batches."""
+        shape = (observation.trials, *observation.places, chosen(self.generator, observation).card().latent)
+        return {"latent": torch.zeros(shape, dtype=observation.dtype, device=observation.device)}
 
     def render(self, unknowns: Unknowns, observation: Observation) -> tuple[Tensor, Tensor | None]:
         """Return the generator's images for latents and labels."""
@@ -246,7 +251,8 @@ class _Regularised:
     def __call__(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
         value = self.objective(unknowns, evaluation)
         if self.attack.kld:
-            value = value + self.attack.kld * divergence(squash(unknowns["latent"], self.attack.latent))
+            apart = divergence(squash(unknowns["latent"], self.attack.latent))
+            value = value + self.attack.kld * apart.view(len(value), -1).mean(1)
         return value
 
     def select(self, rows: Any) -> _Regularised:
@@ -266,6 +272,7 @@ class PriorFloor(_Generative):
         latent: as in ``ggl``: ``free``; ``clip`` to [-2, 2]; ``tanh``.
     """
 
+    batches: ClassVar[bool] = True
     reference: ClassVar[str] = "a baseline by definition"
     assumes: ClassVar[str] = "The generator and the label that GGL has."
     cost: ClassVar[str] = "One image of the generator."
@@ -301,8 +308,8 @@ def squash(latent: Tensor, how: Squash) -> Tensor:
 
 
 def divergence(latent: Tensor) -> Tensor:
-    """Return [N]: -(1 + ln(s^2 + 1e-10) - m^2 - s^2) / 2, with mean m and deviation s over the d coordinates."""
-    mean, variance = latent.mean(1), latent.var(1, unbiased=False)
+    """Return [...]: -(1 + ln(s^2 + 1e-10) - m^2 - s^2) / 2, with mean m and deviation s over the d coordinates."""
+    mean, variance = latent.mean(-1), latent.var(-1, unbiased=False)
     return -0.5 * (1 + (variance + 1e-10).log() - mean.square() - variance)
 
 

@@ -34,6 +34,7 @@ class IG(GradientMatching):
         signed: update by the sign of the gradient; unsigned Adam otherwise.
     """
 
+    batches: ClassVar[bool] = True
     reference: ClassVar[str] = "Geiping et al. 2020, Inverting Gradients, NeurIPS, equation 4 (and released code)"
     assumes: ClassVar[str] = "A hard label, inferred from the last layer; a network in the mode that the client used."
     cost: ClassVar[str] = "One evaluation a step: 4,000 by default."

@@ -86,6 +86,7 @@ class LB(QuasiNewton):
             with which a solver other than L-BFGS works in float32.
     """
 
+    batches: ClassVar[bool] = True
     reference: ClassVar[str] = "Liu and Nocedal 1989, Math. Programming 45 (the optimiser); the objective is our own"
     assumes: ClassVar[str] = "A network that can be differentiated twice; works in float64."
     cost: ClassVar[str] = "Up to 25 evaluations a step with the line search, each at twice the cost of float32."

@@ -39,6 +39,7 @@ class LogCosine(GradientMatching):
         pilot: the share of the steps that the short searches take together.
     """
 
+    batches: ClassVar[bool] = True
     reference: ClassVar[str] = (
         "Geiping et al. 2020, Inverting Gradients, NeurIPS (distance, optimiser); the rest is our own"
     )

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from leakbench.attacks.base import Attack, register
+from leakbench.attacks.batch_labels import batch_labels
 from leakbench.attacks.fill import fill_in
 from leakbench.attacks.matching import Positive, analytic_labels
 from leakbench.attacks.matching.problem import SIGN_LOSSES
@@ -100,6 +101,7 @@ class Peel(Attack):
         "Noise of 1e-3 of the gradient hides detail, of 0.1 the whole image; behind a secret normalisation less noise "
         "is enough. Channels behind a closed gate are lost."
     )
+    batches: ClassVar[bool] = True
     precision: Annotated[float, Field(gt=0, le=1)] = 3e-7
     roughness: Positive = 0.1
     colour: Positive = field(default=0.15, metadata=LATER)
@@ -142,7 +144,8 @@ class Peel(Attack):
 
     def _descend(self, network: Network, observation: Observation, rng: Rng) -> Reconstruction:
         """Return the image of every trial of a ReLU network; a trial of which nothing is recovered has failed."""
-        noise = rng.normal("start", observation.image_shape).to(observation.dtype)
+        several = bool(observation.places)
+        noise = rng.normal("start", (*observation.places, *observation.image_shape)).to(observation.dtype)
         parts = []
         for trial, draws in enumerate(rng.generators("factorise")):
             own_values = {name: value[trial].cpu() for name, value in observation.gradient.items()}
@@ -151,11 +154,12 @@ class Peel(Attack):
             sent = {name: value for name, value in own_values.items() if name not in incomplete}
             twin = filled(observation, trial)
             searched = network.on(filled(observation, trial).to(observation.device, observation.dtype), trial)
-            own = noise[trial : trial + 1]
+            own = noise[trial] if several else noise[trial : trial + 1]
             parts.append(restore(network.on(twin, trial), searched, sent, own, draws, self.search, incomplete))
-        misfits = torch.cat([each.misfits for each in parts])
+        misfits = torch.stack([each.misfits.mean() for each in parts])
+        images = torch.stack([each.images for each in parts])
         return Reconstruction(
-            images=torch.cat([each.images for each in parts]),
+            images=images if several else images[:, 0],
             labels=read_labels(observation),
             objective=misfits,
             failed=torch.isnan(misfits),
@@ -212,7 +216,11 @@ def served(observation: Observation) -> Chain | Network:
     Raises:
         Unsupported: neither can be undone.
     """
+    if observation.count == 0:
+        raise Unsupported("peel needs the number of images, which is hidden; use count=known")
     try:
+        if observation.count > 1:
+            raise Unsupported("peel undoes a chain of layers for one image")
         return served_chain(observation)
     except Unsupported as error:
         network = Network(trace(observation), [secret.name for secret in observation.secrets])
@@ -320,13 +328,17 @@ def _rows(observation: Observation, masks: Mapping[str, Tensor], begin: int, end
 
 
 def read_labels(observation: Observation) -> Tensor | None:
-    """Return [T] int64: the granted labels, or the class whose logit the loss falls with; None if that is not sent.
+    """Return [T] int64 ([T, B] of batches): the granted labels, or those that the gradient shows; None without any.
 
     With a hard label and cross-entropy, only the true class has a negative derivative by its logit, which is that by
     the last layer's bias.
     """
     if observation.labels is not None:
         return observation.labels
+    if observation.places:
+        with contextlib.suppress(Unsupported):
+            return batch_labels(observation)
+        return None
     head = head_of(observation.model)
     plain = not head.single and head.loss in SIGN_LOSSES
     for name, layer in reversed(linears(observation.model).items()) if plain else ():

@@ -208,7 +208,9 @@ def simulated(observation: Observation) -> AdaptiveAttacker:
             attacker = replace(attacker, release=_classified(release, observation))
         elif not whole:
             attacker = replace(attacker, undo=partial(_inverted, maps))
-    single = threat.shares == "gradient" or (threat.unit is not None and threat.local_steps == 1)
+    if attacker.release is None and attacker.encode is None:
+        attacker = replace(attacker, batched=True)
+    single = threat.shares == "gradient" or (observation.sent_unit is not None and threat.local_steps == 1)
     if whole and defense.companions and attacker.loss is None and single:
         attacker = replace(attacker, targets=blended_targets)  # the labels are blended as the images are
     return attacker

@@ -20,6 +20,7 @@ app = typer.Typer(help="List components, suites and threat models.", no_args_is_
 COMPONENTS = {
     "attacks": "List the attacks, with their options and references.",
     "defenses": "List the defenses, with their options and adaptive attacks.",
+    "clients": "List how clients train, with the options.",
     "models": "List the models, with their options and references.",
     "datasets": "List the datasets, with their options and references.",
     "metrics": "List the metrics, with their conventions and references.",

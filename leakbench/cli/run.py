@@ -36,6 +36,12 @@ class MatrixOptions:
     threat: list[str] | None = option(
         'A threat model: a preset, or "labels=known, reveals=key+lock, informed=true"; repeatable.'
     )
+    clients: list[str] | None = option(
+        'How clients train, such as "local(images=32, local_batch=8, local_epochs=2, momentum=0.9)"; repeatable.'
+    )
+    batch: list[str] | None = option(
+        "The number of images of each client, which takes one step on them; repeatable.", metavar="N"
+    )
     images: list[str] | None = option(
         "The first N images, or a list such as 0,3,5 (`3,` selects the single image 3); repeatable."
     )
@@ -94,7 +100,13 @@ class MatrixOptions:
         from leakbench.plan import matrix
 
         axes = {"attacks": self.attack, "defenses": self.defense, "models": self.model, "datasets": self.dataset}
-        axes |= {"threats": self.threat, "images": self.images, "seeds": self.seeds}
+        axes |= {
+            "threats": self.threat,
+            "clients": self.clients,
+            "batch": self.batch,
+            "images": self.images,
+            "seeds": self.seeds,
+        }
         given = stated(self.plugin, axes)
         if self.file is not None and self.suite is not None:
             raise BadOption(f"both the file {str(self.file)!r} and the suite {self.suite!r} were given; give one")

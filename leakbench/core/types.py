@@ -27,7 +27,8 @@ class ThreatModel:
     """What the attacker is granted, enforced by the content of the Observation.
 
     Attributes:
-        labels: ``known`` hands over the label; ``inferred`` leaves it to the attack.
+        labels: ``known`` hands over the label, or those of a batch; ``counts`` how often each class occurs among them;
+            ``inferred`` leaves them to the attack.
         reveals: groups of the defense's secrets that are handed over, values and gradients, such as ``key``
             or ``lock``; ``GROUP-weights`` hands over only the values.
         informed: true for an adaptive attacker, who knows which defense is in use and models it; the name of another
@@ -44,10 +45,16 @@ class ThreatModel:
             ``leakbench.models.crafted``, such as ``imprint(bins=512)``.
         optimises: the attacker optimises, together with the image, the secrets that were not revealed and that are
             inputs of the network (a key): every attack runs with its option ``secrets=optimise``.
+        count: whether the attacker is granted how many images what is sent is of: ``known`` (a client that averages
+            states its number of examples) or ``hidden``.
+        recipe: whether the attacker is granted how a client with several images or steps trains, all but the learning
+            rate: ``known`` or ``hidden``.
+        order: whether the attacker is granted which images each local step takes: ``hidden`` or, as an upper bound,
+            ``known``.
         name: the name of the preset; two threat models that differ only by name are equal.
     """
 
-    labels: Literal["inferred", "known"] = "inferred"
+    labels: Literal["inferred", "counts", "known"] = "inferred"
     reveals: frozenset[str] = frozenset()
     informed: bool | str = False
     shares: Literal["gradient", "weights"] = "gradient"
@@ -56,10 +63,16 @@ class ThreatModel:
     local_steps: int = 1
     rate: Literal["hidden", "known"] = "hidden"
     server: str = HONEST
+    count: Literal["known", "hidden"] = "known"
+    recipe: Literal["known", "hidden"] = "known"
+    order: Literal["hidden", "known"] = "hidden"
     name: str = field(default="", compare=False)
 
     def settings(self) -> dict[str, Any]:
-        """Return every field but the name as plain JSON values; those of local training if there is any."""
+        """Return every field but the name as plain JSON values; those of local training if there is any.
+
+        Fields on batches that are at their defaults are left out, as in runs of before there were batches.
+        """
         local = {"learning_rate": self.learning_rate, "local_steps": self.local_steps, "rate": self.rate}
         return {
             "labels": self.labels,
@@ -69,6 +82,7 @@ class ThreatModel:
             "optimises": self.optimises,
             **(local if self.shares == "weights" else {}),
             **({} if self.server == HONEST else {"server": self.server}),
+            **{name: getattr(self, name) for name, usual in _BATCHES.items() if getattr(self, name) != usual},
         }
 
     def granted(self) -> ThreatModel:
@@ -90,7 +104,7 @@ class ThreatModel:
         for name, preset in PRESETS.items():
             if preset == self:
                 return name
-        usual = {**PRESETS["weights"].settings(), **PRESETS["paper"].settings(), "server": HONEST}
+        usual = {**PRESETS["weights"].settings(), **PRESETS["paper"].settings(), **_BATCHES, "server": HONEST}
         parts = [
             f"{name}={'+'.join(value) if name == 'reveals' else str(value).lower()}"
             for name, value in self.settings().items()
@@ -103,13 +117,20 @@ class ThreatModel:
             return "An honest-but-curious server"
         return f"A malicious server, which crafted the network that it handed out ({self.server}),"
 
-    def describe(self) -> str:
-        """Return the threat model in sentences, for a report."""
+    def describe(self, images: str = "one image", recipe: str = "", lr: float | None = None) -> str:
+        """Return the threat model in sentences, for a report.
+
+        Args:
+            images: what a client trains on.
+            recipe: how it trains; empty: by ``local_steps`` steps of SGD.
+            lr: its learning rate, if it states one.
+        """
+        several = "one image" not in images
         sees = "the shared gradient of" if self.shares == "gradient" else "the model before and after local training on"
         sentences = [
-            f"{self._server_words()} sees {sees} one image, the public weights, and the architecture, with "
+            f"{self._server_words()} sees {sees} {images}, the public weights, and the architecture, with "
             "the layers that a defense adds and the distribution of its secrets",
-            f"The label is {'known' if self.labels == 'known' else 'not known'}",
+            self._on_labels(several),
             f"Revealed secrets: {', '.join(sorted(self.reveals)) or 'none'}",
         ]
         if self.optimises:
@@ -121,12 +142,34 @@ class ThreatModel:
             sentences.append(f"The attacker is adaptive{named}: it knows the defense and models it")
         if self.shares == "weights":
             steps = "one step" if self.local_steps == 1 else f"{self.local_steps} steps"
-            rate = "unknown learning rate" if self.learning_rate is None else f"learning rate {self.learning_rate:g}"
+            lr = self.learning_rate if lr is None else lr
+            rate = "unknown learning rate" if lr is None else f"learning rate {lr:g}"
             granted = "known to the attacker" if self.rate == "known" else "which the attacker does not know"
-            sentences.append(
-                f"The client takes {steps} of SGD on its image with {rate}, {granted}, and sends no running statistics"
-            )
+            trains = f"{recipe}; it has" if recipe else f"{steps} of SGD on its image with"
+            sentences.append(f"The client takes {trains} {rate}, {granted}, and sends no running statistics")
+        if several and self.count == "hidden":
+            sentences.append("The attacker does not know how many images these are")
+        if recipe and self.shares == "weights":
+            sentences.append(f"{_RECIPES[self.recipe]}{_ORDERS[self.order]}")
         return ". ".join(sentences) + "."
+
+    def _on_labels(self, several: bool) -> str:
+        if not several:
+            return f"The label is {'not known' if self.labels == 'inferred' else 'known'}"
+        return {
+            "inferred": "The labels are not known",
+            "counts": "How often each label occurs is known",
+            "known": "The labels are known",
+        }[self.labels]
+
+
+_BATCHES: Mapping[str, str] = {"count": "known", "recipe": "known", "order": "hidden"}
+"""The fields that are about clients of several images or steps, and their defaults."""
+_RECIPES = {
+    "known": "The attacker knows how the client trains, but for the learning rate",
+    "hidden": "The attacker does not know how the client trains",
+}
+_ORDERS = {"hidden": "", "known": ", and which images each step takes"}
 
 
 PRESETS: Mapping[str, ThreatModel] = {

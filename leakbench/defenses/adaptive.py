@@ -80,6 +80,7 @@ class AdaptiveAttacker:
             int64 or [B, K] class probabilities. None: cross-entropy.
         scale_free: ``recover`` and ``targets`` accept any multiple of the gradient, so that they serve an update of
             unknown learning rate.
+        batched: all that is stated serves the mean gradient of a batch as it serves that of one image.
         summed: ``recover`` and ``targets`` accept the mean gradient of several local steps, not only that of one step.
     """
 
@@ -95,6 +96,7 @@ class AdaptiveAttacker:
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
     scale_free: bool = False
     summed: bool = False
+    batched: bool = False
 
     def __post_init__(self) -> None:
         """Raise BadOption if the description is not text."""

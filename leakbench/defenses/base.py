@@ -156,9 +156,11 @@ class Defense(Component):
 
     Attributes:
         companions: how many further images of the client's own data ``encode`` needs beside the attacked one.
+        batched: True for a defense that serves a client of several images: ``encode`` gets and returns all of them.
     """
 
     companions: ClassVar[int] = 0
+    batched: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         """Build an ``AdaptiveAttacker`` from its hooks on the class or a mixin, where defenses once had them.

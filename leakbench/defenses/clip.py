@@ -25,6 +25,7 @@ class Clip(Defense):
         norm: the largest norm of what is sent, in the gradient's units.
     """
 
+    batched: ClassVar[bool] = True
     reference: ClassVar[str] = "Li et al. 2022, GGL, arXiv 2203.15696, section 4 (gradient clipping)"
     assumes: ClassVar[str] = "The attacker relies on the gradient's size."
     cost: ClassVar[str] = "Smaller training steps."
@@ -40,7 +41,7 @@ class Clip(Defense):
 
     def attackers(self) -> Mapping[str, AdaptiveAttacker]:
         """Return the attacker who also clips the dummy gradient."""
-        return {"default": AdaptiveAttacker("also clips the dummy gradient", surrogate=self._clipped)}
+        return {"default": AdaptiveAttacker("also clips the dummy gradient", surrogate=self._clipped, batched=True)}
 
     def _clipped(self, gradient: Gradient, observed: Observed, weights: Weights) -> Gradient:
         return clipped(gradient, self.norm)

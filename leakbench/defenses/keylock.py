@@ -152,6 +152,7 @@ class KeyLockDefense(Defense):
             of its own (group ``drift``), and ``lock-weights`` are then those of the initial lock, which is stale.
     """
 
+    batched: ClassVar[bool] = True
     reference: ClassVar[str] = f"{FEDKL}, section 3.3, equation 30 (and released code)"
     assumes: ClassVar[str] = "The attacker knows neither key nor lock, and does not model scale and shift."
     cost: ClassVar[str] = "Two linear layers for each locked block; every client's model works only with its own key."
@@ -204,6 +205,7 @@ class KeyLockDefense(Defense):
             recover=recovered_keys,
             scale_free=True,
             summed=True,
+            batched=True,
         )
         words = "optimises scale and shift, starting at their mean over keys and locks"
         return {"default": aided, "free": replace(aided, description=words, relax=partial(self._relaxed, aided=False))}

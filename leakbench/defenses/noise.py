@@ -30,6 +30,7 @@ class Noise(Defense):
         relative: ``scale`` counts in units of the root mean square of each parameter tensor's own gradient.
     """
 
+    batched: ClassVar[bool] = True
     reference: ClassVar[str] = "Zhu et al. 2019, Deep Leakage from Gradients, NeurIPS, section 5.1 (states variances)"
     version: ClassVar[int] = 3  # 3: adaptive attackers weigh the prior with the likelihood
     assumes: ClassVar[str] = "The attacker does not model the noise."
@@ -50,7 +51,8 @@ class Noise(Defense):
     def attackers(self) -> Mapping[str, AdaptiveAttacker]:
         """Return the attacker who models the noise."""
         words = "weighs an error by the noise's distribution: L2 for Gaussian noise, L1 for Laplace noise"
-        return {"default": AdaptiveAttacker(words, likelihood=self._likelihood if self.scale > 0 else None)}
+        likelihood = self._likelihood if self.scale > 0 else None
+        return {"default": AdaptiveAttacker(words, likelihood=likelihood, batched=True)}
 
     def _likelihood(self, gradient: Gradient, observed: Observed, weights: Weights) -> Tensor:
         """Return [T]: |g' - g|_2^2 / (2 scale^2) for Gaussian noise, |g' - g|_1 / b for Laplace noise.

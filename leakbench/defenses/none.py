@@ -11,6 +11,7 @@ from leakbench.defenses.base import Defense, register
 class NoDefense(Defense):
     """No defense: the plain gradient is sent."""
 
+    batched: ClassVar[bool] = True
     reference: ClassVar[str] = "the control, by definition"
     assumes: ClassVar[str] = "Nothing."
     cost: ClassVar[str] = "Nothing."

@@ -19,6 +19,7 @@ class NormOnly(Defense):
         layers: as for key-lock: the ``first`` convolution's block, or ``all`` of them.
     """
 
+    batched: ClassVar[bool] = True
     reference: ClassVar[str] = f"a control for {FEDKL}: the effect of the normalisation without that of the lock"
     assumes: ClassVar[str] = "Nothing: it is the placebo for key-lock."
     cost: ClassVar[str] = "That of a normalisation without scale and shift."

@@ -27,6 +27,7 @@ class Prune(Defense):
         ratio: the share of each tensor's entries that becomes zero; at 0 everything is sent, at 1 only the largest.
     """
 
+    batched: ClassVar[bool] = True
     reference: ClassVar[str] = "Zhu et al. 2019, Deep Leakage from Gradients, NeurIPS, section 5.2"
     assumes: ClassVar[str] = "The attacker also matches the zeros."
     cost: ClassVar[str] = "Less to send; strong pruning slows training."
@@ -41,7 +42,8 @@ class Prune(Defense):
 
     def attackers(self) -> Mapping[str, AdaptiveAttacker]:
         """Return the attacker who leaves out the zeros."""
-        return {"default": AdaptiveAttacker("matches only the entries that were not sent as zero", undo=without_zeros)}
+        words = "matches only the entries that were not sent as zero"
+        return {"default": AdaptiveAttacker(words, undo=without_zeros, batched=True)}
 
 
 def without_zeros(observed: Observed, weights: Weights) -> Gradient:

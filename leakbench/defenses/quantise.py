@@ -32,6 +32,7 @@ class Quantise(Defense):
         bits: bits an entry, or ``half``.
     """
 
+    batched: ClassVar[bool] = True
     version: ClassVar[int] = 4  # 4: half precision's step at 0 is that at 0, not that at 1/2
     reference: ClassVar[str] = (
         "Suresh et al. 2017, Distributed Mean Estimation with Limited Communication, ICML, section 2.2 (its levels, "
@@ -49,7 +50,7 @@ class Quantise(Defense):
     def attackers(self) -> Mapping[str, AdaptiveAttacker]:
         """Return the attacker who models the rounding as noise."""
         words = "models the rounding as noise of the same width, and weighs an error by it (L2)"
-        return {"default": AdaptiveAttacker(words, likelihood=self._likelihood)}
+        return {"default": AdaptiveAttacker(words, likelihood=self._likelihood, batched=True)}
 
     def _likelihood(self, gradient: Gradient, observed: Observed, weights: Weights) -> Tensor:
         """Return [T], the sum of (g' - g)^2 / (2 w^2 / 12) over all entries.

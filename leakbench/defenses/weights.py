@@ -30,6 +30,8 @@ class WeightDefense(Defense):
             taken at the exact weights in either case; of the models that are compared, an attacker has the difference.
     """
 
+    batched: ClassVar[bool] = True
+
     snapshots: Snapshots = "both"
 
     @abstractmethod
@@ -97,6 +99,7 @@ class WeightNoise(WeightDefense):
             "also clips the dummy's weights, and weighs an error by the distribution of the models' noise",
             surrogate=self._clipped,
             likelihood=self._likelihood if self.scale > 0 else None,
+            batched=True,
         )
         return {"default": attacker}
 
@@ -181,7 +184,7 @@ class WeightSparsify(WeightDefense):
     def attackers(self) -> Mapping[str, AdaptiveAttacker]:
         """Return the attacker who knows the weights that were handed out."""
         words = "computes the update of the kept weights from the public weights, and matches no others"
-        return {"default": AdaptiveAttacker(words, undo=self._kept)}
+        return {"default": AdaptiveAttacker(words, undo=self._kept, batched=True)}
 
     def _kept(self, observed: Observed, weights: Weights) -> Gradient:
         """Return the update of every weight that is in the second model, and NaN for the others.

@@ -90,7 +90,9 @@ def repeated(blank: Observation, trials: int, own: bool) -> Observation:
         blank,
         weights={name: repeat(value, own) if name in parameters else value for name, value in blank.weights.items()},
         gradient={name: repeat(value, True) for name, value in blank.gradient.items()},
-        labels=None if blank.labels is None else blank.labels.expand(trials),
+        labels=None if blank.labels is None else blank.labels.expand(trials, *blank.labels.shape[1:]),
+        counts=None if blank.counts is None else blank.counts.expand(trials, -1),
+        order=tuple(rows.expand(trials, -1) for rows in blank.order),
     )
 
 

@@ -239,7 +239,7 @@ def _plan(
     keep_freed_memory()
     name = trials[0].cell.specs["dataset"]
     data = _load(trials, salt) if given is None else {name: replace(given, salt=salt)}
-    measured = metrics.of_run(named)
+    measured = metrics.of_run(named, any(trial.others for trial in trials))
     scores, missing = _usable(measured)
     missing += [f"metric {name!r} is new to this run: trials that are done keep no value of it" for name in new]
     executor = _executor(WorkerContext(scores, device, options.strict), options, tick)
@@ -406,7 +406,7 @@ def _load(trials: Sequence[Trial], salt: str) -> dict[str, ClientData]:
     data = {}
     for name, dataset in {trial.cell.specs["dataset"]: trial.cell.dataset for trial in trials}.items():
         held = [trial for trial in trials if trial.cell.specs["dataset"] == name]
-        indices = sorted({index for trial in held for index in (trial.image, *companions(trial, salt))})
+        indices = sorted({index for trial in held for index in (*trial.indices, *companions(trial, salt))})
         try:
             data[name] = replace(_load_one(dataset, indices), salt=salt)
         except LeakbenchError:
@@ -465,7 +465,7 @@ def _preflight(
         cells.setdefault(trial.cell.key, trial)
     seen: dict[str, list[Trial]] = {}  # cells of the same observation
     for trial in cells.values():
-        parts = [trial.cell.settings[part] for part in ("dataset", "model", "defense", "threat")]
+        parts = [trial.cell.settings.get(part) for part in ("dataset", "model", "defense", "threat", "client")]
         seen.setdefault(json.dumps(parts), []).append(trial)
     blank = _ask([CheckTask(tuple(alike), observed) for alike in seen.values()], executor)
     check_reveals({trial.cell.threat for trial in trials}, {group for one in blank for group in one.groups})
@@ -526,7 +526,8 @@ def _groups(trials: Sequence[Trial]) -> dict[str, dict[int, int]]:
     found = {}
     for dataset in {trial.cell.specs["dataset"]: trial.cell.dataset for trial in trials}.values():
         name = datasets.spec(dataset)
-        images = sorted({trial.image for trial in trials if trial.cell.specs["dataset"] == name})
+        own = (trial for trial in trials if trial.cell.specs["dataset"] == name)
+        images = sorted({index for trial in own for index in trial.indices})
         try:
             groups = {image: int(dataset.group(image)) for image in images}
         except Exception as error:
@@ -543,6 +544,7 @@ def _plugin_files(trials: Sequence[Trial], measured: Sequence[Metric]) -> list[P
     parts: list[tuple[str, Component]] = [("metric", metric) for metric in measured]
     for cell in {trial.cell.key: trial.cell for trial in trials}.values():
         parts += [("dataset", cell.dataset), ("model", cell.model), ("defense", cell.defense), ("attack", cell.attack)]
+        parts.append(("client", cell.client))
         parts += [("generator", one) for one in cell.attack.uses()]
     return [file for kind, one in parts if (file := PluginFile.of(kind, one)) is not None]
 

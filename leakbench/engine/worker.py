@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from leakbench import attacks
+from leakbench.attacks import Attack
 from leakbench.core.component import shipped
 from leakbench.core.device import DEFAULT, SHARE, empty_cache, out_of_memory
 from leakbench.core.rng import Rng, generator, salted
@@ -23,9 +24,10 @@ from leakbench.errors import DEFENSE_FAILED, ClientFailed, DefenseFailed, Leakbe
 from leakbench.metrics import ReplacedMetric, refuse_replaced
 from leakbench.metrics.aligned import align
 from leakbench.metrics.base import Metric, Truth
+from leakbench.metrics.members import BatchMetric, ScoredBatches, assign, matched
 from leakbench.observation import Observation
 from leakbench.plan.matrix import FLOORS
-from leakbench.plan.trial import MAX_PICTURE_ERROR, UNSEEN, Cell, Result, Trial
+from leakbench.plan.trial import MAX_PICTURE_ERROR, UNSEEN, BatchMember, Cell, Result, Trial
 from leakbench.victim import Client, StepRecord, build, groups_of, observe, observe_recorded
 
 
@@ -51,7 +53,7 @@ class ClientData:
 
     def of(self, trials: Sequence[Trial]) -> ClientData:
         """Return the part that these trials need."""
-        needed = {index for trial in trials for index in (trial.image, *companions(trial, self.salt))}
+        needed = {index for trial in trials for index in (*trial.indices, *companions(trial, self.salt))}
         images = {index: image for index, image in self.images.items() if index in needed}
         labels = {index: label for index, label in self.labels.items() if index in needed}
         return replace(self, images=images, labels=labels)
@@ -193,8 +195,10 @@ class Worker:
                 raise
             return Refusal({}, frozenset(groups))
         refused = {}
+        granted = seen
         for trial in trials:
             attack = trial.cell.attack
+            seen = _for(attack, granted, trial.cell)
             try:
                 self.isolation.check(attack, seen)
                 if attack.floor:
@@ -262,25 +266,28 @@ class Worker:
         else:
             key = salted("audit/update", "attack", data.salt)
             observation, rng, records = data.observed, Rng((key,), self.work.device), []
-        attack, named = trials[0].cell.attack, trials[0].cell.words
+        cell, attack, named = trials[0].cell, trials[0].cell.attack, trials[0].cell.words
         told = replace(observation, slots=slots, tick=self.tick, note=lambda line: self.note(f"{named}: {line}"))
+        told = _for(attack, told, cell)
         try:
             guess = self.isolation.run(attack, told, rng)
         except DefenseFailed as error:  # the client's defense did not fail: an attacker ran its code, or says so
             raise AttackError(str(error)) from error
         if attack.floor and (foreign(attack) or attack.name not in self.floors):
             other = self._other(data, trials) if data.observed is None else noise_like(observation)
-            verify_floor(self.isolation, attack, observation, rng, guess, other)
+            verify_floor(self.isolation, attack, told, rng, guess, other)
             self.floors.add(attack.name)
         guess = replace(guess, images=guess.images.float())
         # only here do reconstruction and truth meet
         truth = self._truth(data, trials, records, observation, rng) if data.images else None
-        scores = {} if truth is None else self._score(guess, truth)
+        if truth is not None and trials[0].others:
+            outcomes = self._of_batches(data, trials, guess, truth)
+        else:
+            outcomes = self._of_images(guess, truth)
         seconds = (time.perf_counter() - begin) / len(trials)
-        guess, truths = _on_host(guess), None if truth is None else truth.images.cpu()
+        guess = _on_host(guess)
         failed = guess.failed
         assert failed is not None, "a called attack says of every trial whether it failed"
-        fitted = [None] * len(trials) if truths is None else aligned(guess.images, truths)
         courses = [b""] * len(trials) if guess.curve is None else guess.curve.rows()
         return [
             Result(
@@ -288,19 +295,91 @@ class Worker:
                 status="failed" if bool(failed[row]) else "ok",
                 reason=_why(guess, row) if bool(failed[row]) else _unseen(trial, records[row] if records else None),
                 seconds=seconds,
-                scores={name: values[row] for name, values in scores.items() if values[row] == values[row]},
-                reconstruction=png(guess.images[row]),
-                truth=None if truths is None else png(truths[row]),
+                scores=outcomes[row].scores,
+                reconstruction=outcomes[row].reconstruction,
+                truth=outcomes[row].truth,
                 label=data.labels.get(trial.image),
                 objective=_finite(guess.objective, row),
                 evaluations=None if guess.evaluations is None else int(guess.evaluations[row]),
                 path=guess.path,
                 findings=_found(guess, row),
                 curve=courses[row],
-                aligned=None if bool(failed[row]) else fitted[row],
+                aligned=None if bool(failed[row]) else outcomes[row].aligned,
+                members=outcomes[row].members,
             )
             for row, trial in enumerate(trials)
         ]
+
+    def _of_images(self, guess: Reconstruction, truth: Truth | None) -> list[_Outcome]:
+        """Return the scores and pictures of clients of one image."""
+        images = guess.images.cpu()
+        if truth is None:
+            return [_Outcome({}, png(image), None, None) for image in images]
+        scores = self._score(guess, truth)
+        fitted = aligned(images, truth.images.cpu())
+        return [
+            _Outcome(
+                {name: values[row] for name, values in scores.items() if values[row] == values[row]},
+                png(image),
+                png(truth.images[row].cpu()),
+                fitted[row],
+            )
+            for row, image in enumerate(images)
+        ]
+
+    def _of_batches(
+        self, data: ClientData, trials: Sequence[Trial], guess: Reconstruction, truth: Truth
+    ) -> list[_Outcome]:
+        """Return the scores and pictures of clients of several images, after one assignment of each client's."""
+        device, shape = self.work.device, truth.images.shape[1:]
+        images = torch.stack([torch.stack([data.images[index] for index in one.indices]) for one in trials]).to(device)
+        labels = torch.tensor([[data.labels.get(index, -1) for index in one.indices] for one in trials], device=device)
+        own = [part[torch.isfinite(part.flatten(1)).all(1)] for part in guess.images]  # NaN: not found
+        places = [assign(some, true) for some, true in zip(own, images)]
+        pairs = torch.stack([matched(some, true) for some, true in zip(own, images)])
+        count = images.shape[1]
+        flat = replace(
+            truth,
+            images=images.view(-1, *shape),
+            labels=labels.flatten(),
+            encoded=None,
+            floors=(),
+            cosines=None if truth.cosines is None else truth.cosines.repeat_interleave(count),
+        )
+        rows = [metric for metric in self.work.metrics if not isinstance(metric, BatchMetric)]
+        values = {
+            name: torch.tensor(found, dtype=torch.float64).view(-1, count)
+            for name, found in self._score(Reconstruction(pairs.view(-1, *shape)), flat, rows).items()
+        }
+        public = torch.zeros(0, *shape) if truth.public is None else truth.public()
+        scored = ScoredBatches(pairs, images, guess.labels, labels, public, values)
+        whole = self._score_batches(scored)
+        fitted = aligned(pairs.view(-1, *shape).cpu(), flat.images.cpu())
+        outcomes = []
+        for row, trial in enumerate(trials):
+            members = tuple(
+                BatchMember(
+                    image=index,
+                    label=data.labels.get(index),
+                    truth=png(images[row, place].cpu()),
+                    reconstruction=png(pairs[row, place].cpu()) if int(places[row][place]) >= 0 else None,
+                    aligned=fitted[row * count + place],
+                    scores={name: float(table[row, place]) for name, table in values.items()},
+                )
+                for place, index in enumerate(trial.indices)
+            )
+            means = {name: float(table[row].mean()) for name, table in values.items()}
+            scores = {name: value for name, value in (means | whole[row]).items() if value == value}
+            outcomes.append(_Outcome(scores, png(pairs[row, 0].cpu()), members[0].truth, members[0].aligned, members))
+        return outcomes
+
+    def _score_batches(self, scored: ScoredBatches) -> list[dict[str, float]]:
+        """Return the values of the metrics of whole batches, of each client."""
+        found: list[dict[str, float]] = [{} for _ in scored.images]
+        for metric in (one for one in self.work.metrics if isinstance(one, BatchMetric)):
+            for row, value in zip(found, metric.of_batches(scored).tolist()):
+                row[metric.name] = value
+        return found
 
     def _stepped(self, data: ClientData, trials: Sequence[Trial]) -> tuple[Observation, Rng, list[StepRecord]]:
         """Return what clients send after a step, the attacker's draws, and what only evaluation sees of the steps."""
@@ -314,6 +393,7 @@ class Worker:
             data.mean,
             self.work.device,
             server_images(cell),
+            cell.client,
         )
         return seen, Rng(tuple(attack_key(trial, data.salt) for trial in trials), self.work.device), records
 
@@ -352,11 +432,14 @@ class Worker:
             torch.tensor(cosines, dtype=torch.float64) if cosines else None,
         )
 
-    def _score(self, guess: Reconstruction, truth: Truth) -> dict[str, list[float]]:
+    def _score(
+        self, guess: Reconstruction, truth: Truth, measured: Sequence[Metric] | None = None
+    ) -> dict[str, list[float]]:
         """Return every metric's values by row, NaN if the metric raises, which is noted."""
         refuse_replaced()
+        measured = self.work.metrics if measured is None else measured
         with torch.no_grad():
-            return {metric.name: self._values(metric, guess, truth) for metric in self.work.metrics}
+            return {metric.name: self._values(metric, guess, truth) for metric in measured}
 
     def _values(self, metric: Metric, guess: Reconstruction, truth: Truth) -> list[float]:
         rows = len(truth.images)
@@ -395,6 +478,22 @@ def _on_host(guess: Reconstruction) -> Reconstruction:
         evaluations=host(guess.evaluations),
         findings={name: value.cpu() for name, value in guess.findings.items()},
     )
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """The scores and pictures of a trial (``Result``)."""
+
+    scores: Mapping[str, float]
+    reconstruction: bytes
+    truth: bytes | None
+    aligned: bytes | None
+    members: tuple[BatchMember, ...] = ()
+
+
+def _for(attack: Attack, observation: Observation, cell: Cell) -> Observation:
+    """Return what an attack observes; a floor, which uses no gradient, is granted the number of images."""
+    return replace(observation, count=cell.client.count) if attack.floor and not observation.count else observation
 
 
 def _unseen(trial: Trial, record: StepRecord | None) -> str:
@@ -480,14 +579,15 @@ def _client(trial: Trial, data: ClientData) -> Client:
     weights = salted(f"weights/{key}", "client", data.salt) if fresh else f"weights/{trial.seed}"
     others = tuple((data.images[index], data.labels[index]) for index in companions(trial, data.salt))
     own = salted(f"client/{key}", "client", data.salt)
-    return Client(data.images[trial.image], data.labels[trial.image], weights, own, others)
+    further = tuple((data.images[index], data.labels[index]) for index in trial.others)
+    return Client(data.images[trial.image], data.labels[trial.image], weights, own, others, further)
 
 
 def _observed(data: ClientData, trials: Sequence[Trial], device: torch.device | str = "cpu") -> Observation:
     """Return what the clients of trials of one cell send after their steps."""
     cell, clients = trials[0].cell, [_client(trial, data) for trial in trials]
-    public = server_images(cell)
-    return observe(cell.model, cell.defense, cell.threat, clients, data.num_classes, data.mean, device, public)
+    public, client = server_images(cell), cell.client
+    return observe(cell.model, cell.defense, cell.threat, clients, data.num_classes, data.mean, device, public, client)
 
 
 def server_images(cell: Cell) -> Tensor | None:
@@ -498,7 +598,7 @@ def server_images(cell: Cell) -> Tensor | None:
 def companions(trial: Trial, salt: str) -> list[int]:
     """Return the indices of the client's further images, any but the attacked one, for a defense that mixes them in."""
     cell = trial.cell
-    if not cell.defense.companions:
+    if not cell.defense.companions or trial.others:
         return []
     plain = "\x1f".join(("companions", str(trial.seed), cell.specs["dataset"], str(trial.image)))
     rng = generator(salted(plain, "client", salt))
@@ -507,13 +607,18 @@ def companions(trial: Trial, salt: str) -> list[int]:
 
 
 def blank(cell: Cell, groups: set[str], device: torch.device | str = "cpu") -> Observation:
-    """Return the observation of a step on a blank image; add the defense's groups of secrets to ``groups``."""
+    """Return the observation of a step on a blank image; add the defense's groups of secrets to ``groups``.
+
+    The images of a batch are of different greys: of equal ones a gradient shows fewer than there are.
+    """
     dataset, model, defense = cell.dataset, cell.model, cell.defense
     shape, classes = dataset.image_shape, dataset.num_classes
     groups |= groups_of(defense, build(model, defense, shape, classes, "blank"))
-    image = torch.full(shape, 0.5)
-    client = Client(image, 0, "blank", "blank", ((image, 0),) * min(defense.companions, len(dataset) - 1))
-    return observe(model, defense, cell.threat, [client], classes, dataset.mean(), device, server_images(cell))
+    image, count = torch.full(shape, 0.5), cell.client.count
+    further = tuple((torch.full(shape, 0.97 * place / count), place % classes) for place in range(1, count))
+    mixed = ((image, 0),) * (min(defense.companions, len(dataset) - 1) if count == 1 else 0)
+    client, public = Client(image, 0, "blank", "blank", mixed, further), server_images(cell)
+    return observe(model, defense, cell.threat, [client], classes, dataset.mean(), device, public, cell.client)
 
 
 def _why(guess: Reconstruction, row: int) -> str:

@@ -3,7 +3,8 @@
 Convolution, its gradient by the input and its gradient by the weight are three bilinear maps, and the derivative of
 each is made of the other two, so three kernels serve every order. Torch's own double backward of a grouped convolution
 loops over the groups, which here are the trials. Weights that all trials share (an expanded tensor) take the dense
-kernel; others one grouped convolution over all trials.
+kernel; others one grouped convolution over all trials. A trial may have several images: T trials of B images are
+[T * B, C, H, W], one trial's images after the other's.
 """
 
 from functools import cache
@@ -18,6 +19,9 @@ from leakbench.gradients.bilinear import Form, shared
 
 IM2COL_VALUES = 2**15
 """Up to this many values of a trial's im2col matrix, one matrix product is faster than the grouped weight gradient."""
+
+BATCH_GAIN = 4
+"""Of a batch, the matrix may have this many times as many values, or as many times as there are images."""
 
 PHASE_CHANNELS = 4
 """Up to this many input channels, the gradient by the input of a strided convolution is faster by phases."""
@@ -40,16 +44,17 @@ def pair(value: int | tuple[int, ...]) -> tuple[int, int]:
 
 
 def convolve(x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
-    """Return [T, O, h, w] for images [T, C, H, W] and weights [T, O, C / groups, kh, kw]."""
+    """Return [T * B, O, h, w] for images [T * B, C, H, W] and weights [T, O, C / groups, kh, kw]."""
     if shared(weight):
         return torch.conv2d(x, weight[0], None, g.stride, g.padding, g.dilation, g.groups)
     # trials with their own weights are groups of one convolution: their images side by side are one of T * C channels
-    out = torch.conv2d(_row(x), weight.flatten(0, 1), None, g.stride, g.padding, g.dilation, len(x) * g.groups)
-    return _trials(out, x)
+    trials = len(weight)
+    out = torch.conv2d(_row(x, trials), weight.flatten(0, 1), None, g.stride, g.padding, g.dilation, trials * g.groups)
+    return _trials(out, trials)
 
 
 def input_gradient(grad: Tensor, weight: Tensor, g: Geometry) -> Tensor:
-    """Return [T, C, H, W], the gradient of <grad, convolve(x, weight)> by x; grad is [T, O, h, w]."""
+    """Return [T * B, C, H, W], the gradient of <grad, convolve(x, weight)> by x; grad is [T * B, O, h, w]."""
     step = g.stride[0]
     dense = g.dilation == (1, 1) and g.groups == 1
     if step > 1 and g.stride == (step, step) and dense and weight.shape[2] <= PHASE_CHANNELS:
@@ -57,24 +62,28 @@ def input_gradient(grad: Tensor, weight: Tensor, g: Geometry) -> Tensor:
     if shared(weight):
         shape = (len(grad), weight.shape[2] * g.groups, *g.image)
         return conv2d_input(shape, weight[0], grad, g.stride, g.padding, g.dilation, g.groups)
-    groups = len(grad) * g.groups
-    shape = (1, weight.shape[2] * groups, *g.image)
-    out = conv2d_input(shape, weight.flatten(0, 1), _row(grad), g.stride, g.padding, g.dilation, groups)
-    return _trials(out, grad)
+    trials = len(weight)
+    groups = trials * g.groups
+    shape = (len(grad) // trials, weight.shape[2] * groups, *g.image)
+    out = conv2d_input(shape, weight.flatten(0, 1), _row(grad, trials), g.stride, g.padding, g.dilation, groups)
+    return _trials(out, trials)
 
 
-def weight_gradient(x: Tensor, grad: Tensor, g: Geometry) -> Tensor:
+def weight_gradient(x: Tensor, grad: Tensor, g: Geometry, trials: int) -> Tensor:
     """Return [T, O, C / groups, kh, kw], the gradient of <grad, convolve(x, weight)> by each trial's weight."""
-    trials, outputs, *size = grad.shape
-    channels = x.shape[1] // g.groups
-    if g.groups == 1 and channels * g.kernel[0] * g.kernel[1] * size[0] * size[1] <= IM2COL_VALUES:
+    images, outputs, *size = grad.shape
+    channels, batch = x.shape[1] // g.groups, images // trials
+    values = channels * g.kernel[0] * g.kernel[1] * size[0] * size[1] * batch
+    if g.groups == 1 and values <= IM2COL_VALUES * min(batch, BATCH_GAIN):
         # dL/dw[o, c, tap] = sum over windows of grad[o, window] x[c, window, tap]: a product of matrices for each trial
-        left = grad.reshape(trials, outputs, -1)
-        out = torch.bmm(left, _windows(x, g, (size[0], size[1])))
+        left = grad.reshape(trials, batch, outputs, -1).transpose(1, 2).reshape(trials, outputs, -1)
+        windows = _windows(x, g, (size[0], size[1])).view(trials, batch * size[0] * size[1], -1)
+        out = torch.bmm(left, windows)
         return out.view(trials, outputs, *g.kernel, channels).permute(0, 1, 4, 2, 3)
     shape = (trials * outputs, channels, *g.kernel)
-    out = conv2d_weight(_row(x), shape, _row(grad), g.stride, g.padding, g.dilation, trials * g.groups)
-    return _trials(out, grad, 0)
+    rows, errors = _row(x, trials), _row(grad, trials)
+    out = conv2d_weight(rows, shape, errors, g.stride, g.padding, g.dilation, trials * g.groups)
+    return out.view(trials, outputs, *out.shape[1:])
 
 
 def _windows(x: Tensor, g: Geometry, size: tuple[int, int]) -> Tensor:
@@ -105,7 +114,8 @@ def _by_phases(grad: Tensor, weight: Tensor, g: Geometry) -> Tensor:
     if shared(weight):
         out = torch.conv2d(grad, kernels, None, 1, around)
     else:
-        out = _trials(torch.conv2d(_row(grad), kernels, None, 1, around, 1, len(grad)), grad)
+        trials = len(weight)
+        out = _trials(torch.conv2d(_row(grad, trials), kernels, None, 1, around, 1, trials), trials)
     # interleave the phases, then cut off the padding that the forward convolution had added
     out = F.pixel_shuffle(out, step)
     (height, width), (top, left) = g.image, g.padding
@@ -127,20 +137,22 @@ def _phase_index(outputs: int, channels: int, kernel: tuple[int, int], step: int
     return index.permute(1, 3, 5, 0, 2, 4).flatten()
 
 
-def _row(x: Tensor) -> Tensor:
-    """Return [T, C, H, W] as one image [1, T * C, H, W]."""
-    return x.reshape(1, -1, *x.shape[2:])
+def _row(x: Tensor, trials: int) -> Tensor:
+    """Return [T * B, C, H, W] as images [B, T * C, H, W], each with one image of every trial side by side."""
+    apart = x.reshape(trials, len(x) // trials, *x.shape[1:])
+    return apart.transpose(0, 1).reshape(len(x) // trials, -1, *x.shape[2:])
 
 
-def _trials(x: Tensor, like: Tensor, axis: int = 1) -> Tensor:
-    """Return a tensor whose axis holds T * C values as [T, C, *rest], with T of ``like``."""
-    return x.reshape(len(like), -1, *x.shape[axis + 1 :])
+def _trials(x: Tensor, trials: int) -> Tensor:
+    """Return [B, T * C, H, W] as [T * B, C, H, W]."""
+    apart = x.reshape(len(x), trials, -1, *x.shape[2:])
+    return apart.transpose(0, 1).reshape(trials * len(x), *apart.shape[2:])
 
 
-def convolution(geometry: Geometry) -> Form:
-    """Return the form whose map is ``convolve``."""
+def convolution(geometry: Geometry, trials: int) -> Form:
+    """Return the form whose map is ``convolve``, of this many trials."""
     return Form(
         by_input=lambda weight, y: input_gradient(y, weight, geometry),
-        by_weight=lambda x, y: weight_gradient(x, y, geometry),
+        by_weight=lambda x, y: weight_gradient(x, y, geometry, trials),
         by_output=lambda x, weight: convolve(x, weight, geometry),
     )

@@ -26,9 +26,12 @@ from leakbench.core.types import Gradient
 from leakbench.errors import Unsupported
 from leakbench.gradients.bilinear import shared
 from leakbench.gradients.draws import Draws, Generators
-from leakbench.gradients.intercept import PER_TRIAL, UNDER_VMAP, Interception
+from leakbench.gradients.intercept import UNDER_VMAP, Interception, per_trial
 from leakbench.gradients.losses import training_loss
 from leakbench.gradients.plain import without_autocast, without_checkpointing
+
+BATCHED = 5
+"""The axes of trials of several images: [T, B, C, H, W]."""
 
 Path = Literal["batched", "vmap", "one-at-a-time"]
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -85,15 +88,21 @@ class Evaluator:
         """Return the loss [T] of each trial; the arguments are those of ``gradient``."""
         module = _LossModule(self.model, self.loss)
         draws = Draws(generators, known=known)
+        batch = x.shape[1] if x.ndim == BATCHED else 0
         if self.path == "batched":
-            with Interception(draws, PER_TRIAL), without_checkpointing(), without_autocast():
-                return functional_call(module, self._named(self._placed(tensors)), (x, y))
+            with Interception(draws, per_trial(batch or 1)), without_checkpointing(), without_autocast():
+                if not batch:
+                    return functional_call(module, self._named(self._placed(tensors)), (x, y))
+                own = self._named(self._placed(tensors, batch))
+                losses: Tensor = functional_call(module, own, (x.flatten(0, 1), y.flatten(0, 1)))
+                return losses.view(len(x), batch).mean(1)
         if self.path == "vmap":
             named = self._named(tensors)
 
             def alone(tensors: Mapping[str, Tensor], x: Tensor, y: Tensor, index: Tensor) -> Tensor:
                 with Interception(draws.of(index), UNDER_VMAP), without_checkpointing(), without_autocast():
-                    loss: Tensor = functional_call(module, dict(tensors), (x[None], y[None]))[0]
+                    rows = (x, y) if batch else (x[None], y[None])
+                    loss: Tensor = functional_call(module, dict(tensors), rows).mean()
                 return loss
 
             axes = {
@@ -111,7 +120,8 @@ class Evaluator:
         for t, (image, label) in enumerate(zip(x.split(1), y.split(1))):
             with Interception(draws.of(t)), without_checkpointing(), without_autocast():
                 own = self._named({name: values[t] for name, values in apart.items()})
-                rows.append(functional_call(module, own, (image, label)))
+                pair = (image[0], label[0]) if batch else (image, label)
+                rows.append(functional_call(module, own, pair).mean(0, keepdim=True))
         return torch.cat(rows)
 
     def gradient(
@@ -128,8 +138,8 @@ class Evaluator:
         Args:
             tensors: every parameter and buffer of the model by name; parameters [T, *shape], buffers [*shape] or
                 [T, *shape].
-            x: [T, C, H, W].
-            y: [T] int64 or [T, K] class probabilities.
+            x: [T, C, H, W]; of trials of B images [T, B, C, H, W], and the loss of a trial is the mean of theirs.
+            y: [T] int64 or [T, K] class probabilities; [T, B] or [T, B, K].
             create_graph: keep the graph, so that the gradient can be differentiated by x, y and ``tensors``.
             generators: makes one generator a trial for the network's random layers, such as dropout; without it a
                 network that draws raises Unsupported.
@@ -141,12 +151,21 @@ class Evaluator:
         grads = torch.autograd.grad(loss.sum(), list(own.values()), create_graph=create_graph, allow_unused=True)
         return {name: torch.zeros_like(own[name]) if grad is None else grad for name, grad in zip(self.names, grads)}
 
-    def _placed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _placed(self, tensors: Mapping[str, Tensor], batch: int = 1) -> dict[str, Tensor]:
         """Put the trials of [T, 1, *shape] in the place of the batch axis that a parameter keeps free: [T, *shape].
 
         Class tokens, position embeddings and other parameters that a network adds to or joins with activations do so.
+        Of trials of several images, each image gets a row of it; a tensor [T, B, *shape] has one for each already.
         """
-        return {name: value.squeeze(1) if name in self._free else value for name, value in tensors.items()}
+        placed = {name: value.squeeze(1) if name in self._free else value for name, value in tensors.items()}
+        if batch == 1:
+            return placed
+        for name, value in placed.items():
+            if name in self._free:
+                placed[name] = value.repeat_interleave(batch, 0)
+            elif value.ndim == self._own[name].ndim + 2:
+                placed[name] = value.flatten(0, 1)
+        return placed
 
     def _named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Name tensors as ``_LossModule`` does; buffers are cloned, because modules write into them."""
@@ -186,13 +205,17 @@ def _of_torch(model: nn.Module, name: str) -> bool:
 
 
 def choose_path(
-    evaluator: Evaluator, tensors: Mapping[str, Tensor], image_shape: tuple[int, ...], classes: int
+    evaluator: Evaluator,
+    tensors: Mapping[str, Tensor],
+    image_shape: tuple[int, ...],
+    classes: int,
+    batch: int = 1,
 ) -> Path:
     """Return the first path that agrees with one-at-a-time double backward in float64 to 1e-8.
 
     The comparison takes two trials with different images and, if trials have their own, different parameters; the
     gradient itself, and the derivative of a projection of it by the image. It is made once in a process for networks
-    that differ only in the values of their parameters.
+    that differ only in the values of their parameters. Trials of several images (``batch``) are compared with two.
 
     Raises:
         Unsupported: the network cannot be differentiated twice even one trial at a time, or draws random numbers
@@ -206,12 +229,13 @@ def choose_path(
             evaluator.names,
             image_shape,
             classes,
+            batch > 1,
             tuple((name, _kind(value, own[name])) for name, value in tensors.items()),
         )
     except (TypeError, RecursionError):
-        return _compare(evaluator, tensors, image_shape, classes)
+        return _compare(evaluator, tensors, image_shape, classes, batch)
     if key not in _CHOSEN:
-        _CHOSEN[key] = _compare(evaluator, tensors, image_shape, classes)
+        _CHOSEN[key] = _compare(evaluator, tensors, image_shape, classes, batch)
     return _CHOSEN[key]
 
 
@@ -226,7 +250,9 @@ def _kind(value: Tensor, own: Tensor) -> Hashable:
     return (str(value.device), value.dtype, axis, values)
 
 
-def _compare(evaluator: Evaluator, tensors: Mapping[str, Tensor], image_shape: tuple[int, ...], classes: int) -> Path:
+def _compare(
+    evaluator: Evaluator, tensors: Mapping[str, Tensor], image_shape: tuple[int, ...], classes: int, batch: int
+) -> Path:
     """Return the first path that gives the loop's numbers; see ``choose_path``."""
     rng = generator("choose path")
     device = next(iter(tensors.values())).device
@@ -236,14 +262,17 @@ def _compare(evaluator: Evaluator, tensors: Mapping[str, Tensor], image_shape: t
         two = value.detach()
         if value.ndim > own[name].ndim:
             one = value[:1].detach()
+            if value.ndim == own[name].ndim + 2:  # a draw for each image
+                one = one[:, :2]
             if shared(value) or not one.is_floating_point():
-                two = one.to(_double(one)).expand(2, *own[name].shape)
+                two = one.to(_double(one)).expand(2, *one.shape[1:])
             else:
                 two = torch.cat([one.double(), 0.9 * one.double()])
         pair[name] = two.to(_double(two))
     # the values are given with each call; the module itself only has to be of the same type
-    x = torch.rand((2, *image_shape), generator=rng, dtype=torch.float64).to(device)
-    y = torch.softmax(torch.randn((2, classes), generator=rng, dtype=torch.float64), 1).to(device)
+    places = (2,) if batch == 1 else (2, 2)
+    x = torch.rand((*places, *image_shape), generator=rng, dtype=torch.float64).to(device)
+    y = torch.softmax(torch.randn((*places, classes), generator=rng, dtype=torch.float64), -1).to(device)
     along = {name: torch.randn(own[name].shape, generator=rng).to(device, torch.float64) for name in evaluator.names}
 
     def second(path: Path) -> tuple[Gradient, Tensor]:

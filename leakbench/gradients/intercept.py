@@ -8,6 +8,7 @@ Whatever the path, operations without a second derivative are written out, and r
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -57,7 +58,7 @@ def conv2d(
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """Convolve trial t with weight[t]: [T, C, H, W] and [T, O, C/groups, kh, kw] give [T, O, H', W']."""
+    """Convolve the images of trial t with weight[t]: [T * B, C, H, W] and [T, O, C/groups, kh, kw]."""
     if weight.ndim == 4:
         return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
     kernel, spread = (weight.shape[3], weight.shape[4]), pair(dilation)
@@ -66,8 +67,9 @@ def conv2d(
         x = F.pad(x, [side for total in totals for side in (total // 2, total - total // 2)])
     around = (0, 0) if isinstance(padding, str) else pair(padding)
     geometry = Geometry(pair(stride), around, spread, groups, (x.shape[2], x.shape[3]), kernel)
-    out = convolution(geometry).output(x, weight)
-    return out if bias is None else out + bias[..., None, None]
+    trials = len(weight)
+    out = convolution(geometry, trials).output(x, weight)
+    return out if bias is None else out + _each(bias, len(x) // trials)[..., None, None]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -93,24 +95,26 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    batch: int = 1,
 ) -> Tensor:
-    """Normalise each trial by the statistics of its own single image (training) or by the running ones.
+    """Normalise each trial by the statistics of its own ``batch`` images (training) or by the running ones.
 
     The running statistics are not touched. A parameter that all trials share, or that is missing, is expanded.
     """
-    trials, channels = x.shape[:2]
-    rows = x.reshape(trials, channels, -1)
+    trials, channels = x.shape[0] // batch, x.shape[1]
+    rows = x.reshape(trials, batch, channels, -1).transpose(1, 2).reshape(trials, channels, -1)
     gamma = x.new_ones(()) if weight is None else weight
     beta = x.new_zeros(()) if bias is None else bias
     gamma, beta = gamma.expand(trials, channels), beta.expand(trials, channels)
     if training or running_mean is None or running_var is None:
         if rows.shape[2] == 1:
-            raise ValueError("batch normalisation needs more than one value per channel of a single image")
+            raise ValueError("batch normalisation needs more than one value per channel of a trial")
         out = normalise(rows.flatten(0, 1), gamma.flatten(), beta.flatten(), eps)
     else:
         scale = gamma * torch.rsqrt(running_var + eps)
         out = torch.addcmul(beta[..., None], rows - running_mean[..., None], scale[..., None])
-    return out.view(x.shape)
+    return out.view(trials, channels, batch, -1).transpose(1, 2).reshape(x.shape)
 
 
 def layer_norm(
@@ -119,19 +123,27 @@ def layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    batch: int = 1,
 ) -> Tensor:
-    """Normalise the last axes; weight and bias are [*normalized_shape], or [T, *normalized_shape] for x [T, ...]."""
+    """Normalise the last axes; weight and bias are [*shape], or [T, *shape] for x [T * B, ...]."""
     shape = list(normalized_shape)
     out = F.layer_norm(x, shape, None, None, eps)
-    return _affine(out, *(_before(value, len(shape), x.ndim) for value in (weight, bias)))
+    return _affine(out, *(_before(value, len(shape), x.ndim, batch) for value in (weight, bias)))
 
 
 def group_norm(
-    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    batch: int = 1,
 ) -> Tensor:
-    """Normalise the channels of each example in groups; weight and bias are [C], or [T, C] for x [T, C, ...]."""
+    """Normalise the channels of each example in groups; weight and bias are [C], or [T, C] for x [T * B, C, ...]."""
     out = F.group_norm(x, num_groups, None, None, eps)
-    return _affine(out, _channels(weight, x.ndim), _channels(bias, x.ndim))
+    return _affine(out, _channels(weight, x.ndim, batch), _channels(bias, x.ndim, batch))
 
 
 def instance_norm(
@@ -143,10 +155,12 @@ def instance_norm(
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    batch: int = 1,
 ) -> Tensor:
-    """Normalise each channel of each example; weight and bias are [C], or [T, C] for x [T, C, ...]."""
+    """Normalise each channel of each example; weight and bias are [C], or [T, C] for x [T * B, C, ...]."""
     out = F.instance_norm(x, running_mean, running_var, None, None, use_input_stats, momentum, eps)
-    return _affine(out, _channels(weight, x.ndim), _channels(bias, x.ndim))
+    return _affine(out, _channels(weight, x.ndim, batch), _channels(bias, x.ndim, batch))
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -154,16 +168,24 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
-def _before(value: Tensor | None, trailing: int, ndim: int) -> Tensor | None:
-    """Return [T, 1, ..., *shape] with ndim axes for [T, *shape]; a tensor without a trial axis is left as it is."""
+def _each(value: Tensor, batch: int) -> Tensor:
+    """Return a row of [T, ...] for each of the ``batch`` images of a trial: [T * B, ...]."""
+    return value if batch == 1 else value.repeat_interleave(batch, 0)
+
+
+def _before(value: Tensor | None, trailing: int, ndim: int, batch: int) -> Tensor | None:
+    """Return [T * B, 1, ..., *shape] with ndim axes for [T, *shape]; one without a trial axis is left as it is."""
     if value is None or value.ndim == trailing:
         return value
-    return value.view(len(value), *[1] * (ndim - 1 - trailing), *value.shape[1:])
+    rows = _each(value, batch)
+    return rows.view(len(rows), *[1] * (ndim - 1 - trailing), *value.shape[1:])
 
 
-def _channels(value: Tensor | None, ndim: int) -> Tensor | None:
-    """Return [C, 1, ...] or [T, C, 1, ...], as it meets a tensor [T, C, ...] of ndim axes."""
-    return None if value is None else value[(..., *[None] * (ndim - 2))]
+def _channels(value: Tensor | None, ndim: int, batch: int) -> Tensor | None:
+    """Return [C, 1, ...] or [T * B, C, 1, ...], as it meets a tensor [T * B, C, ...] of ndim axes."""
+    if value is None:
+        return None
+    return (value if value.ndim == 1 else _each(value, batch))[(..., *[None] * (ndim - 2))]
 
 
 PER_TRIAL: Operations = {
@@ -176,6 +198,14 @@ PER_TRIAL: Operations = {
     F.instance_norm: instance_norm,
 }
 """For parameters [T, *shape] and a batch axis of T trials."""
+
+
+def per_trial(batch: int) -> Operations:
+    """Return the operations for parameters [T, *shape] and an axis of T trials of ``batch`` images each."""
+    if batch == 1:
+        return PER_TRIAL
+    normalisations = (F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm)
+    return {**PER_TRIAL, **{func: partial(PER_TRIAL[func], batch=batch) for func in normalisations}}
 
 
 def _batch_norm_in_vmap(

@@ -19,6 +19,7 @@ from leakbench.engine.run import RunOptions
 from leakbench.errors import BadOption, LeakbenchError
 from leakbench.leaderboard.entry import Entry, TrialOf, entries
 from leakbench.plan.matrix import RECOVERY, Matrix
+from leakbench.plan.trial import split_label
 from leakbench.store.records import PluginFile
 from leakbench.store.run_file import FILE, Store
 
@@ -141,7 +142,7 @@ def check(
             for other in entries(store, run.resolve().name, utility.load(run / utility.FILE))[0]
             if (other.dataset, other.model, other.defense) == (entry.dataset, entry.model, entry.defense)
         ]
-        planned = store.trials().set_index("trial")
+        planned, records = store.trials().set_index("trial"), store.records()
     if not mine:
         raise BadOption(
             f"the run {str(run)!r} has no finished defense {entry.defense!r} on {entry.dataset}, {entry.model}; give "
@@ -166,7 +167,9 @@ def check(
                 for axis in ("attack", "defense", "model", "dataset")
             }
             axes["defenses"] += owners(components.values(), own, threat)
-            matrix = Matrix(**axes, threats=[threat], images=[trial.image], seeds=[trial.seed], floors=False)
+            client = split_label(str(row["dataset"]))[1] or "local"
+            images = [trial.image, *records[trial.id].others]
+            matrix = Matrix(**axes, threats=[threat], clients=[client], images=images, seeds=[trial.seed], floors=False)
             made = [one.id for one in matrix.trials()]
             if trial.id not in made:
                 raise BadOption(

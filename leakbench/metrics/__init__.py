@@ -17,9 +17,17 @@ NOT_LEAKAGE = frozenset({"ssim_public", "psnr_encoded_floor", "ssim_encoded_floo
 """The metrics that judge others, or the defense: no table of leakage shows them."""
 
 
-def of_run(named: Collection[str] = ()) -> list[Metric]:
-    """Return the metrics of a run: those of every run, and those it names, in the order of their columns."""
-    return [parse(name) for name in names() if get(name).default or name in named]
+def of_run(named: Collection[str] = (), batches: bool = False) -> list[Metric]:
+    """Return the metrics of a run: those of every run, and those it names, in the order of their columns.
+
+    A run with clients of several images has those of batches, too.
+    """
+    return [parse(name) for name in names() if get(name).default or name in named or (batches and of_batches(name))]
+
+
+def of_batches(name: str) -> bool:
+    """Return whether a metric is about a whole batch."""
+    return issubclass(get(name), members.BatchMetric)
 
 
 _SHIPPED = intact.snapshot()

@@ -4,13 +4,61 @@ An attack on a batch returns images in no order. One assignment, by the error th
 leaves, pairs them with the private images; every metric is computed on these pairs, and floors are matched likewise.
 """
 
+from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from leakbench.metrics.aligned import AlignedPSNR, AlignedSSIM
+from leakbench.metrics.base import Metric, register
+
+RECOVERED = 0.6
+"""The ``ssim_aligned`` from which on an image counts in ``recovered_share``: the usual threshold."""
+
+MAX_DECOYS = 1000
+"""The most public images among which a reconstruction must identify its own."""
+
 GREY = 0.5
 """The grey level in place of an image that was not returned."""
+
+
+@dataclass(frozen=True)
+class ScoredBatches:
+    """The batches of T clients after the assignment.
+
+    Attributes:
+        images: [T, B, C, H, W], the reconstructions in the order of the private images; grey where none is left.
+        truth: [T, B, C, H, W] in [0, 1].
+        inferred: [T, M] int64, the labels that the attack inferred or was given, in any order; None if it names none.
+        labels: [T, B] int64, the true ones.
+        public: [P, C, H, W] in [0, 1], other images of the same kind.
+        values: the members' values [T, B] of each metric by name.
+    """
+
+    images: Tensor
+    truth: Tensor
+    inferred: Tensor | None
+    labels: Tensor
+    public: Tensor
+    values: Mapping[str, Tensor]
+
+
+class BatchMetric(Metric):
+    """A measure of a whole batch; only runs with clients of several images have it."""
+
+    higher_is_better: ClassVar[bool] = True
+    default: ClassVar[bool] = False
+
+    def __call__(self, images: Tensor, truth: Tensor) -> Tensor:
+        """Return [T] NaN: one image is no batch."""
+        return torch.full((len(truth),), torch.nan, dtype=torch.float64, device=truth.device)
+
+    @abstractmethod
+    def of_batches(self, scored: ScoredBatches) -> Tensor:
+        """Return [T] float64, NaN for none."""
 
 
 @dataclass(frozen=True)
@@ -114,3 +162,126 @@ def count_overlap(found: Tensor, true: Tensor) -> Tensor:
         [...] float64 in [0, 1].
     """
     return torch.minimum(found, true).double().sum(-1) / true.double().sum(-1)
+
+
+@register("label_counts")
+@dataclass(frozen=True)
+class LabelCounts(BatchMetric):
+    """The share of a batch's labels that were inferred, whatever their order."""
+
+    convention: ClassVar[str] = "0 to 1: 1 - sum |n' - n| / (2 B) over the counts; none if the attack names no labels"
+    reference: ClassVar[str] = "definition"
+
+    def of_batches(self, scored: ScoredBatches) -> Tensor:
+        """Return the overlap of the counts."""
+        if scored.inferred is None:
+            return self(scored.images, scored.truth)
+        classes = 1 + int(torch.cat([scored.inferred, scored.labels], 1).max())
+        found, true = (torch.nn.functional.one_hot(own, classes).sum(1) for own in (scored.inferred, scored.labels))
+        return count_overlap(found, true)
+
+
+@register("recovered_share")
+@dataclass(frozen=True)
+class RecoveredShare(BatchMetric):
+    """The share of a batch's images whose reconstruction has an aligned SSIM of 0.6 or more."""
+
+    convention: ClassVar[str] = f"0 to 1, ssim_aligned of at least {RECOVERED:g}; to be read beside the floors'"
+    reference: ClassVar[str] = "definition"
+
+    def of_batches(self, scored: ScoredBatches) -> Tensor:
+        """Return the share."""
+        values = scored.values.get(AlignedSSIM.name)
+        none = self(scored.images, scored.truth)
+        return (
+            none if values is None else torch.where(values.isnan().any(1), none, (values >= RECOVERED).double().mean(1))
+        )
+
+
+@register("identified")
+@dataclass(frozen=True)
+class Identified(BatchMetric):
+    """The share of images whose reconstruction correlates most with its own, of the batch and public decoys."""
+
+    convention: ClassVar[str] = (
+        f"0 to 1; nearest by squared correlation, of the batch and up to {MAX_DECOYS} public images"
+    )
+    reference: ClassVar[str] = "definition"
+
+    def of_batches(self, scored: ScoredBatches) -> Tensor:
+        """Return the share."""
+        decoys = scored.public[:MAX_DECOYS].to(scored.truth)
+        return torch.stack(
+            [_identified(images, torch.cat([truth, decoys])) for images, truth in zip(scored.images, scored.truth)]
+        )
+
+
+def _identified(images: Tensor, candidates: Tensor) -> Tensor:
+    guess, known = (_centred(one.double().flatten(1)) for one in (images, candidates))
+    lengths = known.norm(dim=1).clamp(min=torch.finfo(known.dtype).tiny)
+    nearest = ((guess @ known.T) / lengths).square().argmax(1)
+    own = torch.arange(len(images), device=nearest.device)
+    return ((nearest == own) & guess.any(1)).double().mean()
+
+
+class _Extreme(BatchMetric):
+    """The best or the worst image of a batch in a metric.
+
+    Attributes:
+        of: the metric.
+        best: whether the best one.
+    """
+
+    of: ClassVar[type[Metric]]
+    best: ClassVar[bool]
+
+    def of_batches(self, scored: ScoredBatches) -> Tensor:
+        """Return the largest or the smallest value."""
+        values = scored.values.get(self.of.name)
+        if values is None:
+            return self(scored.images, scored.truth)
+        return values.amax(1) if self.best else values.amin(1)
+
+
+@register("psnr_aligned_worst")
+@dataclass(frozen=True)
+class WorstAlignedPSNR(_Extreme):
+    """Aligned PSNR of the image of a batch that leaks least."""
+
+    convention: ClassVar[str] = "dB, psnr_aligned of the image with the least"
+    reference: ClassVar[str] = "psnr_aligned"
+    of: ClassVar[type[Metric]] = AlignedPSNR
+    best: ClassVar[bool] = False
+
+
+@register("psnr_aligned_best")
+@dataclass(frozen=True)
+class BestAlignedPSNR(_Extreme):
+    """Aligned PSNR of the image of a batch that leaks most; the assignment lifts that of a floor, too."""
+
+    convention: ClassVar[str] = "dB, psnr_aligned of the image with the most; to be read beside the floors'"
+    reference: ClassVar[str] = "psnr_aligned"
+    of: ClassVar[type[Metric]] = AlignedPSNR
+    best: ClassVar[bool] = True
+
+
+@register("ssim_aligned_worst")
+@dataclass(frozen=True)
+class WorstAlignedSSIM(_Extreme):
+    """Aligned SSIM of the image of a batch that leaks least."""
+
+    convention: ClassVar[str] = "-1 to 1, ssim_aligned of the image with the least"
+    reference: ClassVar[str] = "ssim_aligned"
+    of: ClassVar[type[Metric]] = AlignedSSIM
+    best: ClassVar[bool] = False
+
+
+@register("ssim_aligned_best")
+@dataclass(frozen=True)
+class BestAlignedSSIM(_Extreme):
+    """Aligned SSIM of the image of a batch that leaks most; the assignment lifts that of a floor, too."""
+
+    convention: ClassVar[str] = "-1 to 1, ssim_aligned of the image with the most; to be read beside the floors'"
+    reference: ClassVar[str] = "ssim_aligned"
+    of: ClassVar[type[Metric]] = AlignedSSIM
+    best: ClassVar[bool] = True

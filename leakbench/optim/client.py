@@ -95,6 +95,15 @@ class ClientOptimiser:
             weights, state = bare.moved(weights, {"": torch.ones((), dtype=torch.float64)}, state)
         return -float(weights[""])
 
+    def decayed(self, steps: int) -> float:
+        """Return the share of the weights that steps take away beside all gradients; 0 for Adam, where it depends."""
+        if self.kind != "sgd" or not self.weight_decay:
+            return 0.0
+        weights, state = {"": torch.ones((), dtype=torch.float64)}, ClientState()
+        for _ in range(steps):
+            weights, state = self.moved(weights, {"": torch.zeros((), dtype=torch.float64)}, state)
+        return 1 - float(weights[""])
+
     def _sgd(self, gradient: Gradient, state: ClientState) -> tuple[Gradient, ClientState]:
         if not self.momentum:
             return gradient, ClientState(state.steps + 1)

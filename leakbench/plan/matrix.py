@@ -12,8 +12,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SkipValidation, ValidationError
 from torch import nn
 
-from leakbench import attacks, datasets, defenses, metrics, models
+from leakbench import attacks, clients, datasets, defenses, metrics, models
 from leakbench.attacks import Attack
+from leakbench.clients import LocalTraining
+from leakbench.clients.local import ONE_IMAGE, Local
 from leakbench.core.registry import split_options
 from leakbench.core.text import plural
 from leakbench.core.types import HONEST, PRESETS, ThreatModel
@@ -72,7 +74,7 @@ class _Threat(BaseModel):
     """The fields of a threat model as TOML writes them."""
 
     model_config = ConfigDict(extra="forbid")
-    labels: Literal["inferred", "known"] = "inferred"
+    labels: Literal["inferred", "counts", "known"] = "inferred"
     reveals: frozenset[str] = frozenset()
     informed: Annotated[
         bool | Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")], Field(union_mode="left_to_right")
@@ -83,6 +85,9 @@ class _Threat(BaseModel):
     local_steps: Annotated[int, Field(ge=1, le=10_000)] = 1
     rate: Literal["hidden", "known"] = "hidden"
     server: Annotated[str, AfterValidator(lambda value: crafted.spec(crafted.parse(value)))] = HONEST
+    count: Literal["known", "hidden"] = "known"
+    recipe: Literal["known", "hidden"] = "known"
+    order: Literal["hidden", "known"] = "hidden"
 
     def build(self) -> ThreatModel:
         local = sorted(self.model_fields_set & {"learning_rate", "local_steps", "rate"})
@@ -101,6 +106,9 @@ MAX_TRIALS = 10_000_000
 FLOORS = ("random", "grey", "mean")
 """The floors that a matrix adds to its attacks."""
 
+BATCH_FLOORS = (*FLOORS, "others")
+"""Those of clients of several images."""
+
 EVERY = "every"
 """The value of ``informed`` in a threat model of a matrix that asks for every adaptive attacker of each defense."""
 
@@ -109,6 +117,7 @@ RECOVERY = "ssim_aligned"
 
 AttackAxis = Annotated[tuple[SkipValidation[Attack], ...], axis("attacks", attacks.parse)]
 ThreatAxis = Annotated[tuple[SkipValidation[ThreatModel], ...], axis("threats", parse_threat)]
+ClientAxis = Annotated[tuple[SkipValidation[LocalTraining], ...], axis("clients", clients.parse)]
 MetricAxis = Annotated[tuple[SkipValidation[Metric], ...], axis("metrics", metrics.parse)]
 
 
@@ -163,6 +172,9 @@ class Matrix(Axes):
         floors: add the floors ``random``, ``grey`` and ``mean`` (behind no defense, since they use no gradient) unless
             they are named: the scores of an attack are read against them.
         metrics: specs or Metric objects, beside those of every run. They change no trial and no trial's id.
+        clients: specs or LocalTraining objects: how many images a client has, and how it trains. The images are cut
+            into consecutive batches, so that every client trains on the same ones.
+        batch: numbers of images, in place of ``clients``: ``local(batch=N)`` for each.
 
     Raises:
         BadOption: one line on the first field that is not valid.
@@ -180,14 +192,22 @@ class Matrix(Axes):
     seeds: Indices = [0]
     floors: bool = True
     metrics: MetricAxis = ()
+    clients: ClientAxis = (ONE_IMAGE,)
 
     def __init__(self, /, **axes: Any) -> None:
         named = [axis for axis in ("attacks", "threats") if axis in axes]
         if axes.get("stages") and named:
             raise BadOption(f"matrix: both stages and {named[0]} are given; give {named[0]} in every stage")
+        if "batch" in axes:
+            if "clients" in axes:
+                raise BadOption("matrix: both clients and batch are given; write batch=N in the specs of the clients")
+            axes["clients"] = _batches(axes.pop("batch"))
         super().__init__(**axes)
         if not self.attacks and not self.stages:
             raise BadOption(f"matrix: {_missing('attacks')}")
+        for client, stage in itertools.product(self.clients, self.steps):
+            for threat in stage.threats:
+                clients.check_threat(client, threat)
         self._check_informed()
         self._check_metrics()
 
@@ -248,15 +268,21 @@ class Matrix(Axes):
         images = range(self.images) if isinstance(self.images, int) else self.images
         seeds = range(self.seeds) if isinstance(self.seeds, int) else self.seeds
         cells = [
-            Cell(dataset, model, defense, attack, threat)
+            Cell(dataset, model, defense, attack, threat, client)
             for stage in self.steps
-            for dataset, model, (threat, behind) in itertools.product(
-                self.datasets, self.models, self._grants(stage.threats)
+            for dataset, model, client, (threat, behind) in itertools.product(
+                self.datasets, self.models, self.clients, tuple(self._grants(stage.threats))
             )
-            for defense, attack in [*self._floors(model), *itertools.product(behind, stage.attacks)]
+            for defense, attack in [*self._floors(model, client), *itertools.product(behind, stage.attacks)]
         ]
         check_count("trials", len(cells), images, seeds)
-        trials = (Trial(cell, image, seed) for cell in cells for seed, image in itertools.product(seeds, images))
+        pairs = itertools.product(self.datasets, self.clients)
+        members = {(datasets.spec(dataset), client): members_of(dataset, client, images) for dataset, client in pairs}
+        trials = (
+            Trial(cell, own[0], seed, own[1:])
+            for cell in cells
+            for seed, own in itertools.product(seeds, members[cell.specs["dataset"], cell.client])
+        )
         return tuple({trial.id: trial for trial in trials}.values())
 
     def _grants(self, threats: Sequence[ThreatModel]) -> Iterator[tuple[ThreatModel, tuple[Defense, ...]]]:
@@ -273,10 +299,11 @@ class Matrix(Axes):
                 behind = tuple(defense for defense in self.defenses if variant in _informed(defense))
                 yield replace(threat, informed=variant, name=""), behind
 
-    def _floors(self, model: Model) -> list[tuple[Defense, Attack]]:
+    def _floors(self, model: Model, client: LocalTraining) -> list[tuple[Defense, Attack]]:
         """Return the added floors; they use no gradient, so they run behind the defense of a checkpoint, or none."""
         named = {attack.name for stage in self.steps for attack in stage.attacks}
-        wanted = [floor for floor in FLOORS if self.floors and floor not in named]
+        floors = FLOORS if client.count == 1 else BATCH_FLOORS
+        wanted = [floor for floor in floors if self.floors and floor not in named]
         checkpoint = model.checkpoint()
         behind = (checkpoint.defense if checkpoint else "") or "none"
         return [(defenses.parse(behind), attacks.parse(floor)) for floor in wanted]
@@ -297,8 +324,37 @@ class Matrix(Axes):
             "seeds": self.seeds,
             "floors": self.floors,
         }
+        found |= {} if self.clients == (ONE_IMAGE,) else {"clients": [clients.spec(one) for one in self.clients]}
         found |= {} if self.threshold is None else {"threshold": self.threshold}
         return found | ({"metrics": [metrics.spec(metric) for metric in self.metrics]} if self.metrics else {})
+
+
+def members_of(dataset: Dataset, client: LocalTraining, images: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return the indices of the images of each client, cut from these.
+
+    Raises:
+        BadOption: they do not fill a batch.
+    """
+    if client.count == 1 and not client.needs_labels:
+        return [(index,) for index in images]
+    labels: dict[int, int] = {}
+    if client.needs_labels:
+        labels = dict(zip(images, dataset.load(list(images))[1].tolist()))
+    try:
+        return client.members(list(images), labels)
+    except BadOption as error:
+        raise BadOption(f"client {clients.spec(client)!r}: {error}") from None
+
+
+def _batches(value: object) -> list[LocalTraining]:
+    """Return a client for each number of images."""
+    sizes: Sequence[Any] = value if isinstance(value, (list, tuple)) else [value]
+    if not sizes:
+        raise BadOption("batch is empty; name at least one number of images, such as batch = [1, 8]")
+    for size in sizes:
+        if isinstance(size, bool) or not str(size).isdecimal() or not int(size) >= 1:
+            raise BadOption(f"batch={size!r} is not a number of images; write batch = [1, 8], or --batch 8")
+    return [Local(batch=int(size)) for size in sizes]
 
 
 def _informed(defense: Defense) -> tuple[bool | str, ...]:
@@ -374,7 +430,8 @@ def override(axes: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
     In a matrix of stages, given threat models replace those of every stage. Given attacks replace all stages: each
     becomes a stage of its own, under all threat models of the former stages.
     """
-    merged = {**axes, **given}
+    replaced = {"clients", "batch"} if {"clients", "batch"} & set(given) else set()  # two ways to say one thing
+    merged = {**{axis: value for axis, value in axes.items() if axis not in replaced}, **given}
     stages = axes.get("stages")
     if not isinstance(stages, list) or not all(isinstance(stage, Mapping) for stage in stages):
         return merged  # without stages, or with some that ``Matrix`` refuses

@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from leakbench import attacks, datasets, defenses, models
+from leakbench import attacks, clients, datasets, defenses, models
 from leakbench.attacks import Attack
+from leakbench.clients import LocalTraining
+from leakbench.clients.local import ONE_IMAGE
 from leakbench.core.component import as_json
 from leakbench.core.types import ThreatModel
 from leakbench.datasets import Dataset
@@ -37,10 +39,11 @@ class Cell:
     defense: Defense
     attack: Attack
     threat: ThreatModel
+    client: LocalTraining = ONE_IMAGE
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Everything that identifies the cell, as plain JSON values."""
+        """Everything that identifies the cell, as plain JSON values; the client unless it is the one of one image."""
         return as_json(
             {
                 "dataset": self.dataset.settings(),
@@ -48,6 +51,7 @@ class Cell:
                 "defense": self.defense.settings(),
                 "attack": self.attack.settings(),
                 "threat": self.threat.settings(),
+                **({} if self.client == ONE_IMAGE else {"client": self.client.settings()}),
             }
         )
 
@@ -67,12 +71,39 @@ class Cell:
             "threat": self.threat.spec(),
         }
 
+    @cached_property
+    def labels(self) -> dict[str, str]:
+        """The specs as results name them: the dataset with the client, unless that is the one of one image.
+
+        Images of other clients are other targets, with floors of their own: ``cifar10 with local(batch=8)``.
+        """
+        if self.client == ONE_IMAGE:
+            return self.specs
+        return {**self.specs, "dataset": f"{self.specs['dataset']}{WITH}{clients.spec(self.client)}"}
+
+    @property
+    def threat_words(self) -> str:
+        """What the attacker is granted, and what the client does, in sentences."""
+        if self.client == ONE_IMAGE:
+            return self.threat.describe()
+        return self.threat.describe(self.client.words(), self.client.recipe(), self.client.rate)
+
     @property
     def words(self) -> str:
         """The cell in a few words, for messages; a user's own network has its own name."""
-        specs = self.specs
+        specs = self.labels
         model = self.model.title if isinstance(self.model, OwnModule) else specs["model"]
         return f"{specs['attack']} against {specs['defense']}, {model} on {specs['dataset']}"
+
+
+WITH = " with "
+"""What separates dataset and client in a label."""
+
+
+def split_label(label: str) -> tuple[str, str]:
+    """Return the specs of dataset and client of which a label was made (``Cell.labels``); no client for the default."""
+    dataset, _, client = label.partition(WITH)
+    return dataset, client
 
 
 def cell_key(settings: Mapping[str, Any]) -> str:
@@ -80,29 +111,44 @@ def cell_key(settings: Mapping[str, Any]) -> str:
     return json.dumps({**settings, "image": None, "seed": None}, sort_keys=True)
 
 
-def trial_id(cell: Mapping[str, Any], image: int, seed: int) -> str:
-    """Return 16 hex digits: a hash of every resolved setting, defaults written out and component versions included."""
-    text = json.dumps({**cell, "image": image, "seed": seed}, sort_keys=True)
+def trial_id(cell: Mapping[str, Any], image: int, seed: int, others: Sequence[int] = ()) -> str:
+    """Return 16 hex digits: a hash of every resolved setting, defaults written out and component versions included.
+
+    Args:
+        cell: the settings of its cell.
+        image: the index of its first image.
+        seed: its seed.
+        others: the indices of the further images of a batch.
+    """
+    batch = {"others": list(others)} if others else {}
+    text = json.dumps({**cell, "image": image, "seed": seed, **batch}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One attack on one private image behind one defense.
+    """One attack on one client, which has one private image or a batch, behind one defense.
 
     Attributes:
-        image: the index of the image in the dataset.
+        image: the index of the image in the dataset; of a batch, that of the first one.
         seed: the seed of the weights, the client's draws and the attacker's start.
+        others: the indices of the further images of a batch.
     """
 
     cell: Cell
     image: int
     seed: int
+    others: tuple[int, ...] = ()
 
     @cached_property
     def id(self) -> str:
         """The hash that identifies the trial (``trial_id``)."""
-        return trial_id(self.cell.settings, self.image, self.seed)
+        return trial_id(self.cell.settings, self.image, self.seed, self.others)
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The indices of all images of the client."""
+        return (self.image, *self.others)
 
     @property
     def target(self) -> str:
@@ -115,6 +161,27 @@ UNSEEN = "the network ran on something that has not the size of the image: score
 
 MAX_PICTURE_ERROR = 1e-4
 """The mean squared error that a stored picture may add to a reconstruction, after the fit: 40 dB."""
+
+
+@dataclass(frozen=True)
+class BatchMember:
+    """An image of a batch, and the reconstruction that was assigned to it.
+
+    Attributes:
+        image: its index in the dataset.
+        label: its true label; None if it is not known.
+        truth: a PNG of the private image.
+        reconstruction: a PNG, as of a result; None if none was left for it.
+        aligned: likewise.
+        scores: metric name -> value; of the grey image if no reconstruction was left.
+    """
+
+    image: int
+    label: int | None
+    truth: bytes
+    reconstruction: bytes | None
+    aligned: bytes | None
+    scores: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -134,6 +201,8 @@ class Result:
         evaluations: how often the attack evaluated its objective, if it counts.
         path: how the gradients were computed, ``batched``, ``vmap`` or ``one-at-a-time``.
         findings: further numbers that the attack found, by name (``Reconstruction.findings``); only finite ones.
+        members: the images of a batch of several, in the client's order; the other fields are then those of its first
+            image, and ``scores`` the means over all.
         curve: the objective at some evaluations (``Curve.rows``); empty if there is none.
         aligned: a PNG of the reconstruction after the best fit of brightness and contrast to the private image
             (``metrics.aligned``). Only where ``reconstruction`` cannot show it: values outside [0, 1] are lost there,
@@ -153,4 +222,5 @@ class Result:
     path: str = ""
     findings: Mapping[str, float] = field(default_factory=dict)
     curve: bytes = b""
+    members: tuple[BatchMember, ...] = ()
     aligned: bytes | None = None

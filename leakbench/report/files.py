@@ -11,7 +11,19 @@ from leakbench.analysis import pareto as utility
 from leakbench.core.files import draft
 from leakbench.core.text import slug
 from leakbench.errors import BadOption, LeakbenchError
-from leakbench.report import charts, compare, curves, figures, grids, html, latex, sharing, weights, worst_case
+from leakbench.report import (
+    batches,
+    charts,
+    compare,
+    curves,
+    figures,
+    grids,
+    html,
+    latex,
+    sharing,
+    weights,
+    worst_case,
+)
 from leakbench.report.figure import saved
 from leakbench.report.markdown import markdown
 from leakbench.report.run import Picture, RunData
@@ -23,7 +35,7 @@ from leakbench.store.run_file import FILE, Store
 FORMATS = ("md", "csv", "html", "latex")
 """The formats of a report."""
 
-STUDIES = ("worst-case.md", "curves.md", "sharing.md", "weights.md")
+STUDIES = ("worst-case.md", "curves.md", "batches.md", "sharing.md", "weights.md")
 """The pages that a run has beside ``report.md`` if it has trials of their kind."""
 
 CSV = "results.csv"
@@ -76,7 +88,7 @@ def write(out: Path | str, formats: Collection[str] = DEFAULT_FORMATS) -> list[P
             written.append(replace(out / "report.md", markdown(run, pictures, maps).encode()))
             if run.threshold is not None:
                 written.append(replace(out / "worst-case.md", worst_case.markdown(run, run.threshold).encode()))
-            for study in (curves.study(run), sharing.study(run, store), weights.study(run, store)):
+            for study in (curves.study(run), batches.study(run), sharing.study(run, store), weights.study(run, store)):
                 for name, data in () if study is None else study.files():
                     written.append(replace(out / name, data))
             kept = {path.removeprefix("grids/") for path in (*maps.values(), *(picture.path for picture in pictures))}
@@ -143,6 +155,7 @@ def has_only_csv(out: Path) -> bool:
 
 def _pages(store: Store, results: pd.DataFrame) -> list[grids.GridPage]:
     """Return the grids, with as many images as keep a report small."""
+    results = grids.of_members(results, store.members(results["trial"]))
     found = grids.pages(results)
     firsts = [page.trials[0] for page in found]
     pictures = store.images(firsts)

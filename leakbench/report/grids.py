@@ -3,8 +3,8 @@
 import itertools
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -21,8 +21,9 @@ from PIL import Image
 from leakbench.analysis.summary import ANY, BLOCK, without_repeats
 from leakbench.core.images import decoded
 from leakbench.core.text import number, slug
+from leakbench.metrics.members import LabelCounts
 from leakbench.report.figure import GREY, RED, spelled
-from leakbench.store.records import Pictures
+from leakbench.store.records import Pictures, StoredMember
 
 MAX_ROWS = 12
 """The number of images that are shown: the first ones by index."""
@@ -40,6 +41,8 @@ THUMBNAIL = 128
 """The longest side of a picture in pixels."""
 
 _UNDER = ("psnr", "psnr_aligned")
+LABEL_COUNTS = LabelCounts.name
+"""Under the first image of a batch: the share of its labels that were inferred."""
 _ALIGNED = (
     "Aligned: drawn after the best fit of brightness and contrast to the private image; as returned, the picture would "
     "show nothing."
@@ -79,6 +82,7 @@ class GridPage:
         title: the heading above the grid.
         seed: whose trials these are.
         legend: the meaning of the numbers under each reconstruction.
+        firsts: the first images of batches of several, with the number of images that are shown of each.
         columns: neighbours of the same attack share a header.
     """
 
@@ -89,11 +93,43 @@ class GridPage:
     legend: str
     images: tuple[int, ...]
     columns: tuple[Column, ...]
+    firsts: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def trials(self) -> list[str]:
         """The trials whose pictures are needed."""
         return [column.cells[i].trial for column in self.columns for i in self.images if i in column.cells]
+
+
+BATCH = "batch"
+"""The column of ``of_members`` with the first image of a batch; -1 for clients of one image."""
+
+
+def of_members(results: pd.DataFrame, members: Mapping[str, Sequence[StoredMember]]) -> pd.DataFrame:
+    """Return results in which each trial of a batch has a row for every image, with its own scores.
+
+    The trials of these are named by the trial and the place of the image in the batch (``Store.images``).
+
+    Args:
+        results: of a run.
+        members: of its batches, by trial.
+    """
+    if not members:
+        return results
+    rows: list[dict[Hashable, Any]] = []
+    for row in results.to_dict("records"):
+        own = members.get(str(row["trial"]))
+        if own is None:
+            rows.append({**row, BATCH: -1})
+        for place, member in enumerate(own or ()):
+            scores: dict[Hashable, Any] = {name: member.scores.get(name, math.nan) for name in _UNDER if name in row}
+            named: dict[Hashable, Any] = {
+                "trial": f"{row['trial']}/{place}",
+                "image": member.image,
+                BATCH: row["image"],
+            }
+            rows.append({**row, **scores, **named})
+    return pd.DataFrame(rows)
 
 
 def pages(results: pd.DataFrame, rows: int = MAX_ROWS) -> list[GridPage]:
@@ -108,7 +144,7 @@ def pages(results: pd.DataFrame, rows: int = MAX_ROWS) -> list[GridPage]:
     found: list[GridPage] = []
     for key, block in once.groupby([*BLOCK, "seed"], sort=False):
         dataset, model, threat, seed = (str(part) for part in key)
-        images = tuple(sorted(int(i) for i in block["image"].unique())[:rows])
+        images, firsts = _rows(block, rows)
         columns = _columns(block, images, under)
         chunks = _chunks(columns)
         for index, chunk in enumerate(chunks):
@@ -122,9 +158,26 @@ def pages(results: pd.DataFrame, rows: int = MAX_ROWS) -> list[GridPage]:
                     legend=legend,
                     images=images,
                     columns=chunk,
+                    firsts=firsts,
                 )
             )
     return found
+
+
+def _rows(block: pd.DataFrame, rows: int) -> tuple[tuple[int, ...], dict[int, int]]:
+    """Return the images that are shown, whole batches first, and the first ones of batches (``GridPage.firsts``)."""
+    every = tuple(sorted(int(i) for i in block["image"].unique()))
+    if BATCH not in block or (block[BATCH] < 0).all():
+        return every[:rows], {}
+    shown: tuple[int, ...] = ()
+    firsts: dict[int, int] = {}
+    for _, own in block[block[BATCH] >= 0].groupby(BATCH):
+        images = list(dict.fromkeys(own.sort_values("trial", kind="stable")["image"].astype(int)))
+        if shown and len(shown) + len(images) > rows:
+            break
+        shown += tuple(images[:rows])
+        firsts[images[0]] = len(images[:rows])
+    return shown, firsts
 
 
 def _first_seeds(results: pd.DataFrame) -> pd.DataFrame:
@@ -188,6 +241,11 @@ def figure(page: GridPage, pictures: Mapping[str, Pictures]) -> Figure:
     for row, i in enumerate(page.images):
         level = top + row * step
         label = "\n".join(_wrapped(f"image {i}", _LABELS))
+        if i in page.firsts:
+            label = f"batch of\n{label}" if row else label
+            ends = (_MARGIN / width, 1 - _MARGIN / width)
+            high_up = 1 - (level - (6 if row else 0)) / height
+            drawn.add_artist(Line2D(ends, [high_up, high_up], color=GREY, linewidth=0.8))
         text((_MARGIN + _LABELS - 6) / width, 1 - (level + high / 2) / height, label, ha="right", va="center")
         _panel(drawn, truths.get(i), (_MARGIN + _LABELS, level, column, high))
         for left, name, own in zip(itertools.chain(*lefts), names, page.columns):
@@ -243,6 +301,8 @@ def _columns(block: pd.DataFrame, images: Sequence[int], under: Sequence[str]) -
     for row in shown.to_dict("records"):
         attack = f"{row['attack']} (floor)" if row["defense"] == ANY else str(row["attack"])
         values = [number(row[name], None if abs(row[name]) >= 1e4 else 1) for name in under]
+        if row["image"] == row.get(BATCH, -1) and row.get(LABEL_COUNTS, math.nan) == row.get(LABEL_COUNTS):
+            values.append(f"labels {number(float(row[LABEL_COUNTS]), 2)}")
         scored = row["status"] in ("ok", "failed")
         scores = (float(row.get(_UNDER[0], math.nan)), float(row.get(_UNDER[1], math.nan)))
         cell = GridCell(str(row["trial"]), str(row["status"]), " / ".join(values) if scored else "", scores)

@@ -72,7 +72,10 @@ def show(store: Store, prefix: str) -> Shown:
         facts = [(axis, _component(specs[axis])) for axis in COMPONENT_AXES]
         facts.append(("threat model", f"{row['threat']}: {record.threat}"))
         label = "" if record.label is None else f", whose label is {record.label}"
-        facts.append(("image", f"index {row['image']}{label}; seed {row['seed']}"))
+        batch = f"s {', '.join(map(str, record.others))} and" if record.others else ""
+        facts.append(
+            ("image", f"index {row['image']}{label}; {'with' + batch + ' ' if batch else ''}seed {row['seed']}")
+        )
         facts.append(("status", _status(str(row["status"]), str(row["reason"]))))
         if record.session is not None:
             session = {one.id: one for one in sessions}[record.session]
@@ -86,7 +89,9 @@ def show(store: Store, prefix: str) -> Shown:
             trial=trial,
             facts=tuple((label, "\n".join(map(one_line, words.split("\n")))) for label, words in facts),
             metrics=_metrics(row, trials, scored) if scored else None,
-            command="".join(filter(str.isprintable, repeat.command(trial, int(row["image"]), int(row["seed"])))),
+            command="".join(
+                filter(str.isprintable, repeat.command(trial, (int(row["image"]), *record.others), int(row["seed"])))
+            ),
             note=one_line(repeat.note),
         )
 

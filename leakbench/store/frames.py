@@ -15,6 +15,7 @@ from leakbench.core.text import name_of
 from leakbench.errors import LeakbenchError
 from leakbench.models.base import with_mode
 from leakbench.models.weights import Checkpoint
+from leakbench.plan.trial import split_label
 from leakbench.store.records import Statement, StoredComponent
 
 BEFORE = ("trial", "dataset", "model", "defense", "attack", "threat", "image", "seed", "status", "seconds")
@@ -169,7 +170,7 @@ def from_csv(file: Path, read: Callable[[str], bool] = lambda column: True) -> p
     data = data[~data["attack"].map({spec: kind.is_control for spec, kind in kinds.items()})]
     if "group" not in data:
         places = data[["dataset", "image"]].drop_duplicates().itertuples(index=False, name=None)
-        groups = {(spec, image): datasets.parse(spec).group(image) for spec, image in places}
+        groups = {(spec, image): datasets.parse(split_label(spec)[0]).group(image) for spec, image in places}
         data = data.assign(group=[groups[place] for place in zip(data["dataset"], data["image"])])
     floors = data["attack"].map({spec: kind.floor for spec, kind in kinds.items()})
     return data.assign(floor=floors, reason=data["reason"].astype("str").fillna(""), path="")

@@ -10,7 +10,7 @@ from pathlib import Path
 from leakbench.core.lock import alone
 from leakbench.errors import BadOption, LeakbenchError
 from leakbench.store.connection import KEEP, decoding, insert
-from leakbench.store.run_file import FILE, Store, forget
+from leakbench.store.run_file import FILE, OF_TRIALS, Store, forget
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,10 @@ def _results(db: sqlite3.Connection, other: Store, sessions: Mapping[int, int]) 
     }
     forget(db, wanted)
     truths = {row["truth"] for row in wanted.values()}
+    truths |= {row["truth"] for row in other.each("SELECT trial_id, truth FROM members") if row["trial_id"] in wanted}
     insert(db, "truths", (row for row in other.each("SELECT * FROM truths") if row["digest"] in truths), KEEP)
     insert(db, "results", ({**row, "session_id": sessions[row["session_id"]]} for row in wanted.values()))
-    for table in ("scores", "findings", "images"):
+    for table in OF_TRIALS:
         insert(db, table, (row for row in other.each(f"SELECT * FROM {table}") if row["trial_id"] in wanted))
     return len(wanted)
 

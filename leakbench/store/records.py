@@ -13,6 +13,7 @@ from leakbench.defenses import Defense
 from leakbench.defenses.base import by_informed
 from leakbench.errors import BadOption
 from leakbench.models.weights import Checkpoint
+from leakbench.plan.trial import split_label
 from leakbench.store.provenance import Provenance
 
 
@@ -134,8 +135,9 @@ class StoredComponent:
 
     @property
     def plain(self) -> str:
-        """The spec as a matrix has it, without the variant."""
-        return self.spec.removesuffix(f" [{self.variant}]")
+        """The spec as a matrix has it, without the variant and, of a dataset, without the client."""
+        plain = self.spec.removesuffix(f" [{self.variant}]")
+        return split_label(plain)[0] if self.kind == "dataset" else plain
 
     @property
     def name(self) -> str:
@@ -153,6 +155,7 @@ class TrialRecord:
         label: the true label; None if it is not known, or, like ``session`` (its number), if the trial has no
             result.
         finished: when, in UTC; empty without a result.
+        others: the indices of the further images of a batch.
         specs: axis (``defense``, ``threat``, ...) -> the spec as its matrix has it, without any variant.
     """
 
@@ -161,6 +164,7 @@ class TrialRecord:
     label: int | None
     session: int | None
     finished: str
+    others: tuple[int, ...] = ()
     specs: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -193,3 +197,20 @@ class Pictures:
         """
         lost = self.aligned is not None and psnr_aligned - psnr >= ALIGNED_GAIN
         return (self.aligned if lost else self.reconstruction), lost
+
+
+@dataclass(frozen=True)
+class StoredMember:
+    """An image of a batch, with the reconstruction that was assigned to it.
+
+    Attributes:
+        image: its index in the dataset.
+        label: its label; None if it is not known.
+        pictures: the private image, and the reconstruction if one was left for it.
+        scores: metric name -> value.
+    """
+
+    image: int
+    label: int | None
+    pictures: Pictures
+    scores: Mapping[str, float]

@@ -16,8 +16,9 @@ Any SQLite tool can read it. Every table, picture and page that leakbench makes 
   ``dataset``, ``model``, ``defense``, ``attack`` and ``threat`` are specs; ``threat_words`` describes the threat model;
   ``floor`` is 1 for attacks that use no gradient, and 2 for controls (``Attack.is_control``); ``chunk`` is how many of
   its trials run at a time.
-- ``trials``: the planned trials: an ``image`` and a ``seed`` of a cell (``cell_id``). ``id`` is the hash of the cell's
-  settings with these two; ``position`` is the order of planning.
+- ``trials``: the planned trials: an ``image`` and a ``seed`` of a cell (``cell_id``), and the indices of the ``others``
+  of a batch, separated by spaces. ``id`` is the hash of the cell's settings with these; ``position`` is the order of
+  planning.
 - ``results``: the outcome of a trial: ``status`` (ok, failed, unsupported, error), ``reason``, ``seconds``, ``label``
   (the true one; -1 if it is not known), ``objective``, ``evaluations``, ``path``, ``truth`` (-> ``truths``),
   ``session_id``, ``finished``, ``curve`` (the objective at some evaluations, see ``leakbench.core.loss_curve``; NULL if
@@ -26,6 +27,9 @@ Any SQLite tool can read it. Every table, picture and page that leakbench makes 
 - ``findings(trial_id, name, value)``: further numbers that an attack found (dlm's ``scale``).
 - ``images(trial_id, png, aligned)``: the reconstruction, clamped to [0, 1]; and after the best fit of brightness and
   contrast to the private image, NULL unless the clamped and rounded picture no longer shows it (``Result.aligned``).
+- ``members(trial_id, place, image, label, truth, png, aligned)``: of batches of several images, each image, and the
+  reconstruction that was assigned to it, as in ``images``; NULL if none was left.
+- ``member_scores(trial_id, place, metric, value)``: the scores of these; ``scores`` has their mean.
 - ``truths(digest, png)``: the private images, each stored once, by the SHA-256 of the PNG; empty if the image is not
   known, because the server recorded an update.
 - ``metrics``: the meaning of each metric: ``position``, ``name``, ``higher_is_better``, ``convention``, ``note``.
@@ -66,6 +70,7 @@ from leakbench.store.records import (
     RunSession,
     Statement,
     StoredComponent,
+    StoredMember,
     TrialRecord,
 )
 
@@ -190,8 +195,10 @@ class Store:
         with decoding(self.path, "JSON in column settings of cells"):
             cells = {text: json.loads(text) for text in found["cell"].unique()}
             parts = {
-                part: {text: json.dumps(own[part], sort_keys=True) for text, own in cells.items()}
-                for part in ("dataset", "defense")
+                part: {
+                    text: json.dumps([own[part], *own.get(client, ())], sort_keys=True) for text, own in cells.items()
+                }
+                for part, client in (("dataset", "client"), ("defense", ""))
             }
         return found.assign(**{part: found["cell"].map(each) for part, each in parts.items()})
 
@@ -272,9 +279,13 @@ class Store:
         ]
 
     def threats(self) -> dict[str, str]:
-        """Return every threat model: its spec and its description."""
-        rows = self.query("SELECT threat, threat_words FROM cells GROUP BY threat ORDER BY min(id)")
-        return {row["threat"]: row["threat_words"] for row in rows}
+        """Return every threat model: its spec and its description, with one for each kind of client."""
+        rows = self.query("SELECT threat, threat_words FROM cells GROUP BY threat, threat_words ORDER BY min(id)")
+        found: dict[str, str] = {}
+        for row in rows:
+            before = f"{found[row['threat']]} " if row["threat"] in found else ""
+            found[row["threat"]] = before + row["threat_words"]
+        return found
 
     def cells(self) -> list[sqlite3.Row]:
         """Return the row of every cell of which a trial was planned, in the order of planning."""
@@ -303,7 +314,9 @@ class Store:
                     f"{self.path}: {name!r} of the scores is not a metric of this run; record the metric first"
                 )
             forget(db, [result.trial.id for result in results])
-            truths = {_digest(result): result.truth or b"" for result in results}
+            members = [(one.trial.id, place, own) for one in results for place, own in enumerate(one.members)]
+            truths = {_digest(result.truth): result.truth or b"" for result in results}
+            truths |= {_digest(own.truth): own.truth for _, _, own in members}
             insert(db, "truths", ({"digest": digest, "png": png} for digest, png in truths.items()), KEEP)
             insert(db, "results", (_columns(result, session) for result in results))
             insert(db, "scores", _values("metric", {result.trial.id: result.scores for result in results}))
@@ -313,6 +326,32 @@ class Store:
                 db,
                 "images",
                 ({"trial_id": one.trial.id, "png": one.reconstruction, "aligned": one.aligned} for one in shown),
+            )
+            insert(
+                db,
+                "members",
+                (
+                    {
+                        "trial_id": trial,
+                        "place": place,
+                        "image": own.image,
+                        "label": -1 if own.label is None else own.label,
+                        "truth": _digest(own.truth),
+                        "png": own.reconstruction,
+                        "aligned": own.aligned,
+                    }
+                    for trial, place, own in members
+                ),
+            )
+            insert(
+                db,
+                "member_scores",
+                (
+                    {"trial_id": trial, "place": place, "metric": metric, "value": float(value)}
+                    for trial, place, own in members
+                    for metric, value in own.scores.items()
+                    if not math.isnan(value)
+                ),
             )
 
     def results(self) -> pd.DataFrame:
@@ -344,7 +383,7 @@ class Store:
     def records(self) -> dict[str, TrialRecord]:
         """Return what identifies every planned trial, by its id in the order of planning."""
         rows = self.query(
-            "SELECT trials.id, settings, threat_words, label, session_id, coalesce(finished, '') AS finished,"
+            "SELECT trials.id, settings, threat_words, label, session_id, coalesce(finished, '') AS finished, others,"
             " dataset, model, threat, defense, attack FROM trials JOIN cells ON cells.id = cell_id"
             " LEFT JOIN results ON trials.id = trial_id ORDER BY position"
         )
@@ -360,6 +399,7 @@ class Store:
                 label=None if row["label"] == -1 else row["label"],
                 session=row["session_id"],
                 finished=row["finished"],
+                others=tuple(map(int, row["others"].split())),
                 specs={axis: row[axis] for axis in SPECS} | {"model": models[row["settings"]]},
             )
             for row in rows
@@ -371,10 +411,19 @@ class Store:
         return pd.DataFrame([tuple(row) for row in rows], columns=["trial", "name", "value"])
 
     def images(self, trials: Iterable[str]) -> dict[str, Pictures]:
-        """Return the PNGs of these trials by id; trials without a result are left out."""
+        """Return the PNGs of these trials by id; trials without a result are left out.
+
+        An image of a batch is named by its trial and its place: ``TRIAL/PLACE``.
+        """
         pictures: dict[str, Pictures] = {}
         truths: dict[str, bytes] = {}
         for trial in trials:
+            if "/" in trial:
+                whole, _, place = trial.partition("/")
+                own = self.members([whole]).get(whole, [])
+                if int(place) < len(own):
+                    pictures[trial] = own[int(place)].pictures
+                continue
             rows = self.query(
                 "SELECT truth, images.png, aligned FROM results LEFT JOIN images USING (trial_id) WHERE trial_id = ?",
                 (trial,),
@@ -387,6 +436,31 @@ class Store:
                     truths[digest] = found[0]["png"]
                 pictures[trial] = Pictures(truths[digest] or None, png, aligned)
         return pictures
+
+    def members(self, trials: Iterable[str]) -> dict[str, list[StoredMember]]:
+        """Return the images of batches by trial, in the clients' order; trials of one image are left out."""
+        found: dict[str, list[StoredMember]] = {}
+        for trial in trials:
+            scores: dict[int, dict[str, float]] = {}
+            query = "SELECT place, metric, value FROM member_scores WHERE trial_id = ?"
+            for place, metric, value in self.query(query, (trial,)):
+                scores.setdefault(place, {})[metric] = value
+            rows = self.query(
+                "SELECT place, image, label, members.png, aligned, truths.png AS truth FROM members JOIN truths ON"
+                " truth = digest WHERE trial_id = ? ORDER BY place",
+                (trial,),
+            )
+            if rows:
+                found[trial] = [
+                    StoredMember(
+                        row["image"],
+                        None if row["label"] == -1 else row["label"],
+                        Pictures(row["truth"] or None, row["png"], row["aligned"]),
+                        scores.get(row["place"], {}),
+                    )
+                    for row in rows
+                ]
+        return found
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:
         """Return by trial the objective at some evaluations of its search; trials without are left out."""
@@ -418,26 +492,34 @@ class Store:
                 cells[trial.cell.key] = self._insert_cell(trial.cell)
         before = self._db.total_changes
         self._db.executemany(
-            "INSERT INTO trials (id, position, cell_id, image, seed) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
-            ((one.id, order[one.id], cells[one.cell.key], one.image, one.seed) for one in trials),
+            "INSERT INTO trials (id, position, cell_id, image, seed, others) VALUES (?, ?, ?, ?, ?, ?)"
+            " ON CONFLICT DO NOTHING",
+            (
+                (one.id, order[one.id], cells[one.cell.key], one.image, one.seed, " ".join(map(str, one.others)))
+                for one in trials
+            ),
         )
         if self._db.total_changes > before:
             self.record_position(begin + len(among))
 
     def _insert_cell(self, cell: Cell) -> int:
         """Return the number of a cell; a new one gets one."""
-        own = {"settings": cell.key, "threat_words": cell.threat.describe(), "floor": _kind(cell.attack)}
-        insert(self._db, "cells", [{**cell.specs, **own}], KEEP)
+        own = {"settings": cell.key, "threat_words": cell.threat_words, "floor": _kind(cell.attack)}
+        insert(self._db, "cells", [{**cell.labels, **own}], KEEP)
         return int(self._db.execute("SELECT id FROM cells WHERE settings = ?", (cell.key,)).fetchone()["id"])
 
 
 _PLANNED = "SELECT value FROM meta WHERE key = 'planned'"
 
 
+OF_TRIALS = ("scores", "findings", "images", "members", "member_scores")
+"""The tables whose rows belong to the result of a trial."""
+
+
 def forget(db: sqlite3.Connection, trials: Iterable[str]) -> None:
     """Delete the results of trials, with all that belongs to them."""
     ids = [(trial,) for trial in trials]
-    for table in ("scores", "findings", "images", "results"):
+    for table in (*OF_TRIALS, "results"):
         db.executemany(f"DELETE FROM {table} WHERE trial_id = ?", ids)
 
 
@@ -446,9 +528,9 @@ def _kind(attack: Attack) -> int:
     return 2 if attack.is_control else int(attack.floor)
 
 
-def _digest(result: Result) -> str:
+def _digest(truth: bytes | None) -> str:
     """Return the SHA-256 of a private image; that of nothing if it is not known."""
-    return hashlib.sha256(result.truth or b"").hexdigest()
+    return hashlib.sha256(truth or b"").hexdigest()
 
 
 def _values(column: str, named: Mapping[str, Mapping[str, float]]) -> Iterator[dict[str, object]]:
@@ -470,7 +552,7 @@ def _columns(result: Result, session: int) -> dict[str, object]:
         "objective": None if result.objective is None else float(result.objective),
         "evaluations": None if result.evaluations is None else int(result.evaluations),
         "path": result.path,
-        "truth": _digest(result),
+        "truth": _digest(result.truth),
         "session_id": session,
         "finished": now(),
         "curve": result.curve or None,

@@ -11,9 +11,12 @@ from collections.abc import Callable, Mapping
 
 from leakbench.plan.trial import cell_key
 
-SCHEMA = 6
+SCHEMA = 7
 APPLICATION_ID = 0x6C6B6268
-TABLES = ("meta", "sessions", "cells", "trials", "truths", "results", "metrics", "scores", "findings", "images")
+TABLES = (
+    *("meta", "sessions", "cells", "trials", "truths", "results", "metrics", "scores", "findings", "images"),
+    *("members", "member_scores"),
+)
 
 _CELLS = """
 CREATE TABLE cells (
@@ -28,6 +31,19 @@ _FINDINGS = """
 CREATE TABLE findings (
     trial_id TEXT NOT NULL REFERENCES results (trial_id), name TEXT NOT NULL, value REAL NOT NULL,
     PRIMARY KEY (trial_id, name)) WITHOUT ROWID"""
+_BATCHES = (
+    "ALTER TABLE trials ADD COLUMN others TEXT NOT NULL DEFAULT ''",
+    """
+CREATE TABLE members (
+    trial_id TEXT NOT NULL REFERENCES results (trial_id), place INTEGER NOT NULL, image INTEGER NOT NULL,
+    label INTEGER NOT NULL, truth TEXT NOT NULL REFERENCES truths (digest), png BLOB, aligned BLOB,
+    PRIMARY KEY (trial_id, place)) WITHOUT ROWID""",
+    """
+CREATE TABLE member_scores (
+    trial_id TEXT NOT NULL REFERENCES results (trial_id), place INTEGER NOT NULL,
+    metric TEXT NOT NULL REFERENCES metrics (name), value REAL NOT NULL,
+    PRIMARY KEY (trial_id, place, metric)) WITHOUT ROWID""",
+)
 _STATEMENTS = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     """
@@ -56,6 +72,7 @@ CREATE TABLE scores (
     value REAL NOT NULL, PRIMARY KEY (trial_id, metric)) WITHOUT ROWID""",
     _FINDINGS,
     "CREATE TABLE images (trial_id TEXT PRIMARY KEY REFERENCES results (trial_id), png BLOB NOT NULL, aligned BLOB)",
+    *_BATCHES,
 )
 
 
@@ -172,5 +189,18 @@ def _to_6(db: sqlite3.Connection) -> None:
     db.execute("ALTER TABLE images ADD COLUMN aligned BLOB")
 
 
-_MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {1: _to_2, 2: _to_3, 3: _to_4, 4: _to_5, 5: _to_6}
+def _to_7(db: sqlite3.Connection) -> None:
+    """Trials may be of batches, whose images and scores are kept one by one."""
+    for statement in _BATCHES:
+        db.execute(statement)
+
+
+_MIGRATIONS: Mapping[int, Callable[[sqlite3.Connection], None]] = {
+    1: _to_2,
+    2: _to_3,
+    3: _to_4,
+    4: _to_5,
+    5: _to_6,
+    6: _to_7,
+}
 """Schema -> the function that migrates it to the next one."""

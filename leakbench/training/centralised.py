@@ -5,7 +5,7 @@ from pathlib import Path
 
 from leakbench.training.arm import GLOBAL, OnRound, Outcome, Round, TrainingHistory, TrainingSession, view
 from leakbench.training.files import STATE, restoring
-from leakbench.training.steps import optimiser, train_round
+from leakbench.training.steps import resumed, train_round
 
 
 def train(session: TrainingSession, folder: Path, on_round: OnRound) -> Outcome:
@@ -30,7 +30,7 @@ def train(session: TrainingSession, folder: Path, on_round: OnRound) -> Outcome:
         with restoring(folder / STATE):
             trainee.load(history.best, state["network"])
             momentum = state["momentum"]
-            optimiser(trainee, recipe, 1, momentum)  # raises for the momentum of another network
+            resumed(trainee, momentum)  # raises for the momentum of another network
     while not history.done:
         number, begin = len(history.rounds) + 1, time.perf_counter()
         key = ("training", arm.seed, "client", 0, "round", number)

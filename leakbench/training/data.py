@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from leakbench import assets
+from leakbench.clients.base import augmented, batches_of
 from leakbench.core.rng import generator
 from leakbench.datasets import Dataset
 from leakbench.datasets.images import ByteImages, read
@@ -20,7 +20,6 @@ from leakbench.training.settings import Augmentation, Recipe
 
 TEST_STRIDE = 5
 """If a dataset has no test split, every fifth image is a test image."""
-PADDING = 4
 
 
 @dataclass(frozen=True)
@@ -142,27 +141,10 @@ def batches(
     images: ByteImages, size: int, augment: Sequence[Augmentation], rng: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield every image once, in a random order: x [B, C, H, W] in [0, 1] and y [B]; the last batch can be smaller."""
-    order = torch.randperm(len(images), generator=rng)
-    for rows in order.split(size):
+    for rows in batches_of(len(images), size, rng):
         yield floats(augmented(images.pixels[rows], augment, rng)), images.labels[rows]
 
 
 def floats(pixels: Tensor) -> Tensor:
     """Return bytes [B, C, H, W] as float32 in [0, 1], channels last, which convolutions on the CPU take faster."""
     return pixels.contiguous(memory_format=torch.channels_last).float().div_(255)
-
-
-def augmented(pixels: Tensor, kinds: Sequence[Augmentation], rng: torch.Generator) -> Tensor:
-    """Return images [B, C, H, W], each mirrored and cropped by draws of its own; see ``Recipe.augment``."""
-    count, _, height, width = pixels.shape
-    if "crop" in kinds:
-        padded = F.pad(pixels, (PADDING,) * 4)
-        top, left = torch.randint(2 * PADDING + 1, (2, count), generator=rng)
-        rows = (top[:, None] + torch.arange(height))[:, None, :, None]
-        columns = (left[:, None] + torch.arange(width))[:, None, None, :]
-        channels = torch.arange(pixels.shape[1])[None, :, None, None]
-        pixels = padded[torch.arange(count)[:, None, None, None], channels, rows, columns]
-    if "flip" in kinds:
-        mirrored = torch.rand(count, generator=rng) < 0.5
-        pixels = torch.where(mirrored[:, None, None, None], pixels.flip(3), pixels)
-    return pixels

@@ -12,12 +12,14 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from leakbench.clients import take_step
 from leakbench.core.rng import generator, seeded
 from leakbench.core.types import Gradient, Secret
 from leakbench.datasets.images import ByteImages
 from leakbench.defenses import Defense
 from leakbench.defenses.base import Step, checked, encoded
 from leakbench.gradients.evaluate import tensors_of
+from leakbench.optim.client import ClientOptimiser, ClientState
 from leakbench.training.data import batches, floats
 from leakbench.training.settings import Recipe
 
@@ -120,19 +122,19 @@ class Trainee:
         setattr(self.network.get_submodule(module), tensor, value.to(self.device))
 
 
-def optimiser(trainee: Trainee, recipe: Recipe, number: int, momentum: Mapping[str, Tensor]) -> torch.optim.SGD:
-    """Return SGD over the trained parameters for round ``number``, which continues with this momentum."""
+def rule(recipe: Recipe, number: int) -> ClientOptimiser:
+    """Return the update rule of round ``number``."""
+    return ClientOptimiser("sgd", recipe.rate(number), recipe.momentum, recipe.nesterov, recipe.weight_decay)
+
+
+def resumed(trainee: Trainee, momentum: Mapping[str, Tensor]) -> ClientState:
+    """Return the state of an optimiser that continues with this momentum.
+
+    Raises:
+        KeyError: it is the momentum of another network.
+    """
     parameters = trainee.parameters()
-    sgd = torch.optim.SGD(
-        list(parameters.values()),
-        lr=recipe.rate(number),
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
-    )
-    for name, value in momentum.items():
-        sgd.state[parameters[name]]["momentum_buffer"] = value.to(trainee.device, copy=True)
-    return sgd
+    return ClientState(first={name: value.to(parameters[name], copy=True) for name, value in momentum.items()})
 
 
 def train_round(
@@ -151,7 +153,7 @@ def train_round(
     Returns:
         The loss of each step, copies of the momentum by parameter, and the images and labels of the last step.
     """
-    sgd = optimiser(trainee, recipe, number, momentum)
+    optimiser, state = rule(recipe, number), resumed(trainee, momentum)
     order, draws = generator(*key, "order"), generator(*key, "defense")
     losses = []
     x = y = torch.empty(0)
@@ -159,10 +161,10 @@ def train_round(
     with seeded(*key, "layers", device=trainee.device):
         for _ in range(recipe.local_epochs):
             for x, y in batches(images, recipe.batch, recipe.augment, order):
-                losses.append(descend(trainee, sgd, x, y, draws, defended=defended, classes=classes))
+                loss, state = descend(trainee, optimiser, state, x, y, draws, defended=defended, classes=classes)
+                losses.append(loss)
     trainee.settle()
-    buffers = {name: sgd.state[value].get("momentum_buffer") for name, value in trainee.parameters().items()}
-    return losses, {name: value.detach().clone() for name, value in buffers.items() if value is not None}, (x, y)
+    return losses, dict(state.first), (x, y)
 
 
 class _OnCpu(Step):
@@ -173,16 +175,28 @@ class _OnCpu(Step):
 
 
 def descend(
-    trainee: Trainee, sgd: torch.optim.SGD, x: Tensor, y: Tensor, rng: torch.Generator, *, defended: bool, classes: int
-) -> float:
-    """Take one step on a batch x [B, C, H, W] in [0, 1] with labels y [B]; return its mean training loss.
+    trainee: Trainee,
+    optimiser: ClientOptimiser,
+    state: ClientState,
+    x: Tensor,
+    y: Tensor,
+    rng: torch.Generator,
+    *,
+    defended: bool,
+    classes: int,
+) -> tuple[float, ClientState]:
+    """Take one step on a batch x [B, C, H, W] in [0, 1] with labels y [B].
 
     Args:
         trainee: the network, which is changed.
-        sgd: its optimiser.
+        optimiser: the update rule.
+        state: of the optimiser, before the step.
         rng: of the defense's draws.
         defended: whether the defense acts on the gradient (``release``), or only on data, network and loss.
         classes: number of classes.
+
+    Returns:
+        The mean training loss of the batch, and the optimiser's state after the step.
 
     Raises:
         DefenseFailed: what the defense encodes or releases is malformed; or it is not finite, where the gradient of
@@ -197,10 +211,8 @@ def descend(
     gradient = checked(defense, released, trainee.parameters(), finite=False)
     if not _finite(gradient) and _finite(Step(trainee.network, x, y, Defense()).gradient()):
         checked(defense, released, trainee.parameters())
-    for name, parameter in trainee.parameters().items():
-        parameter.grad = gradient.get(name)
-    sgd.step()
-    return sum(step.losses) / max(1, len(step.losses))
+    state = take_step(trainee.network, gradient, optimiser, state)
+    return sum(step.losses) / max(1, len(step.losses)), state
 
 
 def _finite(gradient: Gradient) -> bool:

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from leakbench.attacks.batch_labels import batch_labels
 from leakbench.attacks.known_draws import read_draws
 from leakbench.attacks.matching.objective import SECRET_PREFIX, MatchingObjective, draw, evaluate
 from leakbench.attacks.matching.problem import MatchingProblem
@@ -98,7 +99,15 @@ class GradientMatching(MatchingProblem):
         if adaptive is not None and adaptive.release is not None:
             matched = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
         evaluator = Evaluator(model, matched, loss, "batched")
-        if observation.labels is None and self.labels == "analytic":
+        if observation.count == 0:
+            raise Unsupported(f"{self.name} needs the number of images, which is hidden; use count=known")
+        if (
+            observation.labels is None
+            and observation.count > 1
+            and (self.labels == "analytic" or observation.counts is not None)
+        ):
+            observation = replace(observation, labels=batch_labels(observation))
+        elif observation.labels is None and self.labels == "analytic":
             observation = replace(observation, labels=self.read_labels(observation))
         if self.local == "unrolled" and observation.threat.shares == "weights":
             _check_unrolled(self, observation)
@@ -114,21 +123,21 @@ class GradientMatching(MatchingProblem):
             evaluator=evaluator,
             tensors={**observation.weights, **secrets},
             rng=rng,
-            draws=read_draws(observation).masks,
+            draws=read_draws(observation).masks if observation.count == 1 else {},
         )
 
     def _search(self, objective: MatchingObjective) -> Found:
         start = self._begin(objective)
         solution = self.solve(objective, start)
         begun, _, _ = evaluate(objective, start)
-        if objective.observation.threat.unit is None:
+        if objective.observation.sent_unit is None:
             begun = objective.cap_by_null(begun)
         match, images, logits = evaluate(objective, solution.unknowns)
         finite = solution.finite & torch.isfinite(images.flatten(1)).all(1)
         labels = objective.observation.labels
         if labels is None:
             assert logits is not None  # or ``match`` would have raised
-            labels = logits.argmax(1)
+            labels = logits.argmax(-1)
         # an optimisation that ends no closer than it began has diverged, whatever it returns
         failed = ~finite | ~torch.isfinite(match) | (match >= begun)
         findings = {name: value.detach() for name, value in self.findings(solution.unknowns).items()}
@@ -143,7 +152,7 @@ class GradientMatching(MatchingProblem):
         for secret in observation.secrets:
             if secret.optimised or (self.secrets == "optimise" and secret.name in buffers):
                 start[SECRET_PREFIX + secret.name] = draw(
-                    secret, tensors[secret.name], rng, "secret", observation.dtype
+                    secret, tensors[secret.name], rng, "secret", observation.dtype, observation.places
                 )
         return start
 

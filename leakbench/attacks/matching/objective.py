@@ -12,7 +12,7 @@ from torch import Tensor
 from leakbench.attacks.matching.buffer import DrawBuffer
 from leakbench.attacks.matching.problem import MatchingProblem
 from leakbench.attacks.matching.tensors import pack, root, scaled
-from leakbench.core.rng import Rng
+from leakbench.core.rng import Rng, generator
 from leakbench.core.types import Gradient, Secret
 from leakbench.defenses.adaptive import AdaptiveAttacker, Dummies
 from leakbench.gradients import Evaluator, choose_path
@@ -21,6 +21,7 @@ from leakbench.gradients.evaluate import tensors_of
 from leakbench.gradients.losses import head_of
 from leakbench.observation import Observation
 from leakbench.optim import Evaluation, Recordable, Unknowns, take_rows
+from leakbench.optim.client import ClientState
 
 ROUGHNESS = 0.05
 """The expected absolute difference of neighbouring pixels of an image in [0, 1]: that of 32 photographs.
@@ -93,7 +94,10 @@ class MatchingObjective(Recordable):
         return match if factor is None else torch.where(factor > 0, match, torch.inf)
 
     def render(self, unknowns: Unknowns) -> tuple[Tensor, Tensor | None]:
-        """Return the images [T, C, H, W] of these unknowns, and the label logits [T, K] if labels are optimised."""
+        """Return the images [T, C, H, W] of these unknowns, and the label logits [T, K] if labels are optimised.
+
+        Of a batch: [T, B, C, H, W] and [T, B, K].
+        """
         return self.attack.render(unknowns, self.observation)
 
     def cap_by_null(self, match: Tensor) -> Tensor:
@@ -151,7 +155,7 @@ class MatchingObjective(Recordable):
         return ratio if self.observation.size is None else ratio / self.observation.size
 
     def _labels(self, logits: Tensor | None) -> Tensor:
-        """Return the labels [T], or class probabilities [T, K], of the dummy gradient."""
+        """Return the labels [T], or class probabilities [T, K], of the dummy gradient; of a batch [T, B], [T, B, K]."""
         if self.observation.targets is not None:
             return self.observation.targets
         if self.observation.labels is not None:
@@ -159,7 +163,7 @@ class MatchingObjective(Recordable):
         assert logits is not None, "an attack that optimises labels renders their logits"
         head = head_of(self.observation.model)
         several = head.loss == "bce" and not head.single  # each class by itself
-        return torch.sigmoid(logits) if several else torch.softmax(logits, 1)
+        return torch.sigmoid(logits) if several else torch.softmax(logits, -1)
 
     def _encoded(self, images: Tensor, labels: Tensor, evaluation: Evaluation) -> tuple[Tensor, Tensor]:
         """Return the images and labels that the network runs on, as the adaptive attacker has them encoded."""
@@ -204,7 +208,7 @@ class MatchingObjective(Recordable):
 
         The first is a known or learned rate.
         """
-        unit, size = self.observation.threat.unit, self.observation.size
+        unit, size = self.observation.sent_unit, self.observation.size
         if unit is not None:
             return unit, 1 / unit if size is None else 1 / unit / size
         assert factor is not None, "``prepare`` refuses to model a release in its own units without a rate"
@@ -235,7 +239,8 @@ class MatchingObjective(Recordable):
         """
         unlikely, tv = self.null_likelihood, self.attack.tv
         assert unlikely is not None
-        least = math.prod(self.observation.image_shape) / (ROUGHNESS * tv) if tv else torch.finfo(unlikely.dtype).tiny
+        values = math.prod((*self.observation.places, *self.observation.image_shape))
+        least = values / (ROUGHNESS * tv) if tv else torch.finfo(unlikely.dtype).tiny
         return unlikely.clamp(min=least)
 
     @cached_property
@@ -278,6 +283,8 @@ class MatchingObjective(Recordable):
             weights=take(self.observation.weights),
             gradient=take(self.observation.gradient),
             labels=None if self.observation.labels is None else self.observation.labels[index],
+            counts=None if self.observation.counts is None else self.observation.counts[index],
+            order=tuple(rows[index] for rows in self.observation.order),
             targets=None if self.observation.targets is None else self.observation.targets[index],
             shown=None if self.observation.shown is None else take(self.observation.shown),
             size=None if self.observation.size is None else self.observation.size[index],
@@ -295,21 +302,26 @@ class MatchingObjective(Recordable):
         """Return the objective with the evaluation path that serves its network; raises Unsupported."""
         observation = self.observation
         unknowns = {
-            SECRET_PREFIX + secret.name: draw(secret, self._own[secret.name], self.rng, "probe", observation.dtype)
+            SECRET_PREFIX + secret.name: draw(
+                secret, self._own[secret.name], self.rng, "probe", observation.dtype, observation.places
+            )
             for secret in observation.secrets
             if secret.fresh or secret.optimised
         }
         tensors = self._filled(unknowns, 0)
-        path = choose_path(self.evaluator, tensors, observation.image_shape, observation.num_classes)
+        shape, classes = observation.image_shape, observation.num_classes
+        path = choose_path(self.evaluator, tensors, shape, classes, observation.count)
         return replace(self, evaluator=replace(self.evaluator, path=path))
 
     def dummy(self, images: Tensor, labels: Tensor, unknowns: Unknowns, evaluation: Evaluation) -> Gradient:
-        """Return the gradient [T, *shape] of images [T, C, H, W] and labels; under ``no_grad`` it has no graph.
+        """Return the gradient [T, *shape] of images [T, ..., C, H, W] and labels; under ``no_grad`` it has no graph.
 
         If local steps are unrolled, it is the mean of their gradients.
         """
         tensors, threat = self._filled(unknowns, evaluation), self.observation.threat
         steps = threat.local_steps if self.attack.local == "unrolled" and threat.shares == "weights" else 1
+        if self.observation.client is not None and self.attack.local == "unrolled" and threat.shares == "weights":
+            return self._trained(tensors, images, labels, unknowns, evaluation)
         if steps == 1:
             return self._gradient(tensors, images, labels, evaluation)
         factor = self.attack.factor(unknowns)
@@ -324,6 +336,38 @@ class MatchingObjective(Recordable):
             move = scaled(gradient, threat.learning_rate if factor is None else 1 / factor)
             tensors = tensors | {name: tensors[name] - move[name] for name in trained}
         return {name: value / steps for name, value in total.items()}
+
+    def _trained(
+        self, tensors: dict[str, Tensor], images: Tensor, labels: Tensor, unknowns: Unknowns, evaluation: Evaluation
+    ) -> Gradient:
+        """Return the update of a client's training on dummy images, in the units of its mean gradient.
+
+        Which images a step takes is as granted, or a guess that stays the same.
+        """
+        client, factor, rate = (
+            self.observation.client,
+            self.attack.factor(unknowns),
+            self.observation.threat.learning_rate,
+        )
+        assert client is not None
+        trained = tuple(name for name, parameter in self.evaluator.model.named_parameters() if parameter.requires_grad)
+        every = replace(self, evaluator=replace(self.evaluator, names=trained))
+        optimiser, state, before = client.optimiser(rate or 1.0), ClientState(), tensors
+        places = torch.arange(len(images), device=images.device)[:, None]
+        guess = [own.to(images.device).expand(len(images), -1) for own in client.rows(generator("dummy order"))]
+        for step, rows in enumerate(self.observation.order or guess):
+            if step:
+                tensors = tensors | self._fresh(unknowns, evaluation, step)
+            some = (images, labels) if self.observation.count == 1 else (images[places, rows], labels[places, rows])
+            gradient = every._gradient(tensors, *some, evaluation, step)
+            moved, state = optimiser.moved({name: tensors[name] for name in trained}, gradient, state)
+            if rate is None and factor is not None:  # of a step at rate 1
+                change = scaled({name: tensors[name] - moved[name] for name in trained}, 1 / factor)
+                moved = {name: tensors[name] - change[name] for name in trained}
+            tensors = tensors | moved
+        kept, unit = 1 - (0.0 if rate is None else optimiser.decayed(client.steps)), self.observation.sent_unit
+        update = {name: kept * before[name] - tensors[name] for name in self.evaluator.names}
+        return scaled(update, 1 / unit if unit else None if factor is None else factor / self.observation.rate_unit)
 
     def _gradient(
         self, tensors: Mapping[str, Tensor], images: Tensor, labels: Tensor, evaluation: Evaluation, step: int = 0
@@ -359,8 +403,8 @@ class MatchingObjective(Recordable):
         """Return the draws [T, *shape] of a secret for one of the local steps of an evaluation."""
 
         def made(rng: Rng, evaluation: Evaluation) -> Tensor:
-            purposes = self._purposes("pass", evaluation, step)
-            return draw(secret, self._own[secret.name], rng, purposes, self.observation.dtype)
+            purposes, observation = self._purposes("pass", evaluation, step), self.observation
+            return draw(secret, self._own[secret.name], rng, purposes, observation.dtype, observation.places)
 
         if self.buffer is None or not isinstance(evaluation, int):
             return made(self.rng, evaluation)
@@ -379,11 +423,22 @@ class MatchingObjective(Recordable):
         return tensors_of(self.evaluator.model)
 
 
-def draw(secret: Secret, like: Tensor, rng: Rng, purpose: str | Sequence[str], dtype: torch.dtype) -> Tensor:
-    """Return the attacker's own draws [T, *shape] of a secret, shaped as in the architecture."""
+def draw(
+    secret: Secret,
+    like: Tensor,
+    rng: Rng,
+    purpose: str | Sequence[str],
+    dtype: torch.dtype,
+    places: tuple[int, ...] = (),
+) -> Tensor:
+    """Return the attacker's own draws [T, *shape] of a secret, shaped as in the architecture.
+
+    Of a fresh one each image of a batch (``Observation.places``) has its own: [T, B, *shape].
+    """
+    shape = (*places, *like.shape) if secret.fresh else tuple(like.shape)
     name = secret.name
     purposes = f"{purpose} {name}" if isinstance(purpose, str) else [f"{own} {name}" for own in purpose]
-    rows = [secret.law.draw(tuple(like.shape), generator) for generator in rng.generators(purposes)]
+    rows = [secret.law.draw(shape, generator) for generator in rng.generators(purposes)]
     return torch.stack(rows).to(rng.device, dtype)
 
 

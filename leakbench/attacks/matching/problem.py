@@ -99,15 +99,19 @@ class MatchingProblem(Attack):
     def start(self, observation: Observation, rng: Rng) -> Unknowns:
         """Return the start, name -> [T, *shape]: image, and label logits if labels are optimised.
 
-        Both are drawn from N(0, 1).
+        Both are drawn from N(0, 1). Of a batch: [T, B, *shape].
         """
-        start = {"image": rng.normal("image", observation.image_shape).to(observation.dtype)}
+        places = observation.places
+        start = {"image": rng.normal("image", (*places, *observation.image_shape)).to(observation.dtype)}
         if observation.labels is None:
-            start["label"] = rng.normal("label", (observation.num_classes,)).to(observation.dtype)
+            start["label"] = rng.normal("label", (*places, observation.num_classes)).to(observation.dtype)
         return start
 
     def render(self, unknowns: Unknowns, observation: Observation) -> tuple[Tensor, Tensor | None]:
-        """Return images [T, C, H, W], and label logits [T, K] if labels are optimised; differentiable."""
+        """Return images [T, C, H, W], and label logits [T, K] if labels are optimised; differentiable.
+
+        Of a batch: [T, B, C, H, W] and [T, B, K].
+        """
         return unknowns["image"], unknowns.get("label")
 
     def read_labels(self, observation: Observation) -> Tensor:
@@ -115,7 +119,7 @@ class MatchingProblem(Attack):
         return analytic_labels(observation)
 
     def prior(self, images: Tensor) -> Tensor:
-        """Return the term [T] that is added to the distance for images [T, C, H, W]: weighted total variation."""
+        """Return the term [T] that is added to the distance for images [T, ..., C, H, W]: weighted total variation."""
         return self.tv * total_variation(images) if self.tv else images.new_zeros(len(images))
 
 

@@ -30,7 +30,7 @@ def pack(gradient: Mapping[str, Tensor]) -> Gradient:
 
 
 def total_variation(x: Tensor) -> Tensor:
-    """Return [T]: mean |horizontal difference| + mean |vertical difference| of [T, C, H, W] (anisotropic)."""
+    """Return [T]: mean |horizontal difference| + mean |vertical difference| of [T, ..., C, H, W] (anisotropic)."""
     across = (x[..., 1:] - x[..., :-1]).abs().flatten(1).mean(1)
     down = (x[..., 1:, :] - x[..., :-1, :]).abs().flatten(1).mean(1)
     return across + down

@@ -264,7 +264,7 @@ class Equations:
         """Return w * a and corr(e, a)."""
         image = a.reshape(len(a), *self.layer.inputs)
         geometry = self.layer.geometry
-        return convolve(image, self.kernel, geometry), weight_gradient(image, self.error, geometry)
+        return convolve(image, self.kernel, geometry), weight_gradient(image, self.error, geometry, len(image))
 
     def adjoint(self, forward: Tensor, gradient: Tensor) -> Tensor:
         """Return [T, n], the transpose of ``apply`` on rows [T, O, h, w] and [T, O, C / groups, kh, kw], weighted."""

@@ -1,0 +1,243 @@
+"""Trials of several images: the engine over trials x images, and the attacks that serve them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SALT, rand
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from leakbench import attacks, clients, defenses, models
+from leakbench.analysis.integrity import check
+from leakbench.attacks.base import prepare
+from leakbench.attacks.batch_labels import batch_labels, inferred_counts
+from leakbench.attacks.matching import GradientMatching, double
+from leakbench.core.rng import Rng
+from leakbench.core.types import ThreatModel
+from leakbench.engine.run import RunOptions, run
+from leakbench.errors import Unsupported
+from leakbench.gradients import Evaluator, choose_path
+from leakbench.metrics.aligned import AlignedPSNR
+from leakbench.metrics.members import matched
+from leakbench.observation import Observation
+from leakbench.plan.matrix import Matrix
+from leakbench.report import grids
+from leakbench.report.files import write
+from leakbench.report.show import show
+from leakbench.store.run_file import FILE, Store
+from leakbench.victim import Client, observe
+
+SHAPE = (1, 8, 8)
+CLASSES = 6
+
+
+def batch(count: int, seed: int = 0, key: str = "c", classes: int = CLASSES) -> Client:
+    images = [(rand(*SHAPE, seed=100 * seed + place), (place * place) % classes) for place in range(count)]
+    return Client(*images[0], "w", key, (), tuple(images[1:]))
+
+
+def see(
+    count: int,
+    threat: ThreatModel = ThreatModel(),  # noqa: B008
+    *,
+    model: str = "mlp(hidden=16)",
+    defense: str = "none",
+    client: str = "",
+    trials: int = 2,
+) -> Observation:
+    training = clients.parse(client or f"local(batch={count})")
+    who = [batch(training.count, row, f"c{row}") for row in range(trials)]
+    return observe(
+        models.parse(model), defenses.parse(defense), threat, who, CLASSES, torch.full(SHAPE, 0.5), training=training
+    )
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize(
+    ("spec", "train"),
+    [("lenet", False), ("lenet-bn", True), ("resnet20", True), ("resnet20", False), ("mlp(hidden=8)", False),
+     ("convnet", True)],
+)  # fmt: skip
+def test_trials_of_several_images_are_computed_as_in_a_loop(spec: str, train: bool, own: bool) -> None:
+    torch.manual_seed(0)
+    trials, count = 2, 3
+    shape = (3, 32, 32) if "lenet" in spec or "mlp" in spec else (3, 16, 16)
+    network = models.parse(spec).build(shape, CLASSES).train(train).double()
+    names = tuple(name for name, _ in network.named_parameters())
+    rows = {name: torch.stack([value.detach() * (1 - 0.02 * row * own) for row in range(trials)])
+            for name, value in network.named_parameters()}  # fmt: skip
+    if not own:
+        rows = {name: value[:1].expand(trials, *value.shape[1:]) for name, value in rows.items()}
+    buffers = dict(network.named_buffers())
+    x = torch.rand(trials, count, *shape, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(CLASSES, (trials, count))
+    evaluator = Evaluator(network, names)
+    found = evaluator.gradient({**rows, **buffers}, x, y)
+    along = {name: torch.randn_like(value[0]) for name, value in found.items()}
+    (by_image,) = torch.autograd.grad(sum((found[name] * along[name]).sum() for name in names), x)
+    for row in range(trials):
+        mine = {name: value[row].detach().clone().requires_grad_() for name, value in rows.items()}
+        images = x[row].detach().clone().requires_grad_()
+        loss = F.cross_entropy(functional_call(network, {**mine, **buffers}, (images,)), y[row])
+        expected = torch.autograd.grad(loss, list(mine.values()), create_graph=True)
+        total = sum((value * along[name]).sum() for name, value in zip(names, expected))
+        assert isinstance(total, Tensor)
+        (second,) = torch.autograd.grad(total, images)
+        assert float((by_image[row] - second).norm() / second.norm()) < 1e-10
+        for name, value in zip(names, expected):
+            size = float(value.detach().norm())
+            assert float((found[name][row] - value).detach().norm()) <= 1e-10 * size + 1e-12
+
+
+@pytest.mark.parametrize("spec", ["none", "keylock", "precode", "norm-only"])
+def test_every_path_serves_batches_behind_a_defense(spec: str) -> None:
+    seen = see(3, model="lenet" if spec != "norm-only" else "lenet-bn", defense=spec)
+    attack = attacks.parse("ig(steps=2)")
+    found = attack(seen, Rng(("a", "b")))
+    assert found.images.shape == (2, 3, *SHAPE)
+    assert found.labels is not None
+    assert found.labels.shape == (2, 3)
+    assert found.failed is not None
+    assert found.path in ("batched", "vmap")
+
+
+@pytest.mark.parametrize("spec", ["ig(steps=3)", "lb(steps=4)", "log-cosine(steps=6)", "dlg(steps=2)", "idlg(steps=2)"])
+def test_an_attack_of_batches_returns_the_same_as_one_trial_at_a_time(spec: str) -> None:
+    seen, attack = see(3), attacks.parse(spec)
+    both = attack(seen, Rng(("a", "b")))
+    one = attack(see(3, trials=1), Rng(("a",)))
+    torch.testing.assert_close(both.images[:1], one.images, rtol=1e-3, atol=1e-3)
+    assert both.labels is not None
+    assert both.labels.shape == (2, 3)
+
+
+@pytest.mark.parametrize("spec", ["dlm(steps=2)", "dlm+(steps=2)"])
+def test_the_attacks_on_updates_of_unknown_rate_serve_batches(spec: str) -> None:
+    seen = see(3, ThreatModel(shares="weights"), client="local(images=4, local_batch=2, local_epochs=2, momentum=0.9)")
+    found = attacks.parse(spec)(seen, Rng(("a", "b")))
+    assert found.images.shape == (2, 4, *SHAPE)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_the_label_counts_of_an_untrained_network_are_exact(count: int) -> None:
+    truth = F.one_hot(batch(count).labels, CLASSES).sum(0)
+    seen = see(count, model="mlp(hidden=32, init=default)", trials=1)
+    assert torch.equal(inferred_counts(seen)[0], truth)
+    assert batch_labels(seen)[0].tolist() == sorted(batch(count).labels.tolist())
+    granted = see(count, ThreatModel(labels="counts"), trials=1)
+    assert batch_labels(granted)[0].tolist() == sorted(batch(count).labels.tolist())
+
+
+def test_the_floors_of_a_batch_are_images_of_every_member() -> None:
+    seen = see(3)
+    for name in ("random", "grey", "mean"):
+        assert attacks.parse(name)(seen, Rng(("a", "b"))).images.shape == (2, 3, *SHAPE)
+
+
+def test_the_path_of_a_network_with_a_normalisation_over_the_batch_is_the_fast_one() -> None:
+    seen = see(3, model="lenet-bn")
+    evaluator = Evaluator(seen.model, tuple(seen.gradient))
+    assert choose_path(evaluator, seen.weights, SHAPE, CLASSES, 3) == "batched"
+
+
+@pytest.fixture(scope="module")
+def batch_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run of clients of one, two and four images, on the photographs that ship with leakbench."""
+    folder: Path = tmp_path_factory.mktemp("batches") / "run"
+    matrix = Matrix(
+        attacks=["disaggregate", "idlg(steps=1)"],
+        defenses=["none"],
+        models=["mlp(hidden=48)"],
+        datasets=["samples(size=16)"],
+        batch=[1, 2, 4],
+        images=4,
+    )
+    run(matrix, folder, RunOptions(chunk=4, salt=SALT))
+    return folder
+
+
+def test_a_run_of_batches_has_a_score_for_every_image_and_the_whole(batch_run: Path) -> None:
+    with Store.open(batch_run / FILE, readonly=True) as store:
+        results = store.results()
+        members = store.members(results["trial"])
+        assert set(store.threats()) == {"paper"}
+        pictures = store.images(f"{trial}/1" for trial in members)
+    assert set(results["dataset"]) == {"samples(size=16)", *(f"samples(size=16) with local(batch={n})" for n in (2, 4))}
+    counts = results.groupby("dataset")["image"].unique().map(len).to_dict()
+    assert sorted(counts.values()) == [1, 2, 4]
+    for row in results.to_dict("records"):
+        own = members.get(str(row["trial"]), [])
+        if "with" not in str(row["dataset"]):
+            assert not own
+            continue
+        assert [one.image for one in own] == list(range(int(row["image"]), int(row["image"]) + len(own)))
+        psnr = [one.scores["psnr_aligned"] for one in own]
+        assert row["psnr_aligned"] == pytest.approx(sum(psnr) / len(psnr))
+        assert (row["psnr_aligned_worst"], row["psnr_aligned_best"]) == (min(psnr), max(psnr))
+    exact = results[(results["attack"] == "disaggregate") & (results["status"] == "ok")]
+    assert (exact["psnr_aligned_worst"].dropna() >= 60).all()
+    assert (exact["identified"].dropna() == 1).all()
+    assert len(exact)
+    assert len(pictures) == len(members)
+    others = results[results["attack"] == "others"]
+    assert set(others["dataset"]) == set(results["dataset"]) - {"samples(size=16)"}
+    assert others["recovered_share"].max() < 1
+    assert check(batch_run).code == 0
+
+
+def test_the_report_of_batches_shows_every_image_and_the_share_against_their_number(batch_run: Path) -> None:
+    written = {path.relative_to(batch_run).as_posix() for path in write(batch_run, ["csv", "md"])}
+    assert "batches.md" in written
+    assert any(name.startswith("grids/batches-") for name in written)
+    with Store.open(batch_run / FILE, readonly=True) as store:
+        results = store.results()
+        pages = grids.pages(grids.of_members(results, store.members(results["trial"])))
+    page = next(page for page in pages if "batch=2" in page.block[0])
+    assert page.images == (0, 1, 2, 3)
+    assert page.firsts == {0: 2, 2: 2}
+    assert all(len(column.cells) == 4 for column in page.columns)
+
+
+def test_the_trial_of_a_batch_is_shown_and_made_again_by_its_command(batch_run: Path) -> None:
+    with Store.open(batch_run / FILE, readonly=True) as store:
+        results = store.results()
+        row = results[results["dataset"].str.endswith("local(batch=4)") & (results["attack"] == "disaggregate")].iloc[0]
+        shown = show(store, str(row["trial"]))
+    assert "--clients 'local(batch=4)'" in shown.command
+    assert "--images 0,1,2,3, " in shown.command
+    axes = {"attacks": ["disaggregate"], "defenses": ["none"], "models": ["mlp(hidden=48)"]}
+    again = Matrix(**axes, datasets=["samples(size=16)"], clients=["local(batch=4)"], images=[0, 1, 2, 3], floors=False)
+    assert [trial.id for trial in again.trials()] == [row["trial"]]
+
+
+def test_every_image_of_an_update_with_momentum_follows_from_it_alone() -> None:
+    training = "local(images=4, local_batch=2, local_epochs=2, lr=0.1, momentum=0.9, weight_decay=5e-4)"
+    for threat in (ThreatModel(shares="weights"), ThreatModel(shares="weights", recipe="hidden", count="hidden")):
+        seen = see(4, threat, client=training, model="mlp(hidden=256, init=default)", trials=1)
+        found = attacks.parse("disaggregate")(seen, Rng(("a",)))
+        assert found.failed is not None
+        assert not bool(found.failed[0]), found.reasons
+        pairs = matched(found.images[0], batch(4, 0).images)
+        assert float(AlignedPSNR()(pairs, batch(4, 0).images).min()) >= 60
+    adam = see(4, ThreatModel(shares="weights"), client="local(images=4, optimizer=adam)", model="mlp(hidden=64)")
+    with pytest.raises(Unsupported, match="adam divides each entry by a number of its own"):
+        attacks.parse("disaggregate")(adam, Rng(("a", "b")))
+
+
+def test_unrolled_steps_with_momentum_and_decay_give_the_update_of_the_true_images() -> None:
+    training = "local(images=4, local_batch=2, local_epochs=2, lr=0.1, momentum=0.9, weight_decay=0.01)"
+    threat = ThreatModel(shares="weights", rate="known", labels="known", order="known")
+    seen = double(see(4, threat, client=training))
+    attack = attacks.parse("ig(local=unrolled)")
+    assert isinstance(attack, GradientMatching)
+    _, known = prepare(attack, seen)
+    objective = attack._objective(known, Rng(("a", "b"))).with_path()
+    images = torch.stack([batch(4, row).images for row in range(2)]).double()
+    assert known.labels is not None
+    found = objective.dummy(images, known.labels, {"image": images}, 0)
+    for name, value in known.gradient.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
