@@ -213,9 +213,9 @@ def _observe(
         secrets = defense.secrets(next(iter(networks.values())))
     own_steps = training != ONE_IMAGE
     training = training if own_steps else Local(local_steps=threat.local_steps)
-    if other := next((client for client in clients if client.count != training.count), None):
+    if odd := next((client for client in clients if client.count != training.count), None):
         raise BadOption(
-            f"a client has {plural(other.count, 'image')}, and its training is of {training.count}; give it as many"
+            f"a client has {plural(odd.count, 'image')}, and its training is of {training.count}; give it as many"
         )
     _check_local(secrets, threat, training, defense)
     checkpoint = model.checkpoint()

@@ -267,12 +267,15 @@ class Worker:
             key = salted("audit/update", "attack", data.salt)
             observation, rng, records = data.observed, Rng((key,), self.work.device), []
         cell, attack, named = trials[0].cell, trials[0].cell.attack, trials[0].cell.words
-        told = replace(observation, slots=slots, tick=self.tick, note=lambda line: self.note(f"{named}: {line}"))
+        said: list[str] = []  # a function of this worker would show the attack what it is called with
+        told = replace(observation, slots=slots, tick=self.tick, note=said.append)
         told = _for(attack, told, cell)
         try:
             guess = self.isolation.run(attack, told, rng)
         except DefenseFailed as error:  # the client's defense did not fail: an attacker ran its code, or says so
             raise AttackError(str(error)) from error
+        for line in said:
+            self.note(f"{named}: {line}")
         if attack.floor and (foreign(attack) or attack.name not in self.floors):
             other = self._other(data, trials) if data.observed is None else noise_like(observation)
             verify_floor(self.isolation, attack, told, rng, guess, other)
