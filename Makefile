@@ -13,13 +13,14 @@ BROWSER ?= optional
 PRETEND ?= optional
 SWEEP ?= pairs
 
-.PHONY: help setup demo trunks pretend test test-device test-full test-long torture test-browser test-extras test-assets assets check format trained fuzz recheck docs reference wheel clean
+.PHONY: cuda-wheels cuda-check help setup demo trunks pretend test test-device test-full test-long torture test-browser test-extras test-assets assets check format trained fuzz recheck docs reference wheel clean
 
 help:
 	@echo "make demo         set up, and run three attacks against five defenses on the images that ship with leakbench"
 	@echo "make test         set up, and run the tests that need no network"
 	@echo "make test-long    run the longest tests: the paper's tables in small, killed runs, an installed package, a small benchmark"
 	@echo "make test-device  compare attacks on a pretended GPU with the CPU, which takes minutes (SWEEP=pairs|full)"
+	@echo "make cuda-check   check leakbench on a GPU in eight minutes, into reports/cuda; make cuda-wheels fetches what it lacks"
 	@echo "make test-full    run torchvision's networks of full size, which takes an hour"
 	@echo "make torture      kill, interrupt, fill the disk and make the clock jump, which takes minutes"
 	@echo "make test-browser open the pages in a headless Chromium; installs it as root on Debian, or says that it did not run"
@@ -65,6 +66,19 @@ test: pretend
 # Attacks, defenses, models and threat models on the pretended GPU against the CPU. SWEEP=full crosses all of them, for hours.
 test-device: pretend
 	SWEEP=$(SWEEP) $(BIN)/python -m pytest -n 2 --dist worksteal -m device
+
+# What a GPU machine with Python 3.12, torch 2.11 and no network lacks; --platform names that machine's, not this one's.
+cuda-wheels: setup
+	rm -rf build/cuda-wheels
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 \
+	    --platform manylinux_2_28_x86_64 --platform any --dest build/cuda-wheels -r tools/cuda-wheels.txt
+
+# On that machine, in a copy of this tree: PYTHON=python3 make cuda-check. Nothing is installed outside build/.
+cuda-check:
+	@$(PYTHON) -c 'import torch, sys; sys.exit(0 if torch.cuda.is_available() else "error: torch finds no GPU; run tools/cuda_check.py --device pretend --small")'
+	if [ -d build/cuda-wheels ]; then $(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target build/cuda-site build/cuda-wheels/*.whl; fi
+	PYTHONPATH=build/cuda-site:. $(PYTHON) -m pytest -q -p no:cacheprovider tests/test_graph.py || true
+	PYTHONPATH=build/cuda-site:. $(PYTHON) tools/cuda_check.py --out $${OUT:-reports/cuda}
 
 test-long: pretend
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m long

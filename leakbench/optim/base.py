@@ -42,8 +42,8 @@ class Recordable(ABC):
         """Return the objective with its draws in a buffer, which a recorded evaluation reads."""
 
     @abstractmethod
-    def prepare(self, evaluation: int) -> None:
-        """Fill the buffer for the next evaluation."""
+    def prepare(self, evaluation: Evaluation) -> None:
+        """Fill the buffer for a recorded evaluation, before each."""
 
 
 @dataclass(frozen=True)

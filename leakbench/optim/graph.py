@@ -84,7 +84,7 @@ def _record(objective: Objective, start: Unknowns, module: ModuleType) -> Evalua
         value, gradient = value_and_gradient(objective, inputs, 0)
 
     def replay(unknowns: Unknowns, evaluation: Evaluation) -> tuple[Tensor, Unknowns]:
-        if isinstance(objective, Recordable) and isinstance(evaluation, int):
+        if isinstance(objective, Recordable):
             objective.prepare(evaluation)
         for name, tensor in inputs.items():
             tensor.copy_(unknowns[name])

@@ -20,6 +20,8 @@ from torch.nn import functional as F
 
 import leakbench
 from leakbench import attacks, defenses, models
+from leakbench.attacks.base import prepare
+from leakbench.attacks.matching import GradientMatching
 from leakbench.core.device import accelerator, all_of, device_named
 from leakbench.core.registry import load_plugin
 from leakbench.core.rng import Rng, seeded
@@ -225,6 +227,26 @@ def test_a_search_is_recorded(gpu: ModuleType, attack: str, case: Mapping[str, A
     observation = replace(seen("pretend:1", **case), note=pytest.fail)
     attacked(attack, observation)
     assert gpu.counted("launch")["replay"] >= 3  # the first is compared with an evaluation
+
+
+def test_a_recorded_evaluation_has_the_draws_of_its_number(gpu: ModuleType) -> None:
+    ticks: list[int] = []
+    seen_by = replace(seen("pretend", defense="precode(k=6)"), tick=lambda done, whole: ticks.append(done))
+    method, known = prepare(attacks.parse("dlg"), seen_by)
+    assert isinstance(method, GradientMatching)
+    objective = method._objective(known, Rng(("0", "1"), known.device)).with_path()
+    start = method._begin(objective)
+    evaluate = graph.recorded(objective, start, pytest.fail)
+    values = []
+    for evaluation in (3, 40, [0, 5], [1, 6], [40, 45]):
+        expected, slope = value_and_gradient(objective, start, evaluation)
+        ticks.clear()
+        value, gradient = evaluate(start, evaluation)
+        assert ticks == [evaluation if isinstance(evaluation, int) else max(evaluation)]
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(gradient["image"], slope["image"])
+        values.append(tuple(value.tolist()))
+    assert len(set(values)) == 5
 
 
 with Path(__file__).with_name("launches.csv").open() as file:

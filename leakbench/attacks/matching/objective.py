@@ -67,19 +67,24 @@ class MatchingObjective(Recordable):
         """Return the objective with the secrets that each evaluation draws in a buffer on the device."""
         return replace(self, buffer=DrawBuffer(self.observation.device))
 
-    def prepare(self, evaluation: int) -> None:
-        """Fill the buffer for an evaluation."""
+    def prepare(self, evaluation: Evaluation) -> None:
+        """Fill the buffer for a recorded evaluation, and report it."""
+        self._report(evaluation)
         if self.buffer is not None:
             self.buffer.prepare(evaluation)
 
     def __call__(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
         """Return [T], the matching distance, as the attack reshapes it, plus the prior."""
-        if self.observation.tick is not None:
-            done = evaluation if isinstance(evaluation, int) else max(evaluation, default=0)
-            self.observation.tick(self.restart * self.attack.steps + done, self.attack.restarts * self.attack.steps)
+        self._report(evaluation)
         images, logits = self.render(unknowns)
         distance, prior = self._distance(images, logits, unknowns, evaluation), self.attack.prior(images)
         return self.attack.reshape(distance) + (prior if self.prior_factor is None else self.prior_factor * prior)
+
+    def _report(self, evaluation: Evaluation) -> None:
+        """Tell the user how far the search is."""
+        if self.observation.tick is not None:
+            done = evaluation if isinstance(evaluation, int) else max(evaluation, default=0)
+            self.observation.tick(self.restart * self.attack.steps + done, self.attack.restarts * self.attack.steps)
 
     def match(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
         """Return the match [T] of these unknowns by ``judge``, the less the better; infinite for a negative rate.
@@ -406,7 +411,7 @@ class MatchingObjective(Recordable):
             purposes, observation = self._purposes("pass", evaluation, step), self.observation
             return draw(secret, self._own[secret.name], rng, purposes, observation.dtype, observation.places)
 
-        if self.buffer is None or not isinstance(evaluation, int):
+        if self.buffer is None:
             return made(self.rng, evaluation)
         on_host = replace(self.rng, device=torch.device("cpu"))
         return self.buffer.take(f"{secret.name} {step}", lambda number: made(on_host, number))
