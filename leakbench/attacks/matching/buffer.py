@@ -31,6 +31,8 @@ class DrawBuffer:
 
     def prepare(self, evaluation: Evaluation) -> None:
         """Set the counter to an evaluation, and draw for it and the next ones if that was not done yet."""
+        if not self._draws:
+            return
         number = evaluation if isinstance(evaluation, int) else evaluation[0]
         offsets = None if isinstance(evaluation, int) else tuple(own - number for own in evaluation)
         first = number - number % EVALUATIONS
