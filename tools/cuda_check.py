@@ -158,7 +158,7 @@ RECORDED: Sequence[tuple[str, Mapping[str, Any], bool]] = (
     ("dlg(solver=adam, lr=0.1)", {}, True),
     ("ig", {"defense": "keylock"}, True),
     ("ig", {"defense": "precode"}, True),
-    ("ig", {"defense": "precode", "threat": "informed=simulate"}, False),
+    ("ig", {"defense": "noise", "threat": "informed=simulate"}, False),
     ("ig", {}, True),
 )
 """Attacks, and whether their evaluations can be recorded; the one that cannot must spoil nothing for the next."""
@@ -226,7 +226,7 @@ def run(matrix: leakbench.Matrix, check: Check, **options: Any) -> tuple[Any, li
     notes = Notes()
     with tempfile.TemporaryDirectory() as folder:
         engine.run(matrix, folder, engine.RunOptions(device=str(check.device), **options), progress=notes)
-        return leakbench.Run(folder).results(), notes.lines
+        return leakbench.Run(Path(folder)).results(), notes.lines
 
 
 def memory(check: Check) -> Found:
