@@ -236,7 +236,7 @@ def test_an_audit_that_passes_claims_no_safety(cli, nets: Path) -> None:  # noqa
     assert "PASSED, but inconclusive: --fail-if 'recovered > 0.5' is false (none: 0). The attackers recover" in done.out
     page = (nets / "out" / "audit.md").read_text()
     assert "inconclusive" in page.split("\n")[2]
-    assert "**loss**: cross-entropy" in page
+    assert "**loss**: the cross-entropy of the logits and the label" in page
     assert "- **analytic**: A linear layer that takes every pixel once" in page
     assert "Leaks exactly, without any search: the label" in done.out
     (line,) = [line for line in done.out.splitlines() if line.startswith("expected time: at most about")]

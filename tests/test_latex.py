@@ -127,6 +127,7 @@ def test_figures_are_the_same_each_time(tmp_path):
     first = {path.name: path.read_bytes() for path in write_figures(tmp_path)}
     assert {name.partition(".")[0] for name in first} == {
         "worst-case-001-d-m",
+        *(f"{kind}-001-d-m" for kind in ("heatmap", "images-ssim-aligned", "images-psnr-aligned", "threshold")),
         "grid-001-d-m-paper-seed0",
         "utility-01-t",
     }
@@ -139,4 +140,4 @@ def test_figures_are_the_same_each_time(tmp_path):
 @pytest.mark.parametrize("status", ["ok", "error"])
 def test_a_run_of_one_trial_has_figures(tmp_path, status):
     run(tmp_path, [scored(DLG, NONE, 0, 0.5, status=status)], [*METRICS, *ALIGNED])
-    assert len(write_figures(tmp_path)) == (4 if status == "ok" else 2)  # without a score there is no worst case
+    assert len(write_figures(tmp_path)) == (12 if status == "ok" else 2)  # without a score there is only the grid

@@ -193,7 +193,10 @@ class OwnModule(Model):
     def behaviour(self, image_shape: tuple[int, int, int]) -> dict[str, str]:
         """Return a hash of ``forward``'s results, which a list of layers does not determine; once for each shape."""
         if image_shape not in self._behaviours:
-            self._behaviours[image_shape] = _behaviour(self.module, image_shape, self.head(image_shape))
+            try:
+                self._behaviours[image_shape] = _behaviour(self.module, image_shape, self.head(image_shape))
+            except Unsupported:  # said when it is built
+                self._behaviours[image_shape] = ""
         return {"behaviour": self._behaviours[image_shape]}
 
     @cached_property
