@@ -91,7 +91,9 @@ MODELS = sorted(set(models.names()) - set(LARGE) - set(FLAT))
 MODES = [*MODELS, *(f"{name}(mode=eval)" for name in MODELS if "mode" in models.registry.fields(models.get(name)))]
 ON_WEIGHTS = ["weight-noise", "weight-sparsify"]
 """Defenses of clients that send their weights; they have none of a gradient."""
-ALL_DEFENSES = [SMALL.get(name, name) for name in sorted(set(defenses.names()) - set(ON_WEIGHTS))]
+SUMMED = ["secagg"]
+"""Defenses that need the images of several clients; ``test_malicious`` has their tests."""
+ALL_DEFENSES = [SMALL.get(name, name) for name in sorted(set(defenses.names()) - {*ON_WEIGHTS, *SUMMED})]
 """Every defense of a gradient; for tests that are cheap."""
 DEFENSES = [spec for spec in ALL_DEFENSES if spec in ("none", "noise") or changes_network(defenses.parse(spec))]
 """Those that change the network or the loss, and two that do not: the others are like these to an attack."""

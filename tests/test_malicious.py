@@ -7,14 +7,18 @@ import pytest
 import torch
 from conftest import CLASSES, SHAPE, clients, watch
 
-from leakbench import attacks, metrics
+from leakbench import attacks, defenses, metrics, models
 from leakbench.analysis.ensemble import by_server, server_of
 from leakbench.api import run
+from leakbench.clients.local import Local
 from leakbench.core.rng import Rng
 from leakbench.core.types import PRESETS, ThreatModel
+from leakbench.defenses import Step
 from leakbench.errors import BadOption, Unsupported
+from leakbench.observation import Observation
 from leakbench.plan.matrix import Matrix, parse_threat
 from leakbench.plan.trial import target
+from leakbench.victim import Client, observe
 
 IMPRINT = "server=imprint(bins=16)"
 
@@ -55,6 +59,75 @@ def test_a_layer_before_all_others_is_read_behind_defenses(defense: str) -> None
     truth = torch.stack([client.image for client in clients(2, shape=SHAPE, classes=CLASSES)])
     found = attacks.parse("imprint")(seen, Rng(("a", "b")))
     assert float(metrics.parse("psnr")(found.images, truth).min()) > 40
+
+
+def batch_of(count: int, row: int) -> Client:
+    """Return a client with images of different brightness."""
+    rng = torch.Generator().manual_seed(row)
+    images = 0.5 * torch.rand(count, *SHAPE, generator=rng) + 0.5 * torch.rand(count, 1, 1, 1, generator=rng)
+    own = [(image, place % CLASSES) for place, image in enumerate(images)]
+    return Client(*own[0], "w", f"client {row}", (), tuple(own[1:]))
+
+
+def see(count: int, server: str, defense: str = "none", **granted: object) -> tuple[Observation, torch.Tensor]:
+    """Return what a malicious server sees of two batches, and their images [2, B, C, H, W]."""
+    who = [batch_of(count, row) for row in range(2)]
+    threat = ThreatModel(server=server, **granted)
+    seen = observe(
+        models.parse("lenet"), defenses.parse(defense), threat, who, CLASSES, torch.full(SHAPE, 0.5),
+        public=torch.cat([batch_of(200, 9).images, batch_of(200, 10).images]), training=Local(batch=count),
+    )  # fmt: skip
+    return seen, torch.stack([client.images for client in who])
+
+
+@pytest.mark.parametrize(("server", "attack", "least"), [("imprint", "imprint", 14), ("trap(rows=256)", "trap", 3)])
+@pytest.mark.parametrize("defense", ["none", "secagg(clients=4)"])
+def test_images_of_a_batch_are_recovered_and_proved(server: str, attack: str, least: int, defense: str) -> None:
+    seen, truth = see(16, server, defense)
+    assert seen.count == 16
+    found = attacks.parse(attack)(seen, Rng(("a", "b")))
+    assert found.images.shape == (2, 16, *SHAPE)
+    for row in range(2):
+        own = found.images[row].nan_to_num(9.0).flatten(1)
+        error = torch.cdist(own.double(), truth[row].flatten(1).double()).square() / own.shape[1]
+        right = int((error.min(0).values < 1e-4).sum())
+        assert right >= least
+        assert least / 2 <= int(found.findings["proved"][row]) <= right
+
+
+def test_what_an_imprint_expects_stands_beside_what_it_proves() -> None:
+    found = attacks.parse("imprint")(see(16, "imprint(bins=64)")[0], Rng(("a", "b")))
+    assert found.findings["expected_share"].tolist() == pytest.approx([(1 - 1 / 64) ** 15] * 2)
+    hidden = attacks.parse("imprint")(see(16, "imprint(bins=64)", count="hidden")[0], Rng(("a", "b")))
+    assert hidden.findings["proved"].tolist() == [0, 0], "the errors are of a mean over an unknown number"
+    assert hidden.images.shape[1] >= 8
+
+
+def test_secure_aggregation_shows_the_sum_alone() -> None:
+    """It is the mean of the clients' own gradients; no attack on one client's gradient is offered."""
+    seen, truth = see(8, "honest", "secagg(clients=4)")
+    plain, _ = see(8, "honest")
+    for name, value in seen.gradient.items():
+        torch.testing.assert_close(value, plain.gradient[name], rtol=1e-4, atol=1e-7)
+    assert seen.count == 8
+    assert truth.shape[1] == 8
+    with pytest.raises(Unsupported, match="serves clients of one image"):
+        attacks.parse("analytic").preflight(seen)
+    with pytest.raises(Unsupported, match="divides the images among 3 clients, and there are 8; use batch=3"):
+        see(8, "honest", "secagg(clients=3)")
+    with pytest.raises(Unsupported, match="use a threat model with shares=gradient"):
+        see(8, "honest", "secagg(clients=4)", shares="weights")
+
+
+def test_clients_of_a_sum_normalise_by_their_own_statistics() -> None:
+    step = Step(
+        models.parse("lenet-bn").build(SHAPE, CLASSES), torch.rand(4, *SHAPE), torch.arange(4), defenses.parse("none")
+    )
+    parts = step.by_part(2)
+    for part in range(2):
+        rows = slice(2 * part, 2 * part + 2)
+        own = Step(step.model, step.images[rows], step.labels[rows], defenses.parse("none")).gradient()
+        assert all(torch.equal(parts[name][part], value) for name, value in own.items())
 
 
 def test_an_honest_network_is_no_imprint() -> None:

@@ -81,6 +81,21 @@ def pixel_rows(observation: Observation) -> list[PixelRows]:
     return rows
 
 
+def stacked(found: Sequence[Tensor], observation: Observation) -> tuple[Tensor, Tensor]:
+    """Return each trial's first images [T, C, H, W], or [T, B, C, H, W] of batches, and which trials [T] have none.
+
+    Where a trial has fewer images than the others, or than the batch, the last ones are NaN.
+    """
+    most = observation.count or max(1, *(len(images) for images in found))
+    rows = []
+    for images in found:
+        own = images[:most].to(observation.device, observation.dtype)
+        rows.append(torch.cat([own, own.new_full((most - len(own), *observation.image_shape), torch.nan)]))
+    images = torch.stack(rows)
+    failed = torch.tensor([not len(images) for images in found], device=observation.device)
+    return images[:, 0] if observation.count == 1 else images, failed
+
+
 def _of_trial(observation: Observation, name: str, t: int) -> Tensor:
     """Return a public tensor of a trial in float64; raise Unsupported if the server does not know it."""
     value = observation.weights.get(name)
@@ -108,13 +123,20 @@ def proved(
         images: [N, C, H, W].
         rows: [N], the row of the layer whose error each image has.
         errors: [N], these errors.
-        batch: the number of the client's images; their loss is a mean.
+        batch: the number of the client's images; their loss is a mean. 0 if it is not known.
     """
     none = torch.zeros(len(images), dtype=torch.bool), torch.full((len(images),), -1)
     rate = 1.0 if observation.threat.shares == "gradient" else observation.threat.learning_rate
     mixed = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
     unknown = any(isinstance(one, mixed) and one.training for one in observation.model.modules())
-    if not len(images) or rate is None or unknown or observation.secrets or observation.targets is not None:
+    if (
+        not len(images)
+        or not batch
+        or rate is None
+        or unknown
+        or observation.secrets
+        or observation.targets is not None
+    ):
         return none
     own = tensors_of(observation.model)
     tensors = {}

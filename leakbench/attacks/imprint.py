@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leakbench.attacks.base import Attack, register
-from leakbench.attacks.crafted_rows import PixelRows, different, pixel_rows, proved
+from leakbench.attacks.crafted_rows import PixelRows, different, pixel_rows, proved, stacked
 from leakbench.attacks.peel import read_labels
 from leakbench.core.rng import Rng
 from leakbench.core.types import Reconstruction
@@ -48,6 +48,7 @@ class ImprintAttacker(Attack):
         "Images with as many in their bin; noise on the gradient above an image's error; several steps."
     )
     updates: ClassVar[bool] = True
+    batches: ClassVar[bool] = True
 
     def check(self, observation: Observation) -> None:
         """Raise Unsupported if no layer that takes the pixels is imprinted, or its gradient was not sent."""
@@ -55,23 +56,24 @@ class ImprintAttacker(Attack):
             imprinted(rows)
 
     def run(self, observation: Observation, rng: Rng) -> Reconstruction:
-        """Return the image with the largest error of every trial; nothing is drawn from rng."""
-        images, objective, failed = [], [], []
+        """Return the images of every trial, proved ones and those with the largest errors first; draws nothing."""
+        found, objective = [], []
         findings: dict[str, list[float]] = {"bins_hit": [], "proved": [], "expected_share": []}
         for t, rows in enumerate(pixel_rows(observation)):
-            found, right, bins = read_imprint(observation, t, rows, 1)
-            images.append(found[0] if len(found) else torch.full(observation.image_shape, torch.nan))
-            failed.append(not len(found))
-            objective.append(1.0 - float(right[:1].any()))
-            findings["bins_hit"].append(float(len(found)))
-            findings["proved"].append(float(right.sum()))
-            findings["expected_share"].append(expected_alone(bins, 1))
-        dtype, device = observation.dtype, observation.device
+            images, right, bins = read_imprint(observation, t, rows, observation.count)
+            found.append(images)
+            wanted = observation.count or max(1, len(images))
+            objective.append(1.0 - float(right[:wanted].sum()) / wanted)
+            findings["bins_hit"].append(float(len(images)))
+            findings["proved"].append(float(right[:wanted].sum()))
+            findings["expected_share"].append(expected_alone(bins, wanted))
+        images, failed = stacked(found, observation)
+        device = observation.device
         return Reconstruction(
-            images=torch.stack([image.to(dtype) for image in images]).to(device),
-            labels=read_labels(observation),
-            objective=torch.tensor(objective, dtype=dtype, device=device),
-            failed=torch.tensor(failed, device=device),
+            images=images,
+            labels=read_labels(observation) if observation.count == 1 else None,
+            objective=torch.tensor(objective, dtype=observation.dtype, device=device),
+            failed=failed,
             path="batched",
             findings={name: torch.tensor(values, device=device) for name, values in findings.items()},
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leakbench.attacks.base import Attack, register
-from leakbench.attacks.crafted_rows import PixelRows, different, pixel_rows, proved
+from leakbench.attacks.crafted_rows import PixelRows, different, pixel_rows, proved, stacked
 from leakbench.attacks.peel import read_labels
 from leakbench.core.rng import Rng
 from leakbench.core.types import Reconstruction
@@ -42,28 +42,30 @@ class TrapAttacker(Attack):
         "Images for which no row is active alone: most of them in large batches; noise; several steps."
     )
     updates: ClassVar[bool] = True
+    batches: ClassVar[bool] = True
 
     def check(self, observation: Observation) -> None:
         """Raise Unsupported if no layer takes the pixels, or its gradient was not sent."""
         pixel_rows(observation)
 
     def run(self, observation: Observation, rng: Rng) -> Reconstruction:
-        """Return the first image of every trial; nothing is drawn from rng."""
-        images, objective, failed = [], [], []
+        """Return the images of every trial, proved ones first; nothing is drawn from rng."""
+        found, objective = [], []
         findings: dict[str, list[float]] = {"rows_active": [], "proved": []}
         for t, rows in enumerate(pixel_rows(observation)):
-            found, right = read_traps(observation, t, rows, 1)
-            images.append(found[0] if len(found) else torch.full(observation.image_shape, torch.nan))
-            failed.append(not len(found))
-            objective.append(1.0 - float(right[:1].any()))
+            images, right = read_traps(observation, t, rows, observation.count)
+            found.append(images)
+            wanted = observation.count or max(1, len(images))
+            objective.append(1.0 - float(right[:wanted].sum()) / wanted)
             findings["rows_active"].append(float((rows.errors.abs() > rows.least).sum()))
-            findings["proved"].append(float(right.sum()))
-        dtype, device = observation.dtype, observation.device
+            findings["proved"].append(float(right[:wanted].sum()))
+        images, failed = stacked(found, observation)
+        device = observation.device
         return Reconstruction(
-            images=torch.stack([image.to(dtype) for image in images]).to(device),
-            labels=read_labels(observation),
-            objective=torch.tensor(objective, dtype=dtype, device=device),
-            failed=torch.tensor(failed, device=device),
+            images=images,
+            labels=read_labels(observation) if observation.count == 1 else None,
+            objective=torch.tensor(objective, dtype=observation.dtype, device=device),
+            failed=failed,
             path="batched",
             findings={name: torch.tensor(values, device=device) for name, values in findings.items()},
         )

@@ -70,6 +70,25 @@ class Step:
         rows = [self._gradient(self.images[i : i + 1], self.labels[i : i + 1]) for i in range(len(self.images))]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
+    def by_part(self, parts: int) -> Gradient:
+        """Return the gradient of each of ``parts`` equal parts of the batch by itself, [parts, *shape] per parameter.
+
+        Raises:
+            Unsupported: the images cannot be divided so, or the client shares its weights.
+        """
+        if self._trained is not None:
+            raise Unsupported(
+                f"defense {self._defense.name!r} acts on the gradients of parts of the batch, and weights after local "
+                "training have none; use a threat model with shares=gradient"
+            )
+        if len(self.images) % parts:
+            raise Unsupported(
+                f"defense {self._defense.name!r} divides the images among {parts} clients, and there are "
+                f"{len(self.images)}; use batch={parts} or a multiple of it"
+            )
+        rows = [self._gradient(x, y) for x, y in zip(self.images.chunk(parts), self.labels.chunk(parts))]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
     def weights(self) -> Gradient:
         """Return the network's trainable parameters before the client trains."""
         return {name: parameter.detach().clone() for name, parameter in self._parameters().items()}

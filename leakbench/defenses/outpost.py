@@ -44,6 +44,7 @@ class Outpost(Defense):
     fails: ClassVar[str] = (
         "Networks with small weights get hardly any noise: it is then a pruning, which an attacker repeats."
     )
+    batched: ClassVar[bool] = True
     noise: NonNegative = 0.8
     share: Percent = 40.0
     prune: Percent = 80.0
@@ -62,11 +63,12 @@ class Outpost(Defense):
     def attackers(self) -> Mapping[str, AdaptiveAttacker]:
         """Return the attacker who prunes the dummy gradient too, and one who also weighs errors by the noise."""
         return {
-            "default": AdaptiveAttacker("prunes the dummy gradient too", surrogate=self._pruned),
+            "default": AdaptiveAttacker("prunes the dummy gradient too", surrogate=self._pruned, batched=True),
             "likelihood": AdaptiveAttacker(
                 "prunes the dummy gradient too, and weighs an error by the noise of its layer (L2)",
                 surrogate=self._pruned,
                 likelihood=self._likelihood,
+                batched=True,
             ),
         }
 

@@ -45,6 +45,7 @@ class PercentilePrivacy(Defense):
         "With the default percentile nine in ten entries are sent. If gamma is above them, they are exact; if it is "
         "below, their signs are, and attackers filter the dummy update in the same way."
     )
+    batched: ClassVar[bool] = True
     percentile: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 10.0
     gamma: Positive = 0.01
     steps: Count = 1
@@ -56,9 +57,12 @@ class PercentilePrivacy(Defense):
     def attackers(self) -> Mapping[str, AdaptiveAttacker]:
         """Return the attacker who filters the dummy update too, and one who matches only the entries that are exact."""
         exact = AdaptiveAttacker(
-            "matches only the entries that were neither clipped nor sent as zero", undo=self._exact
+            "matches only the entries that were neither clipped nor sent as zero", undo=self._exact, batched=True
         )
-        return {"default": AdaptiveAttacker("filters the dummy update too", surrogate=self._each), "exact": exact}
+        return {
+            "default": AdaptiveAttacker("filters the dummy update too", surrogate=self._each, batched=True),
+            "exact": exact,
+        }
 
     def _filtered(self, update: Gradient) -> Gradient:
         cutoff = percentile(torch.cat([value.abs().flatten() for value in update.values()]), self.percentile / 100)

@@ -32,6 +32,7 @@ class Sign(Defense):
     fails: ClassVar[str] = (
         "One bit of each of many entries suffices for searches whose dummy gradient is reduced to its signs too."
     )
+    batched: ClassVar[bool] = True
     scaled: bool = False
 
     def release(self, step: Step, rng: torch.Generator) -> Gradient:
@@ -44,7 +45,7 @@ class Sign(Defense):
     def attackers(self) -> Mapping[str, AdaptiveAttacker]:
         """Return the attacker who reduces the dummy gradient to its signs, smoothly."""
         words = "reduces the dummy gradient to its signs too, smoothed near zero so that it has a slope"
-        return {"default": AdaptiveAttacker(words, surrogate=self._signs)}
+        return {"default": AdaptiveAttacker(words, surrogate=self._signs, batched=True)}
 
     def _signs(self, gradient: Gradient, observed: Observed, weights: Weights) -> Gradient:
         found = {}

@@ -56,6 +56,7 @@ class SVTPrivacy(Defense):
         "With unselected=raw, a large share of the entries is sent exactly. The budgets are for each entry that is "
         "sent; those of a whole update add up."
     )
+    batched: ClassVar[bool] = True
     fraction: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.1
     epsilon: Positive = 0.1
     noise_var: Positive = 0.1
@@ -94,10 +95,13 @@ class SVTPrivacy(Defense):
         likely = AdaptiveAttacker(
             "weighs each entry that was sent by its likelihood under clipping and Laplace noise",
             likelihood=self._likelihood,
+            batched=True,
         )
         if self.unselected == "zero":
             return {"default": likely}
-        exact = AdaptiveAttacker("matches only the entries above gamma, which were sent exactly", undo=self._exact)
+        exact = AdaptiveAttacker(
+            "matches only the entries above gamma, which were sent exactly", undo=self._exact, batched=True
+        )
         return {"default": exact, "likelihood": likely}
 
     @property

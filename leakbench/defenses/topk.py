@@ -39,6 +39,7 @@ class TopK(Defense):
     fails: ClassVar[str] = (
         "Attackers who match only the entries that were sent. Over several rounds, more and more different entries are."
     )
+    batched: ClassVar[bool] = True
     keep: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.1
     rounds: Count = 1
 
@@ -50,9 +51,9 @@ class TopK(Defense):
         """Return the attacker who leaves out the zeros or, after the first round, repeats the rounds on the dummy."""
         if self.rounds == 1:
             words = "matches only the entries that were not sent as zero"
-            return {"default": AdaptiveAttacker(words, undo=without_zeros)}
+            return {"default": AdaptiveAttacker(words, undo=without_zeros, batched=True)}
         words = "repeats the rounds on the dummy gradient, with what they keep"
-        return {"default": AdaptiveAttacker(words, surrogate=self._repeated)}
+        return {"default": AdaptiveAttacker(words, surrogate=self._repeated, batched=True)}
 
     def _repeated(self, gradient: Gradient, observed: Observed, weights: Weights) -> Gradient:
         return {name: self._sent(value) for name, value in gradient.items()}
