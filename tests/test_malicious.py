@@ -69,13 +69,13 @@ def batch_of(count: int, row: int) -> Client:
     return Client(*own[0], "w", f"client {row}", (), tuple(own[1:]))
 
 
-def see(count: int, server: str, defense: str = "none", **granted: object) -> tuple[Observation, torch.Tensor]:
+def see(size: int, server: str, defense: str = "none", **granted: object) -> tuple[Observation, torch.Tensor]:
     """Return what a malicious server sees of two batches, and their images [2, B, C, H, W]."""
-    who = [batch_of(count, row) for row in range(2)]
+    who = [batch_of(size, row) for row in range(2)]
     threat = ThreatModel(server=server, **granted)
     seen = observe(
         models.parse("lenet"), defenses.parse(defense), threat, who, CLASSES, torch.full(SHAPE, 0.5),
-        public=torch.cat([batch_of(200, 9).images, batch_of(200, 10).images]), training=Local(batch=count),
+        public=torch.cat([batch_of(200, 9).images, batch_of(200, 10).images]), training=Local(batch=size),
     )  # fmt: skip
     return seen, torch.stack([client.images for client in who])
 
