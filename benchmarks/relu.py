@@ -53,8 +53,13 @@ SCALES = {
 }
 """The parts of the page that are runs."""
 
+FIRST, SPACE = 320, 8
+"""The first image of the first batch, and how far the first ones of two batches are apart."""
+
 BATCHES = tuple(
-    (size, tuple(range(320 + 8 * batch, 320 + 8 * batch + size)), batch % 3) for size in (2, 4, 8) for batch in range(8)
+    (size, tuple(range(FIRST + SPACE * batch, FIRST + SPACE * batch + size)), batch % 3)
+    for size in (2, 4, 8)
+    for batch in range(8)
 )
 """Size, CIFAR-10 test images and weight seed of each batch."""
 
@@ -226,7 +231,7 @@ def batch_table(trials: pd.DataFrame) -> str:
     trials["recovered"] = trials[RECOVERY] >= RECOVERED
     rows, failures = [], []
     for size, cell in trials.groupby("size"):
-        whole = cell.groupby(cell.index // size)["recovered"].all()
+        whole = cell.groupby((cell["image"] - FIRST) // SPACE)["recovered"].all()
         figures = _figures(cell["recovered"], cell["psnr"], cell["psnr_aligned"], cell["seconds"])
         rows.append([str(size), f"{int(whole.sum())} of {len(whole)}", *figures])
         failures += [
