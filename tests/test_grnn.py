@@ -327,7 +327,7 @@ def test_a_key_can_be_sought_with_the_generator() -> None:
 @pytest.mark.parametrize("side", [64, pytest.param(256, marks=pytest.mark.full)])
 def test_a_network_of_ones_own_of_any_size(side: int) -> None:
     torchvision = pytest.importorskip("torchvision")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = torchvision.models.resnet18(num_classes=5).train()
     observation = leakbench.observe(network, rand(1, 3, side, side), torch.tensor([3]))
