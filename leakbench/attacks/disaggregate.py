@@ -64,7 +64,8 @@ class Disaggregate(Attack):
     cost: ClassVar[str] = "Seconds for each client; above a dozen images a search for sparse vectors."
     fails: ClassVar[str] = (
         "Adam and its kind, noise, augmentation (each copy is an image of its own), two equal images, other "
-        "activations, and convolutions below the layer."
+        "activations, and convolutions below the layer. Without an input normalisation, units are switched on by many "
+        "images at once, and 16 images were not separated."
     )
     batches: ClassVar[bool] = True
     updates: ClassVar[bool] = True
