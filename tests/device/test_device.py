@@ -198,6 +198,19 @@ def test_a_recorded_objective_gives_the_same_numbers_at_other_points(gpu: Module
     assert gpu.counted("launch") == {"copy": 1, "replay": 1}
 
 
+def test_a_recording_that_is_right_only_at_its_start_is_not_used(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def empty(objective: Bowl, start: Unknowns, module: ModuleType) -> graph.Evaluate:
+        once = value_and_gradient(objective, start, 0)
+        return lambda unknowns, evaluation: once
+
+    monkeypatch.setattr(graph, "_record", empty)
+    notes: list[str] = []
+    assert graph.recorded(Bowl(), {"x": rand(3, 4).to("pretend")}, notes.append).__name__ == "plain"
+    assert "other numbers" in notes[0]
+
+
 def test_what_cannot_be_recorded_is_found_before_anything_is(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     start, notes, begun = {"x": rand(3, 4).to("pretend")}, list[str](), list[object]()
     real = pretend.core().begin_recording
@@ -304,8 +317,9 @@ class Greedy(leakbench.Attack):
     reference: ClassVar[str] = "a test"
 
     def run(self, observation: Observation, rng: Rng) -> Reconstruction:
-        held = [torch.zeros(2**18, device=observation.device) for _ in range(observation.trials)]
-        assert len(held) == observation.trials
+        held: list[Tensor] = []
+        for _ in range(observation.trials):
+            held.append(torch.zeros(2**18, device=observation.device))
         return Reconstruction(observation.mean_image.expand(observation.trials, *observation.image_shape).clone())
 
 
