@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 
 import pytest
 import torch
-from conftest import CLASSES, SHAPE, clients, rand
+from conftest import CLASSES, SHAPE, Tiny, clients, rand
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,7 +22,7 @@ import leakbench
 from leakbench import attacks, defenses, models
 from leakbench.attacks.base import prepare
 from leakbench.attacks.matching import GradientMatching
-from leakbench.core.device import accelerator, all_of, device_named
+from leakbench.core.device import accelerator, all_of, device_named, make_current
 from leakbench.core.registry import load_plugin
 from leakbench.core.rng import Rng, seeded
 from leakbench.core.types import Reconstruction
@@ -296,6 +296,15 @@ def test_a_closed_form_launches_about_the_same_for_any_number_of_trials(gpu: Mod
     assert {waits for _, waits in counts} == {24}  # before, 69 a trial
 
 
+def test_a_generator_is_compared_with_the_images_once_in_a_search(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Tiny.card
+    monkeypatch.setattr(Tiny, "card", lambda self: replace(real(self), unseen=torch.zeros(SHAPE)))
+    observation = replace(seen("pretend"), note=pytest.fail)  # which a search that waits would call
+    attacked("ggl(budget=2, optimizer=adam, generator=tiny)", observation)
+
+
 # Out of memory
 
 
@@ -454,6 +463,10 @@ def test_a_device_is_named_or_refused(gpu: ModuleType, monkeypatch: pytest.Monke
     with pytest.raises(BadOption, match="there are 2 PRETEND devices"):
         device_named("pretend:2")
     module = accelerator(torch.device("pretend"))
+    assert module is not None
+    make_current(torch.device("pretend:1"))
+    assert module.current_device() == 1
+    make_current(torch.device("pretend:0"))
     assert engine._named(torch.device("pretend:1")) == "pretend:1 (a pretended device)"
     monkeypatch.setattr(module, "is_available", lambda: False)
     # the head of a Ray cluster has no GPU, and its driver raises if it is asked for one
