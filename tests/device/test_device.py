@@ -345,7 +345,7 @@ def ran(tmp_path: Path, attack: object, images: int, **options: Any) -> tuple[An
 def test_a_chunk_that_does_not_fit_is_halved_and_then_fits(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("leakbench.metrics.of_run", lambda named: [])
+    monkeypatch.setattr("leakbench.metrics.of_run", lambda named, batches=False: [])
     monkeypatch.setattr("leakbench.engine.worker.foreign", lambda attack: False)
     monkeypatch.setattr("leakbench.engine.isolation.foreign", lambda attack: False)
     gc.collect()
