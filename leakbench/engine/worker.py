@@ -319,12 +319,13 @@ class Worker:
         if truth is None:
             return [_Outcome({}, png(image), None, None) for image in images]
         scores = self._score(guess, truth)
-        fitted = aligned(images, truth.images.cpu())
+        truths = truth.images.cpu()
+        fitted = aligned(images, truths)
         return [
             _Outcome(
                 {name: values[row] for name, values in scores.items() if values[row] == values[row]},
                 png(image),
-                png(truth.images[row].cpu()),
+                png(truths[row]),
                 fitted[row],
             )
             for row, image in enumerate(images)

