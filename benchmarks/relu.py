@@ -187,7 +187,7 @@ def restored(network: torch.nn.Module, images: Tensor, labels: Tensor, mean: Ten
 
 
 def page(runs: Path, out: Path) -> None:
-    """Write report.md and the results of every run and of the batches."""
+    """Write relu.md and the results of every run and of the batches."""
     out.mkdir(parents=True, exist_ok=True)
     parts = [HEAD]
     for scale, title in SCALES.items():
@@ -199,7 +199,7 @@ def page(runs: Path, out: Path) -> None:
         (out / "batches.csv").write_text((runs / "batches.csv").read_text())
     if (out / "batches.csv").exists():
         parts += ["## Batches, CIFAR-10", batch_table(pd.read_csv(out / "batches.csv", keep_default_na=False))]
-    (out / "report.md").write_text("\n\n".join(parts) + "\n")
+    (out / "relu.md").write_text("\n\n".join(parts) + "\n")
 
 
 def table(file: Path) -> str:
