@@ -347,7 +347,8 @@ def audit_update(
     ends = _output_facts(initial, image_shape, progress)
     facts = (*network.facts(), *ends, *drawn.facts(known=not doubt), ("update", words), *stated, (EXPECTED, rule))
     found_by = _audit(own, dataset, facts, matrix, [found], options, 1, expected, threat)
-    return replace(found_by, recorded=shown, contradictions=contradictions, recipe=recipe)
+    untried = tuple(name for name in found_by.untried if batch is None or name != DISAGGREGATE)
+    return replace(found_by, recorded=shown, contradictions=contradictions, recipe=recipe, untried=untried)
 
 
 def _output_facts(

@@ -223,6 +223,8 @@ class UpdateFacts:
             return "SGD (any momentum): the changes of linear layers have low ranks"
         if self.rule == "sign":
             return f"the changed values have nearly one size, as {SIGN_RULES} leave them"
+        if not any(layer.conclusive for layer in self.layers):
+            return "not shown: no linear layer can show it"
         return "not shown: no change of a linear layer has a low rank"
 
     def _decay(self) -> str:
