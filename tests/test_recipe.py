@@ -224,5 +224,9 @@ def test_every_attackers_images_are_assigned_once_and_beat_the_floors() -> None:
     assert [one.recovered for one in found.members] == [True, True, True]
     assert found.recovered == {"good": 2, "copies": 1}
     assert (found.share, found.floor) == (1.0, 0.0)
+    mixed = Returned("mixed", 0.25 * truth[:1] + 0.75 * truth[1:2])
+    near = torch.cat([truth[:1], 0.6 * truth[:1] + 0.4 * truth[1:2]])  # alike, and the mixture is not nearer to either
+    assert compared([Returned("same", near[:1])], near, 0.6).share == 0.5
+    assert compared([mixed], near, 0.1).share == 0.0
     beaten = compared([right, Returned("floor", truth, True)], truth, 0.6)
     assert (beaten.share, beaten.floor) == (0.0, 1.0)

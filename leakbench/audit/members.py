@@ -14,6 +14,9 @@ from leakbench.errors import BadOption, MissingAsset
 from leakbench.metrics.aligned import AlignedPSNR, AlignedSSIM
 from leakbench.metrics.members import MemberScores, assign, matched
 
+COPY = 0.95
+"""Private images with this ``ssim_aligned`` to each other count as copies."""
+
 
 @dataclass(frozen=True)
 class Returned:
@@ -78,6 +81,9 @@ class ComparedImages:
 def compared(returned: Sequence[Returned], truth: Tensor, threshold: float) -> ComparedImages:
     """Return private images beside what attackers returned, each attacker's images assigned to them once.
 
+    Fewer images than there are private ones are assigned to the nearest, so that a smooth image can be like one by
+    chance. They count only if they are nearer to it than every other private image is.
+
     Args:
         returned: what attackers and floors returned.
         truth: [B, C, H, W] in [0, 1].
@@ -87,12 +93,14 @@ def compared(returned: Sequence[Returned], truth: Tensor, threshold: float) -> C
     floors = [(ssim, psnr) for one, _, ssim, psnr, _ in scored if one.floor]
     least = torch.full((len(truth),), -math.inf, dtype=torch.float64)
     bar = [torch.stack([pair[place] for pair in floors]).amax(0) if floors else least for place in (0, 1)]
+    chance = [torch.maximum(*pair) for pair in zip(bar, _others(truth))] if len(truth) > 1 else bar
     best: list[Member] = [Member(one, None, "", math.nan, math.nan, False) for one in truth]
     counts: dict[str, int] = {}
     for one, pairs, ssim, psnr, assigned in scored:
         if one.floor:
             continue
-        good = assigned & (ssim >= threshold) & (ssim > bar[0]) & (psnr > bar[1])
+        least_ssim, least_psnr = chance if len(one.images) < len(truth) else bar
+        good = assigned & (ssim >= threshold) & (ssim > least_ssim) & (psnr > least_psnr)
         counts[one.attacker] = int(good.sum())
         for place in assigned.nonzero().flatten().tolist():
             found = Member(
@@ -120,6 +128,20 @@ def _scores(images: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     small = min(truth.shape[-2:]) < AlignedSSIM.smallest
     ssim = torch.full((len(truth),), math.nan) if small else AlignedSSIM()(pairs, truth)
     return pairs, ssim.double(), AlignedPSNR()(pairs, truth).double(), assigned
+
+
+def _others(truth: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for each image the SSIM and PSNR, [B] each, of the other one that is nearest to it, without copies."""
+    found = []
+    for place, image in enumerate(truth):
+        real = image.expand(len(truth), *image.shape)
+        small = min(truth.shape[-2:]) < AlignedSSIM.smallest
+        ssim = torch.zeros(len(truth)).double() if small else AlignedSSIM()(truth, real).double()
+        psnr = AlignedPSNR()(truth, real).double()
+        other = (ssim < COPY) & (torch.arange(len(truth)) != place)
+        found.append(torch.stack([torch.where(other, one, -torch.inf).amax() for one in (ssim, psnr)]))
+    scores = torch.stack(found)
+    return scores[:, 0], scores[:, 1]
 
 
 def check_truth(images: Tensor, truth: Tensor) -> None:
