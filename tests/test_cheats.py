@@ -528,12 +528,13 @@ def test_the_process_of_an_attack_ends_with_its_run(tmp_path: Path, monkeypatch:
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     plugin(tmp_path, HANGS)
+    seen = watch("lenet")  # before the fork: a fork of a process that has used a device cannot differentiate
     run = os.fork()
     if run == 0:
         with contextlib.suppress(BaseException):
             own = isolation.Isolation()
             own.template = isolation.Template.__wrapped__()  # type: ignore[attr-defined]  # not that of all tests
-            own.check(attacks.parse(f"hangs(path={tmp_path})"), watch("lenet"))
+            own.check(attacks.parse(f"hangs(path={tmp_path})"), seen)
         os._exit(1)
     while not (tmp_path / "pid").exists():
         assert os.waitpid(run, os.WNOHANG) == (0, 0)

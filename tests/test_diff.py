@@ -181,7 +181,7 @@ def skipping(name: str, recovered: int, threshold: float | None = 0.6) -> Compar
     matrix = json.dumps({"name": name} if threshold is None else {"name": name, "threshold": threshold})
     session = RunSession(1, dataclasses.replace(provenance(), matrix=matrix), "", "")
     trials = trials.assign(trial=list(map(str, range(20))), group=trials["image"], **same)
-    record = TrialRecord("{}", "", 0, 1, "", {"dataset": "d", "model": "m", "defense": "none"})
+    record = TrialRecord("{}", "", 0, 1, "", specs={"dataset": "d", "model": "m", "defense": "none"})
     return ComparedRun(name, trials, dict.fromkeys(trials["trial"], record), [], [session])
 
 

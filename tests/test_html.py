@@ -336,7 +336,7 @@ def test_the_command_makes_the_same_trial(tmp_path, monkeypatch, capsys, no_asse
     data = Tags(Path(write("first", {"html"})[0]).read_text()).data()["trials"]
     for attack, defense in (("grey", "none"), ("ig(steps=1, lr=0.02)", "keylock(length=9)")):
         trial = results[(results["attack"] == attack) & (results["defense"] == defense)].iloc[0]
-        command = reproduction(trial, components, sessions).command(trial["trial"], 5, 3)
+        command = reproduction(trial, components, sessions).command(trial["trial"], [5], 3)
         head, tail, note = data["commands"][data["again"][data["id"].index(trial["trial"])]]
         assert command == head + tail.format(image=5, seed=3, trial=trial["trial"])
         assert ("keylock(length=9) runs too" in note) == (defense == "none")
@@ -361,7 +361,7 @@ def test_commands_of_strange_trials():
     known[3] = dataclasses.replace(known[3], variant="settings 0a1b2c")
     cell = {one.kind: one.spec for one in known} | {"threat": "labels=known, informed=true"}
     made = reproduction(cell, known, [session, gpu])
-    words = shlex.split(made.command("ab12", 7, 1))
+    words = shlex.split(made.command("ab12", [7], 1))
     assert words[:5] == ["leakbench", "run", "matrix", "--plugin", "my file.py"]
     assert words[words.index("--attack") + 1] == 'a(note="it\'s; rm -rf /")'
     assert words[words.index("--defense") + 1] == "guard(scale=0.5, on=true, file=none, n=[1, 2])"
@@ -383,13 +383,13 @@ def test_commands_of_strange_trials():
     assert "version 1" in reproduction({**cell, "defense": older.spec}, [*known[:3], older], []).note
     network = StoredComponent("model", "module(label=Net)", 1, {"label": "Net", "module": "0" * 16})
     python = reproduction({**cell, "model": network.spec}, [*known, network], [])
-    assert python.command("ab12", 7, 1).startswith("leakbench.run(leakbench.Matrix(attacks=[")
-    assert "models=[network]" in python.command("ab12", 7, 1)
-    compile(python.command("ab12", 7, 1), "command", "eval")
+    assert python.command("ab12", [7], 1).startswith("leakbench.run(leakbench.Matrix(attacks=[")
+    assert "models=[network]" in python.command("ab12", [7], 1)
+    compile(python.command("ab12", [7], 1), "command", "eval")
     salted = RunSession(3, dataclasses.replace(provenance(), salt=SALT), "", "")
-    assert shlex.split(reproduction(cell, known, [salted]).command("ab12", 7, 1))[-4:-2] == ["--salt", SALT]
+    assert shlex.split(reproduction(cell, known, [salted]).command("ab12", [7], 1))[-4:-2] == ["--salt", SALT]
     python = reproduction({**cell, "model": network.spec}, [*known, network], [salted])
-    assert python.command("ab12", 7, 1).endswith(f", salt={SALT!r})")
+    assert python.command("ab12", [7], 1).endswith(f", salt={SALT!r})")
     assert "given in Python" in python.note
 
 

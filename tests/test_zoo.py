@@ -51,7 +51,7 @@ from leakbench.report.run import RunData
 from leakbench.report.scenes import worst_cases
 from leakbench.store.run_file import FILE, Store
 from leakbench.training.settings import Recipe
-from leakbench.training.steps import Trainee, descend, optimiser
+from leakbench.training.steps import Trainee, descend, resumed, rule
 from leakbench.victim import Client, observe
 
 RUN = ("nan", "inf", "late-nan", "int32", "complex", "sparse", "raises", "wrap")
@@ -445,9 +445,9 @@ def batch_trained_behind(defense: Defense, factor: float = 1.0) -> tuple[bool, b
         trainee.network[-1].weight.mul_(factor)
     before = trainee.shared()
     images, labels = Smooth().load(range(4))
-    sgd = optimiser(trainee, Recipe(), 1, {})
+    sgd, state = rule(Recipe(), 1), resumed(trainee, {})
     try:
-        descend(trainee, sgd, images, labels, generator("release"), defended=True, classes=4)
+        descend(trainee, sgd, state, images, labels, generator("release"), defended=True, classes=4)
     finally:
         moved = not same(trainee.shared(), before)
     return moved, all(bool(torch.isfinite(value).all()) for value in trainee.shared().values())
