@@ -23,8 +23,8 @@ ROUNDED = {
     **{f"{name}(steps=1)": f"{name}(steps=3, solver=adam, lr=0.1)" for name in ("dlg", "idlg")},
     "peel": "peel(search=20)",
 }
-"""Long searches amplify the last digits too far, twenty iterations of L-BFGS in float32 and the 400 at the end of ``peel``
-on a ReLU network (3e-7 after 40, 5e-3 after 400); ``lb`` compares L-BFGS in float64."""
+"""Long searches amplify the last digits too far: 20 iterations of L-BFGS in float32, which ``lb`` has in float64,
+and the 400 at the end of ``peel`` on a ReLU network (images differ by 3e-7 after 40, and by 5e-3 after 400)."""
 
 Case = tuple[str, str, str, str]
 
