@@ -60,8 +60,10 @@ pretend: setup
 	@if command -v g++ >/dev/null; then $(BIN)/python -c 'import sys; sys.path.insert(0, "tests/device"); import pretend; pretend.build()'; \
 	else echo "the tests on a pretended GPU will NOT run: there is no g++; install the package g++"; [ "$(PRETEND)" != required ]; fi
 
+# The pretended GPU has processes of its own: torch counts devices at the first gradient of a process.
 test: pretend
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not assets and not full and not docs and not browser and not fl and not ray and not torture and not long and not device"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long and not device" tests/device
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/device -m "not assets and not full and not docs and not browser and not fl and not ray and not torture and not long and not device"
 
 # Attacks, defenses, models and threat models on the pretended GPU against the CPU. SWEEP=full crosses all of them, for hours.
 test-device: pretend
@@ -81,7 +83,8 @@ cuda-check:
 	PYTHONPATH=build/cuda-site:. $(PYTHON) tools/cuda_check.py --out $${OUT:-reports/cuda}
 
 test-long: pretend
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
+	$(BIN)/python -m pytest -m long tests/device
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/device -m long
 
 torture: setup
 	$(BIN)/python -m pytest -m torture
