@@ -19,7 +19,7 @@ from leakbench.analysis.ensemble import RECOVERED, SCENE, EnsembleResult, attack
 from leakbench.analysis.recovery import CLOSENESS, ENCODED, TARGET, judged
 from leakbench.core.text import percent, slug
 from leakbench.plan.matrix import RECOVERY
-from leakbench.report.figure import GREY, INK, key_below, plain, style
+from leakbench.report.figure import GREY, INK, SHARE_TICKS, key_below, plain, style
 from leakbench.report.run import RunData
 
 ENSEMBLE = "any attacker"
@@ -65,8 +65,12 @@ class Crossing:
 
     def scored(self, defense: str) -> pd.DataFrame:
         """Return the trials behind a defense that have a score."""
-        own = self.trials[self.trials["defense"] == defense]
-        return own[own["status"].isin(("ok", "failed")) & own[RECOVERY].notna()]
+        return _scored(self.trials[self.trials["defense"] == defense])
+
+
+def _scored(trials: pd.DataFrame) -> pd.DataFrame:
+    """Return the trials that have the score that counts."""
+    return trials[trials["status"].isin(("ok", "failed")) & trials[RECOVERY].notna()]
 
 
 def crossings(run: RunData) -> list[Crossing]:
@@ -87,7 +91,7 @@ def crossings(run: RunData) -> list[Crossing]:
     found = []
     for (dataset, model), results in groupby(run.ensembles, SCENE):
         own = trials[(trials["dataset"] == dataset) & (trials["model"] == model) & ~trials["by_floor"]]
-        if not (own["status"].isin(("ok", "failed")) & own[RECOVERY].notna()).any():
+        if _scored(own).empty:
             continue
         known = sorted(results, key=lambda one: (one.broken > 0, math.isnan(one.share), -one.share))
         found.append(Crossing(dataset, model, own, known, threshold))
@@ -115,8 +119,7 @@ def heatmap(crossing: Crossing) -> Figure:
     case. An image that an earlier attacker recovered is not attacked again in a run with a threshold; attackers that
     had nothing left to attack have no row.
     """
-    tried = crossing.trials["status"].isin(("ok", "failed")) & crossing.trials[RECOVERY].notna()
-    attackers = list(dict.fromkeys(crossing.trials.loc[tried, "attacker"]))
+    attackers = list(dict.fromkeys(_scored(crossing.trials)["attacker"]))
     shares, words = _cells(crossing, attackers)
     rows, columns = shares.shape
     names = [plain(name, 40) for name in [*attackers, ENSEMBLE]]
@@ -248,7 +251,7 @@ def _panel(crossing: Crossing) -> tuple[Figure, Any]:
     drawn = Figure(figsize=(6.4, height), layout="constrained", facecolor="white")
     panel = drawn.subplots()
     panel.set_ylim(-0.03, 1.03)
-    panel.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+    panel.set_yticks(*SHARE_TICKS)
     panel.grid(alpha=0.3)
     panel.set_title(crossing.title, fontsize=10)
     return drawn, panel

@@ -19,6 +19,9 @@ MARKERS = "osD^vPX*"
 INK, GREY, ORANGE, RED = "#1a1c20", "#5b5b5b", "#d55e00", "#c40000"
 """The colours of text, of rules and floors, of the main values, and of failures."""
 
+SHARE_TICKS = ([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+"""The places and labels of an axis of shares."""
+
 _SETTINGS: Any = {"svg.hashsalt": "leakbench", "svg.fonttype": "path", "pdf.fonttype": 42, "font.family": "DejaVu Sans"}
 _UNDATED: Any = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 

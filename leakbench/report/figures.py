@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from leakbench.analysis.pareto import Study
 from leakbench.core.text import slug
 from leakbench.report import charts, curves, descent, grids, utility
-from leakbench.report.figure import GREY, INK, ORANGE, bars, plain, saved
+from leakbench.report.figure import GREY, INK, ORANGE, SHARE_TICKS, bars, plain, saved
 from leakbench.report.run import ObjectiveCurves, PicturesOf, RunData
 from leakbench.report.scenes import WorstCase, worst_cases
 
@@ -71,7 +71,7 @@ def _worst(scene: WorstCase) -> Figure:
     panel.set_yticks(places, [plain(one.defense, 48) for one in known], fontsize=8)
     panel.set_ylim(len(known) - 0.5, -0.5)
     panel.set_xlim(-0.02, 1.02)
-    panel.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+    panel.set_xticks(*SHARE_TICKS)
     panel.set_xlabel("images recovered by at least one attacker, with 95 % intervals", fontsize=9)
     panel.set_title(plain(f"{scene.dataset} · {scene.model}", 70), fontsize=10)
     panel.grid(axis="x", alpha=0.3)
