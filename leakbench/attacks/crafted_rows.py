@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakbench.attacks.analytic import pixel_layers
+from leakbench.attacks.peel import read_labels
 from leakbench.attacks.simulate import filled
+from leakbench.core.types import Reconstruction
 from leakbench.errors import Unsupported
 from leakbench.gradients.evaluate import tensors_of
 from leakbench.observation import Observation
@@ -81,7 +83,40 @@ def pixel_rows(observation: Observation) -> list[PixelRows]:
     return rows
 
 
-def stacked(found: Sequence[Tensor], observation: Observation) -> tuple[Tensor, Tensor]:
+def wanted(observation: Observation, images: Tensor) -> int:
+    """Return how many images a client has: those that were derived [N, C, H, W] if their number is not known."""
+    return observation.count or max(1, len(images))
+
+
+def reconstruction(
+    observation: Observation, read: Sequence[tuple[Tensor, Tensor]], findings: Mapping[str, Sequence[float]]
+) -> Reconstruction:
+    """Return what an attacker derived, whose objective is the share of images that are not proved.
+
+    Args:
+        observation: what the attacker sees.
+        read: each trial's images [N, C, H, W], the best first, and which of them are proved [N].
+        findings: further numbers by trial; ``proved`` is added.
+    """
+    counts = [
+        (float(right[: wanted(observation, images)].sum()), wanted(observation, images)) for images, right in read
+    ]
+    images, failed = _stacked([images for images, _ in read], observation)
+    device = observation.device
+    values = {**findings, "proved": [number for number, _ in counts]}
+    return Reconstruction(
+        images=images,
+        labels=read_labels(observation) if observation.count == 1 else None,
+        objective=torch.tensor(
+            [1.0 - number / among for number, among in counts], dtype=observation.dtype, device=device
+        ),
+        failed=failed,
+        path="batched",
+        findings={name: torch.tensor(own, device=device) for name, own in values.items()},
+    )
+
+
+def _stacked(found: Sequence[Tensor], observation: Observation) -> tuple[Tensor, Tensor]:
     """Return each trial's first images [T, C, H, W], or [T, B, C, H, W] of batches, and which trials [T] have none.
 
     Where a trial has fewer images than the others, or than the batch, the last ones are NaN.

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from leakbench.attacks.base import Attack, register
-from leakbench.attacks.crafted_rows import PixelRows, different, pixel_rows, proved, stacked
-from leakbench.attacks.peel import read_labels
+from leakbench.attacks.crafted_rows import PixelRows, different, pixel_rows, proved, reconstruction, wanted
 from leakbench.core.rng import Rng
 from leakbench.core.types import Reconstruction
 from leakbench.errors import Unsupported
@@ -57,26 +56,14 @@ class ImprintAttacker(Attack):
 
     def run(self, observation: Observation, rng: Rng) -> Reconstruction:
         """Return the images of every trial, proved ones and those with the largest errors first; draws nothing."""
-        found, objective = [], []
-        findings: dict[str, list[float]] = {"bins_hit": [], "proved": [], "expected_share": []}
+        read = []
+        findings: dict[str, list[float]] = {"bins_hit": [], "expected_share": []}
         for t, rows in enumerate(pixel_rows(observation)):
             images, right, bins = read_imprint(observation, t, rows, observation.count)
-            found.append(images)
-            wanted = observation.count or max(1, len(images))
-            objective.append(1.0 - float(right[:wanted].sum()) / wanted)
+            read.append((images, right))
             findings["bins_hit"].append(float(len(images)))
-            findings["proved"].append(float(right[:wanted].sum()))
-            findings["expected_share"].append(expected_alone(bins, wanted))
-        images, failed = stacked(found, observation)
-        device = observation.device
-        return Reconstruction(
-            images=images,
-            labels=read_labels(observation) if observation.count == 1 else None,
-            objective=torch.tensor(objective, dtype=observation.dtype, device=device),
-            failed=failed,
-            path="batched",
-            findings={name: torch.tensor(values, device=device) for name, values in findings.items()},
-        )
+            findings["expected_share"].append(expected_alone(bins, wanted(observation, images)))
+        return reconstruction(observation, read, findings)
 
 
 def imprinted(rows: PixelRows) -> Tensor:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from leakbench.attacks.base import Attack, register
-from leakbench.attacks.crafted_rows import PixelRows, different, pixel_rows, proved, stacked
-from leakbench.attacks.peel import read_labels
+from leakbench.attacks.crafted_rows import PixelRows, different, pixel_rows, proved, reconstruction
 from leakbench.core.rng import Rng
 from leakbench.core.types import Reconstruction
 from leakbench.observation import Observation
@@ -50,25 +49,11 @@ class TrapAttacker(Attack):
 
     def run(self, observation: Observation, rng: Rng) -> Reconstruction:
         """Return the images of every trial, proved ones first; nothing is drawn from rng."""
-        found, objective = [], []
-        findings: dict[str, list[float]] = {"rows_active": [], "proved": []}
+        read, active = [], []
         for t, rows in enumerate(pixel_rows(observation)):
-            images, right = read_traps(observation, t, rows, observation.count)
-            found.append(images)
-            wanted = observation.count or max(1, len(images))
-            objective.append(1.0 - float(right[:wanted].sum()) / wanted)
-            findings["rows_active"].append(float((rows.errors.abs() > rows.least).sum()))
-            findings["proved"].append(float(right[:wanted].sum()))
-        images, failed = stacked(found, observation)
-        device = observation.device
-        return Reconstruction(
-            images=images,
-            labels=read_labels(observation) if observation.count == 1 else None,
-            objective=torch.tensor(objective, dtype=observation.dtype, device=device),
-            failed=failed,
-            path="batched",
-            findings={name: torch.tensor(values, device=device) for name, values in findings.items()},
-        )
+            read.append(read_traps(observation, t, rows, observation.count))
+            active.append(float((rows.errors.abs() > rows.least).sum()))
+        return reconstruction(observation, read, {"rows_active": active})
 
 
 def read_traps(observation: Observation, t: int, rows: PixelRows, batch: int) -> tuple[Tensor, Tensor]:
