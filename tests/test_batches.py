@@ -59,7 +59,7 @@ def see(
 @pytest.mark.parametrize(
     ("spec", "train"),
     [("lenet", False), ("lenet-bn", True), ("resnet20", True), ("resnet20", False), ("mlp(hidden=8)", False),
-     ("convnet", True)],
+     pytest.param("convnet", True, marks=pytest.mark.long)],
 )  # fmt: skip
 def test_trials_of_several_images_are_computed_as_in_a_loop(spec: str, train: bool, own: bool) -> None:
     torch.manual_seed(0)

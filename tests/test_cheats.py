@@ -354,6 +354,7 @@ def go(out: Path, *names: str, defenses: tuple[str, ...] = ("none",), **options:
 CHEATING = ("gc", "frames", "store", "name")
 
 
+@pytest.mark.long
 def test_what_cheats_in_the_process_of_the_run_finds_nothing_in_its_own(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -480,6 +481,7 @@ def test_what_no_process_can_import_is_refused_in_one_line(monkeypatch: pytest.M
         isolation._packed(isolation.Call("check", Local(), watch("lenet")))
 
 
+@pytest.mark.long
 def test_an_attack_of_the_users_own_script(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     paths = os.pathsep.join(sys.path)

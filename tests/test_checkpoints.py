@@ -151,6 +151,7 @@ def spec(path: str) -> str:
     return models.spec(models.registry.build("lenet", {"weights": path}))
 
 
+@pytest.mark.long
 def test_reports_say_what_was_attacked_without_the_files(tmp_path: Path) -> None:
     network = make("lenet", (1, 12, 12), 4)
     told = write(network, tmp_path / "told.safetensors")

@@ -152,6 +152,7 @@ def test_an_attack_that_cannot_be_measured_takes_the_default(tmp_path: Path, mon
         assert store.chunk(_plan(attack="grey").trials()[0].cell.key) == 3
 
 
+@pytest.mark.long
 def test_a_queue_is_worked_off_in_the_slots_that_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int | None]] = []
 

@@ -282,6 +282,7 @@ def test_a_suite_by_name_with_options(cli, place):
     assert set(results["model"]) == {models.spec(model) for model in suite.models}
 
 
+@pytest.mark.long
 def test_the_worst_case_over_an_ensemble(cli, place):
     suite = ("--suite", "worst-case", "--scale", "smoke", "--dataset", "samples(size=12)", "--images", 1)
     over = ("--attack", "ig(steps=1)", "--attack", "ig(steps=2)", "--defense", "none", "--defense", "precode(k=6)")

@@ -389,6 +389,7 @@ class DefenseHangs(Defense):
         raise AssertionError
 
 
+@pytest.mark.long
 def test_a_defense_that_hangs_is_stopped_and_costs_its_own_trials(tmp_path, hanging):
     matrix = plan(attacks=["random"], defenses=[DefenseHangs(str(hanging)), "none"], images=1)
     results = go(matrix, tmp_path / "run", time_limit=1)

@@ -88,6 +88,7 @@ def test_of_several_starts_the_one_that_matches_best_is_returned() -> None:
     assert bool((three < one).any())
 
 
+@pytest.mark.long
 def test_it_ends_nearer_than_dlg_and_ig_for_the_same_evaluations() -> None:
     observation = watch("lenet", threat="known-label", trials=4)
     truth = torch.cat([rand(1, 1, 8, 8, seed=100 + t) for t in range(4)])

@@ -130,6 +130,7 @@ def test_an_entry_is_checked_by_running_its_trials_again(cli, ran: Path) -> None
     refused(cli("leaderboard", "check", file, "ran"), "no finished defense 'keylock'")
 
 
+@pytest.mark.long
 def test_an_entry_under_revealed_secrets_is_checked(cli, place: Path) -> None:  # noqa: F811
     more = ("--defense", "keylock", "--threat", "T4", "--attack", "peel", "--images", "2", "--threshold", "0.6")
     assert cli("run", "matrix", *MATRIX[:-2], *more, "--out", "ran").code == 0

@@ -74,6 +74,7 @@ def test_what_is_no_shard_is_refused(text):
         parse(text)
 
 
+@pytest.mark.long
 def test_shards_that_are_merged_are_the_run_in_one(tmp_path):
     matrix = plan(
         attacks=["random", RaisesForOne(), "mean"], defenses=["none", "noise(scale=0.1)"], images=9, floors=True

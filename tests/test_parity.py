@@ -22,6 +22,12 @@ FEW = 2
 SIDE = 16
 CHANGING = [spec for spec in DEFENSES if spec != "noise"]
 """Noise changes the numbers that an attack is given, and nothing of what is computed with them."""
+CASES = [
+    pytest.param(model, defense, marks=pytest.mark.long if model.startswith("resnet20") and index % 3 else ())
+    for model in MODES
+    for index, defense in enumerate(CHANGING)
+]
+"""Every model with every defense; most of the deepest network's with the longest tests."""
 MATCHING = [spec for spec in ATTACKS if isinstance(attacks.parse(spec), GradientMatching)]
 
 
@@ -40,8 +46,7 @@ def walk(attack: GradientMatching, observation: Observation, path: Path, steps: 
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("defense", CHANGING)
-@pytest.mark.parametrize("model", MODES)
+@pytest.mark.parametrize(("model", "defense"), CASES)
 def test_batched_is_one_at_a_time(model: str, defense: str) -> None:
     served, steps = 0, FEW if model.startswith("resnet") else STEPS
     observation = watch(model, defense, fresh=True, shape=(1, SIDE, SIDE))

@@ -480,6 +480,7 @@ def write_for_ever(folder: Path, told: Connection) -> None:
         told.send(chunk)
 
 
+@pytest.mark.long
 def test_kill_9_loses_at_most_a_chunk(tmp_path):
     here, there = COPIED.Pipe(duplex=False)
     process = COPIED.Process(target=write_for_ever, args=(tmp_path, there))

@@ -97,6 +97,7 @@ def test_rows_of_different_thresholds_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_checkpoints_are_attacked_and_drawn_against_their_accuracy(tmp_path: Path) -> None:
     plans = [study(defenses=["none", "noise(scale=10)"], stages=["initial", "best"], rounds=1)]
     train(arms_of(plans), tmp_path)

@@ -530,6 +530,7 @@ def test_who_does_not_know_the_rate_cannot_unroll() -> None:
 
 
 @pytest.mark.parametrize("spec", ["dlm(steps=8, labels=analytic, restarts=2)", "dlm+(steps=40)"])
+@pytest.mark.long
 def test_an_image_is_recovered_without_the_learning_rate(spec: str) -> None:
     observation = watch("lenet", threat="shares=weights, learning_rate=0.003", trials=4)
     attack, known = prepare(attacks.parse(spec), observation)

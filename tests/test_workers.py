@@ -96,6 +96,7 @@ def test_workers_give_the_bytes_of_one_process(tmp_path, monkeypatch):
         assert [session.provenance.workers for session in second.sessions()] == [2]
 
 
+@pytest.mark.long
 def test_a_worker_that_dies_costs_nothing(tmp_path):
     (tmp_path / "deaths").mkdir()
     seen = Counter()
@@ -107,6 +108,7 @@ def test_a_worker_that_dies_costs_nothing(tmp_path):
     assert [line for line in seen.notes if "SIGKILL" in line]
 
 
+@pytest.mark.long
 def test_an_ensemble_skips_the_same_trials_with_workers(tmp_path):
     matrix = ensemble(Knows("0 2"), Counts("2 3"), Thief(), defenses=["none", "noise(scale=0.01)"], floors=True)
     alone, two = go(matrix, tmp_path / "1", chunk=2), go(matrix, tmp_path / "2", chunk=2, workers=2)
