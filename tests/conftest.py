@@ -66,6 +66,8 @@ class TinyNetwork(nn.Module):
 SMALL = {
     "precode": "precode(k=6)",
     "keylock": "keylock(length=9)",
+    "dcs": "dcs(steps=2)",
+    "censor": "censor(samples=2)",
     "dlg": "dlg(steps=1)",  # a step of L-BFGS is up to twenty iterations
     "idlg": "idlg(steps=1)",
     "dlm": "dlm(steps=3, solver=adam, lr=0.01)",  # twenty iterations of L-BFGS amplify rounding too far

@@ -1,4 +1,4 @@
-"""Defenses of federated frameworks against independent formulas: percentile and SVT privacy, signs, top-k, Outpost."""
+"""Defenses of federated frameworks and of later papers against independent formulas."""
 
 from __future__ import annotations
 
@@ -181,10 +181,102 @@ def test_outpost_puts_noise_where_gradients_are_large_and_weights_wide() -> None
         assert float((value == 0).double().mean()) == pytest.approx(0.8, abs=1 / value.numel() + 0.01)
 
 
+def small_step(spec: str, images: int = 1) -> Step:
+    """Return the step of a client with a small LeNet in float64."""
+    defense = defenses.parse(spec)
+    network = build(models.parse("lenet"), defense, SHAPE, CLASSES, "weights").double()
+    rng = torch.Generator().manual_seed(3)
+    return Step(network, torch.rand(images, *SHAPE, generator=rng).double(), torch.arange(images) % CLASSES, defense)
+
+
+def test_censor_sends_the_best_of_several_orthogonal_directions() -> None:
+    step = small_step("censor(samples=5, rate=0.1)")
+    plain = step.gradient()
+    before = {name: value.clone() for name, value in step.model.state_dict().items()}
+    sent = step._defense.release(step, torch.Generator().manual_seed(0))
+    assert all(torch.equal(value, before[name]) for name, value in step.model.state_dict().items())
+    for name, value in plain.items():
+        assert float(sent[name].norm()) == pytest.approx(float(value.norm()))
+        assert abs(float((sent[name] * value).sum())) < 1e-12
+    rng, losses = torch.Generator().manual_seed(0), {}
+    for number in range(5):  # against the definition
+        drawn = {}
+        for name, value in plain.items():
+            random = torch.randn(value.shape, generator=rng).double()
+            left = random - (random * value).sum() / value.square().sum() * value
+            drawn[name] = left / left.norm() * value.norm()
+        tried = build(models.parse("lenet"), defenses.parse("none"), SHAPE, CLASSES, "weights").double().eval()
+        with torch.no_grad():
+            for name, parameter in tried.named_parameters():
+                parameter -= 0.1 * drawn[name]
+            losses[number] = (float(torch.nn.functional.cross_entropy(tried(step.images), step.labels)), drawn)
+    best = min(losses.values(), key=lambda pair: pair[0])[1]
+    for name, value in best.items():
+        torch.testing.assert_close(sent[name], value)
+
+
+def test_the_released_censor_is_orthogonal_only_to_gradients_of_norm_one() -> None:
+    defense = defenses.parse("censor(projection=released)")
+    for size, aligned in ((1.0, False), (20.0, True)):
+        value = randn(40, seed=1).double()
+        value = value * size / value.norm()
+        cosines = [
+            float(defense._drawn(value, torch.Generator().manual_seed(seed)) @ value) / size**2 for seed in range(20)
+        ]
+        assert (max(map(abs, cosines)) > 0.9) == aligned
+        assert aligned or max(map(abs, cosines)) < 1e-9
+    law = attacker("censor(projection=released)").likelihood
+    sent = {"w": (20 * torch.nn.functional.normalize(randn(1, 40, seed=2), dim=1)).double()}
+    along = law(sent, sent, {})
+    across = randn(1, 40, seed=3).double()
+    across = across - (across * sent["w"]).sum() / 400 * sent["w"]
+    assert float(along) < float(law({"w": across * 20 / across.norm()}, sent, {})), "it is rather along the gradient"
+
+
+def test_dcs_sends_the_mixed_gradient_of_an_image_that_looks_different() -> None:
+    step = small_step("dcs(steps=15, mix=0.7)", images=2)
+    defense, plain = step._defense, step.gradient()
+    sent = defense.release(step, torch.Generator().manual_seed(0))
+    concealed, labels = defense._concealed(step, torch.Generator().manual_seed(0))
+    assert concealed.shape == (1, *SHAPE)
+    assert labels.sum().item() == pytest.approx(1)
+    assert labels[0, 0].item() == pytest.approx(0.3)
+    assert float((concealed - step.images[:1]).square().mean()) > 0.05
+    logits = [step.model(own) for own in (step.images, concealed)]
+    cross = torch.nn.functional.cross_entropy
+    loss = (cross(logits[0], step.labels) + cross(logits[1], labels)) / 3
+    wanted = torch.autograd.grad(loss, list(step.model.parameters()))
+    product = sum(float((a * plain[name]).sum()) for a, name in zip(wanted, plain))
+    assert product > 0, "else the component along the gradient is removed"
+    for value, name in zip(wanted, plain):
+        torch.testing.assert_close(sent[name], value)
+    assert len(step.losses) == 2, "the losses of concealed images are no training losses"
+
+
+def test_the_attacker_of_dcs_matches_exactly_with_the_concealed_image() -> None:
+    """Its loss, at the private and the concealed image, has the gradient that was sent."""
+    step = small_step("dcs(steps=5)")
+    sent = step._defense.release(step, torch.Generator().manual_seed(0))
+    concealed, labels = step._defense._concealed(step, torch.Generator().manual_seed(0))
+    own = step._defense.attackers()["default"]
+    assert own.relax_on is not None
+    assert own.loss is not None
+    network, secrets = own.relax_on(step.model, (), SHAPE, CLASSES)
+    assert [secret.name for secret in secrets] == ["concealed", "concealed_label"]
+    network.concealed, network.concealed_label = (
+        concealed[0],
+        torch.log((labels - 0.3 * (labels > 0.2) * (labels < 0.5)).clamp(min=1e-30))[0],
+    )
+    loss = own.loss(network, step.images, step.labels)
+    for value, name in zip(torch.autograd.grad(loss.sum(), list(network.parameters())), sent):
+        torch.testing.assert_close(value, sent[name])
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("defense", "gain"),
     [
+        ("dcs(steps=20)", 0.5),
         ("percentile-privacy(gamma=0.001)", 0.5),
         ("svt-privacy(gamma=0.01, unselected=raw, noise_var=1)", 1.0),
         ("signsgd", 0.5),

@@ -29,7 +29,6 @@ from leakbench.defenses import Defense
 from leakbench.defenses.base import Step, UpdateStep
 from leakbench.errors import DEFENSE_FAILED, BadOption, CorruptAsset, LeakbenchError
 from leakbench.models.weights import stated
-from leakbench.optim.client import ClientState
 from leakbench.plan.matrix import Matrix, expand
 from leakbench.plan.matrix import load as load_axes
 from leakbench.report import accuracy as report
@@ -42,7 +41,7 @@ from leakbench.training.data import augmented, batches, load, partition
 from leakbench.training.files import RECORD, STATE, plain, read_state
 from leakbench.training.run import ARMS_FOLDER
 from leakbench.training.settings import Tradeoff
-from leakbench.training.steps import Score, Trainee, descend, evaluate, rule
+from leakbench.training.steps import Kept, Score, Trainee, descend, evaluate, rule
 from leakbench.training.thief import Theft
 from leakbench.victim import Client, build, observe
 
@@ -224,7 +223,7 @@ def test_a_step_is_that_of_sgd_on_what_the_defense_released() -> None:
     trainee.network.double()
     twin = build(own.arm.model, own.arm.defense, (1, 8, 8), 2, "training/0").train().double()
     plain = torch.optim.SGD(twin.parameters(), recipe.rate(1), 0.9, nesterov=True, weight_decay=5e-4)
-    state = ClientState()
+    state = Kept()
     for _ in range(3):
         loss, state = descend(trainee, rule(recipe, 1), state, x, y, torch.Generator(), defended=True, classes=2)
         released = own.arm.defense.release(Step(twin, x, y, own.arm.defense), torch.Generator())
@@ -237,17 +236,58 @@ def test_a_step_is_that_of_sgd_on_what_the_defense_released() -> None:
         torch.testing.assert_close(value, twin.get_parameter(name), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("spec", ["none", "noise", "clip", "prune", "dp", "quantise", "mixup", "ats", "norm-only"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "none",
+        "noise",
+        "clip",
+        "prune",
+        "dp",
+        "quantise",
+        "mixup",
+        "ats",
+        "norm-only",
+        "top-k",
+        "censor",
+        "dcs(steps=2)",
+    ],
+)
 def test_every_defense_trains_and_its_loss_is_finite(spec: str) -> None:
     own = session(spec)
     before = own.trainee.shared()
     x, y = next(batches(own.data.train, 8, (), torch.Generator().manual_seed(0)))
     rng = torch.Generator().manual_seed(0)
-    loss, _ = descend(own.trainee, rule(own.arm.recipe, 1), ClientState(), x, y, rng, defended=True, classes=2)
+    loss, _ = descend(own.trainee, rule(own.arm.recipe, 1), Kept(), x, y, rng, defended=True, classes=2)
     assert 0 < loss < 100
     moved = {name: float((value - before[name]).abs().max()) for name, value in own.trainee.shared().items()}
     assert moved["classifier.weight"] > 0
     assert own.trainee.shared().keys() == before.keys()
+
+
+def test_top_k_adds_what_it_did_not_send_to_the_next_gradient() -> None:
+    own = session("top-k(keep=0.1)", weight_decay=0, momentum=0, nesterov=False, lr=1e-9)
+    x, y = next(batches(own.data.train, 8, (), torch.Generator().manual_seed(0)))
+    gradient = Step(own.trainee.network, x, y, defenses.parse("none")).gradient()
+    kept = Kept()
+    for number in range(1, 4):  # at this rate the network stays the same, and so does the gradient
+        kept = descend(own.trainee, rule(own.arm.recipe, 1), kept, x, y, torch.Generator(), defended=True, classes=2)[1]
+        sent = defenses.parse(f"top-k(keep=0.1, rounds={number})").release(
+            UpdateStep(own.arm.defense, gradient, gradient), torch.Generator()
+        )
+        for name, value in kept.memory.items():
+            assert bool((value[sent[name] != 0] == 0).all())
+            assert float((sent[name] != 0).double().mean()) <= 0.1 + 1 / value.numel()
+    before, total = own.trainee.defense, {name: 3 * value for name, value in gradient.items()}
+    sums = {name: torch.zeros_like(value) for name, value in gradient.items()}
+    memory: Gradient = {}
+    for _ in range(3):
+        found = before.feedback(UpdateStep(before, gradient, gradient), memory, torch.Generator())
+        assert found is not None
+        sums, memory = {name: sums[name] + value for name, value in found[0].items()}, found[1]
+    for name, value in total.items():
+        torch.testing.assert_close(sums[name] + memory[name], value)
+        torch.testing.assert_close(kept.memory[name], memory[name], rtol=1e-3, atol=1e-6)
 
 
 def test_noise_is_of_its_scale_and_dp_clips_each_example() -> None:
@@ -255,7 +295,7 @@ def test_noise_is_of_its_scale_and_dp_clips_each_example() -> None:
     before = own.trainee.shared()
     x, y = next(batches(own.data.train, 8, (), torch.Generator().manual_seed(0)))
     sgd = rule(own.arm.recipe, 1)
-    descend(own.trainee, sgd, ClientState(), x, y, torch.Generator(), defended=True, classes=2)
+    descend(own.trainee, sgd, Kept(), x, y, torch.Generator(), defended=True, classes=2)
     after = own.trainee.shared()
     assert sum(float((after[name] - before[name]).square().sum()) for name in after) ** 0.5 <= 0.0101
 
@@ -270,7 +310,7 @@ def test_precode_draws_noise_for_every_example_and_keeps_its_buffer() -> None:
 
     hooks = [module.register_forward_pre_hook(watch) for module in own.trainee.network.modules()]
     x, y = next(batches(own.data.train, 16, (), torch.Generator().manual_seed(0)))
-    sgd, state, rng = rule(own.arm.recipe, 1), ClientState(), torch.Generator().manual_seed(0)
+    sgd, state, rng = rule(own.arm.recipe, 1), Kept(), torch.Generator().manual_seed(0)
     for _ in range(2):
         state = descend(own.trainee, sgd, state, x, y, rng, defended=True, classes=2)[1]
     assert [tuple(noise.shape) for noise in seen] == [(16, 5), (16, 5)]
@@ -424,7 +464,7 @@ def test_a_training_that_broke_is_resumed_after_its_last_round(tmp_path: Path) -
             if one.number == 3:
                 raise RuntimeError("out of memory")
 
-    arms = study(rounds=4).arms()
+    arms = study(rounds=4, defenses=["top-k"]).arms()  # which keeps a memory
     (whole,) = train(arms, tmp_path / "whole")
     (broken,) = train(arms, tmp_path / "cut", progress=Break())
     assert (broken.outcome.status, broken.outcome.reason) == ("error", "RuntimeError: out of memory")

@@ -3,7 +3,7 @@
 # imported to be registered, in the order in which they are listed
 # isort: off
 from leakbench.defenses import none, noise, prune, clip, dp, quantise, soteria, precode, mixup, ats, keylock, norm_only  # noqa: F401
-from leakbench.defenses import weights, percentile_privacy, svt_privacy, sign, topk, outpost, secagg  # noqa: F401
+from leakbench.defenses import weights, percentile_privacy, svt_privacy, sign, topk, outpost, censor, dcs, secagg  # noqa: F401
 
 # isort: on
 from leakbench.defenses.adaptive import AdaptiveAttacker

@@ -59,6 +59,8 @@ class AdaptiveAttacker:
             ``model`` is the public architecture, without values, and is not changed; ``hidden`` are the names of the
             secrets that the attacker neither was given nor recovered. A tensor of both networks has one name. What was
             sent is matched for the parameters of the relaxed network that require a gradient, and for no others.
+        relax_on: in place of ``relax``, for tensors of the size of an image: (model, hidden, (C, H, W), classes) ->
+            (network, secrets).
         undo: (observed, weights) -> [T, *shape] per parameter. What went into ``release``, as far as what was sent
             shows it, and NaN elsewhere. The attack works on that in place of what was sent, and leaves out the NaN.
             No entry may depend on the learning rate, which need not be known.
@@ -86,6 +88,9 @@ class AdaptiveAttacker:
 
     description: str
     relax: Callable[[nn.Module, Collection[str]], tuple[nn.Module, tuple[Secret, ...]]] | None = None
+    relax_on: (
+        Callable[[nn.Module, Collection[str], tuple[int, int, int], int], tuple[nn.Module, tuple[Secret, ...]]] | None
+    ) = None
     undo: Callable[[Observed, Weights], Gradient] | None = None
     surrogate: Callable[[Gradient, Observed, Weights], Gradient] | None = None
     release: Callable[[Dummies], Gradient] | None = None

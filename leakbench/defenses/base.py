@@ -56,6 +56,13 @@ class Step:
             return self._gradient(self.images, self.labels)
         return {name: before - self._trained[name] for name, before in self.weights().items()}
 
+    def gradient_of(self, images: Tensor, labels: Tensor) -> Gradient:
+        """Return the gradient of the mean loss over other images, which does not count among ``losses``."""
+        known = list(self.losses)
+        found = self._gradient(images, labels)
+        self.losses[:] = known
+        return found
+
     def per_example(self) -> Gradient:
         """Return each example's own gradient, [B, *shape] per trainable parameter.
 
@@ -233,6 +240,18 @@ class Defense(Component):
         By default that is what is released. A defense whose server compares two other models overrides this.
         """
         return self.release(step, rng)
+
+    def feedback(self, step: Step, memory: Gradient, rng: torch.Generator) -> tuple[Gradient, Gradient] | None:
+        """Return what a client in training sends, and what it keeps of it for its next step or round.
+
+        None, by default: it keeps nothing, and sends what ``release`` or ``reply`` returns.
+
+        Args:
+            step: the present one; in federated training the round's whole update.
+            memory: what was kept, per parameter; empty before the first step.
+            rng: what the defense draws from.
+        """
+        return None
 
     def attackers(self) -> Mapping[str, AdaptiveAttacker]:
         """Return the adaptive attackers of the defense by name; none by default.

@@ -22,6 +22,8 @@ class TopK(Defense):
 
     m_0 = 0; in round r, p = m_{r-1} + g, the k largest entries of |p| are sent, and m_r = p without them. What is
     attacked is what a client sends in round ``rounds`` if its image, its network and so its gradient stayed the same.
+    In training, each step has a gradient of its own, and m is kept from step to step; in federated training each client
+    keeps it from round to round.
 
     Attributes:
         keep: k over the number of entries of a tensor; at least one entry is sent.
@@ -33,9 +35,7 @@ class TopK(Defense):
         "feedback as in Stich, Cordonnier and Jaggi 2018, Sparsified SGD with Memory, NeurIPS, arXiv 1809.07599"
     )
     assumes: ClassVar[str] = "The attacker also matches the zeros, or does not know of what was kept."
-    cost: ClassVar[str] = (
-        "Less to send. Training without error feedback, as leakbench trains, is an upper bound of the cost."
-    )
+    cost: ClassVar[str] = "Less to send; a copy of the gradient in each client's memory."
     fails: ClassVar[str] = (
         "Attackers who match only the entries that were sent. Over several rounds, more and more different entries are."
     )
@@ -46,6 +46,15 @@ class TopK(Defense):
     def release(self, step: Step, rng: torch.Generator) -> Gradient:
         """Return the largest entries of the gradient and of what was kept, and zeros."""
         return {name: self._sent(value[None])[0] for name, value in step.gradient().items()}
+
+    def feedback(self, step: Step, memory: Gradient, rng: torch.Generator) -> tuple[Gradient, Gradient]:
+        """Return the largest entries of this gradient and of what was kept, and the rest, which is kept."""
+        sent, kept = {}, {}
+        for name, value in step.gradient().items():
+            full = value + memory[name].to(value) if name in memory else value
+            sent[name] = self._largest(full[None])[0]
+            kept[name] = full - sent[name]
+        return sent, kept
 
     def attackers(self) -> Mapping[str, AdaptiveAttacker]:
         """Return the attacker who leaves out the zeros or, after the first round, repeats the rounds on the dummy."""
@@ -60,13 +69,16 @@ class TopK(Defense):
 
     def _sent(self, value: Tensor) -> Tensor:
         """Return what is sent of gradients [T, *shape] in the last round."""
+        kept = sent = torch.zeros_like(value)
+        for _ in range(self.rounds):
+            full = kept + value
+            sent = self._largest(full)
+            kept = full - sent
+        return sent
+
+    def _largest(self, value: Tensor) -> Tensor:
+        """Return the largest entries of each row of [T, *shape], and zeros."""
         rows = value.flatten(1)
         count = max(1, round(self.keep * rows.shape[1]))
-        kept = torch.zeros_like(rows)
-        sent = kept
-        for _ in range(self.rounds):
-            full = kept + rows
-            chosen = torch.zeros_like(full, dtype=torch.bool).scatter(1, full.abs().topk(count, 1).indices, True)
-            sent = torch.where(chosen, full, 0.0)
-            kept = full - sent
-        return sent.view_as(value)
+        chosen = torch.zeros_like(rows, dtype=torch.bool).scatter(1, rows.abs().topk(count, 1).indices, True)
+        return torch.where(chosen, rows, 0.0).view_as(value)

@@ -23,25 +23,26 @@ def train(session: TrainingSession, folder: Path, on_round: OnRound) -> Outcome:
     """
     arm, trainee, recipe = session.arm, session.trainee, session.arm.recipe
     history = TrainingHistory(session, folder, on_round)
-    state, momentum = history.restore(), {}
+    state, kept = history.restore(), resumed(trainee, {}, {})
     if state is None:
         history.keep("initial", 0, view(session, GLOBAL, 0).test.accuracy)
     else:
         with restoring(folder / STATE):
             trainee.load(history.best, state["network"])
-            momentum = state["momentum"]
-            resumed(trainee, momentum)  # raises for the momentum of another network
+            kept = resumed(trainee, state["momentum"], state.get("memory", {}))
     while not history.done:
         number, begin = len(history.rounds) + 1, time.perf_counter()
         key = ("training", arm.seed, "client", 0, "round", number)
         data = session.data
-        losses, momentum, _ = train_round(
-            trainee, data.train, recipe, momentum, key=key, number=number, defended=True, classes=data.num_classes
+        losses, kept, _ = train_round(
+            trainee, data.train, recipe, kept, key=key, number=number, defended=True, classes=data.num_classes
         )
         seen = view(session, GLOBAL, number)
         one = Round(number, recipe.rate(number), sum(losses) / len(losses), (seen,), time.perf_counter() - begin)
         model = {**trainee.shared(), **trainee.private()}
-        history.add(one, seen.test.accuracy, model, {"network": model, "momentum": momentum})
+        memory = {"memory": kept.memory} if kept.memory else {}
+        momentum = dict(kept.optimiser.first)
+        history.add(one, seen.test.accuracy, model, {"network": model, "momentum": momentum, **memory})
         on_round(one)
     trainee.load(history.best)
     return history.outcome(history.best_round.accuracy("test"), [trainee.private()])

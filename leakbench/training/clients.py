@@ -10,7 +10,7 @@ from leakbench.core.rng import generator
 from leakbench.datasets.images import ByteImages
 from leakbench.defenses.base import UpdateStep, checked
 from leakbench.training.settings import Arm, Recipe
-from leakbench.training.steps import Tensors, Trainee, train_round
+from leakbench.training.steps import Tensors, Trainee, resumed, train_round
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,12 @@ class Own:
     Attributes:
         private: its lasting secrets: a key, a lock.
         momentum: that of its optimiser, by parameter.
+        memory: what its defense keeps of the updates that were not sent, by parameter (``Defense.feedback``).
     """
 
     private: Tensors
     momentum: Tensors = field(default_factory=dict)
+    memory: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,9 @@ def local_round(
     """
     key = ("training", seed, "client", client, "round", number)
     trainee.load(shared, own.private)
-    losses, momentum, batch = train_round(
-        trainee, images, recipe, own.momentum, key=key, number=number, defended=False, classes=classes
+    kept = resumed(trainee, own.momentum, {})
+    losses, kept, batch = train_round(
+        trainee, images, recipe, kept, key=key, number=number, defended=False, classes=classes
     )
     after = trainee.shared()
     parameters = trainee.parameters()
@@ -96,9 +99,11 @@ def local_round(
     before = {name: shared[name].cpu() for name in update}
     step = UpdateStep(trainee.defense, before, update, (trainee.network, *batch))
     finite = all(bool(torch.isfinite(value).all()) for value in update.values())  # else the training diverged
-    reply = trainee.defense.reply(step, generator(*key, "release"))
+    rng = generator(*key, "release")
+    fed_back = trainee.defense.feedback(step, own.memory, rng)
+    reply, memory = (trainee.defense.reply(step, rng), own.memory) if fed_back is None else fed_back
     released = checked(trainee.defense, reply, update, finite=finite)
     sent = {name: value.cpu() for name, value in after.items()}
     sent |= {name: shared[name].cpu() - released.get(name, torch.zeros_like(value)) for name, value in update.items()}
     loss = sum(losses) / len(losses)
-    return Sent(sent, len(images), loss, len(losses)), Own(trainee.private(), momentum)
+    return Sent(sent, len(images), loss, len(losses)), Own(trainee.private(), dict(kept.optimiser.first), memory)

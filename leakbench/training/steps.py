@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import nan
 from typing import Annotated
 
@@ -122,38 +122,52 @@ class Trainee:
         setattr(self.network.get_submodule(module), tensor, value.to(self.device))
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a client keeps from step to step, beside its network.
+
+    Attributes:
+        optimiser: the state of its optimiser.
+        memory: what its defense keeps of what was not sent, per parameter (``Defense.feedback``).
+    """
+
+    optimiser: ClientState = ClientState()
+    memory: Tensors = field(default_factory=dict)
+
+
 def rule(recipe: Recipe, number: int) -> ClientOptimiser:
     """Return the update rule of round ``number``."""
     return ClientOptimiser("sgd", recipe.rate(number), recipe.momentum, recipe.nesterov, recipe.weight_decay)
 
 
-def resumed(trainee: Trainee, momentum: Mapping[str, Tensor]) -> ClientState:
-    """Return the state of an optimiser that continues with this momentum.
+def resumed(trainee: Trainee, momentum: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> Kept:
+    """Return what a client keeps that continues with this momentum and memory.
 
     Raises:
-        KeyError: it is the momentum of another network.
+        KeyError: they are of another network.
     """
     parameters = trainee.parameters()
-    return ClientState(first={name: value.to(parameters[name], copy=True) for name, value in momentum.items()})
+    first = {name: value.to(parameters[name], copy=True) for name, value in momentum.items()}
+    return Kept(ClientState(first=first), {name: value.to(parameters[name].dtype) for name, value in memory.items()})
 
 
 def train_round(
     trainee: Trainee,
     images: ByteImages,
     recipe: Recipe,
-    momentum: Mapping[str, Tensor],
+    kept: Kept,
     *,
     key: Sequence[object],
     number: int,
     defended: bool,
     classes: int,
-) -> tuple[list[float], Tensors, tuple[Tensor, Tensor]]:
+) -> tuple[list[float], Kept, tuple[Tensor, Tensor]]:
     """Train on images for round ``number``, from 1 on; every draw depends on ``key``, see ``descend``.
 
     Returns:
-        The loss of each step, copies of the momentum by parameter, and the images and labels of the last step.
+        The loss of each step, what the client keeps, and the images and labels of the last step.
     """
-    optimiser, state = rule(recipe, number), resumed(trainee, momentum)
+    optimiser = rule(recipe, number)
     order, draws = generator(*key, "order"), generator(*key, "defense")
     losses = []
     x = y = torch.empty(0)
@@ -161,10 +175,10 @@ def train_round(
     with seeded(*key, "layers", device=trainee.device):
         for _ in range(recipe.local_epochs):
             for x, y in batches(images, recipe.batch, recipe.augment, order):
-                loss, state = descend(trainee, optimiser, state, x, y, draws, defended=defended, classes=classes)
+                loss, kept = descend(trainee, optimiser, kept, x, y, draws, defended=defended, classes=classes)
                 losses.append(loss)
     trainee.settle()
-    return losses, dict(state.first), (x, y)
+    return losses, kept, (x, y)
 
 
 class _OnCpu(Step):
@@ -177,26 +191,26 @@ class _OnCpu(Step):
 def descend(
     trainee: Trainee,
     optimiser: ClientOptimiser,
-    state: ClientState,
+    kept: Kept,
     x: Tensor,
     y: Tensor,
     rng: torch.Generator,
     *,
     defended: bool,
     classes: int,
-) -> tuple[float, ClientState]:
+) -> tuple[float, Kept]:
     """Take one step on a batch x [B, C, H, W] in [0, 1] with labels y [B].
 
     Args:
         trainee: the network, which is changed.
         optimiser: the update rule.
-        state: of the optimiser, before the step.
+        kept: what the client keeps, before the step.
         rng: of the defense's draws.
         defended: whether the defense acts on the gradient (``release``), or only on data, network and loss.
         classes: number of classes.
 
     Returns:
-        The mean training loss of the batch, and the optimiser's state after the step.
+        The mean training loss of the batch, and what the client keeps after the step.
 
     Raises:
         DefenseFailed: what the defense encodes or releases is malformed; or it is not finite, where the gradient of
@@ -207,12 +221,16 @@ def descend(
     trainee.refresh(len(x), rng)
     kind = Step if type(defense).release is Defense.release else _OnCpu
     step = kind(trainee.network, x, y, defense)
-    released = defense.release(step, rng) if defended else step.gradient()
+    fed_back = defense.feedback(step, kept.memory, rng) if defended else None
+    if fed_back is not None:
+        released, memory = fed_back
+    else:
+        released, memory = defense.release(step, rng) if defended else step.gradient(), kept.memory
     gradient = checked(defense, released, trainee.parameters(), finite=False)
     if not _finite(gradient) and _finite(Step(trainee.network, x, y, Defense()).gradient()):
         checked(defense, released, trainee.parameters())
-    state = take_step(trainee.network, gradient, optimiser, state)
-    return sum(step.losses) / max(1, len(step.losses)), state
+    state = take_step(trainee.network, gradient, optimiser, kept.optimiser)
+    return sum(step.losses) / max(1, len(step.losses)), Kept(state, memory)
 
 
 def _finite(gradient: Gradient) -> bool:

@@ -179,9 +179,14 @@ def _joined(curves: Sequence[Curve | None], pick: Callable[[Sequence[Tensor]], T
 def relaxed(observation: Observation) -> Observation:
     """Return the observation with the network that an adaptive attacker relaxes, if it relaxes one."""
     adaptive = observation.adaptive
-    if adaptive is None or adaptive.relax is None:
+    hidden = {secret.name for secret in observation.secrets}
+    if adaptive is not None and adaptive.relax is not None:
+        model, optimised = adaptive.relax(observation.model, hidden)
+    elif adaptive is not None and adaptive.relax_on is not None:
+        shape, classes = observation.image_shape, observation.num_classes
+        model, optimised = adaptive.relax_on(observation.model, hidden, shape, classes)
+    else:
         return observation
-    model, optimised = adaptive.relax(observation.model, {secret.name for secret in observation.secrets})
     own = tensors_of(model)
     matched = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     searched = {secret.name for secret in optimised}
