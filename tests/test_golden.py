@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 FILES = ("suite", *sorted(str(file.relative_to(ROOT)) for file in (ROOT / "benchmarks").rglob("*.toml")))
 MATRIX: Mapping[str, Any] = {
-    "attacks": ["ig(steps=3)", "peel"],
+    "attacks": ["ig(steps=3)", "idlg(steps=3)"],
     "defenses": ["none", "noise(scale=0.01)"],
     "models": ["lenet"],
     "datasets": ["samples"],

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -21,10 +21,11 @@ from leakbench.attacks.peeling.descent import Part
 from leakbench.attacks.peeling.estimate import undo_linear
 from leakbench.attacks.peeling.layers import Activation, ChainLayer, Convolution, Dropout, Normalisation, Reshape
 from leakbench.attacks.peeling.network import Network
+from leakbench.attacks.peeling.priors import Smooth
 from leakbench.attacks.peeling.restore import restore
 from leakbench.attacks.peeling.scale import clue
 from leakbench.attacks.peeling.trace import filled, trace
-from leakbench.attacks.peeling.undo import ImagePrior, Known, State, undo
+from leakbench.attacks.peeling.undo import Known, State, undo
 from leakbench.core.component import LATER
 from leakbench.core.device import SHARE, free_memory
 from leakbench.core.rng import Rng
@@ -36,11 +37,14 @@ from leakbench.models.surgery import linears
 from leakbench.observation import Observation
 
 MAX_UNKNOWNS = 12288
-"""The most unknowns that a layer may have: a system of N takes N^3 operations, and N^2 numbers
+"""The most unknowns of a layer whose system is factored, which takes N^3 operations, and N^2 numbers
 ``MATRIX_COPIES`` times."""
 
 MATRIX_COPIES = 7
-"""How many matrices of the largest system are held for each trial."""
+"""How many matrices of the largest system are held for each trial if it is factored."""
+
+VECTOR_COPIES = 60
+"""How many vectors of the largest system conjugate gradients hold for each trial, with windows of 25 pixels."""
 
 GUESS_ROUNDS = 20
 """How often withheld values of the linear layer's input are guessed anew; two to four rounds bring them ten times
@@ -79,10 +83,14 @@ class Peel(Attack):
         roughness: the standard deviation by which neighbouring pixels are assumed to differ, for pixels that the
             equations do not determine.
         colour: how much less the differences between an image's colours are assumed to change than their mean.
+        variances: of the values of a layer, by which the equations of the layer below are weighted: conditional ones,
+            each as if all other values were known, or marginal ones, which take Cholesky factors and three times as
+            long. Conditional ones are better under noise.
         search: in a ReLU network, steps of Adam from the layer inputs to the image, and as many of L-BFGS after them.
     """
 
-    version: ClassVar[int] = 2  # 2: networks with ReLUs, which were unsupported, or searched less thoroughly
+    # 2: networks with ReLUs, which were unsupported, or searched less thoroughly; 3: conditional variances
+    version: ClassVar[int] = 3
     reference: ClassVar[str] = (
         "in the family of Zhu and Blaschko 2021, R-GAP, ICLR, arXiv 2010.07733; "
         "the way through a normalisation of unknown scale and shift is this package's own"
@@ -94,7 +102,7 @@ class Peel(Attack):
     )
     cost: ClassVar[str] = (
         "One least-squares problem a layer, in float64; a search only in ReLU networks, whose gradient is of the first "
-        "layers alone. Time grows with the cube of a layer's inputs."
+        "layers alone. Before a normalisation of one image, time grows with the cube of a layer's inputs."
     )
     fails: ClassVar[str] = (
         "ReLUs in narrow or depthwise networks (unsupported). Below a max-pool, an image is close but not exact. "
@@ -106,6 +114,7 @@ class Peel(Attack):
     roughness: Positive = 0.1
     colour: Positive = field(default=0.15, metadata=LATER)
     search: Annotated[int, Field(ge=1)] = field(default=200, metadata=LATER)
+    variances: Literal["conditional", "marginal"] = field(default="conditional", metadata=LATER)
 
     def check(self, observation: Observation) -> None:
         """Raise Unsupported if the network is neither a chain of layers that can be undone, nor a ReLU network."""
@@ -121,7 +130,7 @@ class Peel(Attack):
             return None
         rows = _rows(observation, chain.masks, 0, observation.trials)
         self._peel(replace(chain, layers=chain.layers[convolutions[-1] :]), rows)
-        return observation.trials * _bytes(chain)
+        return observation.trials * self._bytes(chain, observation)
 
     def run(self, observation: Observation, rng: Rng) -> Reconstruction:
         """Return the image of every trial; only the search in a ReLU network draws from rng."""
@@ -129,7 +138,7 @@ class Peel(Attack):
         if isinstance(chain, Network):
             return self._descend(chain, observation, rng)
         trials = observation.trials
-        size = observation.slots or max(1, int(SHARE * free_memory(observation.device) / _bytes(chain)))
+        size = observation.slots or max(1, int(SHARE * free_memory(observation.device) / self._bytes(chain, observation)))
         bounds = [(begin, min(begin + size, trials)) for begin in range(0, trials, size)]
         parts = [self._peel(chain, _rows(observation, chain.masks, *each)) for each in bounds]
         images, seen = (torch.cat([part[at] for part in parts]).view(trials, *observation.image_shape) for at in (0, 1))
@@ -168,6 +177,12 @@ class Peel(Attack):
             path="one-at-a-time",
         )
 
+    def _bytes(self, chain: Chain, observation: Observation) -> int:
+        """Return how many bytes the largest system takes for each trial."""
+        largest = max((prod(layer.inputs) for layer in chain.layers if isinstance(layer, Convolution)), default=1)
+        factored = factors(chain, observation) or self.variances == "marginal"
+        return 8 * (MATRIX_COPIES * largest**2 if factored else VECTOR_COPIES * largest)
+
     def _peel(self, chain: Chain, observation: Observation) -> tuple[Tensor, Tensor, Tensor]:
         """Return the input of the lowest layer [T, ...], bool for what dropout left of it, and a misfit [T].
 
@@ -182,8 +197,8 @@ class Peel(Attack):
             self.precision,
             never_zero=bool(curved) and curved[-1],
         )
-        prior = ImagePrior(observation.mean_image, self.roughness, self.colour)
-        known = Known(tensors, sent, noise, prior)
+        prior = Smooth(observation.mean_image.double(), self.roughness, self.colour)
+        known = Known(tensors, sent, noise, prior, marginal=self.variances == "marginal")
         top = State(value, error, torch.zeros_like(noise.relative))
         highest = max((index for index, layer in enumerate(layers) if isinstance(layer, Convolution)), default=0)
         state = _undo(layers, range(highest, len(layers)), top, known)
@@ -255,10 +270,10 @@ def served_chain(observation: Observation) -> Chain:
         if not isinstance(layer, Convolution):
             continue
         unknowns = prod(layer.inputs)
-        if unknowns > MAX_UNKNOWNS:
+        if unknowns > MAX_UNKNOWNS and factors(chain, observation):
             raise Unsupported(
-                f"peel solves for up to {MAX_UNKNOWNS} values at once, and {layer.name} takes {unknowns}; "
-                "use smaller images"
+                f"peel solves for up to {MAX_UNKNOWNS} values at once before a normalisation, or on a GPU, and "
+                f"{layer.name} takes {unknowns}; use smaller images"
             )
         if all(isinstance(lower, Reshape) for lower in chain.layers[:index]):
             continue  # the prior determines what the equations of an image do not
@@ -274,6 +289,11 @@ def served_chain(observation: Observation) -> Chain:
         if isinstance(upper, Normalisation):
             clue(layer, chain.layers[:index], not upper.secret, observation.gradient)
     return chain
+
+
+def factors(chain: Chain, observation: Observation) -> bool:
+    """Whether matrices are factored: of a normalisation's convolution always, of others on a GPU only."""
+    return observation.device.type != "cpu" or any(isinstance(layer, Normalisation) for layer in chain.layers)
 
 
 def _dropped(chain: Chain, index: int) -> int:
@@ -296,12 +316,6 @@ def _dropped(chain: Chain, index: int) -> int:
                     f"peel infers the secrets of {upper.name} from all values of a channel, and {layer.name} drops some"
                 )
     return count
-
-
-def _bytes(chain: Chain) -> int:
-    """Return how many bytes the largest system takes for each trial."""
-    sizes = [prod(layer.inputs) for layer in chain.layers if isinstance(layer, Convolution)]
-    return 8 * MATRIX_COPIES * max(sizes, default=1) ** 2
 
 
 def _rows(observation: Observation, masks: Mapping[str, Tensor], begin: int, end: int) -> Observation:

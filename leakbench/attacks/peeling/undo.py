@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from leakbench.attacks.peeling.equations import Prior, undo_convolution, undo_normalised
+from leakbench.attacks.peeling.equations import undo_convolution, undo_normalised
 from leakbench.attacks.peeling.estimate import Estimate, GradientNoise, Standardised
 from leakbench.attacks.peeling.layers import (
     Activation,
@@ -19,13 +19,11 @@ from leakbench.attacks.peeling.layers import (
     Reshape,
     Scaling,
 )
+from leakbench.attacks.peeling.priors import Smooth
 from leakbench.attacks.peeling.scale import expose, find_unit
 
 DEAD_CHANNEL = 9.0
 """A channel whose squared scale is less than this multiple of its noise holds no information."""
-
-PIXEL_DEVIATION = 1.0
-"""The standard deviation of a pixel about the public mean, which keeps undetermined pixels near it."""
 
 
 @dataclass(frozen=True)
@@ -46,36 +44,6 @@ class State:
 
 
 @dataclass(frozen=True)
-class ImagePrior:
-    """The assumption on an image: neighbouring pixels are alike, and their colours change together.
-
-    Attributes:
-        mean: the public mean image [C, H, W].
-        roughness: the standard deviation by which neighbouring pixels differ.
-        colour: how much less the differences between colours change than their mean.
-    """
-
-    mean: Tensor
-    roughness: float
-    colour: float
-
-    def normal(self) -> Prior:
-        """Return the normal distribution of the image's values."""
-        channels, height, width = self.mean.shape
-        mean = self.mean.double().flatten()
-        eye = torch.eye(max(channels, height, width)).to(mean)
-        # the precision matrix is a Kronecker product: colours (mean and differences apart) times the pixel grid's graph
-        common = torch.full_like(eye[:channels, :channels], 1 / channels)
-        apart = eye[:channels, :channels] - common
-        steps = common / (channels * self.roughness**2) + apart / (self.colour * self.roughness) ** 2
-        across, down = (eye[:size, :size].diff(dim=0) for size in (width, height))
-        change = torch.kron(eye[:height, :height], across.T @ across) + torch.kron(down.T @ down, eye[:width, :width])
-        matrix = torch.kron(steps, change)
-        matrix.diagonal().add_(1 / PIXEL_DEVIATION**2)
-        return Prior(matrix, mean)
-
-
-@dataclass(frozen=True)
 class Known:
     """The attacker's knowledge at every layer.
 
@@ -84,13 +52,15 @@ class Known:
         sent: the gradient, name -> [T, *shape].
         noise: of the gradient.
         prior: of the image.
+        marginal: a layer's input has marginal variances; otherwise conditional ones.
         below: the layers below the one that is undone, from the image on.
     """
 
     tensors: Mapping[str, Tensor]
     sent: Mapping[str, Tensor]
     noise: GradientNoise
-    prior: ImagePrior
+    prior: Smooth
+    marginal: bool
     below: Sequence[ChainLayer] = ()
 
 
@@ -179,19 +149,19 @@ def _(layer: Normalisation, state: State, known: Known) -> State:
 def _(layer: Convolution, state: State, known: Known) -> State:
     tensors, sent = known.tensors, known.sent
     image = prod(layer.inputs) == known.prior.mean.numel() and all(isinstance(lower, Reshape) for lower in known.below)
-    prior = known.prior.normal() if image else None
+    prior = known.prior if image else None
     kernel, by_weight = layer.kernel(tensors), layer.kernel(sent) if layer.weight in sent else None
     output = state.standardised
     if output is None:
         value, error = state.value.view(layer.outputs), state.error.view(layer.outputs)
         if layer.bias is not None:
             value = replace(value, mean=value.mean - tensors[layer.bias][..., None, None])
-        solution = undo_convolution(layer, kernel, value, error, by_weight, known.noise, prior)
+        solution = undo_convolution(layer, kernel, value, error, by_weight, known.noise, prior, known.marginal)
         return State(solution.value, solution.error, solution.misfit)
-    solution = undo_normalised(layer, kernel, output, by_weight, known.noise, prior)
+    solution = undo_normalised(layer, kernel, output, by_weight, known.noise, prior, known.marginal)
     value, error = solution.value, solution.error
     if image:
-        value = expose(output, solution, known.prior.mean)
+        value = expose(output, solution, known.prior.image)
     elif known.below:
         unit = find_unit(layer, known.below, output, solution, tensors, sent)[:, None, None, None]
         value, error = value.scaled(unit), error.scaled(1 / unit)
