@@ -6,7 +6,7 @@ linear in a: w * a = s - b, and corr(e, a) = dL/dw. Each has a weight, one over 
 In matrices: F a = r and G a = g, with weights V and U, and a belief that a is normal with mean m and precision P. The
 most probable a solves (F^T V F + G^T U G + P) a = F^T V r + G^T U g + P m. ``Equations.apply`` is (F, G), ``adjoint``
 (F^T V, G^T U), ``gram`` the sum of the first two matrices; none of F and G is ever built. On a CPU conjugate gradients
-solve it without ``gram``, which takes a seventh of the time; a GPU factors ``gram``, which takes fewer launches.
+solve it without ``gram``, in a quarter of the time; a GPU factors ``gram``, which takes fewer launches.
 """
 
 from __future__ import annotations
