@@ -138,7 +138,9 @@ class Peel(Attack):
         if isinstance(chain, Network):
             return self._descend(chain, observation, rng)
         trials = observation.trials
-        size = observation.slots or max(1, int(SHARE * free_memory(observation.device) / self._bytes(chain, observation)))
+        size = observation.slots or max(
+            1, int(SHARE * free_memory(observation.device) / self._bytes(chain, observation))
+        )
         bounds = [(begin, min(begin + size, trials)) for begin in range(0, trials, size)]
         parts = [self._peel(chain, _rows(observation, chain.masks, *each)) for each in bounds]
         images, seen = (torch.cat([part[at] for part in parts]).view(trials, *observation.image_shape) for at in (0, 1))
