@@ -378,8 +378,9 @@ class _Problem:
         return factor_and_solve(matrix, self.rest, torch.zeros_like(matrix[:, 0]), inverse=marginal)
 
     def descend(self) -> tuple[Tensor, Tensor]:
-        """Return a and its conditional variances [T, n], by conjugate gradients; a trial that they do not solve is
-        factored.
+        """Return a and its conditional variances [T, n], by conjugate gradients.
+
+        A trial that they do not solve is factored.
         """
         diagonal = self.equations.diagonal() + self.trust[:, None] * self.prior.diagonal()
         # float32 holds neither the weights, 1e14 and more, nor their products; a unit for each trial cancels
