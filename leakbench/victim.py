@@ -1,6 +1,7 @@
 """The client's side: the only place that holds private images, labels and secrets.
 
-One client step is plain torch on the CPU, one trial at a time; what the server may see of T steps is an Observation.
+One client step is plain torch on the CPU, one trial at a time; on a GPU the gradients of many clients are computed at
+once, if their defense serves that (``Defense.joint``). What the server may see of T steps is an Observation.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from torch.nn import functional as F
 from leakbench import defenses
 from leakbench.clients import LocalTraining, check_threat, take_step
 from leakbench.clients.local import ONE_IMAGE, Local
-from leakbench.core.device import out_of_memory
-from leakbench.core.rng import generator, seeded
+from leakbench.core.device import SHARE, empty_cache, free_memory, out_of_memory
+from leakbench.core.rng import DrawsOnHost, generator, seeded
 from leakbench.core.text import plural
 from leakbench.core.types import HONEST, Gradient, Secret, ThreatModel
 from leakbench.datasets.samples import public_crops
 from leakbench.defenses.base import Defense, Step, checked, encoded
+from leakbench.defenses.joint import JointSteps
+from leakbench.defenses.secrets import drawn_secrets
 from leakbench.errors import DEFENSE_FAILED, BadOption, ClientFailed, DefenseFailed, LeakbenchError, Unsupported, words
+from leakbench.gradients.bilinear import inner
 from leakbench.gradients.evaluate import architecture, lifted, tensors_of, working
 from leakbench.gradients.layer_inputs import InputRecorder, first_layer, first_layers, tensor_key
 from leakbench.models import crafted
@@ -35,6 +39,9 @@ from leakbench.models.surgery import with_buffers
 from leakbench.models.weights import load
 from leakbench.observation import Observation
 from leakbench.optim.client import ClientState
+
+JOINT_COPIES = 12
+"""How many times the network's size a client may take on a device where many are computed at once."""
 
 
 @dataclass(frozen=True)
@@ -222,36 +229,18 @@ def _observe(
     behind = checkpoint is not None and bool(checkpoint.defense)
     values_hidden, gradients_hidden = _hidden(secrets, threat)
 
-    sent: list[Gradient] = []
-    revealed: list[Gradient] = []
-    records: list[StepRecord] = []
     trainers: dict[str, _Trainer] = {}
-    for client in clients:
-        own = networks[client.weights_key]
-        if client.weights_key not in trainers:
-            plain = None if record is None else _plain(model, image_shape, num_classes, client.weights_key)
-            trainers[client.weights_key] = _Trainer(
-                own, plain, defense, threat, training, secrets, gradients_hidden, image_shape, num_classes, behind
-            )
-        trainer = trainers[client.weights_key]
-        network, drawn = trainer.drawn(client)
-        revealed.append({name: value for name, value in drawn.items() if name not in values_hidden})
-        try:
-            taken = trainer.step(network, client)
-        except Unsupported:
-            raise
-        except (Exception, SystemExit) as error:
-            if not out_of_memory(error):
-                _blame(error, model, defense, client, threat, training, num_classes)
-            raise
-        sent.append(taken.sent)
-        if record is not None:
-            records.append(record(trainer, client, taken))
-    names = list(sent[0])
-    if other := next((row for row in sent if set(row) != set(names)), None):
-        differing = sorted(set(other) ^ set(names))
-        raise BadOption(f"clients sent different parameters, {differing[0]!r} among them; observe them one at a time")
-    gradient = {name: lifted(torch.stack([row[name] for row in sent])).to(device) for name in names}
+    for key, own in networks.items():
+        plain = None if record is None else _plain(model, image_shape, num_classes, key)
+        trainers[key] = _Trainer(
+            own, plain, defense, threat, training, secrets, gradients_hidden, image_shape, num_classes, behind
+        )
+    blame = partial(_blame, model, defense, threat, training, num_classes)
+    steps = _joint_steps(trainers, clients, torch.device(device), blame, record is not None)
+    if steps is None:
+        steps = _single_steps(trainers, clients, torch.device(device), blame, record)
+    gradient, records = steps.gradient, steps.records
+    revealed = [{name: value for name, value in row.items() if name not in values_hidden} for row in steps.drawn]
 
     order = [networks[client.weights_key] for client in clients]
     weights = _public_tensors(order, {secret.name for secret in secrets}, device)
@@ -282,6 +271,234 @@ def _observe(
     return observation, records
 
 
+@dataclass(frozen=True)
+class _Steps:
+    """The steps of T clients.
+
+    Attributes:
+        gradient: what they sent, [T, *shape] by name, on the device of the observation.
+        drawn: each client's secrets by name, on the CPU.
+        records: what evaluation needs of each, if they were recorded.
+    """
+
+    gradient: Gradient
+    drawn: list[dict[str, Tensor]]
+    records: list[StepRecord]
+
+
+_Blame = Callable[[BaseException, Client], None]
+"""Raises the right error for one of a client's step, unless its defense has no part in it."""
+
+
+def _single_steps(
+    trainers: Mapping[str, _Trainer],
+    clients: Sequence[Client],
+    device: torch.device,
+    blame: _Blame,
+    record: Callable[[_Trainer, Client, _Taken], StepRecord] | None,
+) -> _Steps:
+    """Return the steps of clients, taken one after the other on the CPU."""
+    sent: list[Gradient] = []
+    every: list[dict[str, Tensor]] = []
+    records: list[StepRecord] = []
+    for client in clients:
+        trainer = trainers[client.weights_key]
+        network, drawn = trainer.drawn(client)
+        every.append(drawn)
+        try:
+            taken = trainer.step(network, client)
+        except Unsupported:
+            raise
+        except (Exception, SystemExit) as error:
+            if not out_of_memory(error):
+                blame(error, client)
+            raise
+        sent.append(taken.sent)
+        if record is not None:
+            records.append(record(trainer, client, taken))
+    names = _names(sent)
+    return _Steps({name: lifted(torch.stack([row[name] for row in sent])).to(device) for name in names}, every, records)
+
+
+def _names(sent: Sequence[Gradient]) -> list[str]:
+    """Return the parameters that all clients sent; raise BadOption if they sent different ones."""
+    names = list(sent[0])
+    if other := next((row for row in sent if set(row) != set(names)), None):
+        differing = sorted(set(other) ^ set(names))
+        raise BadOption(f"clients sent different parameters, {differing[0]!r} among them; observe them one at a time")
+    return names
+
+
+def _joint_steps(
+    trainers: Mapping[str, _Trainer], clients: Sequence[Client], device: torch.device, blame: _Blame, record: bool
+) -> _Steps | None:
+    """Return the steps of clients, computed together on a device; None if they are better taken one after the other.
+
+    They are on the CPU, where the results of older runs were computed so; behind a defense that does not state
+    ``joint``; of networks that compute in half precision, or that the engine does not serve; if images are augmented.
+    """
+    trainer = trainers[clients[0].weights_key]
+    if device.type == "cpu" or not trainer.defense.joint or not trainer.training.same_inputs:
+        return None
+    size = sum(value.numel() * value.element_size() for value in trainer.network.parameters())
+    most = max(1, int(SHARE * free_memory(device) / (JOINT_COPIES * max(1, size))))
+    found: list[_Steps] = []
+    begin = 0
+    while begin < len(clients):
+        some = clients[begin : begin + most]
+        try:
+            found.append(_joint_part(trainers, some, device, blame, record))
+            begin += len(some)
+            continue
+        except Unsupported:  # which the single steps say again, if it is the defense that does
+            return None
+        except Exception as error:
+            if not out_of_memory(error) or len(some) == 1:
+                raise
+        # outside of the except block, whose error would hold the tensors that did not fit
+        most = len(some) // 2
+        empty_cache(device)
+    names = _names([part.gradient for part in found])
+    return _Steps(
+        {name: torch.cat([part.gradient[name] for part in found]) for name in names},
+        [row for part in found for row in part.drawn],
+        [row for part in found for row in part.records],
+    )
+
+
+def _joint_part(
+    trainers: Mapping[str, _Trainer], clients: Sequence[Client], device: torch.device, blame: _Blame, record: bool
+) -> _Steps:
+    """Return the steps of as many clients as fit into memory; raise Unsupported if they cannot be computed together."""
+    first = trainers[clients[0].weights_key]
+    order = [trainers[client.weights_key].network for client in clients]
+    rows = first.training.count if first.training.count > 1 else 0
+    drawn = [
+        drawn_secrets(first.secrets, tensors_of(network), client.key, trained=first.behind, rows=rows)
+        for network, client in zip(order, clients)
+    ]
+    own = tensors_of(first.network)
+    tensors = _public_tensors(order, {secret.name for secret in first.secrets}, device) | {
+        secret.name: torch.stack([one[secret.name] for one in drawn]).to(device, own[secret.name].dtype)
+        for secret in first.secrets
+    }
+    steps = _joint(first, clients, tensors, blame)
+    if steps.in_half_precision:
+        raise Unsupported("the clients compute in half precision")
+    sent: list[Gradient] = []
+    for row, client in enumerate(clients):
+        with _blaming(blame, client), seeded(client.key, "step", device=device), DrawsOnHost(device):
+            step = steps.step(row)
+            released = first.defense.release(step, generator(client.key, "release"))
+            sent.append(first.sendable(released, step.weights(), finite=False))
+    names = _names(sent)
+    gradient = {name: torch.stack([row[name] for row in sent]) for name in names}
+    finite = torch.stack([torch.isfinite(value.flatten(1)).all(1) for value in gradient.values()]).all(0).tolist()
+    if not all(finite):
+        row = finite.index(False)
+        with _blaming(blame, clients[row]):
+            first.sendable(sent[row], steps.step(row).weights())
+    return _Steps(gradient, drawn, _joint_records(first, clients, steps, gradient, blame) if record else [])
+
+
+@contextmanager
+def _blaming(blame: _Blame, client: Client) -> Iterator[None]:
+    """Raise the right error for one of a client's step."""
+    try:
+        yield
+    except Unsupported:
+        raise
+    except (Exception, SystemExit) as error:
+        if not out_of_memory(error):
+            blame(error, client)
+        raise
+
+
+def _joint(trainer: _Trainer, clients: Sequence[Client], tensors: Mapping[str, Tensor], blame: _Blame) -> JointSteps:
+    """Return the local training of clients with these tensors; raise Unsupported if their images are not alike."""
+    pairs = []
+    for client in clients:
+        with _blaming(blame, client), seeded(client.key, "step"):
+            pairs.append(trainer.encoded(client))
+    images, labels = zip(*pairs)
+    counts = {tuple(image.shape) for image in images}
+    kinds = {(label.dtype, label.ndim) for label in labels}
+    several = clients[0].count > 1
+    if len(counts) > 1 or len(kinds) > 1 or (several and len(images[0]) != clients[0].count):
+        raise Unsupported("the clients train on different numbers of images")
+    if images[0].shape[1:] != clients[0].image.shape:
+        raise Unsupported("the clients train on images of another size")
+    device = next(iter(tensors.values())).device
+    steps = JointSteps(
+        trainer.defense,
+        trainer.network,
+        tensors,
+        torch.stack(images).to(device),
+        torch.stack(labels).to(device),
+        trainer.num_classes,
+        tuple(client.key for client in clients),
+    )
+    if trainer.threat.shares == "gradient":
+        return steps
+    lr = trainer.training.rate or trainer.threat.learning_rate
+    assert lr is not None, "``_check_local`` refuses a client without a rate"
+    return steps.after(trainer.training, lr, [secret for secret in trainer.secrets if secret.fresh])
+
+
+def _joint_records(
+    trainer: _Trainer, clients: Sequence[Client], steps: JointSteps, sent: Gradient, blame: _Blame
+) -> list[StepRecord]:
+    """Return the records of steps that were computed together, in which a network runs on what was encoded only."""
+    cosines = _joint_cosines(trainer, clients, steps, sent, blame)
+    if clients[0].count > 1:
+        return [StepRecord(None, False, cosine) for cosine in cosines]
+    records = []
+
+    def again(other: Client) -> Collection[_Key]:
+        with seeded(other.key, "step"):
+            return [tensor_key(image) for image in trainer.encoded(other)[0]]
+
+    for client, own, cosine in zip(clients, steps.images.cpu(), cosines):
+        images = {tensor_key(image): image for image in own}
+        images.pop(tensor_key(client.image.to(own)), None)
+        records.append(StepRecord(_changed(client, images, again), False, cosine))
+    return records
+
+
+def _joint_cosines(
+    trainer: _Trainer, clients: Sequence[Client], steps: JointSteps, sent: Gradient, blame: _Blame
+) -> list[float]:
+    """Return ``StepRecord.cosine`` of each client."""
+    if not _changes(trainer.defense, "encode", "loss", "release"):
+        return [1.0] * len(clients)
+    plain = steps.gradient
+    if _changes(trainer.defense, "encode", "loss"):
+        try:
+            plain = _joint(replace(trainer, defense=Defense()), clients, steps.tensors, blame).gradient
+        except Exception as error:  # of a network that only its defense's loss takes
+            if out_of_memory(error):
+                raise
+            return [math.nan] * len(clients)
+    plain = {name: value for name, value in plain.items() if name not in trainer.hidden}
+    size, length, product = (
+        torch.stack([inner(one[name].double(), two[name].double()) for name in one]).sum(0).tolist()
+        for one, two in ((plain, plain), (sent, sent), (sent, plain))
+    )
+    return [_ratio(math.sqrt(a), math.sqrt(b), c) for a, b, c in zip(size, length, product)]
+
+
+def _ratio(size: float, length: float, product: float) -> float:
+    """Return the cosine of two gradients of these norms and this inner product (``StepRecord.cosine``)."""
+    if not size or not length:
+        return 0.0 if size else math.nan
+    return product / (size * length)
+
+
+def _changes(defense: Defense, *hooks: str) -> set[str]:
+    """Return which of these hooks a defense defines."""
+    return {hook for hook in hooks if getattr(type(defense), hook) is not getattr(Defense, hook)}
+
+
 def _granted(threat: ThreatModel, training: LocalTraining) -> ThreatModel:
     """Return what an attacker may read of a threat model whose clients state their own training.
 
@@ -309,13 +526,13 @@ def _granted_labels(clients: Sequence[Client]) -> Tensor:
 
 
 def _blame(
-    error: BaseException,
     model: Model,
     defense: Defense,
-    client: Client,
     threat: ThreatModel,
     training: LocalTraining,
     num_classes: int,
+    error: BaseException,
+    client: Client,
 ) -> None:
     """Raise DefenseFailed for an error of a client's step, unless the same step fails without any defense too.
 
@@ -445,26 +662,15 @@ def _draw_secrets(
     If ``rows`` is given, each image of a pass gets a draw of its own of a fresh secret: [rows, *shape], with the shapes
     of the network ``like``, in which nothing was drawn.
     """
-    tensors, shapes = tensors_of(network), tensors_of(like or network)
-    drawn = {}
+    tensors = tensors_of(network)
+    drawn = drawn_secrets(secrets, tensors_of(like or network), key, *purpose, trained=trained, rows=rows)
     for secret in secrets:
-        if secret.name not in tensors:
-            raise BadOption(f"the defense names the secret {secret.name!r}, which is not a tensor of its network")
-        own = tensors[secret.name]
-        if trained and not secret.fresh:
-            drawn[secret.name] = own.detach().clone()
-            continue
-        rng = generator(key, "secret", secret.name, *purpose)
         if secret.fresh and rows:
-            value = secret.law.draw((rows, *shapes[secret.name].shape), rng)
             module, _, tensor = secret.name.rpartition(".")
-            setattr(network.get_submodule(module), tensor, value)
-            drawn[secret.name] = value
-            continue
-        value = secret.law.draw(tuple(own.shape), rng)
-        with torch.no_grad():
-            own.copy_(value)
-        drawn[secret.name] = value
+            setattr(network.get_submodule(module), tensor, drawn[secret.name])
+        else:
+            with torch.no_grad():
+                tensors[secret.name].copy_(drawn[secret.name])
     return drawn
 
 
@@ -539,7 +745,7 @@ class _Trainer:
         network: the wrapped network, without the clients' secrets.
         plain: a network of its own, as it is before it is wrapped; None: steps are not recorded.
         hidden: the names that are removed from what is sent.
-        behind: the network was trained behind the defense (``_draw_secrets``).
+        behind: the network was trained behind the defense (``drawn_secrets``).
     """
 
     network: nn.Module
@@ -559,15 +765,19 @@ class _Trainer:
         rows = self.training.count if self.training.count > 1 else 0
         return network, _draw_secrets(network, self.secrets, client.key, trained=self.behind, rows=rows)
 
+    def encoded(self, client: Client) -> tuple[Tensor, Tensor]:
+        """Return the images and labels that a client trains on, in the type of its network."""
+        x, y = _batch(self.defense, client, self.num_classes)
+        return _typed(self.network, *encoded(self.defense, x, y, generator(client.key, "encode")))
+
     def step(self, network: nn.Module, client: Client) -> _Taken:
         """Return what one client does; raise DefenseFailed if it sends no gradient."""
         defense, threat, inputs = self.defense, self.threat, InputRecorder()
-        x, y = _batch(defense, client, self.num_classes)
         parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         if self.plain is not None:
             inputs.watch(network, self._layers)
         with seeded(client.key, "step"):
-            x, y = _typed(network, *encoded(defense, x, y, generator(client.key, "encode")))
+            x, y = self.encoded(client)
             trained = None
             if client.count > 1 and len(x) != client.count:
                 raise Unsupported(
@@ -578,12 +788,17 @@ class _Trainer:
                 assert lr is not None, "``_check_local`` refuses a client without a rate"
                 trained = _train(network, defense, x, y, self.training, lr, self.secrets, client.key, self.network)
             released = defense.release(Step(network, x, y, defense, trained), generator(client.key, "release"))
+        sent = {name: value.clone() for name, value in self.sendable(released, parameters).items()}
+        return _Taken(sent, x, inputs)
+
+    def sendable(self, released: object, parameters: Mapping[str, Tensor], *, finite: bool = True) -> Gradient:
+        """Return what leaves a client of what its defense released; raise DefenseFailed if that is no gradient."""
         if isinstance(released, Mapping):
             released = {name: value for name, value in released.items() if name not in self.hidden}
-        sent = {name: value.clone() for name, value in checked(defense, released, parameters).items()}
+        sent = checked(self.defense, released, parameters, finite=finite)
         if not sent:
-            raise DefenseFailed(f"{defense.name!r} withheld every parameter; send at least one")
-        return _Taken(sent, x, inputs)
+            raise DefenseFailed(f"{self.defense.name!r} withheld every parameter; send at least one")
+        return sent
 
     @cached_property
     def _layers(self) -> list[str]:
@@ -601,21 +816,39 @@ def _record(trainer: _Trainer, client: Client, taken: _Taken) -> StepRecord:
         return StepRecord(None, False, _cosine(trainer, client, taken.sent))
     images, unseen = _images(trainer, client, taken)
     images.pop(tensor_key(client.image.to(taken.encoded)), None)
-    if images:
-        noise = torch.rand(client.image.shape, generator=generator(client.key, "other image")).to(client.image)
-        other = replace(client, image=noise)
-        try:
-            same = _images(trainer, other, trainer.again(other))[0]
-        except (Exception, SystemExit):  # of a defense that does not take every image
-            same = {}
-        images = {key: image for key, image in images.items() if key not in same}
-    changed = torch.stack(list(images.values())).to(client.image) if images else None
-    return StepRecord(changed, unseen, _cosine(trainer, client, taken.sent))
+
+    def again(other: Client) -> Collection[_Key]:
+        return _images(trainer, other, trainer.again(other))[0]
+
+    return StepRecord(_changed(client, images, again), unseen, _cosine(trainer, client, taken.sent))
 
 
-def _images(
-    trainer: _Trainer, client: Client, taken: _Taken
-) -> tuple[dict[tuple[tuple[int, ...], bytes], Tensor], bool]:
+def _changed(
+    client: Client, images: Mapping[_Key, Tensor], again: Callable[[Client], Collection[_Key]]
+) -> Tensor | None:
+    """Return ``StepRecord.changed`` of the images that a network ran on in place of the private one.
+
+    Args:
+        client: the client.
+        images: these images by ``tensor_key``.
+        again: returns the keys of those of another client.
+    """
+    if not images:
+        return None
+    noise = torch.rand(client.image.shape, generator=generator(client.key, "other image")).to(client.image)
+    try:
+        same = again(replace(client, image=noise))
+    except (Exception, SystemExit):  # of a defense that does not take every image
+        same = ()
+    kept = [image for key, image in images.items() if key not in same]
+    return torch.stack(kept).to(client.image) if kept else None
+
+
+_Key = tuple[tuple[int, ...], bytes]
+"""Of a tensor (``tensor_key``)."""
+
+
+def _images(trainer: _Trainer, client: Client, taken: _Taken) -> tuple[dict[_Key, Tensor], bool]:
     """Return the images [C, H, W] that a step's network ran on, by ``tensor_key``, and ``StepRecord.unseen``.
 
     What the first layer took is an image that was encoded if the plain network's first layer takes the same of that
@@ -645,8 +878,7 @@ def _images(
 
 def _cosine(trainer: _Trainer, client: Client, sent: Gradient) -> float:
     """Return the cosine of what a client sent and what it would send without a defense (``StepRecord.cosine``)."""
-    kind = type(trainer.defense)
-    if all(getattr(kind, hook) is getattr(Defense, hook) for hook in ("encode", "loss", "release")):
+    if not _changes(trainer.defense, "encode", "loss", "release"):
         return 1.0
     try:
         plain = replace(trainer, plain=None, defense=Defense()).again(client).sent
@@ -655,6 +887,5 @@ def _cosine(trainer: _Trainer, client: Client, sent: Gradient) -> float:
     own = {name: value.double() for name, value in sent.items()}
     size = math.sqrt(sum(float(value.double().square().sum()) for value in plain.values()))
     length = math.sqrt(sum(float(value.square().sum()) for value in own.values()))
-    if not size or not length:
-        return 0.0 if size else math.nan
-    return sum(float((value * plain[name].double()).sum()) for name, value in own.items()) / (size * length)
+    product = sum(float((value * plain[name].double()).sum()) for name, value in own.items())
+    return _ratio(size, length, product)

@@ -32,11 +32,11 @@ from leakbench.defenses import AdaptiveAttacker, Defense, Step
 from leakbench.defenses.adaptive import CONTROLS, SIMULATED
 from leakbench.defenses.ats import POOL, transform
 from leakbench.defenses.base import by_informed
-from leakbench.defenses.soteria import sensitivity
 from leakbench.errors import BadOption, Unsupported
 from leakbench.gradients.bilinear import squared_distance
 from leakbench.gradients.evaluate import tensors_of
 from leakbench.models import Model, OwnModule
+from leakbench.models.surgery import linears
 from leakbench.observation import Observation
 from leakbench.optim import value_and_gradient
 from leakbench.plan.matrix import Matrix, parse_threat
@@ -264,15 +264,16 @@ def test_the_note_says_what_is_guaranteed(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("model", ["lenet", "lenet-bn", "lenet-bn(mode=eval)", "resnet20(width=4)"])
 def test_soterias_score_is_the_features_jacobian_over_its_size(model: str) -> None:
     step = one_step("soteria", model)
-    classifier = [module for module in step.model.modules() if isinstance(module, nn.Linear)][-1]
+    name, classifier = list(linears(step.model).items())[-1]
     seen: list[Tensor] = []
     classifier.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     x = step.images.clone().requires_grad_()
     step.model(x)
     features = seen[0][0]
     norms = [float(torch.autograd.grad(value, x, retain_graph=True)[0].norm()) for value in features]
-    expected = torch.tensor(norms) / (features.detach().abs() + 0.1)
-    close(sensitivity(step.model, classifier, step.images, 0.1), expected, 1e-10)
+    taken, sizes = step.sensitivity(name)
+    close(taken, features.detach(), 1e-10)
+    close(sizes, torch.tensor(norms), 1e-10)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.8])
@@ -280,8 +281,8 @@ def test_soteria_masks_columns_of_one_tensor(ratio: float) -> None:
     plain, sent = released(f"soteria({ratio=})")
     step = one_step("soteria")
     assert [name for name in plain if not torch.equal(plain[name], sent[name])] == ["classifier.weight"] * (ratio > 0)
-    assert isinstance(step.model.classifier, nn.Linear)
-    scores = sensitivity(step.model, step.model.classifier, step.images, 1e-10).numpy()
+    features, norms = step.sensitivity("classifier")
+    scores = (norms / (features.abs() + 1e-10)).numpy()
     keep = scores >= np.percentile(scores, 100 * ratio)
     assert keep.sum() == len(scores) - math.ceil(ratio * (len(scores) - 1) - 1e-9)
     expected = plain["classifier.weight"].numpy() * keep

@@ -31,7 +31,7 @@ from leakbench.errors import BadOption, Unsupported
 from leakbench.generators import Generator
 from leakbench.gradients.bilinear import squared_norm
 from leakbench.observation import Observation
-from leakbench.optim import Evaluation, Solution, Unknowns, descend
+from leakbench.optim import Evaluation, Recordable, Solution, Unknowns, descend
 from leakbench.optim.evolve import check_optimiser, evolve
 
 ADAM = "adam"
@@ -191,6 +191,11 @@ class GGL(_Generative, GradientMatching):
         found = super().run(exact, rng)
         return replace(found, images=found.images.to(observation.dtype))
 
+    @property
+    def planned(self) -> int:
+        """The budget."""
+        return self.budget
+
     def start(self, observation: Observation, rng: Rng) -> Unknowns:
         """Return zeros [T, d], or [T, B, d] of batches."""
         shape = (observation.trials, *observation.places, chosen(self.generator, observation).card().latent)
@@ -242,11 +247,17 @@ class GGL(_Generative, GradientMatching):
 
 
 @dataclass(frozen=True)
-class _Regularised:
+class _Regularised(Recordable):
     """The matching objective plus the divergence of the latent."""
 
     objective: MatchingObjective
     attack: GGL
+
+    def buffered(self) -> _Regularised:
+        return replace(self, objective=self.objective.buffered())
+
+    def prepare(self, evaluation: Evaluation) -> None:
+        self.objective.prepare(evaluation)
 
     def __call__(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
         value = self.objective(unknowns, evaluation)

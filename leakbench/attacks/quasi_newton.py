@@ -15,6 +15,9 @@ from leakbench.optim import LineSearch, Solution, Unknowns, descend, lbfgs
 HISTORY = 100
 """How many pairs of steps and gradient differences are kept, as in torch."""
 
+ITERATIONS = 20
+"""Iterations of an outer step at most, as in torch; without a line search each is one evaluation."""
+
 
 @dataclass(frozen=True)
 class QuasiNewton(GradientMatching):
@@ -58,6 +61,7 @@ class QuasiNewton(GradientMatching):
             start,
             steps=self.steps,
             lr=self.lr,
+            max_iter=ITERATIONS,
             history=HISTORY,
             tolerance_grad=self.tolerance_grad,
             tolerance_change=self.tolerance_change,
@@ -67,6 +71,11 @@ class QuasiNewton(GradientMatching):
             slots=objective.observation.slots,
             note=objective.observation.note,
         )
+
+    @property
+    def planned(self) -> int:
+        """Up to 20 evaluations an outer step, or the budget."""
+        return self.budget() or self.steps * (ITERATIONS if self.solver == "lbfgs" else 1)
 
     @property
     def compares(self) -> bool:

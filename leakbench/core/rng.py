@@ -12,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from leakbench.core.device import accelerator
 from leakbench.errors import BadOption
@@ -82,6 +83,44 @@ def seeded(*key: object, device: torch.device | None = None) -> Iterator[None]:
             yield
         finally:
             module.set_rng_state(before, device)
+
+
+class DrawsOnHost(TorchFunctionMode):
+    """In this context what is drawn from a generator of the CPU is drawn there, and moved to a device.
+
+    Code that is written for the CPU then draws the same numbers for tensors of any device. Tensors that it makes
+    without naming a device are made on this one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+        self._others = torch.device(device)
+
+    def __enter__(self) -> DrawsOnHost:
+        """Begin."""
+        self._others.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """End."""
+        super().__exit__(*error)
+        self._others.__exit__(*error)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call a function of torch."""
+        named = dict(kwargs or {})
+        own = named.get("generator")
+        if not isinstance(own, torch.Generator) or own.device.type != "cpu":
+            return func(*args, **named)
+        if not any(isinstance(value, Tensor) for value in args):
+            return func(*args, **(named | {"device": "cpu"})).to(self._device)
+        if func.__name__.endswith("_"):  # fills the tensor
+            return args[0].copy_(func(torch.empty_like(args[0], device="cpu"), *args[1:], **named))
+        return func(*(value.cpu() if isinstance(value, Tensor) else value for value in args), **named).to(self._device)
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ class ATS(Defense):
     """
 
     batched: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
     reference: ClassVar[str] = (
         "Gao et al. 2021, Privacy-preserving Collaborative Learning with Automatic Transformation Search, CVPR, "
         "sections 4 and 5 (and released code)"

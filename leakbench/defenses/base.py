@@ -21,6 +21,7 @@ from leakbench.defenses.adaptive import DEFAULT_ATTACKER, SIMULATE, AdaptiveAtta
 from leakbench.errors import BadOption, DefenseFailed, OldPlugin, Unsupported
 from leakbench.gradients.losses import training_loss
 from leakbench.gradients.plain import without_checkpointing
+from leakbench.gradients.sensitivity import sensitivity
 
 
 class Step:
@@ -34,7 +35,7 @@ class Step:
         model: the client's network before it trains, secrets in place, in the mode it trains in.
         images: [B, C, H, W], the data after ``encode``.
         labels: [B] int64 or [B, K] class probabilities, after ``encode``.
-        losses: the mean loss of every gradient that was computed so far.
+        losses: the mean loss of every gradient that was computed so far, of clients that are computed one at a time.
     """
 
     def __init__(
@@ -74,8 +75,7 @@ class Step:
                 f"defense {self._defense.name!r} acts on the gradient of each example, and weights after local "
                 "training have none; use a threat model with shares=gradient"
             )
-        rows = [self._gradient(self.images[i : i + 1], self.labels[i : i + 1]) for i in range(len(self.images))]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return self._by_part(len(self.images))
 
     def by_part(self, parts: int) -> Gradient:
         """Return the gradient of each of ``parts`` equal parts of the batch by itself, [parts, *shape] per parameter.
@@ -93,8 +93,15 @@ class Step:
                 f"defense {self._defense.name!r} divides the images among {parts} clients, and there are "
                 f"{len(self.images)}; use batch={parts} or a multiple of it"
             )
-        rows = [self._gradient(x, y) for x, y in zip(self.images.chunk(parts), self.labels.chunk(parts))]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return self._by_part(parts)
+
+    def sensitivity(self, layer: str) -> tuple[Tensor, Tensor]:
+        """Return r [D], what a linear layer of ``model`` takes for the one image x, and |d r_i / d x|_2 [D].
+
+        Raises:
+            Unsupported: the layer does not take one vector, once.
+        """
+        return sensitivity(self.model, layer, self.images)
 
     def weights(self) -> Gradient:
         """Return the network's trainable parameters before the client trains."""
@@ -112,6 +119,11 @@ class Step:
                 "gradient; use a threat model with shares=weights"
             )
         return {name: value.clone() for name, value in self._trained.items()}
+
+    def _by_part(self, parts: int) -> Gradient:
+        """Return the gradient of each of ``parts`` equal parts of the batch."""
+        rows = [self._gradient(x, y) for x, y in zip(self.images.chunk(parts), self.labels.chunk(parts))]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -183,18 +195,23 @@ class Defense(Component):
     Attributes:
         companions: how many further images of the client's own data ``encode`` needs beside the attacked one.
         batched: True for a defense that serves a client of several images: ``encode`` gets and returns all of them.
+        joint: True for a defense whose ``loss`` runs the network once, on the images that it is given, and whose
+            ``release`` is plain torch on tensors of any device. On a GPU the gradients of many clients are then
+            computed at once; otherwise clients take their steps on the CPU, one at a time. It is not inherited.
     """
 
     companions: ClassVar[int] = 0
     batched: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
-        """Build an ``AdaptiveAttacker`` from its hooks on the class or a mixin, where defenses once had them.
+        """Set ``joint``, and build an ``AdaptiveAttacker`` from hooks of it where defenses once had them.
 
         Raises:
             BadOption: it also has ``relax`` or ``attackers``, which return other things than they did.
         """
         super().__init_subclass__()
+        cls.joint = cls.__dict__.get("joint", False)
         old = [name for name in _HOOKS if name in dir(cls)]
         if not old:
             return

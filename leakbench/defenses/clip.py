@@ -26,6 +26,7 @@ class Clip(Defense):
     """
 
     batched: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
     reference: ClassVar[str] = "Li et al. 2022, GGL, arXiv 2203.15696, section 4 (gradient clipping)"
     assumes: ClassVar[str] = "The attacker relies on the gradient's size."
     cost: ClassVar[str] = "Smaller training steps."

@@ -40,6 +40,7 @@ class DP(Defense):
     """
 
     batched: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
     version: ClassVar[int] = 3  # 3: adaptive attackers weigh the prior with the likelihood
     reference: ClassVar[str] = (
         "Abadi et al. 2016, Deep Learning with Differential Privacy, CCS, algorithm 1; epsilon as in Mironov et al. "

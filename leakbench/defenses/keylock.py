@@ -153,6 +153,7 @@ class KeyLockDefense(Defense):
     """
 
     batched: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
     reference: ClassVar[str] = f"{FEDKL}, section 3.3, equation 30 (and released code)"
     assumes: ClassVar[str] = "The attacker knows neither key nor lock, and does not model scale and shift."
     cost: ClassVar[str] = "Two linear layers for each locked block; every client's model works only with its own key."

@@ -34,6 +34,7 @@ class MixUp(Defense):
     cost: ClassVar[str] = "Training on blends, which often helps accuracy."
     fails: ClassVar[str] = "The blend is recovered, and both images are visible in it."
     companions: ClassVar[int] = 1
+    joint: ClassVar[bool] = True
     alpha: Annotated[float, Field(ge=1e-3, le=1e6)] = 1.0
 
     def encode(self, x: Tensor, y: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ class Noise(Defense):
     """
 
     batched: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
     reference: ClassVar[str] = "Zhu et al. 2019, Deep Leakage from Gradients, NeurIPS, section 5.1 (states variances)"
     version: ClassVar[int] = 3  # 3: adaptive attackers weigh the prior with the likelihood
     assumes: ClassVar[str] = "The attacker does not model the noise."

@@ -12,6 +12,7 @@ class NoDefense(Defense):
     """No defense: the plain gradient is sent."""
 
     batched: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
     reference: ClassVar[str] = "the control, by definition"
     assumes: ClassVar[str] = "Nothing."
     cost: ClassVar[str] = "Nothing."

@@ -20,6 +20,7 @@ class NormOnly(Defense):
     """
 
     batched: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
     reference: ClassVar[str] = f"a control for {FEDKL}: the effect of the normalisation without that of the lock"
     assumes: ClassVar[str] = "Nothing: it is the placebo for key-lock."
     cost: ClassVar[str] = "That of a normalisation without scale and shift."

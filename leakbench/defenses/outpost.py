@@ -45,6 +45,7 @@ class Outpost(Defense):
         "Networks with small weights get hardly any noise: it is then a pruning, which an attacker repeats."
     )
     batched: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
     noise: NonNegative = 0.8
     share: Percent = 40.0
     prune: Percent = 80.0

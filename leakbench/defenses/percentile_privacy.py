@@ -46,6 +46,7 @@ class PercentilePrivacy(Defense):
         "below, their signs are, and attackers filter the dummy update in the same way."
     )
     batched: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
     percentile: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 10.0
     gamma: Positive = 0.01
     steps: Count = 1

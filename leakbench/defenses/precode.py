@@ -62,6 +62,7 @@ class Precode(Defense):
     """
 
     batched: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
     version: ClassVar[int] = 3  # 3: a line search meets one draw of the noise
     reference: ClassVar[str] = "Scheliga et al. 2022, PRECODE, WACV, section 4"
     assumes: ClassVar[str] = "The attacker does not know the noise of the bottleneck."

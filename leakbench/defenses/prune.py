@@ -28,6 +28,7 @@ class Prune(Defense):
     """
 
     batched: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
     reference: ClassVar[str] = "Zhu et al. 2019, Deep Leakage from Gradients, NeurIPS, section 5.2"
     assumes: ClassVar[str] = "The attacker also matches the zeros."
     cost: ClassVar[str] = "Less to send; strong pruning slows training."

@@ -33,6 +33,7 @@ class Quantise(Defense):
     """
 
     batched: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
     version: ClassVar[int] = 4  # 4: half precision's step at 0 is that at 0, not that at 1/2
     reference: ClassVar[str] = (
         "Suresh et al. 2017, Distributed Mean Estimation with Limited Communication, ICML, section 2.2 (its levels, "

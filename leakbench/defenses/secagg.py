@@ -36,6 +36,7 @@ class SecAgg(Defense):
         "reads single images out of it (server=imprint). It hides only whose image it is."
     )
     batched: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
     clients: Annotated[int, Field(ge=2, le=100_000)] = 8
 
     def release(self, step: Step, rng: torch.Generator) -> Gradient:

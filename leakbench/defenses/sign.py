@@ -33,6 +33,7 @@ class Sign(Defense):
         "One bit of each of many entries suffices for searches whose dummy gradient is reduced to its signs too."
     )
     batched: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
     scaled: bool = False
 
     def release(self, step: Step, rng: torch.Generator) -> Gradient:

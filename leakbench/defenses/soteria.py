@@ -1,12 +1,10 @@
 """Soteria: the classifier's gradient is perturbed in the columns whose inputs say most about the image."""
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
 
 from leakbench.core.component import Positive
 from leakbench.core.types import Gradient
@@ -15,9 +13,6 @@ from leakbench.defenses.base import Defense, Step, register
 from leakbench.defenses.prune import Ratio, percentile
 from leakbench.errors import Unsupported
 from leakbench.models.surgery import linears
-
-JACOBIAN_ROWS = 64
-"""How many rows of a Jacobian are computed at a time."""
 
 
 @register("soteria")
@@ -46,6 +41,7 @@ class Soteria(Defense):
     fails: ClassVar[str] = (
         "Attackers who leave out the pruned columns: the gradients of the layers below are sent unchanged."
     )
+    joint: ClassVar[bool] = True
     ratio: Ratio = 0.5
     offset: Positive = 1e-10
 
@@ -56,9 +52,10 @@ class Soteria(Defense):
         found = list(linears(step.model).items())
         if not found:
             raise Unsupported("soteria masks the gradient of a linear classifier, and the network has none")
-        name, classifier = found[-1]
+        name, _ = found[-1]
         gradient = step.gradient()
-        scores = sensitivity(step.model, classifier, step.images, self.offset)
+        features, norms = step.sensitivity(name)
+        scores = norms / (features.abs() + self.offset)
         weight = gradient[f"{name}.weight"]
         return gradient | {f"{name}.weight": torch.where(scores < percentile(scores, self.ratio), 0.0, weight)}
 
@@ -76,35 +73,3 @@ def without_zero_columns(observed: Observed, weights: Weights) -> Gradient:
     name = [name for name, value in observed.items() if value.ndim == 3][-1]
     live = (observed[name] != 0).any(1, keepdim=True)
     return {**observed, name: torch.where(live, observed[name], torch.nan)}
-
-
-def sensitivity(model: nn.Module, classifier: nn.Linear, image: Tensor, offset: float) -> Tensor:
-    """Return s [D] with s_i = |d r_i / d x|_2 / (|r_i| + offset), for r [D] the classifier's input.
-
-    Args:
-        model: the network, which runs once.
-        classifier: one of its layers.
-        image: x, [1, C, H, W].
-        offset: > 0.
-
-    Raises:
-        Unsupported: the network does not call the classifier once, on one vector.
-    """
-    inputs: list[Tensor] = []
-    hook = classifier.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
-    x = image.detach().clone().requires_grad_()
-    try:
-        model(x)
-    finally:
-        hook.remove()
-    if len(inputs) != 1 or inputs[0].numel() != classifier.in_features:
-        raise Unsupported("soteria needs a classifier that takes one vector, once")
-    features = inputs[0].flatten()
-    norms = []
-    with warnings.catch_warnings():
-        # an operation that vmap has no rule for is looped over, which it says every time
-        warnings.filterwarnings("ignore", "There is a performance drop")
-        for rows in torch.eye(len(features), dtype=features.dtype).split(JACOBIAN_ROWS):
-            (part,) = torch.autograd.grad(features, x, rows, retain_graph=True, is_grads_batched=True)
-            norms.append(part.flatten(1).norm(dim=1))
-    return torch.cat(norms) / (features.detach().abs() + offset)

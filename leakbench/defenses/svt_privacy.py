@@ -57,6 +57,7 @@ class SVTPrivacy(Defense):
         "sent; those of a whole update add up."
     )
     batched: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
     fraction: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.1
     epsilon: Positive = 0.1
     noise_var: Positive = 0.1

@@ -40,6 +40,7 @@ class TopK(Defense):
         "Attackers who match only the entries that were sent. Over several rounds, more and more different entries are."
     )
     batched: ClassVar[bool] = True
+    joint: ClassVar[bool] = True
     keep: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.1
     rounds: Count = 1
 

@@ -72,6 +72,7 @@ class WeightNoise(WeightDefense):
         as_released: send phi (W / phi + noise), as the released code does.
     """
 
+    joint: ClassVar[bool] = True
     version: ClassVar[int] = 3  # 3: adaptive attackers weigh the prior with the likelihood
     reference: ClassVar[str] = "Zhao et al. 2022, Deep Leakage from Model in Federated Learning, arXiv 2206.04887"
     assumes: ClassVar[str] = "The attacker does not model the noise and the clipping."
@@ -167,6 +168,7 @@ class WeightSparsify(WeightDefense):
         ratio: the share of each tensor's entries that becomes zero.
     """
 
+    joint: ClassVar[bool] = True
     version: ClassVar[int] = 2  # 2: what adaptive attackers know of the update
     reference: ClassVar[str] = "Zhao et al. 2022, Deep Leakage from Model in Federated Learning, arXiv 2206.04887"
     assumes: ClassVar[str] = "The attacker mistakes the difference of two sparse models for the update."

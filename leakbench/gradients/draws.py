@@ -8,9 +8,9 @@ trials beside it nor on the path by which gradients are computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,26 +23,41 @@ Generators = Callable[[], Sequence[torch.Generator]]
 """Makes one generator a trial; it is called when a network first draws, which most never do."""
 
 
+class MadeDraws(Protocol):
+    """Draws that were made before the pass that takes them, so that it can be recorded."""
+
+    trials: int
+
+    def rows(self, call: int, shape: tuple[int, ...], draw: Draw) -> Tensor:
+        """Return the results [T, *shape] of the ``call``-th draw of a pass, the others not counted, on the device."""
+        ...
+
+
 class Draws:
     """The source of the random numbers of one forward pass.
 
     Args:
-        generators: makes one generator a trial; None for a network that must not draw.
+        source: makes one generator a trial, or has draws that were made before; None for a network that must not draw.
         known: by the number of a drawing call in the pass, what it keeps: [T, 1, *shape] of 0 and 1. The others draw.
         trial: the number of the one trial of the pass: an integer or, under ``vmap``, a scalar tensor. None for a pass
             whose leading axis holds the trials, several places for each if it was split further.
+        native: draw what torch's own functions would draw on the CPU from a global generator in the same state: those
+            of a client's network.
     """
 
     def __init__(
         self,
-        generators: Generators | None,
+        source: Generators | MadeDraws | None,
         trial: int | Tensor | None = None,
         known: Mapping[int, Tensor] = MappingProxyType({}),
+        native: bool = False,
     ) -> None:
-        self._make = generators and cache(generators)
+        self._source = cache(source) if callable(source) else source
         self._trial = trial
         self._known = known
+        self._native = native
         self._calls = 0
+        self._taken = 0
 
     @property
     def in_place(self) -> bool:
@@ -55,7 +70,7 @@ class Draws:
 
     def of(self, trial: int | Tensor) -> Draws:
         """Return the source of a pass of a single trial."""
-        return Draws(self._make, trial, self._known)
+        return Draws(self._source, trial, self._known, self._native)
 
     def take(self, shape: Sequence[int], draw: Draw) -> Tensor:
         """Return the results of ``draw`` on each trial's part of a tensor of this shape.
@@ -64,28 +79,45 @@ class Draws:
             Unsupported: there are no generators.
             ValueError: the leading axis does not hold the trials.
         """
-        if self._make is None:
+        if self._source is None:
             raise Unsupported("the network draws random numbers, and no source of them was given")
-        generators = self._make()
+        if not callable(self._source):
+            return self._made(self._source, tuple(shape), draw)
+        generators = self._source()
         if isinstance(self._trial, int):
             return draw(tuple(shape), generators[self._trial])
         if self._trial is not None:
             rows = torch.stack([draw(tuple(shape), generator) for generator in generators])
             return rows.to(self._trial.device).index_select(0, self._trial[None])[0]
-        if not shape or shape[0] % len(generators):
-            raise ValueError(f"random numbers of shape {tuple(shape)} have no axis of {len(generators)} trials")
-        own = (shape[0] // len(generators), *shape[1:])
+        own = _part(shape, len(generators))
         return torch.cat([draw(own, generator) for generator in generators])
+
+    def _made(self, source: MadeDraws, shape: tuple[int, ...], draw: Draw) -> Tensor:
+        """Return draws that were made before, as ``take`` does."""
+        self._taken += 1
+        own = _part(shape, source.trials) if self._trial is None else shape
+        rows = source.rows(self._taken - 1, own, draw)
+        if isinstance(self._trial, int):
+            return rows[self._trial]
+        return rows.flatten(0, 1) if self._trial is None else rows.index_select(0, self._trial[None])[0]
 
     def kept(self, x: Tensor, shape: Sequence[int], p: float) -> Tensor:
         """Return what dropout with probability ``p`` keeps: 0 and 1, of this shape."""
         known = self._next(shape)
-        return self.uniform(x, shape) >= p if known is None else known
+        if known is not None:
+            return known
+        if self._native:
+            return self.take(shape, partial(_bernoulli, 1 - p, x.dtype)).to(x.device)
+        return self.uniform(x, shape) >= p
 
     def ones(self, x: Tensor, p: float | Tensor) -> Tensor:
         """Return draws shaped like a tensor that are 1 with probability ``p``, and else 0."""
         known = self._next(x.shape)
-        return self.uniform(x) < p if known is None else known
+        if known is not None:
+            return known
+        if self._native and isinstance(p, float):
+            return self.take(x.shape, partial(_bernoulli, p, x.dtype)).to(x.device)
+        return self.uniform(x) < p
 
     def skip(self) -> None:
         """Count a drawing call whose draws are never known."""
@@ -107,11 +139,16 @@ class Draws:
 
     def uniform(self, like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """Return U[0, 1) draws of this shape (by default that of ``like``)."""
-        return self.take(like.shape if shape is None else shape, _uniform).to(like.device)
+        draw = partial(_uniform, self._kind(like))
+        return self.take(like.shape if shape is None else shape, draw).to(like.device)
 
     def normal(self, like: Tensor) -> Tensor:
         """Return N(0, 1) draws shaped like a tensor."""
-        return self.take(like.shape, _normal).to(like)
+        return self.take(like.shape, partial(_normal, self._kind(like))).to(like)
+
+    def _kind(self, like: Tensor) -> torch.dtype:
+        """Return the type of draws: float32, so that a trial has the same in float64, or as torch draws them."""
+        return like.dtype if self._native else torch.float32
 
 
 def random_operations(draws: Draws) -> Mapping[Callable[..., Any], Callable[..., Any]]:
@@ -161,9 +198,20 @@ def random_operations(draws: Draws) -> Mapping[Callable[..., Any], Callable[...,
     }
 
 
-def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.rand(shape, generator=generator, dtype=torch.float32)
+def _part(shape: Sequence[int], trials: int) -> tuple[int, ...]:
+    """Return the shape of one trial's part; raise ValueError if the leading axis does not hold the trials."""
+    if not shape or shape[0] % trials:
+        raise ValueError(f"random numbers of shape {tuple(shape)} have no axis of {trials} trials")
+    return (shape[0] // trials, *shape[1:])
 
 
-def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float32)
+def _uniform(kind: torch.dtype, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator, dtype=kind)
+
+
+def _normal(kind: torch.dtype, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=kind)
+
+
+def _bernoulli(p: float, kind: torch.dtype, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.empty(shape, dtype=kind).bernoulli_(p, generator=generator)

@@ -25,7 +25,7 @@ from leakbench.core.rng import generator, seeded
 from leakbench.core.types import Gradient
 from leakbench.errors import Unsupported
 from leakbench.gradients.bilinear import shared
-from leakbench.gradients.draws import Draws, Generators
+from leakbench.gradients.draws import Draws, Generators, MadeDraws
 from leakbench.gradients.intercept import UNDER_VMAP, Interception, per_trial
 from leakbench.gradients.losses import training_loss
 from leakbench.gradients.plain import without_autocast, without_checkpointing
@@ -77,17 +77,18 @@ class Evaluator:
     loss: Loss = plain_loss
     path: Path = "batched"
 
-    def _losses(
+    def losses(
         self,
         tensors: Mapping[str, Tensor],
         x: Tensor,
         y: Tensor,
-        generators: Generators | None,
-        known: Mapping[int, Tensor],
+        generators: Generators | MadeDraws | None = None,
+        known: Mapping[int, Tensor] = types.MappingProxyType({}),
+        native: bool = False,
     ) -> Tensor:
         """Return the loss [T] of each trial; the arguments are those of ``gradient``."""
         module = _LossModule(self.model, self.loss)
-        draws = Draws(generators, known=known)
+        draws = Draws(generators, known=known, native=native)
         batch = x.shape[1] if x.ndim == BATCHED else 0
         if self.path == "batched":
             with Interception(draws, per_trial(batch or 1)), without_checkpointing(), without_autocast():
@@ -130,8 +131,9 @@ class Evaluator:
         x: Tensor,
         y: Tensor,
         create_graph: bool = True,
-        generators: Generators | None = None,
+        generators: Generators | MadeDraws | None = None,
         known: Mapping[int, Tensor] = types.MappingProxyType({}),
+        native: bool = False,
     ) -> Gradient:
         """Return each trial's gradient by its own parameters, [T, *shape] per name.
 
@@ -141,13 +143,14 @@ class Evaluator:
             x: [T, C, H, W]; of trials of B images [T, B, C, H, W], and the loss of a trial is the mean of theirs.
             y: [T] int64 or [T, K] class probabilities; [T, B] or [T, B, K].
             create_graph: keep the graph, so that the gradient can be differentiated by x, y and ``tensors``.
-            generators: makes one generator a trial for the network's random layers, such as dropout; without it a
-                network that draws raises Unsupported.
+            generators: makes one generator a trial for the network's random layers, such as dropout, or has draws that
+                were made before; without it a network that draws raises Unsupported.
             known: the draws of random layers that are known (``Draws``).
+            native: random layers draw as torch's own do on the CPU (``Draws``).
         """
         # views, because the backward pass can leave out only tensors that are no leaves
         own = {name: _differentiable(tensors[name]) for name in self.names}
-        loss = self._losses({**tensors, **own}, x.view_as(x), y, generators, known)
+        loss = self.losses({**tensors, **own}, x.view_as(x), y, generators, known, native)
         grads = torch.autograd.grad(loss.sum(), list(own.values()), create_graph=create_graph, allow_unused=True)
         return {name: torch.zeros_like(own[name]) if grad is None else grad for name, grad in zip(self.names, grads)}
 

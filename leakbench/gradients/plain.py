@@ -30,11 +30,19 @@ def without_autocast() -> Iterator[None]:
 
     A client that computes in half precision sends numbers that a server need not compute as coarsely.
     """
+    with noted_autocast():
+        yield
+
+
+@contextmanager
+def noted_autocast() -> Iterator[list[autocast]]:
+    """In this context every ``torch.autocast`` that is entered is kept in the list, and does nothing."""
+    entered: list[autocast] = []
     enter, leave = autocast.__enter__, autocast.__exit__
-    autocast.__enter__ = lambda self: self  # type: ignore[method-assign]
+    autocast.__enter__ = lambda self: entered.append(self) or self  # type: ignore[func-returns-value, method-assign]
     autocast.__exit__ = lambda self, *_: None  # type: ignore[method-assign]
     try:
-        yield
+        yield entered
     finally:
         autocast.__enter__, autocast.__exit__ = enter, leave  # type: ignore[method-assign]
 

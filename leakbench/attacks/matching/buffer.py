@@ -1,10 +1,12 @@
 """The draws of several evaluations on the device, where a recorded evaluation finds them without the host."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from leakbench.gradients.draws import Draw, MadeDraws
 from leakbench.optim import Evaluation
 
 EVALUATIONS = 32
@@ -22,6 +24,19 @@ class DrawBuffer:
         self._first = 0
         self._offsets: tuple[int, ...] | None = None
         self._draws: dict[str, tuple[Callable[[Evaluation], Tensor], Tensor]] = {}
+        self._layers: dict[int, LayerDraws] = {}
+
+    def layers(
+        self, step: int, trials: int, generators: Callable[[Evaluation], Sequence[torch.Generator]]
+    ) -> MadeDraws:
+        """Return the draws of the network's random layers in one of the local steps, of the prepared evaluation.
+
+        Args:
+            step: the local step.
+            trials: T.
+            generators: makes the T generators of any evaluation.
+        """
+        return self._layers.setdefault(step, LayerDraws(self, f"layers {step}", trials, generators))
 
     def take(self, name: str, draw: Callable[[Evaluation], Tensor]) -> Tensor:
         """Return the draws of this name for the prepared evaluation; ``draw`` makes those of any, on the CPU."""
@@ -48,3 +63,42 @@ class DrawBuffer:
         if self._offsets is None:
             return torch.stack([draw(number) for number in numbers])
         return torch.stack([draw([number + offset for offset in self._offsets]) for number in numbers])
+
+
+class LayerDraws:
+    """The draws of random layers in a buffer; each trial's come from one generator, in the order of the calls."""
+
+    def __init__(
+        self,
+        buffer: DrawBuffer,
+        name: str,
+        trials: int,
+        generators: Callable[[Evaluation], Sequence[torch.Generator]],
+    ) -> None:
+        self.trials = trials
+        self._buffer = buffer
+        self._name = name
+        self._make = generators
+        self._calls: list[tuple[tuple[int, ...], Draw]] = []
+        self._open: dict[Hashable, tuple[Sequence[torch.Generator], int]] = {}
+
+    def rows(self, call: int, shape: tuple[int, ...], draw: Draw) -> Tensor:
+        """Return the draws [T, *shape] of a call for the prepared evaluation."""
+        if call == len(self._calls):
+            self._calls.append((shape, draw))
+        return self._buffer.take(f"{self._name} {call}", partial(self._drawn, call))
+
+    def _drawn(self, call: int, evaluation: Evaluation) -> Tensor:
+        """Return the draws [T, *shape] of a call for any evaluation, on the CPU."""
+        key = evaluation if isinstance(evaluation, int) else tuple(evaluation)
+        generators, done = self._open.pop(key, (None, 0))
+        if generators is None or done != call:
+            generators = self._make(evaluation)
+            for shape, draw in self._calls[:call]:
+                for generator in generators:
+                    draw(shape, generator)
+        if len(self._open) > EVALUATIONS:
+            self._open.clear()  # of evaluations that are over
+        self._open[key] = generators, call + 1
+        shape, draw = self._calls[call]
+        return torch.stack([draw(shape, generator) for generator in generators])

@@ -49,7 +49,8 @@ class MatchingObjective(Recordable):
         restart: the index of the restart, from 0 on.
         draws: the draws of the client's random layers that its gradient leaks, [T, 1, *shape] by number of the call
             (``read_draws``).
-        buffer: the secrets that are drawn for each evaluation, for one that is recorded; None: they are drawn in it.
+        buffer: the secrets and the draws of random layers for each evaluation, for one that is recorded; None: they are
+            drawn in it.
         prior_factor: [T], by which each trial's prior is multiplied while the objective is minimised; None for 1.
     """
 
@@ -64,7 +65,7 @@ class MatchingObjective(Recordable):
     buffer: DrawBuffer | None = None
 
     def buffered(self) -> Self:
-        """Return the objective with the secrets that each evaluation draws in a buffer on the device."""
+        """Return the objective with what each evaluation draws in a buffer on the device."""
         return replace(self, buffer=DrawBuffer(self.observation.device))
 
     def prepare(self, evaluation: Evaluation) -> None:
@@ -84,7 +85,8 @@ class MatchingObjective(Recordable):
         """Tell the user how far the search is."""
         if self.observation.tick is not None:
             done = evaluation if isinstance(evaluation, int) else max(evaluation, default=0)
-            self.observation.tick(self.restart * self.attack.steps + done, self.attack.restarts * self.attack.steps)
+            planned = self.attack.planned
+            self.observation.tick(self.restart * planned + min(done, planned), self.attack.restarts * planned)
 
     def match(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
         """Return the match [T] of these unknowns by ``judge``, the less the better; infinite for a negative rate.
@@ -379,13 +381,18 @@ class MatchingObjective(Recordable):
     ) -> Gradient:
         """Return the gradient of images and labels at these tensors, in one of the local steps."""
         differentiable = torch.is_grad_enabled()
+
+        def generators(evaluation: Evaluation = evaluation) -> list[torch.Generator]:
+            return self.rng.generators(self._purposes("layers", evaluation, step))
+
+        made = None if self.buffer is None else self.buffer.layers(step, len(self.rng.keys), generators)
         with torch.enable_grad():
             return self.evaluator.gradient(
                 tensors,
                 images,
                 labels,
                 create_graph=differentiable,
-                generators=lambda: self.rng.generators(self._purposes("layers", evaluation, step)),
+                generators=made or generators,
                 known=self.draws if step == 0 else {},
             )
 

@@ -84,6 +84,11 @@ class MatchingProblem(Attack):
         return distance
 
     @property
+    def planned(self) -> int:
+        """How many evaluations a search makes at most, for the display of its progress."""
+        return self.steps
+
+    @property
     def compares(self) -> bool:
         """Whether the solver compares evaluations, so that all of them must use the same draws."""
         return False
