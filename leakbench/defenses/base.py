@@ -103,6 +103,11 @@ class Step:
         """
         return sensitivity(self.model, layer, self.images)
 
+    @property
+    def structure(self) -> nn.Module:
+        """A network like ``model``, to be asked for its layers only: its values may be those of another client."""
+        return self.model
+
     def weights(self) -> Gradient:
         """Return the network's trainable parameters before the client trains."""
         return {name: parameter.detach().clone() for name, parameter in self._parameters().items()}

@@ -222,6 +222,11 @@ class JointStep(Step):
                 own.copy_(value if value.ndim == own.ndim else value[self._row])
         return network
 
+    @property
+    def structure(self) -> nn.Module:
+        """The network of one of the clients."""
+        return self._steps.network
+
     def gradient(self) -> Gradient:
         """Return the client's gradient, or its update."""
         return {name: value[self._row] for name, value in self._steps.gradient.items()}

@@ -49,7 +49,7 @@ class Soteria(Defense):
         """Return the gradient with the weakest columns of the classifier's weight set to zero."""
         if len(step.images) != 1:
             raise Unsupported(f"soteria is defined for one image, and the batch has {len(step.images)}")
-        found = list(linears(step.model).items())
+        found = list(linears(step.structure).items())
         if not found:
             raise Unsupported("soteria masks the gradient of a linear classifier, and the network has none")
         name, _ = found[-1]

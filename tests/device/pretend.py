@@ -88,12 +88,14 @@ def install() -> None:
 @_PLACE
 def _find_place(text: Any, size: int) -> None:
     """Write the two innermost lines of leakbench, of the main thread if a backward pass runs in one of its own."""
-    main = sys._current_frames().get(threading.main_thread().ident or 0)
-    place = next((place for frame in (sys._getframe(), main) if frame and (place := _lines(frame))), "elsewhere")
+    place = (
+        _lines(sys._getframe()) or _lines(sys._current_frames().get(threading.main_thread().ident or 0)) or "elsewhere"
+    )
     ctypes.memmove(text, place.encode()[: size - 1] + b"\0", min(size, len(place.encode()) + 1))
 
 
-def _lines(frame: FrameType) -> str:
+def _lines(frame: FrameType | None) -> str:
+    """Return the lines; no frame is kept, since one that refers to itself would keep what all of its callers hold."""
     stack = [entry for entry in traceback.walk_stack(frame) if "/leakbench/" in entry[0].f_code.co_filename]
     return " < ".join(f"{frame.f_code.co_filename.rpartition('/leakbench/')[2]}:{line}" for frame, line in stack[:2])
 

@@ -7,7 +7,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Self
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import leakbench
-from leakbench import attacks, defenses, models
+from leakbench import attacks, defenses, models, victim
 from leakbench.attacks.base import prepare
 from leakbench.attacks.matching import GradientMatching
 from leakbench.core.device import accelerator, all_of, device_named, make_current
@@ -58,13 +58,36 @@ def gpu() -> Iterator[ModuleType]:
     assert remarks == {}
 
 
-def seen(
-    device: str, model: str = "lenet", defense: str = "none", threat: object = "paper", trials: int = 2
+def stepped(
+    device: str,
+    model: str | leakbench.Model = "lenet",
+    defense: str = "none",
+    threat: object = "paper",
+    trials: int = 2,
 ) -> Observation:
-    """Return what a server on a device sees of small clients."""
-    own = parse_threat(threat)
-    grey = torch.full(SHAPE, 0.5)
-    return observe(models.parse(model), defenses.parse(defense), own, clients(trials), CLASSES, grey, device)
+    """Return what a server sees of small clients that take their steps on a device."""
+    network = models.parse(model) if isinstance(model, str) else model
+    own, grey = parse_threat(threat), torch.full(SHAPE, 0.5)
+    return observe(network, defenses.parse(defense), own, clients(trials), CLASSES, grey, device)
+
+
+def seen(device: str, *case: Any, **options: Any) -> Observation:
+    """Return what a server on a device sees of small clients that take their steps on the CPU."""
+    return moved(stepped("cpu", *case, **options), device)
+
+
+def moved(value: Any, device: str) -> Any:
+    """Return an observation on a device; tensors that all trials share stay shared."""
+    if isinstance(value, Tensor):
+        shared = value.ndim > 0 and value.stride(0) == 0
+        return value[:1].to(device).expand(value.shape) if shared else value.to(device)
+    if isinstance(value, Mapping):
+        return {name: moved(item, device) for name, item in value.items()}
+    if isinstance(value, Observation):
+        own = {field.name: getattr(value, field.name) for field in fields(value)}
+        tensors = {name: item for name, item in own.items() if isinstance(item, (Tensor, Mapping))}
+        return replace(value, **moved(tensors, device))
+    return value
 
 
 def attacked(attack: str, observation: Observation) -> Reconstruction:
@@ -80,6 +103,30 @@ def same(here: Reconstruction, there: Reconstruction) -> None:
         one, other = getattr(here, name), getattr(there, name)
         if one is not None:
             torch.testing.assert_close(other.cpu(), one, rtol=1e-4, atol=1e-5, equal_nan=True, msg=name)
+
+
+class DroppingNetwork(nn.Module):
+    """A network that adds noise, and drops entries and whole channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 6, 3), nn.Linear(216, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout2d(torch.sigmoid(self.first(x)), 0.3, self.training)
+        x = F.dropout(x + 0.1 * torch.randn_like(x), 0.2, self.training)
+        logits: Tensor = self.last(x.flatten(1))
+        return logits
+
+
+@dataclass(frozen=True)
+class Dropping(leakbench.Model):
+    """The model of this network."""
+
+    name: ClassVar[str] = "dropping"
+
+    def build(self, image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+        return DroppingNetwork()
 
 
 # The device itself
@@ -166,6 +213,84 @@ def test_the_numbers_are_those_of_the_cpu(gpu: ModuleType, attack: str, case: Ma
     assert there.images.device == torch.device("pretend:1")
 
 
+# Clients on the device
+
+
+def refuse(*_: object) -> None:
+    """Fail if a function is called that must not be."""
+    pytest.fail("it must not be called")
+
+
+def compared(*case: Any, **options: Any) -> tuple[Observation, Observation]:
+    """Return what a server sees of clients on the CPU and on the device, whose gradients are compared."""
+    here, there = (stepped(device, *case, **options) for device in ("cpu", "pretend:1"))
+    assert there.gradient.keys() == here.gradient.keys()
+    scale = max(float(value.abs().max()) for value in here.gradient.values())
+    for name, value in here.gradient.items():
+        torch.testing.assert_close(there.gradient[name].cpu(), value, rtol=1e-4, atol=1e-5 * scale, msg=name)
+    assert there.device == torch.device("pretend:1")
+    return here, there
+
+
+@pytest.mark.parametrize("defense", ["noise", "soteria", "svt-privacy(gamma=0.01)", "keylock(length=9)", "mixup"])
+def test_clients_take_the_same_step_on_the_device(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, defense: str
+) -> None:
+    compared(defense=defense, trials=3)
+    monkeypatch.setattr(victim, "_single_steps", refuse)
+    stepped("pretend", defense=defense)
+
+
+def test_clients_that_train_do_so_on_the_device(gpu: ModuleType) -> None:
+    compared(defense="weight-noise", threat={"shares": "weights", "local_steps": 3, "learning_rate": 0.1})
+    compared(model=Dropping())
+
+
+def test_a_defense_of_a_plugin_takes_its_steps_on_the_cpu(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(defenses.parse("noise")), "joint", False)
+    monkeypatch.setattr(victim, "_joint_part", refuse)
+    compared(defense="noise", trials=3)
+
+
+def test_clients_that_do_not_fit_are_halved(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    real = victim._joint_part
+
+    def greedy(trainers: Any, some: Sequence[Any], *rest: Any) -> Any:
+        sizes.append(len(some))
+        held = torch.zeros(2**18 * len(some), device="pretend")
+        assert len(held)
+        return real(trainers, some, *rest)
+
+    monkeypatch.setattr(victim, "_joint_part", greedy)
+    monkeypatch.setattr(victim, "free_memory", lambda device: 2**40)
+    with gpu.limited(5 * 2**20):
+        there = stepped("pretend", trials=8)
+    assert sizes == [8, 4, 4]
+    for name, value in stepped("cpu", trials=8).gradient.items():
+        torch.testing.assert_close(there.gradient[name].cpu(), value, rtol=1e-4, atol=1e-6)
+
+
+with Path(__file__).with_name("clients.csv").open() as file:
+    CLIENTS = list(csv.DictReader(file))
+    """What the steps of all clients launch together, what each of them launches beside that, and the waits, at most."""
+
+
+@pytest.mark.parametrize("row", CLIENTS, ids=lambda row: f"{row['defense']}")
+def test_the_steps_of_clients_launch_and_wait_no_more_than_committed(gpu: ModuleType, row: Mapping[str, str]) -> None:
+    counts = []
+    stepped("pretend", defense=row["defense"], trials=2)  # what is computed once in a process
+    for trials in (2, 10):
+        gpu.clear()
+        stepped("pretend", defense=row["defense"], trials=trials)
+        counts.append((gpu.total("launch"), gpu.total("wait")))
+    (launches, waits), each = counts[0], [(long - short) / 8 for short, long in zip(*counts)]
+    assert each[0] <= float(row["launches_each"])
+    assert each[1] <= float(row["waits_each"])
+    assert launches - 2 * each[0] <= float(row["launches"])
+    assert waits - 2 * each[1] <= float(row["waits"])
+
+
 # Searches that are recorded
 
 
@@ -234,17 +359,24 @@ def test_what_cannot_be_recorded_is_found_before_anything_is(gpu: ModuleType, mo
         ("ggl(budget=2, optimizer=adam, generator=tiny)", {}),
         ("ig(steps=2)", {"defense": "keylock(length=9)"}),
         ("ig(secrets=optimise, steps=2)", {"defense": "keylock(length=9)"}),
+        ("ggl(budget=2, optimizer=adam, generator=tiny)", {"defense": "precode(k=6)"}),
+        ("ig(steps=2)", {"model": Dropping()}),
     ],
 )
 def test_a_search_is_recorded(gpu: ModuleType, attack: str, case: Mapping[str, Any]) -> None:
-    observation = replace(seen("pretend:1", **case), note=pytest.fail)
+    ticks: list[tuple[int, int]] = []
+    observation = replace(
+        seen("pretend:1", **case), note=pytest.fail, tick=lambda done, whole: ticks.append((done, whole))
+    )
     attacked(attack, observation)
     assert gpu.counted("launch")["replay"] >= 3  # the first is compared with an evaluation
+    assert ticks[-1] == (1, 2)
 
 
-def test_a_recorded_evaluation_has_the_draws_of_its_number(gpu: ModuleType) -> None:
+@pytest.mark.parametrize("case", [{"defense": "precode(k=6)"}, {"model": Dropping()}])
+def test_a_recorded_evaluation_has_the_draws_of_its_number(gpu: ModuleType, case: Mapping[str, Any]) -> None:
     ticks: list[int] = []
-    seen_by = replace(seen("pretend", defense="precode(k=6)"), tick=lambda done, whole: ticks.append(done))
+    seen_by = replace(seen("pretend", **case), tick=lambda done, whole: ticks.append(done))
     method, known = prepare(attacks.parse("dlg"), seen_by)
     assert isinstance(method, GradientMatching)
     objective = method._objective(known, Rng(("0", "1"), known.device)).with_path()

@@ -1,5 +1,7 @@
 """Every attack, defense and model that ships, under four kinds of threat models, on the pretended GPU and on the CPU.
 
+Both attack what clients sent that took their steps on the CPU; the steps of clients on the device are compared apart.
+
 By default every attack meets every defense and every model, and threat models take turns; ``SWEEP=full`` crosses all.
 """
 
@@ -7,11 +9,12 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from types import ModuleType
 
 import pytest
 from conftest import ALL_DEFENSES, ATTACKS, FLAT, MODELS, ON_WEIGHTS
-from test_device import attacked, gpu, same, seen  # noqa: F401
+from test_device import attacked, compared, gpu, same, seen, stepped  # noqa: F401
 
 from leakbench.core.types import Reconstruction
 from leakbench.errors import LeakbenchError
@@ -46,6 +49,23 @@ def outcome(attack: str, defense: str, model: str, threat: str, device: str) -> 
         return attacked(attack, seen(device, model, defense, threat))
     except LeakbenchError as error:
         return f"{type(error).__name__}: {error}"
+
+
+def clients_steps() -> list[tuple[str, str, str]]:
+    """Return model, defense and threat model of each comparison of clients."""
+    pairs = [("lenet", defense) for defense in (*ALL_DEFENSES, *ON_WEIGHTS)]
+    pairs += [(model, defense) for model in NETWORKS if model != "lenet" for defense in ("none", "soteria")]
+    return [(*pair, threat) for pair in pairs for threat in ("paper", "weights")]
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("case", clients_steps(), ids=" ".join)
+def test_the_step_of_clients_on_a_gpu_is_that_on_the_cpu(gpu: ModuleType, case: tuple[str, str, str]) -> None:  # noqa: F811
+    try:
+        compared(*case)
+    except LeakbenchError as error:
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            stepped("cpu", *case)
 
 
 @pytest.mark.device
