@@ -152,6 +152,42 @@ def evaluations(check: Check) -> Found:
                 yield verdict(worst < limit and paths[0] == paths[1], name, text)
 
 
+CLIENTS: Sequence[tuple[str, str, int, int]] = (
+    ("lenet", "none", 256, 8),
+    ("resnet20(activation=sigmoid)", "noise(scale=0.001)", 128, 4),
+    ("resnet18(stem=cifar, max_pool=false)", "none", 64, 2),
+    ("resnet18(stem=cifar, max_pool=false)", "soteria", 16, 1),
+)
+"""A network, a defense, and how many clients are timed together on the device and one at a time on the CPU."""
+
+
+def clients(check: Check) -> Found:
+    """Time the steps of clients, all together on the device and one at a time on the CPU; compare the gradients: 1e-3.
+
+    Soteria's zeros are compared by their number: rounding can part two scores that are nearly equal.
+    """
+    cases = [("lenet", "none", 4, 4), ("lenet", "soteria", 4, 4)] if check.small else CLIENTS
+    for spec, defense, together, alone in cases:
+        found, seconds = [], []
+        for device, trials in ((CPU, alone), (check.device, together)):
+            if device != CPU:
+                observed(spec, device, 2, defense=defense)  # what is compiled, chosen and compared once
+            check.synchronize()
+            begin = time.perf_counter()
+            found.append(observed(spec, device, trials, defense=defense).gradient)
+            check.synchronize()
+            seconds.append((time.perf_counter() - begin) / trials)
+        here, there = ({name: value[:alone].cpu() for name, value in one.items()} for one in found)
+        masked = [list(here)[-2]] if defense == "soteria" else []
+        scale = max(float(value.norm()) for value in here.values())
+        worst = max(float((there[name] - here[name]).norm()) / scale for name in here if name not in masked)
+        zeros = all(abs(int((there[n] == 0).sum() - (here[n] == 0).sum())) <= here[n][0].numel() // 50 for n in masked)
+        text = (
+            f"{1e3 * seconds[1]:.1f} ms a client of {together} together, {1e3 * seconds[0]:.1f} ms by itself on the CPU"
+        )
+        yield verdict(worst < 1e-3 and zeros, f"{spec} {defense}", f"{text}; relative error {worst:.1e}")
+
+
 RECORDED: Sequence[tuple[str, Mapping[str, Any], bool]] = (
     ("ig", {}, True),
     ("grnn", {}, True),
@@ -338,7 +374,9 @@ def matrix(check: Check) -> Found:
         yield verdict(float(peel) > 60, "peel without a defense", f"{float(peel):.1f} dB, about 74 on a CPU")
 
 
-PARTS: Sequence[Callable[[Check], Found]] = (evaluations, recordings, sizes, memory, searches, again, speed, matrix)
+PARTS: Sequence[Callable[[Check], Found]] = (
+    *(evaluations, recordings, sizes, memory, searches, clients, again, speed, matrix),
+)
 
 
 def done(check: Check, parts: Sequence[str], seconds: float) -> Iterator[Line]:

@@ -47,6 +47,7 @@ class Censor(Defense):
         "each tensor is sent exactly."
     )
     batched: ClassVar[bool] = True
+    joint: ClassVar[bool] = False  # it runs the client's own network again and again
     samples: Count = 20
     rate: Positive = 1e-4
     projection: Literal["orthogonal", "released"] = "orthogonal"

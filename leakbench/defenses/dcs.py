@@ -55,6 +55,7 @@ class DCS(Defense):
         "separate the two as they separate a batch."
     )
     batched: ClassVar[bool] = True
+    joint: ClassVar[bool] = False  # it runs the client's own network again and again
     steps: Count = 500
     lr: Positive = 0.1
     mix: Annotated[float, Field(gt=0, le=1)] = 0.7

@@ -464,11 +464,12 @@ class Greedy(leakbench.Attack):
         return Reconstruction(observation.mean_image.expand(observation.trials, *observation.image_shape).clone())
 
 
-def ran(tmp_path: Path, attack: object, images: int, **options: Any) -> tuple[Any, list[str]]:
+def ran(
+    tmp_path: Path, attack: object, images: int, metrics: Sequence[str] = (), **options: Any
+) -> tuple[Any, list[str]]:
     """Return the results of attacks on clients without a defense, and the lines for the user."""
-    matrix = leakbench.Matrix(
-        attacks=[attack], defenses=["none"], models=["lenet"], datasets=["samples"], images=images, floors=False
-    )
+    axes = {"defenses": ["none"], "models": ["lenet"], "datasets": ["samples"], "metrics": metrics}
+    matrix = leakbench.Matrix(attacks=[attack], images=images, floors=False, **axes)
     progress = Told()
     engine.run(matrix, tmp_path, engine.RunOptions(**options), progress=progress)
     return leakbench.Run(tmp_path).results(), progress.notes
@@ -624,3 +625,6 @@ def test_each_worker_has_a_device_of_its_own(gpu: ModuleType, tmp_path: Path) ->
     there, _ = ran(tmp_path / "two", attack, 4, device="pretend", chunk=1, workers=2)
     assert list(there["status"]) == ["ok"] * 4
     assert list(there["psnr"]) == list(here["psnr"])
+    # whatever names no index is made on the worker's own device, and takes no memory of another one
+    own, _ = ran(tmp_path / "own", attack, 2, ["current_device"], device="pretend:1", chunk=1, workers=2)
+    assert list(own["current_device"]) == [1.0, 1.0]
