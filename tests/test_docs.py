@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 import sys
@@ -65,6 +66,18 @@ def test_the_reference_is_what_the_code_says(name):
 def test_every_page_is_in_the_navigation():
     named = set(re.findall(r": ([\w/-]+\.md)", (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")))
     assert named == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+
+
+def test_the_page_on_gpus_has_the_committed_counts():
+    page = (DOCS / "gpu.md").read_text(encoding="utf-8")
+    for file, keys in (
+        ("clients", ("defense", "launches", "launches_each", "waits", "waits_each")),
+        ("launches", ("defense", "launches_before", "waits_before", "launches", "waits")),
+    ):
+        with (DOCS.parent / "tests" / "device" / f"{file}.csv").open(encoding="utf-8") as lines:
+            rows = [[row[key] for key in keys] for row in csv.DictReader(lines)]
+        for first, *others in rows:
+            assert f"| `{first}` | {' | '.join(others)} |\n" in page
 
 
 def test_the_citation_names_the_version():

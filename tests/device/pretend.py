@@ -25,6 +25,7 @@ from types import FrameType, ModuleType
 from typing import Any
 
 import torch
+from platformdirs import user_cache_path
 from torch import Tensor
 
 from leakbench.core import device as devices
@@ -33,7 +34,8 @@ from leakbench.engine import batch_size
 NAME = "pretend"
 COUNT = 2
 SOURCE = Path(__file__).with_name("pretend.cpp")
-BUILDS = Path(__file__).parents[2] / "build" / "device"
+BUILDS = user_cache_path("leakbench") / "device"
+"""Of the user, so that a fresh clone does not compile again what another one did."""
 MEMORY = 2**34
 """The memory of a device without a limit, in bytes."""
 

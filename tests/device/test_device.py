@@ -468,7 +468,9 @@ def ran(
     tmp_path: Path, attack: object, images: int, metrics: Sequence[str] = (), **options: Any
 ) -> tuple[Any, list[str]]:
     """Return the results of attacks on clients without a defense, and the lines for the user."""
-    axes = {"defenses": ["none"], "models": ["lenet"], "datasets": ["samples"], "metrics": metrics}
+    axes: dict[str, Any] = {"defenses": ["none"], "models": ["lenet"], "datasets": ["samples"]}
+    if metrics:
+        axes["metrics"] = metrics
     matrix = leakbench.Matrix(attacks=[attack], images=images, floors=False, **axes)
     progress = Told()
     engine.run(matrix, tmp_path, engine.RunOptions(**options), progress=progress)
