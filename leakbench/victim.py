@@ -358,6 +358,8 @@ def _joint_steps(
         # outside of the except block, whose error would hold the tensors that did not fit
         most = len(some) // 2
         empty_cache(device)
+    if len(found) == 1:
+        return found[0]
     names = _names([part.gradient for part in found])
     return _Steps(
         {name: torch.cat([part.gradient[name] for part in found]) for name in names},
@@ -386,9 +388,10 @@ def _joint_part(
     if steps.in_half_precision:
         raise Unsupported("the clients compute in half precision")
     sent: list[Gradient] = []
+    steps.compute()
     for row, client in enumerate(clients):
+        step = steps.step(row)
         with _blaming(blame, client), seeded(client.key, "step", device=device), DrawsOnHost(device):
-            step = steps.step(row)
             released = first.defense.release(step, generator(client.key, "release"))
             sent.append(first.sendable(released, step.weights(), finite=False))
     names = _names(sent)
@@ -475,6 +478,8 @@ def _joint_cosines(
     if _changes(trainer.defense, "encode", "loss"):
         try:
             plain = _joint(replace(trainer, defense=Defense()), clients, steps.tensors, blame).gradient
+        except Unsupported:
+            raise
         except Exception as error:  # of a network that only its defense's loss takes
             if out_of_memory(error):
                 raise

@@ -65,6 +65,10 @@ class JointSteps:
             return {name: self.tensors[name] - value for name, value in self.trained.items()}
         return self._gradient(self.tensors, self.images, self.labels, self._generators)
 
+    def compute(self) -> None:
+        """Compute the gradient now, and not while the hooks of a defense run: an error of it is none of theirs."""
+        _ = self.gradient
+
     def parts(self, parts: int) -> Gradient:
         """Return the gradient of each of ``parts`` equal parts of each client's images: [T, parts, *shape]."""
         if parts == 1:
