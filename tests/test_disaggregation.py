@@ -27,7 +27,7 @@ def wide(activation: type[nn.Module] = nn.ReLU, hidden: int = 256) -> nn.Module:
     return nn.Sequential(norm, nn.Flatten(), nn.Linear(432, hidden), activation(), nn.Linear(hidden, 70))
 
 
-def found(network: nn.Module, images: int, batch: int, epochs: int, option: str = "plain") -> Disaggregation | None:
+def found(network: nn.Module, images: int, batch: int, epochs: int, option: str = "plain") -> Disaggregation:
     """Return what the change of the first linear layer gives."""
     layer = network[2]
     before = [layer.weight.detach().double().clone(), layer.bias.detach().double().clone()]
@@ -35,7 +35,10 @@ def found(network: nn.Module, images: int, batch: int, epochs: int, option: str 
     change, bias = before[0] - layer.weight.detach().double(), before[1] - layer.bias.detach().double()
     rank = low_rank(change, before[0], rounding_error(before[0], change, 2.0**-23))
     assert rank.rank == images
-    return disaggregate(change - rank.decay * before[0], bias - rank.decay * before[1], rank, generator(0))
+    layers = [(before[0], before[1])]
+    if batch * epochs > images or batch < images:
+        layers.append((layer.weight.detach().double(), layer.bias.detach().double()))
+    return disaggregate(change - rank.decay * before[0], bias - rank.decay * before[1], rank, layers, generator(0))
 
 
 def error(guess: Disaggregation, images: int) -> float:
@@ -54,35 +57,66 @@ def test_every_image_follows_from_the_first_layer(images: int, batch: int, epoch
     network = wide()
     first = network[2].weight.detach().double().clone(), network[2].bias.detach().double().clone()
     guess = found(network, images, batch, epochs, option)
-    assert guess is not None
     assert guess.complete
     assert error(guess, images) < 2e-3
     last = network[2].weight.detach().double(), network[2].bias.detach().double()
     one_step = batch == images
     assert guess.agreement(*[first] if one_step else (first, last)) > (0.999 if one_step else 0.97)
-    wrong = Disaggregation(guess.inputs.flip(0) + 0.5 * guess.inputs, guess.errors, guess.found, guess.zeros)
+    wrong = Disaggregation(images, guess.inputs.flip(0) + 0.5 * guess.inputs, guess.errors)
     assert wrong.agreement(first) < 0.9 or images == 1
 
 
 def test_without_zeros_nothing_is_claimed() -> None:
     """The errors before a sigmoid have none."""
-    guess = found(wide(nn.Sigmoid), 4, 4, 1)
-    assert guess is None or not guess.complete
+    assert not found(wide(nn.Sigmoid), 4, 4, 1).complete
 
 
-def test_a_mixture_of_two_columns_is_split() -> None:
+@pytest.mark.parametrize(
+    ("images", "normalised", "classes"), [(2, False, 70), (2, True, 2), (4, False, 2), (16, False, 70)]
+)
+def test_pixels_that_are_all_positive_are_separated(images: int, normalised: bool, classes: int) -> None:
+    """Without an input normalisation, few units are off for one image and on for another."""
+    network = wide(hidden=384)
+    layers = [nn.Linear(384, 64), nn.ReLU(), nn.Linear(64, classes)] if classes == 2 else [network[4]]
+    shown = nn.Sequential(*network[0 if normalised else 1 : 4], *layers)
+    pixels, labels = datasets.parse("samples(size=12)").load(range(images))
+    first = shown[-len(layers) - 2]
+    loss = nn.functional.cross_entropy(shown(pixels), labels % classes)
+    weight, bias = (one.double() for one in torch.autograd.grad(loss, [first.weight, first.bias]))
+    rank = low_rank(weight, torch.zeros_like(weight), rounding_error(torch.zeros(()), weight, 2.0**-23))
+    before = first.weight.detach().double(), first.bias.detach().double()
+    guess = disaggregate(weight, bias, rank, [before], generator(0))
+    assert guess.complete
+    assert guess.agreement(before) > 0.99
+    true = (shown[:2] if normalised else shown[:1])(pixels).double()
+    nearest = torch.cdist(true, guess.inputs).min(1)
+    assert len(set(nearest.indices.tolist())) == images
+    assert float((nearest.values / true.norm(dim=1)).max()) < 2e-3
+
+
+def columns(mixing: Tensor, rows: Tensor) -> _Columns:
+    """The space of columns of a layer that takes unit vectors; for what does not look at its weights."""
+    count = len(mixing)
+    return _Columns(
+        rows, 1e-9, torch.zeros(1, len(rows), count).double(), torch.zeros(1, len(rows)).double(), mixing.sum(0)
+    )
+
+
+def test_a_mixture_of_columns_is_split() -> None:
     rng = torch.Generator().manual_seed(0)
-    columns: Tensor = torch.randn(200, 6, generator=rng, dtype=torch.float64)
-    columns = torch.where(torch.rand(200, 6, generator=rng) < 0.5, columns, 0.0)
-    rows, mixing = torch.linalg.qr(columns)
+    made: Tensor = torch.randn(200, 6, generator=rng, dtype=torch.float64)
+    made = torch.where(torch.rand(200, 6, generator=rng) < 0.5, made, 0.0)
+    rows, mixing = torch.linalg.qr(made)
     true = mixing.T  # rows @ true[i] is column i
-    space = _Columns(rows, 1e-9)
-    mixed = true[0] / true[0].norm() + 0.6 * true[3] / true[3].norm()
-    split = space.split(mixed / mixed.norm())
-    alike = (split @ true.T).abs() / true.norm(dim=1) / split.norm(dim=1, keepdim=True)
-    assert float(alike[:, 0].max()) > 1 - 1e-9
-    assert float(alike[:, 3].max()) > 1 - 1e-9
-    assert len(space.split(true[0] / true[0].norm())) == 0
+    space = columns(true, rows)
+    for parts in ((0, 3), (0, 3, 5)):
+        mixed = sum(true[one] / true[one].norm() for one in parts)
+        flat = space.free(mixed / mixed.norm())
+        assert flat.shape[1] == len(parts)
+        split = space.split(flat, rng)
+        alike = (split @ true.T).abs() / true.norm(dim=1) / split.norm(dim=1, keepdim=True)
+        assert float(alike[:, parts].amax(0).min()) > 1 - 1e-9
+    assert space.free(true[0] / true[0].norm()).shape[1] == 1
 
 
 @pytest.mark.parametrize(("hidden", "compared"), [(256, False), (8, True)])

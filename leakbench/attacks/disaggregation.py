@@ -1,13 +1,19 @@
 """Every image of a batch, or of a whole local training, from the change of the first linear layer before a ReLU.
 
 The change of W x + b is E X, the errors [M, N] times the N inputs, and that of b is E 1 (``gradients.low_rank``). A
-unit that a ReLU switches off for an image has no error there, so each column of E has many zeros. Of all vectors in the
-space of the change's columns, the columns of E are those with the most zeros; with them the inputs follow. After SPEAR
-(Dimitrov et al. 2024, arXiv 2403.03945), which finds a column from rows in which it is zero. Above a dozen images, a
-search for sparse vectors finds columns without such luck, and one that leaves out the columns that were found finds the
-rest. A vector that mixes two columns shows itself by the rows where both are zero, and is split.
+unit that a ReLU switches off for an image has no error there, so each column of E has many zeros. A vector in the space
+of the columns is one of them if its zeros determine it, whichever few of them are left out, and if a half-space of
+inputs separates the units that it switches on from the others, as x separates them by W x + b. With all columns the
+inputs follow.
+
+After SPEAR (Dimitrov et al. 2024, arXiv 2403.03945), which finds a column from random rows in which it is zero. Here
+these are rows in which few images should be on: there are many if the inputs are positive, as pixels are. The columns
+that were found leave a space for the other inputs, and hence better rows. A vector that mixes a few columns is zero
+where all of these are; the problem of these few columns is solved by itself. A search for sparse vectors finds columns
+if no rows are better than others.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,17 +21,26 @@ from torch import Tensor
 
 from leakbench.gradients.low_rank import LowRank
 
-MAX_SAMPLED = 12
-"""Up to this many images, random sets of rows are tried too: about two to their number are needed."""
+SAMPLES, MANY, FEWER_SAMPLES = 4096, 16, 2048
+"""How many sets of rows are tried at a time; above this many images, fewer."""
 
-SAMPLES, SAMPLINGS = 4096, 16
-"""How many sets of rows are tried at a time, and how often."""
+ROW_SHARES = 0.15, 0.5
+"""The least and the largest share of the rows of which the sets are drawn: those in which few images should be on."""
 
-STARTS, STEPS, SEARCHES = 96, 120, 80
-"""Starts of a search, its steps, and the most searches. Each has its own subset of the rows, hence its own optima."""
+TURNS, TESTS = 300, 6000
+"""The most turns of the search, and the most directions that are tested."""
 
 FRUITLESS = 20
-"""After this many searches without any column, none is expected: there are too few zeros."""
+"""After this many turns without any column, none is expected: there are too few zeros."""
+
+TESTED = 60
+"""The most directions that are tested in a turn for each way of finding them."""
+
+CONSIDERED = 512
+"""The most directions, those with the most zeros, of which each is compared with all that are known."""
+
+STARTS, STEPS = 96, 120
+"""Starts of a search for sparse vectors, and its steps. Each has its own subset of the rows, hence its own optima."""
 
 MIN_ROWS = 0.25
 """The least share of the rows in a subset."""
@@ -36,26 +51,29 @@ SPREAD = 0.3
 SHRINK, SHRINK_END = 0.8, 0.24
 """What a search subtracts from values of root mean square 1: at its first step and at its last."""
 
-ROUNDINGS = 4
-"""How often a direction is replaced by the one that is zero at its smallest values."""
-
 REWEIGHTINGS, MISSING_STARTS = 30, 24
 """Steps of the search for a missing column, and how many searches are made at a time."""
 
-FREE_ROWS = 3
-"""The number of rows that are left out in the test of whether zeros determine a direction."""
+FREE_ROWS, ESSENTIAL = 3, 0.95
+"""In the test of whether zeros determine a direction, this many rows are left out, and those of so high a leverage."""
 
 EIGENVALUE_ROUNDING = 1e-14
 """The rounding of eigenvalues, relative to those of orthonormal columns."""
 
-ANGLES, CANDIDATES = 2000, 4
-"""The bins in which the directions of a plane are counted, and how many of the fullest are looked at."""
+MORE_ZEROS = 8
+"""A column has at least this many zeros more than any direction can be given."""
 
-MIN_ZEROS = 0.25
-"""The least share of zeros of a column. A sum of two columns has about a quarter."""
+MAX_MIXED, MAX_FLATS, SPLITS = 6, 200, 64
+"""Mixtures of up to this many columns are split; how many are remembered; sets of rows for each column in a split."""
 
-LIKE = 0.7
-"""The least share of zeros of a column, relative to that of the column with the most."""
+SEPARATED, SEPARATED_TRAINED, LEAST_SEPARATED = 0.97, 0.8, 0.75
+"""The share of units that a half-space separates: of a column in one step, and in several; below the last, of none."""
+
+NEWTON_STEPS, RIDGE = 8, 1e-3
+"""Steps of the logistic regression that looks for the half-space, and its penalty."""
+
+CONSISTENT, CONSISTENT_TRAINED = 0.99, 0.97
+"""The share of units that agree with their errors, for the search to end: in one step, and in several."""
 
 SAME = 1 - 1e-3
 """The cosine from which on two directions count as one."""
@@ -66,28 +84,33 @@ MIN_ANGLE = 1e-3
 ROUNDING_MARGIN, MAX_ZERO = 10.0, 0.02
 """A value counts as zero up to this many times its rounding error, at most this share of the column's largest."""
 
+LOOSE, RESOLVED = 30.0, 100.0
+"""A first test allows zeros so many times larger; rows count if they are so many times larger than a zero."""
+
 
 @dataclass(frozen=True)
 class Disaggregation:
     """The inputs of which a change is made.
 
     Attributes:
-        inputs: [N, S] float64, in no order.
-        errors: [M, N] float64, their errors, summed over the steps.
-        found: how many of the N columns were found with as many zeros as a column has; the inputs are right only if
-            all were.
-        zeros: [N], the share of zeros of each column.
+        count: the number N of inputs.
+        inputs: [N, S] float64, in no order; none if not all columns of the errors were found.
+        errors: [M, k] float64, the columns that were found, summed over the steps; of a size of their own if k < N.
     """
 
+    count: int
     inputs: Tensor
     errors: Tensor
-    found: int
-    zeros: Tensor
+
+    @property
+    def found(self) -> int:
+        """How many columns were found."""
+        return self.errors.shape[1]
 
     @property
     def complete(self) -> bool:
         """Whether every column was found."""
-        return self.found == len(self.inputs)
+        return self.found == self.count
 
     def agreement(self, *layers: tuple[Tensor, Tensor]) -> float:
         """Return the least share, of all inputs, of units that are on where, and only where, they have an error.
@@ -98,19 +121,26 @@ class Disaggregation:
         Args:
             layers: weight [M, S] and bias [M] before the training; and after it, if there were several steps.
         """
-        values = torch.stack([self.inputs @ weight.T + bias for weight, bias in layers])
-        clear = values.abs().amin(0) > values.amax(0) - values.amin(0)
-        against = clear & ((values[0] > 0) != (self.errors.T != 0))
-        return float(1 - (against.sum(1) / clear.sum(1).clamp(min=1)).max())
+        return _agreement(torch.stack([self.inputs @ weight.T + bias for weight, bias in layers]), self.errors.T != 0)
 
 
-def disaggregate(change: Tensor, bias: Tensor, found: LowRank, rng: torch.Generator) -> Disaggregation | None:
-    """Return the inputs of a linear layer before a ReLU; None if the columns found do not span the change.
+def _agreement(values: Tensor, on: Tensor) -> float:
+    """Return the least share of clear units that agree, of values [layers, N, M] and units with an error [N, M]."""
+    clear = values.abs().amin(0) > values.amax(0) - values.amin(0)
+    against = clear & ((values[0] > 0) != on)
+    return float(1 - (against.sum(1) / clear.sum(1).clamp(min=1)).max())
+
+
+def disaggregate(
+    change: Tensor, bias: Tensor, found: LowRank, layers: Sequence[tuple[Tensor, Tensor]], rng: torch.Generator
+) -> Disaggregation:
+    """Return the inputs of a linear layer before a ReLU, if the columns of their errors can be found.
 
     Args:
         change: [M, S], the weights before less those after, without decay; or the gradient.
         bias: [M], likewise.
         found: the rank of the change (``low_rank``): the number of the inputs.
+        layers: weight [M, S] and bias [M] before the training; and after it, if there were several steps.
         rng: of rows and starts.
     """
     change, bias = change.double(), bias.double()
@@ -120,159 +150,300 @@ def disaggregate(change: Tensor, bias: Tensor, found: LowRank, rng: torch.Genera
     left = left[:, :count]
     rest = left.T @ change
     error = found.noise / (change.shape[0] ** 0.5 + change.shape[1] ** 0.5)
-    live = left[change.norm(dim=1) > found.noise]
-    if count == 1:
-        basis, complete = torch.ones(1, 1, dtype=change.dtype), 1
-    elif len(live) < 2 * count:
-        return None
-    else:
-        columns = _Columns(live, ROUNDING_MARGIN * error / float(sizes[count - 1]))
-        basis, complete = _search(columns, rng)
-    if len(basis) < count:
-        return None
+    tolerance = ROUNDING_MARGIN * error / float(sizes[count - 1])
+    basis = torch.ones(1, 1, dtype=change.dtype)
+    if count > 1:
+        gates = torch.stack([weight.double() @ rest.T for weight, _ in layers])
+        columns = _Columns(left, tolerance, gates, torch.stack([one.double() for _, one in layers]), left.T @ bias)
+        basis = _Search(columns, rng).run() if len(columns.rows) >= 2 * count else left[:0]
+        if len(basis) < count:
+            return Disaggregation(count, rest[:0], left @ basis.T)
     mixing = basis.T  # column i of the errors is left @ mixing[:, i]
     scale = torch.linalg.solve(mixing, left.T @ bias)
     errors = left @ mixing
-    size = errors.abs().amax(0)
-    zero = errors.abs() <= (ROUNDING_MARGIN * error / sizes[count - 1]).clamp(max=MAX_ZERO * size)
+    zero = errors.abs() <= (MAX_ZERO * errors.abs().amax(0)).clamp(max=tolerance)
     errors = torch.where(zero, 0.0, errors) * scale
     inputs = torch.linalg.solve(mixing, rest) / scale[:, None]
-    return Disaggregation(inputs, errors, complete, zero.double().mean(0))
+    return Disaggregation(count, inputs, errors)
 
 
-@dataclass(frozen=True)
 class _Columns:
     """The space of the columns.
 
     Attributes:
-        rows: [m, N], an orthonormal basis of it, without the rows that no input changes.
+        left: [M, N], an orthonormal basis of it.
+        rows: [m, N], those rows of it that are large enough to tell a zero.
         tolerance: up to which a value of ``rows @ direction`` is zero.
+        gates: [layers, M, N] and ``offsets`` [layers, M]: an input a @ rest has the values gates @ a + offsets.
+        total: [N], the change of the bias is left @ total, so that a @ total is 1 for each input.
     """
 
-    rows: Tensor
-    tolerance: float
+    def __init__(self, left: Tensor, tolerance: float, gates: Tensor, offsets: Tensor, total: Tensor) -> None:
+        """Keep what the layer shows; see the class."""
+        self.left, self.tolerance, self.gates, self.offsets, self.total = left, tolerance, gates, offsets, total
+        self.live = left.norm(dim=1) > RESOLVED * tolerance
+        self.rows = left[self.live]
+        features = torch.cat([gates.mean(0), offsets.mean(0)[:, None]], 1)
+        self.features = features / features.norm(dim=0).clamp(min=1e-300) * len(features) ** 0.5
 
-    def zeros(self, directions: Tensor) -> Tensor:
-        """Return the share of zeros of the vector of each direction [k, N]."""
+    @property
+    def count(self) -> int:
+        """The number of columns."""
+        return self.left.shape[1]
+
+    @property
+    def least(self) -> int:
+        """The least number of zeros of a column."""
+        return self.count - 1 + MORE_ZEROS
+
+    def zeros(self, directions: Tensor, looser: float = 1.0) -> Tensor:
+        """Return which values of ``rows`` are zero for each direction [k, N]: [k, m]."""
         values = (directions @ self.rows.T).abs()
-        return (values <= (MAX_ZERO * values.amax(1, keepdim=True)).clamp(max=self.tolerance)).double().mean(1)
+        return values <= (MAX_ZERO * values.amax(1, keepdim=True)).clamp(max=looser * self.tolerance)
 
-    def rounded(self, directions: Tensor) -> Tensor:
-        """Return directions [k, N] that are exactly zero in N - 1 rows: those of the smallest values."""
-        for _ in range(ROUNDINGS):
-            small = (directions @ self.rows.T).abs().topk(self.rows.shape[1] - 1, 1, largest=False).indices
-            directions = _orthogonal(self.rows[small], directions)
-        return directions
+    def fitted(self, direction: Tensor, looser: float = 1.0) -> Tensor:
+        """Return the direction [N] that is nearest to zero in all rows in which this one is."""
+        zero = self.rows[self.zeros(direction[None], looser)[0]]
+        return torch.linalg.eigh(zero.T @ zero)[1][:, 0] if len(zero) >= self.count - 1 else direction
 
     def free(self, direction: Tensor) -> Tensor:
         """Return a basis [N, k] of the directions that are zero in nearly all rows in which this one [N] is.
 
-        k is 1 if its zeros determine it. The zeros of a mixture are those that its columns have in common, and one for
-        each free factor: without these few rows, k is at least 2.
+        k is 1 if its zeros determine it. The zeros of a mixture of k columns are those that they have in common, and
+        k - 1 others by chance, each of which alone determines a factor: its leverage is 1, and it is left out.
         """
-        values = (self.rows @ direction).abs()
-        zero = self.rows[values <= min(self.tolerance, MAX_ZERO * float(values.max()))]
-        for _ in range(FREE_ROWS + 1):
+        zero = self.rows[self.zeros(direction[None])[0]]
+        for turn in range(FREE_ROWS + 2):
             found, vectors = torch.linalg.eigh(zero.T @ zero)
-            flat = vectors[:, found <= len(zero) * self.tolerance**2 + EIGENVALUE_ROUNDING]
-            if flat.shape[1] > 1 or len(zero) < len(direction):
-                return flat
-            largest = (zero @ vectors[:, 1]).abs().argmax()
-            zero = torch.cat([zero[:largest], zero[largest + 1 :]])
-        return vectors[:, :1]
-
-    def split(self, direction: Tensor) -> Tensor:
-        """Return the columns [k, N] of which a direction [N] mixes two; none if it does not.
-
-        A mixture of two is zero where both are, so that the rows where it is zero leave a plane of directions. Each
-        other row is zero for one direction of the plane; the two for which most rows are, are the columns.
-        """
-        flat = self.free(direction)
-        if flat.shape[1] != 2:
-            return self.rows[:0]
-        first, second = (self.rows @ flat).T
-        size = torch.hypot(first, second)
-        angles = torch.atan2(-first, second)[size > self.tolerance].remainder(torch.pi)
-        counts = torch.histc(angles, ANGLES, 0.0, torch.pi)
-        middle = (counts.topk(CANDIDATES).indices + 0.5) * torch.pi / ANGLES
-        near = (
-            angles[:, None] - middle
-        ).abs() <= torch.pi / ANGLES  # the median of a peak's angles is that of its rows
-        peaks = torch.stack([angles[one].median() for one in near.T])
-        return self.rounded(torch.stack([peaks.cos(), peaks.sin()], 1) @ flat.T)
-
-    def fitted(self, direction: Tensor) -> Tensor:
-        """Return the direction [N] that is nearest to zero in all rows in which this one is."""
-        values = (self.rows @ direction).abs()
-        zero = self.rows[values <= min(self.tolerance, MAX_ZERO * float(values.max()))]
-        if len(zero) < len(direction):
-            return direction
-        new = torch.linalg.eigh(zero.T @ zero)[1][:, 0]
-        return new if float(self.zeros(new[None])) >= float(self.zeros(direction[None])) else direction
-
-
-@dataclass(frozen=True)
-class _Pool:
-    """Directions [k, N] of norm 1 that have many zeros, those with the most first, and the shares of these [k]."""
-
-    directions: Tensor
-    zeros: Tensor
-
-    def joined(self, columns: _Columns, others: Tensor) -> "_Pool":
-        """Return the pool with those of other directions that have enough zeros and are not in it."""
-        shares = columns.zeros(others)
-        kept = torch.isfinite(others).all(1) & (shares >= MIN_ZEROS)
-        every = torch.cat([self.directions, others[kept]])
-        order = torch.cat([self.zeros, shares[kept]]).argsort(descending=True, stable=True)
-        every, shares = every[order], torch.cat([self.zeros, shares[kept]])[order]
-        alike = (every @ every.T).abs() > SAME
-        new = ~alike.tril(-1).any(1)
-        return _Pool(every[new], shares[new])
-
-    def basis(self) -> tuple[Tensor, Tensor]:
-        """Return independent directions, those with the most zeros first, and their shares of zeros."""
-        count = self.directions.shape[1]
-        chosen: list[int] = []
-        for place in range(len(self.directions)):
-            trial = self.directions[[*chosen, place]]
-            if float(torch.linalg.svdvals(trial)[-1]) > MIN_ANGLE:
-                chosen.append(place)
-            if len(chosen) == count:
+            null = found <= len(zero) * self.tolerance**2 + EIGENVALUE_ROUNDING
+            flat = vectors[:, null]
+            if flat.shape[1] > 1 or len(zero) < self.count or turn > FREE_ROWS:
                 break
-        return self.directions[chosen], self.zeros[chosen]
+            leverage = ((zero @ vectors[:, ~null]).square() / found[~null]).sum(1)
+            kept = leverage < ESSENTIAL
+            if bool(kept.all()):
+                kept[leverage.argmax()] = False
+            zero = zero[kept]
+        return flat
+
+    def split(self, flat: Tensor, rng: torch.Generator) -> Tensor:
+        """Return directions [k, N] with many zeros among those of a basis [N, n], which mixes n columns."""
+        mixed = flat.shape[1]
+        rows = self.rows @ flat
+        rows = rows[rows.norm(dim=1) > LOOSE * self.tolerance]
+        found = _sampled(rows, SPLITS * mixed, rng) if len(rows) >= mixed else rows[:0]
+        many = ((found @ rows.T).abs() <= LOOSE * self.tolerance).sum(1)
+        order = many.argsort(descending=True)
+        left, chosen = found[order[many[order] >= mixed - 1 + MORE_ZEROS]], []
+        while len(left) and len(chosen) < 2 * mixed:
+            chosen.append(left[0])
+            left = left[(left @ left[0]).abs() < SAME]
+        return torch.stack(chosen) @ flat.T if chosen else self.rows[:0]
+
+    def separated(self, direction: Tensor) -> float:
+        """Return the share of units for which a half-space of inputs tells whether a direction [N] is zero there.
+
+        The inputs are those in the space that the change shows, seen by the weights before and after the training, in
+        the mean.
+        """
+        values = (self.left @ direction).abs()
+        on = (values > min(self.tolerance, MAX_ZERO * float(values.max()))).double()
+        features = self.features
+        penalty = RIDGE * torch.eye(features.shape[1], dtype=features.dtype)
+        plane = torch.linalg.solve(features.T @ features + penalty, features.T @ (2 * on - 1))
+        for _ in range(NEWTON_STEPS):
+            chance = torch.sigmoid((features @ plane).clamp(-30, 30))
+            curvature = (features.T * (chance * (1 - chance)).clamp(min=1e-6)) @ features + penalty
+            plane = plane - torch.linalg.solve(curvature, features.T @ (chance - on) + RIDGE * plane)
+        return float(((features @ plane > 0) == (on > 0)).double().mean())
+
+    def agreement(self, basis: Tensor) -> float:
+        """Return the agreement (``Disaggregation.agreement``) of the inputs that follow from columns [N, N]."""
+        inputs = torch.linalg.inv(basis.T) / torch.linalg.solve(basis.T, self.total)[:, None]
+        values = self.left @ basis.T
+        on = values.abs() > (MAX_ZERO * values.abs().amax(0)).clamp(max=self.tolerance)
+        return _agreement((self.gates @ inputs.T + self.offsets[..., None]).transpose(1, 2), on.T)
 
 
-def _search(columns: _Columns, rng: torch.Generator) -> tuple[Tensor, int]:
-    """Return independent directions, as many as there are columns if possible, and how many have a column's zeros."""
-    count = columns.rows.shape[1]
-    pool = _Pool(columns.rows[:0], columns.rows[:0, 0])
-    basis, right = columns.rows[:0], torch.zeros(0, dtype=torch.bool)
-    for turn in range(SEARCHES):
-        new = columns.rounded(_sparse(columns.rows, rng))
-        if count <= MAX_SAMPLED and turn < SAMPLINGS:
-            new = torch.cat([new, _sampled(columns, rng)])
-        pool = pool.joined(columns, new)
-        basis, right = _basis(columns, pool)
-        if turn == FRUITLESS and not bool(right.any()):
-            break
-        if 0 < int(right.sum()) < count:
-            further = columns.rounded(_missing(columns.rows, basis[right], rng))
-            mixed = [columns.split(one) for one in basis[~right]]
-            pool = pool.joined(columns, torch.cat([further, *mixed]))
-            basis, right = _basis(columns, pool)
-        if int(right.sum()) == count:
-            break
-    return (torch.stack([columns.fitted(one) for one in basis]) if len(basis) else basis), int(right.sum())
+class _Search:
+    """The columns that were found so far, and the mixtures.
 
-
-def _basis(columns: _Columns, pool: _Pool) -> tuple[Tensor, Tensor]:
-    """Return independent directions [k, N], and which of them [k] are columns.
-
-    A column has as many zeros as others, and these determine it.
+    Attributes:
+        columns: their space.
+        found: [k, N], directions that may be columns, and ``shares``, how well a half-space separates each.
+        rejected: [k, N], directions that look like columns, but no half-space separates them.
+        rest: [k, N], an orthonormal basis of the directions that are orthogonal to the columns found.
+        flats: bases [N, n] of mixtures of n columns, and how many rows are zero in all of each.
     """
-    basis, zeros = pool.basis()
-    alone = torch.tensor([columns.free(one).shape[1] == 1 for one in basis], dtype=torch.bool)
-    return basis, alone & (zeros >= LIKE * zeros[:1].sum())
+
+    def __init__(self, columns: _Columns, rng: torch.Generator) -> None:
+        """Begin with nothing."""
+        self.columns, self.rng = columns, rng
+        self.found = self.rejected = columns.rows[:0]
+        self.shares: list[float] = []
+        self.rest = torch.eye(columns.count, dtype=columns.rows.dtype)
+        self.flats: list[tuple[Tensor, int]] = []
+        self.tests = 0
+        several = len(columns.gates) > 1
+        self.clear = SEPARATED_TRAINED if several else SEPARATED
+        self.consistent = CONSISTENT_TRAINED if several else CONSISTENT
+
+    def run(self) -> Tensor:
+        """Return independent columns [k, N], as many as there are if all are found."""
+        count = self.columns.count
+        best, agreement = self.columns.rows[:0], 0.0
+        for turn in range(TURNS):
+            if self.tests > TESTS or (turn == FRUITLESS and not self.shares):
+                break
+            before = len(self.shares)
+            self._turn(turn)
+            if len(self.shares) == before:
+                continue
+            basis = self._basis()
+            if len(basis) < count:
+                best = basis if not agreement else best
+                continue
+            exchanged, agrees = self._exchanged(basis)
+            if agrees > agreement:
+                best, agreement = exchanged, agrees
+            if agreement >= self.consistent:
+                break
+        return best
+
+    def _turn(self, turn: int) -> None:
+        """Look for columns, by one way in each turn."""
+        columns, count = self.columns, self.columns.count
+        basis = self._basis(self.clear)
+        if len(basis):
+            self.rest = torch.linalg.svd(basis, full_matrices=True)[2][len(basis) :]
+        rest = self.rest if len(self.rest) else torch.eye(count, dtype=basis.dtype)
+        if len(rest) == 1:
+            self._test(self._last(rest[0]))
+        if turn % 3 < 2:
+            self._test(_sampled(self._rows(rest, turn % 3 == 1), SAMPLES if count <= MANY else FEWER_SAMPLES, self.rng))
+        elif turn % 6 == 2 or not 0 < len(basis) < count:
+            self._test(_sparse(columns.rows, self.rng))
+        else:
+            self._test(_missing(columns.rows, basis, self.rng))
+
+    def _rows(self, rest: Tensor, other: bool) -> Tensor:
+        """Return rows in which few of the inputs that are missing should be on.
+
+        The mean input is estimated from the changes of weights and bias, which are sums over the inputs that are on.
+
+        Args:
+            rest: [k, N], an orthonormal basis of the space of the missing inputs, orthogonal to the columns found.
+            other: whether to take, instead of the mean, a point between it and the inputs of one unit.
+        """
+        columns = self.columns
+        rows = columns.rows
+        offsets = rows @ columns.total
+        point = rows.T @ offsets / offsets.square().sum()
+        if other:
+            place = int(torch.randint(len(rows), (), generator=self.rng))
+            part = 0.5 * float(torch.rand((), generator=self.rng))
+            point = point + part * (rows[place] / offsets[place] - point)
+        point = rest.T @ (rest @ point)
+        values = (columns.gates[0] @ (point / (point @ columns.total)) + columns.offsets[0])[columns.live]
+        least, most = ROW_SHARES
+        share = least + (most - least) * float(torch.rand((), generator=self.rng))
+        return rows[values.argsort()[: max(3 * columns.count, int(share * len(rows)))]]
+
+    def _last(self, input: Tensor) -> Tensor:
+        """Return the last column [1, N]: its input [N] is known up to its size, and so are its zeros."""
+        columns = self.columns
+        values = (columns.gates[0] @ (input / (input @ columns.total)) + columns.offsets[0])[columns.live]
+        off = columns.rows[values < -0.1 * values.abs().median()]
+        return torch.linalg.eigh(off.T @ off)[1][:, :1].T
+
+    def _known(self, directions: Tensor, zeros: Tensor) -> Tensor:
+        """Return which directions [k, N] with so many zeros [k] are no news."""
+        known = torch.zeros(len(directions), dtype=torch.bool)
+        for one in (self.found, self.rejected):
+            known |= ((directions @ one.T).abs() > SAME).any(1)
+        for flat, base in self.flats:
+            known |= self._within(flat, base, directions, zeros)
+        return known
+
+    @staticmethod
+    def _within(flat: Tensor, base: int, directions: Tensor, zeros: Tensor) -> Tensor:
+        """Return which directions [k, N] are mixtures of the columns of a flat, with no more zeros than any."""
+        return ((directions @ flat).norm(dim=1) > SAME) & (zeros < base + flat.shape[1] + MORE_ZEROS)
+
+    def _news(self, directions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return those directions [k, N] that may be new columns, with their numbers of zeros, the largest first."""
+        directions = directions[torch.isfinite(directions).all(1)]
+        if len(self.rest):
+            directions = directions[(directions @ self.rest.T).norm(dim=1) > MIN_ANGLE]
+        zeros = self.columns.zeros(directions, LOOSE).sum(1)
+        order = zeros.argsort(descending=True, stable=True)
+        order = order[zeros[order] >= self.columns.least][:CONSIDERED]
+        order = order[~self._known(directions[order], zeros[order])]
+        return directions[order], zeros[order]
+
+    def _test(self, directions: Tensor) -> None:
+        """Take the columns among directions [k, N], and split the mixtures."""
+        columns = self.columns
+        left, zeros = self._news(directions)
+        for _ in range(TESTED):
+            if not len(left):
+                break
+            self.tests += 1
+            one = left[0]
+            kept = (left @ one).abs() < SAME
+            for looser in (LOOSE, LOOSE**0.5, 1.0):
+                one = columns.fitted(one, looser)
+            left, zeros = left[kept], zeros[kept]
+            many = columns.zeros(one[None]).sum(1)
+            if int(many) < columns.least or bool(self._known(one[None], many)):
+                continue
+            flat = columns.free(one)
+            if flat.shape[1] == 1:
+                self._take(one)
+                kept = (left @ one).abs() < SAME
+                left, zeros = left[kept], zeros[kept]
+            elif flat.shape[1] <= MAX_MIXED:
+                base = int(((columns.rows @ flat).norm(dim=1) <= LOOSE * columns.tolerance).sum())
+                self.flats = [*self.flats[1 - MAX_FLATS :], (flat, base)]
+                kept = ~self._within(flat, base, left, zeros)
+                parts, many = self._news(columns.split(flat, self.rng))
+                left, zeros = torch.cat([parts, left[kept]]), torch.cat([many, zeros[kept]])
+
+    def _take(self, direction: Tensor) -> None:
+        """Keep a direction [N] that its zeros determine."""
+        share = self.columns.separated(direction)
+        if share < LEAST_SEPARATED:
+            self.rejected = torch.cat([self.rejected, direction[None]])
+            return
+        self.found = torch.cat([self.found, direction[None]])
+        self.shares.append(share)
+
+    def _basis(self, least: float = 0.0) -> Tensor:
+        """Return independent directions, the best separated first, of those separated at least so well."""
+        chosen: list[int] = []
+        for place in sorted(range(len(self.shares)), key=lambda one: -self.shares[one]):
+            if self.shares[place] < least or len(chosen) == self.columns.count:
+                break
+            if float(torch.linalg.svdvals(self.found[[*chosen, place]])[-1]) > MIN_ANGLE:
+                chosen.append(place)
+        return self.found[chosen]
+
+    def _exchanged(self, basis: Tensor) -> tuple[Tensor, float]:
+        """Return a complete basis whose inputs agree best, with columns exchanged for others found; and how well."""
+        agreement = self.columns.agreement(basis)
+        others = self.found[((self.found @ basis.T).abs() < SAME).all(1)]
+        for other in others:
+            if agreement >= self.consistent:
+                break
+            for place in range(len(basis)):
+                new = basis.clone()
+                new[place] = other
+                if (
+                    float(torch.linalg.svdvals(new)[-1]) > MIN_ANGLE
+                    and (agrees := self.columns.agreement(new)) > agreement
+                ):
+                    basis, agreement = new, agrees
+        return basis, agreement
 
 
 def _orthogonal(rows: Tensor, start: Tensor) -> Tensor:
@@ -288,13 +459,12 @@ def _orthogonal(rows: Tensor, start: Tensor) -> Tensor:
     return torch.where((failed == 0)[:, None] & torch.isfinite(size), found / size, start)
 
 
-def _sampled(columns: _Columns, rng: torch.Generator) -> Tensor:
-    """Return directions that are zero in random sets of rows, those that may be columns."""
-    rows, count = columns.rows, columns.rows.shape[1]
-    chosen = torch.randint(len(rows), (SAMPLES, count - 1), generator=rng)
-    start = torch.randn(SAMPLES, count, generator=rng, dtype=rows.dtype)
-    found = _orthogonal(rows[chosen], start / start.norm(dim=1, keepdim=True))
-    return found[columns.zeros(found) >= MIN_ZEROS]
+def _sampled(rows: Tensor, count: int, rng: torch.Generator) -> Tensor:
+    """Return directions [count, N] that are zero in N - 1 random rows each of these [m, N]."""
+    size = rows.shape[1]
+    chosen = torch.rand(count, len(rows), generator=rng).topk(size - 1, 1).indices
+    start = torch.randn(count, size, generator=rng, dtype=rows.dtype)
+    return _orthogonal(rows[chosen], start / start.norm(dim=1, keepdim=True))
 
 
 def _sparse(rows: Tensor, rng: torch.Generator) -> Tensor:

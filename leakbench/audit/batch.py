@@ -36,21 +36,19 @@ class BatchFindings:
     Attributes:
         layer: its name.
         images: [N, C, H, W], in no order; values in [0, 1] if they are right.
-        found: how many of the N columns of errors were found.
         agreement: the least share of units, over all images, that is on where and only where there is an error.
         errors: [M, N], of each image at the layer's output, summed over the steps.
     """
 
     layer: str
     images: Tensor
-    found: int
     agreement: float
     errors: Tensor
 
     @property
     def recovered(self) -> bool:
         """Whether the update itself shows that the images are right."""
-        return self.found == len(self.images) and self.agreement >= MIN_AGREEMENT
+        return self.agreement >= MIN_AGREEMENT
 
     def pictures(self) -> tuple[bytes, ...]:
         """Return each image as a PNG."""
@@ -73,19 +71,19 @@ def batch_findings(observation: Observation, update: Update, shown: UpdateFacts)
         return None
     rank = LowRank(one.rank, one.rank, 0.0, one.noise)
     change, offset = (observation.gradient[name][0].double() for name in (weight, bias))
-    found = disaggregate(change, offset, rank, generator("audit", DISAGGREGATE))
-    if found is None:
-        return None
     before = [(update.before[weight].double(), update.before[bias].double())]
     if update.kind != "gradient":
         before.append((before[0][0] - update.change[weight].double(), before[0][1] - update.change[bias].double()))
+    found = disaggregate(change, offset, rank, before, generator("audit", DISAGGREGATE))
+    if not found.complete:
+        return None
     order, slope, shift = pixel_layers(observation)[one.layer]
     pixels = torch.empty_like(found.inputs)
     pixels[:, order] = (found.inputs - shift) / slope
     images = pixels.view(-1, *observation.image_shape).float()
     if not bool(torch.isfinite(images).all()):
         return None
-    return BatchFindings(one.layer, images, found.found, found.agreement(*before), found.errors)
+    return BatchFindings(one.layer, images, found.agreement(*before), found.errors)
 
 
 PUBLIC_IMAGES = 32

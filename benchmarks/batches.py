@@ -1,0 +1,196 @@
+"""What batches cost an attacker: ``python -m benchmarks.batches``; minutes on one core.
+
+It writes ``reports/batches/cost.csv``, ``updates.csv`` and ``cost.md``: the time of a search for each image and step at
+several batch sizes, and the images, seconds and memory of ``disaggregate`` on CIFAR-10 through fully connected
+networks, from one gradient and from whole local trainings whose recipe the attacker does not know. With ``--page`` it
+only writes the page.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import nn
+
+from leakbench import attacks, clients, datasets, defenses, models
+from leakbench.clients import LocalTraining
+from leakbench.core.rng import Rng, seeded
+from leakbench.core.types import ThreatModel
+from leakbench.models.base import Model
+from leakbench.models.module import OwnModule
+from leakbench.observation import Observation
+from leakbench.version import __version__
+from leakbench.victim import Client, observe
+
+FOLDER = Path(__file__).resolve().parent.parent / "reports" / "batches"
+COST, UPDATES, TEXT = FOLDER / "cost.csv", FOLDER / "updates.csv", FOLDER / "cost.md"
+
+SEARCHED, SIZES, SEARCH, STEPS, REPEATS = ("lenet", "resnet20(mode=eval)"), (1, 4, 16, 64), 64, 4, 3
+"""The networks of the searches, the batch sizes, and the images in all, the same ones at each size; steps; repeats."""
+
+DRAWS = 10
+"""Sets of images for each kind of client, each with a network of its own."""
+
+ONE_STEP = "local(batch=16)"
+TRAINED = "local(images=32, local_batch=8, local_epochs=2, momentum=0.9, weight_decay=5e-4)"
+CASES = ((ONE_STEP, (512, 512)), (TRAINED, (1024,)))
+"""What clients do, and the hidden layers of their networks."""
+
+RECOVERED = 80.0
+"""The PSNR in dB from which on an image counts as recovered here."""
+
+MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+"""Those of CIFAR-10's training images, by channel."""
+
+
+def network(hidden: tuple[int, ...], normalised: bool, seed: int) -> Model:
+    """Return a fully connected network with torch's initial weights, which may normalise its input."""
+    with seeded("batches", seed):
+        layers: list[nn.Module] = []
+        if normalised:
+            norm = nn.BatchNorm2d(3, eps=0.0, affine=False).eval()
+            norm.load_state_dict(
+                {"running_mean": torch.tensor(MEAN), "running_var": torch.tensor(DEVIATION).square()}, strict=False
+            )
+            layers.append(norm)
+        layers.append(nn.Flatten())
+        width = 3072
+        for size in hidden:
+            layers += [nn.Linear(width, size), nn.ReLU()]
+            width = size
+        return OwnModule("mlp", nn.Sequential(*layers, nn.Linear(width, 10)))
+
+
+def seen(model: Model, training: LocalTraining, first: int, batches: int = 1) -> tuple[Observation, list[Client]]:
+    """Return what a server sees of clients with CIFAR-10's test images from a first one on, and the clients."""
+    data = datasets.parse("cifar10")
+    size = training.count
+    images, labels = data.load(range(first, first + batches * size))
+    each = []
+    for row in range(0, batches * size, size):
+        own = [(images[place], int(labels[place])) for place in range(row, row + size)]
+        each.append(Client(*own[0], "weights", f"client {row}", (), tuple(own[1:])))
+    trained = training.several_steps
+    threat = ThreatModel(shares="weights", recipe="hidden") if trained else ThreatModel()
+    return observe(model, defenses.parse("none"), threat, each, 10, data.mean(), training=training), each
+
+
+def searches() -> pd.DataFrame:
+    """Return the seconds of a search for each image and step, for the same images in batches of several sizes."""
+    rows = []
+    for name in SEARCHED:
+        for size in SIZES:
+            count = SEARCH // size
+            observation, _ = seen(models.parse(name), clients.parse(f"local(batch={size})"), 0, count)
+            rng = Rng(tuple(str(row) for row in range(count)))
+            times = []
+            for _ in range(REPEATS):
+                spent = []
+                for steps in (1, 1 + STEPS):
+                    start = time.process_time()
+                    attacks.parse(f"ig(steps={steps})")(observation, rng)
+                    spent.append(time.process_time() - start)
+                times.append((spent[1] - spent[0]) / STEPS / SEARCH)
+            rows.append({"model": name, "batch": size, "ms": 1000 * sorted(times)[REPEATS // 2]})
+            print(rows[-1], flush=True)
+    return pd.DataFrame(rows)
+
+
+def separations() -> pd.DataFrame:
+    """Return how many images of each client ``disaggregate`` recovers, in how many seconds."""
+    rows = []
+    for spec, hidden in CASES:
+        training = clients.parse(spec)
+        for normalised in (False, True):
+            for draw in range(DRAWS):
+                first = draw * training.count
+                observation, (client,) = seen(network(hidden, normalised, draw), training, first)
+                start = time.process_time()
+                found = attacks.parse("disaggregate")(observation, Rng((f"{draw}",)))
+                spent = time.process_time() - start
+                truth = torch.stack([client.image, *(image for image, _ in client.others)]).double().flatten(1)
+                images = found.images[0].double().clamp(0, 1).nan_to_num(0.5).flatten(1)
+                cost = torch.cdist(images, truth).square() / truth.shape[1]
+                pairs = linear_sum_assignment(cost.numpy())
+                psnr = -10 * cost[pairs].clamp(min=1e-10).log10()
+                rows.append(
+                    {
+                        "client": spec,
+                        "hidden": "-".join(map(str, hidden)),
+                        "inputs": "normalised" if normalised else "in [0, 1]",
+                        "draw": draw,
+                        "images": training.count,
+                        "recovered": int((psnr >= RECOVERED).sum()),
+                        "worst": float(psnr.min()),
+                        "seconds": spent,
+                        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                    }
+                )
+                print(rows[-1], flush=True)
+    return pd.DataFrame(rows)
+
+
+WORDS = """# What batches cost an attacker
+
+Made by `python -m benchmarks.batches` at leakbench {version}, on one core of a shared machine; CIFAR-10 test images.
+
+## Closed form
+
+`disaggregate` on the update of fully connected networks with torch's initial weights: {draws} clients of each
+kind, each with images and weights of its own. The attacker knows neither the learning rate nor how the client trained.
+An image counts as recovered from {recovered:.0f} dB on. Seconds are those of the processor; the peak memory is that of
+the whole process, with torch and the images. Single clients: [updates.csv](updates.csv).
+
+{updates}
+
+## Searches
+
+Milliseconds of the processor for each image and step of `ig`, for the same {search} images in batches of each size.
+
+{cost}
+"""
+
+
+def page() -> str:
+    """Return the text, from the two files."""
+    updates, cost = pd.read_csv(UPDATES), pd.read_csv(COST)
+    lines = [
+        "| client | hidden layers | inputs | clients with all images recovered | images recovered | seconds, median "
+        "| seconds, most | peak memory |",
+        "|:--|:--|:--|--:|--:|--:|--:|--:|",
+    ]
+    for (client, hidden, inputs), rows in updates.groupby(["client", "hidden", "inputs"], sort=False):
+        whole = (rows["recovered"] == rows["images"]).sum()
+        lines.append(
+            f"| `{client}` | {hidden} | {inputs} | {whole} of {len(rows)} | {rows['recovered'].sum()} of "
+            f"{rows['images'].sum()} | {rows['seconds'].median():.1f} | {rows['seconds'].max():.1f} | "
+            f"{rows['peak_mib'].max():.0f} MiB |"
+        )
+    table = cost.pivot(index="model", columns="batch", values="ms")
+    head = "| network | " + " | ".join(f"{size} in a batch" for size in table.columns) + " |"
+    body = [
+        f"| {name} | " + " | ".join(f"{one:.2f}" for one in row) + " |" for name, row in zip(table.index, table.values)
+    ]
+    searched = "\n".join([head, "|:--|" + "--:|" * len(table.columns), *body])
+    return WORDS.format(
+        version=__version__, draws=DRAWS, recovered=RECOVERED, search=SEARCH, updates="\n".join(lines), cost=searched
+    )
+
+
+def main() -> None:
+    """Measure, and write the page."""
+    torch.set_num_threads(1)
+    if "--page" not in sys.argv:
+        separations().to_csv(UPDATES, index=False, float_format="%.4g", lineterminator="\n")
+        searches().to_csv(COST, index=False, float_format="%.4g", lineterminator="\n")
+    TEXT.write_text(page())
+
+
+if __name__ == "__main__":
+    main()
