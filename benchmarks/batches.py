@@ -1,9 +1,9 @@
 """What batches cost an attacker: ``python -m benchmarks.batches``; minutes on one core.
 
-It writes ``reports/batches/cost.csv``, ``updates.csv`` and ``cost.md``: the time of a search for each image and step at
-several batch sizes, and the images, seconds and memory of ``disaggregate`` on CIFAR-10 through fully connected
-networks, from one gradient and from whole local trainings whose recipe the attacker does not know. With ``--page`` it
-only writes the page.
+It writes ``cost.md`` and three tables to ``reports/batches``: the time of a search for each image and step at several
+batch sizes; the images, seconds and memory of ``disaggregate`` on CIFAR-10 through fully connected networks, from one
+gradient and from whole local trainings whose recipe the attacker does not know; and how many labels of a batch two
+rules infer from the last layer. With ``--page`` it only writes the page.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from leakbench import attacks, clients, datasets, defenses, models
+from leakbench.attacks.batch_labels import inferred_counts
 from leakbench.clients import LocalTraining
 from leakbench.core.rng import Rng, seeded
 from leakbench.core.types import ThreatModel
+from leakbench.gradients.counts import label_counts_by_embedding
 from leakbench.models.base import Model
 from leakbench.models.module import OwnModule
+from leakbench.models.surgery import linears
 from leakbench.observation import Observation
 from leakbench.version import __version__
 from leakbench.victim import Client, observe
 
 FOLDER = Path(__file__).resolve().parent.parent / "reports" / "batches"
-COST, UPDATES, TEXT = FOLDER / "cost.csv", FOLDER / "updates.csv", FOLDER / "cost.md"
+COST, UPDATES, COUNTS, TEXT = FOLDER / "cost.csv", FOLDER / "updates.csv", FOLDER / "counts.csv", FOLDER / "cost.md"
 
 SEARCHED, SIZES, SEARCH, STEPS, REPEATS = ("lenet", "resnet20(mode=eval)"), (1, 4, 16, 64), 64, 4, 3
 """The networks of the searches, the batch sizes, and the images in all, the same ones at each size; steps; repeats."""
@@ -41,6 +44,13 @@ ONE_STEP = "local(batch=16)"
 TRAINED = "local(images=32, local_batch=8, local_epochs=2, momentum=0.9, weight_decay=5e-4)"
 CASES = ((ONE_STEP, (512, 512)), (TRAINED, (1024,)))
 """What clients do, and the hidden layers of their networks."""
+
+COUNTED, COUNTED_SIZES, COUNTED_BATCHES = (
+    ("mlp(hidden=512-512, init=default)", "lenet", "resnet20(mode=eval)"),
+    (8, 16, 64),
+    12,
+)
+"""The networks and batch sizes of the label counts, and how many batches each."""
 
 RECOVERED = 80.0
 """The PSNR in dB from which on an image counts as recovered here."""
@@ -136,6 +146,26 @@ def separations() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def counts() -> pd.DataFrame:
+    """Return the share of the labels of a batch that each rule infers from the gradient of the last layer."""
+    rows = []
+    for name in COUNTED:
+        for size in COUNTED_SIZES:
+            observation, each = seen(models.parse(name), clients.parse(f"local(batch={size})"), 0, COUNTED_BATCHES)
+            last = next(reversed(list(linears(observation.model))))
+            by_weight, by_bias = (observation.gradient[f"{last}.{part}"] for part in ("weight", "bias"))
+            layer = [observation.weights[f"{last}.{part}"] for part in ("weight", "bias")]
+            ours = inferred_counts(observation)
+            for row, client in enumerate(each):
+                labels = torch.tensor([int(client.label), *(int(label) for _, label in client.others)])
+                true = torch.bincount(labels, minlength=10)
+                weight, bias = (one[row] if len(one) > 1 else one[0] for one in layer)
+                peer = label_counts_by_embedding(by_weight[row], by_bias[row], weight, bias, size)
+                shares = [float(torch.minimum(found, true).sum()) / size for found in (ours[row], peer)]
+                rows.append({"model": name, "batch": size, "client": row, "ours": shares[0], "ilrg": shares[1]})
+    return pd.DataFrame(rows)
+
+
 WORDS = """# What batches cost an attacker
 
 Made by `python -m benchmarks.batches` at leakbench {version}, on one core of a shared machine; CIFAR-10 test images.
@@ -154,12 +184,20 @@ the whole process, with torch and the images. Single clients: [updates.csv](upda
 Milliseconds of the processor for each image and step of `ig`, for the same {search} images in batches of each size.
 
 {cost}
+
+## Label counts
+
+The share of the labels of a batch that follow from the gradient of the last layer, in the mean of {batches} batches,
+and in brackets the share of batches in which all do: by the rule of this package, the batch size times the difference
+between the probabilities of public noise and the gradient of the bias; and by iLRG (Ma et al. 2023).
+
+{counts}
 """
 
 
 def page() -> str:
     """Return the text, from the two files."""
-    updates, cost = pd.read_csv(UPDATES), pd.read_csv(COST)
+    updates, cost, counted = pd.read_csv(UPDATES), pd.read_csv(COST), pd.read_csv(COUNTS)
     lines = [
         "| client | hidden layers | inputs | clients with all images recovered | images recovered | seconds, median "
         "| seconds, most | peak memory |",
@@ -178,8 +216,19 @@ def page() -> str:
         f"| {name} | " + " | ".join(f"{one:.2f}" for one in row) + " |" for name, row in zip(table.index, table.values)
     ]
     searched = "\n".join([head, "|:--|" + "--:|" * len(table.columns), *body])
+    shares = ["| network | images | this package | iLRG |", "|:--|--:|--:|--:|"]
+    for (name, size), rows in counted.groupby(["model", "batch"], sort=False):
+        both = [f"{rows[rule].mean():.2f} ({(rows[rule] == 1).mean():.2f})" for rule in ("ours", "ilrg")]
+        shares.append(f"| {name} | {size} | {both[0]} | {both[1]} |")
     return WORDS.format(
-        version=__version__, draws=DRAWS, recovered=RECOVERED, search=SEARCH, updates="\n".join(lines), cost=searched
+        version=__version__,
+        draws=DRAWS,
+        recovered=RECOVERED,
+        search=SEARCH,
+        batches=COUNTED_BATCHES,
+        updates="\n".join(lines),
+        cost=searched,
+        counts="\n".join(shares),
     )
 
 
@@ -187,6 +236,7 @@ def main() -> None:
     """Measure, and write the page."""
     torch.set_num_threads(1)
     if "--page" not in sys.argv:
+        counts().to_csv(COUNTS, index=False, float_format="%.4g", lineterminator="\n")
         separations().to_csv(UPDATES, index=False, float_format="%.4g", lineterminator="\n")
         searches().to_csv(COST, index=False, float_format="%.4g", lineterminator="\n")
     TEXT.write_text(page())

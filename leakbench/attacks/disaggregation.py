@@ -85,7 +85,7 @@ ROUNDING_MARGIN, MAX_ZERO = 10.0, 0.02
 """A value counts as zero up to this many times its rounding error, at most this share of the column's largest."""
 
 LOOSE, RESOLVED = 30.0, 100.0
-"""A first test allows zeros so many times larger; rows count if they are so many times larger than a zero."""
+"""By how much zeros may be larger in a first test, and by how much a row must be larger to tell a zero."""
 
 
 @dataclass(frozen=True)
@@ -357,7 +357,7 @@ class _Search:
         return torch.linalg.eigh(off.T @ off)[1][:, :1].T
 
     def _known(self, directions: Tensor, zeros: Tensor) -> Tensor:
-        """Return which directions [k, N] with so many zeros [k] are no news."""
+        """Return which directions [k, N], with their numbers of zeros [k], were tested before."""
         known = torch.zeros(len(directions), dtype=torch.bool)
         for one in (self.found, self.rejected):
             known |= ((directions @ one.T).abs() > SAME).any(1)
