@@ -234,7 +234,8 @@ class _Columns:
         found = _sampled(rows, SPLITS * mixed, rng) if len(rows) >= mixed else rows[:0]
         many = ((found @ rows.T).abs() <= LOOSE * self.tolerance).sum(1)
         order = many.argsort(descending=True)
-        left, chosen = found[order[many[order] >= mixed - 1 + MORE_ZEROS]], []
+        left = found[order[many[order] >= mixed - 1 + MORE_ZEROS]]
+        chosen: list[Tensor] = []
         while len(left) and len(chosen) < 2 * mixed:
             chosen.append(left[0])
             left = left[(left @ left[0]).abs() < SAME]
