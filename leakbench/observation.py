@@ -1,7 +1,7 @@
 """What an attacker sees."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,9 @@ class Observation:
         client: how clients train, without a learning rate; None where that is hidden, and for a client of one image
             that trains as ``threat`` says.
         order: which images [T, b] each local step takes, by their places among the client's; empty where it is hidden.
+        statistics: what the threat model grants of the batch normalisations beside ``weights``, [T, C] by name: where
+            clients send their buffers, ``LAYER.running_mean`` and ``LAYER.running_var`` after their training; where
+            the first batch's own are known, ``LAYER.mean`` and ``LAYER.var`` (biased). Empty where neither is granted.
         targets: [T, K], the class probabilities of the clients' losses that an adaptive attacker derived; None for
             those of the labels.
         unit: what was sent is ``gradient`` times this and ``size``; not 1 where an attack works on the mean step of an
@@ -74,6 +77,7 @@ class Observation:
     counts: Tensor | None = None
     client: LocalTraining | None = None
     order: tuple[Tensor, ...] = ()
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Return one line of names, counts and shapes, without values."""

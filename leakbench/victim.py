@@ -32,6 +32,7 @@ from leakbench.errors import DEFENSE_FAILED, BadOption, ClientFailed, DefenseFai
 from leakbench.gradients.bilinear import inner
 from leakbench.gradients.evaluate import architecture, lifted, tensors_of, working
 from leakbench.gradients.layer_inputs import InputRecorder, first_layer, first_layers, tensor_key
+from leakbench.gradients.normalisation import batch_normalisations
 from leakbench.models import crafted
 from leakbench.models.base import Model
 from leakbench.models.module import network_dtype
@@ -241,6 +242,9 @@ def _observe(
         steps = _single_steps(trainers, clients, torch.device(device), blame, record)
     gradient, records = steps.gradient, steps.records
     revealed = [{name: value for name, value in row.items() if name not in values_hidden} for row in steps.drawn]
+    statistics = (
+        [] if threat.statistics == "running" else [trainers[one.weights_key].statistics(one) for one in clients]
+    )
 
     order = [networks[client.weights_key] for client in clients]
     weights = _public_tensors(order, {secret.name for secret in secrets}, device)
@@ -267,6 +271,9 @@ def _observe(
         counts=counts if batched and threat.labels == "counts" else None,
         client=training.without_rate() if own_steps and threat.recipe == "known" else None,
         order=_order(clients, training) if own_steps and threat.order == "known" else (),
+        statistics={name: torch.stack([row[name] for row in statistics]).to(device) for name in statistics[0]}
+        if statistics
+        else {},
     )
     return observation, records
 
@@ -640,6 +647,11 @@ def _check_local(secrets: Sequence[Secret], threat: ThreatModel, training: Local
     """Raise if the local training cannot be run, or contradicts what the threat model reveals."""
     if training.count > 1 and not defense.batched:
         raise Unsupported(f"defense {defense.name!r} serves clients of one image, and these have several; use batch=1")
+    if threat.statistics != "running" and defense.aggregated:
+        raise Unsupported(
+            f"defense {defense.name!r} sums over clients with statistics of their own, and statistics="
+            f"{threat.statistics} grants those of one client; use statistics=running"
+        )
     check_threat(training, replace(threat, local_steps=1))
     if threat.shares == "gradient":
         return
@@ -710,8 +722,8 @@ def _train(
     secrets: Sequence[Secret],
     key: str,
     like: nn.Module,
-) -> Gradient:
-    """Return a network's parameters after the client's local training on its encoded images.
+) -> nn.Module:
+    """Return a copy of a network after the client's local training on its encoded images.
 
     What is drawn anew for every pass is so for every step; the client's other secrets are trained with the rest.
     """
@@ -724,7 +736,7 @@ def _train(
         some = (x, y) if len(rows) == training.count else (x[rows], y[rows])
         gradient = Step(network, training.prepared(some[0], draws), some[1], defense).gradient()
         state = take_step(network, gradient, optimiser, state)
-    return {name: p.detach().clone() for name, p in network.named_parameters() if p.requires_grad}
+    return network
 
 
 @dataclass(frozen=True)
@@ -789,9 +801,8 @@ class _Trainer:
                     f"defense {defense.name!r} makes {len(x)} images of a batch of {client.count}; use batch=1"
                 )
             if threat.shares == "weights":
-                lr = self.training.rate or threat.learning_rate
-                assert lr is not None, "``_check_local`` refuses a client without a rate"
-                trained = _train(network, defense, x, y, self.training, lr, self.secrets, client.key, self.network)
+                own = self._trained(network, x, y, client).named_parameters()
+                trained = {name: parameter.detach().clone() for name, parameter in own if parameter.requires_grad}
             released = defense.release(Step(network, x, y, defense, trained), generator(client.key, "release"))
         sent = {name: value.clone() for name, value in self.sendable(released, parameters).items()}
         return _Taken(sent, x, inputs)
@@ -804,6 +815,42 @@ class _Trainer:
         if not sent:
             raise DefenseFailed(f"{self.defense.name!r} withheld every parameter; send at least one")
         return sent
+
+    def _trained(self, network: nn.Module, x: Tensor, y: Tensor, client: Client) -> nn.Module:
+        """Return a copy of the network after the client's local training on its encoded images."""
+        lr = self.training.rate or self.threat.learning_rate
+        assert lr is not None, "``_check_local`` refuses a client without a rate"
+        return _train(network, self.defense, x, y, self.training, lr, self.secrets, client.key, self.network)
+
+    def statistics(self, client: Client) -> dict[str, Tensor]:
+        """Return what the threat model grants of a client's batch normalisations (``Observation.statistics``)."""
+        network, _ = self.drawn(client)
+        layers = batch_normalisations(network)
+        with seeded(client.key, "step"):
+            x, y = self.encoded(client)
+            if self.threat.statistics == "sent" and self.threat.shares == "weights":
+                network = self._trained(network, x, y, client)
+                layers = batch_normalisations(network)
+                taken: dict[str, list[Tensor]] = {}
+            else:
+                rows = next(iter(self.training.rows(generator(client.key, "order"))))
+                some = (x, y) if len(rows) == self.training.count else (x[rows], y[rows])
+                taken = {name: [] for name in layers}
+                hooks = [layers[name].register_forward_pre_hook(partial(_keep, own)) for name, own in taken.items()]
+                with torch.no_grad():
+                    self.defense.loss(network, *some)
+                for hook in hooks:
+                    hook.remove()
+        if self.threat.statistics == "sent":
+            return {
+                f"{name}.{buffer}": layer.get_buffer(buffer).clone()
+                for name, layer in layers.items()
+                for buffer in ("running_mean", "running_var")
+                if layer.track_running_stats
+            }
+        rows_of = {name: own[0].transpose(0, 1).flatten(1) for name, own in taken.items() if own}
+        means = {f"{name}.mean": values.mean(1) for name, values in rows_of.items()}
+        return means | {f"{name}.var": values.var(1, correction=0) for name, values in rows_of.items()}
 
     @cached_property
     def _layers(self) -> list[str]:

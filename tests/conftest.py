@@ -78,7 +78,7 @@ SMALL = {
 }
 """Specs of components whose defaults are too large for a test of every combination."""
 
-LARGE = ("convnet", "resnet18", "resnet32", "resnet34", "vgg16")
+LARGE = ("convnet", "vit", "resnet18", "resnet32", "resnet34", "vgg16")
 """Models too large for a test of every combination; ``test_models`` takes narrow ones."""
 FLAT = ("mlp",)
 """Models without a convolution, which key-lock and its placebo need; ``test_weights`` has their tests."""
@@ -101,7 +101,7 @@ DEFENSES = [spec for spec in ALL_DEFENSES if spec in ("none", "noise") or change
 """Those that change the network or the loss, and two that do not: the others are like these to an attack."""
 ATTACKS = [
     SMALL.get(name, f"{name}(steps=3)" if "steps" in attacks.registry.fields(attacks.get(name)) else name)
-    for name in sorted(set(attacks.names()) - {"analytic", "disaggregate", "imprint", "trap"})
+    for name in sorted(set(attacks.names()) - {"analytic", "disaggregate", "cocktail", "april", "imprint", "trap"})
 ]
 """All but those that no honest network with convolutions serves; they have tests of their own."""
 

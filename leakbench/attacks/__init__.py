@@ -2,7 +2,7 @@
 
 # imported to be registered, in the order in which they are listed
 # isort: off
-from leakbench.attacks import dlg, dlm, ig, log_cosine, lb, analytic, peel, disaggregate  # noqa: F401
+from leakbench.attacks import dlg, dlm, ig, log_cosine, gradinversion, lb, analytic, peel, disaggregate, cocktail, april  # noqa: F401
 from leakbench.attacks import grnn, dip, ggl, imprint, trap, floors, nearest_public  # noqa: F401
 
 # isort: on

@@ -1,7 +1,6 @@
 """The attack that separates the images of a batch, or of a whole local training, in closed form."""
 
 import contextlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -16,8 +15,101 @@ from leakbench.attacks.disaggregation import disaggregate
 from leakbench.core.rng import Rng
 from leakbench.core.types import Reconstruction
 from leakbench.errors import Unsupported
-from leakbench.gradients.low_rank import low_rank, rounding_error
+from leakbench.gradients.low_rank import LowRank, low_rank, rounding_error
 from leakbench.observation import Observation
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """One trial's change of a linear layer that takes the pixels, without weight decay.
+
+    Attributes:
+        name: of the layer.
+        change: [M, D] float64, on the CPU, a sum of one term for each image; ``errors`` [M] that of the bias, None if
+            it was not sent.
+        shown: its rank, and the decay that was removed.
+        before: the weight [M, D] and the bias [M] that were handed out; ``moved``: the change before decay was removed.
+        order: [D], the pixel of each entry of the layer's input, which is ``slope`` times the pixel plus ``shift``.
+    """
+
+    name: str
+    change: Tensor
+    errors: Tensor | None
+    shown: LowRank
+    before: tuple[Tensor, Tensor | None]
+    moved: tuple[Tensor, Tensor | None]
+    order: Tensor
+    slope: Tensor
+    shift: Tensor
+
+    def pixels(self, inputs: Tensor, shifted: bool = True) -> Tensor:
+        """Return inputs [N, D] of the layer as images [N, D]; combinations of images if not ``shifted``.
+
+        Those are combinations of the inputs in the units of pixels, of which the shift has yet to be removed.
+        """
+        found = torch.empty_like(inputs)
+        found[:, self.order] = (inputs - self.shift if shifted else inputs) / self.slope
+        return found
+
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """What a black and a white image [D] are in the units of ``pixels(shifted=False)``."""
+        shift = torch.empty_like(self.shift)
+        shift[self.order] = self.shift / self.slope
+        return shift, 1 + shift
+
+    def scaled(self, found: Tensor, factor: Tensor | None) -> Tensor:
+        """Return images [N, D] of which multiples were found, in the units of ``pixels(shifted=False)``.
+
+        Args:
+            found: [N, D], ``factor`` times the images and their shift.
+            factor: [N]; None: each image is scaled to [0, 1], with the sign that makes more of it dark.
+        """
+        if factor is not None:
+            tiny = torch.finfo(found.dtype).tiny
+            return found / torch.where(factor.abs() < tiny, tiny, factor)[:, None] - self.bounds[0]
+        sign = (found.mean(1) - (found.amax(1) + found.amin(1)) / 2).sign()
+        turned = -found * torch.where(sign == 0, 1.0, sign)[:, None]
+        low, high = turned.amin(1, keepdim=True), turned.amax(1, keepdim=True)
+        return (turned - low) / (high - low).clamp(min=torch.finfo(found.dtype).tiny)
+
+
+def layer_changes(observation: Observation, bias: bool = True) -> list[LayerChange]:
+    """Return the change of the first layer that takes the pixels, of every trial.
+
+    Args:
+        observation: what the attacker sees.
+        bias: whether the gradient of its bias is needed.
+
+    Raises:
+        Unsupported: there is no such layer, or its gradient was not sent.
+    """
+    sent = observation.gradient
+    found = pixel_layers(observation)
+    name = next((one for one in found if f"{one}.weight" in sent and (not bias or f"{one}.bias" in sent)), None)
+    if name is None:
+        wanted = (
+            "a linear layer that takes the pixels, with its bias" if bias else "a linear layer that takes the pixels"
+        )
+        raise Unsupported(f"the attack needs the gradient of {wanted}, and none was sent")
+    order, slope, shift = (part.cpu() for part in found[name])
+    shares, rows = observation.threat.shares == "weights", []
+    parts = [part for part in ("weight", "bias") if f"{name}.{part}" in sent]
+    for t in range(observation.trials):
+        unit = observation.unit * (1.0 if observation.size is None else float(observation.size[t]))
+        eps = torch.finfo(observation.dtype).eps
+        moved = {part: sent[f"{name}.{part}"][t].detach().cpu().double() * unit for part in parts}
+        before = {part: observation.weights[f"{name}.{part}"][t].detach().cpu().double() for part in parts}
+        decayed = before["weight"] if shares else torch.zeros_like(before["weight"])
+        error = rounding_error(before["weight"] if shares else torch.zeros(()), moved["weight"], eps)
+        shown = low_rank(moved["weight"], decayed, error)
+        change = moved["weight"] - shown.decay * decayed
+        # decay acts on the bias as on the weights
+        errors = moved["bias"] - shown.decay * before["bias"] if "bias" in moved else None
+        place = t if len(slope) > 1 else 0
+        known = (before["weight"], before.get("bias")), (moved["weight"], moved.get("bias"))
+        rows.append(LayerChange(name, change, errors, shown, *known, order, slope[place], shift[place]))
+    return rows
 
 
 @dataclass(frozen=True)
@@ -73,12 +165,12 @@ class Disaggregate(Attack):
 
     def check(self, observation: Observation) -> None:
         """Raise Unsupported if no linear layer with a bias takes the pixels, or its gradient was not sent."""
-        self._layer(observation)
+        layer_changes(observation)
 
     def run(self, observation: Observation, rng: Rng) -> Reconstruction:
         """Return the images of every trial; one in which not all were separated has failed."""
-        layer, view = self._layer(observation)
-        each = [self._separated(observation, layer, view, row, own) for row, own in enumerate(rng.generators("rows"))]
+        draws = zip(layer_changes(observation), rng.generators("rows"))
+        each = [self._separated(observation, layer, own) for layer, own in draws]
         most = observation.count or max(1, *(len(one.images) for one in each))
         images = torch.full((len(each), most, *observation.image_shape), torch.nan)
         for row, one in enumerate(each):
@@ -101,48 +193,29 @@ class Disaggregate(Attack):
             },
         )
 
-    def _layer(self, observation: Observation) -> tuple[str, Sequence[Tensor]]:
-        """Return the first layer that takes the pixels, and how it sees them (``pixel_layers``)."""
-        for name, view in pixel_layers(observation).items():
-            if {f"{name}.weight", f"{name}.bias"} <= set(observation.gradient):
-                return name, view
-        raise Unsupported(
-            "disaggregate needs the gradient of a linear layer that takes the pixels, with its bias, and none was sent"
-        )
-
-    def _separated(
-        self, observation: Observation, layer: str, view: Sequence[Tensor], row: int, rng: torch.Generator
-    ) -> _Separated:
-        weight, bias = (observation.gradient[f"{layer}.{part}"][row].detach().cpu() for part in ("weight", "bias"))
-        before = [observation.weights[f"{layer}.{part}"][row].detach().cpu().double() for part in ("weight", "bias")]
-        unit = observation.unit * (1.0 if observation.size is None else float(observation.size[row]))
-        shares = observation.threat.shares == "weights"
-        eps, change = torch.finfo(weight.dtype).eps, weight.double() * unit
-        error = rounding_error(before[0] if shares else torch.zeros(()), change, eps)
-        decayed = before[0] if shares else torch.zeros_like(before[0])
-        shown = low_rank(change, decayed, error)
+    def _separated(self, observation: Observation, layer: LayerChange, rng: torch.Generator) -> _Separated:
+        name, shown = layer.name, layer.shown
         none = torch.zeros(0, *observation.image_shape)
         if not shown.low or not shown.rank:
-            return _Separated(none, shown.rank, reason=f"the change of {layer} is not of low rank: Adam, or noise")
+            return _Separated(none, shown.rank, reason=f"the change of {name} is not of low rank: Adam, or noise")
         if observation.count and shown.rank != observation.count:
             count = observation.count
-            return _Separated(none, shown.rank, reason=f"{layer} shows {shown.rank} different inputs, not {count}")
-        offset = bias.double() * unit - shown.decay * before[1]  # decay acts on the bias as on the weights
-        states = [(before[0], before[1])]
-        if shares:
-            states.append((before[0] - change, before[1] - bias.double() * unit))
-        found = disaggregate(change - shown.decay * decayed, offset, shown, states, rng)
+            return _Separated(none, shown.rank, reason=f"{name} shows {shown.rank} different inputs, not {count}")
+        (weight, bias), (moved, moved_bias) = layer.before, layer.moved
+        assert layer.errors is not None, "``layer_changes`` asks for the bias"
+        assert bias is not None
+        assert moved_bias is not None
+        states = [(weight, bias)]
+        if observation.threat.shares == "weights":
+            states.append((weight - moved, bias - moved_bias))
+        found = disaggregate(layer.change, layer.errors, shown, states, rng)
         if not found.complete:
-            reason = f"{found.found} of the {shown.rank} inputs of {layer} were separated, and images need all"
+            reason = f"{found.found} of the {shown.rank} inputs of {name} were separated, and images need all"
             return _Separated(none, shown.rank, found.found, reason=reason)
         agreement = found.agreement(*states)
-        order, slope, shift = (part.cpu() for part in view)
-        place = row if len(slope) > 1 else 0
-        pixels = torch.empty_like(found.inputs)
-        pixels[:, order] = (found.inputs - shift[place]) / slope[place]
-        images = pixels.view(-1, *observation.image_shape)
+        images = layer.pixels(found.inputs).view(-1, *observation.image_shape)
         if shown.rank > 1 and agreement < self.agreement:
-            reason = f"the images contradict {1 - agreement:.0%} of the units of {layer}"
+            reason = f"the images contradict {1 - agreement:.0%} of the units of {name}"
         else:
             reason = ""
         return _Separated(images if not reason else none, shown.rank, found.found, agreement, reason)

@@ -35,8 +35,8 @@ class ThreatModel:
             one of the defense's adaptive attackers (``Defense.attackers``) asks for that one. False for an oblivious
             attacker. The layers that a defense adds are part of the architecture, which every attacker sees.
         shares: what the client sends: a ``gradient``, or its ``weights`` after local training, of which the server, who
-            handed out the weights before, sees the update. Only parameters are sent: the running statistics of a
-            normalisation move while a client trains, and stay with it.
+            handed out the weights before, sees the update. Only parameters are sent, unless ``statistics`` says
+            otherwise: the running statistics of a normalisation move while a client trains, and stay with it.
         learning_rate: of the client's local training, under ``weights``: plain SGD on its one image. None in what an
             attacker holds who is not granted it, and if nobody knows it (a recorded update).
         local_steps: how many steps of it the client takes before it sends its weights; public.
@@ -51,6 +51,10 @@ class ThreatModel:
             rate: ``known`` or ``hidden``.
         order: whether the attacker is granted which images each local step takes: ``hidden`` or, as an upper bound,
             ``known``.
+        statistics: what the attacker knows of those by which the client's batch normalisations normalised: ``running``,
+            the running statistics of the network that was handed out, and no more; ``sent``, those after the client's
+            training too, as of a client that sends its buffers; or, as an upper bound, ``exact``, the means and
+            variances of the first step's batch.
         name: the name of the preset; two threat models that differ only by name are equal.
     """
 
@@ -66,12 +70,13 @@ class ThreatModel:
     count: Literal["known", "hidden"] = "known"
     recipe: Literal["known", "hidden"] = "known"
     order: Literal["hidden", "known"] = "hidden"
+    statistics: Literal["running", "sent", "exact"] = "running"
     name: str = field(default="", compare=False)
 
     def settings(self) -> dict[str, Any]:
         """Return every field but the name as plain JSON values; those of local training if there is any.
 
-        Fields on batches that are at their defaults are left out, as in runs of before there were batches.
+        Fields of ``_LATER`` that are at their defaults are left out, as in runs of before there were these fields.
         """
         local = {"learning_rate": self.learning_rate, "local_steps": self.local_steps, "rate": self.rate}
         return {
@@ -82,7 +87,7 @@ class ThreatModel:
             "optimises": self.optimises,
             **(local if self.shares == "weights" else {}),
             **({} if self.server == HONEST else {"server": self.server}),
-            **{name: getattr(self, name) for name, usual in _BATCHES.items() if getattr(self, name) != usual},
+            **{name: getattr(self, name) for name, usual in _LATER.items() if getattr(self, name) != usual},
         }
 
     def granted(self) -> ThreatModel:
@@ -104,7 +109,7 @@ class ThreatModel:
         for name, preset in PRESETS.items():
             if preset == self:
                 return name
-        usual = {**PRESETS["weights"].settings(), **PRESETS["paper"].settings(), **_BATCHES, "server": HONEST}
+        usual = {**PRESETS["weights"].settings(), **PRESETS["paper"].settings(), **_LATER, "server": HONEST}
         parts = [
             f"{name}={'+'.join(value) if name == 'reveals' else str(value).lower()}"
             for name, value in self.settings().items()
@@ -146,12 +151,17 @@ class ThreatModel:
             rate = "unknown learning rate" if lr is None else f"learning rate {lr:g}"
             granted = "known to the attacker" if self.rate == "known" else "which the attacker does not know"
             trains = f"{recipe}; it has" if recipe else f"{steps} of SGD on its image with"
-            sentences.append(f"The client takes {trains} {rate}, {granted}, and sends no running statistics")
+            sentences.append(f"The client takes {trains} {rate}, {granted}" + self._keeps())
+        if self.statistics != "running":
+            sentences.append(_STATISTICS[self.statistics])
         if several and self.count == "hidden":
             sentences.append("The attacker does not know how many images these are")
         if recipe and self.shares == "weights":
             sentences.append(f"{_RECIPES[self.recipe]}{_ORDERS[self.order]}")
         return ". ".join(sentences) + "."
+
+    def _keeps(self) -> str:
+        return ", and sends no running statistics" if self.statistics == "running" else ""
 
     def _on_labels(self, several: bool) -> str:
         if not several:
@@ -163,8 +173,12 @@ class ThreatModel:
         }[self.labels]
 
 
-_BATCHES: Mapping[str, str] = {"count": "known", "recipe": "known", "order": "hidden"}
-"""The fields that are about clients of several images or steps, and their defaults."""
+_LATER: Mapping[str, str] = {"count": "known", "recipe": "known", "order": "hidden", "statistics": "running"}
+"""The fields that older runs do not have, and their defaults."""
+_STATISTICS = {
+    "sent": "The client also sends the running statistics of its batch normalisations after its training",
+    "exact": "The attacker knows the means and variances by which the client's first step normalised its batch",
+}
 _RECIPES = {
     "known": "The attacker knows how the client trains, but for the learning rate",
     "hidden": "The attacker does not know how the client trains",

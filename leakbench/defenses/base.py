@@ -203,11 +203,13 @@ class Defense(Component):
         joint: True for a defense whose ``loss`` runs the network once, on the images that it is given, and whose
             ``release`` is plain torch on tensors of any device. On a GPU the gradients of many clients are then
             computed at once; otherwise clients take their steps on the CPU, one at a time. It is not inherited.
+        aggregated: True for a defense whose images are those of several clients, each with statistics of its own.
     """
 
     companions: ClassVar[int] = 0
     batched: ClassVar[bool] = False
     joint: ClassVar[bool] = False
+    aggregated: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         """Set ``joint``, and build an ``AdaptiveAttacker`` from hooks of it where defenses once had them.

@@ -37,6 +37,7 @@ class SecAgg(Defense):
     )
     batched: ClassVar[bool] = True
     joint: ClassVar[bool] = True
+    aggregated: ClassVar[bool] = True
     clients: Annotated[int, Field(ge=2, le=100_000)] = 8
 
     def release(self, step: Step, rng: torch.Generator) -> Gradient:

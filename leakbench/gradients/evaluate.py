@@ -26,8 +26,9 @@ from leakbench.core.types import Gradient
 from leakbench.errors import Unsupported
 from leakbench.gradients.bilinear import shared
 from leakbench.gradients.draws import Draws, Generators, MadeDraws
-from leakbench.gradients.intercept import UNDER_VMAP, Interception, per_trial
+from leakbench.gradients.intercept import UNDER_VMAP, Interception, Operations, per_trial
 from leakbench.gradients.losses import training_loss
+from leakbench.gradients.normalisation import batch_normalisations
 from leakbench.gradients.plain import without_autocast, without_checkpointing
 
 BATCHED = 5
@@ -154,6 +155,64 @@ class Evaluator:
         grads = torch.autograd.grad(loss.sum(), list(own.values()), create_graph=create_graph, allow_unused=True)
         return {name: torch.zeros_like(own[name]) if grad is None else grad for name, grad in zip(self.names, grads)}
 
+    def statistics(
+        self,
+        tensors: Mapping[str, Tensor],
+        x: Tensor,
+        generators: Generators | MadeDraws | None = None,
+    ) -> dict[str, tuple[Tensor, Tensor, int]]:
+        """Return mean and biased variance [T, C] of what each batch normalisation takes, and over how many values.
+
+        They are differentiable in x; a layer that does not run is left out, and of one that runs several times the
+        first pass counts.
+
+        Args:
+            tensors: as for ``gradient``.
+            x: [T, C, H, W], or [T, B, C, H, W] of trials of B images.
+            generators: as for ``gradient``.
+        """
+        layers, taken = batch_normalisations(self.model), dict[str, list[Tensor]]()
+        batch = x.shape[1] if x.ndim == BATCHED else 0
+        draws = Draws(generators, known={})
+
+        def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda _, inputs: taken.setdefault(name, []).append(inputs[0])
+
+        def run(named: dict[str, Tensor], rows: Tensor, own: Draws, operations: Operations) -> None:
+            with Interception(own, operations), without_checkpointing(), without_autocast():
+                functional_call(self.model, named, (rows,))
+
+        hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
+        try:
+            if self.path == "batched":
+                named = self._cloned(self._placed(tensors, batch or 1))
+                run(named, x.flatten(0, 1) if batch else x, draws, per_trial(batch or 1))
+                first = {name: values[0] for name, values in taken.items()}
+            else:
+                each: dict[str, list[Tensor]] = {}
+                for t in range(len(x)):
+                    taken.clear()
+                    own = {name: v[t] if v.ndim > self._own[name].ndim else v for name, v in tensors.items()}
+                    run(self._cloned(own), x[t] if batch else x[t : t + 1], draws.of(t), {})
+                    for name, values in taken.items():
+                        each.setdefault(name, []).append(values[0])
+                first = {name: torch.cat(values) for name, values in each.items()}
+        finally:
+            for hook in hooks:
+                hook.remove()
+        found = {}
+        for name, value in first.items():
+            rows = value.reshape(len(x), -1, value.shape[1], *value.shape[2:]).transpose(1, 2).flatten(2)
+            found[name] = rows.mean(2), rows.var(2, correction=0), rows.shape[2]
+        return found
+
+    def _cloned(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors by name, with buffers cloned, because modules write into them."""
+        return {
+            name: value.clone() if name in self._buffers and not value.requires_grad else value
+            for name, value in tensors.items()
+        }
+
     def _placed(self, tensors: Mapping[str, Tensor], batch: int = 1) -> dict[str, Tensor]:
         """Put the trials of [T, 1, *shape] in the place of the batch axis that a parameter keeps free: [T, *shape].
 
@@ -172,10 +231,7 @@ class Evaluator:
 
     def _named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Name tensors as ``_LossModule`` does; buffers are cloned, because modules write into them."""
-        return {
-            f"model.{name}": value.clone() if name in self._buffers and not value.requires_grad else value
-            for name, value in tensors.items()
-        }
+        return {f"model.{name}": value for name, value in self._cloned(tensors).items()}
 
     @cached_property
     def _own(self) -> dict[str, Tensor]:

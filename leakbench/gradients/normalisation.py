@@ -16,7 +16,7 @@ The derivatives of <v, dL/dx> + <v_gamma, dL/dgamma> + <v_beta, dL/dbeta> are, w
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -81,3 +81,9 @@ def _project(u: Tensor, z: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         u[None].contiguous(), z[None], r, None, None, mean, one, True, 0.0, [True, True, True]
     )
     return out[0], dot, total
+
+
+def batch_normalisations(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+    """Return every batch normalisation by name, in order of registration."""
+    kind = nn.modules.batchnorm._BatchNorm
+    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}

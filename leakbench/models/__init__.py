@@ -1,7 +1,7 @@
 """The registered models: one file a family; and a user's own network as a model."""
 
 # imported to be registered, in the order in which they are listed
-from leakbench.models import lenet, mlp, resnet, vgg, convnet  # isort: skip  # noqa: F401
+from leakbench.models import lenet, mlp, resnet, vgg, convnet, vit  # isort: skip  # noqa: F401
 from leakbench.models.base import Model, register, registry
 from leakbench.models.module import OwnModule
 

@@ -88,6 +88,7 @@ class _Threat(BaseModel):
     count: Literal["known", "hidden"] = "known"
     recipe: Literal["known", "hidden"] = "known"
     order: Literal["hidden", "known"] = "hidden"
+    statistics: Literal["running", "sent", "exact"] = "running"
 
     def build(self) -> ThreatModel:
         local = sorted(self.model_fields_set & {"learning_rate", "local_steps", "rate"})

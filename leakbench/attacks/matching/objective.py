@@ -17,6 +17,7 @@ from leakbench.core.types import Gradient, Secret
 from leakbench.defenses.adaptive import AdaptiveAttacker, Dummies
 from leakbench.gradients import Evaluator, choose_path
 from leakbench.gradients.bilinear import squared_norm
+from leakbench.gradients.draws import Generators, MadeDraws
 from leakbench.gradients.evaluate import tensors_of
 from leakbench.gradients.losses import head_of
 from leakbench.observation import Observation
@@ -79,6 +80,14 @@ class MatchingObjective(Recordable):
         self._report(evaluation)
         images, logits = self.render(unknowns)
         distance, prior = self._distance(images, logits, unknowns, evaluation), self.attack.prior(images)
+        penalty = self.attack.penalty(
+            images,
+            self.observation,
+            lambda own: self.evaluator.statistics(
+                self._filled(unknowns, evaluation), own, self._generators(evaluation)
+            ),
+        )
+        prior = prior if penalty is None else prior + penalty
         return self.attack.reshape(distance) + (prior if self.prior_factor is None else self.prior_factor * prior)
 
     def _report(self, evaluation: Evaluation) -> None:
@@ -295,6 +304,7 @@ class MatchingObjective(Recordable):
             targets=None if self.observation.targets is None else self.observation.targets[index],
             shown=None if self.observation.shown is None else take(self.observation.shown),
             size=None if self.observation.size is None else self.observation.size[index],
+            statistics={name: value[index] for name, value in self.observation.statistics.items()},
         )
         return replace(
             self,
@@ -382,19 +392,24 @@ class MatchingObjective(Recordable):
         """Return the gradient of images and labels at these tensors, in one of the local steps."""
         differentiable = torch.is_grad_enabled()
 
-        def generators(evaluation: Evaluation = evaluation) -> list[torch.Generator]:
-            return self.rng.generators(self._purposes("layers", evaluation, step))
-
-        made = None if self.buffer is None else self.buffer.layers(step, len(self.rng.keys), generators)
         with torch.enable_grad():
             return self.evaluator.gradient(
                 tensors,
                 images,
                 labels,
                 create_graph=differentiable,
-                generators=made or generators,
+                generators=self._generators(evaluation, step),
                 known=self.draws if step == 0 else {},
             )
+
+    def _generators(self, evaluation: Evaluation, step: int = 0) -> Generators | MadeDraws:
+        """Return what makes the draws of the network's random layers in a step of an evaluation."""
+
+        def generators(evaluation: Evaluation = evaluation) -> list[torch.Generator]:
+            return self.rng.generators(self._purposes("layers", evaluation, step))
+
+        made = None if self.buffer is None else self.buffer.layers(step, len(self.rng.keys), generators)
+        return made or generators
 
     def _filled(self, unknowns: Unknowns, evaluation: Evaluation) -> dict[str, Tensor]:
         """Return every tensor of the network: fixed, optimised, and drawn for this evaluation."""

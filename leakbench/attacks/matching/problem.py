@@ -19,6 +19,9 @@ from leakbench.models.surgery import linears
 from leakbench.observation import Observation
 from leakbench.optim import Unknowns
 
+StatisticsOf = Callable[[Tensor], Mapping[str, tuple[Tensor, Tensor, int]]]
+"""Images -> mean and biased variance [T, C] of what each batch normalisation takes, and the number of values."""
+
 
 @dataclass(frozen=True)
 class MatchingProblem(Attack):
@@ -126,6 +129,16 @@ class MatchingProblem(Attack):
     def prior(self, images: Tensor) -> Tensor:
         """Return the term [T] that is added to the distance for images [T, ..., C, H, W]: weighted total variation."""
         return self.tv * total_variation(images) if self.tv else images.new_zeros(len(images))
+
+    def penalty(self, images: Tensor, observation: Observation, statistics: StatisticsOf) -> Tensor | None:
+        """Return a further term [T] for images [T, ..., C, H, W], which depends on more than the images; None for none.
+
+        Args:
+            images: as ``render`` returns them.
+            observation: of these trials.
+            statistics: returns what each batch normalisation takes of images (``Evaluator.statistics``).
+        """
+        return None
 
 
 SIGN_LOSSES = (CROSS_ENTROPY, "bce", "nll")

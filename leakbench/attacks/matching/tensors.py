@@ -52,5 +52,6 @@ def double(observation: Observation) -> Observation:
         observation,
         weights=exact(observation.weights),
         gradient=exact(observation.gradient),
+        statistics=exact(observation.statistics),
         targets=None if observation.targets is None else observation.targets.double(),
     )
