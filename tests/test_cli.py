@@ -176,9 +176,9 @@ def test_a_list_writes_defaults_as_a_spec_does(cli):
 def test_suites_and_threats(cli):
     table = cli("list", "suites").out
     assert re.search(r"^suite +crosses +scales\n", table)
-    assert re.search(r"^quick +3 attacks, 5 defenses, 1 model and 1 dataset +–$", table, re.M)
+    assert re.search(r"^quick +4 attacks, 7 defenses, 1 model and 1 dataset +–$", table, re.M)
     assert re.search(r"^curves .* cpu \(default\), smoke$", table, re.M)
-    assert re.search(r"^quick\n    attacks: dlg", cli("list", "suites", "quick").out, re.M)
+    assert re.search(r"^quick\n    models: lenet", cli("list", "suites", "quick").out, re.M)
     refused(cli("list", "suites", "quik"), "'quik'", "quick")
     text = cli("list", "threats").out
     assert re.search(r"^known-label\n    The label is known\.$", text, re.M)
@@ -418,8 +418,14 @@ def test_cuda_that_is_absent_is_one_line(cli, place):
 def test_an_axis_that_is_not_given_is_that_of_quick_and_named(capsys, axis):
     given = {key[2:]: [value] for key, value in zip(SMALL[::2], SMALL[1::2]) if key[2:] != axis}
     (plan,) = MatrixOptions(**given).matrices()
-    usual = load_suite("quick")[f"{axis}s"]
-    assert [component.name for component in getattr(plan, f"{axis}s")] == [spec.split("(")[0] for spec in usual]
+    quick = load_suite("quick")
+    if axis == "attack":
+        stages = [[attack.name for attack in stage.attacks] for stage in plan.stages]
+        assert stages == [[spec.split("(")[0] for spec in stage["attacks"]] for stage in quick["stages"]]
+        usual = list(dict.fromkeys(attack for stage in quick["stages"] for attack in stage["attacks"]))
+    else:
+        usual = quick[f"{axis}s"]
+        assert [component.name for component in getattr(plan, f"{axis}s")] == [spec.split("(")[0] for spec in usual]
     assert all(len(getattr(plan, f"{name}s")) == 1 for name in given)
     said = capsys.readouterr().err
     assert said == f"not given, and taken from the suite quick: {axis}s {', '.join(usual)}\n"

@@ -301,7 +301,7 @@ def test_every_column_is_explained(tmp_path):
         assert re.sub("^psnr gain", "gain", header) in legend, header
     assert "mind the &#124; gap" in legend
     assert "leakbench assets fetch lpips-vgg lpips-alex" in legend
-    assert "`paper_*`" in tables
+    assert "(paper_*)" in tables
     main = re.search(r"^\| attack .*$", tables, re.MULTILINE)
     assert main is not None
     assert "paper_psnr" not in main[0]

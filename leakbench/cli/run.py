@@ -138,7 +138,7 @@ def matrix(given: MatrixOptions) -> None:
     The suite worst-case runs an ensemble of attackers, oblivious and adaptive, behind every --defense, the cheapest
     first; an image that one of them recovers is not attacked again. OUT/worst-case.md ranks the defenses by the share
     of images recovered, with the strongest attacker and its cost. --attack replaces the ensemble. The scales of this
-    suite are smoke (minutes) and cpu (the default: 13 defenses and 32 images, within an hour on two cores).
+    suite are smoke (minutes) and cpu (the default: 15 defenses and 32 images, within an hour on two cores).
     """
     _run(given.matrices(), given)
 
@@ -178,9 +178,11 @@ def _usual(given: Mapping[str, Any]) -> dict[str, Any]:
     from leakbench.plan import matrix
 
     quick = matrix.load_suite("quick")
-    taken = {axis: quick[axis] for axis in ("attacks", "defenses", "models", "datasets") if axis not in given}
+    axes = {"stages": "attacks", "defenses": "defenses", "models": "models", "datasets": "datasets"}
+    taken = {key: quick[key] for key, axis in axes.items() if axis not in given}
     if taken:
-        words = "; ".join(f"{axis} {', '.join(specs)}" for axis, specs in taken.items())
+        attacks = {"stages": dict.fromkeys(attack for stage in quick["stages"] for attack in stage["attacks"])}
+        words = "; ".join(f"{axes[key]} {', '.join(attacks.get(key, specs))}" for key, specs in taken.items())
         typer.echo(f"not given, and taken from the suite quick: {words}", err=True)
     return taken
 

@@ -28,6 +28,9 @@ MAIN_METRICS = ("psnr", "ssim", "lpips_vgg", "lpips_alex", "mse", "psnr_aligned"
 PAPER_PREFIX = "paper_"
 """The names of metrics in the convention of published code begin with this."""
 
+SHORT_METRICS = ("psnr", "ssim", "lpips_vgg", "ssim_aligned")
+"""The metrics of the table that is seen first, which has at most eight columns; the whole table is folded."""
+
 _ENCODED = ("psnr_encoded", "ssim_encoded")
 _RANKED = ("psnr", "lpips_vgg", "psnr_aligned")
 _VERDICTS = ("lpips_vgg", "lpips_alex")
@@ -51,6 +54,7 @@ def markdown(
     summary = run.summary
     weights, images, flaws = trained(run.components), notes(run.components), _inconclusive(run)
     shown, last, public = [], None, dict(public_tables(run))
+    recovered = run.ensembles if RECOVERY in run.trials else []
     for block_of, block in blocks(summary):
         dataset, model, threat = block_of
         results = run.results[(run.results[list(BLOCK)] == list(block_of)).all(axis=1)]
@@ -61,6 +65,7 @@ def markdown(
                 "images": images.get(dataset, ""),
                 "inconclusive": flaws.get((dataset, model), ""),
                 "weights": weights.get(model, ""),
+                "results": [one for one in recovered if (one.dataset, one.model) == (dataset, model)],
                 "threat": threat,
                 "granted": run.threats.get(threat, ""),
                 **_tables(block, run.metrics),
@@ -95,13 +100,26 @@ def _tables(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> dict[str, obj
     standard = [metric for metric in _standard(metrics) if metric.name not in _ENCODED or _has(block, metric.name)]
     paper = [metric for metric in metrics if metric.name.startswith(PAPER_PREFIX)]
     return {
-        "main": to_markdown(leakage_table(block, standard, ["psnr"] if "psnr" in block else [])),
+        "main": _short(block, standard),
+        "whole": to_markdown(leakage_table(block, standard, ["psnr"] if "psnr" in block else [])),
         "gains": _gains(block, standard),
         "floors": _floors(block, standard),
         "attacked": bool((~block["floor"].astype(bool)).any()),
         "strongest": _strongest(block, standard),
         "paper": to_markdown(leakage_table(block, paper)) if paper else "",
     }
+
+
+def _short(block: pd.DataFrame, metrics: Sequence[MetricInfo]) -> str:
+    """Return the table with ``SHORT_METRICS``; the trials that failed or have no score are beside their number."""
+    some = [metric for metric in metrics if metric.name in SHORT_METRICS]
+    shown = leakage_table(block, some, ["psnr"] if "psnr" in block else [])
+    failed, unscored = shown.pop("failed"), shown.pop("no score")
+    shown["n"] = [
+        ", ".join([n, *([f"{bad} failed"] if bad != "0" else []), *([why] if why != "0" else [])])
+        for n, bad, why in zip(shown["n"], failed, unscored)
+    ]
+    return to_markdown(shown)
 
 
 def _standard(metrics: Sequence[MetricInfo]) -> list[MetricInfo]:
