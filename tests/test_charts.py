@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from leakbench.plan.trial import Cell, Result, Trial
 from leakbench.report import charts, write
 from leakbench.report.figure import saved
 from leakbench.report.figures import figures
+from leakbench.report.gallery import gallery
+from leakbench.report.grids import picture
 from leakbench.report.run import RunData
 from leakbench.store.run_file import FILE, Store
 
@@ -102,7 +105,12 @@ def test_reports_have_the_heat_map_and_figures_all_charts(tmp_path: Path) -> Non
     stored(tmp_path)
     names = {path.name for path in write(tmp_path, {"md", "html"})}
     assert "001-heatmap-tiny-data-tiny-model.png" in names
-    assert "(grids/001-heatmap-tiny-data-tiny-model.png)" in (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text()
+    assert "(grids/001-heatmap-tiny-data-tiny-model.png)" in text
+    assert "(grids/001-gallery-tiny-data-tiny-model.png)" in text
+    assert text.index("| guard     | 33 % [6, 79]") < text.index("### Threat model")
+    main = text[text.index("### Threat model") :].splitlines()
+    assert next(line for line in main if line.startswith("|")).count("|") <= 9
     assert "Recovered images, attackers by defenses: tiny-data · tiny-model" in (tmp_path / "report.html").read_text()
     with Store.open(tmp_path / FILE, readonly=True) as store:
         run = RunData.of(store, "run")
@@ -112,6 +120,21 @@ def test_reports_have_the_heat_map_and_figures_all_charts(tmp_path: Path) -> Non
         name = f"{kind}-001-tiny-data-tiny-model"
         assert {f"{name}.svg", f"{name}.pdf"} <= set(drawn)
         assert saved(again[name], "svg") == drawn[f"{name}.svg"]
+
+
+def test_the_gallery_has_a_tile_for_each_attacker_and_defense(tmp_path: Path) -> None:
+    found = crossing(stored(tmp_path))
+    with Store.open(tmp_path / FILE, readonly=True) as store:
+        drawn = gallery(found, store.images)
+        assert drawn is not None
+        assert gallery(found, lambda trials: {}) is None
+        own = store.images(found.trials["trial"])
+    first = found.trials[found.trials["image"] == 0].set_index(["attacker", "defense"])["trial"]
+    truth, *tiles = drawn.axes
+    assert np.array_equal(truth.images[0].get_array(), picture(own[first["form", "none"]].truth))
+    for tile, place in zip(tiles, itertools.product(("search", "form"), ("none", "guard")), strict=True):
+        assert np.array_equal(tile.images[0].get_array(), picture(own[first[place]].reconstruction))
+        assert len(tile.patches) == (place != ("form", "guard"))  # the frame of a recovered image
 
 
 def test_a_run_without_the_score_has_no_charts(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from leakbench.report import (
     compare,
     curves,
     figures,
+    gallery,
     grids,
     html,
     latex,
@@ -80,18 +81,27 @@ def write(out: Path | str, formats: Collection[str] = DEFAULT_FORMATS) -> list[P
                 path = out / "grids" / page.file
                 written.append(replace(path, saved(grids.figure(page, store.images(page.trials)))))
                 pictures.append(Picture(page.block, f"grids/{page.file}", page.title, page.seed))
-            maps = {}
+            maps: dict[tuple[str, str], str] = {}
+            galleries: dict[tuple[str, str], str] = {}
             for number, crossing in enumerate(charts.crossings(run), 1):
                 name = f"{number:03}-heatmap-{slug((crossing.dataset, crossing.model))}.png"
                 written.append(replace(out / "grids" / name, saved(charts.heatmap(crossing))))
                 maps[crossing.dataset, crossing.model] = f"grids/{name}"
-            written.append(replace(out / "report.md", markdown(run, pictures, maps).encode()))
+                shown = gallery.gallery(crossing, store.images)
+                if shown is not None:
+                    name = name.replace("heatmap", "gallery", 1)
+                    written.append(replace(out / "grids" / name, saved(shown)))
+                    galleries[crossing.dataset, crossing.model] = f"grids/{name}"
+            written.append(replace(out / "report.md", markdown(run, pictures, maps, galleries).encode()))
             if run.threshold is not None:
                 written.append(replace(out / "worst-case.md", worst_case.markdown(run, run.threshold).encode()))
             for study in (curves.study(run), batches.study(run), sharing.study(run, store), weights.study(run, store)):
                 for name, data in () if study is None else study.files():
                     written.append(replace(out / name, data))
-            kept = {path.removeprefix("grids/") for path in (*maps.values(), *(picture.path for picture in pictures))}
+            kept = {
+                path.removeprefix("grids/")
+                for path in (*maps.values(), *galleries.values(), *(picture.path for picture in pictures))
+            }
             remove_others(out / "grids", _GRID, kept)
     return written
 

@@ -42,7 +42,10 @@ _LPIPS = {
 
 
 def markdown(
-    run: RunData, pictures: Sequence[Picture] = (), heatmaps: Mapping[tuple[str, str], str] = MappingProxyType({})
+    run: RunData,
+    pictures: Sequence[Picture] = (),
+    heatmaps: Mapping[tuple[str, str], str] = MappingProxyType({}),
+    galleries: Mapping[tuple[str, str], str] = MappingProxyType({}),
 ) -> str:
     """Return the report of a run; it depends on nothing but its arguments.
 
@@ -50,6 +53,7 @@ def markdown(
         run: all that the report shows.
         pictures: its grids.
         heatmaps: (dataset, model) -> the path of the heat map of recovered images (``charts.heatmap``).
+        galleries: (dataset, model) -> the path of the pictures of one image (``gallery.gallery``).
     """
     summary = run.summary
     weights, images, flaws = trained(run.components), notes(run.components), _inconclusive(run)
@@ -62,6 +66,7 @@ def markdown(
             {
                 "heading": [dataset, model] if last != (dataset, model) else [],
                 "heatmap": heatmaps.get((dataset, model), ""),
+                "gallery": galleries.get((dataset, model), ""),
                 "images": images.get(dataset, ""),
                 "inconclusive": flaws.get((dataset, model), ""),
                 "weights": weights.get(model, ""),
