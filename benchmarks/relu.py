@@ -11,7 +11,8 @@ leakbench run matrix benchmarks/relu.toml --scale trained --out runs/relu/traine
 python -m benchmarks.relu batches runs/relu/batches.csv
 python -m benchmarks.relu page runs/relu reports/relu
 
-The page has what was measured so far, with the number of images of each row.
+A part of the page may be run in pieces, in folders that begin with the part's name (runs/relu/SCALE-2); a trial that is
+run again replaces the older one. The page has what was measured so far, with the number of images of each row.
 """
 
 from __future__ import annotations
@@ -91,6 +92,12 @@ epoch before several wrong places of a channel were.
 `python -m benchmarks.relu page` makes this page; the head of `benchmarks/relu.py` has all commands."""
 
 MEASURED = ("psnr", "psnr_aligned", RECOVERY)
+
+TRIAL = ["dataset", "model", "defense", "attack", "threat", "image", "seed"]
+"""What tells trials apart."""
+
+UNUSED = ("lpips", "paper_")
+"""How the names of the columns begin that the page does not need."""
 
 
 @dataclass(frozen=True)
@@ -191,15 +198,26 @@ def page(runs: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     parts = [HEAD]
     for scale, title in SCALES.items():
-        if (runs / scale / FILE).exists():
-            leakbench.Run(runs / scale).results().to_csv(out / f"{scale}.csv", index=False)
-        if (out / f"{scale}.csv").exists():
-            parts += [f"## {title}", table(out / f"{scale}.csv")]
+        file = out / f"{scale}.csv"
+        for folder in sorted(each.parent for each in runs.glob(f"{scale}*/{FILE}")):
+            merge(file, leakbench.Run(folder).results())
+        if file.exists():
+            parts += [f"## {title}", table(file)]
     if (runs / "batches.csv").exists():
         (out / "batches.csv").write_text((runs / "batches.csv").read_text())
     if (out / "batches.csv").exists():
         parts += ["## Batches, CIFAR-10", batch_table(pd.read_csv(out / "batches.csv", keep_default_na=False))]
     (out / "relu.md").write_text("\n\n".join(parts) + "\n")
+
+
+def merge(file: Path, new: pd.DataFrame) -> None:
+    """Write the results of a run to a file, in the place of older ones of the same trials."""
+    new = new[[name for name in new if not name.startswith(UNUSED)]].astype({"seed": int})
+    parts = [new]
+    if file.exists():
+        old = pd.read_csv(file, keep_default_na=False, na_values=[""])
+        parts.insert(0, old[~pd.MultiIndex.from_frame(old[TRIAL]).isin(pd.MultiIndex.from_frame(new[TRIAL]))])
+    pd.concat(parts).sort_values(TRIAL).to_csv(file, index=False)
 
 
 def table(file: Path) -> str:

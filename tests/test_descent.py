@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import leakbench
+from leakbench.attacks.peeling import inversion
 from leakbench.attacks.peeling.correlation import Fitted
 from leakbench.attacks.peeling.descent import Part, inputs_alone, recover
 from leakbench.attacks.peeling.gates import balanced
+from leakbench.attacks.peeling.inversion import find_below
 from leakbench.attacks.peeling.knowledge import Knowledge
 from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.restore import restore
@@ -249,6 +251,36 @@ def test_the_image_of_a_residual_network_is_recovered() -> None:
     assert found.labels is not None
     assert found.labels.tolist() == [0]
     assert psnr(found.images, images) > 60
+
+
+def test_weight_gradients_below_a_recovered_value_hold_for_the_true_image() -> None:
+    observation, images = seen(residual())
+    network, gradient = Network(trace(observation)), sent(observation)
+    found = recover(network, gradient, torch.Generator().manual_seed(0)).features
+    below = find_below(network, found, gradient)
+    assert below is not None
+    around = [each for place in range(below.place + 1, len(network.steps)) for each in network.steps[place].inputs]
+    assert min(around) >= below.place
+    assert [network.steps[place].name for place in below.gradients] == ["0"]
+    for image, holds in ((images, True), (rand(1, 3, 8, 8, seed=9).double(), False)):
+        values = dict(enumerate(truth(network, image.requires_grad_())))
+        assert (float(below.misfit(network, values)) < 1e-10) == holds
+    assert find_below(network, found, {}) is None
+
+
+def test_an_image_that_ends_wrong_is_searched_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    observation, _ = seen(residual())
+    network, gradient = Network(trace(observation)), sent(observation)
+    features = inversion.chosen(recover(network, gradient, torch.Generator().manual_seed(0)).features)
+    misfits, evaluations = [], []
+    for close in (torch.inf, 0.0):
+        monkeypatch.setattr(inversion, "CLOSE", close)
+        noise = rand(1, 3, 8, 8, seed=3).double()
+        _, misfit, spent = inversion.invert(network, features, noise, 2, gradient)
+        misfits.append(float(misfit))
+        evaluations.append(spent)
+    assert misfits[1] <= misfits[0]
+    assert evaluations[1] > evaluations[0]
 
 
 def test_a_neighbour_does_not_change_an_image() -> None:

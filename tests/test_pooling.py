@@ -92,7 +92,8 @@ def test_a_second_search_is_made_only_if_the_first_does_not_come_near(monkeypatc
     evaluations = []
     for near in (math.inf, 0.0):
         monkeypatch.setattr(inversion, "POOLED_NEAR", near)
-        monkeypatch.setattr(inversion, "REFINEMENTS", 0)
+        monkeypatch.setattr(inversion, "MAX_PIECES", 0)
+        monkeypatch.setattr(inversion, "CLOSE", math.inf)
         found, misfit, spent = inversion.invert(steps, features, rand(1, 3, 16, 16, seed=3).double(), 1)
         evaluations.append(spent)
         assert float(misfit) == pytest.approx(float(inversion.Match(steps, features)({"image": found[None]}, 0)))

@@ -86,10 +86,12 @@ class Peel(Attack):
         variances: of the values of a layer, by which the equations of the layer below are weighted: conditional ones,
             each as if all other values were known, or marginal ones, which take Cholesky factors and three times as
             long. Conditional ones are better under noise.
-        search: in a ReLU network, steps of Adam from the layer inputs to the image, and as many of L-BFGS after them.
+        search: in a ReLU network, steps of Adam from the layer inputs to the image; L-BFGS follows, and ends when as
+            many iterations bring nothing more.
     """
 
-    # 2: networks with ReLUs, which were unsupported, or searched less thoroughly; 3: conditional variances
+    # 2: networks with ReLUs, which were unsupported, or searched less thoroughly; 3: conditional variances, and in
+    # networks with ReLUs a last search that ends when it brings nothing more
     version: ClassVar[int] = 3
     reference: ClassVar[str] = (
         "in the family of Zhu and Blaschko 2021, R-GAP, ICLR, arXiv 2010.07733; "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import isnan
 from typing import Self
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from leakbench.attacks.peeling.descent import Feature
 from leakbench.attacks.peeling.network import Network
+from leakbench.gradients.convolution import weight_gradient
 from leakbench.optim import Evaluation, Unknowns, descend, lbfgs
 
 SPREAD = 0.05
@@ -54,11 +55,23 @@ LOCKED, LOCK_SIZE = ("scale", "shift"), 0.3
 CONTRAST = 0.25
 """The standard deviation of an image's values by which total variation is measured if contrast is not determined."""
 
-REFINEMENTS = 5
-"""How many times as many iterations of L-BFGS as steps of Adam are made at most."""
+PIECE = 20
+"""How many iterations of L-BFGS a call makes."""
+
+PROGRESS, MAX_PIECES = 0.8, 25
+"""L-BFGS ends when as many iterations as a search has steps leave more than this part of the misfit; and the most
+times that many that it makes."""
 
 EXACT = 1e-11
 """The relative squared misfit below which the search ends: rounding to single precision leaves 1e-12."""
+
+CLOSE = 1e-6
+"""The relative squared misfit to exact values above which the image counts as wrong, and is searched for anew."""
+
+TRADES = (3.0, 1.0)
+"""The weights of total variation relative to the misfit in that second search: the first one for Adam, on the logarithm
+of the misfit, and both in turn for L-BFGS. Values of a trained network leave many images nearly as good as the true
+one, which is smoother; as the misfit falls, so does the weight."""
 
 NO_CHANGE = 1e-12
 """The change of the relative squared misfit that counts as none."""
@@ -99,6 +112,58 @@ def chosen(features: Sequence[Feature]) -> list[Feature]:
 
 
 @dataclass(frozen=True)
+class Below:
+    """The weight gradients of the convolutions below a recovered value through which all of the image goes.
+
+    Attributes:
+        place: of the value.
+        error: the derivative of the loss by it [1, C, H, W].
+        gradients: by the weight of the convolution at each place.
+    """
+
+    place: int
+    error: Tensor
+    gradients: Mapping[int, Tensor]
+
+    def misfit(self, network: Network, values: Mapping[int, Tensor]) -> Tensor:
+        """Return how far the weight gradients are from those that values of the steps give, squared and relative.
+
+        Errors at the convolutions depend on the image only by the masks of ReLUs, which have no slope.
+        """
+        convolutions = [values[place] for place in self.gradients]
+        errors = torch.autograd.grad((values[self.place] * self.error).sum(), convolutions, retain_graph=True)
+        total = torch.zeros_like(self.error[0, 0, 0, 0])
+        for (place, sent), error in zip(self.gradients.items(), errors):
+            (source,), layer = network.steps[place].inputs, network.steps[place].layer
+            assert layer is not None
+            made = weight_gradient(values[source], error, layer.geometry, 1)[0]
+            total = total + (made - sent).square().sum() / sent.square().sum()
+        return total / len(self.gradients)
+
+
+def find_below(network: Network, features: Sequence[Feature], sent: Mapping[str, Tensor]) -> Below | None:
+    """Return the weight gradients below the lowest recovered value that cuts a network in two; None without any.
+
+    Args:
+        network: without normalisations by the image's own statistics below, as errors must not depend on values.
+        features: recovered values, the highest first.
+        sent: the trial's gradient, by name.
+    """
+    steps = network.steps
+    for feature in reversed(features):
+        way = network.below(feature.place)
+        if feature.error is None or any(steps[each].kind == "normalisation" for each in way) or way & network.locked:
+            continue
+        above = [each for place in range(feature.place + 1, len(steps)) for each in steps[place].inputs]
+        layers = {place: steps[place].layer for place in sorted(way)}
+        gradients = {place: sent[layer.weight] for place, layer in layers.items() if layer and layer.weight in sent}
+        known = {place: each for place, each in gradients.items() if bool(each.any())}
+        if known and all(each >= feature.place for each in above):
+            return Below(feature.place, feature.error, known)
+    return None
+
+
+@dataclass(frozen=True)
 class Match:
     """How far the values of images [1, B, C, H, W] on the way are from recovered ones, squared and relative.
 
@@ -108,6 +173,8 @@ class Match:
         smooth: the weight of total variation at first; it falls to ``last`` within ``anneal`` evaluations.
         anneal: see ``smooth``.
         last: the weight in the end, for values with noise.
+        trade: if positive, the weight relative to the misfit, of which the logarithm counts.
+        below: weight gradients that count as well.
     """
 
     network: Network
@@ -115,6 +182,8 @@ class Match:
     smooth: float = 0.0
     anneal: int = 1
     last: float = 0.0
+    trade: float = 0.0
+    below: Below | None = None
 
     def __call__(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
         """Return [1]."""
@@ -125,15 +194,26 @@ class Match:
             total = total + (image - image.clamp(0, 1)).square().mean()
         done = evaluation if isinstance(evaluation, int) else evaluation[0]
         weight = max(self.smooth * (1 - done / self.anneal), self.last)
-        if weight:
-            across, down = image.diff(dim=3).abs().mean(), image.diff(dim=2).abs().mean()
-            rough = across + down
-            total = total + weight * (rough * CONTRAST / image.std() if locked else rough)
-        return total
+        if not weight and not self.trade:
+            return total
+        rough = image.diff(dim=3).abs().mean() + image.diff(dim=2).abs().mean()
+        if locked or (self.trade and self._own_statistics()):
+            rough = rough * CONTRAST / image.std()
+        return (total + EXACT).log() + self.trade * rough if self.trade else total + weight * rough
 
     def select(self, rows: Sequence[int]) -> Self:
         """Return itself: there is one trial."""
         return self
+
+    def misfit(self, unknowns: Unknowns) -> float:
+        """Return the misfit without total variation."""
+        with torch.no_grad():
+            return float(Match(self.network, self.features)(unknowns, 0))
+
+    def _own_statistics(self) -> bool:
+        """Return whether a normalisation by the image's own statistics is on the way, so that contrast is lost."""
+        way = set().union(*(self.network.below(feature.place) for feature in self.features))
+        return any(self.network.steps[place].kind == "normalisation" for place in way)
 
     def _misfit(self, unknowns: Unknowns) -> Tensor:
         steps, image = self.network.steps, unknowns["image"].flatten(0, 1)
@@ -165,7 +245,7 @@ class Match:
                 before = values[steps[step.inputs[0]].inputs[0]]
                 reached = torch.where(target > 0, self.network.forward(place, [before]), reached)
             total = total + (reached - target).square().sum() / target.square().sum()
-        return total
+        return total if self.below is None else total + self.below.misfit(self.network, values)
 
 
 def roughest(features: Sequence[Feature]) -> float:
@@ -174,15 +254,22 @@ def roughest(features: Sequence[Feature]) -> float:
     return min(NOISY * least, MAX_SMOOTH) if least > CLEAN else 0.0
 
 
-def invert(network: Network, features: Sequence[Feature], noise: Tensor, steps: int) -> tuple[Tensor, Tensor, int]:
+def invert(
+    network: Network,
+    features: Sequence[Feature],
+    noise: Tensor,
+    steps: int,
+    sent: Mapping[str, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, int]:
     """Return the images [B, C, H, W] that give recovered values best, the misfit [1] and the number of evaluations.
 
     Args:
         network: of the floating type in which to search.
-        features: the recovered values, of which there is at least one.
+        features: recovered values, of which there is at least one.
         noise: [B, C, H, W] standard normal, from which the search starts about grey.
-        steps: of Adam in the first search, in which total variation is annealed; up to ``REFINEMENTS`` times as many of
-            L-BFGS follow.
+        steps: of Adam in the first search, in which total variation is annealed. L-BFGS follows, until as many
+            iterations of it bring nothing more. If the image is then wrong, another search keeps total variation.
+        sent: the gradient of the one image, by name: in that search, the weight gradients of the first layers count.
     """
     way = set().union(*(network.below(each.place) for each in features))
     start = {"image": 0.5 + SPREAD * noise[None]}
@@ -191,38 +278,73 @@ def invert(network: Network, features: Sequence[Feature], noise: Tensor, steps: 
             start[f"{name} {place}"] = drawn.detach().mean().expand_as(drawn)[None].clone()
     last = roughest(features)
     match = Match(network, features, last=last)
-    best, least, spent = start, torch.inf, 0
     pooled = any(network.steps[place].kind == "max-pool" for place in way)
     searches, enough = (POOLED_SEARCHES, POOLED_NEAR) if pooled else (SEARCHES, NEAR)
+    near, least, spent = start, torch.inf, 0
     for search in searches:
-        count = search.times * steps
-        near = descend(
-            Match(network, features, search.smooth, count, last),
-            start,
-            steps=count,
-            lr={name: search.size if name == "image" else LOCK_SIZE * search.size for name in start},
-            milestones=range(1, count),
-            decay=0.01 ** (1 / count),
-        )
-        spent += int(near.evaluations)
-        with torch.no_grad():
-            misfit = float(Match(network, features)(near.unknowns, 0))
-        if misfit < least:
-            best, least = near.unknowns, misfit
+        annealed = replace(match, smooth=search.smooth, anneal=search.times * steps)
+        found, count = _by_adam(annealed, start, search.times * steps, search.size)
+        spent += count
+        if (misfit := match.misfit(found)) < least:
+            near, least = found, misfit
         if least < max(enough, sum(2 * each.deviation**2 for each in features)):
             break
-    exact = lbfgs(
+    best, count = _by_lbfgs(match, near, steps)
+    spent += count
+    if last == 0 and match.misfit(best) > CLOSE:
+        below = find_below(network, features, sent or {})
+        if below is not None:
+            gradients = {place: each.to(noise) for place, each in below.gradients.items()}
+            below = replace(below, error=below.error.to(noise), gradients=gradients)
+        traded = replace(match, trade=TRADES[0], below=below)
+        found, count = _by_adam(traded, start, searches[-1].times * steps, searches[-1].size)
+        spent += count
+        for trade in TRADES:
+            found, count = _by_lbfgs(match, found, steps, trade)
+            spent += count
+        best = min(best, found, key=match.misfit)
+    return best["image"][0], torch.tensor([match.misfit(best)]).to(noise), spent
+
+
+def _by_adam(match: Match, start: Unknowns, steps: int, size: float) -> tuple[Unknowns, int]:
+    """Return what Adam finds with a step size that falls to a hundredth, and the number of evaluations."""
+    found = descend(
         match,
-        best,
-        steps=-(-REFINEMENTS * steps // 20),
-        max_iter=20,
-        history=HISTORY,
-        tolerance_grad=0.0,
-        tolerance_change=NO_CHANGE,
-        line_search="strong-wolfe",
-        stop_below=EXACT,
-        stop_every=1,
+        start,
+        steps=steps,
+        lr={name: size if name == "image" else LOCK_SIZE * size for name in start},
+        milestones=range(1, steps),
+        decay=0.01 ** (1 / steps),
     )
-    with torch.no_grad():
-        final = Match(network, features)(exact.unknowns, 0)
-    return exact.unknowns["image"][0], final, spent + int(exact.evaluations)
+    return found.unknowns, int(found.evaluations)
+
+
+def _by_lbfgs(match: Match, start: Unknowns, steps: int, trade: float = 0.0) -> tuple[Unknowns, int]:
+    """Return what L-BFGS finds until as many iterations as steps bring nothing more, and the number of evaluations.
+
+    Args:
+        match: what to minimise.
+        start: where.
+        steps: iterations in a piece.
+        trade: if positive, total variation has this weight relative to the misfit at the beginning of a piece.
+    """
+    found, spent, before = start, 0, torch.inf
+    for _ in range(MAX_PIECES):
+        misfit = match.misfit(found)
+        if misfit < EXACT or misfit > PROGRESS * before:
+            break
+        before = misfit
+        piece = lbfgs(
+            replace(match, last=max(match.last, trade * misfit)),
+            found,
+            steps=-(-steps // PIECE),
+            max_iter=PIECE,
+            history=HISTORY,
+            tolerance_grad=0.0,
+            tolerance_change=NO_CHANGE,
+            line_search="strong-wolfe",
+            stop_below=EXACT,
+            stop_every=1,
+        )
+        found, spent = piece.unknowns, spent + int(piece.evaluations)
+    return found, spent

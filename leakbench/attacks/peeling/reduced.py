@@ -13,6 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from leakbench.attacks.peeling.lattice import Lattice
+from leakbench.core.rng import generator
+
+SPARE_COLUMNS, FEW_COLUMNS = 8, 4
+"""How many random columns more than the expected rank ``leading`` takes, and how many times as many columns as that a
+matrix must have."""
+
+NEGLIGIBLE = 1e-6
+"""The part of the largest singular value below which the last one that was computed ends the list."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,7 @@ class ReducedGradient:
         outputs: [O, q], orthonormal.
         basis: [C, r], V / s: the right singular vectors over the singular values.
         system: N [K q, r], the gradient by tap, projected to ``outputs`` and ``basis``.
-        singular: the singular values of the stacked gradient, all of them.
+        singular: the singular values of the stacked gradient, down to those that are negligible.
     """
 
     lattice: Lattice
@@ -46,8 +54,7 @@ class ReducedGradient:
         """
         by_tap = gradient.flatten(2).permute(2, 0, 1)
         stacked = by_tap.reshape(-1, by_tap.shape[2])
-        triangle = torch.linalg.qr(stacked, mode="r")[1] if len(stacked) > stacked.shape[1] else stacked
-        _, singular, right = torch.linalg.svd(triangle, full_matrices=False)
+        singular, right = leading(stacked, rank)
         kept = max(1, min(rank, int((singular > cut * singular[0]).sum())))
         basis = right[:kept].mT / singular[:kept]
         system = by_tap @ basis
@@ -92,6 +99,30 @@ class ReducedGradient:
     def expand(self, errors: Tensor) -> Tensor:
         """Return [b, O, P_out] of errors [b, P_out, q] in the reduced output channels."""
         return self.outputs @ errors.mT
+
+
+def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the singular values of a matrix [n, m], descending, and its right singular vectors as rows.
+
+    If the matrix has about the expected rank, those beyond it are left out: its products with a few random columns have
+    the space of the others to full precision, which is faster (Halko, Martinsson and Tropp 2011, SIAM Review).
+
+    Args:
+        matrix: of any rank.
+        rank: the expected one.
+    """
+    count = rank + SPARE_COLUMNS
+    if FEW_COLUMNS * count < min(matrix.shape):
+        columns = torch.randn(matrix.shape[1], count, generator=generator("columns"), dtype=matrix.dtype).to(matrix)
+        columns = torch.linalg.qr(matrix.mT @ torch.linalg.qr(matrix @ columns)[0])[0]
+        rows, triangle = torch.linalg.qr(matrix @ columns)
+        left, singular, _ = torch.linalg.svd(triangle)
+        if float(singular[-1]) <= NEGLIGIBLE * float(singular[0]):
+            # once more by the matrix, for as little noise as a singular value decomposition leaves
+            return singular, (rows @ left).mT @ matrix / singular.clamp(min=1e-300)[:, None]
+    triangle = torch.linalg.qr(matrix, mode="r")[1] if len(matrix) > matrix.shape[1] else matrix
+    _, singular, right = torch.linalg.svd(triangle, full_matrices=False)
+    return singular, right
 
 
 def correlate(errors: Tensor, inputs: Tensor, lattice: Lattice) -> Tensor:

@@ -80,7 +80,7 @@ def factorise_convolution(
         return refused or NOT_SENT
     parts = []
     values = gradient.detach().cpu().double()
-    size = values.abs().amax().clamp(min=1e-300)
+    size = torch.stack(values.aminmax()).abs().amax().clamp(min=1e-300)
     for part in (values / size).chunk(lattice.groups):
         found = _factorise_group(part, lattice.undilated(), rng, images * lattice.phases, gradient.dtype)
         if isinstance(found, NotFactorised):
@@ -117,7 +117,7 @@ def refuse(gradient: Tensor | None, lattice: Lattice, images: int, *, low_rank: 
     if gradient.shape[2:] != lattice.kernel or len(gradient) % lattice.groups:
         shape = list(gradient.shape)
         raise BadOption(f"a gradient {shape} is none of {lattice} in {lattice.groups} groups; expected [O, C, *kernel]")
-    if not bool(torch.isfinite(gradient).all()):
+    if not bool(torch.isfinite(torch.stack(gradient.aminmax())).all()):
         return NotFactorised("the gradient has values that are not finite")
     rank, channels = images * lattice.inputs, gradient.shape[1]
     if channels < rank and not low_rank:
