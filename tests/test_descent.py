@@ -264,7 +264,7 @@ def test_weight_gradients_below_a_recovered_value_hold_for_the_true_image() -> N
     assert [network.steps[place].name for place in below.gradients] == ["0"]
     for image, holds in ((images, True), (rand(1, 3, 8, 8, seed=9).double(), False)):
         values = dict(enumerate(truth(network, image.requires_grad_())))
-        assert (float(below.misfit(network, values)) < 1e-10) == holds
+        assert (float(below.misfit(network, values).detach()) < 1e-10) == holds
     assert find_below(network, found, {}) is None
 
 
