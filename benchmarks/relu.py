@@ -211,9 +211,9 @@ def page(runs: Path, out: Path) -> None:
 
 
 def merge(file: Path, new: pd.DataFrame) -> None:
-    """Write the results of a run to a file, in the place of older ones of the same trials, but none that is unsupported.
+    """Write the results of a run to a file, in the place of older ones of the same trials.
 
-    No attacker can model that there is no defense.
+    Unsupported ones are left out: no attacker can model that there is no defense.
     """
     new = new[new["status"] != "unsupported"]
     new = new[[name for name in new if not name.startswith(UNUSED)]].astype({"seed": int})
