@@ -71,8 +71,8 @@ def restore(
         # statistics of the batch: all images at once
         images, misfit, spent = invert(searched, used, noise, steps)
         return Restored(images, misfit.expand(len(noise)), spent)
-    own = sent if len(noise) == 1 else None
-    each = [invert(searched, _of_image(used, row), noise[row : row + 1], steps, own) for row in range(len(noise))]
+    alone = sent if len(noise) == 1 else None
+    each = [invert(searched, _of_image(used, row), noise[row : row + 1], steps, alone) for row in range(len(noise))]
     return Restored(
         torch.cat([image for image, _, _ in each]),
         torch.cat([misfit for _, misfit, _ in each]),
