@@ -30,10 +30,11 @@ ROW_SHARES = 0.15, 0.5
 TURNS, TESTS = 300, 6000
 """The most turns of the search, and the most directions that are tested."""
 
-FRUITLESS = 20
-"""After this many turns without any column, none is expected: there are too few zeros."""
+FRUITLESS, PATIENCE = 20, 15
+"""After this many turns without any column, none is expected: there are too few zeros. And after this many without a
+better set of columns, none better is expected."""
 
-TESTED = 60
+TESTED = 25
 """The most directions that are tested in a turn for each way of finding them."""
 
 CONSIDERED = 512
@@ -84,8 +85,8 @@ MIN_ANGLE = 1e-3
 ROUNDING_MARGIN, MAX_ZERO = 10.0, 0.02
 """A value counts as zero up to this many times its rounding error, at most this share of the column's largest."""
 
-LOOSE, RESOLVED = 30.0, 100.0
-"""By how much zeros may be larger in a first test, and by how much a row must be larger to tell a zero."""
+LOOSE, STRICT, RESOLVED = 30.0, 0.4, 100.0
+"""Factors of the size of a zero: in a first test, in the last fit, and for a row to be large enough to tell one."""
 
 
 @dataclass(frozen=True)
@@ -292,22 +293,25 @@ class _Search:
     def run(self) -> Tensor:
         """Return independent columns [k, N], as many as there are if all are found."""
         count = self.columns.count
-        best, agreement = self.columns.rows[:0], 0.0
+        best, agreement, last = self.columns.rows[:0], 0.0, 0
         for turn in range(TURNS):
-            if self.tests > TESTS or (turn == FRUITLESS and not self.shares):
-                break
             before = len(self.shares)
             self._turn(turn)
-            if len(self.shares) == before:
-                continue
-            basis = self._basis()
-            if len(basis) < count:
-                best = basis if not agreement else best
-                continue
-            exchanged, agrees = self._exchanged(basis)
-            if agrees > agreement:
-                best, agreement = exchanged, agrees
-            if agreement >= self.consistent:
+            if len(self.shares) > before:
+                basis = self._basis()
+                if len(basis) < count:
+                    best = basis
+                else:
+                    basis, agrees = self._exchanged(basis)
+                    if agrees > agreement:
+                        best, agreement, last = basis, agrees, turn
+            fruitless = turn + 1 >= FRUITLESS and not self.shares
+            if (
+                fruitless
+                or self.tests > TESTS
+                or agreement >= self.consistent
+                or (agreement and turn > last + PATIENCE)
+            ):
                 break
         return best
 
@@ -392,7 +396,7 @@ class _Search:
             self.tests += 1
             one = left[0]
             kept = (left @ one).abs() < SAME
-            for looser in (LOOSE, LOOSE**0.5, 1.0):
+            for looser in (LOOSE, LOOSE**0.5, 1.0, STRICT):
                 one = columns.fitted(one, looser)
             left, zeros = left[kept], zeros[kept]
             many = columns.zeros(one[None]).sum(1)
