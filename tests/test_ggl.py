@@ -14,12 +14,12 @@ from conftest import CLASSES, SHAPE, close, rand, randn, watch
 from torch import Tensor
 
 import leakbench
-from leakbench import Matrix, attacks, defenses, generators, models
+from leakbench import Matrix, attacks, clients, defenses, generators, models
 from leakbench.analysis import controls
 from leakbench.attacks.ggl import GGL, divergence, squash, transformed
 from leakbench.attacks.matching import analytic_labels
 from leakbench.core.rng import Rng
-from leakbench.core.types import Gradient
+from leakbench.core.types import Gradient, ThreatModel
 from leakbench.errors import BadOption, LeakbenchError, Unsupported
 from leakbench.observation import Observation
 from leakbench.plan.matrix import parse_threat
@@ -80,6 +80,26 @@ def test_an_image_of_the_generator_is_recovered(options: str, evaluations: int) 
     assert float(own.mean()) < 0.3 * float(other.mean())
     assert found.evaluations is not None
     assert found.evaluations.tolist() == [evaluations] * 4
+
+
+def test_both_images_of_a_client_are_recovered() -> None:
+    truth = inside()
+    pairs = [
+        Client(truth[row], row, "weights", f"client {row}", (), ((truth[row + 1], row + 1),)) for row in range(0, 4, 2)
+    ]
+    mean, training = torch.full(SHAPE, 0.5), clients.parse("local(batch=2)")
+    batches = ThreatModel(labels="counts")
+    observation = observe(
+        models.parse("lenet"), defenses.parse("none"), batches, pairs, CLASSES, mean, training=training
+    )
+    errors = []
+    for spec in ("ggl(popsize=8, generator=tiny, budget=400)", "prior(generator=tiny)"):
+        found = run(spec, observation, KEYS[:2])
+        assert found.shape == (2, 2, *SHAPE)
+        each = (found[:, :, None] - truth.view(2, 1, 2, *SHAPE)).square().mean((3, 4, 5))
+        straight, crossed = each.diagonal(dim1=1, dim2=2).mean(1), each.flip(2).diagonal(dim1=1, dim2=2).mean(1)
+        errors.append(float(torch.minimum(straight, crossed).mean()))
+    assert errors[0] < 0.5 * errors[1]
 
 
 def test_a_seed_gives_the_same_images() -> None:

@@ -24,7 +24,7 @@ from leakbench.gradients.low_rank import LowRank
 SAMPLES, MANY, FEWER_SAMPLES = 4096, 16, 2048
 """How many sets of rows are tried at a time; above this many images, fewer."""
 
-ROW_SHARES = 0.15, 0.5
+ROW_SHARES = 0.1, 0.35
 """The least and the largest share of the rows of which the sets are drawn: those in which few images should be on."""
 
 TURNS, TESTS = 300, 6000
