@@ -82,6 +82,7 @@ def test_an_image_of_the_generator_is_recovered(options: str, evaluations: int) 
     assert found.evaluations.tolist() == [evaluations] * 4
 
 
+@pytest.mark.long
 def test_both_images_of_a_client_are_recovered() -> None:
     truth = inside()
     pairs = [
