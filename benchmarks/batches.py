@@ -236,8 +236,8 @@ def main() -> None:
     """Measure, and write the page."""
     torch.set_num_threads(1)
     if "--page" not in sys.argv:
-        counts().to_csv(COUNTS, index=False, float_format="%.4g", lineterminator="\n")
         separations().to_csv(UPDATES, index=False, float_format="%.4g", lineterminator="\n")
+        counts().to_csv(COUNTS, index=False, float_format="%.4g", lineterminator="\n")
         searches().to_csv(COST, index=False, float_format="%.4g", lineterminator="\n")
     TEXT.write_text(page())
 

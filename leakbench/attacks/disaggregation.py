@@ -30,9 +30,9 @@ ROW_SHARES = 0.1, 0.35
 TURNS, TESTS = 300, 6000
 """The most turns of the search, and the most directions that are tested."""
 
-FRUITLESS, PATIENCE = 20, 15
-"""After this many turns without any column, none is expected: there are too few zeros. And after this many without a
-better set of columns, none better is expected."""
+FRUITLESS, PATIENCE, DOUBTED = 20, 20, 6
+"""After this many turns without any column, none is expected: there are too few zeros. After this many without a better
+set of columns, none better is expected; up to this many of the set, the worst separated, are looked for again."""
 
 TESTED = 25
 """The most directions that are tested in a turn for each way of finding them."""
@@ -319,9 +319,11 @@ class _Search:
         """Look for columns, by one way in each turn."""
         columns, count = self.columns, self.columns.count
         basis = self._basis(self.clear)
+        if len(basis) == count:  # but not all are right
+            basis = basis[: count - 1 - turn % min(DOUBTED, count - 1)]
         if len(basis):
             self.rest = torch.linalg.svd(basis, full_matrices=True)[2][len(basis) :]
-        rest = self.rest if len(self.rest) else torch.eye(count, dtype=basis.dtype)
+        rest = self.rest
         if len(rest) == 1:
             self._test(self._last(rest[0]))
         if turn % 3 < 2:
@@ -378,8 +380,7 @@ class _Search:
     def _news(self, directions: Tensor) -> tuple[Tensor, Tensor]:
         """Return those directions [k, N] that may be new columns, with their numbers of zeros, the largest first."""
         directions = directions[torch.isfinite(directions).all(1)]
-        if len(self.rest):
-            directions = directions[(directions @ self.rest.T).norm(dim=1) > MIN_ANGLE]
+        directions = directions[(directions @ self.rest.T).norm(dim=1) > MIN_ANGLE]
         zeros = self.columns.zeros(directions, LOOSE).sum(1)
         order = zeros.argsort(descending=True, stable=True)
         order = order[zeros[order] >= self.columns.least][:CONSIDERED]
