@@ -153,7 +153,7 @@ class Disaggregate(Attack):
         "A linear layer with a bias that takes the pixels, with a ReLU behind it and many more units than there are "
         "images; a gradient that is nearly exact; SGD."
     )
-    cost: ClassVar[str] = "A second for each client up to 16 images, and 10 to 30 at 32."
+    cost: ClassVar[str] = "Under a second for each client up to 16 images, and about ten at 32."
     fails: ClassVar[str] = (
         "Adam and its kind, noise, augmentation (each copy is an image of its own), two equal images, other "
         "activations, and convolutions below the layer."
