@@ -37,6 +37,8 @@ from leakbench.optim import Unknowns, graph, value_and_gradient
 
 DATA = datasets.parse("samples")
 IMAGE = DATA.image_shape
+SALT = "5eed" * 8
+"""From which clients draw the same on every device."""
 LARGE = 2**18
 """Rows and channels beyond the limits of 65,535 that some kernels have."""
 
@@ -101,9 +103,8 @@ def network(spec: str) -> nn.Module:
 def observed(spec: str, device: torch.device, trials: int, **case: Any) -> leakbench.Observation:
     """Return what a server on a device sees of some images."""
     images, labels = DATA.load([index % len(DATA) for index in range(trials)])
-    return leakbench.observe(
-        network(spec), images, labels, device=str(device), num_classes=DATA.num_classes, mean_image=DATA.mean(), **case
-    )
+    data = {"num_classes": DATA.num_classes, "mean_image": DATA.mean(), "salt": SALT}
+    return leakbench.observe(network(spec), images, labels, device=str(device), **data, **case)
 
 
 def problem(

@@ -424,8 +424,8 @@ def test_a_closed_form_launches_about_the_same_for_any_number_of_trials(gpu: Mod
         gpu.clear()
         attacked("peel", observation)
         counts.append((gpu.total("launch"), gpu.total("wait")))
-    assert max(launches for launches, _ in counts) <= 1000  # before, 300 a trial
-    assert {waits for _, waits in counts} == {24}  # before, 69 a trial
+    assert max(launches for launches, _ in counts) <= 1050  # before, 300 a trial
+    assert {waits for _, waits in counts} == {30}  # before, 69 a trial
 
 
 def test_a_generator_is_compared_with_the_images_once_in_a_search(
