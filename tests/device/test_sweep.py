@@ -29,6 +29,12 @@ ROUNDED = {
 """Long searches amplify the last digits too far: 20 iterations of L-BFGS in float32, which ``lb`` has in float64,
 and the 400 at the end of ``peel`` on a ReLU network (images differ by 3e-7 after 40, and by 5e-3 after 400)."""
 
+FLIPS = {"quantise": 0.01}
+"""The share of a client's entries that may differ: those that lie between two levels go to either, by the last digit."""
+
+SMOOTH = {"svt-privacy": "svt-privacy(gamma=0.01)"}
+"""An entry that the last digit moves over the threshold changes all later draws, which smaller noise makes unlikely."""
+
 Case = tuple[str, str, str, str]
 
 
@@ -53,7 +59,7 @@ def outcome(attack: str, defense: str, model: str, threat: str, device: str) -> 
 
 def clients_steps() -> list[tuple[str, str, str]]:
     """Return model, defense and threat model of each comparison of clients."""
-    pairs = [("lenet", defense) for defense in (*ALL_DEFENSES, *ON_WEIGHTS)]
+    pairs = [("lenet", SMOOTH.get(defense, defense)) for defense in (*ALL_DEFENSES, *ON_WEIGHTS)]
     pairs += [(model, defense) for model in NETWORKS if model != "lenet" for defense in ("none", "soteria")]
     return [(*pair, threat) for pair in pairs for threat in ("paper", "weights")]
 
@@ -62,7 +68,7 @@ def clients_steps() -> list[tuple[str, str, str]]:
 @pytest.mark.parametrize("case", clients_steps(), ids=" ".join)
 def test_the_step_of_clients_on_a_gpu_is_that_on_the_cpu(gpu: ModuleType, case: tuple[str, str, str]) -> None:  # noqa: F811
     try:
-        compared(*case)
+        compared(*case, flips=FLIPS.get(case[1], 0.0))
     except LeakbenchError as error:
         with pytest.raises(type(error), match=re.escape(str(error))):
             stepped("cpu", *case)
