@@ -30,10 +30,10 @@ ROUNDED = {
 and the 400 at the end of ``peel`` on a ReLU network (images differ by 3e-7 after 40, and by 5e-3 after 400)."""
 
 FLIPS = {"quantise": 0.01}
-"""The share of a client's entries that may differ: those that lie between two levels go to either, by the last digit."""
+"""The share of a client's entries that may differ: one between two levels goes to either, by the last digit."""
 
 SMOOTH = {"svt-privacy": "svt-privacy(gamma=0.01)"}
-"""An entry that the last digit moves over the threshold changes all later draws, which smaller noise makes unlikely."""
+"""An entry that the last digit moves over the threshold changes all later draws; smaller noise makes it unlikely."""
 
 Case = tuple[str, str, str, str]
 
