@@ -86,8 +86,8 @@ the weights of seed i mod 3. An image is recovered if its SSIM after the best fi
 {RECOVERED}, and better than that of every floor. Intervals are Wilson's over images. In train mode a batch of one image
 has lost its brightness and contrast, so read the columns after the fit. Seconds are of one core that other processes
 shared, so that they are upper bounds. Relative noise counts in root mean squares of each tensor's gradient. The rows of
-fully trained networks and of networks with max-pools are of a last search that ends when it brings nothing more; in all
-others it ended after 1,000 iterations at most.
+fully trained networks are of a last search that ends when it brings nothing more; in all others it ended after 1,000
+iterations at most.
 
 `python -m benchmarks.relu page` makes this page; the head of `benchmarks/relu.py` has all commands."""
 
