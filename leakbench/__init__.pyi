@@ -11,6 +11,7 @@ from .api import attack as attack
 from .api import keylock as keylock
 from .api import observe as observe
 from .api import run as run
+from .api import show as show
 from .attacks.base import Attack as Attack
 from .clients.base import LocalTraining as LocalTraining
 from .core.rng import Rng as Rng

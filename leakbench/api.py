@@ -1,9 +1,9 @@
-"""leakbench from Python: ``run`` a matrix; ``observe``, ``attack`` and ``keylock`` for a network of one's own."""
+"""leakbench from Python: ``run`` a matrix; ``observe``, ``attack``, ``show``, ``keylock`` for one's own network."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -35,10 +35,16 @@ from leakbench.store.run_file import FILE, Store
 from leakbench.victim import Client, build, check_reveals, groups_of
 from leakbench.victim import observe as observe_clients
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 @dataclass(frozen=True)
 class Run:
     """A run on disk: everything else is read from its file.
+
+    A notebook shows it as its heat map and the share of images recovered behind each defense. The figures of ``plot``
+    and ``grid`` are Matplotlib's; a notebook shows them, and ``savefig(PATH)`` writes them.
 
     Attributes:
         out: the folder that holds ``run.sqlite``, and the report once it is written.
@@ -54,6 +60,12 @@ class Run:
         except LeakbenchError as error:
             counts = str(error)
         return f"Run({str(self.out)!r}: {counts})"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the heat map, and what is recovered behind each defense, all in one."""
+        from leakbench.report import notebook  # plotting and templates are loaded only by who asks for a page
+
+        return notebook.run_html(self.out)
 
     def results(self) -> pd.DataFrame:
         """Return one row per finished trial: what it was, how it ended, every metric."""
@@ -71,9 +83,57 @@ class Run:
 
     def tables(self) -> list[Table]:
         """Return the summary as compact rich tables, one for each dataset, model and threat model."""
-        from leakbench.report import console_table  # plotting and templates are loaded only by who asks for a report
+        from leakbench.report import console_table
 
         return console_table(self.summary())
+
+    def plot(self, chart: str = "heatmap", *, dataset: str = "", model: str = "", threat: str = "") -> "Figure":
+        """Return one chart of the run as a figure.
+
+        Args:
+            chart: ``heatmap`` (attackers x defenses), ``recovery`` (images recovered by any attacker, with intervals),
+                ``ssim`` or ``psnr`` (the best score of each image), ``threshold``, ``evaluations``, ``curves`` (against
+                noise or precision), ``objective`` (how it falls), ``utility`` (against leakage).
+            dataset: which one, by its spec, or by its name without options; a run of one needs none. So for ``model``;
+                ``threat`` is for ``curves`` and ``objective``, which are of one threat model.
+
+        Raises:
+            BadOption: there is no such chart, the run has none, or it has several and none is chosen.
+            ForeignRun: there is no readable run file.
+        """
+        from leakbench.report import notebook
+
+        return notebook.plot(self.out, chart, dataset, model, threat)
+
+    def grid(
+        self,
+        *,
+        dataset: str = "",
+        model: str = "",
+        threat: str = "",
+        seed: int | None = None,
+        attacks: Sequence[str] = (),
+        defenses: Sequence[str] = (),
+        images: int = 12,
+        page: int = 1,
+    ) -> "Figure":
+        """Return the private images beside the reconstructions, as in ``report.md``: a row an image.
+
+        Args:
+            dataset: which one, by its spec, or by its name without options; a run of one needs none. So for ``model``
+                and ``threat``.
+            seed: the first by default.
+            attacks: which columns, by spec or name; all by default. So for ``defenses``; floors are of every defense.
+            images: how many are shown: the first ones.
+            page: of a grid that is wider than one page, from 1.
+
+        Raises:
+            BadOption: nothing of the run fits, or several datasets, models or threat models do.
+            ForeignRun: there is no readable run file.
+        """
+        from leakbench.report import notebook
+
+        return notebook.grid(self.out, dataset, model, threat, seed, attacks, defenses, images, page)
 
     def report(self, formats: Iterable[str] = ("md", "csv")) -> list[Path]:
         """Write the report next to the run file, and return the paths written."""
@@ -155,9 +215,7 @@ def observe(
         raise BadOption(f"images {tuple(images.shape)} and labels {tuple(labels.shape)}; give [T, C, H, W] and [T]")
     if len(images) == 0:
         raise BadOption("there are no images; give at least one")
-    low, high = float(images.min()), float(images.max())
-    if not (low >= 0 and high <= 1):
-        raise BadOption(f"images range from {low:g} to {high:g}; give them in [0, 1]")
+    _check_range(images, "images")
     check_salt(salt or "")
     salt = new_salt() if salt is None else salt
     own = OwnModule(type(model).__name__, model)
@@ -199,6 +257,13 @@ def _tensor(given: Any, name: str) -> Tensor:
             f"{name} of type {type(given).__name__} are no numbers of one shape: {one_line(error)}"
         ) from error
     return value.detach().cpu()
+
+
+def _check_range(images: Tensor, name: str) -> None:
+    """Raise BadOption unless the images are in [0, 1]."""
+    low, high = float(images.min()), float(images.max())
+    if not (low >= 0 and high <= 1):
+        raise BadOption(f"{name} range from {low:g} to {high:g}; give them in [0, 1]")
 
 
 def _targets(labels: Tensor, num_classes: int) -> list[int | Tensor]:
@@ -249,6 +314,35 @@ def attack(method: str | Attack, observation: Observation, *, seed: int = 0) -> 
     keep_freed_memory()
     with full_precision():
         return acting(observation, rng)
+
+
+def show(found: Reconstruction, truth: Tensor | NDArray[Any] | Sequence[Any] | None = None) -> "Figure":
+    """Return reconstructions side by side as a figure, at most 24, which a notebook shows.
+
+    Args:
+        found: what an attack returned; its images are drawn as they are, clipped to [0, 1].
+        truth: [T, C, H, W] in [0, 1], or [C, H, W] for one trial: the private images. They are then drawn above, with
+            PSNR and SSIM after alignment (the best fit of brightness and contrast) below. A reconstruction of which
+            only brightness and contrast are lost is drawn after this fit, and marked *aligned*.
+
+    Raises:
+        BadOption: the private images are not of the same shape, or not in [0, 1].
+
+    Example:
+        >>> images, network = torch.rand(2, 3, 8, 8), nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+        >>> show(attack("analytic", observe(network, images, [0, 1])), images).axes[0].get_ylabel()
+        'private'
+    """
+    from leakbench.report import notebook
+
+    if truth is None:
+        return notebook.beside(found)
+    given = _tensor(truth, "truth")
+    given = given[None] if given.ndim == found.images.ndim - 1 else given
+    if given.shape != found.images.shape:
+        raise BadOption(f"truth {tuple(given.shape)} and reconstructions {tuple(found.images.shape)} differ in shape")
+    _check_range(given, "truth")
+    return notebook.beside(found, given)
 
 
 def keylock(

@@ -8,12 +8,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from leakbench.core.loss_curve import Curve
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HONEST = "honest"
 """The server of a threat model that hands out the network as it is."""
@@ -297,3 +300,9 @@ class Reconstruction:
             parts.append(f"labels {self.labels.tolist()[:8]}{'...' * (len(self.labels) > 8)}")
         parts += [f"findings: {', '.join(self.findings)}"] * bool(self.findings)
         return f"Reconstruction({', '.join(parts)})"
+
+    def show(self, truth: Tensor | None = None) -> Figure:
+        """Return the images side by side as a figure, which a notebook shows: ``leakbench.show``."""
+        import leakbench  # what draws is in a room above; the package finds its public functions by name
+
+        return leakbench.show(self, truth)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -19,7 +20,7 @@ from leakbench.analysis.ensemble import RECOVERED, SCENE, EnsembleResult, attack
 from leakbench.analysis.recovery import CLOSENESS, ENCODED, TARGET, judged
 from leakbench.core.text import percent, slug
 from leakbench.plan.matrix import RECOVERY
-from leakbench.report.figure import GREY, INK, SHARE_TICKS, key_below, plain, style
+from leakbench.report.figure import GREY, INK, SHARE_TICKS, Drawing, key_below, plain, style
 from leakbench.report.run import RunData
 
 ENSEMBLE = "any attacker"
@@ -33,6 +34,23 @@ _SHARES = colormaps["YlOrRd"].with_extremes(
     bad="#eeeeee"
 )  # its lightness falls steadily, so that it reads the same in grey
 _UNITS = {RECOVERY: "SSIM after alignment", CLOSENESS: "PSNR after alignment, dB"}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart of a run, not drawn yet.
+
+    Attributes:
+        kind: what it shows, by its name in ``figures.CHARTS``.
+        scene: dataset and model; the threat model too if the chart is of one.
+        file: the name of its files, without an ending.
+        draw: returns the figure.
+    """
+
+    kind: str
+    scene: tuple[str, ...]
+    file: str
+    draw: Callable[[], Figure]
 
 
 @dataclass(frozen=True)
@@ -98,18 +116,18 @@ def crossings(run: RunData) -> list[Crossing]:
     return found
 
 
-def charts(run: RunData) -> Iterator[tuple[str, Figure]]:
-    """Yield the name, without an ending, and the figure of every chart of a run."""
+def charts(run: RunData) -> Iterator[Chart]:
+    """Yield every chart of a run that this module draws."""
     for index, one in enumerate(crossings(run), 1):
-        place = f"{index:03}-{slug((one.dataset, one.model))}"
-        yield f"heatmap-{place}", heatmap(one)
-        for metric in (RECOVERY, CLOSENESS):
+        scene, place = (one.dataset, one.model), f"{index:03}-{slug((one.dataset, one.model))}"
+        yield Chart("heatmap", scene, f"heatmap-{place}", partial(heatmap, one))
+        for kind, metric in (("ssim", RECOVERY), ("psnr", CLOSENESS)):
             if metric in one.trials and one.trials[metric].notna().any():
-                yield f"images-{metric.replace('_', '-')}-{place}", strips(one, metric)
-        yield f"threshold-{place}", by_threshold(one)
-        work = by_evaluations(one)
-        if work is not None:
-            yield f"evaluations-{place}", work
+                name = f"images-{metric.replace('_', '-')}-{place}"
+                yield Chart(kind, scene, name, partial(strips, one, metric))
+        yield Chart("threshold", scene, f"threshold-{place}", partial(by_threshold, one))
+        if one.trials["evaluations"].notna().any():
+            yield Chart("evaluations", scene, f"evaluations-{place}", partial(by_evaluations, one))
 
 
 def heatmap(crossing: Crossing) -> Figure:
@@ -130,7 +148,7 @@ def heatmap(crossing: Crossing) -> Figure:
     left = max(_LETTER * max(map(len, names)) + 0.15, 0.82 * turned - 0.2)
     below, across, along = 0.58 * turned + 0.2, 0.72 * columns, 0.3 * rows
     width, height = left + across + 0.75, below + along + 0.35
-    drawn = Figure(figsize=(width, height), facecolor="white")
+    drawn = Drawing(figsize=(width, height), facecolor="white")
     panel = drawn.add_axes((left / width, below / height, across / width, along / height))
     image = panel.imshow(shares, cmap=_SHARES, vmin=0, vmax=1, aspect="auto")
     for row, column in np.ndindex(shares.shape):
@@ -180,7 +198,7 @@ def strips(crossing: Crossing, metric: str) -> Figure:
         plain(defense, 34): crossing.scored(defense).groupby(TARGET)[metric].max().dropna()
         for defense in crossing.defenses
     }
-    drawn = Figure(figsize=(2.2 + 0.8 * len(best), 4.4), layout="constrained", facecolor="white")
+    drawn = Drawing(figsize=(2.2 + 0.8 * len(best), 4.4), layout="constrained", facecolor="white")
     panel = drawn.subplots()
     table = pd.DataFrame(best).head(MAX_STRIP_IMAGES)
     places = np.arange(table.shape[1])
@@ -220,13 +238,11 @@ def by_threshold(crossing: Crossing) -> Figure:
     return drawn
 
 
-def by_evaluations(crossing: Crossing) -> Figure | None:
-    """Return the share of images recovered within some evaluations of an attack's objective; None if no attack counts.
+def by_evaluations(crossing: Crossing) -> Figure:
+    """Return the share of images recovered within some evaluations of an attack's objective.
 
     An image counts from the evaluations of the cheapest attack that recovers it; a closed form needs one.
     """
-    if crossing.trials["evaluations"].isna().all():
-        return None
     drawn, panel = _panel(crossing)
     for place, defense in enumerate(crossing.defenses):
         own = crossing.scored(defense)
@@ -248,7 +264,7 @@ def by_evaluations(crossing: Crossing) -> Figure | None:
 def _panel(crossing: Crossing) -> tuple[Figure, Any]:
     """Return a figure with room for a key below, and its panel, whose vertical axis is a share."""
     height = 3.6 + 0.2 * math.ceil(len(crossing.defenses) / 2)
-    drawn = Figure(figsize=(6.4, height), layout="constrained", facecolor="white")
+    drawn = Drawing(figsize=(6.4, height), layout="constrained", facecolor="white")
     panel = drawn.subplots()
     panel.set_ylim(-0.03, 1.03)
     panel.set_yticks(*SHARE_TICKS)

@@ -14,7 +14,7 @@ from leakbench.core.text import decimals, slug
 from leakbench.errors import BadOption
 from leakbench.plan.matrix import Matrix
 from leakbench.report.display import leakage_table, mean_text, to_markdown
-from leakbench.report.figure import GREY, key_below, plain, style
+from leakbench.report.figure import GREY, Drawing, key_below, plain, style
 from leakbench.report.run import RunData
 from leakbench.report.study import Line, StudyPage, draw_lines
 from leakbench.store.records import MetricInfo, StoredComponent
@@ -165,7 +165,7 @@ def _table(page: CurvesPage, kind: Kind, metrics: Sequence[MetricInfo]) -> str:
 
 def figure(page: CurvesPage) -> Figure:
     """Return a page's curves: a column for each axis, a row for each metric, a line for each attack."""
-    drawn = Figure(figsize=(5.6 * len(page.levels), 3.3 * len(CURVE_METRICS) + 0.9), layout="constrained")
+    drawn = Drawing(figsize=(5.6 * len(page.levels), 3.3 * len(CURVE_METRICS) + 0.9), layout="constrained")
     panels = drawn.subplots(len(CURVE_METRICS), len(page.levels), squeeze=False, sharey="row")
     attacks = page.attacked["attack"].drop_duplicates().tolist()
     for column, (kind, own) in enumerate(page.levels.items()):

@@ -1,22 +1,25 @@
 """Curves over iterations: how the objective of each attack falls behind each defense."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from leakbench.analysis.summary import blocks
-from leakbench.report.figure import COLOURS, plain
+from leakbench.report.figure import COLOURS, Drawing, plain
 from leakbench.report.run import ObjectiveCurves
 
 _LINES = ("-", "--", ":", "-.")
 _MIN_POINTS = 2
 
 
-def pages(results: pd.DataFrame, curves: ObjectiveCurves) -> Iterator[tuple[tuple[str, str, str], Figure]]:
-    """Yield for each dataset, model and threat model a figure: a panel an attack, a line a defense.
+def pages(
+    results: pd.DataFrame, curves: ObjectiveCurves
+) -> Iterator[tuple[tuple[str, str, str], Callable[[], Figure]]]:
+    """Yield for each dataset, model and threat model what draws its figure: a panel an attack, a line a defense.
 
     A line is the median over images and seeds at each evaluation that at least half of the trials reached, its band
     goes from the lower to the upper quartile. Objectives of different attacks have different units.
@@ -27,13 +30,13 @@ def pages(results: pd.DataFrame, curves: ObjectiveCurves) -> Iterator[tuple[tupl
     """
     known = results[results["trial"].isin({trial for trial, points in curves.items() if len(points) >= _MIN_POINTS})]
     for names, block in blocks(known):
-        yield names, _figure(block, curves, names)
+        yield names, partial(_figure, block, curves, names)
 
 
 def _figure(block: pd.DataFrame, curves: ObjectiveCurves, names: tuple[str, str, str]) -> Figure:
     attacks = list(dict.fromkeys(block["attack"].astype(str)))
     defenses = list(dict.fromkeys(block["defense"].astype(str)))
-    drawn = Figure(figsize=(5.6, 2.9 * len(attacks) + 0.6 + 0.2 * len(defenses)), layout="constrained")
+    drawn = Drawing(figsize=(5.6, 2.9 * len(attacks) + 0.6 + 0.2 * len(defenses)), layout="constrained")
     panels = drawn.subplots(len(attacks), 1, squeeze=False)[:, 0]
     for attack, panel in zip(attacks, panels):
         positive = True

@@ -26,6 +26,14 @@ _SETTINGS: Any = {"svg.hashsalt": "leakbench", "svg.fonttype": "path", "pdf.font
 _UNDATED: Any = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
+class Drawing(Figure):
+    """A figure that a notebook shows by itself; pyplot is not needed."""
+
+    def _repr_png_(self) -> bytes:
+        """Return the figure as PNG, which a notebook shows."""
+        return saved(self)
+
+
 def saved(drawn: Figure, kind: str = "png") -> bytes:
     """Return a figure as a file: the same bytes for the same figure, without a date.
 

@@ -1,15 +1,29 @@
 """``figures/``: a run's figures for a paper, each as PDF and SVG, the same bytes each time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 from matplotlib.figure import Figure
 
 from leakbench.analysis.pareto import Study
 from leakbench.core.text import slug
 from leakbench.report import charts, curves, descent, grids, utility
-from leakbench.report.figure import GREY, INK, ORANGE, SHARE_TICKS, bars, plain, saved
+from leakbench.report.figure import GREY, INK, ORANGE, SHARE_TICKS, Drawing, bars, plain, saved
 from leakbench.report.run import ObjectiveCurves, PicturesOf, RunData
 from leakbench.report.scenes import WorstCase, worst_cases
+
+CHARTS: Mapping[str, str] = {
+    "heatmap": "attackers x defenses, coloured by the share of images recovered",
+    "recovery": "the share of images that any attacker recovers behind each defense, with its interval",
+    "ssim": "the best SSIM after alignment of each image behind each defense",
+    "psnr": "the best PSNR after alignment of each image behind each defense",
+    "threshold": "images recovered against the threshold from which an image counts as recovered",
+    "evaluations": "images recovered against evaluations of an attack's objective",
+    "curves": "what leaks as noise grows or precision falls",
+    "objective": "how the objective of each attack falls over its evaluations",
+    "utility": "utility against leakage; needs the studies of leakbench run tradeoff",
+}
+"""Every kind of chart of a run, by name, and what it shows."""
 
 FIGURE_FORMATS = ("pdf", "svg")
 """The kinds of files of every figure."""
@@ -36,20 +50,28 @@ def figures(
         studies: utility and leakage.
         courses: by trial, the objective at some evaluations (``Store.curves``).
     """
-    scored = [scene for scene in worst_cases(run) if scene.known]
-    for index, scene in enumerate(scored):
-        yield from _both(f"worst-case-{index + 1:03}-{slug((scene.dataset, scene.model))}", _worst(scene))
-    for name, drawn in charts.charts(run):
-        yield from _both(name, drawn)
+    for chart in all_charts(run, studies, courses):
+        yield from _both(chart.file, chart.draw())
     for page in pages:
         yield from _both(f"grid-{page.file.removesuffix('.png')}", grids.figure(page, pictures(page.trials)))
-    for shown in curves.pages(run.summary, run.components):
-        yield from _both(shown.file.removesuffix(".png"), curves.figure(shown))
-    for index, (names, drawn) in enumerate(descent.pages(run.results, courses or {}), 1):
-        yield from _both(f"objective-{index:03}-{slug(names)}", drawn)
+
+
+def all_charts(
+    run: RunData, studies: Sequence[Study] = (), courses: ObjectiveCurves | None = None
+) -> Iterator[charts.Chart]:
+    """Yield every chart of ``CHARTS`` that a run has, not drawn; the arguments are those of ``figures``."""
+    scored = [scene for scene in worst_cases(run) if scene.known]
+    for index, one in enumerate(scored, 1):
+        scene = (one.dataset, one.model)
+        yield charts.Chart("recovery", scene, f"worst-case-{index:03}-{slug(scene)}", partial(_worst, one))
+    yield from charts.charts(run)
+    for page in curves.pages(run.summary, run.components):
+        yield charts.Chart("curves", page.block, page.file.removesuffix(".png"), partial(curves.figure, page))
+    for index, (block, draw) in enumerate(descent.pages(run.results, courses or {}), 1):
+        yield charts.Chart("objective", block, f"objective-{index:03}-{slug(block)}", draw)
     for index, study in enumerate(studies, 1):
-        name = slug(study.title.split(" · "))
-        yield from _both(f"utility-{index:02}-{name}", utility.figure(study))
+        names = tuple(study.title.split(" · "))
+        yield charts.Chart("utility", names, f"utility-{index:02}-{slug(names)}", partial(utility.figure, study))
 
 
 def _both(name: str, drawn: Figure) -> Iterator[tuple[str, bytes]]:
@@ -60,7 +82,7 @@ def _both(name: str, drawn: Figure) -> Iterator[tuple[str, bytes]]:
 def _worst(scene: WorstCase) -> Figure:
     """Draw the share of images recovered behind each defense with its interval, the least recovered at the top."""
     known, places = scene.known, range(len(scene.known))
-    drawn = Figure(figsize=(6.4, 1.3 + 0.3 * len(known)), layout="constrained", facecolor="white")
+    drawn = Drawing(figsize=(6.4, 1.3 + 0.3 * len(known)), layout="constrained", facecolor="white")
     panel = drawn.subplots()
     shares = [one.share for one in known]
     whiskers = bars(shares, [one.low for one in known], [one.high for one in known])

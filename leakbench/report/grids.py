@@ -22,7 +22,7 @@ from leakbench.analysis.summary import ANY, BLOCK, without_repeats
 from leakbench.core.images import decoded
 from leakbench.core.text import number, slug
 from leakbench.metrics.members import LabelCounts
-from leakbench.report.figure import GREY, RED, spelled
+from leakbench.report.figure import GREY, RED, Drawing, spelled
 from leakbench.store.records import Pictures, StoredMember
 
 MAX_ROWS = 12
@@ -230,7 +230,7 @@ def figure(page: GridPage, pictures: Mapping[str, Pictures]) -> Figure:
     step = high + 2 * _LINE + 12
     height = top + step * len(page.images) + _MARGIN
 
-    drawn = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
+    drawn = Drawing(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
     text: Any = partial(drawn.text, **_FONT)
     text(_MARGIN / width, 1 - _MARGIN / height, "\n".join(title), va="top", fontweight="bold")
     text(_MARGIN / width, 1 - (_MARGIN + _LINE * len(title)) / height, "\n".join(legend), va="top", color=GREY)

@@ -59,6 +59,11 @@ def render(
     )
 
 
+def fragment(template: str, **context: object) -> str:
+    """Return HTML for inside another page, such as a notebook, from a template; all it is given is escaped."""
+    return str(_environment(html=True).get_template(template).render(context)).strip()
+
+
 def embedded(data: object) -> str:
     """Return JSON that may stand inside a script element: no ``<`` that could end it."""
     return json.dumps(_finite(data), ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

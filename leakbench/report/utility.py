@@ -8,7 +8,7 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 
 from leakbench.analysis.pareto import Interval, Study
-from leakbench.report.figure import GREY, bars, key_below, plain, style
+from leakbench.report.figure import GREY, Drawing, bars, key_below, plain, style
 
 
 def draw_points(
@@ -39,7 +39,7 @@ def draw_points(
 
 def figure(study: Study) -> Figure:
     """Return a study's points as a figure, both axes in per cent."""
-    drawn = Figure(figsize=(6.4, 4.2 + 0.12 * len(study.points)), layout="constrained", facecolor="white")
+    drawn = Drawing(figsize=(6.4, 4.2 + 0.12 * len(study.points)), layout="constrained", facecolor="white")
     panel = drawn.subplots()
     front = study.front()
     places = [place for place, point in enumerate(study.points) if point in front]
