@@ -32,7 +32,7 @@ help:
 	@echo "make trained      train the networks that reports attack after training into runs/trained (80 minutes on one core)"
 	@echo "make fuzz         feed a million hostile inputs to what reads files and specs, hours"
 	@echo "make recheck      recompute the figures of README.md and reports/README.md from the committed data"
-	@echo "make docs         build the documentation into build/docs, and run the tutorial"
+	@echo "make docs         build the documentation into build/docs, and run the tutorial and the notebook"
 	@echo "make reference    write the pages of docs/reference from the code"
 	@echo "make wheel        build and check dist/*.tar.gz, and dist/*.whl from it"
 	@echo "make clean        remove what make made, the cache of datasets excepted"
@@ -150,6 +150,7 @@ recheck: setup
 docs: setup
 	@$(DOCS)/bin/mkdocs --version >/dev/null 2>&1 || { $(PYTHON) -m venv $(DOCS) && $(DOCS)/bin/python -m pip install --quiet --upgrade pip && $(DOCS)/bin/python -m pip install --quiet --group docs; }
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	@$(BIN)/python -c 'import ipykernel, nbclient' 2>/dev/null || $(BIN)/python -m pip install --quiet --group notebook
 	$(BIN)/python -m pytest -m docs
 
 reference: setup

@@ -49,6 +49,28 @@ def test_the_tutorial_runs_as_written(tmp_path, monkeypatch, registries):
     assert "sign" in (tmp_path / "runs" / "sign-worst" / "worst-case.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.docs
+def test_the_notebook_runs_and_shows_pictures(tmp_path, monkeypatch):
+    import nbclient  # make docs installs both
+    import nbformat
+
+    book = nbformat.read(DOCS / "notebook.ipynb", as_version=4)
+    nbformat.validate(book)
+    assert not any(cell.get("outputs") for cell in book.cells), "commit the notebook without outputs"
+    monkeypatch.setenv("LEAKBENCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(DOCS.parent))
+    nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = [set(output.data) for cell in book.cells for output in cell.get("outputs", ()) if "data" in output]
+    assert [sorted(kinds - {"text/plain"}) for kinds in shown] == [
+        ["text/html"],
+        ["image/png"],
+        ["image/png"],
+        ["image/png"],
+        ["text/html"],
+    ]
+    assert (tmp_path / "runs" / "notebook" / "run.sqlite").is_file()
+
+
 def test_the_closed_form_runs_as_written(capsys):
     ((_, _, text),) = BLOCK.findall((DOCS / "closed-forms.md").read_text(encoding="utf-8"))
     exec(text, {})

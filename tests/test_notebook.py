@@ -142,7 +142,6 @@ def test_reconstructions_are_drawn_below_their_truth_with_the_scores() -> None:
     assert np.allclose(above, below, atol=1e-4)  # the second: drawn aligned
     assert np.allclose(drawn.axes[0].images[0].get_array(), truth[0].movedim(0, -1))
     assert [drawn.axes[place].get_ylabel() for place in (0, 1)] == ["private", "attack"]
-    assert np.asarray(shown(drawn).convert("L")).std() > 5
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4])

@@ -198,7 +198,9 @@ def strips(crossing: Crossing, metric: str) -> Figure:
         plain(defense, 34): crossing.scored(defense).groupby(TARGET)[metric].max().dropna()
         for defense in crossing.defenses
     }
-    drawn = Drawing(figsize=(2.2 + 0.8 * len(best), 4.4), layout="constrained", facecolor="white")
+    title = f"Each image, {crossing.title}; bars are medians"
+    width = max(2.2 + 0.8 * len(best), _LETTER * 1.2 * len(title) + 1.2)
+    drawn = Drawing(figsize=(width, 4.4), layout="constrained", facecolor="white")
     panel = drawn.subplots()
     table = pd.DataFrame(best).head(MAX_STRIP_IMAGES)
     places = np.arange(table.shape[1])
@@ -214,7 +216,7 @@ def strips(crossing: Crossing, metric: str) -> Figure:
         panel.axhline(crossing.threshold, color=GREY, linestyle="--", linewidth=1)
     panel.set_xticks(places, list(best), rotation=35, ha="right", rotation_mode="anchor", fontsize=8)
     panel.set_ylabel(f"best {_UNITS[metric]}", fontsize=9)
-    panel.set_title(f"Each image, {crossing.title}; bars are medians", fontsize=10)
+    panel.set_title(title, fontsize=10)
     panel.grid(axis="y", alpha=0.3)
     return drawn
 
