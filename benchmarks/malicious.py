@@ -1,8 +1,9 @@
 """What a malicious server reads out of one gradient of a batch: ``python -m benchmarks.malicious``.
 
 It writes ``reports/malicious/batches.csv``: for each server, batch size, defense and draw of images the share of images
-that are recovered at 40 dB or more without knowing any, beside the theory's. CIFAR-10: the server's quantiles are of
-20,000 training images, the attacked images are test images, the network is an untrained LeNet. Minutes on one core.
+that are recovered at 40 dB or more without knowing any, beside the theory's; and ``noise.csv``: what the theory expects
+behind noise. CIFAR-10: the server's quantiles are of 20,000 training images, the attacked images are test images, the
+network is an untrained LeNet. Minutes on one core.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from torch import Tensor, nn
 
 from benchmarks.received import auc, flipped, noisy
 from leakbench import datasets, defenses, models
-from leakbench.attacks.crafted_rows import pixel_rows
-from leakbench.attacks.imprint import read_imprint
+from leakbench.attacks.crafted_rows import PixelRows, pixel_rows
+from leakbench.attacks.imprint import imprinted, read_imprint
 from leakbench.attacks.trap import read_traps
 from leakbench.core.rng import generator, seeded
-from leakbench.core.types import Gradient, ThreatModel
+from leakbench.core.types import Gradient, Secret, ThreatModel
 from leakbench.defenses import Defense, Step
 from leakbench.gradients.evaluate import architecture, tensors_of
 from leakbench.models import crafted
@@ -34,6 +35,8 @@ from leakbench.version import __version__
 
 FOLDER = Path(__file__).resolve().parent.parent / "reports" / "malicious"
 PAGE, RECEIVED, TEXT = FOLDER / "batches.csv", FOLDER / "received.csv", FOLDER / "malicious.md"
+NOISE = FOLDER / "noise.csv"
+"""What the theory expects behind noise, of the same draws."""
 
 SERVERS = ("imprint(bins=128)", "imprint", "trap")
 BATCHES = (16, 64, 128)
@@ -87,6 +90,13 @@ layer is that of the reconstruction, for one of the labels). It proves none behi
 know, and few behind noise.
 
 {table}
+
+What the theory says behind noise: the difference of two rows has noise of sqrt(2) times that of a row, and is divided
+by the image's error e. With deviations s and t of the noise on weights and bias, the squared error of a pixel x is
+about 2 (s^2 + t^2 x^2) / e^2, so that an image that is alone in its bin is recovered at 40 dB if that is 0.0001 or less
+on average. The errors e are those of the gradient without noise, of the same batches:
+
+{noise}
 
 *falsely proved*: {false} of all reconstructions that were proved are no image of the batch at 40 dB.
 
@@ -161,25 +171,12 @@ def add(
         for secret in secrets:
             shape = tuple(own[secret.name].shape)
             own[secret.name].copy_(secret.law.draw(shape, generator("malicious", secret.name)))
-    hidden = {secret.name for secret in secrets}
-    parameters = {key: value.detach()[None] for key, value in network.named_parameters() if key not in hidden}
-    buffers = {key: value for key, value in network.named_buffers() if key not in hidden}
     found = []
     for batch in batches:
         for draw in range(IMAGES // batch):
             chosen = torch.randperm(len(images), generator=generator("batch", batch, draw))[:batch]
             gradient = sent(network, defense, images[chosen], labels[chosen], clients, draw)
-            seen = Observation(
-                model=architecture(network),
-                weights=parameters | buffers,
-                gradient={key: value[None] for key, value in gradient.items() if key not in hidden},
-                secrets=secrets,
-                labels=None,
-                image_shape=(3, 32, 32),
-                num_classes=10,
-                mean_image=public.mean(0),
-                threat=ThreatModel(server=server),
-            )
+            seen = observed(network, gradient, server, public, secrets)
             found.append(measured(server, name, disguise, batch, draw, seen, images[chosen]))
     print(found[0], flush=True)
     pd.DataFrame(map(asdict, found)).round(4).to_csv(PAGE, index=False, mode="a", header=not PAGE.exists())
@@ -271,6 +268,7 @@ def page(batches: pd.DataFrame, received: pd.DataFrame) -> str:
         crafted=len(made),
         images=IMAGES,
         table=share_table(plain),
+        noise=noise_table(plain, pd.read_csv(NOISE)),
         false=f"{false} of {int(batches.proved.sum()):,}",
         kinds=", ".join(f"{count} {kind}" for kind, count in kinds.items()),
         auc=f"{auc(received):.4f}",
@@ -297,6 +295,78 @@ def share_table(plain: pd.DataFrame) -> str:
             f"| {proved:.3f} | {own.milliseconds.median():.0f} |"
         )
     return "\n".join(lines)
+
+
+def noise_table(plain: pd.DataFrame, expected: pd.DataFrame) -> str:
+    """Return the table of recovered and expected shares behind noise."""
+    lines = ["| server | noise | B | recovered | expected |", "|:--|:--|--:|--:|--:|"]
+    for (server, defense, batch), own in expected.groupby(["server", "defense", "batch"], sort=False):
+        same = plain[(plain.server == server) & (plain.defense == defense) & (plain.batch == batch)]
+        count = round(float((same.share * same.batch).sum()))
+        low, high = wilson(count, int(same.batch.sum()))
+        lines.append(
+            f"| {server} | {defense} | {batch} | {same.share.mean():.3f} [{low:.3f}, {high:.3f}] "
+            f"| {own.expected.mean():.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def expected_behind_noise(layer: PixelRows, truth: Tensor, scale: float) -> float:
+    """Return the share of images [B, C, H, W] that an imprint recovers at 40 dB behind relative noise, in theory.
+
+    Args:
+        layer: the crafted layer, with the gradient without noise.
+        truth: the images.
+        scale: of the noise, relative to the root mean square of a tensor.
+    """
+    order = imprinted(layer)
+    errors = layer.errors[order]
+    sizes = errors - torch.cat([errors[1:], torch.zeros_like(errors[:1])])
+    pixels = truth.double().flatten(1)
+    bins = torch.searchsorted(-layer.bias[order], pixels @ layer.weight[order[0]]) - 1
+    alone = torch.bincount(bins.clamp(min=0), minlength=len(order))[bins.clamp(min=0)] == 1
+    s, t = (scale * value.square().mean().sqrt() for value in (layer.change, layer.errors))
+    squared = 2 * (s.square() + t.square() * pixels.square().mean(1)) / sizes[bins.clamp(min=0)].square()
+    return float((alone & (bins >= 0) & (squared <= 10 ** (-RECOVERED / 10))).double().mean())
+
+
+def behind_noise(plain: nn.Module, images: Tensor, labels: Tensor, public: Tensor) -> pd.DataFrame:
+    """Return the expected share behind noise of every imprint, batch size and draw."""
+    rows = []
+    for server in SERVERS[:2]:
+        handed = crafted.handed_out(plain, server, public)
+        for batch in BATCHES:
+            for draw in range(IMAGES // batch):
+                chosen = torch.randperm(len(images), generator=generator("batch", batch, draw))[:batch]
+                gradient = sent(handed, defenses.parse("none"), images[chosen], labels[chosen], 1, draw)
+                (layer,) = pixel_rows(observed(handed, gradient, server, public))
+                for defense in (name for name in DEFENSES if name.startswith("noise")):
+                    scale = float(defense.split("scale=")[1].split(",")[0])
+                    expected = expected_behind_noise(layer, images[chosen], scale)
+                    rows.append(
+                        {"server": server, "defense": defense, "batch": batch, "draw": draw, "expected": expected}
+                    )
+    return pd.DataFrame(rows).round(4)
+
+
+def observed(
+    network: nn.Module, gradient: Gradient, server: str, public: Tensor, secrets: Sequence[Secret] = ()
+) -> Observation:
+    """Return what a malicious server sees of one client's gradient."""
+    hidden = {secret.name for secret in secrets}
+    parameters = {key: value.detach()[None] for key, value in network.named_parameters() if key not in hidden}
+    buffers = {key: value for key, value in network.named_buffers() if key not in hidden}
+    return Observation(
+        model=architecture(network),
+        weights=parameters | buffers,
+        gradient={key: value[None] for key, value in gradient.items() if key not in hidden},
+        secrets=tuple(secrets),
+        labels=None,
+        image_shape=(3, 32, 32),
+        num_classes=10,
+        mean_image=public.mean(0),
+        threat=ThreatModel(server=server),
+    )
 
 
 def detection_table(received: pd.DataFrame) -> str:
@@ -330,6 +400,8 @@ def main() -> None:
         if change is not None:
             handed = change(crafted.handed_out(plain, server, public))
             add(server, "none", disguise, BATCHES[:1], handed, images, labels, public)
+    if not NOISE.exists():
+        behind_noise(plain, images, labels, public).to_csv(NOISE, index=False)
     TEXT.write_text(page(pd.read_csv(PAGE), pd.read_csv(RECEIVED)), encoding="utf-8")
 
 

@@ -137,6 +137,24 @@ def test_an_honest_network_is_no_imprint() -> None:
 
 
 @pytest.mark.long
+def test_a_malicious_server_attacks_clients_of_several_images_in_a_run(tmp_path) -> None:
+    matrix = Matrix(
+        attacks=["imprint", "others"], defenses=["none", "secagg(clients=2)"], models=["lenet"],
+        datasets=["samples(size=12)"], threats=["server=imprint(bins=256)"], clients=["local(batch=4)"], images=8,
+        metrics=["psnr", "recovered_share"], threshold=0.6,
+    )  # fmt: skip
+    done = run(matrix, tmp_path / "run")
+    table = done.results()
+    own = table[table["attack"] == "imprint"].set_index("defense")
+    assert own["status"].eq("ok").all()
+    for defense in ("none", "secagg(clients=2)"):
+        assert float(own.loc[defense, "psnr"].mean()) > 40
+    assert float(table[table["attack"] == "others"]["psnr"].max()) < 25
+    done.report(["md"])
+    assert "A malicious server, which crafted the network" in (tmp_path / "run" / "report.md").read_text()
+
+
+@pytest.mark.long
 def test_a_crafted_network_is_another_target_and_another_row(tmp_path) -> None:
     matrix = Matrix(
         attacks=["imprint", "grey"], defenses=["none"], models=["lenet"], datasets=["samples(size=8, channels=1)"],
