@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakbench import attacks, datasets, defenses, metrics, models
+from leakbench.api import run
 from leakbench.attacks.dip import DeepImagePrior
 from leakbench.attacks.disaggregate import layer_changes
 from leakbench.attacks.gradinversion import GradInversion, consensus, granted_statistics
@@ -18,11 +19,12 @@ from leakbench.attacks.matching import double
 from leakbench.clients.local import Local
 from leakbench.core.rng import Rng
 from leakbench.core.types import PRESETS, ThreatModel
+from leakbench.engine.batch_size import repeated
 from leakbench.errors import Unsupported
 from leakbench.gradients.normalisation import batch_normalisations
 from leakbench.models import OwnModule
 from leakbench.observation import Observation
-from leakbench.plan.matrix import parse_threat
+from leakbench.plan.matrix import Matrix, parse_threat
 from leakbench.victim import Client, observe
 
 BARE = "vit(first=bare, patch=2, dim=32, depth=2, init=uniform(0.5))"
@@ -182,6 +184,7 @@ def test_what_statistics_a_threat_model_grants(shares: str) -> None:
         for name in batch_normalisations(seen["sent"].model)
         for part in ("running_mean", "running_var")
     }
+    assert {value.shape for value in repeated(seen["sent"], 3, False).statistics.values()} == {(3, 12)}
     granted = {kind: granted_statistics(own) for kind, own in seen.items()}
     attack = attacks.parse("gradinversion")
     objective = attack._objective(replace(seen["exact"], labels=torch.zeros(1, 3, dtype=torch.int64)), Rng(("a",)))
@@ -232,6 +235,21 @@ def test_a_group_of_seeds_is_drawn_to_its_mean_and_the_best_is_returned() -> Non
     loose = attacks.parse("gradinversion(steps=15, seeds=3, group=0)")(seen, Rng(("a", "b")))
     assert bool((tight.findings["group_spread"] < 0.8 * loose.findings["group_spread"]).all())
     assert isinstance(one, GradInversion)
+
+
+@pytest.mark.long
+def test_batch_statistics_are_granted_in_a_run(tmp_path) -> None:
+    matrix = Matrix(
+        attacks=["gradinversion(steps=5, seeds=2)", "grey"], defenses=["none", "secagg(clients=2)"], models=["lenet-bn"],
+        datasets=["samples(size=12)"], threats=["statistics=sent", "statistics=exact", "paper"],
+        clients=["local(batch=2)"], images=4,
+    )  # fmt: skip
+    table = run(matrix, tmp_path / "run").results()
+    own = table[table["attack"].str.startswith("gradinversion")].set_index(["defense", "threat"])["status"]
+    assert own.loc["none"].eq("ok").all()
+    refused = own.loc["secagg(clients=2)"]
+    assert refused[~refused.index.str.startswith("paper")].eq("unsupported").all()
+    assert refused[refused.index.str.startswith("paper")].eq("ok").all()
 
 
 # deep image prior

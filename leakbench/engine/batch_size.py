@@ -93,6 +93,7 @@ def repeated(blank: Observation, trials: int, own: bool) -> Observation:
         labels=None if blank.labels is None else blank.labels.expand(trials, *blank.labels.shape[1:]),
         counts=None if blank.counts is None else blank.counts.expand(trials, -1),
         order=tuple(rows.expand(trials, -1) for rows in blank.order),
+        statistics={name: value.expand(trials, -1) for name, value in blank.statistics.items()},
     )
 
 
