@@ -240,8 +240,8 @@ def test_a_group_of_seeds_is_drawn_to_its_mean_and_the_best_is_returned() -> Non
 @pytest.mark.long
 def test_batch_statistics_are_granted_in_a_run(tmp_path) -> None:
     matrix = Matrix(
-        attacks=["gradinversion(steps=5, seeds=2)", "grey"], defenses=["none", "secagg(clients=2)"], models=["lenet-bn"],
-        datasets=["samples(size=12)"], threats=["statistics=sent", "statistics=exact", "paper"],
+        attacks=["gradinversion(steps=5, seeds=2)", "grey"], defenses=["none", "secagg(clients=2)"],
+        models=["lenet-bn"], datasets=["samples(size=12)"], threats=["statistics=sent", "statistics=exact", "paper"],
         clients=["local(batch=2)"], images=4,
     )  # fmt: skip
     table = run(matrix, tmp_path / "run").results()
