@@ -32,7 +32,7 @@ class April(Attack):
 
     reference: ClassVar[str] = (
         "Lu, Zhang, Liu, Yu, Wang, Wang, Hou and Cheng 2022, APRIL: Finding the Achilles' Heel on Privacy for Vision "
-        "Transformers, CVPR, arXiv 2112.14087, theorem 1"
+        "Transformers, CVPR, arXiv 2112.14087 (the closed form)"
     )
     assumes: ClassVar[str] = (
         "A position embedding that is trained and added right before an attention, without a normalisation or a skip "

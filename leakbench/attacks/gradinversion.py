@@ -50,7 +50,7 @@ class GradInversion(GradientMatching):
     batches: ClassVar[bool] = True
     reference: ClassVar[str] = (
         "Yin, Mallya, Vahdat, Alvarez, Kautz and Molchanov 2021, See through Gradients: Image Batch Recovery via "
-        "GradInversion, CVPR, arXiv 2104.07586, equations 2 to 11"
+        "GradInversion, CVPR, arXiv 2104.07586"
     )
     assumes: ClassVar[str] = (
         "A trained network with batch normalisation. The paper knows the statistics of the batch (statistics=exact in "
