@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DOCS := .venv-docs
 EXTRAS := .venv-extras
+CORE := $(VENV)/.core
 READY := $(VENV)/.ready
 TRUNKS := lpips-alex lpips-vgg
 DATA := mnist fashion-mnist cifar10
@@ -16,7 +17,7 @@ SWEEP ?= pairs
 .PHONY: cuda-wheels cuda-check help setup demo trunks pretend test test-device test-full test-long torture test-browser test-extras test-assets assets check format trained fuzz recheck docs reference wheel clean
 
 help:
-	@echo "make demo         set up, and run three attacks against five defenses on the images that ship with leakbench"
+	@echo "make demo         set up, and run four attacks against seven defenses on the images that ship with leakbench"
 	@echo "make test         set up, and run the tests that need no network"
 	@echo "make test-long    run the longest tests: the paper's tables in small, killed runs, an installed package, a small benchmark"
 	@echo "make test-device  compare attacks on a pretended GPU with the CPU, which takes minutes (SWEEP=pairs|full)"
@@ -39,18 +40,23 @@ help:
 
 setup: $(READY)
 
-$(READY): pyproject.toml
+# What a run needs. Without bytecode, which Python writes at the first import of what is used: a minute sooner.
+$(CORE): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11, 4) else "error: leakbench needs Python 3.11.4 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; run make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --no-compile --editable .
+	@touch $@
+
+$(READY): $(CORE)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@
 
-demo: setup trunks
-	$(BIN)/leakbench run matrix --suite quick --out runs/quick
+demo: $(CORE) trunks
+	$(BIN)/leakbench run matrix --suite quick --workers "$$(getconf _NPROCESSORS_ONLN)" --out runs/quick
 
 # LPIPS needs its trained trunks; without them the demo's LPIPS columns stay empty.
-trunks: setup
+trunks: $(CORE)
 	@$(BIN)/leakbench assets fetch $(TRUNKS) || echo "LPIPS is left out: no source of its weights could be reached"
 
 # The pretended GPU of tests/device, compiled once. PRETEND=required fails without a compiler; otherwise its tests are skipped.

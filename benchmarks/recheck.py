@@ -1,4 +1,4 @@
-"""Recomputes the figures of README.md, reports/README.md and docs/paper.md: ``python -m benchmarks.recheck``.
+"""Recomputes the figures of README.md, reports/README.md, docs/paper.md and docs/worst-case.md: ``python -m benchmarks.recheck``.
 
 A paragraph, list item or table with figures is followed by a comment that names where they come from, its *mark*:
 
@@ -48,7 +48,7 @@ from leakbench.core.text import plural
 from leakbench.plan.matrix import RECOVERY
 from leakbench.report.worst_case import ranking
 
-TEXTS = ("README.md", "reports/README.md", "docs/paper.md")
+TEXTS = ("README.md", "reports/README.md", "docs/paper.md", "docs/worst-case.md")
 TEST_IMAGES = 10_000
 """Test images of MNIST and of CIFAR-10, over which an accuracy has its interval."""
 TIE = 1e-9

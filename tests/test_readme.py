@@ -46,7 +46,8 @@ def test_the_defenses_that_state_no_adaptive_attacker_are_those_that_are_named()
     from leakbench import defenses
     from leakbench.defenses.adaptive import CONTROLS
 
-    (named,) = re.findall(r"A defense that states\s+none (\([^)]*\) is simulated.*?) such a cell", TEXT, re.DOTALL)
+    text = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
+    (named,) = re.findall(r"A defense that states\s+none (\([^)]*\) is simulated.*?) such a cell", text, re.DOTALL)
     own = {name: defenses.get(name) for name in defenses.names()}
     silent = {name for name, cls in own.items() if cls.__module__.startswith("leakbench.") and not cls().attackers()}
     assert set(re.findall(r"`([^`]+)`", named)) == silent == CONTROLS | {"ats"}

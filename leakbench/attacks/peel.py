@@ -131,7 +131,7 @@ class Peel(Attack):
         if not convolutions:
             return None
         rows = _rows(observation, chain.masks, 0, observation.trials)
-        self._peel(replace(chain, layers=chain.layers[convolutions[-1] :]), rows)
+        self._peel(replace(chain, layers=chain.layers[convolutions[-1] :]), rows, rounds=0)
         return observation.trials * self._bytes(chain, observation)
 
     def run(self, observation: Observation, rng: Rng) -> Reconstruction:
@@ -144,7 +144,7 @@ class Peel(Attack):
             1, int(SHARE * free_memory(observation.device) / self._bytes(chain, observation))
         )
         bounds = [(begin, min(begin + size, trials)) for begin in range(0, trials, size)]
-        parts = [self._peel(chain, _rows(observation, chain.masks, *each)) for each in bounds]
+        parts = [self._peel(chain, _rows(observation, chain.masks, *each), GUESS_ROUNDS) for each in bounds]
         images, seen = (torch.cat([part[at] for part in parts]).view(trials, *observation.image_shape) for at in (0, 1))
         images = fill_in(images, seen, observation.mean_image, self.colour)
         return Reconstruction(
@@ -187,10 +187,10 @@ class Peel(Attack):
         factored = factors(chain, observation) or self.variances == "marginal"
         return 8 * (MATRIX_COPIES * largest**2 if factored else VECTOR_COPIES * largest)
 
-    def _peel(self, chain: Chain, observation: Observation) -> tuple[Tensor, Tensor, Tensor]:
+    def _peel(self, chain: Chain, observation: Observation, rounds: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the input of the lowest layer [T, ...], bool for what dropout left of it, and a misfit [T].
 
-        The misfit is that of the lowest convolution's equations.
+        The misfit is that of the lowest convolution's equations. Withheld values are guessed anew ``rounds`` times.
         """
         tensors, sent, layers = observation.weights, observation.gradient, chain.layers
         curved = [isinstance(layer, Activation) for layer in layers if not isinstance(layer, Reshape)]
@@ -210,7 +210,7 @@ class Peel(Attack):
         # the solution, carried forward to the linear layer, gives a better guess. A secret normalisation prevents that.
         guessed = value.variance.isinf()
         secret = any(isinstance(layer, Normalisation) and layer.secret for layer in layers[highest:])
-        for _ in range(GUESS_ROUNDS if bool(guessed.any()) and not secret else 0):
+        for _ in range(rounds if bool(guessed.any()) and not secret else 0):
             features = state.value.mean
             for layer in layers[highest:]:
                 features = layer.forward(features, tensors)

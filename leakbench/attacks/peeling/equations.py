@@ -27,9 +27,6 @@ from leakbench.gradients.convolution import Geometry, convolve, input_gradient, 
 TEMPORARY_SHARE = 8
 """The temporaries of all trials' matrices take at most one of this many parts of the matrices' memory."""
 
-FACTORED_UNKNOWNS = 1024
-"""Systems of no more unknowns are factored, which is as fast as conjugate gradients."""
-
 OUTPUT_DEVIATION = 0.2
 """The standard deviation of w * a that is assumed before a normalisation of unknown scale, for a kernel of norm 1."""
 
@@ -90,7 +87,7 @@ def undo_convolution(
         1 / power if prior is None else torch.ones_like(power),
     )
     marginal = marginal and prior is None
-    if marginal or kernel.device.type != "cpu" or prod(layer.inputs) <= FACTORED_UNKNOWNS:
+    if marginal or kernel.device.type != "cpu":
         a, variance = problem.factor(marginal)
     else:
         a, variance = problem.descend()
