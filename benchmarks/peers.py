@@ -125,9 +125,9 @@ Each attack where its paper has it work, at a size that fits a CPU. Made by `pyt
 - **April** solves for the image if the attention takes the embedded patches themselves, and if the weights are wide:
   with torch's default weights all tokens get nearly the same attention, and rounding decides.
 - **The cocktail party attack** separates small batches behind a sigmoid, in part, and fewer images of larger ones.
-- **GradInversion** gains from each of its priors. The statistics of the batch itself are an upper bound that no server
-  has; what a server has by default, the running statistics, gains less. *sent*: the client sends its buffers.
-- **The deep image prior** is compared with searches over pixels (`ig`) and over a generator (`grnn`) of as many steps.
+
+**GradInversion** (what each of its priors gains) and **the deep image prior** (beside searches over pixels, `ig`, and
+over a generator, `grnn`, of as many steps) are in the table as far as they were run; the program adds missing rows.
 
 {table}
 """
