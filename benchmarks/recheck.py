@@ -1,4 +1,4 @@
-"""Recomputes the figures of README.md, reports/README.md, docs/paper.md and docs/worst-case.md: ``python -m benchmarks.recheck``.
+"""Recomputes the figures of the READMEs and of the docs on results: ``python -m benchmarks.recheck``.
 
 A paragraph, list item or table with figures is followed by a comment that names where they come from, its *mark*:
 
