@@ -179,6 +179,9 @@ def test_suites_and_threats(cli):
     assert re.search(r"^quick +4 attacks, 7 defenses, 1 model and 1 dataset +–$", table, re.M)
     assert re.search(r"^curves .* cpu \(default\), smoke$", table, re.M)
     assert re.search(r"^quick\n    models: lenet", cli("list", "suites", "quick").out, re.M)
+    assert (
+        '    stage 2: lb(steps=200, secrets=optimise); threats: "informed=every"' in cli("list", "suites", "quick").out
+    )
     refused(cli("list", "suites", "quik"), "'quik'", "quick")
     text = cli("list", "threats").out
     assert re.search(r"^known-label\n    The label is known\.$", text, re.M)

@@ -94,11 +94,23 @@ def _suite(name: str, axes: Mapping[str, Any]) -> None:
     typer.echo(name)
     words = {"default": "default scale", "scale": "scales"}
     for axis, value in axes.items():
-        if axis == "rows":
+        if axis == "stages":
+            for number, stage in enumerate(value, 1):
+                grants = ", ".join(map(_grant, stage.get("threats", ["paper"])))
+                typer.echo(f"    stage {number}: {', '.join(map(str, stage['attacks']))}; threats: {grants}")
+        elif axis == "rows":
             typer.echo(f"    rows: {len(value)}, each with its own axes")
         elif axis != "name":  # of the table of scales, only their names
             axis = words.get(axis, axis)
             typer.echo(f"    {axis}: {', '.join(map(str, value)) if isinstance(value, (list, dict)) else value}")
+
+
+def _grant(threat: object) -> str:
+    """Return a threat model of a matrix file as --threat takes it."""
+    if isinstance(threat, Mapping):
+        words = {field: str(value).lower() if isinstance(value, bool) else value for field, value in threat.items()}
+        return f'"{", ".join(f"{field}={value}" for field, value in words.items())}"'
+    return str(threat)
 
 
 @app.command()
