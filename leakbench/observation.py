@@ -1,7 +1,8 @@
 """What an attacker sees."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +95,18 @@ class Observation:
             f"{str(self.dtype).removeprefix('torch.')} on {self.device}",
         ]
         return f"Observation({', '.join(parts)})"
+
+    def to(self, device: torch.device | str) -> "Observation":
+        """Return the same on a device; a tensor that all trials share is held there once, too."""
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                shared = value.ndim > 0 and value.stride(0) == 0
+                return value[:1].to(device).expand(value.shape) if shared else value.to(device)
+            return {name: moved(item) for name, item in value.items()} if isinstance(value, Mapping) else value
+
+        own = {one.name: getattr(self, one.name) for one in fields(self)}
+        return replace(self, **{name: moved(item) for name, item in own.items() if isinstance(item, (Tensor, Mapping))})
 
     @property
     def trials(self) -> int:

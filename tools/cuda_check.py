@@ -100,6 +100,9 @@ def network(spec: str) -> nn.Module:
         return models.parse(spec).build(IMAGE, DATA.num_classes)
 
 
+CPU = torch.device("cpu")
+
+
 def observed(spec: str, device: torch.device, trials: int, **case: Any) -> leakbench.Observation:
     """Return what a server on a device sees of some images."""
     images, labels = DATA.load([index % len(DATA) for index in range(trials)])
@@ -107,11 +110,16 @@ def observed(spec: str, device: torch.device, trials: int, **case: Any) -> leakb
     return leakbench.observe(network(spec), images, labels, device=str(device), **data, **case)
 
 
+def watched(spec: str, device: torch.device, trials: int, **case: Any) -> leakbench.Observation:
+    """Return on a device what a server sees of clients on the CPU: the same digits for every device."""
+    return observed(spec, CPU, trials, **case).to(device)
+
+
 def problem(
     attack: str, spec: str, device: torch.device, exact: bool, trials: int = 2, **case: Any
 ) -> tuple[MatchingObjective, Unknowns]:
     """Return the objective of a gradient matching attack, and its start."""
-    method, known = prepare(attacks.parse(attack), observed(spec, device, trials, **case))
+    method, known = prepare(attacks.parse(attack), watched(spec, device, trials, **case))
     assert isinstance(method, GradientMatching)
     rng = Rng(tuple(map(str, range(trials))), known.device)
     objective = method._objective(double(known) if exact else known, rng).with_path()
@@ -127,9 +135,6 @@ def error(found: Tensor, expected: Tensor) -> float:
 def largest_error(found: tuple[Tensor, Unknowns], expected: tuple[Tensor, Unknowns]) -> float:
     """Return the largest relative error of a value and its gradients."""
     return max([error(found[0], expected[0]), *(error(found[1][name], expected[1][name]) for name in expected[1])])
-
-
-CPU = torch.device("cpu")
 
 
 def evaluations(check: Check) -> Found:
@@ -304,7 +309,7 @@ def searches(check: Check) -> Found:
     ]
     for attack, case in cases[:4] if check.small else cases:
         images = [
-            leakbench.attack(attack, double(observed("lenet", device, 2 if check.small else 4, **case))).images
+            leakbench.attack(attack, double(watched("lenet", device, 2 if check.small else 4, **case))).images
             for device in (CPU, check.device)
         ]
         worst = error(images[1], images[0])

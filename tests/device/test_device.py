@@ -7,7 +7,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Self
@@ -73,21 +73,7 @@ def stepped(
 
 def seen(device: str, *case: Any, **options: Any) -> Observation:
     """Return what a server on a device sees of small clients that take their steps on the CPU."""
-    return moved(stepped("cpu", *case, **options), device)
-
-
-def moved(value: Any, device: str) -> Any:
-    """Return an observation on a device; tensors that all trials share stay shared."""
-    if isinstance(value, Tensor):
-        shared = value.ndim > 0 and value.stride(0) == 0
-        return value[:1].to(device).expand(value.shape) if shared else value.to(device)
-    if isinstance(value, Mapping):
-        return {name: moved(item, device) for name, item in value.items()}
-    if isinstance(value, Observation):
-        own = {field.name: getattr(value, field.name) for field in fields(value)}
-        tensors = {name: item for name, item in own.items() if isinstance(item, (Tensor, Mapping))}
-        return replace(value, **moved(tensors, device))
-    return value
+    return stepped("cpu", *case, **options).to(device)
 
 
 def attacked(attack: str, observation: Observation) -> Reconstruction:
