@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import gc
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -622,3 +624,16 @@ def test_each_worker_has_a_device_of_its_own(gpu: ModuleType, tmp_path: Path) ->
     # whatever names no index is made on the worker's own device, and takes no memory of another one
     own, _ = ran(tmp_path / "own", attack, 2, ["current_device"], device="pretend:1", chunk=1, workers=2)
     assert list(own["current_device"]) == [1.0, 1.0]
+
+
+@pytest.mark.long
+def test_the_check_of_a_gpu_passes_on_the_pretended_one(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "tools/cuda_check.py", "--device", "pretend", "--small", "--out", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    verdicts = {line.split()[1] for line in done.stdout.splitlines() if line[:1] == " "}
+    assert {"PASS", "INFO", "SKIP"} >= verdicts > {"INFO"}
+    assert (tmp_path / "check.md").exists()
