@@ -193,9 +193,10 @@ class RecoveredShare(BatchMetric):
         """Return the share."""
         values = scored.values.get(AlignedSSIM.name)
         none = self(scored.images, scored.truth)
-        return (
-            none if values is None else torch.where(values.isnan().any(1), none, (values >= RECOVERED).double().mean(1))
-        )
+        if values is None:
+            return none
+        shares = (values >= RECOVERED).double().mean(1)
+        return torch.where(values.isnan().any(1), none.to(shares), shares)
 
 
 @register("identified")

@@ -484,6 +484,34 @@ def test_a_chunk_that_does_not_fit_is_halved_and_then_fits(
     assert [line for line in notes if "memory" in line] == ["16 trials at a time do not fit into memory; trying 8"]
 
 
+BATCHES: Mapping[str, Mapping[str, Any]] = {
+    "ig(steps=2)": {"defenses": ["none", "keylock(length=9)"]},
+    "lb(steps=2)": {"models": ["mlp(hidden=8)"]},
+    "disaggregate": {"models": ["mlp(hidden=64)"]},
+    "cocktail": {"models": ["mlp(hidden=16, activation=sigmoid)"]},
+    "imprint": {"threats": ["server=imprint(bins=16)"], "defenses": ["none", "secagg(clients=2)"]},
+    "trap": {"threats": ["server=trap"]},
+}
+"""Attacks on clients of several images, and what each needs."""
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [pytest.param(one, marks=() if one in ("imprint", "lb(steps=2)") else pytest.mark.long) for one in BATCHES],
+)
+def test_clients_of_several_images_end_as_on_the_cpu(gpu: ModuleType, tmp_path: Path, attack: str) -> None:
+    usual = {"defenses": ["none"], "models": ["lenet"], "datasets": ["samples(size=12)"], "images": 4}
+    matrix = leakbench.Matrix(attacks=[attack], clients=["local(batch=2)"], **{**usual, **BATCHES[attack]})
+    found = {}
+    for device in ("cpu", "pretend:1"):
+        engine.run(matrix, tmp_path / device, engine.RunOptions(device=device, salt="0" * 32), progress=Told())
+        found[device] = leakbench.Run(tmp_path / device).results()
+    assert list(found["pretend:1"]["reason"]) == list(found["cpu"]["reason"])
+    assert "error" not in set(found["cpu"]["status"])
+    for score in ("psnr", "recovered_share"):  # dB: a separation by independence amplifies rounding
+        assert list(found["pretend:1"][score]) == pytest.approx(list(found["cpu"][score]), abs=0.5, nan_ok=True)
+
+
 # Draws and precision
 
 
