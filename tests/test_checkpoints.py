@@ -22,7 +22,8 @@ from leakbench.store.run_file import FILE, Store
 SHAPE = (1, 33, 33)
 TRAINED = Training("epoch 12 of 200", 0.8125, "cifar10")
 NARROW = {name: {"width": 2} for name in ("convnet", "resnet18", "resnet32", "resnet34")} | {
-    "vgg16": {"width": 2, "hidden": 4}
+    "vgg16": {"width": 2, "hidden": 4},
+    "vit": {"patch": 11},
 }
 LOADING = [name for name in models.names() if "weights" in models.registry.fields(models.get(name))]
 WORDS = "stage epoch 12 of 200, test accuracy 81.25 % on cifar10"

@@ -445,7 +445,7 @@ def batch_trained_behind(defense: Defense, factor: float = 1.0) -> tuple[bool, b
         trainee.network[-1].weight.mul_(factor)
     before = trainee.shared()
     images, labels = Smooth().load(range(4))
-    sgd, state = rule(Recipe(), 1), resumed(trainee, {})
+    sgd, state = rule(Recipe(), 1), resumed(trainee, {}, {})
     try:
         descend(trainee, sgd, state, images, labels, generator("release"), defended=True, classes=4)
     finally:
