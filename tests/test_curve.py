@@ -74,6 +74,7 @@ def test_a_solver_notes_the_objective_at_its_marks(slots: int | None) -> None:
     assert torch.equal(evolved.curve.values[:, -1], evolved.value)
 
 
+@pytest.mark.long
 def test_curves_go_through_the_run_file_into_the_page_and_the_figures(tmp_path: Path) -> None:
     curve = Curve(300, 1, torch.logspace(2, -3, len(marks(300)))[None]).rows()[0]
     results = [scored(GREY, NONE, i, 0.3) for i in range(2)]

@@ -92,6 +92,7 @@ def test_a_matrix_without_a_curve_is_refused() -> None:
         curves.check([matrix(threshold=0.5)])
 
 
+@pytest.mark.long
 def test_a_run_over_strengths_has_a_table_and_a_figure(tmp_path: Path) -> None:
     results = go(matrix(), tmp_path)
     written = [path.relative_to(tmp_path).as_posix() for path in report.write(tmp_path)]

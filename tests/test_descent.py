@@ -377,6 +377,7 @@ def test_a_wrong_sum_of_errors_corrects_the_mask_near_the_threshold(wrong: list[
     assert torch.equal(unexplained, mask)
 
 
+@pytest.mark.long
 def test_scale_and_shift_of_a_key_lock_are_searched_for_with_the_image() -> None:
     model = residual()
     images = F.interpolate(rand(1, 3, 4, 4, seed=1).double(), scale_factor=2, mode="bilinear")

@@ -44,9 +44,11 @@ def test_the_tutorial_runs_as_written(tmp_path, monkeypatch, registries):
             assert end.value.code == 0, line
             ran += 1
     assert ran >= 6
-    for folder in ("first", "threats", "mine", "sign", "python"):
+    for folder in ("first", "threats", "mine", "largest", "python"):
         assert (tmp_path / "runs" / folder / "run.sqlite").is_file()
-    assert "sign" in (tmp_path / "runs" / "sign-worst" / "worst-case.md").read_text(encoding="utf-8")
+    text = (tmp_path / "runs" / "largest" / "report.md").read_text(encoding="utf-8")
+    assert re.search(r"^\| largest +\| 100 % \[34, 100\] +\| lb \(simulate\) 2 +\|", text, re.M)
+    assert list((tmp_path / "runs" / "largest" / "figures").glob("heatmap-*.pdf"))
 
 
 @pytest.mark.docs

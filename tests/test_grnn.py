@@ -293,6 +293,7 @@ def test_the_sorted_distance_compares_distributions() -> None:
 # what it finds
 
 
+@pytest.mark.long
 def test_small_photographs_are_recovered_with_their_labels() -> None:
     images, labels = datasets.parse("samples(size=16)").load([0, 1])
     with seeded("network"):

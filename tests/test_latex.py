@@ -117,6 +117,7 @@ def test_strange_runs_have_tables(tmp_path):
             balanced(text)
 
 
+@pytest.mark.long
 def test_figures_are_the_same_each_time(tmp_path):
     results = [scored(a, d, i, 0.3 + 0.1 * i) for a in (GREY, DLG) for d in (NONE, NOISE) for i in range(3)]
     results.append(scored(DLG, named(TinyDefense, "guard")(note=NASTY + " $x$"), 0, 0.9))

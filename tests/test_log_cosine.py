@@ -51,6 +51,7 @@ def test_the_objective_is_finite_at_the_private_image() -> None:
     assert bool(torch.isfinite(slope).all())
 
 
+@pytest.mark.long
 def test_each_trial_gets_the_weight_of_the_best_short_search() -> None:
     observation = seen()
     attack = LogCosine(steps=60, tv=0.5, ratio=4, pilot=0.5)

@@ -308,6 +308,7 @@ def test_a_new_version_makes_another_trial(monkeypatch: pytest.MonkeyPatch) -> N
     assert one().id == before
 
 
+@pytest.mark.long
 def test_ids_are_the_same_in_another_process() -> None:
     axes = {
         "attacks": ["dlg", "ig(lr=0.3)"],

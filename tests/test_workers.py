@@ -169,6 +169,7 @@ def test_a_temporary_folder_is_deleted_by_others_once_its_process_has_ended(tmp_
     assert not own.exists()
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_the_workers_and_the_run_is_resumed(tmp_path):
     matrix = plan(attacks=["random", "mean"], images=8)
     with pytest.raises(KeyboardInterrupt):
