@@ -470,6 +470,6 @@ def test_networks_and_defenses_that_are_refused(model: str, defense: str, reason
 
 
 def test_images_that_are_too_large_are_refused() -> None:
-    observation = watch("lenet", defense="keylock", shape=(3, 72, 72), trials=1)
+    observation = watch("lenet", shape=(3, 72, 72), trials=1)
     with pytest.raises(Unsupported, match="up to 12288 values"):
         attacks.parse("peel").check(observation)

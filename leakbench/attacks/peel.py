@@ -37,8 +37,8 @@ from leakbench.models.surgery import linears
 from leakbench.observation import Observation
 
 MAX_UNKNOWNS = 12288
-"""The most unknowns of a layer whose system is factored, which takes N^3 operations, and N^2 numbers
-``MATRIX_COPIES`` times."""
+"""The most unknowns that a layer may have: any system may have to be factored, which takes N^3 operations, and N^2
+numbers ``MATRIX_COPIES`` times."""
 
 MATRIX_COPIES = 7
 """How many matrices of the largest system are held for each trial if it is factored."""
@@ -184,7 +184,8 @@ class Peel(Attack):
     def _bytes(self, chain: Chain, observation: Observation) -> int:
         """Return how many bytes the largest system takes for each trial."""
         largest = max((prod(layer.inputs) for layer in chain.layers if isinstance(layer, Convolution)), default=1)
-        factored = factors(chain, observation) or self.variances == "marginal"
+        normalised = any(isinstance(layer, Normalisation) for layer in chain.layers)
+        factored = normalised or self.variances == "marginal" or observation.device.type != "cpu"
         return 8 * (MATRIX_COPIES * largest**2 if factored else VECTOR_COPIES * largest)
 
     def _peel(self, chain: Chain, observation: Observation, rounds: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -274,10 +275,10 @@ def served_chain(observation: Observation) -> Chain:
         if not isinstance(layer, Convolution):
             continue
         unknowns = prod(layer.inputs)
-        if unknowns > MAX_UNKNOWNS and factors(chain, observation):
+        if unknowns > MAX_UNKNOWNS:
             raise Unsupported(
-                f"peel solves for up to {MAX_UNKNOWNS} values at once before a normalisation, or on a GPU, and "
-                f"{layer.name} takes {unknowns}; use smaller images"
+                f"peel solves for up to {MAX_UNKNOWNS} values at once, and {layer.name} takes {unknowns}; "
+                "use smaller images"
             )
         if all(isinstance(lower, Reshape) for lower in chain.layers[:index]):
             continue  # the prior determines what the equations of an image do not
@@ -293,11 +294,6 @@ def served_chain(observation: Observation) -> Chain:
         if isinstance(upper, Normalisation):
             clue(layer, chain.layers[:index], not upper.secret, observation.gradient)
     return chain
-
-
-def factors(chain: Chain, observation: Observation) -> bool:
-    """Whether matrices are factored: of a normalisation's convolution always, of others on a GPU only."""
-    return observation.device.type != "cpu" or any(isinstance(layer, Normalisation) for layer in chain.layers)
 
 
 def _dropped(chain: Chain, index: int) -> int:

@@ -81,13 +81,10 @@ def conjugate_gradients(
     """
     scale = diagonal.rsqrt()
     found = torch.zeros_like(diagonal)
-    first = left = torch.full_like(diagonal[:, 0], torch.nan)
-    steps = 0
+    remainder = scale * rest(found)
+    first = left = remainder.norm(dim=1)
+    goal, steps = PRECISION * first, 0
     while True:
-        remainder = scale * rest(found)
-        left = remainder.norm(dim=1)
-        first = torch.where(first.isnan(), left, first)
-        goal = PRECISION * first
         done = left <= goal
         # at the rate so far; equations that contradict each other take more steps than factors are worth
         expected = steps * math.log(PRECISION) / (left / first).clamp(1e-300, 0.999).log()
@@ -96,19 +93,21 @@ def conjugate_gradients(
         size = left.clamp(min=torch.finfo(left.dtype).tiny)
         share = (goal / size / 2).clamp(RESTART, 1)
         own = (remainder / size[:, None]).float()
-        change, taken = _descend(product, own, share.float().square(), MAX_DESCENT)
+        change, taken = _descend(product, own, share.float().square())
         found = found + scale * change.double() * size[:, None]
         steps += taken
+        remainder = scale * rest(found)
+        left = remainder.norm(dim=1)
 
 
-def _descend(product: Callable[[Tensor], Tensor], remainder: Tensor, goal: Tensor, most: int) -> tuple[Tensor, int]:
+def _descend(product: Callable[[Tensor], Tensor], remainder: Tensor, goal: Tensor) -> tuple[Tensor, int]:
     """Return the solution for a right-hand side [T, n] and the steps taken, until its square falls below ``goal`` [T].
 
     Trials that are there stay as they are.
     """
     found, direction = torch.zeros_like(remainder), remainder
     square = remainder.square().sum(1)
-    for step in range(most):
+    for step in range(MAX_DESCENT):
         ahead = product(direction)
         live = square > goal
         length = torch.where(live, square / (direction * ahead).sum(1), 0.0)[:, None]
