@@ -20,7 +20,7 @@ from leakbench.analysis.ensemble import RECOVERED, SCENE, EnsembleResult, attack
 from leakbench.analysis.recovery import CLOSENESS, ENCODED, TARGET, judged
 from leakbench.core.text import percent, slug
 from leakbench.plan.matrix import RECOVERY
-from leakbench.report.figure import GREY, INK, SHARE_TICKS, Drawing, key_below, plain, style
+from leakbench.report.figure import GREY, INK, LETTER, RISE, RUN, SHARE_TICKS, Drawing, key_below, plain, style
 from leakbench.report.run import RunData
 
 ENSEMBLE = "any attacker"
@@ -29,7 +29,6 @@ ENSEMBLE = "any attacker"
 MAX_STRIP_IMAGES = 256
 """No more images have points of their own in the strips."""
 
-_LETTER = 0.068  # inches, of a letter of 8 points
 _SHARES = colormaps["YlOrRd"].with_extremes(
     bad="#eeeeee"
 )  # its lightness falls steadily, so that it reads the same in grey
@@ -144,9 +143,9 @@ def heatmap(crossing: Crossing) -> Figure:
     heads = [plain(name, 34) for name in crossing.defenses]
     # Matplotlib's constrained layout draws the figure several times to find the room that labels need: the lengths of
     # the names tell it, and a report has many of these
-    turned = max((_LETTER * len(head) for head in heads), default=0.0)
-    left = max(_LETTER * max(map(len, names)) + 0.15, 0.82 * turned - 0.2)
-    below, across, along = 0.58 * turned + 0.2, 0.72 * columns, 0.3 * rows
+    turned = max((LETTER * len(head) for head in heads), default=0.0)
+    left = max(LETTER * max(map(len, names)) + 0.15, RUN * turned - 0.2)
+    below, across, along = RISE * turned + 0.2, 0.72 * columns, 0.3 * rows
     width, height = left + across + 0.75, below + along + 0.35
     drawn = Drawing(figsize=(width, height), facecolor="white")
     panel = drawn.add_axes((left / width, below / height, across / width, along / height))
@@ -199,7 +198,7 @@ def strips(crossing: Crossing, metric: str) -> Figure:
         for defense in crossing.defenses
     }
     title = f"Each image, {crossing.title}; bars are medians"
-    width = max(2.2 + 0.8 * len(best), _LETTER * 1.2 * len(title) + 1.2)
+    width = max(2.2 + 0.8 * len(best), LETTER * 1.2 * len(title) + 1.2)
     drawn = Drawing(figsize=(width, 4.4), layout="constrained", facecolor="white")
     panel = drawn.subplots()
     table = pd.DataFrame(best).head(MAX_STRIP_IMAGES)

@@ -22,6 +22,12 @@ INK, GREY, ORANGE, RED = "#1a1c20", "#5b5b5b", "#d55e00", "#c40000"
 SHARE_TICKS = ([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
 """The places and labels of an axis of shares."""
 
+LETTER = 0.068
+"""The width in inches of a letter of 8 points, by which figures leave room for their labels."""
+
+RISE, RUN = 0.58, 0.82
+"""The height and the width of a label that is turned by 35 degrees, as shares of its length."""
+
 _SETTINGS: Any = {"svg.hashsalt": "leakbench", "svg.fonttype": "path", "pdf.fonttype": 42, "font.family": "DejaVu Sans"}
 _UNDATED: Any = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 

@@ -84,12 +84,13 @@ def write(out: Path | str, formats: Collection[str] = DEFAULT_FORMATS) -> list[P
             maps: dict[tuple[str, str], str] = {}
             galleries: dict[tuple[str, str], str] = {}
             for number, crossing in enumerate(charts.crossings(run), 1):
-                name = f"{number:03}-heatmap-{slug((crossing.dataset, crossing.model))}.png"
+                place = slug((crossing.dataset, crossing.model))
+                name = f"{number:03}-heatmap-{place}.png"
                 written.append(replace(out / "grids" / name, saved(charts.heatmap(crossing))))
                 maps[crossing.dataset, crossing.model] = f"grids/{name}"
                 shown = gallery.gallery(crossing, store.images)
                 if shown is not None:
-                    name = name.replace("heatmap", "gallery", 1)
+                    name = f"{number:03}-gallery-{place}.png"
                     written.append(replace(out / "grids" / name, saved(shown)))
                     galleries[crossing.dataset, crossing.model] = f"grids/{name}"
             written.append(replace(out / "report.md", markdown(run, pictures, maps, galleries).encode()))

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from leakbench.report.charts import Crossing
-from leakbench.report.figure import GREY, INK, RED, plain
+from leakbench.report.figure import GREY, INK, LETTER, RED, RISE, RUN, Drawing, plain
 from leakbench.report.grids import picture
 from leakbench.store.records import Pictures
 
@@ -18,7 +18,6 @@ MAX_DEFENSES = 16
 """No more defenses have a column: those that leak most."""
 
 _TILE, _GAP = 0.72, 0.06  # inches
-_LETTER = 0.068  # of a letter of 8 points
 
 
 def gallery(crossing: Crossing, images: Callable[[Iterable[str]], Mapping[str, Pictures]]) -> Figure | None:
@@ -43,16 +42,16 @@ def gallery(crossing: Crossing, images: Callable[[Iterable[str]], Mapping[str, P
     truth = next((picture(one.truth) for one in found.values() if one.truth is not None), None)
     if truth is None:
         return None
-    left = _LETTER * max(len(plain(name, 40)) for name in [*attackers, "private image"]) + 0.2
+    left = LETTER * max(len(plain(name, 40)) for name in [*attackers, "private image"]) + 0.2
     heads = [plain(name, 34) for name in defenses]
-    top = 0.25 + 0.58 * _LETTER * max(map(len, heads))
+    top = 0.25 + RISE * LETTER * max(map(len, heads))
     step = _TILE + _GAP
-    turned = max(0.82 * _LETTER * len(name) - step * (len(heads) - 1 - column) for column, name in enumerate(heads))
+    turned = max(RUN * LETTER * len(name) - step * (len(heads) - 1 - column) for column, name in enumerate(heads))
     width, height = (
         left + step * (len(defenses) + 1) + max(0.1, turned - 0.5 * _TILE),
         top + step * len(attackers) + 0.1,
     )
-    drawn = Figure(figsize=(width, height), facecolor="white")
+    drawn = Drawing(figsize=(width, height), facecolor="white")
 
     def tile(row: int, column: int, pixels: np.ndarray | None, edge: str) -> None:
         place = (left + step * column, height - top - step * row - _TILE)
