@@ -312,14 +312,8 @@ def _single_steps(
         trainer = trainers[client.weights_key]
         network, drawn = trainer.drawn(client)
         every.append(drawn)
-        try:
+        with _blaming(blame, client):
             taken = trainer.step(network, client)
-        except Unsupported:
-            raise
-        except (Exception, SystemExit) as error:
-            if not out_of_memory(error):
-                blame(error, client)
-            raise
         sent.append(taken.sent)
         if record is not None:
             records.append(record(trainer, client, taken))
