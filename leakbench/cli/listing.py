@@ -106,11 +106,11 @@ def _suite(name: str, axes: Mapping[str, Any]) -> None:
 
 
 def _grant(threat: object) -> str:
-    """Return a threat model of a matrix file as --threat takes it."""
-    if isinstance(threat, Mapping):
-        words = {field: str(value).lower() if isinstance(value, bool) else value for field, value in threat.items()}
-        return f'"{", ".join(f"{field}={value}" for field, value in words.items())}"'
-    return str(threat)
+    """Return a threat model of a matrix file as --threat takes it in a shell."""
+    from leakbench.plan.matrix import parse_threat
+
+    spec = parse_threat(threat).spec()
+    return f'"{spec}"' if "=" in spec else spec
 
 
 @app.command()
