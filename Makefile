@@ -19,7 +19,7 @@ SWEEP ?= pairs
 help:
 	@echo "make demo         set up, and run four attacks against seven defenses on the images that ship with leakbench"
 	@echo "make test         set up, and run the tests that need no network"
-	@echo "make test-long    run the longest tests: the paper's tables in small, killed runs, an installed package, a small benchmark"
+	@echo "make test-long    run the longest tests: the paper's tables in small, broken defenses, killed runs, an installed package, a small benchmark"
 	@echo "make test-device  compare attacks on a pretended GPU with the CPU, which takes minutes (SWEEP=pairs|full)"
 	@echo "make cuda-check   check leakbench on a GPU in eight minutes, into reports/cuda; make cuda-wheels fetches what it lacks"
 	@echo "make test-full    run torchvision's networks of full size, which takes an hour"

@@ -402,6 +402,7 @@ def test_errors_and_deaths_are_error_rows_and_an_answer_is_data(tmp_path: Path, 
     assert not bomb.exists()
 
 
+@pytest.mark.long
 def test_a_floor_that_uses_the_gradient_is_refused(tmp_path: Path, no_assets: None) -> None:  # noqa: F811
     plugin(tmp_path, FLOORS)
     small = {"datasets": ["samples(size=12)"]}

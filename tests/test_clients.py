@@ -208,7 +208,14 @@ def test_an_attack_and_a_defense_that_know_no_batches_say_so() -> None:
 SUMMED = {"secagg"}  # of several clients: see ``test_malicious``
 
 
-@pytest.mark.parametrize("spec", [one for one in defenses.names() if defenses.get(one).batched and one not in SUMMED])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(one, marks=pytest.mark.long if one == "dcs" else ())  # it optimises its images
+        for one in defenses.names()
+        if defenses.get(one).batched and one not in SUMMED
+    ],
+)
 def test_a_defense_of_batches_sends_a_gradient_of_every_parameter(spec: str) -> None:
     threat = WEIGHTS if "weight" in spec else ThreatModel()
     model = "lenet" if spec != "norm-only" else "lenet-bn"

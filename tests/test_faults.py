@@ -398,6 +398,7 @@ def test_a_defense_that_hangs_is_stopped_and_costs_its_own_trials(tmp_path, hang
     assert "timed out after 1 s" in results["reason"]["hangs"]
 
 
+@pytest.mark.long
 @dataclass(frozen=True)
 class Greedy(Thief):
     """Takes 300 MiB a trial of a process that may take 1 GiB more than it has."""

@@ -523,6 +523,7 @@ def test_training_changes_both_networks_and_says_what_was_seen(toys: str, tmp_pa
     assert card.unseen.numpy() == pytest.approx(test_images.mean(0))
 
 
+@pytest.mark.long
 def test_a_stopped_training_goes_on_to_the_same_weights(toys: str, tmp_path: Path) -> None:
     whole = train(small(steps=5), tmp_path / "whole", every=2).read_bytes()
 

@@ -320,6 +320,7 @@ def test_a_thousand_pictures_of_noise_fit(tmp_path):
 # The command that makes a trial again
 
 
+@pytest.mark.long
 def test_the_command_makes_the_same_trial(tmp_path, monkeypatch, capsys, no_assets):  # noqa: F811
     def leakbench(*words: str) -> None:
         monkeypatch.setattr(sys, "argv", ["leakbench", *words])

@@ -123,6 +123,7 @@ def test_an_installed_package_is_crossed_with_everything(crossed, cli, place):  
         assert Path("x", file).read_text() == Path(file).read_text()
 
 
+@pytest.mark.long
 def test_an_installed_package_that_does_not_import_is_named(tmp_path, place):  # noqa: F811
     info = tmp_path / "site" / "broken-1.0.dist-info"
     info.mkdir(parents=True)
@@ -221,6 +222,7 @@ LABEL_ONLY = re.search(r"```python\n(import torch\n.*?LabelOnly.*?)```", GUIDE.r
 )
 
 
+@pytest.mark.long
 def test_an_attack_that_overrides_call_still_runs(cli, place):  # noqa: F811
     """As attacks were written before they defined ``run``: one line says what to rename."""
     Path("new.py").write_text(LABEL_ONLY.replace("label-only", "new"))

@@ -160,6 +160,7 @@ def one(index: int) -> Tensor:
     return Tiny().load([index])[0][0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("cheat", "model"),
     [(ReadsKeys(), "lenet"), (ReplaysWeights(), "lenet(fresh=true)"), (CountsRows(), "lenet")],
@@ -339,6 +340,7 @@ def test_sessions_of_two_salts_are_no_run(tmp_path: Path) -> None:
         go(plan(images=6), tmp_path)
 
 
+@pytest.mark.long
 def test_an_entry_is_checked_with_its_own_salt_or_with_another(tmp_path: Path) -> None:
     matrix = plan(attacks=["ig(steps=2)"], defenses=["noise(scale=0.1)"], images=8, datasets=["samples"])
     go(matrix, tmp_path, salt=OTHER, chunk=1)

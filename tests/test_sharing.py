@@ -268,6 +268,7 @@ def test_a_reconstruction_out_of_the_range_of_a_picture_is_kept_aligned(scale: f
     assert np.abs(drawn - truth[0].permute(1, 2, 0).mul(255).round().numpy()).max() <= 1
 
 
+@pytest.mark.long
 def test_old_runs_say_that_a_picture_is_worse_than_its_score(tmp_path: Path) -> None:
     truths = {image: png(1000 + image, 28) for image in range(3)}
     rows = [

@@ -154,6 +154,7 @@ def test_entries_may_change_their_tensor() -> None:
     assert find_map(lambda gradient, number: {"a": 0 * gradient["a"]}, shapes, torch.float32) is None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("attack", ["peel", "lb(steps=60)"])
 def test_an_inverted_release_leaks_as_no_defense_does(attack: str) -> None:
     data = datasets.parse("samples(size=16)")

@@ -590,7 +590,13 @@ def test_a_released_file_of_this_schema_is_read_as_it_is(tmp_path):
     assert (tmp_path / FILE).read_bytes() == before
 
 
-@pytest.mark.parametrize("number", range(1, schema.SCHEMA + 1))
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(one, marks=pytest.mark.long if 1 < one < schema.SCHEMA else ())
+        for one in range(1, schema.SCHEMA + 1)
+    ],
+)
 def test_released_files_are_sound_reported_and_merged(tmp_path, number):
     (tmp_path / "old").mkdir()
     shutil.copy(SCHEMAS / f"{number}.sqlite", tmp_path / "old" / FILE)

@@ -154,6 +154,7 @@ def test_what_could_not_be_attacked_is_said(tmp_path: Path) -> None:
     assert "- soteria, seed 0, stage best: unsupported: soteria is defined for one image" in text
 
 
+@pytest.mark.long
 def test_the_command_goes_from_training_to_the_picture(tmp_path: Path) -> None:
     file, out = tmp_path / "small.toml", tmp_path / "out"
     file.write_text(

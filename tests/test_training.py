@@ -539,7 +539,7 @@ def train_until_killed(mode: str, kill: int, out: Path) -> None:
 @pytest.mark.parametrize(
     ("mode", "kill"),
     # 58 images are 4 steps an epoch: the second step of the third; and the second of three clients in the third round
-    [("centralised", 10), pytest.param("fedavg", 8, marks=pytest.mark.fl)],
+    [pytest.param("centralised", 10, marks=pytest.mark.long), pytest.param("fedavg", 8, marks=pytest.mark.fl)],
 )
 def test_a_killed_training_is_resumed_to_the_same_record(tmp_path: Path, mode: str, kill: int) -> None:
     if mode == "fedavg":
@@ -901,7 +901,7 @@ def test_options_of_fedavg_may_be_shared_by_rows_of_both_modes(tmp_path: Path) -
     assert own.mode == "centralised"
 
 
-@pytest.mark.parametrize("kind", ["accuracy", "tradeoff"])
+@pytest.mark.parametrize("kind", ["accuracy", pytest.param("tradeoff", marks=pytest.mark.long)])
 def test_the_command_exits_with_1_if_every_training_failed(tmp_path: Path, kind: str) -> None:
     file, out = toml(tmp_path), tmp_path / "out"
     if kind == "tradeoff":

@@ -180,6 +180,7 @@ def test_a_threshold_works_without_stages_in_the_order_of_the_axes(tmp_path):
     assert run_of(plain, tmp_path)["thief"] == [1, 2, 3]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stop", [1, 3, 5])
 def test_a_run_that_is_interrupted_goes_on_to_the_same_results(tmp_path, stop):
     """The noise of ``Knows`` shows which trials came together."""
@@ -443,6 +444,7 @@ def test_a_defense_that_nobody_attacked_adaptively_is_ranked_last() -> None:
     assert [one.defense for one in plain] == ["alone", "refuses", "none"], "nobody was attacked adaptively"
 
 
+@pytest.mark.long
 def test_pages_say_who_attacked_adaptively(tmp_path: Path) -> None:
     stage = Stage(attacks=[Thief()], threats=["paper", {"informed": "every"}])
     go(ensemble(defenses=["none", "prune", "ats"], images=2, stages=[stage], floors=True), tmp_path)

@@ -105,6 +105,7 @@ def told(reason: str) -> None:
     assert "Traceback" not in reason
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", RUN)
 def test_a_broken_release_is_an_error_of_the_defense(zoos, kind):
     own = zoos.of(kind)
@@ -117,6 +118,7 @@ def test_a_broken_release_is_an_error_of_the_defense(zoos, kind):
     assert len([line for line in zoos.notes if line.startswith(f"zoo(kind={kind}), ")]) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in BROKEN])
 def test_no_other_release_is_an_error(zoos, kind):
     own = zoos.of(kind)
@@ -132,6 +134,7 @@ def by_trial(own: pd.DataFrame) -> pd.DataFrame:
     return own.set_index(["attack", "image"])[["status", "psnr", "psnr_aligned", "ssim_aligned"]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [kind for kind in (*HARMLESS, *DTYPES) if kind not in ODD])
 def test_the_size_and_the_type_of_a_release_hide_nothing(zoos, kind):
     own = by_trial(zoos.of(kind))
@@ -160,6 +163,7 @@ def by_ig(kind: str, informed: str) -> tuple[Tensor, float]:
     return found, float(metrics.parse("ssim_aligned")(found, images))
 
 
+@pytest.mark.long
 def test_ig_that_simulates_goes_the_same_way_behind_moved_entries_as_behind_none():
     plain, score = by_ig("nothing to do", "false")
     assert score > 0.9
@@ -185,6 +189,7 @@ def test_every_attack_recovers_each_image_behind_moved_and_scaled_entries(tmp_pa
     assert (shares["mean"] == 1).all(), shares.to_string()
 
 
+@pytest.mark.long
 def test_a_layer_that_is_withheld_from_every_image_keeps_its_reason(zoos):
     own = zoos.of("withheld")
     assert set(own["status"]) == {"unsupported"}
@@ -193,6 +198,7 @@ def test_a_layer_that_is_withheld_from_every_image_keeps_its_reason(zoos):
     assert "label cannot be inferred" in reasons["ig(steps=20)"]
 
 
+@pytest.mark.long
 @dataclass(frozen=True)
 class HidesFirst(Zoo):
     """Withholds the last layer of the grey image and of the first image."""
@@ -233,12 +239,14 @@ def test_a_defense_that_hides_at_its_first_releases_is_attacked(tmp_path):
     assert set(results["status"]) == {"ok"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", EMPTY)
 def test_nobody_recovers_what_was_not_sent(zoos, kind):
     own = zoos.of(kind)
     assert not (own["ssim_aligned"] >= 0.6).any()
 
 
+@pytest.mark.long
 def test_no_broken_defense_is_ranked_as_protecting(zoos):
     (scene,) = worst_cases(zoos.data)
     order = [row.result.defense for row in scene.defenses]
@@ -267,6 +275,7 @@ def test_no_broken_defense_is_ranked_as_protecting(zoos):
     assert "Not attacked adaptively, so that a small share does not show that a defense protects:" in text
 
 
+@pytest.mark.long
 def test_a_defense_that_fails_sometimes_comes_after_the_others_with_a_share(zoos):
     own = zoos.of(SOMETIMES).set_index(["attack", "image"])
     assert set(own.xs(1, level="image")["status"]) == {"error"}
@@ -279,6 +288,7 @@ def test_a_defense_that_fails_sometimes_comes_after_the_others_with_a_share(zoos
     assert (failure.failed, failure.trials) == (3, 6)
 
 
+@pytest.mark.long
 def test_the_pages_say_that_the_defense_failed_and_why(zoos):
     zoos.run.report(("html",))
     words = re.sub(r"\s+", " ", re.sub("<[^>]+>", "", (zoos.run.out / "report.html").read_text()))
@@ -304,6 +314,7 @@ def test_the_pages_say_that_the_defense_failed_and_why(zoos):
         assert cells["peel", "zoo(kind=withheld)"] == "2 unsupported"
 
 
+@pytest.mark.long
 def test_a_leaderboard_leaves_broken_defenses_out_and_says_why(zoos):
     with Store.open(zoos.run.out / FILE, readonly=True) as store:
         found, missing = entries(store, "zoo")
