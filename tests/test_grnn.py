@@ -325,7 +325,7 @@ def test_a_key_can_be_sought_with_the_generator() -> None:
     assert not bool(found.failed.any())
 
 
-@pytest.mark.parametrize("side", [40, pytest.param(256, marks=pytest.mark.full)])
+@pytest.mark.parametrize("side", [pytest.param(64, marks=pytest.mark.long), pytest.param(256, marks=pytest.mark.full)])
 def test_a_network_of_ones_own_of_any_size(side: int) -> None:
     torchvision = pytest.importorskip("torchvision")
     with torch.random.fork_rng(devices=[]):
