@@ -94,14 +94,18 @@ def test_every_page_is_in_the_navigation():
 
 def test_the_page_on_gpus_has_the_committed_counts():
     page = (DOCS / "gpu.md").read_text(encoding="utf-8")
-    for file, keys in (
-        ("clients", ("defense", "launches", "launches_each", "waits", "waits_each")),
-        ("launches", ("defense", "launches_before", "waits_before", "launches", "waits")),
+    for file, words, numbers in (
+        ("clients", ("defense",), ("launches", "launches_each", "waits", "waits_each")),
+        ("launches", ("attack", "defense", "model"), ("launches_before", "waits_before", "launches", "waits")),
     ):
         with (DOCS.parent / "tests" / "device" / f"{file}.csv").open(encoding="utf-8") as lines:
-            rows = [[row[key] for key in keys] for row in csv.DictReader(lines)]
-        for first, *others in rows:
-            assert f"| `{first}` | {' | '.join(others)} |\n" in page
+            for row in csv.DictReader(lines):
+                named = [
+                    f"`{re.sub(r'[(]?(steps|budget)={}(, |[)]?)', lambda m: m[0][:1] * (m[2] == ', '), row[key])}`"
+                    for key in words
+                ]
+                counts = [f"{int(row[key]):,}" if row[key].isdigit() else row[key] for key in numbers]
+                assert f"| {' | '.join([*named, *counts])} |\n" in page
 
 
 def test_the_citation_names_the_version():

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from leakbench.optim import Evaluation, Unknowns, descend, value_and_gradient
-from leakbench.optim.graph import _agree, recorded
+from leakbench.optim import Evaluation, Unknowns, descend, graph, value_and_gradient
+from leakbench.optim.graph import recorded
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -39,12 +39,19 @@ def test_on_the_cpu_nothing_is_recorded() -> None:
         assert torch.equal(gradient["x"], slope["x"])
 
 
-def test_agreement_is_of_value_and_every_gradient() -> None:
-    a = (torch.tensor([1.0, float("nan")]), {"x": torch.tensor([[1.0, 2.0], [0.0, 0.0]])})
-    assert _agree(a, a)
-    assert not _agree(a, (torch.tensor([1.1, float("nan")]), a[1]))
-    assert not _agree(a, (a[0], {"x": torch.tensor([[1.0, 2.1], [0.0, 0.0]])}))
-    assert not _agree(a, (torch.tensor([1.0, 2.0]), a[1]))
+def test_agreement_is_of_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    value, slope, count = (
+        torch.tensor([1.0, torch.nan, torch.inf]),
+        torch.tensor([[1.0, 2.0], [0.0, 0.0]]),
+        torch.arange(3),
+    )
+    for most in (1, 2**22):  # entries that are compared at a time
+        monkeypatch.setattr(graph, "MAX_COMPARED", most)
+        assert graph.agree([value, slope, count], [value + 1e-7, slope * (1 - 1e-7), count])
+        for other in (torch.tensor([1.1, torch.nan, torch.inf]), torch.tensor([1.0, 2.0, torch.inf])):
+            assert not graph.agree([value, slope, count], [other, slope, count])
+        assert not graph.agree([value, slope, count], [value, slope + torch.tensor([[0.0, 0.0], [0.1, 0.0]]), count])
+        assert not graph.agree([value, slope, count], [value, slope, count + 1])
 
 
 @CUDA

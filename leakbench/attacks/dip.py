@@ -91,6 +91,7 @@ class DeepImagePrior(GradientMatching):
             steps=self.steps,
             lr=dict.fromkeys(start, self.lr) | {NOISE: 0.0},
             milestones=tuple(step for part in (2.667, 1.6, 1.142) if (step := int(self.steps / part))),
+            note=objective.observation.note,
         )
 
     def _layout(self, channels: int) -> dict[str, tuple[int, ...]]:

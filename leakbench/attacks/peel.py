@@ -168,7 +168,8 @@ class Peel(Attack):
             twin = filled(observation, trial)
             searched = network.on(filled(observation, trial).to(observation.device, observation.dtype), trial)
             own = noise[trial] if several else noise[trial : trial + 1]
-            parts.append(restore(network.on(twin, trial), searched, sent, own, draws, self.search, incomplete))
+            whole = network.on(twin, trial)
+            parts.append(restore(whole, searched, sent, own, draws, self.search, incomplete, observation.note))
         misfits = torch.stack([each.misfits.mean() for each in parts])
         images = torch.stack([each.images for each in parts])
         return Reconstruction(

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from leakbench.core.device import out_of_memory
+from leakbench.core.device import make_current, out_of_memory
 from leakbench.core.malloc import keep_freed_memory
 from leakbench.core.registry import load_plugin
 from leakbench.core.types import Reconstruction
@@ -116,8 +116,10 @@ def _answer(head: bytearray, body: bytearray) -> bytes:
             _load_script(setting.script)
         torch.set_num_threads(setting.threads)
         keep_freed_memory()
+        call: Call = pickle.loads(body)
+        make_current(call.observation.device)
         with full_precision():
-            found["value"] = _do(pickle.loads(body))
+            found["value"] = _do(call)
     except (Exception, SystemExit) as error:
         found |= {"kind": "memory" if out_of_memory(error) else type(error).__name__, "text": str(error)}
     stream = io.BytesIO()

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import torch
 
+from leakbench.core.device import make_current
 from leakbench.core.malloc import keep_freed_memory
 from leakbench.core.registry import load_plugin, plugins
 from leakbench.engine.executors import Event, Message, WorkerPool, WorkerSlot, packed, sendable
@@ -48,7 +49,9 @@ class RayWorker:
         torch.set_num_threads(threads)
         keep_freed_memory()
         self._notes: list[str] = []
-        self._worker = Worker(pickle.loads(work), self._notes.append)
+        context: WorkerContext = pickle.loads(work)
+        make_current(context.device)
+        self._worker = Worker(context, self._notes.append)
 
     def ready(self) -> None:
         """Return as soon as everything is loaded."""

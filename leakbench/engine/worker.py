@@ -274,7 +274,7 @@ class Worker:
             guess = self.isolation.run(attack, told, rng)
         except DefenseFailed as error:  # the client's defense did not fail: an attacker ran its code, or says so
             raise AttackError(str(error)) from error
-        for line in said:
+        for line in dict.fromkeys(said):  # several searches of an attack may say the same
             self.note(f"{named}: {line}")
         if attack.floor and (foreign(attack) or attack.name not in self.floors):
             other = self._other(data, trials) if data.observed is None else noise_like(observation)
@@ -336,16 +336,25 @@ class Worker:
     ) -> list[_Outcome]:
         """Return the scores and pictures of clients of several images, after one assignment of each client's."""
         device, shape = self.work.device, truth.images.shape[1:]
-        images = torch.stack([torch.stack([data.images[index] for index in one.indices]) for one in trials]).to(device)
-        labels = torch.tensor([[data.labels.get(index, -1) for index in one.indices] for one in trials], device=device)
-        own = [part[torch.isfinite(part.flatten(1)).all(1)] for part in guess.images]  # NaN: not found
-        places = [assign(some, true) for some, true in zip(own, images)]
+        # assigned and drawn in the host's memory, so that the device is not waited for at every image
+        images = torch.stack([torch.stack([data.images[index] for index in one.indices]) for one in trials])
+        labels = torch.tensor([[data.labels.get(index, -1) for index in one.indices] for one in trials])
+        own = [part[torch.isfinite(part.flatten(1)).all(1)] for part in guess.images.cpu()]  # NaN: not found
+        places = [assign(some, true).tolist() for some, true in zip(own, images)]
         pairs = torch.stack([matched(some, true) for some, true in zip(own, images)])
         count = images.shape[1]
+        scored = ScoredBatches(
+            images=pairs.to(device),
+            truth=images.to(device),
+            inferred=guess.labels,
+            labels=labels.to(device),
+            public=torch.zeros(0, *shape) if truth.public is None else truth.public(),
+            values={},
+        )
         flat = replace(
             truth,
-            images=images.view(-1, *shape),
-            labels=labels.flatten(),
+            images=scored.truth.view(-1, *shape),
+            labels=scored.labels.flatten(),
             encoded=None,
             floors=(),
             cosines=None if truth.cosines is None else truth.cosines.repeat_interleave(count),
@@ -353,20 +362,18 @@ class Worker:
         rows = [metric for metric in self.work.metrics if not isinstance(metric, BatchMetric)]
         values = {
             name: torch.tensor(found, dtype=torch.float64).view(-1, count)
-            for name, found in self._score(Reconstruction(pairs.view(-1, *shape)), flat, rows).items()
+            for name, found in self._score(Reconstruction(scored.images.view(-1, *shape)), flat, rows).items()
         }
-        public = torch.zeros(0, *shape) if truth.public is None else truth.public()
-        scored = ScoredBatches(pairs, images, guess.labels, labels, public, values)
-        whole = self._score_batches(scored)
-        fitted = aligned(pairs.view(-1, *shape).cpu(), flat.images.cpu())
+        whole = self._score_batches(replace(scored, values=values))
+        fitted = aligned(pairs.view(-1, *shape), images.view(-1, *shape))
         outcomes = []
         for row, trial in enumerate(trials):
             members = tuple(
                 BatchMember(
                     image=index,
                     label=data.labels.get(index),
-                    truth=png(images[row, place].cpu()),
-                    reconstruction=png(pairs[row, place].cpu()) if int(places[row][place]) >= 0 else None,
+                    truth=png(images[row, place]),
+                    reconstruction=png(pairs[row, place]) if places[row][place] >= 0 else None,
                     aligned=fitted[row * count + place],
                     scores={name: float(table[row, place]) for name, table in values.items()},
                 )
@@ -374,7 +381,7 @@ class Worker:
             )
             means = {name: float(table[row].mean()) for name, table in values.items()}
             scores = {name: value for name, value in (means | whole[row]).items() if value == value}
-            outcomes.append(_Outcome(scores, png(pairs[row, 0].cpu()), members[0].truth, members[0].aligned, members))
+            outcomes.append(_Outcome(scores, png(pairs[row, 0]), members[0].truth, members[0].aligned, members))
         return outcomes
 
     def _score_batches(self, scored: ScoredBatches) -> list[dict[str, float]]:

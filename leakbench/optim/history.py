@@ -13,6 +13,7 @@ in the ring slot that they were written to, and a slot that holds none is a row 
 """
 
 import copy
+from collections.abc import Iterator
 from typing import Self
 
 import torch
@@ -39,6 +40,14 @@ class Rows:
             elif isinstance(value, Tensor) and deep:
                 setattr(other, name, value.clone())
         return other
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield every tensor, those of further Rows included."""
+        for value in vars(self).values():
+            if isinstance(value, Rows):
+                yield from value.tensors()
+            elif isinstance(value, Tensor):
+                yield value
 
     def take_over(self, other: Self) -> None:
         """Write the values of another object into the tensors of this one that are not the same."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from leakbench.core.device import accelerator
 from leakbench.core.loss_curve import Curve, marks
 from leakbench.optim.base import Objective, Solution, Unknowns, joined, largest
-from leakbench.optim.graph import WARM_UP_EVALUATIONS, recorded, waits
+from leakbench.optim.graph import OTHER_NUMBERS, Replay, agree, capture, recorded, rehearsed, waits
 from leakbench.optim.history import History, Rows
 from leakbench.optim.wolfe import StrongWolfe
 
@@ -203,7 +203,7 @@ def lbfgs(
     search = StrongWolfe(begun, tolerance_change) if line_search == "strong-wolfe" else None
     state = _State(begun.clone(), history, search)
     live = objective.select(work.trials) if work.waiting else objective
-    evaluate, advance = recorded(live, unpack(state.at), note), _Advance(rules, history)
+    evaluate, advance = recorded(live, unpack(state.at), note), _Advance(rules, history, note)
     poll = 1 if x.device.type == "cpu" else 8  # reading a value from another device waits for it
     tick = 0
     while work.trials:
@@ -215,7 +215,7 @@ def lbfgs(
         tick += 1
         if tick % poll == 0 and work.exchange(state, tick) and work.trials:
             live = objective.select(work.trials)
-            evaluate, advance = recorded(live, unpack(state.at), note), _Advance(rules, history)
+            evaluate, advance = recorded(live, unpack(state.at), note), _Advance(rules, history, note)
     return Solution(unpack(work.x), work.value, work.finite, work.evaluations, Curve(limit, 1, work.curve()))
 
 
@@ -223,13 +223,15 @@ class _Advance:
     """``_advance`` for the same slots; on a GPU as recorded graphs, which write the state in place.
 
     There is one graph for each number of ring slots of ``BUCKETS``: those that are in use, and some that hold no pair.
+    The first replay of a graph, which is at another point than its recording, is compared with ``_advance``.
     """
 
-    def __init__(self, rules: _Rules, history: int) -> None:
-        self._rules = rules
+    def __init__(self, rules: _Rules, history: int, note: Callable[[str], None] | None) -> None:
+        self._rules, self._note = rules, note
         self._buckets = [*(size for size in BUCKETS if size < history), history]
         self._recordable = True
-        self._graphs: dict[int, Callable[[], None]] = {}
+        self._graphs: dict[int, Replay] = {}
+        self._compared: set[int] = set()
 
     def __call__(self, state: _State, loss: Tensor, gradient: Tensor, used: int) -> None:
         """Use an evaluation; see ``_advance``."""
@@ -239,37 +241,56 @@ class _Advance:
         used = next(size for size in self._buckets if size >= used)
         if not self._graphs:
             self._loss, self._gradient = loss.clone(), gradient.clone()
-        if used not in self._graphs:
-            with module.device(loss.device):
-                self._recordable = self._record(state, used, module)
-            if not self._recordable:
-                return _advance(state, loss, gradient, self._rules, used)
         self._loss.copy_(loss)
         self._gradient.copy_(gradient)
-        self._graphs[used]()
+        if used in self._compared:
+            return self._graphs[used]()
+        with module.device(loss.device):
+            reason = self._first(state, used) if used in self._graphs else self._record(state, used, module)
+        if reason:
+            self._recordable = False
+            self._graphs.clear()
+            if self._note is not None:
+                self._note(f"the steps of L-BFGS are not recorded as graphs, and so take longer: {reason}")
         return None
 
-    def _record(self, state: _State, used: int, module: ModuleType) -> bool:
-        """Record a graph, and return whether that was possible."""
+    def _record(self, state: _State, used: int, module: ModuleType) -> str:
+        """Advance without a graph, and record one for the next time; return why that was not possible."""
 
-        def once(state: _State) -> None:
-            _advance(state, self._loss, self._gradient, self._rules, used)
+        def rehearse() -> None:
+            self._once(state.copied(deep=True), used)
 
-        if waits(lambda: once(state.copied(deep=True)), module):
-            return False
-        stream = module.Stream()
-        stream.wait_stream(module.current_stream())
-        with module.stream(stream):
-            for _ in range(WARM_UP_EVALUATIONS):
-                once(state.copied(deep=True))
-        module.current_stream().wait_stream(stream)
-        graph = module.CUDAGraph()
-        with module.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        def work() -> None:
             next_state = state.copied(deep=False)
-            once(next_state)
+            self._once(next_state, used)
             state.take_over(next_state)
-        self._graphs[used] = graph.replay
-        return True
+
+        reason = waits(rehearse, module)
+        stream = None if reason else rehearsed(rehearse, module)
+        after = state.copied(deep=True)
+        self._once(after, used)
+        try:
+            if not reason:
+                self._graphs[used], _ = capture(work, stream, module)
+        except RuntimeError as error:  # memory that does not suffice
+            module.synchronize()
+            reason = str(error).splitlines()[0]
+        state.take_over(after)
+        return reason
+
+    def _first(self, state: _State, used: int) -> str:
+        """Advance by a graph and without it; return why the graph is of no use."""
+        after = state.copied(deep=True)
+        self._once(after, used)
+        self._graphs[used]()
+        if agree(state.tensors(), after.tensors()):
+            self._compared.add(used)
+            return ""
+        state.take_over(after)
+        return OTHER_NUMBERS
+
+    def _once(self, state: _State, used: int) -> None:
+        _advance(state, self._loss, self._gradient, self._rules, used)
 
 
 def _advance(state: _State, loss: Tensor, gradient: Tensor, rules: _Rules, used: int) -> None:

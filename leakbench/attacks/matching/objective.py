@@ -91,11 +91,11 @@ class MatchingObjective(Recordable):
         return self.attack.reshape(distance) + (prior if self.prior_factor is None else self.prior_factor * prior)
 
     def _report(self, evaluation: Evaluation) -> None:
-        """Tell the user how far the search is."""
-        if self.observation.tick is not None:
-            done = evaluation if isinstance(evaluation, int) else max(evaluation, default=0)
-            planned = self.attack.planned
-            self.observation.tick(self.restart * planned + min(done, planned), self.attack.restarts * planned)
+        """Tell the user how far the search is; a number beyond it is of an evaluation that only compares."""
+        done = evaluation if isinstance(evaluation, int) else max(evaluation, default=0)
+        planned = self.attack.planned
+        if self.observation.tick is not None and done <= planned:
+            self.observation.tick(self.restart * planned + done, self.attack.restarts * planned)
 
     def match(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
         """Return the match [T] of these unknowns by ``judge``, the less the better; infinite for a negative rate.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isnan
 from typing import Self
@@ -13,7 +13,7 @@ from torch import Tensor
 from leakbench.attacks.peeling.descent import Feature
 from leakbench.attacks.peeling.network import Network
 from leakbench.gradients.convolution import weight_gradient
-from leakbench.optim import Evaluation, Unknowns, descend, lbfgs
+from leakbench.optim import Evaluation, Recordable, Unknowns, descend, lbfgs
 
 SPREAD = 0.05
 """The standard deviation of the starting image about grey."""
@@ -164,7 +164,7 @@ def find_below(network: Network, features: Sequence[Feature], sent: Mapping[str,
 
 
 @dataclass(frozen=True)
-class Match:
+class Match(Recordable):
     """How far the values of images [1, B, C, H, W] on the way are from recovered ones, squared and relative.
 
     Attributes:
@@ -175,6 +175,8 @@ class Match:
         last: the weight in the end, for values with noise.
         trade: if positive, the weight relative to the misfit, of which the logarithm counts.
         below: weight gradients that count as well.
+        present: the weight of total variation in an evaluation that is recorded, as ``prepare`` sets it on the device;
+            None: it follows from the number of the evaluation.
     """
 
     network: Network
@@ -184,6 +186,20 @@ class Match:
     last: float = 0.0
     trade: float = 0.0
     below: Below | None = None
+    present: Tensor | None = None
+
+    def buffered(self) -> Self:
+        """Return the objective with the weight of total variation on the device."""
+        return replace(self, present=self.features[0].value.new_zeros(()))
+
+    def prepare(self, evaluation: Evaluation) -> None:
+        """Set the weight of total variation."""
+        if self.present is not None:
+            self.present.fill_(self._weight(evaluation))
+
+    def _weight(self, evaluation: Evaluation) -> float:
+        done = evaluation if isinstance(evaluation, int) else evaluation[0]
+        return max(self.smooth * (1 - done / self.anneal), self.last)
 
     def __call__(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
         """Return [1]."""
@@ -192,9 +208,8 @@ class Match:
         locked = len(unknowns) > 1
         if locked:  # the lock's scale undoes any contrast: the image's must not fall, nor leave [0, 1]
             total = total + (image - image.clamp(0, 1)).square().mean()
-        done = evaluation if isinstance(evaluation, int) else evaluation[0]
-        weight = max(self.smooth * (1 - done / self.anneal), self.last)
-        if not weight and not self.trade:
+        weight = self._weight(evaluation) if self.present is None else self.present
+        if self.present is None and not weight and not self.trade:
             return total
         rough = image.diff(dim=3).abs().mean() + image.diff(dim=2).abs().mean()
         if locked or (self.trade and self._own_statistics()):
@@ -217,7 +232,7 @@ class Match:
 
     def _misfit(self, unknowns: Unknowns) -> Tensor:
         steps, image = self.network.steps, unknowns["image"].flatten(0, 1)
-        wanted = {feature.place: feature.value.to(image) for feature in self.features}
+        wanted = {feature.place: feature.value for feature in self.features}
         free = {feature.place for feature in self.features if feature.free}
         needed = {place for feature in self.features for place in self.network.below(feature.place)}
         values: dict[int, Tensor] = {}
@@ -260,6 +275,7 @@ def invert(
     noise: Tensor,
     steps: int,
     sent: Mapping[str, Tensor] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> tuple[Tensor, Tensor, int]:
     """Return the images [B, C, H, W] that give recovered values best, the misfit [1] and the number of evaluations.
 
@@ -270,7 +286,9 @@ def invert(
         steps: of Adam in the first search, in which total variation is annealed. L-BFGS follows, until as many
             iterations of it bring nothing more. If the image is then wrong, another search keeps total variation.
         sent: the gradient of the one image, by name: in that search, the weight gradients of the first layers count.
+        note: called with a line if a search cannot be recorded on a GPU.
     """
+    features = [replace(each, value=each.value.to(noise)) for each in features]
     way = set().union(*(network.below(each.place) for each in features))
     start = {"image": 0.5 + SPREAD * noise[None]}
     for place in way & network.locked:
@@ -283,13 +301,13 @@ def invert(
     near, least, spent = start, torch.inf, 0
     for search in searches:
         annealed = replace(match, smooth=search.smooth, anneal=search.times * steps)
-        found, count = _by_adam(annealed, start, search.times * steps, search.size)
+        found, count = _by_adam(annealed, start, search.times * steps, search.size, note)
         spent += count
         if (misfit := match.misfit(found)) < least:
             near, least = found, misfit
         if least < max(enough, sum(2 * each.deviation**2 for each in features)):
             break
-    best, count = _by_lbfgs(match, near, steps)
+    best, count = _by_lbfgs(match, near, steps, note)
     spent += count
     if last == 0 and match.misfit(best) > CLOSE:
         below = find_below(network, features, sent or {})
@@ -297,16 +315,19 @@ def invert(
             gradients = {place: each.to(noise) for place, each in below.gradients.items()}
             below = replace(below, error=below.error.to(noise), gradients=gradients)
         traded = replace(match, trade=TRADES[0], below=below)
-        found, count = _by_adam(traded, start, searches[-1].times * steps, searches[-1].size)
+        found, count = _by_adam(traded, start, searches[-1].times * steps, searches[-1].size, note)
         spent += count
         for trade in TRADES:
-            found, count = _by_lbfgs(match, found, steps, trade)
+            found, count = _by_lbfgs(match, found, steps, note, trade)
             spent += count
         best = min(best, found, key=match.misfit)
     return best["image"][0], torch.tensor([match.misfit(best)]).to(noise), spent
 
 
-def _by_adam(match: Match, start: Unknowns, steps: int, size: float) -> tuple[Unknowns, int]:
+Note = Callable[[str], None] | None
+
+
+def _by_adam(match: Match, start: Unknowns, steps: int, size: float, note: Note) -> tuple[Unknowns, int]:
     """Return what Adam finds with a step size that falls to a hundredth, and the number of evaluations."""
     found = descend(
         match,
@@ -315,17 +336,19 @@ def _by_adam(match: Match, start: Unknowns, steps: int, size: float) -> tuple[Un
         lr={name: size if name == "image" else LOCK_SIZE * size for name in start},
         milestones=range(1, steps),
         decay=0.01 ** (1 / steps),
+        note=note,
     )
     return found.unknowns, int(found.evaluations)
 
 
-def _by_lbfgs(match: Match, start: Unknowns, steps: int, trade: float = 0.0) -> tuple[Unknowns, int]:
+def _by_lbfgs(match: Match, start: Unknowns, steps: int, note: Note, trade: float = 0.0) -> tuple[Unknowns, int]:
     """Return what L-BFGS finds until as many iterations as steps bring nothing more, and the number of evaluations.
 
     Args:
         match: what to minimise.
         start: where.
         steps: iterations in a piece.
+        note: see ``invert``.
         trade: if positive, total variation has this weight relative to the misfit at the beginning of a piece.
     """
     found, spent, before = start, 0, torch.inf
@@ -345,6 +368,7 @@ def _by_lbfgs(match: Match, start: Unknowns, steps: int, trade: float = 0.0) -> 
             line_search="strong-wolfe",
             stop_below=EXACT,
             stop_every=1,
+            note=note,
         )
         found, spent = piece.unknowns, spent + int(piece.evaluations)
     return found, spent

@@ -12,8 +12,9 @@ window by window (Gibbs sampling, by z and by what they do to the weight gradien
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -24,7 +25,7 @@ from leakbench.attacks.peeling.correlation import by_channel, windows
 from leakbench.attacks.peeling.layers import Convolution
 from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.standard import Standard, standardised
-from leakbench.optim import Evaluation, Unknowns, descend, lbfgs
+from leakbench.optim import Evaluation, Recordable, Unknowns, descend, lbfgs
 
 EQUAL = 1e-5
 """Outputs of the pool that differ by less than this, relative to their root mean square, count as the same."""
@@ -201,7 +202,7 @@ class Pooled:
         """[O, Q], the windows with a positive value."""
         return self.value > 0
 
-    @property
+    @cached_property
     def size(self) -> Tensor:
         """The root mean square of the values of active windows."""
         return self.value[self.active].square().mean().sqrt()
@@ -210,7 +211,7 @@ class Pooled:
         """Return [K, O, Q], the values of z [O, N] at the positions of each window; 0 for none."""
         return F.pad(z, (0, 1))[:, self.places].transpose(0, 1)
 
-    def fit(self, z: Tensor, width: float) -> Tensor:
+    def fit(self, z: Tensor, width: float | Tensor) -> Tensor:
         """Return [K, O, Q], how far z [O, N] is from y at the candidates, as the logarithm of a probability."""
         far = -((self.value - self.gather(z)) / (width * self.size)).square()
         return far.masked_fill(~self.candidate, -1e9)
@@ -224,8 +225,9 @@ class Pooled:
 
     def to(self, like: Tensor) -> Pooled:
         """Return the same on the device and of the type of a tensor."""
-        moved = {name: value.to(like) for name, value in vars(self).items() if value.is_floating_point()}
-        kept = {name: getattr(self, name).to(like.device) for name in ("places", "candidate")}
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: value.to(like) for name, value in own.items() if value.is_floating_point()}
+        kept = {name: own[name].to(like.device) for name in ("places", "candidate")}
         return replace(self, **moved, **kept)
 
 
@@ -287,7 +289,7 @@ def _shared(member: Tensor, own: Tensor, y: Tensor, tolerance: Tensor, images: i
 
 
 @dataclass(frozen=True)
-class PooledMatch:
+class PooledMatch(Recordable):
     """How far images [1, B, C, H, W] are from what is known of a max-pool's windows.
 
     Attributes:
@@ -297,6 +299,8 @@ class PooledMatch:
         routing: [K, O, Q], fixed; None for soft ones by the image itself.
         smooth: the weight of total variation for a fixed routing.
         weight: of the weight gradient for a fixed routing.
+        present: the width of soft routings and the weight of the weight gradient in an evaluation that is recorded, as
+            ``prepare`` sets them on the device; None: they follow from the number of the evaluation.
     """
 
     stem: Stem
@@ -305,23 +309,39 @@ class PooledMatch:
     routing: Tensor | None = None
     smooth: float = 0.0
     weight: float = 0.0
+    present: tuple[Tensor, Tensor] | None = None
+
+    def buffered(self) -> Self:
+        """Return the objective with the width and the weight on the device."""
+        return replace(self, present=(self.known.value.new_ones(()), self.known.value.new_zeros(())))
+
+    def prepare(self, evaluation: Evaluation) -> None:
+        """Set the width and the weight."""
+        for own, value in zip(self.present or (), self._annealed(evaluation)):
+            own.fill_(value)
+
+    def _annealed(self, evaluation: Evaluation) -> tuple[float, float]:
+        """Return the width of soft routings, and the weight of the weight gradient beside them."""
+        done = (evaluation if isinstance(evaluation, int) else evaluation[0]) / self.steps
+        return _between(SOFT, done), GRADIENT if done > BEGIN else 0.0
 
     def __call__(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
         """Return [1]."""
         images = unknowns["image"].flatten(0, 1)
         known, z = self.known, self.stem.forward(images)
-        routing, power, smooth, weight = self.routing, 4, self.smooth, self.weight
+        routing, power = self.routing, 4
+        smooth: float | Tensor = self.smooth
+        weight: float | Tensor = self.weight
         if routing is None:
-            done = (evaluation if isinstance(evaluation, int) else evaluation[0]) / self.steps
-            width = _between(SOFT, done)
+            width, weight = self.present or self._annealed(evaluation)
             with torch.no_grad():
                 routing = torch.softmax(known.fit(z, width), 0) * known.active
-            power, smooth, weight = 2, SMOOTH * width, GRADIENT if done > BEGIN else 0.0
+            power, smooth = 2, SMOOTH * width
         sure = routing.amax(0) ** power
         far = (sure * (routing * (known.value - known.gather(z)).square()).sum(0)).sum()
         above = (z - known.bound).relu().square().sum()
         total = (far + BOUND * above) / known.value.square().sum()
-        if weight:
+        if isinstance(weight, Tensor) or weight:
             total = total + weight * misfit_of_gradient(self.stem, known, images, routing)
         outside = ((images - 1).relu().square() + (-images).relu().square()).mean()
         rough = variation(images)
@@ -394,7 +414,12 @@ def sample(stem: Stem, known: Pooled, images: Tensor, width: float, rng: torch.G
 
 
 def restore_pooled(
-    stem: Stem, known: Pooled, noise: Tensor, rng: torch.Generator, steps: int
+    stem: Stem,
+    known: Pooled,
+    noise: Tensor,
+    rng: torch.Generator,
+    steps: int,
+    note: Callable[[str], None] | None = None,
 ) -> tuple[Tensor, Tensor, int]:
     """Return images [B, C, H, W] below a max-pool, the misfit [1] of its output, and the number of evaluations.
 
@@ -404,6 +429,7 @@ def restore_pooled(
         noise: [B, C, H, W] standard normal, from which the search starts about grey.
         rng: of the sampling, on the device of the search.
         steps: of a search for an image; the first stage takes ``TIMES`` as many.
+        note: called with a line if a search cannot be recorded on a GPU.
     """
     known = known.to(noise)
     count = TIMES * steps
@@ -414,6 +440,7 @@ def restore_pooled(
         lr={"image": STEP},
         milestones=range(1, count),
         decay=0.01 ** (1 / count),
+        note=note,
     )
     image, spent = found.unknowns["image"], int(found.evaluations)
     for turn in range(ROUNDS):
@@ -431,6 +458,7 @@ def restore_pooled(
             tolerance_grad=0.0,
             tolerance_change=0.0,
             line_search="strong-wolfe",
+            note=note,
         )
         image, spent = found.unknowns["image"], spent + int(found.evaluations)
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """The images of one trial of a ReLU network: the descent, and the search from what it recovered."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,6 +37,7 @@ def restore(
     rng: torch.Generator,
     steps: int,
     parts: Mapping[str, Part] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Restored:
     """Return the images that one step was trained on, from the gradient of their mean loss.
 
@@ -48,6 +49,7 @@ def restore(
         rng: of the factorisation.
         steps: of the search (``inversion.invert``).
         parts: tensors of which only some entries were sent.
+        note: called with a line if a search cannot be recorded on a GPU.
     """
     found = recover(network, sent, rng, len(noise))
     used = chosen(found.features)
@@ -64,15 +66,17 @@ def restore(
         assert own is not None
         known = pooled(own, lowest.value, lowest.error, sent)
         draws = torch.Generator(noise.device).manual_seed(int(torch.randint(2**62, (), generator=rng)))
-        images, misfit, spent = restore_pooled(stem, known, noise, draws, steps)
+        images, misfit, spent = restore_pooled(stem, known, noise, draws, steps, note)
         return Restored(images, misfit.expand(len(noise)), spent)
     below = set().union(*(network.below(each.place) for each in used))
     if any(network.steps[place].kind == "normalisation" for place in below):
         # statistics of the batch: all images at once
-        images, misfit, spent = invert(searched, used, noise, steps)
+        images, misfit, spent = invert(searched, used, noise, steps, None, note)
         return Restored(images, misfit.expand(len(noise)), spent)
     alone = sent if len(noise) == 1 else None
-    each = [invert(searched, _of_image(used, row), noise[row : row + 1], steps, alone) for row in range(len(noise))]
+    each = [
+        invert(searched, _of_image(used, row), noise[row : row + 1], steps, alone, note) for row in range(len(noise))
+    ]
     return Restored(
         torch.cat([image for image, _, _ in each]),
         torch.cat([misfit for _, misfit, _ in each]),
