@@ -25,7 +25,7 @@ help:
 	@echo "make test-full    run torchvision's networks of full size, which takes an hour"
 	@echo "make torture      kill, interrupt, fill the disk and make the clock jump, which takes minutes"
 	@echo "make test-browser open the pages in a headless Chromium; installs it as root on Debian, or says that it did not run"
-	@echo "make test-extras  set up .venv-extras with Flower and Ray, and run the tests that need them"
+	@echo "make test-extras  set up .venv-extras with Flower, Ray and the trackers of experiments, and run the tests that need them"
 	@echo "make check        format, lint, types, and which room imports which"
 	@echo "make assets       fetch the datasets and weights into the cache"
 	@echo "make test-assets  run the tests that need them"
@@ -69,7 +69,7 @@ pretend: setup
 # The pretended GPU has processes of its own: torch counts devices at the first gradient of a process.
 test: pretend
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long and not device" tests/device
-	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/device -m "not assets and not full and not docs and not browser and not fl and not ray and not torture and not long and not device"
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/device -m "not assets and not full and not docs and not browser and not fl and not ray and not trackers and not torture and not long and not device"
 
 # Attacks, defenses, models and threat models on the pretended GPU against the CPU. SWEEP=full crosses all of them, for hours.
 test-device: pretend
@@ -112,11 +112,11 @@ test-browser: setup
 $(EXTRAS)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(EXTRAS)
 	$(EXTRAS)/bin/python -m pip install --quiet --upgrade pip
-	$(EXTRAS)/bin/python -m pip install --quiet --editable ".[dev,fl,ray]"
+	$(EXTRAS)/bin/python -m pip install --quiet --editable ".[dev,fl,ray,mlflow,tensorboard,wandb]"
 	@touch $@
 
 test-extras: $(EXTRAS)/.ready
-	$(EXTRAS)/bin/python -m pytest -m "fl or ray"
+	$(EXTRAS)/bin/python -m pytest -m "fl or ray or trackers"
 	$(EXTRAS)/bin/python -m pytest tests/test_registry.py
 	$(EXTRAS)/bin/leakbench list defenses >/dev/null
 

@@ -158,6 +158,7 @@ def run(
     salt: str | None = None,
     progress: NullProgress | None = None,
     command: str = "",
+    log: Sequence[str] = (),
 ) -> Run:
     """Run every trial of a matrix that has no result yet, and return the run.
 
@@ -167,6 +168,8 @@ def run(
         device: this and the options up to ``salt`` are those of ``leakbench.engine.run.RunOptions``.
         progress: what reports the progress; nothing by default.
         command: the command line, for the provenance.
+        log: experiment trackers that the run is logged to while it runs: ``wandb``, ``tensorboard`` or ``mlflow``. The
+            report is then written too, since its pages and pictures are logged.
 
     Raises:
         LeakbenchError: one line that says what is wrong; nothing was written.
@@ -174,7 +177,16 @@ def run(
     options = RunOptions(
         device, chunk, strict, workers, time_limit, shard, executor, ray_address, gpus_per_worker, salt
     )
-    return Run(engine.run(matrix, out, options, progress=progress, command=command))
+    if not log:
+        return Run(engine.run(matrix, out, options, progress=progress, command=command))
+    from leakbench.trackers import tracked  # reports are loaded only by who asks for one
+
+    folder = Path(out) if out is not None else Path("runs") / matrix.name
+    with tracked(log, folder) as tracking:
+        told = tracking.display(progress or NullProgress())
+        own = Run(engine.run(matrix, folder, options, progress=told, command=command))
+        tracking.finish(own.report())
+    return own
 
 
 def observe(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from leakbench.api import Run
     from leakbench.engine.run import RunOptions
     from leakbench.plan.matrix import Matrix
+    from leakbench.trackers import Tracking
 
 app = typer.Typer(help="Run trials.", no_args_is_help=True)
 
@@ -83,6 +84,11 @@ class MatrixOptions:
     )
     gpus_per_worker: float | None = option("With Ray: GPUs per worker, such as 0.25.", min=0, metavar="NUMBER")
     salt: str | None = option(SALT, metavar="HEX")
+    log: list[str] | None = option(
+        "Log the run to an experiment tracker while it runs: wandb, tensorboard or mlflow, each by its own package, "
+        "which must be installed; repeatable.",
+        metavar="TRACKER",
+    )
     strict: bool = option(
         "Refuse the matrix if an attack does not support a case; stop at the first error of a component.",
         "--strict",
@@ -190,12 +196,16 @@ def _usual(given: Mapping[str, Any]) -> dict[str, Any]:
 def _run(plans: Sequence[Matrix], given: MatrixOptions) -> None:
     """Run matrices into one folder, write the report, and print its tables and where it is."""
     from leakbench import report
+    from leakbench.trackers import tracked
 
     folder = given.out or Path("runs") / plans[0].name
     if given.out is None:
         _note_others(folder, plans)
-    run = finish(plans, folder, given.run_options())
-    pages = [path for path in run.report() if path.name in report.STUDIES]
+    with tracked(given.log or (), folder) as tracking:
+        run = finish(plans, folder, given.run_options(), tracking)
+        written = run.report()
+        tracking.finish(written)
+    pages = [path for path in written if path.name in report.STUDIES]
     if plans[-1].threshold is not None:
         typer.echo(report.ranking(run.out))
     elif not pages:
@@ -222,8 +232,8 @@ def _note_others(folder: Path, plans: Sequence[Matrix]) -> None:
         )
 
 
-def finish(plans: Sequence[Matrix], folder: Path, options: RunOptions) -> Run:
-    """Run matrices into one folder.
+def finish(plans: Sequence[Matrix], folder: Path, options: RunOptions, tracking: Tracking | None = None) -> Run:
+    """Run matrices into one folder; ``tracking`` is told of every trial.
 
     If there are several, each is checked before the first one runs, and those of which a shard has no trial are left
     out.
@@ -244,5 +254,6 @@ def finish(plans: Sequence[Matrix], folder: Path, options: RunOptions) -> Run:
         for number, plan in enumerate(plans, 1):
             part = f"matrix {number} of {len(plans)}" if len(plans) > 1 else ""
             with Display(console(), options.workers or 1, part) as display:
-                engine.run(plan, folder, options, progress=display, command=line)
+                told = display if tracking is None else tracking.display(display)
+                engine.run(plan, folder, options, progress=told, command=line)
     return Run(folder)
