@@ -14,7 +14,7 @@ BROWSER ?= optional
 PRETEND ?= optional
 SWEEP ?= pairs
 
-.PHONY: cuda-wheels cuda-check help setup demo trunks pretend test test-device test-full test-long torture test-browser test-extras test-assets assets check format trained fuzz recheck docs reference wheel clean
+.PHONY: cuda-wheels cuda-check help setup demo trunks pretend test test-device test-full test-long torture test-browser test-pythons test-extras test-assets assets check format trained fuzz recheck docs reference wheel clean
 
 help:
 	@echo "make demo         set up, and run four attacks against seven defenses on the images that ship with leakbench"
@@ -23,6 +23,7 @@ help:
 	@echo "make test-device  compare attacks on a pretended GPU with the CPU, which takes minutes (SWEEP=pairs|full)"
 	@echo "make cuda-check   check leakbench on a GPU in eight minutes, into reports/cuda; make cuda-wheels fetches what it lacks"
 	@echo "make test-full    run torchvision's networks of full size, which takes an hour"
+	@echo "make test-pythons run a part of the tests on each of Python 3.12 and 3.13 that is installed"
 	@echo "make torture      kill, interrupt, fill the disk and make the clock jump, which takes minutes"
 	@echo "make test-browser open the pages in a headless Chromium; installs it as root on Debian, or says that it did not run"
 	@echo "make test-extras  set up .venv-extras with Flower, Ray and the trackers of experiments, and run the tests that need them"
@@ -91,6 +92,18 @@ cuda-check:
 test-long: pretend
 	$(BIN)/python -m pytest -m long tests/device
 	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/device -m long
+
+# The newer versions of Python that are on the PATH or among pyenv's: what depends on the version, in small.
+PYTHONS ?= 3.12 3.13
+test-pythons:
+	@for version in $(PYTHONS); do \
+	    found="$$(command -v python$$version || ls -d "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$version.*/bin/python$$version 2>/dev/null | tail -n 1)"; \
+	    if [ -z "$$found" ] || ! "$$found" --version >/dev/null 2>&1; then echo "the tests on Python $$version were NOT run: there is no python$$version"; continue; fi; \
+	    echo "Python $$version: $$found"; rm -rf .venv-python; \
+	    { "$$found" -m venv .venv-python && .venv-python/bin/python -m pip install --quiet --no-compile --editable ".[dev]" \
+	    && .venv-python/bin/python -m pytest -n 2 --dist worksteal -m "not long and not fl and not ray and not assets" \
+	        tests/test_api.py tests/test_cli.py tests/test_engine.py tests/test_registry.py tests/test_plugin.py tests/test_isolation.py; } || exit 1; \
+	done; rm -rf .venv-python
 
 torture: setup
 	$(BIN)/python -m pytest -m torture
@@ -168,4 +181,4 @@ wheel: setup
 	$(BIN)/python -m twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) $(DOCS) $(EXTRAS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-python $(DOCS) $(EXTRAS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

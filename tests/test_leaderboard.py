@@ -7,15 +7,21 @@ import math
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from test_cli import cli, place, refused  # noqa: F401
 from test_html import ALIGNED, NASTY, Tags, scored
 from test_report import run
 from test_store import METRICS, TinyAttack, TinyDefense, named
 
+from leakbench import attacks
+from leakbench.analysis import verdict
+from leakbench.leaderboard import protocol
 from leakbench.leaderboard.entry import Entry, TrialOf, read, schema
 from leakbench.leaderboard.verify import EntryCheck, Repeat
+from leakbench.plan.matrix import load_suite
 from leakbench.report.leaderboard import write
+from leakbench.store.records import StoredComponent
 
 MATRIX = (
     "--model",
@@ -80,6 +86,69 @@ def test_an_entry_without_a_positive_control_bears_a_mark_and_comes_last(cli, ra
     assert cli("leaderboard", "ran", "two", "--out", "both").code == 0
     page = (place / "both" / "index.html").read_text()
     assert re.findall(r'<tr><td class="spec">([^<]*[^< ])', page) == ["noise(scale=1.0)", "none", "noise"]
+
+
+SUITE = {
+    "name": "worst-case",
+    "default": "tiny",
+    "threshold": 0.6,
+    "defenses": ["none"],
+    "models": ["lenet"],
+    "datasets": ["samples(size=12)"],
+    "scale": {"tiny": {"images": 2, "stages": [{"attacks": ["analytic", "ig(steps=2)"], "threats": ["paper"]}]}},
+}
+
+
+def test_only_entries_of_a_protocol_are_ranked_and_others_say_how_they_differ(cli, place, monkeypatch):  # noqa: F811
+    for module in ("leakbench.analysis.verdict", "leakbench.leaderboard.protocol"):
+        monkeypatch.setattr(f"{module}.load_suite", lambda name: SUITE)
+    monkeypatch.setattr("leakbench.leaderboard.protocol.SCALES", {"tiny-1": "tiny"})
+    for cached in (verdict._suite, protocol.protocols):
+        cached.cache_clear()
+    line = ("run", "matrix", "--model", "lenet", "--dataset", "samples(size=12)", "--attack", "ig(steps=3)")
+    whole = ("--attack", "analytic", "--threshold", "0.6")
+    runs = {
+        "whole": (*whole, "--images", "2"),
+        "short": ("--threshold", "0.6", "--images", "2"),
+        "lower": (*whole[:-1], "0.5", "--images", "2"),
+    }
+    for name, options in runs.items():
+        assert cli(*line, "--defense", "none", *options, "--out", name, "--name", name).code == 0
+    assert cli("leaderboard", *runs, "--out", "board").code == 0
+    for cached in (verdict._suite, protocol.protocols):
+        cached.cache_clear()
+    found = {one.run: one for one in map(read, (place / "board" / "entries").iterdir())}
+    assert {name: (one.protocol, one.departures) for name, one in found.items()} == {
+        "whole": ("tiny-1", ()),
+        "short": ("", ("these attackers did not run: analytic",)),
+        "lower": ("", ("its threshold is 0.5, and not 0.6",)),
+    }
+    page = (place / "board" / "index.html").read_text()
+    ranked, others = page.split('<section id="others">')
+    assert re.findall("<td>(whole|short|lower)", ranked) == ["whole"]
+    assert set(re.findall("<td>(whole|short|lower)", others)) == {"short", "lower"}
+    assert "(run lower) is not of the protocol of this dataset and model: its threshold is 0.5, and not 0.6." in others
+
+
+def test_another_version_of_an_attacker_is_not_of_the_protocol() -> None:
+    (first, *_) = protocol.protocols()
+    own = pd.DataFrame({"image": first.images, "seed": 0, "attack": "peel", "dataset": "cifar10", "model": "lenet"})
+    now = attacks.get("peel").version
+    stored = [StoredComponent("attack", "peel", version, {}) for version in (now, now - 1)]
+    assert first.departures(own, stored[:1], 0.6, []) == []
+    words = f"it has version {now - 1} of peel, and the protocol has {now}"
+    assert first.departures(own, stored[1:], 0.6, []) == [words]
+    assert first.departures(own[1:], stored[:1], 0.6, []) == ["it attacks other images or seeds"]
+    assert first.covers("cifar10", "lenet")
+    assert not first.covers("cifar10", "resnet20")
+
+
+def test_every_protocol_says_what_it_fixes_and_its_command_runs_it() -> None:
+    for one in protocol.protocols():
+        assert one.words.startswith(f"{len(one.images)} images of cifar10 (")
+        _, _, _, _, *options = one.command.split()
+        scale = options[options.index("--scale") + 1] if "--scale" in options else load_suite("worst-case")["default"]
+        assert scale == one.scale
 
 
 def test_entries_of_before_called_adaptive_attackers_informed(ran: Path) -> None:

@@ -16,7 +16,7 @@ from leakbench import Matrix, trackers
 from leakbench.cli.main import app
 from leakbench.engine.progress import NullProgress
 from leakbench.errors import BadOption, LeakbenchError
-from leakbench.trackers.base import Outcome, TrackedRun, Tracker
+from leakbench.trackers.base import RunOutcome, TrackedRun, Tracker
 
 AXES = {"attacks": ["peel"], "defenses": ["none"], "models": ["lenet"], "datasets": ["samples(size=16)"]}
 WORDS = "peel against none, lenet on samples(size=16)"
@@ -32,7 +32,7 @@ class Fake(Tracker):
     def __init__(self, run: TrackedRun) -> None:
         self.run = run
         self.rows: list[tuple[int, Mapping[str, float]]] = []
-        self.outcome: Outcome | None = None
+        self.outcome: RunOutcome | None = None
         self.completed: bool | None = None
 
     @classmethod
@@ -48,7 +48,7 @@ class Fake(Tracker):
             raise ConnectionError("gone " * 200)
         self.rows.append((step, scores))
 
-    def finish(self, outcome: Outcome) -> None:
+    def finish(self, outcome: RunOutcome) -> None:
         self.outcome = outcome
 
     def close(self, *, completed: bool) -> None:

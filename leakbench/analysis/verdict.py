@@ -29,7 +29,7 @@ Scene = tuple[str, str, str]
 
 
 def missing_attackers(
-    trials: pd.DataFrame, components: Iterable[StoredComponent], threshold: float
+    trials: pd.DataFrame, components: Iterable[StoredComponent], threshold: float, scale: str | None = None
 ) -> dict[Scene, list[str]]:
     """Return which attackers of the suite did not run behind each defense, in words; an empty list if all of them did.
 
@@ -41,6 +41,7 @@ def missing_attackers(
         trials: every planned trial (``Store.trials``).
         components: what each spec stands for (``Store.components``).
         threshold: by which trials were skipped.
+        scale: of the suite; its default for None.
     """
     known = {(one.kind, one.spec): one for one in components}
     own = judged(trials, threshold)[~trials["floor"].to_numpy(dtype=bool)]
@@ -56,7 +57,7 @@ def missing_attackers(
         variants = _variants(known["defense", str(defense)])
         wanted = [
             (attack, variant)
-            for attack, informed in _suite()
+            for attack, informed in _suite(scale)
             for variant in ([""] if not informed else variants if informed == EVERY else variants[-1:])
         ]
         found[str(dataset), str(model), str(defense)] = [
@@ -68,9 +69,9 @@ def missing_attackers(
 
 
 @cache
-def _suite() -> list[tuple[attacks.Attack, bool | str]]:
+def _suite(scale: str | None) -> list[tuple[attacks.Attack, bool | str]]:
     """Return each attacker of the suite in its order: the attack, and ``informed`` of its threat model."""
-    stages = Matrix(**expand(load_suite(SUITE))[0]).stages
+    stages = Matrix(**expand(load_suite(SUITE), scale)[0]).stages
     return [(attack, threat.informed) for stage in stages for attack in stage.attacks for threat in stage.threats]
 
 

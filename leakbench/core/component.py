@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import reprlib
 import sys
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -100,7 +101,7 @@ def _in_package(cls: type) -> bool:
         return False
     functions = [value for value in vars(cls).values() if inspect.isfunction(value)]
     files = {function.__code__.co_filename for function in functions}
-    files -= {"<string>", dataclasses.__file__}  # what a dataclass generates
+    files -= {"<string>", dataclasses.__file__, reprlib.__file__}  # what a dataclass generates
     return all(Path(name).resolve().is_relative_to(PACKAGE) for name in files)
 
 

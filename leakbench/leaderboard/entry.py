@@ -24,6 +24,7 @@ from leakbench.analysis.verdict import inconclusive, missing_attackers
 from leakbench.core.files import StrictModel, first_fault
 from leakbench.core.text import plural
 from leakbench.errors import BadOption, one_line
+from leakbench.leaderboard.protocol import protocols
 from leakbench.plan.matrix import RECOVERY
 from leakbench.store.connection import decoding
 from leakbench.store.records import PluginFile, run_name, threshold_of
@@ -100,6 +101,13 @@ class Entry(StrictModel):
         _Share | None, Field(description="share on which the best floor reaches the threshold; null if none was run")
     ]
     missing: Annotated[list[_Text], Field(description="attackers of the suite worst-case that did not run")]
+    protocol: Annotated[
+        str, Field(description="the protocol that the attacks are of, by which entries are ranked; empty if of none")
+    ] = ""
+    departures: Annotated[
+        tuple[_Text, ...],
+        Field(description="how they differ from the protocol of this dataset and model; empty if there is none"),
+    ] = ()
     inconclusive: Annotated[str, Field(description="why attackers that recover nothing show nothing; empty if they do")]
     caveat: Annotated[str, Field(description="why to doubt that images count as recovered; empty without a doubt")]
     best_attacker: Annotated[
@@ -179,6 +187,11 @@ def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> t
     found, missing = [], []
     results = ensemble_results(trials, threshold)
     lacking = missing_attackers(trials, components.values(), threshold)
+    of_protocols = [
+        (one, missing_attackers(trials, components.values(), threshold, one.scale))
+        for one in protocols()
+        if any(one.covers(dataset, model) for dataset, model, _ in lacking)
+    ]
     flaws = inconclusive(results, components.values())
     for one in results:
         scene = trials[(trials["dataset"] == one.dataset) & (trials["model"] == one.model)]
@@ -199,6 +212,13 @@ def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> t
         best = max(one.attackers, key=lambda stats: stats.recovered)
         rows = own.rename(columns={"trial": "id", RECOVERY: "score"})[list(TrialOf.model_fields)]
         rows = rows.assign(score=rows["score"].astype(object).where(rows["score"].notna(), None))
+        planned = scene[(scene["defense"] == one.defense) & ~scene["floor"]]
+        protocol, departures = "", list[str]()
+        for candidate, absent in of_protocols:
+            if candidate.covers(one.dataset, one.model):
+                missed = absent[one.dataset, one.model, one.defense]
+                departures = candidate.departures(planned, components.values(), threshold, missed)
+                protocol = "" if departures else candidate.name
         with decoding(store.path):
             entry = Entry(
                 run=run_name(sessions, name),
@@ -213,6 +233,8 @@ def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> t
                 high=one.high,
                 floor=None if math.isnan(floor) else floor,
                 missing=lacking[one.dataset, one.model, one.defense],
+                protocol=protocol,
+                departures=tuple(departures),
                 inconclusive=flaws[one.dataset, one.model] or (UNPROVEN if one.unproven else ""),
                 caveat=caveat(scene),
                 best_attacker=best.attacker if best.recovered else None,

@@ -55,6 +55,10 @@ SCORE_TOLERANCE = 0.01
 """Scores that differ by less count as equal."""
 
 
+NEW_FIELDS = {"protocol", "departures"}
+"""What entries of before protocols do not state."""
+
+
 @dataclass(frozen=True)
 class EntryCheck:
     """The outcome of the verification of an entry.
@@ -149,7 +153,12 @@ def check(
             "the run of the entry"
         )
     recorded = mine[0].model_dump()
-    differing = tuple(name for name, value in entry.model_dump().items() if name != "run" and value != recorded[name])
+    unstated = NEW_FIELDS - entry.model_fields_set
+    differing = tuple(
+        name
+        for name, value in entry.model_dump().items()
+        if name != "run" and name not in unstated and value != recorded[name]
+    )
     known = [trial for trial in entry.trials if trial.id in planned.index]
     if not known:
         raise BadOption(f"none of the entry's trials is in the run {str(run)!r}; give the run of the entry")

@@ -9,6 +9,7 @@ from leakbench.analysis.statistics import ALPHA
 from leakbench.core.text import slug
 from leakbench.errors import BadOption
 from leakbench.leaderboard.entry import SCHEMA_FILE, Entry, entries, schema
+from leakbench.leaderboard.protocol import protocols
 from leakbench.leaderboard.verify import MIN_SAMPLE, EntryCheck
 from leakbench.report.files import replace
 from leakbench.report.page import render, sentence
@@ -41,19 +42,20 @@ def write(runs: Sequence[Path], out: Path) -> tuple[list[Path], list[str]]:
     found.sort(key=lambda one: (one.dataset, one.model, one.recovered, one.high))
     written: list[Path] = []
     taken: Counter[str] = Counter()
-    scenes: dict[tuple[str, str, float], list[tuple[Entry, str]]] = {}
+    scenes: dict[tuple[str, str, str, float], list[tuple[Entry, str]]] = {}
     for one in found:
         name = slug((one.run, one.dataset, one.model, one.defense))
         taken[name] += 1
         file = f"entries/{name}{'' if taken[name] == 1 else f'-{taken[name]}'}.json"
         written.append(replace(out / file, f"{one.model_dump_json(by_alias=True, indent=1)}\n".encode()))
-        scenes.setdefault((one.dataset, one.model, one.threshold), []).append((one, file))
+        scenes.setdefault((one.protocol, one.dataset, one.model, one.threshold), []).append((one, file))
     for rows in scenes.values():
         some = any(one.adaptive for one, _ in rows)
         rows.sort(key=lambda row: bool(row[0].inconclusive) or row[0].useless or (some and bool(row[0].unadaptive)))
     written.append(replace(out / SCHEMA_FILE, schema().encode()))
     context = {
         "title": "Leaderboard of defenses",
+        "protocols": protocols(),
         "scenes": scenes,
         "missing": missing,
         "schema_file": SCHEMA_FILE,

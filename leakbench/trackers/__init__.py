@@ -14,7 +14,7 @@ from leakbench.plan.trial import Cell, Result, Trial
 from leakbench.report.run import RunData
 from leakbench.report.scenes import worst_cases
 from leakbench.store.run_file import FILE, Store
-from leakbench.trackers.base import Outcome, TrackedRun, Tracker
+from leakbench.trackers.base import RunOutcome, TrackedRun, Tracker
 
 CLASSES = {"wandb": "WandB", "tensorboard": "TensorBoard", "mlflow": "MLflow"}
 """The trackers by name: each is the class in the module of its name."""
@@ -164,7 +164,7 @@ def _run(folder: Path) -> TrackedRun:
     return TrackedRun(str(axes.get("name", folder.name)), identity, config, folder)
 
 
-def _outcome(folder: Path, written: Sequence[Path]) -> Outcome:
+def _outcome(folder: Path, written: Sequence[Path]) -> RunOutcome:
     with Store.open(folder / FILE, readonly=True) as store:
         run = RunData.of(store, folder.resolve().name)
     scenes = worst_cases(run)
@@ -174,4 +174,4 @@ def _outcome(folder: Path, written: Sequence[Path]) -> Outcome:
         for result in scene.known
     }
     pictures = [path for path in written if path.suffix == ".png"]
-    return Outcome(shares, run.results, pictures, [path for path in written if path not in pictures])
+    return RunOutcome(shares, run.results, pictures, [path for path in written if path not in pictures])

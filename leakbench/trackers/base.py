@@ -27,7 +27,7 @@ class TrackedRun:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """What a run found, once all of its trials are finished and its report is written.
 
     Attributes:
@@ -62,7 +62,7 @@ class Tracker(ABC):
         """Record the scores of a trial; ``step`` counts the finished trials of the run."""
 
     @abstractmethod
-    def finish(self, outcome: Outcome) -> None:
+    def finish(self, outcome: RunOutcome) -> None:
         """Record what the run found."""
 
     @abstractmethod

@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.utils.time import get_current_time_millis
 
-from leakbench.trackers.base import Outcome, TrackedRun, Tracker
+from leakbench.trackers.base import RunOutcome, TrackedRun, Tracker
 
 TAG = "leakbench.run"
 """The tag by which a resumed run is found."""
@@ -50,7 +50,7 @@ class MLflow(Tracker):
         now = get_current_time_millis()
         self.client.log_batch(self.run, [Metric(_name(key), value, now, step) for key, value in scores.items()])
 
-    def finish(self, outcome: Outcome) -> None:
+    def finish(self, outcome: RunOutcome) -> None:
         """Add shares and artifacts."""
         self.log(self.step, {f"recovered/{defense}": share for defense, share in outcome.shares.items()})
         for path in outcome.pages:

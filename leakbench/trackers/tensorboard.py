@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from leakbench.trackers.base import Outcome, TrackedRun, Tracker
+from leakbench.trackers.base import RunOutcome, TrackedRun, Tracker
 
 
 class TensorBoard(Tracker):
@@ -33,7 +33,7 @@ class TensorBoard(Tracker):
         for name, value in scores.items():
             self.writer.add_scalar(name, value, step)
 
-    def finish(self, outcome: Outcome) -> None:
+    def finish(self, outcome: RunOutcome) -> None:
         """Write shares, pictures and pages."""
         for defense, share in outcome.shares.items():
             self.writer.add_scalar(f"recovered/{defense}", share, self.step)

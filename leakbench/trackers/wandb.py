@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 
 import wandb
 
-from leakbench.trackers.base import Outcome, TrackedRun, Tracker
+from leakbench.trackers.base import RunOutcome, TrackedRun, Tracker
 
 
 class WandB(Tracker):
@@ -36,7 +36,7 @@ class WandB(Tracker):
         """Add a row to the history; a resumed run adds rows for the new trials only."""
         self.run.log({"trials": step, **scores})
 
-    def finish(self, outcome: Outcome) -> None:
+    def finish(self, outcome: RunOutcome) -> None:
         """Set the summary, and add table, pictures and pages."""
         self.run.summary.update({f"recovered/{defense}": share for defense, share in outcome.shares.items()})
         pictures = {f"pictures/{path.stem}": wandb.Image(str(path)) for path in outcome.pictures}
