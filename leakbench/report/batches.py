@@ -9,8 +9,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from leakbench import clients
+from leakbench.analysis.ensemble import RECOVERED
+from leakbench.analysis.summary import summarise
 from leakbench.core.text import number, slug, with_interval
 from leakbench.metrics.members import Identified, LabelCounts, RecoveredShare
+from leakbench.plan.matrix import RECOVERY
 from leakbench.plan.trial import split_label
 from leakbench.report.display import to_markdown
 from leakbench.report.figure import GREY, key_below, plain, style
@@ -64,9 +67,16 @@ def pages(summary: pd.DataFrame) -> list[BatchesPage]:
     return found
 
 
+def with_single_images(results: pd.DataFrame) -> pd.DataFrame:
+    """Return results in which clients of one image have a share recovered too: 0 or 1, by the same rule."""
+    single = results["dataset"].map(lambda label: clients.parse(split_label(label)[1] or "local").count == 1)
+    scored = results[RECOVERY].notna() & single
+    return results.assign(**{SHARE: results[SHARE].mask(scored, (results[RECOVERY] >= RECOVERED).astype(float))})
+
+
 def study(run: RunData) -> StudyPage | None:
     """Return ``batches.md`` with its figures; None for a run whose clients have one image each."""
-    found = pages(run.summary)
+    found = pages(summarise(with_single_images(run.results), run.metrics)) if SHARE in run.results else []
     if not found or run.threshold is not None:
         return None
     blocks = [(page, _table(page)) for page in found]
@@ -96,7 +106,7 @@ def figure(page: BatchesPage) -> Figure:
     """Return a panel for each defense: a line for each attack over the number of images, which is logarithmic."""
     attacked = page.rows[~page.rows["floor"].astype(bool)]
     floors = page.rows[page.rows["floor"].astype(bool) & (page.rows["attack"] == FLOOR)]
-    defenses = attacked["defense"].drop_duplicates().tolist()
+    defenses = attacked.loc[attacked[SHARE].notna(), "defense"].drop_duplicates().tolist()
     drawn = Figure(figsize=(max(6.4, 4.4 * len(defenses)), 4.2), layout="constrained")
     panels = drawn.subplots(1, max(1, len(defenses)), squeeze=False, sharey=True)[0]
     ticks = {math.log2(count): str(count) for count in sorted(page.rows["count"].unique())}
