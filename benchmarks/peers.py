@@ -2,7 +2,8 @@
 
 It writes ``reports/malicious/peers.csv``, a row for each image, and ``peers.md``; rows that are there are kept.
 CIFAR-10 test images. ``gradinversion`` attacks a LeNet with batch normalisation that was trained for six epochs on
-2,000 other images; the other networks are untrained. Ten minutes on one core.
+2,000 other images, and a slim ResNet-18 on images of twice the side, trained for four epochs on 10,000 others; the
+other networks are untrained. Forty minutes on one core.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from leakbench import attacks, datasets, defenses, metrics, models
 from leakbench.clients.local import Local
 from leakbench.core.rng import Rng, generator, seeded
+from leakbench.datasets import Dataset
 from leakbench.models import OwnModule
 from leakbench.plan.matrix import parse_threat
 from leakbench.version import __version__
@@ -28,6 +30,9 @@ from leakbench.victim import Client, observe
 FOLDER = Path(__file__).resolve().parent.parent / "reports" / "malicious"
 TABLE, TEXT = FOLDER / "peers.csv", FOLDER / "peers.md"
 TRAINED = "trained lenet-bn"
+RESNET = "trained resnet18, 64 px"
+SPECS = {TRAINED: "lenet-bn(init=default)", RESNET: "resnet18(max_pool=false, width=16)"}
+"""The networks that are trained first."""
 MLP = "mlp(hidden=256, activation=sigmoid, init=default)"
 
 
@@ -36,7 +41,7 @@ class Case:
     """One attack on some clients.
 
     Attributes:
-        network: a spec, or ``TRAINED``, in its mode.
+        network: a spec, or one of ``SPECS``, in its mode.
         batch: the images of a client.
         clients: how many.
     """
@@ -53,6 +58,10 @@ def cases() -> Iterator[Case]:
     """Yield every case, the cheap ones first."""
     for init in ("default", "uniform(0.1)", "uniform(0.2)", "uniform(0.3)", "uniform(0.5)"):
         yield Case(f"vit(first=bare, init={init})", "april", "paper", 1, 16)
+    yield Case("vit(first=bare, init=uniform(0.2))", "april-search(steps=1000)", "labels=known", 1, 4)
+    for attack in ("grey", "ig(steps=1000)", "april-search(steps=1000, angle=0)", "april-search(steps=1000)"):
+        yield Case("vit(depth=2)", attack, "labels=known", 1, 4)
+    yield Case("vit(depth=2)", "april-search(steps=1000)", "labels=known", 4, 1)
     for batch, clients in ((4, 4), (8, 2), (16, 1), (32, 1)):
         yield Case(MLP, "cocktail", "paper", batch, clients)
         yield Case(MLP, "others", "paper", batch, clients)
@@ -64,18 +73,27 @@ def cases() -> Iterator[Case]:
         for granted in ("running", "sent", "exact") if mode == "train" else ("running", "exact"):
             yield Case(network, "gradinversion(steps=300)", f"labels=known, statistics={granted}", 4, 4)
         yield Case(network, "gradinversion(steps=300, seeds=4)", "labels=known, statistics=exact", 4, 4)
+    network = f"{RESNET}, train"
+    for attack in ("grey", "ig(steps=1000)", "gradinversion(steps=1000, statistics=0)"):
+        yield Case(network, attack, "labels=known", 4, 1)
+    for granted in ("running", "exact"):
+        yield Case(network, "gradinversion(steps=1000)", f"labels=known, statistics={granted}", 4, 1)
+    yield Case(network, "gradinversion(steps=1000, seeds=4)", "labels=known, statistics=exact", 4, 1)
     for defense in ("none", "noise(scale=0.1, relative=true)"):
         for attack in ("grey", "ig(steps=500)", "dip(steps=500)", "grnn(steps=500)"):
             yield Case("lenet", attack, "labels=known", 1, 4, defense)
 
 
-def trained() -> nn.Module:
-    """Return a LeNet with batch normalisation after six epochs on images that are not attacked."""
-    images, labels = datasets.parse("cifar10").load(range(2000, 4000))
-    with seeded("peers", "lenet-bn"):
-        network = models.parse("lenet-bn(init=default)").build((3, 32, 32), 10)
+def trained(name: str) -> nn.Module:
+    """Return one of ``SPECS`` after some epochs on images that are not attacked."""
+    if name == TRAINED:
+        epochs, (images, labels) = 6, datasets.parse("cifar10").load(range(2000, 4000))
+    else:
+        epochs, (images, labels) = 4, datasets.parse("cifar10(size=64, split=train)").load(range(10_000))
+    with seeded("peers", name.removeprefix("trained ")):
+        network = models.parse(SPECS[name]).build((3, *images.shape[2:]), 10)
     sgd = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
-    for epoch in range(6):
+    for epoch in range(epochs):
         order = torch.randperm(len(images), generator=generator("peers", epoch))
         for rows in order.split(50):
             sgd.zero_grad()
@@ -84,10 +102,20 @@ def trained() -> nn.Module:
     return network
 
 
+def attacked(case: Case) -> tuple[Dataset, Tensor, Tensor]:
+    """Return the dataset, the images and the labels of a case: for a ResNet the first ones of different classes."""
+    data = datasets.parse("cifar10(size=64)" if case.network.startswith(RESNET) else "cifar10")
+    images, labels = data.load(range(64))
+    if case.network.startswith(RESNET):
+        rows = [int((labels == label).nonzero()[0]) for label in labels.unique()]
+        images, labels = images[sorted(rows)], labels[sorted(rows)]
+    count = case.batch * case.clients
+    return data, images[:count], labels[:count]
+
+
 def measured(case: Case, network: nn.Module | None) -> list[dict[str, object]]:
     """Return a row for each image of a case."""
-    data = datasets.parse("cifar10")
-    images, labels = data.load(range(case.batch * case.clients))
+    data, images, labels = attacked(case)
     who = []
     for first in range(0, len(images), case.batch):
         rows = [(images[place], int(labels[place])) for place in range(first, first + case.batch)]
@@ -95,7 +123,7 @@ def measured(case: Case, network: nn.Module | None) -> list[dict[str, object]]:
     if network is None:
         model = models.parse(case.network)
     else:
-        model = OwnModule("lenet-bn", network.train(case.network.endswith("train")))
+        model = OwnModule(case.network.split()[1].rstrip(","), network.train(case.network.endswith("train")))
     training = {"training": Local(batch=case.batch)} if case.batch > 1 else {}
     defense, threat = defenses.parse(case.defense), parse_threat(case.threat)
     seen = observe(model, defense, threat, who, 10, data.mean(), **training)
@@ -152,13 +180,14 @@ def main() -> None:
     """Measure the cases that are missing, and write table and page."""
     known = pd.read_csv(TABLE) if TABLE.exists() else pd.DataFrame(columns=list(Case.__dataclass_fields__))
     done = {tuple(row) for row in known[list(Case.__dataclass_fields__)].itertuples(index=False)}
-    network = None
+    ready: dict[str, nn.Module] = {}
     for case in cases():
         if tuple(asdict(case).values()) in done:
             continue
-        if case.network.startswith(TRAINED) and network is None:
-            network = trained()
-        rows = pd.DataFrame(measured(case, network if case.network.startswith(TRAINED) else None))
+        name = case.network.rpartition(",")[0]
+        if name in SPECS and name not in ready:
+            ready[name] = trained(name)
+        rows = pd.DataFrame(measured(case, ready.get(name)))
         rows.to_csv(TABLE, index=False, mode="a", header=not TABLE.exists())
         print(f"{case.network} {case.attack} {case.threat} B={case.batch}: {rows.psnr.mean():.1f} dB", flush=True)
         TEXT.write_text(page(pd.read_csv(TABLE)), encoding="utf-8")

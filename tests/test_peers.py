@@ -15,7 +15,8 @@ from leakbench.api import run
 from leakbench.attacks.dip import DeepImagePrior
 from leakbench.attacks.disaggregate import layer_changes
 from leakbench.attacks.gradinversion import GradInversion, consensus, granted_statistics
-from leakbench.attacks.matching import double
+from leakbench.attacks.matching import double, total_variation
+from leakbench.attacks.matching.objective import evaluate
 from leakbench.clients.local import Local
 from leakbench.core.rng import Rng
 from leakbench.core.types import PRESETS, ThreatModel
@@ -80,6 +81,39 @@ def test_april_says_what_it_needs() -> None:
     ):
         with pytest.raises(Unsupported, match=reason):
             april.preflight(watch(model))
+
+
+def test_aprils_search_matches_the_angle_of_the_position_embedding() -> None:
+    standard = BARE.replace("bare", "standard")
+    client = clients(1, shape=SHAPE, classes=CLASSES)[0]
+    seen = observe(in_double(standard), defenses.parse("none"), ThreatModel(), [client], CLASSES, torch.zeros(SHAPE))
+    attack = attacks.parse("april-search(tv=0)")
+    objective = attack._objective(seen, Rng(("a",)))
+    assert float(objective({"image": client.image[None].double()}, 0).detach()) < 1e-12
+    twice = {name: 2 * value for name, value in seen.gradient.items()}
+    assert float(attack.distance(twice, seen.gradient)) == pytest.approx(1), "the angle is the same"
+    turned = seen.gradient | {"position": -seen.gradient["position"]}
+    apart = float(attack.distance(turned, seen.gradient) - replace(attack, angle=0).distance(turned, seen.gradient))
+    assert apart == pytest.approx(2)
+    with pytest.raises(Unsupported, match="april-search needs a network with a position embedding"):
+        attack.preflight(watch("lenet"))
+    hidden = {name: value for name, value in seen.gradient.items() if name != "position"}
+    with pytest.raises(Unsupported, match="needs the gradient of 'position', and it was not sent"):
+        attack.preflight(replace(seen, gradient=hidden))
+
+
+@pytest.mark.long
+def test_aprils_search_comes_nearer_and_serves_batches() -> None:
+    standard = BARE.replace("bare", "standard")
+    client = clients(1, shape=SHAPE, classes=CLASSES)[0]
+    seen = observe(in_double(standard), defenses.parse("none"), ThreatModel(), [client], CLASSES, torch.zeros(SHAPE))
+    begun = attacks.parse("april-search(steps=1)")(seen, Rng(("a",)))
+    found = attacks.parse("april-search(steps=9)")(seen, Rng(("a",)))
+    assert float(found.objective) < 0.9 * float(begun.objective)
+    assert found.labels.tolist() == [client.label]
+    batch = photographs(2, SHAPE[1])
+    found = attacks.parse("april-search(steps=1)")(see(standard, batch), Rng(("a",)))
+    assert found.images.shape == (1, *batch.images.shape)
 
 
 def test_the_vit_is_torchs_encoder() -> None:
@@ -251,6 +285,16 @@ def test_batch_statistics_are_granted_in_a_run(tmp_path) -> None:
     refused = own.loc["secagg(clients=2)"]
     assert refused[~refused.index.str.startswith("paper")].eq("unsupported").all()
     assert refused[refused.index.str.startswith("paper")].isin(served).all()
+
+
+def test_gradinversion_minimises_the_logarithm_of_a_distance_beside_its_priors() -> None:
+    seen = watch("lenet-bn", trials=2)
+    plain, log = (attacks.parse(f"gradinversion(statistics=0, l2=0, tv={tv})") for tv in (0, 2))
+    images = rand(2, *SHAPE, seed=3)
+    value, distance = (one._objective(seen, Rng(("a", "b")))({"image": images}, 0).detach() for one in (log, plain))
+    torch.testing.assert_close(value, distance + 2 * total_variation(images))
+    match, _, _ = evaluate(plain._objective(seen, Rng(("a", "b"))), {"image": images})
+    torch.testing.assert_close(distance, match.log(), rtol=1e-4, atol=1e-4)
 
 
 # deep image prior

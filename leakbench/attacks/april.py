@@ -1,22 +1,28 @@
-"""April: the image from the gradients of a position embedding and of the attention behind it, in closed form."""
+"""April: images from the gradients of a position embedding and of the attention behind it, solved for or searched."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from leakbench.attacks.adam import AdamSearch
 from leakbench.attacks.base import Attack, register
-from leakbench.attacks.matching import analytic_labels
+from leakbench.attacks.ig import cosine_distance
+from leakbench.attacks.matching import Count, MatchingObjective, NonNegative, analytic_labels
 from leakbench.core.rng import Rng
-from leakbench.core.types import Reconstruction
+from leakbench.core.types import Gradient, Reconstruction
 from leakbench.errors import Unsupported
+from leakbench.gradients.bilinear import squared_norm
 from leakbench.models.vit import VisionTransformer
 from leakbench.observation import Observation
+from leakbench.optim import Solution, Unknowns
 
 ATTENTION = "blocks.0.attention"
 """The name of the first attention."""
+POSITION = "position"
+"""The name of the position embedding."""
 
 
 @register("april")
@@ -31,8 +37,8 @@ class April(Attack):
     """
 
     reference: ClassVar[str] = (
-        "Lu, Zhang, Liu, Yu, Wang, Wang, Hou and Cheng 2022, APRIL: Finding the Achilles' Heel on Privacy for Vision "
-        "Transformers, CVPR, arXiv 2112.14087 (the closed form)"
+        "Lu, Zhang, Zhao, He and Cheng 2022, APRIL: Finding the Achilles' Heel on Privacy for Vision Transformers, "
+        "CVPR, arXiv 2112.14087 (the closed form)"
     )
     assumes: ClassVar[str] = (
         "A position embedding that is trained and added right before an attention, without a normalisation or a skip "
@@ -55,9 +61,9 @@ class April(Attack):
         images, errors = [], []
         sent, known = _parts(observation)
         for t in range(observation.trials):
-            position, token = known("position", t)[0], known("token", t)[0, 0]
+            position, token = known(POSITION, t)[0], known("token", t)[0, 0]
             products = [_product(sent, known, name, t) for name in ("query", "key", "value")]
-            tokens = torch.linalg.pinv(sent("position", t)[0].T) @ torch.stack(products).sum(0)  # [N + 1, D]
+            tokens = torch.linalg.pinv(sent(POSITION, t)[0].T) @ torch.stack(products).sum(0)  # [N + 1, D]
             expected = token + position[0]
             errors.append(float((tokens[0] - expected).norm() / expected.norm()))
             kernel, bias = known("patches.weight", t), known("patches.bias", t)
@@ -74,6 +80,49 @@ class April(Attack):
         )
 
 
+@register("april-search")
+@dataclass(frozen=True)
+class AprilSearch(AdamSearch):
+    """April's search: Adam on the squared distance of gradients and on the angle of the position embedding's gradient.
+
+    Minimised is |g' - g|^2 / |g|^2 + angle (1 - cos(p', p)) + tv TV, where p is the part of the gradient g that belongs
+    to the position embedding. Unlike the closed form it needs no bare attention, and serves batches. The paper's
+    distance is absolute; a relative one serves networks of any size. See GradientMatching for the options.
+
+    Attributes:
+        angle: the weight of the cosine distance of the position embedding's gradient.
+        signed: update by the sign of the gradient; unsigned Adam otherwise.
+    """
+
+    reference: ClassVar[str] = (
+        "Lu, Zhang, Zhao, He and Cheng 2022, APRIL: Finding the Achilles' Heel on Privacy for Vision Transformers, "
+        "CVPR, arXiv 2112.14087 (the search)"
+    )
+    assumes: ClassVar[str] = "A transformer whose position embedding is trained; a hard label, inferred from the head."
+    cost: ClassVar[str] = "One evaluation a step: 2,000 by default."
+    fails: ClassVar[str] = "Noise, and defenses that do not send the gradient of the position embedding."
+    per_tensor: ClassVar[bool] = True
+    steps: Count = 2000
+    tv: NonNegative = 1e-4
+    angle: NonNegative = 1.0
+    signed: bool = True
+
+    def check(self, observation: Observation) -> None:
+        """Raise Unsupported if the network has no position embedding, or its gradient was not sent."""
+        _transformer(self.name, observation)
+        super().check(observation)
+
+    def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
+        """Return the relative squared distance, and the weighted cosine distance of the position embedding's part."""
+        errors = torch.stack([squared_norm(gradient[name] - target) for name, target in observed.items()]).sum(0)
+        whole = torch.stack([squared_norm(target) for target in observed.values()]).sum(0)
+        return errors / whole + self.angle * cosine_distance(gradient, {POSITION: observed[POSITION]})
+
+    def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
+        """Run Adam within [0, 1]."""
+        return self.adam(objective, start, signed=self.signed)
+
+
 Tensors = Callable[[str, int], Tensor]
 
 
@@ -83,15 +132,27 @@ def _product(sent: Tensors, known: Tensors, name: str, trial: int) -> Tensor:
     return known(layer, trial).T @ sent(layer, trial)
 
 
+def _transformer(attack: str, observation: Observation) -> VisionTransformer:
+    """Return the network of an observation that has the gradient of its position embedding; raise Unsupported."""
+    if not isinstance(observation.model, VisionTransformer):
+        raise Unsupported(f"{attack} needs a network with a position embedding before its attention; use model=vit")
+    _require(attack, observation, POSITION)
+    return observation.model
+
+
+def _require(attack: str, observation: Observation, name: str) -> None:
+    """Raise Unsupported if the gradient of a parameter was not sent."""
+    if name not in observation.gradient:
+        raise Unsupported(f"{attack} needs the gradient of {name!r}, and it was not sent; use another defense")
+
+
 def _parts(observation: Observation) -> tuple[Tensors, Tensors]:
     """Return what was sent of the network and what is known of it by name and trial, in float64 on the CPU.
 
     Raises:
         Unsupported: it is no such transformer, or what is needed was not sent.
     """
-    model = observation.model
-    if not isinstance(model, VisionTransformer):
-        raise Unsupported("april needs a network with a position embedding before its attention; use model=vit")
+    model = _transformer("april", observation)
     if not model.blocks[0].bare:
         raise Unsupported(
             "the first attention is behind a normalisation and beside a skip connection, and april needs neither; use "
@@ -104,9 +165,8 @@ def _parts(observation: Observation) -> tuple[Tensors, Tensors]:
             f"april needs tokens of width {max(count, patch)} for {count} tokens and patches of {patch} values, and "
             f"those of this vit have {width}; use a wider one"
         )
-    needed = ["position", *(f"{ATTENTION}.{name}.weight" for name in ("query", "key", "value"))]
-    if missing := [name for name in needed if name not in observation.gradient]:
-        raise Unsupported(f"april needs the gradient of {missing[0]!r}, and it was not sent; use another defense")
+    for name in ("query", "key", "value"):
+        _require("april", observation, f"{ATTENTION}.{name}.weight")
 
     def sent(name: str, trial: int) -> Tensor:
         return observation.gradient[name][trial].detach().cpu().double()

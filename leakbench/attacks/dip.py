@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from leakbench.attacks.adam import ig_milestones
 from leakbench.attacks.base import register
 from leakbench.attacks.grnn import convolve_doubled
 from leakbench.attacks.ig import cosine_distance
@@ -90,7 +91,7 @@ class DeepImagePrior(GradientMatching):
             start,
             steps=self.steps,
             lr=dict.fromkeys(start, self.lr) | {NOISE: 0.0},
-            milestones=tuple(step for part in (2.667, 1.6, 1.142) if (step := int(self.steps / part))),
+            milestones=ig_milestones(self.steps),
             note=objective.observation.note,
         )
 

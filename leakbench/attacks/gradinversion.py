@@ -2,20 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from leakbench.attacks.adam import AdamSearch, logarithm
 from leakbench.attacks.base import register
-from leakbench.attacks.matching import Count, Found, GradientMatching, MatchingObjective, NonNegative, Positive, root
+from leakbench.attacks.matching import Count, Found, MatchingObjective, NonNegative, root
 from leakbench.attacks.matching.problem import StatisticsOf
 from leakbench.core.rng import Rng
 from leakbench.core.types import Gradient
 from leakbench.gradients.bilinear import squared_norm
 from leakbench.gradients.normalisation import batch_normalisations
 from leakbench.observation import Observation
-from leakbench.optim import Solution, Unknowns, descend
+from leakbench.optim import Solution, Unknowns
 
 MAX_SHIFT = 3
 """By how many pixels an image is shifted, at most, to fit the mean of its group."""
@@ -30,15 +31,17 @@ def summed_norms(gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
 
 @register("gradinversion")
 @dataclass(frozen=True)
-class GradInversion(GradientMatching):
+class GradInversion(AdamSearch):
     """GradInversion: Adam on the distances of all layers, with priors on image, batch statistics and a group of starts.
 
-    Minimised is sum_l |g'_l - g_l| / sum_l |g_l| + tv TV + l2 |x - 0.5|^2 / N + statistics R + group |x - E|. R is the
-    relative distance of means and variances of every batch normalisation's input from those that the threat model
+    Minimised is log(sum_l |g'_l - g_l| / sum_l |g_l|) + tv TV + l2 |x - 0.5|^2 / N + statistics R + group |x - E|. R is
+    the relative distance of means and variances of every batch normalisation's input from those that the threat model
     grants (``statistics`` of the threat model): by default the running statistics of the network that was handed out,
     which say nothing of one client unless the network was trained. E is the mean over ``seeds`` starts that run
-    together, each shifted by up to 3 pixels to fit it. The paper's distances are absolute; relative ones serve networks
-    of any size. Its noise on every step is left out. See GradientMatching for the options.
+    together, each shifted by up to 3 pixels to fit it. The paper has neither logarithm nor relation: its weights are
+    those of one network. On a trained one, the gradient of noise is hundreds of times that of images, and priors beside
+    a plain distance count for nothing. The paper's noise on every step is left out. See GradientMatching for the
+    options.
 
     Attributes:
         statistics: the weight of the prior on batch statistics; without effect in a network without them.
@@ -47,7 +50,7 @@ class GradInversion(GradientMatching):
         seeds: how many starts form the group; the one that matches best is returned.
     """
 
-    batches: ClassVar[bool] = True
+    version: ClassVar[int] = 2  # 2: the logarithm, and the weights beside it
     reference: ClassVar[str] = (
         "Yin, Mallya, Vahdat, Alvarez, Kautz and Molchanov 2021, See through Gradients: Image Batch Recovery via "
         "GradInversion, CVPR, arXiv 2104.07586"
@@ -65,12 +68,10 @@ class GradInversion(GradientMatching):
     )
     per_tensor: ClassVar[bool] = True
     steps: Count = 2000
-    lr: Positive = 0.1
-    tv: NonNegative = 1e-2
-    labels: Literal["joint", "analytic"] = "analytic"
-    statistics: NonNegative = 0.1
+    tv: NonNegative = 4.0
+    statistics: NonNegative = 3.0
     l2: NonNegative = 1e-4
-    group: NonNegative = 0.1
+    group: NonNegative = 1.0
     seeds: Count = 1
 
     def start(self, observation: Observation, rng: Rng) -> Unknowns:
@@ -81,6 +82,10 @@ class GradInversion(GradientMatching):
     def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
         """Return the relative sum of the parameters' distances."""
         return summed_norms(gradient, observed)
+
+    def reshape(self, distance: Tensor) -> Tensor:
+        """Return the logarithm of the distance, or of a likelihood, [T]."""
+        return logarithm(distance)
 
     def prior(self, images: Tensor) -> Tensor:
         """Return the weighted total variation, squared distance from grey, and distance from the group's mean."""
@@ -106,15 +111,7 @@ class GradInversion(GradientMatching):
 
     def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
         """Run Adam with IG's schedule, in [0, 1]."""
-        return descend(
-            objective,
-            start,
-            steps=self.steps,
-            lr=dict.fromkeys(start, self.lr),
-            milestones=tuple(step for part in (2.667, 1.6, 1.142) if (step := int(self.steps / part))),
-            boxed=("image",),
-            note=objective.observation.note,
-        )
+        return self.adam(objective, start, signed=False)
 
     def _objective(self, observation: Observation, rng: Rng) -> MatchingObjective:
         """Return the objective of every trial's seeds, one after the other: [T * seeds]."""

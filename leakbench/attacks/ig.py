@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from leakbench.attacks.adam import AdamSearch
 from leakbench.attacks.base import register
-from leakbench.attacks.matching import Count, GradientMatching, MatchingObjective, NonNegative, Positive
+from leakbench.attacks.matching import Count, MatchingObjective, NonNegative
 from leakbench.core.types import Gradient
 from leakbench.gradients.bilinear import inner, squared_norm
-from leakbench.optim import Solution, Unknowns, descend
+from leakbench.optim import Solution, Unknowns
 
 
 def cosine_distance(gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
@@ -24,7 +25,7 @@ def cosine_distance(gradient: Gradient, observed: Mapping[str, Tensor]) -> Tenso
 
 @register("ig")
 @dataclass(frozen=True)
-class IG(GradientMatching):
+class IG(AdamSearch):
     """Inverting Gradients: signed Adam over an image in [0, 1], which minimises cosine distance plus total variation.
 
     The step size falls tenfold after 3/8, 5/8 and 7/8 of the steps. See GradientMatching for the options.
@@ -34,7 +35,6 @@ class IG(GradientMatching):
         signed: update by the sign of the gradient; unsigned Adam otherwise.
     """
 
-    batches: ClassVar[bool] = True
     reference: ClassVar[str] = "Geiping et al. 2020, Inverting Gradients, NeurIPS, equation 4 (and released code)"
     assumes: ClassVar[str] = "A hard label, inferred from the last layer; a network in the mode that the client used."
     cost: ClassVar[str] = "One evaluation a step: 4,000 by default."
@@ -43,10 +43,8 @@ class IG(GradientMatching):
         "leave blurred images; noise."
     )
     steps: Count = 4000
-    lr: Positive = 0.1
     tv: NonNegative = 1e-4
     boxed: bool = True
-    labels: Literal["joint", "analytic"] = "analytic"
     signed: bool = True
 
     def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
@@ -54,14 +52,5 @@ class IG(GradientMatching):
         return cosine_distance(gradient, observed)
 
     def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
-        """Run Adam; labels and secrets, if they are optimised, follow their plain gradient."""
-        return descend(
-            objective,
-            start,
-            steps=self.steps,
-            lr=dict.fromkeys(start, self.lr),
-            sign=("image",) if self.signed else (),
-            milestones=tuple(step for part in (2.667, 1.6, 1.142) if (step := int(self.steps / part))),
-            boxed=("image",) if self.boxed else (),
-            note=objective.observation.note,
-        )
+        """Run Adam."""
+        return self.adam(objective, start, signed=self.signed, boxed=self.boxed)

@@ -2,19 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from leakbench.attacks.adam import AdamSearch, logarithm
 from leakbench.attacks.base import register
 from leakbench.attacks.ig import cosine_distance
-from leakbench.attacks.matching import Count, Found, GradientMatching, MatchingObjective, NonNegative, Positive
+from leakbench.attacks.matching import Count, Found, MatchingObjective, NonNegative
 from leakbench.core.rng import Rng
 from leakbench.core.types import Gradient
 from leakbench.observation import Observation
-from leakbench.optim import Solution, Unknowns, descend
+from leakbench.optim import Solution, Unknowns
 
 WEIGHT = "tv"
 """The finding that is the weight of the total variation."""
@@ -24,7 +25,7 @@ LAST_STEP = 0.01
 
 @register("log-cosine")
 @dataclass(frozen=True)
-class LogCosine(GradientMatching):
+class LogCosine(AdamSearch):
     """The search for ReLU networks: signed Adam on the logarithm of the cosine distance, plus total variation.
 
     Beside a logarithm, the weight of the total variation is relative to the distance that is left: what counts falls
@@ -39,7 +40,6 @@ class LogCosine(GradientMatching):
         pilot: the share of the steps that the short searches take together.
     """
 
-    batches: ClassVar[bool] = True
     reference: ClassVar[str] = (
         "Geiping et al. 2020, Inverting Gradients, NeurIPS (distance, optimiser); the rest is our own"
     )
@@ -50,9 +50,7 @@ class LogCosine(GradientMatching):
         "leave blurred images; noise."
     )
     steps: Count = 2000
-    lr: Positive = 0.1
     tv: NonNegative = 0.55
-    labels: Literal["joint", "analytic"] = "analytic"
     spread: NonNegative = 0.1
     ratio: Annotated[float, Field(ge=1, le=1e3)] = 5.0
     pilot: Annotated[float, Field(ge=0, lt=1)] = 0.3
@@ -64,7 +62,7 @@ class LogCosine(GradientMatching):
 
     def reshape(self, distance: Tensor) -> Tensor:
         """Return the logarithm of the distance [T], or of a likelihood, which is positive as well."""
-        return distance.clamp(min=torch.finfo(distance.dtype).tiny).log()
+        return logarithm(distance)
 
     def start(self, observation: Observation, rng: Rng) -> Unknowns:
         """Return an image from N(0.5, spread^2), and label logits from N(0, 1) if labels are optimised."""
@@ -72,18 +70,8 @@ class LogCosine(GradientMatching):
         return start | {"image": 0.5 + self.spread * start["image"]}
 
     def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
-        """Run Adam, by the sign of the image's gradient, within [0, 1]; other unknowns follow their plain gradient."""
-        return descend(
-            objective,
-            start,
-            steps=self.steps,
-            lr=dict.fromkeys(start, self.lr),
-            sign=("image",),
-            milestones=range(1, self.steps),
-            decay=LAST_STEP ** (1 / self.steps),
-            boxed=("image",),
-            note=objective.observation.note,
-        )
+        """Run Adam by the sign of the image's gradient, within [0, 1], with a step size that falls smoothly."""
+        return self.adam(objective, start, milestones=range(1, self.steps), decay=LAST_STEP ** (1 / self.steps))
 
     def _search(self, objective: MatchingObjective) -> Found:
         """Search shortly with each weight, and then with the best one of every trial.
