@@ -99,6 +99,12 @@ def opened(chromium: Any) -> Iterator[Callable[..., Any]]:
     assert said == []
 
 
+def unfolded(page: Any) -> Any:
+    """Open the fold of the matrix."""
+    page.locator("#matrix-fold").evaluate("fold => { fold.open = true; }")
+    return page
+
+
 def column(page: Any, number: int) -> list[str]:
     return page.locator(f"#matrix-table tbody td:nth-child({number})").all_inner_texts()
 
@@ -108,7 +114,7 @@ def first_numbers(texts: list[str]) -> list[float]:
 
 
 def test_the_matrix_sorts_by_a_click_and_by_the_keyboard(opened, report):
-    page = opened(report)
+    page = unfolded(opened(report))
     head = page.locator("#matrix-table thead th").all_inner_texts()
     gain = next(k for k, text in enumerate(head) if text == "gain")
     button = page.locator("#matrix-table thead th").nth(gain).locator("button")
@@ -126,8 +132,25 @@ def test_the_matrix_sorts_by_a_click_and_by_the_keyboard(opened, report):
     assert column(page, 1)[0].startswith("dlg")
 
 
-def test_filters_narrow_the_matrix_the_galleries_and_the_trials(opened, report):
+def test_a_tab_shows_one_metric_of_the_matrix(opened, report):
     page = opened(report)
+    assert not page.locator("#matrix-table").is_visible()
+    page.locator("#matrix-fold summary").click()
+    heads = page.locator("#matrix-table thead th")
+    chosen = page.locator("#columns [aria-selected=true]")
+    assert chosen.inner_text() == "ssim_aligned ↑"
+    assert heads.all_inner_texts()[:4] == ["attack", "defense", "ssim_aligned ↑", "gain"]
+    page.locator("#columns button", has_text="psnr ↑").first.click()
+    assert heads.all_inner_texts()[2] == "psnr ↑"
+    page.keyboard.press("ArrowLeft")
+    assert chosen.count() == 1
+    assert heads.all_inner_texts()[2] == chosen.inner_text() != "psnr ↑"
+    page.locator("#columns button", has_text="several").click()
+    assert len([text for text in heads.all_inner_texts() if text[-1] in "↑↓"]) > 1
+
+
+def test_filters_narrow_the_matrix_the_galleries_and_the_trials(opened, report):
+    page = unfolded(opened(report))
     assert page.locator("#matrix-table tbody tr").count() == 8
     page.locator("#filter-defense").select_option(label="noise(scale=0.01)")
     assert page.locator("#matrix-table tbody tr").count() == 2
@@ -247,6 +270,7 @@ def test_everything_fits_a_phone_and_paper(opened, report):
     assert box["x"] >= 0
     assert box["x"] + box["width"] <= 390
     page.keyboard.press("Escape")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
     page.emulate_media(media="print")
     assert not page.locator("#filters").is_visible()
     assert page.locator("#matrix-table").is_visible()

@@ -207,15 +207,34 @@
     const made = columns();
     $("#matrix-table").tBodies[0].replaceChildren(...shown.map((row) => element("tr", { className: row[FLOOR] ? "floor" : "" }, ...made.map((column) => column.cell(row, column.key(row))))));
   }
+  /** A tab for each metric, and one for the few that are shown together; the arrow keys move between them. */
   function chooser() {
-    const set = element("fieldset", {}, element("legend", { textContent: "Metrics" }));
-    metrics.forEach((metric) => {
-      const box = element("input", { type: "checkbox", checked: metric.shown });
-      box.addEventListener("change", () => { metric.shown = box.checked; order = null; heads(); matrix(); });
-      set.append(element("label", {}, box, ` ${arrow(metric)}`));
+    const main = metrics.map((metric) => metric.shown);
+    const tab = (words, title, shown) => element("button", {
+      type: "button", textContent: words, title, set: { role: "tab" },
+      onclick: (event) => {
+        metrics.forEach((metric, m) => { metric.shown = shown(m); });
+        for (const one of tabs) {
+          one.setAttribute("aria-selected", String(one === event.currentTarget));
+          one.tabIndex = one === event.currentTarget ? 0 : -1;
+        }
+        order = null;
+        heads();
+        matrix();
+      },
     });
-    $("#columns").append(element("details", {}, element("summary", { textContent: "Metrics shown" }), set));
+    const tabs = metrics.map((metric, k) => tab(arrow(metric), metric.convention, (m) => m === k));
+    if (metrics.length > 1) tabs.push(tab("several", "the main metrics beside each other", (m) => main[m]));
+    const place = $("#columns");
+    place.append(...tabs);
+    place.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      const to = tabs[(tabs.indexOf(event.target) + step + tabs.length) % tabs.length];
+      if (step && to) { to.focus(); to.click(); }
+    });
+    (tabs[data.ranked ?? 0] ?? place).click();
   }
+  const fold = $("#matrix-fold");
 
   // ---- the galleries ----
 
@@ -278,6 +297,13 @@
       text(8, 11, "start", `objective ${number(high, null)} to ${number(low, null)}${log ? ", logarithmic" : ""}`),
       text(8, 117, "start", at[0].toLocaleString("en")), text(312, 117, "end", `${at.at(-1).toLocaleString("en")} evaluations`));
   }
+  /** The scores of a trial, which stand beside its pictures. */
+  function scored(i) {
+    const rows = metrics.map((metric, m) => [metric, trials.scores[m][i]]).filter(([, score]) => score !== null);
+    if (!rows.length) return element("p", { className: "muted", textContent: "It has no score." });
+    return element("table", { className: "scores" }, element("tbody", {}, ...rows.map(([metric, score]) => element("tr", { title: metric.convention },
+      element("th", { className: "spec", textContent: arrow(metric), set: { scope: "row" } }), element("td", { className: "number", textContent: number(score, metric.places) })))));
+  }
   function show(i) {
     const at = listed.indexOf(i);
     const step = (to, word, label) => element("button", { type: "button", textContent: word, disabled: at < 0 || to < 0 || to >= listed.length, onclick: () => show(listed[to]), set: { "aria-label": label } });
@@ -299,14 +325,13 @@
     ];
     const [head, tail, note] = trials.commands[trials.again[i]];
     const command = head + tail.replaceAll("{image}", trials.image[i]).replaceAll("{seed}", trials.seed[i]).replaceAll("{trial}", trials.id[i]);
-    const scores = metrics.map((metric, m) => [arrow(metric), element("strong", { textContent: number(trials.scores[m][i], metric.places) }), element("div", { className: "muted small", textContent: metric.convention })]);
     dialog.replaceChildren(
       element("div", { className: "bar" },
         element("h2", { id: "trial-head", textContent: name }),
         step(at - 1, "←", "Previous trial"), step(at + 1, "→", "Next trial"),
         element("button", { type: "button", id: "trial-close", textContent: "Close", onclick: () => dialog.close() })),
       element("div", { className: "body" },
-        element("div", {}, pair(i), slider(i), trials.aligned[i] ? element("p", { className: "muted small", textContent: "The reconstruction is drawn after the best fit of brightness and contrast to the private image; as the attack returned it, the picture would show nothing." }) : null),
+        element("div", {}, pair(i), slider(i), scored(i), trials.aligned[i] ? element("p", { className: "muted small", textContent: "The reconstruction is drawn after the best fit of brightness and contrast to the private image; as the attack returned it, the picture would show nothing." }) : null),
         element("div", {},
           facts([["trial", element("code", { textContent: trials.id[i] })], ["image, seed", `${trials.image[i]}, ${trials.seed[i]}`], ["status", words]]),
           element("h3", { textContent: "Settings and threat model" }), facts(settings)),
@@ -314,9 +339,7 @@
           element("h3", { textContent: "The command that makes it again" }),
           element("pre", { id: "trial-command", textContent: command }),
           element("p", {}, element("button", { type: "button", className: "copy", textContent: "Copy", set: { "data-from": "trial-command" } }), note ? element("span", { className: "muted small", textContent: ` ${note}` }) : null),
-          element("h3", { textContent: "Cost" }), facts(cost),
-          element("h3", { textContent: "Metrics" }),
-          scores.length ? facts(scores) : element("p", { className: "muted", textContent: "It has no score." }))));
+          element("h3", { textContent: "Cost" }), facts(cost))));
     if (!dialog.open) dialog.showModal();
     dialog.scrollTop = 0;
     history.replaceState(null, "", `#trial=${trials.id[i]}`);
@@ -328,6 +351,7 @@
     if (label && event.target.type !== "range") { $(`button[aria-label="${label}"]`, dialog).click(); $("#trial-close").focus(); }
   });
   function linked() {
+    if (location.hash === "#matrix") fold.open = true;
     const index = trials.id.indexOf(new URLSearchParams(location.hash.slice(1)).get("trial"));
     if (index >= 0) show(index);
   }
@@ -340,8 +364,8 @@
   }
   $("#trials-order").append(element("option", { value: "", textContent: "as planned" }), ...metrics.map((metric, m) => element("option", { value: m, textContent: `most leakage first, by ${metric.name}` })));
   $("#trials-order").addEventListener("change", () => { pages.trials = 0; list(); });
-  filters(); chooser(); heads(); matrix(); gallery(); list(); linked();
+  filters(); heads(); matrix(); chooser(); gallery(); list(); linked();
   addEventListener("hashchange", linked);
-  addEventListener("beforeprint", () => matrix(true));
+  addEventListener("beforeprint", () => { fold.open = true; matrix(true); });
   addEventListener("afterprint", () => matrix());
 })();
