@@ -89,7 +89,16 @@ def test_the_reference_is_what_the_code_says(name):
 
 def test_every_page_is_in_the_navigation():
     named = set(re.findall(r": ([\w/-]+\.md)", (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")))
-    assert named == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+    pages = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+    assert named == pages | {"reports/README.md"}  # from it every report is linked
+
+
+def test_every_report_is_linked_from_the_list_of_reports():
+    reports = DOCS.parent / "reports"
+    text = (reports / "README.md").read_text(encoding="utf-8")
+    linked = {(reports / link.partition("#")[0]).resolve() for link in re.findall(r"\]\(([^)]+)\)", text)}
+    folders = {page.parent for page in reports.rglob("*.md")} - {reports}
+    assert {str(one) for one in folders if not any(link.is_relative_to(one) for link in linked)} == set()
 
 
 def test_the_page_on_gpus_has_the_committed_counts():
