@@ -1,6 +1,6 @@
 """Make the pictures of the documentation from the committed reports: ``python tools/docs_pictures.py``.
 
-The heat map of the worst case is drawn from its CSV; audits' pages are photographed in Debian's Chromium, by Playwright.
+The heat map of the worst case is drawn from its CSV; audits' pages are shown in Debian's Chromium, by Playwright.
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ def worst_case() -> None:
 
 
 def audits() -> None:
-    """Photograph the beginning of the pages of ``AUDITS``."""
+    """Take a picture of the beginning of the pages of ``AUDITS``."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
         for name, (report, height) in AUDITS.items():
