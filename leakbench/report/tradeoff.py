@@ -33,7 +33,10 @@ FILE = "tradeoff.md"
 DISTANCE = "lpips_vgg"
 """The distance that is drawn beside the share of images recovered, if its weights are available."""
 
-_UNITS = {"recovered": "images recovered, %", "LPIPS": "LPIPS (VGG) of the best reconstruction\n← leaks more"}
+_UNITS = {
+    "recovered": "images recovered, %",
+    "LPIPS": "LPIPS (VGG) of the best reconstruction\n(less is nearer: it leaks more)",
+}
 
 
 @dataclass(frozen=True)
@@ -250,6 +253,8 @@ def figure(stages: Sequence[AttackedStage]) -> Figure:
         column[-1].set_xlabel("test accuracy of the trained network, %")
     for name, panel in zip(rows, panels[:, 0]):
         panel.set_ylabel(_UNITS[name])
+        if name == "LPIPS":
+            panel.invert_yaxis()  # more leakage is upwards in every row
     key_below(drawn, panels, columns=min(4, 1 + len(stages)))
     drawn.suptitle(plain(f"{stages[0].model} on {stages[0].dataset}: utility against leakage"), fontsize=11)
     return drawn

@@ -10,11 +10,14 @@ from matplotlib.figure import Figure
 from leakbench.analysis.pareto import Interval, Study
 from leakbench.report.figure import GREY, Drawing, bars, key_below, plain, style
 
+_OFFSETS = ((10, 7), (-10, 7), (10, -7), (-10, -7))
+"""Where the number of a point is, in points from its middle: those of near points are apart."""
+
 
 def draw_points(
     panel: Any, labels: Sequence[str], utility: npt.ArrayLike, leakage: npt.ArrayLike, front: Collection[int]
 ) -> None:
-    """Draw points with their intervals into a panel; those on the Pareto front are filled and joined by a line.
+    """Draw numbered points with their intervals; those of the Pareto front are filled and joined by a line.
 
     Args:
         panel: Matplotlib's axes.
@@ -30,7 +33,16 @@ def draw_points(
         face = {} if place in front else {"markerfacecolor": "white"}
         ends = {"xerr": bars(*x), "yerr": bars(*y)}
         look = {"linestyle": "", "markersize": 7, "capsize": 3, "linewidth": 1.2} | style(place) | face
-        panel.errorbar(x[:1], y[:1], label=plain(label, 60), **ends, **look)
+        panel.errorbar(x[:1], y[:1], label=plain(f"{place + 1}  {label}", 60), **ends, **look)
+        panel.annotate(
+            str(place + 1),
+            (x[0], y[0]),
+            textcoords="offset points",
+            xytext=_OFFSETS[place % len(_OFFSETS)],
+            fontsize=8,
+            ha="center",
+            va="center",
+        )
     line = sorted((across[place, 0], along[place, 0]) for place in front)
     if len(line) > 1:
         panel.plot(*zip(*line), color=GREY, linewidth=1, zorder=0)
