@@ -74,6 +74,8 @@ def test_april_solves_for_the_image_in_float64() -> None:
 def test_april_says_what_it_needs() -> None:
     april = attacks.parse("april")
     assert float(april(watch(BARE), Rng(("a", "b"))).objective.max()) < 1e-3
+    with pytest.raises(Unsupported, match="the defense puts a layer behind the patches"):
+        april.preflight(watch(BARE, "norm-only"))
     for model, reason in (
         ("lenet", "use model=vit"),
         (BARE.replace("bare", "standard"), "behind a normalisation and beside a skip connection"),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from leakbench.attacks.adam import AdamSearch
 from leakbench.attacks.base import Attack, register
@@ -158,6 +158,8 @@ def _parts(observation: Observation) -> tuple[Tensors, Tensors]:
             "the first attention is behind a normalisation and beside a skip connection, and april needs neither; use "
             "vit(first=bare)"
         )
+    if not isinstance(model.patches, nn.Conv2d):
+        raise Unsupported("the defense puts a layer behind the patches, and april solves for what the patches are")
     count, width = model.position.shape[1:]
     patch = model.patches.weight[0].numel()
     if width < max(count, patch):

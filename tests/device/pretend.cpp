@@ -368,7 +368,7 @@ void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) 
     for (auto& [own, other] : pairs)
       if (own.is_same(t)) return other;
     auto grows = writes && t.numel() == 0;
-    auto other = grows ? at::empty({0}, at::TensorOptions().dtype(t.dtype())) : to_host(t);
+    auto other = grows ? at::empty(t.sizes(), at::TensorOptions().dtype(t.dtype())) : to_host(t);
     pairs.emplace_back(t, other);
     return other;
   };

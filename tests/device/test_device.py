@@ -34,6 +34,7 @@ from leakbench.attacks.peeling.inversion import Match
 from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.pooling import PooledMatch, find_stem
 from leakbench.attacks.peeling.trace import trace
+from leakbench.clients.local import Local
 from leakbench.core.device import accelerator, all_of, device_named, make_current
 from leakbench.core.registry import load_plugin
 from leakbench.core.rng import Rng, seeded
@@ -79,11 +80,20 @@ def stepped(
     defense: str = "none",
     threat: object = "paper",
     trials: int = 2,
+    batch: int = 1,
+    shape: tuple[int, int, int] = SHAPE,
 ) -> Observation:
-    """Return what a server sees of small clients that take their steps on a device."""
+    """Return what a server sees of small clients, of ``batch`` images each, that take their steps on a device."""
     network = models.parse(model) if isinstance(model, str) else model
-    own, grey = parse_threat(threat), torch.full(SHAPE, 0.5)
-    return observe(network, defenses.parse(defense), own, clients(trials), CLASSES, grey, device)
+    who, grey = clients(trials * batch, shape=shape), torch.full(shape, 0.5)
+    if batch > 1:
+        groups = [who[begin : begin + batch] for begin in range(0, len(who), batch)]
+        who = [
+            replace(first, companions=(), others=tuple((one.image, one.label) for one in rest))
+            for first, *rest in groups
+        ]
+    training = {"training": Local(batch=batch)} if batch > 1 else {}
+    return observe(network, defenses.parse(defense), parse_threat(threat), who, CLASSES, grey, device, **training)
 
 
 def seen(device: str, *case: Any, **options: Any) -> Observation:

@@ -379,6 +379,7 @@ def sample(stem: Stem, known: Pooled, images: Tensor, width: float, rng: torch.G
 
     A window's maximum is at a candidate with a probability by how near z is to y there, and by how near the weight
     gradient then is to the one that was sent, in units of what is left of it. Channels are independent of each other.
+    The draws are made on the CPU, so that they are the same on every device.
     """
     matrix = windows(stem.inputs(images), stem.layer.geometry)
     fit = known.fit(stem.forward(images), width)
@@ -397,13 +398,15 @@ def sample(stem: Stem, known: Pooled, images: Tensor, width: float, rng: torch.G
     rows = torch.arange(len(chosen), device=chosen.device)
     for sweep in range(SWEEPS):
         wide = spread * (1 if sweep >= BURN else 3 - 2 * sweep / BURN)
-        for at in order:
+        waiting = [torch.empty(logits.shape[1:], dtype=logits.dtype).exponential_(generator=rng) for _ in order]
+        moved = torch.stack(waiting).to(logits.device) if waiting else logits
+        for at, draws in zip(order, moved):
             error, patch, now, product = errors[:, at, None], patches[at], chosen[:, at], products[at]
             seen, square = left @ patch.T, product.diagonal()
             change = 2 * error * (seen - seen[rows, now, None])
             change = change + error.square() * (square + square[now, None] - 2 * product[now])
             chance = torch.softmax(logits[at] - change / (2 * wide * wide), 1)
-            new = torch.where(open_[:, at], torch.multinomial(chance, 1, generator=rng)[:, 0], now)
+            new = torch.where(open_[:, at], (chance / draws).argmax(1), now)  # torch.multinomial
             left += error * (patch[new] - patch[now])
             chosen[:, at] = new
             if sweep >= BURN:
@@ -427,7 +430,7 @@ def restore_pooled(
         stem: the layers up to the pool, in the floating type in which to search.
         known: of the pool's windows.
         noise: [B, C, H, W] standard normal, from which the search starts about grey.
-        rng: of the sampling, on the device of the search.
+        rng: of the sampling, on the CPU.
         steps: of a search for an image; the first stage takes ``TIMES`` as many.
         note: called with a line if a search cannot be recorded on a GPU.
     """

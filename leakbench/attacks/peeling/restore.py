@@ -65,7 +65,7 @@ def restore(
         own = find_stem(network, lowest.place)
         assert own is not None
         known = pooled(own, lowest.value, lowest.error, sent)
-        draws = torch.Generator(noise.device).manual_seed(int(torch.randint(2**62, (), generator=rng)))
+        draws = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=rng)))
         images, misfit, spent = restore_pooled(stem, known, noise, draws, steps, note)
         return Restored(images, misfit.expand(len(noise)), spent)
     below = set().union(*(network.below(each.place) for each in used))
