@@ -11,14 +11,16 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,7 @@ from leakbench.engine.progress import NullProgress
 from leakbench.gradients import full_precision
 from leakbench.optim import Unknowns, graph, value_and_gradient
 
+ROOT = Path(__file__).resolve().parents[1]
 DATA = datasets.parse("samples")
 IMAGE = DATA.image_shape
 SALT = "5eed" * 8
@@ -135,6 +138,28 @@ def error(found: Tensor, expected: Tensor) -> float:
 def largest_error(found: tuple[Tensor, Unknowns], expected: tuple[Tensor, Unknowns]) -> float:
     """Return the largest relative error of a value and its gradients."""
     return max([error(found[0], expected[0]), *(error(found[1][name], expected[1][name]) for name in expected[1])])
+
+
+TESTS = ("tests/test_graph.py", "tests/test_faults.py", "-k", "test_graph or gpu")
+"""The project's own tests that need a GPU, and what is beside them."""
+
+
+def tests(check: Check) -> Found:
+    """Run the project's own tests of a GPU, in a process of their own; without one, those that need it are skipped."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", *TESTS]
+        done = subprocess.run([*command, f"--junitxml={report}"], cwd=ROOT, capture_output=True, text=True)
+        if not report.exists():
+            yield "FAIL", "tests", f"they did not run: {done.stdout[-300:]} {done.stderr[-300:]}"
+            return
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    yield verdict(bool(cases), "tests", f"{len(cases)} found")
+    for case in cases:
+        kinds = {"failure": "FAIL", "error": "FAIL", "skipped": "SKIP"}
+        outcome = next((child for child in case if child.tag in kinds), None)
+        text = "" if outcome is None else str(outcome.get("message", ""))[:300]
+        yield "PASS" if outcome is None else kinds[outcome.tag], str(case.get("name")), text
 
 
 def evaluations(check: Check) -> Found:
@@ -361,8 +386,21 @@ def speed(check: Check) -> Found:
             yield "INFO", f"{attack} {spec} T={trials}", text
 
 
+RATES: Mapping[tuple[str, str], int] = {}
+"""Of how many of 16 images attacks reach an aligned SSIM of 0.6 on a CPU (``--device cpu --parts matrix``)."""
+
+MOST_APART = 3
+"""By how many images a count may differ: an image near the threshold goes to either side by rounding."""
+
+
+def recovered(results: Any) -> dict[tuple[str, str], int]:
+    """Return how many images each attack recovers behind each defense, without the floors."""
+    cells = results[results["attack"].str.match("dlg|ig|peel")].groupby(["attack", "defense"])["ssim_aligned"]
+    return {key: int((values >= 0.6).sum()) for key, values in cells}
+
+
 def matrix(check: Check) -> Found:
-    """Run a matrix end to end, with one worker and with two."""
+    """Run a matrix end to end, with one worker and with two; as many images are recovered as on a CPU, within 3."""
     plan = leakbench.Matrix(
         attacks=["ig(steps=5)", "peel"] if check.small else ["dlg(steps=60)", "ig(steps=500)", "peel"],
         defenses=["none", "precode"] if check.small else ["none", "noise(scale=0.01)", "precode", "keylock"],
@@ -370,18 +408,27 @@ def matrix(check: Check) -> Found:
         datasets=["samples"],
         images=2 if check.small else 16,
     )
+    expected = recovered(run(plan, replace(check, device=CPU), salt=SALT)[0]) if check.small else RATES
     for workers in (1,) if check.small else (1, 2):
         begin = time.perf_counter()
-        results, _ = run(plan, check, workers=workers)
+        results, _ = run(plan, check, workers=workers, salt=SALT)
         wrong = results[results["status"] == "error"]
         text = f"{time.perf_counter() - begin:.0f} s, {results['status'].value_counts().to_dict()}"
         yield verdict(not len(wrong), f"{workers} workers", f"{text} {sorted(set(wrong['reason']))[:3]}")
         peel = results[(results["attack"] == "peel") & (results["defense"] == "none")]["psnr"].mean()
-        yield verdict(float(peel) > 60, "peel without a defense", f"{float(peel):.1f} dB, about 74 on a CPU")
+        yield verdict(float(peel) > 60, "peel without a defense", f"{float(peel):.1f} dB, about 100 on a CPU")
+        found = recovered(results)
+        yield verdict(
+            found.keys() == expected.keys(), f"{len(found)} attacks and defenses", f"{len(expected)} expected"
+        )
+        for key in expected.keys() & found.keys():
+            near = abs(found[key] - expected[key]) <= MOST_APART
+            text = f"{found[key]} of {plan.images} images recovered, {expected[key]} on a CPU"
+            yield verdict(near, f"{' behind '.join(key)}, {workers} workers", text)
 
 
 PARTS: Sequence[Callable[[Check], Found]] = (
-    *(evaluations, recordings, sizes, memory, searches, clients, again, speed, matrix),
+    *(tests, evaluations, recordings, sizes, memory, searches, clients, again, speed, matrix),
 )
 
 
@@ -429,7 +476,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="small sizes")
     given = parser.parse_args()
     if given.device.startswith("pretend"):
-        sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "device"))
+        sys.path.insert(0, str(ROOT / "tests" / "device"))
         import pretend
 
         pretend.install()
