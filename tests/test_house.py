@@ -7,12 +7,17 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections import Counter
+from importlib.metadata import packages_distributions
 from pathlib import Path
+
+from packaging.utils import canonicalize_name
 
 import leakbench
 from leakbench import attacks, defenses, metrics, models
 from leakbench.core.text import FEDKL
+from tools import cuda_wheels
 
 PACKAGE = Path(leakbench.__file__).parent
 ROOT = PACKAGE.parent
@@ -94,3 +99,18 @@ def _own_files() -> list[Path]:
         if path.is_file() or path.name == ".ci" or not (path.name.startswith(".") or path.name in made)
     ]
     return [path for top in tops for path in ([top] if top.is_file() else top.rglob("*")) if path.is_file()]
+
+
+def test_the_wheels_for_a_gpu_cover_what_is_imported_there() -> None:
+    """The package, without its extras, and what ``make cuda-check`` runs, on a machine with torch and torchvision."""
+    tests = [ROOT / "tests" / f"{name}.py" for name in ("conftest", "own_attacks", "test_graph", "test_faults")]
+    tests += [ROOT / "tests" / f"{name}.py" for name in ("test_engine", "test_cli")]  # which test_faults imports
+    files = (*PACKAGE.rglob("*.py"), *tests, ROOT / "tools" / "cuda_check.py")
+    line = re.compile(r"^ *(?:from|import) (\w+)", re.MULTILINE)
+    imported = {name for path in files for name in line.findall(path.read_text(encoding="utf-8"))}
+    there = cuda_wheels.needed(cuda_wheels.PRESENT) | set(cuda_wheels.wheels())
+    found = packages_distributions()
+    needed = {canonicalize_name(found[name][0]) for name in imported if name in found} - {"leakbench"}
+    assert {"hypothesis", "cloudpickle", "tabulate", "lazy-loader", "markupsafe", "numpy", "pydantic"} <= needed
+    assert needed - there == {"dp-accounting"}  # of an extra: the defense says that it is missing
+    assert cuda_wheels.wheels(["SciPy"]) == [name for name in cuda_wheels.wheels() if name != "scipy"]

@@ -418,12 +418,10 @@ def matrix(check: Check) -> Found:
         peel = results[(results["attack"] == "peel") & (results["defense"] == "none")]["psnr"].mean()
         yield verdict(float(peel) > 60, "peel without a defense", f"{float(peel):.1f} dB, about 100 on a CPU")
         found = recovered(results)
-        yield verdict(
-            found.keys() == expected.keys(), f"{len(found)} attacks and defenses", f"{len(expected)} expected"
-        )
-        for key in expected.keys() & found.keys():
-            near = abs(found[key] - expected[key]) <= MOST_APART
-            text = f"{found[key]} of {plan.images} images recovered, {expected[key]} on a CPU"
+        for key in sorted(found.keys() | expected.keys()):
+            here, there = found.get(key, -1), expected.get(key, -1)
+            near = min(here, there) >= 0 and abs(here - there) <= MOST_APART
+            text = f"{here} of {plan.images} images recovered, {there} on a CPU"
             yield verdict(near, f"{' behind '.join(key)}, {workers} workers", text)
 
 

@@ -38,8 +38,15 @@ ROUNDED = {
 float64. So does the search of ``peel`` on a ReLU network: 150 iterations with a line search grow 1e-16 to 1e-4 if there
 is a max-pool. The images of a short one differ by 1e-9 in float64, and by up to 1e-2 in float32."""
 
-EXACT = ("peel",)
-"""The attacks that are compared in float64."""
+WIDE: Mapping[str, tuple[str, tuple[int, int, int]]] = {
+    "convnet": ("convnet", (1, 9, 9)),
+    "resnet18": ("resnet18", (1, 33, 33)),
+    "resnet32": ("resnet32", (1, 8, 8)),
+    "resnet34": ("resnet34", (1, 33, 33)),
+    "vgg16": ("vgg16(hidden=64)", (1, 32, 32)),
+    "vit": ("vit(patch=2)", (1, 8, 8)),
+}
+"""The large models at their full width, for one step of one attack."""
 
 FLIPS = {"quantise": 0.01}
 """The share of a client's entries that may differ: one between two levels goes to either, by the last digit."""
@@ -70,6 +77,7 @@ class Case:
         threats: threat models; the first one is taken under which the attack is not refused.
         batch: the images of each client.
         served: the attack must not be refused.
+        exact: whether they are compared in float64.
     """
 
     attack: str
@@ -79,6 +87,7 @@ class Case:
     batch: int = 1
     shape: tuple[int, int, int] = SHAPE
     served: bool = False
+    exact: bool = False
 
     def __str__(self) -> str:
         """Return the name of a test."""
@@ -127,7 +136,7 @@ def of_model(name: str) -> dict[str, Any]:
 def found_cases() -> Iterator[Case]:
     """Yield the comparisons, without what takes turns."""
     for name in names(attacks.registry):
-        spec, home = spec_of(name), HOMES.get(name, {})
+        spec, home = spec_of(name), {"exact": name == "peel", **HOMES.get(name, {})}
         for defense in names(defenses.registry):
             known = "dlm" if defense.startswith("weight-") else "ig"
             served = name == known or defense == "none"
@@ -138,6 +147,10 @@ def found_cases() -> Iterator[Case]:
         if attacks.get(name).batches:
             for defense in ("none", "noise", "keylock", "soteria"):
                 yield Case(**{"attack": spec, **home, **of_defense(defense), "batch": 2, "served": defense == "none"})
+
+
+    for model, shape in WIDE.values():
+        yield Case("ig(steps=1)", "none", model, ("known-label",), shape=shape, served=True, exact=True)
 
 
 def turned(threats: Sequence[str], by: int) -> tuple[str, ...]:
@@ -151,7 +164,7 @@ def cases() -> list[Case]:
     if os.environ.get("SWEEP") == "full":
         every = itertools.product(*(names(one.registry) for one in (attacks, defenses, models)))
         crossed = [
-            (spec_of(attack), HOMES.get(attack, {}), of_defense(defense), of_model(model))
+            (spec_of(attack), {"exact": attack == "peel", **HOMES.get(attack, {})}, of_defense(defense), of_model(model))
             for attack, defense, model in every
         ]
         return [
@@ -173,6 +186,7 @@ def test_every_component_that_ships_is_swept() -> None:
         (models.registry, {models.parse(case.model).name for case in CASES}),
     ):
         assert found == set(names(registry))
+    assert NETWORKS.keys() == WIDE.keys()
     assert {threat for case in CASES for threat in case.threats[:1]} >= {*THREATS, "server=imprint(bins=16)"}
 
 
@@ -180,8 +194,7 @@ def outcome(case: Case, threat: str, device: str) -> Reconstruction | str:
     """Return what an attack reconstructs on a device, or why it is refused."""
     try:
         observation = seen(device, case.model, case.defense, threat, shape=case.shape, batch=case.batch)
-        exact = attacks.parse(case.attack).name in EXACT
-        return attacked(case.attack, double(observation) if exact else observation)
+        return attacked(case.attack, double(observation) if case.exact else observation)
     except LeakbenchError as error:
         return f"{type(error).__name__}: {error}"
 
