@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from collections import Counter
 from importlib.metadata import packages_distributions
 from pathlib import Path

@@ -386,7 +386,20 @@ def speed(check: Check) -> Found:
             yield "INFO", f"{attack} {spec} T={trials}", text
 
 
-RATES: Mapping[tuple[str, str], int] = {}
+RATES: Mapping[tuple[str, str], int] = {
+    ("dlg(steps=60)", "none"): 6,
+    ("dlg(steps=60)", "noise"): 1,
+    ("dlg(steps=60)", "precode"): 0,
+    ("dlg(steps=60)", "keylock"): 0,
+    ("ig(steps=500)", "none"): 1,
+    ("ig(steps=500)", "noise"): 0,
+    ("ig(steps=500)", "precode"): 0,
+    ("ig(steps=500)", "keylock"): 0,
+    ("peel", "none"): 16,
+    ("peel", "noise"): 8,
+    ("peel", "precode"): 16,
+    ("peel", "keylock"): 9,
+}
 """Of how many of 16 images attacks reach an aligned SSIM of 0.6 on a CPU (``--device cpu --parts matrix``)."""
 
 MOST_APART = 3

@@ -11,8 +11,9 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +27,7 @@ from leakbench.core.component import shipped
 from leakbench.core.registry import Registry
 from leakbench.core.types import Reconstruction
 from leakbench.errors import LeakbenchError
+from leakbench.optim import graph
 
 THREATS = ("paper", "known-label", "weights", "informed=true")
 
@@ -148,7 +150,6 @@ def found_cases() -> Iterator[Case]:
             for defense in ("none", "noise", "keylock", "soteria"):
                 yield Case(**{"attack": spec, **home, **of_defense(defense), "batch": 2, "served": defense == "none"})
 
-
     for model, shape in WIDE.values():
         yield Case("ig(steps=1)", "none", model, ("known-label",), shape=shape, served=True, exact=True)
 
@@ -164,7 +165,12 @@ def cases() -> list[Case]:
     if os.environ.get("SWEEP") == "full":
         every = itertools.product(*(names(one.registry) for one in (attacks, defenses, models)))
         crossed = [
-            (spec_of(attack), {"exact": attack == "peel", **HOMES.get(attack, {})}, of_defense(defense), of_model(model))
+            (
+                spec_of(attack),
+                {"exact": attack == "peel", **HOMES.get(attack, {})},
+                of_defense(defense),
+                of_model(model),
+            )
             for attack, defense, model in every
         ]
         return [
@@ -259,3 +265,25 @@ def test_labels_of_an_untrained_transformer_are_inferred_from_rounding() -> None
         rows = stepped("cpu", spec).gradient["classifier.weight"]
         share = (rows.sum(2).abs() / rows.norm(dim=2)).max()
         assert least <= float(share) <= most
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("name", names(attacks.registry))
+def test_a_search_that_is_not_recorded_says_so(
+    gpu: ModuleType,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    begun, notes = list[object](), list[str]()
+    for solver in ("descend", "lbfgs"):
+        module = sys.modules[f"leakbench.optim.{solver}"]
+        own = module.recorded
+        monkeypatch.setattr(module, "recorded", lambda *given, own=own: begun.append(given) or own(*given))
+    monkeypatch.setattr(graph, "waits", lambda work, module: "a reason")
+    home = HOMES.get(name, {"model": "resnet20"} if name == "peel" else {})
+    case = Case(spec_of(name), **home)
+    threat = "weights" if name.startswith("dlm") else case.threats[0]
+    observation = seen("pretend", case.model, case.defense, threat, batch=case.batch)
+    attacked(case.attack, replace(observation, note=notes.append))
+    assert len(notes) == len(begun)
+    assert (name in ("ig", "dlg", "peel", "dip")) <= bool(notes)
