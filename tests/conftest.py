@@ -103,11 +103,9 @@ ELSEWHERE = {"analytic", "disaggregate", "cocktail", "april", "april-search", "i
 """Attacks that no honest network with convolutions serves; they have tests of their own."""
 ATTACKS = [
     SMALL.get(name, f"{name}(steps=3)" if "steps" in attacks.registry.fields(attacks.get(name)) else name)
-    for name in sorted(
-        set(attacks.names()) - {"analytic", "disaggregate", "cocktail", "april", "april-search", "imprint", "trap"}
-    )
+    for name in sorted(set(attacks.names()) - ELSEWHERE)
 ]
-"""All but those that no honest network with convolutions serves; they have tests of their own."""
+"""All others."""
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -105,6 +105,7 @@ def served_by(model: str, server: str = "", batch: int = 1) -> dict[str, Any]:
 HOMES: Mapping[str, Mapping[str, Any]] = {
     "analytic": served_by("mlp"),
     "april": served_by("vit(first=bare, patch=2, dim=32, depth=2, init=uniform(0.5))"),
+    "april-search": served_by(NETWORKS["vit"][0]),
     "cocktail": served_by("mlp(hidden=16, activation=sigmoid)", batch=2),
     "disaggregate": served_by("mlp(hidden=64)", batch=2),
     "imprint": served_by("lenet", "imprint(bins=16)", batch=2),
