@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import re
+import tomllib
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 from test_cli import cli, place  # noqa: F401
 
 from leakbench import assets
-from leakbench.cli.doctor import _requirements
+from leakbench.cli.doctor import INSTALLED_EXTRAS, _requirements
 
 
 def test_an_installation_that_works_has_no_fault(cli, monkeypatch, tmp_path):  # noqa: F811
@@ -60,3 +62,8 @@ def test_requirements_are_those_of_the_package_and_of_each_extra():
     assert not any(one.startswith(("flwr", "ray", "pytest")) for one in needed)
     assert _requirements("fl")[0].startswith("flwr[simulation]>=")
     assert [re.split("[<>=]", one)[0] for one in _requirements("ray")] == ["ray"]
+
+
+def test_every_extra_of_users_is_checked():
+    stated = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {*INSTALLED_EXTRAS, "dev", "bench", "fuzz"} == set(stated["optional-dependencies"])

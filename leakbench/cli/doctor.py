@@ -15,7 +15,7 @@ from leakbench.version import __version__
 IMPORTED = ("torch", "torchvision", "lpips", "piq", "nevergrad")
 """The packages that can be installed in the right version and still fail to import."""
 
-INSTALLED_EXTRAS = ("fl", "ray", "dp", "biggan")
+INSTALLED_EXTRAS = ("fl", "ray", "dp", "biggan", "wandb", "tensorboard", "mlflow")
 """The extras for users; the others are for those who work on leakbench."""
 
 
