@@ -3,7 +3,7 @@
 It writes ``reports/malicious/batches.csv``: for each server, batch size, defense and draw of images the share of images
 that are recovered at 40 dB or more without knowing any, beside the theory's; and ``noise.csv``: what the theory expects
 behind noise. CIFAR-10: the server's quantiles are of 20,000 training images, the attacked images are test images, the
-network is an untrained LeNet. Minutes on one core.
+network is an untrained LeNet. Minutes on one core. Rows that are there are kept: remove the CSV files to measure again.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ are test images, the server's quantiles are those of 20,000 training images.
   as without it. What protects is the size of the sum: with many more images than bins, few are alone in theirs. The
   server chooses the number of bins. What secure aggregation does cover: the server cannot tell whose image it reads,
   and attacks that need the gradient of a single client are not possible. It does not cover a server that changes the
-  weights.
+  weights, nor a first linear layer behind a ReLU, whose sum `disaggregate` takes apart with honest weights
+  ([peers](peers.md)).
 - **A defense of later layers does not change it either.** Key-lock acts behind the first convolution; the crafted
   layer is in front of it ({keylock} of 16).
 - **Noise does, if it is as large as one image's share of the gradient.** With relative noise of 0.0001 {weak} of 16 are
@@ -87,14 +88,15 @@ images in batches of B. *alone*: the share of images that had their bin for them
 1/K)^(B-1). The brackets are the 95 % interval of a binomial share of this size. *proved*: the share of images that
 the attacker proves to be images of the batch, without a private image (the error that was observed at the crafted
 layer is that of the reconstruction, for one of the labels). It proves none behind key-lock, whose secrets it does not
-know, and few behind noise.
+know, and few behind noise. Without noise the theory is inside the interval in {inside} rows.
 
 {table}
 
 What the theory says behind noise: the difference of two rows has noise of sqrt(2) times that of a row, and is divided
 by the image's error e. With deviations s and t of the noise on weights and bias, the squared error of a pixel x is
 about 2 (s^2 + t^2 x^2) / e^2, so that an image that is alone in its bin is recovered at 40 dB if that is 0.0001 or less
-on average. The errors e are those of the gradient without noise, of the same batches:
+on average. The errors e are those of the gradient without noise, of the same batches. What is expected is inside the
+interval in {inside_noise} rows:
 
 {noise}
 
@@ -108,9 +110,10 @@ other crafted networks (`--calibrate`). The score of a network is the largest of
 
 {detection}
 
-- False alarms: {alarms} of {honest}; the 95 % interval of the rate is {low} to {high}. These networks were trained for
-  at most 300 steps. Scored beside them, once: AlexNet's and VGG-16's convolutions, trained on ImageNet, 0.42 and 0.33;
-  ten checkpoints of ResNet-18 and ResNet-20 on CIFAR-10, untrained to fully trained, 0.00.
+- False alarms: {by_kind};
+  of all {alarms} of {honest}, with a 95 % interval of the rate of {low} to {high}. These networks were trained for at
+  most 300 steps. Scored beside them, once: AlexNet's and VGG-16's convolutions, trained on ImageNet, 0.42 and 0.33; ten
+  checkpoints of ResNet-18 and ResNet-20 on CIFAR-10, untrained to fully trained, 0.00.
 - *noise 0.001*, *noise 0.1*: each row of the imprint has Gaussian noise of this size, relative to the row, and a
   factor of its own. *signs 1 %*, *10 %*: this share of the entries of trap weights has a random sign. *few rows*: 64
   trap rows.
@@ -249,6 +252,11 @@ def page(batches: pd.DataFrame, received: pd.DataFrame) -> str:
     alarms, found = int((honest.score >= 1).sum()), int((made.score >= 1).sum())
     low, high = wilson(alarms, len(honest))
     kinds = honest.kind.value_counts()
+    rates = []
+    for kind, count in kinds.items():
+        wrong = int((honest[honest.kind == kind].score >= 1).sum())
+        rates.append("{} of {} {} networks [{:.1%}, {:.1%}]".format(wrong, count, kind, *wilson(wrong, int(count))))
+    noise = pd.read_csv(NOISE)
     costs = [
         f"{server} with {disguise}: {own.share.mean():.0%}"
         for (server, disguise), own in batches[batches.disguise != "none"].groupby(["server", "disguise"], sort=False)
@@ -268,7 +276,10 @@ def page(batches: pd.DataFrame, received: pd.DataFrame) -> str:
         crafted=len(made),
         images=IMAGES,
         table=share_table(plain),
-        noise=noise_table(plain, pd.read_csv(NOISE)),
+        noise=noise_table(plain, noise),
+        inside=inside(plain[plain.theory.notna() & ~plain.defense.str.startswith("noise")], "theory"),
+        inside_noise=inside(plain.merge(noise, on=["server", "defense", "batch", "draw"]), "expected"),
+        by_kind=", ".join(rates),
         false=f"{false} of {int(batches.proved.sum()):,}",
         kinds=", ".join(f"{count} {kind}" for kind, count in kinds.items()),
         auc=f"{auc(received):.4f}",
@@ -280,6 +291,15 @@ def page(batches: pd.DataFrame, received: pd.DataFrame) -> str:
             [f"without one, imprint {of('imprint', 'none', 16):.0%} and trap {of('trap', 'none', 16):.0%}", *costs]
         ),
     )
+
+
+def inside(rows: pd.DataFrame, column: str) -> str:
+    """Return in how many cells the expectation in a column is inside the interval of the recovered share."""
+    found = []
+    for _, own in rows.groupby(["server", "defense", "batch"]):
+        low, high = wilson(round(float((own.share * own.batch).sum())), int(own.batch.sum()))
+        found.append(low <= own[column].mean() <= high)
+    return f"{sum(found)} of {len(found)}"
 
 
 def share_table(plain: pd.DataFrame) -> str:

@@ -78,7 +78,9 @@ def cases() -> Iterator[Case]:
         yield Case(network, attack, "labels=known", 4, 1)
     for granted in ("running", "exact"):
         yield Case(network, "gradinversion(steps=1000)", f"labels=known, statistics={granted}", 4, 1)
-    yield Case(network, "gradinversion(steps=1000, seeds=4)", "labels=known, statistics=exact", 4, 1)
+    yield Case(network, "gradinversion(steps=1000, seeds=2)", "labels=known, statistics=exact", 4, 1)
+    for defense in ("none", "secagg(clients=8)"):
+        yield Case("mlp(hidden=512-512, init=default)", "disaggregate", "paper", 16, 2, defense)
     for defense in ("none", "noise(scale=0.1, relative=true)"):
         for attack in ("grey", "ig(steps=500)", "dip(steps=500)", "grnn(steps=500)"):
             yield Case("lenet", attack, "labels=known", 1, 4, defense)
@@ -152,9 +154,17 @@ Each attack where its paper has it work, at a size that fits a CPU. Made by `pyt
 
 - **April** solves for the image if the attention takes the embedded patches themselves, and if the weights are wide:
   with torch's default weights all tokens get nearly the same attention, and rounding decides.
+- **April's search** needs neither: in a standard transformer it comes near the image, where `ig` of as many steps does
+  no better than a grey image, and neither does the search without the angle of the position embedding's gradient.
 - **The cocktail party attack** separates small batches behind a sigmoid, in part, and fewer images of larger ones.
-- **GradInversion** gains with its grants, in eval and in train mode: without statistics it scores least, with the
-  exact ones and a group of four starts most. At 300 steps that is no recovery: a grey image scores about as much.
+- **GradInversion** comes near images of trained networks, and nearer with its grants: a group of starts and the exact
+  statistics of the batch add to what it finds without statistics. The running statistics, the honest grant, do not:
+  of a batch of four they are not the statistics, and pull away from the images. What bounds it here are the steps: the
+  paper takes many times as many. Of a fully trained ResNet-20, whose gradients are small, 1,500 steps with exact
+  statistics reached 13.2 dB, and a grey image 12.1 (one client of four images in train mode, measured once). The
+  weights were chosen on test images 100 to 115.
+- **Secure aggregation leaves `disaggregate` what it has**: of the sum over 8 clients with 2 images each an honest server
+  recovers the same images as of one client with 16.
 - **The deep image prior** comes near where a search over pixels of as many steps (`ig`) recovers nothing, with and
   without noise; the generator of `grnn`, of as many steps, comes nearer.
 

@@ -107,11 +107,6 @@ class AprilSearch(AdamSearch):
     angle: NonNegative = 1.0
     signed: bool = True
 
-    def check(self, observation: Observation) -> None:
-        """Raise Unsupported if the network has no position embedding, or its gradient was not sent."""
-        _transformer(self.name, observation)
-        super().check(observation)
-
     def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
         """Return the relative squared distance, and the weighted cosine distance of the position embedding's part."""
         errors = torch.stack([squared_norm(gradient[name] - target) for name, target in observed.items()]).sum(0)
@@ -121,6 +116,11 @@ class AprilSearch(AdamSearch):
     def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
         """Run Adam within [0, 1]."""
         return self.adam(objective, start, signed=self.signed)
+
+    def _objective(self, observation: Observation, rng: Rng) -> MatchingObjective:
+        """Return the objective; raise Unsupported if no gradient of a position embedding was sent."""
+        _transformer(self.name, observation)
+        return super()._objective(observation, rng)
 
 
 Tensors = Callable[[str, int], Tensor]
