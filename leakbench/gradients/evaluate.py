@@ -1,8 +1,9 @@
 """The gradient of each trial's loss with respect to that trial's parameters, differentiable in the image.
 
-Three paths give the same numbers. ``batched`` runs the network once on all trials, with intercepted calls; ``vmap``
-runs it on one trial under ``torch.vmap``, which batches every operation that torch has a rule for; ``one-at-a-time`` is
-a loop. ``choose_path`` takes the first that agrees with the loop in float64, second derivative included.
+Four paths give the same numbers. ``lanes`` runs compiled kernels (``lanes/kernels.cpp``) on networks of the operations
+that they know; ``batched`` runs the network once on all trials, with intercepted calls; ``vmap`` runs it on one trial
+under ``torch.vmap``, which batches every operation that torch has a rule for; ``one-at-a-time`` is a loop.
+``choose_path`` takes the first that agrees with the loop in float64, second derivative included.
 """
 
 import copy
@@ -18,6 +19,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.func import functional_call
 
 from leakbench.core.device import accelerator
@@ -27,6 +29,9 @@ from leakbench.errors import Unsupported
 from leakbench.gradients.bilinear import shared
 from leakbench.gradients.draws import Draws, Generators, MadeDraws
 from leakbench.gradients.intercept import UNDER_VMAP, Interception, Operations, per_trial
+from leakbench.gradients.lanes.evaluation import Program
+from leakbench.gradients.lanes.library import kernels
+from leakbench.gradients.lanes.trace import trace
 from leakbench.gradients.losses import training_loss
 from leakbench.gradients.normalisation import batch_normalisations
 from leakbench.gradients.plain import without_autocast, without_checkpointing
@@ -34,7 +39,7 @@ from leakbench.gradients.plain import without_autocast, without_checkpointing
 BATCHED = 5
 """The axes of trials of several images: [T, B, C, H, W]."""
 
-Path = Literal["batched", "vmap", "one-at-a-time"]
+Path = Literal["lanes", "batched", "vmap", "one-at-a-time"]
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
@@ -70,7 +75,8 @@ class Evaluator:
         model: the architecture; the values of its tensors are given with every call.
         names: the parameters to differentiate by.
         loss: (model, x [B, C, H, W], y) -> [B].
-        path: ``batched``, ``vmap`` or ``one-at-a-time``.
+        path: ``lanes``, ``batched``, ``vmap`` or ``one-at-a-time``; ``lanes`` computes gradients, and the rest is
+            computed as by ``batched``.
     """
 
     model: nn.Module
@@ -91,7 +97,7 @@ class Evaluator:
         module = _LossModule(self.model, self.loss)
         draws = Draws(generators, known=known, native=native)
         batch = x.shape[1] if x.ndim == BATCHED else 0
-        if self.path == "batched":
+        if self.path in ("lanes", "batched"):
             with Interception(draws, per_trial(batch or 1)), without_checkpointing(), without_autocast():
                 if not batch:
                     return functional_call(module, self._named(self._placed(tensors)), (x, y))
@@ -149,11 +155,29 @@ class Evaluator:
             known: the draws of random layers that are known (``Draws``).
             native: random layers draw as torch's own do on the CPU (``Draws``).
         """
+        if self.path == "lanes" and not any(value.requires_grad for value in tensors.values()):
+            return self._by_kernels(tensors, x if create_graph else x.detach(), y if create_graph else y.detach())
         # views, because the backward pass can leave out only tensors that are no leaves
         own = {name: _differentiable(tensors[name]) for name in self.names}
         loss = self.losses({**tensors, **own}, x.view_as(x), y, generators, known, native)
         grads = torch.autograd.grad(loss.sum(), list(own.values()), create_graph=create_graph, allow_unused=True)
         return {name: torch.zeros_like(own[name]) if grad is None else grad for name, grad in zip(self.names, grads)}
+
+    def _by_kernels(self, tensors: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Gradient:
+        """Return the gradients of ``gradient`` by the compiled kernels; raises Unsupported."""
+        shape = tuple(x.shape[1:])
+        if len(shape) != 3:
+            raise Unsupported("the kernels take trials of one image")
+        if shape not in self._programs:
+            found = kernels()
+            if found is None or x.device.type != "cpu":
+                raise Unsupported("there are no compiled kernels")
+            axes = {name: value.ndim for name, value in self._own.items()}
+            self._programs[shape] = Program(found, trace(self.model, self.loss, shape), axes)
+        program = self._programs[shape]
+        if y.ndim == 1:
+            y = F.one_hot(y, program.logits)
+        return program.gradient(tensors, x, y.to(x.dtype), self.names)
 
     def statistics(
         self,
@@ -184,7 +208,7 @@ class Evaluator:
 
         hooks = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
         try:
-            if self.path == "batched":
+            if self.path in ("lanes", "batched"):
                 named = self._cloned(self._placed(tensors, batch or 1))
                 run(named, x.flatten(0, 1) if batch else x, draws, per_trial(batch or 1))
                 first = {name: values[0] for name, values in taken.items()}
@@ -234,6 +258,11 @@ class Evaluator:
         return {f"model.{name}": value for name, value in self._cloned(tensors).items()}
 
     @cached_property
+    def _programs(self) -> dict[tuple[int, ...], Program]:
+        """The traced loss by the shape of the image."""
+        return {}
+
+    @cached_property
     def _own(self) -> dict[str, Tensor]:
         return tensors_of(self.model)
 
@@ -269,6 +298,8 @@ def choose_path(
     image_shape: tuple[int, ...],
     classes: int,
     batch: int = 1,
+    *,
+    lanes: bool = False,
 ) -> Path:
     """Return the first path that agrees with one-at-a-time double backward in float64 to 1e-8.
 
@@ -276,13 +307,26 @@ def choose_path(
     gradient itself, and the derivative of a projection of it by the image. It is made once in a process for networks
     that differ only in the values of their parameters. Trials of several images (``batch``) are compared with two.
 
+    Args:
+        evaluator: the network and its loss.
+        tensors: as for ``Evaluator.gradient``.
+        image_shape: channels, height and width.
+        classes: the number of classes.
+        batch: the images of a trial.
+        lanes: whether ``lanes`` is one of the paths; gradients will be differentiated by image and labels only.
+
     Raises:
         Unsupported: the network cannot be differentiated twice even one trial at a time, or draws random numbers
             in a way that is not intercepted.
     """
     own = tensors_of(evaluator.model)
+    device = next(iter(tensors.values())).device
+    served: tuple[Path, ...] = ("batched", "vmap")
+    if lanes and batch == 1 and device.type == "cpu" and kernels() is not None:
+        served = ("lanes", *served)
     try:
         key = (
+            served,
             fingerprint(evaluator.model),
             fingerprint(evaluator.loss),
             evaluator.names,
@@ -292,9 +336,9 @@ def choose_path(
             tuple((name, _kind(value, own[name])) for name, value in tensors.items()),
         )
     except (TypeError, RecursionError):
-        return _compare(evaluator, tensors, image_shape, classes, batch)
+        return _compare(evaluator, tensors, image_shape, classes, batch, served)
     if key not in _CHOSEN:
-        _CHOSEN[key] = _compare(evaluator, tensors, image_shape, classes, batch)
+        _CHOSEN[key] = _compare(evaluator, tensors, image_shape, classes, batch, served)
     return _CHOSEN[key]
 
 
@@ -310,7 +354,12 @@ def _kind(value: Tensor, own: Tensor) -> Hashable:
 
 
 def _compare(
-    evaluator: Evaluator, tensors: Mapping[str, Tensor], image_shape: tuple[int, ...], classes: int, batch: int
+    evaluator: Evaluator,
+    tensors: Mapping[str, Tensor],
+    image_shape: tuple[int, ...],
+    classes: int,
+    batch: int,
+    served: tuple[Path, ...],
 ) -> Path:
     """Return the first path that gives the loop's numbers; see ``choose_path``."""
     rng = generator("choose path")
@@ -363,7 +412,6 @@ def _compare(
         slow_gradient, slow = second("one-at-a-time")
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise Unsupported(f"the network cannot be differentiated twice: {' '.join(str(error).split())}") from error
-    served: tuple[Path, ...] = ("batched", "vmap")
     return next((path for path in served if agrees(path)), "one-at-a-time")
 
 

@@ -1,0 +1,264 @@
+"""The gradient of each trial's loss by its parameters by the compiled kernels, differentiable in image and labels."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from leakbench.core.types import Gradient
+from leakbench.errors import Unsupported
+from leakbench.gradients.bilinear import shared
+from leakbench.gradients.lanes.layout import JOINED_VALUES, innermost, strides
+from leakbench.gradients.lanes.library import SUFFIXES, Kernels
+from leakbench.gradients.lanes.trace import Kind, Step, Trace
+
+CHANNEL_NUMBERS = 7
+"""What a normalisation keeps of each channel."""
+
+_INT, _LONG, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+
+
+class _Op(ctypes.Structure):
+    """``Op`` of ``kernels.cpp``."""
+
+    _fields_ = [
+        *((name, _INT) for name in ("kind", "x", "x2", "y", "channels", "height", "width", "outputs")),
+        *((name, _INT * 2) for name in ("kernel", "stride", "padding", "dilation")),
+        *((name, _INT) for name in ("groups", "rows", "columns", "weight", "bias", "mean", "variance", "adds", "moves")),
+        ("kept", _LONG),
+        ("picks", _POINTER),
+        ("number", ctypes.c_double),
+    ]
+
+
+class _Program(ctypes.Structure):
+    """``Program`` of ``kernels.cpp``."""
+
+    _fields_ = [
+        *((name, _LONG) for name in ("ops", "values", "kept", "spare")),
+        ("op", ctypes.POINTER(_Op)),
+        *((name, _POINTER) for name in ("size", "a", "e", "t", "f")),
+    ]
+
+
+class _Parameter(ctypes.Structure):
+    """``Parameter`` of ``kernels.cpp``."""
+
+    _fields_ = [
+        ("value", _POINTER),
+        ("own", _LONG),
+        ("gradient", _POINTER),
+        ("v", _POINTER),
+        *((name, _LONG) for name in ("v_trial", "v_element", "size")),
+    ]
+
+
+class _Rows(ctypes.Structure):
+    """``Rows`` of ``kernels.cpp``."""
+
+    _fields_ = [("data", _POINTER), ("trial", _LONG), ("element", _LONG)]
+
+
+class Program:
+    """A traced loss, laid out for the kernels.
+
+    Args:
+        kernels: the compiled kernels.
+        trace: the operations.
+        axes: the axes of each parameter and buffer; a tensor with one more has a value for each trial.
+    """
+
+    def __init__(self, kernels: Kernels, trace: Trace, axes: Mapping[str, int]) -> None:
+        self.kernels, self._axes = kernels, axes
+        self.names = tuple(dict.fromkeys(name for step in trace.steps for name in step.named))
+        self._places = {name: place for place, name in enumerate(self.names)}
+        self._lay_out(trace)
+
+    def gradient(self, tensors: Mapping[str, Tensor], x: Tensor, q: Tensor, names: Sequence[str]) -> Gradient:
+        """Return each trial's gradient by the parameters of these names, [T, *shape] with the trials innermost.
+
+        It is differentiable once in x and q. Parameters that the loss does not depend on have zeros.
+
+        Args:
+            tensors: [T, *shape] or [*shape] by name; those of each trial's own are best with the trials innermost.
+            x: [T, C, H, W].
+            q: [T, K], class probabilities.
+            names: the parameters to differentiate by.
+        """
+        if x.dtype not in SUFFIXES or any(tensors[name].dtype != x.dtype for name in self.names):
+            raise Unsupported("the kernels compute in float32 and float64, and with one of them at a time")
+        given = [_placed(tensors[name], tensors[name].ndim > self._axes[name], len(x)) for name in self.names]
+        served = [name for name in names if name in self._places]
+        shapes = {name: tensors[name].shape[1:] for name in names}
+        buffer = x.new_empty(sum(map(math.prod, shapes.values())), len(x))
+        own, begin = {}, 0
+        for name in sorted(names, key=lambda name: (math.prod(shapes[name]) > JOINED_VALUES, name)):
+            count = math.prod(shapes[name])
+            own[name] = buffer[begin : begin + count].view(*shapes[name], len(x)).movedim(-1, 0)
+            begin += count
+            if name not in self._places:
+                own[name].zero_()
+        out = _Gradient.apply(x, q, self, given, served, {name: own[name] for name in served})
+        return {**own, **dict(zip(served, out))}
+
+    def run(
+        self, name: str, parameters: Sequence[_Parameter], x: _Rows, q: _Rows, memory: Tensor, trials: int
+    ) -> None:
+        """Run the first or the second half of an evaluation, on blocks of trials that the threads share."""
+        dtype, blocks = memory.dtype, len(memory)
+        given = (_Parameter * len(parameters))(*parameters)
+
+        def work(begin: int, end: int) -> None:
+            pointers = (ctypes.byref(self._program), given, x, q, _POINTER(memory.data_ptr()))
+            self.kernels.call(name, dtype, *pointers, _LONG(trials), _LONG(begin), _LONG(end))
+
+        threads = min(torch.get_num_threads(), blocks)
+        if threads == 1:
+            work(0, blocks)
+            return
+        edges = [blocks * part // threads for part in range(threads + 1)]
+        waiting = [_pool(os.getpid()).submit(work, *edges[part : part + 2]) for part in range(1, threads)]
+        work(*edges[:2])
+        for one in waiting:
+            one.result()
+
+    def memory(self, like: Tensor, trials: int) -> Tensor:
+        """Return memory [blocks, N] for what an evaluation keeps for its derivative."""
+        lanes = self.kernels.lanes(like.dtype)
+        return like.new_empty(-(-trials // lanes), self._program.kept * lanes)
+
+    @cached_property
+    def logits(self) -> int:
+        """The number of classes."""
+        return self._sizes[self._steps[-1].x]
+
+    def _lay_out(self, trace: Trace) -> None:
+        """Place values in memory: a and e of all of them are kept, t and f are only of the second half."""
+        self._steps, self._sizes = trace.steps, trace.sizes
+        moves, written, kept, spare = set[int](), set[int](), 0, 0
+        a, e, t, f = ([0] * len(trace.sizes) for _ in range(4))
+        ops = (_Op * len(trace.steps))()
+        self._held: list[Any] = [ops]
+        used = {0, *(step.y for step in trace.steps if step.y >= 0)}
+        for step in trace.steps:
+            if step.y >= 0 and (step.named or step.x in moves or step.second in moves):
+                moves.add(step.y)
+        for value in sorted(used):
+            size = trace.sizes[value]
+            a[value], kept = kept, kept + size
+            if value in moves:
+                e[value], kept = kept, kept + size
+                t[value], spare = spare, spare + size
+        free: dict[int, list[int]] = {}
+        for place in range(len(trace.steps) - 1, -1, -1):
+            step, op = trace.steps[place], ops[place]
+            for bit, value in enumerate((step.x, step.second)):
+                if value < 0:
+                    continue
+                op.adds |= (value in written) << bit
+                op.moves |= (value in moves) << bit
+                if value not in written:  # f(y) ends where f(x) begins, and another value of its size follows it
+                    size = trace.sizes[value]
+                    f[value], spare = (free[size].pop(), spare) if free.get(size) else (spare, spare + size)
+                written.add(value)
+            if step.y >= 0:
+                free.setdefault(trace.sizes[step.y], []).append(f[step.y])
+            self._fill(op, step)
+            op.kept = kept
+            kept += self._kept_by(step)
+        arrays = [(_LONG * len(values))(*values) for values in (trace.sizes, a, e, t, f)]
+        self._held += arrays
+        pointers = [ctypes.cast(array, _POINTER) for array in arrays]
+        self._program = _Program(len(ops), len(a), kept, max(spare, 1), ctypes.cast(ops, ctypes.POINTER(_Op)), *pointers)
+
+    def _fill(self, op: _Op, step: Step) -> None:
+        op.kind, op.x, op.x2, op.y = step.kind, step.x, step.second, step.y
+        op.channels, op.height, op.width = step.shape
+        op.outputs, op.rows, op.columns = step.out
+        for name in ("kernel", "stride", "padding", "dilation"):
+            setattr(op, name, (_INT * 2)(*getattr(step, name)))
+        for name in ("weight", "bias", "mean", "variance"):
+            setattr(op, name, self._places.get(getattr(step, name), -1))
+        op.groups, op.number = step.groups, step.number
+        if step.picks:
+            picks = (_LONG * len(step.picks))(*step.picks)
+            self._held.append(picks)
+            op.picks = ctypes.cast(picks, _POINTER)
+
+    def _kept_by(self, step: Step) -> int:
+        if step.kind is Kind.NORM:
+            return CHANNEL_NUMBERS * step.shape[0]
+        if step.kind is Kind.MAXIMUM:
+            return math.prod(step.out)
+        return 3 * self._sizes[step.x] if step.kind is Kind.LOSS else 0
+
+
+class _Gradient(Function):
+    """The gradient by each parameter, written into ``out``; its derivative by image and labels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, q: Tensor, program: Program, given: list[Any], names: list[str], out: dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Run the network and its first backward pass."""
+        memory = program.memory(x, len(x))
+        parameters = [
+            _Parameter(tensor.data_ptr(), own, _pointer(out.get(name)), None, 0, 0, size)
+            for name, (tensor, own, size) in zip(program.names, given)
+        ]
+        image, labels = strides(x), strides(q)
+        program.run("gradient", parameters, _rows(*image), _rows(*labels), memory, len(x))
+        ctx.set_materialize_grads(False)
+        ctx.program, ctx.given, ctx.names, ctx.memory, ctx.x = program, given, names, memory, x.detach()
+        return tuple(out[name] for name in names)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        """Return the derivatives by image and labels of the gradient's product with ``grads``."""
+        program, trials = ctx.program, len(ctx.x)
+        along = {name: strides(grad) for name, grad in zip(ctx.names, grads) if grad is not None}
+        parameters = []
+        for name, (tensor, own, size) in zip(program.names, ctx.given):
+            v, trial, element = along.get(name, (None, 0, 0))
+            parameters.append(_Parameter(tensor.data_ptr(), own, None, _pointer(v), trial, element, size))
+        by_image = torch.empty_like(ctx.x)
+        by_labels = ctx.x.new_empty(trials, program.logits) if ctx.needs_input_grad[1] else None
+        labels = _Rows(None, 0, 0) if by_labels is None else _rows(*strides(by_labels))
+        program.run("derivative", parameters, _rows(*strides(by_image)), labels, ctx.memory, trials)
+        return by_image, by_labels, None, None, None, None
+
+
+def _placed(tensor: Tensor, axis: bool, trials: int) -> tuple[Tensor, int, int]:
+    """Return a tensor as the kernels take it, whether each trial has its own values, and how many those are."""
+    if axis and not shared(tensor):
+        own = innermost(tensor.detach())
+        dense = strides(own)[1:] in ((1, trials), (1, 1))
+        return own if dense else innermost(own.contiguous()), 1, own[0].numel()
+    one = (tensor[0] if axis else tensor).detach().contiguous()
+    return one, 0, one.numel()
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _rows(tensor: Tensor, trial: int, element: int) -> _Rows:
+    return _Rows(tensor.data_ptr(), trial, element)
+
+
+@cache
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Return the threads of a process; a copied process has none of its parent's."""
+    return ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="lanes")

@@ -1,0 +1,106 @@
+"""Tensors [T, *shape] in memory with the trials innermost, as [*shape, T]: elementwise operations of torch keep it."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from leakbench.gradients.lanes.library import SUFFIXES, kernels
+
+JOINED_VALUES = 2**16
+"""Gradients of up to this many values lie side by side in memory; a copy of larger ones costs more than it saves."""
+
+
+def innermost(tensor: Tensor) -> Tensor:
+    """Return a tensor [T, *shape] with the trials innermost; itself if it is so, or if all trials share it."""
+    if len(tensor) == 1 or tensor.stride(0) == 0:
+        return tensor
+    return tensor.movedim(0, -1).contiguous().movedim(-1, 0)
+
+
+def strides(tensor: Tensor) -> tuple[Tensor, int, int]:
+    """Return a tensor [T, *shape], the distance of its trials in memory, and that of the elements of a trial.
+
+    Elements that are not equally far apart are copied.
+    """
+    step, element = 0, 0
+    for size, stride in zip(tensor.shape[:0:-1], tensor.stride()[:0:-1]):
+        if size == 1:
+            continue
+        if step and stride != step:
+            return strides(tensor.contiguous())
+        element = element or stride
+        step = stride * size
+    return tensor, tensor.stride(0), element or 1
+
+
+def are_innermost(*rows: Tensor) -> bool:
+    """Return whether tensors [T, N] are dense with the trials innermost, so that the kernels take them."""
+    first = rows[0]
+    wanted = (1, len(first))
+    return (
+        first.device.type == "cpu"
+        and len(first) > 1
+        and all(row.stride() == wanted and row.shape == first.shape and row.dtype == first.dtype for row in rows)
+        and first.dtype in SUFFIXES
+        and kernels() is not None
+    )
+
+
+class InnerProducts(Function):
+    """Rows a and b [T, N], trials innermost, give their inner products [T] in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        """Multiply and add."""
+        ctx.save_for_backward(a, b)
+        found = kernels()
+        assert found is not None
+        out = a.new_empty(len(a))
+        found.dots(a, b, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Return the gradients by both."""
+        a, b = ctx.saved_tensors
+        column = grads[0][:, None]
+        return b * column if ctx.needs_input_grad[0] else None, a * column if ctx.needs_input_grad[1] else None
+
+
+class Joined(Function):
+    """Tensors [T, *shape] with the trials innermost as rows [T, N]: not copied where they lie side by side."""
+
+    @staticmethod
+    def forward(ctx: Any, *parts: Tensor) -> Tensor:
+        """Join."""
+        ctx.shapes = [part.shape for part in parts]
+        trials = len(parts[0])
+        sizes = [part[0].numel() for part in parts]
+        first = parts[0]
+        ends = [part.data_ptr() + part.element_size() * size * trials for part, size in zip(parts, sizes)]
+        dense = all(strides(part)[1:] in ((1, trials), (1, 1)) for part in parts) and trials > 1
+        if dense and all(end == part.data_ptr() for end, part in zip(ends, parts[1:])) and _one_storage(parts):
+            return first.detach().as_strided((trials, sum(sizes)), (1, trials))
+        return torch.cat([part.reshape(trials, -1).mT for part in parts]).mT
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Return each part's gradient, a view."""
+        sizes = [shape[1:].numel() for shape in ctx.shapes]
+        rows = grads[0].split(sizes, 1)
+        return tuple(row.unflatten(1, shape[1:]) if len(shape) > 1 else row[:, 0] for row, shape in zip(rows, ctx.shapes))
+
+
+def _one_storage(parts: Sequence[Tensor]) -> bool:
+    places = [part.untyped_storage().data_ptr() for part in parts]
+    return all(a == b for a, b in pairwise(places))
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return tensors [T, *shape] with the trials innermost as rows [T, N] with the trials innermost."""
+    out: Tensor = Joined.apply(*parts)
+    return out
