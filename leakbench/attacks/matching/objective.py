@@ -19,6 +19,7 @@ from leakbench.gradients import Evaluator, choose_path
 from leakbench.gradients.bilinear import squared_norm
 from leakbench.gradients.draws import Generators, MadeDraws
 from leakbench.gradients.evaluate import tensors_of
+from leakbench.gradients.lanes.layout import innermost
 from leakbench.gradients.losses import head_of
 from leakbench.observation import Observation
 from leakbench.optim import Evaluation, Recordable, Unknowns, take_rows
@@ -145,7 +146,7 @@ class MatchingObjective(Recordable):
             gradient = scaled(gradient, back)
         elif factor is None:
             gradient = self._resized(gradient)
-        observed: Mapping[str, Tensor] = self.observation.gradient
+        observed = self._observed
         if not self.attack.per_tensor:
             gradient, observed = pack(gradient), self._packed
         if factor is not None and self.observation.size is not None:
@@ -234,11 +235,28 @@ class MatchingObjective(Recordable):
     @cached_property
     def _from_observed(self) -> Callable[[Gradient], Tensor]:
         """The distance from the observed gradient, whose own part is computed once."""
-        return self.attack.distance_from(self.observation.gradient if self.attack.per_tensor else self._packed)
+        return self.attack.distance_from(self._observed if self.attack.per_tensor else self._packed)
+
+    @cached_property
+    def _observed(self) -> Mapping[str, Tensor]:
+        """The observed gradient, with the trials innermost in memory if dummy gradients are so."""
+        return self._laid_out(self.observation.gradient)
+
+    @cached_property
+    def _fixed(self) -> Mapping[str, Tensor]:
+        """Every fixed tensor of the network, those of each trial's own laid out as ``_observed``."""
+        own = self._own
+        apart = {name: value for name, value in self.tensors.items() if value.ndim > own[name].ndim}
+        return {**self.tensors, **self._laid_out(apart)}
+
+    def _laid_out(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if self.evaluator.path != "lanes":
+            return tensors
+        return {name: innermost(value) for name, value in tensors.items()}
 
     @cached_property
     def _packed(self) -> Gradient:
-        return pack(self.observation.gradient)
+        return pack(self._observed)
 
     @cached_property
     def _sent(self) -> Mapping[str, Tensor]:
@@ -327,7 +345,10 @@ class MatchingObjective(Recordable):
         }
         tensors = self._filled(unknowns, 0)
         shape, classes = observation.image_shape, observation.num_classes
-        path = choose_path(self.evaluator, tensors, shape, classes, observation.count)
+        # secrets are optimised, and local steps unrolled, through the weights, by which the kernels do not differentiate
+        unrolled = self.attack.local == "unrolled" and observation.threat.shares == "weights"
+        lanes = not observation.secrets and not unrolled
+        path = choose_path(self.evaluator, tensors, shape, classes, observation.count, lanes=lanes)
         return replace(self, evaluator=replace(self.evaluator, path=path))
 
     def dummy(self, images: Tensor, labels: Tensor, unknowns: Unknowns, evaluation: Evaluation) -> Gradient:
@@ -415,7 +436,7 @@ class MatchingObjective(Recordable):
         """Return every tensor of the network: fixed, optimised, and drawn for this evaluation."""
         names = {secret.name: SECRET_PREFIX + secret.name for secret in self.observation.secrets}
         optimised = {name: unknowns[own] for name, own in names.items() if own in unknowns}
-        return {**self.tensors, **optimised, **self._fresh(unknowns, evaluation)}
+        return {**self._fixed, **optimised, **self._fresh(unknowns, evaluation)}
 
     def _fresh(self, unknowns: Unknowns, evaluation: Evaluation, step: int = 0) -> dict[str, Tensor]:
         """Return the secrets that are drawn for one of the local steps of this evaluation."""

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from leakbench.core.types import Gradient
+from leakbench.gradients.lanes.layout import JOINED_VALUES, joined
 from leakbench.observation import Observation
-
-PACKED_VALUES = 2**16
-"""Gradients of up to this many values are joined; a copy of larger ones costs more than the operations it saves."""
 
 
 def scaled(gradient: Mapping[str, Tensor], factor: Tensor | float | None) -> Gradient:
@@ -24,9 +22,13 @@ def scaled(gradient: Mapping[str, Tensor], factor: Tensor | float | None) -> Gra
 
 def pack(gradient: Mapping[str, Tensor]) -> Gradient:
     """Return a gradient whose small tensors are one, [T, N] under the empty name: fewer and larger operations."""
-    small = [name for name in sorted(gradient) if gradient[name][0].numel() <= PACKED_VALUES]
-    joined = {"": torch.cat([gradient[name].reshape(len(gradient[name]), -1) for name in small], 1)} if small else {}
-    return joined | {name: tensor for name, tensor in gradient.items() if name not in small}
+    small = [name for name in sorted(gradient) if gradient[name][0].numel() <= JOINED_VALUES]
+    parts = [gradient[name] for name in small]
+    if small and all(len(part) > 1 and part.stride(0) == 1 for part in parts):
+        whole = {"": joined(parts)}
+    else:
+        whole = {"": torch.cat([part.reshape(len(part), -1) for part in parts], 1)} if small else {}
+    return whole | {name: tensor for name, tensor in gradient.items() if name not in small}
 
 
 def total_variation(x: Tensor) -> Tensor:

@@ -81,6 +81,7 @@ class Program:
 
     def __init__(self, kernels: Kernels, trace: Trace, axes: Mapping[str, int]) -> None:
         self.kernels, self._axes = kernels, axes
+        self._free: Tensor | None = None
         self.names = tuple(dict.fromkeys(name for step in trace.steps for name in step.named))
         self._places = {name: place for place, name in enumerate(self.names)}
         self._lay_out(trace)
@@ -133,10 +134,15 @@ class Program:
         for one in waiting:
             one.result()
 
-    def memory(self, like: Tensor, trials: int) -> Tensor:
-        """Return memory [blocks, N] for what an evaluation keeps for its derivative."""
+    def memory(self, like: Tensor, trials: int) -> _Memory:
+        """Return memory [blocks, N] for what an evaluation keeps for its derivative; that of an earlier one if free."""
         lanes = self.kernels.lanes(like.dtype)
-        return like.new_empty(-(-trials // lanes), self._program.kept * lanes)
+        blocks = -(-trials // lanes)
+        key = (like.dtype, blocks)
+        free, self._free = self._free, None
+        if free is None or (free.dtype, len(free)) != key:
+            free = like.new_empty(blocks, self._program.kept * lanes)
+        return _Memory(self, free)
 
     @cached_property
     def logits(self) -> int:
@@ -204,6 +210,20 @@ class Program:
         return 3 * self._sizes[step.x] if step.kind is Kind.LOSS else 0
 
 
+class _Memory:
+    """Memory of an evaluation, which its program gets back when the evaluation's graph is freed.
+
+    New memory of this size comes from the kernel, which clears it page by page.
+    """
+
+    def __init__(self, program: Program, rows: Tensor) -> None:
+        self.rows = rows
+        self._program = program
+
+    def __del__(self) -> None:
+        self._program._free = self.rows
+
+
 class _Gradient(Function):
     """The gradient by each parameter, written into ``out``; its derivative by image and labels."""
 
@@ -218,7 +238,7 @@ class _Gradient(Function):
             for name, (tensor, own, size) in zip(program.names, given)
         ]
         image, labels = strides(x), strides(q)
-        program.run("gradient", parameters, _rows(*image), _rows(*labels), memory, len(x))
+        program.run("gradient", parameters, _rows(*image), _rows(*labels), memory.rows, len(x))
         ctx.set_materialize_grads(False)
         ctx.program, ctx.given, ctx.names, ctx.memory, ctx.x = program, given, names, memory, x.detach()
         return tuple(out[name] for name in names)
@@ -236,7 +256,7 @@ class _Gradient(Function):
         by_image = torch.empty_like(ctx.x)
         by_labels = ctx.x.new_empty(trials, program.logits) if ctx.needs_input_grad[1] else None
         labels = _Rows(None, 0, 0) if by_labels is None else _rows(*strides(by_labels))
-        program.run("derivative", parameters, _rows(*strides(by_image)), labels, ctx.memory, trials)
+        program.run("derivative", parameters, _rows(*strides(by_image)), labels, ctx.memory.rows, trials)
         return by_image, by_labels, None, None, None, None
 
 

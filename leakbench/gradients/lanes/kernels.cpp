@@ -86,22 +86,38 @@ template <class S> static Vec<S>* buffer(Use use, long vectors) {
   return (Vec<S>*)buffers[use].get(sizeof(Vec<S>) * (size_t)(vectors + 1));
 }
 
-// Lanes that a trial has no place in are zeros: they are computed with, and never written.
-template <class S> static Vec<S> load(const S* from, long stride, int count) {
+// Lanes without a trial are zeros: they are computed with, and never written.
+template <class S> static inline Vec<S> load(const S* from, int count) {
   Vec<S> v{};
-  if (stride == 1 && count == Lanes<S>::COUNT) {
-    memcpy(&v, from, BYTES);
-    return v;
-  }
-  for (int i = 0; i < count; i++) v[i] = from[i * stride];
+  memcpy(&v, from, count == Lanes<S>::COUNT ? BYTES : count * sizeof(S));
   return v;
 }
-template <class S> static void store(S* to, long stride, int count, Vec<S> v) {
-  if (stride == 1 && count == Lanes<S>::COUNT) {
-    memcpy(to, &v, BYTES);
+template <class S> static inline void store(S* to, int count, const Vec<S>& v) {
+  memcpy(to, &v, count == Lanes<S>::COUNT ? BYTES : count * sizeof(S));
+}
+
+// n elements of a block's trials into lanes, and back. Elements are the outer loop where trials are neighbours; else trials
+// are, within tiles of a few elements that stay in the first cache.
+template <class S> static void into_lanes(const S* from, long trial, long element, int count, long n, Vec<S>* to) {
+  constexpr int L = Lanes<S>::COUNT, TILE = 32;
+  if (trial == 1) {
+    for (long i = 0; i < n; i++) to[i] = load<S>(from + i * element, count);
     return;
   }
-  for (int i = 0; i < count; i++) to[i * stride] = v[i];
+  if (count < L) memset((void*)to, 0, sizeof(Vec<S>) * n);
+  for (long begin = 0; begin < n; begin += TILE)
+    for (int lane = 0; lane < count; lane++)
+      for (long i = begin; i < begin + TILE && i < n; i++) ((S*)to)[i * L + lane] = from[lane * trial + i * element];
+}
+template <class S> static void out_of_lanes(const Vec<S>* from, long trial, long element, int count, long n, S* to) {
+  constexpr int L = Lanes<S>::COUNT, TILE = 32;
+  if (trial == 1) {
+    for (long i = 0; i < n; i++) store<S>(to + i * element, count, from[i]);
+    return;
+  }
+  for (long begin = 0; begin < n; begin += TILE)
+    for (int lane = 0; lane < count; lane++)
+      for (long i = begin; i < begin + TILE && i < n; i++) to[lane * trial + i * element] = ((const S*)from)[i * L + lane];
 }
 
 // exp(x) = 2^n exp(r) with |r| <= log(2) / 2, by Taylor's series of the degree at which it ends in rounding.
@@ -377,16 +393,16 @@ template <class S> struct Block {
   V* f(int value) const { return scratch + program.f[value]; }
   V* kept(const Op& q) const { return memory + q.kept; }
 
-  // a parameter [size] in lanes: a shared one is broadcast, only where that is small
+  // a parameter [size] in lanes, or v of it; a shared one is broadcast, only where that is small
   V* lanes(int number, Use use, bool along) const {
     const Parameter& p = parameters[number];
     V* out = buffer<S>(use, p.size);
-    for (long i = 0; i < p.size; i++) {
-      if (along)
-        out[i] = load<S>((const S*)p.v + i * p.v_element + first * p.v_trial, p.v_trial, count);
-      else
-        out[i] = p.own ? load<S>((const S*)p.value + i * trials + first, 1, count) : V{} + ((const S*)p.value)[i];
-    }
+    if (along)
+      into_lanes<S>((const S*)p.v + first * p.v_trial, p.v_trial, p.v_element, count, p.size, out);
+    else if (p.own)
+      into_lanes<S>((const S*)p.value + first, 1, trials, count, p.size, out);
+    else
+      for (long i = 0; i < p.size; i++) out[i] = V{} + ((const S*)p.value)[i];
     return out;
   }
   V* along(int number, Use use) const { return number < 0 || !parameters[number].v ? nullptr : lanes(number, use, true); }
@@ -395,21 +411,23 @@ template <class S> struct Block {
   void put(int number, const V* gradient) const {
     const Parameter& p = parameters[number];
     if (!p.gradient) return;
-    for (long i = 0; i < p.size; i++) store<S>((S*)p.gradient + i * trials + first, 1, count, gradient[i]);
+    out_of_lanes<S>(gradient, 1, trials, count, p.size, (S*)p.gradient + first);
   }
   void put(int number, long i, V value) const {
     if (number >= 0 && parameters[number].gradient)
-      store<S>((S*)parameters[number].gradient + i * trials + first, 1, count, value);
+      store<S>((S*)parameters[number].gradient + i * trials + first, count, value);
   }
   V number(int parameter, long i, S missing) const {  // one number of a parameter, or of none
     if (parameter < 0) return V{} + missing;
     const Parameter& p = parameters[parameter];
-    return p.own ? load<S>((const S*)p.value + i * trials + first, 1, count) : V{} + ((const S*)p.value)[i];
+    return p.own ? load<S>((const S*)p.value + i * trials + first, count) : V{} + ((const S*)p.value)[i];
   }
   V number_along(int parameter, long i) const {
     if (parameter < 0 || !parameters[parameter].v) return V{};
     const Parameter& p = parameters[parameter];
-    return load<S>((const S*)p.v + i * p.v_element + first * p.v_trial, p.v_trial, count);
+    V out;
+    into_lanes<S>((const S*)p.v + i * p.v_element + first * p.v_trial, p.v_trial, p.v_element, count, 1, &out);
+    return out;
   }
 
   // y = s(x)
@@ -723,10 +741,8 @@ static void gradient(const Program& program, const Parameter* parameters, Rows x
   for (long b = from; b < to; b++) {
     long first = b * L, left = trials - first;
     Block<S> block{program, parameters, (Vec<S>*)memory + b * program.kept, nullptr, trials, first, left < L ? (int)left : L};
-    for (long i = 0; i < program.size[0]; i++)
-      block.a(0)[i] = load<S>((const S*)x.data + first * x.trial + i * x.element, x.trial, block.count);
-    for (long i = 0; i < program.size[last.x]; i++)
-      block.kept(last)[i] = load<S>((const S*)q.data + first * q.trial + i * q.element, q.trial, block.count);
+    into_lanes<S>((const S*)x.data + first * x.trial, x.trial, x.element, block.count, program.size[0], block.a(0));
+    into_lanes<S>((const S*)q.data + first * q.trial, q.trial, q.element, block.count, program.size[last.x], block.kept(last));
     block.forwards(0);
     block.backwards(1);
   }
@@ -742,11 +758,9 @@ static void derivative(const Program& program, const Parameter* parameters, Rows
                    left < L ? (int)left : L};
     block.forwards(2);
     block.backwards(3);
-    for (long i = 0; i < program.size[0]; i++)
-      store<S>((S*)x.data + first * x.trial + i * x.element, x.trial, block.count, block.f(0)[i]);
-    for (long i = 0; q.data && i < program.size[last.x]; i++)
-      store<S>((S*)q.data + first * q.trial + i * q.element, q.trial, block.count,
-               block.kept(last)[2 * program.size[last.x] + i]);
+    out_of_lanes<S>(block.f(0), x.trial, x.element, block.count, program.size[0], (S*)x.data + first * x.trial);
+    const Vec<S>* by_label = block.kept(last) + 2 * program.size[last.x];
+    if (q.data) out_of_lanes<S>(by_label, q.trial, q.element, block.count, program.size[last.x], (S*)q.data + first * q.trial);
   }
 }
 
@@ -760,11 +774,11 @@ template <class S, int COLUMNS> static void dots_of(const S* x, const S* y, S* o
     for (long end = i + 256 < n ? i + 256 : n; i < end; i++)
       EACH for (int j = 0; j < COLUMNS; j++) {
         long place = i * trials + t + j * L;
-        sum[j] += load<S>(x + place, 1, count) * load<S>(y + place, 1, count);
+        sum[j] += load<S>(x + place, count) * load<S>(y + place, count);
       }
     EACH for (int j = 0; j < COLUMNS; j++) whole[j] += sum[j];
   }
-  for (int j = 0; j < COLUMNS; j++) store<S>(out + t + j * L, 1, count, whole[j]);
+  for (int j = 0; j < COLUMNS; j++) store<S>(out + t + j * L, count, whole[j]);
 }
 template <class S> static void dots(const S* x, const S* y, S* out, long n, long trials) {
   constexpr int L = Lanes<S>::COUNT;
