@@ -9,7 +9,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from leakbench.attacks.base import register
-from leakbench.attacks.matching import Count, GradientMatching, MatchingObjective, NonNegative, Positive, root
+from leakbench.attacks.matching import (
+    Count,
+    GradientMatching,
+    MatchingObjective,
+    NonNegative,
+    Positive,
+    root,
+    total_variation,
+)
 from leakbench.core.rng import Rng
 from leakbench.core.types import Gradient
 from leakbench.gradients.bilinear import squared_distance
@@ -80,7 +88,7 @@ class GRNN(GradientMatching):
         squared = squared_distance(gradient, observed)
         return squared + root(squared if self.wd == "l2norm" else sorted_distance(gradient, observed))
 
-    def prior(self, images: Tensor) -> Tensor:
+    def prior(self, images: Tensor, variation: Callable[[Tensor], Tensor] = total_variation) -> Tensor:
         """Return the weighted squared total variation."""
         return self.tv * squared_variation(images)
 

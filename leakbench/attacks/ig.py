@@ -1,6 +1,6 @@
 """Inverting Gradients: signed Adam on one global cosine distance plus total variation."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,16 +11,25 @@ from leakbench.attacks.adam import AdamSearch
 from leakbench.attacks.base import register
 from leakbench.attacks.matching import Count, MatchingObjective, NonNegative
 from leakbench.core.types import Gradient
-from leakbench.gradients.bilinear import inner, squared_norm
+from leakbench.gradients.bilinear import products, squared_norm
 from leakbench.optim import Solution, Unknowns
 
 
 def cosine_distance(gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
     """Return [T]: 1 - <g', g> / (|g'| |g|), with inner product and norms over all parameters together."""
-    product = torch.stack([inner(gradient[name], target) for name, target in observed.items()]).sum(0)
-    own = torch.stack([squared_norm(gradient[name]) for name in observed]).sum(0)
-    other = torch.stack([squared_norm(target) for target in observed.values()]).sum(0)
-    return 1 - product / (own.sqrt() * other.sqrt())
+    return cosine_from(observed)(gradient)
+
+
+def cosine_from(observed: Mapping[str, Tensor]) -> Callable[[Gradient], Tensor]:
+    """Return ``cosine_distance`` from an observed gradient, whose norm is computed once."""
+    other = torch.stack([squared_norm(target) for target in observed.values()]).sum(0).sqrt()
+
+    def distance(gradient: Gradient) -> Tensor:
+        pairs = [products(gradient[name], target) for name, target in observed.items()]
+        product, own = (torch.stack([pair[part] for pair in pairs]).sum(0) for part in (0, 1))
+        return 1 - product / (own.sqrt() * other)
+
+    return distance
 
 
 @register("ig")
@@ -50,6 +59,10 @@ class IG(AdamSearch):
     def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
         """Return the cosine distance."""
         return cosine_distance(gradient, observed)
+
+    def distance_from(self, observed: Mapping[str, Tensor]) -> Callable[[Gradient], Tensor]:
+        """Return the cosine distance, with the observed norm computed once."""
+        return cosine_from(observed)
 
     def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
         """Run Adam."""

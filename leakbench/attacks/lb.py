@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from leakbench.attacks.base import register
-from leakbench.attacks.ig import cosine_distance
+from leakbench.attacks.ig import cosine_distance, cosine_from
 from leakbench.attacks.matching import Count, NonNegative
 from leakbench.attacks.matching.problem import SIGN_LOSSES
 from leakbench.attacks.quasi_newton import QuasiNewton
 from leakbench.core.component import LATER
 from leakbench.core.rng import Rng
 from leakbench.core.types import Gradient
-from leakbench.gradients.bilinear import squared_norm
+from leakbench.gradients.bilinear import squared_gap, squared_norm
 from leakbench.gradients.losses import head_of
 from leakbench.models.surgery import linears
 from leakbench.observation import Observation
@@ -45,7 +45,7 @@ def layer_normalised_from(observed: Mapping[str, Tensor]) -> Callable[[Gradient]
     whole = (weights * squares).sum(0).clamp(min=tiny)
 
     def distance(gradient: Gradient) -> Tensor:
-        errors = torch.stack([squared_norm(gradient[name] - target) for name, target in observed.items()])
+        errors = torch.stack([squared_gap(gradient[name], target) for name, target in observed.items()])
         return (weights * errors).sum(0) / whole
 
     return distance
@@ -113,7 +113,7 @@ class LB(QuasiNewton):
 
     def distance_from(self, observed: Mapping[str, Tensor]) -> Callable[[Gradient], Tensor]:
         """Return the distance of ``matching``, whose weights are computed once."""
-        return super().distance_from(observed) if self.matching == "cosine" else layer_normalised_from(observed)
+        return (cosine_from if self.matching == "cosine" else layer_normalised_from)(observed)
 
     def start(self, observation: Observation, rng: Rng) -> Unknowns:
         """Return an image from N(0.5, spread^2), and label logits from N(0, 1) if labels are optimised."""

@@ -1,6 +1,6 @@
 """LogCosine: signed Adam on the logarithm of the cosine distance, the search for ReLU networks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from leakbench.attacks.adam import AdamSearch, logarithm
 from leakbench.attacks.base import register
-from leakbench.attacks.ig import cosine_distance
+from leakbench.attacks.ig import cosine_from
 from leakbench.attacks.matching import Count, Found, MatchingObjective, NonNegative
 from leakbench.core.rng import Rng
 from leakbench.core.types import Gradient
@@ -57,8 +57,17 @@ class LogCosine(AdamSearch):
 
     def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
         """Return the cosine distance, which is no less than its rounding."""
-        distance = cosine_distance(gradient, observed)
-        return distance.clamp(min=torch.finfo(distance.dtype).eps)
+        return self.distance_from(observed)(gradient)
+
+    def distance_from(self, observed: Mapping[str, Tensor]) -> Callable[[Gradient], Tensor]:
+        """Return ``distance``, with the observed norm computed once."""
+        cosine = cosine_from(observed)
+
+        def distance(gradient: Gradient) -> Tensor:
+            found = cosine(gradient)
+            return found.clamp(min=torch.finfo(found.dtype).eps)
+
+        return distance
 
     def reshape(self, distance: Tensor) -> Tensor:
         """Return the logarithm of the distance [T], or of a likelihood, which is positive as well."""

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from leakbench.gradients.lanes.layout import InnerProducts, are_innermost
+from leakbench.gradients.lanes.fused import Products, SquaredGap
+from leakbench.gradients.lanes.layout import are_innermost
 
 
 def needed(ctx: Any, index: int) -> bool:
@@ -115,10 +116,6 @@ class SquaredNorm(Function):
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """Return [T], the inner products of the rows of a and b, both [T, *shape], without a product the size of either."""
-    rows = a.reshape(len(a), -1), b.reshape(len(b), -1)
-    if are_innermost(*rows):
-        products: Tensor = InnerProducts.apply(*rows)
-        return products
     return torch.bmm(a.reshape(len(a), 1, -1), b.reshape(len(b), 1, -1).transpose(1, 2))[:, 0, 0]
 
 
@@ -132,4 +129,22 @@ def squared_distance(gradient: Mapping[str, Tensor], observed: Mapping[str, Tens
 
     The difference is taken first, so that it stays exact.
     """
-    return torch.stack([squared_norm(gradient[name] - target) for name, target in observed.items()]).sum(0)
+    return torch.stack([squared_gap(gradient[name], target) for name, target in observed.items()]).sum(0)
+
+
+def squared_gap(x: Tensor, y: Tensor) -> Tensor:
+    """Return [T], the squared Euclidean norms of the rows of x - y, both [T, *shape]; differentiable in x."""
+    rows = x.reshape(len(x), -1), y.reshape(len(y), -1)
+    if are_innermost(*rows) and not y.requires_grad:
+        out: Tensor = SquaredGap.apply(*rows)
+        return out
+    return squared_norm(x - y)
+
+
+def products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return [T] and [T]: the inner products of the rows of x and y [T, *shape], and the squared norms of those of x."""
+    rows = x.reshape(len(x), -1), y.reshape(len(y), -1)
+    if are_innermost(*rows) and not y.requires_grad:
+        out: tuple[Tensor, Tensor] = Products.apply(*rows)
+        return out
+    return inner(x, y), squared_norm(x)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from leakbench.core.loss_curve import Curve, marks
+from leakbench.optim.adam import Adam
 from leakbench.optim.base import Objective, Solution, Unknowns, rows_finite, where_rows
 from leakbench.optim.graph import recorded
 from leakbench.optim.rmsprop import GainFunction, RMSprop
@@ -41,13 +42,13 @@ def descend(
         gain: for unknowns whose RMSprop does not divide as torch's does; see ``RMSprop``.
         note: called with a line if the objective cannot be recorded on a GPU.
     """
-    unknowns = {name: tensor.detach().clone() for name, tensor in start.items()}
+    unknowns = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in start.items()}
     trials, device = len(next(iter(unknowns.values()))), next(iter(unknowns.values())).device
     rates = dict.fromkeys(lr[name] for name in unknowns)
     groups = [{"params": [own for name, own in unknowns.items() if lr[name] == rate], "lr": rate} for rate in rates]
-    optimiser: torch.optim.Optimizer | RMSprop
+    optimiser: torch.optim.Optimizer | Adam | RMSprop
     if rule == "adam":
-        optimiser = torch.optim.Adam(groups)
+        optimiser = Adam(groups) if device.type == "cpu" else torch.optim.Adam(groups)
     else:
         optimiser = RMSprop(groups, {unknowns[name]: own for name, own in (gain or {}).items()})
     finite = torch.ones(trials, dtype=torch.bool, device=device)
@@ -68,9 +69,10 @@ def descend(
         finite = finite & rows_finite(value, gradient)
         if step % 50 == 0 and not bool(finite.any()):  # reading a value waits for the device, so only now and then
             break
+        some = device.type != "cpu" or not bool(finite.all())
         for name, tensor in unknowns.items():
             # diverged rows keep updating; their result is discarded
-            best[name] = where_rows(finite, tensor, best[name])
+            best[name] = where_rows(finite, tensor, best[name]) if some else best[name].copy_(tensor)
             tensor.grad = gradient[name].sign() if name in sign else gradient[name]
         optimiser.step()
         for name in boxed:

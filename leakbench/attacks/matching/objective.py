@@ -11,7 +11,7 @@ from torch import Tensor
 
 from leakbench.attacks.matching.buffer import DrawBuffer
 from leakbench.attacks.matching.problem import MatchingProblem
-from leakbench.attacks.matching.tensors import pack, root, scaled
+from leakbench.attacks.matching.tensors import pack, root, scaled, total_variation
 from leakbench.core.rng import Rng, generator
 from leakbench.core.types import Gradient, Secret
 from leakbench.defenses.adaptive import AdaptiveAttacker, Dummies
@@ -19,6 +19,7 @@ from leakbench.gradients import Evaluator, choose_path
 from leakbench.gradients.bilinear import squared_norm
 from leakbench.gradients.draws import Generators, MadeDraws
 from leakbench.gradients.evaluate import tensors_of
+from leakbench.gradients.lanes.fused import variation
 from leakbench.gradients.lanes.layout import innermost
 from leakbench.gradients.losses import head_of
 from leakbench.observation import Observation
@@ -80,7 +81,7 @@ class MatchingObjective(Recordable):
         """Return [T], the matching distance, as the attack reshapes it, plus the prior."""
         self._report(evaluation)
         images, logits = self.render(unknowns)
-        distance, prior = self._distance(images, logits, unknowns, evaluation), self.attack.prior(images)
+        distance, prior = self._distance(images, logits, unknowns, evaluation), self._prior(images)
         penalty = self.attack.penalty(
             images,
             self.observation,
@@ -90,6 +91,10 @@ class MatchingObjective(Recordable):
         )
         prior = prior if penalty is None else prior + penalty
         return self.attack.reshape(distance) + (prior if self.prior_factor is None else self.prior_factor * prior)
+
+    def _prior(self, images: Tensor) -> Tensor:
+        pixels = min(images.shape[-2:]) > 1
+        return self.attack.prior(images, variation if self.evaluator.path == "lanes" and pixels else total_variation)
 
     def _report(self, evaluation: Evaluation) -> None:
         """Tell the user how far the search is; a number beyond it is of an evaluation that only compares."""
@@ -106,7 +111,7 @@ class MatchingObjective(Recordable):
         images, logits = self.render(unknowns)
         match = self._distance(images, logits, unknowns, evaluation, judge=True)
         if self.null_likelihood is not None:
-            match = self.attack.reshape(match) + self.attack.prior(images)
+            match = self.attack.reshape(match) + self._prior(images)
         factor = self.attack.factor(unknowns)
         return match if factor is None else torch.where(factor > 0, match, torch.inf)
 

@@ -122,7 +122,7 @@ class Program:
 
         def work(begin: int, end: int) -> None:
             pointers = (ctypes.byref(self._program), given, x, q, _POINTER(memory.data_ptr()))
-            self.kernels.call(name, dtype, *pointers, _LONG(trials), _LONG(begin), _LONG(end))
+            self.kernels.run(name, dtype, *pointers, _LONG(trials), _LONG(begin), _LONG(end))
 
         threads = min(torch.get_num_threads(), blocks)
         if threads == 1:

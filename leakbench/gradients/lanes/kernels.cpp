@@ -89,11 +89,17 @@ template <class S> static Vec<S>* buffer(Use use, long vectors) {
 // Lanes without a trial are zeros: they are computed with, and never written.
 template <class S> static inline Vec<S> load(const S* from, int count) {
   Vec<S> v{};
-  memcpy(&v, from, count == Lanes<S>::COUNT ? BYTES : count * sizeof(S));
+  if (count == Lanes<S>::COUNT)
+    memcpy(&v, from, BYTES);
+  else
+    memcpy(&v, from, count * sizeof(S));
   return v;
 }
 template <class S> static inline void store(S* to, int count, const Vec<S>& v) {
-  memcpy(to, &v, count == Lanes<S>::COUNT ? BYTES : count * sizeof(S));
+  if (count == Lanes<S>::COUNT)
+    memcpy(to, &v, BYTES);
+  else
+    memcpy(to, &v, count * sizeof(S));
 }
 
 // n elements of a block's trials into lanes, and back. Elements are the outer loop where trials are neighbours; else trials
@@ -764,28 +770,94 @@ static void derivative(const Program& program, const Parameter* parameters, Rows
   }
 }
 
-// out[t] = sum over i of x[i][t] y[i][t], of [n][T]. Rows are the outer loop and COLUMNS registers of trials the inner one;
-// every 256 rows are added up by themselves, which loses less to rounding.
-template <class S, int COLUMNS> static void dots_of(const S* x, const S* y, S* out, long n, long trials, long t, int count) {
+// Rows of gradients x and y [n][T]: the products <x, y> and <x, x> of each trial, or the squares of x - y, in one pass.
+// Rows are the outer loop and COLUMNS registers of trials the inner one; every 256 rows are added up by themselves, which
+// loses less to rounding.
+template <class S, int COLUMNS, bool GAP>
+static inline void products_of(const S* x, const S* y, S* dot, S* square, long n, long trials, long t, int count) {
   constexpr int L = Lanes<S>::COUNT;
-  Vec<S> whole[COLUMNS] = {};
+  Vec<S> dots[COLUMNS] = {}, squares[COLUMNS] = {};
   for (long i = 0; i < n;) {
-    Vec<S> sum[COLUMNS] = {};
+    Vec<S> by_y[COLUMNS] = {}, by_x[COLUMNS] = {};
     for (long end = i + 256 < n ? i + 256 : n; i < end; i++)
       EACH for (int j = 0; j < COLUMNS; j++) {
-        long place = i * trials + t + j * L;
-        sum[j] += load<S>(x + place, count) * load<S>(y + place, count);
+        Vec<S> a = load<S>(x + i * trials + t + j * L, count), b = load<S>(y + i * trials + t + j * L, count);
+        if (GAP) a -= b;
+        by_x[j] += a * a;
+        if (!GAP) by_y[j] += a * b;
       }
-    EACH for (int j = 0; j < COLUMNS; j++) whole[j] += sum[j];
+    EACH for (int j = 0; j < COLUMNS; j++) dots[j] += by_y[j], squares[j] += by_x[j];
   }
-  for (int j = 0; j < COLUMNS; j++) store<S>(out + t + j * L, count, whole[j]);
+  for (int j = 0; j < COLUMNS; j++) {
+    store<S>(square + t + j * L, count, squares[j]);
+    if (!GAP) store<S>(dot + t + j * L, count, dots[j]);
+  }
 }
-template <class S> static void dots(const S* x, const S* y, S* out, long n, long trials) {
+template <class S, bool GAP> static void products(const S* x, const S* y, S* dot, S* square, long n, long trials) {
   constexpr int L = Lanes<S>::COUNT;
   long t = 0;
-  for (; t + 4 * L <= trials; t += 4 * L) dots_of<S, 4>(x, y, out, n, trials, t, L);
-  for (; t + L <= trials; t += L) dots_of<S, 1>(x, y, out, n, trials, t, L);
-  if (t < trials) dots_of<S, 1>(x, y, out, n, trials, t, (int)(trials - t));
+  for (; t + 4 * L <= trials; t += 4 * L) products_of<S, 4, GAP>(x, y, dot, square, n, trials, t, L);
+  for (; t + 2 * L <= trials; t += 2 * L) products_of<S, 2, GAP>(x, y, dot, square, n, trials, t, L);
+  for (; t + L <= trials; t += L) products_of<S, 1, GAP>(x, y, dot, square, n, trials, t, L);
+  if (t < trials) products_of<S, 1, GAP>(x, y, dot, square, n, trials, t, (int)(trials - t));
+}
+
+// out[i][t] = x[i][t] a[t] + y[i][t] b[t]: the derivative of any function of those products. Loops as above.
+template <class S, int COLUMNS>
+static inline void combine_of(const S* x, const S* a, const S* y, const S* b, S* out, long n, long trials, long t, int count) {
+  constexpr int L = Lanes<S>::COUNT;
+  Vec<S> by_x[COLUMNS], by_y[COLUMNS];
+  for (int j = 0; j < COLUMNS; j++) by_x[j] = load<S>(a + t + j * L, count), by_y[j] = load<S>(b + t + j * L, count);
+  for (long i = 0; i < n; i++)
+    EACH for (int j = 0; j < COLUMNS; j++) {
+      long place = i * trials + t + j * L;
+      store<S>(out + place, count, load<S>(x + place, count) * by_x[j] + load<S>(y + place, count) * by_y[j]);
+    }
+}
+template <class S> static void combine(const S* x, const S* a, const S* y, const S* b, S* out, long n, long trials) {
+  constexpr int L = Lanes<S>::COUNT;
+  long t = 0;
+  for (; t + 4 * L <= trials; t += 4 * L) combine_of<S, 4>(x, a, y, b, out, n, trials, t, L);
+  for (; t + 2 * L <= trials; t += 2 * L) combine_of<S, 2>(x, a, y, b, out, n, trials, t, L);
+  for (; t + L <= trials; t += L) combine_of<S, 1>(x, a, y, b, out, n, trials, t, L);
+  if (t < trials) combine_of<S, 1>(x, a, y, b, out, n, trials, t, (int)(trials - t));
+}
+
+// The mean of |x[y][x + 1] - x[y][x]| plus that of |x[y + 1][x] - x[y][x]| over the planes [planes][height][width] of each
+// trial, and its derivative, in one pass over the pixels. Here neighbouring pixels of a row share a register.
+template <class S> static void variation(const S* x, S* value, S* by, long trials, long planes, long height, long width) {
+  constexpr int L = Lanes<S>::COUNT;
+  const S parts[2] = {S(1) / S(planes * height * (width - 1)), S(1) / S(planes * (height - 1) * width)};
+  const long next[2] = {1, width};
+  const S* end = x + trials * planes * height * width;
+  Vec<S> lane;
+  for (int i = 0; i < L; i++) lane[i] = S(i);
+  memset(by, 0, sizeof(S) * trials * planes * height * width);
+  for (long t = 0; t < trials; t++) {
+    Vec<S> sums[2] = {};
+    for (long p = t * planes; p < (t + 1) * planes; p++)
+      for (long y = 0; y < height; y++)
+        for (int d = 0; d < 2 - (y + 1 == height); d++) {
+          const S* from = x + (p * height + y) * width;
+          S* back = by + (p * height + y) * width;
+          const Vec<S> part = Vec<S>{} + parts[d];
+          auto step = [&](long i, int count, long used) {
+            Vec<S> gap = load<S>(from + i + next[d], count) - load<S>(from + i, count);
+            gap = lane < S(used) ? gap : Vec<S>{};
+            Vec<S> sign = gap > S(0) ? part : gap < S(0) ? -part : Vec<S>{};
+            sums[d] += gap > S(0) ? gap : -gap;
+            store<S>(back + i, count, load<S>(back + i, count) - sign);
+            store<S>(back + i + next[d], count, load<S>(back + i + next[d], count) + sign);
+          };
+          long i = 0, count = d ? width : width - 1;
+          for (; i < count && from + i + next[d] + L <= end; i += L) step(i, L, count - i);
+          if (i < count) step(i, (int)(count - i), count - i);
+        }
+    S whole[2] = {};
+    for (int d = 0; d < 2; d++)
+      for (int i = 0; i < L; i++) whole[d] += sums[d][i];
+    value[t] = whole[0] * parts[0] + whole[1] * parts[1];
+  }
 }
 
 #define ARGUMENTS(S) const Program *program, const Parameter *parameters, Rows x, Rows q, S *memory, long trials, long from, long to
@@ -795,6 +867,19 @@ void gradient_float(ARGUMENTS(float)) { gradient<float>(*program, parameters, x,
 void gradient_double(ARGUMENTS(double)) { gradient<double>(*program, parameters, x, q, memory, trials, from, to); }
 void derivative_float(ARGUMENTS(float)) { derivative<float>(*program, parameters, x, q, memory, trials, from, to); }
 void derivative_double(ARGUMENTS(double)) { derivative<double>(*program, parameters, x, q, memory, trials, from, to); }
-void dots_float(const float* x, const float* y, float* out, long n, long trials) { dots<float>(x, y, out, n, trials); }
-void dots_double(const double* x, const double* y, double* out, long n, long trials) { dots<double>(x, y, out, n, trials); }
+#define ROWS(S, NAME)                                                                                                    \
+  void products_##NAME(const S* x, const S* y, S* dot, S* square, long n, long trials) {                               \
+    products<S, false>(x, y, dot, square, n, trials);                                                                  \
+  }                                                                                                                    \
+  void gap_##NAME(const S* x, const S* y, S* square, long n, long trials) {                                            \
+    products<S, true>(x, y, nullptr, square, n, trials);                                                               \
+  }                                                                                                                    \
+  void combine_##NAME(const S* x, const S* a, const S* y, const S* b, S* out, long n, long trials) {                   \
+    combine<S>(x, a, y, b, out, n, trials);                                                                            \
+  }                                                                                                                    \
+  void variation_##NAME(const S* x, S* value, S* by, long trials, long planes, long height, long width) {              \
+    variation<S>(x, value, by, trials, planes, height, width);                                                         \
+  }
+ROWS(float, float)
+ROWS(double, double)
 }

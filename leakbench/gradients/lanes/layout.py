@@ -38,7 +38,7 @@ def strides(tensor: Tensor) -> tuple[Tensor, int, int]:
 
 
 def are_innermost(*rows: Tensor) -> bool:
-    """Return whether tensors [T, N] are dense with the trials innermost, so that the kernels take them."""
+    """Return whether tensors [T, N] are dense with the trials innermost, and there are kernels for them."""
     first = rows[0]
     wanted = (1, len(first))
     return (
@@ -48,27 +48,6 @@ def are_innermost(*rows: Tensor) -> bool:
         and first.dtype in SUFFIXES
         and kernels() is not None
     )
-
-
-class InnerProducts(Function):
-    """Rows a and b [T, N], trials innermost, give their inner products [T] in one pass."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        """Multiply and add."""
-        ctx.save_for_backward(a, b)
-        found = kernels()
-        assert found is not None
-        out = a.new_empty(len(a))
-        found.dots(a, b, out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Return the gradients by both."""
-        a, b = ctx.saved_tensors
-        column = grads[0][:, None]
-        return b * column if ctx.needs_input_grad[0] else None, a * column if ctx.needs_input_grad[1] else None
 
 
 class Joined(Function):

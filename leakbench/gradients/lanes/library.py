@@ -47,12 +47,12 @@ class Kernels:
         """Return how many trials a register holds."""
         return self.vector_bytes // dtype.itemsize
 
-    def dots(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        """Write the inner products [T] of the rows of a and b [T, N], with the trials innermost."""
-        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (a, b, out)]
-        self.call("dots", a.dtype, *pointers, ctypes.c_int64(a.shape[1]), ctypes.c_int64(len(a)))
+    def call(self, name: str, *tensors: Tensor, sizes: tuple[int, ...]) -> None:
+        """Call a function of dense tensors, all of one type, and sizes."""
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+        self.run(name, tensors[0].dtype, *pointers, *map(ctypes.c_int64, sizes))
 
-    def call(self, name: str, dtype: torch.dtype, *arguments: object) -> None:
+    def run(self, name: str, dtype: torch.dtype, *arguments: object) -> None:
         """Call a function for numbers of this type; other Python threads run meanwhile."""
         getattr(self.library, f"{name}_{SUFFIXES[dtype]}")(*arguments)
 
