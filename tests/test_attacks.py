@@ -500,7 +500,7 @@ def test_both_paths_give_the_same_images(spec: str, monkeypatch: pytest.MonkeyPa
 
     observation = watch("lenet-bn", "keylock(length=9)", trials=2)
     fast = run(spec, observation)
-    monkeypatch.setattr(matching, "choose_path", lambda *args: "one-at-a-time")
+    monkeypatch.setattr(matching, "choose_path", lambda *args, **kwargs: "one-at-a-time")
     slow = run(spec, observation)
     assert (fast.path, slow.path) == ("batched", "one-at-a-time")
     # an L-BFGS step is 20 iterations, each of which amplifies the rounding of the one before
@@ -573,7 +573,7 @@ def test_dropout_draws_each_trials_own_masks(path: Path, monkeypatch: pytest.Mon
 
     observation = watch(OwnModule("dropped", Dropped().train()), trials=3)
     state = torch.get_rng_state()
-    monkeypatch.setattr(matching, "choose_path", lambda *args: path)
+    monkeypatch.setattr(matching, "choose_path", lambda *args, **kwargs: path)
     together = run("ig(steps=3)", observation)
     assert together.path == path
     for rows in ([0], [2, 1]):

@@ -273,7 +273,7 @@ class Reconstruction:
         failed: [T] bool, the trials that the attack itself knows to have diverged; None for none.
         reasons: a line for each trial on why it failed, empty for others; no lines at all if the attack gives none.
         evaluations: [T] int64, evaluations of the objective and its gradient; None if it makes none.
-        path: how gradients were computed, ``batched``, ``vmap`` or ``one-at-a-time``; empty if none were.
+        path: how gradients were computed, ``lanes``, ``batched``, ``vmap`` or ``one-at-a-time``; empty if none were.
         findings: further numbers that the attack found, [T] by name; the run keeps them (``Store.findings``).
         curve: the objective at some evaluations of the optimisation; None if it makes none.
     """

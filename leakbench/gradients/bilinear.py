@@ -142,7 +142,10 @@ def squared_gap(x: Tensor, y: Tensor) -> Tensor:
 
 
 def products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return [T] and [T]: the inner products of the rows of x and y [T, *shape], and the squared norms of those of x."""
+    """Return [T] and [T]: the inner products of the rows of x and y [T, *shape], and the squared norms of those of x.
+
+    Differentiable in x; the rows of y have no gradient.
+    """
     rows = x.reshape(len(x), -1), y.reshape(len(y), -1)
     if are_innermost(*rows) and not y.requires_grad:
         out: tuple[Tensor, Tensor] = Products.apply(*rows)

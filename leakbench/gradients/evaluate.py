@@ -19,8 +19,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.func import functional_call
+from torch.nn import functional as F
 
 from leakbench.core.device import accelerator
 from leakbench.core.rng import generator, seeded
@@ -165,19 +165,30 @@ class Evaluator:
 
     def _by_kernels(self, tensors: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Gradient:
         """Return the gradients of ``gradient`` by the compiled kernels; raises Unsupported."""
-        shape = tuple(x.shape[1:])
-        if len(shape) != 3:
-            raise Unsupported("the kernels take trials of one image")
+        program = self._program(tuple(x.shape[1:]), x.device)
+        labels = F.one_hot(y, program.logits) if y.ndim == 1 else y
+        return program.gradient(tensors, x, labels.to(x.dtype), self.names)
+
+    def _program(self, shape: tuple[int, ...], device: torch.device) -> Program:
+        """Return the traced loss of images of a shape; raises Unsupported."""
         if shape not in self._programs:
             found = kernels()
-            if found is None or x.device.type != "cpu":
-                raise Unsupported("there are no compiled kernels")
-            axes = {name: value.ndim for name, value in self._own.items()}
-            self._programs[shape] = Program(found, trace(self.model, self.loss, shape), axes)
-        program = self._programs[shape]
-        if y.ndim == 1:
-            y = F.one_hot(y, program.logits)
-        return program.gradient(tensors, x, y.to(x.dtype), self.names)
+            if found is None or device.type != "cpu" or len(shape) != BATCHED - 2:
+                raise Unsupported("there are kernels for a CPU, if they could be built, and trials of one image")
+            shapes = {name: tuple(value.shape) for name, value in self._own.items()}
+            self._programs[shape] = Program(found, trace(self.model, self.loss, shape), shapes)
+        return self._programs[shape]
+
+    def suits_kernels(
+        self, image_shape: tuple[int, ...], trials: int, device: torch.device, dtype: torch.dtype
+    ) -> bool:
+        """Return whether the compiled kernels know the network, and so many trials are worth it."""
+        if kernels() is None:
+            return False
+        try:
+            return self._program(image_shape, device).suits(trials, dtype)
+        except (Unsupported, RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+            return False
 
     def statistics(
         self,
@@ -299,7 +310,7 @@ def choose_path(
     classes: int,
     batch: int = 1,
     *,
-    lanes: bool = False,
+    lanes: int = 0,
 ) -> Path:
     """Return the first path that agrees with one-at-a-time double backward in float64 to 1e-8.
 
@@ -313,7 +324,8 @@ def choose_path(
         image_shape: channels, height and width.
         classes: the number of classes.
         batch: the images of a trial.
-        lanes: whether ``lanes`` is one of the paths; gradients will be differentiated by image and labels only.
+        lanes: how many trials are to take the path ``lanes``, by which a gradient is differentiated by image and labels
+            only; 0: it is none of the paths.
 
     Raises:
         Unsupported: the network cannot be differentiated twice even one trial at a time, or draws random numbers
@@ -322,7 +334,8 @@ def choose_path(
     own = tensors_of(evaluator.model)
     device = next(iter(tensors.values())).device
     served: tuple[Path, ...] = ("batched", "vmap")
-    if lanes and batch == 1 and device.type == "cpu" and kernels() is not None:
+    dtype = next((value.dtype for value in tensors.values() if value.is_floating_point()), torch.float32)
+    if lanes and batch == 1 and evaluator.suits_kernels(image_shape, lanes, device, dtype):
         served = ("lanes", *served)
     try:
         key = (

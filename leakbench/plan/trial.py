@@ -199,7 +199,7 @@ class Result:
         label: the true label; None if it is not known.
         objective: the attack's own final objective, if it has one.
         evaluations: how often the attack evaluated its objective, if it counts.
-        path: how the gradients were computed, ``batched``, ``vmap`` or ``one-at-a-time``.
+        path: how the gradients were computed, ``lanes``, ``batched``, ``vmap`` or ``one-at-a-time``.
         findings: further numbers that the attack found, by name (``Reconstruction.findings``); only finite ones.
         members: the images of a batch of several, in the client's order; the other fields are then those of its first
             image, and ``scores`` the means over all.

@@ -350,9 +350,9 @@ class MatchingObjective(Recordable):
         }
         tensors = self._filled(unknowns, 0)
         shape, classes = observation.image_shape, observation.num_classes
-        # secrets are optimised, and local steps unrolled, through the weights, by which the kernels do not differentiate
+        # secrets are optimised, and local steps unrolled, through weights, by which the kernels do not differentiate
         unrolled = self.attack.local == "unrolled" and observation.threat.shares == "weights"
-        lanes = not observation.secrets and not unrolled
+        lanes = 0 if observation.secrets or unrolled else observation.slots or observation.trials
         path = choose_path(self.evaluator, tensors, shape, classes, observation.count, lanes=lanes)
         return replace(self, evaluator=replace(self.evaluator, path=path))
 

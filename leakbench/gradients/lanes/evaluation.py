@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
@@ -26,6 +25,12 @@ from leakbench.gradients.lanes.trace import Kind, Step, Trace
 CHANNEL_NUMBERS = 7
 """What a normalisation keeps of each channel."""
 
+SMALL_BLOCK_BYTES = 2**24
+"""A network whose values of a block of trials take less is small: its evaluations are short, even of few trials."""
+
+MAX_BLOCK_BYTES = 2**30
+"""A network whose block takes more is left to the other paths."""
+
 _INT, _LONG, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
 
@@ -35,7 +40,10 @@ class _Op(ctypes.Structure):
     _fields_ = [
         *((name, _INT) for name in ("kind", "x", "x2", "y", "channels", "height", "width", "outputs")),
         *((name, _INT * 2) for name in ("kernel", "stride", "padding", "dilation")),
-        *((name, _INT) for name in ("groups", "rows", "columns", "weight", "bias", "mean", "variance", "adds", "moves")),
+        *(
+            (name, _INT)
+            for name in ("groups", "rows", "columns", "weight", "bias", "mean", "variance", "adds", "moves")
+        ),
         ("kept", _LONG),
         ("picks", _POINTER),
         ("number", ctypes.c_double),
@@ -76,11 +84,11 @@ class Program:
     Args:
         kernels: the compiled kernels.
         trace: the operations.
-        axes: the axes of each parameter and buffer; a tensor with one more has a value for each trial.
+        shapes: the shape of each parameter and buffer; a tensor with one more axis has a value for each trial.
     """
 
-    def __init__(self, kernels: Kernels, trace: Trace, axes: Mapping[str, int]) -> None:
-        self.kernels, self._axes = kernels, axes
+    def __init__(self, kernels: Kernels, trace: Trace, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.kernels, self._shapes = kernels, shapes
         self._free: Tensor | None = None
         self.names = tuple(dict.fromkeys(name for step in trace.steps for name in step.named))
         self._places = {name: place for place, name in enumerate(self.names)}
@@ -99,7 +107,7 @@ class Program:
         """
         if x.dtype not in SUFFIXES or any(tensors[name].dtype != x.dtype for name in self.names):
             raise Unsupported("the kernels compute in float32 and float64, and with one of them at a time")
-        given = [_placed(tensors[name], tensors[name].ndim > self._axes[name], len(x)) for name in self.names]
+        given = [_placed(tensors[name], tensors[name].ndim > len(self._shapes[name]), len(x)) for name in self.names]
         served = [name for name in names if name in self._places]
         shapes = {name: tensors[name].shape[1:] for name in names}
         buffer = x.new_empty(sum(map(math.prod, shapes.values())), len(x))
@@ -111,11 +119,22 @@ class Program:
             if name not in self._places:
                 own[name].zero_()
         out = _Gradient.apply(x, q, self, given, served, {name: own[name] for name in served})
-        return {**own, **dict(zip(served, out))}
+        found = {**own, **dict(zip(served, out))}
+        return {name: found[name] for name in names}
 
-    def run(
-        self, name: str, parameters: Sequence[_Parameter], x: _Rows, q: _Rows, memory: Tensor, trials: int
-    ) -> None:
+    def suits(self, trials: int, dtype: torch.dtype) -> bool:
+        """Return whether so many trials are worth whole registers, and a block of them fits into memory.
+
+        A register that is half empty costs as much as a full one. Of a small network that is nothing beside the calls
+        that another path makes.
+        """
+        block = self._program.kept + self._program.spare
+        largest = max((math.prod(shape) for shape in self._shapes.values()), default=0)
+        if (block + 3 * largest) * self.kernels.vector_bytes > MAX_BLOCK_BYTES:
+            return False
+        return 2 * trials >= self.kernels.lanes(dtype) or block * self.kernels.vector_bytes <= SMALL_BLOCK_BYTES
+
+    def run(self, name: str, parameters: Sequence[_Parameter], x: _Rows, q: _Rows, memory: Tensor, trials: int) -> None:
         """Run the first or the second half of an evaluation, on blocks of trials that the threads share."""
         dtype, blocks = memory.dtype, len(memory)
         given = (_Parameter * len(parameters))(*parameters)
@@ -186,7 +205,9 @@ class Program:
         arrays = [(_LONG * len(values))(*values) for values in (trace.sizes, a, e, t, f)]
         self._held += arrays
         pointers = [ctypes.cast(array, _POINTER) for array in arrays]
-        self._program = _Program(len(ops), len(a), kept, max(spare, 1), ctypes.cast(ops, ctypes.POINTER(_Op)), *pointers)
+        self._program = _Program(
+            len(ops), len(a), kept, max(spare, 1), ctypes.cast(ops, ctypes.POINTER(_Op)), *pointers
+        )
 
     def _fill(self, op: _Op, step: Step) -> None:
         op.kind, op.x, op.x2, op.y = step.kind, step.x, step.second, step.y

@@ -43,7 +43,7 @@ class Products(Function):
 
 
 class SquaredGap(Function):
-    """Rows x and y [T, N] give <x - y, x - y> [T], differentiable once, and in x only; the difference is taken first."""
+    """Rows x and y [T, N] give |x - y|^2 [T], differentiable once, in x only; the difference is taken first."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:

@@ -26,15 +26,15 @@ def strides(tensor: Tensor) -> tuple[Tensor, int, int]:
 
     Elements that are not equally far apart are copied.
     """
-    step, element = 0, 0
+    element = step = None
     for size, stride in zip(tensor.shape[:0:-1], tensor.stride()[:0:-1]):
         if size == 1:
             continue
-        if step and stride != step:
+        if step is not None and stride != step:
             return strides(tensor.contiguous())
-        element = element or stride
+        element = stride if element is None else element
         step = stride * size
-    return tensor, tensor.stride(0), element or 1
+    return tensor, tensor.stride(0), 1 if element is None else element
 
 
 def are_innermost(*rows: Tensor) -> bool:
@@ -71,7 +71,9 @@ class Joined(Function):
         """Return each part's gradient, a view."""
         sizes = [shape[1:].numel() for shape in ctx.shapes]
         rows = grads[0].split(sizes, 1)
-        return tuple(row.unflatten(1, shape[1:]) if len(shape) > 1 else row[:, 0] for row, shape in zip(rows, ctx.shapes))
+        return tuple(
+            row.unflatten(1, shape[1:]) if len(shape) > 1 else row[:, 0] for row, shape in zip(rows, ctx.shapes)
+        )
 
 
 def _one_storage(parts: Sequence[Tensor]) -> bool:

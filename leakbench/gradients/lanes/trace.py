@@ -112,7 +112,11 @@ def trace(
     """
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     dtype = next((value.dtype for value in own.values() if value.is_floating_point()), torch.float32)
-    bare = {name: torch.empty_like(value, device="meta") for name, value in own.items()}
+    # counters are counted; everything else has a shape only, by which no operation is run
+    bare = {
+        name: torch.empty_like(value, device="meta") if value.is_floating_point() else torch.zeros(value.shape)
+        for name, value in own.items()
+    }
     x = torch.empty((TRACED_IMAGES, *image_shape), dtype=dtype, device="meta")
     y = torch.empty((TRACED_IMAGES, 1), dtype=dtype, device="meta")  # the loss gets it, and nothing reads its shape
     recorder = _Recorder(bare, x, y)
@@ -255,6 +259,18 @@ def _image(x: Tensor) -> tuple[int, int, int]:
     return (x.shape[1], x.shape[2], x.shape[3])
 
 
+def _windows(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
+    """Return how many windows of a kernel an image has, by height and width."""
+    sizes = zip(x.shape[2:], kernel, stride, padding, dilation)
+    height, width = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
+    return height, width
+
+
+def _bare(like: Tensor, *shape: int) -> Tensor:
+    """Return a tensor of a shape, for as many images as another one, without values."""
+    return torch.empty((len(like), *shape), dtype=like.dtype, device="meta")
+
+
 def _conv2d(
     recorder: _Recorder,
     input: Tensor,
@@ -274,13 +290,13 @@ def _conv2d(
         around = [total // 2 for total in totals]
     if kernel[0] * kernel[1] > MAX_TAPS:
         raise Unsupported(f"the kernels take convolutions of up to {MAX_TAPS} taps")
-    out = torch.conv2d(input, weight, None, stride, padding, dilation, groups)
+    size = _windows(input, kernel, _pair(stride), _pair(around), spread)
     step = Step(
         Kind.CONVOLUTION,
         recorder.number(input),
         -1,
         shape=_image(input),
-        out=_image(out),
+        out=(len(weight), *size),
         kernel=kernel,
         stride=_pair(stride),
         padding=_pair(around),
@@ -289,7 +305,7 @@ def _conv2d(
         weight=recorder.name(weight),
         bias=recorder.name(bias),
     )
-    return recorder.note(step, out)
+    return recorder.note(step, _bare(input, len(weight), *size))
 
 
 def _linear(recorder: _Recorder, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -305,7 +321,7 @@ def _linear(recorder: _Recorder, input: Tensor, weight: Tensor, bias: Tensor | N
         weight=recorder.name(weight),
         bias=recorder.name(bias),
     )
-    return recorder.note(step, F.linear(input, weight))
+    return recorder.note(step, _bare(input, outputs))
 
 
 def _batch_norm(
@@ -365,7 +381,9 @@ def _add_in_place(recorder: _Recorder, input: Tensor, other: Any, *, alpha: floa
     return recorder.alias(input, recorder.number(out))
 
 
-def _dropout(recorder: _Recorder, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+def _dropout(
+    recorder: _Recorder, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
     if training and p > 0:
         raise Unsupported("the kernels take no random layers")
     return input
@@ -378,9 +396,11 @@ def _same(recorder: _Recorder, input: Tensor, *args: Any, **kwargs: Any) -> Tens
 
 
 def _adaptive(recorder: _Recorder, input: Tensor, output_size: Any) -> Tensor:
-    out = F.adaptive_avg_pool2d(input, output_size)
-    step = Step(Kind.AVERAGE, recorder.number(input), -1, shape=_image(input), out=_image(out))
-    return recorder.note(step, out)
+    channels, *whole = _image(input)
+    sizes = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
+    height, width = (own if size is None else size for size, own in zip(sizes, whole))
+    step = Step(Kind.AVERAGE, recorder.number(input), -1, shape=_image(input), out=(channels, height, width))
+    return recorder.note(step, _bare(input, channels, height, width))
 
 
 def _avg_pool2d(
@@ -422,19 +442,20 @@ def _max_pool2d(
     if ceil_mode or return_indices:
         raise Unsupported("the kernels take max-pools without ceil_mode and indices")
     steps = kernel_size if stride is None or stride == [] else stride
-    out = torch.max_pool2d(input, kernel_size, steps, padding, dilation)
+    channels = _image(input)[0]
+    size = _windows(input, _pair(kernel_size), _pair(steps), _pair(padding), _pair(dilation))
     step = Step(
         Kind.MAXIMUM,
         recorder.number(input),
         -1,
         shape=_image(input),
-        out=_image(out),
+        out=(channels, *size),
         kernel=_pair(kernel_size),
         stride=_pair(steps),
         padding=_pair(padding),
         dilation=_pair(dilation),
     )
-    return recorder.note(step, out)
+    return recorder.note(step, _bare(input, channels, *size))
 
 
 def _cross_entropy(

@@ -1,0 +1,329 @@
+"""Whole evaluations by the compiled kernels: the same numbers as one-at-a-time double backward in plain torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import leakbench
+from leakbench import attacks, models
+from leakbench.attacks.matching import total_variation
+from leakbench.core.types import Gradient
+from leakbench.errors import Unsupported
+from leakbench.gradients import Evaluator, choose_path
+from leakbench.gradients.bilinear import products, squared_gap
+from leakbench.gradients.evaluate import architecture, plain_loss, tensors_of
+from leakbench.gradients.lanes import library
+from leakbench.gradients.lanes.evaluation import Program
+from leakbench.gradients.lanes.fused import variation
+from leakbench.gradients.lanes.layout import innermost, joined, strides
+from leakbench.gradients.lanes.trace import Kind, trace
+from leakbench.optim.adam import Adam
+
+SHAPE, CLASSES = (3, 12, 12), 4
+
+with_kernels = pytest.mark.skipif(library.kernels() is None, reason=str(library.found_or_reason()))
+
+
+class Odd(nn.Module):
+    """Every operation that the kernels know, with uneven kernels, strides, padding, dilation and groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, (3, 2), stride=(2, 1), padding=(1, 0), bias=False)
+        self.second = nn.Conv2d(6, 9, 3, padding=2, dilation=2, groups=3)
+        self.third = nn.Conv2d(9, 7, 5, stride=3, padding="valid")
+        self.norm = nn.BatchNorm2d(6)
+        self.running = nn.BatchNorm2d(9, affine=False).eval()
+        self.side = nn.Conv2d(6, 9, 1)
+        self.pool = nn.MaxPool2d(2, stride=1, padding=1)
+        self.drop = nn.Dropout(0.5).eval()
+        self.unused = nn.Linear(3, 3)
+        self.hidden = nn.Linear(2 * 11, 17)
+        self.last = nn.Linear(17, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.norm(self.first(x)))
+        side = self.side(x)
+        x = self.running(self.second(x))
+        x += side
+        x = self.pool(F.leaky_relu(x, 0.2))
+        x = self.third(F.avg_pool2d(F.pad(x[:, :, :, 1:], (0, 0, 1, 0)), (2, 1))) if x.shape[2] > 20 else self._short(x)
+        x = self.drop(torch.sigmoid(x)).flatten(1)
+        return self.last(F.relu(self.hidden(x)))
+
+    def _short(self, x: Tensor) -> Tensor:
+        wide = F.pad(x[:, ::2].transpose(2, 3), (2, 0, 1, 1))
+        return F.adaptive_avg_pool2d(wide[:, :2], (1, 11))
+
+
+def setting(
+    model: nn.Module, trials: int, own: bool, dtype: torch.dtype = torch.float64, shape: tuple[int, int, int] = SHAPE
+) -> tuple[Evaluator, dict[str, Tensor], Tensor, Tensor]:
+    """Return an evaluator, the tensors of its trials, images, and soft labels."""
+    rng = torch.Generator().manual_seed(1)
+    tensors = {}
+    parameters = dict(model.named_parameters())
+    for name, value in tensors_of(model).items():
+        one = value.detach().to(dtype) if value.is_floating_point() else value
+        if name in parameters:
+            scales = 1 + 0.1 * torch.randn(trials, generator=rng, dtype=torch.float64).to(dtype)
+            rows = one * scales.view(-1, *[1] * one.ndim)
+            tensors[name] = rows if own else one.expand(trials, *one.shape)
+        else:
+            tensors[name] = one
+    x = torch.rand(trials, *shape, generator=rng, dtype=torch.float64).to(dtype).requires_grad_()
+    y = torch.softmax(torch.randn(trials, CLASSES, generator=rng, dtype=torch.float64), 1).to(dtype).requires_grad_()
+    return Evaluator(architecture(model), tuple(parameters), path="lanes"), tensors, x, y
+
+
+def twice(evaluator: Evaluator, tensors: dict[str, Tensor], x: Tensor, y: Tensor) -> tuple[Gradient, list[Tensor]]:
+    """Return the gradient, and the derivatives of a projection of it by images and soft labels."""
+    gradient = evaluator.gradient(tensors, x, y)
+    rng = torch.Generator().manual_seed(2)
+    total = x.new_zeros(())
+    for value in gradient.values():
+        along = torch.randn(value.shape, generator=rng, dtype=torch.float64).to(value.dtype)
+        total = total + (value * along).sum()
+    inputs = [x, y] if y.is_floating_point() else [x]
+    return {name: value.detach() for name, value in gradient.items()}, list(torch.autograd.grad(total, inputs))
+
+
+def built(spec: str) -> nn.Module:
+    torch.manual_seed(0)
+    return Odd() if spec == "odd" else models.parse(spec).build(SHAPE, CLASSES)
+
+
+NETWORKS = (
+    "odd",
+    "lenet",
+    "lenet-bn",
+    "lenet-bn(mode=eval)",
+    "mlp(hidden=9-8)",
+    "convnet(width=2,activation=sigmoid)",
+    "resnet20(width=2,activation=sigmoid)",
+    "resnet20(width=2,shortcut=conv,mode=eval)",
+)
+
+
+@with_kernels
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("spec", NETWORKS)
+def test_kernels_give_the_numbers_of_double_backward(spec: str, own: bool) -> None:
+    evaluator, tensors, x, y = setting(built(spec), 3 if own else 11, own)
+    fast, fast_by = twice(evaluator, tensors, x, y)
+    slow, slow_by = twice(replace(evaluator, path="one-at-a-time"), tensors, x, y)
+    whole = torch.stack([value.norm() for value in slow.values()]).norm()
+    for name, value in slow.items():
+        assert float((fast[name] - value).norm()) <= 1e-12 * float(whole), name
+    for a, b in zip(fast_by, slow_by):
+        assert float((a - b).norm()) <= 1e-12 * float(b.norm())
+
+
+@with_kernels
+def test_the_trace_knows_every_operation() -> None:
+    found = trace(architecture(Odd()), plain_loss, SHAPE)
+    assert {step.kind for step in found.steps} == set(Kind)
+    long = trace(architecture(Odd()), plain_loss, (3, 48, 10))  # where it takes the other branch
+    assert Kind.AVERAGE in {step.kind for step in long.steps}
+    assert len(long.steps) != len(found.steps)
+
+
+@with_kernels
+def test_a_trial_has_the_same_bits_among_any_others() -> None:
+    evaluator, tensors, x, y = setting(built("lenet-bn"), 21, False, torch.float32)
+    whole, by = twice_alike(evaluator, tensors, x, y)
+    for rows in (slice(0, 1), slice(3, 8), slice(15, 21)):
+        part = {name: value[rows] if value.ndim > 1 and len(value) == 21 else value for name, value in tensors.items()}
+        some, some_by = twice_alike(evaluator, part, x[rows].detach().requires_grad_(), y[rows])
+        assert all(torch.equal(some[name], whole[name][rows]) for name in whole)
+        assert torch.equal(some_by, by[rows])
+
+
+def twice_alike(evaluator: Evaluator, tensors: dict[str, Tensor], x: Tensor, y: Tensor) -> tuple[Gradient, Tensor]:
+    gradient = evaluator.gradient(tensors, x, y)
+    (by,) = torch.autograd.grad(sum(value.sum() for value in gradient.values()), x)  # type: ignore[arg-type]
+    return gradient, by
+
+
+@with_kernels
+def test_hard_labels_withheld_parameters_and_second_calls() -> None:
+    evaluator, tensors, x, _ = setting(built("lenet"), 5, False, torch.float32)
+    labels = torch.tensor([0, 3, 1, 1, 2])
+    some = replace(evaluator, names=("features.2.weight", "classifier.bias"))
+    fast, fast_by = twice(some, tensors, x, labels)
+    slow, slow_by = twice(replace(some, path="batched"), tensors, x, labels)
+    assert list(fast) == list(some.names)
+    for name, value in slow.items():
+        torch.testing.assert_close(fast[name], value, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fast_by[0], slow_by[0], rtol=1e-3, atol=1e-4)
+    gradient = evaluator.gradient(tensors, x, labels)
+    total = sum(value.square().sum() for value in gradient.values())
+    (first,) = torch.autograd.grad(total, x, retain_graph=True)  # type: ignore[arg-type]
+    other = evaluator.gradient(tensors, x * 0.5, labels)
+    (again,) = torch.autograd.grad(total, x)  # type: ignore[arg-type]
+    assert torch.equal(first, again)
+    assert not any(value.requires_grad for value in evaluator.gradient(tensors, x, labels, create_graph=False).values())
+    assert other.keys() == gradient.keys()
+
+
+class Refused(nn.Module):
+    """A network with one thing that the kernels do not know."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.conv = nn.Conv2d(3, 4, 3, stride=2)
+        self.last = nn.Linear(100, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.conv.weight / self.conv.weight.norm() if self.kind == "computed weight" else self.conv.weight
+        x = F.conv2d(x - 0.5 if self.kind == "constant" else x, weight, self.conv.bias, 2)
+        if self.kind == "dropout":
+            x = F.dropout(x, 0.5, True)
+        if self.kind == "batch":
+            x = x + x.roll(1, 0)
+        if self.kind == "value" and x.mean() > 0:
+            x = -x
+        if self.kind == "gelu":
+            x = F.gelu(x)
+        return self.last(torch.sigmoid(x).flatten(1))
+
+
+@pytest.mark.parametrize("kind", ["computed weight", "constant", "dropout", "batch", "value", "gelu"])
+def test_what_the_kernels_do_not_know_is_left_to_other_paths(kind: str) -> None:
+    with pytest.raises(Unsupported, match="the kernels"):
+        trace(architecture(Refused(kind)), plain_loss, SHAPE)
+    assert len(trace(architecture(Refused("")), plain_loss, SHAPE).steps) == 4
+
+
+@with_kernels
+def test_the_path_is_chosen_for_attacks_and_left_out_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator, tensors, _, _ = setting(built("lenet"), 2, False)
+    assert choose_path(evaluator, tensors, SHAPE, CLASSES, lanes=2) == "lanes"
+    assert choose_path(evaluator, tensors, SHAPE, CLASSES) == "batched"
+    right = Program.gradient
+
+    def wrong(*args: Any) -> Gradient:
+        return {name: 1.0001 * value for name, value in right(*args).items()}
+
+    with monkeypatch.context() as patch:
+        patch.setattr("leakbench.gradients.evaluate._CHOSEN", {})
+        patch.setattr(Program, "gradient", wrong)
+        assert choose_path(evaluator, tensors, SHAPE, CLASSES, lanes=2) == "batched"
+    monkeypatch.setenv(library.SWITCH, "off")
+    assert isinstance(library.found_or_reason(), library.Absent)
+    assert choose_path(evaluator, tensors, SHAPE, CLASSES, lanes=2) == "batched"
+    network = models.parse("lenet").build(SHAPE, CLASSES)
+    observation = leakbench.observe(network, torch.rand(2, *SHAPE), torch.tensor([0, 1]))
+    assert leakbench.attack("ig(steps=2)", observation).path == "batched"
+    monkeypatch.delenv(library.SWITCH)
+    assert leakbench.attack("ig(steps=2)", observation).path == "lanes"
+
+
+def test_without_a_compiler_there_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(library.shutil, "which", lambda name: None)
+    found = library._built.__wrapped__()
+    assert isinstance(found, library.Absent)
+    assert "no C++ compiler" in found.reason
+    failing = tmp_path / "g++"
+    failing.write_text(
+        "#!/bin/sh\necho 'no such option' >&2\n[ $1 = --version ] && echo compiler 1\n", encoding="utf-8"
+    )
+    failing.chmod(0o755)
+    monkeypatch.setattr(library.shutil, "which", lambda name: str(failing))
+    monkeypatch.setattr(library.pooch, "os_cache", lambda name: tmp_path / name)
+    broken = library._built.__wrapped__()
+    assert isinstance(broken, library.Absent)
+    assert "no such option" in broken.reason
+
+
+@with_kernels
+def test_distances_and_variation_are_those_of_plain_torch() -> None:
+    rng = torch.Generator().manual_seed(3)
+    for trials, height, width in ((2, 5, 19), (37, 8, 8)):
+        x = torch.rand(trials, 2, height, width, generator=rng, dtype=torch.float64).requires_grad_()
+        along = torch.rand(trials, generator=rng, dtype=torch.float64)
+        pairs = [variation(x), total_variation(x)]
+        torch.testing.assert_close(*pairs, rtol=1e-13, atol=0)
+        torch.testing.assert_close(
+            *(torch.autograd.grad((value * along).sum(), x)[0] for value in pairs), rtol=1e-13, atol=1e-16
+        )
+        g, o = (innermost(torch.rand(trials, 301, generator=rng, dtype=torch.float64)) for _ in range(2))
+        g.requires_grad_()
+        found = [*products(g, o), squared_gap(g, o)]
+        assert found[0].grad_fn is not None
+        assert "Products" in found[0].grad_fn.name()
+        plain = [(g * o).sum(1), g.square().sum(1), (g - o).square().sum(1)]
+        for a, b in zip(found, plain):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+            by = [torch.autograd.grad((value * along).sum(), g, retain_graph=True)[0] for value in (a, b)]
+            torch.testing.assert_close(*by, rtol=1e-12, atol=1e-14)
+
+
+def test_tensors_with_trials_innermost_are_joined_without_a_copy() -> None:
+    buffer = torch.arange(30.0).view(10, 3)
+    parts = [buffer[:4].view(2, 2, 3).movedim(-1, 0), buffer[4:].movedim(-1, 0)]
+    rows = joined([part.requires_grad_() for part in parts])
+    assert rows.data_ptr() == buffer.data_ptr()
+    assert torch.equal(rows, buffer.mT)
+    by = torch.autograd.grad((rows * buffer.mT.square()).sum(), parts)
+    assert torch.equal(by[0], parts[0].detach().square())
+    apart = joined([parts[1], parts[0]])
+    assert torch.equal(apart, torch.cat([parts[1], parts[0].flatten(1)], 1))
+    assert strides(parts[0])[1:] == (1, 3)
+    assert strides(torch.rand(3, 4, 5))[1:] == (20, 1)
+    assert strides(torch.rand(3, 5, 4).mT)[1:] == (20, 1)  # copied
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adam_has_the_bits_of_torch(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    own = [torch.rand(3, 300, 100, dtype=dtype), torch.rand(3, 7, dtype=dtype)]
+    other = [tensor.clone() for tensor in own]
+    groups = [[{"params": [tensor], "lr": lr} for tensor, lr in zip(tensors, (0.1, 0.03))] for tensors in (own, other)]
+    pair = Adam(groups[0]), torch.optim.Adam(groups[1])
+    for step in range(12):
+        for a, b in zip(own, other):
+            a.grad = b.grad = torch.randn_like(a)
+        for optimiser in pair:
+            optimiser.step()
+            for group in optimiser.param_groups:
+                group["lr"] *= 0.5 if step == 6 else 1
+    assert all(map(torch.equal, own, other))
+
+
+@with_kernels
+@pytest.mark.parametrize("spec", ["ig(steps=3)", "log-cosine(steps=3)", "dlg(steps=2)", "lb(steps=3)", "grnn(steps=2)"])
+def test_attacks_take_the_same_steps_as_without_kernels(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network = models.parse("lenet").build(SHAPE, CLASSES).double()
+    observation = leakbench.observe(network, torch.rand(3, *SHAPE), torch.tensor([0, 1, 2]))
+    fast = leakbench.attack(spec, observation, seed=0)
+    again = leakbench.attack(spec, observation, seed=0)
+    monkeypatch.setenv(library.SWITCH, "off")
+    slow = leakbench.attack(spec, observation, seed=0)
+    assert (fast.path, slow.path) == ("lanes", "batched")
+    assert torch.equal(fast.images, again.images)
+    assert fast.objective is not None
+    assert slow.objective is not None
+    torch.testing.assert_close(fast.objective, slow.objective, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(fast.images, slow.images, rtol=1e-6, atol=1e-7)
+
+
+def test_attacks_that_differentiate_by_weights_do_not_take_kernels() -> None:
+    network = models.parse("mlp(hidden=8)").build(SHAPE, CLASSES)
+    observation = leakbench.observe(
+        network,
+        torch.rand(2, *SHAPE),
+        torch.tensor([0, 1]),
+        threat="shares=weights, local_steps=2, learning_rate=0.1, rate=known",
+    )
+    found = attacks.parse("ig(steps=2,local=unrolled)")(observation, leakbench.Rng(("a", "b")))
+    assert found.path == "batched"
