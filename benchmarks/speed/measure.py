@@ -55,18 +55,27 @@ def clock(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begun
 
 
-def matmul_rate(device: torch.device, side: int | None = None) -> float:
-    """Return the floating-point operations a second of a square float32 matrix product (median of five)."""
-    side = side or (8192 if device.type == "cuda" else 1024)
+def peak_rate(device: torch.device, side: int | None = None) -> float:
+    """Return the float32 operations a second of the best library: a matrix product or a convolution (medians of five)."""
+    gpu = device.type == "cuda"
+    side, images = side or (8192 if gpu else 1024), 1024 if gpu else 16
     a, b = torch.rand(side, side, device=device), torch.rand(side, side, device=device)
-    torch.mm(a, b)
-    return 2 * side**3 / statistics.median(clock(lambda: torch.mm(a, b), device) for _ in range(5))
+    x, weight = torch.rand(images, 64, 32, 32, device=device), torch.rand(64, 64, 3, 3, device=device)
+    works: list[tuple[float, Callable[[], object]]] = [
+        (2 * side**3, lambda: torch.mm(a, b)),
+        (2 * images * 32**2 * 64**2 * 9, lambda: torch.conv2d(x, weight, padding=1)),
+    ]
+    rates = []
+    for count, call in works:
+        call()
+        rates.append(count / statistics.median(clock(call, device) for _ in range(5)))
+    return max(rates)
 
 
 def interleave(
-    subjects: Sequence[Subject], rounds: int, device: torch.device, rate: Callable[[torch.device], float] = matmul_rate
+    subjects: Sequence[Subject], rounds: int, device: torch.device, rate: Callable[[torch.device], float] = peak_rate
 ) -> tuple[dict[str, Times], list[float]]:
-    """Return each subject's times and, for each round, the rate of the matrix product measured beside them.
+    """Return each subject's times and, for each round, the rate of the best library measured beside them.
 
     A shorter run before the first round warms every subject up and is not counted.
     """

@@ -1,6 +1,7 @@
 """``leakbench``: the commands, and the place where an error becomes one line and an exit code."""
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -27,6 +28,10 @@ from leakbench.cli import (
 )
 from leakbench.errors import LeakbenchError, OldPlugin, one_line
 from leakbench.version import __version__
+
+# Read when torch is imported, here and in workers: threads that wait for each other give their cores to other processes.
+# Otherwise they spin, and on a busy machine an operation waits a time slice for the thread that does not run.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 app = typer.Typer(
     help="Measure how much shared gradients leak in federated learning: run attacks against defenses.",
