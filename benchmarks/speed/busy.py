@@ -20,6 +20,7 @@ WORKS = (("lenet", 32, 60), ("resnet20", 16, 6))
 """Model, trials, and iterations."""
 SETTINGS = ((1, "active"), (2, "active"), (2, "passive"))
 """Threads, and how they wait (``OMP_WAIT_POLICY``); ``passive`` is what the command line sets."""
+FIELDS = ("model", "trials", "steps", "threads", "policy")
 OTHERS = 2
 ROUNDS = 3
 SPIN = "while True: pass"
@@ -78,7 +79,7 @@ def main() -> None:
             others = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(count)]
             try:
                 for row in rows:
-                    row[kind].append(measure(*(row[key] for key in ("model", "trials", "steps", "threads", "policy"))))
+                    row[kind].append(measure(*(row[key] for key in FIELDS)))
             finally:
                 for other in others:
                     other.kill()
@@ -96,9 +97,9 @@ def page(data: dict[str, Any]) -> str:
     lines = [
         "# Speed beside other processes",
         "",
-        f"IG, trials x iterations a second, best of {ROUNDS}, alone and beside {data['others']} processes that never rest; "
-        f"{about['cores']} cores of {about['processor']}, torch {about['torch']}, commit {about['commit']}. Written by "
-        "`python -m benchmarks.speed.busy`. The command line sets passive waiting.",
+        f"IG, trials x iterations a second, best of {ROUNDS}, alone and beside {data['others']} processes that never "
+        f"rest; {about['cores']} cores of {about['processor']}, torch {about['torch']}, commit {about['commit']}. Written "
+        "by `python -m benchmarks.speed.busy`. The command line sets passive waiting.",
         "",
         "| network | trials | threads | waiting | alone | beside | kept |",
         "|:--|--:|--:|:--|--:|--:|--:|",

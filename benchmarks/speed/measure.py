@@ -56,7 +56,7 @@ def clock(call: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_rate(device: torch.device, side: int | None = None) -> float:
-    """Return the float32 operations a second of the best library: a matrix product or a convolution (medians of five)."""
+    """Return the float32 operations a second of the best library: a matrix product or a convolution (median of 5)."""
     gpu = device.type == "cuda"
     side, images = side or (8192 if gpu else 1024), 1024 if gpu else 16
     a, b = torch.rand(side, side, device=device), torch.rand(side, side, device=device)

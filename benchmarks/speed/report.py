@@ -32,9 +32,9 @@ LEGEND = """## How it was measured
 - **breaching** (PyPI) is driven one image at a time by its own `reconstruct`, on the same network, images, starts,
   iterations and objective; `benchmarks/speed/peer.py` names the differences that remain.
 - **Share of floor**: the least arithmetic of an iteration (seven forward passes: 1 forward, 2 backward, 4 for the
-  derivative of the backward pass; five of the first layer, by whose input the loss is not differentiated; for GRNN three
-  passes of its generator, written plainly, besides) at the float32 rate of the best library, a matrix product or a
-  convolution, measured in the same round, over the time that the iteration took.
+  derivative of the backward pass; five of the first layer, by whose input the loss is not differentiated; for GRNN
+  three passes of its generator, written plainly, besides) at the float32 rate of the best library, a matrix product or
+  a convolution, measured in the same round, over the time that the iteration took.
 - **DLG** is run to its end: the outer steps are up, nothing moves, or the objective is not finite. leakbench does all
   trials in every round, the others an equal share in each, so that all do the same trials. A success is a PSNR of at
   least the value stated; its brackets hold a 95 % interval by photograph (Wilson's), of which the images are crops. The
@@ -117,7 +117,8 @@ def _device(kind: str, measured: dict[str, Any]) -> list[str]:
     rates = [rate for row in measured["works"] for rate in row["rates"]]
     if rates:
         parts.append(
-            f"The best library in float32, a matrix product or a convolution, measured in every round: {median(rates) / 1e9:.0f} GFLOP/s "  # type: ignore[operator]
+            "The best library in float32, a matrix product or a convolution, measured in every round: "
+            f"{median(rates) / 1e9:.0f} GFLOP/s "  # type: ignore[operator]
             f"({min(rates) / 1e9:.0f}–{max(rates) / 1e9:.0f})."
         )
     parts += ["### Iterations", _table(_work_lines(measured["works"]))]

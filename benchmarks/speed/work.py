@@ -24,8 +24,10 @@ IMAGES = 64
 """How many images ``samples`` has; with more trials than that the images repeat, and the starts do not."""
 LATENT = 128
 FLOOR, FIRST_LAYER = 7, 5
-"""Forward passes that a gradient, and its derivative by the image, cost at least; of the first layer, by whose input the
-loss is not differentiated, five."""
+"""Forward passes that a gradient, and its derivative by the image, cost at least.
+
+Of the first layer, by whose input the loss is not differentiated, they are five.
+"""
 
 LEAKBENCH, REFERENCE, BREACHING = "leakbench", "reference", "breaching"
 

@@ -29,7 +29,7 @@ from leakbench.cli import (
 from leakbench.errors import LeakbenchError, OldPlugin, one_line
 from leakbench.version import __version__
 
-# Read when torch is imported, here and in workers: threads that wait for each other give their cores to other processes.
+# Read when torch is imported, here and in workers: threads that wait for each other leave their cores to others.
 # Otherwise they spin, and on a busy machine an operation waits a time slice for the thread that does not run.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

@@ -182,7 +182,7 @@ class Evaluator:
     def suits_kernels(
         self, image_shape: tuple[int, ...], trials: int, device: torch.device, dtype: torch.dtype
     ) -> bool:
-        """Return whether the compiled kernels know the network, and so many trials are worth it."""
+        """Return whether the compiled kernels know the network, and this many trials are worth it."""
         if kernels() is None:
             return False
         try:

@@ -20,7 +20,7 @@ from leakbench.errors import Unsupported
 from leakbench.gradients.bilinear import shared
 from leakbench.gradients.lanes.layout import JOINED_VALUES, innermost, strides
 from leakbench.gradients.lanes.library import SUFFIXES, Kernels
-from leakbench.gradients.lanes.trace import Kind, Step, Trace
+from leakbench.gradients.lanes.trace import Kind, Trace, TracedStep
 
 CHANNEL_NUMBERS = 7
 """What a normalisation keeps of each channel."""
@@ -123,7 +123,7 @@ class Program:
         return {name: found[name] for name in names}
 
     def suits(self, trials: int, dtype: torch.dtype) -> bool:
-        """Return whether so many trials are worth whole registers, and a block of them fits into memory.
+        """Return whether this many trials are worth whole registers, and a block of them fits into memory.
 
         A register that is half empty costs as much as a full one. Of a small network that is nothing beside the calls
         that another path makes.
@@ -209,7 +209,7 @@ class Program:
             len(ops), len(a), kept, max(spare, 1), ctypes.cast(ops, ctypes.POINTER(_Op)), *pointers
         )
 
-    def _fill(self, op: _Op, step: Step) -> None:
+    def _fill(self, op: _Op, step: TracedStep) -> None:
         op.kind, op.x, op.x2, op.y = step.kind, step.x, step.second, step.y
         op.channels, op.height, op.width = step.shape
         op.outputs, op.rows, op.columns = step.out
@@ -223,7 +223,7 @@ class Program:
             self._held.append(picks)
             op.picks = ctypes.cast(picks, _POINTER)
 
-    def _kept_by(self, step: Step) -> int:
+    def _kept_by(self, step: TracedStep) -> int:
         if step.kind is Kind.NORM:
             return CHANNEL_NUMBERS * step.shape[0]
         if step.kind is Kind.MAXIMUM:

@@ -40,7 +40,7 @@ Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Step:
+class TracedStep:
     """One operation y = op(x, second) on numbered values; value 0 is the image.
 
     Attributes:
@@ -91,7 +91,7 @@ class Step:
 class Trace:
     """The operations that the loss depends on, in their order, and the number of elements of each value."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[TracedStep, ...]
     sizes: tuple[int, ...]
 
 
@@ -154,7 +154,7 @@ class _Recorder(TorchFunctionMode):
 
     def __init__(self, own: Mapping[str, Tensor], x: Tensor, y: Tensor) -> None:
         super().__init__()
-        self.steps: list[Step] = []
+        self.steps: list[TracedStep] = []
         self.sizes: list[int] = []
         self.result: Tensor | None = None
         self._names = {id(value): name for name, value in own.items()}
@@ -209,7 +209,7 @@ class _Recorder(TorchFunctionMode):
         self._held.append(value)
         return value
 
-    def note(self, step: Step, out: Tensor) -> Tensor:
+    def note(self, step: TracedStep, out: Tensor) -> Tensor:
         """Note an operation and its result."""
         self.steps.append(replace(step, y=self.add(out)))
         return out
@@ -230,13 +230,13 @@ class _Recorder(TorchFunctionMode):
         out = torch.empty(moved.shape, dtype=x.dtype, device="meta")
         if torch.equal(rows[0], torch.arange(1, size + 1)):
             return self.alias(out, number)
-        return self.note(Step(Kind.PICK, number, -1, picks=tuple((rows[0] - 1).tolist())), out)
+        return self.note(TracedStep(Kind.PICK, number, -1, picks=tuple((rows[0] - 1).tolist())), out)
 
     def finish(self, logits: Tensor, target: Tensor) -> Tensor:
         """Note the loss."""
         if target is not self._labels or logits.ndim != 2:
             raise Unsupported("the kernels take the cross-entropy of logits and labels")
-        self.steps.append(Step(Kind.LOSS, self.number(logits), -1))
+        self.steps.append(TracedStep(Kind.LOSS, self.number(logits), -1))
         self.result = torch.empty(len(logits), dtype=logits.dtype, device="meta")
         return self.result
 
@@ -291,7 +291,7 @@ def _conv2d(
     if kernel[0] * kernel[1] > MAX_TAPS:
         raise Unsupported(f"the kernels take convolutions of up to {MAX_TAPS} taps")
     size = _windows(input, kernel, _pair(stride), _pair(around), spread)
-    step = Step(
+    step = TracedStep(
         Kind.CONVOLUTION,
         recorder.number(input),
         -1,
@@ -312,7 +312,7 @@ def _linear(recorder: _Recorder, input: Tensor, weight: Tensor, bias: Tensor | N
     if input.ndim != 2:
         raise Unsupported("the kernels take linear maps of one row an image")
     outputs, inputs = weight.shape
-    step = Step(
+    step = TracedStep(
         Kind.CONVOLUTION,
         recorder.number(input),
         -1,
@@ -339,7 +339,7 @@ def _batch_norm(
     channels, pixels = input.shape[1], input[0, 0].numel()
     if own and pixels == 1:
         raise Unsupported("batch normalisation needs more than one value per channel of a trial")
-    step = Step(
+    step = TracedStep(
         Kind.NORM if own else Kind.SCALE,
         recorder.number(input),
         -1,
@@ -357,7 +357,7 @@ def _batch_norm(
 def _element(kind: Kind) -> Callable[..., Tensor]:
     def noted(recorder: _Recorder, input: Tensor, inplace: bool = False) -> Tensor:
         out = input if inplace else torch.empty_like(input)
-        return recorder.note(Step(kind, recorder.number(input), -1), out)
+        return recorder.note(TracedStep(kind, recorder.number(input), -1), out)
 
     return noted
 
@@ -366,13 +366,13 @@ def _leaky_relu(recorder: _Recorder, input: Tensor, negative_slope: float = 0.01
     if negative_slope <= 0:
         raise Unsupported("the kernels take a leaky ReLU of a positive slope")
     out = input if inplace else torch.empty_like(input)
-    return recorder.note(Step(Kind.RELU, recorder.number(input), -1, number=negative_slope), out)
+    return recorder.note(TracedStep(Kind.RELU, recorder.number(input), -1, number=negative_slope), out)
 
 
 def _add(recorder: _Recorder, input: Tensor, other: Any, *, alpha: float = 1) -> Tensor:
     if alpha != 1 or not isinstance(other, Tensor) or input.shape != other.shape:
         raise Unsupported("the kernels add values of the same shape")
-    step = Step(Kind.ADD, recorder.number(input), -1, recorder.number(other))
+    step = TracedStep(Kind.ADD, recorder.number(input), -1, recorder.number(other))
     return recorder.note(step, torch.empty_like(input))
 
 
@@ -399,7 +399,7 @@ def _adaptive(recorder: _Recorder, input: Tensor, output_size: Any) -> Tensor:
     channels, *whole = _image(input)
     sizes = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
     height, width = (own if size is None else size for size, own in zip(sizes, whole))
-    step = Step(Kind.AVERAGE, recorder.number(input), -1, shape=_image(input), out=(channels, height, width))
+    step = TracedStep(Kind.AVERAGE, recorder.number(input), -1, shape=_image(input), out=(channels, height, width))
     return recorder.note(step, _bare(input, channels, height, width))
 
 
@@ -444,7 +444,7 @@ def _max_pool2d(
     steps = kernel_size if stride is None or stride == [] else stride
     channels = _image(input)[0]
     size = _windows(input, _pair(kernel_size), _pair(steps), _pair(padding), _pair(dilation))
-    step = Step(
+    step = TracedStep(
         Kind.MAXIMUM,
         recorder.number(input),
         -1,
