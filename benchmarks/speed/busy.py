@@ -98,8 +98,9 @@ def page(data: dict[str, Any]) -> str:
         "# Speed beside other processes",
         "",
         f"IG, trials x iterations a second, best of {ROUNDS}, alone and beside {data['others']} processes that never "
-        f"rest; {about['cores']} cores of {about['processor']}, torch {about['torch']}, commit {about['commit']}. Written "
-        "by `python -m benchmarks.speed.busy`. The command line sets passive waiting.",
+        f"rest; {about['cores']} cores of {about['processor']}, torch {about['torch']}, "
+        f"commit {about['commit']}. Written by `python -m benchmarks.speed.busy`. The command line "
+        "sets passive waiting.",
         "",
         "| network | trials | threads | waiting | alone | beside | kept |",
         "|:--|--:|--:|:--|--:|--:|--:|",

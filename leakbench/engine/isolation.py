@@ -1,8 +1,8 @@
 """Attacks that are not part of leakbench run in processes of their own, one for each call.
 
 Such a process holds the attack, what it observes and its source of random numbers. It has no private image, no other
-trial, no memory of an earlier call, an empty working folder, and no ``LEAKBENCH_*`` variable. Its answer is read as
-data. ``docs/safety.md`` says what this stops and what it does not.
+trial, no memory of an earlier call, an empty working folder, and no ``LEAKBENCH_*`` variable but one. Its answer is
+read as data. ``docs/safety.md`` says what this stops and what it does not.
 
 Importing torch takes seconds. Therefore a *template* process imports it once, is given nothing else, and is copied for
 every call (on Linux; elsewhere every call has a process that starts from the beginning).
@@ -38,6 +38,7 @@ from leakbench.core.rng import Rng
 from leakbench.core.types import Reconstruction
 from leakbench.engine.batch_size import chunk_size
 from leakbench.errors import LeakbenchError, one_line
+from leakbench.gradients.lanes.library import SWITCH
 from leakbench.observation import Observation
 
 INSIDE = "leakbench.engine.isolated"
@@ -315,7 +316,7 @@ def _end_of(file: Any) -> str:
 
 
 def environment(folder: str) -> Mapping[str, str]:
-    """Return the variables of an attack's process: none of leakbench's, and none that names another folder."""
+    """Return the variables of an attack's process: of leakbench only the switch of the kernels."""
     hidden = ("PWD", "OLDPWD", "_")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("LEAKBENCH_")}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("LEAKBENCH_") or name == SWITCH}
     return {name: value for name, value in kept.items() if name not in hidden} | {"PWD": folder}

@@ -132,16 +132,17 @@ class Program:
         largest = max((math.prod(shape) for shape in self._shapes.values()), default=0)
         if (block + 3 * largest) * self.kernels.vector_bytes > MAX_BLOCK_BYTES:
             return False
-        return 2 * trials >= self.kernels.lanes(dtype) or block * self.kernels.vector_bytes <= SMALL_BLOCK_BYTES
+        return 2 * trials >= self.kernels.lanes(dtype, 1) or block * self.kernels.vector_bytes <= SMALL_BLOCK_BYTES
 
     def run(self, name: str, parameters: Sequence[_Parameter], x: _Rows, q: _Rows, memory: Tensor, trials: int) -> None:
         """Run the first or the second half of an evaluation, on blocks of trials that the threads share."""
-        dtype, blocks = memory.dtype, len(memory)
+        dtype, blocks, lanes = memory.dtype, len(memory), memory.shape[1] // self._program.kept
+        wide = lanes * dtype.itemsize == self.kernels.vector_bytes
         given = (_Parameter * len(parameters))(*parameters)
 
         def work(begin: int, end: int) -> None:
             pointers = (ctypes.byref(self._program), given, x, q, _POINTER(memory.data_ptr()))
-            self.kernels.run(name, dtype, *pointers, _LONG(trials), _LONG(begin), _LONG(end))
+            self.kernels.run(name, dtype, wide, *pointers, _LONG(trials), _LONG(begin), _LONG(end))
 
         threads = min(torch.get_num_threads(), blocks)
         if threads == 1:
@@ -155,12 +156,11 @@ class Program:
 
     def memory(self, like: Tensor, trials: int) -> _Memory:
         """Return memory [blocks, N] for what an evaluation keeps for its derivative; that of an earlier one if free."""
-        lanes = self.kernels.lanes(like.dtype)
-        blocks = -(-trials // lanes)
-        key = (like.dtype, blocks)
+        lanes = self.kernels.lanes(like.dtype, trials, torch.get_num_threads())
+        shape = (-(-trials // lanes), self._program.kept * lanes)
         free, self._free = self._free, None
-        if free is None or (free.dtype, len(free)) != key:
-            free = like.new_empty(blocks, self._program.kept * lanes)
+        if free is None or (free.dtype, tuple(free.shape)) != (like.dtype, shape):
+            free = like.new_empty(shape)
         return _Memory(self, free)
 
     @cached_property

@@ -17,10 +17,18 @@
 #include <cstdlib>
 #include <cstring>
 
-#ifdef __AVX512F__  // 32 registers of 64 bytes
-constexpr int BYTES = 64, WIDE = 3, HIGH = 4, TALL = 8, PIXELS = 8, ROWS5 = 4, ROWS3 = 2, ROWS1 = 8, KERNEL_ROWS = 3;
-#else  // 16 registers of 32 bytes
-constexpr int BYTES = 32, WIDE = 2, HIGH = 2, TALL = 6, PIXELS = 4, ROWS5 = 2, ROWS3 = 3, ROWS1 = 6, KERNEL_ROWS = 1;
+#ifndef LANE_BYTES  // the size of a register that is built for: the processor's largest, or half of it for few trials
+#ifdef __AVX512F__
+#define LANE_BYTES 64
+#else
+#define LANE_BYTES 32
+#endif
+#endif
+constexpr int BYTES = LANE_BYTES;
+#ifdef __AVX512F__  // 32 registers, of any size
+constexpr int WIDE = 3, HIGH = 4, TALL = 8, PIXELS = 8, ROWS5 = 4, ROWS3 = 2, ROWS1 = 8, KERNEL_ROWS = 3;
+#else  // 16 registers
+constexpr int WIDE = 2, HIGH = 2, TALL = 6, PIXELS = 4, ROWS5 = 2, ROWS3 = 3, ROWS1 = 6, KERNEL_ROWS = 1;
 #endif
 // WIDE x PIXELS, HIGH x PIXELS / 2 and TALL x 1: the tiles of outputs x pixels whose sums stay in registers.
 // ROWS5 x 5, ROWS3 x KERNEL_ROWS x 3 and ROWS1 x 1: the tiles of outputs x taps of a weight's gradient.

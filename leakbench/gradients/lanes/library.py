@@ -31,30 +31,33 @@ SUFFIXES = {torch.float32: "float", torch.float64: "double"}
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions of ``kernels.cpp``.
+    """The functions of ``kernels.cpp``, built for registers of two sizes.
 
     Attributes:
-        library: the loaded library.
-        vector_bytes: the size of a register, 64 with AVX-512 and else 32.
+        wide: the library for the largest registers, of 64 bytes with AVX-512 and else of 32.
+        narrow: that for half of it: few trials fill it, or it gives every thread a block of trials.
+        vector_bytes: the size of the largest registers.
         words: what they are, for ``leakbench doctor``.
     """
 
-    library: ctypes.CDLL
+    wide: ctypes.CDLL
+    narrow: ctypes.CDLL
     vector_bytes: int
     words: str
 
-    def lanes(self, dtype: torch.dtype) -> int:
-        """Return how many trials a register holds."""
-        return self.vector_bytes // dtype.itemsize
+    def lanes(self, dtype: torch.dtype, trials: int, threads: int = 1) -> int:
+        """Return how many trials are to share a register."""
+        wide = self.vector_bytes // dtype.itemsize
+        return wide // 2 if trials <= wide // 2 or -(-trials // wide) < threads else wide
 
     def call(self, name: str, *tensors: Tensor, sizes: tuple[int, ...]) -> None:
         """Call a function of dense tensors, all of one type, and sizes."""
         pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-        self.run(name, tensors[0].dtype, *pointers, *map(ctypes.c_int64, sizes))
+        self.run(name, tensors[0].dtype, True, *pointers, *map(ctypes.c_int64, sizes))
 
-    def run(self, name: str, dtype: torch.dtype, *arguments: object) -> None:
+    def run(self, name: str, dtype: torch.dtype, wide: bool, *arguments: object) -> None:
         """Call a function for numbers of this type; other Python threads run meanwhile."""
-        getattr(self.library, f"{name}_{SUFFIXES[dtype]}")(*arguments)
+        getattr(self.wide if wide else self.narrow, f"{name}_{SUFFIXES[dtype]}")(*arguments)
 
 
 @dataclass(frozen=True)
@@ -86,18 +89,24 @@ def _built() -> Kernels | Absent:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
         known = (SOURCE.read_bytes(), version.encode(), " ".join(OPTIONS).encode(), _processor().encode())
         digest = hashlib.sha256(b"\0".join(known)).hexdigest()[:16]
-        file = Path(pooch.os_cache("leakbench")) / "kernels" / f"{digest}.so"
-        if not file.exists():
-            with draft(file) as own:
-                command = [compiler, *OPTIONS, str(SOURCE), "-o", str(own)]
-                subprocess.run(command, capture_output=True, text=True, timeout=MAX_SECONDS, check=True)
-        library = ctypes.CDLL(str(file))
+        folder = Path(pooch.os_cache("leakbench")) / "kernels"
+        wide = _loaded(compiler, folder / f"{digest}.so")
+        size = int(wide.lanes_bytes())
+        narrow = _loaded(compiler, folder / f"{digest}-{size // 2}.so", f"-DLANE_BYTES={size // 2}")
     except subprocess.CalledProcessError as error:
         return Absent(f"{compiler} cannot build them: {one_line(error.stderr)[:200]}")
     except (OSError, subprocess.TimeoutExpired) as error:
         return Absent(f"they cannot be built: {one_line(error)}")
-    size = int(library.lanes_bytes())
-    return Kernels(library, size, f"registers of {size} bytes, built by {version.splitlines()[0]}")
+    return Kernels(wide, narrow, size, f"registers of {size} bytes, built by {version.splitlines()[0]}")
+
+
+def _loaded(compiler: str, file: Path, *options: str) -> ctypes.CDLL:
+    """Return a library, built if it is not there."""
+    if not file.exists():
+        with draft(file) as own:
+            command = [compiler, *OPTIONS, *options, str(SOURCE), "-o", str(own)]
+            subprocess.run(command, capture_output=True, text=True, timeout=MAX_SECONDS, check=True)
+    return ctypes.CDLL(str(file))
 
 
 def _processor() -> str:
