@@ -37,6 +37,8 @@ settings.load_profile("leakbench")
 
 SHAPE = (1, 8, 8)
 CLASSES = 4
+GENERAL_PATHS = ("batched", "vmap", "one-at-a-time")
+"""The paths that take networks of any operations."""
 TESTS = Path(__file__).parent
 """The folder of the tests, from which processes of their own import them."""
 MEASURED = batch_size.choose

@@ -5,11 +5,25 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
-from conftest import ATTACKS, CLASSES, DEFENSES, SHAPE, SMALL, clients, plain, rand, randn, same, tensors_of, watch
+from conftest import (
+    ATTACKS,
+    CLASSES,
+    DEFENSES,
+    GENERAL_PATHS,
+    SHAPE,
+    SMALL,
+    clients,
+    plain,
+    rand,
+    randn,
+    same,
+    tensors_of,
+    watch,
+)
 from torch import Tensor, nn
 
 from leakbench import attacks
@@ -567,7 +581,7 @@ class Dropped(nn.Module):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("path", get_args(Path))
+@pytest.mark.parametrize("path", GENERAL_PATHS)
 def test_dropout_draws_each_trials_own_masks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from leakbench.attacks.matching import objective as matching
 
@@ -589,7 +603,7 @@ def test_dropout_draws_each_trials_own_masks(path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("path", get_args(Path))
+@pytest.mark.parametrize("path", GENERAL_PATHS)
 def test_dropout_draws_for_each_trials_own_evaluation(path: Path) -> None:
     """As L-BFGS asks for, whose rows count their evaluations apart; its iterations would amplify rounding."""
     objective = attacks.parse("dlg")._objective(watch(OwnModule("dropped", Dropped().train()), trials=3), keys(3))  # type: ignore[attr-defined]

@@ -159,7 +159,7 @@ def test_an_attack_checks_and_answers_in_shape(spec: str, defense: str) -> None:
     assert found.images.shape == (3, *SHAPE)
     assert found.images.dtype == torch.float32
     assert not found.images.requires_grad
-    assert found.path in ("batched", "one-at-a-time", "")
+    assert found.path in ("lanes", "batched", "one-at-a-time", "")
     assert (found.path == "") == attack.floor
     if found.labels is not None:
         assert found.labels.dtype == torch.int64

@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import get_args
 
 import pytest
 import torch
-from conftest import CLASSES, close, rand, randn
+from conftest import CLASSES, GENERAL_PATHS, close, rand, randn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -139,7 +138,7 @@ def test_a_trials_numbers_depend_on_nothing_but_its_generator(name: str) -> None
 
     state = torch.get_rng_state()
     together = gradient("batched", [0, 1, 2])
-    for path in get_args(Path):
+    for path in GENERAL_PATHS:
         for rows in ([0, 1, 2], [2, 0], [1]):
             close(gradient(path, rows), together[rows], 1e-12)
     if name != "dropout of everything":
@@ -158,7 +157,7 @@ def test_dropout_keeps_the_mean_and_the_share() -> None:
 def test_numbers_without_a_source_are_refused() -> None:
     net = Random(F.dropout)
     tensors = {key: p.detach().expand(2, *p.shape) for key, p in net.named_parameters()}
-    for path in get_args(Path):
+    for path in GENERAL_PATHS:
         with pytest.raises(Unsupported, match="random numbers"):
             Evaluator(net, tuple(tensors), path=path).gradient(tensors, rand(2, 1, 8, 8), torch.tensor([0, 1]))
 

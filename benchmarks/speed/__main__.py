@@ -84,6 +84,7 @@ def begin(file: Path, scale: str, device: str) -> dict[str, Any]:
     """Return the data to add to: those of the file where they are of this scale and commit, or none."""
     about = machine.describe(device)
     blank = {"format": FORMAT, "scale": scale, "kind": device, "machine": about, "load_after": [], "minutes": 0.0}
+    blank |= {"peak": "best"}
     blank |= {"works": [], "ending": None, "growth": [], "memory": []}
     if not file.exists():
         return blank

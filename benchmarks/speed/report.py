@@ -23,6 +23,9 @@ NOTHING = "Nothing has been measured yet; `make bench` does it."
 MEMORY_TARGET = 1.5
 """GiB beyond importing torch, IG, LeNet, 64 trials."""
 
+PEAKS = {"product": "Matrix product", "best": "The better one of a matrix product and a convolution"}
+FIRST_LAYER_WORDS = "; five of the first layer, by whose input the loss is not differentiated"
+
 LEGEND = """## How it was measured
 
 - All subjects run in one process and take turns in every round; the order rotates. A ratio is one of medians over
@@ -31,10 +34,6 @@ LEGEND = """## How it was measured
 - **reference** is `benchmarks/speed/reference.py`: the same attack in plain torch, one image at a time.
 - **breaching** (PyPI) is driven one image at a time by its own `reconstruct`, on the same network, images, starts,
   iterations and objective; `benchmarks/speed/peer.py` names the differences that remain.
-- **Share of floor**: the least arithmetic of an iteration (seven forward passes: 1 forward, 2 backward, 4 for the
-  derivative of the backward pass; five of the first layer, by whose input the loss is not differentiated; for GRNN
-  three passes of its generator, written plainly, besides) at the float32 rate of the best library, a matrix product or
-  a convolution, measured in the same round, over the time that the iteration took.
 - **DLG** is run to its end: the outer steps are up, nothing moves, or the objective is not finite. leakbench does all
   trials in every round, the others an equal share in each, so that all do the same trials. A success is a PSNR of at
   least the value stated; its brackets hold a 95 % interval by photograph (Wilson's), of which the images are crops. The
@@ -117,9 +116,12 @@ def _device(kind: str, measured: dict[str, Any]) -> list[str]:
     rates = [rate for row in measured["works"] for rate in row["rates"]]
     if rates:
         parts.append(
-            "The best library in float32, a matrix product or a convolution, measured in every round: "
+            f"{PEAKS[measured.get('peak', 'product')]} in float32, measured in every round: "
             f"{median(rates) / 1e9:.0f} GFLOP/s "  # type: ignore[operator]
-            f"({min(rates) / 1e9:.0f}–{max(rates) / 1e9:.0f})."
+            f"({min(rates) / 1e9:.0f}–{max(rates) / 1e9:.0f}). *Share of floor*: the "
+            "least arithmetic of an iteration at this rate, over the time that the iteration took. The least are seven "
+            "forward passes (1 forward, 2 backward, 4 for the derivative of the backward pass"
+            f"{FIRST_LAYER_WORDS if 'peak' in measured else ''}; for GRNN three passes of its generator besides)."
         )
     parts += ["### Iterations", _table(_work_lines(measured["works"]))]
     if measured["ending"]:
