@@ -23,12 +23,14 @@ from benchmarks.speed.work import (
     LEAKBENCH,
     REFERENCE,
     Ending,
+    Exact,
     Growth,
     Plan,
     Work,
     flops,
     missing,
     plan,
+    psnr,
     runner,
     scene,
 )
@@ -42,7 +44,7 @@ EVALUATIONS = 14
 """Evaluations of an outer step of DLG on average, diverged trials included; for the estimate of a run's length."""
 
 
-PARTS = ("works", "ending", "growth", "memory")
+PARTS = ("works", "ending", "growth", "memory", "exact")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -84,7 +86,7 @@ def begin(file: Path, scale: str, device: str) -> dict[str, Any]:
     """Return the data to add to: those of the file where they are of this scale and commit, or none."""
     about = machine.describe(device)
     blank = {"format": FORMAT, "scale": scale, "kind": device, "machine": about, "load_after": [], "minutes": 0.0}
-    blank |= {"peak": "best"}
+    blank |= {"peak": "best", "exact": []}
     blank |= {"works": [], "ending": None, "growth": [], "memory": []}
     if not file.exists():
         return blank
@@ -106,6 +108,8 @@ def run(part: str, what: Plan, device: str) -> Any:
         return None if what.ending is None else endings(what.ending, device)
     if part == "growth":
         return [curve(growth, what.growth_rounds, device) for growth in what.growth]
+    if part == "exact":
+        return [exact(case, device) for case in what.exact]
     return [peak(work, device) for work in what.memory]
 
 
@@ -234,6 +238,31 @@ def curve(growth: Growth, rounds: int, device: str) -> dict[str, Any]:
     ]
     gc.collect()
     return {"axis": growth.axis, "model": growth.model, "trials": growth.trials, "rates": rates, "points": points}
+
+
+def exact(case: Exact, device: str) -> dict[str, Any]:
+    """Measure a closed form on one image, and breaching's search on it for as many seconds."""
+    say(f"{case.title}, one image")
+    where, found = scene("ig", case.model, 1, 32, device), list[Any]()
+    seconds = measure.clock(
+        lambda: found.append(leakbench.attack(case.attack, where.observation, seed=where.seed)), where.device
+    )
+    result = {"title": case.title, "seconds": seconds, "psnr": psnr(found[0].images, where.images)}
+    if reason := peer.available():
+        return {**result, "missing": reason}
+    (start, _), search = where.start(0), list[Any]()
+
+    def run(steps: int) -> float:
+        search[:] = []
+        own = (where.network, where.observed(0), where.labels[:1], start)
+        return measure.clock(lambda: search.append(peer.ig(*own, steps=steps)), where.device)
+
+    run(2)
+    short, long = run(2), run(12)
+    one = max(long - short, 1e-6) / 10
+    steps = max(1, int((seconds - (short - 2 * one)) / one))
+    spent = run(steps)
+    return {**result, "steps": steps, "peer_seconds": spent, "peer_psnr": psnr(search[0].image, where.images)}
 
 
 def peak(work: Work, device: str) -> dict[str, Any]:

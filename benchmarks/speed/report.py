@@ -26,6 +26,8 @@ MEMORY_TARGET = 1.5
 PEAKS = {"product": "Matrix product", "best": "The better one of a matrix product and a convolution"}
 FIRST_LAYER_WORDS = "; five of the first layer, by whose input the loss is not differentiated"
 
+EXACT_WORDS = "breaching runs its `invertinggradients` on the same image for as long as the closed form took."
+
 LEGEND = """## How it was measured
 
 - All subjects run in one process and take turns in every round; the order rotates. A ratio is one of medians over
@@ -126,6 +128,8 @@ def _device(kind: str, measured: dict[str, Any]) -> list[str]:
     parts += ["### Iterations", _table(_work_lines(measured["works"]))]
     if measured["ending"]:
         parts += [f"### {measured['ending']['title']}, to the end", *_ending_lines(measured["ending"])]
+    if measured.get("exact"):
+        parts += ["### Closed forms, one image", _table(_exact_lines(measured["exact"])), EXACT_WORDS]
     notes = [
         f"{row['title']}: {name} is left out: {reason}."
         for row in [*measured["works"], *([measured["ending"]] if measured["ending"] else [])]
@@ -154,6 +158,20 @@ def _work(row: dict[str, Any]) -> dict[str, Any]:
         BREACHING: ratio(each[BREACHING], own) if BREACHING in each else None,
         REFERENCE: ratio(each[REFERENCE], own) if REFERENCE in each else None,
     }
+
+
+def _exact_lines(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    return [
+        {
+            "attack": row["title"],
+            "seconds": _number(row["seconds"]),
+            "PSNR, dB": f"{row['psnr']:.1f}",
+            "breaching, iterations": row.get("missing") or f"{row['steps']:,}",
+            "breaching, seconds": "" if "missing" in row else _number(row["peer_seconds"]),
+            "breaching, PSNR, dB": "" if "missing" in row else f"{row['peer_psnr']:.1f}",
+        }
+        for row in rows
+    ]
 
 
 def floor_share(flops: int | None, rates: Sequence[float], seconds: Sequence[float | None]) -> float | None:

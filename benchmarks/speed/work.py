@@ -111,6 +111,21 @@ class Growth:
 
 
 @dataclass(frozen=True)
+class Exact:
+    """A closed form on one image, beside what breaching's search recovers in the same seconds.
+
+    Attributes:
+        attack: a spec.
+        model: a spec of a model.
+        title: what tables call it.
+    """
+
+    attack: str
+    model: str
+    title: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that one command measures.
 
@@ -121,6 +136,7 @@ class Plan:
         ending: DLG to its end; None to leave it out.
         growth: the curves.
         memory: what the peak memory is taken of, in a process of its own.
+        exact: the closed forms.
     """
 
     rounds: int
@@ -129,7 +145,14 @@ class Plan:
     ending: Ending | None
     growth: tuple[Growth, ...]
     memory: tuple[Work, ...]
+    exact: tuple[Exact, ...] = ()
 
+
+EXACT = (
+    Exact("disaggregate", "mlp(hidden=512-512, init=default)", "disaggregate, MLP"),
+    Exact("peel", "lenet", "peel, LeNet"),
+    Exact("peel", "resnet20", "peel (shift factorisation), ResNet-20"),
+)
 
 TITLES = {"lenet": "LeNet", "resnet20": "ResNet-20"}
 
@@ -151,6 +174,7 @@ def plan(scale: Scale, device: str) -> Plan:
                 Growth("side", "lenet", ((32, 1, 3), (64, 1, 3)), trials=2),
             ),
             memory=(Work("ig", "lenet", 4, 1, 2),),
+            exact=EXACT[:1],
         )
     if device == "cuda":
         return Plan(
@@ -187,6 +211,7 @@ def plan(scale: Scale, device: str) -> Plan:
         memory=tuple(Work("ig", "lenet", trials, 1, 5) for trials in (1, 4, 16, 64, 256))
         + tuple(Work("ig", "lenet", 16, 1, 3, side) for side in (64, 128, 256))
         + tuple(Work("ig", "resnet20", trials, 1, 2) for trials in (1, 4, 16, 64, 256)),
+        exact=EXACT,
     )
 
 

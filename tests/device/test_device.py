@@ -46,6 +46,7 @@ from leakbench.engine.ray_executor import RayWorker
 from leakbench.engine.worker import WorkerContext
 from leakbench.errors import BadOption
 from leakbench.gradients import full_precision
+from leakbench.gradients.lanes.library import SWITCH
 from leakbench.models import OwnModule
 from leakbench.observation import Observation
 from leakbench.optim import Evaluation, LineSearch, Objective, Unknowns, graph, lbfgs, value_and_gradient
@@ -59,8 +60,12 @@ GPUS = ("pretend:0", "pretend:1")
 
 
 @pytest.fixture
-def gpu() -> Iterator[ModuleType]:
-    """The pretended GPU with nothing counted yet; a test in which a rule of CUDA was broken fails."""
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The pretended GPU with nothing counted yet; a test in which a rule of CUDA was broken fails.
+
+    The CPU, with which it is compared, takes the paths of a GPU.
+    """
+    monkeypatch.setenv(SWITCH, "off")
     if reason := pretend.unavailable():
         pytest.skip(reason)
     pretend.install()
