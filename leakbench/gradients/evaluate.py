@@ -20,7 +20,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from leakbench.core.device import accelerator
 from leakbench.core.rng import generator, seeded
@@ -166,8 +165,7 @@ class Evaluator:
     def _by_kernels(self, tensors: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Gradient:
         """Return the gradients of ``gradient`` by the compiled kernels; raises Unsupported."""
         program = self._program(tuple(x.shape[1:]), x.device)
-        labels = F.one_hot(y, program.logits) if y.ndim == 1 else y
-        return program.gradient(tensors, x, labels.to(x.dtype), self.names)
+        return program.gradient(tensors, x, program.probabilities(y, x.dtype), self.names)
 
     def _program(self, shape: tuple[int, ...], device: torch.device) -> Program:
         """Return the traced loss of images of a shape; raises Unsupported."""

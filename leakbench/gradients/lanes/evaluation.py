@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from leakbench.core.types import Gradient
 from leakbench.errors import Unsupported
 from leakbench.gradients.bilinear import shared
-from leakbench.gradients.lanes.layout import JOINED_VALUES, innermost, strides
+from leakbench.gradients.lanes.layout import JOINED_VALUES, innermost, strides, views
 from leakbench.gradients.lanes.library import SUFFIXES, Kernels
 from leakbench.gradients.lanes.trace import Kind, Trace, TracedStep
 
@@ -90,6 +91,9 @@ class Program:
     def __init__(self, kernels: Kernels, trace: Trace, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.kernels, self._shapes = kernels, shapes
         self._free: Tensor | None = None
+        self._orders: dict[tuple[str, ...], tuple[tuple[str, ...], int]] = {}
+        self._seen: dict[str, tuple[Tensor, int, tuple[Tensor, int, int]]] = {}
+        self._labels: tuple[Tensor, int, Tensor] | None = None
         self.names = tuple(dict.fromkeys(name for step in trace.steps for name in step.named))
         self._places = {name: place for place, name in enumerate(self.names)}
         self._lay_out(trace)
@@ -107,20 +111,39 @@ class Program:
         """
         if x.dtype not in SUFFIXES or any(tensors[name].dtype != x.dtype for name in self.names):
             raise Unsupported("the kernels compute in float32 and float64, and with one of them at a time")
-        given = [_placed(tensors[name], tensors[name].ndim > len(self._shapes[name]), len(x)) for name in self.names]
-        served = [name for name in names if name in self._places]
-        shapes = {name: tensors[name].shape[1:] for name in names}
-        buffer = x.new_empty(sum(map(math.prod, shapes.values())), len(x))
-        own, begin = {}, 0
-        for name in sorted(names, key=lambda name: (math.prod(shapes[name]) > JOINED_VALUES, name)):
-            count = math.prod(shapes[name])
-            own[name] = buffer[begin : begin + count].view(*shapes[name], len(x)).movedim(-1, 0)
-            begin += count
+        given = [self._given(name, tensors[name], len(x)) for name in self.names]
+        names = tuple(names)
+        if names not in self._orders:
+            counts = {name: math.prod(self._shapes[name]) for name in names}
+            # side by side in the order in which they are joined
+            placed = sorted(names, key=lambda name: (counts[name] > JOINED_VALUES, name))
+            self._orders[names] = tuple(placed), sum(counts.values())
+        order, count = self._orders[names]
+        buffer = x.new_empty(count, len(x)).mT
+        own = dict(zip(order, views(buffer, [self._shapes[name] for name in order])))
+        for name in names:
             if name not in self._places:
                 own[name].zero_()
-        out = _Gradient.apply(x, q, self, given, served, {name: own[name] for name in served})
-        found = {**own, **dict(zip(served, out))}
-        return {name: found[name] for name in names}
+        served = [name for name in names if name in self._places]
+        out = dict(zip(served, _Gradient.apply(x, q, self, given, served, own)))
+        return {name: out[name] if name in out else own[name] for name in names}
+
+    def probabilities(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return labels [T] as probabilities [T, K] of this type; probabilities as they are."""
+        if labels.ndim > 1:
+            return labels.to(dtype)
+        seen = self._labels
+        if seen is None or seen[0] is not labels or seen[1] != labels._version or seen[2].dtype != dtype:
+            self._labels = seen = labels, labels._version, F.one_hot(labels, self.logits).to(dtype)
+        return seen[2]
+
+    def _given(self, name: str, tensor: Tensor, trials: int) -> tuple[Tensor, int, int]:
+        """Return a parameter as the kernels take it; one that was given before is the same as then."""
+        seen = self._seen.get(name)
+        if seen is None or seen[0] is not tensor or seen[1] != tensor._version:
+            own = _placed(tensor, tensor.ndim > len(self._shapes[name]), trials)
+            self._seen[name] = seen = tensor, tensor._version, own
+        return seen[2]
 
     def suits(self, trials: int, dtype: torch.dtype) -> bool:
         """Return whether this many trials are worth whole registers, and a block of them fits into memory.

@@ -1,5 +1,6 @@
 """Tensors [T, *shape] in memory with the trials innermost, as [*shape, T]: elementwise operations of torch keep it."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -37,6 +38,20 @@ def strides(tensor: Tensor) -> tuple[Tensor, int, int]:
     return tensor, tensor.stride(0), 1 if element is None else element
 
 
+def views(rows: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Return neighbouring parts of rows [T, N] as tensors [T, *shape], without a copy."""
+    trial, element = rows.stride()
+    found, begin = [], rows.storage_offset()
+    for shape in shapes:
+        steps = [element]
+        for size in shape[:0:-1]:
+            steps.append(steps[-1] * size)
+        own = steps[::-1] if shape else ()
+        found.append(rows.as_strided((len(rows), *shape), (trial, *own), begin))
+        begin += element * math.prod(shape)
+    return found
+
+
 def are_innermost(*rows: Tensor) -> bool:
     """Return whether tensors [T, N] are dense with the trials innermost, and there are kernels for them."""
     first = rows[0]
@@ -69,11 +84,7 @@ class Joined(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Return each part's gradient, a view."""
-        sizes = [shape[1:].numel() for shape in ctx.shapes]
-        rows = grads[0].split(sizes, 1)
-        return tuple(
-            row.unflatten(1, shape[1:]) if len(shape) > 1 else row[:, 0] for row, shape in zip(rows, ctx.shapes)
-        )
+        return tuple(views(grads[0], [shape[1:] for shape in ctx.shapes]))
 
 
 def _one_storage(parts: Sequence[Tensor]) -> bool:
