@@ -50,6 +50,13 @@ WIDE: Mapping[str, tuple[str, tuple[int, int, int]]] = {
 }
 """The large models at their full width, for one step of one attack."""
 
+EXACT = ("peel",)
+"""The attacks that are compared in float64."""
+
+SIGNS = ("censor", "signsgd")
+"""The defenses that send signs. An adaptive attacker takes those of the dummy gradient, too, and a transformer has
+entries that are 0 up to rounding: a bias of all keys changes no attention. There, the oblivious attacker is compared."""
+
 FLIPS = {"quantise": 0.01}
 """The share of a client's entries that may differ: one between two levels goes to either, by the last digit."""
 
@@ -139,12 +146,13 @@ def of_model(name: str) -> dict[str, Any]:
 def found_cases() -> Iterator[Case]:
     """Yield the comparisons, without what takes turns."""
     for name in names(attacks.registry):
-        spec, home = spec_of(name), {"exact": name == "peel", **HOMES.get(name, {})}
+        spec, home = spec_of(name), {"exact": name in EXACT, **HOMES.get(name, {})}
         for defense in names(defenses.registry):
             known = "dlm" if defense.startswith("weight-") else "ig"
             served = name == known or defense == "none"
+            threats = {"threats": THREATS[:2]} if name == "april-search" and defense in SIGNS else {}
             if attacks.get(name).batches or defense != "secagg":
-                yield Case(**{"attack": spec, **home, **of_defense(defense), "served": served})
+                yield Case(**{"attack": spec, **home, **of_defense(defense), **threats, "served": served})
         for model in names(models.registry):
             yield Case(**{"attack": spec, **home, **of_model(model), "served": name == "ig"})
         if attacks.get(name).batches:
@@ -168,7 +176,7 @@ def cases() -> list[Case]:
         crossed = [
             (
                 spec_of(attack),
-                {"exact": attack == "peel", **HOMES.get(attack, {})},
+                {"exact": attack in EXACT, **HOMES.get(attack, {})},
                 of_defense(defense),
                 of_model(model),
             )
@@ -201,6 +209,7 @@ def outcome(case: Case, threat: str, device: str) -> Reconstruction | str:
     """Return what an attack reconstructs on a device, or why it is refused."""
     try:
         observation = seen(device, case.model, case.defense, threat, shape=case.shape, batch=case.batch)
+        attacks.parse(case.attack).preflight(observation)  # as a run does
         return attacked(case.attack, double(observation) if case.exact else observation)
     except LeakbenchError as error:
         return f"{type(error).__name__}: {error}"
