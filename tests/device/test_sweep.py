@@ -55,7 +55,7 @@ EXACT = ("peel",)
 
 SIGNS = ("censor", "signsgd")
 """The defenses that send signs. An adaptive attacker takes those of the dummy gradient, too, and a transformer has
-entries that are 0 up to rounding: a bias of all keys changes no attention. There, the oblivious attacker is compared."""
+entries that are 0 up to rounding: a bias of all keys changes no attention. There, oblivious attackers are compared."""
 
 FLIPS = {"quantise": 0.01}
 """The share of a client's entries that may differ: one between two levels goes to either, by the last digit."""
