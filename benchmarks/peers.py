@@ -78,7 +78,6 @@ def cases() -> Iterator[Case]:
         yield Case(network, attack, "labels=known", 4, 1)
     for granted in ("running", "exact"):
         yield Case(network, "gradinversion(steps=1000)", f"labels=known, statistics={granted}", 4, 1)
-    yield Case(network, "gradinversion(steps=1000, seeds=2)", "labels=known, statistics=exact", 4, 1)
     for defense in ("none", "secagg(clients=8)"):
         yield Case("mlp(hidden=512-512, init=default)", "disaggregate", "paper", 16, 2, defense)
     for defense in ("none", "noise(scale=0.1, relative=true)"):
@@ -157,13 +156,14 @@ Each attack where its paper has it work, at a size that fits a CPU. Made by `pyt
 - **April's search** needs neither: in a standard transformer it comes near the image, where `ig` of as many steps does
   no better than a grey image, and neither does the search without the angle of the position embedding's gradient.
 - **The cocktail party attack** separates small batches behind a sigmoid, in part, and fewer images of larger ones.
-- **GradInversion** recovers images of a trained ResNet in train mode, with batches of different classes, if it is given
-  the exact statistics of the batch; without statistics it comes near, and `ig` of as many steps does no better than a
-  grey image. A group of starts adds to that on LeNet. The running statistics, the honest grant, add nothing: they are
-  not those of a batch of four, and pull away from its images. Eval mode leaves less. What bounds it here are the
-  network and the steps, of which the paper takes many more: of a ResNet-20 that was trained to 88 % accuracy and whose
-  gradients are small, 1,500 steps with exact statistics reached 13.2 dB, and a grey image 12.1 (one client of four
-  images in train mode, measured once). The weights were chosen on test images 100 to 115.
+- **GradInversion** recovers images (CIFAR-10's, resized to 64 pixels) from a slim ResNet-18 in train mode after four
+  epochs of training, in a batch of different classes, if it is given the exact statistics of the batch; without
+  statistics it comes near, and `ig` of as many steps does no better than a grey image. A group of starts adds to that
+  on LeNet. The running statistics, the honest grant, add nothing: they are not those of a batch of four, and pull
+  away from its images. Eval mode leaves less. What bounds it here are the network and the steps, of which the paper
+  takes many more: of a ResNet-20 that was trained to 88 % accuracy and whose gradients are small, 1,500 steps with
+  exact statistics reached 13.2 dB, and a grey image 12.1 (one client of four images in train mode, measured once).
+  The weights were chosen on test images 100 to 115.
 - **Secure aggregation leaves `disaggregate` what it has**: of the sum over 8 clients with 2 images each an honest
   server recovers the same images as of one client with 16.
 - **The deep image prior** comes near where a search over pixels of as many steps (`ig`) recovers nothing, with and
