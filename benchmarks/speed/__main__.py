@@ -247,7 +247,8 @@ def exact(case: Exact, device: str) -> dict[str, Any]:
     seconds = measure.clock(
         lambda: found.append(leakbench.attack(case.attack, where.observation, seed=where.seed)), where.device
     )
-    result = {"title": case.title, "seconds": seconds, "psnr": psnr(found[0].images, where.images)}
+    quality = psnr(found[0].images, where.images)
+    result = {"title": case.title, "seconds": seconds, "psnr": quality if quality < float("inf") else None}
     if reason := peer.available():
         return {**result, "missing": reason}
     (start, _), search = where.start(0), list[Any]()

@@ -165,7 +165,7 @@ def _exact_lines(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
         {
             "attack": row["title"],
             "seconds": _number(row["seconds"]),
-            "PSNR, dB": f"{row['psnr']:.1f}",
+            "PSNR, dB": "every bit" if row["psnr"] is None else f"{row['psnr']:.1f}",
             "breaching, iterations": row.get("missing") or f"{row['steps']:,}",
             "breaching, seconds": "" if "missing" in row else _number(row["peer_seconds"]),
             "breaching, PSNR, dB": "" if "missing" in row else f"{row['peer_psnr']:.1f}",

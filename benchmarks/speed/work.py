@@ -151,7 +151,7 @@ class Plan:
 EXACT = (
     Exact("disaggregate", "mlp(hidden=512-512, init=default)", "disaggregate, MLP"),
     Exact("peel", "lenet", "peel, LeNet"),
-    Exact("peel", "resnet20", "peel (shift factorisation), ResNet-20"),
+    Exact("peel", "resnet20(mode=eval)", "peel (shift factorisation), ResNet-20, eval mode"),
 )
 
 TITLES = {"lenet": "LeNet", "resnet20": "ResNet-20"}
