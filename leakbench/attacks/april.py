@@ -107,20 +107,21 @@ class AprilSearch(AdamSearch):
     angle: NonNegative = 1.0
     signed: bool = True
 
+    def check(self, observation: Observation) -> None:
+        """Raise Unsupported if the network has no position embedding, or its gradient was not sent."""
+        _transformer(self.name, observation)
+        super().check(observation)
+
     def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:
         """Return the relative squared distance, and the weighted cosine distance of the position embedding's part."""
         errors = torch.stack([squared_norm(gradient[name] - target) for name, target in observed.items()]).sum(0)
         whole = torch.stack([squared_norm(target) for target in observed.values()]).sum(0)
-        return errors / whole + self.angle * cosine_distance(gradient, {POSITION: observed[POSITION]})
+        position = {POSITION: observed[POSITION]} if POSITION in observed else {}
+        return errors / whole + (self.angle * cosine_distance(gradient, position) if position else 0.0)
 
     def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
         """Run Adam within [0, 1]."""
         return self.adam(objective, start, signed=self.signed)
-
-    def _objective(self, observation: Observation, rng: Rng) -> MatchingObjective:
-        """Return the objective; raise Unsupported if no gradient of a position embedding was sent."""
-        _transformer(self.name, observation)
-        return super()._objective(observation, rng)
 
 
 Tensors = Callable[[str, int], Tensor]
