@@ -133,12 +133,19 @@ def test_only_entries_of_a_protocol_are_ranked_and_others_say_how_they_differ(cl
 def test_another_version_of_an_attacker_is_not_of_the_protocol() -> None:
     (first, *_) = protocol.protocols()
     own = pd.DataFrame({"image": first.images, "seed": 0, "attack": "peel", "dataset": "cifar10", "model": "lenet"})
+    own = own.assign(threat="paper", floor=False)
+    own.loc[len(own)] = [*own.iloc[0][:-1], True]
     now = attacks.get("peel").version
     stored = [StoredComponent("attack", "peel", version, {}) for version in (now, now - 1)]
     assert first.departures(own, stored[:1], 0.6, []) == []
     words = f"it has version {now - 1} of peel, and the protocol has {now}"
     assert first.departures(own, stored[1:], 0.6, []) == [words]
     assert first.departures(own[1:], stored[:1], 0.6, []) == ["it attacks other images or seeds"]
+    assert first.departures(own[:-1], stored[:1], 0.6, []) == ["it has no floors"]
+    for threat in ("T5", "labels=known", "informed=true, statistics=exact", "server=imprint(bins=8)"):
+        (words,) = first.departures(own.assign(threat=threat), stored[:1], 0.6, [])
+        assert words == "it grants the attackers something else than the threat model paper"
+    assert first.departures(own.assign(threat="informed=simulate"), stored[:1], 0.6, []) == []
     assert first.covers("cifar10", "lenet")
     assert not first.covers("cifar10", "resnet20")
 
@@ -260,3 +267,12 @@ def test_what_has_not_ended_or_broke_has_no_entry_and_is_named(cli, place: Path,
     assert line in done.err
     assert line in (place / "board" / "index.html").read_text()
     refused(cli("leaderboard", "ran", "--out", "board", "--sample", "3"), "--sample is an option of leaderboard check")
+
+
+def test_a_network_that_a_server_crafted_gets_no_entry(cli, place: Path) -> None:  # noqa: F811
+    line = ("--model", "lenet", "--dataset", "samples(size=12)", "--images", "1", "--defense", "none", "--out", "ran")
+    for threat in ("server=imprint(bins=8)", "paper"):
+        assert cli("run", "matrix", "--attack", "ig(steps=2)", "--threat", threat, *line).code == 0
+    done = cli("leaderboard", "ran", "--out", "board")
+    assert done.code == 0
+    assert "left out: none, on samples(size=12), lenet, crafted by a malicious server: imprint(bins=8)" in done.err

@@ -18,7 +18,7 @@ from leakbench.plan.matrix import Matrix
 def test_progress_shortens_only_the_description(width: int) -> None:
     with Display(Console(file=io.StringIO(), force_terminal=True, width=width), part="matrix 1 of 2") as display:
         display.begin("ig(steps=20000, lr=0.02) against noise(scale=0.1, relative=true), resnet20 on cifar10", 4)
-        beside, left = "12 failed", "at least 2h 05m left"
+        beside, left = "12 diverged", "at least 2h 05m left"
         display.bar.update(display.task, total=9600, completed=1200, beside=beside, left=left)
         lines = Console(file=io.StringIO(), width=width)
         lines.print(display.bar.get_renderable())

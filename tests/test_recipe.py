@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -129,7 +131,19 @@ def test_a_recording_is_audited_with_its_recipe_and_judged_by_all_images(
     assert "12 of the 12 labels are right" in page
     assert "12 images, batches of 4, 2 epochs, optimiser sgd, learning rate 0.02, momentum 0.9 and weight decay" in page
     assert "Stated" not in page
-    assert page.count("| disaggregate |") == 12
+    assert page.count("| disaggregate |") == 13  # twelve images, and the table of attacks
+    assert re.search(r"\| disaggregate +\| 12 +\| 12 ", page)
+    assert "the images themselves, follow together from its change in closed form (by disaggregate): 12 images." in page
+    assert "its inputs: 12 images" in page
+    assert "Layer 2: its input, the image itself, does not" not in page
+    shutil.copytree(nets / "truth", nets / "strangers")
+    for file in (nets / "strangers").iterdir():
+        Image.fromarray(np.random.default_rng(int(file.stem)).integers(0, 255, (12, 12, 3), dtype=np.uint8)).save(file)
+    refused(
+        cli(*command, "--recording", "recording", "--truth", "strangers", "--out", "none"),
+        "none of the 12 images that follow from the update is one of the 12 of --truth",
+    )
+    assert not (nets / "none" / "audit.md").exists()
     assert len(re.findall("SSIM (1.00|0.99),", page)) == 12
     wrong = cli(*command, "--recording", "recording", "--images", "7", "--out", "other")
     refused(wrong, "--images 7 contradicts --recording 'recording', which states examples 12")

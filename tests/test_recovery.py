@@ -241,8 +241,8 @@ def test_a_guess_that_the_floor_beats_does_not_end_the_attack_on_its_image(tmp_p
     assert [stats.recovered for stats in found.attackers] == [1, 0]
     text = squeezed(report_of(tmp_path))
     assert (
-        "| defense | recovered | by attacker | attacked adaptively by | cosine of what is sent | images | left out |"
-        in text
+        "| defense | recovered | first recovered by | attacked adaptively by "
+        "| cosine of what is sent | images | left out |" in text
     )
     assert finished(tmp_path, matrix) == len(matrix.trials())
     assert integrity.check(tmp_path).code == 0

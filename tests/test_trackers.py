@@ -25,7 +25,6 @@ WORDS = "peel against none, lenet on samples(size=16)"
 class Fake(Tracker):
     """A tracker that keeps what it is given."""
 
-    package: ClassVar[str] = "none"
     opened: ClassVar[list[Fake]] = []
     breaks: ClassVar[str] = ""
 
@@ -107,7 +106,7 @@ def test_every_trial_is_logged_once_and_a_resumed_run_has_the_same_id(tmp_path: 
 def test_a_tracker_that_fails_is_named_and_left_out(tmp_path: Path) -> None:
     told = Lines()
     run = leakbench.run(matrix(1), tmp_path, log=["broken", "fake"], progress=told)
-    broken, good = Fake.opened if isinstance(Fake.opened[0], Broken) else Fake.opened[::-1]
+    broken, good = Fake.opened
     (line,) = [line for line in told.lines if "broken" in line]
     assert line.startswith("broken failed, and nothing more is logged to it: gone gone")
     assert len(line) < 400
@@ -162,6 +161,18 @@ def test_a_tracker_that_is_not_there_is_refused_before_anything_runs(
     with pytest.raises(BadOption, match=words):
         leakbench.run(matrix(1), tmp_path / "out", log=[name])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.trackers
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_is_given_names_that_it_allows() -> None:
+    extra("mlflow")
+    from mlflow.utils.validation import _validate_metric_name
+
+    from leakbench.trackers.mlflow import _name
+
+    for words in ("folder(path=../../photos, size=16)", "a//b", "x/../y", "ig(steps=3) against none"):
+        _validate_metric_name(_name(f"mse/{words}"))
 
 
 def extra(name: str) -> object:

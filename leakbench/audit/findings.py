@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from leakbench.analysis.ensemble import EnsembleResult
 from leakbench.attacks.peeling.exposure import Exposure
-from leakbench.audit.batch import BatchFindings
+from leakbench.audit.batch import DISAGGREGATE, BatchFindings
 from leakbench.audit.fail_rule import LABELS, SHARE_RECOVERED, FailRule
 from leakbench.audit.layers import ClosedFormLeaks
 from leakbench.audit.recipe import StatedRecipe
@@ -68,6 +68,15 @@ class DefenseFindings:
     inconclusive: str = ""
     batch: BatchFindings | None = None
     compared: bool = False
+
+    @property
+    def together(self) -> int:
+        """How many images follow together from one layer: compared with the private ones, or shown by the update."""
+        if self.batch is None:
+            return 0
+        if self.compared:
+            return sum(bool(one.recovered) and one.attacker == DISAGGREGATE for one in self.pictures)
+        return len(self.batch.images) if self.batch.recovered else 0
 
     def value(self, rule: FailRule) -> float | None:
         """Return the value that a rule judges; None if it was not measured."""

@@ -307,6 +307,8 @@ def audit_update(
         num_classes=classes,
         observed=observation,
     )
+    if truths is not None and batch is not None and batch.recovered:
+        _check_client(batch.images, truths, _threshold(matrix))
     if progress is not None:
         _announce(matrix, observation, progress)
     run_options = RunOptions("cpu", salt=options.salt)
@@ -322,17 +324,23 @@ def audit_update(
     result = result if measured or proven else replace(result, share=math.nan)
     floor = floor_share(trials, _threshold(matrix)) if measured else math.nan
     found = replace(found, result=result, floor=floor, batch=batch)
+    strangers: list[str] = []
     if truths is not None:
         images = torch.zeros(0, *image_shape) if batch is None else batch.images
         beside = compared([Returned(DISAGGREGATE, images), *returned], truths, _threshold(matrix))
         found = _compared(found, beside)
+        if batch is not None and not found.together:
+            strangers = [
+                f"None of the {len(batch.images)} images that {DISAGGREGATE} returned is one of --truth: they are "
+                "wrong, or --truth has the images of another client. Compare them by eye, without --truth."
+            ]
     elif batch is not None and batch.recovered:
         nan = math.nan
         each = enumerate(batch.pictures())
         pictures = tuple(ImageFinding(place, None, one, DISAGGREGATE, nan, nan, True) for place, one in each)
         found = replace(found, pictures=pictures)
     flaw = "Inconclusive: an update has no positive control." if found.result.share == 0 else ""
-    one, missed = shown.shown, []
+    one, missed = shown.shown, list(strangers)
     if one is not None and one.pixels and one.rank > 1 and not everything:
         missed = [
             f"The {one.rank} images were not all separated from each other in the change of layer {one.layer}, which "
@@ -348,6 +356,8 @@ def audit_update(
     facts = (*network.facts(), *ends, *drawn.facts(known=not doubt), ("update", words), *stated, (EXPECTED, rule))
     found_by = _audit(own, dataset, facts, matrix, [found], options, 1, expected, threat)
     untried = tuple(name for name in found_by.untried if batch is None or name != DISAGGREGATE)
+    if batch is not None:
+        found_by = replace(found_by, needs=(*found_by.needs, (DISAGGREGATE, attacks.get(DISAGGREGATE).assumes)))
     return replace(found_by, recorded=shown, contradictions=contradictions, recipe=recipe, untried=untried)
 
 
@@ -359,6 +369,15 @@ def _output_facts(
     if note and progress is not None:
         progress.note(f"output: {note}")
     return [("output", note)] if note else []
+
+
+def _check_client(images: Tensor, truths: Tensor, threshold: float) -> None:
+    """Raise BadOption if none of the images that an update shows to be right is one of the private ones."""
+    if not any(compared([Returned(DISAGGREGATE, images)], truths, threshold).recovered.values()):
+        raise BadOption(
+            f"none of the {len(images)} images that follow from the update is one of the {len(truths)} of --truth; "
+            "give the images of the client that sent it, or leave --truth out"
+        )
 
 
 def _announce(matrix: Matrix, seen: Observation, progress: NullProgress) -> None:

@@ -103,7 +103,7 @@ class Display(Bar, NullProgress):
     """
 
     def __init__(self, console: Console, workers: int = 1, part: str = "") -> None:
-        super().__init__(console, "0 failed")
+        super().__init__(console, "0 diverged")
         self.workers = workers
         self.part = f"{part}: " if part else ""
         self.total = self.done = self.failures = self.unscored = 0
@@ -158,7 +158,7 @@ class Display(Bar, NullProgress):
             self.seconds[attack] += result.seconds
             self.trials[attack] += 1
         left = self._left()
-        failures = f"{self.failures} failed" + (f", {self.unscored} without a score" if self.unscored else "")
+        failures = f"{self.failures} diverged" + (f", {self.unscored} without a score" if self.unscored else "")
         self.bar.update(self.task, completed=self.done, beside=failures, left=left)
         words = results[0].trial.cell.words
         if not self.console.is_terminal:

@@ -24,7 +24,7 @@ from leakbench.analysis.verdict import inconclusive, missing_attackers
 from leakbench.core.files import StrictModel, first_fault
 from leakbench.core.text import plural
 from leakbench.errors import BadOption, one_line
-from leakbench.leaderboard.protocol import protocols
+from leakbench.leaderboard.protocol import judge, protocols
 from leakbench.plan.matrix import RECOVERY
 from leakbench.store.connection import decoding
 from leakbench.store.records import PluginFile, run_name, threshold_of
@@ -194,6 +194,9 @@ def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> t
     ]
     flaws = inconclusive(results, components.values())
     for one in results:
+        if ("model", one.model) not in components:  # a network that a malicious server crafted is no entry
+            missing.append(one_line(f"{one.defense}, on {one.dataset}, {one.model} (run {run_name(sessions, name)})"))
+            continue
         scene = trials[(trials["dataset"] == one.dataset) & (trials["model"] == one.model)]
         own = scene[(scene["defense"] == one.defense) & ~scene["floor"] & (scene["status"] != "")]
         broken = int((own["status"] == "error").sum())
@@ -212,13 +215,13 @@ def entries(store: Store, name: str, studies: Sequence[utility.Study] = ()) -> t
         best = max(one.attackers, key=lambda stats: stats.recovered)
         rows = own.rename(columns={"trial": "id", RECOVERY: "score"})[list(TrialOf.model_fields)]
         rows = rows.assign(score=rows["score"].astype(object).where(rows["score"].notna(), None))
-        planned = scene[(scene["defense"] == one.defense) & ~scene["floor"]]
-        protocol, departures = "", list[str]()
-        for candidate, absent in of_protocols:
-            if candidate.covers(one.dataset, one.model):
-                missed = absent[one.dataset, one.model, one.defense]
-                departures = candidate.departures(planned, components.values(), threshold, missed)
-                protocol = "" if departures else candidate.name
+        planned = scene[scene["floor"] | (scene["defense"] == one.defense)]
+        judged_by = [
+            (candidate, absent[one.dataset, one.model, one.defense])
+            for candidate, absent in of_protocols
+            if candidate.covers(one.dataset, one.model)
+        ]
+        protocol, departures = judge(judged_by, planned, components.values(), threshold)
         with decoding(store.path):
             entry = Entry(
                 run=run_name(sessions, name),

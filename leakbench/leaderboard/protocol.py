@@ -1,7 +1,7 @@
 """Protocols: which images, attackers, budgets and threat models an entry must have to be ranked with others."""
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import pandas as pd
@@ -9,7 +9,8 @@ import pandas as pd
 from leakbench import attacks, datasets, models
 from leakbench.analysis.verdict import SUITE
 from leakbench.core.text import english, plural
-from leakbench.plan.matrix import Matrix, expand, load_suite
+from leakbench.core.types import PRESETS
+from leakbench.plan.matrix import Matrix, expand, load_suite, parse_threat
 from leakbench.store.records import StoredComponent
 
 SCALES = {"lenet-cifar10-1": "cpu", "relu-cifar10-1": "relu"}
@@ -46,11 +47,14 @@ class Protocol:
     def words(self) -> str:
         """What the protocol fixes, in a sentence."""
         used = dict.fromkeys(attacks.spec(one) for stage in self.matrix.steps for one in stage.attacks)
+        data, networks = (
+            english(map(datasets.spec, self.matrix.datasets)),
+            english(map(models.spec, self.matrix.models)),
+        )
         return (
-            f"{plural(len(self.images), 'image')} of {english(map(datasets.spec, self.matrix.datasets))} "
-            f"({min(self.images)} to {max(self.images)}), {plural(len(self.seeds), 'seed')}, the networks "
-            f"{english(map(models.spec, self.matrix.models))}, and the attackers {english(used)}, oblivious and "
-            "adaptive; more steps are allowed."
+            f"{plural(len(self.images), 'image')} of {data} ({min(self.images)} to {max(self.images)}), "
+            f"{plural(len(self.seeds), 'seed')}, the threat model paper, floors, {networks} as the network, and the "
+            f"attackers {english(used)}, oblivious and adaptive; more steps and further attackers are allowed."
         )
 
     def covers(self, dataset: str, model: str) -> bool:
@@ -59,7 +63,7 @@ class Protocol:
 
     def departures(
         self,
-        own: pd.DataFrame,
+        planned: pd.DataFrame,
         components: Collection[StoredComponent],
         threshold: float,
         missing: Sequence[str],
@@ -67,12 +71,21 @@ class Protocol:
         """Return in which points the attacks on a defense differ from the protocol; none if they are of it.
 
         Args:
-            own: every planned trial behind the defense, of a dataset and model that the protocol ``covers``.
+            planned: every planned trial behind the defense and of the floors, of a dataset and model that the protocol
+                ``covers``.
             components: of the run.
             threshold: by which images were recovered.
             missing: the attackers of the protocol that did not run.
         """
         found = []
+        own = planned[~planned["floor"]]
+        granted = {
+            replace(parse_threat(threat.partition(" [")[0]), informed=False, name="") for threat in own["threat"]
+        }
+        if granted != {replace(PRESETS["paper"], name="")}:
+            found.append("it grants the attackers something else than the threat model paper")
+        if len(own) == len(planned):
+            found.append("it has no floors")
         if missing:
             found.append(f"these attackers did not run: {english(missing)}")
         wanted = {(image, seed) for image in self.images for seed in self.seeds}
@@ -96,6 +109,25 @@ class Protocol:
         for stage in self.matrix.steps:
             for attack in stage.attacks:
                 yield ("attack", attack.name), attack.version
+
+
+def judge(
+    candidates: Sequence[tuple[Protocol, Sequence[str]]],
+    planned: pd.DataFrame,
+    components: Collection[StoredComponent],
+    threshold: float,
+) -> tuple[str, list[str]]:
+    """Return the protocol that the attacks on a defense are of, empty for none, and how they differ from the nearest.
+
+    Args:
+        candidates: the protocols of the dataset and model, each with its attackers that did not run.
+        planned: see ``Protocol.departures``; likewise ``components`` and ``threshold``.
+    """
+    found = [(one, one.departures(planned, components, threshold, missing)) for one, missing in candidates]
+    if not found:
+        return "", []
+    nearest, departures = min(found, key=lambda pair: len(pair[1]))
+    return ("" if departures else nearest.name), departures
 
 
 @cache

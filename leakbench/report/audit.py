@@ -5,9 +5,10 @@ from math import isnan
 
 from leakbench.analysis.ensemble import UNSCORED
 from leakbench.attacks.peeling.exposure import Exposure
+from leakbench.audit.batch import DISAGGREGATE
 from leakbench.audit.exposure import LayerExposure
 from leakbench.audit.findings import Audit, DefenseFindings
-from leakbench.core.text import ABSENT, number
+from leakbench.core.text import ABSENT, number, plural
 from leakbench.report.page import STYLES, picture, render, render_markdown, sentence
 
 MAX_LAYERS = 12
@@ -77,6 +78,8 @@ def _layer_rows(one: DefenseFindings) -> list[list[str]]:
     rows = []
     for layer in (layers[place] for place in sorted(kept)):
         leaks = "its input, exactly" if layer.layer in exact else "" if layer.parameters else "nothing was sent"
+        if one.batch is not None and one.together and layer.layer == one.batch.layer:
+            leaks = f"its inputs: {plural(one.together, 'image')}"
         rows.append([layer.layer, layer.kind, f"{layer.parameters:,}", f"{100 * layer.share:.2f} %", leaks])
     others = [layer for place, layer in enumerate(layers) if place not in kept]
     if others:
@@ -115,6 +118,9 @@ def _follows(one: LayerExposure) -> str:
 def _attack_rows(one: DefenseFindings) -> list[list[object]]:
     """Return a row for each attacker."""
     rows: list[list[object]] = []
+    if one.batch is not None:
+        tried = one.result.images if one.compared else len(one.batch.images)
+        rows.append([DISAGGREGATE, one.together, tried, 0, 0, ABSENT, ABSENT, ""])
     for stats in one.result.attackers:
         counts = [stats.recovered, stats.tried, stats.failed, stats.skipped]
         evaluations = ABSENT if stats.evaluations is None else f"{stats.evaluations:,}"

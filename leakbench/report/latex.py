@@ -1,10 +1,12 @@
 """``report.tex`` and ``table6.tex``: a run's tables for a paper, in LaTeX with booktabs."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
+from leakbench.analysis.ensemble import RECOVERED
 from leakbench.analysis.summary import blocks
 from leakbench.core.text import ABSENT, decimals, number
 from leakbench.errors import one_line
@@ -12,6 +14,7 @@ from leakbench.metrics import NOT_LEAKAGE
 from leakbench.report.display import Bold, heading, leakage_table, to_latex
 from leakbench.report.page import sentence
 from leakbench.report.run import RunData
+from leakbench.report.scenes import worst_cases
 from leakbench.store.records import MetricInfo
 
 REPORT_METRICS = ("psnr", "ssim", "lpips_vgg", "psnr_aligned", "ssim_aligned")
@@ -25,8 +28,13 @@ ARMS = ("none", "norm-only", "keylock")
 
 
 def latex(run: RunData) -> str:
-    """Return ``report.tex``: a table for each dataset, model and threat model; it depends on its arguments only."""
-    metrics, caption = _metrics(run, REPORT_METRICS), sentence("captions.tex.j2", "report")
+    """Return ``report.tex``: images recovered by dataset and model, then scores by threat model too.
+
+    It depends on its arguments only.
+    """
+    skips = run.threshold is not None
+    metrics, caption = _metrics(run, REPORT_METRICS), sentence("captions.tex.j2", "report", skips)
+    recovered = _recovered(run)
     tables: list[str] = []
     for (dataset, model, threat), block in blocks(run.summary):
         defenses = block["defense"].drop_duplicates().tolist()
@@ -35,8 +43,36 @@ def latex(run: RunData) -> str:
         shown.insert(0, "defense", shown.pop("defense"))
         title, label = f"{model} on {dataset}, threat model {threat}", f"tab:leakage-{len(tables) + 1}"
         own = ranked["defense"].where(~ranked["floor"].astype(bool))  # the rows of floors are in no group
-        tables.append(to_latex(shown, caption, label, title, bold=_best(ranked, metrics, own, shown, most=True)))
-    return _file(run, tables)
+        bold = None if skips else _best(ranked, metrics, own, shown, most=True)
+        tables.append(to_latex(shown, caption, label, title, bold=bold))
+    return _file(run, [*recovered, *tables])
+
+
+def _recovered(run: RunData) -> list[str]:
+    """Return a table of the images recovered behind each defense, for each dataset and model."""
+    tables: list[str] = []
+    for scene in worst_cases(run):
+        rows = [
+            {
+                "defense": row.result.defense,
+                "recovered": sentence("share.j2", "share", row.result),
+                "95 % interval": "" if math.isnan(row.result.share) else _interval(row.result.low, row.result.high),
+                "by": row.by or ABSENT,
+                "attacked adaptively by": row.result.attacked_by,
+            }
+            for row in scene.defenses
+        ]
+        if rows:
+            label, title = f"tab:recovered-{len(tables) + 1}", f"{scene.model} on {scene.dataset}"
+            threshold = RECOVERED if run.threshold is None else run.threshold
+            tables.append(
+                to_latex(pd.DataFrame(rows), sentence("captions.tex.j2", "recovered", threshold), label, title)
+            )
+    return tables
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{100 * low:.0f} to {100 * high:.0f} %"
 
 
 def table6(run: RunData) -> str:
@@ -71,7 +107,8 @@ def _best(
 ) -> Bold:
     """Return which cells have the most (or the least) leakage of their group, if it has several rows.
 
-    Values that read the same as the best one are bold too. Nothing is bold that leaks no more than the floor.
+    Values that read the same as the best one are bold too. Nothing is bold whose gain over the floor is not above 0, or
+    whose interval contains 0.
     """
     bold = np.zeros(shown.shape, dtype=bool)
     several = groups.map(groups.value_counts()).gt(1).to_numpy()
@@ -79,7 +116,7 @@ def _best(
         places = decimals(rows[metric.name])
         best = rows.groupby(groups)[metric.name].transform("max" if metric.higher_is_better == most else "min")
         same = [number(a, places) == number(b, places) != ABSENT for a, b in zip(rows[metric.name], best)]
-        above = ~(rows[f"{metric.name} gain"] <= 0).to_numpy(dtype=bool)
+        above = ~((rows[f"{metric.name} gain"] <= 0) | (rows[f"{metric.name} gain low"] <= 0)).to_numpy(dtype=bool)
         bold[:, shown.columns.get_loc(heading(metric))] = several & above & np.array(same, dtype=bool)
     return bold
 

@@ -83,7 +83,7 @@ class Tracking:
             LeakbenchError: a tracker does not open; nothing has run.
         """
         self.done, self.note = self.done + done, note
-        for name in self.kinds.keys() - self.open.keys():
+        for name in [name for name in self.kinds if name not in self.open]:
             try:
                 self.open[name] = self.kinds[name].open(_run(self.folder))
             except Exception as error:
@@ -102,7 +102,7 @@ class Tracking:
     def finish(self, written: Sequence[Path]) -> None:
         """Log what the run found; ``written`` are the files of its report."""
         if self.open:
-            outcome = _outcome(self.folder, written)
+            outcome = _outcome(self.folder, written, self.done)
             self._each(lambda one: one.finish(outcome))
 
     def close(self, *, completed: bool) -> None:
@@ -164,7 +164,7 @@ def _run(folder: Path) -> TrackedRun:
     return TrackedRun(str(axes.get("name", folder.name)), identity, config, folder)
 
 
-def _outcome(folder: Path, written: Sequence[Path]) -> RunOutcome:
+def _outcome(folder: Path, written: Sequence[Path], step: int) -> RunOutcome:
     with Store.open(folder / FILE, readonly=True) as store:
         run = RunData.of(store, folder.resolve().name)
     scenes = worst_cases(run)
@@ -174,4 +174,4 @@ def _outcome(folder: Path, written: Sequence[Path]) -> RunOutcome:
         for result in scene.known
     }
     pictures = [path for path in written if path.suffix == ".png"]
-    return RunOutcome(shares, run.results, pictures, [path for path in written if path not in pictures])
+    return RunOutcome(step, shares, run.results, pictures, [path for path in written if path not in pictures])

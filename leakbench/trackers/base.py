@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Self
 
 import pandas as pd
 
@@ -31,12 +31,14 @@ class RunOutcome:
     """What a run found, once all of its trials are finished and its report is written.
 
     Attributes:
+        step: the number of finished trials.
         shares: the share of images in [0, 1] that any attacker recovers, by defense.
         table: the results, one row a trial.
         pictures: the heat maps, galleries and grids, as PNG files.
         pages: the report and the results, as Markdown and CSV files.
     """
 
+    step: int
     shares: Mapping[str, float]
     table: pd.DataFrame
     pictures: Sequence[Path]
@@ -44,13 +46,7 @@ class RunOutcome:
 
 
 class Tracker(ABC):
-    """One run in one experiment tracker. Any exception of a method ends the tracking, and never the run.
-
-    Attributes:
-        package: the Python package that it needs.
-    """
-
-    package: ClassVar[str]
+    """One run in one experiment tracker. Any exception of a method ends the tracking, and never the run."""
 
     @classmethod
     @abstractmethod

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import Self
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
@@ -21,12 +21,9 @@ PARAM_LENGTH = 6000
 class MLflow(Tracker):
     """The scores of every trial as metrics, the shares too, the report, its pictures and the results as artifacts."""
 
-    package: ClassVar[str] = "mlflow"
-
     def __init__(self, client: MlflowClient, run: str) -> None:
         self.client = client
         self.run = run
-        self.step = 0
 
     @classmethod
     def open(cls, run: TrackedRun) -> Self:
@@ -46,13 +43,12 @@ class MLflow(Tracker):
 
     def log(self, step: int, scores: Mapping[str, float]) -> None:
         """Add the scores to the metrics."""
-        self.step = step
         now = get_current_time_millis()
         self.client.log_batch(self.run, [Metric(_name(key), value, now, step) for key, value in scores.items()])
 
     def finish(self, outcome: RunOutcome) -> None:
         """Add shares and artifacts."""
-        self.log(self.step, {f"recovered/{defense}": share for defense, share in outcome.shares.items()})
+        self.log(outcome.step, {f"recovered/{defense}": share for defense, share in outcome.shares.items()})
         for path in outcome.pages:
             self.client.log_artifact(self.run, str(path))
         for path in outcome.pictures:
@@ -64,5 +60,6 @@ class MLflow(Tracker):
 
 
 def _name(key: str) -> str:
-    """Return a name that MLflow allows for a metric: it refuses brackets, commas and equals signs."""
-    return re.sub(r"[^\w\-. :/]", "_", key)
+    """Return a name that MLflow allows for a metric: without brackets, commas, and slashes that look like a path."""
+    metric, _, words = key.partition("/")
+    return f"{metric}/" + re.sub(r"[^\w\-. :]", "_", words)

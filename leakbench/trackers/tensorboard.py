@@ -1,7 +1,7 @@
 """TensorBoard: event files in OUT/tensorboard; ``tensorboard --logdir OUT/tensorboard`` shows them."""
 
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import Self
 
 import numpy as np
 from PIL import Image
@@ -13,11 +13,8 @@ from leakbench.trackers.base import RunOutcome, TrackedRun, Tracker
 class TensorBoard(Tracker):
     """Scalars for every trial, the shares as scalars too, the report as text, its pictures as images."""
 
-    package: ClassVar[str] = "tensorboard"
-
     def __init__(self, writer: SummaryWriter) -> None:
         self.writer = writer
-        self.step = 0
 
     @classmethod
     def open(cls, run: TrackedRun) -> Self:
@@ -29,20 +26,19 @@ class TensorBoard(Tracker):
 
     def log(self, step: int, scores: Mapping[str, float]) -> None:
         """Write the scores as scalars."""
-        self.step = step
         for name, value in scores.items():
             self.writer.add_scalar(name, value, step)
 
     def finish(self, outcome: RunOutcome) -> None:
         """Write shares, pictures and pages."""
         for defense, share in outcome.shares.items():
-            self.writer.add_scalar(f"recovered/{defense}", share, self.step)
+            self.writer.add_scalar(f"recovered/{defense}", share, outcome.step)
         for path in outcome.pictures:
             with Image.open(path) as picture:
-                self.writer.add_image(path.stem, np.asarray(picture.convert("RGB")), self.step, dataformats="HWC")
+                self.writer.add_image(path.stem, np.asarray(picture.convert("RGB")), outcome.step, dataformats="HWC")
         for path in outcome.pages:
             if path.suffix == ".md":
-                self.writer.add_text(path.stem, path.read_text(encoding="utf-8"), self.step)
+                self.writer.add_text(path.stem, path.read_text(encoding="utf-8"), outcome.step)
 
     def close(self, *, completed: bool) -> None:
         """Write what is left."""

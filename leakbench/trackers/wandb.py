@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import Self
 
 import wandb
 
@@ -12,8 +12,6 @@ from leakbench.trackers.base import RunOutcome, TrackedRun, Tracker
 
 class WandB(Tracker):
     """The scores of every trial as history, the shares as summary, the results as a table, pictures and pages."""
-
-    package: ClassVar[str] = "wandb"
 
     def __init__(self, run: "wandb.Run") -> None:
         self.run = run
