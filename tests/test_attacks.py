@@ -337,7 +337,7 @@ def test_a_search_that_ends_no_better_than_it_began_has_failed() -> None:
 
 
 def test_ig_lowers_its_step_after_3_5_and_7_eighths(monkeypatch: pytest.MonkeyPatch) -> None:
-    from leakbench.attacks import ig
+    from leakbench.attacks import adam
 
     seen: dict[str, Any] = {}
 
@@ -345,8 +345,8 @@ def test_ig_lowers_its_step_after_3_5_and_7_eighths(monkeypatch: pytest.MonkeyPa
         seen.update(options)
         return descend(objective, start, **{**options, "steps": 1})
 
-    descend = ig.descend
-    monkeypatch.setattr(ig, "descend", spy)
+    descend = adam.descend
+    monkeypatch.setattr(adam, "descend", spy)
     run("ig(steps=4000)", watch("lenet"))
     assert seen["milestones"] == (1499, 2500, 3502)
     assert [round(8 * m / 4000) for m in seen["milestones"]] == [3, 5, 7]
