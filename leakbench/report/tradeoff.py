@@ -244,17 +244,16 @@ def figure(stages: Sequence[AttackedStage]) -> Figure:
         utility = 100 * np.array([point.accuracy for point in stage.points])
         for name, values in stage.leakages().items():
             panel = column[rows.index(name)]
+            shown = np.array(values) * (100 if name == "recovered" else 1)
             draw_points(
-                panel, labels, utility, np.array(values) * (100 if name == "recovered" else 1), stage.front(name)
-            )
+                panel, labels, utility, shown, stage.front(name), inverted=name == "LPIPS"
+            )  # leaks more: upwards
             if name == "LPIPS" and not math.isnan(stage.floor):
                 panel.axhline(stage.floor, color=GREY, linestyle="--", linewidth=1)
         column[0].set_title(plain(f"attacked at stage: {stage.stage}"), fontsize=10)
         column[-1].set_xlabel("test accuracy of the trained network, %")
     for name, panel in zip(rows, panels[:, 0]):
         panel.set_ylabel(_UNITS[name])
-        if name == "LPIPS":
-            panel.invert_yaxis()  # more leakage is upwards in every row
     key_below(drawn, panels, columns=min(4, 1 + len(stages)))
     drawn.suptitle(plain(f"{stages[0].model} on {stages[0].dataset}: utility against leakage"), fontsize=11)
     return drawn

@@ -1,5 +1,6 @@
 """Utility against leakage, drawn: a point for each defense, its intervals, and the Pareto front as a line."""
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -10,12 +11,24 @@ from matplotlib.figure import Figure
 from leakbench.analysis.pareto import Interval, Study
 from leakbench.report.figure import GREY, Drawing, bars, key_below, plain, style
 
-_OFFSETS = ((10, 7), (-10, 7), (10, -7), (-10, -7))
-"""Where the number of a point is, in points from its middle: those of near points are apart."""
+_PLACES = [
+    (round(reach * math.cos(math.radians(angle))), round(reach * math.sin(math.radians(angle))))
+    for reach in (11, 19, 27)
+    for angle in (40, 140, -40, -140, 90, -90, 0, 180)
+]
+"""Where the number of a point may be, in points from its middle; the first that is free is taken."""
+
+_APART = 10
+"""How far two numbers, or a number and the middle of another point, are apart at least, in points."""
 
 
 def draw_points(
-    panel: Any, labels: Sequence[str], utility: npt.ArrayLike, leakage: npt.ArrayLike, front: Collection[int]
+    panel: Any,
+    labels: Sequence[str],
+    utility: npt.ArrayLike,
+    leakage: npt.ArrayLike,
+    front: Collection[int],
+    inverted: bool = False,
 ) -> None:
     """Draw numbered points with their intervals; those of the Pareto front are filled and joined by a line.
 
@@ -25,6 +38,7 @@ def draw_points(
         utility: [N, 3] value, low and high, drawn to the right; a point with a NaN value is left out.
         leakage: [N, 3] the same, drawn upwards.
         front: the places of the points on the front.
+        inverted: whether less leakage is a larger value, so that the axis falls.
     """
     across, along = (np.asarray(values, dtype=np.float64).reshape(-1, 3) for values in (utility, leakage))
     for place, (label, x, y) in enumerate(zip(labels, across, along)):
@@ -34,19 +48,35 @@ def draw_points(
         ends = {"xerr": bars(*x), "yerr": bars(*y)}
         look = {"linestyle": "", "markersize": 7, "capsize": 3, "linewidth": 1.2} | style(place) | face
         panel.errorbar(x[:1], y[:1], label=plain(f"{place + 1}  {label}", 60), **ends, **look)
-        panel.annotate(
-            str(place + 1),
-            (x[0], y[0]),
-            textcoords="offset points",
-            xytext=_OFFSETS[place % len(_OFFSETS)],
-            fontsize=8,
-            ha="center",
-            va="center",
-        )
     line = sorted((across[place, 0], along[place, 0]) for place in front)
     if len(line) > 1:
         panel.plot(*zip(*line), color=GREY, linewidth=1, zorder=0)
     panel.grid(alpha=0.3)
+    panel.yaxis.set_inverted(inverted)
+    _number(panel, across[:, 0], along[:, 0])
+
+
+def _number(panel: Any, across: npt.NDArray[np.float64], along: npt.NDArray[np.float64]) -> None:
+    """Draw the number of each point beside it, where no other number and no other point is."""
+    panel.autoscale_view()
+    scale = panel.figure.dpi / 72
+    middles = panel.transData.transform(np.column_stack([across, along])) / scale
+    known = np.flatnonzero(np.isfinite(middles).all(axis=1))
+    taken: list[npt.NDArray[np.float64]] = []
+    for place in known:
+        others = np.array([*taken, *(middles[other] for other in known if other != place)]).reshape(-1, 2)
+        free = [np.linalg.norm(others - (middles[place] + offset), axis=1).min(initial=np.inf) for offset in _PLACES]
+        offset = _PLACES[next((index for index, room in enumerate(free) if room >= _APART), int(np.argmax(free)))]
+        taken.append(middles[place] + offset)
+        panel.annotate(
+            str(place + 1),
+            (across[place], along[place]),
+            textcoords="offset points",
+            xytext=offset,
+            fontsize=8,
+            ha="center",
+            va="center",
+        )
 
 
 def figure(study: Study) -> Figure:

@@ -366,6 +366,8 @@
   $("#trials-order").addEventListener("change", () => { pages.trials = 0; list(); });
   filters(); heads(); matrix(); chooser(); gallery(); list(); linked();
   addEventListener("hashchange", linked);
-  addEventListener("beforeprint", () => { fold.open = true; matrix(true); });
-  addEventListener("afterprint", () => matrix());
+  let folded = false;
+  addEventListener("beforeprint", () => { folded = !fold.open; fold.open = true; matrix(true); });
+  addEventListener("afterprint", () => { fold.open = !folded; matrix(); });
+  for (const link of $$('a[href="#matrix"]')) link.addEventListener("click", () => { fold.open = true; });
 })();
