@@ -297,6 +297,7 @@ def test_large_pictures_are_reduced_and_many_fill_several_sheets():
 
 def test_a_page_stays_below_its_limit_and_says_what_it_leaves_out(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "MAX_PAGE_BYTES", pages._CODE_BYTES + 60_000)
+    monkeypatch.setattr(pages, "_MAX_DRAWN", 0)
     results = [scored(attack, NONE, i, i / 60) for attack in (GREY, DLG, IG) for i in range(60)]
     text = page(tmp_path, results, [*METRICS, *ALIGNED])
     assert len(text.encode()) < pages.MAX_PAGE_BYTES

@@ -15,6 +15,7 @@ from leakbench.core.text import ABSENT, decimals
 from leakbench.metrics import NOT_LEAKAGE
 from leakbench.plan.matrix import RECOVERY
 from leakbench.report import charts, figure, utility
+from leakbench.report.figures import CHARTS, all_charts
 from leakbench.report.markdown import MAIN_METRICS, PAPER_PREFIX
 from leakbench.report.page import SCRIPTS, STYLES, embedded, picture, render
 from leakbench.report.public import public_tables
@@ -34,6 +35,22 @@ _SHOWN = ("psnr_aligned", "ssim_aligned", "lpips_vgg", "psnr")
 _RANKED = (RECOVERY, "psnr_aligned", "psnr")
 _STEPS = 4
 _NO_PICTURE, _LEFT_OUT = -1, -2
+
+
+_DRAWN = ("ssim", "threshold", "evaluations", "curves")
+"""The charts of ``figures.CHARTS`` that a page has beside its own tables and heat maps."""
+
+_MAX_DRAWN = 12
+"""So many of these charts are on a page, the first ones; ``--figures`` writes all."""
+
+
+def _drawn(run: RunData) -> list[tuple[str, str, str]]:
+    """Return what each chart shows, of which scene, and the chart as the address of an image."""
+    every = [one for one in all_charts(run) if one.kind in _DRAWN]
+    return [
+        (CHARTS[one.kind], " · ".join(one.scene), picture(figure.saved(one.draw(), "svg"), "svg+xml"))
+        for one in every[:_MAX_DRAWN]
+    ]
 
 
 def html(
@@ -74,7 +91,9 @@ def html(
         (f"{one.dataset} · {one.model}", picture(figure.saved(charts.heatmap(one), "svg"), "svg+xml"))
         for one in charts.crossings(run)
     ]
-    room = MAX_PAGE_BYTES - _CODE_BYTES - len(embedded(data).encode()) - sum(len(chart) for _, chart in maps)
+    drawn = _drawn(run)
+    taken = sum(len(chart) for *_, chart in (*maps, *drawn))
+    room = MAX_PAGE_BYTES - _CODE_BYTES - len(embedded(data).encode()) - taken
     found, places = _sprites(once, galleries, pictures, room)
     data["sheets"] = [[sheet.width, sheet.height] for sheet in found]
     data["sheetColumns"] = SHEET_COLUMNS
@@ -102,6 +121,7 @@ def html(
             (study, picture(figure.saved(utility.figure(study), "svg"), "svg+xml"), study.front()) for study in studies
         ],
         "heatmaps": maps,
+        "drawn": drawn,
         "sheets": [picture(sheet.png) for sheet in found],
         "ANY": ANY,
         "along": along,
