@@ -112,7 +112,7 @@ def _devices() -> Iterator[Check]:
     if isinstance(built_kernels, Kernels):
         yield Check("kernels", "ok", f"compiled for this processor ({built_kernels.words})")
     else:
-        yield Check("kernels", "absent", f"{built_kernels.reason}; attacks take longer, with the same success", "")
+        yield Check("kernels", "absent", f"{built_kernels.reason}; attacks take longer", "")
     if not torch.cuda.is_available():
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
         yield Check("cuda", "absent", f"no device ({built}); runs use the CPU")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -120,7 +121,8 @@ def trace(
     x = torch.empty((TRACED_IMAGES, *image_shape), dtype=dtype, device="meta")
     y = torch.empty((TRACED_IMAGES, 1), dtype=dtype, device="meta")  # the loss gets it, and nothing reads its shape
     recorder = _Recorder(bare, x, y)
-    with torch.no_grad(), recorder:
+    with torch.no_grad(), warnings.catch_warnings(), recorder:
+        warnings.simplefilter("ignore")  # what a network warns of, it warns of in its own passes
         out = torch.func.functional_call(_Loss(model, loss), {f"model.{name}": t for name, t in bare.items()}, (x, y))
     if not recorder.steps or recorder.steps[-1].kind is not Kind.LOSS or out is not recorder.result:
         raise Unsupported("the kernels take a network whose loss is the cross-entropy of its outputs")
