@@ -21,7 +21,7 @@ help:
 	@echo "make demo         set up, and run four attacks against seven defenses on the images that ship with leakbench"
 	@echo "make test         set up, and run the tests that need no network"
 	@echo "make test-long    run the longest tests: the paper's tables in small, broken defenses, killed runs, an installed package, a small benchmark"
-	@echo "make test-device  compare attacks on a pretended GPU with the CPU, which takes minutes (SWEEP=pairs|full)"
+	@echo "make test-device  compare attacks on a pretended GPU with the CPU, which takes minutes (SWEEP=few|pairs|full)"
 	@echo "make cuda-check   check leakbench on a GPU in eight minutes, into reports/cuda; make cuda-wheels fetches what it lacks"
 	@echo "make test-full    run torchvision's networks of full size, which takes an hour"
 	@echo "make test-pythons run a part of the tests on each of Python 3.12 and 3.13 that is installed"
@@ -73,7 +73,7 @@ test: pretend
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long and not device" tests/device
 	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/device -m "not assets and not full and not docs and not browser and not fl and not ray and not trackers and not torture and not long and not device"
 
-# Attacks, defenses, models and threat models on the pretended GPU against the CPU. SWEEP=full crosses all of them, for hours.
+# Attacks, defenses, models and threat models on the pretended GPU against the CPU. SWEEP=few is for every commit; SWEEP=full crosses all of them, for hours.
 test-device: pretend
 	SWEEP=$(SWEEP) $(BIN)/python -m pytest -n 2 --dist worksteal -m device
 
