@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ from leakbench.core.rng import Rng, seeded
 from leakbench.engine import run as engine
 from leakbench.engine.progress import NullProgress
 from leakbench.gradients import full_precision
+from leakbench.gradients.lanes.library import SWITCH
 from leakbench.optim import Unknowns, graph, value_and_gradient
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -486,6 +488,7 @@ def main() -> int:
     parser.add_argument("--parts", default="", help="some of: " + ", ".join(part.__name__ for part in PARTS))
     parser.add_argument("--small", action="store_true", help="small sizes")
     given = parser.parse_args()
+    os.environ[SWITCH] = "off"  # the compiled kernels are a path of the CPU, which no GPU has
     if given.device.startswith("pretend"):
         sys.path.insert(0, str(ROOT / "tests" / "device"))
         import pretend

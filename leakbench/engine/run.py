@@ -205,6 +205,13 @@ def run(
     return folder
 
 
+def _device(options: RunOptions) -> torch.device:
+    """Return the device of a run; on a Ray cluster the machine that starts it needs none of its own."""
+    if options.executor == "ray" and (options.gpus_per_worker or options.device.partition(":")[0] == "cuda"):
+        return torch.device("cuda")
+    return device_named(options.device)
+
+
 def _plan(
     matrix: Matrix,
     options: RunOptions,
@@ -217,8 +224,7 @@ def _plan(
     Raises:
         LeakbenchError: see ``run``.
     """
-    on_gpus = options.executor == "ray" and options.gpus_per_worker
-    device = torch.device("cuda") if on_gpus else device_named(options.device)
+    device = _device(options)
     _check_indices(matrix)
     trials = planned(matrix, options.shard)
     if not trials:
@@ -332,10 +338,8 @@ def check(matrix: Matrix, options: RunOptions) -> None:
     """
     _check_indices(matrix)
     local = replace(options, executor="local", workers=1)
-    with (
-        full_precision(),
-        _executor(WorkerContext((), device_named(options.device), options.strict), local) as executor,
-    ):
+    here = torch.device("cpu") if options.executor == "ray" else device_named(options.device)
+    with full_precision(), _executor(WorkerContext((), here, options.strict), local) as executor:
         _preflight(matrix.trials(), options.strict, matrix.threshold is not None, executor, options.salt or "")
 
 

@@ -1,5 +1,6 @@
 """The objective and its gradient recorded as a CUDA graph: one launch an evaluation instead of hundreds."""
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any, TypeVar
@@ -73,7 +74,9 @@ def waits(work: Callable[[], object], module: ModuleType) -> str:
     """Return what waits for the device when work is done for the second time; empty if nothing does."""
     work()  # what is computed once may wait
     before = module.get_sync_debug_mode()
-    module.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says once in a process that this mode is a prototype
+        module.set_sync_debug_mode("error")
     try:
         work()
     except RuntimeError as error:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -224,6 +225,8 @@ class Pretended(ModuleType):
         return 2 * core().refuses_waits()
 
     def set_sync_debug_mode(self, mode: int | str) -> None:
+        if mode in (2, "error"):
+            warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=2)  # as torch says of CUDA
         core().refuse_waits(mode in (2, "error"))
 
     def Stream(self, device: Any = None) -> Stream:

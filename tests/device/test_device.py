@@ -40,7 +40,7 @@ from leakbench.core.registry import load_plugin
 from leakbench.core.rng import Rng, seeded
 from leakbench.core.types import Reconstruction
 from leakbench.engine import run as engine
-from leakbench.engine.executors import packed
+from leakbench.engine.executors import ProcessExecutor, packed
 from leakbench.engine.progress import NullProgress
 from leakbench.engine.ray_executor import RayWorker
 from leakbench.engine.worker import WorkerContext
@@ -523,7 +523,7 @@ def test_an_iteration_launches_and_waits_no_more_than_committed(gpu: ModuleType,
 
 def test_a_closed_form_launches_about_the_same_for_any_number_of_trials(gpu: ModuleType) -> None:
     counts = []
-    for trials in (2, 16):
+    for trials in (2, 64):
         observation = seen("pretend", trials=trials)
         gpu.clear()
         attacked("peel", observation)
@@ -762,6 +762,14 @@ def test_a_device_is_named_or_refused(gpu: ModuleType, monkeypatch: pytest.Monke
     # the head of a Ray cluster has no GPU, and its driver raises if it is asked for one
     monkeypatch.setattr(module, "get_device_name", pytest.fail)
     assert engine._named(torch.device("pretend")) == "pretend (of other machines)"
+    assert engine._device(engine.RunOptions("cuda", executor="ray")) == torch.device("cuda")
+
+
+def test_workers_take_the_devices_in_turn(gpu: ModuleType) -> None:
+    work = WorkerContext([], torch.device("pretend"), strict=False)
+    executor = engine._executor(work, engine.RunOptions(workers=3))
+    assert isinstance(executor, ProcessExecutor)
+    assert [one.device for one in executor._works] == [torch.device(name) for name in (*GPUS, GPUS[0])]
 
 
 @pytest.mark.parametrize("axes", [{}, {"clients": ["local(batch=2)"], "datasets": ["samples(size=12)"]}])
