@@ -41,7 +41,8 @@ class ImprintAttacker(Attack):
     )
     assumes: ClassVar[str] = "A malicious server (server=imprint) and one step on each batch."
     cost: ClassVar[str] = (
-        "Milliseconds; the proof takes a pass of every reconstruction, and one backwards for each class."
+        "Up to a second or two; most of it is the proof, which takes a pass of every reconstruction, and one backwards "
+        "for each class."
     )
     fails: ClassVar[str] = (
         "Images with as many in their bin; noise on the gradient above an image's error; several steps."

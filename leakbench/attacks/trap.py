@@ -35,7 +35,8 @@ class TrapAttacker(Attack):
     )
     assumes: ClassVar[str] = "A linear layer that takes every pixel before a ReLU, crafted (server=trap); one step."
     cost: ClassVar[str] = (
-        "Milliseconds; the proof takes a pass of every reconstruction, and one backwards for each class."
+        "Up to a second or two; most of it is the proof, which takes a pass of every reconstruction, and one backwards "
+        "for each class."
     )
     fails: ClassVar[str] = (
         "Images for which no row is active alone: most of them in large batches; noise; several steps."

@@ -33,7 +33,8 @@ class SecAgg(Defense):
     cost: ClassVar[str] = "Messages and time; no accuracy."
     fails: ClassVar[str] = (
         "The sum is the gradient of one large batch: attacks on batches apply, and a server that crafts the weights "
-        "reads single images out of it (server=imprint). It hides only whose image it is."
+        "reads single images out of it (server=imprint). It hides whose image it is only if every client gets the same "
+        "weights: with different ones the server reads a single client (Pasquini et al. 2022)."
     )
     batched: ClassVar[bool] = True
     joint: ClassVar[bool] = True
