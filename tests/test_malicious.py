@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
 from conftest import CLASSES, SHAPE, clients, watch
+from test_isolation import Private
 
 from leakbench import attacks, defenses, metrics, models
 from leakbench.analysis.ensemble import by_server, server_of
@@ -187,3 +191,54 @@ def test_the_server_of_a_spec() -> None:
     assert server_of("paper") == ""
     frame = pd.DataFrame({"model": ["a", "a"], "threat": ["paper", "server=trap"]})
     assert by_server(frame)["model"].tolist() == ["a", "a, crafted by a malicious server: trap"]
+
+
+@pytest.mark.parametrize("defense", ["none", "secagg(clients=4)"])
+@pytest.mark.parametrize("server", ["honest", "imprint(bins=8)", "trap(rows=16)"])
+def test_no_image_and_no_single_gradient_is_reachable_behind_a_server(server: str, defense: str) -> None:
+    seen, truth = see(8, server, defense)
+    private = Private(
+        {f"image {row} {n}": truth[row, n] for row in range(2) for n in range(8)}, (), ("client 0", "client 1")
+    )
+    if defense != "none":
+        private.tensors |= single_gradients(server)
+    assert private.found_in(seen) == []
+    assert private.found_in((seen, truth)) != []
+    assert private.found_in((seen, list(private.tensors.values()))) != []
+
+
+def single_gradients(server: str) -> dict[str, torch.Tensor]:
+    """Return the gradients of the clients of whom ``secagg(clients=4)`` sends the sum, of two images each."""
+    found = {}
+    for row in range(2):
+        whole = batch_of(8, row)
+        images = [(whole.image, whole.label), *whole.others]
+        for place in range(0, 8, 2):
+            (first, label), other = images[place : place + 2]
+            client = Client(first, label, whole.weights_key, f"client {row}", (), (other,))
+            alone = observe(
+                models.parse("lenet"), defenses.parse("none"), ThreatModel(server=server), [client], CLASSES,
+                torch.full(SHAPE, 0.5), public=torch.cat([batch_of(200, 9).images, batch_of(200, 10).images]),
+                training=Local(batch=2),
+            )  # fmt: skip
+            found |= {f"{name} of {row} {place}": value[0] for name, value in alone.gradient.items()}
+    return found
+
+
+@pytest.mark.parametrize("granted", ["running", "sent"])
+def test_no_statistics_of_the_batch_are_reachable_that_were_not_granted(granted: str) -> None:
+    exact = watch("lenet-bn", "none", "statistics=exact").statistics
+    private = Private({f"{name} {row}": value[row] for name, value in exact.items() for row in range(2)}, (), ())
+    seen = watch("lenet-bn", "none", f"statistics={granted}")
+    assert exact
+    assert private.found_in(seen) == []
+    assert private.found_in((seen, dict(exact))) != []
+
+
+def test_a_report_prints_what_is_proved_beside_what_theory_expects(tmp_path: Path) -> None:
+    axes = {"attacks": ["imprint"], "defenses": ["none"], "models": ["lenet"], "datasets": ["samples(size=12)"]}
+    run(Matrix(**axes, threats=[IMPRINT], batch=[4], images=4, floors=False), tmp_path).report()
+    page = (tmp_path / "report.md").read_text()
+    (row,) = re.findall(r"\| imprint +\| none +\| +([\d.]+) \| +([\d.]+) \|\n", page[page.index("**Proofs**") :])
+    assert float(row[0]) >= 2
+    assert row[1] == f"{(1 - 1 / 16) ** 3:.2f}"

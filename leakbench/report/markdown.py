@@ -11,7 +11,7 @@ from leakbench.analysis.controls import control_gains
 from leakbench.analysis.failures import defense_failures
 from leakbench.analysis.summary import ANY, BLOCK, blocks, strongest, without_repeats
 from leakbench.analysis.verdict import inconclusive
-from leakbench.core.text import ABSENT, decimals, plural, with_interval
+from leakbench.core.text import ABSENT, decimals, number, plural, with_interval
 from leakbench.metrics import NOT_LEAKAGE
 from leakbench.models.weights import Checkpoint
 from leakbench.plan.matrix import RECOVERY
@@ -39,6 +39,10 @@ _LPIPS = {
     "lpips_vgg": MetricInfo("lpips_vgg", False, "LPIPS distance, VGG-16 features, 0 for equal images", ""),
     "lpips_alex": MetricInfo("lpips_alex", False, "LPIPS distance, AlexNet features, 0 for equal images", ""),
 }
+
+
+PROOFS = {"proved": "images proved, a client", "expected_share": "share expected by theory"}
+"""The findings of attacks that a report shows, and what they are."""
 
 
 def markdown(
@@ -75,6 +79,7 @@ def markdown(
                 "granted": run.threats.get(threat, ""),
                 **_tables(block, run.metrics),
                 **_controls(results, run),
+                "proofs": _proofs(results, run),
                 "public": to_markdown(public[block_of]) if block_of in public else "",
                 "differences": differences(run.results, block_of, run.metrics, run.threshold is not None),
                 "failures": defense_failures(results),
@@ -90,6 +95,18 @@ def markdown(
         blocks=shown,
         **(_legend(run, summary, pictures) if shown else {}),
     )
+
+
+def _proofs(results: pd.DataFrame, run: RunData) -> str:
+    """Return by attack and defense how many images a client are proved, and the share that theory expects."""
+    found = run.findings[run.findings["name"].isin(PROOFS)]
+    rows = results[["trial", "attack", "defense"]].merge(found, on="trial")
+    if rows.empty:
+        return ""
+    table = rows.pivot_table("value", ["attack", "defense"], "name", "mean", sort=False)
+    shown = table[[name for name in PROOFS if name in table]].rename(columns=PROOFS).reset_index()
+    cells = {name: [number(value, 2) for value in shown[name]] for name in shown.columns[2:]}
+    return to_markdown(shown.assign(**cells))
 
 
 def _inconclusive(run: RunData) -> dict[tuple[str, str], str]:

@@ -67,6 +67,7 @@ class RunData:
     components: Sequence[StoredComponent] = ()
     plugins: Sequence[PluginFile] = ()
     controls: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=[*BEFORE, *AFTER]))
+    findings: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["trial", "name", "value"]))
 
     @property
     def threshold(self) -> float | None:
@@ -77,7 +78,7 @@ class RunData:
     def of(cls, store: Store, folder: str) -> RunData:
         """Return what a report shows of an open run; ``folder`` is the name of a run that has none of its own."""
         sessions, metrics, threats = store.sessions(), store.metrics(), store.threats()
-        parts = (store.components(), store.plugins(), store.controls())
+        parts = (store.components(), store.plugins(), store.controls(), store.findings())
         return cls(run_name(sessions, folder), sessions, store.trials(), metrics, threats, *parts)
 
     @cached_property
