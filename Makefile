@@ -101,8 +101,9 @@ test-long: pretend
 PYTHONS ?= 3.12 3.13
 test-pythons:
 	@for version in $(PYTHONS); do \
-	    found="$$(command -v python$$version || ls -d "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$version.*/bin/python$$version 2>/dev/null | tail -n 1)"; \
-	    if [ -z "$$found" ] || ! "$$found" --version >/dev/null 2>&1; then echo "the tests on Python $$version were NOT run: there is no python$$version"; continue; fi; \
+	    found=; for one in "$$(command -v python$$version)" $$(ls -d "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$version.*/bin/python$$version 2>/dev/null); do \
+	        if [ -n "$$one" ] && "$$one" --version >/dev/null 2>&1; then found="$$one"; fi; done; \
+	    if [ -z "$$found" ]; then echo "the tests on Python $$version were NOT run: there is no python$$version"; continue; fi; \
 	    echo "Python $$version: $$found"; rm -rf .venv-python; \
 	    { "$$found" -m venv .venv-python && .venv-python/bin/python -m pip install --quiet --no-compile --editable ".[dev]" \
 	    && .venv-python/bin/python -m pytest -n 2 --dist worksteal -m "not long and not fl and not ray and not assets" \
