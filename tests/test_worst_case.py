@@ -459,3 +459,12 @@ def test_pages_say_who_attacked_adaptively(tmp_path: Path) -> None:
     alone = ensemble(Thief(), defenses=["none", "prune"], images=2, floors=True)
     go(alone, tmp_path / "alone")
     assert "- prune: no adaptive attacker ran" in report.ranking(tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    ("defense", "inconclusive"), [("clip(norm=0.1)", False), ("noise(scale=1, relative=true)", True)]
+)
+def test_a_defense_that_is_recovered_needs_no_control(tmp_path: Path, defense: str, inconclusive: bool) -> None:
+    axes = {"attacks": ["peel"], "models": ["lenet"], "datasets": ["samples(size=16)"], "images": 2, "threshold": 0.6}
+    go(Matrix(**axes, defenses=[defense]), tmp_path)
+    assert ("Inconclusive" in report.ranking(tmp_path)) == inconclusive

@@ -1,5 +1,6 @@
 """What allows a verdict on defenses: the attackers of the suite that ran, and a positive control without a defense."""
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import cache
 
@@ -108,7 +109,8 @@ def inconclusive(found: Sequence[EnsembleResult], components: Iterable[StoredCom
 
     Attackers that recover nothing behind ``none`` show nothing by recovering nothing behind a defense. The control of a
     network that was trained behind a defense is one of the same architecture that was trained without: weights as they
-    were drawn are no control of trained ones, which are harder to attack, and the other way round.
+    were drawn are no control of trained ones, which are harder to attack, and the other way round. The only defense of
+    a network needs none if images are recovered behind it.
     """
     families = {one.spec: _family(one) for one in components if one.kind == "model"}
     controls: dict[tuple[str, str], list[EnsembleResult]] = {}
@@ -119,7 +121,11 @@ def inconclusive(found: Sequence[EnsembleResult], components: Iterable[StoredCom
     for dataset, model in dict.fromkeys((one.dataset, one.model) for one in found):
         own = controls.get((dataset, families.get(model, model)), [])
         exact = [one for one in own if one.model == model] or own
-        verdicts[dataset, model] = control_flaw([one.share for one in exact])
+        measured = [
+            one.share for one in found if (one.dataset, one.model) == (dataset, model) and not math.isnan(one.share)
+        ]
+        leaks = len(measured) == 1 and measured[0] > 0  # nothing is compared, and the attackers do recover images
+        verdicts[dataset, model] = "" if leaks else control_flaw([one.share for one in exact])
     return verdicts
 
 
