@@ -21,6 +21,42 @@ def logarithm(distance: Tensor) -> Tensor:
     return distance.clamp(min=torch.finfo(distance.dtype).tiny).log()
 
 
+def adam(
+    objective: MatchingObjective,
+    start: Unknowns,
+    steps: int,
+    lr: float,
+    *,
+    signed: bool = True,
+    boxed: bool = True,
+    milestones: Sequence[int] | None = None,
+    decay: float = 0.1,
+) -> Solution:
+    """Run Adam; labels and secrets, if they are optimised, follow their plain gradient.
+
+    Args:
+        objective: what is minimised.
+        start: name -> [T, *shape].
+        steps: how many.
+        lr: the step size of all unknowns.
+        signed: the image follows the sign of its gradient.
+        boxed: the image is projected to [0, 1] after every step.
+        milestones: the steps before which the step size is multiplied by ``decay``; those of IG by default.
+        decay: see ``milestones``.
+    """
+    return descend(
+        objective,
+        start,
+        steps=steps,
+        lr=dict.fromkeys(start, lr),
+        sign=("image",) if signed else (),
+        milestones=ig_milestones(steps) if milestones is None else milestones,
+        decay=decay,
+        boxed=("image",) if boxed else (),
+        note=objective.observation.note,
+    )
+
+
 @dataclass(frozen=True)
 class AdamSearch(GradientMatching):
     """Gradient matching by Adam, with the label inferred from the last layer; see GradientMatching for the options."""
@@ -28,35 +64,3 @@ class AdamSearch(GradientMatching):
     batches: ClassVar[bool] = True
     lr: Positive = 0.1
     labels: Literal["joint", "analytic"] = "analytic"
-
-    def adam(
-        self,
-        objective: MatchingObjective,
-        start: Unknowns,
-        *,
-        signed: bool = True,
-        boxed: bool = True,
-        milestones: Sequence[int] | None = None,
-        decay: float = 0.1,
-    ) -> Solution:
-        """Run Adam for ``steps`` steps; labels and secrets, if they are optimised, follow their plain gradient.
-
-        Args:
-            objective: what is minimised.
-            start: name -> [T, *shape].
-            signed: the image follows the sign of its gradient.
-            boxed: the image is projected to [0, 1] after every step.
-            milestones: the steps before which the step size is multiplied by ``decay``; those of IG by default.
-            decay: see ``milestones``.
-        """
-        return descend(
-            objective,
-            start,
-            steps=self.steps,
-            lr=dict.fromkeys(start, self.lr),
-            sign=("image",) if signed else (),
-            milestones=ig_milestones(self.steps) if milestones is None else milestones,
-            decay=decay,
-            boxed=("image",) if boxed else (),
-            note=objective.observation.note,
-        )

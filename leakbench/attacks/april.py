@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from leakbench.attacks.adam import AdamSearch
+from leakbench.attacks.adam import AdamSearch, adam
 from leakbench.attacks.base import Attack, register
 from leakbench.attacks.ig import cosine_distance
 from leakbench.attacks.matching import Count, MatchingObjective, NonNegative, analytic_labels
@@ -121,7 +121,7 @@ class AprilSearch(AdamSearch):
 
     def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
         """Run Adam within [0, 1]."""
-        return self.adam(objective, start, signed=self.signed)
+        return adam(objective, start, self.steps, self.lr, signed=self.signed)
 
 
 Tensors = Callable[[str, int], Tensor]

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from leakbench.attacks.adam import AdamSearch, logarithm
+from leakbench.attacks.adam import AdamSearch, adam, logarithm
 from leakbench.attacks.base import register
 from leakbench.attacks.matching import Count, Found, MatchingObjective, NonNegative, root, total_variation
 from leakbench.attacks.matching.problem import StatisticsOf
@@ -111,7 +111,7 @@ class GradInversion(AdamSearch):
 
     def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
         """Run Adam with IG's schedule, in [0, 1]."""
-        return self.adam(objective, start, signed=False)
+        return adam(objective, start, self.steps, self.lr, signed=False)
 
     def _objective(self, observation: Observation, rng: Rng) -> MatchingObjective:
         """Return the objective of every trial's seeds, one after the other: [T * seeds]."""

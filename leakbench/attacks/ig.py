@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from leakbench.attacks.adam import AdamSearch
+from leakbench.attacks.adam import AdamSearch, adam
 from leakbench.attacks.base import register
 from leakbench.attacks.matching import Count, MatchingObjective, NonNegative
 from leakbench.core.types import Gradient
@@ -66,4 +66,4 @@ class IG(AdamSearch):
 
     def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
         """Run Adam."""
-        return self.adam(objective, start, signed=self.signed, boxed=self.boxed)
+        return adam(objective, start, self.steps, self.lr, signed=self.signed, boxed=self.boxed)

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from leakbench.attacks.adam import AdamSearch, logarithm
+from leakbench.attacks.adam import AdamSearch, adam, logarithm
 from leakbench.attacks.base import register
 from leakbench.attacks.ig import cosine_from
 from leakbench.attacks.matching import Count, Found, MatchingObjective, NonNegative
@@ -80,7 +80,8 @@ class LogCosine(AdamSearch):
 
     def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
         """Run Adam by the sign of the image's gradient, within [0, 1], with a step size that falls smoothly."""
-        return self.adam(objective, start, milestones=range(1, self.steps), decay=LAST_STEP ** (1 / self.steps))
+        decay = LAST_STEP ** (1 / self.steps)
+        return adam(objective, start, self.steps, self.lr, milestones=range(1, self.steps), decay=decay)
 
     def _search(self, objective: MatchingObjective) -> Found:
         """Search shortly with each weight, and then with the best one of every trial.

@@ -6,11 +6,12 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from leakbench.attacks.adam import adam
 from leakbench.attacks.matching import GradientMatching, MatchingObjective
 from leakbench.core.component import LATER
 from leakbench.core.types import Gradient
 from leakbench.gradients.bilinear import squared_distance
-from leakbench.optim import LineSearch, Solution, Unknowns, descend, lbfgs
+from leakbench.optim import LineSearch, Solution, Unknowns, lbfgs
 
 HISTORY = 100
 """How many pairs of steps and gradient differences are kept, as in torch."""
@@ -46,16 +47,8 @@ class QuasiNewton(GradientMatching):
         """Run at most ``steps`` outer steps of L-BFGS, or ``steps`` steps of Adam."""
         if self.solver != "lbfgs":
             signed = self.solver == "signed-adam"
-            return descend(
-                objective,
-                start,
-                steps=self.steps,
-                lr=dict.fromkeys(start, self.lr),
-                sign=("image",) if signed else (),
-                milestones=tuple(self.steps * part // 8 for part in (3, 5, 7)) if signed else (),
-                boxed=("image",) if signed else (),
-                note=objective.observation.note,
-            )
+            eighths = tuple(self.steps * part // 8 for part in (3, 5, 7)) if signed else ()
+            return adam(objective, start, self.steps, self.lr, signed=signed, boxed=signed, milestones=eighths)
         return lbfgs(
             objective,
             start,
