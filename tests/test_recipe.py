@@ -98,6 +98,7 @@ def folder(nets: Path, change: dict | None = None) -> Path:  # noqa: F811
 
 def test_a_recording_is_audited_with_its_recipe_and_judged_by_all_images(
     cli,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
     nets: Path,  # noqa: F811
     short: None,  # noqa: F811
 ) -> None:
@@ -143,6 +144,14 @@ def test_a_recording_is_audited_with_its_recipe_and_judged_by_all_images(
     assert other.code == 2
     assert "error: none of the 12 images that follow from the update is one of the 12 of --truth" in other.err
     assert not (nets / "none" / "audit.md").exists()
+    with monkeypatch.context() as patch:  # the same images, which nothing shows to be right
+        patch.setattr("leakbench.audit.batch.MIN_AGREEMENT", 1.1)
+        for truth, theirs in (("strangers", True), ("truth", False)):
+            assert cli(*command, "--recording", "recording", "--truth", truth, "--out", f"un{truth}").code == 0
+            unproven = (nets / f"un{truth}" / "audit.md").read_text()
+            assert ("None of the 12 images that disaggregate returned is one of --truth" in unproven) == theirs
+            assert "were not all separated from each other" in unproven
+            assert ("The server recovers 100 % of the 12 images, in closed form" in unproven) != theirs
     assert len(re.findall("SSIM (1.00|0.99),", page)) == 12
     wrong = cli(*command, "--recording", "recording", "--images", "7", "--out", "other")
     refused(wrong, "--images 7 contradicts --recording 'recording', which states examples 12")

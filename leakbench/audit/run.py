@@ -324,28 +324,28 @@ def audit_update(
     result = result if measured or proven else replace(result, share=math.nan)
     floor = floor_share(trials, _threshold(matrix)) if measured else math.nan
     found = replace(found, result=result, floor=floor, batch=batch)
-    strangers: list[str] = []
+    missed: list[str] = []
     if truths is not None:
         images = torch.zeros(0, *image_shape) if batch is None else batch.images
         beside = compared([Returned(DISAGGREGATE, images), *returned], truths, _threshold(matrix))
         found = _compared(found, beside)
         if batch is not None and not found.together:
-            strangers = [
+            missed.append(
                 f"None of the {len(batch.images)} images that {DISAGGREGATE} returned is one of --truth: they are "
                 "wrong, or --truth has the images of another client. Compare them by eye, without --truth."
-            ]
+            )
     elif batch is not None and batch.recovered:
         nan = math.nan
         each = enumerate(batch.pictures())
         pictures = tuple(ImageFinding(place, None, one, DISAGGREGATE, nan, nan, True) for place, one in each)
         found = replace(found, pictures=pictures)
     flaw = "Inconclusive: an update has no positive control." if found.result.share == 0 else ""
-    one, missed = shown.shown, list(strangers)
+    one = shown.shown
     if one is not None and one.pixels and one.rank > 1 and not everything:
-        missed = [
+        missed.append(
             f"The {one.rank} images were not all separated from each other in the change of layer {one.layer}, which "
             "takes the pixels. That does not make them safe."
-        ]
+        )
     warnings = (*([doubt] if doubt else []), *_doubts(shown, update), *missed, *found.warnings)
     found = replace(found, inconclusive=flaw, warnings=warnings)
     words = f"{before} to {after}" if kind == "weights" else f"{after}, a {kind}, of the weights {before}"

@@ -24,7 +24,7 @@ ATTACK_HEADINGS = ("attack", "recovered", "tried", "diverged", "skipped", "evalu
 
 def verdict(one: DefenseFindings) -> str:
     """Return in one sentence or two how many images are recovered behind a defense."""
-    return sentence("audit.sentences.j2", "verdict", one.result, one.inconclusive, one.batch)
+    return sentence("audit.sentences.j2", "verdict", one.result, one.inconclusive, one.batch if one.together else None)
 
 
 def exact_words(audit: Audit, one: DefenseFindings) -> str:
