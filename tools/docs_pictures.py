@@ -7,12 +7,11 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-from leakbench import metrics
 from leakbench.report import charts
 from leakbench.report.figure import saved
+from leakbench.report.files import metrics_of
 from leakbench.report.run import RunData
 from leakbench.store.frames import from_csv
-from leakbench.store.records import MetricInfo
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -23,9 +22,7 @@ AUDITS = {"audit": ("resnet18", 1090), "flower": ("flower-mlp2", 1260)}
 def worst_case() -> None:
     """Draw the heat map of ``reports/worst-case``."""
     trials = from_csv(ROOT / "reports" / "worst-case" / "results.csv")
-    known = [metrics.get(name) for name in metrics.names() if name in trials]
-    infos = [MetricInfo(one.name, one.higher_is_better, one.convention, "") for one in known]
-    (crossing,) = charts.crossings(RunData("worst-case", (), trials, infos, {}))
+    (crossing,) = charts.crossings(RunData("worst-case", (), trials, metrics_of(trials), {}))
     (DOCS / "worst-case.png").write_bytes(saved(charts.heatmap(crossing)))
 
 

@@ -154,9 +154,13 @@ def write_comparison(out: Path | str) -> Path:
 
 def comparison(results: pd.DataFrame) -> StudyPage:
     """Return ``paper.md`` of the results of a CSV (``store.frames.from_csv``)."""
+    return compare.study(results, metrics_of(results), compare.published())
+
+
+def metrics_of(results: pd.DataFrame) -> list[MetricInfo]:
+    """Return the metrics that the results of a CSV have."""
     infos = [registry.get(name) for name in registry.names() if name in results]
-    metrics = [MetricInfo(one.name, one.higher_is_better, one.convention, "") for one in infos]
-    return compare.study(results, metrics, compare.published())
+    return [MetricInfo(one.name, one.higher_is_better, one.convention, "") for one in infos]
 
 
 def has_only_csv(out: Path) -> bool:

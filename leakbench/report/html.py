@@ -14,7 +14,8 @@ from leakbench.analysis.summary import ANY, BLOCK, LABEL, STATUSES, without_repe
 from leakbench.core.text import ABSENT, decimals
 from leakbench.metrics import NOT_LEAKAGE
 from leakbench.plan.matrix import RECOVERY
-from leakbench.report import charts, figure, utility
+from leakbench.report import figure, utility
+from leakbench.report.charts import Chart
 from leakbench.report.figures import CHARTS, all_charts
 from leakbench.report.markdown import MAIN_METRICS, PAPER_PREFIX
 from leakbench.report.page import SCRIPTS, STYLES, embedded, picture, render
@@ -44,12 +45,10 @@ _MAX_DRAWN = 12
 """So many of these charts are on a page, the first ones; ``--figures`` writes all."""
 
 
-def _drawn(run: RunData) -> list[tuple[str, str, str]]:
+def _drawn(chosen: Iterable[Chart]) -> list[tuple[str, str, str]]:
     """Return what each chart shows, of which scene, and the chart as the address of an image."""
-    every = [one for one in all_charts(run) if one.kind in _DRAWN]
     return [
-        (CHARTS[one.kind], " · ".join(one.scene), picture(figure.saved(one.draw(), "svg"), "svg+xml"))
-        for one in every[:_MAX_DRAWN]
+        (CHARTS[one.kind], " · ".join(one.scene), picture(figure.saved(one.draw(), "svg"), "svg+xml")) for one in chosen
     ]
 
 
@@ -87,11 +86,9 @@ def html(
         "galleries": galleries,
         "trials": {**_trials(once, metrics, axes, run), **_courses(once, curves or {})},
     }
-    maps = [
-        (f"{one.dataset} · {one.model}", picture(figure.saved(charts.heatmap(one), "svg"), "svg+xml"))
-        for one in charts.crossings(run)
-    ]
-    drawn = _drawn(run)
+    every = list(all_charts(run))
+    maps = _drawn(one for one in every if one.kind == "heatmap")
+    drawn = _drawn([one for one in every if one.kind in _DRAWN][:_MAX_DRAWN])
     taken = sum(len(chart) for *_, chart in (*maps, *drawn))
     room = MAX_PAGE_BYTES - _CODE_BYTES - len(embedded(data).encode()) - taken
     found, places = _sprites(once, galleries, pictures, room)
