@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import watch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import leakbench
 from leakbench import attacks, models
+from leakbench.attacks.ig import IG
 from leakbench.attacks.matching import total_variation
 from leakbench.core.types import Gradient
 from leakbench.errors import Unsupported
@@ -329,3 +331,20 @@ def test_attacks_that_differentiate_by_weights_do_not_take_kernels() -> None:
     )
     found = attacks.parse("ig(steps=2,local=unrolled)")(observation, leakbench.Rng(("a", "b")))
     assert found.path == "batched"
+
+
+@dataclass(frozen=True)
+class Even(IG):
+    """An attack of a plugin with a prior of its own."""
+
+    def prior(self, images: Tensor) -> Tensor:
+        return self.tv * images.square().flatten(1).mean(1)
+
+
+@with_kernels
+def test_an_attack_with_another_prior_takes_the_kernels_too() -> None:
+    found = leakbench.attack(Even(steps=3, tv=0.5), watch("lenet", "none"))
+    assert found.path == "lanes"
+    assert not bool(found.failed.any())
+    other = leakbench.attack(IG(steps=3, tv=0.5), watch("lenet", "none"))
+    assert not torch.equal(found.images, other.images)

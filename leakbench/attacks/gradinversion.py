@@ -1,6 +1,6 @@
 """GradInversion: gradient matching with a prior on the statistics of batch normalisations, and a group of starts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from leakbench.attacks.adam import AdamSearch, adam, logarithm
 from leakbench.attacks.base import register
-from leakbench.attacks.matching import Count, Found, MatchingObjective, NonNegative, root, total_variation
+from leakbench.attacks.matching import Count, Found, MatchingObjective, NonNegative, root
 from leakbench.attacks.matching.problem import StatisticsOf
 from leakbench.core.rng import Rng
 from leakbench.core.types import Gradient
@@ -87,9 +87,9 @@ class GradInversion(AdamSearch):
         """Return the logarithm of the distance, or of a likelihood, [T]."""
         return logarithm(distance)
 
-    def prior(self, images: Tensor, variation: Callable[[Tensor], Tensor] = total_variation) -> Tensor:
+    def prior(self, images: Tensor) -> Tensor:
         """Return the weighted total variation, squared distance from grey, and distance from the group's mean."""
-        prior = super().prior(images, variation) + self.l2 * (images - 0.5).square().flatten(1).mean(1)
+        prior = super().prior(images) + self.l2 * (images - 0.5).square().flatten(1).mean(1)
         if self.seeds == 1 or not self.group:
             return prior
         return prior + self.group * root((images - consensus(images.detach(), self.seeds)).square().flatten(1).mean(1))

@@ -16,7 +16,6 @@ from leakbench.attacks.matching import (
     NonNegative,
     Positive,
     root,
-    total_variation,
 )
 from leakbench.core.rng import Rng
 from leakbench.core.types import Gradient
@@ -88,7 +87,7 @@ class GRNN(GradientMatching):
         squared = squared_distance(gradient, observed)
         return squared + root(squared if self.wd == "l2norm" else sorted_distance(gradient, observed))
 
-    def prior(self, images: Tensor, variation: Callable[[Tensor], Tensor] = total_variation) -> Tensor:
+    def prior(self, images: Tensor) -> Tensor:
         """Return the weighted squared total variation."""
         return self.tv * squared_variation(images)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from leakbench.attacks.matching.buffer import DrawBuffer
 from leakbench.attacks.matching.problem import MatchingProblem
-from leakbench.attacks.matching.tensors import pack, root, scaled, total_variation
+from leakbench.attacks.matching.tensors import pack, root, scaled
 from leakbench.core.rng import Rng, generator
 from leakbench.core.types import Gradient, Secret
 from leakbench.defenses.adaptive import AdaptiveAttacker, Dummies
@@ -93,8 +93,11 @@ class MatchingObjective(Recordable):
         return self.attack.reshape(distance) + (prior if self.prior_factor is None else self.prior_factor * prior)
 
     def _prior(self, images: Tensor) -> Tensor:
-        pixels = min(images.shape[-2:]) > 1
-        return self.attack.prior(images, variation if self.evaluator.path == "lanes" and pixels else total_variation)
+        """Return the attack's prior [T]; the usual one, total variation, by the kernels where they serve."""
+        usual = type(self.attack).prior is MatchingProblem.prior
+        if usual and self.attack.tv and self.evaluator.path == "lanes" and min(images.shape[-2:]) > 1:
+            return self.attack.tv * variation(images)
+        return self.attack.prior(images)
 
     def _report(self, evaluation: Evaluation) -> None:
         """Tell the user how far the search is; a number beyond it is of an evaluation that only compares."""

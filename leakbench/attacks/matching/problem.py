@@ -126,14 +126,9 @@ class MatchingProblem(Attack):
         """Return the labels [T] of ``labels=analytic``, by the published rule; raises Unsupported."""
         return analytic_labels(observation)
 
-    def prior(self, images: Tensor, variation: Callable[[Tensor], Tensor] = total_variation) -> Tensor:
-        """Return the term [T] that is added to the distance for images [T, ..., C, H, W]: weighted total variation.
-
-        Args:
-            images: as ``render`` returns them.
-            variation: computes the total variation [T].
-        """
-        return self.tv * variation(images) if self.tv else images.new_zeros(len(images))
+    def prior(self, images: Tensor) -> Tensor:
+        """Return the term [T] that is added to the distance for images [T, ..., C, H, W]: weighted total variation."""
+        return self.tv * total_variation(images) if self.tv else images.new_zeros(len(images))
 
     def penalty(self, images: Tensor, observation: Observation, statistics: StatisticsOf) -> Tensor | None:
         """Return a further term [T] for images [T, ..., C, H, W], which depends on more than the images; None for none.
