@@ -132,7 +132,9 @@ def test_only_entries_of_a_protocol_are_ranked_and_others_say_how_they_differ(cl
 
 def test_another_version_of_an_attacker_is_not_of_the_protocol() -> None:
     (first, *_) = protocol.protocols()
-    own = pd.DataFrame({"image": first.images, "seed": 0, "attack": "peel", "dataset": "cifar10", "model": "lenet"})
+    own = pd.DataFrame(
+        {"image": first.matrix.images, "seed": 0, "attack": "peel", "dataset": "cifar10", "model": "lenet"}
+    )
     own = own.assign(threat="paper", floor=False)
     own.loc[len(own)] = [*own.iloc[0][:-1], True]
     now = attacks.get("peel").version
@@ -152,7 +154,7 @@ def test_another_version_of_an_attacker_is_not_of_the_protocol() -> None:
 
 def test_every_protocol_says_what_it_fixes_and_its_command_runs_it() -> None:
     for one in protocol.protocols():
-        assert one.words.startswith(f"{len(one.images)} images of cifar10 (")
+        assert one.words.startswith(f"{len(one.matrix.images)} images of cifar10 (")
         _, _, _, _, *options = one.command.split()
         scale = options[options.index("--scale") + 1] if "--scale" in options else load_suite("worst-case")["default"]
         assert scale == one.scale

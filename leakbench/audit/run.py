@@ -57,7 +57,7 @@ from leakbench.gradients.evaluate import architecture, working
 from leakbench.metrics import NOT_LEAKAGE
 from leakbench.models.module import OwnModule
 from leakbench.observation import Observation
-from leakbench.plan.matrix import RECOVERY, Matrix, expand, load_suite, override
+from leakbench.plan.matrix import RECOVERY, Matrix, expand, load_suite, numbers_of, override
 from leakbench.store.run_file import FILE, Store
 from leakbench.victim import Client, layer_inputs, observe
 
@@ -158,7 +158,7 @@ def audit_model(
     built = own.build(inner.image_shape, classes)
     relus = has_relus(built, inner.image_shape)
     given |= {"threats": list(threats)} if threats else {}
-    indices = list(range(chosen)) if isinstance(chosen, int) else list(chosen)
+    indices = list(numbers_of(chosen))
     each = {defenses.spec(one): one for one in protections}
     drawn = randomness(built, inner.image_shape)
     expected = predicted(built, inner.image_shape)

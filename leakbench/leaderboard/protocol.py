@@ -1,5 +1,6 @@
 """Protocols: which images, attackers, budgets and threat models an entry must have to be ranked with others."""
 
+import itertools
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -10,7 +11,7 @@ from leakbench import attacks, datasets, models
 from leakbench.analysis.verdict import SUITE
 from leakbench.core.text import english, plural
 from leakbench.core.types import PRESETS
-from leakbench.plan.matrix import Matrix, expand, load_suite, parse_threat
+from leakbench.plan.matrix import Matrix, expand, load_suite, numbers_of, parse_threat
 from leakbench.store.records import StoredComponent
 
 SCALES = {"lenet-cifar10-1": "cpu", "relu-cifar10-1": "relu"}
@@ -34,26 +35,17 @@ class Protocol:
     matrix: Matrix
 
     @property
-    def images(self) -> list[int]:
-        """The indices of the attacked images."""
-        return list(range(self.matrix.images)) if isinstance(self.matrix.images, int) else list(self.matrix.images)
-
-    @property
-    def seeds(self) -> list[int]:
-        """The seeds."""
-        return list(range(self.matrix.seeds)) if isinstance(self.matrix.seeds, int) else list(self.matrix.seeds)
-
-    @property
     def words(self) -> str:
         """What the protocol fixes, in a sentence."""
+        images, seeds = numbers_of(self.matrix.images), numbers_of(self.matrix.seeds)
         used = dict.fromkeys(attacks.spec(one) for stage in self.matrix.steps for one in stage.attacks)
         data, networks = (
             english(map(datasets.spec, self.matrix.datasets)),
             english(map(models.spec, self.matrix.models)),
         )
         return (
-            f"{plural(len(self.images), 'image')} of {data} ({min(self.images)} to {max(self.images)}), "
-            f"{plural(len(self.seeds), 'seed')}, the threat model paper, floors, {networks} as the network, and the "
+            f"{plural(len(images), 'image')} of {data} ({min(images)} to {max(images)}), "
+            f"{plural(len(seeds), 'seed')}, the threat model paper, floors, {networks} as the network, and the "
             f"attackers {english(used)}, oblivious and adaptive; more steps and further attackers are allowed."
         )
 
@@ -88,7 +80,7 @@ class Protocol:
             found.append("it has no floors")
         if missing:
             found.append(f"these attackers did not run: {english(missing)}")
-        wanted = {(image, seed) for image in self.images for seed in self.seeds}
+        wanted = set(itertools.product(numbers_of(self.matrix.images), numbers_of(self.matrix.seeds)))
         if set(zip(own["image"], own["seed"])) != wanted:
             found.append("it attacks other images or seeds")
         if threshold != self.matrix.threshold:

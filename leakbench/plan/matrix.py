@@ -266,8 +266,7 @@ class Matrix(Axes):
         Raises:
             BadOption: there would be more than ``MAX_TRIALS``.
         """
-        images = range(self.images) if isinstance(self.images, int) else self.images
-        seeds = range(self.seeds) if isinstance(self.seeds, int) else self.seeds
+        images, seeds = numbers_of(self.images), numbers_of(self.seeds)
         cells = [
             Cell(dataset, model, defense, attack, threat, client)
             for stage in self.steps
@@ -328,6 +327,11 @@ class Matrix(Axes):
         found |= {} if self.clients == (ONE_IMAGE,) else {"clients": [clients.spec(one) for one in self.clients]}
         found |= {} if self.threshold is None else {"threshold": self.threshold}
         return found | ({"metrics": [metrics.spec(metric) for metric in self.metrics]} if self.metrics else {})
+
+
+def numbers_of(chosen: int | Sequence[int]) -> Sequence[int]:
+    """Return the images or seeds that a matrix names: 0 to n - 1 for a number n, or a list as it is."""
+    return range(chosen) if isinstance(chosen, int) else chosen
 
 
 def members_of(dataset: Dataset, client: LocalTraining, images: Sequence[int]) -> list[tuple[int, ...]]:
