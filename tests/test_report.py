@@ -327,6 +327,25 @@ def test_sessions_that_differ_are_told(tmp_path):
     assert run_name([one, other], "folder") == run_name([], "folder") == "folder"
 
 
+def test_what_several_starts_share_is_said_once(tmp_path):
+    source = provenance()
+    gpu = replace(source, device="cuda:0 (H200, CUDA 13)")
+    starts = [
+        RunSession(i, gpu if i == 4 else source, f"{i:02d}", None if i == 2 else f"{i:02d}x") for i in range(1, 7)
+    ]
+    results = frame(tmp_path, [])
+    facts = dict(RunData("n", starts, results, [PSNR], {}).facts())
+    assert facts["time"] == "01 to 06x: 6 starts, 1 of them interrupted"
+    assert facts["command"] == source.command
+    assert {name for name in facts if name.startswith("device")} == {
+        "device, starts 1 to 3 and 5 to 6",
+        "device, start 4",
+    }
+    few = dict(RunData("n", starts[:2], results, [PSNR], {}).facts())
+    assert few["time, start 1"] == "01 to 01x"
+    assert few["time, start 2"].startswith("02 to an unknown end")
+
+
 def test_numbers():
     assert number(-0.0001, 2) == "0.00"
     assert number(-1.5, 1) == "−1.5"

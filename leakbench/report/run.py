@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 
 import pandas as pd
 
 from leakbench.analysis.ensemble import RECOVERED, EnsembleResult, ensemble_results
 from leakbench.analysis.summary import STATUSES, rescored, summarise
-from leakbench.core.text import number
+from leakbench.core.text import english, number
 from leakbench.plan.matrix import RECOVERY
 from leakbench.report.page import render_markdown
 from leakbench.store.frames import AFTER, BEFORE, ended
@@ -26,6 +27,8 @@ from leakbench.store.records import (
 )
 from leakbench.store.run_file import Store
 
+_FEW = 3
+"""With more starts than these, their times are one line."""
 UNSALTED = "none: the keys were not salted, so that an attack could have read dataset and image from them"
 """The words on a run of before there were salts."""
 
@@ -114,15 +117,7 @@ class RunData:
         statuses = ", ".join(f"{counts[status]} {status}" for status in STATUSES if status in counts)
         ended = f"{len(self.results)} of {self.planned} planned" + (f" ({statuses})" if statuses else "")
         found = [("trials", ended), ("time in trials", f"{number(self.results['seconds'].sum(), 1)} s")]
-        for session in self.sessions:
-            label = "" if len(self.sessions) == 1 else f", start {session.id}"
-            words = {
-                "command": session.provenance.command,
-                "time": f"{session.started} to {session.ended or 'an unknown end, because it was interrupted'}",
-                **session.provenance.describe(),
-                "salt": session.provenance.salt or UNSALTED,
-            }
-            found += [(f"{name}{label}", text) for name, text in words.items()]
+        found += _start_facts(self.sessions)
         if self.plugins:
             found.append(("not part of leakbench", "; ".join(one.words for one in self.plugins)))
         return found
@@ -130,3 +125,34 @@ class RunData:
     def about(self) -> str:
         """Return the table of the run's starts in Markdown."""
         return render_markdown("about.md.j2", facts=self.facts(), mixed=self.mixed).rstrip()
+
+
+def _start_facts(sessions: Sequence[RunSession]) -> list[tuple[str, str]]:
+    """Return labels and words on when, by what and where a run was started; what several starts share is said once."""
+    by_name: dict[str, dict[str, list[int]]] = {}
+    for session in sessions:
+        provenance = session.provenance
+        words = {"command": provenance.command, **provenance.describe(), "salt": provenance.salt or UNSALTED}
+        for name, text in words.items():
+            by_name.setdefault(name, {}).setdefault(text, []).append(session.id)
+    times = [f"{one.started} to {one.ended or 'an unknown end, because it was interrupted'}" for one in sessions]
+    found = [
+        ("time" if len(times) == 1 else f"time, start {one.id}", text)
+        for one, text in zip(sessions, times, strict=True)
+    ]
+    if len(sessions) > _FEW:
+        interrupted = sum(one.ended is None for one in sessions)
+        cut = f", {interrupted} of them interrupted" if interrupted else ""
+        last = max(one.ended or one.started for one in sessions)
+        found = [("time", f"{sessions[0].started} to {last}: {len(sessions)} starts{cut}")]
+    for name, texts in by_name.items():
+        for text, ids in texts.items():
+            found.append((name if len(ids) == len(sessions) else f"{name}, {_named_starts(ids)}", text))
+    return found
+
+
+def _named_starts(ids: Sequence[int]) -> str:
+    """Return the numbers of starts in words: ``start 3``, ``starts 1 to 4 and 6``."""
+    runs = [[one for _, one in run] for _, run in groupby(enumerate(ids), lambda pair: pair[1] - pair[0])]
+    words = [str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs]
+    return ("start " if len(ids) == 1 else "starts ") + english(words)
