@@ -3,7 +3,7 @@
 From the checkout, each command resumes what an earlier one left:
 
 python -m benchmarks.relu photographs runs/relu/photos
-leakbench run matrix benchmarks/relu.toml --scale SCALE --out runs/relu/SCALE      for SCALE resnet, pooled, defenses
+leakbench run matrix benchmarks/relu.toml --scale SCALE --out runs/relu/SCALE  SCALE: resnet, pooled, defenses, searches
 leakbench run matrix benchmarks/relu.toml --scale photographs --out runs/relu/photographs \\
     --dataset "folder(path=runs/relu/photos, size=64)"
 leakbench run matrix benchmarks/relu.toml --scale trained --out runs/relu/trained \\
@@ -54,6 +54,9 @@ SCALES = {
 }
 """The parts of the page that are runs."""
 
+SEARCHES = "searches"
+"""The run of the best search behind the same defenses, which is beside the closed form on the page."""
+
 FIRST, SPACE = 320, 8
 """The first image of the first batch, and how far the first ones of two batches are apart."""
 
@@ -77,6 +80,8 @@ COLUMNS = (
     f"above {CLEAR} dB",
     "seconds, median",
 )
+
+SEARCH_COLUMNS = ("recovered", "after an affine fit")
 
 HEAD = f"""# The closed form on ReLU networks
 
@@ -197,12 +202,13 @@ def page(runs: Path, out: Path) -> None:
     """Write relu.md and the results of every run and of the batches."""
     out.mkdir(parents=True, exist_ok=True)
     parts = [HEAD]
+    for scale in (*SCALES, SEARCHES):
+        for folder in sorted(each.parent for each in runs.glob(f"{scale}*/{FILE}")):
+            merge(out / f"{scale}.csv", leakbench.Run(folder).results())
     for scale, title in SCALES.items():
         file = out / f"{scale}.csv"
-        for folder in sorted(each.parent for each in runs.glob(f"{scale}*/{FILE}")):
-            merge(file, leakbench.Run(folder).results())
         if file.exists():
-            parts += [f"## {title}", table(file)]
+            parts += [f"## {title}", table(file, out / f"{SEARCHES}.csv" if scale == "defenses" else None)]
     if (runs / "batches.csv").exists():
         (out / "batches.csv").write_text((runs / "batches.csv").read_text())
     if (out / "batches.csv").exists():
@@ -224,20 +230,42 @@ def merge(file: Path, new: pd.DataFrame) -> None:
     pd.concat(parts).sort_values(TRIAL).to_csv(file, index=False)
 
 
-def table(file: Path) -> str:
-    """Return a row for each model and defense of a run, and a list of the images that were not recovered."""
-    trials = judged(from_csv(file), RECOVERED)
-    trials = trials[~trials["floor"].astype(bool)]
+def table(file: Path, searches: Path | None = None) -> str:
+    """Return a row for each model and defense of a run, and a list of the images that were not recovered.
+
+    Where the results of a search behind the same defenses are given, each row ends with what it recovers.
+    """
+    trials = _trials(file)
+    others = _trials(searches) if searches and searches.exists() else None
     rows, failures = [], []
     for (model, defense), cell in trials.groupby(["model", "defense"], sort=False):
         name = f"`{stated(defense)}`" if trials["defense"].nunique() > 1 else f"`{model}`"
-        rows.append([name, *_figures(cell["recovered"], cell["psnr"], cell["psnr_aligned"], cell["seconds"])])
+        figures = _figures(cell["recovered"], cell["psnr"], cell["psnr_aligned"], cell["seconds"])
+        beside = (
+            [] if others is None else _searched(others[others[["model", "defense"]].eq((model, defense)).all(axis=1)])
+        )
+        rows.append([name, *figures, *beside])
         failures += [
             f"- {name}, image {each.image}, seed {each.seed}: "
             + (each.reason or f"PSNR {each.psnr_aligned:.1f} dB, SSIM {getattr(each, RECOVERY):.2f} (aligned)")
             for each in cell[~cell["recovered"]].fillna({"reason": ""}).itertuples()
         ]
-    return _markdown(("network or defense", *COLUMNS), rows) + _listed(failures)
+    head = ("network or defense", *COLUMNS)
+    if others is not None:
+        head += tuple(f"`{attack}`: {what}" for attack in others["attack"].unique() for what in SEARCH_COLUMNS)
+    return _markdown(head, rows) + _listed(failures)
+
+
+def _trials(file: Path) -> pd.DataFrame:
+    trials = judged(from_csv(file), RECOVERED)
+    return trials[~trials["floor"].astype(bool)]
+
+
+def _searched(cell: pd.DataFrame) -> list[str]:
+    """Return what a search recovers behind one defense: images, and the median PSNR in dB after an affine fit."""
+    if cell.empty:
+        return ["–", "–"]
+    return [f"{int(cell['recovered'].sum())} of {len(cell)}", f"{cell['psnr_aligned'].median():.1f}"]
 
 
 def stated(defense: str) -> str:
