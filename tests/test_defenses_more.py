@@ -45,7 +45,8 @@ from leakbench.report import worst_case
 from leakbench.report.markdown import markdown
 from leakbench.report.run import RunData as Report
 from leakbench.store.run_file import FILE, Store
-from leakbench.victim import Client, StepRecord, _batch, build, observe, observe_recorded
+from leakbench.victim import Client, StepRecord, build, observe, observe_recorded
+from leakbench.victim.client import batch_of
 
 RGB = (3, 32, 32)
 INFORMED = {"informed": True}
@@ -755,7 +756,7 @@ def test_the_blends_class_probabilities_are_worked_out(model: str) -> None:
     method = defenses.parse("mixup")
     blends = []
     for t, client in enumerate(clients(4)):
-        x, y = _batch(method, client, CLASSES)
+        x, y = batch_of(method, client, CLASSES)
         blend, shares = method.encode(x, y, generator(client.key, "encode"))
         torch.testing.assert_close(known.targets[t : t + 1], shares, rtol=1e-9, atol=1e-9)
         assert torch.equal(recorded("lenet", method, [client])[0].changed, blend)

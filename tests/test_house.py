@@ -37,7 +37,7 @@ def test_imports_run_downward() -> None:
 
 def test_the_root_has_few_modules() -> None:
     own = {path.stem for path in PACKAGE.glob("*.py")}
-    assert own == {"__init__", "__main__", "api", "errors", "observation", "version", "victim"}
+    assert own == {"__init__", "__main__", "api", "errors", "observation", "version"}
 
 
 def test_the_command_line_starts_without_torch() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import leakbench
-from leakbench import defenses, models, victim
+from leakbench import defenses, models
 from leakbench.clients import registry as trainings
 from leakbench.core.component import shipped
 from leakbench.core.rng import DrawsOnHost, generator
@@ -22,21 +22,20 @@ from leakbench.defenses import Defense, Step
 from leakbench.errors import ClientFailed, DefenseFailed
 from leakbench.observation import Observation
 from leakbench.plan.matrix import parse_threat
-from leakbench.victim import StepRecord, observe_recorded
+from leakbench.victim import Client, StepRecord, observe_recorded, observing
+from leakbench.victim import steps as client_steps
 
 CPU = torch.device("cpu")
 
 Steps = Callable[..., tuple[Observation, list[StepRecord]]]
 
 
-def several(count: int, trials: int) -> list[victim.Client]:
+def several(count: int, trials: int) -> list[Client]:
     """Return clients of several images."""
     own = clients(trials * count)
     groups = [own[begin : begin + count] for begin in range(0, len(own), count)]
     return [
-        victim.Client(
-            first.image, first.label, "weights 0", first.key, others=tuple((o.image, o.label) for o in others)
-        )
+        Client(first.image, first.label, "weights 0", first.key, others=tuple((o.image, o.label) for o in others))
         for first, *others in groups
     ]
 
@@ -46,7 +45,7 @@ def taken(
     defense: str | Defense = "none",
     threat: object = "paper",
     *,
-    own: list[victim.Client] | None = None,
+    own: list[Client] | None = None,
     training: str = "local",
 ) -> tuple[Observation, list[StepRecord]]:
     """Return what a server sees of three clients, and the records of their steps."""
@@ -67,10 +66,10 @@ def jointly(monkeypatch: pytest.MonkeyPatch, float64: None) -> Steps:
 
     def steps(*args: Any, **options: Any) -> tuple[Observation, list[StepRecord]]:
         with monkeypatch.context() as patch:
-            own = lambda trainers, clients, device, blame, record: victim._joint_part(  # noqa: E731
+            own = lambda trainers, clients, device, blame, record: client_steps._joint_part(  # noqa: E731
                 trainers, clients, device, blame, record
             )
-            patch.setattr(victim, "_joint_steps", own)
+            patch.setattr(observing, "joint_steps", own)
             return taken(*args, **options)
 
     return steps
@@ -186,7 +185,7 @@ def test_a_defense_that_fails_is_named(jointly: Steps) -> None:
         with pytest.raises(DefenseFailed, match=words) as other:
             taken(defense=defense)
         assert str(one.value) == str(other.value)
-    infinite = [victim.Client(torch.full(SHAPE, torch.inf), 0, "weights 0", "a")]
+    infinite = [Client(torch.full(SHAPE, torch.inf), 0, "weights 0", "a")]
     with pytest.raises(ClientFailed, match="without any defense the client sends"):
         jointly(own=infinite)
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import leakbench
-from leakbench import attacks, datasets, defenses, models, victim
+from leakbench import attacks, datasets, defenses, models
 from leakbench.attacks.base import prepare
 from leakbench.attacks.matching import GradientMatching
 from leakbench.attacks.peeling.descent import Feature
@@ -51,7 +51,8 @@ from leakbench.models import OwnModule
 from leakbench.observation import Observation
 from leakbench.optim import Evaluation, LineSearch, Objective, Unknowns, graph, lbfgs, value_and_gradient
 from leakbench.plan.matrix import parse_threat
-from leakbench.victim import observe
+from leakbench.victim import observe, observing
+from leakbench.victim import steps as client_steps
 
 sys.path.insert(0, str(Path(__file__).parent))
 import pretend
@@ -259,7 +260,7 @@ def test_clients_take_the_same_step_on_the_device(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, defense: str
 ) -> None:
     compared(defense=defense, trials=3)
-    monkeypatch.setattr(victim, "_single_steps", refuse)
+    monkeypatch.setattr(observing, "single_steps", refuse)
     stepped("pretend", defense=defense)
 
 
@@ -270,13 +271,13 @@ def test_clients_that_train_do_so_on_the_device(gpu: ModuleType) -> None:
 
 def test_a_defense_of_a_plugin_takes_its_steps_on_the_cpu(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(defenses.parse("noise")), "joint", False)
-    monkeypatch.setattr(victim, "_joint_part", refuse)
+    monkeypatch.setattr(client_steps, "_joint_part", refuse)
     compared(defense="noise", trials=3)
 
 
 def test_clients_that_do_not_fit_are_halved(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    real = victim._joint_part
+    real = client_steps._joint_part
 
     def greedy(trainers: Any, some: Sequence[Any], *rest: Any) -> Any:
         sizes.append(len(some))
@@ -284,8 +285,8 @@ def test_clients_that_do_not_fit_are_halved(gpu: ModuleType, monkeypatch: pytest
         assert len(held)
         return real(trainers, some, *rest)
 
-    monkeypatch.setattr(victim, "_joint_part", greedy)
-    monkeypatch.setattr(victim, "free_memory", lambda device: 2**40)
+    monkeypatch.setattr(client_steps, "_joint_part", greedy)
+    monkeypatch.setattr(client_steps, "free_memory", lambda device: 2**40)
     with gpu.limited(5 * 2**20):
         there = stepped("pretend", trials=8)
     assert sizes == [8, 4, 4]
