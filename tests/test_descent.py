@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import leakbench
-from leakbench.attacks.peeling import inversion
+from leakbench.attacks.peeling import descent, inversion
 from leakbench.attacks.peeling.correlation import Fitted
 from leakbench.attacks.peeling.descent import Part, inputs_alone, recover
-from leakbench.attacks.peeling.gates import balanced
+from leakbench.attacks.peeling.gates import balanced, log_odds
 from leakbench.attacks.peeling.inversion import find_below
 from leakbench.attacks.peeling.knowledge import Knowledge
 from leakbench.attacks.peeling.network import Network
@@ -375,6 +376,42 @@ def test_a_wrong_sum_of_errors_corrects_the_mask_near_the_threshold(wrong: list[
     assert torch.equal(found, true[..., None])
     unexplained = balanced(mask, Fitted(value, deviation), error, sums + torch.tensor([0.0, 0, 0.7, 0, 0, 0]))
     assert torch.equal(unexplained, mask)
+
+
+def test_a_descent_behind_noise_begins_at_the_head_and_knows_how_large_the_noise_is() -> None:
+    model = residual(width=64)
+    observation, images = seen(model)
+    network = Network(trace(observation))
+    exact = truth(network, images)
+    clean, generator = sent(observation), torch.Generator().manual_seed(3)
+    spreads = {name: 0.01 * float(value.square().mean().sqrt()) for name, value in clean.items()}
+    noisy = {
+        name: value + spreads[name] * torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        for name, value in clean.items()
+    }
+    found = recover(network, noisy, torch.Generator().manual_seed(0), spreads=spreads).features
+    top = found[0]
+    assert network.reader(top.place) == "4.conv2"
+    assert far(top.value, exact[top.place]) < 0.02
+    assert top.balance < 0.01  # that of the noise is 0.01, and wrong masks add to it
+    nothing = {name: value - clean[name] for name, value in noisy.items()}
+    assert not any(descent.usable(each) for each in recover(network, nothing, generator, spreads=spreads).features)
+
+
+def test_the_odds_of_a_mask_by_a_noisy_value() -> None:
+    """Against the two densities, by numerical integration over the half-normal outputs of an open ReLU."""
+    value = torch.linspace(-0.5, 1.5, 41, dtype=torch.float64).view(1, 1, 1, -1)
+    deviation = torch.full_like(value, 0.2)
+    scale = (2 * value.clamp(min=0).square().mean()).sqrt()
+    outputs = torch.linspace(0, 12, 200_001, dtype=torch.float64) * scale
+    half_normal = 2 * torch.exp(-0.5 * (outputs / scale).square()) / scale
+    for at in (0, 10, 20, 40):
+        x = value[..., at]
+        density = torch.exp(-0.5 * ((x - outputs) / 0.2).square()) / (2 * math.pi * 0.2)
+        closed = torch.exp(-0.5 * (x / 0.2).square()) / (math.sqrt(2 * math.pi) * 0.2)
+        opened = torch.trapezoid(density * half_normal, outputs)
+        expected = float((opened / closed).log())
+        assert float(log_odds(Fitted(value, deviation))[..., at]) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.long

@@ -16,7 +16,7 @@ from leakbench.attacks.peeling.exposure import predict_exposure
 from leakbench.attacks.peeling.factors import ConvolutionFactors, NotFactorised, scale_by_bias, scale_by_shift
 from leakbench.attacks.peeling.krylov import DENSE, lowest_eigenvectors
 from leakbench.attacks.peeling.lattice import Lattice
-from leakbench.attacks.peeling.masks import factorise_masked, split_rows
+from leakbench.attacks.peeling.masks import factorise_masked, factorise_valued, split_rows
 from leakbench.attacks.peeling.pointwise import PointwiseFactors, factorise_pointwise
 from leakbench.attacks.peeling.shifts import clear_rank, factorise_convolution
 from leakbench.attacks.peeling.unmixing import unmix
@@ -380,6 +380,32 @@ def test_masks_are_found_in_an_input_of_low_rank() -> None:
     assert "1 output channels do not determine" in few.reason
     with pytest.raises(BadOption, match="expected two tensors"):
         factorise_masked(gradient, lattice, values[:5], masks.sum((0, 2, 3)), rng())
+
+
+def test_masks_are_found_behind_noise_and_noise_alone_is_refused() -> None:
+    """Values are known up to a factor, and some counts. Masks are wrong only where a value is below the noise."""
+    layer = nn.Conv2d(64, 128, 3, padding=1).double()
+    lattice = Lattice.of(layer, (4, 4))
+    h = sparse((1, 64, 4, 4))
+    masks = torch.rand(1, 128, 4, 4, generator=rng(1)) < 0.6
+    values = torch.randn(128, dtype=torch.float64, generator=rng(2))
+    gradient = torch.autograd.grad(layer(h), layer.weight, values.view(1, 128, 1, 1) * masks)[0]
+    noise = torch.randn(gradient.shape, dtype=torch.float64, generator=rng(3)) * gradient.square().mean().sqrt()
+    unknown = torch.full_like(values, torch.nan)
+    for level, most in ((0.0, 1e-10), (0.1, 0.1), (0.3, 0.3)):
+        found = factorise_valued(gradient + level * noise, lattice, 5 * values, unknown, rng())
+        assert isinstance(found, ConvolutionFactors), found
+        wrong = ((found.errors != 0) != masks).any(0).flatten(1).any(1)
+        assert error(found.inputs, h) <= most
+        assert bool((values[wrong].abs() < 2 * level).all())
+    for nothing in (noise, 0 * noise):
+        assert isinstance(factorise_valued(nothing, lattice, values, unknown, rng()), NotFactorised)
+    counts = torch.where(values > 0, masks.sum((0, 2, 3)), torch.nan)
+    found = factorise_valued(gradient + noise, lattice, values, counts, rng())
+    assert isinstance(found, ConvolutionFactors), found
+    assert torch.equal((found.errors != 0).sum((0, 2, 3))[values > 0], counts[values > 0].long())
+    with pytest.raises(BadOption, match="expected two tensors"):
+        factorise_valued(gradient, lattice, values[:5], unknown, rng())
 
 
 def test_rows_are_split_into_value_and_mask() -> None:

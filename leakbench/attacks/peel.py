@@ -91,8 +91,8 @@ class Peel(Attack):
     """
 
     # 2: networks with ReLUs, which were unsupported, or searched less thoroughly; 3: conditional variances, and in
-    # networks with ReLUs a last search that ends when it brings nothing more
-    version: ClassVar[int] = 3
+    # networks with ReLUs a last search that ends when it brings nothing more; 4: masks behind noise by their odds
+    version: ClassVar[int] = 4
     reference: ClassVar[str] = (
         "in the family of Zhu and Blaschko 2021, R-GAP, ICLR, arXiv 2010.07733; "
         "the way through a normalisation of unknown scale and shift is this package's own"
@@ -157,7 +157,7 @@ class Peel(Attack):
 
     def _descend(self, network: Network, observation: Observation, rng: Rng) -> Reconstruction:
         """Return the image of every trial of a ReLU network; a trial of which nothing is recovered has failed."""
-        several = bool(observation.places)
+        several, spreads = bool(observation.places), spreads_of(observation)
         noise = rng.normal("start", (*observation.places, *observation.image_shape)).to(observation.dtype)
         parts = []
         for trial, draws in enumerate(rng.generators("factorise")):
@@ -165,11 +165,12 @@ class Peel(Attack):
             shown = {name: each[trial].cpu() for name, each in (observation.shown or {}).items() if name in own_values}
             incomplete = {name: Part(own_values[name], each) for name, each in shown.items() if not bool(each.all())}
             sent = {name: value for name, value in own_values.items() if name not in incomplete}
+            known = {name: float(each[trial]) for name, each in spreads.items() if name in sent}
             twin = filled(observation, trial)
             searched = network.on(filled(observation, trial).to(observation.device, observation.dtype), trial)
             own = noise[trial] if several else noise[trial : trial + 1]
             whole = network.on(twin, trial)
-            parts.append(restore(whole, searched, sent, own, draws, self.search, incomplete, observation.note))
+            parts.append(restore(whole, searched, sent, own, draws, self.search, incomplete, observation.note, known))
         misfits = torch.stack([each.misfits.mean() for each in parts])
         images = torch.stack([each.images for each in parts])
         return Reconstruction(
@@ -229,6 +230,18 @@ def _undo(layers: Sequence[ChainLayer], part: range, state: State, known: Known)
     for index in reversed(part):
         state = undo(layers[index], state, replace(known, below=layers[:index]))
     return state
+
+
+def spreads_of(observation: Observation) -> dict[str, Tensor]:
+    """Return the standard deviation [T] of an entry's error in tensors of which an adaptive attacker knows it."""
+    adaptive = observation.adaptive
+    if adaptive is None or adaptive.spread is None:
+        return {}
+    gradient = observation.gradient
+    unit = torch.full_like(next(iter(gradient.values())).flatten(1)[:, 0], observation.unit)
+    unit = unit if observation.size is None else unit * observation.size
+    sent = {name: value * unit.view(-1, *[1] * (value.ndim - 1)) for name, value in gradient.items()}
+    return {name: value / unit for name, value in adaptive.spread(sent, observation.weights).items()}
 
 
 def served(observation: Observation) -> Chain | Network:

@@ -73,6 +73,8 @@ class AdaptiveAttacker:
         likelihood: (gradient, observed, weights) -> [T]. -log p(observed | gradient) up to a constant, for a dummy
             gradient as ``surrogate`` returns it. It takes the place of the attack's own distance, relative to its value
             at a gradient of zeros. None: what is sent follows from the gradient without noise.
+        spread: (observed, weights) -> [T] per parameter. The standard deviation of the error of an entry of what was
+            sent, for closed forms, which weigh their equations by it. None, or a parameter that is left out: unknown.
         recover: (model, observed, weights) -> [T, *shape] by name. The secrets that follow from what was sent in closed
             form, tensors that only the relaxed network has among them. ``observed`` is the gradient; of a client that
             shares weights the mean gradient of its steps, or a multiple of it where the rate is hidden.
@@ -96,6 +98,7 @@ class AdaptiveAttacker:
     release: Callable[[Dummies], Gradient] | None = None
     encode: Callable[[Tensor, Tensor, Sequence[torch.Generator]], tuple[Tensor, Tensor]] | None = None
     likelihood: Callable[[Gradient, Observed, Weights], Tensor] | None = None
+    spread: Callable[[Observed, Weights], Gradient] | None = None
     recover: Callable[[nn.Module, Observed, Weights], Gradient] | None = None
     targets: Callable[[nn.Module, Observed, Weights], Tensor | None] | None = None
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None

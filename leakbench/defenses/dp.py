@@ -69,6 +69,7 @@ class DP(Defense):
             "also clips the dummy gradient, and weighs an error by the noise's distribution (L2)",
             surrogate=self._clipped,
             likelihood=self._likelihood if self.noise_multiplier > 0 else None,
+            spread=self._spread if self.noise_multiplier > 0 else None,
         )
         return {"default": attacker}
 
@@ -78,6 +79,11 @@ class DP(Defense):
     def _likelihood(self, gradient: Gradient, observed: Observed, weights: Weights) -> Tensor:
         """Return [T], |g' - g|_2^2 / (2 (noise_multiplier * clip)^2) for a batch of one."""
         return squared_distance(gradient, observed) / (2 * (self.noise_multiplier * self.clip) ** 2)
+
+    def _spread(self, observed: Observed, weights: Weights) -> Gradient:
+        """Return [T], the noise's standard deviation for a batch of one."""
+        deviation = self.noise_multiplier * self.clip
+        return {name: value.new_full((len(value),), deviation) for name, value in observed.items()}
 
     def epsilon(self) -> float:
         """Return the epsilon of the whole training, infinite without noise; needs the extra ``dp``.

@@ -52,8 +52,14 @@ class Noise(Defense):
     def attackers(self) -> Mapping[str, AdaptiveAttacker]:
         """Return the attacker who models the noise."""
         words = "weighs an error by the noise's distribution: L2 for Gaussian noise, L1 for Laplace noise"
-        likelihood = self._likelihood if self.scale > 0 else None
-        return {"default": AdaptiveAttacker(words, likelihood=likelihood, batched=True)}
+        if self.scale == 0:
+            return {"default": AdaptiveAttacker(words, batched=True)}
+        attacker = AdaptiveAttacker(words, likelihood=self._likelihood, spread=self._spread, batched=True)
+        return {"default": attacker}
+
+    def _spread(self, observed: Observed, weights: Weights) -> Gradient:
+        """Return [T], the noise's standard deviation."""
+        return {name: self._judged(value).flatten() for name, value in observed.items()}
 
     def _likelihood(self, gradient: Gradient, observed: Observed, weights: Weights) -> Tensor:
         """Return [T]: |g' - g|_2^2 / (2 scale^2) for Gaussian noise, |g' - g|_1 / b for Laplace noise.
@@ -64,11 +70,15 @@ class Noise(Defense):
         """
         errors = []
         for name, value in observed.items():
-            deviation = self._deviation(value) / ((1 + self.scale**2) ** 0.5 if self.relative else 1)
+            deviation = self._judged(value)
             error = ((gradient[name] - value) / torch.where(deviation > 0, deviation, 1.0)).flatten(1)
             gaussian = self.kind == "gaussian"
             errors.append(error.square().sum(1) / 2 if gaussian else smooth_abs(error).sum(1) * 2**0.5)
         return torch.stack(errors).sum(0)
+
+    def _judged(self, value: Tensor) -> Tensor:
+        """Return the noise's standard deviation, [T, 1, ...], by what was sent of one parameter."""
+        return self._deviation(value) / ((1 + self.scale**2) ** 0.5 if self.relative else 1)
 
     def _deviation(self, value: Tensor) -> Tensor:
         """Return the noise's standard deviation, [T, 1, ...], for gradients [T, *shape] of one parameter."""

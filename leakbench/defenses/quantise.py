@@ -51,7 +51,17 @@ class Quantise(Defense):
     def attackers(self) -> Mapping[str, AdaptiveAttacker]:
         """Return the attacker who models the rounding as noise."""
         words = "models the rounding as noise of the same width, and weighs an error by it (L2)"
-        return {"default": AdaptiveAttacker(words, likelihood=self._likelihood, batched=True)}
+        return {
+            "default": AdaptiveAttacker(words, likelihood=self._likelihood, spread=self._spread, batched=True),
+        }
+
+    def _spread(self, observed: Observed, weights: Weights) -> Gradient:
+        """Return [T], w / sqrt(12) as in the likelihood."""
+        return {name: (self._square(value) / 12).sqrt() for name, value in observed.items()}
+
+    def _square(self, value: Tensor) -> Tensor:
+        """Return the mean square [T] of the distance of neighbours on the grid."""
+        return self._width(value).flatten(1).square().mean(1).clamp(min=HALF_STEP**2)
 
     def _likelihood(self, gradient: Gradient, observed: Observed, weights: Weights) -> Tensor:
         """Return [T], the sum of (g' - g)^2 / (2 w^2 / 12) over all entries.
@@ -63,8 +73,7 @@ class Quantise(Defense):
         """
         errors = []
         for name, value in observed.items():
-            square = self._width(value).flatten(1).square().mean(1).clamp(min=HALF_STEP**2)
-            errors.append(6 * (gradient[name] - value).flatten(1).square().sum(1) / square)
+            errors.append(6 * (gradient[name] - value).flatten(1).square().sum(1) / self._square(value))
         return torch.stack(errors).sum(0)
 
     def _rounded(self, value: Tensor) -> Tensor:

@@ -71,12 +71,12 @@ def flat_heads(network: Network, sent: Collection[str]) -> list[tuple[int, int]]
 def heads(network: Network, sent: Collection[str]) -> list[int]:
     """Return the places of the linear layers that take the means of a ReLU's channels, and sent what is needed.
 
-    That is the gradient of their bias, and so the error at their input, and of a shift below the ReLU. With half as
-    many channels as places, masks cannot be found.
+    That is the gradient of their bias or of their weight and of a shift below the ReLU, and so the error at their
+    input. With half as many channels as places, masks cannot be found.
     """
     found = []
     for place, step in enumerate(network.steps):
-        if step.kind != "linear" or f"{step.name}.bias" not in sent:
+        if step.kind != "linear" or not {f"{step.name}.bias", f"{step.name}.weight"} & set(sent):
             continue
         at = step.inputs[0]
         while network.steps[at].kind == "affine" and len(network.steps[at].inputs) == 1:
@@ -84,7 +84,8 @@ def heads(network: Network, sent: Collection[str]) -> list[int]:
         lowest = network.steps[at]
         channels, places = lowest.shape[:1], prod(lowest.shape[1:])
         pooled = channels == network.steps[step.inputs[0]].shape and 1 < places <= 2 * prod(channels)
-        if pooled and lowest.kind == "relu" and lowest.slope == 0 and network.shift(at) in sent:
+        sized = f"{step.name}.bias" in sent or network.shift(at) in sent
+        if pooled and lowest.kind == "relu" and lowest.slope == 0 and sized:
             found.append(place)
     return found
 

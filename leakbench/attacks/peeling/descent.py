@@ -8,6 +8,8 @@ long as it is exact, the error of a layer is the noise of that layer's own gradi
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,10 +19,10 @@ from torch import Tensor, nn
 from leakbench.attacks.peeling.beginnings import beginnings, factorisable, flat_heads, heads, lattice_of
 from leakbench.attacks.peeling.completion import factorise_incomplete
 from leakbench.attacks.peeling.correlation import FLOOR, Fitted, by_image, least_squares, windows
-from leakbench.attacks.peeling.factors import NotFactorised
+from leakbench.attacks.peeling.factors import ConvolutionFactors, NotFactorised
 from leakbench.attacks.peeling.gates import decide, fitting_mask, rebalance
 from leakbench.attacks.peeling.knowledge import CLEAR, Knowledge
-from leakbench.attacks.peeling.masks import factorise_masked
+from leakbench.attacks.peeling.masks import factorise_masked, factorise_valued
 from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.shifts import factorise_convolution
 from leakbench.attacks.peeling.standard import Standard, standardised
@@ -38,6 +40,9 @@ noisy one the sums may be off."""
 
 MAX_DEVIATION = 0.1
 """How far, relative to its size, the input that a linear layer's gradient gives may be from exact."""
+
+MAX_UNSURE = 0.2
+"""The standard deviation up to which a number of open positions is rounded."""
 
 MAX_COMPLETED = 36
 """The most positions of an input for which missing entries are completed: time grows with their fourth power."""
@@ -95,7 +100,13 @@ class Recovered:
     reason: str
 
 
-def recover(network: Network, sent: Mapping[str, Tensor], rng: torch.Generator, images: int = 1) -> Recovered:
+def recover(
+    network: Network,
+    sent: Mapping[str, Tensor],
+    rng: torch.Generator,
+    images: int = 1,
+    spreads: Mapping[str, float] | None = None,
+) -> Recovered:
     """Return what can be recovered from the lowest convolution on that gives its own input; nothing if none does.
 
     Args:
@@ -103,9 +114,11 @@ def recover(network: Network, sent: Mapping[str, Tensor], rng: torch.Generator, 
         sent: the trial's gradient, by name.
         rng: for the start of an eigenvalue solver, and for the search that tells images apart.
         images: how many images were trained on at a time. Their order is not known.
+        spreads: the standard deviation of an entry's error in tensors of which it is known.
     """
     exact = {name: value.double() for name, value in sent.items()}
     reason = "no convolution behind a ReLU has as many channels as places"
+    noisy: list[Recovered] = []
     for place in beginnings(network, sent, images):
         layer = network.steps[place].layer
         assert layer is not None
@@ -115,26 +128,39 @@ def recover(network: Network, sent: Mapping[str, Tensor], rng: torch.Generator, 
             continue
         reason = f"{layer.name}: no scale of its input agrees with the gradient of the shift below"
         for sign in (1.0, -1.0) if images == 1 else (1.0,):
-            known = Knowledge(network, exact, images)
+            known = Knowledge(network, exact, images, spreads)
             if not begin(known, place, sign * found.errors, max(MAX_IMBALANCE, NOISY * found.misfit)):
                 continue
             result = _recovered(known)
-            if found.misfit < CLEAN or any(usable(each) for each in result.features):
+            if found.misfit < CLEAN:
                 return result
-            reason = f"{layer.name}: too much noise to descend from it"  # higher ones, of fewer positions, bear more
+            noisy.append(result)
+            reason = f"{layer.name}: too much noise to descend from it"
+            break
+        if noisy and any(usable(each) for each in noisy[-1].features):
+            break  # higher convolutions, of fewer positions, bear more noise
     for place, at in flat_heads(network, sent) if images == 1 else ():
-        known = Knowledge(network, exact)
+        known = Knowledge(network, exact, images, spreads)
         refused = begin_at_flat_head(known, place, at)
         if refused is None:
             return _recovered(known)
         reason = refused
     for place in heads(network, sent) if images == 1 else ():
-        known = Knowledge(network, exact)
+        known = Knowledge(network, exact, images, spreads)
         refused = begin_at_head(known, place, rng)
         if refused is None:
-            return _recovered(known)
+            noisy.append(_recovered(known))
+            break
         reason = refused
-    return Recovered((), reason)
+    return max(noisy, key=_depth, default=Recovered((), reason))
+
+
+def _depth(found: Recovered) -> tuple[int, float]:
+    """Return how far below a descent found usable values, and how exact the lowest one is; more is better."""
+    lowest = min((each for each in found.features if usable(each)), key=lambda each: each.place, default=None)
+    if lowest is None:
+        return -sys.maxsize, -min((each.deviation for each in found.features), default=math.inf)
+    return -lowest.place, -lowest.deviation
 
 
 def _recovered(known: Knowledge) -> Recovered:
@@ -241,12 +267,14 @@ def begin_at_head(known: Knowledge, place: int, rng: torch.Generator) -> str | N
     """Begin at a linear layer above average pooling, and descend; return why the mask below it was not found, if so.
 
     The error is the same at all positions of a channel, so the gradient of the shift below the ReLU gives the
-    number of open positions, and the weight gradient of the convolution there which they are (``masks.py``).
+    number of open positions, and the weight gradient of the convolution there which they are (``masks.py``). Behind
+    noise the number is not known, and all masks are decided by the weight gradient.
     """
     steps = known.network.steps
     reason = f"{steps[place].name}: the masks of the ReLU below do not follow from it"
-    error = known.sent[f"{steps[place].name}.bias"][None]
-    known.pinned[steps[place].inputs[0]] = known.network.backward(place, steps[place].inputs[0], error)
+    top = steps[place].inputs[0]
+    error, exact = head_error(known, place)
+    known.pinned[top] = known.network.backward(place, top, error[None])
     for at in reversed(range(place)):
         layer = steps[at].layer
         if layer is None or layer.geometry.stride != (1, 1) or layer.geometry.kernel == (1, 1):
@@ -261,18 +289,50 @@ def begin_at_head(known: Knowledge, place: int, rng: torch.Generator) -> str | N
         gate, gain, _ = found
         values, sums = (gain * above)[0].flatten(1), known.sent.get(known.network.shift(gate) or "")
         even = float((values - values[:, :1]).abs().max()) <= EVEN * float(values.abs().max())
-        if sums is None or not even or steps[gate].slope:
+        if not even or steps[gate].slope:
             continue
-        counts = (sums / above[0, :, 0, 0]).nan_to_num(0.0, 0.0, 0.0)
-        factors = factorise_masked(known.sent[layer.weight], lattice_of(layer), values[:, 0], counts, rng)
+        own, lattice = known.sent[layer.weight], lattice_of(layer)
+        factors: ConvolutionFactors | NotFactorised = NotFactorised("the number of open positions is not known")
+        if sums is not None and exact:
+            counts = (sums / above[0, :, 0, 0]).nan_to_num(0.0, 0.0, 0.0)
+            factors = factorise_masked(own, lattice, values[:, 0], counts, rng)
+        if isinstance(factors, NotFactorised):
+            counts = torch.full_like(values[:, 0], torch.nan)
+            if sums is not None:
+                spread = known.spreads.get(known.network.shift(gate) or "", torch.inf)
+                sure = spread < MAX_UNSURE * above[0, :, 0, 0].abs()
+                counts = torch.where(sure, (sums / above[0, :, 0, 0]).round().clamp(0, lattice.outputs), torch.nan)
+            factors = factorise_valued(own, lattice, values[:, 0], counts, rng)
         if isinstance(factors, NotFactorised):
             reason = f"{layer.name}: {factors.reason}"
             continue
         known.masks[gate] = factors.errors != 0
+        if factors.scale_misfit is None and sums is not None:  # by more equations than the head's few
+            made = (known.masks[gate] * above).sum((0, 2, 3))
+            known.pinned[top] = known.pinned[top] * (made @ sums) / (made @ made)
+            known.errors = {}
         known.forget(gate)
         descend(known, gate)
         return None
     return reason
+
+
+def head_error(known: Knowledge, place: int) -> tuple[Tensor, bool]:
+    """Return the error [K] at a linear layer's output of one image, and whether it is exact.
+
+    The gradient of the layer's weight is that error times the layer's input, which is not negative. Behind noise, its
+    first singular vector is nearer to the error than the gradient of the bias, which gives its size.
+    """
+    name = known.network.steps[place].name
+    bias, by_weight = (known.sent.get(f"{name}.{part}") for part in ("bias", "weight"))
+    if by_weight is None:
+        assert bias is not None
+        return bias, True
+    left, singular, right = torch.linalg.svd(by_weight, full_matrices=False)
+    if bias is None:
+        return left[:, 0] * right[0].sum().sign(), False  # the size follows from the gradient of a shift
+    clean = len(singular) < 2 or float(singular[1]) < CLEAN * float(singular[0])
+    return (bias, True) if clean else (left[:, 0] * (left[:, 0] @ bias), False)
 
 
 def begin_at_flat_head(known: Knowledge, place: int, at: int) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,6 +52,10 @@ leave at most one over this."""
 
 SURE = 20.0
 """A combination must explain the wrong sum up to this many times what is left in the median channel."""
+
+NOISY = 1e-4
+"""The standard deviation of values, relative to their size, from which it is that of noise in the gradient, by which
+the odds of a mask can be told; below, it is that of rounding, and values come with errors of other kinds."""
 
 LEVELS = (5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 3000.0, 10000.0)
 """The thresholds that are tried for values that count as positive, in standard deviations (``fitting_mask``)."""
@@ -183,9 +189,31 @@ def decide(known: Knowledge, place: int) -> None:
     if step.slope == 0:
         known.values[place] = calibrated(known.values[place])
     value = known.values[place]
-    mask = value.value > (0 if step.slope else CLEAR * value.deviation)
+    if step.slope == 0 and noisy(value):
+        mask = log_odds(value) > 0
+    else:
+        mask = value.value > (0 if step.slope else CLEAR * value.deviation)
     known.masks[place] = mask
     rebalance(known, place)
+
+
+def noisy(found: Fitted) -> bool:
+    """Return whether values have errors that come from noise in the gradient."""
+    return float(found.deviation.norm()) > NOISY * float(found.value.norm())
+
+
+def log_odds(found: Fitted) -> Tensor:
+    """Return log p(open) / p(closed) of a ReLU by its noisy output x [B, C, H, W], of standard deviation s.
+
+    Open is as likely as closed before, and an open one's output half-normal of the layer's scale S:
+    2 N(x; 0, S^2 + s^2) Phi(x S / (s sqrt(S^2 + s^2))) against N(x; 0, s^2). (A channel's own scale would be that of
+    the noise where none is open.)
+    """
+    scale = (2 * found.value.clamp(min=0).square().mean()).sqrt().clamp(min=1e-300)
+    own = found.deviation.square().clamp(min=1e-300)
+    both = scale.square() + own
+    likely = torch.special.log_ndtr(found.value * scale / (own * both).sqrt())
+    return math.log(2) + 0.5 * ((own / both).log() + found.value.square() * (1 / own - 1 / both)) + likely
 
 
 def calibrated(found: Fitted) -> Fitted:
@@ -233,9 +261,13 @@ def correct(known: Knowledge, place: int, layer: Convolution, at: int) -> bool:
     full, fixed = (by_channel(each.expand_as(above))[:, live] for each in (gain * above, offset))
     ratio, spread = (solved.value.T - fixed) / full, solved.deviation.T / full.abs()
     mask, own = by_channel(known.masks[gate]), known.values.get(gate)
+    slope, new = known.network.steps[gate].slope, mask.clone()
     sure = spread < SHARP
-    new = mask.clone()
-    new[:, live] = torch.where(sure, ratio > (1 + known.network.steps[gate].slope) / 2, mask[:, live])
+    if slope == 0 and noisy(value):
+        odds = (ratio - 0.5) / spread.square()
+        new[:, live] = (odds if own is None else odds + by_channel(log_odds(own))[:, live]) > 0
+    else:
+        new[:, live] = torch.where(sure, ratio > (1 + slope) / 2, mask[:, live])
     if own is not None:
         new |= by_channel(own.value > CERTAIN * own.deviation)
     new = no_worse(known, gate, mask, new)

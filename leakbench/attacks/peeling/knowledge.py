@@ -49,10 +49,17 @@ class Knowledge:
         network: the trial's, in float64.
         sent: the trial's gradient in float64, by name.
         images: how many images were trained on at a time (B).
+        spreads: the standard deviation of an entry's error in tensors of which it is known, by name.
     """
 
-    def __init__(self, network: Network, sent: Mapping[str, Tensor], images: int = 1) -> None:
-        self.network, self.sent, self.images = network, sent, images
+    def __init__(
+        self,
+        network: Network,
+        sent: Mapping[str, Tensor],
+        images: int = 1,
+        spreads: Mapping[str, float] | None = None,
+    ) -> None:
+        self.network, self.sent, self.images, self.spreads = network, sent, images, spreads or {}
         self.values: dict[int, Fitted] = {}
         self.missing: dict[int, str] = {}  # why a step's output is not among the values
         self.masks: dict[int, Tensor] = {}
@@ -130,16 +137,18 @@ class Knowledge:
     def balance(self, place: int) -> float:
         """Return how far the sums of the error below a ReLU are from the gradient of the shift there, relative to it.
 
-        NaN if no shift is there, or its gradient was not sent.
+        That is beyond what noise of a known size explains. NaN if no shift is there, or its gradient was not sent.
         """
         step = self.network.steps[place]
         if step.kind != "relu" or place not in self.masks:
             return float("nan")
         (below,) = step.inputs
-        sent, error = self.sent.get(self.network.shift(place) or ""), self._below(place, below)
+        name = self.network.shift(place) or ""
+        sent, error = self.sent.get(name), self._below(place, below)
         if sent is None or error is None:
             return float("nan")
-        return float((error.sum((0, 2, 3)) - sent).norm() / sent.norm())
+        far = (error.sum((0, 2, 3)) - sent).square().sum() - len(sent) * self.spreads.get(name, 0.0) ** 2
+        return float(far.clamp(min=0).sqrt() / sent.norm())
 
     def link(self, user: int, place: int) -> tuple[Tensor, Tensor] | None:
         """Return gain and offset [1 or B, ...] if the error here is gain * error + offset of its user's."""
@@ -185,10 +194,18 @@ class Knowledge:
         return found
 
     def equations(self, readers: Sequence[Reader]) -> tuple[Tensor, Tensor]:
-        """Return the equations [R, B * J] of the convolutions for each channel of their input, and gradients [R, C]."""
+        """Return the equations [R, B * J] of the convolutions for each channel of their input, and gradients [R, C].
+
+        Equations of several convolutions are divided by the noise of their gradients, relative to the least one.
+        """
         errors = [self.error(each.place) for each in readers]
         matrices = [design(error, each.layer.geometry) for each, error in zip(readers, errors) if error is not None]
-        return torch.cat(matrices), torch.cat([each.rows(self.sent).flatten(0, 1) for each in readers])
+        right = [each.rows(self.sent).flatten(0, 1) for each in readers]
+        spreads = [self.spreads.get(each.layer.weight, 0.0) for each in readers]
+        if min(spreads) > 0:
+            weights = [min(spreads) / each for each in spreads]
+            matrices, right = ([weight * own for weight, own in zip(weights, each)] for each in (matrices, right))
+        return torch.cat(matrices), torch.cat(right)
 
     def shaped(self, place: int, found: Fitted) -> Fitted:
         """Return a solution [B * J, C] in the shape [B, C, H, W] of a step's output."""

@@ -38,6 +38,7 @@ def restore(
     steps: int,
     parts: Mapping[str, Part] | None = None,
     note: Callable[[str], None] | None = None,
+    spreads: Mapping[str, float] | None = None,
 ) -> Restored:
     """Return the images that one step was trained on, from the gradient of their mean loss.
 
@@ -50,8 +51,9 @@ def restore(
         steps: of the search (``inversion.invert``).
         parts: tensors of which only some entries were sent.
         note: called with a line if a search cannot be recorded on a GPU.
+        spreads: the standard deviation of an entry's error in tensors of which it is known.
     """
-    found = recover(network, sent, rng, len(noise))
+    found = recover(network, sent, rng, len(noise), spreads)
     used = chosen(found.features)
     if not used and len(noise) == 1:
         used = chosen(inputs_alone(network, sent, rng, parts))
