@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import leakbench
-from leakbench.gradients.lanes.library import SWITCH
+from leakbench.core.compiled import SWITCH
 from leakbench.plan import matrix as plans
 from leakbench.plan.matrix import Matrix
 from leakbench.store.run_file import FILE

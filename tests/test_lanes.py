@@ -16,6 +16,7 @@ import leakbench
 from leakbench import attacks, models
 from leakbench.attacks.ig import IG
 from leakbench.attacks.matching import total_variation
+from leakbench.core import compiled
 from leakbench.core.types import Gradient
 from leakbench.errors import Unsupported
 from leakbench.gradients import Evaluator, choose_path
@@ -27,6 +28,8 @@ from leakbench.gradients.lanes.fused import variation
 from leakbench.gradients.lanes.layout import innermost, joined, strides
 from leakbench.gradients.lanes.trace import Kind, trace
 from leakbench.optim.adam import Adam
+from leakbench.optim.base import rows_finite
+from leakbench.optim.solvers import all_finite
 
 SHAPE, CLASSES = (3, 12, 12), 4
 
@@ -129,6 +132,37 @@ def test_kernels_give_the_numbers_of_double_backward(spec: str, own: bool) -> No
 
 
 @with_kernels
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("spec", ["odd", "lenet-bn", "lenet-bn(mode=eval)"])
+def test_a_gradient_is_compared_without_being_written(spec: str, own: bool) -> None:
+    evaluator, tensors, x, y = setting(built(spec), 3 if own else 11, own)
+    slow = replace(evaluator, path="one-at-a-time").gradient(tensors, x, y)
+    rng = torch.Generator().manual_seed(2)
+    observed = {
+        name: innermost(torch.randn(value.shape, generator=rng, dtype=value.dtype))
+        for name, value in reversed(slow.items())  # in another order, and one of them withheld
+        if name != "classifier.bias"
+    }
+    for gap in (False, True):
+        dots, squares = evaluator.compare(tensors, x, y, observed, gap)
+        own_rows = {name: (slow[name] - other if gap else slow[name]).flatten(1) for name, other in observed.items()}
+        wanted = torch.stack([row.square().sum(1) for row in own_rows.values()])
+        products_of = [(row * observed[name].flatten(1)).sum(1) for name, row in own_rows.items()]
+        wanted_dots = torch.zeros_like(wanted) if gap else torch.stack(products_of)
+        torch.testing.assert_close(squares, wanted, rtol=1e-12, atol=1e-15 * float(wanted.detach().max()))
+        torch.testing.assert_close(dots, wanted_dots, rtol=1e-12, atol=1e-15 * float(wanted.detach().max()))
+        along = torch.rand(2, *wanted.shape, generator=rng, dtype=wanted.dtype)
+        pairs = [
+            torch.autograd.grad((along[0] * a).sum() + (along[1] * b).sum(), (x, y), retain_graph=True)
+            for a, b in ((squares, dots), (wanted, wanted_dots))
+        ]
+        for a, b in zip(*pairs):
+            assert float((a - b).norm()) <= 1e-12 * float(b.norm())
+    with pytest.raises(Unsupported, match="one of them at a time"):
+        evaluator.compare(tensors, x, y, {name: value.float() for name, value in observed.items()}, True)
+
+
+@with_kernels
 def test_the_trace_knows_every_operation() -> None:
     found = trace(architecture(Odd()), plain_loss, SHAPE)
     assert {step.kind for step in found.steps} == set(Kind)
@@ -221,30 +255,30 @@ def test_the_path_is_chosen_for_attacks_and_left_out_on_request(monkeypatch: pyt
         patch.setattr("leakbench.gradients.evaluate._CHOSEN", {})
         patch.setattr(Program, "gradient", wrong)
         assert choose_path(evaluator, tensors, SHAPE, CLASSES, lanes=2) == "batched"
-    monkeypatch.setenv(library.SWITCH, "off")
-    assert isinstance(library.found_or_reason(), library.Absent)
+    monkeypatch.setenv(compiled.SWITCH, "off")
+    assert isinstance(library.found_or_reason(), compiled.Absent)
     assert choose_path(evaluator, tensors, SHAPE, CLASSES, lanes=2) == "batched"
     network = models.parse("lenet").build(SHAPE, CLASSES)
     observation = leakbench.observe(network, torch.rand(2, *SHAPE), torch.tensor([0, 1]))
     assert leakbench.attack("ig(steps=2)", observation).path == "batched"
-    monkeypatch.delenv(library.SWITCH)
+    monkeypatch.delenv(compiled.SWITCH)
     assert leakbench.attack("ig(steps=2)", observation).path == "lanes"
 
 
 def test_without_a_compiler_there_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(library.shutil, "which", lambda name: None)
-    found = library._built.__wrapped__()
-    assert isinstance(found, library.Absent)
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    found = compiled._built.__wrapped__(library.SOURCE)
+    assert isinstance(found, compiled.Absent)
     assert "no C++ compiler" in found.reason
     failing = tmp_path / "g++"
     failing.write_text(
         "#!/bin/sh\necho 'no such option' >&2\n[ $1 = --version ] && echo compiler 1\n", encoding="utf-8"
     )
     failing.chmod(0o755)
-    monkeypatch.setattr(library.shutil, "which", lambda name: str(failing))
-    monkeypatch.setattr(library.pooch, "os_cache", lambda name: tmp_path / name)
-    broken = library._built.__wrapped__()
-    assert isinstance(broken, library.Absent)
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: str(failing))
+    monkeypatch.setattr(compiled.pooch, "os_cache", lambda name: tmp_path / name)
+    broken = compiled._built.__wrapped__(library.SOURCE)
+    assert isinstance(broken, compiled.Absent)
     assert "no such option" in broken.reason
 
 
@@ -304,14 +338,41 @@ def test_adam_has_the_bits_of_torch(dtype: torch.dtype) -> None:
 
 
 @with_kernels
-@pytest.mark.parametrize("spec", ["ig(steps=3)", "log-cosine(steps=3)", "dlg(steps=2)", "lb(steps=3)", "grnn(steps=2)"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiled_adam_is_torchs_but_for_rounding(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    own = [torch.rand(3, 30, 7, dtype=dtype), torch.rand(3, 7, dtype=dtype)]
+    other, best = ([tensor.clone() for tensor in own] for _ in range(2))
+    fast = Adam([{"params": [tensor], "lr": lr} for tensor, lr in zip(own, (0.1, 0.03))])
+    slow = torch.optim.Adam([{"params": [tensor], "lr": lr} for tensor, lr in zip(other, (0.1, 0.03))])
+    finite = torch.tensor([True, True, False])
+    for _ in range(12):
+        before = [tensor.clone() for tensor in own]
+        for a, b in zip(own, other):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.sign() if a is own[0] else a.grad
+        fast.advance(dict(zip(own, best)), finite, own[:1], own[:1])
+        slow.step()
+        other[0].clamp_(0, 1)
+        for a, b, kept, was in zip(own, other, best, before):
+            torch.testing.assert_close(a, b, rtol=20 * torch.finfo(dtype).eps, atol=20 * torch.finfo(dtype).eps)
+            assert torch.equal(kept[:2], was[:2])
+    assert {float(own[0].min()), float(own[0].max())} == {0.0, 1.0}
+    value, gradient = torch.zeros(4), {"x": torch.zeros(4, 3), "y": torch.zeros(4, 2)}
+    value[0], gradient["x"][1, 2], gradient["y"][2, 0] = torch.nan, torch.inf, -torch.inf
+    assert torch.equal(all_finite(value, gradient), rows_finite(value, gradient))
+    assert all_finite(value, gradient).tolist() == [False, False, False, True]
+
+
+@with_kernels
+@pytest.mark.parametrize("spec", ["ig(steps=3)", "log-cosine(steps=3)", "dlg(steps=1)", "lb(steps=3)", "grnn(steps=2)"])
 def test_attacks_take_the_same_steps_as_without_kernels(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     network = models.parse("lenet").build(SHAPE, CLASSES).double()
     observation = leakbench.observe(network, torch.rand(3, *SHAPE), torch.tensor([0, 1, 2]))
     fast = leakbench.attack(spec, observation, seed=0)
     again = leakbench.attack(spec, observation, seed=0)
-    monkeypatch.setenv(library.SWITCH, "off")
+    monkeypatch.setenv(compiled.SWITCH, "off")
     slow = leakbench.attack(spec, observation, seed=0)
     assert (fast.path, slow.path) == ("lanes", "batched")
     assert torch.equal(fast.images, again.images)

@@ -17,6 +17,8 @@ from leakbench.core.rng import Rng
 from leakbench.errors import BadOption
 from leakbench.optim import Evaluation, LineSearch, Objective, Solution, Unknowns, descend, lbfgs
 from leakbench.optim.client import ClientOptimiser, ClientState
+from leakbench.optim.history import History
+from leakbench.optim.solvers import serves
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -130,6 +132,30 @@ def test_lbfgs_keeps_stopping_tests_per_row() -> None:
     for row in range(3):
         end, _ = torch_lbfgs(objective, start, row, steps=2, max_iter=5, history_size=100)
         torch.testing.assert_close(solution.unknowns["x"][row], end, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif(not serves(torch.zeros(1, 1)), reason="no compiler")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-3)])
+@pytest.mark.parametrize(("length", "size"), [(1, 5), (7, 103), (8, 64)])
+def test_compiled_directions_are_those_of_torchs_operations(
+    dtype: torch.dtype, tolerance: float, length: int, size: int
+) -> None:
+    torch.manual_seed(0)
+    rows = 5
+    curvature = 0.5 + torch.rand(rows, size, dtype=dtype)
+    both = [History(curvature, length, compiled) for compiled in (False, True)]
+    assert [own.compiled for own in both] == [False, True]
+    assert not History(curvature, 10**4, True).compiled
+    for step in range(2 * length + 3):
+        s, gradient = (torch.randn(rows, size, dtype=dtype) for _ in range(2))
+        y = curvature * s + 0.01 * torch.randn_like(s)
+        keep = torch.rand(rows) < 0.8
+        found, wanted = (own.direction(gradient, s, y, keep, min(length, step + 1)) for own in reversed(both))
+        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
+        for one, other in zip(both[1].tensors(), both[0].tensors()):
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+    both[1].select(torch.tensor([True, False, True, True, False]))
+    assert both[1].direction(gradient[:3], s[:3], y[:3], keep[:3], length).shape == (3, size)
 
 
 def dlg_objective(trials: int) -> tuple[Objective, Unknowns]:

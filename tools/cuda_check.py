@@ -31,12 +31,12 @@ import leakbench
 from leakbench import attacks, datasets, models
 from leakbench.attacks.base import prepare
 from leakbench.attacks.matching import GradientMatching, MatchingObjective, double
+from leakbench.core.compiled import SWITCH
 from leakbench.core.device import accelerator, device_named, empty_cache
 from leakbench.core.rng import Rng, seeded
 from leakbench.engine import run as engine
 from leakbench.engine.progress import NullProgress
 from leakbench.gradients import full_precision
-from leakbench.gradients.lanes.library import SWITCH
 from leakbench.optim import Unknowns, graph, value_and_gradient
 
 ROOT = Path(__file__).resolve().parents[1]

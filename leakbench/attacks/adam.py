@@ -53,6 +53,7 @@ def adam(
         milestones=ig_milestones(steps) if milestones is None else milestones,
         decay=decay,
         boxed=("image",) if boxed else (),
+        compiled=objective.evaluator.path == "lanes",
         note=objective.observation.note,
     )
 

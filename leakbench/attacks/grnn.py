@@ -19,7 +19,7 @@ from leakbench.attacks.matching import (
 )
 from leakbench.core.rng import Rng
 from leakbench.core.types import Gradient
-from leakbench.gradients.bilinear import squared_distance
+from leakbench.gradients.bilinear import FromGaps, squared_distance
 from leakbench.gradients.intercept import batch_norm
 from leakbench.observation import Observation
 from leakbench.optim import Solution, Unknowns, descend
@@ -86,6 +86,12 @@ class GRNN(GradientMatching):
         """Return the squared distance plus the distance."""
         squared = squared_distance(gradient, observed)
         return squared + root(squared if self.wd == "l2norm" else sorted_distance(gradient, observed))
+
+    def distance_from(self, observed: Mapping[str, Tensor]) -> Callable[[Gradient], Tensor]:
+        """Return ``distance`` from an observed gradient."""
+        if self.wd != "l2norm":
+            return super().distance_from(observed)
+        return FromGaps(observed, lambda squares: squares.sum(0) + root(squares.sum(0)))
 
     def prior(self, images: Tensor) -> Tensor:
         """Return the weighted squared total variation."""

@@ -11,7 +11,7 @@ from leakbench.attacks.adam import AdamSearch, adam
 from leakbench.attacks.base import register
 from leakbench.attacks.matching import Count, MatchingObjective, NonNegative
 from leakbench.core.types import Gradient
-from leakbench.gradients.bilinear import products, squared_norm
+from leakbench.gradients.bilinear import FromProducts, squared_norm
 from leakbench.optim import Solution, Unknowns
 
 
@@ -20,16 +20,10 @@ def cosine_distance(gradient: Gradient, observed: Mapping[str, Tensor]) -> Tenso
     return cosine_from(observed)(gradient)
 
 
-def cosine_from(observed: Mapping[str, Tensor]) -> Callable[[Gradient], Tensor]:
+def cosine_from(observed: Mapping[str, Tensor]) -> FromProducts:
     """Return ``cosine_distance`` from an observed gradient, whose norm is computed once."""
     other = torch.stack([squared_norm(target) for target in observed.values()]).sum(0).sqrt()
-
-    def distance(gradient: Gradient) -> Tensor:
-        pairs = [products(gradient[name], target) for name, target in observed.items()]
-        product, own = (torch.stack([pair[part] for pair in pairs]).sum(0) for part in (0, 1))
-        return 1 - product / (own.sqrt() * other)
-
-    return distance
+    return FromProducts(observed, lambda dots, squares: 1 - dots.sum(0) / (squares.sum(0).sqrt() * other))
 
 
 @register("ig")

@@ -15,7 +15,7 @@ from leakbench.attacks.quasi_newton import QuasiNewton
 from leakbench.core.component import LATER
 from leakbench.core.rng import Rng
 from leakbench.core.types import Gradient
-from leakbench.gradients.bilinear import squared_gap, squared_norm
+from leakbench.gradients.bilinear import FromGaps, squared_norm
 from leakbench.gradients.losses import head_of
 from leakbench.models.surgery import linears
 from leakbench.observation import Observation
@@ -37,18 +37,14 @@ def layer_normalised_distance(gradient: Gradient, observed: Mapping[str, Tensor]
     return layer_normalised_from(observed)(gradient)
 
 
-def layer_normalised_from(observed: Mapping[str, Tensor]) -> Callable[[Gradient], Tensor]:
+def layer_normalised_from(observed: Mapping[str, Tensor]) -> FromGaps:
     """Return ``layer_normalised_distance`` from an observed gradient, with its sizes and weights computed once."""
     squares = torch.stack([squared_norm(target) for target in observed.values()])
     sizes, tiny = squares.sqrt(), torch.finfo(torch.float32).tiny
     weights = 1 / torch.maximum(sizes, (MIN_RELATIVE_SIZE * sizes.amax(0)).clamp(min=tiny))
     whole = (weights * squares).sum(0).clamp(min=tiny)
 
-    def distance(gradient: Gradient) -> Tensor:
-        errors = torch.stack([squared_gap(gradient[name], target) for name, target in observed.items()])
-        return (weights * errors).sum(0) / whole
-
-    return distance
+    return FromGaps(observed, lambda squares: (weights * squares).sum(0) / whole)
 
 
 def rank_one_labels(observation: Observation) -> Tensor | None:

@@ -14,6 +14,7 @@ from leakbench.attacks.ig import cosine_from
 from leakbench.attacks.matching import Count, Found, MatchingObjective, NonNegative
 from leakbench.core.rng import Rng
 from leakbench.core.types import Gradient
+from leakbench.gradients.bilinear import FromProducts
 from leakbench.observation import Observation
 from leakbench.optim import Solution, Unknowns
 
@@ -63,11 +64,11 @@ class LogCosine(AdamSearch):
         """Return ``distance``, with the observed norm computed once."""
         cosine = cosine_from(observed)
 
-        def distance(gradient: Gradient) -> Tensor:
-            found = cosine(gradient)
+        def distance(dots: Tensor, squares: Tensor) -> Tensor:
+            found = cosine.of(dots, squares)
             return found.clamp(min=torch.finfo(found.dtype).eps)
 
-        return distance
+        return FromProducts(observed, distance)
 
     def reshape(self, distance: Tensor) -> Tensor:
         """Return the logarithm of the distance [T], or of a likelihood, which is positive as well."""

@@ -1,6 +1,6 @@
 """L-BFGS on a distance between gradients: what the attacks that use it share."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -10,7 +10,7 @@ from leakbench.attacks.adam import adam
 from leakbench.attacks.matching import GradientMatching, MatchingObjective
 from leakbench.core.component import LATER
 from leakbench.core.types import Gradient
-from leakbench.gradients.bilinear import squared_distance
+from leakbench.gradients.bilinear import squared_distance, squared_distance_from
 from leakbench.optim import LineSearch, Solution, Unknowns, lbfgs
 
 HISTORY = 100
@@ -43,6 +43,10 @@ class QuasiNewton(GradientMatching):
         """Return the squared distance."""
         return squared_distance(gradient, observed)
 
+    def distance_from(self, observed: Mapping[str, Tensor]) -> Callable[[Gradient], Tensor]:
+        """Return the squared distance."""
+        return squared_distance_from(observed)
+
     def solve(self, objective: MatchingObjective, start: Unknowns) -> Solution:
         """Run at most ``steps`` outer steps of L-BFGS, or ``steps`` steps of Adam."""
         if self.solver != "lbfgs":
@@ -62,6 +66,7 @@ class QuasiNewton(GradientMatching):
             stop_below=self.done_below(),
             budget=self.budget(),
             slots=objective.observation.slots,
+            compiled=objective.evaluator.path == "lanes",
             note=objective.observation.note,
         )
 

@@ -29,6 +29,7 @@ import torch
 from leakbench import errors
 from leakbench.attacks import Attack
 from leakbench.attacks.base import checked
+from leakbench.core.compiled import SWITCH
 from leakbench.core.component import shipped
 from leakbench.core.device import empty_cache
 from leakbench.core.lock import remove_abandoned, temporary_folder
@@ -38,7 +39,6 @@ from leakbench.core.rng import Rng
 from leakbench.core.types import Reconstruction
 from leakbench.engine.batch_size import chunk_size
 from leakbench.errors import LeakbenchError, one_line
-from leakbench.gradients.lanes.library import SWITCH
 from leakbench.observation import Observation
 
 INSIDE = "leakbench.engine.isolated"

@@ -6,6 +6,7 @@ plain autograd yields transposed weight gradients, which cost several strided co
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -129,7 +130,12 @@ def squared_distance(gradient: Mapping[str, Tensor], observed: Mapping[str, Tens
 
     The difference is taken first, so that it stays exact.
     """
-    return torch.stack([squared_gap(gradient[name], target) for name, target in observed.items()]).sum(0)
+    return squared_distance_from(observed)(gradient)
+
+
+def squared_distance_from(observed: Mapping[str, Tensor]) -> "FromGaps":
+    """Return ``squared_distance`` from an observed gradient."""
+    return FromGaps(observed, lambda squares: squares.sum(0))
 
 
 def squared_gap(x: Tensor, y: Tensor) -> Tensor:
@@ -151,3 +157,39 @@ def products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         out: tuple[Tensor, Tensor] = Products.apply(*rows)
         return out
     return inner(x, y), squared_norm(x)
+
+
+@dataclass(frozen=True)
+class FromProducts:
+    """A distance [T] from an observed gradient that depends on a gradient by inner products and norms alone.
+
+    Attributes:
+        observed: the observed gradient, [T, *shape] by name.
+        of: from <g, y> and <g, g> [P, T] of each tensor to the distance. A gradient may come in other tensors than
+            ``observed``, unless the attack is ``per_tensor``.
+    """
+
+    observed: Mapping[str, Tensor]
+    of: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, gradient: Mapping[str, Tensor]) -> Tensor:
+        """Return the distance of a gradient."""
+        pairs = [products(gradient[name], target) for name, target in self.observed.items()]
+        return self.of(*(torch.stack([pair[part] for pair in pairs]) for part in (0, 1)))
+
+
+@dataclass(frozen=True)
+class FromGaps:
+    """A distance [T] from an observed gradient that depends on a gradient by the norms of differences alone.
+
+    Attributes:
+        observed: see ``FromProducts``.
+        of: from |g - y|^2 [P, T] of each tensor to the distance.
+    """
+
+    observed: Mapping[str, Tensor]
+    of: Callable[[Tensor], Tensor]
+
+    def __call__(self, gradient: Mapping[str, Tensor]) -> Tensor:
+        """Return the distance of a gradient."""
+        return self.of(torch.stack([squared_gap(gradient[name], target) for name, target in self.observed.items()]))

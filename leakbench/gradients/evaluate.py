@@ -167,6 +167,25 @@ class Evaluator:
         program = self._program(tuple(x.shape[1:]), x.device)
         return program.gradient(tensors, x, program.probabilities(y, x.dtype), self.names)
 
+    def compare(
+        self, tensors: Mapping[str, Tensor], x: Tensor, y: Tensor, observed: Mapping[str, Tensor], gap: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Compare each trial's gradient with an observed one by the kernels, which need not write it: ``lanes`` only.
+
+        Args:
+            tensors: as for ``gradient``.
+            x: as for ``gradient``.
+            y: as for ``gradient``.
+            observed: an observed gradient by some of the parameters, [T, *shape] by name.
+            gap: compare by the difference.
+
+        Returns:
+            <g', g> and <g', g'>, or with ``gap`` zeros and |g' - g|^2: [P, T] in the order of ``observed``;
+            differentiable once in x and y.
+        """
+        program = self._program(tuple(x.shape[1:]), x.device)
+        return program.compare(tensors, x, program.probabilities(y, x.dtype), observed, gap)
+
     def _program(self, shape: tuple[int, ...], device: torch.device) -> Program:
         """Return the traced loss of images of a shape; raises Unsupported."""
         if shape not in self._programs:

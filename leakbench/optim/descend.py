@@ -11,6 +11,7 @@ from leakbench.optim.adam import Adam
 from leakbench.optim.base import Objective, Solution, Unknowns, rows_finite, where_rows
 from leakbench.optim.graph import recorded
 from leakbench.optim.rmsprop import GainFunction, RMSprop
+from leakbench.optim.solvers import all_finite, serves
 
 
 def descend(
@@ -25,6 +26,7 @@ def descend(
     decay: float = 0.1,
     boxed: Sequence[str] = (),
     gain: Mapping[str, GainFunction] | None = None,
+    compiled: bool = False,
     note: Callable[[str], None] | None = None,
 ) -> Solution:
     """Descend for ``steps`` steps; a trial that becomes non-finite stops at its last finite iterate.
@@ -40,6 +42,7 @@ def descend(
         decay: see ``milestones``.
         boxed: the unknowns that are clamped to [0, 1] after every update.
         gain: for unknowns whose RMSprop does not divide as torch's does; see ``RMSprop``.
+        compiled: compiled code (``solvers``) takes Adam's steps where there is any: the same but for rounding.
         note: called with a line if the objective cannot be recorded on a GPU.
     """
     unknowns = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in start.items()}
@@ -56,6 +59,9 @@ def descend(
     best = {name: tensor.clone() for name, tensor in unknowns.items()}  # the last iterate known to be finite
     value = torch.full((trials,), float("nan"), device=device)
     evaluate = recorded(objective, unknowns, note)
+    fused = compiled and isinstance(optimiser, Adam) and all(map(serves, unknowns.values()))
+    kept = {tensor: best[name] for name, tensor in unknowns.items()}
+    signed, inside = ([unknowns[name] for name in names] for names in (sign, boxed))
     places = marks(steps)
     seen: list[Tensor] = []
     for step in range(steps):
@@ -66,9 +72,15 @@ def descend(
         if step + 1 in places:
             seen.append(value.clone())
         evaluations += finite
-        finite = finite & rows_finite(value, gradient)
+        finite = finite & (all_finite(value, gradient) if fused else rows_finite(value, gradient))
         if step % 50 == 0 and not bool(finite.any()):  # reading a value waits for the device, so only now and then
             break
+        if fused:
+            assert isinstance(optimiser, Adam)
+            for name, tensor in unknowns.items():
+                tensor.grad = gradient[name]
+            optimiser.advance(kept, finite, signed, inside)
+            continue
         some = device.type != "cpu" or not bool(finite.all())
         for name, tensor in unknowns.items():
             # diverged rows keep updating; their result is discarded

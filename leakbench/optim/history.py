@@ -19,6 +19,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from leakbench.optim.solvers import call, serves
+
 
 class Rows:
     """Tensors (or further Rows) with one row a search, all of which start at zero."""
@@ -79,9 +81,10 @@ class History(Rows):
         sy: [R, H], the diagonal D.
         scale: [R], h, once there is a pair.
         pairs: [R], how many pairs were ever added.
+        compiled: whether compiled code takes the place of torch's operations.
     """
 
-    def __init__(self, x: Tensor, length: int) -> None:
+    def __init__(self, x: Tensor, length: int, compiled: bool = False) -> None:
         rows, size = x.shape
         self.s = x.new_zeros(rows, length, size)
         self.y = x.new_zeros(rows, length, size)
@@ -90,6 +93,7 @@ class History(Rows):
         self.sy = x.new_zeros(rows, length)
         self.scale = x.new_zeros(rows)
         self.pairs = torch.zeros(rows, dtype=torch.int64, device=x.device)
+        self.compiled = compiled and serves(x, length)
 
     def direction(self, gradient: Tensor, s: Tensor, y: Tensor, keep: Tensor, used: int) -> Tensor:
         """Add a pair to some rows, and return the direction [R, N] of every row.
@@ -101,6 +105,12 @@ class History(Rows):
             keep: [R] bool, the rows that add the pair (s, y).
             used: how many ring slots may hold a pair in any row once these are added; the others are not read.
         """
+        if self.compiled:
+            out = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+            own = (self.s, self.y, self.inverse, self.yy, self.sy, self.scale, self.pairs)
+            given = (gradient.contiguous(), s.contiguous(), y.contiguous(), keep, out)
+            call("directions", (*own, *given), (*self.s.shape[1:], used), len(out))
+            return out
         ring = torch.arange(len(s), device=s.device), self.pairs % self.s.shape[1]
         _put(self.s, ring, s, keep)
         _put(self.y, ring, y, keep)

@@ -68,7 +68,7 @@ class _State(Rows):
         search: the line searches, or None.
     """
 
-    def __init__(self, x: Tensor, history: int, search: StrongWolfe | None) -> None:
+    def __init__(self, x: Tensor, history: int, search: StrongWolfe | None, compiled: bool) -> None:
         rows = len(x)
         self.x, self.at = x, x.clone()
         self.direction, self.gradient = torch.zeros_like(x), torch.zeros_like(x)
@@ -76,7 +76,7 @@ class _State(Rows):
         counters = [torch.zeros(rows, dtype=torch.int64, device=x.device) for _ in range(5)]
         self.iterations, self.inner, self.outer, self.spent, self.evaluations = counters
         self.done, self.broken = (torch.zeros(rows, dtype=torch.bool, device=x.device) for _ in range(2))
-        self.history = History(x, history)
+        self.history = History(x, history, compiled)
         self.search = search
 
     def begin(self, rows: Tensor, x: Tensor) -> None:
@@ -165,6 +165,7 @@ def lbfgs(
     stop_every: int = 10,
     budget: int | None = None,
     slots: int | None = None,
+    compiled: bool = False,
     note: Callable[[str], None] | None = None,
 ) -> Solution:
     """Minimise each trial by L-BFGS; the parameters are those of ``torch.optim.LBFGS``.
@@ -188,6 +189,7 @@ def lbfgs(
         stop_every: see ``stop_below``.
         budget: the evaluations after which a trial is done; any number by default.
         slots: how many trials are worked on at a time, all by default; a trial that is done makes room for the next.
+        compiled: compiled code (``solvers``) finds the directions where there is any: the same but for rounding.
         note: called with a line if the objective cannot be recorded on a GPU.
 
     Raises:
@@ -201,7 +203,7 @@ def lbfgs(
     work = _Slots(x, slots or len(x), limit)
     begun = x[: len(work.trials)]
     search = StrongWolfe(begun, tolerance_change) if line_search == "strong-wolfe" else None
-    state = _State(begun.clone(), history, search)
+    state = _State(begun.clone(), history, search, compiled)
     live = objective.select(work.trials) if work.waiting else objective
     evaluate, advance = recorded(live, unpack(state.at), note), _Advance(rules, history, note)
     poll = 1 if x.device.type == "cpu" else 8  # reading a value from another device waits for it

@@ -35,6 +35,7 @@ from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.pooling import PooledMatch, find_stem
 from leakbench.attacks.peeling.trace import trace
 from leakbench.clients.local import Local
+from leakbench.core.compiled import SWITCH
 from leakbench.core.device import accelerator, all_of, device_named, make_current
 from leakbench.core.registry import load_plugin
 from leakbench.core.rng import Rng, seeded
@@ -46,7 +47,6 @@ from leakbench.engine.ray_executor import RayWorker
 from leakbench.engine.worker import WorkerContext
 from leakbench.errors import BadOption
 from leakbench.gradients import full_precision
-from leakbench.gradients.lanes.library import SWITCH
 from leakbench.models import OwnModule
 from leakbench.observation import Observation
 from leakbench.optim import Evaluation, LineSearch, Objective, Unknowns, graph, lbfgs, value_and_gradient

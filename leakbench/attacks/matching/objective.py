@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Self
 
 import torch
@@ -16,7 +16,7 @@ from leakbench.core.rng import Rng, generator
 from leakbench.core.types import Gradient, Secret
 from leakbench.defenses.adaptive import AdaptiveAttacker, Dummies
 from leakbench.gradients import Evaluator, choose_path
-from leakbench.gradients.bilinear import squared_norm
+from leakbench.gradients.bilinear import FromGaps, FromProducts, squared_norm
 from leakbench.gradients.draws import Generators, MadeDraws
 from leakbench.gradients.evaluate import tensors_of
 from leakbench.gradients.lanes.fused import variation
@@ -141,8 +141,10 @@ class MatchingObjective(Recordable):
         self, images: Tensor, logits: Tensor | None, unknowns: Unknowns, evaluation: Evaluation, judge: bool = False
     ) -> Tensor:
         images, labels = self._encoded(images, self._labels(logits), evaluation)
-        gradient = self._masked(self.dummy(images, labels, unknowns, evaluation))
         factor, adaptive = self.attack.factor(unknowns), self.observation.adaptive
+        if factor is None and not judge and self._compares:
+            return self._compared(images, labels, unknowns, evaluation)
+        gradient = self._masked(self.dummy(images, labels, unknowns, evaluation))
         if adaptive is not None and adaptive.models_release:
             unit, back = self._units(factor)
             gradient = scaled(gradient, unit)
@@ -240,10 +242,42 @@ class MatchingObjective(Recordable):
         learned = self.observation.unit / factor
         return learned, 1 / learned
 
+    def _compared(self, images: Tensor, labels: Tensor, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
+        """Return the distance of a dummy gradient that is as it is: by the kernels, which need not write it."""
+        distance = self._from_observed
+        assert isinstance(distance, FromProducts | FromGaps)
+        gap = isinstance(distance, FromGaps)
+        tensors = self._filled(unknowns, evaluation)
+        dots, squares = self.evaluator.compare(tensors, images, labels, self._observed, gap)
+        return distance.of(squares) if isinstance(distance, FromGaps) else distance.of(dots, squares)
+
+    @cached_property
+    def _compares(self) -> bool:
+        """Whether the kernels can compare the dummy gradient with the observed one, without anything in between."""
+        observation = self.observation
+        adaptive, threat = observation.adaptive, observation.threat
+        unrolled = self.attack.local == "unrolled" and threat.shares == "weights"
+        as_it_is = observation.shown is None and observation.size is None and not unrolled
+        return (
+            self.evaluator.path == "lanes"
+            and as_it_is
+            and (adaptive is None or not adaptive.models_release)
+            and set(self._observed) <= set(self.evaluator.names)
+            and isinstance(self._from_observed, FromProducts | FromGaps)
+        )
+
     @cached_property
     def _from_observed(self) -> Callable[[Gradient], Tensor]:
-        """The distance from the observed gradient, whose own part is computed once."""
-        return self.attack.distance_from(self._observed if self.attack.per_tensor else self._packed)
+        """The distance from the observed gradient, whose own part is computed once.
+
+        An attack may have another ``distance`` than the one that it is derived from, whose ``distance_from`` then does
+        not count.
+        """
+        observed = self._observed if self.attack.per_tensor else self._packed
+        own = next(vars(kind) for kind in type(self.attack).__mro__ if {"distance", "distance_from"} & set(vars(kind)))
+        if "distance_from" not in own:
+            return partial(self.attack.distance, observed=observed)
+        return self.attack.distance_from(observed)
 
     @cached_property
     def _observed(self) -> Mapping[str, Tensor]:

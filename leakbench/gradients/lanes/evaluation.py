@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,11 +14,12 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from leakbench.core.compiled import SUFFIXES, in_threads
 from leakbench.core.types import Gradient
 from leakbench.errors import Unsupported
-from leakbench.gradients.bilinear import shared
+from leakbench.gradients.bilinear import shared, squared_norm
 from leakbench.gradients.lanes.layout import JOINED_VALUES, innermost, strides, views
-from leakbench.gradients.lanes.library import SUFFIXES, Kernels
+from leakbench.gradients.lanes.library import Kernels
 from leakbench.gradients.lanes.trace import Kind, Trace, TracedStep
 
 CHANNEL_NUMBERS = 7
@@ -70,6 +69,9 @@ class _Parameter(ctypes.Structure):
         ("gradient", _POINTER),
         ("v", _POINTER),
         *((name, _LONG) for name in ("v_trial", "v_element", "size")),
+        ("observed", _POINTER),
+        *((name, _LONG) for name in ("place", "gap")),
+        *((name, _POINTER) for name in ("dot", "square")),
     ]
 
 
@@ -93,6 +95,7 @@ class Program:
         self._free: Tensor | None = None
         self._orders: dict[tuple[str, ...], tuple[tuple[str, ...], int]] = {}
         self._seen: dict[str, tuple[Tensor, int, tuple[Tensor, int, int]]] = {}
+        self._observed: dict[str, tuple[Tensor, int, Tensor]] = {}
         self._labels: tuple[Tensor, int, Tensor] | None = None
         self.names = tuple(dict.fromkeys(name for step in trace.steps for name in step.named))
         self._places = {name: place for place, name in enumerate(self.names)}
@@ -109,8 +112,7 @@ class Program:
             q: [T, K], class probabilities.
             names: the parameters to differentiate by.
         """
-        if x.dtype not in SUFFIXES or any(tensors[name].dtype != x.dtype for name in self.names):
-            raise Unsupported("the kernels compute in float32 and float64, and with one of them at a time")
+        self._check(tensors, x)
         given = [self._given(name, tensors[name], len(x)) for name in self.names]
         names = tuple(names)
         if names not in self._orders:
@@ -127,6 +129,41 @@ class Program:
         served = [name for name in names if name in self._places]
         out = dict(zip(served, _Gradient.apply(x, q, self, given, served, own)))
         return {name: out[name] if name in out else own[name] for name in names}
+
+    def compare(
+        self, tensors: Mapping[str, Tensor], x: Tensor, q: Tensor, observed: Mapping[str, Tensor], gap: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Compare each trial's gradient g by some parameters with an observed one, without writing it.
+
+        Args:
+            tensors: as for ``gradient``.
+            x: as for ``gradient``.
+            q: as for ``gradient``.
+            observed: y [T, *shape] by the name of the parameter, best with the trials innermost.
+            gap: compare by the difference.
+
+        Returns:
+            <g, y> and <g, g>, or with ``gap`` zeros and |g - y|^2: [P, T] in the order of ``observed``; differentiable
+            once in x and q.
+        """
+        self._check(tensors, x, observed)
+        given = [self._given(name, tensors[name], len(x)) for name in self.names]
+        dense = {name: self._dense(name, y) for name, y in observed.items()}
+        out: tuple[Tensor, Tensor] = _Comparison.apply(x, q, self, given, dense, gap)
+        return out
+
+    def _check(self, tensors: Mapping[str, Tensor], x: Tensor, observed: Mapping[str, Tensor] | None = None) -> None:
+        kinds = {tensors[name].dtype for name in self.names} | {y.dtype for y in (observed or {}).values()}
+        if x.dtype not in SUFFIXES or kinds - {x.dtype}:
+            raise Unsupported("the kernels compute in float32 and float64, and with one of them at a time")
+
+    def _dense(self, name: str, tensor: Tensor) -> Tensor:
+        """Return an observed gradient as the kernels take it; one that was given before is the same as then."""
+        seen = self._observed.get(name)
+        if seen is None or seen[0] is not tensor or seen[1] != tensor._version:
+            own = tensor.detach().movedim(0, -1).contiguous().movedim(-1, 0)
+            self._observed[name] = seen = tensor, tensor._version, own
+        return seen[2]
 
     def probabilities(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
         """Return labels [T] as probabilities [T, K] of this type; probabilities as they are."""
@@ -157,34 +194,33 @@ class Program:
             return False
         return 2 * trials >= self.kernels.lanes(dtype, 1) or block * self.kernels.vector_bytes <= SMALL_BLOCK_BYTES
 
-    def run(self, name: str, parameters: Sequence[_Parameter], x: _Rows, q: _Rows, memory: Tensor, trials: int) -> None:
+    def run(
+        self, name: str, parameters: Sequence[_Parameter], x: _Rows, q: _Rows, memory: _Memory, trials: int
+    ) -> None:
         """Run the first or the second half of an evaluation, on blocks of trials that the threads share."""
-        dtype, blocks, lanes = memory.dtype, len(memory), memory.shape[1] // self._program.kept
+        rows, program = memory.rows, memory.layout
+        dtype, blocks, lanes = rows.dtype, len(rows), rows.shape[1] // program.kept
         wide = lanes * dtype.itemsize == self.kernels.vector_bytes
         given = (_Parameter * len(parameters))(*parameters)
 
         def work(begin: int, end: int) -> None:
-            pointers = (ctypes.byref(self._program), given, x, q, _POINTER(memory.data_ptr()))
+            pointers = (ctypes.byref(program), given, x, q, _POINTER(rows.data_ptr()))
             self.kernels.run(name, dtype, wide, *pointers, _LONG(trials), _LONG(begin), _LONG(end))
 
-        threads = min(torch.get_num_threads(), blocks)
-        if threads == 1:
-            work(0, blocks)
-            return
-        edges = [blocks * part // threads for part in range(threads + 1)]
-        waiting = [_pool(os.getpid()).submit(work, *edges[part : part + 2]) for part in range(1, threads)]
-        work(*edges[:2])
-        for one in waiting:
-            one.result()
+        in_threads(work, blocks)
 
-    def memory(self, like: Tensor, trials: int) -> _Memory:
-        """Return memory [blocks, N] for what an evaluation keeps for its derivative; that of an earlier one if free."""
+    def memory(self, like: Tensor, trials: int, comparing: bool = False) -> _Memory:
+        """Return memory [blocks, N] for what an evaluation keeps for its derivative; that of an earlier one if free.
+
+        One that compares gradients keeps them, too, at ``places``.
+        """
+        layout = self._comparing if comparing else self._program
         lanes = self.kernels.lanes(like.dtype, trials, torch.get_num_threads())
-        shape = (-(-trials // lanes), self._program.kept * lanes)
+        shape = (-(-trials // lanes), layout.kept * lanes)
         free, self._free = self._free, None
         if free is None or (free.dtype, tuple(free.shape)) != (like.dtype, shape):
             free = like.new_empty(shape)
-        return _Memory(self, free)
+        return _Memory(self, free, layout)
 
     @cached_property
     def logits(self) -> int:
@@ -228,8 +264,13 @@ class Program:
         arrays = [(_LONG * len(values))(*values) for values in (trace.sizes, a, e, t, f)]
         self._held += arrays
         pointers = [ctypes.cast(array, _POINTER) for array in arrays]
-        self._program = _Program(
-            len(ops), len(a), kept, max(spare, 1), ctypes.cast(ops, ctypes.POINTER(_Op)), *pointers
+        self.places: dict[str, int] = {}
+        whole = kept
+        for name in self.names:
+            self.places[name], whole = whole, whole + math.prod(self._shapes[name])
+        operations = ctypes.cast(ops, ctypes.POINTER(_Op))
+        self._program, self._comparing = (
+            _Program(len(ops), len(a), size, max(spare, 1), operations, *pointers) for size in (kept, whole)
         )
 
     def _fill(self, op: _Op, step: TracedStep) -> None:
@@ -260,8 +301,8 @@ class _Memory:
     New memory of this size comes from the kernel, which clears it page by page.
     """
 
-    def __init__(self, program: Program, rows: Tensor) -> None:
-        self.rows = rows
+    def __init__(self, program: Program, rows: Tensor, layout: _Program) -> None:
+        self.rows, self.layout = rows, layout
         self._program = program
 
     def __del__(self) -> None:
@@ -282,7 +323,7 @@ class _Gradient(Function):
             for name, (tensor, own, size) in zip(program.names, given)
         ]
         image, labels = strides(x), strides(q)
-        program.run("gradient", parameters, _rows(*image), _rows(*labels), memory.rows, len(x))
+        program.run("gradient", parameters, _rows(*image), _rows(*labels), memory, len(x))
         ctx.set_materialize_grads(False)
         ctx.program, ctx.given, ctx.names, ctx.memory, ctx.x = program, given, names, memory, x.detach()
         return tuple(out[name] for name in names)
@@ -291,17 +332,63 @@ class _Gradient(Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         """Return the derivatives by image and labels of the gradient's product with ``grads``."""
-        program, trials = ctx.program, len(ctx.x)
         along = {name: strides(grad) for name, grad in zip(ctx.names, grads) if grad is not None}
         parameters = []
-        for name, (tensor, own, size) in zip(program.names, ctx.given):
+        for name, (tensor, own, size) in zip(ctx.program.names, ctx.given):
             v, trial, element = along.get(name, (None, 0, 0))
             parameters.append(_Parameter(tensor.data_ptr(), own, None, _pointer(v), trial, element, size))
-        by_image = torch.empty_like(ctx.x)
-        by_labels = ctx.x.new_empty(trials, program.logits) if ctx.needs_input_grad[1] else None
-        labels = _Rows(None, 0, 0) if by_labels is None else _rows(*strides(by_labels))
-        program.run("derivative", parameters, _rows(*strides(by_image)), labels, ctx.memory.rows, trials)
-        return by_image, by_labels, None, None, None, None
+        return *_derivative(ctx, parameters), None, None, None, None
+
+
+class _Comparison(Function):
+    """The comparison of gradients with observed ones; its derivative by image and labels. See ``Program.compare``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, q: Tensor, program: Program, given: list[Any], observed: dict[str, Tensor], gap: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Run the network and its first backward pass."""
+        memory = program.memory(x, len(x), comparing=True)
+        dots, squares = x.new_zeros(2, len(observed), len(x)).unbind()
+        for row, (name, y) in enumerate(observed.items()):
+            if gap and name not in program.places:
+                squares[row] = squared_norm(y)
+        ctx.program, ctx.given, ctx.observed, ctx.gap, ctx.memory = program, given, observed, gap, memory
+        ctx.x = x.detach()
+        image, labels = strides(x), strides(q)  # copies live until the kernels have read them
+        program.run("gradient", _compared(ctx, dots, squares), _rows(*image), _rows(*labels), memory, len(x))
+        return dots, squares
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Return the derivatives by image and labels."""
+        dots, squares = (grad.contiguous() for grad in grads)
+        return *_derivative(ctx, _compared(ctx, dots, squares)), None, None, None, None
+
+
+def _compared(ctx: Any, dots: Tensor, squares: Tensor) -> list[_Parameter]:
+    """Return the parameters of a comparison, whose products, or the derivatives by them, are rows [P, T]."""
+    parameters = []
+    rows = {name: row for row, name in enumerate(ctx.observed)}
+    size = dots.shape[1] * dots.element_size()
+    for name, (tensor, own, count) in zip(ctx.program.names, ctx.given):
+        one = _Parameter(tensor.data_ptr(), own, None, None, 0, 0, count)
+        if name in rows:
+            one.observed, one.place, one.gap = ctx.observed[name].data_ptr(), ctx.program.places[name], ctx.gap
+            one.dot, one.square = (rows_of.data_ptr() + rows[name] * size for rows_of in (dots, squares))
+        parameters.append(one)
+    return parameters
+
+
+def _derivative(ctx: Any, parameters: list[_Parameter]) -> tuple[Tensor, Tensor | None]:
+    """Return the derivatives by image and labels."""
+    program, trials = ctx.program, len(ctx.x)
+    by_image = torch.empty_like(ctx.x)
+    by_labels = ctx.x.new_empty(trials, program.logits) if ctx.needs_input_grad[1] else None
+    labels = _Rows(None, 0, 0) if by_labels is None else _rows(*strides(by_labels))
+    program.run("derivative", parameters, _rows(*strides(by_image)), labels, ctx.memory, trials)
+    return by_image, by_labels
 
 
 def _placed(tensor: Tensor, axis: bool, trials: int) -> tuple[Tensor, int, int]:
@@ -320,9 +407,3 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 def _rows(tensor: Tensor, trial: int, element: int) -> _Rows:
     return _Rows(tensor.data_ptr(), trial, element)
-
-
-@cache
-def _pool(process: int) -> ThreadPoolExecutor:
-    """Return the threads of a process; a copied process has none of its parent's."""
-    return ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="lanes")

@@ -62,12 +62,18 @@ struct Program {
 };
 
 // A parameter: shared [size] or each trial's own [size][T]; its gradient [size][T]; v of any strides.
+// Or a gradient that is only compared with an observed one y [size][T]: it stays in the block's memory at ``place`` (in
+// vectors), and ``dot`` and ``square`` [T] get <g, y> and <g, g>, or <g - y, g - y> where ``gap`` says so. The derivatives
+// by them, which the second half finds in their place, then give v = by_dot y + 2 by_square g, or 2 by_square (g - y).
 struct Parameter {
   const void* value;
   int64_t own;
   void* gradient;
   const void* v;
   int64_t v_trial, v_element, size;
+  const void* observed;
+  int64_t place, gap;
+  void *dot, *square;
 };
 
 // A tensor of T trials by its strides.
@@ -203,11 +209,12 @@ template <class S, class W> struct Sum {
       const Vec<S>* from = source + c * channel;
       const W* weight = w + o * w_output + c * w_channel;
       for (int k = 0; k < taps; k++) {
-        Vec<S> pixel[P];
-        EACH for (int p = 0; p < P; p++) pixel[p] = from[at[k] + p * step];
-        EACH for (int i = 0; i < O; i++) {
-          Vec<S> own = weight[tap[k] + i * w_output] - Vec<S>{};
-          EACH for (int p = 0; p < P; p++) sum[i][p] += own * pixel[p];
+        Vec<S> own[O];
+        EACH for (int i = 0; i < O; i++) own[i] = weight[tap[k] + i * w_output] - Vec<S>{};
+        const Vec<S>* pixels = from + at[k];
+        EACH for (int p = 0; p < P; p++) {
+          Vec<S> pixel = pixels[p * step];
+          EACH for (int i = 0; i < O; i++) sum[i][p] += own[i] * pixel;
         }
       }
     }
@@ -411,7 +418,16 @@ template <class S> struct Block {
   V* lanes(int number, Use use, bool along) const {
     const Parameter& p = parameters[number];
     V* out = buffer<S>(use, p.size);
-    if (along)
+    if (along && p.observed) {
+      V by_g, by_y;
+      factors(p, by_g, by_y);
+      const V* g = memory + p.place;
+      const S* y = (const S*)p.observed + first;
+      if (p.gap)
+        for (long i = 0; i < p.size; i++) out[i] = (g[i] - load<S>(y + i * trials, count)) * by_g;
+      else
+        for (long i = 0; i < p.size; i++) out[i] = g[i] * by_g + load<S>(y + i * trials, count) * by_y;
+    } else if (along)
       into_lanes<S>((const S*)p.v + first * p.v_trial, p.v_trial, p.v_element, count, p.size, out);
     else if (p.own)
       into_lanes<S>((const S*)p.value + first, 1, trials, count, p.size, out);
@@ -419,17 +435,55 @@ template <class S> struct Block {
       for (long i = 0; i < p.size; i++) out[i] = V{} + ((const S*)p.value)[i];
     return out;
   }
-  V* along(int number, Use use) const { return number < 0 || !parameters[number].v ? nullptr : lanes(number, use, true); }
+  bool has_along(int number) const { return number >= 0 && (parameters[number].v || parameters[number].observed); }
+  V* along(int number, Use use) const { return has_along(number) ? lanes(number, use, true) : nullptr; }
   bool own(int number) const { return parameters[number].own; }
   const S* shared(int number) const { return (const S*)parameters[number].value; }
+  bool wanted(int number) const { return number >= 0 && (parameters[number].gradient || parameters[number].observed); }
+  V* begin(int number) const {  // where a gradient is to be written before it is put
+    const Parameter& p = parameters[number];
+    return p.observed ? memory + p.place : buffer<S>(GRADIENT, p.size);
+  }
   void put(int number, const V* gradient) const {
     const Parameter& p = parameters[number];
-    if (!p.gradient) return;
-    out_of_lanes<S>(gradient, 1, trials, count, p.size, (S*)p.gradient + first);
+    if (p.observed)
+      compare(number);
+    else
+      out_of_lanes<S>(gradient, 1, trials, count, p.size, (S*)p.gradient + first);
   }
   void put(int number, long i, V value) const {
-    if (number >= 0 && parameters[number].gradient)
-      store<S>((S*)parameters[number].gradient + i * trials + first, count, value);
+    if (!wanted(number)) return;
+    const Parameter& p = parameters[number];
+    if (p.observed)
+      memory[p.place + i] = value;
+    else
+      store<S>((S*)p.gradient + i * trials + first, count, value);
+  }
+  // <g, y> and <g, g>, or <g - y, g - y>; every 256 elements are added up by themselves, which loses less to rounding
+  void compare(int number) const {
+    if (number < 0 || !parameters[number].observed) return;
+    const Parameter& p = parameters[number];
+    const V* g = memory + p.place;
+    const S* y = (const S*)p.observed + first;
+    V dots{}, squares{};
+    for (long i = 0; i < p.size;) {
+      V dot{}, square{};
+      for (long end = i + 256 < p.size ? i + 256 : p.size; i < end; i++) {
+        V own = g[i], other = load<S>(y + i * trials, count);
+        if (p.gap)
+          own -= other;
+        else
+          dot += own * other;
+        square += own * own;
+      }
+      dots += dot, squares += square;
+    }
+    if (!p.gap) store<S>((S*)p.dot + first, count, dots);
+    store<S>((S*)p.square + first, count, squares);
+  }
+  void factors(const Parameter& p, V& by_g, V& by_y) const {
+    by_g = S(2) * load<S>((const S*)p.square + first, count);
+    by_y = p.gap ? V{} : load<S>((const S*)p.dot + first, count);
   }
   V number(int parameter, long i, S missing) const {  // one number of a parameter, or of none
     if (parameter < 0) return V{} + missing;
@@ -437,9 +491,14 @@ template <class S> struct Block {
     return p.own ? load<S>((const S*)p.value + i * trials + first, count) : V{} + ((const S*)p.value)[i];
   }
   V number_along(int parameter, long i) const {
-    if (parameter < 0 || !parameters[parameter].v) return V{};
+    if (!has_along(parameter)) return V{};
     const Parameter& p = parameters[parameter];
-    V out;
+    V out, by_y;
+    if (p.observed) {
+      factors(p, out, by_y);
+      V g = memory[p.place + i], y = load<S>((const S*)p.observed + first + i * trials, count);
+      return p.gap ? (g - y) * out : g * out + y * by_y;
+    }
     into_lanes<S>((const S*)p.v + i * p.v_element + first * p.v_trial, p.v_trial, p.v_element, count, 1, &out);
     return out;
   }
@@ -482,14 +541,14 @@ template <class S> struct Block {
     if (pass == 1) {
       V* ey = e(q.y);
       long pixels = (long)q.rows * q.columns;
-      if (q.bias >= 0 && parameters[q.bias].gradient)
+      if (wanted(q.bias))
         for (int o = 0; o < q.outputs; o++) {
           V sum{};
           for (long i = 0; i < pixels; i++) sum += ey[o * pixels + i];
           put(q.bias, o, sum);
         }
-      if (parameters[q.weight].gradient) {
-        V* gradient = buffer<S>(GRADIENT, parameters[q.weight].size);
+      if (wanted(q.weight)) {
+        V* gradient = begin(q.weight);
         by_weight<S>(q, a(q.x), ey, gradient);
         put(q.weight, gradient);
       }
@@ -759,6 +818,10 @@ static void gradient(const Program& program, const Parameter* parameters, Rows x
     into_lanes<S>((const S*)q.data + first * q.trial, q.trial, q.element, block.count, program.size[last.x], block.kept(last));
     block.forwards(0);
     block.backwards(1);
+    for (long i = 0; i < program.ops; i++) {  // of which single numbers were put
+      block.compare(program.op[i].bias);
+      if (program.op[i].kind != CONV) block.compare(program.op[i].weight);
+    }
   }
 }
 template <class S>

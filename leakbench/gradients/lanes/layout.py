@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from leakbench.gradients.lanes.library import SUFFIXES, kernels
+from leakbench.core.compiled import SUFFIXES
+from leakbench.gradients.lanes.library import kernels
 
 JOINED_VALUES = 2**16
 """Gradients of up to this many values lie side by side in memory; a copy of larger ones costs more than it saves."""

@@ -1,0 +1,116 @@
+"""C++ sources of the package: each built once for a user, a processor and a compiler, if there is a compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pooch
+import torch
+
+from leakbench.core.files import draft
+from leakbench.errors import one_line
+
+COMPILERS = ("g++", "c++", "clang++")
+OPTIONS = ("-O3", "-march=native", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC")
+MAX_SECONDS = 300
+SWITCH = "LEAKBENCH_KERNELS"
+"""The environment variable that switches compiled code off (``off``)."""
+
+SUFFIXES = {torch.float32: "float", torch.float64: "double"}
+"""The ends of the names of functions for numbers of a type."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """A source that was built.
+
+    Attributes:
+        functions: what it has.
+        compiler: what built it, in words.
+    """
+
+    functions: ctypes.CDLL
+    compiler: str
+
+
+@dataclass(frozen=True)
+class Absent:
+    """Why there is no compiled code, so that torch's operations serve."""
+
+    reason: str
+
+
+def compiled(source: Path, *options: str) -> Library | Absent:
+    """Return the library of a source, which the first call of a user builds in some ten seconds, or why there is none.
+
+    Args:
+        source: a C++ file.
+        options: further options of the compiler.
+    """
+    if os.environ.get(SWITCH, "").lower() in ("off", "0", "no", "false"):
+        return Absent(f"{SWITCH} switches them off")
+    return _built(source, *options)
+
+
+@cache
+def _built(source: Path, *options: str) -> Library | Absent:
+    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
+    if compiler is None:
+        return Absent(f"no C++ compiler is installed ({', '.join(COMPILERS)})")
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
+        command = [*OPTIONS, *options]
+        known = (source.read_bytes(), version.encode(), " ".join(command).encode(), _processor().encode())
+        digest = hashlib.sha256(b"\0".join(known)).hexdigest()[:16]
+        file = Path(pooch.os_cache("leakbench")) / "kernels" / f"{source.stem}-{digest}.so"
+        if not file.exists():
+            with draft(file) as own:
+                call = [compiler, *command, str(source), "-o", str(own)]
+                subprocess.run(call, capture_output=True, text=True, timeout=MAX_SECONDS, check=True)
+        return Library(ctypes.CDLL(str(file)), version.splitlines()[0])
+    except subprocess.CalledProcessError as error:
+        return Absent(f"{compiler} cannot build them: {one_line(error.stderr)[:200]}")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Absent(f"they cannot be built: {one_line(error)}")
+
+
+def _processor() -> str:
+    """Return what the code depends on: the processor's kind and its instructions."""
+    lines = [platform.machine(), platform.processor()]
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        text = info.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+        lines += [line for line in text.splitlines() if line.startswith(("flags", "Features", "model name"))]
+    return "\n".join(lines)
+
+
+def in_threads(work: Callable[[int, int], None], count: int) -> None:
+    """Call ``work(begin, end)`` for parts of 0 to count, in as many threads as torch is to use.
+
+    The work waits for compiled code, which other Python threads do not wait for.
+    """
+    threads = min(torch.get_num_threads(), count)
+    if threads <= 1:
+        work(0, count)
+        return
+    edges = [count * part // threads for part in range(threads + 1)]
+    waiting = [_pool(os.getpid()).submit(work, *edges[part : part + 2]) for part in range(1, threads)]
+    work(*edges[:2])
+    for one in waiting:
+        one.result()
+
+
+@cache
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Return the threads of a process; a copied process has none of its parent's."""
+    return ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="compiled")
