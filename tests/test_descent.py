@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 import leakbench
 from leakbench.attacks.peeling import descent, inversion
-from leakbench.attacks.peeling.correlation import Fitted
-from leakbench.attacks.peeling.descent import Part, inputs_alone, recover
+from leakbench.attacks.peeling.correlation import Fitted, least_squares
+from leakbench.attacks.peeling.descent import inputs_alone, recover
 from leakbench.attacks.peeling.gates import balanced, log_odds
 from leakbench.attacks.peeling.inversion import find_below
 from leakbench.attacks.peeling.knowledge import Knowledge
@@ -228,10 +228,10 @@ def test_inputs_behind_any_activation_and_normalisation_are_found_up_to_a_factor
     assert far(found.value * exact.norm() / found.value.norm(), exact) < 1e-8
     # without the smallest entries of the weight's gradient
     weight = sent(observation)["3.weight"]
-    part = Part(weight, weight.abs() > weight.abs().flatten().kthvalue(40).values)
     others = {name: value for name, value in sent(observation).items() if name != "3.weight"}
     assert inputs_alone(network, others, torch.Generator().manual_seed(0)) == []
-    (found,) = inputs_alone(network, others, torch.Generator().manual_seed(0), {"3.weight": part})
+    others["3.weight"] = torch.where(weight.abs() > weight.abs().flatten().kthvalue(40).values, weight, torch.nan)
+    (found,) = inputs_alone(network, others, torch.Generator().manual_seed(0))
     seen_ = torch.isfinite(found.value)
     factor = (found.value[seen_] * exact[seen_]).sum() / found.value[seen_].square().sum()
     assert float(seen_.double().mean()) > 0.5
@@ -396,6 +396,35 @@ def test_a_descent_behind_noise_begins_at_the_head_and_knows_how_large_the_noise
     assert top.balance < 0.01  # that of the noise is 0.01, and wrong masks add to it
     nothing = {name: value - clean[name] for name, value in noisy.items()}
     assert not any(descent.usable(each) for each in recover(network, nothing, generator, spreads=spreads).features)
+
+
+def test_missing_right_hand_sides_are_left_out_or_taken_for_small() -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(60, 5, generator=generator, dtype=torch.float64)
+    exact = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    exact[:, 2] *= 1e-3  # a column of which nothing large enough was sent
+    right = matrix @ exact
+    sent = torch.where(right.abs() > 0.3, right, torch.nan)
+    found = least_squares(matrix, sent)
+    assert found is not None
+    assert far(found.value[:, :2], exact[:, :2]) < 1e-12
+    assert float((found.value[:, 2] - exact[:, 2]).norm()) < float(found.deviation[:, 2].norm())
+    assert least_squares(matrix, torch.full_like(right, torch.nan)) is None
+
+
+def test_a_descent_by_the_entries_that_were_sent() -> None:
+    """Every tensor without the smallest third of its entries."""
+    observation, images = seen(residual(width=128))
+    network = Network(trace(observation))
+    exact = truth(network, images)
+    pruned = {
+        name: torch.where(value.abs() < value.abs().quantile(1 / 3), torch.nan, value)
+        for name, value in sent(observation).items()
+    }
+    found = recover(network, pruned, torch.Generator().manual_seed(0)).features
+    assert len(found) > 1
+    for feature in found[:2]:
+        assert far(feature.value, exact[feature.place]) < 0.05
 
 
 def test_the_odds_of_a_mask_by_a_noisy_value() -> None:

@@ -17,7 +17,6 @@ from leakbench.attacks.matching import Positive, analytic_labels
 from leakbench.attacks.matching.problem import SIGN_LOSSES
 from leakbench.attacks.peeling.beginnings import all_beginnings
 from leakbench.attacks.peeling.chain import Chain, find_chain
-from leakbench.attacks.peeling.descent import Part
 from leakbench.attacks.peeling.estimate import undo_linear
 from leakbench.attacks.peeling.layers import Activation, ChainLayer, Convolution, Dropout, Normalisation, Reshape
 from leakbench.attacks.peeling.network import Network
@@ -71,7 +70,8 @@ class Peel(Attack):
     image is then searched for whose forward pass gives the lowest inputs that were recovered. Below a max-pool of the
     first layers, the positions of the maxima are sampled with it. If no descent begins, as behind other activations and
     group normalisation or much noise, the image is searched for from inputs that are known up to a factor. If an
-    adaptive attacker knows that only some entries were sent, layers of few positions are completed to their rank. The
+    adaptive attacker knows that only some entries were sent, equations are solved without the others, and layers of few
+    positions are completed to their rank if that does not begin a descent. The
     scale and shift of a key-lock on the way are searched for with the image, whose contrast then stays unknown.
 
     Dropout is undone if its mask follows from the gradient: a dropped value is in no equation, and the error there is
@@ -91,8 +91,9 @@ class Peel(Attack):
     """
 
     # 2: networks with ReLUs, which were unsupported, or searched less thoroughly; 3: conditional variances, and in
-    # networks with ReLUs a last search that ends when it brings nothing more; 4: masks behind noise by their odds
-    version: ClassVar[int] = 4
+    # networks with ReLUs a last search that ends when it brings nothing more; 4: masks behind noise by their odds;
+    # 5: a descent by the entries of a pruned gradient that were sent
+    version: ClassVar[int] = 5
     reference: ClassVar[str] = (
         "in the family of Zhu and Blaschko 2021, R-GAP, ICLR, arXiv 2010.07733; "
         "the way through a normalisation of unknown scale and shift is this package's own"
@@ -163,14 +164,16 @@ class Peel(Attack):
         for trial, draws in enumerate(rng.generators("factorise")):
             own_values = {name: value[trial].cpu() for name, value in observation.gradient.items()}
             shown = {name: each[trial].cpu() for name, each in (observation.shown or {}).items() if name in own_values}
-            incomplete = {name: Part(own_values[name], each) for name, each in shown.items() if not bool(each.all())}
-            sent = {name: value for name, value in own_values.items() if name not in incomplete}
+            sent = {
+                name: torch.where(shown[name], value, torch.nan) if name in shown else value
+                for name, value in own_values.items()
+            }
             known = {name: float(each[trial]) for name, each in spreads.items() if name in sent}
             twin = filled(observation, trial)
             searched = network.on(filled(observation, trial).to(observation.device, observation.dtype), trial)
             own = noise[trial] if several else noise[trial : trial + 1]
             whole = network.on(twin, trial)
-            parts.append(restore(whole, searched, sent, own, draws, self.search, incomplete, observation.note, known))
+            parts.append(restore(whole, searched, sent, own, draws, self.search, observation.note, known))
         misfits = torch.stack([each.misfits.mean() for each in parts])
         images = torch.stack([each.images for each in parts])
         return Reconstruction(

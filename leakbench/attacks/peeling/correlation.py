@@ -23,6 +23,13 @@ MIN_SINGULAR = 1e-6
 """The part of the largest singular value below which equations leave a direction open."""
 
 
+MARGIN = 1.5
+"""An unknown's equations are solved without those that are missing if at least this many times as many are left."""
+
+FILLS = 30
+"""How often missing right-hand sides are filled in where fewer are left."""
+
+
 @dataclass(frozen=True)
 class Fitted:
     """The solution of a least-squares problem.
@@ -72,7 +79,11 @@ def by_image(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def least_squares(matrix: Tensor, right: Tensor) -> Fitted | None:
-    """Return the X [N, M] of least |matrix X - right|, or None if it is not determined: matrix is [R, N]."""
+    """Return the X [N, M] of least |matrix X - right|, or None if it is not determined: matrix is [R, N].
+
+    Right-hand sides that are NaN are missing. They are left out; in a column with fewer than ``MARGIN`` N others, they
+    are taken for smaller than those of the matrix that are there, as in a pruned gradient.
+    """
     rows, unknowns = matrix.shape
     if rows <= unknowns:
         return None
@@ -80,10 +91,42 @@ def least_squares(matrix: Tensor, right: Tensor) -> Fitted | None:
     size = r.diagonal().abs()
     if not float(size.min()) * MAX_CONDITION > float(size.max()):
         return None
+    if not bool(right.isfinite().all()):
+        return _incomplete(matrix, q, r, right)
     seen = q.T @ right
     value = torch.linalg.solve_triangular(r, seen, upper=True)
     inverse = torch.linalg.solve_triangular(r, torch.eye(unknowns).to(r), upper=True)
     return Fitted(value, _deviation(right - q @ seen, rows - unknowns, inverse, right))
+
+
+def _incomplete(matrix: Tensor, q: Tensor, r: Tensor, right: Tensor) -> Fitted | None:
+    """Return the solution for right-hand sides [R, M] of which some are NaN, and matrix = q r."""
+    there = right.isfinite()
+    if not bool(there.any()):
+        return None
+    least = right[there].abs().min()
+    filled = right.nan_to_num(0.0)
+    value = torch.linalg.solve_triangular(r, q.T @ filled, upper=True)
+    for _ in range(FILLS):
+        filled = torch.where(there, filled, (matrix @ value).clamp(-least, least))
+        value = torch.linalg.solve_triangular(r, q.T @ filled, upper=True)
+    inverse = torch.linalg.solve_triangular(r, torch.eye(len(r)).to(r), upper=True)
+    # a value between -t and t has the variance t^2 / 3 if nothing more is known of it
+    deviation = (least / 3**0.5) * inverse.norm(dim=1)[:, None].expand_as(value).clone()
+    for column in (there.sum(0) >= MARGIN * len(r)).nonzero().flatten().tolist():
+        own = there[:, column]
+        rows, wanted = matrix[own], right[own, column, None]
+        factor, failed = torch.linalg.cholesky_ex(rows.T @ rows)
+        if int(failed):
+            continue
+        found = torch.cholesky_solve(rows.T @ wanted, factor)
+        found += torch.cholesky_solve(rows.T @ (wanted - rows @ found), factor)
+        spread = torch.cholesky_inverse(factor).diagonal().clamp(min=0).sqrt()
+        noise = (wanted - rows @ found).square().sum() / (len(rows) - len(r)) + FLOOR**2 * wanted.square().mean()
+        spread = spread * noise.sqrt()
+        if float(spread.norm()) < float(deviation[:, column].norm()):
+            value[:, column], deviation[:, column] = found[:, 0], spread
+    return Fitted(value, deviation)
 
 
 @dataclass(frozen=True)

@@ -47,21 +47,10 @@ MAX_UNSURE = 0.2
 MAX_COMPLETED = 36
 """The most positions of an input for which missing entries are completed: time grows with their fourth power."""
 
+NOT_COMPLETE = NotFactorised("only some entries of the gradient were sent")
+
 ALONE = 3
 """How many convolutions' inputs are factorised if no descent begins at one."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A tensor's gradient of which a client sent only some entries.
-
-    Attributes:
-        values: the gradient, with anything in the others.
-        sent: bool, of the same shape.
-    """
-
-    values: Tensor
-    sent: Tensor
 
 
 @dataclass(frozen=True)
@@ -111,7 +100,7 @@ def recover(
 
     Args:
         network: a trial's, in float64.
-        sent: the trial's gradient, by name.
+        sent: the trial's gradient, by name; NaN in entries that were not sent.
         rng: for the start of an eigenvalue solver, and for the search that tells images apart.
         images: how many images were trained on at a time. Their order is not known.
         spreads: the standard deviation of an entry's error in tensors of which it is known.
@@ -122,7 +111,8 @@ def recover(
     for place in beginnings(network, sent, images):
         layer = network.steps[place].layer
         assert layer is not None
-        found = factorise_convolution(sent[layer.weight], lattice_of(layer), rng, images)
+        whole = bool(torch.isfinite(sent[layer.weight]).all())
+        found = factorise_convolution(sent[layer.weight], lattice_of(layer), rng, images) if whole else NOT_COMPLETE
         if isinstance(found, NotFactorised):
             reason = f"{layer.name}: {found.reason}"
             continue
@@ -169,31 +159,29 @@ def _recovered(known: Knowledge) -> Recovered:
     return Recovered(found, known.missing[max(missing)] if missing else "")
 
 
-def inputs_alone(
-    network: Network, sent: Mapping[str, Tensor], rng: torch.Generator, parts: Mapping[str, Part] | None = None
-) -> list[Feature]:
+def inputs_alone(network: Network, sent: Mapping[str, Tensor], rng: torch.Generator) -> list[Feature]:
     """Return the inputs, up to a factor each, of the lowest convolutions that give their own; the highest first.
 
     Whatever is above and below them does not matter. One image.
 
     Args:
         network: a trial's.
-        sent: the trial's gradient, by name.
+        sent: the trial's gradient, by name; NaN in entries that were not sent. Of inputs of layers that have some,
+            channels that do not follow are NaN.
         rng: for the start of an eigenvalue solver.
-        parts: tensors of which only some entries were sent; of such inputs, channels that do not follow are NaN.
     """
-    parts = parts or {}
     features: dict[int, Feature] = {}
-    for place in factorisable(network, {*sent, *parts}):
+    for place in factorisable(network, sent):
         layer, (source,) = network.steps[place].layer, network.steps[place].inputs
         assert layer is not None
         if source in features:
             continue
         lattice = lattice_of(layer)
-        if layer.weight in sent:
+        there = torch.isfinite(sent[layer.weight])
+        if bool(there.all()):
             found = factorise_convolution(sent[layer.weight], lattice, rng)
-        elif lattice.inputs <= MAX_COMPLETED and bool(parts[layer.weight].sent.any()):
-            found = factorise_incomplete(parts[layer.weight].values, parts[layer.weight].sent, lattice, rng)
+        elif lattice.inputs <= MAX_COMPLETED and bool(there.any()):
+            found = factorise_incomplete(sent[layer.weight], there, lattice, rng)
         else:
             continue
         if isinstance(found, NotFactorised):
@@ -302,13 +290,13 @@ def begin_at_head(known: Knowledge, place: int, rng: torch.Generator) -> str | N
                 spread = known.spreads.get(known.network.shift(gate) or "", torch.inf)
                 sure = spread < MAX_UNSURE * above[0, :, 0, 0].abs()
                 counts = torch.where(sure, (sums / above[0, :, 0, 0]).round().clamp(0, lattice.outputs), torch.nan)
-            factors = factorise_valued(own, lattice, values[:, 0], counts, rng)
+            factors = factorise_valued(own.nan_to_num(0.0), lattice, values[:, 0], counts, rng)
         if isinstance(factors, NotFactorised):
             reason = f"{layer.name}: {factors.reason}"
             continue
         known.masks[gate] = factors.errors != 0
         if factors.scale_misfit is None and sums is not None:  # by more equations than the head's few
-            made = (known.masks[gate] * above).sum((0, 2, 3))
+            made, sums = (known.masks[gate] * above).sum((0, 2, 3))[there := torch.isfinite(sums)], sums[there]
             known.pinned[top] = known.pinned[top] * (made @ sums) / (made @ made)
             known.errors = {}
         known.forget(gate)
@@ -325,13 +313,14 @@ def head_error(known: Knowledge, place: int) -> tuple[Tensor, bool]:
     """
     name = known.network.steps[place].name
     bias, by_weight = (known.sent.get(f"{name}.{part}") for part in ("bias", "weight"))
+    bias, by_weight = (None if each is None else each.nan_to_num(0.0) for each in (bias, by_weight))
     if by_weight is None:
         assert bias is not None
-        return bias, True
+        return bias, known.complete(f"{name}.bias")
     left, singular, right = torch.linalg.svd(by_weight, full_matrices=False)
     if bias is None:
         return left[:, 0] * right[0].sum().sign(), False  # the size follows from the gradient of a shift
-    clean = len(singular) < 2 or float(singular[1]) < CLEAN * float(singular[0])
+    clean = known.complete(f"{name}.bias") and (len(singular) < 2 or float(singular[1]) < CLEAN * float(singular[0]))
     return (bias, True) if clean else (left[:, 0] * (left[:, 0] @ bias), False)
 
 
@@ -344,6 +333,8 @@ def begin_at_flat_head(known: Knowledge, place: int, at: int) -> str | None:
     name = steps[place].name
     by_weight, error = known.sent[f"{name}.weight"], known.sent[f"{name}.bias"]
     power = error.square().sum()
+    if not (known.complete(f"{name}.weight") and known.complete(f"{name}.bias")):
+        return f"{name}: {NOT_COMPLETE.reason}"
     if not float(power) > 0:
         return f"{name}: the gradient of its bias is zero"
     value = (error @ by_weight / power)[None]

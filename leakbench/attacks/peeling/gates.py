@@ -73,25 +73,26 @@ def fitting_mask(
         solution: the ReLU's output [B, C, H, W] with its deviations, up to a positive factor of each image.
         part: [B, C, H, W], the part of the error at its output that is in one over that factor.
         rest: [B, C, H, W], the other part.
-        sums: [C], the sums of the error behind the ReLU, added over the images.
+        sums: [C], the sums of the error behind the ReLU, added over the images; NaN where they were not sent.
         slope: of the ReLU below 0.
     """
     masks = torch.stack([solution.value > level * solution.deviation for level in LEVELS])
     own, fixed = (torch.where(masks, each, slope * each).sum((3, 4)).mT for each in (part, rest))
     wanted = sums - fixed.sum(2)
+    there = torch.isfinite(sums)
     # of each level, sums [C, B] without the factors, and what they should be [C]
-    factors = torch.stack([_fit(*each) for each in zip(own, wanted)])
-    misfits = (torch.einsum("lcb,lb->lc", own, factors) - wanted).norm(dim=1)
+    factors = torch.stack([_fit(*each) for each in zip(own[:, there], wanted[:, there])])
+    misfits = (torch.einsum("lcb,lb->lc", own, factors) - wanted)[:, there].norm(dim=1)
     best = int(torch.where(torch.isnan(misfits), torch.inf, misfits).argmin())
     each = (own @ factors[best] - wanted).abs()
     least = each.argmin(0)
-    level = torch.where(each.amin(0) < 0.5 * each[best], least, best)
+    level = torch.where(there & (each.amin(0) < 0.5 * each[best]), least, best)
     channels = torch.arange(len(sums))
     mask = masks[level, :, channels].transpose(0, 1)
     own, wanted = own[level, channels], wanted[level, channels]
     # a wrong place of the mask spoils the sum of its channel only
     misfit = (own @ _fit(own, wanted) - wanted).abs()
-    good = misfit <= OUTLIER * misfit.median()
+    good = there & (misfit <= OUTLIER * misfit.nanmedian())
     return mask, _fit(own[good], wanted[good])
 
 
@@ -109,13 +110,13 @@ def balanced(mask: Tensor, values: Fitted, error: Tensor, sums: Tensor) -> Tenso
         mask: as it was decided.
         values: the ReLU's output; a place may be wrong if it is near 0, and nearer if it explains the sum less exactly.
         error: at the ReLU's output.
-        sums: [C], what the sums of the error behind the ReLU must be.
+        sums: [C], what the sums of the error behind the ReLU must be; NaN where they are not known.
     """
     value, deviation = by_channel(values.value), by_channel(values.deviation)
     rows, errors = by_channel(mask).clone(), by_channel(error)
     size = errors.square().mean(1).sqrt()
     missing = sums - (rows * errors).sum(1)
-    usual = missing.abs().median()
+    usual = missing.abs().nanmedian()
     least_wrong = torch.maximum(IMBALANCE * size, OUTLYING * usual)
     for channel in (missing.abs() > least_wrong).nonzero().flatten().tolist():
         ratio, most = (value[channel] / deviation[channel]).nan_to_num(), _left(missing[channel], usual)
@@ -286,4 +287,5 @@ def no_worse(known: Knowledge, gate: int, old: Tensor, new: Tensor) -> Tensor:
         return new
     slope, rows = known.network.steps[gate].slope, by_channel(error)
     before, after = ((torch.where(mask, rows, slope * rows).sum(1) - sums).abs() for mask in (old, new))
-    return torch.where((after <= torch.maximum(before, 3 * before.median()))[:, None], new, old)
+    worse = after > torch.maximum(before, 3 * before.nanmedian())
+    return torch.where(worse[:, None], old, new)

@@ -47,7 +47,7 @@ class Knowledge:
 
     Args:
         network: the trial's, in float64.
-        sent: the trial's gradient in float64, by name.
+        sent: the trial's gradient in float64, by name; NaN in entries that were not sent.
         images: how many images were trained on at a time (B).
         spreads: the standard deviation of an entry's error in tensors of which it is known, by name.
     """
@@ -84,6 +84,10 @@ class Knowledge:
             self.pinned[place] = error
         self.errors = {}
         return place
+
+    def complete(self, name: str | None) -> bool:
+        """Return whether all of a tensor's gradient was sent."""
+        return name in self.sent and bool(torch.isfinite(self.sent[name or ""]).all())
 
     def error(self, place: int) -> Tensor | None:
         """Return the error [B, ...] at a step's output; None if it does not follow from what is known."""
@@ -147,8 +151,9 @@ class Knowledge:
         sent, error = self.sent.get(name), self._below(place, below)
         if sent is None or error is None:
             return float("nan")
-        far = (error.sum((0, 2, 3)) - sent).square().sum() - len(sent) * self.spreads.get(name, 0.0) ** 2
-        return float(far.clamp(min=0).sqrt() / sent.norm())
+        there = torch.isfinite(sent)
+        far = (error.sum((0, 2, 3)) - sent)[there].square().sum() - int(there.sum()) * self.spreads.get(name, 0.0) ** 2
+        return float(far.clamp(min=0).sqrt() / sent[there].norm())
 
     def link(self, user: int, place: int) -> tuple[Tensor, Tensor] | None:
         """Return gain and offset [1 or B, ...] if the error here is gain * error + offset of its user's."""
@@ -187,7 +192,8 @@ class Knowledge:
                 continue
             above = steps[user].users[0] if len(steps[user].users) == 1 else user
             if user not in self.pinned and steps[above].kind == "normalisation":
-                if f"{steps[above].name}.weight" in self.sent and self.error(above) is not None:
+                names = (f"{steps[above].name}.weight", layer.weight)
+                if all(map(self.complete, names)) and self.error(above) is not None:
                     found.append(Reader(user, layer, above))
             elif self.error(user) is not None:
                 found.append(Reader(user, layer, None))

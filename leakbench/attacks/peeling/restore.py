@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from leakbench.attacks.peeling.descent import Feature, Part, Recovered, inputs_alone, recover
+from leakbench.attacks.peeling.descent import Feature, Recovered, inputs_alone, recover
 from leakbench.attacks.peeling.inversion import MAX_ERROR, chosen, invert
 from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.pooling import MAX_WINDOWS, find_stem, pooled, restore_pooled
@@ -36,7 +36,6 @@ def restore(
     noise: Tensor,
     rng: torch.Generator,
     steps: int,
-    parts: Mapping[str, Part] | None = None,
     note: Callable[[str], None] | None = None,
     spreads: Mapping[str, float] | None = None,
 ) -> Restored:
@@ -45,21 +44,21 @@ def restore(
     Args:
         network: the trial's, in float64 on the CPU.
         searched: the same, of the floating type and on the device of the search for the images.
-        sent: the trial's gradient on the CPU, by name, as far as all of a tensor was sent.
+        sent: the trial's gradient on the CPU, by name; NaN in entries that were not sent.
         noise: [B, C, H, W] standard normal of the search's type, for B images.
         rng: of the factorisation.
         steps: of the search (``inversion.invert``).
-        parts: tensors of which only some entries were sent.
         note: called with a line if a search cannot be recorded on a GPU.
         spreads: the standard deviation of an entry's error in tensors of which it is known.
     """
     found = recover(network, sent, rng, len(noise), spreads)
     used = chosen(found.features)
     if not used and len(noise) == 1:
-        used = chosen(inputs_alone(network, sent, rng, parts))
+        used = chosen(inputs_alone(network, sent, rng))
     if not used:
         grey = torch.full_like(noise, 0.5)
         return Restored(grey, grey.new_full((len(grey),), torch.nan), reason=failure(network, found))
+    sent = {name: value for name, value in sent.items() if bool(torch.isfinite(value).all())}
     lowest = used[-1]
     stem = find_stem(searched, lowest.place)
     windows = lowest.value[:, 0].numel()

@@ -80,8 +80,10 @@ def complete(known: Knowledge, place: int, readers: Sequence[Reader]) -> Fitted 
         return weak_equations
     matrix, right = known.equations(readers)
     found = least_squares(matrix, right)
-    if found is not None and len(matrix) > FEW * places:
+    if found is not None and (len(matrix) > FEW * places or not bool(right.isfinite().all())):
         return found
+    if not bool(right.isfinite().all()):
+        return weak_equations
     parts = directions(matrix, right)
     strong = int((parts.size > WEAK * parts.size[0]).sum())
     strong = max(strong, places - MAX_OPEN // channels)
