@@ -143,7 +143,7 @@ class Observation:
             return 1.0
         if self.client is None:
             return float(self.threat.local_steps)
-        return self.client.optimiser(1.0).unit(self.client.steps) or 1.0
+        return self.client.optimiser(1.0).unit(self.client.steps) or float(self.client.steps)
 
     def __post_init__(self) -> None:
         """Raise BadOption if no gradient is left to observe."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SALT, rand
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
@@ -16,12 +17,16 @@ from leakbench.analysis.integrity import check
 from leakbench.attacks.base import prepare
 from leakbench.attacks.batch_labels import batch_labels, inferred_counts
 from leakbench.attacks.matching import GradientMatching, double
+from leakbench.attacks.matching.sets import TakenImages, merged, set_distance
 from leakbench.core.rng import Rng
 from leakbench.core.types import ThreatModel
 from leakbench.engine.run import RunOptions, run
 from leakbench.errors import Unsupported
 from leakbench.gradients import Evaluator, choose_path
 from leakbench.metrics.aligned import AlignedPSNR
+from leakbench.metrics.members import matched
+from leakbench.metrics.standard import PSNR
+from leakbench.models.module import OwnModule
 from leakbench.observation import Observation
 from leakbench.plan.matrix import Matrix
 from leakbench.report import grids
@@ -243,3 +248,119 @@ def test_unrolled_steps_with_momentum_and_decay_give_the_update_of_the_true_imag
     found = objective.dummy(images, known.labels, {"image": images}, 0)
     for name, value in known.gradient.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+ADAM = "local(images=4, local_batch=2, local_epochs=2, lr=0.01, optimizer={}, weight_decay=0.01)"
+
+
+@pytest.mark.parametrize(("kind", "granted"), [("adam", "known"), ("adamw", "known"), ("adam", "hidden")])
+def test_unrolled_steps_of_adam_give_the_update_of_the_true_images(kind: str, granted: str) -> None:
+    """With the order granted, of all weights; without it, of other images."""
+    threat = ThreatModel(shares="weights", rate="known", labels="known", order=granted)  # type: ignore[arg-type]
+    seen = double(see(4, threat, client=ADAM.format(kind), model="mlp(hidden=16, activation=sigmoid)"))
+    attack = attacks.parse("ig(local=unrolled)")
+    assert isinstance(attack, GradientMatching)
+    _, known = prepare(attack, seen)
+    objective = attack._objective(known, Rng(("a", "b"))).with_path()
+    images = torch.stack([batch(4, row).images for row in range(2)]).double().requires_grad_()
+    assert known.labels is not None
+    found = objective.dummy(images, known.labels, {"image": images}, 0)
+    apart = torch.stack(
+        [(found[name].detach() - value).norm() / value.norm() for name, value in known.gradient.items()]
+    )
+    assert (float(apart.max()) < 0.02) == (granted == "known")
+    (slope,) = torch.autograd.grad(sum(value.square().sum() for value in found.values()), images)
+    assert bool((slope.flatten(2).abs().sum(2) > 0).all())  # signs alone would have none
+
+
+def test_a_set_of_images_for_each_epoch_needs_no_order() -> None:
+    """Sets of the same images, each in an order of its own, are no distance from each other, and their mean is one."""
+    training = "local(images=4, local_batch=2, local_epochs=3, lr=0.1, momentum=0.9)"
+    threat = ThreatModel(shares="weights", rate="known", labels="known")
+    seen = double(see(4, threat, client=training))
+    attack = attacks.parse("ig(local=separate)")
+    assert isinstance(attack, GradientMatching)
+    _, known = prepare(attack, seen)
+    objective = attack._objective(known, Rng(("a", "b"))).with_path()
+    assert objective.epochs == 3
+    order = TakenImages.of(
+        tuple(see(4, ThreatModel(shares="weights", order="known"), client=training).order), 4
+    )  # what the clients did
+    images = torch.stack([batch(4, row).images for row in range(2)])
+    sets = torch.zeros(2, 3, 4, *SHAPE).double()
+    for own, guess, epoch in zip(order.steps, objective.taken.steps, objective.taken.earlier):
+        for row in range(2):
+            sets[row, epoch[row], guess[row]] = images[row, own[row]].double()
+    assert float(set_distance(sets, objective._filters).max()) < 1e-12
+    other = sets.clone()
+    other[:, 1, 0] = 0.5
+    assert float(set_distance(other, objective._filters).min()) > 1e-4
+    seen_all = objective.taken.seen(4)
+    assert bool(seen_all.all())
+    mean = merged(sets, torch.zeros(2, 4).long(), seen_all, True)  # as if all labels were one: any may be matched
+    torch.testing.assert_close(mean, sets[:, 0])
+    apart = merged(sets + torch.tensor([0.0, 0.3, -0.3]).view(3, 1, 1, 1, 1), torch.zeros(2, 4).long(), seen_all, True)
+    assert float((apart - sets[:, 0]).abs().mean()) < 0.05
+
+
+def test_a_set_of_images_for_each_epoch_gives_the_update_of_one_label() -> None:
+    training = "local(images=4, local_batch=2, local_epochs=3, lr=0.1, momentum=0.9)"
+    client = Client(rand(*SHAPE, seed=0), 1, "w", "c", (), tuple((rand(*SHAPE, seed=k), 1) for k in (1, 2, 3)))
+    threat = ThreatModel(shares="weights", rate="known", labels="known", order="known")
+    seen = observe(
+        models.parse("mlp(hidden=16)"), defenses.parse("none"), threat, [client], CLASSES, torch.full(SHAPE, 0.5),
+        training=clients.parse(training),
+    )  # fmt: skip
+    attack = attacks.parse("ig(steps=2, local=separate)")
+    assert isinstance(attack, GradientMatching)
+    _, granted = prepare(attack, double(seen))
+    order = TakenImages.of(granted.order, 4)
+    objective = attack._objective(replace(granted, order=()), Rng(("a",))).with_path()
+    sets = torch.zeros(1, 3, 4, *SHAPE).double()
+    for own, guess, epoch in zip(order.steps, objective.taken.steps, objective.taken.earlier):
+        sets[0, epoch[0], guess[0]] = client.images[own[0]].double()
+    assert granted.labels is not None
+    found = objective.dummy(sets.flatten(1, 2), granted.labels, {}, 0)
+    for name, value in granted.gradient.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+    guess = attack(seen, Rng(("a",)))
+    assert guess.images.shape == (1, 4, *SHAPE)
+    with pytest.raises(Unsupported, match="use local=unrolled"):
+        attack(replace(see(1, ThreatModel(shares="weights", rate="known"), client="local(local_steps=2)")), Rng("ab"))
+
+
+def small(hidden: int) -> OwnModule:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, hidden)]
+    return OwnModule("small", nn.Sequential(*layers, *([nn.ReLU(), nn.Linear(hidden, CLASSES)] * (hidden > CLASSES))))
+
+
+@pytest.mark.parametrize("hidden", [CLASSES, 64])
+def test_images_follow_from_the_inputs_of_the_first_linear_layer(hidden: int) -> None:
+    """By the zeros of the ReLU in front of the classifier, and by those of the one behind a hidden layer."""
+    who = [batch(3, row, f"c{row}") for row in range(1)]
+    seen = observe(
+        small(hidden), defenses.parse("none"), ThreatModel(), who, CLASSES, torch.full(SHAPE, 0.5),
+        training=clients.parse("local(batch=3)"),
+    )  # fmt: skip
+    guess = attacks.parse("disaggregate")(seen, Rng(("a",)))
+    assert guess.failed is not None
+    assert not bool(guess.failed[0]), guess.reasons
+    assert float(PSNR()(matched(guess.images[0].clamp(0, 1), who[0].images), who[0].images).min()) > 50
+
+
+def test_what_disaggregate_cannot_separate_above_convolutions_is_said() -> None:
+    attack = attacks.parse("disaggregate")
+    with pytest.raises(Unsupported, match="no layer tells images apart"):
+        attack(see(2, model="lenet"), Rng("ab"))
+    with pytest.raises(Unsupported, match="needs the gradient of one step"):
+        attack(see(2, ThreatModel(shares="weights"), model="lenet", client="local(batch=2, local_epochs=2)"), Rng("ab"))
+    many = [batch(CLASSES, 1, "c")]
+    seen = observe(
+        small(CLASSES), defenses.parse("none"), ThreatModel(), many, CLASSES, torch.full(SHAPE, 0.5),
+        training=clients.parse(f"local(batch={CLASSES})"),
+    )  # fmt: skip
+    guess = attack(seen, Rng(("a",)))
+    assert guess.failed is not None
+    assert bool(guess.failed[0])
+    assert "the most that its outputs can tell apart" in guess.reasons[0]

@@ -34,7 +34,7 @@ from leakbench.core.types import PRESETS
 from leakbench.errors import BadOption
 from leakbench.plan import matrix as matrices
 from leakbench.plan.matrix import axes_from_options
-from leakbench.plan.trial import Cell, Result, Trial
+from leakbench.plan.trial import BatchMember, Cell, Result, Trial
 from leakbench.report import html as pages
 from leakbench.report import write
 from leakbench.report.page import embedded, render, sentence
@@ -182,6 +182,24 @@ def test_the_gallery_has_the_best_the_median_and_the_worst(tmp_path):
     assert pages.chosen(cell[:1], metric) == [10]
     assert pages.chosen(cell[5:], metric) == []
     assert pages.chosen(cell, dataclasses.replace(metric, higher_is_better=False)) == [14, 13, 12]
+
+
+def test_every_image_of_a_batch_is_in_the_data(tmp_path):
+    members = tuple(
+        BatchMember(place, place % 3, png(place, 8), None if place == 2 else png(50 + place, 8), None,
+                    {"psnr": 10.0 + place, "psnr_aligned": 12.0 + place})
+        for place in range(3)
+    )  # fmt: skip
+    text = page(tmp_path, [scored(DLG, NONE, 0, 0.9, members=members), scored(IG, NONE, 1, 0.9)], [*METRICS, *ALIGNED])
+    data = Tags(text).data()
+    own, none = sorted(data["trials"]["members"], key=lambda one: one is None)
+    assert none is None
+    at = [metric["name"] for metric in data["metrics"]].index("psnr")
+    assert [(image, label, scores[at]) for image, label, *_, scores in own] == [(0, 0, 10), (1, 1, 11), (2, 2, 12)]
+    places = [(truth, guess) for _, _, truth, guess, *_ in own]
+    assert places[2][1] == -1  # none was assigned to it
+    assert len({place for pair in places for place in pair if place >= 0}) == 5
+    assert all(place >= 0 for pair in places[:2] for place in pair)
 
 
 def test_every_defense_has_its_strongest_attack_in_the_gallery(tmp_path):

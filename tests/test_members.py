@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from leakbench import datasets
 from leakbench.gradients.counts import (
+    is_far,
     label_counts,
     label_counts_by_embedding,
     label_counts_by_weight,
     label_counts_of_update,
     largest_remainders,
+    mean_feature,
+    moved_probabilities,
 )
 from leakbench.metrics.aligned import AlignedPSNR, align
 from leakbench.metrics.members import MemberScores, aligned_errors, assign, count_overlap, matched
@@ -83,6 +86,35 @@ def test_remainders_give_whole_numbers_of_the_sum() -> None:
     assert found.sum(1).tolist() == [7, 7, 7]
     assert found.tolist()[1] == [2, 2, 2, 1]
     assert count_overlap(torch.tensor([3, 3, 0, 1]), torch.tensor([2, 3, 2, 0])) == pytest.approx(5 / 7)
+
+
+def test_of_several_estimates_that_with_the_nearest_whole_numbers_counts() -> None:
+    probabilities = torch.softmax(torch.randn(10, generator=torch.Generator().manual_seed(0)), 0)
+    true = torch.tensor([2, 0, 0, 1, 3, 0, 0, 1, 0, 1])
+    gradient = probabilities - true / 8
+    wrong = probabilities.roll(3)
+    assert not torch.equal(label_counts(gradient, wrong, 8), true)
+    for estimates in ([wrong, probabilities], [probabilities, wrong]):
+        assert torch.equal(label_counts(gradient, torch.stack(estimates), 8), true)
+        assert torch.equal(label_counts_of_update(0.37 * gradient, torch.stack(estimates), 8), true)
+
+
+def test_the_features_of_public_images_are_moved_to_those_of_the_batch() -> None:
+    torch.manual_seed(0)
+    last = nn.Linear(64, 10).double()
+    spread = 0.05 * torch.randn(40, 64).double()
+    features, public = (3 + spread[:16]).clamp(min=0), (1 + spread[16:]).clamp(min=0)
+    labels = torch.arange(16) % 10
+    loss = nn.functional.cross_entropy(last(features), labels)
+    by_weight, by_bias = torch.autograd.grad(loss, [last.weight, last.bias])
+    mean = mean_feature(by_weight, by_bias)
+    torch.testing.assert_close(mean, features.mean(0), rtol=0.05, atol=0)
+    assert is_far(public, mean)
+    assert not is_far(features, mean)
+    true = torch.bincount(labels, minlength=10)
+    moved = moved_probabilities(public, mean, last.weight.detach(), last.bias.detach())
+    assert torch.equal(label_counts(by_bias, moved, 16), true)
+    assert not torch.equal(label_counts(by_bias, torch.softmax(last(public), 1).mean(0), 16), true)
 
 
 def test_counts_of_an_untrained_network_by_bias_weight_and_embedding() -> None:

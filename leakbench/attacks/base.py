@@ -70,6 +70,11 @@ class Attack(Component):
         cls.run, cls.__call__ = old, Attack.__call__  # type: ignore[method-assign, misc]
 
     @property
+    def repeats(self) -> bool:
+        """Whether it repeats the client's local steps, by whichever optimiser."""
+        return False
+
+    @property
     def competes(self) -> bool:
         """Whether it counts as an attacker: it is neither a floor nor a control."""
         return not (self.floor or self.is_control)
@@ -278,10 +283,14 @@ def _unit_of(attack: Attack, observation: Observation) -> float:
     if threat.shares == "gradient":
         return 1.0
     if observation.client is not None and observation.client.optimiser(1.0).kind != "sgd":
-        raise Unsupported(
-            f"{attack.name} needs a sum of gradients, and {observation.client.optimiser(1.0).kind} divides each entry "
-            "by a number of its own; use a client with optimizer=sgd"
-        )
+        if not attack.repeats:
+            other = ", or local=unrolled with rate=known" if "local" in attack.options() else ""
+            raise Unsupported(
+                f"{attack.name} needs a sum of gradients, and {observation.client.optimiser(1.0).kind} divides each "
+                f"entry by a number of its own; use a client with optimizer=sgd{other}"
+            )
+        if not attack.updates and threat.learning_rate is not None:
+            return threat.learning_rate * observation.client.steps
     if attack.updates:
         return observation.rate_unit
     if unit is None:

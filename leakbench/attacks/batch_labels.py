@@ -12,7 +12,14 @@ from torch.func import functional_call
 
 from leakbench.core.rng import generator, seeded
 from leakbench.errors import Unsupported
-from leakbench.gradients.counts import label_counts, label_counts_by_weight, label_counts_of_update
+from leakbench.gradients.counts import (
+    is_far,
+    label_counts,
+    label_counts_by_weight,
+    label_counts_of_update,
+    mean_feature,
+    moved_probabilities,
+)
 from leakbench.gradients.evaluate import tensors_of
 from leakbench.gradients.losses import CROSS_ENTROPY, head_of
 from leakbench.gradients.plain import without_checkpointing
@@ -53,7 +60,8 @@ def inferred_counts(observation: Observation) -> Tensor:
         raise Unsupported("the label counts need the number of images, which is hidden; use count=known")
     rows = []
     for trial in range(observation.trials):
-        public = _public(observation, trial, name)
+        models = _models(observation, trial)
+        public = [_run(observation, tensors, name) for tensors in models]
         size = 1.0 if observation.size is None else float(observation.size[trial])
         found: Tensor | None
         if bias is None:
@@ -63,12 +71,22 @@ def inferred_counts(observation: Observation) -> Tensor:
                     "no gradient of the last layer's bias was sent, and the learning rate is hidden; use "
                     "labels=counts, or rate=known"
                 )
-            found = label_counts_by_weight(weight[trial] * size, *public, observation.count)
-        elif observation.sent_unit is None:
-            found = label_counts_of_update(bias[trial], public[1].double().mean(0), observation.count)
+            features, probabilities = (torch.cat([one[part] for one in public]) for part in (0, 1))
+            found = label_counts_by_weight(weight[trial] * size, features, probabilities, observation.count)
         else:
-            unit = observation.unit / observation.sent_unit  # of an attack that works on the mean step of an update
-            found = label_counts(bias[trial] * size * unit, public[1].double().mean(0), observation.count)
+            estimates = [torch.stack([own.double().mean(0) for _, own in public]).mean(0)]
+            if weight is not None and bool(bias[trial].any()):
+                mean = mean_feature(weight[trial], bias[trial])
+                layers = [(own[f"{name}.weight"], own[f"{name}.bias"]) for own in models]
+                moved = [moved_probabilities(features, mean, *layer) for (features, _), layer in zip(public, layers)]
+                away = any(is_far(features, mean) for features, _ in public)
+                estimates = [*([] if away else estimates), torch.stack(moved).mean(0)]
+            expected = torch.stack(estimates)
+            if observation.sent_unit is None:
+                found = label_counts_of_update(bias[trial], expected, observation.count)
+            else:
+                unit = observation.unit / observation.sent_unit  # of an attack that works on the mean step of an update
+                found = label_counts(bias[trial] * size * unit, expected, observation.count)
         if found is None:
             raise Unsupported(
                 f"the label counts of {observation.count} images do not follow from an update of unknown learning "
@@ -89,22 +107,20 @@ def _last_layer(observation: Observation) -> tuple[str, Tensor | None, Tensor | 
     )
 
 
-def _public(observation: Observation, trial: int, layer: str) -> tuple[Tensor, Tensor]:
-    """Return features [P, D] and probabilities [P, K] of noise images: of an update, before and after the training."""
+def _models(observation: Observation, trial: int) -> list[dict[str, Tensor]]:
+    """Return the tensors of a trial's network: of an update, before and after the training."""
     own, sent, threat = tensors_of(observation.model), observation.gradient, observation.threat
     before = {name: _of(observation.weights.get(name), value, trial, observation) for name, value in own.items()}
-    models = [before]
-    if threat.shares == "weights":
-        size = 1.0 if observation.size is None else float(observation.size[trial])
-        scale = observation.unit * size
-        models.append(
-            {name: value - scale * sent[name][trial] if name in sent else value for name, value in before.items()}
-        )
-    each = [_run(observation, tensors, layer) for tensors in models]
-    return torch.cat([features for features, _ in each]), torch.cat([probabilities for _, probabilities in each])
+    if threat.shares != "weights":
+        return [before]
+    size = 1.0 if observation.size is None else float(observation.size[trial])
+    scale = observation.unit * size
+    moved = {name: value - scale * sent[name][trial] if name in sent else value for name, value in before.items()}
+    return [before, moved]
 
 
 def _run(observation: Observation, tensors: Mapping[str, Tensor], layer: str) -> tuple[Tensor, Tensor]:
+    """Return features [P, D] and probabilities [P, K] of noise images by these tensors of the network."""
     taken: list[Tensor] = []
     model = copy.deepcopy(observation.model)
 

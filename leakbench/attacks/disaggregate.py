@@ -1,7 +1,7 @@
 """The attack that separates the images of a batch, or of a whole local training, in closed form."""
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar
 
 import torch
@@ -12,6 +12,13 @@ from leakbench.attacks.analytic import pixel_layers
 from leakbench.attacks.base import Attack, register
 from leakbench.attacks.batch_labels import batch_labels
 from leakbench.attacks.disaggregation import disaggregate
+from leakbench.attacks.peeling.beginnings import beginnings
+from leakbench.attacks.peeling.flat import FlatHead, flat_features, flat_head
+from leakbench.attacks.peeling.network import Network
+from leakbench.attacks.peeling.opened import OpenedTrial, opened
+from leakbench.attacks.peeling.restore import Restored, images_of
+from leakbench.attacks.peeling.trace import trace
+from leakbench.core.component import LATER
 from leakbench.core.rng import Rng
 from leakbench.core.types import Reconstruction
 from leakbench.errors import Unsupported
@@ -134,54 +141,68 @@ class _Separated:
 @register("disaggregate")
 @dataclass(frozen=True)
 class Disaggregate(Attack):
-    """Every image of a batch, or of a whole local training by SGD, exactly, from the first linear layer before a ReLU.
+    """Every image of a batch, or of a whole local training by SGD, from the layer that tells them apart.
 
     The change of W x + b by any number of steps of SGD, with any momentum and weight decay, is a sum of one term for
     each image. The number of images is its rank, and the zeros that the ReLU leaves in each term tell them apart. It
     needs neither the learning rate, nor the number of images, nor how the client trained. What comes out is checked
     against itself: units must be on where, and only where, an image has an error.
 
+    If no linear layer takes the pixels, the same is done with the gradient of a batch above convolutions. A convolution
+    of stride 1 with as many channels as the batch has places gives its input and error of each image, and the descent
+    of ``peel`` those below. Else the lowest linear layer gives the values that it takes of each image, by the zeros of
+    the ReLU behind it or in front of it. The images that have these values are then searched for one by one.
+
     Attributes:
         agreement: the least share of units that agree, for the images to count as found.
+        search: above convolutions, steps of Adam from the values to an image, as for ``peel``.
     """
 
     reference: ClassVar[str] = (
-        "in the family of Dimitrov et al. 2024, SPEAR, arXiv 2403.03945; local training, decay, and the search for "
-        "sparse vectors are this package's own"
+        "in the family of Dimitrov et al. 2024, SPEAR, arXiv 2403.03945, and Kariyappa et al. 2023, CPA, ICML, arXiv "
+        "2209.05578 (features); local training, decay, and the search for sparse vectors are this package's own"
     )
     assumes: ClassVar[str] = (
         "A linear layer with a bias that takes the pixels, with a ReLU behind it and many more units than there are "
-        "images; a gradient that is nearly exact; SGD."
+        "images; a gradient that is nearly exact; SGD. Above convolutions: ReLUs, and the gradient of one step."
     )
-    cost: ClassVar[str] = "Under a second for each client up to 16 images, and about ten at 32."
+    cost: ClassVar[str] = (
+        "Under a second for each client up to 16 images, and about ten at 32. Above convolutions a search for each "
+        "image: seconds to minutes."
+    )
     fails: ClassVar[str] = (
         "Adam and its kind, noise, augmentation (each copy is an image of its own), two equal images, other "
-        "activations, and convolutions below the layer."
+        "activations; above convolutions, images are blurred or wrong if a linear layer takes far fewer positive "
+        "values than an image has pixels."
     )
-    version: ClassVar[int] = 2  # 2: images were not separated at 2 and 4, or without an input normalisation
+    # 2: images were not separated at 2 and 4, or without an input normalisation; 3: convolutions, unsupported before
+    version: ClassVar[int] = 3
     batches: ClassVar[bool] = True
     updates: ClassVar[bool] = True
     agreement: Annotated[float, Field(ge=0, le=1)] = 0.75
+    search: Annotated[int, Field(ge=1)] = field(default=200, metadata=LATER)
 
     def check(self, observation: Observation) -> None:
-        """Raise Unsupported if no linear layer with a bias takes the pixels, or its gradient was not sent."""
-        layer_changes(observation)
+        """Raise Unsupported if no layer tells images apart, or its gradient was not sent."""
+        if pixel_layers(observation):
+            layer_changes(observation)
+        else:
+            _served(observation)
 
     def run(self, observation: Observation, rng: Rng) -> Reconstruction:
         """Return the images of every trial; one in which not all were separated has failed."""
+        if not pixel_layers(observation):
+            return self._above_convolutions(observation, rng)
         draws = zip(layer_changes(observation), rng.generators("rows"))
         each = [self._separated(observation, layer, own) for layer, own in draws]
         most = observation.count or max(1, *(len(one.images) for one in each))
         images = torch.full((len(each), most, *observation.image_shape), torch.nan)
         for row, one in enumerate(each):
             images[row, : len(one.images)] = one.images[:most].float()
-        labels = None
-        with contextlib.suppress(Unsupported):
-            labels = batch_labels(observation) if observation.places else None
         images = images if observation.places else images[:, 0]
         return Reconstruction(
             images=images.to(observation.device, observation.dtype),
-            labels=labels,
+            labels=_labels(observation),
             objective=torch.tensor([1 - one.agreement for one in each]),
             failed=torch.tensor([bool(one.reason) for one in each]),
             reasons=tuple(one.reason for one in each),
@@ -192,6 +213,36 @@ class Disaggregate(Attack):
                 "agreement": torch.tensor([one.agreement for one in each]),
             },
         )
+
+    def _above_convolutions(self, observation: Observation, rng: Rng) -> Reconstruction:
+        """Return the images of every trial of a convolutional network."""
+        network, head = _served(observation)
+        parts = [self._opened(one, head, observation) for one in opened(network, observation, rng)]
+        images = torch.stack([each.images for each in parts])
+        misfits = torch.stack([each.misfits.mean() for each in parts])
+        return Reconstruction(
+            images=images if observation.places else images[:, 0],
+            labels=_labels(observation),
+            objective=misfits,
+            failed=torch.isnan(misfits),
+            reasons=tuple(each.reason for each in parts),
+            evaluations=torch.tensor([each.evaluations for each in parts], device=observation.device),
+            path="one-at-a-time",
+        )
+
+    def _opened(self, one: OpenedTrial, head: FlatHead | None, observation: Observation) -> Restored:
+        """Return the images of a trial by the descent, or else by the values that its lowest linear layer takes."""
+        found = one.restored(self.search)
+        if not found.reason or head is None:
+            return found
+        eps = torch.finfo(observation.dtype).eps
+        whole = {name: value for name, value in one.sent.items() if bool(torch.isfinite(value).all())}
+        if flat_head(one.network, whole) != head:
+            return found
+        values = flat_features(one.network, head, whole, len(one.noise), eps, one.draws)
+        if isinstance(values, str):
+            return replace(found, reason=values)
+        return images_of(one.network, one.searched, [values], one.noise, self.search, {}, one.note)
 
     def _separated(self, observation: Observation, layer: LayerChange, rng: torch.Generator) -> _Separated:
         name, shown = layer.name, layer.shown
@@ -219,3 +270,42 @@ class Disaggregate(Attack):
         else:
             reason = ""
         return _Separated(images if not reason else none, shown.rank, found.found, agreement, reason)
+
+
+def _served(observation: Observation) -> tuple[Network, FlatHead | None]:
+    """Return a convolutional network and its lowest linear layer; None if that cannot tell images apart.
+
+    Raises:
+        Unsupported: no layer can, or what was sent is not the gradient of one step on a known number of images.
+    """
+    if observation.count == 0:
+        raise Unsupported("above convolutions, disaggregate needs the number of images; use count=known")
+    client, threat = observation.client, observation.threat
+    steps = threat.local_steps if client is None else client.steps
+    hidden = threat.shares == "weights" and client is None and threat.recipe == "hidden"
+    if hidden or steps > 1:
+        raise Unsupported(
+            "no linear layer takes the pixels, and above convolutions, whose outputs move from step to step, "
+            "disaggregate needs the gradient of one step; use clients that take one, and recipe=known"
+        )
+    network = Network(trace(observation), [secret.name for secret in observation.secrets])
+    head = flat_head(network, observation.gradient)
+    if head is None and not beginnings(network, observation.gradient, observation.count):
+        raise Unsupported(
+            "no layer tells images apart: no linear layer takes the pixels or the values of a ReLU, and no convolution "
+            "of stride 1 with a kernel above 1x1, behind a ReLU, has as many channels as the batch has places"
+        )
+    for place in sorted(network.below(len(network.steps) - 1 if head is None else head.place)):
+        if network.unknown(place) or place in network.locked:
+            name = network.steps[place].name
+            raise Unsupported(
+                f"disaggregate cannot search for images below {name}, whose draws or secrets are not known"
+            )
+    return network, head
+
+
+def _labels(observation: Observation) -> Tensor | None:
+    """Return the labels [T, B] of batches, in ascending order; None if they do not follow."""
+    with contextlib.suppress(Unsupported):
+        return batch_labels(observation) if observation.places else None
+    return None

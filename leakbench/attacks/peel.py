@@ -20,10 +20,10 @@ from leakbench.attacks.peeling.chain import Chain, find_chain
 from leakbench.attacks.peeling.estimate import undo_linear
 from leakbench.attacks.peeling.layers import Activation, ChainLayer, Convolution, Dropout, Normalisation, Reshape
 from leakbench.attacks.peeling.network import Network
+from leakbench.attacks.peeling.opened import opened
 from leakbench.attacks.peeling.priors import Smooth
-from leakbench.attacks.peeling.restore import restore
 from leakbench.attacks.peeling.scale import clue
-from leakbench.attacks.peeling.trace import filled, trace
+from leakbench.attacks.peeling.trace import trace
 from leakbench.attacks.peeling.undo import Known, State, undo
 from leakbench.core.component import LATER
 from leakbench.core.device import SHARE, free_memory
@@ -158,22 +158,8 @@ class Peel(Attack):
 
     def _descend(self, network: Network, observation: Observation, rng: Rng) -> Reconstruction:
         """Return the image of every trial of a ReLU network; a trial of which nothing is recovered has failed."""
-        several, spreads = bool(observation.places), spreads_of(observation)
-        noise = rng.normal("start", (*observation.places, *observation.image_shape)).to(observation.dtype)
-        parts = []
-        for trial, draws in enumerate(rng.generators("factorise")):
-            own_values = {name: value[trial].cpu() for name, value in observation.gradient.items()}
-            shown = {name: each[trial].cpu() for name, each in (observation.shown or {}).items() if name in own_values}
-            sent = {
-                name: torch.where(shown[name], value, torch.nan) if name in shown else value
-                for name, value in own_values.items()
-            }
-            known = {name: float(each[trial]) for name, each in spreads.items() if name in sent}
-            twin = filled(observation, trial)
-            searched = network.on(filled(observation, trial).to(observation.device, observation.dtype), trial)
-            own = noise[trial] if several else noise[trial : trial + 1]
-            whole = network.on(twin, trial)
-            parts.append(restore(whole, searched, sent, own, draws, self.search, observation.note, known))
+        several = bool(observation.places)
+        parts = [each.restored(self.search) for each in opened(network, observation, rng)]
         misfits = torch.stack([each.misfits.mean() for each in parts])
         images = torch.stack([each.images for each in parts])
         return Reconstruction(
@@ -233,18 +219,6 @@ def _undo(layers: Sequence[ChainLayer], part: range, state: State, known: Known)
     for index in reversed(part):
         state = undo(layers[index], state, replace(known, below=layers[:index]))
     return state
-
-
-def spreads_of(observation: Observation) -> dict[str, Tensor]:
-    """Return the standard deviation [T] of an entry's error in tensors of which an adaptive attacker knows it."""
-    adaptive = observation.adaptive
-    if adaptive is None or adaptive.spread is None:
-        return {}
-    gradient = observation.gradient
-    unit = torch.full_like(next(iter(gradient.values())).flatten(1)[:, 0], observation.unit)
-    unit = unit if observation.size is None else unit * observation.size
-    sent = {name: value * unit.view(-1, *[1] * (value.ndim - 1)) for name, value in gradient.items()}
-    return {name: value / unit for name, value in adaptive.spread(sent, observation.weights).items()}
 
 
 def served(observation: Observation) -> Chain | Network:

@@ -1,6 +1,7 @@
 """The images of a recorded update of several images, from the layer that takes their pixels."""
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ from leakbench.audit.recipe import StatedRecipe
 from leakbench.audit.update_facts import UpdateFacts
 from leakbench.core.rng import generator, seeded
 from leakbench.engine.worker import png
-from leakbench.gradients.counts import label_counts, label_counts_of_update
+from leakbench.gradients.counts import is_far, label_counts, label_counts_of_update, mean_feature, moved_probabilities
 from leakbench.gradients.losses import CROSS_ENTROPY, head_of
 from leakbench.gradients.low_rank import LowRank
 from leakbench.gradients.plain import without_checkpointing
@@ -138,14 +139,15 @@ def estimated_counts(
         noise = nn.functional.interpolate(coarse, observation.image_shape[1:])
         images = batch.images if batch is not None and known else noise
         try:
-            public = _probabilities(network, images.to(observation.dtype), update)
+            public = _probabilities(network, images.to(observation.dtype), update, None if known else last)
         except Exception:  # whatever the user's network raises on a batch
             return ()
     optimiser, steps = recipe.optimiser(), recipe.steps or shown.steps
     change, unit = bias[0].double(), 1.0 if update.kind == "gradient" else None
     if optimiser is not None and steps is not None:
         unit = optimiser.unit(steps)
-    if unit is not None and float((count * (public - change / unit)).min()) >= min(LEAST_COUNT, LEAST_SHARE * count):
+    least = -math.inf if unit is None else float((count * (public - change / unit)).amin(1).max())
+    if unit is not None and least >= min(LEAST_COUNT, LEAST_SHARE * count):
         return tuple(label_counts(change / unit, public, count).tolist())
     found = label_counts_of_update(change, public, count) if unit is None else None
     return () if found is None else tuple(found.tolist())
@@ -194,13 +196,53 @@ def counted(labels: InferredLabels, counts: Sequence[int], true: Sequence[int] |
     return replace(labels, counts=tuple(counts), counted=int(overlap), among=len(true))
 
 
-def _probabilities(network: nn.Module, images: Tensor, update: Update) -> Tensor:
-    """Return the mean probabilities [K] of images, the mean of those before and after an update of weights."""
+def _probabilities(network: nn.Module, images: Tensor, update: Update, last: str | None) -> Tensor:
+    """Return estimates [E, K] of the mean probabilities of a client's images from those of other images.
+
+    Of an update of weights, the mean of those before and after.
+
+    Args:
+        network: with the weights before.
+        images: [P, C, H, W], the other images.
+        update: as it was recorded.
+        last: the name of the last layer, to whose gradient's mean feature the features of these images are moved for
+            a second estimate; None: there is none.
+    """
     probe = copy.deepcopy(network)
-    with torch.no_grad(), without_checkpointing():
-        found = torch.softmax(probe(images).double(), 1).mean(0)
-        if update.kind == "gradient":
-            return found
+    models = [_estimates(probe, images, update, last)]
+    if update.kind != "gradient":
         for name, change in update.change.items():
-            probe.get_parameter(name).sub_(change.nan_to_num(0.0, 0.0, 0.0))
-        return (found + torch.softmax(probe(images).double(), 1).mean(0)) / 2
+            with torch.no_grad():
+                probe.get_parameter(name).sub_(change.nan_to_num(0.0, 0.0, 0.0))
+        models.append(_estimates(probe, images, update, last))
+    return _joined(models)
+
+
+def _joined(models: Sequence[tuple[Tensor | None, Tensor | None]]) -> Tensor:
+    """Return the means over models of their estimates, of those that every model has: [E, K]."""
+    kinds = [[one for one in kind if one is not None] for kind in zip(*models)]
+    return torch.stack([torch.stack(kind).mean(0) for kind in kinds if len(kind) == len(models)])
+
+
+def _estimates(
+    network: nn.Module, images: Tensor, update: Update, last: str | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the mean probabilities [K] of images, and of the same with moved features.
+
+    Without the gradient of a last layer there is no second one; if the features are far from the batch's, no first one.
+    """
+    taken: list[Tensor] = []
+    layer = network.get_submodule(last) if last is not None else None
+    hook = None if layer is None else layer.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
+    with torch.no_grad(), without_checkpointing():
+        found = torch.softmax(network(images).double(), 1).mean(0)
+    if hook is not None:
+        hook.remove()
+    weight, bias = (update.change.get(f"{last}.{part}") for part in ("weight", "bias"))
+    plain = isinstance(layer, nn.Linear) and layer.bias is not None and len(taken) == 1 and taken[0].ndim == 2
+    if not plain or weight is None or bias is None or not bool(torch.isfinite(weight).all()) or not bool(bias.any()):
+        return found, None
+    assert isinstance(layer, nn.Linear)
+    mean = mean_feature(weight, bias)
+    moved = moved_probabilities(taken[0], mean, layer.weight.detach(), layer.bias.detach())
+    return (None if is_far(taken[0], mean) else found), moved

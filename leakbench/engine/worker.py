@@ -316,6 +316,8 @@ class Worker:
     def _of_images(self, guess: Reconstruction, truth: Truth | None) -> list[_Outcome]:
         """Return the scores and pictures of clients of one image."""
         images = guess.images.cpu()
+        if truth is None and images.ndim == 5:  # a recorded update of several images, none of which is known
+            return [_Outcome({}, png(own[0]), None, None, _unknown(own)) for own in images]
         if truth is None:
             return [_Outcome({}, png(image), None, None) for image in images]
         scores = self._score(guess, truth)
@@ -510,6 +512,12 @@ def _for(attack: Attack, observation: Observation, cell: Cell) -> Observation:
 def _unseen(trial: Trial, record: StepRecord | None) -> str:
     """Return the reason of a trial that did not fail."""
     return UNSEEN if record is not None and record.unseen and not shipped(type(trial.cell.defense)) else ""
+
+
+def _unknown(images: Tensor) -> tuple[BatchMember, ...]:
+    """Return images [M, C, H, W] that an attack returned of a client of whose images none is known, in no order."""
+    found = images[torch.isfinite(images.flatten(1)).all(1)]
+    return tuple(BatchMember(place, None, b"", png(image), None, {}) for place, image in enumerate(found))
 
 
 def without_score(data: ClientData, trial: Trial, status: Literal["unsupported", "error"], reason: str) -> Result:

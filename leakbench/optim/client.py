@@ -40,6 +40,9 @@ class ClientOptimiser:
         momentum: of SGD, in [0, 1).
         nesterov: Nesterov's momentum.
         weight_decay: times the weights, is added to the gradient; AdamW subtracts it from the weights, times ``lr``.
+        softness: of Adam, for one who differentiates its steps. Nearly all that a first step keeps of a gradient are
+            its signs, whose derivative is 0. With a softness the derivative is that of a step whose divisor has this
+            share of a tensor's root mean square added; the step itself stays as it is. Tensors are then [T, *shape].
 
     Raises:
         BadOption: a value is out of range, or momentum is given for Adam.
@@ -50,6 +53,7 @@ class ClientOptimiser:
     momentum: float = 0.0
     nesterov: bool = False
     weight_decay: float = 0.0
+    softness: float = 0.0
 
     def __post_init__(self) -> None:
         inside = {
@@ -118,6 +122,12 @@ class ClientOptimiser:
         second = _means(state.second, {name: value.square() for name, value in gradient.items()}, BETAS[1])
         scale = 1 - BETAS[0] ** steps, (1 - BETAS[1] ** steps) ** 0.5
         step = {name: value / scale[0] / (_root(second[name]) / scale[1] + EPS) for name, value in first.items()}
+        if self.softness:
+            for name, exact in step.items():
+                square = second[name] / scale[1] ** 2
+                typical = square.flatten(1).mean(1).view(-1, *[1] * (square.ndim - 1))
+                smooth = first[name] / scale[0] / (_root(square + self.softness**2 * typical) + EPS)
+                step[name] = smooth + (exact - smooth).detach()
         return step, ClientState(steps, first, second)
 
 

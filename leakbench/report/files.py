@@ -69,7 +69,8 @@ def write(out: Path | str, formats: Collection[str] = DEFAULT_FORMATS) -> list[P
         if "csv" in formats:
             written.append(replace(out / CSV, csv(ended(run.trials), ended(run.controls)).encode()))
         if "html" in formats:
-            text = html.html(run, store.images, utility.load(out / utility.FILE), store.curves())
+            members = store.members(run.results["trial"])
+            text = html.html(run, store.images, utility.load(out / utility.FILE), store.curves(), members)
             written.append(replace(out / "report.html", text.encode("utf-8", "replace")))
         if "latex" in formats:
             written.append(replace(out / "report.tex", latex.latex(run).encode()))

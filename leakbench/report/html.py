@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from leakbench.report.public import public_tables
 from leakbench.report.run import ObjectiveCurves, PicturesOf, RunData
 from leakbench.report.scenes import along, worst_cases
 from leakbench.report.sprites import SHEET_COLUMNS, SHEET_ROWS, TILE_SIDE, Sheet, png, sheets, tile
-from leakbench.store.records import MetricInfo
+from leakbench.store.records import MetricInfo, Pictures, StoredMember
 
 MAX_PAGE_BYTES = 9_500_000
 """The size that a page may have; pictures beyond it are left out."""
@@ -57,6 +58,7 @@ def html(
     pictures: PicturesOf,
     studies: Sequence[Study] = (),
     curves: ObjectiveCurves | None = None,
+    members: Mapping[str, Sequence[StoredMember]] | None = None,
 ) -> str:
     """Return the page of a run; it depends on nothing but its arguments.
 
@@ -65,6 +67,7 @@ def html(
         pictures: from the trials of ``run`` to their pictures.
         studies: utility and leakage, if trainings were studied too.
         curves: how the objective of each trial fell, as far as it is known.
+        members: the images of each batch of several, by trial.
     """
     once = without_repeats(run.results)
     metrics = _metrics(run)
@@ -91,7 +94,7 @@ def html(
     drawn = _drawn([one for one in every if one.kind in _DRAWN][:_MAX_DRAWN])
     taken = sum(len(chart) for *_, chart in (*maps, *drawn))
     room = MAX_PAGE_BYTES - _CODE_BYTES - len(embedded(data).encode()) - taken
-    found, places = _sprites(once, galleries, pictures, room)
+    found, places = _sprites(once, galleries, pictures, room, _members(once, metrics, members or {}))
     data["sheets"] = [[sheet.width, sheet.height] for sheet in found]
     data["sheetColumns"] = SHEET_COLUMNS
     data["trials"] |= places
@@ -291,14 +294,52 @@ def _courses(once: pd.DataFrame, curves: ObjectiveCurves) -> dict[str, Any]:
     return {"marks": [list(places) for places in marks], "curve": found}
 
 
+@dataclass(frozen=True)
+class _Member:
+    """An image of a batch: its index, its label (-1 if it is not known), its scores by metric, and its pictures."""
+
+    image: int
+    label: int
+    scores: Sequence[object]
+    pictures: Pictures
+    levels: tuple[float, float]
+
+
+def _members(
+    once: pd.DataFrame, metrics: Sequence[MetricInfo], members: Mapping[str, Sequence[StoredMember]]
+) -> dict[int, list[_Member]]:
+    """Return the images of batches by the place of their trial."""
+    nan = math.nan
+    return {
+        row: [
+            _Member(
+                own.image,
+                -1 if own.label is None else own.label,
+                [_rounded(own.scores.get(metric.name, nan)) for metric in metrics],
+                own.pictures,
+                (own.scores.get("psnr", nan), own.scores.get("psnr_aligned", nan)),
+            )
+            for own in members[trial]
+        ]
+        for row, trial in enumerate(once["trial"])
+        if trial in members
+    }
+
+
 def _sprites(
-    once: pd.DataFrame, galleries: Sequence[Sequence[object]], pictures: PicturesOf, room: int
-) -> tuple[list[Sheet], dict[str, list[int]]]:
-    """Return the sheets, and the place of every trial's truth and reconstruction in them.
+    once: pd.DataFrame,
+    galleries: Sequence[Sequence[object]],
+    pictures: PicturesOf,
+    room: int,
+    members: Mapping[int, Sequence[_Member]],
+) -> tuple[list[Sheet], dict[str, Any]]:
+    """Return the sheets, and the place of every trial's truth and reconstruction in them, and of those of its batch.
 
     A place is sheet x 256 + tile; ``_NO_PICTURE`` where there is no picture, ``_LEFT_OUT`` where it does not fit into
-    ``room`` bytes. The galleries' pictures come first, then those of the first images by index. ``aligned`` has 1 for a
-    reconstruction that is drawn aligned (``Pictures.drawn``), else 0.
+    ``room`` bytes. The galleries' pictures come first, then those of the first images by index, then those of batches.
+    ``aligned`` has 1 for a reconstruction that is drawn aligned (``Pictures.drawn``), else 0. ``members`` has for each
+    trial of a batch one row for an image: index, label, places of truth and reconstruction, whether it is drawn
+    aligned, and its scores; None for others.
     """
     first = dict.fromkeys(row for gallery in galleries for row in gallery[len(_AXES)])  # type: ignore[attr-defined]
     images, seeds, ids = once["image"].tolist(), once["seed"].tolist(), once["trial"].tolist()
@@ -328,14 +369,34 @@ def _sprites(
     rows = sorted(kept)
     truths = [kept[row][0] or b"" for row in rows]
     shown = [(row, data) for row in rows if (data := kept[row][1]) is not None]
-    made, places = sheets([*truths, *(data for _, data in shown)])
+    of_batches: dict[tuple[int, int], tuple[bytes | None, bytes | None, int]] = {}
+    for row in order:
+        for place, own in enumerate(members.get(row, ())):
+            drawn, fitted = own.pictures.drawn(*own.levels)
+            new = {data for data in (own.pictures.truth, drawn) if data is not None} - seen
+            cost = sum(_picture_bytes(data) for data in new)
+            if cost <= left:
+                left -= cost
+                seen |= new
+                of_batches[row, place] = own.pictures.truth, drawn, int(fitted)
+    further = [data or b"" for truth, drawn, _ in of_batches.values() for data in (truth, drawn)]
+    made, places = sheets([*truths, *(data for _, data in shown), *further])
     numbers = [_NO_PICTURE if place is None else place[0] * SHEET_COLUMNS * SHEET_ROWS + place[1] for place in places]
     truth, picture = [_LEFT_OUT] * len(ids), [_LEFT_OUT] * len(ids)
     for row, at in zip(rows, numbers):
         truth[row], picture[row] = at, _NO_PICTURE
     for (row, _), at in zip(shown, numbers[len(rows) :]):
         picture[row] = at
-    return made, {"truth": truth, "picture": picture, "aligned": aligned}
+    last = numbers[len(rows) + len(shown) :]
+    pairs = {key: (last[2 * k], last[2 * k + 1], one[2]) for k, (key, one) in enumerate(of_batches.items())}
+    none = (_LEFT_OUT, _LEFT_OUT, 0)
+    listed = [
+        [[own.image, own.label, *pairs.get((row, at), none), list(own.scores)] for at, own in enumerate(members[row])]
+        if row in members
+        else None
+        for row in range(len(ids))
+    ]
+    return made, {"truth": truth, "picture": picture, "aligned": aligned, "members": listed}
 
 
 def _picture_bytes(data: bytes) -> int:

@@ -15,6 +15,7 @@ from leakbench.attacks.batch_labels import batch_labels
 from leakbench.attacks.known_draws import read_draws
 from leakbench.attacks.matching.objective import SECRET_PREFIX, MatchingObjective, draw, evaluate
 from leakbench.attacks.matching.problem import MatchingProblem
+from leakbench.attacks.matching.sets import merged
 from leakbench.attacks.matching.tensors import double
 from leakbench.core.loss_curve import Curve
 from leakbench.core.rng import Rng
@@ -109,8 +110,8 @@ class GradientMatching(MatchingProblem):
             observation = replace(observation, labels=batch_labels(observation))
         elif observation.labels is None and self.labels == "analytic":
             observation = replace(observation, labels=self.read_labels(observation))
-        if self.local == "unrolled" and observation.threat.shares == "weights":
-            _check_unrolled(self, observation)
+        if self.repeats and observation.threat.shares == "weights":
+            _check_repeated(self, observation)
         own = tensors_of(model)
         secrets = {
             secret.name: draw(secret, own[secret.name], rng, "secret", observation.dtype)
@@ -138,6 +139,10 @@ class GradientMatching(MatchingProblem):
         if labels is None:
             assert logits is not None  # or ``match`` would have raised
             labels = logits.argmax(-1)
+        if objective.epochs > 1:
+            client, seen = objective.observation.client, objective.taken.seen(objective.observation.count)
+            assert client is not None
+            images = merged(images.unflatten(1, (objective.epochs, -1)), labels, seen, client.same_inputs)
         # an optimisation that ends no closer than it began has diverged, whatever it returns
         failed = ~finite | ~torch.isfinite(match) | (match >= begun)
         findings = {name: value.detach() for name, value in self.findings(solution.unknowns).items()}
@@ -147,6 +152,9 @@ class GradientMatching(MatchingProblem):
         """Return the start of the optimisation, with that of the secrets that are optimised."""
         observation, rng = objective.observation, objective.rng
         start = self.start(observation, rng)
+        if objective.epochs > 1:
+            every = replace(observation, count=objective.epochs * observation.count)
+            start["image"] = self.start(every, rng)["image"]
         model = objective.evaluator.model
         tensors, buffers = tensors_of(model), dict(model.named_buffers())
         for secret in observation.secrets:
@@ -201,16 +209,29 @@ def relaxed(observation: Observation) -> Observation:
     )
 
 
-def _check_unrolled(attack: GradientMatching, observation: Observation) -> None:
+def _check_repeated(attack: GradientMatching, observation: Observation) -> None:
     """Raise Unsupported if an attack cannot repeat the client's steps: it has no rate, or optimises their draws."""
     if observation.threat.learning_rate is None and not attack.learns_rate:
         raise Unsupported(
-            f"{attack.name} with local=unrolled repeats the client's steps, and the learning rate is neither known nor "
-            "learned; use a threat model with rate=known, dlm, or local=summed"
+            f"{attack.name} with local={attack.local} repeats the client's steps, and the learning rate is neither "
+            "known nor learned; use a threat model with rate=known, dlm, or local=summed"
         )
     drawn = [secret.group for secret in observation.secrets if secret.fresh]
     if drawn and attack.secrets == "optimise" and observation.threat.local_steps > 1:
         raise Unsupported(
             f"{attack.name} optimises one value of the secret {drawn[0]!r}, and each of the client's "
             f"{observation.threat.local_steps} steps has its own; use secrets=sample, or local=summed"
+        )
+    if attack.local != "separate":
+        return
+    if observation.client is None or observation.count == 1:
+        raise Unsupported(
+            f"{attack.name} with local=separate has a set of images for each epoch of a client of several images whose "
+            "recipe is known; use local=unrolled"
+        )
+    adaptive = observation.adaptive
+    if adaptive is not None and (adaptive.encode is not None or adaptive.release is not None):
+        raise Unsupported(
+            f"{attack.name} with local=separate cannot model a defense that changes the images or simulates what is "
+            "sent; use local=unrolled"
         )

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from leakbench.attacks.matching.buffer import DrawBuffer
 from leakbench.attacks.matching.problem import MatchingProblem
+from leakbench.attacks.matching.sets import TakenImages, guessed, set_distance, set_filters
 from leakbench.attacks.matching.tensors import pack, root, scaled
-from leakbench.core.rng import Rng, generator
+from leakbench.core.rng import Rng
 from leakbench.core.types import Gradient, Secret
 from leakbench.defenses.adaptive import AdaptiveAttacker, Dummies
 from leakbench.gradients import Evaluator, choose_path
@@ -34,6 +35,9 @@ Beside a likelihood, total variation is the prior of a Laplace distribution of t
 
 SECRET_PREFIX = "secret:"
 """The beginning of the name of an unknown that is a secret."""
+
+SOFTNESS = 0.3
+"""The softness of Adam's steps, of the client's optimiser, where they are differentiated (``ClientOptimiser``)."""
 
 FINAL_EVALUATION = -1
 """The number of the evaluation by which start and end of an optimisation are compared, on the same draws."""
@@ -90,7 +94,28 @@ class MatchingObjective(Recordable):
             ),
         )
         prior = prior if penalty is None else prior + penalty
+        if self.epochs > 1:
+            prior = prior + self.attack.invariance * set_distance(images.unflatten(1, (self.epochs, -1)), self._filters)
         return self.attack.reshape(distance) + (prior if self.prior_factor is None else self.prior_factor * prior)
+
+    @cached_property
+    def taken(self) -> TakenImages:
+        """Which images each of a client's steps takes: as granted, or a guess that stays the same."""
+        observation = self.observation
+        assert observation.client is not None
+        steps = observation.order or guessed(observation.client, observation.trials, observation.device)
+        return TakenImages.of(steps, observation.count)
+
+    @property
+    def epochs(self) -> int:
+        """How many sets of images are unknown: with ``local=separate`` one for each epoch."""
+        return self.taken.epochs if self.attack.local == "separate" and self.observation.client is not None else 1
+
+    @cached_property
+    def _filters(self) -> Tensor:
+        """The filters by which sets of images are compared."""
+        like = next(iter(self.observation.gradient.values()))
+        return set_filters(self.observation.image_shape[0]).to(like)
 
     def _prior(self, images: Tensor) -> Tensor:
         """Return the attack's prior [T]; the usual one, total variation, by the kernels where they serve."""
@@ -387,21 +412,22 @@ class MatchingObjective(Recordable):
         }
         tensors = self._filled(unknowns, 0)
         shape, classes = observation.image_shape, observation.num_classes
-        # secrets are optimised, and local steps unrolled, through weights, by which the kernels do not differentiate
-        unrolled = self.attack.local == "unrolled" and observation.threat.shares == "weights"
-        lanes = 0 if observation.secrets or unrolled else observation.slots or observation.trials
+        # secrets are optimised, and local steps repeated, through weights, by which the kernels do not differentiate
+        repeats = self.attack.repeats and observation.threat.shares == "weights"
+        lanes = 0 if observation.secrets or repeats else observation.slots or observation.trials
         path = choose_path(self.evaluator, tensors, shape, classes, observation.count, lanes=lanes)
         return replace(self, evaluator=replace(self.evaluator, path=path))
 
     def dummy(self, images: Tensor, labels: Tensor, unknowns: Unknowns, evaluation: Evaluation) -> Gradient:
         """Return the gradient [T, *shape] of images [T, ..., C, H, W] and labels; under ``no_grad`` it has no graph.
 
-        If local steps are unrolled, it is the mean of their gradients.
+        If local steps are repeated, it is the mean of their gradients, or the update in the units of what was sent.
         """
         tensors, threat = self._filled(unknowns, evaluation), self.observation.threat
-        steps = threat.local_steps if self.attack.local == "unrolled" and threat.shares == "weights" else 1
-        if self.observation.client is not None and self.attack.local == "unrolled" and threat.shares == "weights":
+        repeats = self.attack.repeats and threat.shares == "weights"
+        if self.observation.client is not None and repeats:
             return self._trained(tensors, images, labels, unknowns, evaluation)
+        steps = threat.local_steps if repeats else 1
         if steps == 1:
             return self._gradient(tensors, images, labels, evaluation)
         factor = self.attack.factor(unknowns)
@@ -420,34 +446,44 @@ class MatchingObjective(Recordable):
     def _trained(
         self, tensors: dict[str, Tensor], images: Tensor, labels: Tensor, unknowns: Unknowns, evaluation: Evaluation
     ) -> Gradient:
-        """Return the update of a client's training on dummy images, in the units of its mean gradient.
+        """Return the update of a client's training on dummy images, in the units of what was sent.
 
-        Which images a step takes is as granted, or a guess that stays the same.
+        Args:
+            tensors: of the network, before the training.
+            images: [T, B, C, H, W] or, of several sets, [T, E B, C, H, W]; of one image without B.
+            labels: [T, B] or [T, B, K]; of one image without B.
+            unknowns: of the evaluation.
+            evaluation: its number.
         """
-        client, factor, rate = (
-            self.observation.client,
-            self.attack.factor(unknowns),
-            self.observation.threat.learning_rate,
-        )
+        observation = self.observation
+        client, factor, rate = observation.client, self.attack.factor(unknowns), observation.threat.learning_rate
         assert client is not None
         trained = tuple(name for name, parameter in self.evaluator.model.named_parameters() if parameter.requires_grad)
         every = replace(self, evaluator=replace(self.evaluator, names=trained))
         optimiser, state, before = client.optimiser(rate or 1.0), ClientState(), tensors
-        places = torch.arange(len(images), device=images.device)[:, None]
-        guess = [own.to(images.device).expand(len(images), -1) for own in client.rows(generator("dummy order"))]
-        for step, rows in enumerate(self.observation.order or guess):
+        if optimiser.kind != "sgd":
+            optimiser = replace(optimiser, softness=SOFTNESS)
+        trials = torch.arange(len(images), device=images.device)[:, None]
+        fresh = [secret.name for secret in observation.secrets if secret.fresh]
+        for step, (rows, epoch) in enumerate(zip(self.taken.steps, self.taken.earlier)):
             if step:
                 tensors = tensors | self._fresh(unknowns, evaluation, step)
-            some = (images, labels) if self.observation.count == 1 else (images[places, rows], labels[places, rows])
-            gradient = every._gradient(tensors, *some, evaluation, step)
+            some, used = (images, labels), tensors
+            if observation.count > 1:
+                at = rows if self.epochs == 1 else epoch * observation.count + rows
+                some = images[trials, at], labels[trials, rows]
+                used = tensors | {name: tensors[name][trials, rows] for name in fresh}
+            gradient = every._gradient(used, *some, evaluation, step)
             moved, state = optimiser.moved({name: tensors[name] for name in trained}, gradient, state)
             if rate is None and factor is not None:  # of a step at rate 1
                 change = scaled({name: tensors[name] - moved[name] for name in trained}, 1 / factor)
                 moved = {name: tensors[name] - change[name] for name in trained}
             tensors = tensors | moved
-        kept, unit = 1 - (0.0 if rate is None else optimiser.decayed(client.steps)), self.observation.sent_unit
+        kept = 1 - (0.0 if rate is None else optimiser.decayed(client.steps))
         update = {name: kept * before[name] - tensors[name] for name in self.evaluator.names}
-        return scaled(update, 1 / unit if unit else None if factor is None else factor / self.observation.rate_unit)
+        if rate is not None:
+            return scaled(update, 1 / (observation.sent_unit or rate * client.steps))
+        return scaled(update, None if factor is None else factor / observation.rate_unit)
 
     def _gradient(
         self, tensors: Mapping[str, Tensor], images: Tensor, labels: Tensor, evaluation: Evaluation, step: int = 0

@@ -44,7 +44,10 @@ class MatchingProblem(Attack):
             key, noise), and samples those that are weights.
         local: used if a client takes several steps before it sends its weights: ``summed`` matches one gradient, at the
             weights before, to the mean of all steps; ``unrolled`` repeats the client's steps with the dummy, by the
-            learning rate that was granted or is learned.
+            learning rate that was granted or is learned, the optimiser and its options included. Which images of
+            several a step takes is a guess, unless it is granted. ``separate`` does the same with a set of dummies for
+            each epoch, so that no order need be guessed, and returns their means (Dimitrov et al. 2022).
+        invariance: the weight, with ``separate``, of how far the sets are from each other (``sets.set_distance``).
     """
 
     steps: Count = 300
@@ -53,9 +56,15 @@ class MatchingProblem(Attack):
     restarts: Count = 1
     labels: Literal["joint", "analytic"] = "joint"
     secrets: Literal["sample", "optimise"] = "sample"
-    local: Literal["summed", "unrolled"] = field(default="summed", metadata=LATER)
+    local: Literal["summed", "unrolled", "separate"] = field(default="summed", metadata=LATER)
+    invariance: NonNegative = field(default=0.1, metadata=LATER)
 
     per_tensor: ClassVar[bool] = False
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it repeats the client's local steps."""
+        return self.local != "summed"
 
     @abstractmethod
     def distance(self, gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """The images of one trial of a ReLU network: the descent, and the search from what it recovered."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -69,6 +69,29 @@ def restore(
         draws = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=rng)))
         images, misfit, spent = restore_pooled(stem, known, noise, draws, steps, note)
         return Restored(images, misfit.expand(len(noise)), spent)
+    return images_of(network, searched, used, noise, steps, sent, note)
+
+
+def images_of(
+    network: Network,
+    searched: Network,
+    used: Sequence[Feature],
+    noise: Tensor,
+    steps: int,
+    sent: Mapping[str, Tensor],
+    note: Callable[[str], None] | None = None,
+) -> Restored:
+    """Return the images that give recovered values, searched for one by one unless their statistics are mixed.
+
+    Args:
+        network: the trial's.
+        searched: the same, of the floating type and on the device of the search.
+        used: recovered values, of B images each, the highest first.
+        noise: as for ``restore``, and so are the others.
+        steps: of the search.
+        sent: the trial's gradient; it counts in the search for a single image.
+        note: called with a line if a search cannot be recorded on a GPU.
+    """
     below = set().union(*(network.below(each.place) for each in used))
     if any(network.steps[place].kind == "normalisation" for place in below):
         # statistics of the batch: all images at once
@@ -85,7 +108,7 @@ def restore(
     )
 
 
-def _of_image(features: list[Feature], row: int) -> list[Feature]:
+def _of_image(features: Sequence[Feature], row: int) -> list[Feature]:
     """Return the recovered values of one image."""
     return [replace(each, value=each.value[row : row + 1]) for each in features]
 

@@ -6,6 +6,8 @@ vectors' coefficients. A linear function over a section of the cone is least at 
 them; one that is zero at the rays found before finds another.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from scipy.optimize import linprog
@@ -62,7 +64,25 @@ MAX_NEGATIVE = 0.004
 """The largest share of negative values of a vector."""
 
 
-def unmix(mixed: Tensor, spread: Tensor, rng: torch.Generator) -> Tensor:
+@dataclass(frozen=True)
+class Sparsity:
+    """How few zeros a vector may have that counts as a true one.
+
+    Attributes:
+        zeros: the least share of zeros, above those that any extreme ray has.
+        like: the least share, relative to the largest of all vectors.
+        angle: the least singular value of a set of independent directions.
+    """
+
+    zeros: float = MIN_ZEROS
+    like: float = LIKE
+    angle: float = MIN_ANGLE
+
+
+USUAL = Sparsity()
+
+
+def unmix(mixed: Tensor, spread: Tensor, rng: torch.Generator, sparsity: Sparsity = USUAL) -> Tensor:
     """Return up to m directions [k, m], for which ``mixed @ direction`` is non-negative and has many zeros.
 
     Distinct directions form a pool, and the independent ones with the most zeros are returned.
@@ -71,6 +91,7 @@ def unmix(mixed: Tensor, spread: Tensor, rng: torch.Generator) -> Tensor:
         mixed: [n, m], m linear mixtures of m non-negative vectors of n values.
         spread: [n], the standard deviation of a row's values by noise.
         rng: of the linear functions.
+        sparsity: of the vectors; with few zeros asked for, false ones must be told by something else.
     """
     count = mixed.shape[1]
     if count == 1:
@@ -87,12 +108,12 @@ def unmix(mixed: Tensor, spread: Tensor, rng: torch.Generator) -> Tensor:
     while done < last:
         done += 1
         start = _extreme_ray(rows, noise, torch.stack(best) if best else rows[:0], rng)
-        found = _fitted(rows, noise, start)
+        found = _fitted(rows, noise, start, sparsity)
         if found is None or any(float(found[1] @ other) > SAME for _, other in pool):
             continue
         pool.append(found)
         complete = len(best) == count
-        best = _independent(pool, count)
+        best = _independent(pool, count, sparsity)
         if len(best) == count and not complete:
             last = min(last, int(EXTRA * done))
     return torch.stack(best) if best else rows[:0]
@@ -130,7 +151,7 @@ def _extreme_ray(rows: Tensor, noise: Tensor, found: Tensor, rng: torch.Generato
     return torch.linalg.svd(rows[order[: count - 1]], full_matrices=True)[2][-1]
 
 
-def _fitted(rows: Tensor, noise: Tensor, start: Tensor) -> tuple[float, Tensor] | None:
+def _fitted(rows: Tensor, noise: Tensor, start: Tensor, sparsity: Sparsity) -> tuple[float, Tensor] | None:
     """Return a direction fitted to its zeros, and their share; None if it is negative or has few zeros.
 
     An extreme ray is a true direction, or only near one. The first is fitted to the zeros that it has, the second by
@@ -149,19 +170,19 @@ def _fitted(rows: Tensor, noise: Tensor, start: Tensor) -> tuple[float, Tensor] 
         sign = values.sum().sign()
         share = float((values.abs() <= ZERO).double().mean())
         negative = float((sign * values < -CLEAR).double().mean())
-        many = share >= MIN_ZEROS + len(direction) / len(rows)
+        many = share >= sparsity.zeros + len(direction) / len(rows)
         if many and negative <= MAX_NEGATIVE and (best is None or share > best[0]):
             best = share, sign * direction
     return best
 
 
-def _independent(pool: list[tuple[float, Tensor]], count: int) -> list[Tensor]:
+def _independent(pool: list[tuple[float, Tensor]], count: int, sparsity: Sparsity) -> list[Tensor]:
     """Return the directions with the most zeros, up to ``count``, each independent of those before it."""
     chosen: list[Tensor] = []
     most = max(share for share, _ in pool)
     for share, direction in sorted(pool, key=lambda each: -each[0]):
-        if share < LIKE * most or len(chosen) == count:
+        if share < sparsity.like * most or len(chosen) == count:
             break
-        if float(torch.linalg.svdvals(torch.stack([*chosen, direction]))[-1]) > MIN_ANGLE:
+        if float(torch.linalg.svdvals(torch.stack([*chosen, direction]))[-1]) > sparsity.angle:
             chosen.append(direction)
     return chosen

@@ -304,6 +304,19 @@
     return element("table", { className: "scores" }, element("tbody", {}, ...rows.map(([metric, score]) => element("tr", { title: metric.convention },
       element("th", { className: "spec", textContent: arrow(metric), set: { scope: "row" } }), element("td", { className: "number", textContent: number(score, metric.places) })))));
   }
+  /** Every image of a batch beside what was assigned to it, with its scores; nothing for a trial of one image. */
+  function batch(i) {
+    const own = trials.members[i];
+    if (own === null) return null;
+    const figures = own.map(([image, label, real, guess, aligned, scores]) => {
+      const words = [`image ${image}`, ...(label < 0 ? [] : [`label ${label}`]), ...(aligned ? ["aligned"] : [])];
+      const values = metrics.map((metric, m) => [metric, scores[m]]).filter(([metric, score]) => score !== null);
+      return element("figure", {},
+        element("span", { className: "pair" }, tile(real, `private image ${image}`, "no picture"), tile(guess, `reconstruction of image ${image}`, "not returned")),
+        element("figcaption", {}, words.join(" · "), ...values.map(([metric, score]) => element("div", { className: "muted", title: metric.convention, textContent: `${arrow(metric)} ${number(score, metric.places)}` }))));
+    });
+    return element("div", { className: "wide members" }, element("h3", { textContent: `The ${count(own.length, "image")} of the batch` }), element("div", { className: "tiles" }, ...figures));
+  }
   function show(i) {
     const at = listed.indexOf(i);
     const step = (to, word, label) => element("button", { type: "button", textContent: word, disabled: at < 0 || to < 0 || to >= listed.length, onclick: () => show(listed[to]), set: { "aria-label": label } });
@@ -335,6 +348,7 @@
         element("div", {},
           facts([["trial", element("code", { textContent: trials.id[i] })], ["image, seed", `${trials.image[i]}, ${trials.seed[i]}`], ["status", words]]),
           element("h3", { textContent: "Settings and threat model" }), facts(settings)),
+        batch(i),
         element("div", { className: "wide" },
           element("h3", { textContent: "The command that makes it again" }),
           element("pre", { id: "trial-command", textContent: command }),
