@@ -26,7 +26,7 @@ from torchvision import models
 from leakbench import datasets
 
 SIZE, IMAGES = 28, 32
-RESNET_SIZE = 64
+RESNET_SIZE = 28
 CONFIG: Mapping[str, str | int | float] = {
     "optimizer": "sgd",
     "lr": 0.01,

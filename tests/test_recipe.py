@@ -69,7 +69,9 @@ def test_statements_are_compared_with_what_the_models_show(tmp_path: Path, recip
 
 def test_stated_batches_and_sgd_are_compared_with_counters_and_sizes(tmp_path: Path) -> None:
     _, facts = recorded(tmp_path, convolutional(3), SGD["momentum"], 16, 8, 2)
-    assert StatedRecipe(16, 8, 2).contradictions(facts) == ("Stated: 16 images. Attacks that search assume one.",)
+    assert StatedRecipe(16, 8, 2).contradictions(facts) == (
+        "Stated: 16 images. What holds for the update from one image does not apply.",
+    )
     assert "show 4 batches" in " ".join(StatedRecipe(16, 8, 3).contradictions(facts))
     _, facts = recorded(tmp_path, mlp(), torch.optim.Adam, 4, 4, 1)
     assert "Stated: SGD. The changed values have nearly one size" in " ".join(

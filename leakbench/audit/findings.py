@@ -138,6 +138,8 @@ class Audit:
         contradictions: in sentences, what in it contradicts the assumptions of the attackers, or what is stated.
         recipe: what is stated of the client's training; None for an audit on images.
         loss: what clients train with, in words.
+        together: how many images attacks on an update search for at once.
+        search: what they assume of them, in words; empty if they search for one.
     """
 
     title: str
@@ -158,6 +160,8 @@ class Audit:
     contradictions: tuple[str, ...] = ()
     recipe: StatedRecipe | None = None
     loss: str = LOSSES[CROSS_ENTROPY]
+    together: int = 1
+    search: str = ""
 
     def values(self) -> dict[str, float | None]:
         """Return by defense the value that the rule judges; None if it was not measured."""

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from leakbench import datasets
 from leakbench.core.component import LATER
-from leakbench.core.rng import seeded
+from leakbench.core.rng import generator, seeded
 from leakbench.core.text import plural
 from leakbench.datasets import Dataset
 from leakbench.datasets.arrays import SUFFIXES as ARRAY_SUFFIXES
@@ -250,18 +250,32 @@ def output_note(own: OwnModule, image_shape: tuple[int, int, int]) -> str:
     )
 
 
-def classes_of(own: OwnModule, image_shape: tuple[int, int, int]) -> int:
-    """Return how many classes a network has, after one training step on a grey image.
+TRIED = 4
+"""The most images of noise on which a training step of several is tried."""
+
+
+def classes_of(own: OwnModule, image_shape: tuple[int, int, int], images: int = 1) -> int:
+    """Return how many classes a network has, after one training step on a grey image, or on images of noise.
+
+    Args:
+        own: the network.
+        image_shape: of an image.
+        images: on how many images clients train, as far as that is stated.
 
     Raises:
-        Unsupported: the network cannot be run, or trained, on one image of this shape; the message says why.
+        Unsupported: the network cannot be run, or trained, on these; the message says why.
     """
     classes = int(own.logits(torch.full((1, *image_shape), 0.5)).shape[1])
+    if images == 1:
+        tried = torch.full((1, *image_shape), 0.5, dtype=own.dtype)
+    else:
+        rng = generator("audit", "noise")
+        tried = torch.rand(min(images, TRIED), *image_shape, generator=rng).to(own.dtype)
     network = own.build(image_shape, classes)
     with seeded("audit", "step"):
         try:
             with without_checkpointing():
-                loss = training_loss(network, torch.full((1, *image_shape), 0.5, dtype=own.dtype), torch.tensor([0]))
+                loss = training_loss(network, tried, torch.zeros(len(tried), dtype=torch.int64))
             parameters = [p for p in network.parameters() if p.requires_grad]
             if not parameters:
                 raise Unsupported(f"model {own.label!r} has no trained parameter; a client would share nothing")
@@ -273,9 +287,11 @@ def classes_of(own: OwnModule, image_shape: tuple[int, int, int]) -> int:
             if "more than 1 value per channel" in words:
                 raise Unsupported(
                     f"model {own.label!r} normalises by statistics over a batch, which a single image does not have "
-                    f"at the smallest layer ({words}); give larger images, or --mode eval"
+                    f"at the smallest layer ({words}); give larger images, --images if an update is of several, or "
+                    "--mode eval"
                 ) from error
-            raise Unsupported(f"model {own.label!r} cannot take a training step on one image: {words}") from error
+            on = "one image" if images == 1 else f"{len(tried)} images"
+            raise Unsupported(f"model {own.label!r} cannot take a training step on {on}: {words}") from error
     if not any(gradient is not None and bool(gradient.any()) for gradient in gradients):
         raise Unsupported(f"model {own.label!r} has a gradient of zeros: no trained parameter changes its loss")
     return classes

@@ -29,7 +29,7 @@ def expected_time(matrix: Matrix, seen: Observation) -> str:
     if not seconds:
         return ""
     each = english(f"{spec} {duration(value)}" for spec, value in seconds.items())
-    total, images = duration(sum(seconds.values())), plural(seen.trials, "image")
+    total, images = duration(sum(seconds.values())), plural(seen.trials * max(seen.count, 1), "image")
     return (
         f"expected time: at most about {total} of searches for {images} ({each}), "
         "and the closed forms; images that one attack recovers are skipped by the next"

@@ -55,14 +55,14 @@ class Randomness:
         )
 
 
-def randomness(network: nn.Module, image_shape: tuple[int, int, int]) -> Randomness:
-    """Return what a network draws when it runs on an image in its mode; the network is not changed.
+def randomness(network: nn.Module, image_shape: tuple[int, int, int], images: int = 1) -> Randomness:
+    """Return what a network draws when it runs on an image, or several, in its mode; the network is not changed.
 
     A layer draws if one of the random generators of torch, NumPy or Python is in another state after it than before.
     """
     probe = copy.deepcopy(network)
     kind = next((value.dtype for value in probe.parameters() if value.is_floating_point()), torch.float32)
-    image = torch.rand((1, *image_shape), generator=generator("randomness")).to(kind)
+    image = torch.rand((images, *image_shape), generator=generator("randomness")).to(kind)
     found: list[str] = []
     before: list[tuple[list[Any], int]] = []
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from leakbench.audit.update_facts import SIGN_RULES, UpdateFacts
+from leakbench.clients.local import Local
 from leakbench.core.text import english, plural
 from leakbench.core.types import ThreatModel
 from leakbench.errors import BadOption, CorruptAsset, MissingAsset
@@ -131,6 +132,27 @@ class StatedRecipe:
         given = (self.rate, self.local_batch, self.optimizer, self.momentum, self.weight_decay)
         return all(one is None for one in given) and self.local_steps in (None, 1) and self.local_epochs in (None, 1)
 
+    def client(self) -> Local | None:
+        """Return the training as attackers repeat it; None unless images, batches, steps and the rate are stated.
+
+        Weight decay of SGD is left out: it is removed from an update before any attack.
+        """
+        batched = self.local_batch is not None or self.steps == 1
+        if self.rate is None or self.images is None or self.images < 2 or self.steps is None or not batched:
+            return None
+        if self.optimizer not in (None, "sgd", "adam", "adamw"):
+            return None
+        kind = self.optimizer or "sgd"
+        return Local(
+            images=self.images,
+            local_batch=self.local_batch,
+            local_epochs=1 if self.local_steps is not None else self.local_epochs or 1,
+            local_steps=self.local_steps,
+            optimizer=kind,
+            momentum=(self.momentum or 0.0) if kind == "sgd" else 0.0,
+            weight_decay=0.0 if kind == "sgd" else self.weight_decay or 0.0,
+        )
+
     def threat(self) -> tuple[ThreatModel, float]:
         """Return what attackers that search assume, and the factor by which momentum enlarges the update.
 
@@ -190,7 +212,7 @@ class StatedRecipe:
         if stated is None:
             return
         if self.several and shown.one_image is not False:
-            yield f"Stated: {plural(stated, 'image')}. Attacks that search assume one."
+            yield f"Stated: {plural(stated, 'image')}. What holds for the update from one image does not apply."
         if found is None or one is None:
             return
         if found > stated:

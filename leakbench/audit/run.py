@@ -26,6 +26,7 @@ from leakbench.audit.fail_rule import FailRule
 from leakbench.audit.findings import Audit, DefenseFindings, ImageFinding, NetworkFacts
 from leakbench.audit.given import (
     NORMALISE,
+    TRIED,
     AuditedNetwork,
     Recorded,
     RecordedKind,
@@ -95,11 +96,20 @@ class AuditOptions:
     command: str = ""
     salt: str | None = None
 
-    def matrix(self, scale: str, given: Mapping[str, Any], *, joint_labels: bool = False, relus: bool = True) -> Matrix:
+    def matrix(
+        self,
+        scale: str,
+        given: Mapping[str, Any],
+        *,
+        joint_labels: bool = False,
+        relus: bool = True,
+        unrolled: bool = False,
+    ) -> Matrix:
         """Return the matrix of a scale of the suite, with the axes that are given in place of its own.
 
         With ``joint_labels``, attacks that would infer the label in closed form optimise it with the image. Without
-        ``relus``, the stages of ``RELU_ATTACK`` are left out.
+        ``relus``, the stages of ``RELU_ATTACK`` are left out. With ``unrolled``, attacks that can repeat local training
+        do.
         """
         limit = {} if self.threshold is None else {"threshold": self.threshold}
         axes = override(expand(load_suite("audit"), scale)[0], {**given, **limit})
@@ -108,7 +118,15 @@ class AuditOptions:
             axes["stages"] = [stage for stage, names in zip(axes["stages"], named) if names != [RELU_ATTACK]]
         if joint_labels:
             axes["stages"] = [{**stage, "attacks": list(map(_jointly, stage["attacks"]))} for stage in axes["stages"]]
+        if unrolled:
+            axes["stages"] = [{**stage, "attacks": list(map(_unrolled, stage["attacks"]))} for stage in axes["stages"]]
         return Matrix(**axes)
+
+
+def _unrolled(spec: str | Attack) -> Attack:
+    """Return an attack that repeats the client's steps, if it has this option."""
+    attack = attacks.parse(spec)
+    return replace(attack, local="unrolled") if "local" in attack.options() else attack  # type: ignore[type-var]
 
 
 def _jointly(spec: str | Attack) -> Attack:
@@ -254,7 +272,7 @@ def audit_update(
     network = network.at(image_shape)
     update = read_update(network, before, after, kind, finite=finite)
     initial = network.model(image_shape[0])
-    classes = classes_of(initial, image_shape)
+    classes = classes_of(initial, image_shape, recipe.images or 1)
     true = None if labels is None else read_labels_file(labels, classes, names)
     if true is not None and recipe.images is not None and len(true) != recipe.images:
         raise BadOption(
@@ -283,23 +301,29 @@ def audit_update(
     if progress is not None:
         for words in contradictions:
             progress.note(words)
-    drawn = randomness(module, image_shape)
-    expected = predicted(module, image_shape)
-    rule = rule_in_words(expected, image_shape)
+    step = recipe.local_batch or recipe.images or 1
+    drawn = randomness(module, image_shape, min(step, TRIED))
+    expected = predicted(module, image_shape, step)
+    rule = rule_in_words(expected, image_shape, step)
     if progress is not None:
         progress.note(f"{EXPECTED}: {rule}")
     leaks = _redrawn(_leaks_of_update(observation, label, shown, recipe.several), drawn)
     counts = estimated_counts(module, observation, plain, shown, batch, recipe)
     leaks = replace(leaks, labels=counted(leaks.labels, counts, true, classes))
     doubt = drawn.doubt() if drawn.layers and not read_draws(observation).complete else ""
+    proven = truth is None and any(form.pixels and form.exact and not form.factor for form in leaks.forms)
+    if truth is None and not (proven or everything):
+        observation = together(observation, recipe, shown, counts, factor)
+    threat = observation.threat
+    unrolled = observation.client is not None and observation.client.several_steps
     dataset = Recorded(_digest(observation, truth, label), image_shape, classes)
     given: dict[str, Any] = {"models": [own], "datasets": [dataset], "threats": [threat], "images": 1}
-    proven = truth is None and any(form.pixels and form.exact and not form.factor for form in leaks.forms)
     if proven or everything:  # without a truth: the other attackers have nothing left to find
         given["attacks"] = [CLOSED_FORM_ATTACK]
     scale = f"{options.budget}-update" if threat.unit is None else options.budget
-    joint = leaks.labels.inferred is None
-    matrix = options.matrix(scale, given, joint_labels=joint, relus=has_relus(module, image_shape))
+    joint = leaks.labels.inferred is None if observation.count == 1 else observation.counts is None
+    relus = has_relus(module, image_shape)
+    matrix = options.matrix(scale, given, joint_labels=joint, relus=relus, unrolled=unrolled)
     data = ClientData(
         images={} if truth is None else {0: truth},
         labels={} if label is None else {0: label},
@@ -319,7 +343,7 @@ def audit_update(
         if not measured:
             trials[JUDGED] = np.where(trials["floor"], math.nan, float(proven))
         found = _findings(store, trials, defenses.spec(*matrix.defenses), leaks, matrix, [0])
-        returned = [] if truths is None else list(_returned(store, trials, image_shape[0]))
+        returned = list(_returned(store, trials, image_shape[0]))
     result = replace(found.result, defense=UPDATE, low=math.nan, high=math.nan)
     result = result if measured or proven else replace(result, share=math.nan)
     floor = floor_share(trials, _threshold(matrix)) if measured else math.nan
@@ -339,6 +363,8 @@ def audit_update(
         each = enumerate(batch.pictures())
         pictures = tuple(ImageFinding(place, None, one, DISAGGREGATE, nan, nan, True) for place, one in each)
         found = replace(found, pictures=pictures)
+    elif observation.count > 1 and not proven:
+        found = replace(found, pictures=tuple(_uncompared(returned)))
     flaw = "Inconclusive: an update has no positive control." if found.result.share == 0 else ""
     one = shown.shown
     if one is not None and one.pixels and one.rank > 1 and not everything:
@@ -346,7 +372,8 @@ def audit_update(
             f"The {one.rank} images were not all separated from each other in the change of layer {one.layer}, which "
             "takes the pixels. That does not make them safe."
         )
-    warnings = (*([doubt] if doubt else []), *_doubts(shown, update), *missed, *found.warnings)
+    assumed = observation.count
+    warnings = (*([doubt] if doubt else []), *_doubts(shown, update, assumed), *missed, *found.warnings)
     found = replace(found, inconclusive=flaw, warnings=warnings)
     words = f"{before} to {after}" if kind == "weights" else f"{after}, a {kind}, of the weights {before}"
     if len(update.change) < update.trained:
@@ -358,7 +385,64 @@ def audit_update(
     untried = tuple(name for name in found_by.untried if batch is None or name != DISAGGREGATE)
     if batch is not None:
         found_by = replace(found_by, needs=(*found_by.needs, (DISAGGREGATE, attacks.get(DISAGGREGATE).assumes)))
-    return replace(found_by, recorded=shown, contradictions=contradictions, recipe=recipe, untried=untried)
+    return replace(
+        found_by,
+        recorded=shown,
+        contradictions=contradictions,
+        recipe=recipe,
+        untried=untried,
+        together=observation.count,
+        search=search_words(observation, unrolled),
+    )
+
+
+def together(
+    observation: Observation, recipe: StatedRecipe, shown: UpdateFacts, counts: Sequence[int], factor: float
+) -> Observation:
+    """Return an update as attackers that search see it: as that of all its images, if these are known to be several.
+
+    Args:
+        observation: as that of one image, without weight decay.
+        recipe: what is stated of the training. If all of it is, attackers repeat it.
+        shown: what the update shows by itself.
+        counts: how often each class occurs, by an estimate; empty without one.
+        factor: what the update was divided by, since momentum enlarges it.
+    """
+    seen = shown.images if shown.shown is not None and shown.shown.conclusive else None
+    count = recipe.images or seen or 1
+    if count == 1:
+        return observation
+    known = torch.tensor([list(counts)]) if sum(counts) == count else None
+    client = recipe.client() if observation.threat.shares == "weights" else None
+    if client is None:
+        return replace(observation, count=count, counts=known)
+    gradient = {name: value * factor for name, value in observation.gradient.items()}
+    threat = replace(observation.threat, learning_rate=recipe.rate, rate="known", local_steps=client.steps)
+    return replace(observation, count=count, counts=known, client=client, threat=threat, gradient=gradient)
+
+
+def search_words(observation: Observation, unrolled: bool) -> str:
+    """Return what attackers that search assume of an update of several images; empty for one image."""
+    if observation.count == 1:
+        return ""
+    labels = "with the estimated label counts" if observation.counts is not None else "whose labels they search for too"
+    rate, client, steps = observation.threat.learning_rate, observation.client, observation.threat.local_steps
+    end = "" if rate is None or observation.threat.shares == "gradient" else f" at learning rate {rate:g}"
+    words = f"{observation.count} images at once, {labels}"
+    if client is not None:
+        order = ", whose order of images they guess" if unrolled and client.steps > 1 else ""
+        return f"{words}, and {client.recipe()}{end}{order}"
+    if observation.threat.shares == "gradient":
+        return f"{words}, and one gradient of all of them"
+    return f"{words}, and {plural(steps, 'step')} of plain SGD{end}, each on all of them"
+
+
+def _uncompared(returned: Iterable[Returned]) -> Iterable[ImageFinding]:
+    """Yield every image that attackers returned of a client of whose images none is known."""
+    nan = math.nan
+    for one in returned:
+        for place, image in enumerate(() if one.floor else one.images):
+            yield ImageFinding(place, None, png(image), one.attacker, nan, nan, None)
 
 
 def _output_facts(
@@ -388,14 +472,15 @@ def _announce(matrix: Matrix, seen: Observation, progress: NullProgress) -> None
 
 
 def _returned(store: Store, trials: pd.DataFrame, channels: int) -> Iterable[Returned]:
-    """Yield the image that each attack and floor of an update returned."""
+    """Yield the images that each attack and floor of an update returned."""
     ended = trials[trials["status"] == "ok"]
-    pictures = store.images(ended["trial"])
+    pictures, members = store.images(ended["trial"]), store.members(ended["trial"])
     for trial, attack, floor in ended[["trial", "attack", "floor"]].itertuples(index=False, name=None):
-        picture = pictures[trial].reconstruction
-        pixels = None if picture is None else pixels_of(picture, channels)
-        if pixels is not None:
-            yield Returned(attack, pixels, bool(floor))
+        each = [one.pictures for one in members.get(trial, ())] or [pictures[trial]]
+        known = (pixels_of(one.reconstruction, channels) for one in each if one.reconstruction is not None)
+        pixels = [one for one in known if one is not None]
+        if pixels:
+            yield Returned(attack, torch.cat(pixels), bool(floor))
 
 
 def _compared(found: DefenseFindings, beside: ComparedImages) -> DefenseFindings:
@@ -633,8 +718,9 @@ def _leaks_of_update(observation: Observation, label: int | None, shown: UpdateF
     return replace(ClosedFormLeaks.of(sent, None, truth), forms=forms)
 
 
-def _doubts(shown: UpdateFacts, update: Update) -> Iterable[str]:
+def _doubts(shown: UpdateFacts, update: Update, images: int) -> Iterable[str]:
     """Yield a warning for values that are not finite, and if the update does not show whether it is one image's."""
+    assumed = "The attackers assume one image." if images == 1 else f"The attackers that search assume {images} images."
     finite = torch.cat([torch.isfinite(value).flatten() for value in update.change.values()])
     if unknown := int((~finite).sum()):
         yield (
@@ -645,7 +731,7 @@ def _doubts(shown: UpdateFacts, update: Update) -> Iterable[str]:
     if not shown.layers:
         yield (
             "Whether the update comes from one image was not tested, which takes a linear layer that was sent and "
-            "runs once. The attackers assume one image."
+            f"runs once. {assumed}"
         )
     elif smallest > RESIDUAL_TOLERANCE:
         yield (
@@ -655,13 +741,16 @@ def _doubts(shown: UpdateFacts, update: Update) -> Iterable[str]:
     elif not any(one.conclusive for one in shown.layers):
         yield (
             "Whether the update comes from one image was not tested: in this network, the update from several images "
-            "looks like one image's in every linear layer (as with two classes). The attackers assume one image."
+            f"looks like one image's in every linear layer (as with two classes). {assumed}"
         )
 
 
 def _digest(observation: Observation, truth: Tensor | None, label: int | None) -> str:
     """Return 16 hex digits: a hash of an update and of what is known of its image."""
     digest = hashlib.sha256(f"{label}".encode())
+    if observation.count > 1:
+        digest.update(f"{observation.count} {observation.client!r} {observation.threat.learning_rate}".encode())
+        digest.update(b"" if observation.counts is None else observation.counts.numpy().tobytes())
     for name, value in [*observation.gradient.items(), *([] if truth is None else [("truth", truth)])]:
         digest.update(name.encode() + value.contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -270,7 +270,8 @@ def update(given: _OnUpdate) -> None:
     """Attack one recorded update: the weights that a client was given, and those that it sent.
 
     The report first states what the two models show by themselves: images, steps, optimiser. If a linear layer takes
-    the pixels before a ReLU, every image of the client follows. Attacks that search assume one image and plain SGD.
+    the pixels before a ReLU, every image of the client follows. Attacks that search look for all images at once if
+    their number is stated or shown, by the training as far as it is stated, and otherwise for one, by plain SGD.
     """
     from leakbench import audit
 

@@ -142,7 +142,7 @@ def _separated(
             return FlatInputs(got.inputs, got.errors.T, _deviation(got.inputs, got.errors, change))
     found = _by_zeros(change, total, shown, rng)
     if found is None:
-        return f"the inputs of {name} were not told apart by their zeros"
+        return f"the inputs of {name} were not separated by their zeros"
     if found.deviation > MAX_ERROR or (head.last and _contradiction(found, *layer) > MAX_ERROR):
         return f"the inputs that were found of {name} contradict its gradient"
     return found

@@ -46,7 +46,7 @@ def trace(observation: Observation) -> Traced:
     """Return the trace of an observation's network.
 
     Raises:
-        Unsupported: torch.fx cannot trace it.
+        Unsupported: torch.fx cannot trace it, or it does not run on one image.
     """
     twin = filled(observation)
     try:
@@ -61,7 +61,10 @@ def trace(observation: Observation) -> Traced:
     run = fx.Interpreter(fx.GraphModule(twin, graph), garbage_collect_values=False)
     with torch.no_grad(), seeded("peel"):
         state = torch.get_rng_state()
-        run.run(image)
+        try:
+            run.run(image)
+        except Exception as error:  # such as a normalisation over a batch, of one value
+            raise Unsupported(f"peel runs a network on one image, which it does not take: {one_line(error)}") from error
         if not torch.equal(state, torch.get_rng_state()):
             return _redrawn(Traced(twin, graph, image, run.env), observation)
     return Traced(twin, graph, image, run.env)
