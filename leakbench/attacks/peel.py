@@ -92,8 +92,9 @@ class Peel(Attack):
 
     # 2: networks with ReLUs, which were unsupported, or searched less thoroughly; 3: conditional variances, and in
     # networks with ReLUs a last search that ends when it brings nothing more; 4: masks behind noise by their odds;
-    # 5: a descent by the entries of a pruned gradient that were sent
-    version: ClassVar[int] = 5
+    # 5: a descent by the entries of a pruned gradient that were sent; 6: weak
+    # directions of a ReLU's output below statistics of the image follow from the open ReLUs above
+    version: ClassVar[int] = 6
     reference: ClassVar[str] = (
         "in the family of Zhu and Blaschko 2021, R-GAP, ICLR, arXiv 2010.07733; "
         "the way through a normalisation of unknown scale and shift is this package's own"

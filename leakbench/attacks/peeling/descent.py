@@ -118,7 +118,7 @@ def recover(
             continue
         reason = f"{layer.name}: no scale of its input agrees with the gradient of the shift below"
         for sign in (1.0, -1.0) if images == 1 else (1.0,):
-            known = Knowledge(network, exact, images, spreads)
+            known = Knowledge(network, exact, images, spreads, found.misfit >= CLEAN)
             if not begin(known, place, sign * found.errors, max(MAX_IMBALANCE, NOISY * found.misfit)):
                 continue
             result = _recovered(known)
@@ -262,6 +262,7 @@ def begin_at_head(known: Knowledge, place: int, rng: torch.Generator) -> str | N
     reason = f"{steps[place].name}: the masks of the ReLU below do not follow from it"
     top = steps[place].inputs[0]
     error, exact = head_error(known, place)
+    known.noisy = not exact
     known.pinned[top] = known.network.backward(place, top, error[None])
     for at in reversed(range(place)):
         layer = steps[at].layer

@@ -53,10 +53,6 @@ leave at most one over this."""
 SURE = 20.0
 """A combination must explain the wrong sum up to this many times what is left in the median channel."""
 
-NOISY = 1e-4
-"""The standard deviation of values, relative to their size, from which it is that of noise in the gradient, by which
-the odds of a mask can be told; below, it is that of rounding, and values come with errors of other kinds."""
-
 LEVELS = (5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 3000.0, 10000.0)
 """The thresholds that are tried for values that count as positive, in standard deviations (``fitting_mask``)."""
 
@@ -190,17 +186,12 @@ def decide(known: Knowledge, place: int) -> None:
     if step.slope == 0:
         known.values[place] = calibrated(known.values[place])
     value = known.values[place]
-    if step.slope == 0 and noisy(value):
+    if step.slope == 0 and known.noisy:
         mask = log_odds(value) > 0
     else:
         mask = value.value > (0 if step.slope else CLEAR * value.deviation)
     known.masks[place] = mask
     rebalance(known, place)
-
-
-def noisy(found: Fitted) -> bool:
-    """Return whether values have errors that come from noise in the gradient."""
-    return float(found.deviation.norm()) > NOISY * float(found.value.norm())
 
 
 def log_odds(found: Fitted) -> Tensor:
@@ -264,7 +255,7 @@ def correct(known: Knowledge, place: int, layer: Convolution, at: int) -> bool:
     mask, own = by_channel(known.masks[gate]), known.values.get(gate)
     slope, new = known.network.steps[gate].slope, mask.clone()
     sure = spread < SHARP
-    if slope == 0 and noisy(value):
+    if slope == 0 and known.noisy:
         odds = (ratio - 0.5) / spread.square()
         new[:, live] = (odds if own is None else odds + by_channel(log_odds(own))[:, live]) > 0
     else:

@@ -50,6 +50,7 @@ class Knowledge:
         sent: the trial's gradient in float64, by name; NaN in entries that were not sent.
         images: how many images were trained on at a time (B).
         spreads: the standard deviation of an entry's error in tensors of which it is known, by name.
+        noisy: whether the gradient has more noise than rounding. Only then do deviations tell the odds of a mask.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class Knowledge:
         sent: Mapping[str, Tensor],
         images: int = 1,
         spreads: Mapping[str, float] | None = None,
+        noisy: bool = False,
     ) -> None:
-        self.network, self.sent, self.images, self.spreads = network, sent, images, spreads or {}
+        self.network, self.sent, self.images = network, sent, images
+        self.spreads, self.noisy = spreads or {}, noisy
         self.values: dict[int, Fitted] = {}
         self.missing: dict[int, str] = {}  # why a step's output is not among the values
         self.masks: dict[int, Tensor] = {}

@@ -8,7 +8,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from leakbench.attacks.peeling.correlation import Fitted, by_image, design, least_norm
+from leakbench.attacks.peeling.correlation import (
+    Directions,
+    Fitted,
+    by_channel,
+    by_image,
+    design,
+    directions,
+    least_squares,
+)
 from leakbench.attacks.peeling.factors import NotFactorised
 from leakbench.attacks.peeling.gates import balanced, fitting_mask
 from leakbench.attacks.peeling.knowledge import Knowledge, Reader
@@ -36,6 +44,11 @@ MAX_DEVIATION = 0.1
 """How far, relative to their size, recovered values may be from the ones that follow from those below them."""
 
 
+WEAK = 1e-2
+"""The part of the largest singular value below which a direction is found from the open ReLUs above: errors of the
+statistics grow in it, and values and statistics would not settle."""
+
+UNSETTLED = NotFactorised("input and statistics did not settle")
 NO_FACTOR = NotFactorised("no scale of the input agrees with the gradient of the shift below")
 
 
@@ -58,7 +71,10 @@ def settle(known: Knowledge, place: int, readers: Sequence[Reader]) -> NotFactor
     for exact in (True,) if begun else (False, True):
         value, last, damping = None, torch.inf, 1.0
         for _ in range(SETTLE_ROUNDS):
-            found, null = least_norm(*known.equations(readers))
+            matrix, right = known.equations(readers)
+            if not bool(matrix.isfinite().all()):
+                return UNSETTLED
+            found, null = sharpened(known, place, readers, directions(matrix, right))
             if len(null) > 1:
                 return NotFactorised(f"the equations leave {len(null)} values of each channel of the input open")
             solution = known.shaped(place, found)
@@ -80,8 +96,59 @@ def settle(known: Knowledge, place: int, readers: Sequence[Reader]) -> NotFactor
     solution = known.values[place]
     if not float(solution.deviation.norm()) < MAX_DEVIATION * float(solution.value.norm()):
         del known.values[place], known.masks[place]
-        return NotFactorised("input and statistics did not settle")
+        return UNSETTLED
     return None
+
+
+def sharpened(known: Knowledge, place: int, readers: Sequence[Reader], found: Directions) -> tuple[Fitted, Tensor]:
+    """Return the solution [B * J, C] of least norm, and an orthonormal basis [n, B * J] of what it leaves open.
+
+    Weak directions are found together with what is known above: where the ReLU above a normalisation is open, the
+    normalised value is known, and it is linear in the convolution's input, up to the mean of the channel.
+    """
+    rank, strong = int((found.size > 0).sum()), int((found.size > WEAK * found.size[0]).sum())
+    null, whole = found.basis[rank:], found.solution(rank)
+    if strong == rank:
+        return whole, null
+    base, weak = found.solution(strong), found.basis[strong:rank]
+    steps = known.network.steps
+    channels, shape = steps[place].shape[0], (known.images, *steps[place].shape)
+    moved = torch.zeros(len(weak), channels, *shape, dtype=torch.float64)
+    for channel in range(channels):
+        moved[:, channel, :, channel] = weak.view(-1, known.images, *shape[2:])
+    rows, wanted = [], []
+    for each in readers:
+        assert each.normalisation is not None
+        open_ = open_values(known, each.normalisation)
+        if open_ is None:
+            continue
+        mask, z = (by_channel(own) for own in open_)
+        spread = known.standards[each.normalisation].spread[:, None]
+        out = by_channel(known.network.forward(each.place, [known.shaped(place, base).value]))
+        lone = known.network.forward(each.place, [moved.flatten(0, 2)])
+        lone = lone - known.network.forward(each.place, [torch.zeros(shape, dtype=torch.float64)])[:1]
+        columns = lone.view(len(weak) * channels, known.images, *lone.shape[1:]).transpose(1, 2).flatten(2)
+        # [N, O, B P] and [O, B P] less the means of what is open
+        parts = torch.cat([columns, (spread * z - out)[None]]) / spread
+        count = mask.sum(1, keepdim=True).clamp(min=1)
+        parts = torch.where(mask, parts - torch.where(mask, parts, 0.0).sum(2, keepdim=True) / count, 0.0)
+        rows.append(parts[:-1, mask].T)
+        wanted.append(parts[-1, mask])
+    upper = least_squares(torch.cat(rows), torch.cat(wanted)[:, None]) if rows else None
+    if upper is None:
+        return whole, null
+    # both, weighted by their noise: that of the upper ones is what is left of them
+    left = (torch.cat(wanted) - torch.cat(rows) @ upper.value[:, 0]).square().mean().sqrt().clamp(min=1e-300)
+    own = (found.size[strong:rank, None] / found.noise.sqrt()).flatten()
+    joint = torch.cat([torch.cat(rows) / left, torch.diag(own)])
+    solved = least_squares(
+        joint, torch.cat([torch.cat(wanted) / left, own * found.value[strong:rank].flatten()])[:, None]
+    )
+    if solved is None:
+        return whole, null
+    value, spread = (each.view(len(weak), channels) for each in (solved.value, solved.deviation))
+    variance = base.deviation.square() + weak.T.square() @ spread.square()
+    return Fitted(base.value + weak.T @ value, variance.sqrt()), null
 
 
 def guess(known: Knowledge, readers: Sequence[Reader]) -> None:
