@@ -149,3 +149,43 @@ def test_an_audit_recovers_the_images_of_a_local_training(
     labels = datasets.parse("samples(size=12)").load(range(12))[1].tolist()
     counts = [f"{labels.count(label)} of class {label}" for label in sorted(set(labels))]
     assert f"estimated from the errors of the images at layer 2: {english(counts)}." in page
+
+
+def normalising() -> nn.Module:
+    """A network whose last normalisation has one value of an image, and so takes no single one."""
+    torch.manual_seed(0)
+    lower = [nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)]
+    return nn.Sequential(*lower, nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("compared", [False, True])
+def test_an_audit_searches_for_all_images_that_are_stated(
+    cli,  # noqa: F811
+    nets: Path,  # noqa: F811
+    short: None,  # noqa: F811
+    compared: bool,
+) -> None:
+    recorded_files(nets, normalising(), SGD["momentum"], 4, 2, 1)
+    (nets / "nets.py").write_text("from test_disaggregation import normalising as build\n")
+    (nets / "truth").mkdir()
+    for number, image in enumerate(datasets.parse("samples(size=12)").load(range(4))[0]):
+        Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy()).save(nets / "truth" / f"{number:02}.png")
+    files = ("--before", "before.pt", "--after", "after.pt", "--size", "12", "--budget", "quick")
+    command = ("audit", "update", "--plugin", "nets.py", "--model", "build", "--out", "out", *files)
+    refused = cli(*command)
+    assert "--images if an update is of several" in refused.err
+    given = ("--truth", "truth") if compared else ()
+    stated = ("--images", "4", "--local-batch", "2", "--local-epochs", "1", "--momentum", "0.9", "--rate", "0.05")
+    cli(*command, *stated, *given)
+    page = (nets / "out" / "audit.md").read_text()
+    assert "Attacks that search assume 4 images at once" in page
+    assert "2 steps of SGD on batches of 2 with momentum 0.9 at learning rate 0.05" in page
+    assert "assume one image" not in page
+    assert page.count("| dlm+(steps=2, local=unrolled) |") >= 4  # an image each, compared or not
+
+
+def recorded_files(folder: Path, network: nn.Module, make: object, images: int, batch: int, epochs: int) -> None:
+    """Write before.pt and after.pt of a network that is trained."""
+    torch.save(network.state_dict(), folder / "before.pt")
+    train(network.train(), make, images, batch, epochs)  # type: ignore[arg-type]
+    torch.save(network.state_dict(), folder / "after.pt")

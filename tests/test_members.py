@@ -108,7 +108,10 @@ def test_the_features_of_public_images_are_moved_to_those_of_the_batch() -> None
     loss = nn.functional.cross_entropy(last(features), labels)
     by_weight, by_bias = torch.autograd.grad(loss, [last.weight, last.bias])
     mean = mean_feature(by_weight, by_bias)
+    assert mean is not None
     torch.testing.assert_close(mean, features.mean(0), rtol=0.05, atol=0)
+    assert mean_feature(by_weight[:2], by_bias[:2]) is None  # of two classes nothing would be left over
+    assert mean_feature(torch.randn(10, 64).double(), by_bias) is None
     assert is_far(public, mean)
     assert not is_far(features, mean)
     true = torch.bincount(labels, minlength=10)

@@ -75,8 +75,8 @@ def inferred_counts(observation: Observation) -> Tensor:
             found = label_counts_by_weight(weight[trial] * size, features, probabilities, observation.count)
         else:
             estimates = [torch.stack([own.double().mean(0) for _, own in public]).mean(0)]
-            if weight is not None and bool(bias[trial].any()):
-                mean = mean_feature(weight[trial], bias[trial])
+            mean = None if weight is None else mean_feature(weight[trial], bias[trial])
+            if mean is not None:
                 layers = [(own[f"{name}.weight"], own[f"{name}.bias"]) for own in models]
                 moved = [moved_probabilities(features, mean, *layer) for (features, _), layer in zip(public, layers)]
                 away = any(is_far(features, mean) for features, _ in public)

@@ -76,6 +76,9 @@ NEWTON_STEPS, RIDGE = 8, 1e-3
 CONSISTENT, CONSISTENT_TRAINED = 0.99, 0.97
 """The share of units that agree with their errors, for the search to end: in one step, and in several."""
 
+SEARCHES, CONTRADICTED = 2, 0.75
+"""The most searches, and the share of units that agree below which another one is made."""
+
 SAME = 1 - 1e-3
 """The cosine from which on two directions count as one."""
 
@@ -137,6 +140,8 @@ def disaggregate(
 ) -> Disaggregation:
     """Return the inputs of a linear layer before a ReLU, if the columns of their errors can be found.
 
+    A search that ends without them, or with ones that contradict the layer, is made again with other rows and starts.
+
     Args:
         change: [M, S], the weights before less those after, without decay; or the gradient.
         bias: [M], likewise.
@@ -144,7 +149,22 @@ def disaggregate(
         layers: weight [M, S] and bias [M] before the training; and after it, if there were several steps.
         rng: of rows and starts.
     """
-    change, bias = change.double(), bias.double()
+    best, agreement = None, -1.0
+    for _ in range(SEARCHES):
+        one = _searched(change.double(), bias.double(), found, layers, rng)
+        agrees = one.agreement(*((weight.double(), own.double()) for weight, own in layers)) if one.complete else -1.0
+        if best is None or (one.found, agrees) > (best.found, agreement):
+            best, agreement = one, agrees
+        if agreement >= CONTRADICTED or found.rank == 1:
+            break
+    assert best is not None
+    return best
+
+
+def _searched(
+    change: Tensor, bias: Tensor, found: LowRank, layers: Sequence[tuple[Tensor, Tensor]], rng: torch.Generator
+) -> Disaggregation:
+    """Return what one search finds (``disaggregate``)."""
     count = found.rank
     triangle = torch.linalg.qr(change.T, mode="r")[1]
     left, sizes, _ = torch.linalg.svd(triangle.T)

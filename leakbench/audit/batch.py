@@ -240,9 +240,11 @@ def _estimates(
         hook.remove()
     weight, bias = (update.change.get(f"{last}.{part}") for part in ("weight", "bias"))
     plain = isinstance(layer, nn.Linear) and layer.bias is not None and len(taken) == 1 and taken[0].ndim == 2
-    if not plain or weight is None or bias is None or not bool(torch.isfinite(weight).all()) or not bool(bias.any()):
+    if not plain or weight is None or bias is None or not bool(torch.isfinite(weight).all()):
         return found, None
     assert isinstance(layer, nn.Linear)
     mean = mean_feature(weight, bias)
+    if mean is None:
+        return found, None
     moved = moved_probabilities(taken[0], mean, layer.weight.detach(), layer.bias.detach())
     return (None if is_far(taken[0], mean) else found), moved

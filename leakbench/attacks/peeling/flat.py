@@ -20,7 +20,7 @@ from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.unmixing import Sparsity, unmix
 from leakbench.gradients.low_rank import CLEAR_OF_NOISE, LowRank, low_rank, rounding_error
 
-FEW_ZEROS = Sparsity(zeros=0.006, like=0.05, angle=1e-3)
+FEW_ZEROS = Sparsity(zeros=0.002, like=0.02, angle=1e-3)
 """What counts as a layer's input: those of two images differ in few zeros, and errors tell the false ones."""
 
 MIN_AGREEMENT = 0.97
@@ -29,6 +29,9 @@ MIN_AGREEMENT = 0.97
 MAX_ERROR = 0.02
 """The largest error, relative to their size, of the errors of a classifier that its own inputs imply; and of a change
 that inputs and errors give."""
+
+NO_ERROR = 1e-4
+"""Errors below this share of an image's largest are zeros of the ReLU behind the layer."""
 
 ZERO = 1e-5
 """Values below this share of the root mean square are zeros of the ReLU."""
@@ -143,7 +146,9 @@ def _separated(
     found = _by_zeros(change, total, shown, rng)
     if found is None:
         return f"the inputs of {name} were not separated by their zeros"
-    if found.deviation > MAX_ERROR or (head.last and _contradiction(found, *layer) > MAX_ERROR):
+    wrong = head.last and _contradiction(found, *layer) > MAX_ERROR
+    wrong = wrong or (head.gated and _agreement(found, *layer) < MIN_AGREEMENT)
+    if wrong or found.deviation > MAX_ERROR:
         return f"the inputs that were found of {name} contradict its gradient"
     return found
 
@@ -168,6 +173,13 @@ def _by_zeros(change: Tensor, total: Tensor, shown: LowRank, rng: torch.Generato
 def _deviation(inputs: Tensor, errors: Tensor, change: Tensor) -> float:
     """Return how far inputs [N, S] and errors [M, N] are from giving the change [M, S], relative."""
     return float((errors @ inputs - change).norm() / change.norm())
+
+
+def _agreement(found: FlatInputs, weight: Tensor, bias: Tensor) -> float:
+    """Return the least share, of all images, of units that are on where, and only where, they have an error."""
+    values = found.inputs @ weight.T + bias
+    on = found.errors.abs() > NO_ERROR * found.errors.abs().amax(1, keepdim=True)
+    return float(((values > 0) == on).double().mean(1).min())
 
 
 def _contradiction(found: FlatInputs, weight: Tensor, bias: Tensor) -> float:

@@ -64,7 +64,8 @@ def trace(observation: Observation) -> Traced:
         try:
             run.run(image)
         except Exception as error:  # such as a normalisation over a batch, of one value
-            raise Unsupported(f"peel runs a network on one image, which it does not take: {one_line(error)}") from error
+            reason = one_line(str(error).partition("While executing")[0])
+            raise Unsupported(f"peel runs a network on one image, which it does not take: {reason}") from error
         if not torch.equal(state, torch.get_rng_state()):
             return _redrawn(Traced(twin, graph, image, run.env), observation)
     return Traced(twin, graph, image, run.env)
