@@ -15,9 +15,12 @@ from torch.nn import functional as F
 from leakbench.attacks.peeling.lattice import Lattice
 from leakbench.core.rng import generator
 
-SPARE_COLUMNS, FEW_COLUMNS = 8, 4
+SPARE_COLUMNS, FEW_COLUMNS = 8, 2
 """How many random columns more than the expected rank ``leading`` takes, and how many times as many columns as that a
 matrix must have."""
+
+ROWS = 1024
+"""How many rows of a residual are held at a time."""
 
 NEGLIGIBLE = 1e-6
 """The part of the largest singular value below which the last one that was computed ends the list."""
@@ -60,7 +63,9 @@ class ReducedGradient:
         system = by_tap @ basis
         # the errors have at most B P_out independent rows: the other directions of the output channels hold only noise
         rows = min(images * lattice.outputs, by_tap.shape[1])
-        left = torch.linalg.svd(system.transpose(0, 1).flatten(1), full_matrices=False)[0][:, :rows]
+        sizes, directions = leading(system.transpose(0, 1).flatten(1).mT, rows)
+        rows = max(1, min(rows, int((sizes > cut * sizes[0]).sum())))
+        left = torch.linalg.qr(directions[:rows].mT)[0]  # those of tiny singular values are not quite orthogonal
         return cls(lattice, left, basis, (left.mT @ system).flatten(0, 1), singular)
 
     @property
@@ -131,6 +136,15 @@ def correlate(errors: Tensor, inputs: Tensor, lattice: Lattice) -> Tensor:
     return made.unflatten(0, (-1, errors.shape[2]))
 
 
+def misfit(gradient: Tensor, errors: Tensor, inputs: Tensor, lattice: Lattice) -> float:
+    """Return how far a weight gradient [K, O, C] is from that of errors and inputs (``correlate``), relative to it."""
+    padded, flat = F.pad(errors, (0, 0, 0, 1)), inputs.mT.flatten(0, 1)
+    rest = gradient.new_zeros(())
+    for own, reader in zip(gradient, lattice.readers()):
+        rest = rest + (padded.index_select(1, reader).flatten(0, 1).mT @ flat - own).square().sum()
+    return float(rest.sqrt() / gradient.norm())
+
+
 def solve_inputs(gradient: Tensor, errors: Tensor, lattice: Lattice) -> tuple[Tensor, Tensor]:
     """Return the inputs of known errors by least squares.
 
@@ -182,6 +196,8 @@ def least_squares(matrix: Tensor, right: Tensor, images: int = 1) -> tuple[Tenso
     projected = columns.mT @ right
     found = torch.linalg.solve_triangular(triangle, projected, upper=True)
     inverse = torch.linalg.solve_triangular(triangle, torch.eye(len(triangle), dtype=right.dtype), upper=True)
-    noise = (right - columns @ projected).square().sum(0) / max(1, len(matrix) - len(triangle))
+    parts = zip(right.split(ROWS), columns.split(ROWS))
+    rest = torch.stack([(own - part @ projected).square().sum(0) for own, part in parts]).sum(0)
+    noise = rest / max(1, len(matrix) - len(triangle))
     variance = inverse.square().sum(1)[:, None] * noise
     return found.unflatten(0, (images, -1)), variance.unflatten(0, (images, -1))

@@ -23,7 +23,7 @@ from torch import Tensor
 from leakbench.attacks.peeling.factors import ConvolutionFactors, NotFactorised
 from leakbench.attacks.peeling.krylov import lowest_eigenvectors
 from leakbench.attacks.peeling.lattice import Lattice
-from leakbench.attacks.peeling.reduced import ReducedGradient, correlate, solve_inputs
+from leakbench.attacks.peeling.reduced import ReducedGradient, misfit, solve_inputs
 from leakbench.attacks.peeling.unmixing import unmix
 from leakbench.errors import BadOption
 
@@ -79,10 +79,14 @@ def factorise_convolution(
     if refused is not None or gradient is None:
         return refused or NOT_SENT
     parts = []
-    values = gradient.detach().cpu().double()
-    size = torch.stack(values.aminmax()).abs().amax().clamp(min=1e-300)
-    for part in (values / size).chunk(lattice.groups):
-        found = _factorise_group(part, lattice.undilated(), rng, images * lattice.phases, gradient.dtype)
+    values = gradient.detach().cpu()
+    size = torch.stack(values.aminmax()).abs().amax().double().clamp(min=1e-300)
+    for part in values.chunk(lattice.groups):
+        # taps come first in memory, as all products below take them: one copy in place of one for each
+        by_tap = part.flatten(2).permute(2, 0, 1)
+        by_tap = torch.empty(by_tap.shape, dtype=torch.float64).copy_(by_tap).div_(size)
+        own = by_tap.permute(1, 2, 0).unflatten(2, lattice.kernel)
+        found = _factorise_group(own, lattice.undilated(), rng, images * lattice.phases, gradient.dtype)
         if isinstance(found, NotFactorised):
             return found
         parts.append(found)
@@ -152,7 +156,7 @@ def _factorise_group(
         errors=errors.mT.unflatten(2, lattice.output),
         rank_gap=mixed.rank_gap,
         null_ratio=mixed.null_ratio,
-        misfit=float((correlate(errors, inputs, lattice) - by_tap).norm() / by_tap.norm()),
+        misfit=misfit(by_tap, errors, inputs, lattice),
     )
 
 
