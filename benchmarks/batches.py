@@ -1,9 +1,10 @@
 """What batches cost an attacker: ``python -m benchmarks.batches``; minutes on one core.
 
-It writes ``cost.md`` and three tables to ``reports/batches``: the time of a search for each image and step at several
+It writes ``cost.md`` and five tables to ``reports/batches``: the time of a search for each image and step at several
 batch sizes; the images, seconds and memory of ``disaggregate`` on CIFAR-10 through fully connected networks, from one
-gradient and from whole local trainings whose recipe the attacker does not know; and how many labels of a batch two
-rules infer from the last layer. With ``--page`` it only writes the page.
+gradient and from whole local trainings whose recipe the attacker does not know, and what it finds above convolutions;
+what searches that repeat the local training recover; and how many labels of a batch two rules infer from the last
+layer. With ``--page`` it only writes the page.
 """
 
 from __future__ import annotations
@@ -20,10 +21,16 @@ from torch import nn
 
 from leakbench import attacks, clients, datasets, defenses, models
 from leakbench.attacks.batch_labels import inferred_counts
+from leakbench.attacks.peeling.flat import flat_features, flat_head
+from leakbench.attacks.peeling.network import Network
+from leakbench.attacks.peeling.trace import trace
 from leakbench.clients import LocalTraining
-from leakbench.core.rng import Rng, seeded
+from leakbench.core.rng import Rng, generator, seeded
 from leakbench.core.types import ThreatModel
 from leakbench.gradients.counts import label_counts_by_embedding
+from leakbench.metrics.aligned import AlignedPSNR, AlignedSSIM
+from leakbench.metrics.members import matched
+from leakbench.metrics.standard import PSNR
 from leakbench.models.base import Model
 from leakbench.models.module import OwnModule
 from leakbench.models.surgery import linears
@@ -33,6 +40,7 @@ from leakbench.victim import Client, observe
 
 FOLDER = Path(__file__).resolve().parent.parent / "reports" / "batches"
 COST, UPDATES, COUNTS, TEXT = FOLDER / "cost.csv", FOLDER / "updates.csv", FOLDER / "counts.csv", FOLDER / "cost.md"
+FEATURES, TRAININGS = FOLDER / "features.csv", FOLDER / "trainings.csv"
 
 SEARCHED, SIZES, SEARCH, STEPS, REPEATS = ("lenet", "resnet20(mode=eval)"), (1, 4, 16, 64), 64, 4, 3
 """The networks of the searches, the batch sizes, and the images in all, the same ones at each size; steps; repeats."""
@@ -61,6 +69,32 @@ COUNTED, COUNTED_SIZES, COUNTED_BATCHES = (
 
 TRAINED_IMAGES, TRAINED_EPOCHS, TRAINED_BATCH, TRAINED_RATE = range(6000, 9000), 2, 32, 0.02
 """The short training: by SGD with momentum 0.9, on images of which no label is counted."""
+
+SEPARATED_SIZES, INVERTED_FIRST = (2, 4, 8), 9500
+"""The batch sizes of the networks with convolutions, and the first image."""
+
+UNROLLED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    (
+        "local(local_steps=8, lr=0.1, momentum=0.9)",
+        "hidden",
+        ("others", "lb(steps=300)", "lb(steps=300, local=unrolled)"),
+    ),
+    (
+        "local(images=2, local_batch=1, local_epochs=3, lr=0.1, momentum=0.9)",
+        "hidden",
+        ("others", "lb(steps=300)", "lb(steps=300, local=unrolled)", "lb(steps=300, local=separate)"),
+    ),
+    (
+        "local(images=2, local_batch=1, local_epochs=3, lr=0.1, momentum=0.9)",
+        "known",
+        ("lb(steps=300, local=unrolled)",),
+    ),
+    ("local(local_steps=8, lr=0.01, optimizer=adam)", "hidden", ("others", "lb(steps=300, local=unrolled)")),
+)
+"""Local trainings of LeNet, whether the order of images is known, and the attackers."""
+
+UNROLLED_FIRST, UNROLLED_CLIENTS = 0, 3
+"""The first image, and the number of clients. Options were tuned on the images from 9000 on."""
 
 RECOVERED = 80.0
 """The PSNR in dB from which on an image counts as recovered here."""
@@ -195,6 +229,89 @@ def counts() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def convolutional() -> dict[str, Model]:
+    """Return networks of convolutions with torch's initial weights, by what they are."""
+    found: dict[str, list[nn.Module]] = {}
+    with seeded("batches", "convolutions"):
+        wide = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, 2, 1), nn.ReLU(), nn.Flatten()]
+        found["two convolutions of 32, hidden 256"] = [*wide, nn.Linear(8192, 256), nn.ReLU(), nn.Linear(256, 10)]
+        narrow: list[nn.Module] = []
+        for inputs, stride in ((3, 2), (12, 2), (12, 1)):
+            narrow += [nn.Conv2d(inputs, 12, 5, stride, 2), nn.ReLU()]
+        found["LeNet of DLG with ReLUs"] = [*narrow, nn.Flatten(), nn.Linear(768, 10)]
+        first = [nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)]
+        hidden = [nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)]
+        found["LeNet-5 with ReLUs and max-pools"] = [*first, *hidden]
+    models_of: dict[str, Model] = {name: OwnModule(name, nn.Sequential(*layers)) for name, layers in found.items()}
+    return models_of | {name: models.parse(name) for name in ("convnet(mode=eval)", "vgg16(mode=eval, hidden=256)")}
+
+
+def psnr_of(images: torch.Tensor, client: Client) -> torch.Tensor:
+    """Return the PSNR of each of a client's images, in dB, after the assignment."""
+    return PSNR()(matched(images.clamp(0, 1).nan_to_num(0.5), client.images), client.images)
+
+
+def inversions() -> pd.DataFrame:
+    """Return what ``disaggregate`` finds above convolutions: the values of the lowest linear layer, and the images."""
+    rows = []
+    for name, model in convolutional().items():
+        for size in SEPARATED_SIZES:
+            observation, (client,) = seen(model, clients.parse(f"local(batch={size})"), INVERTED_FIRST)
+            opened_network = Network(trace(observation))
+            sent = {key: value[0] for key, value in observation.gradient.items()}
+            head = flat_head(opened_network, sent)
+            assert head is not None
+            start = time.process_time()
+            eps = torch.finfo(torch.float32).eps
+            values = flat_features(opened_network, head, sent, size, eps, generator("batches", name))
+            reason = values if isinstance(values, str) else ""
+            row: dict[str, object] = {"model": name, "images": size, "separated": not reason, "reason": reason}
+            if not isinstance(values, str):
+                row["positive"] = float((values.value > 0).flatten(1).sum(1).double().mean())
+            row["separation"] = time.process_time() - start
+            if not isinstance(values, str):
+                guess = attacks.parse("disaggregate(search=100)")(observation, Rng(("0",)))
+                row["psnr"] = float(psnr_of(guess.images[0], client).median())
+            rows.append(row | {"seconds": time.process_time() - start})
+            print(rows[-1], flush=True)
+            pd.DataFrame(rows).to_csv(FEATURES, index=False, float_format="%.4g", lineterminator="\n")
+    return pd.DataFrame(rows)
+
+
+def trainings() -> pd.DataFrame:
+    """Return what searches recover of local trainings of LeNet whose recipe and rate are known."""
+    rows = []
+    data = datasets.parse("cifar10")
+    for spec, order, attackers in UNROLLED:
+        training = clients.parse(spec)
+        count = training.count
+        images, labels = data.load(range(UNROLLED_FIRST, UNROLLED_FIRST + UNROLLED_CLIENTS * count))
+        each = []
+        for row in range(0, len(images), count):
+            own = [(images[place], int(labels[place])) for place in range(row, row + count)]
+            each.append(Client(*own[0], "weights", f"client {row}", (), tuple(own[1:])))
+        threat = ThreatModel(shares="weights", rate="known", labels="counts", order=order)  # type: ignore[arg-type]
+        observation = observe(
+            models.parse("lenet"), defenses.parse("none"), threat, each, 10, data.mean(), training=training
+        )
+        for attacker in attackers:
+            start = time.process_time()
+            guess = attacks.parse(attacker)(observation, Rng(tuple(map(str, range(len(each))))))
+            spent = (time.process_time() - start) / len(each)
+            for place, client in enumerate(each):
+                found = guess.images[place] if count > 1 else guess.images[place : place + 1]
+                pairs = matched(found.clamp(0, 1), client.images)
+                scores = {
+                    "psnr_aligned": float(AlignedPSNR()(pairs, client.images).mean()),
+                    "ssim_aligned": float(AlignedSSIM()(pairs, client.images).mean()),
+                }
+                cells = {"client": spec, "order": order, "attack": attacker, "row": place}
+                rows.append({**cells, **scores, "seconds": spent})
+            print(rows[-1], flush=True)
+            pd.DataFrame(rows).to_csv(TRAININGS, index=False, float_format="%.4g", lineterminator="\n")
+    return pd.DataFrame(rows)
+
+
 WORDS = """# What batches cost an attacker
 
 Made by `python -m benchmarks.batches` at leakbench {version}, on one core of a shared machine; CIFAR-10 test images.
@@ -207,6 +324,23 @@ An image counts as recovered from {recovered:.0f} dB on. Seconds are those of th
 the whole process, with torch and the images. Single clients: [updates.csv](updates.csv).
 
 {updates}
+
+## Above convolutions
+
+`disaggregate` on one gradient of networks with torch's initial weights, of CIFAR-10 test images. *separated*: whether
+the values that the lowest linear layer takes were found of every image, to the rounding of the gradient; *positive*:
+how many of these are above zero. An image has 3,072 pixels: with more values than that it follows, with fewer the
+search returns one of many images that give the same values.
+
+{features}
+
+## Local training
+
+LeNet, {clients} clients of each kind; the recipe, the learning rate and the label counts are known. Without `local`, a
+search matches one gradient, at the weights before; `unrolled` repeats the steps with a guessed order of images, or the
+known one; `separate` has a set of images for each epoch. The mean over clients of the mean over their images.
+
+{trainings}
 
 ## Searches
 
@@ -250,7 +384,25 @@ def page() -> str:
     for (name, size), rows in counted.groupby(["model", "batch"], sort=False):
         both = [f"{rows[rule].mean():.2f} ({(rows[rule] == 1).mean():.2f})" for rule in ("ours", "ilrg")]
         shares.append(f"| {name} | {size} | {both[0]} | {both[1]} |")
+    inverted = pd.read_csv(FEATURES)
+    heads = ("network", "images", "separated", "positive values", "seconds, separation", "PSNR, median", "seconds, all")
+    features = [f"| {' | '.join(heads)} |", "|:--|--:|:--|--:|--:|--:|--:|"]
+    for row in inverted.to_dict("records"):
+        ends = [f"{row['positive']:.0f}", f"{row['separation']:.1f}", f"{row['psnr']:.1f} dB", f"{row['seconds']:.0f}"]
+        ends = ends if row["separated"] else ["–", f"{row['separation']:.1f}", "–", f"{row['seconds']:.0f}"]
+        cells = [row["model"], str(row["images"]), "yes" if row["separated"] else f"no: {row['reason']}", *ends]
+        features.append("| " + " | ".join(cells) + " |")
+    trained = ["| client | order | attack | PSNR, aligned | SSIM, aligned | seconds |", "|:--|:--|:--|--:|--:|--:|"]
+    for (client, order, attack), rows in pd.read_csv(TRAININGS).groupby(["client", "order", "attack"], sort=False):
+        means = rows[["psnr_aligned", "ssim_aligned", "seconds"]].mean()
+        trained.append(
+            f"| `{client}` | {order} | `{attack}` | {means['psnr_aligned']:.1f} dB | {means['ssim_aligned']:.2f} | "
+            f"{means['seconds']:.0f} |"
+        )
     return WORDS.format(
+        features="\n".join(features),
+        trainings="\n".join(trained),
+        clients=UNROLLED_CLIENTS,
         version=__version__,
         draws=DRAWS,
         recovered=RECOVERED,
@@ -268,6 +420,8 @@ def main() -> None:
     if "--page" not in sys.argv:
         separations().to_csv(UPDATES, index=False, float_format="%.4g", lineterminator="\n")
         counts().to_csv(COUNTS, index=False, float_format="%.4g", lineterminator="\n")
+        inversions()
+        trainings()
         searches().to_csv(COST, index=False, float_format="%.4g", lineterminator="\n")
     TEXT.write_text(page())
 

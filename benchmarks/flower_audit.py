@@ -5,11 +5,11 @@ a server that records what the client sends. For NAME mlp2, mlp3, resnet2 and re
 FOLDER/NAME has the photographs, their labels and the recording. Then, from the checkout:
 
 leakbench audit update --model benchmarks.flower_audit:NAME --recording FOLDER/NAME/updates/round-0001/client-1 \\
-    --size SIZE --channels 1 --normalise 0.5/0.5 --truth FOLDER/NAME/photos --labels FOLDER/NAME/labels.txt \\
+    --size 28 --channels 1 --normalise 0.5/0.5 --truth FOLDER/NAME/photos --labels FOLDER/NAME/labels.txt \\
     --budget quick --out reports/audit/flower-NAME
 
-SIZE is 28 for the MLP and 64 for the ResNet, which is ResNet-18 with a quarter of its channels, for the time that a
-search takes on a CPU.
+The ResNet is ResNet-18 with a quarter of its channels, for the time that a search takes on a CPU. At this size it takes
+no single image in training mode, so that the audit needs the number of images, which the recording states.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from torchvision import models
 from leakbench import datasets
 
 SIZE, IMAGES = 28, 32
-RESNET_SIZE = 28
 CONFIG: Mapping[str, str | int | float] = {
     "optimizer": "sgd",
     "lr": 0.01,
@@ -117,7 +116,7 @@ def record_app(name: str, folder: Path) -> None:
     from leakbench.flower import record, simulate
 
     build, classes = NETWORKS[name]
-    images, labels = photographs(classes, RESNET_SIZE if name.startswith("resnet") else SIZE)
+    images, labels = photographs(classes)
     (folder / "photos").mkdir(parents=True)
     for place, image in enumerate(images):
         Image.fromarray((image[0] * 255).round().byte().numpy()).save(folder / "photos" / f"{place:02}.png")
