@@ -107,6 +107,7 @@ class GRNN(GradientMatching):
             lr=dict.fromkeys(start, self.lr),
             rule="rmsprop",
             gain={name: gain for name in LATENT_WEIGHTS if name in start},
+            compiled=objective.evaluator.path == "lanes",
             note=objective.observation.note,
         )
 

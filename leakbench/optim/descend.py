@@ -42,7 +42,7 @@ def descend(
         decay: see ``milestones``.
         boxed: the unknowns that are clamped to [0, 1] after every update.
         gain: for unknowns whose RMSprop does not divide as torch's does; see ``RMSprop``.
-        compiled: compiled code (``solvers``) takes Adam's steps where there is any: the same but for rounding.
+        compiled: compiled code (``solvers``) takes the steps where there is any: the same but for rounding.
         note: called with a line if the objective cannot be recorded on a GPU.
     """
     unknowns = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in start.items()}
@@ -59,7 +59,8 @@ def descend(
     best = {name: tensor.clone() for name, tensor in unknowns.items()}  # the last iterate known to be finite
     value = torch.full((trials,), float("nan"), device=device)
     evaluate = recorded(objective, unknowns, note)
-    fused = compiled and isinstance(optimiser, Adam) and all(map(serves, unknowns.values()))
+    fused = compiled and not isinstance(optimiser, torch.optim.Optimizer) and all(map(serves, unknowns.values()))
+    fused = fused and not (rule == "rmsprop" and (sign or boxed))
     kept = {tensor: best[name] for name, tensor in unknowns.items()}
     signed, inside = ([unknowns[name] for name in names] for names in (sign, boxed))
     places = marks(steps)
@@ -76,7 +77,7 @@ def descend(
         if step % 50 == 0 and not bool(finite.any()):  # reading a value waits for the device, so only now and then
             break
         if fused:
-            assert isinstance(optimiser, Adam)
+            assert isinstance(optimiser, Adam | RMSprop)
             for name, tensor in unknowns.items():
                 tensor.grad = gradient[name]
             optimiser.advance(kept, finite, signed, inside)

@@ -1,10 +1,13 @@
 """RMSprop with momentum: on a CPU its passes over a tensor find it in the cache; on a GPU a kernel has all tensors."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from leakbench.optim.base import where_rows
+from leakbench.optim.solvers import call
 
 ALPHA, MOMENTUM, EPS = 0.99, 0.99, 1e-8
 
@@ -36,6 +39,31 @@ class RMSprop:
             for tensor in alone:
                 self._update(tensor, *self._moments[tensor], group["lr"])
             _update_all([x for x in group["params"] if not any(x is own for own in alone)], self._moments, group["lr"])
+
+    def advance(
+        self, best: Mapping[Tensor, Tensor], finite: Tensor, signed: Collection[Tensor], boxed: Collection[Tensor]
+    ) -> None:
+        """Update every tensor by its ``grad`` in one pass of compiled code, to the same values but for rounding.
+
+        Args:
+            best: for each tensor, the one into which its finite rows are copied before.
+            finite: [T] bool.
+            signed: must be empty, as ``boxed``: Adam has them.
+            boxed: see ``signed``.
+        """
+        assert not signed
+        assert not boxed
+        numbers = torch.tensor((ALPHA, 1 - ALPHA, MOMENTUM, EPS, 0.0), dtype=torch.float64)
+        for group in self.param_groups:
+            numbers[4] = -group["lr"]
+            for tensor in group["params"]:
+                if tensor in self._gain:
+                    best[tensor].copy_(where_rows(finite, tensor, best[tensor]))
+                    self._update(tensor, *self._moments[tensor], group["lr"])
+                    continue
+                assert tensor.grad is not None
+                rows = (tensor, tensor.grad.contiguous(), *self._moments[tensor], best[tensor], finite, numbers)
+                call("rmsprop", rows, (tensor[0].numel(),), len(tensor))
 
     def _update(self, tensor: Tensor, square: Tensor, momentum: Tensor, lr: float) -> None:
         assert tensor.grad is not None

@@ -165,6 +165,25 @@ static void adam(S* x, const S* g, S* mean, S* square, S* best, const bool* flag
   }
 }
 
+// RMSprop with momentum on rows x, as torch has it; ``best`` as above.
+template <class S>
+static void rmsprop(S* x, const S* g, S* square, S* momentum, S* best, const bool* flags, const double* numbers, long size,
+                    long from, long to) {
+  const S alpha = S(numbers[0]), share = S(numbers[1]), keeps = S(numbers[2]), eps = S(numbers[3]), rate = S(numbers[4]);
+  constexpr long PART = 4096;  // numbers of which the first cache has all five tensors
+  for (long r = from; r < to; r++)
+    for (long begin = r * size; begin < (r + 1) * size; begin += PART) {
+      long end = begin + PART < (r + 1) * size ? begin + PART : (r + 1) * size;
+      if (flags[r]) memcpy(best + begin, x + begin, sizeof(S) * (end - begin));
+      for (long i = begin; i < end; i++) {
+        S u = square[i] * alpha + share * g[i] * g[i];
+        S m = momentum[i] * keeps + g[i] / (std::sqrt(u) + eps);
+        square[i] = u, momentum[i] = m;
+        x[i] += rate * m;
+      }
+    }
+}
+
 extern "C" {
 int max_pairs() { return MAX_PAIRS; }
 #define FUNCTIONS(S, NAME)                                                                                              \
@@ -177,6 +196,10 @@ int max_pairs() { return MAX_PAIRS; }
   void adam_##NAME(S* x, const S* g, S* mean, S* square, S* best, const bool* flags, const double* numbers,            \
                    int64_t size, int64_t signed_, int64_t boxed, int64_t from, int64_t to) {                           \
     adam(x, g, mean, square, best, flags, numbers, size, signed_, boxed, from, to);                                    \
+  }                                                                                                                    \
+  void rmsprop_##NAME(S* x, const S* g, S* square, S* momentum, S* best, const bool* flags, const double* numbers,     \
+                      int64_t size, int64_t from, int64_t to) {                                                        \
+    rmsprop(x, g, square, momentum, best, flags, numbers, size, from, to);                                             \
   }
 FUNCTIONS(float, float)
 FUNCTIONS(double, double)
