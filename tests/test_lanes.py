@@ -382,6 +382,25 @@ def test_attacks_take_the_same_steps_as_without_kernels(spec: str, monkeypatch: 
     torch.testing.assert_close(fast.images, slow.images, rtol=1e-6, atol=1e-7)
 
 
+@with_kernels
+@pytest.mark.parametrize("spec", ["log-cosine", "dlg(tv=0.01)"])
+def test_value_and_gradient_are_those_of_a_graph(spec: str) -> None:
+    torch.manual_seed(0)
+    network = models.parse("lenet").build(SHAPE, CLASSES).double()
+    observation = leakbench.observe(network, torch.rand(3, *SHAPE), torch.tensor([0, 1, 2]), threat="paper")
+    attack = attacks.parse(spec)
+    objective = attack._objective(observation, leakbench.Rng(("a", "b", "c"))).with_path()
+    objective = replace(objective, prior_factor=torch.tensor([0.2, 1.0, 5.0], dtype=torch.float64))
+    start = attack._begin(objective)
+    found = objective.explicit(start, 0)
+    assert found is not None
+    leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
+    value = objective(leaves, 0)
+    torch.testing.assert_close(found[0], value.detach(), rtol=1e-12, atol=1e-14)
+    for name, wanted in zip(leaves, torch.autograd.grad(value.sum(), list(leaves.values()))):
+        assert float((found[1][name] - wanted).norm()) <= 1e-12 * float(wanted.norm())
+
+
 def test_attacks_that_differentiate_by_weights_do_not_take_kernels() -> None:
     network = models.parse("mlp(hidden=8)").build(SHAPE, CLASSES)
     observation = leakbench.observe(

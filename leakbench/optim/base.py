@@ -65,8 +65,20 @@ class Solution:
     curve: Curve | None = None
 
 
+class Explicit(ABC):
+    """An objective that can compute its gradient without a graph of its evaluation."""
+
+    @abstractmethod
+    def explicit(self, unknowns: Unknowns, evaluation: Evaluation) -> tuple[Tensor, Unknowns] | None:
+        """Return ``value_and_gradient``, or None if only a graph gives it."""
+
+
 def value_and_gradient(objective: Objective, unknowns: Unknowns, evaluation: Evaluation) -> tuple[Tensor, Unknowns]:
     """Return the objective [T] and its gradient by every unknown; an unknown without influence gets zeros."""
+    if isinstance(objective, Explicit):
+        found = objective.explicit(unknowns, evaluation)
+        if found is not None:
+            return found
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in unknowns.items()}
     value = objective(leaves, evaluation)
     grads = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True)

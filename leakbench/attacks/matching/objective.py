@@ -20,11 +20,11 @@ from leakbench.gradients import Evaluator, choose_path
 from leakbench.gradients.bilinear import FromGaps, FromProducts, squared_norm
 from leakbench.gradients.draws import Generators, MadeDraws
 from leakbench.gradients.evaluate import tensors_of
-from leakbench.gradients.lanes.fused import variation
+from leakbench.gradients.lanes.fused import variation, variation_and_gradient
 from leakbench.gradients.lanes.layout import innermost
 from leakbench.gradients.losses import head_of
 from leakbench.observation import Observation
-from leakbench.optim import Evaluation, Recordable, Unknowns, take_rows
+from leakbench.optim import Evaluation, Explicit, Recordable, Unknowns, take_rows
 from leakbench.optim.client import ClientState
 
 ROUGHNESS = 0.05
@@ -44,7 +44,7 @@ FINAL_EVALUATION = -1
 
 
 @dataclass(frozen=True)
-class MatchingObjective(Recordable):
+class MatchingObjective(Recordable, Explicit):
     """The matching objective of T trials, a function of the attack's unknowns and of the secrets that it optimises.
 
     Attributes:
@@ -116,6 +116,49 @@ class MatchingObjective(Recordable):
         """The filters by which sets of images are compared."""
         like = next(iter(self.observation.gradient.values()))
         return set_filters(self.observation.image_shape[0]).to(like)
+
+    def explicit(self, unknowns: Unknowns, evaluation: Evaluation) -> tuple[Tensor, Unknowns] | None:
+        """Return value and gradient by the kernels, for the image itself, labels, and total variation; else None."""
+        if not self._is_explicit or set(unknowns) - {"image", "label"}:
+            return None
+        self._report(evaluation)
+        images, logits = (unknowns[name].detach() if name in unknowns else None for name in ("image", "label"))
+        assert images is not None
+        distance = self._from_observed
+        assert isinstance(distance, FromProducts | FromGaps)
+        gap = isinstance(distance, FromGaps)
+        with torch.enable_grad():
+            leaf = None if logits is None else logits.requires_grad_()
+            labels = self._labels(leaf)
+            tensors = self._filled(unknowns, evaluation)
+            found = self.evaluator.comparison(tensors, images, labels.detach(), self._observed, gap)
+            given = [rows.requires_grad_() for rows in ((found.squares,) if gap else (found.dots, found.squares))]
+            value = self.attack.reshape(distance.of(*given))
+            by = torch.autograd.grad(value.sum(), given)
+        by_image, by_labels = found.derivative(found.dots if gap else by[0], by[-1], labels.requires_grad)
+        gradient = {"image": by_image}
+        if leaf is not None:
+            gradient["label"] = torch.zeros_like(leaf)
+            if by_labels is not None:
+                (gradient["label"],) = torch.autograd.grad(labels, leaf, by_labels)
+        value = value.detach()
+        if self.attack.tv:
+            weight = self.attack.tv if self.prior_factor is None else self.attack.tv * self.prior_factor
+            prior, by_prior = variation_and_gradient(images)
+            value = value + weight * prior
+            by_image += (weight if isinstance(weight, float) else weight[:, None, None, None]) * by_prior
+        return value, {name: gradient[name] for name in unknowns}
+
+    @cached_property
+    def _is_explicit(self) -> bool:
+        """Whether the objective is made of what ``explicit`` knows, and nothing else."""
+        kind, adaptive = type(self.attack), self.observation.adaptive
+        usual = all(
+            getattr(kind, name) is getattr(MatchingProblem, name) for name in ("render", "prior", "penalty", "factor")
+        )
+        encoded = adaptive is not None and adaptive.encode is not None
+        wide = min(self.observation.image_shape[-2:]) > 1 or not self.attack.tv
+        return usual and wide and not encoded and self._compares
 
     def _prior(self, images: Tensor) -> Tensor:
         """Return the attack's prior [T]; the usual one, total variation, by the kernels where they serve."""
@@ -281,8 +324,8 @@ class MatchingObjective(Recordable):
         """Whether the kernels can compare the dummy gradient with the observed one, without anything in between."""
         observation = self.observation
         adaptive, threat = observation.adaptive, observation.threat
-        unrolled = self.attack.local == "unrolled" and threat.shares == "weights"
-        as_it_is = observation.shown is None and observation.size is None and not unrolled
+        repeats = self.attack.repeats and threat.shares == "weights"
+        as_it_is = observation.shown is None and observation.size is None and not repeats
         return (
             self.evaluator.path == "lanes"
             and as_it_is

@@ -70,7 +70,7 @@ class _Parameter(ctypes.Structure):
         ("v", _POINTER),
         *((name, _LONG) for name in ("v_trial", "v_element", "size")),
         ("observed", _POINTER),
-        *((name, _LONG) for name in ("place", "gap")),
+        *((name, _LONG) for name in ("place", "tangent", "gap")),
         *((name, _POINTER) for name in ("dot", "square")),
     ]
 
@@ -146,10 +146,7 @@ class Program:
             <g, y> and <g, g>, or with ``gap`` zeros and |g - y|^2: [P, T] in the order of ``observed``; differentiable
             once in x and q.
         """
-        self._check(tensors, x, observed)
-        given = [self._given(name, tensors[name], len(x)) for name in self.names]
-        dense = {name: self._dense(name, y) for name, y in observed.items()}
-        out: tuple[Tensor, Tensor] = _Comparison.apply(x, q, self, given, dense, gap)
+        out: tuple[Tensor, Tensor] = _Comparison.apply(x, q, self, tensors, observed, gap)
         return out
 
     def _check(self, tensors: Mapping[str, Tensor], x: Tensor, observed: Mapping[str, Tensor] | None = None) -> None:
@@ -264,13 +261,15 @@ class Program:
         arrays = [(_LONG * len(values))(*values) for values in (trace.sizes, a, e, t, f)]
         self._held += arrays
         pointers = [ctypes.cast(array, _POINTER) for array in arrays]
-        self.places: dict[str, int] = {}
-        whole = kept
+        self.places: dict[str, tuple[int, int]] = {}  # of a gradient and of v, where gradients are compared
+        sizes = [kept, max(spare, 1)]
+        whole = [*sizes]
         for name in self.names:
-            self.places[name], whole = whole, whole + math.prod(self._shapes[name])
+            self.places[name] = whole[0], whole[1]
+            whole = [size + math.prod(self._shapes[name]) for size in whole]
         operations = ctypes.cast(ops, ctypes.POINTER(_Op))
         self._program, self._comparing = (
-            _Program(len(ops), len(a), size, max(spare, 1), operations, *pointers) for size in (kept, whole)
+            _Program(len(ops), len(a), *own, operations, *pointers) for own in (sizes, whole)
         )
 
     def _fill(self, op: _Op, step: TracedStep) -> None:
@@ -337,57 +336,92 @@ class _Gradient(Function):
         for name, (tensor, own, size) in zip(ctx.program.names, ctx.given):
             v, trial, element = along.get(name, (None, 0, 0))
             parameters.append(_Parameter(tensor.data_ptr(), own, None, _pointer(v), trial, element, size))
-        return *_derivative(ctx, parameters), None, None, None, None
+        found = _derivative(ctx.program, parameters, ctx.x, ctx.memory, ctx.needs_input_grad[1])
+        return *found, None, None, None, None
+
+
+class Comparison:
+    """The first half of an evaluation that compares gradients; the arguments are those of ``Program.compare``.
+
+    Attributes:
+        dots: [P, T]; see ``Program.compare``.
+        squares: [P, T].
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        tensors: Mapping[str, Tensor],
+        x: Tensor,
+        q: Tensor,
+        observed: Mapping[str, Tensor],
+        gap: bool,
+    ) -> None:
+        program._check(tensors, x, observed)
+        self.program, self.gap, self.x = program, gap, x.detach()
+        self.given = [program._given(name, tensors[name], len(x)) for name in program.names]
+        self._observed = {name: program._dense(name, y) for name, y in observed.items()}
+        self.memory = program.memory(x, len(x), comparing=True)
+        self.dots, self.squares = x.new_zeros(2, len(observed), len(x)).unbind()
+        for row, (name, y) in enumerate(self._observed.items()):
+            if gap and name not in program.places:
+                self.squares[row] = squared_norm(y)
+        image, labels = strides(self.x), strides(q.detach())  # copies live until the kernels have read them
+        given = self._parameters(self.dots, self.squares)
+        program.run("gradient", given, _rows(*image), _rows(*labels), self.memory, len(x))
+
+    def derivative(self, by_dots: Tensor, by_squares: Tensor, labels: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the derivatives by image and, if wanted, labels, of a function with these by both results [P, T]."""
+        dense = by_dots.contiguous(), by_squares.contiguous()  # copies live until the kernels have read them
+        given = self._parameters(*dense)
+        return _derivative(self.program, given, self.x, self.memory, labels)
+
+    def _parameters(self, dots: Tensor, squares: Tensor) -> list[_Parameter]:
+        parameters = []
+        rows = {name: row for row, name in enumerate(self._observed)}
+        size, begins = dots.shape[1] * dots.element_size(), (dots.data_ptr(), squares.data_ptr())
+        for name, (tensor, own, count) in zip(self.program.names, self.given):
+            one = _Parameter(tensor.data_ptr(), own, None, None, 0, 0, count)
+            if name in rows:
+                one.observed, one.gap = self._observed[name].data_ptr(), self.gap
+                one.place, one.tangent = self.program.places[name]
+                one.dot, one.square = (begin + rows[name] * size for begin in begins)
+            parameters.append(one)
+        return parameters
 
 
 class _Comparison(Function):
-    """The comparison of gradients with observed ones; its derivative by image and labels. See ``Program.compare``."""
+    """``Comparison``, with its derivative by image and labels."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, q: Tensor, program: Program, given: list[Any], observed: dict[str, Tensor], gap: bool
+        ctx: Any,
+        x: Tensor,
+        q: Tensor,
+        program: Program,
+        tensors: Mapping[str, Tensor],
+        observed: Mapping[str, Tensor],
+        gap: bool,
     ) -> tuple[Tensor, Tensor]:
         """Run the network and its first backward pass."""
-        memory = program.memory(x, len(x), comparing=True)
-        dots, squares = x.new_zeros(2, len(observed), len(x)).unbind()
-        for row, (name, y) in enumerate(observed.items()):
-            if gap and name not in program.places:
-                squares[row] = squared_norm(y)
-        ctx.program, ctx.given, ctx.observed, ctx.gap, ctx.memory = program, given, observed, gap, memory
-        ctx.x = x.detach()
-        image, labels = strides(x), strides(q)  # copies live until the kernels have read them
-        program.run("gradient", _compared(ctx, dots, squares), _rows(*image), _rows(*labels), memory, len(x))
-        return dots, squares
+        ctx.comparison = Comparison(program, tensors, x, q, observed, gap)
+        return ctx.comparison.dots, ctx.comparison.squares
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Return the derivatives by image and labels."""
-        dots, squares = (grad.contiguous() for grad in grads)
-        return *_derivative(ctx, _compared(ctx, dots, squares)), None, None, None, None
+        return *ctx.comparison.derivative(*grads, labels=ctx.needs_input_grad[1]), None, None, None, None
 
 
-def _compared(ctx: Any, dots: Tensor, squares: Tensor) -> list[_Parameter]:
-    """Return the parameters of a comparison, whose products, or the derivatives by them, are rows [P, T]."""
-    parameters = []
-    rows = {name: row for row, name in enumerate(ctx.observed)}
-    size = dots.shape[1] * dots.element_size()
-    for name, (tensor, own, count) in zip(ctx.program.names, ctx.given):
-        one = _Parameter(tensor.data_ptr(), own, None, None, 0, 0, count)
-        if name in rows:
-            one.observed, one.place, one.gap = ctx.observed[name].data_ptr(), ctx.program.places[name], ctx.gap
-            one.dot, one.square = (rows_of.data_ptr() + rows[name] * size for rows_of in (dots, squares))
-        parameters.append(one)
-    return parameters
-
-
-def _derivative(ctx: Any, parameters: list[_Parameter]) -> tuple[Tensor, Tensor | None]:
-    """Return the derivatives by image and labels."""
-    program, trials = ctx.program, len(ctx.x)
-    by_image = torch.empty_like(ctx.x)
-    by_labels = ctx.x.new_empty(trials, program.logits) if ctx.needs_input_grad[1] else None
-    labels = _Rows(None, 0, 0) if by_labels is None else _rows(*strides(by_labels))
-    program.run("derivative", parameters, _rows(*strides(by_image)), labels, ctx.memory, trials)
+def _derivative(
+    program: Program, parameters: list[_Parameter], x: Tensor, memory: _Memory, labels: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the derivatives by image and, if wanted, labels."""
+    by_image = torch.empty_like(x)
+    by_labels = x.new_empty(len(x), program.logits) if labels else None
+    rows = _Rows(None, 0, 0) if by_labels is None else _rows(*strides(by_labels))
+    program.run("derivative", parameters, _rows(*strides(by_image)), rows, memory, len(x))
     return by_image, by_labels
 
 

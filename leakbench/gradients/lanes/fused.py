@@ -62,16 +62,22 @@ class SquaredGap(Function):
         return _combined(x, scale, y, -scale), None
 
 
+def variation_and_gradient(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``variation`` [T] of images [T, ..., H, W], and its gradient, of the same shape."""
+    x = images.detach().contiguous()
+    value, by_image = x.new_empty(len(x)), torch.empty_like(x)
+    height, width = x.shape[-2:]
+    _kernels().call("variation", x, value, by_image, sizes=(len(x), x[0, ..., 0, 0].numel(), height, width))
+    return value, by_image
+
+
 class Variation(Function):
     """Images [T, ..., H, W] give the total variation [T] of ``total_variation``, differentiable once."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor) -> Tensor:
         """Add up the absolute differences, and their signs."""
-        x = images.contiguous()
-        value, by_image = x.new_empty(len(x)), torch.empty_like(x)
-        height, width = x.shape[-2:]
-        _kernels().call("variation", x, value, by_image, sizes=(len(x), x[0, ..., 0, 0].numel(), height, width))
+        value, by_image = variation_and_gradient(images)
         ctx.save_for_backward(by_image)
         return value
 

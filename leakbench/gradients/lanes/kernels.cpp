@@ -64,7 +64,8 @@ struct Program {
 // A parameter: shared [size] or each trial's own [size][T]; its gradient [size][T]; v of any strides.
 // Or a gradient that is only compared with an observed one y [size][T]: it stays in the block's memory at ``place`` (in
 // vectors), and ``dot`` and ``square`` [T] get <g, y> and <g, g>, or <g - y, g - y> where ``gap`` says so. The derivatives
-// by them, which the second half finds in their place, then give v = by_dot y + 2 by_square g, or 2 by_square (g - y).
+// by them, which the second half finds in their place, then give v = by_dot y + 2 by_square g, or 2 by_square (g - y),
+// which is kept at ``tangent`` in the scratch memory.
 struct Parameter {
   const void* value;
   int64_t own;
@@ -72,7 +73,7 @@ struct Parameter {
   const void* v;
   int64_t v_trial, v_element, size;
   const void* observed;
-  int64_t place, gap;
+  int64_t place, tangent, gap;
   void *dot, *square;
 };
 
@@ -240,7 +241,7 @@ template <class S, class W> struct Sum {
       for (; o + TALL <= outputs; o += TALL) rows<TALL>(o, height, width);
     if (width < PIXELS)
       for (; o + HIGH <= outputs; o += HIGH) rows<HIGH>(o, height, width);
-    for (; o + WIDE <= outputs; o += WIDE) rows<WIDE>(o, height, width);
+    for (; o + WIDE <= outputs && (WIDE < 3 || outputs - o != 4); o += WIDE) rows<WIDE>(o, height, width);  // four are two pairs
     if constexpr (WIDE > 2)
       for (; o + 2 <= outputs; o += 2) rows<2>(o, height, width);
     for (; o < outputs; o++) rows<1>(o, height, width);
@@ -417,7 +418,7 @@ template <class S> struct Block {
   // a parameter [size] in lanes, or v of it; a shared one is broadcast, only where that is small
   V* lanes(int number, Use use, bool along) const {
     const Parameter& p = parameters[number];
-    V* out = buffer<S>(use, p.size);
+    V* out = along && p.observed ? scratch + p.tangent : buffer<S>(use, p.size);
     if (along && p.observed) {
       V by_g, by_y;
       factors(p, by_g, by_y);
@@ -574,7 +575,10 @@ template <class S> struct Block {
         by_input<S, V>(q, f(q.y), lanes(q.weight, WEIGHT, false), f(q.x), add);
       else
         by_input<S, S>(q, f(q.y), shared(q.weight), f(q.x), add);
-      if (V* v = along(q.weight, TANGENT)) by_input<S, V>(q, e(q.y), v, f(q.x), true);
+      if (has_along(q.weight)) {
+        const Parameter& p = parameters[q.weight];
+        by_input<S, V>(q, e(q.y), p.observed ? scratch + p.tangent : along(q.weight, TANGENT), f(q.x), true);
+      }
     }
   }
 
