@@ -28,7 +28,7 @@ from leakbench.errors import Unsupported
 from leakbench.gradients.bilinear import shared
 from leakbench.gradients.draws import Draws, Generators, MadeDraws
 from leakbench.gradients.intercept import UNDER_VMAP, Interception, Operations, per_trial
-from leakbench.gradients.lanes.evaluation import Comparison, Program
+from leakbench.gradients.lanes.evaluation import GradientComparison, Program
 from leakbench.gradients.lanes.library import kernels
 from leakbench.gradients.lanes.trace import trace
 from leakbench.gradients.losses import training_loss
@@ -188,10 +188,10 @@ class Evaluator:
 
     def comparison(
         self, tensors: Mapping[str, Tensor], x: Tensor, y: Tensor, observed: Mapping[str, Tensor], gap: bool
-    ) -> Comparison:
+    ) -> GradientComparison:
         """Return ``compare`` with a derivative that is asked for, instead of a graph."""
         program = self._program(tuple(x.shape[1:]), x.device)
-        return Comparison(program, tensors, x, program.probabilities(y, x.dtype), observed, gap)
+        return GradientComparison(program, tensors, x, program.probabilities(y, x.dtype), observed, gap)
 
     def _program(self, shape: tuple[int, ...], device: torch.device) -> Program:
         """Return the traced loss of images of a shape; raises Unsupported."""

@@ -340,7 +340,7 @@ class _Gradient(Function):
         return *found, None, None, None, None
 
 
-class Comparison:
+class GradientComparison:
     """The first half of an evaluation that compares gradients; the arguments are those of ``Program.compare``.
 
     Attributes:
@@ -391,7 +391,7 @@ class Comparison:
 
 
 class _Comparison(Function):
-    """``Comparison``, with its derivative by image and labels."""
+    """``GradientComparison``, with its derivative by image and labels."""
 
     @staticmethod
     def forward(
@@ -404,7 +404,7 @@ class _Comparison(Function):
         gap: bool,
     ) -> tuple[Tensor, Tensor]:
         """Run the network and its first backward pass."""
-        ctx.comparison = Comparison(program, tensors, x, q, observed, gap)
+        ctx.comparison = GradientComparison(program, tensors, x, q, observed, gap)
         return ctx.comparison.dots, ctx.comparison.squares
 
     @staticmethod
