@@ -52,6 +52,9 @@ class Run:
 
     out: Path
 
+    def __init__(self, out: str | Path) -> None:
+        object.__setattr__(self, "out", Path(out))
+
     def __repr__(self) -> str:
         """Return the folder, and how many of the planned trials are finished."""
         try:

@@ -266,3 +266,4 @@ def test_a_matrix_and_its_run_are_one_line_of_names_and_counts(tmp_path: Path) -
     run = leakbench.run(leakbench.Matrix(attacks=["grey"], floors=False, **axes), tmp_path / "run")
     assert repr(run) == f"Run({str(tmp_path / 'run')!r}: 2 of 2 trials finished)"
     assert "there is no run file" in repr(leakbench.api.Run(tmp_path / "none"))
+    assert leakbench.api.Run(str(run.out)) == run
