@@ -146,6 +146,7 @@ def alternatives(registry: Registry[Any], name: str) -> dict[str, Any]:
 def test_other_values_are_found_for_the_test_above() -> None:
     assert alternatives(attacks.registry, "ig").keys() == {
         "steps", "lr", "tv", "restarts", "labels", "secrets", "boxed", "signed", "local",
+        "invariance",
     }  # fmt: skip
 
 
