@@ -34,12 +34,13 @@ THREATS = ("paper", "known-label", "weights", "informed=true")
 
 ROUNDED = {
     **{name: f"{name}(steps=3, solver=adam, lr=0.1)" for name in ("dlg", "idlg")},
+    "disaggregate": "disaggregate(search=1)",
     "peel": "peel(search=1)",
     "cocktail": "cocktail(steps=30)",
 }
 """Long searches amplify the last digits too far, such as 20 iterations of L-BFGS in float32, which ``lb`` has in
-float64. So does the search of ``peel`` on a ReLU network: 150 iterations with a line search grow 1e-16 to 1e-4 if there
-is a max-pool. The images of a short one differ by 1e-9 in float64, and by up to 1e-2 in float32."""
+float64. So do the searches of ``peel`` and ``disaggregate`` on a ReLU network: 150 iterations with a line search grow
+1e-16 to 1e-4 if there is a max-pool. The images of a short one differ by 1e-9 in float64, and by up to 1e-2 in float32."""
 
 WIDE: Mapping[str, tuple[str, tuple[int, int, int]]] = {
     "convnet": ("convnet", (1, 9, 9)),
@@ -51,7 +52,7 @@ WIDE: Mapping[str, tuple[str, tuple[int, int, int]]] = {
 }
 """The large models at their full width, for one step of one attack."""
 
-EXACT = ("peel",)
+EXACT = ("peel", "disaggregate")
 """The attacks that are compared in float64."""
 
 SIGNS = ("censor", "signsgd")
