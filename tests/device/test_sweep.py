@@ -40,7 +40,7 @@ ROUNDED = {
 }
 """Long searches amplify the last digits too far, such as 20 iterations of L-BFGS in float32, which ``lb`` has in
 float64. So do the searches of ``peel`` and ``disaggregate`` on a ReLU network: 150 iterations with a line search grow
-1e-16 to 1e-4 if there is a max-pool. The images of a short one differ by 1e-9 in float64, and by up to 1e-2 in float32."""
+1e-16 to 1e-4 if there is a max-pool. Images of a short one differ by 1e-9 in float64, and by up to 1e-2 in float32."""
 
 WIDE: Mapping[str, tuple[str, tuple[int, int, int]]] = {
     "convnet": ("convnet", (1, 9, 9)),
