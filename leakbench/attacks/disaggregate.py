@@ -15,7 +15,7 @@ from leakbench.attacks.disaggregation import disaggregate
 from leakbench.attacks.peeling.beginnings import beginnings
 from leakbench.attacks.peeling.flat import FlatHead, flat_features, flat_head
 from leakbench.attacks.peeling.network import Network
-from leakbench.attacks.peeling.opened import OpenedTrial, opened
+from leakbench.attacks.peeling.opened import OpenedTrial, opened, reconstruction
 from leakbench.attacks.peeling.restore import Restored, images_of
 from leakbench.attacks.peeling.trace import trace
 from leakbench.core.component import LATER
@@ -218,17 +218,7 @@ class Disaggregate(Attack):
         """Return the images of every trial of a convolutional network."""
         network, head = _served(observation)
         parts = [self._opened(one, head, observation) for one in opened(network, observation, rng)]
-        images = torch.stack([each.images for each in parts])
-        misfits = torch.stack([each.misfits.mean() for each in parts])
-        return Reconstruction(
-            images=images if observation.places else images[:, 0],
-            labels=_labels(observation),
-            objective=misfits,
-            failed=torch.isnan(misfits),
-            reasons=tuple(each.reason for each in parts),
-            evaluations=torch.tensor([each.evaluations for each in parts], device=observation.device),
-            path="one-at-a-time",
-        )
+        return reconstruction(parts, observation, _labels(observation))
 
     def _opened(self, one: OpenedTrial, head: FlatHead | None, observation: Observation) -> Restored:
         """Return the images of a trial by the descent, or else by the values that its lowest linear layer takes."""

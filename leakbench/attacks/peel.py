@@ -20,7 +20,7 @@ from leakbench.attacks.peeling.chain import Chain, find_chain
 from leakbench.attacks.peeling.estimate import undo_linear
 from leakbench.attacks.peeling.layers import Activation, ChainLayer, Convolution, Dropout, Normalisation, Reshape
 from leakbench.attacks.peeling.network import Network
-from leakbench.attacks.peeling.opened import opened
+from leakbench.attacks.peeling.opened import opened, reconstruction
 from leakbench.attacks.peeling.priors import Smooth
 from leakbench.attacks.peeling.scale import clue
 from leakbench.attacks.peeling.trace import trace
@@ -159,19 +159,8 @@ class Peel(Attack):
 
     def _descend(self, network: Network, observation: Observation, rng: Rng) -> Reconstruction:
         """Return the image of every trial of a ReLU network; a trial of which nothing is recovered has failed."""
-        several = bool(observation.places)
         parts = [each.restored(self.search) for each in opened(network, observation, rng)]
-        misfits = torch.stack([each.misfits.mean() for each in parts])
-        images = torch.stack([each.images for each in parts])
-        return Reconstruction(
-            images=images if several else images[:, 0],
-            labels=read_labels(observation),
-            objective=misfits,
-            failed=torch.isnan(misfits),
-            reasons=tuple(each.reason for each in parts),
-            evaluations=torch.tensor([each.evaluations for each in parts], device=observation.device),
-            path="one-at-a-time",
-        )
+        return reconstruction(parts, observation, read_labels(observation))
 
     def _bytes(self, chain: Chain, observation: Observation) -> int:
         """Return how many bytes the largest system takes for each trial."""

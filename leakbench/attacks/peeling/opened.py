@@ -1,6 +1,6 @@
 """The trials of an observation as the descent through a ReLU network takes them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.restore import Restored, restore
 from leakbench.attacks.peeling.trace import filled
 from leakbench.core.rng import Rng
+from leakbench.core.types import Reconstruction
 from leakbench.observation import Observation
 
 
@@ -64,6 +65,21 @@ def opened(network: Network, observation: Observation, rng: Rng) -> Iterator[Ope
         twin = filled(observation, trial)
         searched = network.on(filled(observation, trial).to(observation.device, observation.dtype), trial)
         yield OpenedTrial(network.on(twin, trial), searched, sent, noise[trial], draws, observation.note, known)
+
+
+def reconstruction(parts: Sequence[Restored], observation: Observation, labels: Tensor | None) -> Reconstruction:
+    """Return what is restored of every trial; a trial of which nothing is has failed."""
+    images = torch.stack([each.images for each in parts])
+    misfits = torch.stack([each.misfits.mean() for each in parts])
+    return Reconstruction(
+        images=images if observation.places else images[:, 0],
+        labels=labels,
+        objective=misfits,
+        failed=torch.isnan(misfits),
+        reasons=tuple(each.reason for each in parts),
+        evaluations=torch.tensor([each.evaluations for each in parts], device=observation.device),
+        path="one-at-a-time",
+    )
 
 
 def spreads_of(observation: Observation) -> dict[str, Tensor]:
