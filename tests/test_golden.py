@@ -46,20 +46,31 @@ def test_a_finished_run_is_resumed_without_a_change(tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_half_done_ends_with_the_same_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the same run in one go: on another processor ``idlg`` without a line search ends elsewhere."""
     monkeypatch.setenv(SWITCH, "off")  # its first half was computed without the kernels
-    resumed = resume(tmp_path, "half.sqlite")
+    resumed, whole = (
+        resume(tmp_path / "resumed", "half.sqlite"),
+        resume(tmp_path / "whole", "half.sqlite", emptied=True),
+    )
     before = "SELECT * FROM results ORDER BY trial_id"
     assert set(rows(GOLDEN / "half.sqlite", before)) < set(rows(resumed, before))
+    assert not set(rows(GOLDEN / "half.sqlite", before)) & set(rows(whole, before))
     others = "metric NOT LIKE '%lpips%' AND metric != 'release_cosine'"  # which needs assets, and which is newer
     scores = f"SELECT trial_id, metric, value FROM scores WHERE {others} ORDER BY 1, 2"
-    ended, golden = rows(resumed, scores), rows(GOLDEN / "finished.sqlite", scores)
-    assert [row[:2] for row in ended] == [row[:2] for row in golden]
-    assert [row[2] for row in ended] == pytest.approx([row[2] for row in golden], rel=1e-3, abs=1e-4)
+    ended, expected = rows(resumed, scores), rows(whole, scores)
+    assert [row[:2] for row in ended] == [row[:2] for row in expected]
+    assert [row[:2] for row in ended] == [row[:2] for row in rows(GOLDEN / "finished.sqlite", scores)]
+    assert [row[2] for row in ended] == pytest.approx([row[2] for row in expected], rel=1e-3, abs=1e-4)
 
 
-def resume(folder: Path, name: str) -> Path:
-    """Return the run file of MATRIX, resumed in a folder from a copy of one in ``golden``."""
+def resume(folder: Path, name: str, emptied: bool = False) -> Path:
+    """Return the run file of MATRIX, resumed in a folder from a copy of one in ``golden``, without its results if so."""
+    folder.mkdir(exist_ok=True)
     shutil.copy(GOLDEN / name, folder / FILE)
+    if emptied:
+        with contextlib.closing(sqlite3.connect(folder / FILE)) as db, db:
+            for table in ("scores", "images", "results"):
+                db.execute(f"DELETE FROM {table}")
     return leakbench.run(Matrix(**MATRIX), folder, device="cpu").out / FILE
 
 
