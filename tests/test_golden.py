@@ -64,7 +64,7 @@ def test_a_run_that_was_half_done_ends_with_the_same_scores(tmp_path: Path, monk
 
 
 def resume(folder: Path, name: str, emptied: bool = False) -> Path:
-    """Return the run file of MATRIX, resumed in a folder from a copy of one in ``golden``, without its results if so."""
+    """Return the run file of MATRIX, resumed from a copy of one in ``golden``, or from its plan alone (``emptied``)."""
     folder.mkdir(exist_ok=True)
     shutil.copy(GOLDEN / name, folder / FILE)
     if emptied:
