@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 import leakbench
 from leakbench import attacks, datasets, models
-from leakbench.attacks import grnn
+from leakbench.attacks import doubling, grnn
 from leakbench.attacks.grnn import GRNN
+from leakbench.core.compiled import SWITCH, compiled_for
 from leakbench.core.rng import Rng, seeded
 from leakbench.models import OwnModule
 from leakbench.observation import Observation
@@ -165,7 +166,7 @@ class Pooled(nn.Module):
 @pytest.mark.usefixtures("float64")
 def test_an_up_block_is_a_convolution_of_the_enlarged_image() -> None:
     x, weight = randn(3, 5, 4, 6).requires_grad_(), randn(3, 3, 3, 7, 5, seed=1).requires_grad_()
-    out = grnn.convolve_doubled(x, weight)
+    out = doubling.convolve_doubled(x, weight)
     large = F.interpolate(x, scale_factor=2)
     expected = torch.cat([F.conv2d(large[t : t + 1], weight[t].permute(2, 3, 0, 1), padding=1) for t in range(3)])
     close(out.detach(), expected.detach(), 1e-14)
@@ -174,13 +175,54 @@ def test_an_up_block_is_a_convolution_of_the_enlarged_image() -> None:
         close(ours, theirs, 1e-14)
 
 
+BLOCKS = [(3, 128, 128, 4, 4), (2, 64, 64, 8, 8), (3, 32, 6, 16, 16), (1, 32, 2, 4, 4), (2, 32, 4, 8, 16)]
+"""Trials, channels, outputs before gating, height and width."""
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("shape", BLOCKS)
+def test_the_compiled_block_is_torchs(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    trials, channels, outputs, height, width = shape
+    shapes = ((channels, height, width), (3, 3, outputs, channels), (outputs,), (outputs,))
+    given = [randn(trials, *own, seed=place).requires_grad_() for place, own in enumerate(shapes)]
+    towards = randn(trials, outputs // 2, 2 * height, 2 * width, seed=9)
+
+    def block() -> tuple[torch.Tensor, ...]:
+        out = doubling.doubled(*given)
+        return (out.detach(), *torch.autograd.grad(out, given, towards))
+
+    if compiled_for(doubling.SOURCE, given[0]) is None:
+        pytest.skip("there is no compiler")
+    fast = block()
+    monkeypatch.setenv(SWITCH, "off")
+    for ours, theirs in zip(fast, block(), strict=True):
+        close(ours, theirs, 1e-13)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("channels", "side"), [(5, 4), (32, 3), (32, 2)])
+def test_a_block_of_another_shape_is_torchs(channels: int, side: int) -> None:
+    x, weight = randn(2, channels, side, side), randn(2, 3, 3, 4, channels, seed=1)
+    scale, shift = randn(2, 4, seed=2), randn(2, 4, seed=3)
+    out = doubling.doubled(x, weight, scale, shift)
+    for trial in range(2):
+        large = F.interpolate(x[trial : trial + 1], scale_factor=2)
+        convolved = F.conv2d(large, weight[trial].permute(2, 3, 0, 1), padding=1)
+        normalised = F.batch_norm(convolved, None, None, scale[trial], shift[trial], training=True)
+        close(out[trial : trial + 1], F.glu(normalised, 1), 1e-13)
+
+
 # the search
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kernels", ["on", "off"])
 @pytest.mark.parametrize("size", [1.0, 1e-7, 1e-9])
-def test_values_move_as_if_their_weights_were_searched_for(size: float) -> None:
+def test_values_move_as_if_their_weights_were_searched_for(
+    size: float, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where the gradient is so small that eps matters, and for a latent with a zero."""
+    monkeypatch.setenv(SWITCH, kernels)
     latent, trials = randn(2, 5), 2
     latent[0, 1] = 0.0
     weight = randn(trials, 5, 3, 2, seed=1).requires_grad_()

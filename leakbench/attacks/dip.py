@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from leakbench.attacks.adam import ig_milestones
 from leakbench.attacks.base import register
-from leakbench.attacks.grnn import convolve_doubled
+from leakbench.attacks.doubling import convolve_doubled
 from leakbench.attacks.ig import cosine_distance
 from leakbench.attacks.matching import Count, GradientMatching, MatchingObjective, NonNegative, Positive
 from leakbench.core.rng import Rng

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from leakbench.attacks.base import register
+from leakbench.attacks.doubling import doubled
 from leakbench.attacks.matching import (
     Count,
     GradientMatching,
@@ -20,10 +21,10 @@ from leakbench.attacks.matching import (
 from leakbench.core.rng import Rng
 from leakbench.core.types import Gradient
 from leakbench.gradients.bilinear import FromGaps, squared_distance
-from leakbench.gradients.intercept import batch_norm
 from leakbench.observation import Observation
 from leakbench.optim import Solution, Unknowns, descend
 from leakbench.optim.rmsprop import EPS
+from leakbench.optim.solvers import call, serves
 
 WIDTH = 32
 """Channels before the last block; each block before it has twice as many."""
@@ -162,9 +163,7 @@ def generate(weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     x = F.glu(weights["first.weight"] + weights["first.bias"][..., None, None], 1)
     block = 0
     while f"{block}.weight" in weights:
-        x = convolve_doubled(x, weights[f"{block}.weight"])
-        x = batch_norm(x, None, None, weights[f"{block}.scale"], weights[f"{block}.shift"], training=True)
-        x = F.glu(x, 1)
+        x = doubled(x, *(weights[f"{block}.{name}"] for name in ("weight", "scale", "shift")))
         block += 1
     logits = weights["label.weight"] + weights["label.bias"] if "label.weight" in weights else None
     return torch.sigmoid(x), logits
@@ -185,37 +184,20 @@ def latent_gain(latent: Tensor) -> Callable[[Tensor], Tensor]:
         r [T, *shape] -> sum_i v_i^2 / (|v_i| r + eps), of the same shape.
     """
     size = latent.abs()
+    eps = torch.tensor(EPS, dtype=torch.float64)
     offset = EPS / size  # infinite at zero, where the term is zero
     most = 2**18 if latent.device.type == "cpu" else 2**26  # values at a time: what a cache, or a GPU, holds easily
 
     def gain(root: Tensor) -> Tensor:
+        if serves(root):
+            out = torch.empty_like(root)
+            call("gain", (root, size, out, eps), (root[0].numel(), latent.shape[1]), len(root))
+            return out
         parts = root.flatten(1).split(max(1, most // latent.numel()), 1)
         sums = [torch.bmm(size[:, None], (part[:, None] + offset[..., None]).reciprocal_()) for part in parts]
         return torch.cat(sums, 2).view_as(root)
 
     return gain
-
-
-def convolve_doubled(x: Tensor, weight: Tensor) -> Tensor:
-    """Return the 3 x 3 convolution, padded by 1, of images whose pixels are repeated twice each way.
-
-    Equal pixels have equal products, so that each tap is multiplied with the image itself, in a quarter of the
-    products; what remains is to add those of each tap at their places.
-
-    Args:
-        x: [T, C, H, W].
-        weight: [T, 3, 3, O, C], one a trial.
-
-    Returns:
-        [T, O, 2 H, 2 W].
-    """
-    products = torch.bmm(weight.flatten(1, 3), x.flatten(2)).view(*weight.shape[:4], *x.shape[2:])
-    # a pixel's first copy sees the pixel before it by the first tap, its second copy the one behind by the third
-    first, middle, last = products.unbind(1)
-    pairs = [F.pad(first, (0, 0, 1, -1)) + middle + last, first + middle + F.pad(last, (0, 0, -1, 1))]
-    first, middle, last = torch.stack(pairs, 4).flatten(3, 4).unbind(1)
-    pairs = [F.pad(first, (1, -1)) + middle + last, first + middle + F.pad(last, (-1, 1))]
-    return torch.stack(pairs, 4).flatten(3, 4)
 
 
 def sorted_distance(gradient: Gradient, observed: Mapping[str, Tensor]) -> Tensor:

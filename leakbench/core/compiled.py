@@ -16,12 +16,16 @@ from pathlib import Path
 
 import pooch
 import torch
+from torch import Tensor
 
 from leakbench.core.files import draft
 from leakbench.errors import one_line
 
 COMPILERS = ("g++", "c++", "clang++")
 OPTIONS = ("-O3", "-march=native", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC")
+HEADER = Path(__file__).with_name("vectors.h")
+"""What every source may include."""
+
 MAX_SECONDS = 300
 SWITCH = "LEAKBENCH_KERNELS"
 """The environment variable that switches compiled code off (``off``)."""
@@ -69,8 +73,9 @@ def _built(source: Path, *options: str) -> Library | Absent:
         return Absent(f"no C++ compiler is installed ({', '.join(COMPILERS)})")
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
-        command = [*OPTIONS, *options]
-        known = (source.read_bytes(), version.encode(), " ".join(command).encode(), _processor().encode())
+        command = [*OPTIONS, f"-I{HEADER.parent}", *options]
+        code = source.read_bytes() + HEADER.read_bytes()
+        known = (code, version.encode(), " ".join((*OPTIONS, *options)).encode(), _processor().encode())
         digest = hashlib.sha256(b"\0".join(known)).hexdigest()[:16]
         file = Path(pooch.os_cache("leakbench")) / "kernels" / f"{source.stem}-{digest}.so"
         if not file.exists():
@@ -92,6 +97,28 @@ def _processor() -> str:
         text = info.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
         lines += [line for line in text.splitlines() if line.startswith(("flags", "Features", "model name"))]
     return "\n".join(lines)
+
+
+def compiled_for(source: Path, x: Tensor) -> Library | None:
+    """Return the library of a source if there is one, and it serves tensors like x."""
+    if x.device.type != "cpu" or x.dtype not in SUFFIXES:
+        return None
+    found = compiled(source)
+    return found if isinstance(found, Library) else None
+
+
+def call_on_rows(source: Path, name: str, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], rows: int) -> None:
+    """Call a function of contiguous tensors and sizes on rows, which the threads share.
+
+    The first tensor says the type of numbers. Callers ask ``compiled_for``.
+    """
+    found = compiled_for(source, tensors[0])
+    assert found is not None
+    assert all(tensor.is_contiguous() for tensor in tensors)
+    function = getattr(found.functions, f"{name}_{SUFFIXES[tensors[0].dtype]}")
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+    own = [ctypes.c_int64(size) for size in sizes]
+    in_threads(lambda begin, end: function(*pointers, *own, ctypes.c_int64(begin), ctypes.c_int64(end)), rows)
 
 
 def in_threads(work: Callable[[int, int], None], count: int) -> None:

@@ -1,31 +1,7 @@
 // Steps of solvers, on rows of one search each, in as few passes over memory as the data dependences allow.
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <limits>
 
-#ifdef __AVX512F__
-constexpr int BYTES = 64;
-#else
-constexpr int BYTES = 32;
-#endif
-template <class S> struct Lanes {
-  typedef S Vector __attribute__((vector_size(BYTES)));
-  static constexpr int COUNT = BYTES / sizeof(S);
-};
-template <class S> using Vec = typename Lanes<S>::Vector;
-#define EACH _Pragma("GCC unroll 8")
-
-template <class S> static inline Vec<S> load(const S* from) {
-  Vec<S> v;
-  memcpy(&v, from, BYTES);
-  return v;
-}
-template <class S> static inline S total(const Vec<S>& v) {
-  S sum = 0;
-  for (int i = 0; i < Lanes<S>::COUNT; i++) sum += v[i];
-  return sum;
-}
+#include "vectors.h"
 
 // The memory of L-BFGS (``History`` of history.py, whose names these are), row after row.
 template <class S> struct Memory {
@@ -184,6 +160,28 @@ static void rmsprop(S* x, const S* g, S* square, S* momentum, S* best, const boo
     }
 }
 
+// out = the sum over i of v_i^2 / (v_i x + eps), of numbers x [size] and v [length] of a row, both positive or zero. A division
+// serves two terms, a / b + c / d = (a d + c b) / (b d): divisions are what takes the time.
+template <class S>
+static void gain(const S* x, const S* v, S* out, const double* numbers, long size, long length, long from, long to) {
+  constexpr int L = Lanes<S>::COUNT, COLUMNS = 4;
+  const S eps = S(numbers[0]);
+  for (long r = from; r < to; r++)
+    for (long i = 0; i < size; i += COLUMNS * L) {
+      Vec<S> own[COLUMNS] = {}, sum[COLUMNS] = {};
+      const long count = size - i < COLUMNS * L ? size - i : COLUMNS * L;
+      memcpy(own, x + r * size + i, sizeof(S) * count);
+      for (long j = 0; j < length; j += 2) {
+        const S a = v[r * length + j], b = j + 1 < length ? v[r * length + j + 1] : S(0);
+        EACH for (int k = 0; k < COLUMNS; k++) {
+          Vec<S> first = a * own[k] + eps, second = b * own[k] + eps;
+          sum[k] += (a * a * second + b * b * first) / (first * second);
+        }
+      }
+      memcpy(out + r * size + i, sum, sizeof(S) * count);
+    }
+}
+
 extern "C" {
 int max_pairs() { return MAX_PAIRS; }
 #define FUNCTIONS(S, NAME)                                                                                              \
@@ -200,6 +198,10 @@ int max_pairs() { return MAX_PAIRS; }
   void rmsprop_##NAME(S* x, const S* g, S* square, S* momentum, S* best, const bool* flags, const double* numbers,     \
                       int64_t size, int64_t from, int64_t to) {                                                        \
     rmsprop(x, g, square, momentum, best, flags, numbers, size, from, to);                                             \
+  }                                                                                                                    \
+  void gain_##NAME(const S* x, const S* v, S* out, const double* numbers, int64_t size, int64_t length, int64_t from,  \
+                   int64_t to) {                                                                                       \
+    gain(x, v, out, numbers, size, length, from, to);                                                                  \
   }
 FUNCTIONS(float, float)
 FUNCTIONS(double, double)

@@ -12,19 +12,10 @@
 //     a(y) = W a(x),   e(x) = W' e(y),   t(y) = V a(x) + W t(x),   f(x) = V' e(y) + W' f(y),
 // and a function of each element, y = s(x), has
 //     a(y) = s(a(x)),  e(x) = s' e(y),   t(y) = s' t(x),           f(x) = s'' t(x) e(y) + s' f(y).
-#include <cmath>
-#include <cstdint>
 #include <cstdlib>
-#include <cstring>
 
-#ifndef LANE_BYTES  // the size of a register that is built for: the processor's largest, or half of it for few trials
-#ifdef __AVX512F__
-#define LANE_BYTES 64
-#else
-#define LANE_BYTES 32
-#endif
-#endif
-constexpr int BYTES = LANE_BYTES;
+#include "vectors.h"  // LANE_BYTES is the processor's largest register, or half of it for few trials
+
 #ifdef __AVX512F__  // 32 registers, of any size
 constexpr int WIDE = 3, HIGH = 4, TALL = 8, PIXELS = 8, ROWS5 = 4, ROWS3 = 2, ROWS1 = 8, KERNEL_ROWS = 3;
 #else  // 16 registers
@@ -32,13 +23,6 @@ constexpr int WIDE = 2, HIGH = 2, TALL = 6, PIXELS = 4, ROWS5 = 2, ROWS3 = 3, RO
 #endif
 // WIDE x PIXELS, HIGH x PIXELS / 2 and TALL x 1: the tiles of outputs x pixels whose sums stay in registers.
 // ROWS5 x 5, ROWS3 x KERNEL_ROWS x 3 and ROWS1 x 1: the tiles of outputs x taps of a weight's gradient.
-
-template <class S> struct Lanes {
-  typedef S Vector __attribute__((vector_size(BYTES)));
-  static constexpr int COUNT = BYTES / sizeof(S);
-};
-template <class S> using Vec = typename Lanes<S>::Vector;
-#define EACH _Pragma("GCC unroll 8")
 
 enum Kind { CONV, SIGMOID, TANH, RELU, NORM, SCALE, ADD, PICK, AVERAGE, MAXIMUM, LOSS };
 
@@ -139,28 +123,6 @@ template <class S> static void out_of_lanes(const Vec<S>* from, long trial, long
   for (long begin = 0; begin < n; begin += TILE)
     for (int lane = 0; lane < count; lane++)
       for (long i = begin; i < begin + TILE && i < n; i++) to[lane * trial + i * element] = ((const S*)from)[i * L + lane];
-}
-
-// exp(x) = 2^n exp(r) with |r| <= log(2) / 2, by Taylor's series of the degree at which it ends in rounding.
-template <class S> static inline Vec<S> exponential(Vec<S> x) {
-  using V = Vec<S>;
-  constexpr bool SINGLE = sizeof(S) == 4;
-  using I = decltype(x < x);
-  constexpr int BITS = SINGLE ? 23 : 52, BIAS_OF = SINGLE ? 127 : 1023, DEGREE = SINGLE ? 7 : 13;
-  const S limit = SINGLE ? S(87) : S(708), shift = SINGLE ? S(12582912.0) : S(6755399441055744.0);
-  x = x < -limit ? V{} - limit : x;
-  x = x > limit ? V{} + limit : x;
-  V n = (x * S(1.4426950408889634) + shift) - shift;  // rounds to the nearest whole number
-  V r = x - n * (SINGLE ? S(0.693359375) : S(0.693147180369123816490));
-  r -= n * (SINGLE ? S(-2.12194440e-4) : S(1.90821492927058770002e-10));
-  static constexpr double FACTORIAL[14] = {1, 1, 2, 6, 24, 120, 720, 5040, 40320, 362880, 3628800, 39916800,
-                                           479001600, 6227020800};
-  V sum = V{} + S(1 / FACTORIAL[DEGREE]);
-  EACH for (int k = DEGREE - 1; k >= 0; k--) sum = sum * r + S(1 / FACTORIAL[k]);
-  I power = (__builtin_convertvector(n, I) + BIAS_OF) << BITS;
-  V scale;
-  memcpy(&scale, &power, BYTES);
-  return sum * scale;
 }
 
 // Functions of each element by their value: s(x), then s' and s'' as functions of y = s(x).
