@@ -1024,7 +1024,7 @@ STATED = {spec: defenses.parse(spec).attackers() for spec in ALL_DEFENSES}
 
 
 def test_every_defense_describes_its_adaptive_attackers_or_has_none() -> None:
-    assert {spec for spec, attackers in STATED.items() if not attackers} == {"none", "norm-only", "ats"}
+    assert {spec for spec, attackers in STATED.items() if not attackers} == {"none", "norm-only", "ats", "local-norm"}
     for attackers in STATED.values():
         for words in (attacker.description for attacker in attackers.values()):
             assert "\n" not in words

@@ -66,10 +66,13 @@ def residual(*, pad: bool = False, slope: float = 0.0, width: int = 32) -> nn.Mo
     return model.double().eval()
 
 
-def seen(model: nn.Module, count: int = 1, seed: int = 1) -> tuple[leakbench.Observation, Tensor]:
+def seen(
+    model: nn.Module, count: int = 1, seed: int = 1, defense: str = "none"
+) -> tuple[leakbench.Observation, Tensor]:
     """Return what a server sees of smooth random images, and these."""
     images = F.interpolate(rand(count, 3, 4, 4, seed=seed).double(), scale_factor=2, mode="bilinear")
-    return leakbench.observe(model, images, torch.arange(count) % CLASSES, salt="0" * 32), images
+    labels = torch.arange(count) % CLASSES
+    return leakbench.observe(model, images, labels, salt="0" * 32, defense=defense), images
 
 
 def truth(network: Network, image: Tensor) -> list[Tensor]:
@@ -139,9 +142,88 @@ def test_statistics_of_the_image_itself_are_found_too(
     check_layers(residual(**options).train(), 1e-6)
 
 
-def check_layers(model: nn.Module, error: float) -> None:
+@pytest.mark.parametrize(("width", "error"), [(32, 1e-9), (20, 1e-9)])
+def test_no_gradient_of_a_normalisation_is_needed_below_average_pooling(width: int, error: float) -> None:
+    """With a width of 20, the inputs of the topmost convolution have fewer independent channels than places, too."""
+    observation, _ = seen(residual(width=width), defense="local-norm")
+    assert not any("bn" in name or name[:2] == "1." for name in observation.gradient)
+    check_layers(residual(width=width), error, "local-norm")
+
+
+class Bottleneck(nn.Module):
+    """Convolutions of 1x1, 3x3 and 1x1 with batch normalisation, and a shortcut."""
+
+    def __init__(self, inputs: int, inner: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, after, kernel, step in ((inputs, inner, 1, 1), (inner, inner, 3, stride), (inner, outputs, 1, 1)):
+            layers += [
+                nn.Conv2d(before, after, kernel, step, kernel // 2, bias=False),
+                nn.BatchNorm2d(after),
+                nn.ReLU(),
+            ]
+        self.body, self.relu = nn.Sequential(*layers[:-1]), nn.ReLU()
+        around = [nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)]
+        self.shortcut = nn.Sequential(*around if inputs != outputs or stride > 1 else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.body(x) + self.shortcut(x))
+
+
+def bottlenecks() -> nn.Module:
+    with seeded("bottlenecks"):
+        stem = [nn.Conv2d(3, 16, 3, 2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+        blocks = [Bottleneck(16, 32, 64, 1), Bottleneck(64, 32, 64, 1)]
+        return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES)).double()
+
+
+INSIDE = ["4.body.2", "3.relu", "3.body.5", "3.body.2", "2"]
+
+
+def test_a_descent_that_begins_inside_a_block_knows_what_goes_around_it() -> None:
+    """The forward pass gives the masks above, the linear layer the error there."""
+    observation, images = seen(bottlenecks().eval())
+    network = Network(trace(observation))
+    found = recover(network, sent(observation), torch.Generator().manual_seed(0))
+    exact = truth(network, images)
+    assert [network.steps[each.place].name for each in found.features] == INSIDE
+    assert max(far(each.value, exact[each.place]) for each in found.features) < 1e-8
+    assert max(each.balance for each in found.features) < 1e-8
+    assert not found.reason
+
+
+def test_values_that_do_not_settle_are_not_kept() -> None:
+    """Below a 1x1 convolution that is normalised by the image's own statistics, a constant cannot be seen."""
+    observation, images = seen(bottlenecks().train())
+    network = Network(trace(observation))
+    found = recover(network, sent(observation), torch.Generator().manual_seed(0))
+    exact = truth(network, images)
+    assert len(found.features) > 0
+    assert max(far(each.value, exact[each.place]) for each in found.features) < 1e-4
+    assert "3.body.0: no scale" in found.reason
+
+
+def test_a_value_with_the_error_of_rounding_counts_however_exact_others_are() -> None:
+    missing = float("nan")
+    given = [inversion.Feature(at, torch.ones(1), each, 0.0, missing, None) for at, each in enumerate((1e-5, 1e-8))]
+    assert len(inversion.chosen(given)) == 2
+    noisy = [replace(each, deviation=3e3 * each.deviation) for each in given]
+    assert [each.place for each in inversion.chosen(noisy)] == [1]
+
+
+def test_the_end_of_a_descent_is_stated_with_the_layer_that_hides_what_is_below() -> None:
+    with seeded("end"):
+        stem = [nn.Conv2d(3, 16, 3, 2, padding=1), nn.ReLU(), nn.Conv2d(16, 24, 3, padding=1), nn.ReLU()]
+        top = [nn.AvgPool2d(2), nn.Conv2d(24, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 24, 3, padding=1), nn.ReLU()]
+        model = nn.Sequential(*stem, *top, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, CLASSES))
+    observation, _ = seen(model.double())
+    found = recover(Network(trace(observation)), sent(observation), torch.Generator().manual_seed(0))
+    assert found.reason.startswith("3: the error below it does not follow")
+
+
+def check_layers(model: nn.Module, error: float, defense: str = "none") -> None:
     """Check that the descent reaches all layers in their order, each within a relative error of the truth."""
-    observation, images = seen(model)
+    observation, images = seen(model, defense=defense)
     network = Network(trace(observation))
     found = recover(network, sent(observation), torch.Generator().manual_seed(0)).features
     exact = truth(network, images)

@@ -4,6 +4,7 @@
 # isort: off
 from leakbench.defenses import none, noise, prune, clip, dp, quantise, soteria, precode, mixup, ats, keylock, norm_only  # noqa: F401
 from leakbench.defenses import weights, percentile_privacy, svt_privacy, sign, topk, outpost, censor, dcs, secagg  # noqa: F401
+from leakbench.defenses import local_norm  # noqa: F401
 
 # isort: on
 from leakbench.defenses.adaptive import AdaptiveAttacker

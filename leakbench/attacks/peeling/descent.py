@@ -26,6 +26,7 @@ from leakbench.attacks.peeling.masks import factorise_masked, factorise_valued
 from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.shifts import factorise_convolution
 from leakbench.attacks.peeling.standard import Standard, standardised
+from leakbench.attacks.peeling.upwards import complete_above
 from leakbench.attacks.peeling.values import solve
 
 EVEN = 1e-6
@@ -121,6 +122,8 @@ def recover(
             known = Knowledge(network, exact, images, spreads, found.misfit >= CLEAN)
             if not begin(known, place, sign * found.errors, max(MAX_IMBALANCE, NOISY * found.misfit)):
                 continue
+            if found.misfit < CLEAN and images == 1 and (top := complete_above(known)) is not None:
+                descend(known, top)
             result = _recovered(known)
             if found.misfit < CLEAN:
                 return result
@@ -156,7 +159,22 @@ def _depth(found: Recovered) -> tuple[int, float]:
 def _recovered(known: Knowledge) -> Recovered:
     found = features(known)
     missing = [place for place in known.missing if place not in known.values]
-    return Recovered(found, known.missing[max(missing)] if missing else "")
+    return Recovered(found, known.missing[max(missing)] if missing else _hidden(known))
+
+
+def _hidden(known: Knowledge) -> str:
+    """Return which step hides the error below the lowest value; empty if that is the first layer's."""
+    steps = known.network.steps
+    hidden = [
+        place
+        for place in range(min(known.values, default=0))
+        if steps[place].kind != "image" and known.error(place) is None
+    ]
+    if not hidden:
+        return ""
+    above = [user for user in steps[max(hidden)].users if known.error(user) is not None]
+    name = steps[max(above, default=max(hidden))].name
+    return f"{name}: the error below it does not follow, as its masks or positions are not known"
 
 
 def inputs_alone(network: Network, sent: Mapping[str, Tensor], rng: torch.Generator) -> list[Feature]:
@@ -256,7 +274,7 @@ def begin_at_head(known: Knowledge, place: int, rng: torch.Generator) -> str | N
 
     The error is the same at all positions of a channel, so the gradient of the shift below the ReLU gives the
     number of open positions, and the weight gradient of the convolution there which they are (``masks.py``). Behind
-    noise the number is not known, and all masks are decided by the weight gradient.
+    noise, or if that gradient was withheld, the number is not known, and the weight gradient decides all masks.
     """
     steps = known.network.steps
     reason = f"{steps[place].name}: the masks of the ReLU below do not follow from it"
@@ -291,7 +309,7 @@ def begin_at_head(known: Knowledge, place: int, rng: torch.Generator) -> str | N
                 spread = known.spreads.get(known.network.shift(gate) or "", torch.inf)
                 sure = spread < MAX_UNSURE * above[0, :, 0, 0].abs()
                 counts = torch.where(sure, (sums / above[0, :, 0, 0]).round().clamp(0, lattice.outputs), torch.nan)
-            factors = factorise_valued(own.nan_to_num(0.0), lattice, values[:, 0], counts, rng)
+            factors = factorise_valued(own.nan_to_num(0.0), lattice, values[:, 0], counts, rng, exact)
         if isinstance(factors, NotFactorised):
             reason = f"{layer.name}: {factors.reason}"
             continue
@@ -371,9 +389,9 @@ def descend(known: Knowledge, top: int) -> None:
 
 
 def features(known: Knowledge) -> list[Feature]:
-    """Return the recovered values, the highest first."""
+    """Return the recovered values, the highest first; not those that the forward pass gave from others."""
     found = []
-    for place in sorted(known.values, reverse=True):
+    for place in sorted(known.values.keys() - known.followed, reverse=True):
         value = known.clean(place)
         size = value.square().mean().sqrt()
         deviation = float(known.values[place].deviation.square().mean().sqrt() / size)
@@ -386,7 +404,7 @@ def check(known: Knowledge, place: int) -> float:
     worst = float("nan")
     for user in known.network.steps[place].users:
         found = known.gate(user) if known.network.steps[user].kind == "convolution" else None
-        if found is None or found[0] not in known.values:
+        if found is None or found[0] not in known.values or found[0] in known.followed:
             continue
         (before,) = known.network.steps[found[0]].inputs
         follows = known.predict(before)

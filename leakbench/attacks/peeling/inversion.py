@@ -84,7 +84,7 @@ FEATURES = 3
 """From how many recovered values, the lowest ones, the image is searched for."""
 
 WORST = 8.0
-"""How many times the least error of these the error of a value may be."""
+"""How many times the least error of these the error of a value may be, unless it is rounding."""
 
 MAX_ERROR = 0.1
 """The largest relative error of a value that is used, and the largest contradiction to the values below."""
@@ -108,7 +108,7 @@ def chosen(features: Sequence[Feature]) -> list[Feature]:
     ]
     lowest = good[-FEATURES:]
     least = min((each.deviation for each in lowest), default=0.0)
-    return [each for each in lowest if each.deviation <= WORST * least]
+    return [each for each in lowest if each.deviation <= max(WORST * least, CLEAN)]
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ class Knowledge:
         self.spreads, self.noisy = spreads or {}, noisy
         self.values: dict[int, Fitted] = {}
         self.missing: dict[int, str] = {}  # why a step's output is not among the values
+        self.followed: set[int] = set()  # the places of values that the forward pass gave
         self.masks: dict[int, Tensor] = {}
         self.standards: dict[int, Standard] = {}
         self.pinned: dict[int, Tensor] = {}

@@ -26,9 +26,17 @@ RANK_TOLERANCE = 1e-6
 MAX_MISFIT = 0.3
 """The relative misfit of the gradient up to which masks are accepted; wrong masks leave one of about 1."""
 
-
 SPLIT_ROUNDS = 30
 """How often masks and inputs are solved in turn, at most, if the number of open positions is not known."""
+
+UNITS = tuple(10 ** (step / 40) for step in range(-40, 41))
+"""The factors that are tried for errors that are known up to one."""
+
+LEAST_MISFIT = 0.03
+"""The misfit of a row, relative to the median row's, below which its weight grows no more."""
+
+EXACT_MISFIT = 1e-4
+"""The misfit of a gradient without noise below which all masks are right: one wrong entry leaves more."""
 
 MIN_AGREEMENT = 0.8
 """The correlation, weighted by the squares of values, that masks by two halves of the gradient must have: noise alone
@@ -136,7 +144,12 @@ def factorise_masked(
 
 
 def factorise_valued(
-    gradient: Tensor | None, lattice: Lattice, values: Tensor, counts: Tensor, rng: torch.Generator
+    gradient: Tensor | None,
+    lattice: Lattice,
+    values: Tensor,
+    counts: Tensor,
+    rng: torch.Generator,
+    exact: bool = False,
 ) -> ConvolutionFactors | NotFactorised:
     """Return inputs and errors behind noise, from the values of the errors' channels, and mask counts of some or none.
 
@@ -147,7 +160,8 @@ def factorise_valued(
     below the noise, with noise of up to the gradient's own size.
 
     Two halves of the input channels then decide the masks one after the other. What noise alone gives, they do not
-    agree on.
+    agree on. Without noise, rows count by how little of them is unexplained instead, until only right ones do: that
+    finds the masks if the input's rank is low, too.
 
     Args:
         gradient: dL/dw [O, C, *kernel] of one image, without groups; None if it was not sent.
@@ -155,6 +169,7 @@ def factorise_valued(
         values: a [O], up to one factor.
         counts: n [O], the number of open positions; NaN where it is not known.
         rng: a generator on the CPU, for the start of the eigenvalue solver.
+        exact: the gradient and the values have no noise but rounding.
 
     Returns:
         The factors, with errors in the unit of the values.
@@ -178,6 +193,7 @@ def factorise_valued(
     # of the right sign, and as large as if half of the positions were open
     rows = rows * (rows.sum(1) @ values).sign()
     rows = rows * values.square().sum() * lattice.outputs / 2 / (values @ rows.clamp(min=0)).sum().clamp(min=1e-300)
+    rows = _in_unit(rows, values) if exact else rows
     masks = torch.zeros_like(rows, dtype=torch.bool)
     for _ in range(SPLIT_ROUNDS):
         before, masks = masks, _open(rows, values, counts)
@@ -185,6 +201,12 @@ def factorise_valued(
             break
         inputs, variance = solve_inputs(by_tap, _errors(values, masks), lattice)
         rows = solve_errors(by_tap, inputs.clamp(min=0), lattice)[0][0].mT
+    if exact:
+        masks, inputs, variance = _reweighted(by_tap, lattice, values, masks, counts)
+        errors = _errors(values, masks)
+        left = float((correlate(errors, inputs, lattice) - by_tap).norm() / by_tap.norm())
+        if left < EXACT_MISFIT:
+            return _factors(inputs, variance, errors, lattice, left)
     halves = by_tap[:, :, ::2], by_tap[:, :, 1::2]
     first = _open(solve_errors(halves[0], inputs[:, ::2].clamp(min=0), lattice)[0][0].mT, values, counts)
     other, _ = solve_inputs(halves[1], _errors(values, first), lattice)
@@ -193,14 +215,44 @@ def factorise_valued(
     if not agreed > MIN_AGREEMENT:
         return NotFactorised(f"masks by two halves of the input channels have a correlation of {agreed:.2g}", agreed)
     errors = _errors(values, masks)
+    left = float((correlate(errors, inputs, lattice) - by_tap).norm() / by_tap.norm())
+    return _factors(inputs, variance, errors, lattice, left)
+
+
+def _factors(inputs: Tensor, variance: Tensor, errors: Tensor, lattice: Lattice, misfit: float) -> ConvolutionFactors:
+    """Return what was found: inputs and variances [1, C, P_in], errors [1, P_out, O], and the gradient's misfit."""
     return ConvolutionFactors(
         inputs=inputs.unflatten(2, lattice.image),
         variance=variance.unflatten(2, lattice.image),
         errors=errors.mT.unflatten(2, lattice.output),
         rank_gap=1.0,
         null_ratio=0.0,
-        misfit=float((correlate(errors, inputs, lattice) - by_tap).norm() / by_tap.norm()),
+        misfit=misfit,
     )
+
+
+def _reweighted(
+    by_tap: Tensor, lattice: Lattice, values: Tensor, masks: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return masks [O, P], and inputs [1, C, P] with their variances, of a gradient [K, O, C] without noise.
+
+    Rows over their value count in inverse proportion to what their masks leave unexplained: the wrong ones less and
+    less.
+    """
+    alive = (values != 0) & by_tap.any(2).any(0)
+    rows = torch.where(alive[:, None], by_tap, 0.0) / torch.where(alive, values, 1.0)[:, None]
+    ones, size = torch.ones_like(values), rows.norm(dim=(0, 2)).clamp(min=1e-300)
+    weight = ones
+    for _ in range(SPLIT_ROUNDS):
+        inputs, variance = solve_inputs(weight[:, None] * rows, _errors(weight, masks), lattice)
+        solved = solve_errors(rows, inputs.clamp(min=0), lattice)[0][0].mT
+        before, masks = masks, _open(solved, alive.to(values), counts)
+        if not bool(inputs.isfinite().all()) or torch.equal(masks, before):
+            break
+        left = (correlate(_errors(ones, masks), inputs.clamp(min=0), lattice) - rows).norm(dim=(0, 2)) / size
+        usual = left[alive].median().clamp(min=1e-300)
+        weight = torch.where(alive, usual / left.clamp(min=LEAST_MISFIT * usual), 0.0)
+    return masks, inputs, variance
 
 
 def _check(gradient: Tensor, lattice: Lattice, values: Tensor, counts: Tensor) -> None:
@@ -219,6 +271,16 @@ def _open(rows: Tensor, values: Tensor, counts: Tensor) -> Tensor:
     near = signed > 0.5 * values.abs()[:, None]
     counted = counts.isfinite()[:, None]
     return torch.where(counted, ranks < counts.nan_to_num()[:, None], near) & (values != 0)[:, None]
+
+
+def _in_unit(rows: Tensor, values: Tensor) -> Tensor:
+    """Return rows [O, P] over the factor that brings them nearest to values [O] and 0; it is about 1."""
+    signed, size = rows * values.sign()[:, None], values.abs()[:, None]
+    found = []
+    for factor in UNITS:
+        made = torch.where(signed > 0.5 * factor * size, factor * size, 0.0)
+        found.append(float((signed - made).square().sum()))
+    return rows / UNITS[found.index(min(found))]
 
 
 def _correlation(first: Tensor, second: Tensor, weights: Tensor) -> float:

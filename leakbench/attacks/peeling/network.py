@@ -61,6 +61,7 @@ class Network:
         traced: the trace.
         secrets: the names of tensors that are not known. ``locked`` are the places of the key-locks that have some, in
             place of whose scale and shift any others may stand; none if a lock's scale and shift are another one's key.
+            ``hidden`` are the places of all modules that have some.
     """
 
     def __init__(self, traced: Traced, secrets: Collection[str] = ()) -> None:
@@ -84,6 +85,12 @@ class Network:
         chained = any(lock.previous is not None for lock in locks.values())
         hidden = {place for place in locks if any(name.startswith(f"{self.steps[place].name}.") for name in secrets)}
         self.locked = frozenset() if chained else frozenset(hidden)
+        owners = [name.rpartition(".")[0] for name in secrets]
+        self.hidden = frozenset(
+            place
+            for place, step in enumerate(self.steps)
+            if any(f"{own}.".startswith(f"{step.name}.") for own in owners)
+        )
 
     def on(self, twin: nn.Module, trial: int = 0) -> Network:
         """Return the same steps with the tensors of another network of the same architecture, of any floating type.

@@ -57,8 +57,18 @@ def settle(known: Knowledge, place: int, readers: Sequence[Reader]) -> NotFactor
 
     It may also be the output of a max-pool of a ReLU's. The errors below them depend on the values themselves: values
     and statistics are a fixed point, which is found up to a factor first, without eps. The factor follows from the
-    gradient of the shift below, and eps is put back.
+    gradient of the shift below, and eps is put back. What was known of the step before stays if it cannot be.
     """
+    before = dict(known.values), dict(known.masks), dict(known.standards)
+    refused = _settled(known, place, readers)
+    if refused is not None:
+        known.values, known.masks, known.standards = before
+        known.forget(place)
+    return refused
+
+
+def _settled(known: Knowledge, place: int, readers: Sequence[Reader]) -> NotFactorised | None:
+    """Recover a ReLU's output as ``settle`` does; if it cannot be, what is known of the step is no solution."""
     step = known.network.steps[place]
     # a max-pool sends its errors to other places, but their sums are the same
     gate = step.inputs[0] if step.kind == "max-pool" else place
@@ -95,7 +105,6 @@ def settle(known: Knowledge, place: int, readers: Sequence[Reader]) -> NotFactor
             return NO_FACTOR
     solution = known.values[place]
     if not float(solution.deviation.norm()) < MAX_DEVIATION * float(solution.value.norm()):
-        del known.values[place], known.masks[place]
         return UNSETTLED
     return None
 
