@@ -234,6 +234,36 @@ class Refused(nn.Module):
         return self.last(torch.sigmoid(x).flatten(1))
 
 
+@with_kernels
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("spec", ["lenet", "lenet-bn(mode=eval)", "resnet20(width=2,activation=sigmoid,mode=eval)"])
+def test_a_trial_of_several_images_is_the_mean_of_theirs(spec: str, own: bool) -> None:
+    evaluator, tensors, _, _ = setting(built(spec), 3, own)
+    _, _, images, labels = setting(built(spec), 12, own)
+    x, y = (value.detach().unflatten(0, (3, 4)).requires_grad_() for value in (images, labels))
+    fast, fast_by = twice(evaluator, tensors, x, y)
+    slow, slow_by = twice(replace(evaluator, path="one-at-a-time"), tensors, x, y)
+    whole = torch.stack([value.norm() for value in slow.values()]).norm()
+    for name, value in slow.items():
+        assert float((fast[name] - value).norm()) <= 1e-12 * float(whole), name
+    for a, b in zip(fast_by, slow_by):
+        assert float((a - b).norm()) <= 1e-12 * float(b.norm())
+    assert choose_path(evaluator, tensors, SHAPE, CLASSES, 4, lanes=3) == "lanes"
+    hard, _ = twice(evaluator, tensors, x, y.detach().argmax(2))
+    other, _ = twice(replace(evaluator, path="batched"), tensors, x, y.detach().argmax(2))
+    for name, value in other.items():
+        assert float((hard[name] - value).norm()) <= 1e-12 * float(whole), name
+
+
+@with_kernels
+def test_images_that_meet_in_a_normalisation_are_left_to_other_paths() -> None:
+    evaluator, tensors, _, _ = setting(built("lenet-bn"), 3, False)
+    assert choose_path(evaluator, tensors, SHAPE, CLASSES, lanes=3) == "lanes"
+    assert choose_path(evaluator, tensors, SHAPE, CLASSES, 4, lanes=3) == "batched"
+    with pytest.raises(Unsupported, match="no statistics"):
+        evaluator.gradient(tensors, torch.rand(3, 4, *SHAPE).double(), torch.zeros(3, 4, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("kind", ["computed weight", "constant", "dropout", "batch", "value", "gelu"])
 def test_what_the_kernels_do_not_know_is_left_to_other_paths(kind: str) -> None:
     with pytest.raises(Unsupported, match="the kernels"):

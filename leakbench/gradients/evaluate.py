@@ -164,8 +164,12 @@ class Evaluator:
 
     def _by_kernels(self, tensors: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Gradient:
         """Return the gradients of ``gradient`` by the compiled kernels; raises Unsupported."""
-        program = self._program(tuple(x.shape[1:]), x.device)
-        return program.gradient(tensors, x, program.probabilities(y, x.dtype), self.names)
+        program, batch = self._program(tuple(x.shape[-3:]), x.device), 1
+        if x.ndim == BATCHED:
+            batch, x, y = x.shape[1], x.flatten(0, 1), y.flatten(0, 1)
+            if not program.apart and batch > 1:
+                raise Unsupported("the kernels take trials of several images if no statistics are taken of them")
+        return program.gradient(tensors, x, program.probabilities(y, x.dtype), self.names, batch)
 
     def compare(
         self, tensors: Mapping[str, Tensor], x: Tensor, y: Tensor, observed: Mapping[str, Tensor], gap: bool
@@ -198,19 +202,20 @@ class Evaluator:
         if shape not in self._programs:
             found = kernels()
             if found is None or device.type != "cpu" or len(shape) != BATCHED - 2:
-                raise Unsupported("there are kernels for a CPU, if they could be built, and trials of one image")
+                raise Unsupported("there are kernels for a CPU, if they could be built")
             shapes = {name: tuple(value.shape) for name, value in self._own.items()}
             self._programs[shape] = Program(found, trace(self.model, self.loss, shape), shapes)
         return self._programs[shape]
 
     def suits_kernels(
-        self, image_shape: tuple[int, ...], trials: int, device: torch.device, dtype: torch.dtype
+        self, image_shape: tuple[int, ...], trials: int, device: torch.device, dtype: torch.dtype, batch: int = 1
     ) -> bool:
-        """Return whether the compiled kernels know the network, and this many trials are worth it."""
+        """Return whether the kernels know the network, and this many trials, of ``batch`` images, are worth it."""
         if kernels() is None:
             return False
         try:
-            return self._program(image_shape, device).suits(trials, dtype)
+            program = self._program(image_shape, device)
+            return (batch == 1 or program.apart) and program.suits(trials * batch, dtype)
         except (Unsupported, RuntimeError, TypeError, ValueError, IndexError, AttributeError):
             return False
 
@@ -359,7 +364,7 @@ def choose_path(
     device = next(iter(tensors.values())).device
     served: tuple[Path, ...] = ("batched", "vmap")
     dtype = next((value.dtype for value in tensors.values() if value.is_floating_point()), torch.float32)
-    if lanes and batch == 1 and evaluator.suits_kernels(image_shape, lanes, device, dtype):
+    if lanes and evaluator.suits_kernels(image_shape, lanes, device, dtype, batch):
         served = ("lanes", *served)
     try:
         key = (

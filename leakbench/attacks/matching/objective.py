@@ -328,6 +328,7 @@ class MatchingObjective(Recordable, Explicit):
         as_it_is = observation.shown is None and observation.size is None and not repeats
         return (
             self.evaluator.path == "lanes"
+            and observation.count == 1  # that of several images is a mean, which is taken of written gradients
             and as_it_is
             and (adaptive is None or not adaptive.models_release)
             and set(self._observed) <= set(self.evaluator.names)

@@ -94,26 +94,29 @@ class Program:
         self.kernels, self._shapes = kernels, shapes
         self._free: Tensor | None = None
         self._orders: dict[tuple[str, ...], tuple[tuple[str, ...], int]] = {}
-        self._seen: dict[str, tuple[Tensor, int, tuple[Tensor, int, int]]] = {}
+        self._seen: dict[tuple[str, int], tuple[Tensor, int, tuple[Tensor, int, int]]] = {}
         self._observed: dict[str, tuple[Tensor, int, Tensor]] = {}
         self._labels: tuple[Tensor, int, Tensor] | None = None
         self.names = tuple(dict.fromkeys(name for step in trace.steps for name in step.named))
         self._places = {name: place for place, name in enumerate(self.names)}
         self._lay_out(trace)
 
-    def gradient(self, tensors: Mapping[str, Tensor], x: Tensor, q: Tensor, names: Sequence[str]) -> Gradient:
+    def gradient(
+        self, tensors: Mapping[str, Tensor], x: Tensor, q: Tensor, names: Sequence[str], images: int = 1
+    ) -> Gradient:
         """Return each trial's gradient by the parameters of these names, [T, *shape] with the trials innermost.
 
         It is differentiable once in x and q. Parameters that the loss does not depend on have zeros.
 
         Args:
             tensors: [T, *shape] or [*shape] by name; those of each trial's own are best with the trials innermost.
-            x: [T, C, H, W].
-            q: [T, K], class probabilities.
+            x: [T, C, H, W]; of trials of B images [T B, C, H, W], and the loss of a trial is the mean of theirs.
+            q: [T, K], class probabilities; [T B, K].
             names: the parameters to differentiate by.
+            images: B. Each image has lanes of its own, so that a network whose images meet (``apart``) is not served.
         """
         self._check(tensors, x)
-        given = [self._given(name, tensors[name], len(x)) for name in self.names]
+        given = [self._given(name, tensors[name], len(x), images) for name in self.names]
         names = tuple(names)
         if names not in self._orders:
             counts = {name: math.prod(self._shapes[name]) for name in names}
@@ -128,7 +131,8 @@ class Program:
                 own[name].zero_()
         served = [name for name in names if name in self._places]
         out = dict(zip(served, _Gradient.apply(x, q, self, given, served, own)))
-        return {name: out[name] if name in out else own[name] for name in names}
+        each = {name: out[name] if name in out else own[name] for name in names}
+        return each if images == 1 else {name: _mean(gradient, images) for name, gradient in each.items()}
 
     def compare(
         self, tensors: Mapping[str, Tensor], x: Tensor, q: Tensor, observed: Mapping[str, Tensor], gap: bool
@@ -171,12 +175,14 @@ class Program:
             self._labels = seen = labels, labels._version, F.one_hot(labels, self.logits).to(dtype)
         return seen[2]
 
-    def _given(self, name: str, tensor: Tensor, trials: int) -> tuple[Tensor, int, int]:
+    def _given(self, name: str, tensor: Tensor, trials: int, images: int = 1) -> tuple[Tensor, int, int]:
         """Return a parameter as the kernels take it; one that was given before is the same as then."""
-        seen = self._seen.get(name)
+        seen = self._seen.get((name, images))
         if seen is None or seen[0] is not tensor or seen[1] != tensor._version:
-            own = _placed(tensor, tensor.ndim > len(self._shapes[name]), trials)
-            self._seen[name] = seen = tensor, tensor._version, own
+            axis = tensor.ndim > len(self._shapes[name])
+            alone = not axis or images == 1 or shared(tensor)
+            own = _placed(tensor if alone else tensor.repeat_interleave(images, 0), axis, trials)
+            self._seen[name, images] = seen = tensor, tensor._version, own
         return seen[2]
 
     def suits(self, trials: int, dtype: torch.dtype) -> bool:
@@ -218,6 +224,11 @@ class Program:
         if free is None or (free.dtype, tuple(free.shape)) != (like.dtype, shape):
             free = like.new_empty(shape)
         return _Memory(self, free, layout)
+
+    @property
+    def apart(self) -> bool:
+        """Whether the images of a trial do not meet: no statistics are taken of them."""
+        return all(step.kind is not Kind.NORM for step in self._steps)
 
     @cached_property
     def logits(self) -> int:
@@ -433,6 +444,11 @@ def _placed(tensor: Tensor, axis: bool, trials: int) -> tuple[Tensor, int, int]:
         return own if dense else innermost(own.contiguous()), 1, own[0].numel()
     one = (tensor[0] if axis else tensor).detach().contiguous()
     return one, 0, one.numel()
+
+
+def _mean(gradient: Tensor, images: int) -> Tensor:
+    """Return the mean [T, *shape] over the images of each trial of gradients [T B, *shape], trials innermost."""
+    return gradient.movedim(0, -1).unflatten(-1, (-1, images)).mean(-1).movedim(-1, 0)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
