@@ -12,11 +12,17 @@ from test_cli import cli, place  # noqa: F401
 from test_update_facts import SGD, recorded, short, train  # noqa: F401
 from torch import Tensor, nn
 
-from leakbench import datasets
+from leakbench import attacks, clients, datasets, defenses
 from leakbench.attacks.disaggregation import Disaggregation, _Columns, disaggregate
-from leakbench.core.rng import generator
+from leakbench.attacks.shared_errors import shared_errors
+from leakbench.core.rng import Rng, generator
 from leakbench.core.text import english
+from leakbench.core.types import ThreatModel
 from leakbench.gradients.low_rank import low_rank, rounding_error
+from leakbench.metrics.members import matched
+from leakbench.metrics.standard import PSNR
+from leakbench.models.module import OwnModule
+from leakbench.victim import Client, observe
 
 
 def wide(activation: type[nn.Module] = nn.ReLU, hidden: int = 256) -> nn.Module:
@@ -117,6 +123,55 @@ def test_a_mixture_of_columns_is_split() -> None:
         alike = (split @ true.T).abs() / true.norm(dim=1) / split.norm(dim=1, keepdim=True)
         assert float(alike[:, parts].amax(0).min()) > 1 - 1e-9
     assert space.free(true[0] / true[0].norm()).shape[1] == 1
+
+
+def test_a_little_of_another_column_is_removed() -> None:
+    """A few values that happen to cancel determine the mixture, which is nearly in the direction of the column."""
+    rng = torch.Generator().manual_seed(0)
+    made = torch.randn(200, 4, generator=rng, dtype=torch.float64)
+    made = torch.where(torch.rand(200, 4, generator=rng) < 0.5, made, 0.0)
+    both = (made[:, 0] != 0) & (made[:, 1] != 0)
+    made[torch.nonzero(both)[:2, 0], 0] = 1e-3 * made[torch.nonzero(both)[:2, 0], 1]
+    rows, mixing = torch.linalg.qr(made)
+    true = mixing.T / mixing.T.norm(dim=1, keepdim=True)
+    space = columns(mixing.T, rows)
+    mixed = mixing.T[0] - 1e-3 * mixing.T[1]
+    mixed = mixed / mixed.norm()
+    purer = space.purer(mixed, true[1:])
+    assert float((rows @ mixed).abs()[made[:, 0] == 0].max()) > 1e-5
+    assert float((rows @ purer).abs()[made[:, 0] == 0].max()) < 1e-12
+    assert float((space.purer(true[2], true[:2]) @ true[2]).abs()) > 1 - 1e-12
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_one_hidden_layer_before_two_classes_is_separated(outputs: int) -> None:
+    """All images share their errors up to factors, so that differences of columns have as many zeros as columns."""
+    torch.manual_seed(1)
+    layers = [nn.Flatten(), nn.Linear(432, 128), nn.ReLU(), nn.Linear(128, outputs)]
+    model = OwnModule("one", nn.Sequential(*layers), "cross-entropy" if outputs == 2 else "bce")
+    pixels, labels = datasets.parse("samples(size=12)").load(range(8))
+    own = [(image, int(label) % 2) for image, label in zip(pixels, labels)]
+    client = Client(*own[0], "w", "c", (), tuple(own[1:]))
+    training = clients.parse("local(batch=8)")
+    seen = observe(model, defenses.parse("none"), ThreatModel(), [client], 2, pixels.mean(0), training=training)
+    shared = shared_errors(seen, 0, "1")
+    assert shared is not None
+    with torch.no_grad():
+        head = layers[3].weight.double()
+    expected = head[0] - head[1] if outputs == 2 else head[0]
+    assert float(torch.cosine_similarity(shared, torch.where(shared == 0, 0.0, expected), dim=0).abs()) > 1 - 1e-9
+    guess = attacks.parse("disaggregate")(seen, Rng(("a",)))
+    assert guess.reasons == ("",)
+    assert float(PSNR()(matched(guess.images[0].clamp(0, 1), client.images), client.images).min()) > 60
+
+
+def test_images_of_several_hidden_layers_share_no_errors() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(432, 64), nn.ReLU(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 2))
+    pixels, labels = datasets.parse("samples(size=12)").load(range(1))
+    client = Client(pixels[0], int(labels[0]) % 2, "w", "c")
+    seen = observe(OwnModule("two", network), defenses.parse("none"), ThreatModel(), [client], 2, pixels[0])
+    assert shared_errors(seen, 0, "1") is None
 
 
 @pytest.mark.parametrize(("hidden", "compared"), [(256, False), (8, True)])

@@ -60,7 +60,7 @@ def inferred_counts(observation: Observation) -> Tensor:
         raise Unsupported("the label counts need the number of images, which is hidden; use count=known")
     rows = []
     for trial in range(observation.trials):
-        models = _models(observation, trial)
+        models = models_of(observation, trial)
         public = [_run(observation, tensors, name) for tensors in models]
         size = 1.0 if observation.size is None else float(observation.size[trial])
         found: Tensor | None
@@ -107,8 +107,8 @@ def _last_layer(observation: Observation) -> tuple[str, Tensor | None, Tensor | 
     )
 
 
-def _models(observation: Observation, trial: int) -> list[dict[str, Tensor]]:
-    """Return the tensors of a trial's network: of an update, before and after the training."""
+def models_of(observation: Observation, trial: int) -> list[dict[str, Tensor]]:
+    """Return the tensors of a trial's network, zeros for secrets: of an update, before and after the training."""
     own, sent, threat = tensors_of(observation.model), observation.gradient, observation.threat
     before = {name: _of(observation.weights.get(name), value, trial, observation) for name, value in own.items()}
     if threat.shares != "weights":
@@ -117,6 +117,12 @@ def _models(observation: Observation, trial: int) -> list[dict[str, Tensor]]:
     scale = observation.unit * size
     moved = {name: value - scale * sent[name][trial] if name in sent else value for name, value in before.items()}
     return [before, moved]
+
+
+def public_noise(observation: Observation) -> Tensor:
+    """Return images [P, C, H, W] of coarse noise in [0, 1], the same ones for every trial."""
+    coarse = torch.rand(PUBLIC_IMAGES, observation.image_shape[0], COARSE, COARSE, generator=generator("public noise"))
+    return nn.functional.interpolate(coarse, observation.image_shape[1:]).to(observation.device, observation.dtype)
 
 
 def _run(observation: Observation, tensors: Mapping[str, Tensor], layer: str) -> tuple[Tensor, Tensor]:
@@ -128,8 +134,7 @@ def _run(observation: Observation, tensors: Mapping[str, Tensor], layer: str) ->
         taken.append(inputs[0].detach())
 
     model.get_submodule(layer).register_forward_pre_hook(keep)
-    coarse = torch.rand(PUBLIC_IMAGES, observation.image_shape[0], COARSE, COARSE, generator=generator("public noise"))
-    noise = nn.functional.interpolate(coarse, observation.image_shape[1:]).to(observation.device, observation.dtype)
+    noise = public_noise(observation)
     with torch.no_grad(), seeded("public noise"), without_checkpointing():
         logits: Tensor = functional_call(model, {name: value.clone() for name, value in tensors.items()}, (noise,))
     return taken[-1].flatten(1), torch.softmax(logits.double(), 1)

@@ -18,6 +18,7 @@ from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.opened import OpenedTrial, opened, reconstruction
 from leakbench.attacks.peeling.restore import Restored, images_of
 from leakbench.attacks.peeling.trace import trace
+from leakbench.attacks.shared_errors import shared_errors
 from leakbench.core.component import LATER
 from leakbench.core.rng import Rng
 from leakbench.core.types import Reconstruction
@@ -172,11 +173,13 @@ class Disaggregate(Attack):
     )
     fails: ClassVar[str] = (
         "Adam and its kind, noise, augmentation (each copy is an image of its own), two equal images, other "
-        "activations; above convolutions, images are blurred or wrong if a linear layer takes far fewer positive "
-        "values than an image has pixels."
+        "activations; one hidden layer before two classes if it has fewer units than there are pairs of images; "
+        "above convolutions, images are blurred or wrong if a linear layer takes far fewer positive values than an "
+        "image has pixels."
     )
-    # 2: images were not separated at 2 and 4, or without an input normalisation; 3: convolutions, unsupported before
-    version: ClassVar[int] = 3
+    # 2: images were not separated at 2 and 4, or without an input normalisation; 3: convolutions, unsupported before;
+    # 4: one hidden layer before two classes, and columns with a little of another one in them
+    version: ClassVar[int] = 4
     batches: ClassVar[bool] = True
     updates: ClassVar[bool] = True
     agreement: Annotated[float, Field(ge=0, le=1)] = 0.75
@@ -193,8 +196,8 @@ class Disaggregate(Attack):
         """Return the images of every trial; one in which not all were separated has failed."""
         if not pixel_layers(observation):
             return self._above_convolutions(observation, rng)
-        draws = zip(layer_changes(observation), rng.generators("rows"))
-        each = [self._separated(observation, layer, own) for layer, own in draws]
+        draws = enumerate(zip(layer_changes(observation), rng.generators("rows")))
+        each = [self._separated(observation, t, layer, own) for t, (layer, own) in draws]
         most = observation.count or max(1, *(len(one.images) for one in each))
         images = torch.full((len(each), most, *observation.image_shape), torch.nan)
         for row, one in enumerate(each):
@@ -234,7 +237,7 @@ class Disaggregate(Attack):
             return replace(found, reason=values)
         return images_of(one.network, one.searched, [values], one.noise, self.search, {}, one.note)
 
-    def _separated(self, observation: Observation, layer: LayerChange, rng: torch.Generator) -> _Separated:
+    def _separated(self, observation: Observation, trial: int, layer: LayerChange, rng: torch.Generator) -> _Separated:
         name, shown = layer.name, layer.shown
         none = torch.zeros(0, *observation.image_shape)
         if not shown.low or not shown.rank:
@@ -249,7 +252,7 @@ class Disaggregate(Attack):
         states = [(weight, bias)]
         if observation.threat.shares == "weights":
             states.append((weight - moved, bias - moved_bias))
-        found = disaggregate(layer.change, layer.errors, shown, states, rng)
+        found = disaggregate(layer.change, layer.errors, shown, states, rng, shared_errors(observation, trial, name))
         if not found.complete:
             reason = f"{found.found} of the {shown.rank} inputs of {name} were separated, and images need all"
             return _Separated(none, shown.rank, found.found, reason=reason)

@@ -10,7 +10,7 @@ After SPEAR (Dimitrov et al. 2024, arXiv 2403.03945), which finds a column from 
 these are rows in which few images should be on: there are many if the inputs are positive, as pixels are. The columns
 that were found leave a space for the other inputs, and hence better rows. A vector that mixes a few columns is zero
 where all of these are; the problem of these few columns is solved by itself. A search for sparse vectors finds columns
-if no rows are better than others.
+if no rows are better than others. Columns that differ in nothing but their zeros follow directly (``shared_errors``).
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from leakbench.attacks.shared_errors import columns_of
 from leakbench.gradients.low_rank import LowRank
 
 SAMPLES, MANY, FEWER_SAMPLES = 4096, 16, 2048
@@ -136,7 +137,12 @@ def _agreement(values: Tensor, on: Tensor) -> float:
 
 
 def disaggregate(
-    change: Tensor, bias: Tensor, found: LowRank, layers: Sequence[tuple[Tensor, Tensor]], rng: torch.Generator
+    change: Tensor,
+    bias: Tensor,
+    found: LowRank,
+    layers: Sequence[tuple[Tensor, Tensor]],
+    rng: torch.Generator,
+    shared: Tensor | None = None,
 ) -> Disaggregation:
     """Return the inputs of a linear layer before a ReLU, if the columns of their errors can be found.
 
@@ -148,10 +154,11 @@ def disaggregate(
         found: the rank of the change (``low_rank``): the number of the inputs.
         layers: weight [M, S] and bias [M] before the training; and after it, if there were several steps.
         rng: of rows and starts.
+        shared: [M], the errors that all images share up to factors (``shared_errors``); None if they do not.
     """
     best, agreement = None, -1.0
     for _ in range(SEARCHES):
-        one = _searched(change.double(), bias.double(), found, layers, rng)
+        one = _searched(change.double(), bias.double(), found, layers, rng, shared)
         agrees = one.agreement(*((weight.double(), own.double()) for weight, own in layers)) if one.complete else -1.0
         if best is None or (one.found, agrees) > (best.found, agreement):
             best, agreement = one, agrees
@@ -162,7 +169,12 @@ def disaggregate(
 
 
 def _searched(
-    change: Tensor, bias: Tensor, found: LowRank, layers: Sequence[tuple[Tensor, Tensor]], rng: torch.Generator
+    change: Tensor,
+    bias: Tensor,
+    found: LowRank,
+    layers: Sequence[tuple[Tensor, Tensor]],
+    rng: torch.Generator,
+    shared: Tensor | None,
 ) -> Disaggregation:
     """Return what one search finds (``disaggregate``)."""
     count = found.rank
@@ -176,7 +188,8 @@ def _searched(
     if count > 1:
         gates = torch.stack([weight.double() @ rest.T for weight, _ in layers])
         columns = _Columns(left, tolerance, gates, torch.stack([one.double() for _, one in layers]), left.T @ bias)
-        basis = _Search(columns, rng).run() if len(columns.rows) >= 2 * count else left[:0]
+        first = left[:0] if shared is None else columns_of(left, shared, rng)
+        basis = _Search(columns, rng).run(first) if len(columns.rows) >= 2 * count else left[:0]
         if len(basis) < count:
             return Disaggregation(count, rest[:0], left @ basis.T)
     mixing = basis.T  # column i of the errors is left @ mixing[:, i]
@@ -227,6 +240,12 @@ class _Columns:
         zero = self.rows[self.zeros(direction[None], looser)[0]]
         return torch.linalg.eigh(zero.T @ zero)[1][:, 0] if len(zero) >= self.count - 1 else direction
 
+    def refined(self, direction: Tensor) -> Tensor:
+        """Return the direction [N] that is fitted to ever stricter zeros of this one."""
+        for looser in (LOOSE, LOOSE**0.5, 1.0, STRICT):
+            direction = self.fitted(direction, looser)
+        return direction
+
     def free(self, direction: Tensor) -> Tensor:
         """Return a basis [N, k] of the directions that are zero in nearly all rows in which this one [N] is.
 
@@ -261,6 +280,28 @@ class _Columns:
             chosen.append(left[0])
             left = left[(left @ left[0]).abs() < SAME]
         return torch.stack(chosen) @ flat.T if chosen else self.rows[:0]
+
+    def purer(self, direction: Tensor, others: Tensor) -> Tensor:
+        """Return a direction [N] without small multiples of ``others`` [k, N] whose removal leaves more zeros.
+
+        A column plus a small multiple of another one is nearly in its direction, and the few values that happen to
+        cancel may determine it. Where the column is zero and the other one is not, their quotient is that multiple.
+        """
+        for other in others:
+            zero, on = self.zeros(direction[None], LOOSE)[0], ~self.zeros(other[None])[0]
+            quotients = ((self.rows[on] @ direction) / (self.rows[on] @ other)).sort().values
+            more = int((zero & on).sum()) + MORE_ZEROS
+            if len(quotients) <= more:
+                continue
+            begin = int((quotients[more:] - quotients[:-more]).argmin())
+            new = direction - quotients[begin + more // 2] * other
+            if int(self.zeros(new[None], LOOSE).sum()) < int(zero.sum()) + MORE_ZEROS:
+                continue
+            new = self.refined(new / new.norm())
+            many, before = self.zeros(torch.stack([new, direction])).sum(1).tolist()
+            if many > before and float((new @ direction).abs()) > SAME:
+                direction = new
+        return direction
 
     def separated(self, direction: Tensor) -> float:
         """Return the share of units for which a half-space of inputs tells whether a direction [N] is zero there.
@@ -310,19 +351,27 @@ class _Search:
         self.clear = SEPARATED_TRAINED if several else SEPARATED
         self.consistent = CONSISTENT_TRAINED if several else CONSISTENT
 
-    def run(self) -> Tensor:
-        """Return independent columns [k, N], as many as there are if all are found."""
+    def run(self, first: Tensor) -> Tensor:
+        """Return independent columns [k, N], as many as there are if all are found.
+
+        Args:
+            first: [k, N], directions that may be columns, to begin with; there may be none.
+        """
         count = self.columns.count
         best, agreement, last = self.columns.rows[:0], 0.0, 0
         for turn in range(TURNS):
             before = len(self.shares)
-            self._turn(turn)
+            if turn == 0 and len(first):
+                self._begin(first)
+            else:
+                self._turn(turn)
             if len(self.shares) > before:
                 basis = self._basis()
                 if len(basis) < count:
                     best = basis
                 else:
-                    basis, agrees = self._exchanged(basis)
+                    self._purify()
+                    basis, agrees = self._exchanged(self._basis())
                     if agrees > agreement:
                         best, agreement, last = basis, agrees, turn
             fruitless = turn + 1 >= FRUITLESS and not self.shares
@@ -334,6 +383,13 @@ class _Search:
             ):
                 break
         return best
+
+    def _begin(self, directions: Tensor) -> None:
+        """Take those of directions [k, N] that have enough zeros for a column."""
+        for one in map(self.columns.refined, directions):
+            zeros = self.columns.zeros(one[None]).sum(1)
+            if int(zeros) >= self.columns.least and not bool(self._known(one[None], zeros)):
+                self._take(one)
 
     def _turn(self, turn: int) -> None:
         """Look for columns, by one way in each turn."""
@@ -417,8 +473,7 @@ class _Search:
             self.tests += 1
             one = left[0]
             kept = (left @ one).abs() < SAME
-            for looser in (LOOSE, LOOSE**0.5, 1.0, STRICT):
-                one = columns.fitted(one, looser)
+            one = columns.refined(one)
             left, zeros = left[kept], zeros[kept]
             many = columns.zeros(one[None]).sum(1)
             if int(many) < columns.least or bool(self._known(one[None], many)):
@@ -443,6 +498,15 @@ class _Search:
             return
         self.found = torch.cat([self.found, direction[None]])
         self.shares.append(share)
+
+    def _purify(self) -> None:
+        """Remove from each column that was found what is in it of others."""
+        for place in range(len(self.found)):
+            others = torch.cat([self.found[:place], self.found[place + 1 :]])
+            before = self.found[place].clone()
+            one = self.columns.purer(before, others)
+            if one is not before:
+                self.found[place], self.shares[place] = one, self.columns.separated(one)
 
     def _basis(self, least: float = 0.0) -> Tensor:
         """Return independent directions, the best separated first, of those separated at least so well."""

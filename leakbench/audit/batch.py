@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from leakbench.attacks.analytic import pixel_layers
 from leakbench.attacks.disaggregation import disaggregate
+from leakbench.attacks.shared_errors import shared_errors
 from leakbench.audit.given import Update
 from leakbench.audit.layers import InferredLabels
 from leakbench.audit.recipe import StatedRecipe
@@ -75,7 +76,11 @@ def batch_findings(observation: Observation, update: Update, shown: UpdateFacts)
     before = [(update.before[weight].double(), update.before[bias].double())]
     if update.kind != "gradient":
         before.append((before[0][0] - update.change[weight].double(), before[0][1] - update.change[bias].double()))
-    found = disaggregate(change, offset, rank, before, generator("audit", DISAGGREGATE))
+    try:
+        shared = shared_errors(observation, 0, one.layer)
+    except Exception:  # whatever the user's network raises on a batch
+        shared = None
+    found = disaggregate(change, offset, rank, before, generator("audit", DISAGGREGATE), shared)
     if not found.complete:
         return None
     order, slope, shift = pixel_layers(observation)[one.layer]
