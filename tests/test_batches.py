@@ -335,7 +335,7 @@ def small(hidden: int) -> OwnModule:
     return OwnModule("small", nn.Sequential(*layers, *([nn.ReLU(), nn.Linear(hidden, CLASSES)] * (hidden > CLASSES))))
 
 
-@pytest.mark.parametrize("hidden", [CLASSES, 64])
+@pytest.mark.parametrize("hidden", [CLASSES, pytest.param(64, marks=pytest.mark.long)])
 def test_images_follow_from_the_inputs_of_the_first_linear_layer(hidden: int) -> None:
     """By the zeros of the ReLU in front of the classifier, and by those of the one behind a hidden layer."""
     who = [batch(3, row, f"c{row}") for row in range(1)]

@@ -398,7 +398,6 @@ def test_a_defense_that_hangs_is_stopped_and_costs_its_own_trials(tmp_path, hang
     assert "timed out after 1 s" in results["reason"]["hangs"]
 
 
-@pytest.mark.long
 @dataclass(frozen=True)
 class Greedy(Thief):
     """Takes 300 MiB a trial of a process that may take 1 GiB more than it has."""
@@ -416,6 +415,7 @@ class Greedy(Thief):
         return Reconstruction(images)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="only here the address space of a process is limited")
 def test_a_worker_that_runs_out_of_memory_tries_fewer_trials_at_a_time(tmp_path):
     seen = Counter()

@@ -262,7 +262,7 @@ UNDO = """
 """
 
 
-@pytest.mark.parametrize("mixin", [False, True])
+@pytest.mark.parametrize("mixin", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_defense_that_has_the_hooks_of_an_attacker_still_runs(cli, place, mixin):  # noqa: F811
     """As defenses were written before ``AdaptiveAttacker``; one line says what to change."""
     stated = "{'default': leakbench.AdaptiveAttacker('ignores the zeros', undo=undo)}"

@@ -98,6 +98,7 @@ def folder(nets: Path, change: dict | None = None) -> Path:  # noqa: F811
     return own
 
 
+@pytest.mark.long
 def test_a_recording_is_audited_with_its_recipe_and_judged_by_all_images(
     cli,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
