@@ -115,6 +115,30 @@ def test_inputs_of_other_layers_follow_from_an_exposed_one() -> None:
     assert predicted(model, (3, 8, 8))["4.conv2"].verdict == "exposed"
 
 
+class Joined(nn.Module):
+    """A layer of a DenseNet: what it computes is joined to its input."""
+
+    def __init__(self, inputs: int, growth: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, 4 * growth, 1, bias=False)
+        self.norm2, self.conv2 = nn.BatchNorm2d(4 * growth), nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, self.conv2(self.norm2(self.conv1(self.norm1(x).relu())).relu())], 1)
+
+
+def test_every_layer_whose_input_is_joined_to_others_is_begun_at() -> None:
+    """No error goes from one of them to the next, whose masks are not known: each gives the input of the 1x1 below."""
+    torch.manual_seed(2)
+    layers = [nn.Conv2d(3, 16, 3, 2, 1), Joined(16, 8), Joined(24, 8), nn.BatchNorm2d(32), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5)).double().eval()
+    observation, truth = seen(model, 1)
+    counts = {one.layer: (one.exposed, one.derived) for one in exposures(observation, inputs(model, truth))}
+    assert counts["1.conv2"] == counts["2.conv2"] == (1, 0)
+    assert counts["1.conv1"] == counts["2.conv1"] == (0, 1)
+    assert [one.derived for one in exposures(observation, None)] == [derived for _, derived in counts.values()]
+
+
 def test_a_pointwise_convolution_leaks_its_positions_in_unknown_order(images: torch.Tensor) -> None:
     torch.manual_seed(1)
     below = [nn.Conv2d(3, 32, 4, 4), nn.BatchNorm2d(32), nn.ReLU()]

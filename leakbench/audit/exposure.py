@@ -1,7 +1,7 @@
 """Which inputs of convolutions follow from what was sent, without a search: predicted from sizes, and found.
 
 An input follows from the gradient of its convolution's weight by itself (``factorise_convolution``), or from inputs
-that follow so: below them layer by layer (``recover``), above them by the network's forward pass.
+that follow so: below them layer by layer (``recover_everywhere``), above them by the network's forward pass.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from leakbench.attacks.analytic import input_shapes
-from leakbench.attacks.peeling.descent import recover
+from leakbench.attacks.peeling.descent import recover_everywhere
 from leakbench.attacks.peeling.exposure import SPARE, Exposure, predict_exposure
 from leakbench.attacks.peeling.factors import NotFactorised
 from leakbench.attacks.peeling.lattice import CONVOLUTIONS, Lattice
@@ -208,7 +208,7 @@ def _derived(observation: Observation, trial: int) -> dict[str, Tensor]:
     except Unsupported:
         return {}
     values = {}
-    for feature in recover(network, sent, generator("audit", "descent")).features:
+    for feature in recover_everywhere(network, sent, generator("audit", "descent")):
         wrong = any(error > MAX_ERROR for error in (feature.check, feature.balance))  # NaN if nothing shows it
         if feature.deviation <= MAX_ERROR and not wrong:
             values[feature.place] = feature.value

@@ -212,6 +212,33 @@ def inputs_alone(network: Network, sent: Mapping[str, Tensor], rng: torch.Genera
     return [features[source] for source in sorted(features, reverse=True)]
 
 
+def recover_everywhere(network: Network, sent: Mapping[str, Tensor], rng: torch.Generator) -> list[Feature]:
+    """Return what can be recovered from every convolution that gives its own input; the highest first.
+
+    Descents from higher ones do not matter to an image, but say which other layers' inputs follow: in a DenseNet, a
+    descent ends where features are joined. One image.
+
+    Args:
+        network: a trial's, in float64.
+        sent: the trial's gradient, by name; NaN in entries that were not sent.
+        rng: for the start of an eigenvalue solver.
+    """
+    exact = {name: value.double() for name, value in sent.items()}
+    found = {each.place: each for each in recover(network, sent, rng).features}
+    for place in beginnings(network, sent):
+        layer = network.steps[place].layer
+        assert layer is not None
+        if network.steps[place].inputs[0] in found or not bool(torch.isfinite(sent[layer.weight]).all()):
+            continue
+        own = factorise_convolution(sent[layer.weight], lattice_of(layer), rng)
+        if isinstance(own, NotFactorised) or own.misfit >= CLEAN:
+            continue
+        known = Knowledge(network, exact)
+        if begin(known, place, own.errors):
+            found = {each.place: each for each in features(known)} | found
+    return [found[place] for place in sorted(found, reverse=True)]
+
+
 def usable(feature: Feature) -> bool:
     """Return whether a recovered value is near the truth, as far as its equations and the values below show it."""
     return feature.deviation < MAX_DEVIATION and feature.check < MAX_DEVIATION
