@@ -20,7 +20,7 @@ from leakbench.attacks.peeling.priors import Smooth
 from leakbench.core.rng import Rng
 from leakbench.core.types import Reconstruction
 from leakbench.errors import Unsupported
-from leakbench.gradients.convolution import Geometry
+from leakbench.gradients.lanes.geometry import Geometry
 from leakbench.metrics.aligned import AlignedPSNR
 from leakbench.models import Model, OwnModule
 from leakbench.observation import Observation

@@ -4,11 +4,11 @@ Convolution, its gradient by the input and its gradient by the weight are three 
 each is made of the other two, so three kernels serve every order. Torch's own double backward of a grouped convolution
 loops over the groups, which here are the trials. Weights that all trials share (an expanded tensor) take the dense
 kernel; others one grouped convolution over all trials. A trial may have several images: T trials of B images are
-[T * B, C, H, W], one trial's images after the other's.
+[T * B, C, H, W], one trial's images after the other's. Where there is a compiler, a network that runs on a CPU takes
+the kernels of ``lanes.maps`` instead.
 """
 
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from leakbench.gradients.bilinear import Form, shared
+from leakbench.gradients.lanes import maps
+from leakbench.gradients.lanes.geometry import Geometry
 
 IM2COL_VALUES = 2**15
 """Up to this many values of a trial's im2col matrix, one matrix product is faster than the grouped weight gradient."""
@@ -25,17 +27,6 @@ BATCH_GAIN = 4
 
 PHASE_CHANNELS = 4
 """Up to this many input channels, the gradient by the input of a strided convolution is faster by phases."""
-
-
-class Geometry(NamedTuple):
-    """The parameters of a 2-d convolution apart from its operands; pairs are (vertical, horizontal)."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    image: tuple[int, int]
-    kernel: tuple[int, int]
 
 
 def pair(value: int | tuple[int, ...]) -> tuple[int, int]:
@@ -150,9 +141,21 @@ def _trials(x: Tensor, trials: int) -> Tensor:
 
 
 def convolution(geometry: Geometry, trials: int) -> Form:
-    """Return the form whose map is ``convolve``, of this many trials."""
-    return Form(
-        by_input=lambda weight, y: input_gradient(y, weight, geometry),
-        by_weight=lambda x, y: weight_gradient(x, y, geometry, trials),
-        by_output=lambda x, weight: convolve(x, weight, geometry),
-    )
+    """Return the form whose map is ``convolve``, of this many trials; by compiled kernels where they serve."""
+
+    def by_input(weight: Tensor, y: Tensor) -> Tensor:
+        if maps.serve(y, trials, geometry):
+            return maps.input_gradient(y, weight, geometry)
+        return input_gradient(y, weight, geometry)
+
+    def by_weight(x: Tensor, y: Tensor) -> Tensor:
+        if maps.serve(x, trials, geometry):
+            return maps.weight_gradient(x, y, geometry, trials)
+        return weight_gradient(x, y, geometry, trials)
+
+    def by_output(x: Tensor, weight: Tensor) -> Tensor:
+        if maps.serve(x, trials, geometry):
+            return maps.convolve(x, weight, geometry)
+        return convolve(x, weight, geometry)
+
+    return Form(by_input, by_weight, by_output)

@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from leakbench.gradients.bilinear import LINEAR
-from leakbench.gradients.convolution import Geometry, convolution, pair
+from leakbench.gradients.convolution import convolution, pair
 from leakbench.gradients.draws import Draws, random_operations
+from leakbench.gradients.lanes import maps
+from leakbench.gradients.lanes.geometry import Geometry
 from leakbench.gradients.normalisation import normalise
 from leakbench.gradients.twice import COMPOSITE, ELEMENTARY
 
@@ -79,11 +81,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if weight.ndim == 2:
         return F.linear(x, weight, bias)
-    rows = x.reshape(weight.shape[0], -1, x.shape[-1])
+    trials, outputs, inputs = weight.shape
+    alone = Geometry((1, 1), (0, 0), (1, 1), 1, (1, 1), (1, 1))
+    if x.shape == (trials, inputs) and maps.serve(x, trials, alone):
+        # a convolution of images of one pixel
+        form = convolution(alone, trials)
+        out = form.output(x[..., None, None], weight[..., None, None])[..., 0, 0]
+        return out if bias is None else out + bias
+    rows = x.reshape(trials, -1, inputs)
     out = LINEAR.output(rows, weight)
     if bias is not None:
         out = out + bias[:, None]
-    return out.reshape(*x.shape[:-1], weight.shape[1])
+    return out.reshape(*x.shape[:-1], outputs)
+
+
+def adaptive_avg_pool2d(x: Tensor, output_size: Any) -> Tensor:
+    """Average as ``F.adaptive_avg_pool2d``; the gradient is laid out as the image is."""
+    return F.adaptive_avg_pool2d(maps.settled(x), output_size)
+
+
+def taken(x: Tensor, index: Any) -> Tensor:
+    """Index as ``x[index]``; the gradient is laid out as x is."""
+    return maps.settled(x)[index]
 
 
 def batch_norm(
@@ -103,15 +122,20 @@ def batch_norm(
     The running statistics are not touched. A parameter that all trials share, or that is missing, is expanded.
     """
     trials, channels = x.shape[0] // batch, x.shape[1]
-    rows = x.reshape(trials, batch, channels, -1).transpose(1, 2).reshape(trials, channels, -1)
     gamma = x.new_ones(()) if weight is None else weight
     beta = x.new_zeros(()) if bias is None else bias
     gamma, beta = gamma.expand(trials, channels), beta.expand(trials, channels)
-    if training or running_mean is None or running_var is None:
+    own = training or running_mean is None or running_var is None
+    if own and batch == 1 and x[0].numel() > channels and maps.are_served(x):
+        return normalise(x.flatten(2), gamma, beta, eps).view_as(x)
+    rows = x.reshape(trials, batch, channels, -1).transpose(1, 2).reshape(trials, channels, -1)
+    if own:
         if rows.shape[2] == 1:
             raise ValueError("batch normalisation needs more than one value per channel of a trial")
         out = normalise(rows.flatten(0, 1), gamma.flatten(), beta.flatten(), eps)
     else:
+        assert running_mean is not None
+        assert running_var is not None
         scale = gamma * torch.rsqrt(running_var + eps)
         out = torch.addcmul(beta[..., None], rows - running_mean[..., None], scale[..., None])
     return out.view(trials, channels, batch, -1).transpose(1, 2).reshape(x.shape)
@@ -192,6 +216,8 @@ PER_TRIAL: Operations = {
     F.conv2d: conv2d,
     torch.conv2d: conv2d,
     F.linear: linear,
+    F.adaptive_avg_pool2d: adaptive_avg_pool2d,
+    Tensor.__getitem__: taken,
     F.batch_norm: batch_norm,
     F.layer_norm: layer_norm,
     F.group_norm: group_norm,

@@ -21,10 +21,14 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from leakbench.gradients.bilinear import inner
+from leakbench.gradients.lanes import maps
 
 
 def normalise(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Return gamma z + beta [R, N] for rows x [R, N], weight gamma [R] and bias beta [R]."""
+    """Return gamma z + beta [*R, N] for rows x [*R, N], weight gamma [*R] and bias beta [*R].
+
+    Rows are [R, N], or [T, C, N] with the trials innermost in memory (``maps.are_served``).
+    """
     out: Tensor = Normalise.apply(x, weight, bias, eps)
     return out
 
@@ -35,9 +39,9 @@ class Normalise(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         """Normalise, scale and shift."""
-        z, _, scale = torch.native_batch_norm(x[None], None, None, None, None, True, 0.0, eps)
-        ctx.save_for_backward(x, z[0], scale, weight)
-        return torch.addcmul(bias[:, None], z[0], weight[:, None])
+        z, scale = _standardise(x, eps)
+        ctx.save_for_backward(x, z, scale, weight)
+        return torch.addcmul(bias[..., None], z, weight[..., None])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -46,7 +50,7 @@ class Normalise(Function):
 
 
 class NormaliseGradient(Function):
-    """d [R, N], x, z, r [R] and gamma [R] give the gradients by x [R, N], gamma [R] and beta [R].
+    """d [*R, N], x, z, r [*R] and gamma [*R] give the gradients by x [*R, N], gamma [*R] and beta [*R].
 
     z and r are functions of x; their share in the derivative is given with the one by x.
     """
@@ -56,7 +60,7 @@ class NormaliseGradient(Function):
         """Project."""
         projected, dot, total = _project(d, z, r)
         ctx.save_for_backward(z, r, weight, projected, dot)
-        return projected * weight[:, None], dot, total
+        return projected * weight[..., None], dot, total
 
     @staticmethod
     @once_differentiable
@@ -64,18 +68,28 @@ class NormaliseGradient(Function):
         """Return the gradients by d, x and weight."""
         v, by_weight, by_bias = grads
         z, r, weight, projected, dot = ctx.saved_tensors
-        count = z.shape[1]
+        count = z.shape[-1]
         own, own_dot, _ = _project(v, z, r)
-        cross = inner(v, projected)
+        cross = inner(v, projected) if v.ndim == 2 else (v * projected).sum(2)
         scale = weight * r / count
-        by_d = torch.addcmul(by_bias[:, None], z, by_weight[:, None]).addcmul_(own, weight[:, None])
-        by_x = own * (-scale * dot)[:, None]
-        by_x.addcmul_(projected, (by_weight - scale * own_dot)[:, None]).addcmul_(z, (-scale * cross)[:, None])
+        by_d = torch.addcmul(by_bias[..., None], z, by_weight[..., None]).addcmul_(own, weight[..., None])
+        by_x = own * (-scale * dot)[..., None]
+        by_x.addcmul_(projected, (by_weight - scale * own_dot)[..., None]).addcmul_(z, (-scale * cross)[..., None])
         return by_d, by_x, None, None, cross
 
 
+def _standardise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return z [*R, N] and r [*R]."""
+    if x.ndim > 2:
+        return maps.standardise(x, eps)
+    z, _, scale = torch.native_batch_norm(x[None], None, None, None, None, True, 0.0, eps)
+    return z[0], scale
+
+
 def _project(u: Tensor, z: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return r P u [R, N], sum(u z) [R] and sum(u) [R]."""
+    """Return r P u [*R, N], sum(u z) [*R] and sum(u) [*R]."""
+    if u.ndim > 2:
+        return maps.project(u, z, r)
     mean, one = torch.zeros_like(r), torch.ones_like(r)
     out, dot, total = torch.ops.aten.native_batch_norm_backward(
         u[None].contiguous(), z[None], r, None, None, mean, one, True, 0.0, [True, True, True]

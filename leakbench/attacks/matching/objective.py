@@ -22,6 +22,7 @@ from leakbench.gradients.draws import Generators, MadeDraws
 from leakbench.gradients.evaluate import tensors_of
 from leakbench.gradients.lanes.fused import variation, variation_and_gradient
 from leakbench.gradients.lanes.layout import innermost
+from leakbench.gradients.lanes.maps import enough
 from leakbench.gradients.losses import head_of
 from leakbench.observation import Observation
 from leakbench.optim import Evaluation, Explicit, Recordable, Unknowns, take_rows
@@ -361,7 +362,8 @@ class MatchingObjective(Recordable, Explicit):
         return {**self.tensors, **self._laid_out(apart)}
 
     def _laid_out(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        if self.evaluator.path != "lanes":
+        path, like = self.evaluator.path, next(iter(self.observation.gradient.values()))
+        if path != "lanes" and not (path == "batched" and enough(self.observation.trials, like)):
             return tensors
         return {name: innermost(value) for name, value in tensors.items()}
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from leakbench.core.types import Gradient
-from leakbench.gradients.lanes.layout import JOINED_VALUES, joined
+from leakbench.gradients.lanes.layout import JOINED_VALUES, innermost, joined
 from leakbench.observation import Observation
 
 
@@ -24,8 +24,8 @@ def pack(gradient: Mapping[str, Tensor]) -> Gradient:
     """Return a gradient whose small tensors are one, [T, N] under the empty name: fewer and larger operations."""
     small = [name for name in sorted(gradient) if gradient[name][0].numel() <= JOINED_VALUES]
     parts = [gradient[name] for name in small]
-    if small and all(len(part) > 1 and part.stride(0) == 1 for part in parts):
-        whole = {"": joined(parts)}
+    if any(len(part) > 1 and part.stride(0) == 1 for part in parts):
+        whole = {"": joined([innermost(part) for part in parts])}
     else:
         whole = {"": torch.cat([part.reshape(len(part), -1) for part in parts], 1)} if small else {}
     return whole | {name: tensor for name, tensor in gradient.items() if name not in small}

@@ -26,8 +26,8 @@ from leakbench.attacks.peeling.layers import (
 from leakbench.attacks.peeling.trace import Traced, read_convolution, reads_shape, trace
 from leakbench.defenses.keylock import KeyLock
 from leakbench.errors import Unsupported
-from leakbench.gradients.convolution import Geometry
 from leakbench.gradients.evaluate import tensors_of
+from leakbench.gradients.lanes.geometry import Geometry
 from leakbench.observation import Observation
 
 TOLERANCE = 1e-9

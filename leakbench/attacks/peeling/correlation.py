@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from leakbench.gradients.convolution import Geometry
+from leakbench.gradients.lanes.geometry import Geometry
 
 FLOOR = 3e-8
 """The standard deviation that is assumed of an equation's error at least, relative to the equations' root mean square:

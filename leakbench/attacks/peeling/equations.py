@@ -22,7 +22,8 @@ from leakbench.attacks.peeling.definite import conjugate_gradients, factor_and_s
 from leakbench.attacks.peeling.estimate import Estimate, GradientNoise, Standardised
 from leakbench.attacks.peeling.layers import Convolution
 from leakbench.attacks.peeling.priors import Independent, Prior
-from leakbench.gradients.convolution import Geometry, convolve, input_gradient, weight_gradient
+from leakbench.gradients.convolution import convolve, input_gradient, weight_gradient
+from leakbench.gradients.lanes.geometry import Geometry
 
 TEMPORARY_SHARE = 8
 """The temporaries of all trials' matrices take at most one of this many parts of the matrices' memory."""

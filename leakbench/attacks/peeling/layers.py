@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from leakbench.gradients.convolution import Geometry, convolve
+from leakbench.gradients.convolution import convolve
 from leakbench.gradients.intercept import batch_norm
+from leakbench.gradients.lanes.geometry import Geometry
 
 ActivationKind = Literal["sigmoid", "tanh", "leaky-relu", "elu", "softplus"]
 

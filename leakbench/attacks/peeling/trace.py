@@ -15,9 +15,10 @@ from leakbench.attacks.peeling.layers import Convolution
 from leakbench.core.rng import generator, seeded
 from leakbench.defenses.keylock import KeyLock
 from leakbench.errors import Unsupported, one_line
-from leakbench.gradients.convolution import Geometry, pair
+from leakbench.gradients.convolution import pair
 from leakbench.gradients.evaluate import tensors_of
 from leakbench.gradients.intercept import Interception
+from leakbench.gradients.lanes.geometry import Geometry
 from leakbench.observation import Observation
 
 

@@ -34,7 +34,7 @@ MAX_BLOCK_BYTES = 2**30
 _INT, _LONG, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
 
-class _Op(ctypes.Structure):
+class Op(ctypes.Structure):
     """``Op`` of ``kernels.cpp``."""
 
     _fields_ = [
@@ -55,7 +55,7 @@ class _Program(ctypes.Structure):
 
     _fields_ = [
         *((name, _LONG) for name in ("ops", "values", "kept", "spare")),
-        ("op", ctypes.POINTER(_Op)),
+        ("op", ctypes.POINTER(Op)),
         *((name, _POINTER) for name in ("size", "a", "e", "t", "f")),
     ]
 
@@ -240,7 +240,7 @@ class Program:
         self._steps, self._sizes = trace.steps, trace.sizes
         moves, written, kept, spare = set[int](), set[int](), 0, 0
         a, e, t, f = ([0] * len(trace.sizes) for _ in range(4))
-        ops = (_Op * len(trace.steps))()
+        ops = (Op * len(trace.steps))()
         self._held: list[Any] = [ops]
         used = {0, *(step.y for step in trace.steps if step.y >= 0)}
         for step in trace.steps:
@@ -278,12 +278,12 @@ class Program:
         for name in self.names:
             self.places[name] = whole[0], whole[1]
             whole = [size + math.prod(self._shapes[name]) for size in whole]
-        operations = ctypes.cast(ops, ctypes.POINTER(_Op))
+        operations = ctypes.cast(ops, ctypes.POINTER(Op))
         self._program, self._comparing = (
             _Program(len(ops), len(a), *own, operations, *pointers) for own in (sizes, whole)
         )
 
-    def _fill(self, op: _Op, step: TracedStep) -> None:
+    def _fill(self, op: Op, step: TracedStep) -> None:
         op.kind, op.x, op.x2, op.y = step.kind, step.x, step.second, step.y
         op.channels, op.height, op.width = step.shape
         op.outputs, op.rows, op.columns = step.out

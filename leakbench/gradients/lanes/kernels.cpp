@@ -807,6 +807,101 @@ static void derivative(const Program& program, const Parameter* parameters, Rows
   }
 }
 
+// An operand of one of the three maps below: its strides, that of trials being 0 if they share it.
+struct Operand {
+  void* data;
+  int64_t trial, image, element, size;
+};
+
+// An image's operand in lanes: where it is, if it is so there.
+template <class S> static Vec<S>* in_lanes(const Operand& p, Use use, long first, int count, long image, bool read) {
+  constexpr int L = Lanes<S>::COUNT;
+  S* from = (S*)p.data + first * p.trial + image * p.image;
+  if (p.trial == 1 && p.element == L && count == L && (uintptr_t)from % BYTES == 0) return (Vec<S>*)from;
+  Vec<S>* to = buffer<S>(use, p.size);
+  if (read) into_lanes<S>(from, p.trial, p.element, count, p.size, to);
+  return to;
+}
+template <class S> static void out_of(const Operand& p, const Vec<S>* from, long first, int count, long image) {
+  S* to = (S*)p.data + first * p.trial + image * p.image;
+  if ((const void*)to != (const void*)from) out_of_lanes<S>(from, p.trial, p.element, count, p.size, to);
+}
+
+// A convolution y of x and w (``which`` 2), or the gradient of <d, y> by x (0) or w (1) with d in the place of y: of T trials
+// of several images each.
+template <class S>
+static void map(const Op& q, long which, const Operand& x, const Operand& w, const Operand& y, long images, long trials,
+                long from, long to) {
+  constexpr int L = Lanes<S>::COUNT;
+  for (long b = from; b < to; b++) {
+    const long first = b * L;
+    const int count = trials - first < L ? (int)(trials - first) : L;
+    const S* shared = which != 1 && w.trial == 0 ? (const S*)w.data : nullptr;
+    Vec<S>* weight = shared ? nullptr : in_lanes<S>(w, WEIGHT, first, count, 0, which != 1);
+    for (long i = 0; i < images; i++) {
+      Vec<S>* in = in_lanes<S>(x, TANGENT, first, count, i, which != 0);
+      Vec<S>* out = in_lanes<S>(y, SPARE, first, count, i, which != 2);
+      if (which == 0) {
+        shared ? by_input<S, S>(q, out, shared, in, false) : by_input<S, Vec<S>>(q, out, weight, in, false);
+        out_of<S>(x, in, first, count, i);
+      } else if (which == 1) {
+        Vec<S>* share = i ? buffer<S>(GRADIENT, w.size) : weight;
+        by_weight<S>(q, in, out, share);
+        for (long k = 0; i && k < w.size; k++) weight[k] += share[k];
+      } else {
+        shared ? convolve<S, S>(q, in, shared, nullptr, out, false) : convolve<S, Vec<S>>(q, in, weight, nullptr, out, false);
+        out_of<S>(y, out, first, count, i);
+      }
+    }
+    if (which == 1) out_of<S>(w, weight, first, count, 0);
+  }
+}
+
+// Normalisation of channels [n][T], as in ``Block::normalisation``, by columns of L trials: z = (x - mean(x)) r, with r kept.
+template <class S> static void standardise(const S* x, S* z, S* r, const double* eps, long n, long trials, long from, long to) {
+  constexpr int L = Lanes<S>::COUNT;
+  const S part = S(1) / S(n);
+  for (long c = from; c < to; c++)
+    for (long t = 0; t < trials; t += L) {
+      const int count = trials - t < L ? (int)(trials - t) : L;
+      const S* own = x + c * n * trials + t;
+      S* to_z = z + c * n * trials + t;
+      Vec<S> sum{}, square{};
+      for (long i = 0; i < n; i++) sum += load<S>(own + i * trials, count);
+      const Vec<S> mean = sum * part;
+      for (long i = 0; i < n; i++) {
+        Vec<S> gap = load<S>(own + i * trials, count) - mean;
+        square += gap * gap;
+      }
+      Vec<S> scale = square * part + S(*eps);
+      for (int j = 0; j < L; j++) scale[j] = S(1) / std::sqrt(scale[j]);
+      for (long i = 0; i < n; i++) store<S>(to_z + i * trials, count, (load<S>(own + i * trials, count) - mean) * scale);
+      store<S>(r + c * trials + t, count, scale);
+    }
+}
+// out = r P u with P u = u - mean(u) - z mean(u z); dot = sum(u z) and total = sum(u).
+template <class S>
+static void project(const S* u, const S* z, const S* r, S* out, S* dot, S* total, long n, long trials, long from, long to) {
+  constexpr int L = Lanes<S>::COUNT;
+  const S part = S(1) / S(n);
+  for (long c = from; c < to; c++)
+    for (long t = 0; t < trials; t += L) {
+      const int count = trials - t < L ? (int)(trials - t) : L;
+      const long begin = c * n * trials + t;
+      Vec<S> sum{}, along{};
+      for (long i = 0; i < n; i++) {
+        Vec<S> own = load<S>(u + begin + i * trials, count);
+        sum += own, along += own * load<S>(z + begin + i * trials, count);
+      }
+      const Vec<S> mean = sum * part, slope = along * part, scale = load<S>(r + c * trials + t, count);
+      for (long i = 0; i < n; i++)
+        store<S>(out + begin + i * trials, count,
+                 scale * (load<S>(u + begin + i * trials, count) - mean - load<S>(z + begin + i * trials, count) * slope));
+      store<S>(dot + c * trials + t, count, along);
+      store<S>(total + c * trials + t, count, sum);
+    }
+}
+
 // Rows of gradients x and y [n][T]: the products <x, y> and <x, x> of each trial, or the squares of x - y, in one pass.
 // Rows are the outer loop and COLUMNS registers of trials the inner one; every 256 rows are added up by themselves, which
 // loses less to rounding.
@@ -905,6 +1000,17 @@ void gradient_double(ARGUMENTS(double)) { gradient<double>(*program, parameters,
 void derivative_float(ARGUMENTS(float)) { derivative<float>(*program, parameters, x, q, memory, trials, from, to); }
 void derivative_double(ARGUMENTS(double)) { derivative<double>(*program, parameters, x, q, memory, trials, from, to); }
 #define ROWS(S, NAME)                                                                                                    \
+  void standardise_##NAME(const S* x, S* z, S* r, const double* eps, long n, long trials, long from, long to) {         \
+    standardise(x, z, r, eps, n, trials, from, to);                                                                     \
+  }                                                                                                                     \
+  void project_##NAME(const S* u, const S* z, const S* r, S* out, S* dot, S* total, long n, long trials, long from,     \
+                      long to) {                                                                                        \
+    project(u, z, r, out, dot, total, n, trials, from, to);                                                             \
+  }                                                                                                                     \
+  void map_##NAME(const Op* q, long which, const Operand* x, const Operand* w, const Operand* y, long images, long trials, \
+                  long from, long to) {                                                                                 \
+    map<S>(*q, which, *x, *w, *y, images, trials, from, to);                                                            \
+  }                                                                                                                     \
   void products_##NAME(const S* x, const S* y, S* dot, S* square, long n, long trials) {                               \
     products<S, false>(x, y, dot, square, n, trials);                                                                  \
   }                                                                                                                    \
