@@ -106,7 +106,7 @@ def test_every_path_serves_batches_behind_a_defense(spec: str) -> None:
     assert found.labels is not None
     assert found.labels.shape == (2, 3)
     assert found.failed is not None
-    assert found.path in ("batched", "vmap")
+    assert found.path in ("lanes", "batched", "vmap")
 
 
 @pytest.mark.parametrize("spec", ["ig(steps=3)", "lb(steps=4)", "log-cosine(steps=6)", "dlg(steps=2)", "idlg(steps=2)"])

@@ -18,9 +18,12 @@ from benchmarks.speed import machine
 OUT = machine.ROOT / "reports" / "speed"
 WORKS = (("lenet", 32, 60), ("resnet20", 16, 6))
 """Model, trials, and iterations."""
-SETTINGS = ((1, "active"), (2, "active"), (2, "passive"))
-"""Threads, and how they wait (``OMP_WAIT_POLICY``); ``passive`` is what the command line sets."""
-FIELDS = ("model", "trials", "steps", "threads", "policy")
+SETTINGS = ((1, 1, "active"), (1, 2, "active"), (1, 2, "passive"), (2, 1, "passive"))
+"""Processes that share the trials, their threads, and how these wait (``OMP_WAIT_POLICY``).
+
+``passive`` is what the command line sets, and two processes of one thread are what ``--workers 2`` starts.
+"""
+FIELDS = ("model", "trials", "steps", "processes", "threads", "policy")
 OTHERS = 2
 ROUNDS = 3
 SPIN = "while True: pass"
@@ -44,12 +47,16 @@ def one(model: str, trials: int, steps: int, threads: int) -> float:
     return trials * steps / (run(2 + steps) - run(2))
 
 
-def measure(model: str, trials: int, steps: int, threads: int, policy: str) -> float:
-    """Return the same, measured in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.speed.busy", "--one", model, *map(str, (trials, steps, threads))]
+def measure(model: str, trials: int, steps: int, processes: int, threads: int, policy: str) -> float:
+    """Return the same, measured in processes of their own, each with its share of the trials, and added up."""
+    command = [sys.executable, "-m", "benchmarks.speed.busy", "--one", model]
+    command += map(str, (trials // processes, steps, threads))
     own = {**os.environ, "OMP_WAIT_POLICY": policy, "OMP_NUM_THREADS": str(threads)}
-    found = subprocess.run(command, cwd=machine.ROOT, env=own, capture_output=True, text=True, check=True)
-    return float(found.stdout)
+    running = [
+        subprocess.Popen(command, cwd=machine.ROOT, env=own, stdout=subprocess.PIPE, text=True)
+        for _ in range(processes)
+    ]
+    return sum(float(one.communicate()[0]) for one in running)
 
 
 def main() -> None:
@@ -66,13 +73,14 @@ def main() -> None:
             "model": model,
             "trials": trials,
             "steps": steps,
+            "processes": processes,
             "threads": threads,
             "policy": policy,
             "alone": [],
             "beside": [],
         }
         for model, trials, steps in WORKS
-        for threads, policy in SETTINGS
+        for processes, threads, policy in SETTINGS
     ]
     for _ in range(ROUNDS):
         for kind, count in (("alone", 0), ("beside", OTHERS)):
@@ -102,12 +110,12 @@ def page(data: dict[str, Any]) -> str:
         f"commit {about['commit']}. Written by `python -m benchmarks.speed.busy`. The command line "
         "sets passive waiting.",
         "",
-        "| network | trials | threads | waiting | alone | beside | kept |",
-        "|:--|--:|--:|:--|--:|--:|--:|",
+        "| network | trials | processes | threads of each | waiting | alone | beside | kept |",
+        "|:--|--:|--:|--:|:--|--:|--:|--:|",
     ]
     for row in data["rows"]:
         alone, beside = max(row["alone"]), max(row["beside"])
-        cells = [row["model"], row["trials"], row["threads"], row["policy"]]
+        cells = [row["model"], row["trials"], row["processes"], row["threads"], row["policy"]]
         cells += [f"{alone:,.0f}", f"{beside:,.0f}", f"{100 * beside / alone:.0f} %"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"

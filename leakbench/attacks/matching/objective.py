@@ -7,7 +7,7 @@ from functools import cached_property, partial
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from leakbench.attacks.matching.buffer import DrawBuffer
 from leakbench.attacks.matching.problem import MatchingProblem
@@ -363,7 +363,9 @@ class MatchingObjective(Recordable, Explicit):
 
     def _laid_out(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         path, like = self.evaluator.path, next(iter(self.observation.gradient.values()))
-        if path != "lanes" and not (path == "batched" and enough(self.observation.trials, like)):
+        # transformers multiply rows of tokens, whose gradients torch lays out as usual
+        tokens = any(isinstance(module, nn.LayerNorm) for module in self.evaluator.model.modules())
+        if path != "lanes" and (path != "batched" or tokens or not enough(self.observation.trials, like)):
             return tensors
         return {name: innermost(value) for name, value in tensors.items()}
 

@@ -24,7 +24,8 @@ def pack(gradient: Mapping[str, Tensor]) -> Gradient:
     """Return a gradient whose small tensors are one, [T, N] under the empty name: fewer and larger operations."""
     small = [name for name in sorted(gradient) if gradient[name][0].numel() <= JOINED_VALUES]
     parts = [gradient[name] for name in small]
-    if any(len(part) > 1 and part.stride(0) == 1 for part in parts):
+    placed = sum(part[0].numel() for part in parts if len(part) > 1 and part.stride(0) == 1)
+    if 2 * placed > sum(part[0].numel() for part in parts):
         whole = {"": joined([innermost(part) for part in parts])}
     else:
         whole = {"": torch.cat([part.reshape(len(part), -1) for part in parts], 1)} if small else {}
