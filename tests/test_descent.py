@@ -488,6 +488,23 @@ def test_a_descent_behind_noise_begins_at_the_head_and_knows_how_large_the_noise
     assert not any(descent.usable(each) for each in recover(network, nothing, generator, spreads=spreads).features)
 
 
+@pytest.mark.parametrize("bits", [4, 8, 12])
+def test_what_is_used_behind_rounding_is_near_the_truth(bits: int) -> None:
+    """Rounding is no independent noise, so that two halves of a gradient may agree on what is wrong."""
+    model, used = residual(width=64), 0
+    for seed in range(2):
+        observation, images = seen(model, seed=seed, defense=f"quantise(bits={bits})")
+        network, gradient = Network(trace(observation)), sent(observation)
+        exact = truth(network, images)
+        found = recover(network, gradient, torch.Generator().manual_seed(0)).features
+        for each in inversion.chosen(found) or inversion.chosen(inputs_alone(network, gradient, torch.Generator())):
+            value, real = each.value.flatten(), exact[each.place].flatten()
+            factor = (value @ real) / (value @ value) if each.free else 1.0
+            assert far(factor * value, real) < 0.25
+            used += 1
+    assert used or bits < 12
+
+
 def test_missing_right_hand_sides_are_left_out_or_taken_for_small() -> None:
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(60, 5, generator=generator, dtype=torch.float64)
