@@ -370,8 +370,7 @@ class _Search:
                 if len(basis) < count:
                     best = basis
                 else:
-                    self._purify()
-                    basis, agrees = self._exchanged(self._basis())
+                    basis, agrees = self._purified(*self._exchanged(basis))
                     if agrees > agreement:
                         best, agreement, last = basis, agrees, turn
             fruitless = turn + 1 >= FRUITLESS and not self.shares
@@ -499,15 +498,6 @@ class _Search:
         self.found = torch.cat([self.found, direction[None]])
         self.shares.append(share)
 
-    def _purify(self) -> None:
-        """Remove from each column that was found what is in it of others."""
-        for place in range(len(self.found)):
-            others = torch.cat([self.found[:place], self.found[place + 1 :]])
-            before = self.found[place].clone()
-            one = self.columns.purer(before, others)
-            if one is not before:
-                self.found[place], self.shares[place] = one, self.columns.separated(one)
-
     def _basis(self, least: float = 0.0) -> Tensor:
         """Return independent directions, the best separated first, of those separated at least so well."""
         chosen: list[int] = []
@@ -517,6 +507,17 @@ class _Search:
             if float(torch.linalg.svdvals(self.found[[*chosen, place]])[-1]) > MIN_ANGLE:
                 chosen.append(place)
         return self.found[chosen]
+
+    def _purified(self, basis: Tensor, agreement: float) -> tuple[Tensor, float]:
+        """Return a complete basis without what is in a column of others, if its inputs agree better; and how well."""
+        for place in range(len(basis)):
+            if agreement >= self.consistent:
+                break
+            new = basis.clone()
+            new[place] = self.columns.purer(basis[place], torch.cat([basis[:place], basis[place + 1 :]]))
+            if not torch.equal(new, basis) and (agrees := self.columns.agreement(new)) > agreement:
+                basis, agreement = new, agrees
+        return basis, agreement
 
     def _exchanged(self, basis: Tensor) -> tuple[Tensor, float]:
         """Return a complete basis whose inputs agree best, with columns exchanged for others found; and how well."""
