@@ -6,6 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from leakbench.gradients.lanes.fused import Products
+from leakbench.gradients.lanes.layout import are_innermost
+
 JITTERS = (1e-14, 1e-12, 1e-10)
 """The amounts added in turn to the diagonal, which is 1, of a system that rounding has made indefinite."""
 
@@ -106,17 +109,24 @@ def _descend(product: Callable[[Tensor], Tensor], remainder: Tensor, goal: Tenso
     Trials that are there stay as they are.
     """
     found, direction = torch.zeros_like(remainder), remainder
-    square = remainder.square().sum(1)
+    square = inner(remainder, remainder)
     for step in range(MAX_DESCENT):
         ahead = product(direction)
         live = square > goal
-        length = torch.where(live, square / (direction * ahead).sum(1), 0.0)[:, None]
-        found = found + length * direction
-        remainder = remainder - length * ahead
-        now = remainder.square().sum(1)
-        turned = remainder + (now / square)[:, None] * direction
-        direction = torch.where(live[:, None], turned, direction)
+        length = torch.where(live, square / inner(direction, ahead), 0.0)[:, None]
+        found = torch.addcmul(found, length, direction)
+        remainder = torch.addcmul(remainder, length, ahead, value=-1)
+        now = inner(remainder, remainder)
+        direction = torch.addcmul(remainder, torch.where(live, now / square, 0.0)[:, None], direction)
         square = torch.where(live, now, square)
         if step % CHECKED == CHECKED - 1 and not bool((square > goal).any()):
             break
     return found, step + 1
+
+
+def inner(x: Tensor, y: Tensor) -> Tensor:
+    """Return the inner products [T] of rows [T, N]: in one pass if the trials are innermost in memory."""
+    if are_innermost(x, y):
+        dot: Tensor = Products.apply(x, y)[0]
+        return dot
+    return (x * y).sum(1)

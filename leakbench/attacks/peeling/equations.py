@@ -12,6 +12,7 @@ solve it without ``gram``, in a quarter of the time; a GPU factors ``gram``, whi
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 import torch
@@ -22,8 +23,11 @@ from leakbench.attacks.peeling.definite import conjugate_gradients, factor_and_s
 from leakbench.attacks.peeling.estimate import Estimate, GradientNoise, Standardised
 from leakbench.attacks.peeling.layers import Convolution
 from leakbench.attacks.peeling.priors import Independent, Prior
-from leakbench.gradients.convolution import convolve, input_gradient, weight_gradient
+from leakbench.gradients.bilinear import Form
+from leakbench.gradients.convolution import convolution, input_gradient
 from leakbench.gradients.lanes.geometry import Geometry
+from leakbench.gradients.lanes.layout import innermost
+from leakbench.gradients.lanes.maps import enough
 
 TEMPORARY_SHARE = 8
 """The temporaries of all trials' matrices take at most one of this many parts of the matrices' memory."""
@@ -263,17 +267,19 @@ class Equations:
         forward, gradient = torch.where(alive[..., None, None], forward, 0.0), torch.where(alive, gradient, 0.0)
         return cls(layer, kernel, error.mean, forward, gradient)
 
+    @cached_property
+    def _maps(self) -> Form:
+        return convolution(self.layer.geometry, len(self.kernel))
+
     def apply(self, a: Tensor) -> tuple[Tensor, Tensor]:
         """Return w * a and corr(e, a)."""
         image = a.reshape(len(a), *self.layer.inputs)
-        geometry = self.layer.geometry
-        return convolve(image, self.kernel, geometry), weight_gradient(image, self.error, geometry, len(image))
+        return self._maps.by_output(image, self.kernel), self._maps.by_weight(image, self.error)
 
     def adjoint(self, forward: Tensor, gradient: Tensor) -> Tensor:
         """Return [T, n], the transpose of ``apply`` on rows [T, O, h, w] and [T, O, C / groups, kh, kw], weighted."""
-        geometry = self.layer.geometry
-        out = input_gradient(self.forward * forward, self.kernel, geometry)
-        out = out + input_gradient(self.error, self.gradient[..., None, None, None] * gradient, geometry)
+        out = self._maps.by_input(self.kernel, self.forward * forward)
+        out = out + self._maps.by_input(self.gradient[..., None, None, None] * gradient, self.error)
         return out.flatten(1)
 
     def diagonal(self) -> Tensor:
@@ -291,6 +297,21 @@ class Equations:
             error=self.error.float(),
             forward=(self.forward / unit[:, None, None, None]).float(),
             gradient=(self.gradient / unit[:, None]).float(),
+        )
+
+    def laid_out(self) -> Equations:
+        """Return them as the compiled kernels take them without a copy, where there are any: with the trials innermost.
+
+        Vectors that are laid out so keep it from one product to the next.
+        """
+        if not enough(len(self.kernel), self.kernel):
+            return self
+        return replace(
+            self,
+            kernel=innermost(self.kernel),
+            error=innermost(self.error),
+            forward=innermost(self.forward),
+            gradient=innermost(self.gradient),
         )
 
     def gram(self) -> Tensor:
@@ -384,14 +405,16 @@ class _Problem:
         A trial that they do not solve is factored.
         """
         diagonal = self.equations.diagonal() + self.trust[:, None] * self.prior.diagonal()
+        if enough(len(diagonal), diagonal):
+            diagonal = innermost(diagonal)
         # float32 holds neither the weights, 1e14 and more, nor their products; a unit for each trial cancels
         unit = diagonal.mean(1)
         scale = (unit[:, None] / diagonal).sqrt().float()
-        single, trust = self.equations.single(unit), (self.trust / unit).float()[:, None]
+        single, trust = self.equations.single(unit).laid_out(), (self.trust / unit).float()[:, None]
 
         def product(direction: Tensor) -> Tensor:
             a = scale * direction
-            return scale * (single.adjoint(*single.apply(a)) + trust * self.prior.times(a))
+            return scale * torch.addcmul(single.adjoint(*single.apply(a)), trust, self.prior.times(a))
 
         a, solved = conjugate_gradients(product, self.rest, diagonal)
         variance = 1 / diagonal
