@@ -57,13 +57,16 @@ class BatchFindings:
         return tuple(png(image) for image in self.images)
 
 
-def batch_findings(observation: Observation, update: Update, shown: UpdateFacts) -> BatchFindings | None:
+def batch_findings(
+    observation: Observation, update: Update, shown: UpdateFacts, factor: float = 1.0
+) -> BatchFindings | None:
     """Return the images of an update that shows several; None if no layer leaks them.
 
     Args:
         observation: the update without weight decay, as an attacker sees it.
         update: the update as it was recorded.
         shown: what it shows by itself.
+        factor: what the gradient of the observation was divided by, since momentum enlarges the update.
     """
     one = shown.shown
     if one is None or not one.pixels or one.rank < 2 or not one.conclusive:
@@ -71,7 +74,7 @@ def batch_findings(observation: Observation, update: Update, shown: UpdateFacts)
     weight, bias = (f"{one.layer}.{part}" for part in ("weight", "bias"))
     if bias not in observation.gradient or not bool(torch.isfinite(observation.gradient[bias]).all()):
         return None
-    rank = LowRank(one.rank, one.rank, 0.0, one.noise)
+    rank = LowRank(one.rank, one.rank, 0.0, one.noise / factor)
     change, offset = (observation.gradient[name][0].double() for name in (weight, bias))
     before = [(update.before[weight].double(), update.before[bias].double())]
     if update.kind != "gradient":

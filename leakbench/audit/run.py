@@ -294,7 +294,7 @@ def audit_update(
     plain = update
     update = without_decay(plain, shown)
     observation = _observation(module, update, image_shape, classes, threat, factor)
-    batch = batch_findings(observation, plain, shown)
+    batch = batch_findings(observation, plain, shown, factor)
     everything = batch is not None and batch.recovered
     if truths is not None and batch is not None:
         check_truth(batch.images, truths)
