@@ -1,17 +1,19 @@
-"""What batches cost an attacker: ``python -m benchmarks.batches``; minutes on one core.
+"""What batches cost an attacker: ``python -m benchmarks.batches [--part PART ...]``; an hour of one core for all parts.
 
 It writes ``cost.md`` and five tables to ``reports/batches``: the time of a search for each image and step at several
 batch sizes; the images, seconds and memory of ``disaggregate`` on CIFAR-10 through fully connected networks, from one
 gradient and from whole local trainings whose recipe the attacker does not know, and what it finds above convolutions;
 what searches that repeat the local training recover; and how many labels of a batch two rules infer from the last
-layer. With ``--page`` it only writes the page.
+layer. Of the parts ``updates``, ``counts``, ``features``, ``trainings``, ``searches`` and ``page`` it makes those that
+are named, by default all; the page is always written.
 """
 
 from __future__ import annotations
 
+import argparse
 import resource
-import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -90,6 +92,11 @@ UNROLLED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("lb(steps=300, local=unrolled)",),
     ),
     ("local(local_steps=8, lr=0.01, optimizer=adam)", "hidden", ("others", "lb(steps=300, local=unrolled)")),
+    (
+        "local(local_steps=8, lr=0.01, optimizer=adamw, weight_decay=0.01)",
+        "hidden",
+        ("others", "lb(steps=300, local=unrolled)"),
+    ),
 )
 """Local trainings of LeNet, whether the order of images is known, and the attackers."""
 
@@ -416,15 +423,25 @@ def page() -> str:
     )
 
 
+PARTS: Mapping[str, tuple[Path, Callable[[], pd.DataFrame]]] = {
+    "updates": (UPDATES, separations),
+    "counts": (COUNTS, counts),
+    "features": (FEATURES, inversions),
+    "trainings": (TRAININGS, trainings),
+    "searches": (COST, searches),
+}
+"""The parts of the page that are measured: where each is kept, and what measures it."""
+
+
 def main() -> None:
     """Measure, and write the page."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.batches", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--part", action="append", choices=[*PARTS, "page"], help="repeatable; by default all")
+    chosen = parser.parse_args().part or list(PARTS)
     torch.set_num_threads(1)
-    if "--page" not in sys.argv:
-        separations().to_csv(UPDATES, index=False, float_format="%.4g", lineterminator="\n")
-        counts().to_csv(COUNTS, index=False, float_format="%.4g", lineterminator="\n")
-        inversions()
-        trainings()
-        searches().to_csv(COST, index=False, float_format="%.4g", lineterminator="\n")
+    for name, (file, measure) in PARTS.items():
+        if name in chosen:
+            measure().to_csv(file, index=False, float_format="%.4g", lineterminator="\n")
     TEXT.write_text(page())
 
 

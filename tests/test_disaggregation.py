@@ -220,7 +220,7 @@ def test_an_audit_searches_for_all_images_that_are_stated(
     short: None,  # noqa: F811
     compared: bool,
 ) -> None:
-    recorded_files(nets, normalising(), SGD["momentum"], 4, 2, 1)
+    recorded_files(nets, normalising(), SGD["momentum"], 4, 4, 2)
     (nets / "nets.py").write_text("from test_disaggregation import normalising as build\n")
     (nets / "truth").mkdir()
     for number, image in enumerate(datasets.parse("samples(size=12)").load(range(4))[0]):
@@ -230,12 +230,15 @@ def test_an_audit_searches_for_all_images_that_are_stated(
     refused = cli(*command)
     assert "--images if an update is of several" in refused.err
     given = ("--truth", "truth") if compared else ()
-    stated = ("--images", "4", "--local-batch", "2", "--local-epochs", "1", "--momentum", "0.9", "--rate", "0.05")
-    cli(*command, *stated, *given)
+    stated = ("--images", "4", "--local-batch", "4", "--local-epochs", "2", "--momentum", "0.9", "--rate", "0.05")
+    done = cli(*command, *stated, *given)
+    assert done.code == 0, done.err
     page = (nets / "out" / "audit.md").read_text()
     assert "Attacks that search assume 4 images at once" in page
-    assert "2 steps of SGD on batches of 2 with momentum 0.9 at learning rate 0.05" in page
+    assert "2 steps of SGD with momentum 0.9 at learning rate 0.05" in page
     assert "assume one image" not in page
+    assert "How many images the update comes from is not shown: the change of layer 7 has the largest rank" in page
+    assert "looks like one image" not in page
     assert page.count("| dlm+(steps=2, local=unrolled) |") >= 4  # an image each, compared or not
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from leakbench.gradients.bilinear import products, squared_gap
 from leakbench.gradients.evaluate import architecture, plain_loss, tensors_of
 from leakbench.gradients.lanes import library
 from leakbench.gradients.lanes.evaluation import Program
-from leakbench.gradients.lanes.fused import variation
+from leakbench.gradients.lanes.fused import _combined, variation
 from leakbench.gradients.lanes.layout import innermost, joined, strides
 from leakbench.gradients.lanes.trace import Kind, trace
 from leakbench.optim.adam import Adam
@@ -253,6 +254,15 @@ def test_a_trial_of_several_images_is_the_mean_of_theirs(spec: str, own: bool) -
     other, _ = twice(replace(evaluator, path="batched"), tensors, x, y.detach().argmax(2))
     for name, value in other.items():
         assert float((hard[name] - value).norm()) <= 1e-12 * float(whole), name
+
+
+@with_kernels
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only there the kernels say so")
+def test_numbers_that_are_no_normal_ones_are_zeros_in_the_kernels_alone() -> None:
+    tiny = innermost(torch.full((2, 5), 1e-40))
+    ones = torch.ones(2)
+    assert not bool(_combined(tiny, ones, tiny, ones).any())
+    assert bool((tiny * 1.0).all())
 
 
 @with_kernels

@@ -239,7 +239,7 @@ template <class S> static std::vector<S> zeros(const Shape& q) {  // what both n
 extern "C" {
 #define FUNCTIONS(S, NAME)                                                                                                 \
   void forth_##NAME(const S* x, const S* w, const S* gamma, const S* beta, const double* eps, S* z, S* r, S* g, S* out,    \
-                    ARGUMENTS) {                                                                                          \
+                    ARGUMENTS) { Flushed flushed;                                                                         \
     SIZES;                                                                                                                \
     std::vector<S> spare = zeros<S>(q);                                                                                   \
     for (long t = from; t < to; t++)                                                                                      \
@@ -247,7 +247,7 @@ extern "C" {
                r + t * outputs, g + t * half * n, out + t * half * n, spare.data());                                      \
   }                                                                                                                       \
   void back_##NAME(const S* x, const S* w, const S* gamma, const S* beta, const S* z, const S* r, const S* g,             \
-                   const S* by_out, S* dx, S* dw, S* by_gamma, S* by_beta, ARGUMENTS) {                                   \
+                   const S* by_out, S* dx, S* dw, S* by_gamma, S* by_beta, ARGUMENTS) { Flushed flushed;                  \
     SIZES;                                                                                                                \
     std::vector<S> spare = zeros<S>(q);                                                                                   \
     for (long t = from; t < to; t++)                                                                                      \

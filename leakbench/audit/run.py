@@ -738,6 +738,11 @@ def _doubts(shown: UpdateFacts, update: Update, images: int) -> Iterable[str]:
             f"The update is small: rounding of the recorded numbers may account for {part(min(1.0, smallest))} of it. "
             "Whether it comes from one image cannot be tested, and the rounding disturbs attackers as noise would."
         )
+    elif not any(one.conclusive for one in shown.layers) and shown.shown is not None and shown.shown.rank > 1:
+        yield (
+            "How many images the update comes from is not shown: the change of layer "
+            f"{shown.shown.layer} has the largest rank that it can have. {assumed}"
+        )
     elif not any(one.conclusive for one in shown.layers):
         yield (
             "Whether the update comes from one image was not tested: in this network, the update from several images "

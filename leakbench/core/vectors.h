@@ -3,6 +3,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
 
 #ifndef LANE_BYTES  // the size of a register that is built for: the processor's largest, if the build does not say
 #ifdef __AVX512F__
@@ -12,6 +15,16 @@
 #endif
 #endif
 constexpr int BYTES = LANE_BYTES;
+
+// Numbers too small to be normal ones (below 1e-38 in float32) are zeros while it lives: some processors take a hundred
+// times as long for them, and the gradient of a sigmoid that is saturated is full of them.
+struct Flushed {
+#ifdef __SSE__
+  unsigned before = _mm_getcsr();
+  Flushed() { _mm_setcsr(before | 0x8040); }
+  ~Flushed() { _mm_setcsr(before); }
+#endif
+};
 
 template <class S> struct Lanes {
   typedef S Vector __attribute__((vector_size(BYTES)));

@@ -995,32 +995,32 @@ template <class S> static void variation(const S* x, S* value, S* by, long trial
 #define ARGUMENTS(S) const Program *program, const Parameter *parameters, Rows x, Rows q, S *memory, long trials, long from, long to
 extern "C" {
 int lanes_bytes() { return BYTES; }
-void gradient_float(ARGUMENTS(float)) { gradient<float>(*program, parameters, x, q, memory, trials, from, to); }
-void gradient_double(ARGUMENTS(double)) { gradient<double>(*program, parameters, x, q, memory, trials, from, to); }
-void derivative_float(ARGUMENTS(float)) { derivative<float>(*program, parameters, x, q, memory, trials, from, to); }
-void derivative_double(ARGUMENTS(double)) { derivative<double>(*program, parameters, x, q, memory, trials, from, to); }
+void gradient_float(ARGUMENTS(float)) { Flushed flushed; gradient<float>(*program, parameters, x, q, memory, trials, from, to); }
+void gradient_double(ARGUMENTS(double)) { Flushed flushed; gradient<double>(*program, parameters, x, q, memory, trials, from, to); }
+void derivative_float(ARGUMENTS(float)) { Flushed flushed; derivative<float>(*program, parameters, x, q, memory, trials, from, to); }
+void derivative_double(ARGUMENTS(double)) { Flushed flushed; derivative<double>(*program, parameters, x, q, memory, trials, from, to); }
 #define ROWS(S, NAME)                                                                                                    \
-  void standardise_##NAME(const S* x, S* z, S* r, const double* eps, long n, long trials, long from, long to) {         \
+  void standardise_##NAME(const S* x, S* z, S* r, const double* eps, long n, long trials, long from, long to) { Flushed flushed; \
     standardise(x, z, r, eps, n, trials, from, to);                                                                     \
   }                                                                                                                     \
   void project_##NAME(const S* u, const S* z, const S* r, S* out, S* dot, S* total, long n, long trials, long from,     \
-                      long to) {                                                                                        \
+                      long to) { Flushed flushed;                                                                       \
     project(u, z, r, out, dot, total, n, trials, from, to);                                                             \
   }                                                                                                                     \
   void map_##NAME(const Op* q, long which, const Operand* x, const Operand* w, const Operand* y, long images, long trials, \
-                  long from, long to) {                                                                                 \
+                  long from, long to) { Flushed flushed;                                                                \
     map<S>(*q, which, *x, *w, *y, images, trials, from, to);                                                            \
   }                                                                                                                     \
-  void products_##NAME(const S* x, const S* y, S* dot, S* square, long n, long trials) {                               \
+  void products_##NAME(const S* x, const S* y, S* dot, S* square, long n, long trials) { Flushed flushed;              \
     products<S, false>(x, y, dot, square, n, trials);                                                                  \
   }                                                                                                                    \
-  void gap_##NAME(const S* x, const S* y, S* square, long n, long trials) {                                            \
+  void gap_##NAME(const S* x, const S* y, S* square, long n, long trials) { Flushed flushed;                           \
     products<S, true>(x, y, nullptr, square, n, trials);                                                               \
   }                                                                                                                    \
-  void combine_##NAME(const S* x, const S* a, const S* y, const S* b, S* out, long n, long trials) {                   \
+  void combine_##NAME(const S* x, const S* a, const S* y, const S* b, S* out, long n, long trials) { Flushed flushed;  \
     combine<S>(x, a, y, b, out, n, trials);                                                                            \
   }                                                                                                                    \
-  void variation_##NAME(const S* x, S* value, S* by, long trials, long planes, long height, long width) {              \
+  void variation_##NAME(const S* x, S* value, S* by, long trials, long planes, long height, long width) { Flushed flushed; \
     variation<S>(x, value, by, trials, planes, height, width);                                                         \
   }
 ROWS(float, float)
