@@ -12,7 +12,7 @@ from torch import Tensor
 
 from leakbench.core.compiled import SWITCH
 from leakbench.gradients.convolution import convolution, convolve, input_gradient, weight_gradient
-from leakbench.gradients.intercept import adaptive_avg_pool2d, batch_norm, linear, taken
+from leakbench.gradients.intercept import adaptive_avg_pool2d, batch_norm, conv2d, linear, taken
 from leakbench.gradients.lanes import maps
 from leakbench.gradients.lanes.geometry import Geometry
 from leakbench.gradients.lanes.layout import innermost
@@ -97,6 +97,31 @@ def test_few_trials_and_other_memory_are_left_to_torch(monkeypatch: pytest.Monke
     assert not maps.are_served(rows)
     assert not maps.are_served(innermost(rows)[:, :, 1:])
     assert not maps.are_served(innermost(rows).half())
-    assert not maps.enough(1, rows)
+    assert not maps.enough(1, rows.float())  # one number of four or more; of float64 they may be two
     monkeypatch.setenv(SWITCH, "off")
     assert not maps.are_served(innermost(rows))
+
+
+@with_kernels
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kind", ["every other channel", "channels last"])
+def test_a_shared_weight_may_have_any_layout(kind: str) -> None:
+    size = 1 if kind == "every other channel" else 3
+    geometry = Geometry((1, 1), (0, 0), (1, 1), 1, (6, 5), (size, size))
+    weight = randn(1, 7, 8, size, size)
+    weight = weight[:, :, ::2] if size == 1 else weight[0, :, :4].to(memory_format=torch.channels_last)[None]
+    x, weight = randn(8, 4, 6, 5, seed=1), weight.expand(8, 7, 4, size, size)
+    assert not weight[0].is_contiguous()
+    y = convolve(x, weight.contiguous(), geometry)
+    form = convolution(geometry, 8)
+    agree(form.by_output(x, weight), y)
+    agree(form.by_input(weight, y), input_gradient(y, weight.contiguous(), geometry))
+
+
+@with_kernels
+@pytest.mark.parametrize("kind", ["types", "channels"])
+def test_operands_that_do_not_fit_are_refused_as_by_torch(kind: str) -> None:
+    x, weight = torch.rand(16, 3, 6, 6), torch.rand(16, 5, 3, 3, 3)
+    x, weight = (x, weight.double()) if kind == "types" else (torch.rand(16, 4, 6, 6), weight)
+    with pytest.raises(RuntimeError, match=r"type|channels"):
+        conv2d(x, weight)

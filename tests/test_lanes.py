@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,23 @@ def test_a_gradient_is_compared_without_being_written(spec: str, own: bool) -> N
 
 
 @with_kernels
+def test_tensors_of_another_size_are_refused_and_not_read_beyond() -> None:
+    evaluator, tensors, x, y = setting(built("lenet"), 5, True)
+    with pytest.raises(ValueError, match=r"labels: \(5, 3\) is given, and \(5, 4\) is needed"):
+        evaluator.gradient(tensors, x, y[:, :3])
+    with pytest.raises(ValueError, match="labels"):
+        evaluator.gradient(tensors, x, y[:4])
+    observed = {name: value.detach() for name, value in evaluator.gradient(tensors, x, y).items()}
+    fewer = {name: value[:4] for name, value in observed.items()}
+    with pytest.raises(ValueError, match=r"classifier.bias: \(4, 4\) is given"):
+        evaluator.compare(tensors, x, y, {"classifier.bias": fewer["classifier.bias"]}, True)
+    with pytest.raises(ValueError, match="is needed"):
+        evaluator.gradient({name: value[:4] for name, value in tensors.items()}, x, y)
+    with pytest.raises(ValueError, match="is needed"):
+        evaluator.gradient(tensors, x[:4], y[:4])
+
+
+@with_kernels
 def test_the_trace_knows_every_operation() -> None:
     found = trace(architecture(Odd()), plain_loss, SHAPE)
     assert {step.kind for step in found.steps} == set(Kind)
@@ -210,6 +228,23 @@ def test_hard_labels_withheld_parameters_and_second_calls() -> None:
     assert torch.equal(first, again)
     assert not any(value.requires_grad for value in evaluator.gradient(tensors, x, labels, create_graph=False).values())
     assert other.keys() == gradient.keys()
+
+
+@with_kernels
+def test_images_of_any_layout_have_the_same_derivatives() -> None:
+    evaluator, tensors, x, y = setting(built("lenet"), 5, False)
+    kinds = {
+        "channels last": x.detach().to(memory_format=torch.channels_last),
+        "trials innermost": innermost(x.detach()),
+        "rows apart": torch.cat([x.detach()] * 2, 3)[..., : SHAPE[2]],
+    }
+    expected, wanted = twice(evaluator, tensors, x, y)
+    for kind, images in kinds.items():
+        gradient, found = twice(evaluator, tensors, images.requires_grad_(), y)
+        for name, value in expected.items():
+            assert torch.equal(gradient[name], value), kind
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert torch.equal(ours, theirs), kind
 
 
 class Refused(nn.Module):
@@ -274,6 +309,20 @@ def test_images_that_meet_in_a_normalisation_are_left_to_other_paths() -> None:
         evaluator.gradient(tensors, torch.rand(3, 4, *SHAPE).double(), torch.zeros(3, 4, dtype=torch.int64))
 
 
+@with_kernels
+def test_a_batch_whose_gradients_take_too_much_memory_is_left_to_other_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a batch the kernels write each image's gradient; other paths write their mean."""
+    evaluator, _, _, _ = setting(built("lenet"), 3, False)
+    values = sum(value.numel() for value in tensors_of(evaluator.model).values())
+    program = evaluator._program(SHAPE, torch.device("cpu"))
+    assert program.suits(3, torch.float32, 4)
+    monkeypatch.setattr("leakbench.gradients.lanes.evaluation.MAX_BLOCK_BYTES", 2**23)
+    most = 2**23 // (4 * values)
+    assert program.suits(3, torch.float32, most)
+    assert program.suits(3 * most, torch.float32)
+    assert not program.suits(3, torch.float32, most + 1)
+
+
 @pytest.mark.parametrize("kind", ["computed weight", "constant", "dropout", "batch", "value", "gelu"])
 def test_what_the_kernels_do_not_know_is_left_to_other_paths(kind: str) -> None:
     with pytest.raises(Unsupported, match="the kernels"):
@@ -320,6 +369,25 @@ def test_without_a_compiler_there_is_a_reason(monkeypatch: pytest.MonkeyPatch, t
     broken = compiled._built.__wrapped__(library.SOURCE)
     assert isinstance(broken, compiled.Absent)
     assert "no such option" in broken.reason
+
+
+@with_kernels
+def test_several_may_build_at_once_and_a_cache_that_cannot_be_written_is_a_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = tmp_path / "one.cpp"
+    source.write_text('extern "C" int one() { return 1; }\n', encoding="utf-8")
+    monkeypatch.setattr(compiled.pooch, "os_cache", lambda name: tmp_path / name)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(compiled._built.__wrapped__, [source] * 4))
+    for one in found:
+        assert isinstance(one, compiled.Library)
+        assert one.functions.one() == 1
+    assert [file.suffix for file in (tmp_path / "leakbench" / "kernels").iterdir()] == [".so"], "no draft is left"
+    monkeypatch.setattr(compiled.pooch, "os_cache", lambda name: source)
+    absent = compiled._built.__wrapped__(source)
+    assert isinstance(absent, compiled.Absent)
+    assert "Not a directory" in absent.reason
 
 
 @with_kernels

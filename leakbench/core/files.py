@@ -1,6 +1,6 @@
 """Files that are written whole or not at all, and models of what JSON and TOML files hold."""
 
-import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +24,12 @@ def first_fault(error: ValidationError) -> str:
 
 @contextmanager
 def draft(path: Path) -> Iterator[Path]:
-    """Yield a path beside ``path`` to write to, which replaces it at the end, or is removed after an error."""
+    """Yield a path beside ``path`` to write to, which replaces it at the end, or is removed after an error.
+
+    No other thread, process or machine is given the same one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = path.with_name(f".{path.name}.{os.getpid()}")
+    own = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         yield own
         own.replace(path)

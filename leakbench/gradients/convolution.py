@@ -144,17 +144,17 @@ def convolution(geometry: Geometry, trials: int) -> Form:
     """Return the form whose map is ``convolve``, of this many trials; by compiled kernels where they serve."""
 
     def by_input(weight: Tensor, y: Tensor) -> Tensor:
-        if maps.serve(y, trials, geometry):
+        if maps.serve(y, weight, trials, geometry):
             return maps.input_gradient(y, weight, geometry)
         return input_gradient(y, weight, geometry)
 
     def by_weight(x: Tensor, y: Tensor) -> Tensor:
-        if maps.serve(x, trials, geometry):
+        if maps.serve(x, y, trials, geometry):
             return maps.weight_gradient(x, y, geometry, trials)
         return weight_gradient(x, y, geometry, trials)
 
     def by_output(x: Tensor, weight: Tensor) -> Tensor:
-        if maps.serve(x, trials, geometry):
+        if x.shape[1] == weight.shape[2] * geometry.groups and maps.serve(x, weight, trials, geometry):
             return maps.convolve(x, weight, geometry)
         return convolve(x, weight, geometry)
 

@@ -215,7 +215,7 @@ class Evaluator:
             return False
         try:
             program = self._program(image_shape, device)
-            return (batch == 1 or program.apart) and program.suits(trials * batch, dtype)
+            return (batch == 1 or program.apart) and program.suits(trials, dtype, batch)
         except (Unsupported, RuntimeError, TypeError, ValueError, IndexError, AttributeError):
             return False
 

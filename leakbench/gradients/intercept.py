@@ -83,7 +83,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     trials, outputs, inputs = weight.shape
     alone = Geometry((1, 1), (0, 0), (1, 1), 1, (1, 1), (1, 1))
-    if x.shape == (trials, inputs) and maps.serve(x, trials, alone):
+    if x.shape == (trials, inputs) and maps.serve(x, weight, trials, alone):
         # a convolution of images of one pixel
         form = convolution(alone, trials)
         out = form.output(x[..., None, None], weight[..., None, None])[..., 0, 0]

@@ -20,7 +20,7 @@ from leakbench.errors import Unsupported
 from leakbench.gradients.bilinear import shared, squared_norm
 from leakbench.gradients.lanes.layout import JOINED_VALUES, innermost, strides, views
 from leakbench.gradients.lanes.library import Kernels
-from leakbench.gradients.lanes.trace import Kind, Trace, TracedStep
+from leakbench.gradients.lanes.trace import Kind, Pair, Trace, TracedStep
 
 CHANNEL_NUMBERS = 7
 """What a normalisation keeps of each channel."""
@@ -29,7 +29,7 @@ SMALL_BLOCK_BYTES = 2**24
 """A network whose values of a block of trials take less is small: its evaluations are short, even of few trials."""
 
 MAX_BLOCK_BYTES = 2**30
-"""A network whose block takes more is left to the other paths."""
+"""A network whose block, or a trial of several images whose gradients take more is left to the other paths."""
 
 _INT, _LONG, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 
@@ -94,8 +94,8 @@ class Program:
         self.kernels, self._shapes = kernels, shapes
         self._free: Tensor | None = None
         self._orders: dict[tuple[str, ...], tuple[tuple[str, ...], int]] = {}
-        self._seen: dict[tuple[str, int], tuple[Tensor, int, tuple[Tensor, int, int]]] = {}
-        self._observed: dict[str, tuple[Tensor, int, Tensor]] = {}
+        self._seen: dict[tuple[str, int], tuple[Tensor, Pair, tuple[Tensor, int, int]]] = {}
+        self._observed: dict[str, tuple[Tensor, Pair, Tensor]] = {}
         self._labels: tuple[Tensor, int, Tensor] | None = None
         self.names = tuple(dict.fromkeys(name for step in trace.steps for name in step.named))
         self._places = {name: place for place, name in enumerate(self.names)}
@@ -115,7 +115,7 @@ class Program:
             names: the parameters to differentiate by.
             images: B. Each image has lanes of its own, so that a network whose images meet (``apart``) is not served.
         """
-        self._check(tensors, x)
+        self._check(tensors, x, q)
         given = [self._given(name, tensors[name], len(x), images) for name in self.names]
         names = tuple(names)
         if names not in self._orders:
@@ -153,17 +153,26 @@ class Program:
         out: tuple[Tensor, Tensor] = _Comparison.apply(x, q, self, tensors, observed, gap)
         return out
 
-    def _check(self, tensors: Mapping[str, Tensor], x: Tensor, observed: Mapping[str, Tensor] | None = None) -> None:
+    def _check(
+        self, tensors: Mapping[str, Tensor], x: Tensor, q: Tensor, observed: Mapping[str, Tensor] | None = None
+    ) -> None:
         kinds = {tensors[name].dtype for name in self.names} | {y.dtype for y in (observed or {}).values()}
         if x.dtype not in SUFFIXES or kinds - {x.dtype}:
             raise Unsupported("the kernels compute in float32 and float64, and with one of them at a time")
+        self._require("labels", q, (len(x), self.logits))
 
-    def _dense(self, name: str, tensor: Tensor) -> Tensor:
+    def _require(self, name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
+        """Refuse a tensor of none of these shapes, beyond whose memory the kernels would read."""
+        if tuple(tensor.shape) not in shapes:
+            raise ValueError(f"{name}: {tuple(tensor.shape)} is given, and {' or '.join(map(str, shapes))} is needed")
+
+    def _dense(self, name: str, tensor: Tensor, trials: int) -> Tensor:
         """Return an observed gradient as the kernels take it; one that was given before is the same as then."""
-        seen = self._observed.get(name)
-        if seen is None or seen[0] is not tensor or seen[1] != tensor._version:
+        seen, state = self._observed.get(name), (tensor._version, trials)
+        if seen is None or seen[0] is not tensor or seen[1] != state:
+            self._require(name, tensor, (trials, *self._shapes[name]))
             own = tensor.detach().movedim(0, -1).contiguous().movedim(-1, 0)
-            self._observed[name] = seen = tensor, tensor._version, own
+            self._observed[name] = seen = tensor, state, own
         return seen[2]
 
     def probabilities(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
@@ -177,25 +186,28 @@ class Program:
 
     def _given(self, name: str, tensor: Tensor, trials: int, images: int = 1) -> tuple[Tensor, int, int]:
         """Return a parameter as the kernels take it; one that was given before is the same as then."""
-        seen = self._seen.get((name, images))
-        if seen is None or seen[0] is not tensor or seen[1] != tensor._version:
-            axis = tensor.ndim > len(self._shapes[name])
+        seen, state = self._seen.get((name, images)), (tensor._version, trials)
+        if seen is None or seen[0] is not tensor or seen[1] != state:
+            shape = self._shapes[name]
+            self._require(name, tensor, shape, (trials // images, *shape))
+            axis = tensor.ndim > len(shape)
             alone = not axis or images == 1 or shared(tensor)
             own = _placed(tensor if alone else tensor.repeat_interleave(images, 0), axis, trials)
-            self._seen[name, images] = seen = tensor, tensor._version, own
+            self._seen[name, images] = seen = tensor, state, own
         return seen[2]
 
-    def suits(self, trials: int, dtype: torch.dtype) -> bool:
-        """Return whether this many trials are worth whole registers, and a block of them fits into memory.
+    def suits(self, trials: int, dtype: torch.dtype, batch: int = 1) -> bool:
+        """Return whether this many trials, of ``batch`` images, are worth whole registers and fit into memory.
 
         A register that is half empty costs as much as a full one. Of a small network that is nothing beside the calls
-        that another path makes.
+        that another path makes. Of a batch each image's gradient is written, where other paths write one a trial.
         """
-        block = self._program.kept + self._program.spare
-        largest = max((math.prod(shape) for shape in self._shapes.values()), default=0)
-        if (block + 3 * largest) * self.kernels.vector_bytes > MAX_BLOCK_BYTES:
+        block, vector_bytes = self._program.kept + self._program.spare, self.kernels.vector_bytes
+        sizes = [math.prod(shape) for shape in self._shapes.values()]
+        written = batch * sum(sizes) * dtype.itemsize if batch > 1 else 0
+        if max((block + 3 * max(sizes, default=0)) * vector_bytes, written) > MAX_BLOCK_BYTES:
             return False
-        return 2 * trials >= self.kernels.lanes(dtype, 1) or block * self.kernels.vector_bytes <= SMALL_BLOCK_BYTES
+        return 2 * trials * batch >= self.kernels.lanes(dtype, 1) or block * vector_bytes <= SMALL_BLOCK_BYTES
 
     def run(
         self, name: str, parameters: Sequence[_Parameter], x: _Rows, q: _Rows, memory: _Memory, trials: int
@@ -368,10 +380,10 @@ class GradientComparison:
         observed: Mapping[str, Tensor],
         gap: bool,
     ) -> None:
-        program._check(tensors, x, observed)
+        program._check(tensors, x, q, observed)
         self.program, self.gap, self.x = program, gap, x.detach()
         self.given = [program._given(name, tensors[name], len(x)) for name in program.names]
-        self._observed = {name: program._dense(name, y) for name, y in observed.items()}
+        self._observed = {name: program._dense(name, y, len(x)) for name, y in observed.items()}
         self.memory = program.memory(x, len(x), comparing=True)
         self.dots, self.squares = x.new_zeros(2, len(observed), len(x)).unbind()
         for row, (name, y) in enumerate(self._observed.items()):
@@ -429,10 +441,10 @@ def _derivative(
     program: Program, parameters: list[_Parameter], x: Tensor, memory: _Memory, labels: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the derivatives by image and, if wanted, labels."""
-    by_image = torch.empty_like(x)
+    by_image, *steps = strides(torch.empty_like(x))
     by_labels = x.new_empty(len(x), program.logits) if labels else None
     rows = _Rows(None, 0, 0) if by_labels is None else _rows(*strides(by_labels))
-    program.run("derivative", parameters, _rows(*strides(by_image)), rows, memory, len(x))
+    program.run("derivative", parameters, _rows(by_image, *steps), rows, memory, len(x))
     return by_image, by_labels
 
 

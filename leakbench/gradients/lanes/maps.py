@@ -28,16 +28,16 @@ class _Operand(ctypes.Structure):
 
 
 def enough(trials: int, like: Tensor) -> bool:
-    """Return whether there are kernels for tensors like this one, and this many trials fill half of a register."""
+    """Return whether there are kernels for tensors like this one, and trials for half of a smaller register."""
     if like.device.type != "cpu" or like.dtype not in SUFFIXES:
         return False
     found = kernels()
     return found is not None and 2 * trials >= found.lanes(like.dtype, 1)
 
 
-def serve(x: Tensor, trials: int, geometry: Geometry) -> bool:
-    """Return whether there are kernels for trials of images x."""
-    return math.prod(geometry.kernel) <= MAX_TAPS and enough(trials, x)
+def serve(a: Tensor, b: Tensor, trials: int, geometry: Geometry) -> bool:
+    """Return whether there are kernels for these operands of a map; of two types they have none, and torch says so."""
+    return a.dtype == b.dtype and math.prod(geometry.kernel) <= MAX_TAPS and enough(trials, a)
 
 
 def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -142,6 +142,8 @@ def _run(which: int, x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry) -
     found = kernels()
     assert found is not None, "callers ask ``serve``"
     trials, dtype = len(weight), x.dtype
+    if weight.stride(0) == 0:  # shared: held once, and read in order
+        weight = weight[:1].contiguous().expand_as(weight)
     op = _op(geometry, x.shape[1], y.shape[1])
     images = len(x) // trials
     kept, given = [], []
@@ -162,7 +164,7 @@ def _run(which: int, x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry) -
 
 
 def _outputs(geometry: Geometry) -> tuple[int, int]:
-    """Return how many geometrys an image has, by height and width."""
+    """Return the height and width of the output."""
     sizes = zip(geometry.image, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation)
     height, width = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
     return height, width
