@@ -337,7 +337,8 @@ def _bound(curve: dict[str, Any]) -> str:
     ]
     gains = f" At T = {best} the gain is {' and '.join(others)}." if others else ""
     return (
-        f"\n\nA step costs {_number(fixed * 1e3)} ms whatever T is (dispatch of its operations), and "
+        f"\n\nA step costs {_number(fixed * 1e3)} ms whatever T is (dispatch of its operations, and lanes of a "
+        "register that hold no trial), and "
         f"{_number(measured[best] * 1e3)} ms a trial (their work), by the rows of T = 1 and of the shortest time: at "
         f"T = 32 the fixed part is {100 * fixed / (fixed + 32 * measured[best]):.0f} %.{gains}"
     )
