@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 import leakbench
 from leakbench.attacks.peeling import descent, inversion, settle
-from leakbench.attacks.peeling.correlation import Fitted, least_squares
+from leakbench.attacks.peeling.contrast import classifier_input, with_contrast
+from leakbench.attacks.peeling.correlation import Fitted, blocks, design, directions, least_squares
 from leakbench.attacks.peeling.descent import inputs_alone, recover
 from leakbench.attacks.peeling.gates import balanced, log_odds
 from leakbench.attacks.peeling.inversion import find_below
@@ -26,6 +27,7 @@ from leakbench.attacks.peeling.restore import restore
 from leakbench.attacks.peeling.trace import trace
 from leakbench.core.rng import seeded
 from leakbench.errors import Unsupported
+from leakbench.gradients.lanes.geometry import Geometry
 
 CLASSES = 5
 
@@ -328,6 +330,79 @@ def test_inputs_behind_any_activation_and_normalisation_are_found_up_to_a_factor
     assert far(factor * found.value[seen_], exact[seen_]) < 1e-3
 
 
+def test_the_classifier_tells_the_contrast_of_an_image() -> None:
+    model = residual()
+    observation, images = seen(model)
+    network, gradient = Network(trace(observation)), sent(observation)
+    seen_ = classifier_input(network, gradient)
+    assert seen_ is not None
+    place, value = seen_
+    assert far(value, truth(network, images)[place].flatten()) < 1e-12
+    assert far(with_contrast(network, 0.4 * images, place, value), images) < 1e-3
+    assert torch.equal(with_contrast(network, images, place, value), images)
+    # from the entries that were sent
+    some = dict(gradient)
+    some["7.bias"] = torch.where(some["7.bias"].abs() == some["7.bias"].abs().max(), some["7.bias"], torch.nan)
+    some["7.weight"] = torch.where(
+        some["7.weight"].abs() > some["7.weight"].abs().median(), some["7.weight"], torch.nan
+    )
+    seen_ = classifier_input(network, some)
+    assert seen_ is not None
+    there = seen_[1].isfinite()
+    assert 0 < int(there.sum()) < len(value)
+    assert far(seen_[1][there], value[there]) < 1e-12
+    assert far(with_contrast(network, 3 * images, *seen_), images) < 1e-3
+    nothing = {name: torch.full_like(each, torch.nan) for name, each in gradient.items()}
+    assert classifier_input(network, nothing) is None
+    assert classifier_input(network, {"7.weight": gradient["7.weight"]}) is None
+
+
+@pytest.mark.parametrize(
+    ("norm", "act", "least"),
+    [
+        pytest.param("group", "relu", 50, marks=pytest.mark.long),
+        ("group", "gelu", 50),
+        pytest.param("batch", "sigmoid", 30, marks=pytest.mark.long),
+    ],
+)
+def test_an_image_follows_from_inputs_that_are_known_up_to_a_factor(norm: str, act: str, least: float) -> None:
+    """Its contrast is lost behind a normalisation by its own statistics."""
+    acts = {"relu": nn.ReLU, "gelu": nn.GELU, "sigmoid": nn.Sigmoid}
+
+    def layer(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
+        own = nn.GroupNorm(4, outputs) if norm == "group" else nn.BatchNorm2d(outputs)
+        return [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), own, acts[act]()]
+
+    with seeded("free"):
+        layers = [*layer(3, 24, 1), *layer(24, 32, 2), *layer(32, 32, 1)]
+        model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, CLASSES)).double()
+    observation, images = seen(model)
+    network = Network(trace(observation))
+    assert [each.free for each in inputs_alone(network, sent(observation), torch.Generator().manual_seed(0))] == [True]
+    found = leakbench.attack("peel(search=20)", observation)
+    assert float(leakbench.metrics.parse("psnr_aligned")(found.images, images)[0]) > least
+
+
+def test_the_misfit_of_values_up_to_a_factor_is_exact_and_relative_to_their_differences() -> None:
+    observation, images = seen(residual())
+    network = Network(trace(observation))
+    place = next(at for at, step in enumerate(network.steps) if step.kind == "relu")
+    value = truth(network, images)[place]
+    missing = float("nan")
+    for scale in (1.0, 7.0):
+        free = inversion.Feature(place, scale * value, 0.0, missing, missing, None, free=True)
+        for dtype, most in ((torch.float64, 1e-25), (torch.float32, 1e-12)):
+            own = replace(free, value=free.value.to(dtype))
+            match = inversion.Match(network.on(residual().to(dtype)), [own])
+            assert 0 <= match.misfit({"image": images[None].to(dtype)}) < most
+    shifted = inversion.varied(value + 100)
+    assert float(shifted) == pytest.approx(float(inversion.varied(value)), rel=1e-9)
+    one = torch.full((1, 3, 1, 1), 2.0)
+    assert float(inversion.varied(one)) == 12
+    gap = torch.cat([value, torch.full_like(value, torch.nan)], 1)
+    assert float(inversion.varied(gap)) == pytest.approx(float(inversion.varied(value)), rel=1e-12)
+
+
 # the attack
 
 
@@ -406,6 +481,29 @@ def test_a_damaged_gradient_is_a_failure_with_a_line(damage: str) -> None:
     (reason,) = found.reasons
     assert re.match("nothing was recovered|the descent fails at", reason)
     assert "\n" not in reason
+
+
+def test_shifts_that_are_not_finite_leave_no_size_behind_a_head_without_bias() -> None:
+    observation, _ = seen(residual(**NARROW))
+    gone = {name: torch.full_like(value, torch.nan) for name, value in sent(observation).items() if "bias" in name}
+    found = recover(Network(trace(observation)), sent(observation) | gone, torch.Generator().manual_seed(0))
+    assert not found.features
+    assert found.reason.startswith("4.conv2: ")
+    wide, _ = seen(residual())
+    gone = {name: torch.full_like(value, torch.nan) for name, value in sent(wide).items() if "bias" in name}
+    assert not recover(Network(trace(wide)), sent(wide) | gone, torch.Generator().manual_seed(0)).features
+
+
+@pytest.mark.parametrize("names", [["7.weight"], ["7.bias"], ["7.weight", "7.bias"]], ids=str)
+def test_a_head_whose_gradient_is_not_finite_counts_as_one_that_was_not_sent(names: list[str]) -> None:
+    observation, _ = seen(residual(**NARROW))
+    network, gradient = Network(trace(observation)), sent(observation)
+    damaged = {name: torch.full_like(value, torch.nan) if name in names else value for name, value in gradient.items()}
+    missing = {name: value for name, value in gradient.items() if name not in names}
+    one, other = (recover(network, each, torch.Generator().manual_seed(0)) for each in (damaged, missing))
+    assert [each.place for each in one.features] == [each.place for each in other.features]
+    assert bool(one.features) == (names == ["7.weight"])
+    assert len(names) == 1 or "7: the gradients of its weight and bias" in one.reason
 
 
 class Branching(nn.Module):
@@ -503,6 +601,54 @@ def test_what_is_used_behind_rounding_is_near_the_truth(bits: int) -> None:
             assert far(factor * value, real) < 0.25
             used += 1
     assert used or bits < 12
+
+
+def test_a_problem_that_falls_apart_is_solved_in_its_parts() -> None:
+    """At stride 2 a tap reads every other position only: the same solution as of the whole problem."""
+    geometry = Geometry(stride=(2, 2), padding=(1, 1), dilation=(1, 1), groups=1, image=(6, 6), kernel=(3, 3))
+    generator = torch.Generator().manual_seed(0)
+    error = torch.randn(2, 24, 3, 3, generator=generator, dtype=torch.float64)
+    matrix = design(error, geometry)
+    parts = blocks(matrix)
+    assert sorted((len(rows), len(columns)) for rows, columns in parts) == [(24, 18), (48, 18), (48, 18), (96, 18)]
+    right = torch.randn(len(matrix), 3, generator=generator, dtype=torch.float64)
+    exact = torch.linalg.lstsq(matrix, right).solution
+    found, whole = least_squares(matrix, right), directions(matrix, right)
+    assert found is not None
+    for each in (found, whole.solution(72)):
+        assert far(each.value, exact) < 1e-12
+    spread = torch.linalg.inv(matrix.T @ matrix).diagonal()[:, None]
+    noise = (right - matrix @ exact).square().sum(0) / (len(matrix) - 72)
+    assert far(found.deviation, (spread * noise).sqrt()) < 1e-10
+    assert far(whole.solution(72).deviation, found.deviation) < 1e-10
+    assert far(whole.size, torch.linalg.svdvals(matrix)) < 1e-12
+    assert far(whole.basis @ whole.basis.T, torch.eye(72)) < 1e-12
+
+
+def test_what_no_equation_reads_is_left_open() -> None:
+    """By a convolution that skips positions; and by one whose middle tap has too few equations."""
+    generator = torch.Generator().manual_seed(0)
+    for kernel, outputs, open_ in (((1, 1), 24, 27), ((3, 3), 5, 4)):
+        around = (kernel[0] // 2, kernel[1] // 2)
+        geometry = Geometry(stride=(2, 2), padding=around, dilation=(1, 1), groups=1, image=(6, 6), kernel=kernel)
+        matrix = design(torch.randn(1, outputs, 3, 3, generator=generator, dtype=torch.float64), geometry)
+        exact = torch.randn(36, 2, generator=generator, dtype=torch.float64)
+        whole = directions(matrix, matrix @ exact)
+        rank = int((whole.size > 0).sum())
+        found, null = whole.solution(rank), whole.basis[rank:]
+        assert len(null) == open_
+        assert float((matrix @ null.T).abs().max()) < 1e-10
+        assert float((null @ found.value).abs().max()) < 1e-10
+        assert far(matrix @ found.value, matrix @ exact) < 1e-10
+        assert least_squares(matrix, matrix @ exact) is None
+
+
+def test_equations_that_cannot_be_solved_are_refused_by_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    observation, _ = seen(residual())
+    network = Network(trace(observation))
+    monkeypatch.setattr("leakbench.attacks.peeling.values.free_memory", lambda _: 3e5)
+    found = recover(network, sent(observation), torch.Generator().manual_seed(0))
+    assert re.fullmatch(r"[\w.]+( and [\w.]+)?: \d+ equations of \d+ values take .* GiB are free", found.reason)
 
 
 def test_missing_right_hand_sides_are_left_out_or_taken_for_small() -> None:

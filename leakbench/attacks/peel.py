@@ -69,10 +69,11 @@ class Peel(Attack):
     least-squares solution of its weight gradient's equations, and where it is positive the ReLU below is open. The
     image is then searched for whose forward pass gives the lowest inputs that were recovered. Below a max-pool of the
     first layers, the positions of the maxima are sampled with it. If no descent begins, as behind other activations and
-    group normalisation or much noise, the image is searched for from inputs that are known up to a factor. If an
-    adaptive attacker knows that only some entries were sent, equations are solved without the others, and layers of few
-    positions are completed to their rank if that does not begin a descent. The
-    scale and shift of a key-lock on the way are searched for with the image, whose contrast then stays unknown.
+    group normalisation or much noise, the image is searched for from inputs that are known up to a factor. A contrast
+    that these do not show follows from the classifier's gradients. If an adaptive attacker knows that only some entries
+    were sent, equations are solved without the others, and layers of few positions are completed to their rank if that
+    does not begin a descent. The scale and shift of a key-lock on the way are searched for with the image, whose
+    contrast then stays unknown.
 
     Dropout is undone if its mask follows from the gradient: a dropped value is in no equation, and the error there is
     0. Dropped pixels are filled in from their neighbours.
@@ -95,8 +96,9 @@ class Peel(Attack):
     # 5: a descent by the entries of a pruned gradient that were sent; 6: weak
     # directions of a ReLU's output below statistics of the image follow from the open ReLUs above; 7: the error that
     # goes around a convolution inside a residual block, heads without the gradients of normalisations, and values whose
-    # errors are rounding count whatever the others' are
-    version: ClassVar[int] = 7
+    # errors are rounding count whatever the others' are; 8: a misfit of inputs up to a factor that has no rounding and
+    # is relative to their differences, and a contrast by the classifier
+    version: ClassVar[int] = 8
     reference: ClassVar[str] = (
         "in the family of Zhu and Blaschko 2021, R-GAP, ICLR, arXiv 2010.07733; "
         "the way through a normalisation of unknown scale and shift is this package's own"

@@ -78,6 +78,25 @@ def by_image(rows: Tensor, like: Tensor) -> Tensor:
     return rows.reshape(channels, images, height, width).transpose(0, 1)
 
 
+def blocks(matrix: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return the rows and the columns of the blocks [R, N] that a matrix falls apart into, none of which is empty.
+
+    A tap of a convolution of stride 2 reads every other row and column of its input only, so that the equations are
+    four problems of a quarter of the unknowns each. Rows and columns of zeros are in no block.
+    """
+    there = matrix != 0
+    count = there.shape[1]
+    label = torch.arange(count, dtype=torch.int32)
+    while True:
+        by_row = torch.where(there, label, count).amin(1)
+        lower = torch.where(there, by_row[:, None], count).amin(0).minimum(label)
+        if torch.equal(lower, label):
+            break
+        label = lower
+    used = there.any(0)
+    return [((by_row == each).nonzero()[:, 0], (label == each).nonzero()[:, 0]) for each in label[used].unique()]
+
+
 def least_squares(matrix: Tensor, right: Tensor) -> Fitted | None:
     """Return the X [N, M] of least |matrix X - right|, or None if it is not determined: matrix is [R, N].
 
@@ -87,16 +106,33 @@ def least_squares(matrix: Tensor, right: Tensor) -> Fitted | None:
     rows, unknowns = matrix.shape
     if rows <= unknowns:
         return None
-    q, r = torch.linalg.qr(matrix)
-    size = r.diagonal().abs()
-    if not float(size.min()) * MAX_CONDITION > float(size.max()):
-        return None
     if not bool(right.isfinite().all()):
-        return _incomplete(matrix, q, r, right)
-    seen = q.T @ right
-    value = torch.linalg.solve_triangular(r, seen, upper=True)
-    inverse = torch.linalg.solve_triangular(r, torch.eye(unknowns).to(r), upper=True)
-    return Fitted(value, _deviation(right - q @ seen, rows - unknowns, inverse, right))
+        q, r = torch.linalg.qr(matrix)
+        return _incomplete(matrix, q, r, right) if _regular([r]) else None
+    parts = blocks(matrix)
+    if any(len(own) < len(columns) for own, columns in parts) or sum(len(columns) for _, columns in parts) < unknowns:
+        return None
+    factors = [torch.linalg.qr(_block(matrix, *part)) for part in parts]
+    if not _regular([r for _, r in factors]):
+        return None
+    value, rest, spread = right.new_zeros(unknowns, right.shape[1]), right.clone(), right.new_zeros(unknowns)
+    for (own, columns), (q, r) in zip(parts, factors):
+        seen = q.T @ right[own]
+        value[columns] = torch.linalg.solve_triangular(r, seen, upper=True)
+        spread[columns] = torch.linalg.solve_triangular(r, torch.eye(len(r)).to(r), upper=True).norm(dim=1)
+        rest[own] -= q @ seen
+    return Fitted(value, spread[:, None] * _noise(rest, rows - unknowns, right).sqrt())
+
+
+def _block(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return a block of a matrix, the matrix itself if it has no other."""
+    return matrix if matrix.shape == (len(rows), len(columns)) else matrix[rows][:, columns]
+
+
+def _regular(triangles: list[Tensor]) -> bool:
+    """Return whether none of the unknowns of triangular systems is left open."""
+    size = torch.cat([each.diagonal().abs() for each in triangles])
+    return float(size.min()) * MAX_CONDITION > float(size.max())
 
 
 def _incomplete(matrix: Tensor, q: Tensor, r: Tensor, right: Tensor) -> Fitted | None:
@@ -155,27 +191,28 @@ class Directions:
 def directions(matrix: Tensor, right: Tensor) -> Directions:
     """Return the singular directions of |matrix X - right|, for a matrix [R, N] and [R, M]."""
     rows, unknowns = matrix.shape
-    q, r = torch.linalg.qr(matrix)
-    left, size, basis = torch.linalg.svd(r, full_matrices=True)
-    seen = left.T[: len(size)] @ (q.T @ right)
-    live = size > MIN_SINGULAR * size[0]
-    rank = int(live.sum())
-    rest = right - q @ (left[:, :rank] @ seen[:rank])
-    noise = rest.square().sum(0) / max(rows - rank, 1) + FLOOR**2 * right.square().mean()
-    sizes, value = size.new_zeros(unknowns), right.new_zeros(unknowns, right.shape[1])
-    sizes[:rank] = size[:rank]
-    value[:rank] = seen[:rank] / size[:rank, None]
-    return Directions(basis, sizes, value, noise)
+    parts = blocks(matrix)
+    factors = [torch.linalg.qr(_block(matrix, *part)) for part in parts]
+    singular = [torch.linalg.svd(r, full_matrices=True) for _, r in factors]
+    least = MIN_SINGULAR * max((float(size[0]) for _, size, _ in singular), default=0.0)
+    basis, size = matrix.new_zeros(unknowns, unknowns), matrix.new_zeros(unknowns)
+    value, rest, begin = right.new_zeros(unknowns, right.shape[1]), right.clone(), 0
+    unread = torch.ones(unknowns, dtype=torch.bool)
+    for (own, columns), (q, _), (left, sizes, others) in zip(parts, factors, singular):
+        rank = int((sizes > least).sum())
+        seen = left.T[:rank] @ (q.T @ right[own])
+        rest[own] -= q @ (left[:, :rank] @ seen)
+        basis[begin : begin + len(columns), columns] = others
+        size[begin : begin + rank] = sizes[:rank]
+        value[begin : begin + rank] = seen / sizes[:rank, None]
+        begin += len(columns)
+        unread[columns] = False
+    basis[begin:, unread] = torch.eye(unknowns - begin).to(basis)
+    order = size.argsort(descending=True, stable=True)
+    noise = _noise(rest, rows - int((size > 0).sum()), right)
+    return Directions(basis[order], size[order], value[order], noise)
 
 
-def least_norm(matrix: Tensor, right: Tensor) -> tuple[Fitted, Tensor]:
-    """Return the solution of least norm, and an orthonormal basis [n, N] of what it leaves open."""
-    found = directions(matrix, right)
-    rank = int((found.size > 0).sum())
-    return found.solution(rank), found.basis[rank:]
-
-
-def _deviation(rest: Tensor, freedom: int, inverse: Tensor, right: Tensor) -> Tensor:
-    """Return [N, M], the standard deviations of unknowns whose equations [R, M] left a residual."""
-    variance = rest.square().sum(0) / freedom + FLOOR**2 * right.square().mean()
-    return (inverse.square().sum(1)[:, None] * variance).sqrt()
+def _noise(rest: Tensor, freedom: int, right: Tensor) -> Tensor:
+    """Return [M], the variance of an equation, by what is left of right-hand sides [R, M]."""
+    return rest.square().sum(0) / max(freedom, 1) + FLOOR**2 * right.square().mean()

@@ -121,6 +121,7 @@ def recover(
         for sign in (1.0, -1.0) if images == 1 else (1.0,):
             known = Knowledge(network, exact, images, spreads, found.misfit >= CLEAN)
             if not begin(known, place, sign * found.errors, max(MAX_IMBALANCE, NOISY * found.misfit)):
+                reason = known.missing.get(network.steps[place].inputs[0], reason)
                 continue
             if found.misfit < CLEAN and images == 1 and (top := complete_above(known)) is not None:
                 descend(known, top)
@@ -307,6 +308,10 @@ def begin_at_head(known: Knowledge, place: int, rng: torch.Generator) -> str | N
     reason = f"{steps[place].name}: the masks of the ReLU below do not follow from it"
     top = steps[place].inputs[0]
     error, exact = head_error(known, place)
+    if error is None:
+        return f"{steps[place].name}: the gradients of its weight and bias were not sent, or are not finite"
+    bias = known.sent.get(f"{steps[place].name}.bias")
+    sized = bias is not None and bool(bias.isfinite().any())
     known.noisy = not exact
     known.pinned[top] = known.network.backward(place, top, error[None])
     for at in reversed(range(place)):
@@ -340,28 +345,34 @@ def begin_at_head(known: Knowledge, place: int, rng: torch.Generator) -> str | N
         if isinstance(factors, NotFactorised):
             reason = f"{layer.name}: {factors.reason}"
             continue
-        known.masks[gate] = factors.errors != 0
-        if factors.scale_misfit is None and sums is not None:  # by more equations than the head's few
-            made, sums = (known.masks[gate] * above).sum((0, 2, 3))[there := torch.isfinite(sums)], sums[there]
-            known.pinned[top] = known.pinned[top] * (made @ sums) / (made @ made)
+        mask = factors.errors != 0
+        made, seen = (mask * above).sum((0, 2, 3)), torch.zeros_like(values[:, 0], dtype=torch.bool)
+        if sums is not None:
+            seen = sums.isfinite() & (made != 0)
+        if sums is not None and bool(seen.any()):  # by more equations than the head's few
+            known.pinned[top] = known.pinned[top] * (made[seen] @ sums[seen]) / made[seen].square().sum()
             known.errors = {}
+        elif not sized:
+            reason = f"{layer.name}: nothing that was sent gives the size of its input"
+            continue
+        known.masks[gate] = mask
         known.forget(gate)
         descend(known, gate)
         return None
     return reason
 
 
-def head_error(known: Knowledge, place: int) -> tuple[Tensor, bool]:
-    """Return the error [K] at a linear layer's output of one image, and whether it is exact.
+def head_error(known: Knowledge, place: int) -> tuple[Tensor | None, bool]:
+    """Return the error [K] at a linear layer's output of one image, None without any, and whether it is exact.
 
     The gradient of the layer's weight is that error times the layer's input, which is not negative. Behind noise, its
     first singular vector is nearer to the error than the gradient of the bias, which gives its size.
     """
     name = known.network.steps[place].name
-    bias, by_weight = (known.sent.get(f"{name}.{part}") for part in ("bias", "weight"))
-    bias, by_weight = (None if each is None else each.nan_to_num(0.0) for each in (bias, by_weight))
+    given = (known.sent.get(f"{name}.{part}") for part in ("bias", "weight"))
+    there = (None if each is None or not bool(each.isfinite().any()) else each for each in given)
+    bias, by_weight = (None if each is None else each.nan_to_num(0.0) for each in there)
     if by_weight is None:
-        assert bias is not None
         return bias, known.complete(f"{name}.bias")
     left, singular, right = torch.linalg.svd(by_weight, full_matrices=False)
     if bias is None:

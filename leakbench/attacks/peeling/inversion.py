@@ -251,7 +251,9 @@ class Match(Recordable):
             if place in free:
                 seen = torch.isfinite(target)
                 target, reached = torch.where(seen, target, 0.0), torch.where(seen, reached, 0.0)
-                total = total + 1 - (reached * target).sum().square() / (reached.square().sum() * target.square().sum())
+                # one minus the squared cosine, without its rounding
+                factor = (reached * target).sum() / reached.square().sum()
+                total = total + (factor * reached - target).square().sum() / varied(wanted[place])
                 continue
             # in front of a ReLU there is a slope where the value is wrongly 0, and 0 only bounds what is in front
             if step.kind == "relu" and step.slope == 0:
@@ -261,6 +263,18 @@ class Match(Recordable):
                 reached = torch.where(target > 0, self.network.forward(place, [before]), reached)
             total = total + (reached - target).square().sum() / target.square().sum()
         return total if self.below is None else total + self.below.misfit(self.network, values)
+
+
+def varied(target: Tensor) -> Tensor:
+    """Return the sum of squared differences of values [B, C, H, W] from their channels' means, without those of NaN.
+
+    Values of an activation that is never 0, such as a sigmoid, hardly differ: relative to their size, all images would
+    be near. If there is no difference, as with one position, the sum of the squares.
+    """
+    seen = torch.isfinite(target)
+    middle = target.nanmean((2, 3), keepdim=True)
+    differing = torch.where(seen, target - middle, 0.0).square().sum()
+    return torch.where(differing > 0, differing, torch.where(seen, target, 0.0).square().sum())
 
 
 def roughest(features: Sequence[Feature]) -> float:

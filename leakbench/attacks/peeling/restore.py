@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from leakbench.attacks.peeling.contrast import classifier_input, with_contrast
 from leakbench.attacks.peeling.descent import Feature, Recovered, inputs_alone, recover
 from leakbench.attacks.peeling.inversion import MAX_ERROR, chosen, invert
 from leakbench.attacks.peeling.network import Network
@@ -58,18 +59,22 @@ def restore(
     if not used:
         grey = torch.full_like(noise, 0.5)
         return Restored(grey, grey.new_full((len(grey),), torch.nan), reason=failure(network, found))
-    sent = {name: value for name, value in sent.items() if bool(torch.isfinite(value).all())}
+    whole = {name: value for name, value in sent.items() if bool(torch.isfinite(value).all())}
     lowest = used[-1]
     stem = find_stem(searched, lowest.place)
     windows = lowest.value[:, 0].numel()
-    if stem is not None and lowest.error is not None and stem.needs <= set(sent) and windows <= MAX_WINDOWS:
+    if stem is not None and lowest.error is not None and stem.needs <= set(whole) and windows <= MAX_WINDOWS:
         own = find_stem(network, lowest.place)
         assert own is not None
-        known = pooled(own, lowest.value, lowest.error, sent)
+        known = pooled(own, lowest.value, lowest.error, whole)
         draws = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=rng)))
         images, misfit, spent = restore_pooled(stem, known, noise, draws, steps, note)
         return Restored(images, misfit.expand(len(noise)), spent)
-    return images_of(network, searched, used, noise, steps, sent, note)
+    restored = images_of(network, searched, used, noise, steps, whole, note)
+    seen = classifier_input(network, sent) if all(each.free for each in used) else None
+    if seen is None:
+        return restored
+    return replace(restored, images=with_contrast(searched, restored.images, *seen))
 
 
 def images_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from leakbench.attacks.peeling.factors import NotFactorised
 from leakbench.attacks.peeling.gates import balanced, fitting_mask
 from leakbench.attacks.peeling.knowledge import Knowledge, Reader
 from leakbench.attacks.peeling.standard import Standard, relative_spreads, standardised
+from leakbench.core.device import free_memory
 
 SETTLE_ROUNDS = 60
 """The most rounds in which values and statistics are found in turn."""
@@ -47,6 +49,9 @@ MAX_DEVIATION = 0.1
 WEAK = 1e-2
 """The part of the largest singular value below which a direction is found from the open ReLUs above: errors of the
 statistics grow in it, and values and statistics would not settle."""
+
+COPIES = 6
+"""How many matrices of equations are held at a time."""
 
 UNSETTLED = NotFactorised("input and statistics did not settle")
 NO_FACTOR = NotFactorised("no scale of the input agrees with the gradient of the shift below")
@@ -114,6 +119,7 @@ def sharpened(known: Knowledge, place: int, readers: Sequence[Reader], found: Di
 
     Weak directions are found together with what is known above: where the ReLU above a normalisation is open, the
     normalised value is known, and it is linear in the convolution's input, up to the mean of the channel.
+    If there are too many for the memory, they stay as they are.
     """
     rank, strong = int((found.size > 0).sum()), int((found.size > WEAK * found.size[0]).sum())
     null, whole = found.basis[rank:], found.solution(rank)
@@ -122,6 +128,10 @@ def sharpened(known: Knowledge, place: int, readers: Sequence[Reader], found: Di
     base, weak = found.solution(strong), found.basis[strong:rank]
     steps = known.network.steps
     channels, shape = steps[place].shape[0], (known.images, *steps[place].shape)
+    outputs = known.images * sum(prod(steps[each.place].shape) for each in readers)
+    unknowns = len(weak) * channels
+    if 8 * unknowns * (prod(shape) + COPIES * outputs) > free_memory(torch.device("cpu")):
+        return whole, null
     moved = torch.zeros(len(weak), channels, *shape, dtype=torch.float64)
     for channel in range(channels):
         moved[:, channel, :, channel] = weak.view(-1, known.images, *shape[2:])

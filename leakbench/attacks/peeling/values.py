@@ -12,7 +12,8 @@ from leakbench.attacks.peeling.correlation import Fitted, directions, least_squa
 from leakbench.attacks.peeling.factors import NotFactorised
 from leakbench.attacks.peeling.gates import correct
 from leakbench.attacks.peeling.knowledge import Knowledge, Reader
-from leakbench.attacks.peeling.settle import MAX_DEVIATION, settle
+from leakbench.attacks.peeling.settle import COPIES, MAX_DEVIATION, settle
+from leakbench.core.device import free_memory
 
 MASK_ROUNDS = 3
 """How often the masks above a convolution are decided again from its weight gradient."""
@@ -43,6 +44,10 @@ def solve(known: Knowledge, place: int, readers: Sequence[Reader], most: float =
     if normal and len(normal) < len(readers):
         known.missing[place] = f"{names}: only some are normalised by the image's own statistics"
         return
+    refused = refusal(known, place, readers)
+    if refused is not None:
+        known.missing[place] = f"{names}: {refused.reason}"
+        return
     for _ in range(MASK_ROUNDS):
         if normal:
             refused = settle(known, place, readers)
@@ -62,22 +67,40 @@ def solve(known: Knowledge, place: int, readers: Sequence[Reader], most: float =
             return
 
 
+def refusal(known: Knowledge, place: int, readers: Sequence[Reader]) -> NotFactorised | None:
+    """Return why the equations of a step's output are not solved, by their numbers alone; None if they may be."""
+    channels, equations, places = _counts(known, place, readers)
+    if places > MAX_PLACES:
+        return NotFactorised(f"{places} values in each channel of the input are more than {MAX_PLACES}")
+    own_statistics = any(each.normalisation is not None for each in readers)
+    most = 1 if own_statistics else MAX_OPEN // channels - 1
+    if equations < places - most:
+        return _undetermined(equations, places)
+    needed, free = COPIES * 8 * equations * places, free_memory(torch.device("cpu"))
+    if needed > free:
+        sizes = f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+        return NotFactorised(f"{equations} equations of {places} values take {sizes}")
+    return None
+
+
+def _counts(known: Knowledge, place: int, readers: Sequence[Reader]) -> tuple[int, int, int]:
+    """Return the channels of a step's output, the equations of each channel, and its values, of all images."""
+    channels, *size = known.network.steps[place].shape
+    return channels, sum(each.equations for each in readers), known.images * prod(size)
+
+
+def _undetermined(equations: int, places: int) -> NotFactorised:
+    return NotFactorised(f"{equations} equations do not determine the {places} values of a channel of the input")
+
+
 def complete(known: Knowledge, place: int, readers: Sequence[Reader]) -> Fitted | NotFactorised:
     """Return a step's output [B * J, C] from the equations of its readers and, where these are weak, the values above.
 
     A convolution of stride 2 reads a quarter of the positions by its middle tap only, whose equations can be too
     few. What is above the step is known where a ReLU is open there, and is linear in the step's output.
     """
-    channels, *size = known.network.steps[place].shape
-    places = known.images * prod(size)
-    if places > MAX_PLACES:
-        return NotFactorised(f"{places} values in each channel of the input are more than {MAX_PLACES}")
-    equations = sum(each.equations for each in readers)
-    weak_equations = NotFactorised(
-        f"{equations} equations do not determine the {places} values of a channel of the input"
-    )
-    if equations <= places - MAX_OPEN // channels:
-        return weak_equations
+    channels, equations, places = _counts(known, place, readers)
+    weak_equations = _undetermined(equations, places)
     matrix, right = known.equations(readers)
     found = least_squares(matrix, right)
     if found is not None and (len(matrix) > FEW * places or not bool(right.isfinite().all())):
