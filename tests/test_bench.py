@@ -298,8 +298,8 @@ def test_intervals_of_success_rates_are_by_photograph() -> None:
     assert re.search(r" -1 \(-\d to [+-]0\) ", row)
     committed = json.loads((SPEED / "cpu.json").read_text())["ending"]
     (row,) = [line for line in report._ending_lines(committed)[1].splitlines() if line.startswith("| leakbench ")]
-    low, high = map(int, re.search(r" 41 \((\d+)–(\d+) %\) ", row).groups())
-    by_image = wilson_interval(41 / 64, 64)
+    count, low, high = map(int, re.search(r" 64 +\| (\d+) \((\d+)–(\d+) %\) ", row).groups())
+    by_image = wilson_interval(count / 64, 64)
     assert low < 100 * by_image[0] - 10
     assert high > 100 * by_image[1] + 5
 

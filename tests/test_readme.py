@@ -50,7 +50,7 @@ def test_the_defenses_that_state_no_adaptive_attacker_are_those_that_are_named()
     (named,) = re.findall(r"A defense that states\s+none (\([^)]*\) is simulated.*?) such a cell", text, re.DOTALL)
     own = {name: defenses.get(name) for name in defenses.names()}
     silent = {name for name, cls in own.items() if cls.__module__.startswith("leakbench.") and not cls().attackers()}
-    assert set(re.findall(r"`([^`]+)`", named)) == silent == CONTROLS | {"ats"}
+    assert set(re.findall(r"`([^`]+)`", named)) == silent == CONTROLS | {"ats", "local-norm"}
 
 
 def test_the_defense_of_the_readme_runs(tmp_path, monkeypatch):
