@@ -242,7 +242,7 @@ def table(file: Path, searches: Path | None = None) -> str:
         name = f"`{stated(defense)}`" if trials["defense"].nunique() > 1 else f"`{model}`"
         figures = _figures(cell["recovered"], cell["psnr"], cell["psnr_aligned"], cell["seconds"])
         beside = (
-            [] if others is None else _searched(others[others[["model", "defense"]].eq((model, defense)).all(axis=1)])
+            [] if others is None else _searched(others[(others["model"] == model) & (others["defense"] == defense)])
         )
         rows.append([name, *figures, *beside])
         failures += [
