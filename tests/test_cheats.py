@@ -386,6 +386,7 @@ def test_what_cheats_in_the_process_of_the_run_finds_nothing_in_its_own(
     assert found[list(CHEATING)].min() > 40, "these tests can fail"
 
 
+@pytest.mark.long
 def test_errors_and_deaths_are_error_rows_and_an_answer_is_data(tmp_path: Path, no_assets: None) -> None:  # noqa: F811
     plugin(tmp_path, FAULTS)
     bomb = tmp_path / "bomb"
@@ -523,6 +524,7 @@ class Hangs(Attack):
 '''
 
 
+@pytest.mark.long
 def test_the_process_of_an_attack_ends_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when a worker is killed at its time limit; the next process deletes the folders that it leaves."""
     from conftest import watch

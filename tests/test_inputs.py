@@ -697,6 +697,7 @@ def test_a_difference_or_gradient_is_known_as_one(tmp_path: Path, file: str, fla
             read_update(given, paths[0], str(tmp_path / "after.pt"), kind)  # type: ignore[arg-type]
 
 
+@pytest.mark.long
 def test_a_recorded_gradient_is_attacked_without_a_rate(cli, place: Path) -> None:  # noqa: F811
     (place / "nets.py").write_text("from test_inputs import net\ndef build(): return net()\n")
     recorded(place, net())
@@ -829,7 +830,12 @@ SERVED: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", SERVED)
+SLOW = ("compiled", "compiled forward")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in SLOW else name for name in SERVED]
+)
 def test_networks_of_any_precision_and_wrapper_are_attacked(name: str) -> None:
     network, images = SERVED[name](), torch.rand(2, *SHAPE, generator=torch.Generator().manual_seed(5))
     assert classes_of(AuditedNetwork("own", network).at(SHAPE).model(3), SHAPE) == 4
@@ -886,6 +892,7 @@ def test_a_compiled_network_is_the_one_within() -> None:
 # Private images on pages
 
 
+@pytest.mark.long
 def test_a_page_can_leave_the_private_images_out(cli, place: Path) -> None:  # noqa: F811
     (place / "nets.py").write_text(
         "from torch import nn\ndef build(): return nn.Sequential(nn.Flatten(), nn.Linear(432, 3))\n"

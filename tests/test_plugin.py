@@ -244,6 +244,7 @@ def test_an_attack_that_overrides_call_still_runs(cli, place):  # noqa: F811
         refused(cli("list", "attacks", "--plugin", "super.py"), "class Sub", words)
 
 
+@pytest.mark.long
 def test_an_attack_whose_mixin_has_call_still_runs(cli, place):  # noqa: F811
     mixin = "class Mixin:\n    __call__ = LabelOnly.run\n\n\n"
     attack = '@attacks.register("mixed")\nclass Mixed(Mixin, Attack):\n    """The same."""\n'

@@ -179,6 +179,7 @@ def test_ctrl_c_ends_the_workers_and_the_run_is_resumed(tmp_path):
     assert len(go(matrix, tmp_path, chunk=2)) == 16
 
 
+@pytest.mark.long
 def test_a_component_that_no_process_can_import_is_refused_in_one_line(tmp_path):
     @dataclass(frozen=True)
     class Local(Thief):
