@@ -18,9 +18,10 @@ from leakbench.core.compiled import SUFFIXES, in_threads
 from leakbench.core.types import Gradient
 from leakbench.errors import Unsupported
 from leakbench.gradients.bilinear import shared, squared_norm
+from leakbench.gradients.lanes.geometry import Pair
 from leakbench.gradients.lanes.layout import JOINED_VALUES, innermost, strides, views
 from leakbench.gradients.lanes.library import Kernels
-from leakbench.gradients.lanes.trace import Kind, Pair, Trace, TracedStep
+from leakbench.gradients.lanes.trace import Kind, Trace, TracedStep
 
 CHANNEL_NUMBERS = 7
 """What a normalisation keeps of each channel."""

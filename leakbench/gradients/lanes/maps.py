@@ -42,7 +42,7 @@ def serve(a: Tensor, b: Tensor, trials: int, geometry: Geometry) -> bool:
 
 def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """Return [T * B, O, h, w] for images [T * B, C, H, W] and weights [T, O, C / groups, kh, kw]."""
-    out = innermost_empty(x, len(x), (weight.shape[1], *_outputs(geometry)))
+    out = innermost_empty(x, len(x), (weight.shape[1], *geometry.outputs))
     _run(2, x, weight, out, geometry)
     return out
 
@@ -163,19 +163,12 @@ def _run(which: int, x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry) -
     in_threads(work, -(-trials // lanes))
 
 
-def _outputs(geometry: Geometry) -> tuple[int, int]:
-    """Return the height and width of the output."""
-    sizes = zip(geometry.image, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation)
-    height, width = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
-    return height, width
-
-
 @cache
 def _op(geometry: Geometry, channels: int, outputs: int) -> Op:
     pairs = {
         name: (ctypes.c_int32 * 2)(*getattr(geometry, name)) for name in ("kernel", "stride", "padding", "dilation")
     }
-    (height, width), (rows, columns) = geometry.image, _outputs(geometry)
+    (height, width), (rows, columns) = geometry.image, geometry.outputs
     sizes = {
         "channels": channels,
         "height": height,

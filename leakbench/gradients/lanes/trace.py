@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from leakbench.errors import Unsupported
+from leakbench.gradients.lanes.geometry import Pair, windows
 
 MAX_TAPS = 1024
 """The largest kernel, height times width, that ``kernels.cpp`` takes."""
@@ -35,9 +36,6 @@ class Kind(enum.IntEnum):
     AVERAGE = 8
     MAXIMUM = 9
     LOSS = 10
-
-
-Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -261,13 +259,6 @@ def _image(x: Tensor) -> tuple[int, int, int]:
     return (x.shape[1], x.shape[2], x.shape[3])
 
 
-def _windows(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Pair:
-    """Return how many windows of a kernel an image has, by height and width."""
-    sizes = zip(x.shape[2:], kernel, stride, padding, dilation)
-    height, width = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
-    return height, width
-
-
 def _bare(like: Tensor, *shape: int) -> Tensor:
     """Return a tensor of a shape, for as many images as another one, without values."""
     return torch.empty((len(like), *shape), dtype=like.dtype, device="meta")
@@ -292,7 +283,7 @@ def _conv2d(
         around = [total // 2 for total in totals]
     if kernel[0] * kernel[1] > MAX_TAPS:
         raise Unsupported(f"the kernels take convolutions of up to {MAX_TAPS} taps")
-    size = _windows(input, kernel, _pair(stride), _pair(around), spread)
+    size = windows(_image(input)[1:], kernel, _pair(stride), _pair(around), spread)
     step = TracedStep(
         Kind.CONVOLUTION,
         recorder.number(input),
@@ -445,7 +436,7 @@ def _max_pool2d(
         raise Unsupported("the kernels take max-pools without ceil_mode and indices")
     steps = kernel_size if stride is None or stride == [] else stride
     channels = _image(input)[0]
-    size = _windows(input, _pair(kernel_size), _pair(steps), _pair(padding), _pair(dilation))
+    size = windows(_image(input)[1:], _pair(kernel_size), _pair(steps), _pair(padding), _pair(dilation))
     step = TracedStep(
         Kind.MAXIMUM,
         recorder.number(input),
