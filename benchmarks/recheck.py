@@ -302,6 +302,11 @@ def most(chosen: Selection) -> Numbers:
     return (float(chosen.rows[chosen.of].max()),)
 
 
+def total(chosen: Selection) -> Numbers:
+    """The sum over the rows of the column ``of``."""
+    return (float(chosen.rows[chosen.of].sum()),)
+
+
 def accuracy(chosen: Selection) -> Numbers:
     """The test accuracy of a training in per cent, with its Wilson interval over the test images.
 
@@ -330,7 +335,7 @@ COMPUTATIONS: Mapping[str, Callable[[Selection], Numbers]] = {
     for one in (
         mean, ssim, least_mean, most_mean, difference, least_difference,
         most_difference, p, holm_p, above, share, recovered, itself, images, attacked, complete,
-        defenses, minutes, failed, trials, least, most, accuracy, cost, train_loss,
+        defenses, minutes, failed, trials, least, most, total, accuracy, cost, train_loss,
     )
 }  # fmt: skip
 """Every computation by its name in a mark; it returns a figure, or a figure and the ends of its interval."""
