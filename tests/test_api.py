@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,6 +143,70 @@ def test_networks_that_do_not_fit_are_told() -> None:
         leakbench.observe(network(), x, y, defense="dp", threat="weights")
     with pytest.raises(LeakbenchError, match="did you mean"):
         leakbench.observe(network(), x, y, defense="nosie")
+
+
+class OnlyPairs(nn.Linear):
+    """A network that trains on two images or more, and predicts any number of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and len(x) < 2:
+            raise RuntimeError("trains on\npairs")
+        return super().forward(x.flatten(1))
+
+
+class Detached(nn.Linear):
+    """A network whose logits have no derivative."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1)).detach()
+
+
+def untrainable(kind: str, channels: int, classes: int) -> nn.Module:
+    """A network that cannot take a step on one image of 8 x 8 pixels."""
+    size = 64 * channels
+    if kind in ("pairs", "detached"):
+        return {"pairs": OnlyPairs, "detached": Detached}[kind](size, classes)
+    if kind == "flat":
+        return nn.Sequential(nn.Flatten(), nn.Linear(size, 4), nn.BatchNorm1d(4), nn.Linear(4, classes))
+    norm = nn.BatchNorm2d(4) if kind == "batch" else nn.InstanceNorm2d(4, track_running_stats=True)
+    return nn.Sequential(nn.Conv2d(channels, 4, 8), norm, nn.ReLU(), nn.Flatten(), nn.Linear(4, classes))
+
+
+UNTRAINABLE = {
+    "batch": "normalises by the statistics of a step's images.* give larger images",
+    "flat": "normalises by the statistics .*size.*1, 4.*give larger images, more images a step, or evaluation mode",
+    "instance": "more than 1 spatial element.* give larger images",
+    "pairs": "without any defense, either: RuntimeError: trains on pairs; check the network",
+    "detached": "without any defense, either: RuntimeError: .*does not require grad",
+}
+
+
+@pytest.mark.parametrize("defense", ["none", "noise"])
+@pytest.mark.parametrize("kind", UNTRAINABLE)
+def test_a_network_that_cannot_take_the_step_is_told(kind: str, defense: str) -> None:
+    net = untrainable(kind, 1, 5)
+    with pytest.raises(LeakbenchError, match=UNTRAINABLE[kind]) as error:
+        leakbench.observe(net, *images(1), defense=defense)
+    assert "\n" not in str(error.value)
+    assert f"model '{type(net).__name__}' " in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["batch", "pairs"])
+def test_a_matrix_says_why_a_network_cannot_take_the_step(kind: str, tmp_path: Path) -> None:
+    plan = leakbench.Matrix(
+        name="untrainable",
+        datasets=["samples(size=8)"],
+        models=[untrainable(kind, 3, 7)],
+        attacks=["ig(steps=1)"],
+        defenses=["none"],
+        images=1,
+    )
+    if kind == "pairs":
+        reasons = leakbench.run(plan, tmp_path).results()["reason"]
+        assert all(re.search(UNTRAINABLE[kind], reason) for reason in reasons)
+    else:  # no image is served
+        with pytest.raises(Unsupported, match=UNTRAINABLE[kind]):
+            leakbench.run(plan, tmp_path)
 
 
 def test_attack_recovers_and_is_repeatable() -> None:

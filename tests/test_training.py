@@ -27,7 +27,7 @@ from leakbench.datasets import Dataset
 from leakbench.datasets.images import read
 from leakbench.defenses import Defense
 from leakbench.defenses.base import Step, UpdateStep
-from leakbench.errors import DEFENSE_FAILED, BadOption, CorruptAsset, LeakbenchError
+from leakbench.errors import DEFENSE_FAILED, BadOption, CorruptAsset, LeakbenchError, Unsupported
 from leakbench.models.weights import stated
 from leakbench.plan.matrix import Matrix, expand
 from leakbench.plan.matrix import load as load_axes
@@ -41,7 +41,7 @@ from leakbench.training.data import augmented, batches, load, partition
 from leakbench.training.files import RECORD, STATE, plain, read_state
 from leakbench.training.run import ARMS_FOLDER
 from leakbench.training.settings import Tradeoff
-from leakbench.training.steps import Kept, Score, Trainee, descend, evaluate, rule
+from leakbench.training.steps import Kept, Score, Trainee, descend, evaluate, rule, train_round
 from leakbench.training.thief import Theft
 from leakbench.victim import Client, build, observe
 
@@ -213,6 +213,25 @@ def test_batches_hold_every_image_once() -> None:
 
 
 # steps
+
+
+def test_a_single_image_that_is_left_over_and_cannot_be_normalised_is_told() -> None:
+    own = session()
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    trainee = Trainee.of(network, own.trainee.defense)
+    images = replace(own.data.train, pixels=own.data.train.pixels[:5], labels=own.data.train.labels[:5])
+    recipe = own.arm.recipe
+    with pytest.raises(Unsupported, match="a batch of 1 image has one value .* leave no single image over"):
+        train_round(
+            trainee,
+            images,
+            recipe.model_copy(update={"batch": 4}),
+            Kept(),
+            key=("test",),
+            number=1,
+            defended=True,
+            classes=2,
+        )
 
 
 def test_a_step_is_that_of_sgd_on_what_the_defense_released() -> None:

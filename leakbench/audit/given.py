@@ -36,6 +36,7 @@ from leakbench.gradients.losses import (
     raw_outputs,
     training_loss,
 )
+from leakbench.gradients.normalisation import lone_value
 from leakbench.gradients.plain import without_checkpointing
 from leakbench.models import weights
 from leakbench.models.module import OwnModule, network_dtype, unwrapped
@@ -284,7 +285,7 @@ def classes_of(own: OwnModule, image_shape: tuple[int, int, int], images: int = 
             raise
         except Exception as error:  # whatever the user's network raises
             words = one_line(f"{type(error).__name__}: {error}")
-            if "more than 1 value per channel" in words:
+            if lone_value(error):
                 raise Unsupported(
                     f"model {own.label!r} normalises by statistics over a batch, which a single image does not have "
                     f"at the smallest layer ({words}); give larger images, --images if an update is of several, or "

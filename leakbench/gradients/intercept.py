@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from leakbench.errors import Unsupported
 from leakbench.gradients.bilinear import LINEAR
 from leakbench.gradients.convolution import convolution, pair
 from leakbench.gradients.draws import Draws, random_operations
@@ -131,7 +132,7 @@ def batch_norm(
     rows = x.reshape(trials, batch, channels, -1).transpose(1, 2).reshape(trials, channels, -1)
     if own:
         if rows.shape[2] == 1:
-            raise ValueError("batch normalisation needs more than one value per channel of a trial")
+            raise Unsupported("batch normalisation needs more than one value per channel of a trial")
         out = normalise(rows.flatten(0, 1), gamma.flatten(), beta.flatten(), eps)
     else:
         assert running_mean is not None

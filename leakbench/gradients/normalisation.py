@@ -24,6 +24,15 @@ from leakbench.gradients.bilinear import inner
 from leakbench.gradients.lanes import maps
 
 
+LONE = ("more than 1 value per channel", "more than 1 spatial element")
+"""Parts of what torch says of a normalisation that has a single value of a channel."""
+
+
+def lone_value(error: BaseException) -> bool:
+    """Return whether an error is that of a normalisation by a step's own statistics, of a single value."""
+    return isinstance(error, ValueError) and any(part in str(error) for part in LONE)
+
+
 def normalise(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Return gamma z + beta [*R, N] for rows x [*R, N], weight gamma [*R] and bias beta [*R].
 

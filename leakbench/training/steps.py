@@ -15,10 +15,13 @@ from torch.nn import functional as F
 from leakbench.clients import take_step
 from leakbench.core.rng import generator, seeded
 from leakbench.core.types import Gradient, Secret
+from leakbench.core.text import plural
 from leakbench.datasets.images import ByteImages
 from leakbench.defenses import Defense
 from leakbench.defenses.base import Step, checked, encoded
+from leakbench.errors import Unsupported, words
 from leakbench.gradients.evaluate import tensors_of
+from leakbench.gradients.normalisation import lone_value
 from leakbench.optim.client import ClientOptimiser, ClientState
 from leakbench.training.data import batches, floats
 from leakbench.training.settings import Recipe
@@ -166,6 +169,9 @@ def train_round(
 
     Returns:
         The loss of each step, what the client keeps, and the images and labels of the last step.
+
+    Raises:
+        Unsupported: a normalisation by the statistics of a batch has one value.
     """
     optimiser = rule(recipe, number)
     order, draws = generator(*key, "order"), generator(*key, "defense")
@@ -175,7 +181,16 @@ def train_round(
     with seeded(*key, "layers", device=trainee.device):
         for _ in range(recipe.local_epochs):
             for x, y in batches(images, recipe.batch, recipe.augment, order):
-                loss, kept = descend(trainee, optimiser, kept, x, y, draws, defended=defended, classes=classes)
+                try:
+                    loss, kept = descend(trainee, optimiser, kept, x, y, draws, defended=defended, classes=classes)
+                except ValueError as error:
+                    if not lone_value(error):
+                        raise
+                    raise Unsupported(
+                        f"a batch of {plural(len(x), 'image')} has one value at the smallest layer that normalises by "
+                        f"a batch's statistics ({words(error)}); choose batches that leave no single image over, or "
+                        "larger images"
+                    ) from error
                 losses.append(loss)
     trainee.settle()
     return losses, kept, (x, y)

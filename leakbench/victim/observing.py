@@ -57,9 +57,9 @@ def observe(
     Raises:
         BadOption: the threat model lacks the learning rate, or contradicts the training. What it reveals is checked by
             the caller (``check_reveals``), for all the defenses of a matrix together.
-        ClientFailed: without any defense, the client's gradient is not finite either.
+        ClientFailed: without any defense, the client's step fails, too, or its gradient is not finite.
         DefenseFailed: the defense raised an error, or sent something that is no gradient of its network.
-        Unsupported: model and defense do not go together.
+        Unsupported: model and defense do not go together, or a normalisation by a step's statistics has one value.
     """
     return _observe(model, defense, threat, clients, num_classes, mean_image, device, public, training)[0]
 

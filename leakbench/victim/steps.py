@@ -21,7 +21,10 @@ from leakbench.errors import DEFENSE_FAILED, BadOption, ClientFailed, DefenseFai
 from leakbench.gradients.bilinear import inner
 from leakbench.gradients.evaluate import lifted, tensors_of
 from leakbench.gradients.layer_inputs import tensor_key
+from leakbench.gradients.normalisation import lone_value
 from leakbench.models.base import Model
+from leakbench.models.crafted import HandedOut
+from leakbench.models.module import OwnModule
 from leakbench.victim.client import Client, StepRecord
 from leakbench.victim.network import build, public_tensors
 from leakbench.victim.records import Key, changed_images, overridden, ratio
@@ -248,6 +251,12 @@ def _joint_cosines(
     return [ratio(math.sqrt(a), math.sqrt(b), c) for a, b, c in zip(size, length, product)]
 
 
+def _named(model: Model) -> str:
+    """Return what errors call a model."""
+    model = model.inner if isinstance(model, HandedOut) else model
+    return model.label if isinstance(model, OwnModule) else model.name
+
+
 def blame_defense(
     model: Model,
     defense: Defense,
@@ -257,10 +266,12 @@ def blame_defense(
     error: BaseException,
     client: Client,
 ) -> None:
-    """Raise DefenseFailed for an error of a client's step, unless the same step fails without any defense too.
+    """Raise the error of a client's step whose cause is the defense, the network or the images.
 
     Raises:
-        ClientFailed: without a defense, the gradient is not finite either.
+        ClientFailed: the same step fails without any defense, too, or its gradient is not finite.
+        DefenseFailed: it does not fail without the defense.
+        Unsupported: a normalisation by the statistics of a step has a single value.
     """
     none, shape = Defense(), client.image.shape
     try:
@@ -272,8 +283,20 @@ def blame_defense(
         raise ClientFailed(
             f"without any defense the client sends {reason}; check the network and its images"
         ) from error
-    except (Exception, SystemExit):
+    except LeakbenchError:
         return
+    except (Exception, SystemExit) as own:
+        if out_of_memory(own):
+            return
+        if lone_value(own):
+            raise Unsupported(
+                f"model {_named(model)!r} normalises by the statistics of a step's images, which at its smallest layer "
+                f"have one value ({words(own)}); give larger images, more images a step, or evaluation mode"
+            ) from error
+        raise ClientFailed(
+            f"model {_named(model)!r} cannot take the client's step without any defense, either: {words(own)}; check "
+            "the network and its images"
+        ) from error
     if isinstance(error, DefenseFailed):
         return
     said = str(error) if isinstance(error, LeakbenchError) else f"{defense.name!r} raised {words(error)}"
