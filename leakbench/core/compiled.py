@@ -8,8 +8,6 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,6 +27,9 @@ HEADER = Path(__file__).with_name("vectors.h")
 MAX_SECONDS = 300
 SWITCH = "LEAKBENCH_KERNELS"
 """The environment variable that switches compiled code off (``off``)."""
+
+SHARED_NUMBERS = 2**14
+"""Fewer numbers are worked on sooner than another thread begins."""
 
 SUFFIXES = {torch.float32: "float", torch.float64: "double"}
 """The ends of the names of functions for numbers of a type."""
@@ -108,7 +109,7 @@ def compiled_for(source: Path, x: Tensor) -> Library | None:
 
 
 def call_on_rows(source: Path, name: str, tensors: tuple[Tensor, ...], sizes: tuple[int, ...], rows: int) -> None:
-    """Call a function of contiguous tensors and sizes on rows, which the threads share.
+    """Call a function of contiguous tensors and sizes on rows, which the threads share if there is work for them.
 
     The first tensor says the type of numbers. Callers ask ``compiled_for``.
     """
@@ -116,28 +117,6 @@ def call_on_rows(source: Path, name: str, tensors: tuple[Tensor, ...], sizes: tu
     assert found is not None
     assert all(tensor.is_contiguous() for tensor in tensors)
     function = getattr(found.functions, f"{name}_{SUFFIXES[tensors[0].dtype]}")
+    threads = torch.get_num_threads() if tensors[0].numel() >= SHARED_NUMBERS else 1
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-    own = [ctypes.c_int64(size) for size in sizes]
-    in_threads(lambda begin, end: function(*pointers, *own, ctypes.c_int64(begin), ctypes.c_int64(end)), rows)
-
-
-def in_threads(work: Callable[[int, int], None], count: int) -> None:
-    """Call ``work(begin, end)`` for parts of 0 to count, in as many threads as torch is to use.
-
-    The work waits for compiled code, which other Python threads do not wait for.
-    """
-    threads = min(torch.get_num_threads(), count)
-    if threads <= 1:
-        work(0, count)
-        return
-    edges = [count * part // threads for part in range(threads + 1)]
-    waiting = [_pool(os.getpid()).submit(work, *edges[part : part + 2]) for part in range(1, threads)]
-    work(*edges[:2])
-    for one in waiting:
-        one.result()
-
-
-@cache
-def _pool(process: int) -> ThreadPoolExecutor:
-    """Return the threads of a process; a copied process has none of its parent's."""
-    return ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="compiled")
+    function(*pointers, *(ctypes.c_int64(size) for size in (*sizes, rows, threads)))

@@ -1,5 +1,6 @@
 // Registers of several numbers, for the compiled sources of the package.
 #pragma once
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -25,6 +26,25 @@ struct Flushed {
   ~Flushed() { _mm_setcsr(before); }
 #endif
 };
+
+// Calls ``work(from, to)`` for parts of 0 to ``count`` in the threads of torch's own operations, which OpenMP's library has.
+// Such a thread looks for more work for some milliseconds after its last, so that threads of our own would wait for its core.
+// Where there is no such library, the calling thread does it all.
+extern "C" __attribute__((weak)) void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
+template <class F> static void in_threads(int64_t count, int64_t threads, F&& work) {
+  struct Job {
+    F& work;
+    int64_t count, parts;
+    std::atomic<int64_t> next{0};
+  } job{work, count, threads < count ? threads : count};
+  auto take = [](void* given) {
+    Flushed flushed;
+    Job& own = *(Job*)given;
+    for (int64_t i; (i = own.next++) < own.parts;) own.work(own.count * i / own.parts, own.count * (i + 1) / own.parts);
+  };
+  if (job.parts < 2 || !GOMP_parallel) take(&job);
+  else GOMP_parallel(take, &job, threads, 0);
+}
 
 template <class S> struct Lanes {
   typedef S Vector __attribute__((vector_size(BYTES)));

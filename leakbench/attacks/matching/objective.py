@@ -20,7 +20,7 @@ from leakbench.gradients import Evaluator, choose_path
 from leakbench.gradients.bilinear import FromGaps, FromProducts, squared_norm
 from leakbench.gradients.draws import Generators, MadeDraws
 from leakbench.gradients.evaluate import tensors_of
-from leakbench.gradients.lanes.fused import variation, variation_and_gradient
+from leakbench.gradients.lanes.fused import add_variation, variation
 from leakbench.gradients.lanes.layout import innermost
 from leakbench.gradients.lanes.maps import enough
 from leakbench.gradients.losses import head_of
@@ -132,7 +132,8 @@ class MatchingObjective(Recordable, Explicit):
             leaf = None if logits is None else logits.requires_grad_()
             labels = self._labels(leaf)
             tensors = self._filled(unknowns, evaluation)
-            found = self.evaluator.comparison(tensors, images, labels.detach(), self._observed, gap)
+            known = labels.detach() if labels.requires_grad else labels
+            found = self.evaluator.comparison(tensors, images, known, self._observed, gap)
             given = [rows.requires_grad_() for rows in ((found.squares,) if gap else (found.dots, found.squares))]
             value = self.attack.reshape(distance.of(*given))
             by = torch.autograd.grad(value.sum(), given)
@@ -145,9 +146,9 @@ class MatchingObjective(Recordable, Explicit):
         value = value.detach()
         if self.attack.tv:
             weight = self.attack.tv if self.prior_factor is None else self.attack.tv * self.prior_factor
-            prior, by_prior = variation_and_gradient(images)
-            value = value + weight * prior
-            by_image += (weight if isinstance(weight, float) else weight[:, None, None, None]) * by_prior
+            each = torch.as_tensor(weight, dtype=value.dtype).expand(len(value))
+            gradient["image"] = by_image = by_image.contiguous()
+            value = value + weight * add_variation(images, each, by_image)
         return value, {name: gradient[name] for name in unknowns}
 
     @cached_property

@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from leakbench.core.compiled import SUFFIXES, in_threads
+from leakbench.core.compiled import SUFFIXES
 from leakbench.core.types import Gradient
 from leakbench.errors import Unsupported
 from leakbench.gradients.bilinear import shared, squared_norm
@@ -217,13 +217,8 @@ class Program:
         rows, program = memory.rows, memory.layout
         dtype, blocks, lanes = rows.dtype, len(rows), rows.shape[1] // program.kept
         wide = lanes * dtype.itemsize == self.kernels.vector_bytes
-        given = (_Parameter * len(parameters))(*parameters)
-
-        def work(begin: int, end: int) -> None:
-            pointers = (ctypes.byref(program), given, x, q, _POINTER(rows.data_ptr()))
-            self.kernels.run(name, dtype, wide, *pointers, _LONG(trials), _LONG(begin), _LONG(end))
-
-        in_threads(work, blocks)
+        pointers = ctypes.byref(program), (_Parameter * len(parameters))(*parameters), x, q, _POINTER(rows.data_ptr())
+        self.kernels.run(name, dtype, wide, *pointers, _LONG(trials), _LONG(blocks))
 
     def memory(self, like: Tensor, trials: int, comparing: bool = False) -> _Memory:
         """Return memory [blocks, N] for what an evaluation keeps for its derivative; that of an earlier one if free.

@@ -62,13 +62,13 @@ class SquaredGap(Function):
         return _combined(x, scale, y, -scale), None
 
 
-def variation_and_gradient(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``variation`` [T] of images [T, ..., H, W], and its gradient, of the same shape."""
-    x = images.detach().contiguous()
-    value, by_image = x.new_empty(len(x)), torch.empty_like(x)
+def add_variation(images: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
+    """Return ``variation`` [T] of images [T, ..., H, W], and add ``weight`` [T] times its derivative to a dense gradient."""
+    x, value = images.detach().contiguous(), images.new_empty(len(images))
     height, width = x.shape[-2:]
-    _kernels().call("variation", x, value, by_image, sizes=(len(x), x[0, ..., 0, 0].numel(), height, width))
-    return value, by_image
+    sizes = x[0, ..., 0, 0].numel(), height, width, len(x)
+    _kernels().call("variation", x, weight.contiguous(), value, gradient, sizes=sizes)
+    return value
 
 
 class Variation(Function):
@@ -77,7 +77,8 @@ class Variation(Function):
     @staticmethod
     def forward(ctx: Any, images: Tensor) -> Tensor:
         """Add up the absolute differences, and their signs."""
-        value, by_image = variation_and_gradient(images)
+        by_image = torch.zeros_like(images, memory_format=torch.contiguous_format)
+        value = add_variation(images, images.new_ones(len(images)), by_image)
         ctx.save_for_backward(by_image)
         return value
 

@@ -925,13 +925,15 @@ static inline void products_of(const S* x, const S* y, S* dot, S* square, long n
     if (!GAP) store<S>(dot + t + j * L, count, dots[j]);
   }
 }
-template <class S, bool GAP> static void products(const S* x, const S* y, S* dot, S* square, long n, long trials) {
+template <class S> static long columns(long trials) { return (trials + Lanes<S>::COUNT - 1) / Lanes<S>::COUNT; }
+template <class S, bool GAP>
+static void products(const S* x, const S* y, S* dot, S* square, long n, long trials, long from, long to) {
   constexpr int L = Lanes<S>::COUNT;
-  long t = 0;
-  for (; t + 4 * L <= trials; t += 4 * L) products_of<S, 4, GAP>(x, y, dot, square, n, trials, t, L);
-  for (; t + 2 * L <= trials; t += 2 * L) products_of<S, 2, GAP>(x, y, dot, square, n, trials, t, L);
-  for (; t + L <= trials; t += L) products_of<S, 1, GAP>(x, y, dot, square, n, trials, t, L);
-  if (t < trials) products_of<S, 1, GAP>(x, y, dot, square, n, trials, t, (int)(trials - t));
+  long t = from * L, end = to * L < trials ? to * L : trials;
+  for (; t + 4 * L <= end; t += 4 * L) products_of<S, 4, GAP>(x, y, dot, square, n, trials, t, L);
+  for (; t + 2 * L <= end; t += 2 * L) products_of<S, 2, GAP>(x, y, dot, square, n, trials, t, L);
+  for (; t + L <= end; t += L) products_of<S, 1, GAP>(x, y, dot, square, n, trials, t, L);
+  if (t < end) products_of<S, 1, GAP>(x, y, dot, square, n, trials, t, (int)(end - t));
 }
 
 // out[i][t] = x[i][t] a[t] + y[i][t] b[t]: the derivative of any function of those products. Loops as above.
@@ -956,73 +958,85 @@ template <class S> static void combine(const S* x, const S* a, const S* y, const
 }
 
 // The mean of |x[y][x + 1] - x[y][x]| plus that of |x[y + 1][x] - x[y][x]| over the planes [planes][height][width] of each
-// trial, and its derivative, in one pass over the pixels. Here neighbouring pixels of a row share a register.
-template <class S> static void variation(const S* x, S* value, S* by, long trials, long planes, long height, long width) {
+// trial; ``weight`` [T] times its derivative is added to ``by``, in one pass over the pixels. Here neighbouring pixels of a
+// row share a register. Rows are copied between two pixels more, so that a pixel at the edge is its own neighbour.
+template <class S>
+static void variation(const S* x, const S* weight, S* value, S* by, long planes, long height, long width, long from, long to) {
   constexpr int L = Lanes<S>::COUNT;
-  const S parts[2] = {S(1) / S(planes * height * (width - 1)), S(1) / S(planes * (height - 1) * width)};
-  const long next[2] = {1, width};
-  const S* end = x + trials * planes * height * width;
-  Vec<S> lane;
-  for (int i = 0; i < L; i++) lane[i] = S(i);
-  memset(by, 0, sizeof(S) * trials * planes * height * width);
-  for (long t = 0; t < trials; t++) {
-    Vec<S> sums[2] = {};
-    for (long p = t * planes; p < (t + 1) * planes; p++)
-      for (long y = 0; y < height; y++)
-        for (int d = 0; d < 2 - (y + 1 == height); d++) {
-          const S* from = x + (p * height + y) * width;
-          S* back = by + (p * height + y) * width;
-          const Vec<S> part = Vec<S>{} + parts[d];
-          auto step = [&](long i, int count, long used) {
-            Vec<S> gap = load<S>(from + i + next[d], count) - load<S>(from + i, count);
-            gap = lane < S(used) ? gap : Vec<S>{};
-            Vec<S> sign = gap > S(0) ? part : gap < S(0) ? -part : Vec<S>{};
-            sums[d] += gap > S(0) ? gap : -gap;
-            store<S>(back + i, count, load<S>(back + i, count) - sign);
-            store<S>(back + i + next[d], count, load<S>(back + i + next[d], count) + sign);
-          };
-          long i = 0, count = d ? width : width - 1;
-          for (; i < count && from + i + next[d] + L <= end; i += L) step(i, L, count - i);
-          if (i < count) step(i, (int)(count - i), count - i);
+  using V = Vec<S>;
+  const S along = S(1) / S(planes * height * (width - 1)), down = S(1) / S(planes * (height - 1) * width);
+  const long length = (width + 2 + 2 * L) / L * L;
+  S* rows = (S*)buffer<S>(SPARE, 3 * length / L);
+  memset(rows, 0, sizeof(S) * 3 * length);
+  auto fill = [&](S* row, const S* plane, long y) {
+    const S* own = plane + y * width;
+    memcpy(row + 1, own, sizeof(S) * width);
+    row[0] = own[0], row[width + 1] = own[width - 1];
+  };
+  auto sign = [](V gap, V part) { return gap > S(0) ? part : gap < S(0) ? -part : V{}; };
+  auto size = [](V gap) { return gap > S(0) ? gap : -gap; };
+  for (long t = from; t < to; t++) {
+    const V by_along = V{} + along * weight[t], by_down = V{} + down * weight[t];
+    V sum_along{}, sum_down{};
+    for (long p = t * planes; p < (t + 1) * planes; p++) {
+      const S* plane = x + p * height * width;
+      S *above = rows, *row = rows + length, *below = rows + 2 * length;
+      fill(row, plane, 0), fill(above, plane, 0);
+      for (long y = 0; y < height; y++) {
+        fill(below, plane, y + 1 < height ? y + 1 : y);
+        S* out = by + (p * height + y) * width;
+        for (long i = 0; i < width; i += L) {
+          const int count = width - i < L ? (int)(width - i) : L;
+          V own = load<S>(row + i + 1, count), left = load<S>(row + i, count), right = load<S>(row + i + 2, count);
+          V over = load<S>(above + i + 1, count), under = load<S>(below + i + 1, count);
+          sum_along += size(right - own), sum_down += size(under - own);
+          V all = sign(own - left, by_along) - sign(right - own, by_along) + sign(own - over, by_down) - sign(under - own, by_down);
+          store<S>(out + i, count, load<S>(out + i, count) + all);
         }
-    S whole[2] = {};
-    for (int d = 0; d < 2; d++)
-      for (int i = 0; i < L; i++) whole[d] += sums[d][i];
-    value[t] = whole[0] * parts[0] + whole[1] * parts[1];
+        S* spare = above;
+        above = row, row = below, below = spare;
+      }
+    }
+    value[t] = total<S>(sum_along) * along + total<S>(sum_down) * down;
   }
 }
 
-#define ARGUMENTS(S) const Program *program, const Parameter *parameters, Rows x, Rows q, S *memory, long trials, long from, long to
+#define IN_THREADS(COUNT, ...) in_threads(COUNT, threads, [&](long from, long to) { __VA_ARGS__; })
+#define ARGUMENTS(S) \
+  const Program *program, const Parameter *parameters, Rows x, Rows q, S *memory, long trials, long blocks, long threads
 extern "C" {
 int lanes_bytes() { return BYTES; }
-void gradient_float(ARGUMENTS(float)) { Flushed flushed; gradient<float>(*program, parameters, x, q, memory, trials, from, to); }
-void gradient_double(ARGUMENTS(double)) { Flushed flushed; gradient<double>(*program, parameters, x, q, memory, trials, from, to); }
-void derivative_float(ARGUMENTS(float)) { Flushed flushed; derivative<float>(*program, parameters, x, q, memory, trials, from, to); }
-void derivative_double(ARGUMENTS(double)) { Flushed flushed; derivative<double>(*program, parameters, x, q, memory, trials, from, to); }
-#define ROWS(S, NAME)                                                                                                    \
-  void standardise_##NAME(const S* x, S* z, S* r, const double* eps, long n, long trials, long from, long to) { Flushed flushed; \
-    standardise(x, z, r, eps, n, trials, from, to);                                                                     \
+#define FUNCTIONS(S, NAME)                                                                                               \
+  void gradient_##NAME(ARGUMENTS(S)) {                                                                                  \
+    IN_THREADS(blocks, gradient<S>(*program, parameters, x, q, memory, trials, from, to));                              \
   }                                                                                                                     \
-  void project_##NAME(const S* u, const S* z, const S* r, S* out, S* dot, S* total, long n, long trials, long from,     \
-                      long to) { Flushed flushed;                                                                       \
-    project(u, z, r, out, dot, total, n, trials, from, to);                                                             \
+  void derivative_##NAME(ARGUMENTS(S)) {                                                                                \
+    IN_THREADS(blocks, derivative<S>(*program, parameters, x, q, memory, trials, from, to));                            \
+  }                                                                                                                     \
+  void standardise_##NAME(const S* x, S* z, S* r, const double* eps, long n, long trials, long channels, long threads) { \
+    IN_THREADS(channels, standardise(x, z, r, eps, n, trials, from, to));                                               \
+  }                                                                                                                     \
+  void project_##NAME(const S* u, const S* z, const S* r, S* out, S* dot, S* total, long n, long trials, long channels, \
+                      long threads) {                                                                                   \
+    IN_THREADS(channels, project(u, z, r, out, dot, total, n, trials, from, to));                                       \
   }                                                                                                                     \
   void map_##NAME(const Op* q, long which, const Operand* x, const Operand* w, const Operand* y, long images, long trials, \
-                  long from, long to) { Flushed flushed;                                                                \
-    map<S>(*q, which, *x, *w, *y, images, trials, from, to);                                                            \
+                  long blocks, long threads) {                                                                          \
+    IN_THREADS(blocks, map<S>(*q, which, *x, *w, *y, images, trials, from, to));                                        \
   }                                                                                                                     \
-  void products_##NAME(const S* x, const S* y, S* dot, S* square, long n, long trials) { Flushed flushed;              \
-    products<S, false>(x, y, dot, square, n, trials);                                                                  \
-  }                                                                                                                    \
-  void gap_##NAME(const S* x, const S* y, S* square, long n, long trials) { Flushed flushed;                           \
-    products<S, true>(x, y, nullptr, square, n, trials);                                                               \
-  }                                                                                                                    \
-  void combine_##NAME(const S* x, const S* a, const S* y, const S* b, S* out, long n, long trials) { Flushed flushed;  \
-    combine<S>(x, a, y, b, out, n, trials);                                                                            \
-  }                                                                                                                    \
-  void variation_##NAME(const S* x, S* value, S* by, long trials, long planes, long height, long width) { Flushed flushed; \
-    variation<S>(x, value, by, trials, planes, height, width);                                                         \
+  void products_##NAME(const S* x, const S* y, S* dot, S* square, long n, long trials, long threads) {                  \
+    IN_THREADS(columns<S>(trials), products<S, false>(x, y, dot, square, n, trials, from, to));                         \
+  }                                                                                                                     \
+  void gap_##NAME(const S* x, const S* y, S* square, long n, long trials, long threads) {                               \
+    IN_THREADS(columns<S>(trials), products<S, true>(x, y, nullptr, square, n, trials, from, to));                      \
+  }                                                                                                                     \
+  void combine_##NAME(const S* x, const S* a, const S* y, const S* b, S* out, long n, long trials, long threads) {      \
+    IN_THREADS(n, combine(x + from * trials, a, y + from * trials, b, out + from * trials, to - from, trials));         \
+  }                                                                                                                     \
+  void variation_##NAME(const S* x, const S* weight, S* value, S* by, long planes, long height, long width, long trials, \
+                        long threads) {                                                                                 \
+    IN_THREADS(trials, variation(x, weight, value, by, planes, height, width, from, to));                               \
   }
-ROWS(float, float)
-ROWS(double, double)
+FUNCTIONS(float, float)
+FUNCTIONS(double, double)
 }

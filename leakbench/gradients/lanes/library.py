@@ -42,8 +42,9 @@ class Kernels:
         self.run(name, tensors[0].dtype, True, *pointers, *map(ctypes.c_int64, sizes))
 
     def run(self, name: str, dtype: torch.dtype, wide: bool, *arguments: object) -> None:
-        """Call a function for numbers of this type; other Python threads run meanwhile."""
-        getattr(self.wide if wide else self.narrow, f"{name}_{SUFFIXES[dtype]}")(*arguments)
+        """Call a function for numbers of this type in torch's threads; other Python threads run meanwhile."""
+        function = getattr(self.wide if wide else self.narrow, f"{name}_{SUFFIXES[dtype]}")
+        function(*arguments, ctypes.c_int64(torch.get_num_threads()))
 
 
 def kernels() -> Kernels | None:

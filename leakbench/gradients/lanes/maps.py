@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from leakbench.core.compiled import SUFFIXES, in_threads
+from leakbench.core.compiled import SUFFIXES
 from leakbench.gradients.lanes.evaluation import Op
 from leakbench.gradients.lanes.geometry import Geometry
 from leakbench.gradients.lanes.layout import innermost, strides
@@ -125,12 +125,8 @@ def _on_channels(name: str, *tensors: Tensor) -> None:
     found, first = kernels(), tensors[0]
     assert found is not None, "callers ask ``are_served``"
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-    sizes = ctypes.c_long(first.shape[2]), ctypes.c_long(len(first))
-
-    def work(begin: int, end: int) -> None:
-        found.run(name, first.dtype, True, *pointers, *sizes, ctypes.c_long(begin), ctypes.c_long(end))
-
-    in_threads(work, first.shape[1])
+    sizes = (ctypes.c_long(size) for size in (first.shape[2], len(first), first.shape[1]))
+    found.run(name, first.dtype, True, *pointers, *sizes)
 
 
 def innermost_empty(like: Tensor, trials: int, shape: tuple[int, ...]) -> Tensor:
@@ -154,13 +150,8 @@ def _run(which: int, x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry) -
     lanes = found.lanes(dtype, trials, torch.get_num_threads())
     wide = lanes * dtype.itemsize == found.vector_bytes
     operands = [ctypes.byref(operand) for operand in given]
-    sizes = ctypes.c_long(images), ctypes.c_long(trials)
-
-    def work(begin: int, end: int) -> None:
-        parts = ctypes.c_long(begin), ctypes.c_long(end)
-        found.run("map", dtype, wide, ctypes.byref(op), ctypes.c_long(which), *operands, *sizes, *parts)
-
-    in_threads(work, -(-trials // lanes))
+    sizes = (ctypes.c_long(size) for size in (images, trials, -(-trials // lanes)))
+    found.run("map", dtype, wide, ctypes.byref(op), ctypes.c_long(which), *operands, *sizes)
 
 
 @cache
