@@ -96,7 +96,7 @@ class Program:
         self._free: Tensor | None = None
         self._orders: dict[tuple[str, ...], tuple[tuple[str, ...], int]] = {}
         self._seen: dict[tuple[str, int], tuple[Tensor, Pair, tuple[Tensor, int, int]]] = {}
-        self._observed: dict[str, tuple[Tensor, Pair, Tensor]] = {}
+        self._observed: dict[str, tuple[Tensor, tuple[int, int, int], Tensor]] = {}
         self._labels: tuple[Tensor, int, Tensor] | None = None
         self.names = tuple(dict.fromkeys(name for step in trace.steps for name in step.named))
         self._places = {name: place for place, name in enumerate(self.names)}
@@ -167,12 +167,16 @@ class Program:
         if tuple(tensor.shape) not in shapes:
             raise ValueError(f"{name}: {tuple(tensor.shape)} is given, and {' or '.join(map(str, shapes))} is needed")
 
-    def _dense(self, name: str, tensor: Tensor, trials: int) -> Tensor:
-        """Return an observed gradient as the kernels take it; one that was given before is the same as then."""
-        seen, state = self._observed.get(name), (tensor._version, trials)
+    def _in_blocks(self, name: str, tensor: Tensor, trials: int, lanes: int) -> Tensor:
+        """Return an observed gradient as the kernels take it; one that was given before is the same as then.
+
+        A block of trials is contiguous [N, L], with zeros where it lacks trials.
+        """
+        seen, state = self._observed.get(name), (tensor._version, trials, lanes)
         if seen is None or seen[0] is not tensor or seen[1] != state:
             self._require(name, tensor, (trials, *self._shapes[name]))
-            own = tensor.detach().movedim(0, -1).contiguous().movedim(-1, 0)
+            rows = F.pad(tensor.detach().flatten(1), (0, 0, 0, -trials % lanes))
+            own = rows.unflatten(0, (-1, lanes)).mT.contiguous()
             self._observed[name] = seen = tensor, state, own
         return seen[2]
 
@@ -226,12 +230,16 @@ class Program:
         One that compares gradients keeps them, too, at ``places``.
         """
         layout = self._comparing if comparing else self._program
-        lanes = self.kernels.lanes(like.dtype, trials, torch.get_num_threads())
+        lanes = self.lanes(like.dtype, trials)
         shape = (-(-trials // lanes), layout.kept * lanes)
         free, self._free = self._free, None
         if free is None or (free.dtype, tuple(free.shape)) != (like.dtype, shape):
             free = like.new_empty(shape)
         return _Memory(self, free, layout)
+
+    def lanes(self, dtype: torch.dtype, trials: int) -> int:
+        """Return L, how many of these trials share a register."""
+        return self.kernels.lanes(dtype, trials, torch.get_num_threads())
 
     @property
     def apart(self) -> bool:
@@ -377,17 +385,19 @@ class GradientComparison:
         gap: bool,
     ) -> None:
         program._check(tensors, x, q, observed)
+        trials = len(x)
         self.program, self.gap, self.x = program, gap, x.detach()
-        self.given = [program._given(name, tensors[name], len(x)) for name in program.names]
-        self._observed = {name: program._dense(name, y, len(x)) for name, y in observed.items()}
-        self.memory = program.memory(x, len(x), comparing=True)
-        self.dots, self.squares = x.new_zeros(2, len(observed), len(x)).unbind()
-        for row, (name, y) in enumerate(self._observed.items()):
+        self.given = [program._given(name, tensors[name], trials) for name in program.names]
+        self.memory = program.memory(x, trials, comparing=True)
+        lanes = program.lanes(x.dtype, trials)
+        self._observed = {name: program._in_blocks(name, y, trials, lanes) for name, y in observed.items()}
+        self.dots, self.squares = x.new_zeros(2, len(observed), trials).unbind()
+        for row, (name, y) in enumerate(observed.items()):
             if gap and name not in program.places:
                 self.squares[row] = squared_norm(y)
         image, labels = strides(self.x), strides(q.detach())  # copies live until the kernels have read them
         given = self._parameters(self.dots, self.squares)
-        program.run("gradient", given, _rows(*image), _rows(*labels), self.memory, len(x))
+        program.run("gradient", given, _rows(*image), _rows(*labels), self.memory, trials)
 
     def derivative(self, by_dots: Tensor, by_squares: Tensor, labels: bool) -> tuple[Tensor, Tensor | None]:
         """Return the derivatives by image and, if wanted, labels, of a function with these by both results [P, T]."""

@@ -46,8 +46,8 @@ struct Program {
 };
 
 // A parameter: shared [size] or each trial's own [size][T]; its gradient [size][T]; v of any strides.
-// Or a gradient that is only compared with an observed one y [size][T]: it stays in the block's memory at ``place`` (in
-// vectors), and ``dot`` and ``square`` [T] get <g, y> and <g, g>, or <g - y, g - y> where ``gap`` says so. The derivatives
+// Or a gradient that is only compared with an observed one y, in blocks [size][L]: it stays in the block's memory at
+// ``place`` (in vectors), and ``dot`` and ``square`` [T] get <g, y> and <g, g>, or <g - y, g - y> where ``gap`` says so. The derivatives
 // by them, which the second half finds in their place, then give v = by_dot y + 2 by_square g, or 2 by_square (g - y),
 // which is kept at ``tangent`` in the scratch memory.
 struct Parameter {
@@ -384,12 +384,11 @@ template <class S> struct Block {
     if (along && p.observed) {
       V by_g, by_y;
       factors(p, by_g, by_y);
-      const V* g = memory + p.place;
-      const S* y = (const S*)p.observed + first;
+      const V *g = memory + p.place, *y = observed(p);
       if (p.gap)
-        for (long i = 0; i < p.size; i++) out[i] = (g[i] - load<S>(y + i * trials, count)) * by_g;
+        for (long i = 0; i < p.size; i++) out[i] = (g[i] - y[i]) * by_g;
       else
-        for (long i = 0; i < p.size; i++) out[i] = g[i] * by_g + load<S>(y + i * trials, count) * by_y;
+        for (long i = 0; i < p.size; i++) out[i] = g[i] * by_g + y[i] * by_y;
     } else if (along)
       into_lanes<S>((const S*)p.v + first * p.v_trial, p.v_trial, p.v_element, count, p.size, out);
     else if (p.own)
@@ -403,6 +402,7 @@ template <class S> struct Block {
   bool own(int number) const { return parameters[number].own; }
   const S* shared(int number) const { return (const S*)parameters[number].value; }
   bool wanted(int number) const { return number >= 0 && (parameters[number].gradient || parameters[number].observed); }
+  const V* observed(const Parameter& p) const { return (const V*)p.observed + first / L * p.size; }
   V* begin(int number) const {  // where a gradient is to be written before it is put
     const Parameter& p = parameters[number];
     return p.observed ? memory + p.place : buffer<S>(GRADIENT, p.size);
@@ -426,20 +426,22 @@ template <class S> struct Block {
   void compare(int number) const {
     if (number < 0 || !parameters[number].observed) return;
     const Parameter& p = parameters[number];
-    const V* g = memory + p.place;
-    const S* y = (const S*)p.observed + first;
+    const V *g = memory + p.place, *y = observed(p);
     V dots{}, squares{};
-    for (long i = 0; i < p.size;) {
-      V dot{}, square{};
-      for (long end = i + 256 < p.size ? i + 256 : p.size; i < end; i++) {
-        V own = g[i], other = load<S>(y + i * trials, count);
-        if (p.gap)
-          own -= other;
-        else
-          dot += own * other;
-        square += own * own;
-      }
-      dots += dot, squares += square;
+    for (long i = 0; i < p.size; i += 256) {
+      constexpr int CHAINS = 4;  // a sum waits for the one before it
+      V dot[CHAINS] = {}, square[CHAINS] = {};
+      long end = i + 256 < p.size ? i + 256 : p.size;
+      auto add = [&](long at, int chain) {
+        V own = p.gap ? g[at] - y[at] : g[at];
+        if (!p.gap) dot[chain] += own * y[at];
+        square[chain] += own * own;
+      };
+      long at = i;
+      for (; at + CHAINS <= end; at += CHAINS)
+        EACH for (int j = 0; j < CHAINS; j++) add(at + j, j);
+      for (; at < end; at++) add(at, 0);
+      for (int j = 0; j < CHAINS; j++) dots += dot[j], squares += square[j];
     }
     if (!p.gap) store<S>((S*)p.dot + first, count, dots);
     store<S>((S*)p.square + first, count, squares);
@@ -459,7 +461,7 @@ template <class S> struct Block {
     V out, by_y;
     if (p.observed) {
       factors(p, out, by_y);
-      V g = memory[p.place + i], y = load<S>((const S*)p.observed + first + i * trials, count);
+      V g = memory[p.place + i], y = observed(p)[i];
       return p.gap ? (g - y) * out : g * out + y * by_y;
     }
     into_lanes<S>((const S*)p.v + i * p.v_element + first * p.v_trial, p.v_trial, p.v_element, count, 1, &out);
