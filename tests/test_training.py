@@ -221,7 +221,7 @@ def test_a_single_image_that_is_left_over_and_cannot_be_normalised_is_told() -> 
     trainee = Trainee.of(network, own.trainee.defense)
     images = replace(own.data.train, pixels=own.data.train.pixels[:5], labels=own.data.train.labels[:5])
     recipe = own.arm.recipe
-    with pytest.raises(Unsupported, match="a batch of 1 image has one value .* leave no single image over"):
+    with pytest.raises(Unsupported, match=r"a batch of 1 image has one value .* leave no single image over"):
         train_round(
             trainee,
             images,

@@ -22,8 +22,8 @@ WORKS = (("lenet", 32, 600), ("resnet20", 16, 20))
 SETTINGS = ((1, 1, "default"), (1, 2, "default"), (1, 2, "passive"), (2, 1, "passive"))
 """Processes that share the trials, their threads, and how these wait.
 
-By default, OpenMP's threads look for work for some milliseconds. ``passive`` (``OMP_WAIT_POLICY``) is what the command line
-sets, and two processes of one thread are what ``--workers 2`` starts.
+By default, OpenMP's threads look for work for some milliseconds. ``passive`` (``OMP_WAIT_POLICY``) is what the command
+line sets, and two processes of one thread are what ``--workers 2`` starts.
 """
 FIELDS = ("model", "trials", "steps", "processes", "threads", "policy")
 OTHERS = 2
@@ -108,8 +108,8 @@ def page(data: dict[str, Any]) -> str:
     lines = [
         "# Speed beside other processes",
         "",
-        f"IG, trials x iterations a second, median of {ROUNDS} rounds, alone and beside {data['others']} processes that never "
-        f"rest; {about['cores']} cores of {about['processor']}, torch {about['torch']}, "
+        f"IG, trials x iterations a second, median of {ROUNDS} rounds, alone and beside {data['others']} processes that "
+        f"never rest; {about['cores']} cores of {about['processor']}, torch {about['torch']}, "
         f"commit {about['commit']}. Written by `python -m benchmarks.speed.busy`. The command line "
         "sets passive waiting.",
         "",

@@ -23,7 +23,6 @@ from torch.autograd.function import once_differentiable
 from leakbench.gradients.bilinear import inner
 from leakbench.gradients.lanes import maps
 
-
 LONE = ("more than 1 value per channel", "more than 1 spatial element")
 """Parts of what torch says of a normalisation that has a single value of a channel."""
 

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from leakbench.clients import take_step
 from leakbench.core.rng import generator, seeded
-from leakbench.core.types import Gradient, Secret
 from leakbench.core.text import plural
+from leakbench.core.types import Gradient, Secret
 from leakbench.datasets.images import ByteImages
 from leakbench.defenses import Defense
 from leakbench.defenses.base import Step, checked, encoded

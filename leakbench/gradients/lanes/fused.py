@@ -63,7 +63,10 @@ class SquaredGap(Function):
 
 
 def add_variation(images: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
-    """Return ``variation`` [T] of images [T, ..., H, W], and add ``weight`` [T] times its derivative to a dense gradient."""
+    """Return ``variation`` [T] of images [T, ..., H, W], and add ``weight`` [T] times its derivative to ``gradient``.
+
+    ``gradient`` is contiguous.
+    """
     x, value = images.detach().contiguous(), images.new_empty(len(images))
     height, width = x.shape[-2:]
     sizes = x[0, ..., 0, 0].numel(), height, width, len(x)
