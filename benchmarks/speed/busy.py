@@ -108,8 +108,8 @@ def page(data: dict[str, Any]) -> str:
     lines = [
         "# Speed beside other processes",
         "",
-        f"IG, trials x iterations a second, median of {ROUNDS} rounds, alone and beside {data['others']} processes that "
-        f"never rest; {about['cores']} cores of {about['processor']}, torch {about['torch']}, "
+        f"IG, trials x iterations a second, median of {ROUNDS} rounds, alone and beside {data['others']} processes "
+        f"that never rest; {about['cores']} cores of {about['processor']}, torch {about['torch']}, "
         f"commit {about['commit']}. Written by `python -m benchmarks.speed.busy`. The command line "
         "sets passive waiting.",
         "",
