@@ -18,6 +18,7 @@ import leakbench
 from leakbench import attacks, models
 from leakbench.attacks.ig import IG
 from leakbench.attacks.matching import total_variation
+from leakbench.attacks.ig import cosine_from
 from leakbench.core import compiled
 from leakbench.core.types import Gradient
 from leakbench.errors import Unsupported
@@ -372,18 +373,28 @@ def test_without_a_compiler_there_is_a_reason(monkeypatch: pytest.MonkeyPatch, t
 
 
 @with_kernels
-def test_several_may_build_at_once_and_a_cache_that_cannot_be_written_is_a_reason(
+def test_one_of_several_at_once_builds_and_a_cache_that_cannot_be_written_is_a_reason(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     source = tmp_path / "one.cpp"
     source.write_text('extern "C" int one() { return 1; }\n', encoding="utf-8")
     monkeypatch.setattr(compiled.pooch, "os_cache", lambda name: tmp_path / name)
+    calls = []
+    run = compiled.subprocess.run
+
+    def counted(call: list[str], **options: Any) -> Any:
+        calls.append(call)
+        return run(call, **options)
+
+    monkeypatch.setattr(compiled.subprocess, "run", counted)
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(compiled._built.__wrapped__, [source] * 4))
     for one in found:
         assert isinstance(one, compiled.Library)
         assert one.functions.one() == 1
-    assert [file.suffix for file in (tmp_path / "leakbench" / "kernels").iterdir()] == [".so"], "no draft is left"
+    assert sum(str(source) in call for call in calls) == 1, "the others waited for what the first one built"
+    files = [file for file in (tmp_path / "leakbench" / "kernels").rglob("*") if file.is_file()]
+    assert [file.name for file in files] == ["one.so"], "no draft is left"
     monkeypatch.setattr(compiled.pooch, "os_cache", lambda name: source)
     absent = compiled._built.__wrapped__(source)
     assert isinstance(absent, compiled.Absent)
@@ -411,6 +422,21 @@ def test_distances_and_variation_are_those_of_plain_torch() -> None:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
             by = [torch.autograd.grad((value * along).sum(), g, retain_graph=True)[0] for value in (a, b)]
             torch.testing.assert_close(*by, rtol=1e-12, atol=1e-14)
+
+
+def test_the_derivative_of_the_cosine_distance_is_that_of_its_graph() -> None:
+    rng = torch.Generator().manual_seed(4)
+    observed = {name: torch.randn(3, 5, generator=rng, dtype=torch.float64) for name in ("a", "b")}
+    distance = cosine_from(observed)
+    assert distance.derived is not None
+    dots = torch.randn(2, 3, generator=rng, dtype=torch.float64).requires_grad_()
+    squares = (1 + torch.rand(2, 3, generator=rng, dtype=torch.float64)).requires_grad_()
+    value = distance.of(dots, squares)
+    expected = torch.autograd.grad(value.sum(), (dots, squares))
+    found = distance.derived(dots.detach(), squares.detach())
+    torch.testing.assert_close(found[0], value.detach(), rtol=1e-14, atol=1e-15)
+    for own, other in zip(found[1:], expected):
+        torch.testing.assert_close(own.expand_as(other), other, rtol=1e-13, atol=1e-15)
 
 
 def test_tensors_with_trials_innermost_are_joined_without_a_copy() -> None:

@@ -23,7 +23,17 @@ def cosine_distance(gradient: Gradient, observed: Mapping[str, Tensor]) -> Tenso
 def cosine_from(observed: Mapping[str, Tensor]) -> FromProducts:
     """Return ``cosine_distance`` from an observed gradient, whose norm is computed once."""
     other = torch.stack([squared_norm(target) for target in observed.values()]).sum(0).sqrt()
-    return FromProducts(observed, lambda dots, squares: 1 - dots.sum(0) / (squares.sum(0).sqrt() * other))
+
+    def distance(dots: Tensor, squares: Tensor) -> Tensor:
+        return 1 - dots.sum(0) / (squares.sum(0).sqrt() * other)
+
+    def derived(dots: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        square = squares.sum(0)
+        by_dot = -1 / (square.sqrt() * other)
+        less = by_dot * dots.sum(0)  # the cosine, negative
+        return 1 + less, by_dot, -0.5 * less / square
+
+    return FromProducts(observed, distance, derived)
 
 
 @register("ig")

@@ -103,16 +103,20 @@ def _devices() -> Iterator[Check]:
         import torch
 
         from leakbench.core.device import free_memory
+        from leakbench.attacks import doubling
+        from leakbench.core.compiled import Absent, compiled
         from leakbench.gradients.lanes.library import Kernels, found_or_reason
+        from leakbench.optim import solvers
     except Exception:  # reported by _imports
         return
     free = free_memory(torch.device("cpu")) / 2**30
     yield Check("cpu", "ok", f"{torch.get_num_threads()} threads, {free:.1f} GiB of memory free")
-    built_kernels = found_or_reason()
-    if isinstance(built_kernels, Kernels):
-        yield Check("kernels", "ok", f"compiled for this processor ({built_kernels.words})")
-    else:
-        yield Check("kernels", "absent", f"{built_kernels.reason}; attacks take longer", "")
+    kernels = found_or_reason()
+    others = [compiled(source) for source in (solvers.SOURCE, doubling.SOURCE)]
+    if absent := [one for one in (kernels, *others) if isinstance(one, Absent)]:
+        yield Check("kernels", "absent", f"{absent[0].reason}; attacks take longer", "")
+    elif isinstance(kernels, Kernels):
+        yield Check("kernels", "ok", f"compiled for this processor ({kernels.words})")
     if not torch.cuda.is_available():
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
         yield Check("cuda", "absent", f"no device ({built}); runs use the CPU")

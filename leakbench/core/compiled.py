@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from leakbench.core.files import draft
+from leakbench.core.lock import alone
 from leakbench.errors import one_line
 
 COMPILERS = ("g++", "c++", "clang++")
@@ -78,11 +79,15 @@ def _built(source: Path, *options: str) -> Library | Absent:
         code = source.read_bytes() + HEADER.read_bytes()
         known = (code, version.encode(), " ".join((*OPTIONS, *options)).encode(), _processor().encode())
         digest = hashlib.sha256(b"\0".join(known)).hexdigest()[:16]
-        file = Path(pooch.os_cache("leakbench")) / "kernels" / f"{source.stem}-{digest}.so"
-        if not file.exists():
-            with draft(file) as own:
-                call = [compiler, *command, str(source), "-o", str(own)]
-                subprocess.run(call, capture_output=True, text=True, timeout=MAX_SECONDS, check=True)
+        # not in LEAKBENCH_HOME, which the process of an isolated attack is not told, since the true images are there
+        folder = Path(pooch.os_cache("leakbench")) / "kernels" / f"{source.stem}-{digest}"
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{source.stem}.so"
+        with alone(folder, wait=True):  # of workers that start together, one builds it
+            if not file.exists():
+                with draft(file) as own:
+                    call = [compiler, *command, str(source), "-o", str(own)]
+                    subprocess.run(call, capture_output=True, text=True, timeout=MAX_SECONDS, check=True)
         return Library(ctypes.CDLL(str(file)), version.splitlines()[0])
     except subprocess.CalledProcessError as error:
         return Absent(f"{compiler} cannot build them: {one_line(error.stderr)[:200]}")

@@ -15,8 +15,12 @@ from leakbench.errors import LeakbenchError
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, wait: bool = False) -> Iterator[None]:
     """Hold a folder that exists until the end of this process at the latest, however it ends.
+
+    Args:
+        folder: the folder.
+        wait: until no other process holds it.
 
     Raises:
         LeakbenchError: another process holds it.
@@ -29,7 +33,7 @@ def alone(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise LeakbenchError(
                 f"{folder} is being run by another process; wait for it, or choose another folder"

@@ -167,10 +167,13 @@ class FromProducts:
         observed: the observed gradient, [T, *shape] by name.
         of: from <g, y> and <g, g> [P, T] of each tensor to the distance. A gradient may come in other tensors than
             ``observed``, unless the attack is ``per_tensor``.
+        derived: the distance and its derivatives by both, [T] and twice [P, T] or [T]; None: by automatic
+            differentiation, which takes longer than the few numbers do.
     """
 
     observed: Mapping[str, Tensor]
     of: Callable[[Tensor, Tensor], Tensor]
+    derived: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
 
     def __call__(self, gradient: Mapping[str, Tensor]) -> Tensor:
         """Return the distance of a gradient."""

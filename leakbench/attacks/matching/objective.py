@@ -20,6 +20,7 @@ from leakbench.gradients import Evaluator, choose_path
 from leakbench.gradients.bilinear import FromGaps, FromProducts, squared_norm
 from leakbench.gradients.draws import Generators, MadeDraws
 from leakbench.gradients.evaluate import tensors_of
+from leakbench.gradients.lanes.evaluation import GradientComparison
 from leakbench.gradients.lanes.fused import add_variation, variation
 from leakbench.gradients.lanes.layout import innermost
 from leakbench.gradients.lanes.maps import enough
@@ -125,31 +126,43 @@ class MatchingObjective(Recordable, Explicit):
         self._report(evaluation)
         images, logits = (unknowns[name].detach() if name in unknowns else None for name in ("image", "label"))
         assert images is not None
-        distance = self._from_observed
-        assert isinstance(distance, FromProducts | FromGaps)
-        gap = isinstance(distance, FromGaps)
         with torch.enable_grad():
             leaf = None if logits is None else logits.requires_grad_()
             labels = self._labels(leaf)
-            tensors = self._filled(unknowns, evaluation)
-            known = labels.detach() if labels.requires_grad else labels
-            found = self.evaluator.comparison(tensors, images, known, self._observed, gap)
-            given = [rows.requires_grad_() for rows in ((found.squares,) if gap else (found.dots, found.squares))]
-            value = self.attack.reshape(distance.of(*given))
-            by = torch.autograd.grad(value.sum(), given)
-        by_image, by_labels = found.derivative(found.dots if gap else by[0], by[-1], labels.requires_grad)
+        known = labels.detach() if labels.requires_grad else labels
+        gap = isinstance(self._from_observed, FromGaps)
+        found = self.evaluator.comparison(self._filled(unknowns, evaluation), images, known, self._observed, gap)
+        value, *by = self._derived(found)
+        by_image, by_labels = found.derivative(*by, labels.requires_grad)
         gradient = {"image": by_image}
         if leaf is not None:
             gradient["label"] = torch.zeros_like(leaf)
             if by_labels is not None:
                 (gradient["label"],) = torch.autograd.grad(labels, leaf, by_labels)
-        value = value.detach()
         if self.attack.tv:
             weight = self.attack.tv if self.prior_factor is None else self.attack.tv * self.prior_factor
             each = torch.as_tensor(weight, dtype=value.dtype).expand(len(value))
             gradient["image"] = by_image = by_image.contiguous()
             value = value + weight * add_variation(images, each, by_image)
         return value, {name: gradient[name] for name in unknowns}
+
+    def _derived(self, found: GradientComparison) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the reshaped distance [T] and its derivatives by both results of a comparison."""
+        distance = self._from_observed
+        assert isinstance(distance, FromProducts | FromGaps)
+        if isinstance(distance, FromProducts) and distance.derived and self._keeps_distance:
+            return distance.derived(found.dots, found.squares)
+        given = (found.squares,) if isinstance(distance, FromGaps) else (found.dots, found.squares)
+        with torch.enable_grad():
+            leaves = [rows.detach().requires_grad_() for rows in given]
+            value = self.attack.reshape(distance.of(*leaves))
+            by = torch.autograd.grad(value.sum(), leaves)
+        return value.detach(), found.dots if len(by) == 1 else by[0], by[-1]
+
+    @cached_property
+    def _keeps_distance(self) -> bool:
+        """Whether the attack minimises the distance itself."""
+        return type(self.attack).reshape is MatchingProblem.reshape
 
     @cached_property
     def _is_explicit(self) -> bool:
