@@ -16,9 +16,8 @@ from torch.nn import functional as F
 
 import leakbench
 from leakbench import attacks, models
-from leakbench.attacks.ig import IG
+from leakbench.attacks.ig import IG, cosine_from
 from leakbench.attacks.matching import total_variation
-from leakbench.attacks.ig import cosine_from
 from leakbench.core import compiled
 from leakbench.core.types import Gradient
 from leakbench.errors import Unsupported

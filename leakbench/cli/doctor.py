@@ -102,9 +102,9 @@ def _devices() -> Iterator[Check]:
     try:
         import torch
 
-        from leakbench.core.device import free_memory
         from leakbench.attacks import doubling
         from leakbench.core.compiled import Absent, compiled
+        from leakbench.core.device import free_memory
         from leakbench.gradients.lanes.library import Kernels, found_or_reason
         from leakbench.optim import solvers
     except Exception:  # reported by _imports

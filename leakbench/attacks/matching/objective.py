@@ -132,8 +132,8 @@ class MatchingObjective(Recordable, Explicit):
         known = labels.detach() if labels.requires_grad else labels
         gap = isinstance(self._from_observed, FromGaps)
         found = self.evaluator.comparison(self._filled(unknowns, evaluation), images, known, self._observed, gap)
-        value, *by = self._derived(found)
-        by_image, by_labels = found.derivative(*by, labels.requires_grad)
+        value, by_dots, by_squares = self._derived(found)
+        by_image, by_labels = found.derivative(by_dots, by_squares, labels.requires_grad)
         gradient = {"image": by_image}
         if leaf is not None:
             gradient["label"] = torch.zeros_like(leaf)

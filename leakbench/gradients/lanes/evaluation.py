@@ -400,7 +400,10 @@ class GradientComparison:
         program.run("gradient", given, _rows(*image), _rows(*labels), self.memory, trials)
 
     def derivative(self, by_dots: Tensor, by_squares: Tensor, labels: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the derivatives by image and, if wanted, labels, of a function with these by both results, [P, T] or [T]."""
+        """Return the derivatives by image and, if wanted, labels, of a function with these by both results.
+
+        They are [P, T], or [T] for all tensors alike.
+        """
         # copies live until the kernels have read them
         dense = by_dots.expand_as(self.dots).contiguous(), by_squares.expand_as(self.dots).contiguous()
         given = self._parameters(*dense)
