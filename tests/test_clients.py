@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import rand
+from test_cli import cli, place, refused  # noqa: F401
 from torch import nn
 from torch.nn import functional as F
 
@@ -27,7 +29,7 @@ WEIGHTS = ThreatModel(shares="weights", rate="known")
 
 
 def client(count: int, key: str = "c") -> Client:
-    images = [(rand(*SHAPE, seed=place), place % CLASSES) for place in range(count)]
+    images = [(rand(*SHAPE, seed=row), row % CLASSES) for row in range(count)]
     return Client(*images[0], "w", key, (), tuple(images[1:]))
 
 
@@ -150,6 +152,21 @@ def test_labels_that_are_distinct_or_the_same_choose_disjoint_images() -> None:
         ({"clients": ["local(lr=0.1)"]}, r"lr is for clients that share weights"),
         ({"clients": ["local(batch=2)"], "threats": ["shares=weights, local_steps=3"]}, r"local_steps=3 in the client"),
         ({"clients": ["local(lr=0.1)"], "threats": ["shares=weights, learning_rate=0.2"]}, r"leave learning_rate out"),
+        ({"batch": 0}, r"batch=0 is not a number of images"),
+        ({"batch": 1.5}, r"batch=1.5 is not a number of images"),
+        ({"batch": 2, "images": [0, 3, 0, 1]}, r"images names 0 twice; name each image once"),
+        ({"clients": ["local(local_epochs=0)"]}, r"local_epochs='0' is not valid"),
+        ({"clients": ["local(images=0)"]}, r"images='0' is not valid"),
+        ({"clients": ["local(momentum=-0.5)"]}, r"momentum='-0.5' is not valid"),
+        ({"clients": ["local(lr=nan)"]}, r"lr='nan' is not valid"),
+        (
+            {"clients": ["local(batch=2)"], "threats": ["labels=counts, count=hidden"]},
+            r"labels=counts shows and count=hi",
+        ),
+        (
+            {"clients": ["local(images=4, local_batch=2)"], "threats": ["shares=weights, recipe=hidden, order=known"]},
+            r"order=known shows how it trains, which recipe=hidden hides",
+        ),
         ({"clients": ["lokal"]}, r"unknown client 'lokal'; did you mean 'local'"),
     ],
 )
@@ -158,6 +175,32 @@ def test_a_client_that_cannot_be_is_refused_in_one_line(axes: dict[str, object],
     with pytest.raises(LeakbenchError, match=words) as error:
         Matrix(**usual, **axes).trials()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--batch", "3", "--images", "8"), "images=8 do not fill batches of 3; give a multiple of 3, such as 6"),
+        (("--batch", "16", "--images", "8"), "images=8 do not fill batches of 16"),
+        (("--batch", "100", "--images", "100"), "image index 99 is out of range for dataset 'samples(size=12)' (64"),
+        (("--batch", "2", "--images", "0,0"), "images names 0 twice"),
+        (("--batch", "0"), "batch='0' is not a number of images"),
+        (("--clients", "local(images=4, local_batch=8)"), "local_batch=8 is more than its 4 images"),
+        (("--clients", "local(local_epochs=0)"), "local_epochs='0' is not valid"),
+        (("--clients", "local(images=4, local_batch=2)", "--images", "4"), "add shares=weights to the threat model"),
+        (("--batch", "2", "--images", "4", "--threat", "labels=known, count=hidden"), "count=hidden hides"),
+        (("--batch", "2", "--images", "4", "--attack", "analytic"), "serves clients of one image, and these have"),
+    ],
+)
+def test_a_command_with_a_client_that_cannot_be_writes_nothing(
+    cli,  # noqa: F811
+    place: Path,  # noqa: F811
+    options: tuple[str, ...],
+    words: str,
+) -> None:
+    axes = [*(() if "--attack" in options else ("--attack", "ig(steps=1)")), "--defense", "none", "--model", "lenet"]
+    refused(cli("run", "matrix", *axes, "--dataset", "samples(size=12)", "--out", "out", *options), words)
+    assert not (place / "out").exists()
 
 
 def test_the_attacker_sees_of_a_batch_what_the_threat_model_grants() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from safetensors.torch import save_file
 from test_audit import nets  # noqa: F401
 from test_cli import cli, place, refused  # noqa: F401
 from test_disaggregation import wide
-from test_update_facts import SGD, convolutional, mlp, recorded, short  # noqa: F401
+from test_update_facts import SGD, convolutional, mlp, read, recorded, short  # noqa: F401
+from torch import Tensor
 
 from leakbench import datasets
 from leakbench.audit.members import Returned, compared, read_labels_file
@@ -36,7 +39,15 @@ RIGHT = StatedRecipe(12, 4, 2, optimizer="sgd", momentum=0.9, weight_decay=5e-4,
         ({"optimizer": "adam", "momentum": 0.9}, "--momentum 0.9 is of SGD"),
         ({"momentum": 1.0}, "--momentum 1 must be"),
         ({"rate": 0.0}, "--rate 0 must be"),
+        ({"momentum": -0.5}, "--momentum -0.5 must be"),
+        ({"momentum": "much"}, "--momentum 'much' must be"),
         ({"weight_decay": -1.0}, "--weight-decay -1 must be"),
+        ({"rate": 10**400}, "--rate 10+[.]+0+ must be"),
+        ({"local_epochs": 0}, "--local-epochs 0 must be a whole number"),
+        ({"local_steps": 10**14}, "--local-steps 100000000000000 must be a whole number from 1 to 1,000,000"),
+        ({"images": 10**6, "local_batch": 1, "local_epochs": 2}, "2000000 batches, more than 1,000,000"),
+        ({"local_epochs": 3, "local_steps": 2}, "--local-steps 2 are fewer than --local-epochs 3"),
+        ({"optimizer": "lion"}, "--optimizer 'lion' is none of sgd"),
     ],
 )
 def test_an_impossible_recipe_is_refused(values: dict, words: str) -> None:
@@ -172,7 +183,14 @@ def test_a_recording_is_audited_with_its_recipe_and_judged_by_all_images(
     [
         ({"examples": 3, "batch": 3}, "states at most 6 inputs, and the arrays show 12"),
         ({"batch": 40}, "states something impossible: --local-batch 40 is larger"),
-        ({"lr": "fast"}, "states lr 'fast', which is no number"),
+        ({"lr": "fast"}, "states something impossible: lr 'fast' is no number; correct it"),
+        ({"examples": 0}, "states something impossible: --images 0 must be"),
+        ({"examples": "12"}, "examples '12' is no number; correct it, or leave it out"),
+        ({"examples": 12.5}, "--images 12.5 must be a whole number"),
+        ({"momentum": -0.9}, "--momentum -0.9 must be"),
+        ({"lr": math.nan}, "--rate nan must be"),
+        ({"epochs": 0}, "--local-epochs 0 must be"),
+        ({"steps": 9}, "--local-steps 9 contradicts 12 images in batches of 4 for 2 epochs"),
         ({"sha256": {"before": "00"}}, "is of other arrays than before.safetensors"),
     ],
 )
@@ -188,9 +206,25 @@ def test_a_recording_that_contradicts_its_arrays_is_refused(
     command = ("audit", "--plugin", "nets.py", "--model", "mlp", "--size", "12", "--out", "out", "--recording")
     refused(cli(*command, "recording"), words)
     assert not (nets / "out").exists()
-    (nets / "recording" / FACTS).write_text("{")
-    refused(cli(*command, "recording"), "malformed JSON")
+
+
+def test_a_recording_that_cannot_be_read_is_refused(cli, nets: Path) -> None:  # noqa: F811
+    recorded(nets, mlp(), partial(SGD["momentum"], dampening=0.0), 12, 4, 2)
+    (nets / "nets.py").write_text("from test_update_facts import mlp\n")
+    own = folder(nets)
+    command = ("audit", "--plugin", "nets.py", "--model", "mlp", "--size", "12", "--out", "out", "--recording")
+    for text in ("{", "", "[" * 200_000, '{"lr": 1' + "0" * 5000 + "}"):
+        (own / FACTS).write_text(text)
+        refused(cli(*command, "recording"), "malformed JSON", "record it again, or give --before and --after")
+    (own / FACTS).write_text('{"lr": 1' + "0" * 400 + "}")
+    refused(cli(*command, "recording"), "--rate 1", "must be a finite learning rate")
+    (own / FACTS).write_text("[]")
+    refused(cli(*command, "recording"), "is no JSON object")
+    refused(cli(*command, "recording", "--before", "before.pt"), "--recording and --before are both given")
+    (own / "after.safetensors").unlink()
+    refused(cli(*command, "recording"), "has no after.safetensors")
     refused(cli(*command, "absent"), "has no facts.json")
+    assert not (nets / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -201,6 +235,15 @@ def test_a_recording_that_contradicts_its_arrays_is_refused(
         (("--images", "few"), "--images 'few' is no whole number"),
         (("--label", "1", "--labels", "x"), "--label and --labels are both given"),
         (("--labels", "absent.txt"), "--labels 'absent.txt' does not exist"),
+        (("--labels", "five.txt", "--images", "12"), "'five.txt' has 5 labels, and 12 images are stated; give as many"),
+        (("--labels", "words.txt"), "line 2: 'cat' is no whole number"),
+        (("--label", "99"), "--label 99 is no class of the network; give 0 to 69"),
+        (("--local-epochs", "0"), "'--local-epochs': Input should be greater than or equal to 1"),
+        (("--images", "12", "--local-batch", "20"), "--local-batch 20 is larger than --images 12"),
+        (("--momentum", "-0.5"), "--momentum -0.5 must be from 0 to below 1"),
+        (("--truth", "one.png", "--images", "12"), "--truth has 1 image, and --images or the recording states 12"),
+        (("--truth", "nothing"), "--truth 'nothing' is a folder without image files"),
+        (("--size", "13"), "takes no image of shape (3, 13, 13)"),
     ],
 )
 def test_options_of_a_recipe_that_cannot_be_are_refused(
@@ -211,8 +254,72 @@ def test_options_of_a_recipe_that_cannot_be_are_refused(
 ) -> None:
     recorded(nets, mlp(), SGD["plain"], 1, 1, 1)
     (nets / "nets.py").write_text("from test_update_facts import mlp\n")
+    (nets / "five.txt").write_text("1\n" * 5)
+    (nets / "words.txt").write_text("1\ncat\n")
+    (nets / "nothing").mkdir()
+    Image.new("RGB", (12, 12)).save(nets / "one.png")
     refused(cli("audit", "--plugin", "nets.py", "--model", "mlp", "--out", "out", *FILES, *options), words)
     assert not (nets / "out").exists()
+
+
+BROKEN: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
+    "extra": ("after", lambda own: own | {"9.weight": torch.ones(2)}, "has the extra tensor '9.weight'"),
+    "transposed": (
+        "after",
+        lambda own: own | {"1.weight": own["1.weight"].T},
+        "'1.weight' of shape (432, 64), not (64",
+    ),
+    "scalar": ("after", lambda own: own | {"1.bias": torch.tensor(1.0)}, "'1.bias' of shape (), not (64,)"),
+    "none": ("after", lambda own: {}, "has no tensor"),
+    "whole numbers": ("after", lambda own: own | {"1.bias": torch.ones(64).long()}, "holds torch.int64, no real numb"),
+    "eight bits": ("after", lambda own: {k: v.to(torch.float8_e5m2) for k, v in own.items()}, "of at least 16 bits"),
+    "complex": ("before", lambda own: own | {"1.bias": torch.ones(64).cfloat()}, "holds torch.complex64, no real"),
+    "lacking": ("before", lambda own: {k: v for k, v in own.items() if k != "1.bias"}, "lacks '1.bias'"),
+    "NaN": ("before", lambda own: own | {"1.bias": torch.full((64,), torch.nan)}, "values that are not finite"),
+    "list": (
+        "after",
+        lambda own: list(own.values())[:-1],
+        "has 5 arrays without names, and the network's state dict 6",
+    ),
+    "unchanged": ("after", lambda own: torch.load("before.pt"), "hold the same trained parameters"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_an_update_that_is_none_of_the_network_is_refused(cli, nets: Path, fault: str) -> None:  # noqa: F811
+    recorded(nets, mlp(), SGD["plain"], 1, 1, 1)
+    (nets / "nets.py").write_text("from test_update_facts import mlp\n")
+    arm, change, words = BROKEN[fault]
+    torch.save(change(torch.load(f"{arm}.pt")), f"{arm}.pt")
+    refused(cli("audit", "--plugin", "nets.py", "--model", "mlp", "--out", "out", *FILES), f"--{arm} '{arm}.pt'", words)
+    assert not (nets / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+def test_an_update_of_mixed_types_and_layouts_is_read(tmp_path: Path) -> None:
+    own = mlp()
+    _, facts = recorded(tmp_path, mlp(), SGD["plain"], 3, 3, 1)
+    for name, convert in (("1.weight", Tensor.to_sparse), ("1.bias", Tensor.double)):
+        state = torch.load(tmp_path / "after.pt")
+        torch.save(state | {name: convert(state[name])}, tmp_path / "after.pt")
+    assert read(tmp_path, own)[1] == facts
+
+
+def test_weights_that_grew_are_said_to_be_swapped_perhaps(tmp_path: Path) -> None:
+    own = mlp()
+    recorded(tmp_path, mlp(), partial(SGD["momentum"], dampening=0.0), 12, 4, 2)
+    (tmp_path / "before.pt").rename(tmp_path / "old.pt")
+    (tmp_path / "after.pt").rename(tmp_path / "before.pt")
+    (tmp_path / "old.pt").rename(tmp_path / "after.pt")
+    _, facts = read(tmp_path, own)
+    assert "the weights before and after may be swapped" in " ".join(facts.contradictions(6))
+    assert "grew by" in dict(facts.facts())["weight decay"]
+    assert "weight decay" not in " ".join(RIGHT.contradictions(facts))
+
+
+def test_long_trainings_are_not_repeated() -> None:
+    assert StatedRecipe(1000, 1, 1, rate=0.1).client() is not None
+    assert StatedRecipe(1001, 1, 1, rate=0.1).client() is None
 
 
 def test_values_that_are_not_finite_are_refused_without_the_option(cli, nets: Path) -> None:  # noqa: F811

@@ -615,9 +615,11 @@ def read_update(
     if not sent:
         raise BadOption(f"--after {after!r} holds none of the network's {len(trained)} trained parameters; record them")
     for option, path, tensors in (("--before", before, first), ("--after", after, second)):
-        if wrong := next((name for name in sent if not tensors[name].is_floating_point()), None):
+        if wrong := next((name for name in sent if not _is_real(tensors[name].dtype)), None):
             kept = tensors[wrong].dtype
-            raise BadOption(f"{option} {path!r}: {wrong!r} holds {kept}, no real numbers; record it again")
+            raise BadOption(
+                f"{option} {path!r}: {wrong!r} holds {kept}, no real numbers of at least 16 bits; record it again"
+            )
     unknown = {name: int((~torch.isfinite(second[name])).sum()) for name in sent}
     if (wrong := next((name for name, count in unknown.items() if count), None)) and not finite:
         raise BadOption(
@@ -651,6 +653,10 @@ def read_update(
     )
 
 
+def _is_real(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
 def _eps(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps)
 
@@ -669,7 +675,8 @@ def _tensors(module: nn.Module, path: str, option: str, needed: Collection[str])
     if not file.is_file():
         raise MissingAsset(f"{option} {path!r} does not exist; give a .safetensors, a .npz or a state dict")
     words = f"{option} {path!r}"
-    return weights.named_as(weights.state_dict_of(file, words), module, module.state_dict(), needed, words)
+    tensors = {name: value.to_dense() for name, value in weights.state_dict_of(file, words).items()}
+    return weights.named_as(tensors, module, module.state_dict(), needed, words)
 
 
 def _check_kind(module: nn.Module, kind: RecordedKind, pairs: Mapping[str, tuple[Tensor, Tensor]], words: str) -> None:

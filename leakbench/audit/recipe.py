@@ -3,20 +3,19 @@
 import hashlib
 import json
 import math
+import reprlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
-from torch import Tensor
 
 from leakbench.audit.update_facts import SIGN_RULES, UpdateFacts
 from leakbench.clients.local import Local
 from leakbench.core.text import english, plural
 from leakbench.core.types import ThreatModel
 from leakbench.errors import BadOption, CorruptAsset, MissingAsset
-from leakbench.optim.client import ClientOptimiser, ClientState
+from leakbench.optim.client import ClientOptimiser
 
 Optimiser = Literal["sgd", "adam", "adamw", "rmsprop", "adagrad", "signsgd", "other"]
 OPTIMISERS: tuple[Optimiser, ...] = ("sgd", "adam", "adamw", "rmsprop", "adagrad", "signsgd", "other")
@@ -25,6 +24,12 @@ FACTS = "facts.json"
 
 DECAY_TOLERANCE = 1.5
 """A stated weight decay is contradicted if the measured one differs by more than this factor."""
+
+MOST = 1_000_000
+"""The most images, epochs and steps that a recipe states."""
+
+LONGEST = 1_000
+"""The most steps that attackers repeat: the time and memory of each of their evaluations grow with them."""
 
 _NAMES = {
     "images": "examples",
@@ -37,6 +42,8 @@ _NAMES = {
     "rate": "lr",
 }
 """The fields of a recipe, and what ``facts.json`` calls them."""
+
+_WHOLE = ("images", "local_batch", "local_epochs", "local_steps")
 
 
 @dataclass(frozen=True)
@@ -67,18 +74,19 @@ class StatedRecipe:
     rate: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("images", "local_batch", "local_epochs", "local_steps"):
+        for name in _WHOLE:
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-                raise BadOption(f"{option(name)} {value!r} must be a whole number from 1 on")
-        if self.rate is not None and not 0 < self.rate < math.inf:
-            raise BadOption(f"--rate {self.rate:g} must be a finite learning rate above 0")
+            if value is not None and not (_real(value) and isinstance(value, int) and 1 <= value <= MOST):
+                raise BadOption(f"{option(name)} {_shown(value)} must be a whole number from 1 to {MOST:,}")
+        if self.rate is not None and not (_real(self.rate) and 0 < self.rate <= sys.float_info.max):
+            raise BadOption(f"--rate {_shown(self.rate)} must be a finite learning rate above 0")
         if self.optimizer is not None and self.optimizer not in OPTIMISERS:
-            raise BadOption(f"--optimizer {self.optimizer!r} is none of {', '.join(OPTIMISERS)}; write 'other'")
-        if self.momentum is not None and not 0 <= self.momentum < 1:
-            raise BadOption(f"--momentum {self.momentum:g} must be from 0 to below 1")
-        if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
-            raise BadOption(f"--weight-decay {self.weight_decay:g} must be a finite number from 0 on")
+            raise BadOption(f"--optimizer {_shown(self.optimizer)} is none of {', '.join(OPTIMISERS)}; write 'other'")
+        if self.momentum is not None and not (_real(self.momentum) and 0 <= self.momentum < 1):
+            raise BadOption(f"--momentum {_shown(self.momentum)} must be from 0 to below 1")
+        decay = self.weight_decay
+        if decay is not None and not (_real(decay) and 0 <= decay <= sys.float_info.max):
+            raise BadOption(f"--weight-decay {_shown(decay)} must be a finite number from 0 on")
         if self.momentum and self.optimizer in ("adam", "adamw", "adagrad"):
             raise BadOption(
                 f"--momentum {self.momentum:g} is of SGD, and --optimizer is {self.optimizer}; leave one of them out"
@@ -90,6 +98,13 @@ class StatedRecipe:
         steps = self.step_range
         if steps is not None and self.local_steps is not None and not steps[0] <= self.local_steps <= steps[1]:
             raise BadOption(f"--local-steps {self.local_steps} contradicts {self._batches()}; leave --local-steps out")
+        if self.local_steps is not None and self.local_epochs is not None and self.local_steps < self.local_epochs:
+            raise BadOption(
+                f"--local-steps {self.local_steps} are fewer than --local-epochs {self.local_epochs}, and each epoch has "
+                "a step; leave one of them out"
+            )
+        if steps is not None and steps[1] > MOST:
+            raise BadOption(f"{self._batches()}, more than {MOST:,}; leave --local-epochs out")
 
     @property
     def stated(self) -> bool:
@@ -135,10 +150,13 @@ class StatedRecipe:
     def client(self) -> Local | None:
         """Return the training as attackers repeat it; None unless images, batches, steps and the rate are stated.
 
+        Nor is one of more than ``LONGEST`` steps repeated.
         Weight decay of SGD is left out: it is removed from an update before any attack.
         """
         batched = self.local_batch is not None or self.steps == 1
         if self.rate is None or self.images is None or self.images < 2 or self.steps is None or not batched:
+            return None
+        if self.steps > LONGEST:
             return None
         if self.optimizer not in (None, "sgd", "adam", "adamw"):
             return None
@@ -228,7 +246,7 @@ class StatedRecipe:
             )
 
     def _decay(self, shown: UpdateFacts) -> Iterator[str]:
-        if shown.rule != "sgd" or not shown.decay or shown.kind == "gradient" or self.weight_decay is None:
+        if shown.rule != "sgd" or shown.decay <= 0 or shown.kind == "gradient" or self.weight_decay is None:
             return
         if not self.weight_decay:
             yield f"Stated: no weight decay. Beside the gradients, the weights shrank by {shown.decay:.3g} of them."
@@ -236,7 +254,7 @@ class StatedRecipe:
         optimiser, steps = self.optimiser(), self.steps
         if optimiser is None or steps is None or self.momentum is None:
             return
-        expected = _decay_of(optimiser, steps)
+        expected = optimiser.decayed(steps)
         if max(expected, shown.decay) > DECAY_TOLERANCE * min(expected, shown.decay):
             yield (
                 f"Stated: weight decay {self.weight_decay:g}, with which SGD at learning rate {optimiser.lr:g} and "
@@ -309,7 +327,7 @@ def read_recording(folder: str) -> RecordedFolder:
             )
     try:
         facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise CorruptAsset(
             f"--recording {folder!r}: {FACTS} is malformed JSON ({type(error).__name__}); record it again, or give "
             "--before and --after"
@@ -322,25 +340,23 @@ def read_recording(folder: str) -> RecordedFolder:
                 f"--recording {folder!r}: {FACTS} is of other arrays than {files[arm].name}; take the folder as it was "
                 "recorded, or give --before and --after"
             )
-    values = {name: _number(facts.get(key), name) for name, key in _NAMES.items()}
     try:
-        recipe = StatedRecipe(**values)
+        recipe = StatedRecipe(**{name: _stated(facts.get(key), name) for name, key in _NAMES.items()})
     except BadOption as error:
         raise BadOption(f"--recording {folder!r}: {FACTS} states something impossible: {error}") from None
     return RecordedFolder(str(files["before"]), str(files["after"]), recipe)
 
 
-def _number(value: Any, name: str) -> Any:
+def _stated(value: Any, name: str) -> Any:
     """Return a value of ``facts.json`` in the type of a recipe's field; an optimiser of unknown name is ``other``."""
+    if value is None:
+        return None
     if name == "optimizer":
-        plain = None if value is None else str(value).rpartition(".")[2].lower()
-        return plain if plain is None or plain in OPTIMISERS else "other"
-    if value is None or isinstance(value, bool) or not isinstance(value, (int, float)):
-        if value is None:
-            return None
-        raise BadOption(f"--recording: {FACTS} states {_NAMES[name]} {value!r}, which is no number; correct it")
-    whole = name in ("images", "local_batch", "local_epochs", "local_steps")
-    return int(value) if whole and float(value).is_integer() else value
+        plain = str(value).rpartition(".")[2].lower()
+        return plain if plain in OPTIMISERS else "other"
+    if not _real(value):
+        raise BadOption(f"{_NAMES[name]} {_shown(value)} is no number; correct it, or leave it out")
+    return int(value) if name in _WHOLE and isinstance(value, float) and value.is_integer() else value
 
 
 def check_recording(recipe: StatedRecipe, shown: UpdateFacts, folder: str) -> None:
@@ -360,6 +376,14 @@ def check_recording(recipe: StatedRecipe, shown: UpdateFacts, folder: str) -> No
         )
 
 
+def _real(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else reprlib.repr(value)
+
+
 def option(name: str) -> str:
     """Return the option of a field of a recipe."""
     return f"--{name.replace('_', '-')}"
@@ -367,12 +391,3 @@ def option(name: str) -> str:
 
 def _batches(count: int) -> str:
     return "1 batch" if count == 1 else f"{count} batches"
-
-
-def _decay_of(optimiser: ClientOptimiser, steps: int) -> float:
-    """Return the share by which steps without any gradient of the loss shrink the weights."""
-    weights: dict[str, Tensor] = {"": torch.ones((), dtype=torch.float64)}
-    nothing, state = {"": torch.zeros((), dtype=torch.float64)}, ClientState()
-    for _ in range(steps):
-        weights, state = optimiser.moved(weights, nothing, state)
-    return 1 - float(weights[""])

@@ -273,6 +273,8 @@ def audit_update(
     update = read_update(network, before, after, kind, finite=finite)
     initial = network.model(image_shape[0])
     classes = classes_of(initial, image_shape, recipe.images or 1)
+    if label is not None and not 0 <= label < classes:
+        raise BadOption(f"--label {label} is no class of the network; give 0 to {classes - 1}")
     true = None if labels is None else read_labels_file(labels, classes, names)
     if true is not None and recipe.images is not None and len(true) != recipe.images:
         raise BadOption(
@@ -287,8 +289,14 @@ def audit_update(
     shown = update_facts(module, update, _observation(module, update, image_shape, classes, threat))
     if recording:
         check_recording(recipe, shown, recording)
+    listed = known if true is None else len(true)
+    if recipe.images is None and listed is not None and listed > 1:
+        beside_them = StatedRecipe(images=listed).contradictions(shown)
+    else:
+        beside_them = ()
     contradictions = (
         *recipe.contradictions(shown),
+        *beside_them,
         *shown.contradictions(1 if kind == "gradient" else threat.local_steps),
     )
     plain = update

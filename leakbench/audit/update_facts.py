@@ -169,6 +169,11 @@ class UpdateFacts:
                 f"Stated: the loss {self.loss}. The rows of the last layer's change sum to zero, as the cross-entropy "
                 f"leaves them and {self.loss} does not."
             )
+        if self.decay < 0:
+            yield (
+                f"Beside the gradients, the weights grew by {-self.decay:.3g} of them, which no weight decay does: the "
+                "weights before and after may be swapped."
+            )
         if self.steps is not None and self.steps > 1 and self.steps != local_steps:
             yield f"The client trained on {self.steps} batches, by the counters of its BatchNorm layers."
         elif self.several_steps and local_steps == 1 and self.steps is None:
@@ -235,6 +240,8 @@ class UpdateFacts:
         ends = "" if self.bias_decays else "; the biases did not decay"
         if self.kind == "gradient":
             return f"the gradient contains {self.decay:.3g} times the weights{ends}"
+        if self.decay < 0:
+            return f"none: the weights grew by {-self.decay:.3g} of their size beside the gradients' steps"
         return f"the weights shrank by {self.decay:.3g} of their size beside the gradients' steps{ends}"
 
     def _statistics(self) -> str:

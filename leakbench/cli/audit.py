@@ -284,9 +284,12 @@ def update(given: _OnUpdate) -> None:
             raise BadOption("--label and --labels are both given; leave one of them out")
         recipe, before, after = given.recipe(), given.before, given.after
         if given.recording is not None:
+            if before is not None or after is not None:
+                twice = "--before" if before is not None else "--after"
+                raise BadOption(f"--recording and {twice} are both given; leave one of them out")
             recorded = audit.read_recording(given.recording)
             recipe = recipe.joined(recorded.recipe, f"--recording {given.recording!r}")
-            before, after = before or recorded.before, after or recorded.after
+            before, after = recorded.before, recorded.after
         if before is None or after is None:
             raise BadOption(f"{'--before' if before is None else '--after'} is not given; give both, or --recording")
         return audit.audit_update(

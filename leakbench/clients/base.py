@@ -100,6 +100,16 @@ def check_threat(training: LocalTraining, threat: ThreatModel) -> None:
             f"{said} has lr={training.rate:g}, and the threat model learning_rate={threat.learning_rate:g}; leave "
             "learning_rate out"
         )
+    if training.count > 1 and threat.count == "hidden" and threat.labels != "inferred":
+        raise BadOption(
+            f"{said} has {training.count} images, whose number labels={threat.labels} shows and count=hidden hides; "
+            "leave one of the two out of the threat model"
+        )
+    if training.several_steps and threat.order == "known" and threat.recipe == "hidden":
+        raise BadOption(
+            f"{said}: order=known shows how it trains, which recipe=hidden hides; leave one of the two out of the "
+            "threat model"
+        )
     if threat.local_steps > 1 and training != type(training)():
         raise BadOption(
             f"{said} states its own steps, and the threat model has local_steps={threat.local_steps}; write "

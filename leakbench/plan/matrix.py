@@ -338,10 +338,13 @@ def members_of(dataset: Dataset, client: LocalTraining, images: Sequence[int]) -
     """Return the indices of the images of each client, cut from these.
 
     Raises:
-        BadOption: they do not fill a batch.
+        BadOption: they do not fill a batch, or one of them is named twice.
     """
     if client.count == 1 and not client.needs_labels:
         return [(index,) for index in images]
+    if len(set(images)) < len(images):
+        twice = next(index for place, index in enumerate(images) if index in images[:place])
+        raise BadOption(f"client {clients.spec(client)!r}: images names {twice} twice; name each image once")
     labels: dict[int, int] = {}
     if client.needs_labels:
         labels = dict(zip(images, dataset.load(list(images))[1].tolist()))
