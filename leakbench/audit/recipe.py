@@ -100,8 +100,8 @@ class StatedRecipe:
             raise BadOption(f"--local-steps {self.local_steps} contradicts {self._batches()}; leave --local-steps out")
         if self.local_steps is not None and self.local_epochs is not None and self.local_steps < self.local_epochs:
             raise BadOption(
-                f"--local-steps {self.local_steps} are fewer than --local-epochs {self.local_epochs}, and each epoch has "
-                "a step; leave one of them out"
+                f"--local-steps {self.local_steps} are fewer than --local-epochs {self.local_epochs}, and every epoch "
+                "has a step; leave one of them out"
             )
         if steps is not None and steps[1] > MOST:
             raise BadOption(f"{self._batches()}, more than {MOST:,}; leave --local-epochs out")
