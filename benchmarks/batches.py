@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -160,9 +160,8 @@ def counted(name: str) -> Model:
     return OwnModule(spec, network)
 
 
-def searches() -> pd.DataFrame:
-    """Return the seconds of a search for each image and step, for the same images in batches of several sizes."""
-    rows = []
+def searches() -> Iterator[dict[str, object]]:
+    """Yield the seconds of a search for each image and step, for the same images in batches of several sizes."""
     for name in SEARCHED:
         for size in SIZES:
             count = SEARCH // size
@@ -176,14 +175,11 @@ def searches() -> pd.DataFrame:
                     attacks.parse(f"ig(steps={steps})")(observation, rng)
                     spent.append(time.process_time() - start)
                 times.append((spent[1] - spent[0]) / STEPS / SEARCH)
-            rows.append({"model": name, "batch": size, "ms": 1000 * sorted(times)[REPEATS // 2]})
-            print(rows[-1], flush=True)
-    return pd.DataFrame(rows)
+            yield {"model": name, "batch": size, "ms": 1000 * sorted(times)[REPEATS // 2]}
 
 
-def separations() -> pd.DataFrame:
-    """Return how many images of each client ``disaggregate`` recovers, in how many seconds."""
-    rows = []
+def separations() -> Iterator[dict[str, object]]:
+    """Yield how many images of each client ``disaggregate`` recovers, in how many seconds."""
     for spec, hidden in CASES:
         training = clients.parse(spec)
         for normalised in (False, True):
@@ -198,26 +194,21 @@ def separations() -> pd.DataFrame:
                 cost = torch.cdist(images, truth).square() / truth.shape[1]
                 pairs = linear_sum_assignment(cost.numpy())
                 psnr = -10 * cost[pairs].clamp(min=1e-10).log10()
-                rows.append(
-                    {
-                        "client": spec,
-                        "hidden": "-".join(map(str, hidden)),
-                        "inputs": "normalised" if normalised else "in [0, 1]",
-                        "draw": draw,
-                        "images": training.count,
-                        "recovered": int((psnr >= RECOVERED).sum()),
-                        "worst": float(psnr.min()),
-                        "seconds": spent,
-                        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-                    }
-                )
-                print(rows[-1], flush=True)
-    return pd.DataFrame(rows)
+                yield {
+                    "client": spec,
+                    "hidden": "-".join(map(str, hidden)),
+                    "inputs": "normalised" if normalised else "in [0, 1]",
+                    "draw": draw,
+                    "images": training.count,
+                    "recovered": int((psnr >= RECOVERED).sum()),
+                    "worst": float(psnr.min()),
+                    "seconds": spent,
+                    "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                }
 
 
-def counts() -> pd.DataFrame:
-    """Return the share of the labels of a batch that each rule infers from the gradient of the last layer."""
-    rows = []
+def counts() -> Iterator[dict[str, object]]:
+    """Yield the share of the labels of a batch that each rule infers from the gradient of the last layer."""
     for name in COUNTED:
         model = counted(name)
         for size in COUNTED_SIZES:
@@ -232,8 +223,7 @@ def counts() -> pd.DataFrame:
                 weight, bias = (one[row] if len(one) > 1 else one[0] for one in layer)
                 peer = label_counts_by_embedding(by_weight[row], by_bias[row], weight, bias, size)
                 shares = [float(torch.minimum(found, true).sum()) / size for found in (ours[row], peer)]
-                rows.append({"model": name, "batch": size, "client": row, "ours": shares[0], "ilrg": shares[1]})
-    return pd.DataFrame(rows)
+                yield {"model": name, "batch": size, "client": row, "ours": shares[0], "ilrg": shares[1]}
 
 
 def convolutional() -> dict[str, Model]:
@@ -258,9 +248,8 @@ def psnr_of(images: torch.Tensor, client: Client) -> torch.Tensor:
     return PSNR()(matched(images.clamp(0, 1).nan_to_num(0.5), client.images), client.images)
 
 
-def inversions() -> pd.DataFrame:
-    """Return what ``disaggregate`` finds above convolutions: the values of the lowest linear layer, and the images."""
-    rows = []
+def inversions() -> Iterator[dict[str, object]]:
+    """Yield what ``disaggregate`` finds above convolutions: the values of the lowest linear layer, and the images."""
     for name, model in convolutional().items():
         for size in SEPARATED_SIZES:
             observation, (client,) = seen(model, clients.parse(f"local(batch={size})"), INVERTED_FIRST)
@@ -279,15 +268,11 @@ def inversions() -> pd.DataFrame:
             if not isinstance(values, str):
                 guess = attacks.parse("disaggregate(search=100)")(observation, Rng(("0",)))
                 row["psnr"] = float(psnr_of(guess.images[0], client).median())
-            rows.append(row | {"seconds": time.process_time() - start})
-            print(rows[-1], flush=True)
-            pd.DataFrame(rows).to_csv(FEATURES, index=False, float_format="%.4g", lineterminator="\n")
-    return pd.DataFrame(rows)
+            yield row | {"seconds": time.process_time() - start}
 
 
-def trainings() -> pd.DataFrame:
-    """Return what searches recover of local trainings of LeNet whose recipe and rate are known."""
-    rows = []
+def trainings() -> Iterator[dict[str, object]]:
+    """Yield what searches recover of local trainings of LeNet whose recipe and rate are known."""
     data = datasets.parse("cifar10")
     for spec, order, attackers in UNROLLED:
         training = clients.parse(spec)
@@ -313,10 +298,7 @@ def trainings() -> pd.DataFrame:
                     "ssim_aligned": float(AlignedSSIM()(pairs, client.images).mean()),
                 }
                 cells = {"client": spec, "order": order, "attack": attacker, "row": place}
-                rows.append({**cells, **scores, "seconds": spent})
-            print(rows[-1], flush=True)
-            pd.DataFrame(rows).to_csv(TRAININGS, index=False, float_format="%.4g", lineterminator="\n")
-    return pd.DataFrame(rows)
+                yield {**cells, **scores, "seconds": spent}
 
 
 WORDS = """# What batches cost an attacker
@@ -423,7 +405,7 @@ def page() -> str:
     )
 
 
-PARTS: Mapping[str, tuple[Path, Callable[[], pd.DataFrame]]] = {
+PARTS: Mapping[str, tuple[Path, Callable[[], Iterable[dict[str, object]]]]] = {
     "updates": (UPDATES, separations),
     "counts": (COUNTS, counts),
     "features": (FEATURES, inversions),
@@ -431,6 +413,15 @@ PARTS: Mapping[str, tuple[Path, Callable[[], pd.DataFrame]]] = {
     "searches": (COST, searches),
 }
 """The parts of the page that are measured: where each is kept, and what measures it."""
+
+
+def keep(rows: Iterable[dict[str, object]], file: Path) -> None:
+    """Write a table of rows, anew with each of them: a measurement that is stopped keeps what it has."""
+    kept = []
+    for row in rows:
+        print(row, flush=True)
+        kept.append(row)
+        pd.DataFrame(kept).to_csv(file, index=False, float_format="%.4g", lineterminator="\n")
 
 
 def main() -> None:
@@ -441,7 +432,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for name, (file, measure) in PARTS.items():
         if name in chosen:
-            measure().to_csv(file, index=False, float_format="%.4g", lineterminator="\n")
+            keep(measure(), file)
     TEXT.write_text(page())
 
 

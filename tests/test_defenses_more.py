@@ -45,7 +45,7 @@ from leakbench.report import worst_case
 from leakbench.report.markdown import markdown
 from leakbench.report.run import RunData as Report
 from leakbench.store.run_file import FILE, Store
-from leakbench.victim import Client, StepRecord, build, observe, observe_recorded
+from leakbench.victim import Client, Exchange, StepRecord, build, observe
 from leakbench.victim.client import batch_of
 
 RGB = (3, 32, 32)
@@ -789,7 +789,7 @@ def recorded(model: str | Model, defense: Defense, own: Sequence[Client], threat
     """Return what the steps of clients were."""
     network = models.parse(model) if isinstance(model, str) else model
     mean = torch.full(own[0].image.shape, 0.5)
-    return observe_recorded(network, defense, parse_threat(threat), own, CLASSES, mean)[1]
+    return Exchange(network, defense, parse_threat(threat), own, CLASSES, mean).recorded()[1]
 
 
 def test_what_a_client_trained_on_is_what_its_step_was_taken_on() -> None:

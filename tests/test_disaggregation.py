@@ -13,7 +13,7 @@ from test_update_facts import SGD, recorded, short, train  # noqa: F401
 from torch import Tensor, nn
 
 from leakbench import attacks, clients, datasets, defenses
-from leakbench.attacks.disaggregation import Disaggregation, _Columns, disaggregate
+from leakbench.attacks.disaggregation import Disaggregation, _Columns, _Search, disaggregate
 from leakbench.attacks.shared_errors import shared_errors
 from leakbench.core.rng import Rng, generator
 from leakbench.core.text import english
@@ -141,6 +141,46 @@ def test_a_little_of_another_column_is_removed() -> None:
     assert float((rows @ mixed).abs()[made[:, 0] == 0].max()) > 1e-5
     assert float((rows @ purer).abs()[made[:, 0] == 0].max()) < 1e-12
     assert float((space.purer(true[2], true[:2]) @ true[2]).abs()) > 1 - 1e-12
+
+
+def test_a_little_of_several_columns_is_removed() -> None:
+    """Of two others in one column: what is left of the first does not hide the second."""
+    rng = torch.Generator().manual_seed(1)
+    made = torch.randn(300, 4, generator=rng, dtype=torch.float64)
+    made = torch.where(torch.rand(300, 4, generator=rng) < 0.5, made, 0.0)
+    rows, mixing = torch.linalg.qr(made)
+    true = mixing.T / mixing.T.norm(dim=1, keepdim=True)
+    space = columns(mixing.T, rows)
+    mixed = true[0] - 1e-3 * true[1] + 2e-3 * true[2]
+    purer = space.purer(mixed / mixed.norm(), true[1:])
+    assert float((rows @ purer).abs()[made[:, 0] == 0].max()) < 1e-12
+
+
+def test_two_columns_that_each_hold_a_little_of_another_are_both_freed() -> None:
+    """The worst input is as bad until the second one is freed, too."""
+    count, units = 4, 300
+    rng = torch.Generator().manual_seed(6)
+    inputs = torch.rand(count, 40, generator=rng, dtype=torch.float64)
+    weight = torch.randn(units, 40, generator=rng, dtype=torch.float64)
+    bias = -(weight @ inputs.T).mean(1)
+    made = torch.randn(units, count, generator=rng, dtype=torch.float64)
+    made = torch.where(weight @ inputs.T + bias[:, None] > 0, made, 0.0)
+    rows, mixing = torch.linalg.qr(made)
+    rest = rows.T @ made @ inputs
+    space = _Columns(rows, 1e-9, (weight @ rest.T)[None], bias[None], mixing.sum(1))
+    # column i of the errors is rows @ mixing[:, i]
+    true = mixing.T / mixing.T.norm(dim=1, keepdim=True)
+    assert space.agreement(true) == 1
+    spoilt = true.clone()
+    for one, other, share in ((0, 1, 0.02), (2, 3, 0.035)):
+        spoilt[one] = true[one] + share * true[other]
+        spoilt[one] /= spoilt[one].norm()
+    search = _Search(space, rng)
+    before = space.agreement(spoilt)
+    found, agreement = search._purified(spoilt, before)
+    assert before < search.consistent
+    assert agreement == 1
+    assert float((found * true).sum(1).abs().min()) > 1 - 1e-9
 
 
 @pytest.mark.parametrize("outputs", [1, 2])

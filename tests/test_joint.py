@@ -22,7 +22,7 @@ from leakbench.defenses import Defense, Step
 from leakbench.errors import ClientFailed, DefenseFailed
 from leakbench.observation import Observation
 from leakbench.plan.matrix import parse_threat
-from leakbench.victim import Client, StepRecord, observe_recorded, observing
+from leakbench.victim import Client, Exchange, StepRecord, observing
 from leakbench.victim import steps as client_steps
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def taken(
     training: str = "local",
 ) -> tuple[Observation, list[StepRecord]]:
     """Return what a server sees of three clients, and the records of their steps."""
-    return observe_recorded(
+    return Exchange(
         models.parse(model) if isinstance(model, str) else model,
         defenses.parse(defense) if isinstance(defense, str) else defense,
         parse_threat(threat),
@@ -57,7 +57,7 @@ def taken(
         CLASSES,
         torch.full(SHAPE, 0.5),
         training=trainings.parse(training),
-    )
+    ).recorded()
 
 
 @pytest.fixture

@@ -178,8 +178,8 @@ class Disaggregate(Attack):
         "image has pixels."
     )
     # 2: images were not separated at 2 and 4, or without an input normalisation; 3: convolutions, unsupported before;
-    # 4: one hidden layer before two classes, and columns with a little of another one in them
-    version: ClassVar[int] = 4
+    # 4: one hidden layer before two classes, and columns with a little of another one in them; 5: several such columns
+    version: ClassVar[int] = 5
     batches: ClassVar[bool] = True
     updates: ClassVar[bool] = True
     agreement: Annotated[float, Field(ge=0, le=1)] = 0.75

@@ -126,14 +126,21 @@ class Disaggregation:
         Args:
             layers: weight [M, S] and bias [M] before the training; and after it, if there were several steps.
         """
-        return _agreement(torch.stack([self.inputs @ weight.T + bias for weight, bias in layers]), self.errors.T != 0)
+        values = torch.stack([self.inputs @ weight.T + bias for weight, bias in layers])
+        return _agreements(values, self.errors.T != 0)[0]
 
 
-def _agreement(values: Tensor, on: Tensor) -> float:
-    """Return the least share of clear units that agree, of values [layers, N, M] and units with an error [N, M]."""
+def _agreements(values: Tensor, on: Tensor) -> list[float]:
+    """Return the shares [N] of clear units that agree, the least first.
+
+    Args:
+        values: [layers, N, M], of units before the ReLU.
+        on: [N, M], which units have an error.
+    """
     clear = values.abs().amin(0) > values.amax(0) - values.amin(0)
     against = clear & ((values[0] > 0) != on)
-    return float(1 - (against.sum(1) / clear.sum(1).clamp(min=1)).max())
+    shares: list[float] = (1 - against.sum(1) / clear.sum(1).clamp(min=1)).sort().values.tolist()
+    return shares
 
 
 def disaggregate(
@@ -322,10 +329,14 @@ class _Columns:
 
     def agreement(self, basis: Tensor) -> float:
         """Return the agreement (``Disaggregation.agreement``) of the inputs that follow from columns [N, N]."""
+        return self.agreements(basis)[0]
+
+    def agreements(self, basis: Tensor) -> list[float]:
+        """Return how well each of the inputs that follow from columns [N, N] agrees, the worst first."""
         inputs = torch.linalg.inv(basis.T) / torch.linalg.solve(basis.T, self.total)[:, None]
         values = self.left @ basis.T
         on = values.abs() > (MAX_ZERO * values.abs().amax(0)).clamp(max=self.tolerance)
-        return _agreement((self.gates @ inputs.T + self.offsets[..., None]).transpose(1, 2), on.T)
+        return _agreements((self.gates @ inputs.T + self.offsets[..., None]).transpose(1, 2), on.T)
 
 
 class _Search:
@@ -509,15 +520,20 @@ class _Search:
         return self.found[chosen]
 
     def _purified(self, basis: Tensor, agreement: float) -> tuple[Tensor, float]:
-        """Return a complete basis without what is in a column of others, if its inputs agree better; and how well."""
+        """Return a complete basis without what is in a column of others, if its inputs agree better; and how well.
+
+        What is in a column spoils the inputs of the others. If several columns hold something, the worst input can
+        stay as it is until the last of them is freed: the next worst counts then.
+        """
+        each = self.columns.agreements(basis) if agreement < self.consistent else [agreement]
         for place in range(len(basis)):
-            if agreement >= self.consistent:
+            if each[0] >= self.consistent:
                 break
             new = basis.clone()
             new[place] = self.columns.purer(basis[place], torch.cat([basis[:place], basis[place + 1 :]]))
-            if not torch.equal(new, basis) and (agrees := self.columns.agreement(new)) > agreement:
-                basis, agreement = new, agrees
-        return basis, agreement
+            if not torch.equal(new, basis) and (agrees := self.columns.agreements(new)) > each:
+                basis, each = new, agrees
+        return basis, each[0]
 
     def _exchanged(self, basis: Tensor) -> tuple[Tensor, float]:
         """Return a complete basis whose inputs agree best, with columns exchanged for others found; and how well."""

@@ -109,6 +109,7 @@ def estimated_counts(
     shown: UpdateFacts,
     batch: BatchFindings | None,
     recipe: StatedRecipe,
+    factor: float = 1.0,
 ) -> tuple[int, ...]:
     """Return how often each class occurs among the images of an update, by an estimate; empty if there is none.
 
@@ -121,6 +122,7 @@ def estimated_counts(
         shown: what it shows by itself.
         batch: the images, if they follow from it.
         recipe: what is stated of the training.
+        factor: what the gradient of the observation was divided by, since momentum enlarges the update.
     """
     one, last = shown.shown, next(reversed(list(linears(network))), "")
     head = head_of(network)
@@ -151,7 +153,7 @@ def estimated_counts(
         except Exception:  # whatever the user's network raises on a batch
             return ()
     optimiser, steps = recipe.optimiser(), recipe.steps or shown.steps
-    change, unit = bias[0].double(), 1.0 if update.kind == "gradient" else None
+    change, unit = factor * bias[0].double(), 1.0 if update.kind == "gradient" else None
     if optimiser is not None and steps is not None:
         unit = optimiser.unit(steps)
     least = -math.inf if unit is None else float((count * (public - change / unit)).amin(1).max())

@@ -140,6 +140,7 @@ class Audit:
         loss: what clients train with, in words.
         together: how many images attacks on an update search for at once.
         search: what they assume of them, in words; empty if they search for one.
+        searched: whether attacks that search were run: not if an update gives its images in closed form.
     """
 
     title: str
@@ -162,6 +163,7 @@ class Audit:
     loss: str = LOSSES[CROSS_ENTROPY]
     together: int = 1
     search: str = ""
+    searched: bool = True
 
     def values(self) -> dict[str, float | None]:
         """Return by defense the value that the rule judges; None if it was not measured."""

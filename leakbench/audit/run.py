@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from leakbench import attacks, datasets, defenses
-from leakbench.analysis.ensemble import UNPROVEN, UNSCORED, ensemble_results, floor_share
+from leakbench.analysis.ensemble import UNPROVEN, UNSCORED, attacker_names, ensemble_results, floor_share
 from leakbench.analysis.recovery import caveat, judged
 from leakbench.analysis.verdict import CONTROL, control_flaw
 from leakbench.attacks import Attack
@@ -316,7 +316,7 @@ def audit_update(
     if progress is not None:
         progress.note(f"{EXPECTED}: {rule}")
     leaks = _redrawn(_leaks_of_update(observation, label, shown, recipe.several), drawn)
-    counts = estimated_counts(module, observation, plain, shown, batch, recipe)
+    counts = estimated_counts(module, observation, plain, shown, batch, recipe, factor)
     leaks = replace(leaks, labels=counted(leaks.labels, counts, true, classes))
     doubt = drawn.doubt() if drawn.layers and not read_draws(observation).complete else ""
     proven = truth is None and any(form.pixels and form.exact and not form.factor for form in leaks.forms)
@@ -360,7 +360,7 @@ def audit_update(
     if truths is not None:
         images = torch.zeros(0, *image_shape) if batch is None else batch.images
         beside = compared([Returned(DISAGGREGATE, images), *returned], truths, _threshold(matrix))
-        found = _compared(found, beside)
+        found = _compared(found, beside, {attack: short for (attack, _), short in attacker_names(trials).items()})
         if batch is not None and not found.together:
             missed.append(
                 f"None of the {len(batch.images)} images that {DISAGGREGATE} returned is one of --truth: they are "
@@ -375,7 +375,7 @@ def audit_update(
         found = replace(found, pictures=tuple(_uncompared(returned)))
     flaw = "Inconclusive: an update has no positive control." if found.result.share == 0 else ""
     one = shown.shown
-    if one is not None and one.pixels and one.rank > 1 and not everything:
+    if one is not None and one.pixels and one.rank > 1 and not everything and found.together < one.rank:
         missed.append(
             f"The {one.rank} images were not all separated from each other in the change of layer {one.layer}, which "
             "takes the pixels. That does not make them safe."
@@ -401,6 +401,7 @@ def audit_update(
         untried=untried,
         together=observation.count,
         search=search_words(observation, unrolled),
+        searched=not (proven or everything),
     )
 
 
@@ -491,8 +492,14 @@ def _returned(store: Store, trials: pd.DataFrame, channels: int) -> Iterable[Ret
             yield Returned(attack, torch.cat(pixels), bool(floor))
 
 
-def _compared(found: DefenseFindings, beside: ComparedImages) -> DefenseFindings:
-    """Return findings with what was returned beside all private images, and the share that is recovered."""
+def _compared(found: DefenseFindings, beside: ComparedImages, names: Mapping[str, str]) -> DefenseFindings:
+    """Return findings with what was returned beside all private images, and the share that is recovered.
+
+    Args:
+        found: the findings without the private images.
+        beside: what was returned beside these.
+        names: of each attack, the short one in the findings.
+    """
     pictures = tuple(
         ImageFinding(
             place,
@@ -507,8 +514,10 @@ def _compared(found: DefenseFindings, beside: ComparedImages) -> DefenseFindings
     )
     scores = {name: values.best for name, values in beside.scores.items()}
     count = len(pictures)
+    recovered = {names.get(attack, attack): count for attack, count in beside.recovered.items()}
     attackers = tuple(
-        replace(one, recovered=beside.recovered.get(one.attacker, one.recovered)) for one in found.result.attackers
+        replace(one, recovered=recovered[one.attacker], tried=count) if one.attacker in recovered else one
+        for one in found.result.attackers
     )
     result = replace(
         found.result, images=count, groups=count, targets=count, share=beside.share, by_floor=0, attackers=attackers

@@ -4,6 +4,7 @@ All of it follows from the two models, before any attack. A sentence is made onl
 """
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -315,14 +316,24 @@ def _other_loss(network: nn.Module, last: str | None, change: Mapping[str, Tenso
 
 
 def without_decay(update: Update, facts: UpdateFacts) -> Update:
-    """Return an update whose change does not contain the weight decay that was found."""
+    """Return an update whose change does not contain the weight decay that was found, with its share of rounding."""
     if not facts.decay:
         return update
     change = {
         name: value - facts.decay * update.before[name] if value.dim() > 1 or facts.bias_decays else value
         for name, value in update.change.items()
     }
-    return replace(update, change=change)
+    # the rounding stays as large as it was, and is a larger share of what is left
+    sizes = [{name: _norm(value) for name, value in one.items()} for one in (update.change, change)]
+    rounding = {
+        name: share * sizes[0][name] / sizes[1][name] if sizes[1][name] else math.inf
+        for name, share in update.rounding.items()
+    }
+    return replace(update, change=change, rounding=rounding)
+
+
+def _norm(value: Tensor) -> float:
+    return float(value.nan_to_num(0.0, 0.0, 0.0).double().norm())
 
 
 def _layers(change: Mapping[str, Tensor], network: nn.Module, observation: Observation) -> list[str]:

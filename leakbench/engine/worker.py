@@ -28,7 +28,7 @@ from leakbench.metrics.members import BatchMetric, ScoredBatches, assign, matche
 from leakbench.observation import Observation
 from leakbench.plan.matrix import FLOORS
 from leakbench.plan.trial import MAX_PICTURE_ERROR, UNSEEN, BatchMember, Cell, Result, Trial
-from leakbench.victim import Client, StepRecord, build, groups_of, observe, observe_recorded
+from leakbench.victim import Client, Exchange, StepRecord, build, groups_of, observe
 
 
 @dataclass(frozen=True)
@@ -397,7 +397,7 @@ class Worker:
     def _stepped(self, data: ClientData, trials: Sequence[Trial]) -> tuple[Observation, Rng, list[StepRecord]]:
         """Return what clients send after a step, the attacker's draws, and what only evaluation sees of the steps."""
         cell, clients = trials[0].cell, [_client(trial, data) for trial in trials]
-        seen, records = observe_recorded(
+        seen, records = Exchange(
             cell.model,
             cell.defense,
             cell.threat,
@@ -407,7 +407,7 @@ class Worker:
             self.work.device,
             server_images(cell),
             cell.client,
-        )
+        ).recorded()
         return seen, Rng(tuple(attack_key(trial, data.salt) for trial in trials), self.work.device), records
 
     def _other(self, data: ClientData, trials: Sequence[Trial]) -> Mapping[str, Tensor]:

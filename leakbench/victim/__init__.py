@@ -6,16 +6,16 @@ once, if their defense serves that (``Defense.joint``). What the server may see 
 
 from leakbench.victim.client import Client, StepRecord
 from leakbench.victim.network import build, groups_of
-from leakbench.victim.observing import check_reveals, observe, observe_recorded
+from leakbench.victim.observing import Exchange, check_reveals, observe
 from leakbench.victim.trainer import layer_inputs
 
 __all__ = [
     "Client",
+    "Exchange",
     "StepRecord",
     "build",
     "check_reveals",
     "groups_of",
     "layer_inputs",
     "observe",
-    "observe_recorded",
 ]

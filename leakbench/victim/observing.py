@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -29,6 +29,50 @@ from leakbench.victim.steps import blame_defense, joint_steps, single_steps
 from leakbench.victim.trainer import Taken, Trainer
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """The local training of T clients, and what of it their server may see.
+
+    Attributes:
+        model: the public architecture and weights.
+        defense: what every client does.
+        threat: what the attacker is granted.
+        clients: T clients with images of one shape.
+        num_classes: how many classes the labels come from.
+        mean_image: [C, H, W] in [0, 1], public.
+        device: where the observation's tensors go.
+        public: [P, C, H, W] in [0, 1], images of a malicious server, none of which is attacked; None: crops of the
+            photographs that ship with leakbench.
+        training: how every client trains; the default takes the steps that the threat model states.
+    """
+
+    model: Model
+    defense: Defense
+    threat: ThreatModel
+    clients: Sequence[Client]
+    num_classes: int
+    mean_image: Tensor
+    device: torch.device | str = "cpu"
+    public: Tensor | None = None
+    training: LocalTraining = ONE_IMAGE
+
+    def observed(self) -> Observation:
+        """Run the local training of every client, and return what the server may see of it.
+
+        Raises:
+            BadOption: the threat model lacks the learning rate, or contradicts the training. What it reveals is checked
+                by the caller (``check_reveals``), for all the defenses of a matrix together.
+            ClientFailed: without any defense, the client's step fails, too, or its gradient is not finite.
+            DefenseFailed: the defense raised an error, or sent something that is no gradient of its network.
+            Unsupported: model and defense do not go together, or a normalisation by a step's statistics has one value.
+        """
+        return _observed(self)[0]
+
+    def recorded(self) -> tuple[Observation, list[StepRecord]]:
+        """Return what ``observed`` returns, and what evaluation needs of each client's step."""
+        return _observed(self, record_of)
+
+
 def observe(
     model: Model,
     defense: Defense,
@@ -40,62 +84,20 @@ def observe(
     public: Tensor | None = None,
     training: LocalTraining = ONE_IMAGE,
 ) -> Observation:
-    """Run the local training of every client, and return what the server may see of it.
-
-    Args:
-        model: the public architecture and weights.
-        defense: what every client does.
-        threat: what the attacker is granted.
-        clients: T clients with images of one shape.
-        num_classes: how many classes the labels come from.
-        mean_image: [C, H, W] in [0, 1], public.
-        device: where the observation's tensors go.
-        public: [P, C, H, W] in [0, 1], images of a malicious server, none of which is attacked; None: crops of the
-            photographs that ship with leakbench.
-        training: how every client trains; the default takes the steps that the threat model states.
-
-    Raises:
-        BadOption: the threat model lacks the learning rate, or contradicts the training. What it reveals is checked by
-            the caller (``check_reveals``), for all the defenses of a matrix together.
-        ClientFailed: without any defense, the client's step fails, too, or its gradient is not finite.
-        DefenseFailed: the defense raised an error, or sent something that is no gradient of its network.
-        Unsupported: model and defense do not go together, or a normalisation by a step's statistics has one value.
-    """
-    return _observe(model, defense, threat, clients, num_classes, mean_image, device, public, training)[0]
+    """Return what the server may see of an exchange of these attributes (``Exchange.observed``)."""
+    return Exchange(model, defense, threat, clients, num_classes, mean_image, device, public, training).observed()
 
 
-def observe_recorded(
-    model: Model,
-    defense: Defense,
-    threat: ThreatModel,
-    clients: Sequence[Client],
-    num_classes: int,
-    mean_image: Tensor,
-    device: torch.device | str = "cpu",
-    public: Tensor | None = None,
-    training: LocalTraining = ONE_IMAGE,
+def _observed(
+    own: Exchange, record: Callable[[Trainer, Client, Taken], StepRecord] | None = None
 ) -> tuple[Observation, list[StepRecord]]:
-    """Return what ``observe`` returns, and what evaluation needs of each client's step."""
-    return _observe(model, defense, threat, clients, num_classes, mean_image, device, public, training, record_of)
-
-
-def _observe(
-    model: Model,
-    defense: Defense,
-    threat: ThreatModel,
-    clients: Sequence[Client],
-    num_classes: int,
-    mean_image: Tensor,
-    device: torch.device | str,
-    public: Tensor | None,
-    training: LocalTraining,
-    record: Callable[[Trainer, Client, Taken], StepRecord] | None = None,
-) -> tuple[Observation, list[StepRecord]]:
-    """Return the observation of ``observe``, and what ``record`` returns of each client's step."""
+    """Return what the server may see of an exchange, and what ``record`` returns of each client's step."""
+    model, defense, threat, clients, training = own.model, own.defense, own.threat, own.clients, own.training
+    num_classes, device = own.num_classes, own.device
     shape = tuple(clients[0].image.shape)
     image_shape = (shape[0], shape[1], shape[2])
     if threat.server != HONEST:
-        images = public_crops(image_shape) if public is None else public
+        images = public_crops(image_shape) if own.public is None else own.public
         model = crafted.HandedOut(model, crafted.parse(threat.server), images)
     networks: dict[str, nn.Module] = {}
     for client in clients:
@@ -115,10 +117,10 @@ def _observe(
     values_hidden, gradients_hidden = _hidden(secrets, threat)
 
     trainers: dict[str, Trainer] = {}
-    for key, own in networks.items():
+    for key, network in networks.items():
         plain = None if record is None else plain_network(model, image_shape, num_classes, key)
         trainers[key] = Trainer(
-            own, plain, defense, threat, training, secrets, gradients_hidden, image_shape, num_classes, behind
+            network, plain, defense, threat, training, secrets, gradients_hidden, image_shape, num_classes, behind
         )
     blame = partial(blame_defense, model, defense, threat, training, num_classes)
     steps = joint_steps(trainers, clients, torch.device(device), blame, record is not None)
@@ -148,7 +150,7 @@ def _observe(
         labels=None if batched and threat.labels == "counts" else labels,
         image_shape=image_shape,
         num_classes=num_classes,
-        mean_image=mean_image.to(device, working(order[0])),
+        mean_image=own.mean_image.to(device, working(order[0])),
         threat=granted,
         defense=defense if threat.informed else None,
         count=0 if batched and threat.count == "hidden" else training.count,
