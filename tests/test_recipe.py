@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from leakbench import datasets
 from leakbench.analysis.ensemble import AttackerStats, EnsembleResult
-from leakbench.audit.batch import estimated_counts
+from leakbench.audit.batch import BatchFindings, estimated_counts
 from leakbench.audit.findings import DefenseFindings
 from leakbench.audit.layers import ClosedFormLeaks, InferredLabels
 from leakbench.audit.members import Returned, compared, read_labels_file
@@ -386,6 +387,11 @@ def test_the_images_of_an_attack_with_options_count_under_its_short_name() -> No
         ("ig", 2, 3),
     ]
     assert verdict(found) == "The server recovers 67 % of the 3 images. The first attack to succeed is ig."
+    batch = BatchFindings("fc", truth[1:2], 0.5, torch.ones(4, 1))
+    both = compared([Returned("disaggregate", truth[1:2]), Returned("ig(steps=150)", truth[[2, 0]])], truth, 0.6)
+    found = _compared(replace(behind, batch=batch), both, {"ig(steps=150)": "ig"})
+    words = "The server recovers 100 % of the 3 images, 1 of them in closed form from the change of layer fc."
+    assert verdict(found) == words
 
 
 def test_every_attackers_images_are_assigned_once_and_beat_the_floors() -> None:

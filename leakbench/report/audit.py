@@ -24,7 +24,8 @@ ATTACK_HEADINGS = ("attack", "recovered", "tried", "diverged", "skipped", "evalu
 
 def verdict(one: DefenseFindings) -> str:
     """Return in one sentence or two how many images are recovered behind a defense."""
-    return sentence("audit.sentences.j2", "verdict", one.result, one.inconclusive, one.batch if one.together else None)
+    batch = one.batch if one.together else None
+    return sentence("audit.sentences.j2", "verdict", one.result, one.inconclusive, batch, one.together)
 
 
 def exact_words(audit: Audit, one: DefenseFindings) -> str:
