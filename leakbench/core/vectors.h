@@ -4,6 +4,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#if __has_include(<dlfcn.h>)
+#include <dlfcn.h>
+#endif
 #ifdef __SSE__
 #include <xmmintrin.h>
 #endif
@@ -30,7 +33,14 @@ struct Flushed {
 // Calls ``work(from, to)`` for parts of 0 to ``count`` in the threads of torch's own operations, which OpenMP's library has.
 // Such a thread looks for more work for some milliseconds after its last, so that threads of our own would wait for its core.
 // Where there is no such library, the calling thread does it all.
-extern "C" __attribute__((weak)) void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
+typedef void (*Team)(void (*)(void*), void*, unsigned, unsigned);
+static Team torchs_threads() {
+#if __has_include(<dlfcn.h>)
+  return (Team)dlsym(RTLD_DEFAULT, "GOMP_parallel");
+#else
+  return nullptr;
+#endif
+}
 template <class F> static void in_threads(int64_t count, int64_t threads, F&& work) {
   struct Job {
     F& work;
@@ -42,8 +52,9 @@ template <class F> static void in_threads(int64_t count, int64_t threads, F&& wo
     Job& own = *(Job*)given;
     for (int64_t i; (i = own.next++) < own.parts;) own.work(own.count * i / own.parts, own.count * (i + 1) / own.parts);
   };
-  if (job.parts < 2 || !GOMP_parallel) take(&job);
-  else GOMP_parallel(take, &job, threads, 0);
+  static const Team team = torchs_threads();
+  if (job.parts < 2 || !team) take(&job);
+  else team(take, &job, threads, 0);
 }
 
 template <class S> struct Lanes {
