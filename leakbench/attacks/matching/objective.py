@@ -141,7 +141,7 @@ class MatchingObjective(Recordable, Explicit):
                 (gradient["label"],) = torch.autograd.grad(labels, leaf, by_labels)
         if self.attack.tv:
             weight = self.attack.tv if self.prior_factor is None else self.attack.tv * self.prior_factor
-            each = torch.as_tensor(weight, dtype=value.dtype).expand(len(value))
+            each = torch.full_like(value, weight) if isinstance(weight, float) else weight
             gradient["image"] = by_image = by_image.contiguous()
             value = value + weight * add_variation(images, each, by_image)
         return value, {name: gradient[name] for name in unknowns}

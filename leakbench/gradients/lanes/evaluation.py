@@ -386,41 +386,45 @@ class GradientComparison:
     ) -> None:
         program._check(tensors, x, q, observed)
         trials = len(x)
-        self.program, self.gap, self.x = program, gap, x.detach()
-        self.given = [program._given(name, tensors[name], trials) for name in program.names]
+        self.program, self.x = program, x.detach()
         self.memory = program.memory(x, trials, comparing=True)
         lanes = program.lanes(x.dtype, trials)
-        self._observed = {name: program._in_blocks(name, y, trials, lanes) for name, y in observed.items()}
-        self.dots, self.squares = x.new_zeros(2, len(observed), trials).unbind()
+        # the results, and the derivatives by them
+        self._numbers = x.new_zeros(4, len(observed), trials)
+        self.dots, self.squares = self._numbers[:2].unbind()
+        self._given, self._rows, self._held = [], {name: row for row, name in enumerate(observed)}, []
+        for name in program.names:
+            tensor, own, size = program._given(name, tensors[name], trials)
+            one = _Parameter(tensor.data_ptr(), own, None, None, 0, 0, size)
+            if name in observed:
+                blocks = program._in_blocks(name, observed[name], trials, lanes)
+                one.observed, one.gap = blocks.data_ptr(), gap
+                one.place, one.tangent = program.places[name]
+                self._held.append(blocks)
+            self._held.append(tensor)
+            self._given.append(one)
         for row, (name, y) in enumerate(observed.items()):
             if gap and name not in program.places:
                 self.squares[row] = squared_norm(y)
         image, labels = strides(self.x), strides(q.detach())  # copies live until the kernels have read them
-        given = self._parameters(self.dots, self.squares)
-        program.run("gradient", given, _rows(*image), _rows(*labels), self.memory, trials)
+        program.run("gradient", self._parameters(0), _rows(*image), _rows(*labels), self.memory, trials)
 
     def derivative(self, by_dots: Tensor, by_squares: Tensor, labels: bool) -> tuple[Tensor, Tensor | None]:
         """Return the derivatives by image and, if wanted, labels, of a function with these by both results.
 
         They are [P, T], or [T] for all tensors alike.
         """
-        # copies live until the kernels have read them
-        dense = by_dots.expand_as(self.dots).contiguous(), by_squares.expand_as(self.dots).contiguous()
-        given = self._parameters(*dense)
-        return _derivative(self.program, given, self.x, self.memory, labels)
+        self._numbers[2], self._numbers[3] = by_dots, by_squares
+        return _derivative(self.program, self._parameters(2), self.x, self.memory, labels)
 
-    def _parameters(self, dots: Tensor, squares: Tensor) -> list[_Parameter]:
-        parameters = []
-        rows = {name: row for row, name in enumerate(self._observed)}
-        size, begins = dots.shape[1] * dots.element_size(), (dots.data_ptr(), squares.data_ptr())
-        for name, (tensor, own, count) in zip(self.program.names, self.given):
-            one = _Parameter(tensor.data_ptr(), own, None, None, 0, 0, count)
-            if name in rows:
-                one.observed, one.gap = self._observed[name].data_ptr(), self.gap
-                one.place, one.tangent = self.program.places[name]
-                one.dot, one.square = (begin + rows[name] * size for begin in begins)
-            parameters.append(one)
-        return parameters
+    def _parameters(self, first: int) -> list[_Parameter]:
+        """Return the parameters, with two of the numbers in the place of the products."""
+        dots, squares = (self._numbers[place].data_ptr() for place in (first, first + 1))
+        step = self._numbers.stride(1) * self._numbers.element_size()
+        for name, one in zip(self.program.names, self._given):
+            if name in self._rows:
+                one.dot, one.square = (begin + self._rows[name] * step for begin in (dots, squares))
+        return self._given
 
 
 class _Comparison(Function):
