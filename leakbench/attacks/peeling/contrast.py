@@ -30,7 +30,7 @@ def classifier_input(network: Network, sent: Mapping[str, Tensor]) -> tuple[int,
         network: its steps.
         sent: the gradient of one image, by name; NaN in entries that were not sent.
     """
-    place = next((at for at in reversed(range(len(network.steps))) if network.steps[at].kind == "linear"), None)
+    place = network.topmost_linear()
     if place is None:
         return None
     step = network.steps[place]
@@ -53,19 +53,13 @@ def with_contrast(network: Network, image: Tensor, place: int, value: Tensor) ->
         place: of the step.
         value: its output [F]; NaN where it is not known.
     """
-    way = sorted(network.below(place))
-    if any(network.unknown(each) or each in network.hidden for each in way):
+    if any(network.unknown(each) or each in network.hidden for each in network.below(place)):
         return image
     known = value.isfinite()
     wanted = value[known].to(image)
 
     def misfit(factor: float) -> float:
-        values: dict[int, Tensor] = {}
-        for each in way:
-            step = network.steps[each]
-            inputs = [values[own] for own in step.inputs]
-            values[each] = factor * image if step.kind == "image" else network.forward(each, inputs)
-        return float((values[place].flatten()[known] - wanted).square().sum())
+        return float((network.output(place, factor * image).flatten()[known] - wanted).square().sum())
 
     best = 1.0
     with torch.no_grad():

@@ -188,6 +188,23 @@ class Directions:
         return Fitted(self.basis[:count].T @ self.value[:count], (spread[:, None] * self.noise).sqrt())
 
 
+def joined(base: Fitted, weak: Tensor, matrix: Tensor, right: Tensor) -> Fitted | None:
+    """Return a solution [J, M] with weak directions of it that further equations determine; None if they do not.
+
+    Args:
+        base: the solution without them.
+        weak: [n, J], orthonormal.
+        matrix: [R, n * M], the equations of the coordinates in these directions, each of variance 1.
+        right: [R].
+    """
+    solved = least_squares(matrix, right[:, None])
+    if solved is None:
+        return None
+    value, spread = (each.view(len(weak), -1) for each in (solved.value, solved.deviation))
+    variance = base.deviation.square() + weak.T.square() @ spread.square()
+    return Fitted(base.value + weak.T @ value, variance.sqrt())
+
+
 def directions(matrix: Tensor, right: Tensor) -> Directions:
     """Return the singular directions of |matrix X - right|, for a matrix [R, N] and [R, M]."""
     rows, unknowns = matrix.shape

@@ -28,6 +28,7 @@ from leakbench.attacks.peeling.shifts import factorise_convolution
 from leakbench.attacks.peeling.standard import Standard, standardised
 from leakbench.attacks.peeling.upwards import complete_above
 from leakbench.attacks.peeling.values import solve
+from leakbench.gradients.linear import layer_input
 
 EVEN = 1e-6
 """How much, relative to the largest one, the errors of a channel may differ that count as the same."""
@@ -394,7 +395,7 @@ def begin_at_flat_head(known: Knowledge, place: int, at: int) -> str | None:
         return f"{name}: {NOT_COMPLETE.reason}"
     if not float(power) > 0:
         return f"{name}: the gradient of its bias is zero"
-    value = (error @ by_weight / power)[None]
+    value = layer_input(by_weight[None], error[None])
     rest = (by_weight - error[:, None] * value).square().mean() + FLOOR**2 * by_weight.square().mean()
     top = steps[place].inputs[0]
     known.pinned[top] = known.network.backward(place, top, error[None])

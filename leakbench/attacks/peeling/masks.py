@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -130,17 +130,10 @@ def factorise_masked(
     misfit = float((correlate(masks.mT[None], inputs, lattice) - by_tap).norm() / by_tap.norm())
     if not misfit < MAX_MISFIT:
         return NotFactorised(f"the masks leave {misfit:.2g} of the gradient unexplained", misfit)
-    errors = inputs.new_zeros(1, len(values), lattice.outputs)
-    errors[0, alive] = values[alive, None] * masks
-    return ConvolutionFactors(
-        inputs=inputs.unflatten(2, lattice.image),
-        variance=variance.unflatten(2, lattice.image),
-        errors=errors.unflatten(2, lattice.output),
-        rank_gap=1.0,
-        null_ratio=0.0,
-        misfit=misfit,
-        scale_misfit=0.0,
-    )
+    whole = masks.new_zeros(len(values), lattice.outputs)
+    whole[alive] = masks
+    errors = _errors(torch.where(alive, values, 0.0), whole)
+    return replace(_factors(inputs, variance, errors, lattice, misfit), scale_misfit=0.0)
 
 
 def factorise_valued(

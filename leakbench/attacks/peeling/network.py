@@ -130,6 +130,14 @@ class Network:
         with Interception(Draws(None, self._trial, {0: mask})):
             return _call(self._run, node, values)
 
+    def output(self, place: int, images: Tensor) -> Tensor:
+        """Return the output [B, ...] of the step at a place for images [B, C, H, W]."""
+        values: dict[int, Tensor] = {}
+        for at in sorted(self.below(place)):
+            step = self.steps[at]
+            values[at] = images if step.kind == "image" else self.forward(at, [values[each] for each in step.inputs])
+        return values[place]
+
     def coefficients(self, place: int) -> tuple[Tensor, Tensor]:
         """Return scale and shift [C] of a key-lock, with draws in the place of its secrets."""
         lock = self.module(place)
@@ -179,6 +187,10 @@ class Network:
                 if factor is not None and bool((factor == 1).all()):
                     unseen.append(source)
         return None
+
+    def topmost_linear(self) -> int | None:
+        """Return the place of the linear layer on top; None if there is none."""
+        return next((at for at in reversed(range(len(self.steps))) if self.steps[at].kind == "linear"), None)
 
     def reader(self, place: int) -> str:
         """Return the name of the first convolution or linear layer that takes a step's output; else the step's own."""

@@ -16,6 +16,7 @@ from leakbench.attacks.peeling.correlation import (
     by_image,
     design,
     directions,
+    joined,
     least_squares,
 )
 from leakbench.attacks.peeling.factors import NotFactorised
@@ -160,14 +161,8 @@ def sharpened(known: Knowledge, place: int, readers: Sequence[Reader], found: Di
     left = (torch.cat(wanted) - torch.cat(rows) @ upper.value[:, 0]).square().mean().sqrt().clamp(min=1e-300)
     own = (found.size[strong:rank, None] / found.noise.sqrt()).flatten()
     joint = torch.cat([torch.cat(rows) / left, torch.diag(own)])
-    solved = least_squares(
-        joint, torch.cat([torch.cat(wanted) / left, own * found.value[strong:rank].flatten()])[:, None]
-    )
-    if solved is None:
-        return whole, null
-    value, spread = (each.view(len(weak), channels) for each in (solved.value, solved.deviation))
-    variance = base.deviation.square() + weak.T.square() @ spread.square()
-    return Fitted(base.value + weak.T @ value, variance.sqrt()), null
+    right = torch.cat([torch.cat(wanted) / left, own * found.value[strong:rank].flatten()])
+    return joined(base, weak, joint, right) or whole, null
 
 
 def guess(known: Knowledge, readers: Sequence[Reader]) -> None:

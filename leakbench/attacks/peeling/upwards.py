@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from leakbench.attacks.peeling.correlation import FLOOR, Fitted
 from leakbench.attacks.peeling.knowledge import Knowledge
 from leakbench.attacks.peeling.standard import Standard, standardised
+from leakbench.gradients.linear import layer_input
 
 MAX_CONTRADICTION = 1e-3
 """How far the linear layer's input by the forward pass may be from the one that its gradients give, relative to it."""
@@ -29,7 +30,7 @@ def complete_above(known: Knowledge) -> int | None:
     """
     network = known.network
     computed, deviations = _outputs(known)
-    head = next((place for place in reversed(range(len(network.steps))) if network.steps[place].kind == "linear"), None)
+    head = network.topmost_linear()
     if head is None:
         return None
     step = network.steps[head]
@@ -38,7 +39,7 @@ def complete_above(known: Knowledge) -> int | None:
     if top not in computed or len(step.shape) != 1 or top in known.pinned or not all(map(known.complete, names)):
         return None
     by_weight, error = (known.sent[name] for name in names)
-    given = error @ by_weight / error.square().sum().clamp(min=1e-300)
+    given = layer_input(by_weight[None], error[None])[0]
     if not float((computed[top].flatten() - given).norm()) < MAX_CONTRADICTION * float(given.norm()):
         return None
     for place, value in computed.items():

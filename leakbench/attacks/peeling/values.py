@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from leakbench.attacks.peeling.correlation import Fitted, directions, least_squares
+from leakbench.attacks.peeling.correlation import Fitted, directions, joined, least_squares
 from leakbench.attacks.peeling.factors import NotFactorised
 from leakbench.attacks.peeling.gates import correct
 from leakbench.attacks.peeling.knowledge import Knowledge, Reader
@@ -123,12 +123,8 @@ def complete(known: Knowledge, place: int, readers: Sequence[Reader]) -> Fitted 
     jacobian, residual, weight = upper
     own = parts.size[strong:, None] / parts.noise.sqrt()
     rows = torch.cat([weight[:, None] * jacobian, torch.diag(own.flatten())])
-    solved = least_squares(rows, torch.cat([weight * residual, torch.zeros_like(own.flatten())])[:, None])
-    if solved is None:
-        return found or weak_equations
-    change, spread = (each.view(len(weak), channels) for each in (solved.value, solved.deviation))
-    variance = particular.deviation.square() + weak.T.square() @ spread.square()
-    return Fitted(particular.value + weak.T @ change, variance.sqrt())
+    wanted = torch.cat([weight * residual, torch.zeros_like(own.flatten())])
+    return joined(particular, weak, rows, wanted) or found or weak_equations
 
 
 def from_above(known: Knowledge, place: int, value: Tensor, weak: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
