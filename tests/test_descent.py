@@ -18,10 +18,11 @@ import leakbench
 from leakbench.attacks.peeling import descent, inversion, settle
 from leakbench.attacks.peeling.contrast import classifier_input, with_contrast
 from leakbench.attacks.peeling.correlation import Fitted, blocks, design, directions, least_squares
-from leakbench.attacks.peeling.descent import inputs_alone, recover
+from leakbench.attacks.peeling.descent import Feature, inputs_alone, recover
 from leakbench.attacks.peeling.gates import balanced, log_odds
-from leakbench.attacks.peeling.inversion import find_below
+from leakbench.attacks.peeling.inversion import Match, find_below
 from leakbench.attacks.peeling.knowledge import Knowledge
+from leakbench.attacks.peeling.lock import find_locks, with_levels
 from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.restore import restore
 from leakbench.attacks.peeling.trace import trace
@@ -694,6 +695,30 @@ def test_the_odds_of_a_mask_by_a_noisy_value() -> None:
         opened = torch.trapezoid(density * half_normal, outputs)
         expected = float((opened / closed).log())
         assert float(log_odds(Fitted(value, deviation))[..., at]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_levels_of_a_lock_are_found_before_the_image() -> None:
+    observation, images = seen(residual(), defense="keylock(gate=relu)")
+    network = Network(trace(observation), [secret.name for secret in observation.secrets])
+    locks = find_locks(network, network.locked, images)
+    ((place, lock),) = locks.items()
+    (source,) = network.steps[place].inputs
+    scale, level = rand(1, 16, seed=3).double(), (rand(1, 16, seed=4).double() - 0.5).clamp(min=0)
+    unknowns = {lock.name("scale"): scale, lock.name("level"): level}
+    out = lock.output(network, network.output(source, images), unknowns)
+    torch.testing.assert_close(out.mean((0, 2, 3)), level[0])  # the level is the mean at these images
+    normalised = network.rescaled(place, network.output(source, images), torch.ones(16), torch.zeros(16))
+    torch.testing.assert_close(out.std((0, 2, 3)), scale[0] * normalised.std((0, 2, 3)))
+
+    top = next(at for at, step in enumerate(network.steps) if step.kind == "relu" and at > place + 4)
+    values = {place: level[0, :, None, None].expand(1, 16, 8, 8)}
+    for at in sorted(network.below(top) - network.below(place)):
+        values[at] = network.forward(at, [values[each] for each in network.steps[at].inputs])
+    feature = Feature(top, values[top], 0.0, math.nan, math.nan, None)
+    start = {"image": images[None], **lock.start(network)}
+    found, _ = with_levels(Match(network, [feature], locks=locks).distance, start, locks, None)
+    assert bool((start[lock.name("level")] > 0).all())
+    torch.testing.assert_close(found[lock.name("level")], level, rtol=0, atol=1e-3)
 
 
 @pytest.mark.long

@@ -73,7 +73,7 @@ class Peel(Attack):
     that these do not show follows from the classifier's gradients. If an adaptive attacker knows that only some entries
     were sent, equations are solved without the others, and layers of few positions are completed to their rank if that
     does not begin a descent. The scale and shift of a key-lock on the way are searched for with the image, whose
-    contrast then stays unknown.
+    contrast then follows from the law of the scale only, roughly.
 
     Dropout is undone if its mask follows from the gradient: a dropped value is in no equation, and the error there is
     0. Dropped pixels are filled in from their neighbours.
@@ -97,8 +97,9 @@ class Peel(Attack):
     # directions of a ReLU's output below statistics of the image follow from the open ReLUs above; 7: the error that
     # goes around a convolution inside a residual block, heads without the gradients of normalisations, and values whose
     # errors are rounding count whatever the others' are; 8: a misfit of inputs up to a factor that has no rounding and
-    # is relative to their differences, and a contrast by the classifier
-    version: ClassVar[int] = 8
+    # is relative to their differences, and a contrast by the classifier; 9: behind a key-lock, the levels of its
+    # channels before the image, smoothness relative to what they leave, and the contrast of the lock's law
+    version: ClassVar[int] = 9
     reference: ClassVar[str] = (
         "in the family of Zhu and Blaschko 2021, R-GAP, ICLR, arXiv 2010.07733; "
         "the way through a normalisation of unknown scale and shift is this package's own"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import isnan
 from typing import Self
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from leakbench.attacks.peeling.descent import Feature
+from leakbench.attacks.peeling.lock import SIZES, Lock, find_locks, with_contrast_of_law, with_levels
 from leakbench.attacks.peeling.network import Network
 from leakbench.gradients.convolution import weight_gradient
 from leakbench.optim import Evaluation, Recordable, Unknowns, descend, lbfgs
@@ -48,9 +49,6 @@ NOISY, MAX_SMOOTH = 4.0, 0.3
 
 CLEAN = 3e-5
 """The relative error of values up to which it is 0: rounding to single precision is no noise."""
-
-LOCKED, LOCK_SIZE = ("scale", "shift"), 0.3
-"""The unknowns of a key-lock on the way, and their step size relative to that of the image."""
 
 CONTRAST = 0.25
 """The standard deviation of an image's values by which total variation is measured if contrast is not determined."""
@@ -175,6 +173,7 @@ class Match(Recordable):
         last: the weight in the end, for values with noise.
         trade: if positive, the weight relative to the misfit, of which the logarithm counts.
         below: weight gradients that count as well.
+        locks: on the way, by their places.
         present: the weight of total variation in an evaluation that is recorded, as ``prepare`` sets it on the device;
             None: it follows from the number of the evaluation.
     """
@@ -186,6 +185,7 @@ class Match(Recordable):
     last: float = 0.0
     trade: float = 0.0
     below: Below | None = None
+    locks: Mapping[int, Lock] = field(default_factory=dict)
     present: Tensor | None = None
 
     def buffered(self) -> Self:
@@ -204,8 +204,8 @@ class Match(Recordable):
     def __call__(self, unknowns: Unknowns, evaluation: Evaluation) -> Tensor:
         """Return [1]."""
         image = unknowns["image"].flatten(0, 1)
-        total = self._misfit(unknowns)
-        locked = len(unknowns) > 1
+        total = self.distance(unknowns)
+        locked = bool(self.locks)
         if locked:  # the lock's scale undoes any contrast: the image's must not fall, nor leave [0, 1]
             total = total + (image - image.clamp(0, 1)).square().mean()
         weight = self._weight(evaluation) if self.present is None else self.present
@@ -223,14 +223,15 @@ class Match(Recordable):
     def misfit(self, unknowns: Unknowns) -> float:
         """Return the misfit without total variation."""
         with torch.no_grad():
-            return float(Match(self.network, self.features)(unknowns, 0))
+            return float(replace(self, below=None).distance(unknowns))
 
     def _own_statistics(self) -> bool:
         """Return whether a normalisation by the image's own statistics is on the way, so that contrast is lost."""
         way = set().union(*(self.network.below(feature.place) for feature in self.features))
         return any(self.network.steps[place].kind == "normalisation" for place in way)
 
-    def _misfit(self, unknowns: Unknowns) -> Tensor:
+    def distance(self, unknowns: Unknowns) -> Tensor:
+        """Return the misfit [1], with that of the weight gradients that count."""
         steps, image = self.network.steps, unknowns["image"].flatten(0, 1)
         wanted = {feature.place: feature.value for feature in self.features}
         free = {feature.place for feature in self.features if feature.free}
@@ -240,9 +241,8 @@ class Match(Recordable):
         for place in sorted(needed):
             step = steps[place]
             inputs = [values[each] for each in step.inputs]
-            if f"{LOCKED[0]} {place}" in unknowns:
-                scale, shift = (unknowns[f"{name} {place}"][0] for name in LOCKED)
-                values[place] = self.network.rescaled(place, inputs[0], scale, shift)
+            if place in self.locks:
+                values[place] = self.locks[place].output(self.network, inputs[0], unknowns)
             else:
                 values[place] = image if step.kind == "image" else self.network.forward(place, inputs)
             if place not in wanted:
@@ -305,21 +305,23 @@ def invert(
     features = [replace(each, value=each.value.to(noise)) for each in features]
     way = set().union(*(network.below(each.place) for each in features))
     start = {"image": 0.5 + SPREAD * noise[None]}
-    for place in way & network.locked:
-        for name, drawn in zip(LOCKED, network.coefficients(place)):
-            start[f"{name} {place}"] = drawn.detach().mean().expand_as(drawn)[None].clone()
-    last = roughest(features)
-    match = Match(network, features, last=last)
+    locks = find_locks(network, way & network.locked, start["image"][0])
+    start |= {name: value for lock in locks.values() for name, value in lock.start(network).items()}
+    last, unit, spent = roughest(features), 1.0, 0
+    match = Match(network, features, last=last, locks=locks)
+    if locks:
+        start, spent = with_levels(match.distance, start, locks, note)
+        unit = match.misfit(start)
     pooled = any(network.steps[place].kind == "max-pool" for place in way)
     searches, enough = (POOLED_SEARCHES, POOLED_NEAR) if pooled else (SEARCHES, NEAR)
-    near, least, spent = start, torch.inf, 0
+    near, least = start, torch.inf
     for search in searches:
-        annealed = replace(match, smooth=search.smooth, anneal=search.times * steps)
+        annealed = replace(match, smooth=unit * search.smooth, anneal=search.times * steps)
         found, count = _by_adam(annealed, start, search.times * steps, search.size, note)
         spent += count
         if (misfit := match.misfit(found)) < least:
             near, least = found, misfit
-        if least < max(enough, sum(2 * each.deviation**2 for each in features)):
+        if least < max(unit * enough, sum(2 * each.deviation**2 for each in features)):
             break
     best, count = _by_lbfgs(match, near, steps, note)
     spent += count
@@ -335,7 +337,8 @@ def invert(
             found, count = _by_lbfgs(match, found, steps, note, trade)
             spent += count
         best = min(best, found, key=match.misfit)
-    return best["image"][0], torch.tensor([match.misfit(best)]).to(noise), spent
+    images = with_contrast_of_law(network, best["image"][0], best, locks)
+    return images, torch.tensor([match.misfit(best)]).to(noise), spent
 
 
 Note = Callable[[str], None] | None
@@ -347,7 +350,7 @@ def _by_adam(match: Match, start: Unknowns, steps: int, size: float, note: Note)
         match,
         start,
         steps=steps,
-        lr={name: size if name == "image" else LOCK_SIZE * size for name in start},
+        lr={name: size * SIZES.get(name.partition(" ")[0], 1.0) for name in start},
         milestones=range(1, steps),
         decay=0.01 ** (1 / steps),
         note=note,
