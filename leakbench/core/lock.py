@@ -23,7 +23,7 @@ def alone(folder: Path, wait: bool = False) -> Iterator[None]:
         wait: until no other process holds it.
 
     Raises:
-        LeakbenchError: another process holds it.
+        LeakbenchError: another process holds it, and ``wait`` is not set.
     """
     if sys.platform == "win32":
         yield

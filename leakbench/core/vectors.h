@@ -57,6 +57,9 @@ template <class F> static void in_threads(int64_t count, int64_t threads, F&& wo
   else team(take, &job, threads, 0);
 }
 
+// A call with ``from`` and ``to``, in as many threads as an exported function is given.
+#define IN_THREADS(COUNT, ...) in_threads(COUNT, threads, [&](int64_t from, int64_t to) { __VA_ARGS__; })
+
 template <class S> struct Lanes {
   typedef S Vector __attribute__((vector_size(BYTES)));
   static constexpr int COUNT = BYTES / sizeof(S);

@@ -182,7 +182,6 @@ static void gain(const S* x, const S* v, S* out, const double* numbers, long siz
     }
 }
 
-#define IN_THREADS(...) in_threads(rows, threads, [&](int64_t from, int64_t to) { __VA_ARGS__; })
 extern "C" {
 int max_pairs() { return MAX_PAIRS; }
 #define FUNCTIONS(S, NAME)                                                                                              \
@@ -190,22 +189,22 @@ int max_pairs() { return MAX_PAIRS; }
                          const S* s, const S* y, const bool* keep, S* out, int64_t length, int64_t size, int64_t used, \
                          int64_t rows, int64_t threads) {                                                              \
     const Memory<S> all{steps, changes, inverse, yy, sy, scale, pairs};                                                \
-    IN_THREADS(directions<S>(all, g, s, y, keep, out, length, size, used, from, to));                                  \
+    IN_THREADS(rows, directions<S>(all, g, s, y, keep, out, length, size, used, from, to));                            \
   }                                                                                                                    \
   void finite_##NAME(const S* x, bool* flags, int64_t size, int64_t rows, int64_t threads) {                           \
-    IN_THREADS(finite(x, flags, size, from, to));                                                                      \
+    IN_THREADS(rows, finite(x, flags, size, from, to));                                                                \
   }                                                                                                                    \
   void adam_##NAME(S* x, const S* g, S* mean, S* square, S* best, const bool* flags, const double* numbers,            \
                    int64_t size, int64_t signed_, int64_t boxed, int64_t rows, int64_t threads) {                      \
-    IN_THREADS(adam(x, g, mean, square, best, flags, numbers, size, signed_, boxed, from, to));                        \
+    IN_THREADS(rows, adam(x, g, mean, square, best, flags, numbers, size, signed_, boxed, from, to));                  \
   }                                                                                                                    \
   void rmsprop_##NAME(S* x, const S* g, S* square, S* momentum, S* best, const bool* flags, const double* numbers,     \
                       int64_t size, int64_t rows, int64_t threads) {                                                   \
-    IN_THREADS(rmsprop(x, g, square, momentum, best, flags, numbers, size, from, to));                                 \
+    IN_THREADS(rows, rmsprop(x, g, square, momentum, best, flags, numbers, size, from, to));                           \
   }                                                                                                                    \
   void gain_##NAME(const S* x, const S* v, S* out, const double* numbers, int64_t size, int64_t length, int64_t rows,  \
                    int64_t threads) {                                                                                  \
-    IN_THREADS(gain(x, v, out, numbers, size, length, from, to));                                                      \
+    IN_THREADS(rows, gain(x, v, out, numbers, size, length, from, to));                                                \
   }
 FUNCTIONS(float, float)
 FUNCTIONS(double, double)

@@ -129,7 +129,7 @@ class MatchingObjective(Recordable, Explicit):
         with torch.enable_grad():
             leaf = None if logits is None else logits.requires_grad_()
             labels = self._labels(leaf)
-        known = labels.detach() if labels.requires_grad else labels
+        known = labels.detach() if labels.requires_grad else labels  # the same tensor each time is made ready once
         gap = isinstance(self._from_observed, FromGaps)
         found = self.evaluator.comparison(self._filled(unknowns, evaluation), images, known, self._observed, gap)
         value, by_dots, by_squares = self._derived(found)

@@ -218,11 +218,9 @@ class Program:
         self, name: str, parameters: Sequence[_Parameter], x: _Rows, q: _Rows, memory: _Memory, trials: int
     ) -> None:
         """Run the first or the second half of an evaluation, on blocks of trials that the threads share."""
-        rows, program = memory.rows, memory.layout
-        dtype, blocks, lanes = rows.dtype, len(rows), rows.shape[1] // program.kept
-        wide = lanes * dtype.itemsize == self.kernels.vector_bytes
-        pointers = ctypes.byref(program), (_Parameter * len(parameters))(*parameters), x, q, _POINTER(rows.data_ptr())
-        self.kernels.run(name, dtype, wide, *pointers, _LONG(trials), _LONG(blocks))
+        rows, given = memory.rows, (_Parameter * len(parameters))(*parameters)
+        pointers = ctypes.byref(memory.layout), given, x, q, _POINTER(rows.data_ptr())
+        self.kernels.run(name, rows.dtype, *pointers, _LONG(trials), _LONG(len(rows)), lanes=memory.lanes)
 
     def memory(self, like: Tensor, trials: int, comparing: bool = False) -> _Memory:
         """Return memory [blocks, N] for what an evaluation keeps for its derivative; that of an earlier one if free.
@@ -230,16 +228,12 @@ class Program:
         One that compares gradients keeps them, too, at ``places``.
         """
         layout = self._comparing if comparing else self._program
-        lanes = self.lanes(like.dtype, trials)
+        lanes = self.kernels.lanes(like.dtype, trials, torch.get_num_threads())
         shape = (-(-trials // lanes), layout.kept * lanes)
         free, self._free = self._free, None
         if free is None or (free.dtype, tuple(free.shape)) != (like.dtype, shape):
             free = like.new_empty(shape)
-        return _Memory(self, free, layout)
-
-    def lanes(self, dtype: torch.dtype, trials: int) -> int:
-        """Return L, how many of these trials share a register."""
-        return self.kernels.lanes(dtype, trials, torch.get_num_threads())
+        return _Memory(self, free, layout, lanes)
 
     @property
     def apart(self) -> bool:
@@ -327,8 +321,8 @@ class _Memory:
     New memory of this size comes from the kernel, which clears it page by page.
     """
 
-    def __init__(self, program: Program, rows: Tensor, layout: _Program) -> None:
-        self.rows, self.layout = rows, layout
+    def __init__(self, program: Program, rows: Tensor, layout: _Program, lanes: int) -> None:
+        self.rows, self.layout, self.lanes = rows, layout, lanes
         self._program = program
 
     def __del__(self) -> None:
@@ -388,7 +382,6 @@ class GradientComparison:
         trials = len(x)
         self.program, self.x = program, x.detach()
         self.memory = program.memory(x, trials, comparing=True)
-        lanes = program.lanes(x.dtype, trials)
         # the results, and the derivatives by them
         self._numbers = x.new_zeros(4, len(observed), trials)
         self.dots, self.squares = self._numbers[:2].unbind()
@@ -397,7 +390,7 @@ class GradientComparison:
             tensor, own, size = program._given(name, tensors[name], trials)
             one = _Parameter(tensor.data_ptr(), own, None, None, 0, 0, size)
             if name in observed:
-                blocks = program._in_blocks(name, observed[name], trials, lanes)
+                blocks = program._in_blocks(name, observed[name], trials, self.memory.lanes)
                 one.observed, one.gap = blocks.data_ptr(), gap
                 one.place, one.tangent = program.places[name]
                 self._held.append(blocks)

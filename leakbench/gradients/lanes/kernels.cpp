@@ -1003,7 +1003,6 @@ static void variation(const S* x, const S* weight, S* value, S* by, long planes,
   }
 }
 
-#define IN_THREADS(COUNT, ...) in_threads(COUNT, threads, [&](long from, long to) { __VA_ARGS__; })
 #define ARGUMENTS(S) \
   const Program *program, const Parameter *parameters, Rows x, Rows q, S *memory, long trials, long blocks, long threads
 extern "C" {

@@ -39,10 +39,18 @@ class Kernels:
     def call(self, name: str, *tensors: Tensor, sizes: tuple[int, ...]) -> None:
         """Call a function of dense tensors, all of one type, and sizes."""
         pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-        self.run(name, tensors[0].dtype, True, *pointers, *map(ctypes.c_int64, sizes))
+        self.run(name, tensors[0].dtype, *pointers, *map(ctypes.c_int64, sizes))
 
-    def run(self, name: str, dtype: torch.dtype, wide: bool, *arguments: object) -> None:
-        """Call a function for numbers of this type in torch's threads; other Python threads run meanwhile."""
+    def run(self, name: str, dtype: torch.dtype, *arguments: object, lanes: int | None = None) -> None:
+        """Call a function for numbers of this type in torch's threads; other Python threads run meanwhile.
+
+        Args:
+            name: of the function, without its type.
+            dtype: the type.
+            arguments: all but the number of threads.
+            lanes: how many trials share a register (``lanes``); None: as many as the largest one takes.
+        """
+        wide = lanes is None or lanes * dtype.itemsize == self.vector_bytes
         function = getattr(self.wide if wide else self.narrow, f"{name}_{SUFFIXES[dtype]}")
         function(*arguments, ctypes.c_int64(torch.get_num_threads()))
 

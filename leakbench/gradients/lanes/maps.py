@@ -126,7 +126,7 @@ def _on_channels(name: str, *tensors: Tensor) -> None:
     assert found is not None, "callers ask ``are_served``"
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
     sizes = (ctypes.c_long(size) for size in (first.shape[2], len(first), first.shape[1]))
-    found.run(name, first.dtype, True, *pointers, *sizes)
+    found.run(name, first.dtype, *pointers, *sizes)
 
 
 def innermost_empty(like: Tensor, trials: int, shape: tuple[int, ...]) -> Tensor:
@@ -148,10 +148,9 @@ def _run(which: int, x: Tensor, weight: Tensor, y: Tensor, geometry: Geometry) -
         kept.append(own)  # copies live until the kernels have read them
         given.append(_Operand(own.data_ptr(), trial * count, trial, element, own[0].numel()))
     lanes = found.lanes(dtype, trials, torch.get_num_threads())
-    wide = lanes * dtype.itemsize == found.vector_bytes
     operands = [ctypes.byref(operand) for operand in given]
     sizes = (ctypes.c_long(size) for size in (images, trials, -(-trials // lanes)))
-    found.run("map", dtype, wide, ctypes.byref(op), ctypes.c_long(which), *operands, *sizes)
+    found.run("map", dtype, ctypes.byref(op), ctypes.c_long(which), *operands, *sizes, lanes=lanes)
 
 
 @cache
