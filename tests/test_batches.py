@@ -109,12 +109,14 @@ def test_every_path_serves_batches_behind_a_defense(spec: str) -> None:
     assert found.path in ("lanes", "batched", "vmap")
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("spec", ["ig(steps=3)", "lb(steps=4)", "log-cosine(steps=6)", "dlg(steps=2)", "idlg(steps=2)"])
 def test_an_attack_of_batches_returns_the_same_as_one_trial_at_a_time(spec: str) -> None:
+    """In float64: L-BFGS enlarges the rounding of float32, so that whether it passed depended on the processor."""
     seen, attack = see(3), attacks.parse(spec)
     both = attack(seen, Rng(("a", "b")))
     one = attack(see(3, trials=1), Rng(("a",)))
-    torch.testing.assert_close(both.images[:1], one.images, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(both.images[:1], one.images, rtol=1e-8, atol=1e-8)
     assert both.labels is not None
     assert both.labels.shape == (2, 3)
 
