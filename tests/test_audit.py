@@ -8,6 +8,7 @@ import io
 import math
 import pickle
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from leakbench.core.registry import load_plugin
 from leakbench.core.types import PRESETS
 from leakbench.engine.progress import Display
 from leakbench.errors import BadOption
+from leakbench.plan import matrix as plan
 from leakbench.report.audit import html, markdown, verdict
 from leakbench.report.page import picture
 from leakbench.store.run_file import FILE, Store
@@ -676,9 +678,17 @@ def test_progress_moves_within_a_search(monkeypatch: pytest.MonkeyPatch) -> None
     for terminal in (False, True):
         written = io.StringIO()
         with Display(Console(file=written, force_terminal=terminal, width=200)) as display:
-            display.begin("ig(steps=5)", 2)
+            trials = plan.Matrix(
+                attacks=["ig(steps=5)"],
+                defenses=["none"],
+                models=["lenet"],
+                datasets=["samples"],
+                images=2,
+                floors=False,
+            ).trials()
+            display.begin(trials)
             network = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
             seen = leakbench.observe(network, torch.rand(2, 3, 4, 4), [0, 1])
-            leakbench.attack("ig(steps=5, restarts=2)", dataclasses.replace(seen, tick=display.move))
+            leakbench.attack("ig(steps=5, restarts=2)", dataclasses.replace(seen, tick=partial(display.move, trials)))
             assert 0 < display.bar.tasks[0].completed < 2 if terminal else display.bar.tasks[0].completed == 0
-        assert "ig(steps=5): step 3 of 10" in written.getvalue() or terminal
+        assert "ig(steps=5) against none, lenet on samples: step 3 of 10" in written.getvalue() or terminal

@@ -33,6 +33,8 @@ from test_worst_case import Counts, Knows, ensemble, planned
 from leakbench import LeakbenchError, Reconstruction
 from leakbench.core.lock import PREFIX, remove_abandoned, temporary_folder
 from leakbench.engine import executors as workers
+from leakbench.engine.progress import NullProgress
+from leakbench.engine.run import RunOptions, usual_workers
 from leakbench.engine.schedule import MAX_DEATHS, Schedule
 from leakbench.engine.worker import ClientData, MeasureTask
 from leakbench.store.run_file import FILE, Store
@@ -189,6 +191,59 @@ def test_a_component_that_no_process_can_import_is_refused_in_one_line(tmp_path)
         go(plan(attacks=[Local()]), tmp_path / "run", workers=2)
     assert "\n" not in str(told.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_cells_are_cut_for_workers_where_chunks_stay_large(tmp_path):
+    found = {}
+    for images, attacks in ((4, ["ig"]), (4, ["ig", "dlg"]), (40, ["ig"]), (80, ["ig", "dlg"])):
+        trials = plan(attacks=[*attacks, "random"], images=images).trials()
+        with Store.create(tmp_path / f"{images}-{len(attacks)}.sqlite") as store:
+            store.add_trials(trials)
+            data = ClientData({}, {}, torch.zeros(1, 12, 12), 4)
+            schedule = Schedule(
+                trials, store, {"tiny": data}, threshold=None, size=None, workers=4, skip=lambda skipped: None
+            )
+            task = schedule.next()
+            assert isinstance(task, MeasureTask)
+            found[images, len(attacks)] = task.trials
+    assert found == {(4, 1): 1, (4, 2): 2, (40, 1): 10, (80, 2): 20}
+
+
+@pytest.mark.long
+def test_a_process_says_how_far_its_chunk_is(tmp_path):
+    seen: list[tuple[int, int, int]] = []
+
+    class Moves(NullProgress):
+        def move(self, trials, done, total):
+            seen.append((len(trials), done, total))
+
+    matrix = plan(attacks=["ig(steps=3)"], images=2)
+    go(matrix, tmp_path / "run", chunk=2, workers=2, progress=Moves())
+    assert seen
+    assert {(trials, total) for trials, _, total in seen} == {(2, 3)}, seen
+    assert all(0 <= done <= 3 for _, done, _ in seen)
+
+
+@pytest.mark.parametrize(
+    ("threads", "images", "device", "workers"),
+    [(1, 64, "cpu", 1), (4, 7, "cpu", 1), (4, 16, "cpu", 2), (4, 64, "cpu", 4), (4, 64, "cuda", 1)],
+)
+def test_a_command_has_a_worker_for_each_thread(monkeypatch, threads, images, device, workers):
+    monkeypatch.setattr("leakbench.engine.run.torch.get_num_threads", lambda: threads)
+    monkeypatch.setattr("leakbench.engine.run.free_memory", lambda device: 64 * 2**30)
+    monkeypatch.setattr("leakbench.engine.run.device_named", lambda name: torch.device(device))
+    trials = plan(attacks=["ig", "random"], images=images).trials()
+    assert usual_workers(trials, RunOptions()) == workers
+
+
+def test_a_command_has_no_more_workers_than_memory_holds(monkeypatch):
+    monkeypatch.setattr("leakbench.engine.run.torch.get_num_threads", lambda: 64)
+    trials = plan(attacks=["ig"], images=600).trials()
+    found = {}
+    for room in (1, 2**30, 5 * 2**30, 2**40):
+        monkeypatch.setattr("leakbench.engine.run.free_memory", lambda device, room=room: room)
+        found[room] = usual_workers(trials, RunOptions(device="cpu"))
+    assert found == {1: 1, 2**30: 1, 5 * 2**30: 5, 2**40: 64}
 
 
 def test_a_task_whose_workers_die_is_repeated_halved_and_given_up(tmp_path):

@@ -62,8 +62,8 @@ class MatrixOptions:
     device: str = option(DEVICE, default="auto")
     chunk: int | None = option("How many trials run at a time (default: measured); halved if memory runs out.", min=1)
     workers: int | None = option(
-        "Worker processes; they share the threads, and the GPUs if --device names none (default: 1; with Ray as many "
-        "as the cluster has room for).",
+        "Worker processes; they share the threads, and the GPUs if --device names none (default: on a CPU one for each "
+        "thread that has 8 searches, on a GPU 1; with Ray as many as the cluster has room for).",
         min=1,
     )
     time_limit: float | None = option(
@@ -253,7 +253,10 @@ def finish(plans: Sequence[Matrix], folder: Path, options: RunOptions, tracking:
             plans = [plan for plan in plans if engine.planned(plan, options.shard)] or plans
         for number, plan in enumerate(plans, 1):
             part = f"matrix {number} of {len(plans)}" if len(plans) > 1 else ""
-            with Display(console(), options.workers or 1, part) as display:
+            own = options
+            if own.workers is None and own.executor == "local":
+                own = replace(own, workers=engine.usual_workers(engine.left(folder, plan, own.shard), own))
+            with Display(console(), own.workers or 1, part) as display:
                 told = display if tracking is None else tracking.display(display)
-                engine.run(plan, folder, options, progress=told, command=line)
+                engine.run(plan, folder, own, progress=told, command=line)
     return Run(folder)

@@ -36,12 +36,16 @@ from leakbench.engine.isolation import foreign
 from leakbench.engine.worker import ChunkTask, MeasureTask, Task, TaskAnswer, Worker, WorkerContext
 from leakbench.errors import LeakbenchError, one_line
 from leakbench.gradients import full_precision
+from leakbench.plan.trial import Trial
 
 MAX_FAILED_STARTS = 10
 """After this many workers in a row died before they were ready, the run ends."""
 
 LOADING_SECONDS = 20.0
 """By how much the time limit of a worker's first task, and of an attack with a process of its own, is longer."""
+
+TICK_SECONDS = 0.25
+"""At most this often a process says how far its chunk is."""
 
 
 @dataclass(frozen=True)
@@ -102,26 +106,35 @@ class Executor(AbstractContextManager["Executor"]):
         self.close()
 
 
+Tick = Callable[[Sequence[Trial], int, int], None]
+"""Called while the attack on a chunk searches: the chunk's trials, evaluations of all of them so far, and in all."""
+
+
 class InProcessExecutor(Executor):
     """Does the tasks in this process, one after the other.
 
     Args:
         work: what a worker needs.
-        tick: see ``Worker``.
+        tick: is told how far a chunk is.
     """
 
-    def __init__(self, work: WorkerContext, tick: Callable[[int, int], None] | None = None) -> None:
+    def __init__(self, work: WorkerContext, tick: Tick) -> None:
         self._messages: list[Message] = []
-        self._worker = Worker(work, lambda line: self._messages.append(Message(line)), tick=tick)
+        self._worker = Worker(work, lambda line: self._messages.append(Message(line)), tick=self._move)
+        self._tick, self._trials = tick, tuple[Trial, ...]()
 
     def run(self, tasks: Callable[[], Task | None], begin: Callable[[Task], None]) -> Iterator[Event]:
         """Do the tasks; see ``Executor.run``."""
         while (task := tasks()) is not None:
             begin(task)
+            self._trials = task.trials if isinstance(task, ChunkTask) else ()
             answer = self._worker.do(task)
             yield from self._messages
             self._messages.clear()
             yield TaskDone(task, answer)
+
+    def _move(self, done: int, total: int) -> None:
+        self._tick(self._trials, done, total)
 
     def close(self) -> None:
         """End the processes of attacks."""
@@ -260,11 +273,12 @@ class ProcessExecutor(WorkerPool[_Process]):
         works: the context of each process; they differ in the device.
         threads: the threads of each process.
         limit: seconds per trial.
+        tick: is told how far a chunk is.
     """
 
-    def __init__(self, works: Sequence[WorkerContext], threads: int, limit: float | None = None) -> None:
+    def __init__(self, works: Sequence[WorkerContext], threads: int, limit: float | None, tick: Tick) -> None:
         super().__init__(limit)
-        self._works, self._threads = works, threads
+        self._works, self._threads, self._tick = works, threads, tick
         self._plugins = plugins()
         self.workers = len(works)
 
@@ -308,6 +322,9 @@ class ProcessExecutor(WorkerPool[_Process]):
                         events.append(Message(value))
                     case "begin":
                         self._set_deadline(slot, value)
+                    case "tick":
+                        assert isinstance(slot.task, ChunkTask)  # only an attack on a chunk searches
+                        self._tick(slot.task.trials, *value)
                     case "done":
                         self._answered(slot, value, events)
                     case "error":
@@ -409,6 +426,14 @@ def _serve(pipe: Connection, work: bytes, plugins: Sequence[Path], threads: int)
     def send(kind: str, value: object = None) -> None:
         pipe.send_bytes(packed((kind, value)))
 
+    told = 0.0
+
+    def tick(done: int, total: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > TICK_SECONDS:
+            told = time.monotonic()
+            send("tick", (done, total))
+
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the driver has ended
         try:
             for file in plugins:
@@ -417,7 +442,7 @@ def _serve(pipe: Connection, work: bytes, plugins: Sequence[Path], threads: int)
             keep_freed_memory()
             own: WorkerContext = pickle.loads(work)
             make_current(own.device)
-            worker = Worker(own, lambda line: send("note", line), lambda trials: send("begin", trials))
+            worker = Worker(own, lambda line: send("note", line), lambda trials: send("begin", trials), tick=tick)
             send("ready")
             with full_precision():
                 while True:

@@ -41,11 +41,11 @@ class NullProgress:
     def note(self, line: str) -> None:
         """Report a line."""
 
-    def begin(self, cell: str, trials: int) -> None:
-        """Report that a chunk of this many trials of a cell begins."""
+    def begin(self, trials: Sequence[Trial]) -> None:
+        """Report that a chunk, trials of one cell, begins."""
 
-    def move(self, done: int, total: int) -> None:
-        """Report how many evaluations of all the chunk's search has made."""
+    def move(self, trials: Sequence[Trial], done: int, total: int) -> None:
+        """Report how many evaluations of all the search of a chunk has made."""
 
     def finish(self, results: Sequence[Result]) -> None:
         """Report that the results of a chunk were stored."""
@@ -110,7 +110,8 @@ class Display(Bar, NullProgress):
         self.left: dict[str, int] = defaultdict(int)
         self.seconds: dict[str, float] = defaultdict(float)
         self.trials: dict[str, int] = defaultdict(int)
-        self.cell, self.running, self.moved = "", 0, time.monotonic()
+        self.running: dict[str, float] = {}  # by the first trial of a chunk: how many of its trials' work is done
+        self.moved: dict[str, float] = {}  # by the same, and for the bar: when it was last shown
 
     def start(self, waiting: Sequence[Trial], done: int) -> None:
         """Show the totals."""
@@ -128,24 +129,25 @@ class Display(Bar, NullProgress):
             self.left[trial.cell.specs["attack"]] -= 1
         self.bar.update(self.task, total=self.total)
 
-    def begin(self, cell: str, trials: int) -> None:
+    def begin(self, trials: Sequence[Trial]) -> None:
         """Show the cell."""
-        self.cell, self.running, self.moved = cell, trials, time.monotonic()
-        self.bar.update(self.task, description=one_line(f"{self.part}{cell}"))
+        self.running[trials[0].id], self.moved[trials[0].id] = 0.0, time.monotonic()
+        self.bar.update(self.task, description=one_line(f"{self.part}{trials[0].cell.words}"))
 
-    def move(self, done: int, total: int) -> None:
-        """Move the bar within the chunk; elsewhere, write a line a minute."""
-        terminal = self.console.is_terminal
-        if time.monotonic() - self.moved < (REFRESH_SECONDS if terminal else LINE_SECONDS):
+    def move(self, trials: Sequence[Trial], done: int, total: int) -> None:
+        """Move the bar within chunks; elsewhere, write a line a minute for each chunk."""
+        terminal, chunk = self.console.is_terminal, trials[0].id
+        self.running[chunk] = len(trials) * min(1.0, done / total)
+        shown = max(self.moved.values()) if terminal else self.moved[chunk]
+        if time.monotonic() - shown < (REFRESH_SECONDS if terminal else LINE_SECONDS):
             return
-        self.moved = time.monotonic()
-        step = f"step {min(done, total)} of {total}"
+        self.moved[chunk] = time.monotonic()
+        cell, step = trials[0].cell.words, f"step {min(done, total)} of {total}"
         if terminal:
-            completed = self.done + self.running * min(1.0, done / total)
-            words = one_line(f"{step}: {self.part}{self.cell}")  # what moves comes first: the end may have no room
-            self.bar.update(self.task, description=words, completed=completed)
+            words = one_line(f"{step}: {self.part}{cell}")  # what moves comes first: the end may have no room
+            self.bar.update(self.task, description=words, completed=self.done + sum(self.running.values()))
         else:
-            self.note(f"{self.part}[{self.done}/{self.total}] {self.cell}: {step}")
+            self.note(f"{self.part}[{self.done}/{self.total}] {cell}: {step}")
 
     def finish(self, results: Sequence[Result]) -> None:
         """Show what is done, failed and left."""
@@ -157,9 +159,12 @@ class Display(Bar, NullProgress):
             self.left[attack] -= 1
             self.seconds[attack] += result.seconds
             self.trials[attack] += 1
+            self.running.pop(result.trial.id, None)
+            self.moved.pop(result.trial.id, None)
         left = self._left()
         failures = f"{self.failures} diverged" + (f", {self.unscored} without a score" if self.unscored else "")
-        self.bar.update(self.task, completed=self.done, beside=failures, left=left)
+        completed = self.done + sum(self.running.values())
+        self.bar.update(self.task, completed=completed, beside=failures, left=left)
         words = results[0].trial.cell.words
         if not self.console.is_terminal:
             self.note(

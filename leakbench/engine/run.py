@@ -12,7 +12,7 @@ import torch
 
 from leakbench import datasets, metrics
 from leakbench.core.component import Component, as_json, shipped
-from leakbench.core.device import accelerator, all_of, device_named
+from leakbench.core.device import accelerator, all_of, device_named, free_memory
 from leakbench.core.lock import alone
 from leakbench.core.malloc import keep_freed_memory
 from leakbench.core.rng import check_salt, new_salt
@@ -23,6 +23,7 @@ from leakbench.engine.executors import (
     Message,
     ProcessExecutor,
     TaskDone,
+    Tick,
     TimedOut,
     WorkerDied,
 )
@@ -56,6 +57,11 @@ from leakbench.store.records import PluginFile, Statement
 from leakbench.store.run_file import FILE, Store
 from leakbench.victim import check_reveals
 
+WORKER_TRIALS = 8
+"""From this many searches a process earns the seconds that it takes to start."""
+WORKER_BYTES = 2**30
+"""What a process should find free: torch, the data, and a chunk."""
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -68,7 +74,7 @@ class RunOptions:
         strict: refuse a matrix with any unsupported cell, and stop at the first error of a component.
         workers: the number of processes; with 1 (and no time limit) it is this one. They share the threads, and the
             GPUs if ``device`` names none. Chunks of the same trials give the same numbers in any process. By default
-            1, and with Ray as many as its cluster has room for.
+            1 (a command line takes ``usual_workers``), and with Ray as many as its cluster has room for.
         time_limit: seconds per trial; a chunk of n trials may take n times as long. A chunk that takes longer is
             stopped and its trials are tried again one at a time; a trial that takes longer is an error.
         shard: ``i/n``: run only this part of the matrix (``leakbench.engine.shard.part``); empty for all of it.
@@ -189,7 +195,7 @@ def run(
             for key, members in itertools.groupby(unsupported, key=lambda trial: trial.cell.key):
                 trials = list(members)
                 cell = trials[0].cell
-                progress.begin(cell.words, len(trials))
+                progress.begin(trials)
                 images = plan.data[cell.specs["dataset"]]
                 keep([without_score(images, trial, "unsupported", refused[key]) for trial in trials])
             schedule = Schedule(
@@ -217,7 +223,7 @@ def _plan(
     options: RunOptions,
     file: Path,
     given: ClientData | None,
-    tick: Callable[[int, int], None],
+    tick: Tick,
 ) -> _Planned:
     """Return a matrix with its data and executor; nothing is written.
 
@@ -307,7 +313,7 @@ def _loop(
 
     def begin(task: Task) -> None:
         if isinstance(task, ChunkTask):
-            progress.begin(task.trial.cell.words, len(task.trials))
+            progress.begin(task.trials)
 
     shown: set[str] = set()
     for event in executor.run(schedule.next, begin):
@@ -339,14 +345,14 @@ def check(matrix: Matrix, options: RunOptions) -> None:
     _check_indices(matrix)
     local = replace(options, executor="local", workers=1)
     here = torch.device("cpu") if options.executor == "ray" else device_named(options.device)
-    with full_precision(), _executor(WorkerContext((), here, options.strict), local) as executor:
+    with full_precision(), _executor(WorkerContext((), here, options.strict), local, NullProgress().move) as executor:
         _preflight(matrix.trials(), options.strict, matrix.threshold is not None, executor, options.salt or "")
 
 
-def _executor(work: WorkerContext, options: RunOptions, tick: Callable[[int, int], None] | None = None) -> Executor:
+def _executor(work: WorkerContext, options: RunOptions, tick: Tick) -> Executor:
     """Return the executor that options ask for; a Ray actor with a GPU has one thread.
 
-    An attack calls ``tick`` in this process only: other workers report whole chunks.
+    ``tick`` is called while an attack of this machine searches: Ray's actors report whole chunks.
     """
     if options.executor == "ray":
         from leakbench.engine.ray_executor import RayExecutor
@@ -360,7 +366,7 @@ def _executor(work: WorkerContext, options: RunOptions, tick: Callable[[int, int
     devices = all_of(work.device)
     share = work.share * len(devices) / max(workers, len(devices))
     works = [replace(work, device=devices[place % len(devices)], share=share) for place in range(workers)]
-    return ProcessExecutor(works, max(1, torch.get_num_threads() // workers), options.time_limit)
+    return ProcessExecutor(works, max(1, torch.get_num_threads() // workers), options.time_limit, tick)
 
 
 def _has_content(file: Path) -> bool:
@@ -374,13 +380,33 @@ def planned(matrix: Matrix, shard: str = "") -> Sequence[Trial]:
     return part(trials, shard, ensemble=matrix.threshold is not None) if shard else trials
 
 
-def finished(folder: Path, matrix: Matrix, shard: str = "") -> int:
-    """Return how many trials of a matrix or shard have a result in a folder, or need none (``Matrix.threshold``)."""
-    if not (folder / FILE).exists():
-        return 0
+def left(folder: Path, matrix: Matrix, shard: str = "") -> Sequence[Trial]:
+    """Return the trials of a matrix or shard that have no result in a folder and need one (``Matrix.threshold``)."""
     trials = planned(matrix, shard)
+    if not _has_content(folder / FILE):
+        return trials
     with Store.open(folder / FILE, readonly=True) as store:
-        return len({trial.id for trial in trials} & (store.done() | recovered(trials, store, matrix.threshold)))
+        ended = store.done() | recovered(trials, store, matrix.threshold)
+    return [trial for trial in trials if trial.id not in ended]
+
+
+def finished(folder: Path, matrix: Matrix, shard: str = "") -> int:
+    """Return how many trials of a matrix or shard have a result in a folder, or need none."""
+    return len(planned(matrix, shard)) - len(left(folder, matrix, shard))
+
+
+def usual_workers(trials: Sequence[Trial], options: RunOptions) -> int:
+    """Return how many processes of this machine do these trials soonest, where the user did not say.
+
+    On a CPU one for each thread of torch, as far as there is memory, and ``WORKER_TRIALS`` searches for each: trials of
+    one thread never wait for each other, and a search of few trials at a time has no work for two threads. Otherwise 1.
+    """
+    device = device_named(options.device)
+    if device.type != "cpu":
+        return 1
+    searches = sum(trial.cell.attack.competes for trial in trials)
+    room = free_memory(device) // WORKER_BYTES
+    return max(1, min(torch.get_num_threads(), searches // WORKER_TRIALS, room))
 
 
 def _named(device: torch.device) -> str:

@@ -16,6 +16,9 @@ from leakbench.store.run_file import Store
 MAX_DEATHS = 3
 """After this many workers died while they held a chunk, it is halved; a single trial is an error."""
 
+FULL = 16
+"""Trials from which a search fills the registers of any processor; one of fewer at a time costs more a trial."""
+
 
 def recovered(trials: Iterable[Trial], store: Store, threshold: float | None) -> set[str]:
     """Return the trials to skip: another trial has recovered the same image behind the same defense.
@@ -57,7 +60,8 @@ class Schedule:
         data: the clients' images, by the spec of the dataset.
         threshold: of the matrix.
         size: trials at a time; None: as recorded in the run file, or else as a worker measures.
-        workers: how many there are; if there are fewer cells, chunks are so small that all workers are busy.
+        workers: how many there are; cells are cut for them where chunks stay ``FULL``, and, if there are fewer cells
+            than workers, so small that all are busy.
         skip: called with trials that need not be run.
     """
 
@@ -76,7 +80,9 @@ class Schedule:
         self._done = store.done()
         groups = itertools.groupby(trials, key=lambda trial: trial.cell.key)
         cells = [self._mixed(list(members)) for _, members in groups]
-        self._pieces = max(1, -(-workers // max(1, len(cells))))
+        waiting = [cell for cell in cells if any(trial.id not in self._done for trial in cell)]
+        searches = [cell for cell in waiting if cell[0].cell.attack.competes]
+        self._workers, self._pieces = workers, max(1, -(-workers // max(1, len(searches))))
         if threshold is not None:
             cells.sort(key=lambda cell: not cell[0].cell.attack.floor)
         self._lines = [_Line(cell[0].cell, cell, target(cell[0].cell.settings, 0, 0)) for cell in cells]
@@ -166,7 +172,8 @@ class Schedule:
             size = self._size or self._store.chunk(line.cell.key)
             if size is None:
                 line.measured = True
-                return MeasureTask(line.trials[0], -(-len(line.trials) // self._pieces))
+                pieces = max(self._pieces, min(self._workers, len(line.trials) // FULL))
+                return MeasureTask(line.trials[0], -(-len(line.trials) // pieces))
             self._cut(line, size)
         if not line.chunks:
             return None

@@ -135,11 +135,11 @@ class _Tracked(NullProgress):
     def note(self, line: str) -> None:
         self.inner.note(line)
 
-    def begin(self, cell: str, trials: int) -> None:
-        self.inner.begin(cell, trials)
+    def begin(self, trials: Sequence[Trial]) -> None:
+        self.inner.begin(trials)
 
-    def move(self, done: int, total: int) -> None:
-        self.inner.move(done, total)
+    def move(self, trials: Sequence[Trial], done: int, total: int) -> None:
+        self.inner.move(trials, done, total)
 
     def finish(self, results: Sequence[Result]) -> None:
         self.inner.finish(results)
