@@ -16,6 +16,7 @@ from leakbench import attacks, clients, defenses, models
 from leakbench.analysis.integrity import check
 from leakbench.attacks.base import prepare
 from leakbench.attacks.batch_labels import batch_labels, inferred_counts
+from leakbench.attacks.disaggregation import disaggregate, most_inputs
 from leakbench.attacks.matching import GradientMatching, double
 from leakbench.attacks.matching.sets import TakenImages, merged, set_distance
 from leakbench.core.rng import Rng
@@ -23,6 +24,7 @@ from leakbench.core.types import ThreatModel
 from leakbench.engine.run import RunOptions, run
 from leakbench.errors import Unsupported
 from leakbench.gradients import Evaluator, choose_path
+from leakbench.gradients.low_rank import LowRank
 from leakbench.metrics.aligned import AlignedPSNR
 from leakbench.metrics.members import matched
 from leakbench.metrics.standard import PSNR
@@ -357,12 +359,47 @@ def test_what_disaggregate_cannot_separate_above_convolutions_is_said() -> None:
         attack(see(2, model="lenet"), Rng("ab"))
     with pytest.raises(Unsupported, match="needs the gradient of one step"):
         attack(see(2, ThreatModel(shares="weights"), model="lenet", client="local(batch=2, local_epochs=2)"), Rng("ab"))
-    many = [batch(CLASSES, 1, "c")]
-    seen = observe(
-        small(CLASSES), defenses.parse("none"), ThreatModel(), many, CLASSES, torch.full(SHAPE, 0.5),
-        training=clients.parse(f"local(batch={CLASSES})"),
-    )  # fmt: skip
-    guess = attack(seen, Rng(("a",)))
-    assert guess.failed is not None
-    assert bool(guess.failed[0])
-    assert "the most that its outputs can tell apart" in guess.reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "network", "most"),
+    [
+        ("disaggregate", "mlp(hidden=16)", 8),  # half of the units
+        ("disaggregate", "mlp(hidden=12)", 4),  # but for the zeros that each column has
+        ("disaggregate", "flat", CLASSES - 1),  # the errors at the logits of each image add up to zero
+        ("disaggregate", "gated", 16),
+        ("cocktail(steps=1)", "mlp(hidden=16)", 15),
+    ],
+)
+def test_more_images_than_an_attack_can_return_are_refused_before_a_run(spec: str, network: str, most: int) -> None:
+    model = {"flat": small(CLASSES), "gated": small(33)}.get(network)
+    attack = attacks.parse(spec)
+
+    def preflight(count: int, threat: ThreatModel = ThreatModel()) -> None:  # noqa: B008
+        seen = observe(
+            model or models.parse(network), defenses.parse("none"), threat, [batch(count, 1)], CLASSES,
+            torch.full(SHAPE, 0.5), training=clients.parse(f"local(batch={count})"),
+        )  # fmt: skip
+        attack.preflight(seen)
+
+    preflight(most)
+    with pytest.raises(Unsupported, match=rf"at most {most} images .* a client has {most + 1}; give .* {most}, or use"):
+        preflight(most + 1)
+    if model is None:
+        preflight(most + 1, ThreatModel(count="hidden"))
+        several = f"local(images={most + 1}, local_batch=2, local_epochs=2)"
+        with pytest.raises(Unsupported, match=f"a client has {most + 1}"):
+            attack(see(most + 1, ThreatModel(shares="weights"), model=network, client=several), Rng("ab"))
+
+
+@pytest.mark.parametrize("rows", [8, 12, 20])
+def test_what_is_refused_by_the_size_of_a_layer_is_not_found_in_it(rows: int) -> None:
+    """Of inputs of any size, with columns of which each has a zero where another one is on."""
+    rng = torch.Generator().manual_seed(rows)
+    count = most_inputs(rows, 64) + 1
+    inputs = torch.randn(count, 64, generator=rng, dtype=torch.float64)
+    weight = torch.randn(rows, 64, generator=rng, dtype=torch.float64)
+    bias = torch.zeros(rows, dtype=torch.float64)
+    errors = (inputs @ weight.T > 0).T * torch.randn(rows, count, generator=rng, dtype=torch.float64)
+    rank = LowRank(count, count, 0.0, 1e-12)
+    assert not disaggregate(errors @ inputs, errors.sum(1), rank, [(weight, bias)], rng).complete

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import leakbench
+from leakbench import attacks
 from leakbench.attacks.peeling import descent, inversion, settle
+from leakbench.attacks.peeling.beginnings import most_begun
 from leakbench.attacks.peeling.contrast import classifier_input, with_contrast
 from leakbench.attacks.peeling.correlation import Fitted, blocks, design, directions, least_squares
 from leakbench.attacks.peeling.descent import Feature, inputs_alone, recover
@@ -454,6 +456,23 @@ def test_a_neighbour_does_not_change_an_image() -> None:
     pair, alone = (leakbench.attack("peel(search=1)", seen(residual(), count)[0]) for count in (2, 1))
     assert torch.equal(alone.images[0], pair.images[0])
     assert not torch.equal(pair.images[1], pair.images[0])
+
+
+def test_a_batch_of_more_images_than_channels_have_places_for_is_refused() -> None:
+    """The widest convolution has 32 channels of 16 places: for two images. A flat head serves one image only."""
+    peel = attacks.parse("peel")
+    linear = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, CLASSES)).double()
+    for model, most in ((residual(), 2), (linear, 0)):
+        network = Network(trace(seen(model)[0]))
+        assert most_begun(network, sent(seen(model)[0])) == most
+        for count in (1, 2, 3):
+            observation = replace(seen(model)[0], count=count)
+            if count <= max(1, most):
+                peel.preflight(observation)
+                continue
+            words = f"of each of {count} images: .* give a client at most 2" if most else "places"
+            with pytest.raises(Unsupported, match=f"{words}$"):
+                peel.preflight(observation)
 
 
 def test_a_trial_whose_beginning_is_not_finite_fails_alone() -> None:

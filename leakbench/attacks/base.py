@@ -366,6 +366,22 @@ def _undone(observation: Observation, adaptive: AdaptiveAttacker) -> Observation
     return dataclasses.replace(observation, gradient=gradient, shown=shown)
 
 
+def check_images(observation: Observation, most: int, limits: str) -> None:
+    """Raise Unsupported if a client has more images than an attack can return, whatever they are.
+
+    Args:
+        observation: what the attacker sees.
+        most: how many images it can return at the most.
+        limits: the first half of the message: that it returns at most ``most`` images, and by which layer.
+    """
+    if not most:
+        raise Unsupported(f"{limits}; use a wider layer")
+    if observation.count > most:
+        raise Unsupported(
+            f"{limits}, and a client has {observation.count}; give a client at most {most}, or use a wider layer"
+        )
+
+
 def checked(attack: Attack, guess: object, observation: Observation) -> Reconstruction:
     """Return a reconstruction on the observation's device whose failed or non-finite rows are the grey image.
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from leakbench.attacks.base import Attack, register
+from leakbench.attacks.base import Attack, check_images, register
 from leakbench.attacks.disaggregate import LayerChange, layer_changes
 from leakbench.core.component import Count, NonNegative, Positive
 from leakbench.core.rng import Rng
 from leakbench.core.types import Reconstruction
+from leakbench.gradients.low_rank import largest_rank
 from leakbench.observation import Observation
 
 GAUSSIAN = 0.37456720749
@@ -74,12 +75,12 @@ class CocktailParty(Attack):
     restarts: Count = 1
 
     def check(self, observation: Observation) -> None:
-        """Raise Unsupported if no linear layer takes the pixels, or its gradient was not sent."""
-        layer_changes(observation, bias=False)
+        """Raise Unsupported if no linear layer takes the pixels, it is too small, or its gradient was not sent."""
+        _separable(observation)
 
     def run(self, observation: Observation, rng: Rng) -> Reconstruction:
         """Return the images of every trial, those with the most pixels in [0, 1] first."""
-        each = layer_changes(observation, bias=False)
+        each = _separable(observation)
         counts = [observation.count or one.shown.rank for one in each]
         reasons = [_reason(one, count) for one, count in zip(each, counts)]
         height, width = observation.image_shape[1:]
@@ -176,6 +177,14 @@ class _Mixture:
     ones: Tensor | None
     bounds: tuple[Tensor, Tensor]
     size: Sequence[int]
+
+
+def _separable(observation: Observation) -> list[LayerChange]:
+    """Return ``layer_changes``; raise Unsupported if the layer is too small for a client's images, too."""
+    found = layer_changes(observation, bias=False)
+    most = largest_rank(*found[0].change.shape)
+    check_images(observation, most, f"cocktail {found[0].limits(most)}")
+    return found
 
 
 def _reason(layer: LayerChange, count: int) -> str:

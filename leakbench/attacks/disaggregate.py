@@ -9,11 +9,11 @@ from pydantic import Field
 from torch import Tensor
 
 from leakbench.attacks.analytic import pixel_layers
-from leakbench.attacks.base import Attack, register
+from leakbench.attacks.base import Attack, check_images, register
 from leakbench.attacks.batch_labels import batch_labels
-from leakbench.attacks.disaggregation import disaggregate
-from leakbench.attacks.peeling.beginnings import beginnings
-from leakbench.attacks.peeling.flat import FlatHead, flat_features, flat_head
+from leakbench.attacks.disaggregation import disaggregate, most_inputs
+from leakbench.attacks.peeling.beginnings import most_begun
+from leakbench.attacks.peeling.flat import FlatHead, flat_features, flat_head, most_separated
 from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.opened import OpenedTrial, opened, reconstruction
 from leakbench.attacks.peeling.restore import Restored, images_of
@@ -21,6 +21,7 @@ from leakbench.attacks.peeling.trace import trace
 from leakbench.attacks.shared_errors import shared_errors
 from leakbench.core.component import LATER
 from leakbench.core.rng import Rng
+from leakbench.core.text import plural
 from leakbench.core.types import Reconstruction
 from leakbench.errors import Unsupported
 from leakbench.gradients.low_rank import LowRank, low_rank, rounding_error
@@ -58,6 +59,14 @@ class LayerChange:
         found = torch.empty_like(inputs)
         found[:, self.order] = (inputs - self.shift if shifted else inputs) / self.slope
         return found
+
+    def limits(self, most: int) -> str:
+        """Return that ``most`` images are separated in this layer, in words."""
+        rows, columns = self.change.shape
+        return (
+            f"separates at most {plural(most, 'image')} in the change of {self.name}, which has "
+            f"{plural(rows, 'unit')} and takes {plural(columns, 'value')}"
+        )
 
     @property
     def bounds(self) -> tuple[Tensor, Tensor]:
@@ -186,9 +195,9 @@ class Disaggregate(Attack):
     search: Annotated[int, Field(ge=1)] = field(default=200, metadata=LATER)
 
     def check(self, observation: Observation) -> None:
-        """Raise Unsupported if no layer tells images apart, or its gradient was not sent."""
+        """Raise Unsupported if no layer tells the images apart, by its size alone, or its gradient was not sent."""
         if pixel_layers(observation):
-            layer_changes(observation)
+            _separable(observation)
         else:
             _served(observation)
 
@@ -196,7 +205,7 @@ class Disaggregate(Attack):
         """Return the images of every trial; one in which not all were separated has failed."""
         if not pixel_layers(observation):
             return self._above_convolutions(observation, rng)
-        draws = enumerate(zip(layer_changes(observation), rng.generators("rows")))
+        draws = enumerate(zip(_separable(observation), rng.generators("rows")))
         each = [self._separated(observation, t, layer, own) for t, (layer, own) in draws]
         most = observation.count or max(1, *(len(one.images) for one in each))
         images = torch.full((len(each), most, *observation.image_shape), torch.nan)
@@ -265,6 +274,14 @@ class Disaggregate(Attack):
         return _Separated(images if not reason else none, shown.rank, found.found, agreement, reason)
 
 
+def _separable(observation: Observation) -> list[LayerChange]:
+    """Return ``layer_changes``; raise Unsupported if the layer is too small for a client's images, too."""
+    found = layer_changes(observation)
+    most = most_inputs(*found[0].change.shape)
+    check_images(observation, most, f"disaggregate {found[0].limits(most)}")
+    return found
+
+
 def _served(observation: Observation) -> tuple[Network, FlatHead | None]:
     """Return a convolutional network and its lowest linear layer; None if that cannot tell images apart.
 
@@ -283,11 +300,17 @@ def _served(observation: Observation) -> tuple[Network, FlatHead | None]:
         )
     network = Network(trace(observation), [secret.name for secret in observation.secrets])
     head = flat_head(network, observation.gradient)
-    if head is None and not beginnings(network, observation.gradient, observation.count):
+    most = most_begun(network, observation.gradient)
+    if head is not None:
+        most = max(1, most, most_separated(network, head, observation.gradient))
+    elif not most:
         raise Unsupported(
             "no layer tells images apart: no linear layer takes the pixels or the values of a ReLU, and no convolution "
             "of stride 1 with a kernel above 1x1, behind a ReLU, has as many channels as the batch has places"
         )
+    check_images(
+        observation, most, f"disaggregate separates at most {plural(most, 'image')} in the layers of this network"
+    )
     for place in sorted(network.below(len(network.steps) - 1 if head is None else head.place)):
         if network.unknown(place) or place in network.locked:
             name = network.steps[place].name

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from leakbench.attacks.shared_errors import columns_of
-from leakbench.gradients.low_rank import LowRank
+from leakbench.gradients.low_rank import LowRank, largest_rank
 
 SAMPLES, MANY, FEWER_SAMPLES = 4096, 16, 2048
 """How many sets of rows are tried at a time; above this many images, fewer."""
@@ -64,6 +64,9 @@ EIGENVALUE_ROUNDING = 1e-14
 
 MORE_ZEROS = 8
 """A column has at least this many zeros more than any direction can be given."""
+
+ROWS_EACH = 2
+"""Several columns are looked for if there are at least this many rows for each."""
 
 MAX_MIXED, MAX_FLATS, SPLITS = 6, 200, 64
 """Mixtures of up to this many columns are split; how many are remembered; sets of rows for each column in a split."""
@@ -143,6 +146,14 @@ def _agreements(values: Tensor, on: Tensor) -> list[float]:
     return shares
 
 
+def most_inputs(rows: int, columns: int) -> int:
+    """Return how many inputs ``disaggregate`` finds at the most in a change [rows, columns], by these numbers alone.
+
+    More are no low rank, or have too few rows for the zeros of several columns.
+    """
+    return min(largest_rank(rows, columns), max(1, min(rows // ROWS_EACH, rows - MORE_ZEROS)))
+
+
 def disaggregate(
     change: Tensor,
     bias: Tensor,
@@ -196,7 +207,7 @@ def _searched(
         gates = torch.stack([weight.double() @ rest.T for weight, _ in layers])
         columns = _Columns(left, tolerance, gates, torch.stack([one.double() for _, one in layers]), left.T @ bias)
         first = left[:0] if shared is None else columns_of(left, shared, rng)
-        basis = _Search(columns, rng).run(first) if len(columns.rows) >= 2 * count else left[:0]
+        basis = _Search(columns, rng).run(first) if len(columns.rows) >= ROWS_EACH * count else left[:0]
         if len(basis) < count:
             return Disaggregation(count, rest[:0], left @ basis.T)
     mixing = basis.T  # column i of the errors is left @ mixing[:, i]

@@ -139,6 +139,11 @@ def _refined(change: Tensor, before: Tensor, decay: float, kept: int) -> float:
     return decay
 
 
+def largest_rank(rows: int, columns: int) -> int:
+    """Return the largest rank of a change [rows, columns] that ``low_rank`` tells from a full one."""
+    return _limit(min(rows, columns, MAX_ROWS))
+
+
 def _limit(rows: int) -> int:
     """Return the largest rank of a matrix of few rows that can be told from a full one."""
     return rows - 1 if rows <= SMALL else rows // 2

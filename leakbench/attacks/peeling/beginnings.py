@@ -29,6 +29,18 @@ def beginnings(network: Network, sent: Collection[str], images: int = 1) -> list
     return found
 
 
+def most_begun(network: Network, sent: Collection[str]) -> int:
+    """Return of how many images a descent can begin at the most; 0 if none can begin at a convolution (``beginnings``).
+
+    Args:
+        network: its steps.
+        sent: the names of the tensors whose gradient was sent.
+    """
+    layers = [network.steps[place].layer for place in beginnings(network, sent, 2)]
+    counts = [channels // (height * width) for channels, height, width in (one.inputs for one in layers if one)]
+    return max(counts, default=len(beginnings(network, sent)[:1]))
+
+
 def factorisable(network: Network, sent: Collection[str], images: int = 1) -> list[int]:
     """Return the places of the convolutions of stride 1 that have as many channels as places, the lowest first.
 

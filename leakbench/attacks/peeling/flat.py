@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from leakbench.attacks.disaggregation import disaggregate
+from leakbench.attacks.disaggregation import disaggregate, most_inputs
 from leakbench.attacks.peeling.descent import Feature
 from leakbench.attacks.peeling.network import Network
-from leakbench.attacks.peeling.unmixing import Sparsity, unmix
-from leakbench.gradients.low_rank import CLEAR_OF_NOISE, LowRank, low_rank, rounding_error
+from leakbench.attacks.peeling.unmixing import MAX_PROGRAMS, Sparsity, unmix
+from leakbench.gradients.low_rank import CLEAR_OF_NOISE, LowRank, largest_rank, low_rank, rounding_error
 
 FEW_ZEROS = Sparsity(zeros=0.002, like=0.02, angle=1e-3)
 """What counts as a layer's input: those of two images differ in few zeros, and errors tell the false ones."""
@@ -88,6 +88,13 @@ def flat_head(network: Network, sent: Mapping[str, Tensor]) -> FlatHead | None:
         gated = len(step.users) == 1 and steps[step.users[0]].kind == "relu" and steps[step.users[0]].slope == 0
         return FlatHead(place, at, gated, not step.users)
     return None
+
+
+def most_separated(network: Network, head: FlatHead, sent: Mapping[str, Tensor]) -> int:
+    """Return how many images ``flat_features`` tells apart at the most, by the size [M, S] of the layer alone."""
+    rows, columns = sent[f"{network.steps[head.place].name}.weight"].shape[-2:]
+    by_inputs = min(largest_rank(rows, columns), MAX_PROGRAMS)
+    return max(by_inputs, most_inputs(rows, columns)) if head.gated else by_inputs
 
 
 def flat_features(
