@@ -277,6 +277,8 @@ def test_an_audit_searches_for_all_images_that_are_stated(
     assert "Attacks that search assume 4 images at once" in page
     assert "2 steps of SGD with momentum 0.9 at learning rate 0.05" in page
     assert "assume one image" not in page
+    assert "several; record an update of one image" in page  # the reason of an attack of one image
+    assert "batch=1" not in page
     assert "How many images the update comes from is not shown: the change of layer 7 has the largest rank" in page
     assert "looks like one image" not in page
     assert page.count("| dlm+(steps=2, local=unrolled) |") >= 4  # an image each, compared or not

@@ -29,7 +29,7 @@ from leakbench.audit.findings import DefenseFindings
 from leakbench.audit.layers import ClosedFormLeaks, InferredLabels
 from leakbench.audit.members import Returned, compared, read_labels_file
 from leakbench.audit.recipe import FACTS, StatedRecipe, read_recording
-from leakbench.audit.run import _compared, _observation
+from leakbench.audit.run import _compared, _observation, search_words, together
 from leakbench.errors import BadOption
 from leakbench.report.audit import verdict
 
@@ -103,6 +103,27 @@ def test_momentum_enlarges_the_update_of_a_constant_gradient() -> None:
     assert factor == pytest.approx((1 + 1.9 + 2.71 + 3.439) / 4)
     threat, factor = StatedRecipe(4, 4, 2, optimizer="adam", rate=0.01).threat()
     assert (threat.local_steps, threat.unit, factor) == (2, None, 1)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("batch", [None, 4])
+def test_a_search_says_how_an_update_by_momentum_is_taken(tmp_path: Path, momentum: float, batch: int | None) -> None:
+    """Without the batches, no step can be repeated: the update is divided by (1 + 1.9 + ... + 4.686) / 6."""
+    update, facts = recorded(tmp_path, mlp(), partial(SGD["momentum"], dampening=0.0), 12, 4, 2)
+    recipe = StatedRecipe(12, batch, local_steps=6, momentum=momentum, rate=0.02)
+    threat, factor = recipe.threat()
+    alone = _observation(mlp(), update, (3, 12, 12), 70, threat, factor)
+    seen = together(alone, recipe, facts, (), factor)
+    words = search_words(seen, batch is not None, recipe)
+    assert ("after division of the update by 2.97, by which momentum 0.9 enlarges" in words) == (
+        momentum > 0 and batch is None
+    )
+    assert (
+        "6 steps of plain SGD at learning rate 0.02, each on all of them, of which they match the mean" in words
+    ) == (batch is None)
+    own = next(iter(seen.gradient))
+    assert torch.allclose(seen.gradient[own] * (factor if batch is None else 1.0), update.change[own][None])
+    assert search_words(alone, False, recipe) == ""
 
 
 def folder(nets: Path, change: dict | None = None) -> Path:  # noqa: F811

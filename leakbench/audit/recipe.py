@@ -184,6 +184,16 @@ class StatedRecipe:
         threat = ThreatModel(shares="weights", learning_rate=optimiser.lr, local_steps=steps, rate="known")
         return threat, unit / (optimiser.lr * steps)
 
+    def division(self) -> str:
+        """Return how an update by momentum is made one of plain SGD, as the end of a sentence; empty if it is not."""
+        factor = self.threat()[1]
+        if factor == 1:
+            return ""
+        return (
+            f", after division of the update by {factor:.3g}, by which momentum {self.momentum:g} enlarges that of a "
+            "constant gradient"
+        )
+
     def words(self) -> str:
         """Return what is stated, in words; empty if nothing is."""
         decay = self.weight_decay

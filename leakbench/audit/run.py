@@ -24,6 +24,7 @@ from leakbench.audit.batch import DISAGGREGATE, batch_findings, counted, estimat
 from leakbench.audit.exposure import has_relus, predicted, rule_in_words
 from leakbench.audit.fail_rule import FailRule
 from leakbench.audit.findings import Audit, DefenseFindings, ImageFinding, NetworkFacts
+from leakbench.audit.fixes import reworded
 from leakbench.audit.given import (
     NORMALISE,
     TRIED,
@@ -344,9 +345,13 @@ def audit_update(
     if progress is not None:
         _announce(matrix, observation, progress)
     run_options = RunOptions("cpu", salt=options.salt)
-    engine.run(matrix, out, run_options, progress=progress, command=options.command, data=data)
+    try:
+        engine.run(matrix, out, run_options, progress=progress, command=options.command, data=data)
+    except Unsupported as error:
+        raise Unsupported(reworded(str(error))) from error
     with Store.open(out / FILE, readonly=True) as store:
         trials = _planned(store, matrix)
+        trials["reason"] = trials["reason"].map(reworded)
         measured = bool(trials[RECOVERY].notna().any())
         if not measured:
             trials[JUDGED] = np.where(trials["floor"], math.nan, float(proven))
@@ -400,7 +405,7 @@ def audit_update(
         recipe=recipe,
         untried=untried,
         together=observation.count,
-        search=search_words(observation, unrolled),
+        search=search_words(observation, unrolled, recipe),
         searched=not (proven or everything),
     )
 
@@ -430,8 +435,14 @@ def together(
     return replace(observation, count=count, counts=known, client=client, threat=threat, gradient=gradient)
 
 
-def search_words(observation: Observation, unrolled: bool) -> str:
-    """Return what attackers that search assume of an update of several images; empty for one image."""
+def search_words(observation: Observation, unrolled: bool, recipe: StatedRecipe) -> str:
+    """Return what attackers that search assume of an update of several images; empty for one image.
+
+    Args:
+        observation: as they see it.
+        unrolled: whether they repeat the client's steps.
+        recipe: what is stated of these.
+    """
     if observation.count == 1:
         return ""
     labels = "with the estimated label counts" if observation.counts is not None else "whose labels they search for too"
@@ -443,7 +454,8 @@ def search_words(observation: Observation, unrolled: bool) -> str:
         return f"{words}, and {client.recipe()}{end}{order}"
     if observation.threat.shares == "gradient":
         return f"{words}, and one gradient of all of them"
-    return f"{words}, and {plural(steps, 'step')} of plain SGD{end}, each on all of them"
+    mean = ", of which they match the mean" if steps > 1 else ""
+    return f"{words}, and {plural(steps, 'step')} of plain SGD{end}, each on all of them{mean}{recipe.division()}"
 
 
 def _uncompared(returned: Iterable[Returned]) -> Iterable[ImageFinding]:
