@@ -90,6 +90,13 @@ def setting(
     return Evaluator(architecture(model), tuple(parameters), path="lanes"), tensors, x, y
 
 
+def of_several(rows: Tensor, batch: int) -> Tensor:
+    """Return as many other rows [T, B, ...] between 0 and 1 for each trial."""
+    rng = torch.Generator().manual_seed(3)
+    several = torch.rand(len(rows), batch, *rows.shape[1:], generator=rng, dtype=torch.float64)
+    return several.to(rows.dtype).requires_grad_()
+
+
 def twice(evaluator: Evaluator, tensors: dict[str, Tensor], x: Tensor, y: Tensor) -> tuple[Gradient, list[Tensor]]:
     """Return the gradient, and the derivatives of a projection of it by images and soft labels."""
     gradient = evaluator.gradient(tensors, x, y)
@@ -135,9 +142,19 @@ def test_kernels_give_the_numbers_of_double_backward(spec: str, own: bool) -> No
 
 @with_kernels
 @pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("spec", ["odd", "lenet-bn", "lenet-bn(mode=eval)"])
-def test_a_gradient_is_compared_without_being_written(spec: str, own: bool) -> None:
+@pytest.mark.parametrize(
+    ("spec", "batch"),
+    [
+        *(("odd", 1), ("lenet-bn", 1), ("lenet-bn(mode=eval)", 1)),
+        *(("lenet-bn(mode=eval)", batch) for batch in (2, 3, 4, 7, 12, 20)),
+        *(("mlp(hidden=9-8)", batch) for batch in (3, 6, 16, 32, 33, 64)),
+        *(("resnet20(width=2,shortcut=conv,mode=eval)", batch) for batch in (8, 16)),
+    ],
+)
+def test_a_gradient_is_compared_without_being_written(spec: str, batch: int, own: bool) -> None:
     evaluator, tensors, x, y = setting(built(spec), 3 if own else 11, own)
+    if batch > 1:
+        x, y = of_several(x, batch), of_several(y, batch)
     slow = replace(evaluator, path="one-at-a-time").gradient(tensors, x, y)
     rng = torch.Generator().manual_seed(2)
     observed = {
@@ -307,6 +324,8 @@ def test_images_that_meet_in_a_normalisation_are_left_to_other_paths() -> None:
     assert choose_path(evaluator, tensors, SHAPE, CLASSES, 4, lanes=3) == "batched"
     with pytest.raises(Unsupported, match="no statistics"):
         evaluator.gradient(tensors, torch.rand(3, 4, *SHAPE).double(), torch.zeros(3, 4, dtype=torch.int64))
+    with pytest.raises(Unsupported, match="no statistics"):
+        evaluator.compare(tensors, torch.rand(3, 4, *SHAPE).double(), torch.zeros(3, 4, dtype=torch.int64), {}, True)
 
 
 @with_kernels

@@ -164,12 +164,17 @@ class Evaluator:
 
     def _by_kernels(self, tensors: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Gradient:
         """Return the gradients of ``gradient`` by the compiled kernels; raises Unsupported."""
+        program, x, q, batch = self._for_kernels(x, y)
+        return program.gradient(tensors, x, q, self.names, batch)
+
+    def _for_kernels(self, x: Tensor, y: Tensor) -> tuple[Program, Tensor, Tensor, int]:
+        """Return the traced loss, images [T B, C, H, W], class probabilities [T B, K] and B; raises Unsupported."""
         program, batch = self._program(tuple(x.shape[-3:]), x.device), 1
         if x.ndim == BATCHED:
             batch, x, y = x.shape[1], x.flatten(0, 1), y.flatten(0, 1)
             if not program.apart and batch > 1:
                 raise Unsupported("the kernels take trials of several images if no statistics are taken of them")
-        return program.gradient(tensors, x, program.probabilities(y, x.dtype), self.names, batch)
+        return program, x, program.probabilities(y, x.dtype), batch
 
     def compare(
         self, tensors: Mapping[str, Tensor], x: Tensor, y: Tensor, observed: Mapping[str, Tensor], gap: bool
@@ -187,15 +192,15 @@ class Evaluator:
             <g', g> and <g', g'>, or with ``gap`` zeros and |g' - g|^2: [P, T] in the order of ``observed``;
             differentiable once in x and y.
         """
-        program = self._program(tuple(x.shape[1:]), x.device)
-        return program.compare(tensors, x, program.probabilities(y, x.dtype), observed, gap)
+        program, x, q, batch = self._for_kernels(x, y)
+        return program.compare(tensors, x, q, observed, gap, batch)
 
     def comparison(
         self, tensors: Mapping[str, Tensor], x: Tensor, y: Tensor, observed: Mapping[str, Tensor], gap: bool
     ) -> GradientComparison:
-        """Return ``compare`` with a derivative that is asked for, instead of a graph."""
-        program = self._program(tuple(x.shape[1:]), x.device)
-        return GradientComparison(program, tensors, x, program.probabilities(y, x.dtype), observed, gap)
+        """Return ``compare`` with a derivative that is asked for, instead of a graph; of batches by [T B] images."""
+        program, x, q, batch = self._for_kernels(x, y)
+        return GradientComparison(program, tensors, x, q, observed, gap, batch)
 
     def _program(self, shape: tuple[int, ...], device: torch.device) -> Program:
         """Return the traced loss of images of a shape; raises Unsupported."""

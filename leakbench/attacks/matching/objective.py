@@ -20,7 +20,7 @@ from leakbench.gradients import Evaluator, choose_path
 from leakbench.gradients.bilinear import FromGaps, FromProducts, squared_norm
 from leakbench.gradients.draws import Generators, MadeDraws
 from leakbench.gradients.evaluate import tensors_of
-from leakbench.gradients.lanes.evaluation import GradientComparison
+from leakbench.gradients.lanes.evaluation import GradientComparison, fills
 from leakbench.gradients.lanes.fused import add_variation, variation
 from leakbench.gradients.lanes.layout import innermost
 from leakbench.gradients.lanes.maps import enough
@@ -134,15 +134,15 @@ class MatchingObjective(Recordable, Explicit):
         found = self.evaluator.comparison(self._filled(unknowns, evaluation), images, known, self._observed, gap)
         value, by_dots, by_squares = self._derived(found)
         by_image, by_labels = found.derivative(by_dots, by_squares, labels.requires_grad)
-        gradient = {"image": by_image}
+        gradient = {"image": by_image.view(images.shape)}
         if leaf is not None:
             gradient["label"] = torch.zeros_like(leaf)
             if by_labels is not None:
-                (gradient["label"],) = torch.autograd.grad(labels, leaf, by_labels)
+                (gradient["label"],) = torch.autograd.grad(labels, leaf, by_labels.view(labels.shape))
         if self.attack.tv:
             weight = self.attack.tv if self.prior_factor is None else self.attack.tv * self.prior_factor
             each = torch.full_like(value, weight) if isinstance(weight, float) else weight
-            gradient["image"] = by_image = by_image.contiguous()
+            gradient["image"] = by_image = gradient["image"].contiguous()
             value = value + weight * add_variation(images, each, by_image)
         return value, {name: gradient[name] for name in unknowns}
 
@@ -343,7 +343,7 @@ class MatchingObjective(Recordable, Explicit):
         as_it_is = observation.shown is None and observation.size is None and not repeats
         return (
             self.evaluator.path == "lanes"
-            and observation.count == 1  # that of several images is a mean, which is taken of written gradients
+            and fills(observation.count)
             and as_it_is
             and (adaptive is None or not adaptive.models_release)
             and set(self._observed) <= set(self.evaluator.names)

@@ -29,6 +29,12 @@ CHANNEL_NUMBERS = 7
 SMALL_BLOCK_BYTES = 2**24
 """A network whose values of a block of trials take less is small: its evaluations are short, even of few trials."""
 
+FULL_GROUP = 16
+"""The lanes of the largest register, of the smallest numbers."""
+
+MIN_FILL = 0.75
+"""From this share of lanes with an image on, the gradients of a trial's images are added without being written."""
+
 MAX_BLOCK_BYTES = 2**30
 """A network whose block, or a trial of several images whose gradients take more is left to the other paths."""
 
@@ -96,7 +102,7 @@ class Program:
         self._free: Tensor | None = None
         self._orders: dict[tuple[str, ...], tuple[tuple[str, ...], int]] = {}
         self._seen: dict[tuple[str, int], tuple[Tensor, Pair, tuple[Tensor, int, int]]] = {}
-        self._observed: dict[str, tuple[Tensor, tuple[int, int, int], Tensor]] = {}
+        self._observed: dict[str, tuple[Tensor, tuple[int, int, int, int], Tensor]] = {}
         self._labels: tuple[Tensor, int, Tensor] | None = None
         self.names = tuple(dict.fromkeys(name for step in trace.steps for name in step.named))
         self._places = {name: place for place, name in enumerate(self.names)}
@@ -136,7 +142,13 @@ class Program:
         return each if images == 1 else {name: _mean(gradient, images) for name, gradient in each.items()}
 
     def compare(
-        self, tensors: Mapping[str, Tensor], x: Tensor, q: Tensor, observed: Mapping[str, Tensor], gap: bool
+        self,
+        tensors: Mapping[str, Tensor],
+        x: Tensor,
+        q: Tensor,
+        observed: Mapping[str, Tensor],
+        gap: bool,
+        images: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """Compare each trial's gradient g by some parameters with an observed one, without writing it.
 
@@ -146,12 +158,13 @@ class Program:
             q: as for ``gradient``.
             observed: y [T, *shape] by the name of the parameter, best with the trials innermost.
             gap: compare by the difference.
+            images: as for ``gradient``; worth it if they fill their lanes (``fills``).
 
         Returns:
             <g, y> and <g, g>, or with ``gap`` zeros and |g - y|^2: [P, T] in the order of ``observed``; differentiable
             once in x and q.
         """
-        out: tuple[Tensor, Tensor] = _Comparison.apply(x, q, self, tensors, observed, gap)
+        out: tuple[Tensor, Tensor] = _Comparison.apply(x, q, self, tensors, observed, gap, images)
         return out
 
     def _check(
@@ -167,15 +180,16 @@ class Program:
         if tuple(tensor.shape) not in shapes:
             raise ValueError(f"{name}: {tuple(tensor.shape)} is given, and {' or '.join(map(str, shapes))} is needed")
 
-    def _in_blocks(self, name: str, tensor: Tensor, trials: int, lanes: int) -> Tensor:
+    def _in_blocks(self, name: str, tensor: Tensor, trials: int, group: int, lanes: int) -> Tensor:
         """Return an observed gradient as the kernels take it; one that was given before is the same as then.
 
-        A block of trials is contiguous [N, L], with zeros where it lacks trials.
+        A block of trials of ``group`` lanes is contiguous [N, L], with zeros where it lacks trials.
         """
-        seen, state = self._observed.get(name), (tensor._version, trials, lanes)
+        seen, state = self._observed.get(name), (tensor._version, trials, group, lanes)
         if seen is None or seen[0] is not tensor or seen[1] != state:
             self._require(name, tensor, (trials, *self._shapes[name]))
-            rows = F.pad(tensor.detach().flatten(1), (0, 0, 0, -trials % lanes))
+            own = tensor.detach().flatten(1).repeat_interleave(group, 0)
+            rows = F.pad(own, (0, 0, 0, -len(own) % lanes))
             own = rows.unflatten(0, (-1, lanes)).mT.contiguous()
             self._observed[name] = seen = tensor, state, own
         return seen[2]
@@ -221,6 +235,14 @@ class Program:
         rows, given = memory.rows, (_Parameter * len(parameters))(*parameters)
         pointers = ctypes.byref(memory.layout), given, x, q, _POINTER(rows.data_ptr())
         self.kernels.run(name, rows.dtype, *pointers, _LONG(trials), _LONG(len(rows)), lanes=memory.lanes)
+
+    def meet(self, parameters: Sequence[_Parameter], memory: _Memory, lanes: int, group: int, images: int) -> None:
+        """Put the mean gradient of each trial's images in the place of theirs, and compare it."""
+        rows, given = memory.rows, (_Parameter * len(parameters))(*parameters)
+        parts = -(-len(rows) * memory.lanes // max(group, memory.lanes)) * len(parameters)
+        sizes = map(_LONG, (lanes, group, images, len(parameters), parts))
+        pointers = ctypes.byref(memory.layout), given, _POINTER(rows.data_ptr())
+        self.kernels.run("meet", rows.dtype, *pointers, *sizes, lanes=memory.lanes)
 
     def memory(self, like: Tensor, trials: int, comparing: bool = False) -> _Memory:
         """Return memory [blocks, N] for what an evaluation keeps for its derivative; that of an earlier one if free.
@@ -377,20 +399,22 @@ class GradientComparison:
         q: Tensor,
         observed: Mapping[str, Tensor],
         gap: bool,
+        images: int = 1,
     ) -> None:
         program._check(tensors, x, q, observed)
-        trials = len(x)
-        self.program, self.x = program, x.detach()
-        self.memory = program.memory(x, trials, comparing=True)
-        # the results, and the derivatives by them
-        self._numbers = x.new_zeros(4, len(observed), trials)
-        self.dots, self.squares = self._numbers[:2].unbind()
+        self.images, self._group = images, group_of(images)
+        trials, self.program, self.x = len(x) // images, program, self._filled(x.detach())
+        lanes = len(self.x)
+        self.memory = program.memory(x, lanes, comparing=True)
+        # the results, and the derivatives by them, of each lane
+        self._numbers = x.new_zeros(4, len(observed), lanes)
+        self.dots, self.squares = self._numbers[:2, :, :: self._group].unbind()
         self._given, self._rows, self._held = [], {name: row for row, name in enumerate(observed)}, []
         for name in program.names:
-            tensor, own, size = program._given(name, tensors[name], trials)
+            tensor, own, size = program._given(name, tensors[name], lanes, self._group)
             one = _Parameter(tensor.data_ptr(), own, None, None, 0, 0, size)
             if name in observed:
-                blocks = program._in_blocks(name, observed[name], trials, self.memory.lanes)
+                blocks = program._in_blocks(name, observed[name], trials, self._group, self.memory.lanes)
                 one.observed, one.gap = blocks.data_ptr(), gap
                 one.place, one.tangent = program.places[name]
                 self._held.append(blocks)
@@ -399,16 +423,38 @@ class GradientComparison:
         for row, (name, y) in enumerate(observed.items()):
             if gap and name not in program.places:
                 self.squares[row] = squared_norm(y)
-        image, labels = strides(self.x), strides(q.detach())  # copies live until the kernels have read them
-        program.run("gradient", self._parameters(0), _rows(*image), _rows(*labels), self.memory, trials)
+        # copies live until the kernels have read them; a label of zeros gives a gradient of zeros
+        image, labels = strides(self.x), strides(self._filled(q.detach()))
+        if self._group == 1:
+            program.run("gradient", self._parameters(0), _rows(*image), _rows(*labels), self.memory, lanes)
+        else:
+            program.run("gradient", self._given, _rows(*image), _rows(*labels), self.memory, lanes)
+            program.meet(self._parameters(0), self.memory, lanes, self._group, images)
 
     def derivative(self, by_dots: Tensor, by_squares: Tensor, labels: bool) -> tuple[Tensor, Tensor | None]:
         """Return the derivatives by image and, if wanted, labels, of a function with these by both results.
 
         They are [P, T], or [T] for all tensors alike.
         """
-        self._numbers[2], self._numbers[3] = by_dots, by_squares
-        return _derivative(self.program, self._parameters(2), self.x, self.memory, labels)
+        for place, by in enumerate((by_dots, by_squares), 2):
+            each = by if self._group == 1 else (by / self.images).repeat_interleave(self._group, -1)
+            self._numbers[place] = each
+        by_image, by_labels = _derivative(self.program, self._parameters(2), self.x, self.memory, labels)
+        return self._taken(by_image), None if by_labels is None else self._taken(by_labels)
+
+    def _filled(self, rows: Tensor) -> Tensor:
+        """Return rows of images [T B, ...] with zeros for the images that a trial lacks in its lanes."""
+        lacks = self._group - self.images
+        if not lacks:
+            return rows
+        own = rows.unflatten(0, (-1, self.images))
+        return torch.cat([own, own.new_zeros(len(own), lacks, *own.shape[2:])], 1).flatten(0, 1)
+
+    def _taken(self, rows: Tensor) -> Tensor:
+        """Return the rows of images [T B, ...] of those of lanes."""
+        if self._group == self.images:
+            return rows
+        return rows.unflatten(0, (-1, self._group))[:, : self.images].flatten(0, 1)
 
     def _parameters(self, first: int) -> list[_Parameter]:
         """Return the parameters, with two of the numbers in the place of the products."""
@@ -432,16 +478,29 @@ class _Comparison(Function):
         tensors: Mapping[str, Tensor],
         observed: Mapping[str, Tensor],
         gap: bool,
+        images: int,
     ) -> tuple[Tensor, Tensor]:
         """Run the network and its first backward pass."""
-        ctx.comparison = GradientComparison(program, tensors, x, q, observed, gap)
+        ctx.comparison = GradientComparison(program, tensors, x, q, observed, gap, images)
         return ctx.comparison.dots, ctx.comparison.squares
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Return the derivatives by image and labels."""
-        return *ctx.comparison.derivative(*grads, labels=ctx.needs_input_grad[1]), None, None, None, None
+        return *ctx.comparison.derivative(*grads, labels=ctx.needs_input_grad[1]), *[None] * 5
+
+
+def group_of(images: int) -> int:
+    """Return how many lanes a trial of several images has: a power of two within a register, or whole registers."""
+    if images > FULL_GROUP:
+        return -(-images // FULL_GROUP) * FULL_GROUP
+    return 1 << (images - 1).bit_length()
+
+
+def fills(images: int) -> bool:
+    """Return whether enough of the lanes of a trial of this many images have an image."""
+    return images >= MIN_FILL * group_of(images)
 
 
 def _derivative(

@@ -397,7 +397,7 @@ template <class S> struct Block {
       for (long i = 0; i < p.size; i++) out[i] = V{} + ((const S*)p.value)[i];
     return out;
   }
-  bool has_along(int number) const { return number >= 0 && (parameters[number].v || parameters[number].observed); }
+  bool has_along(int number) const { return number >= 0 && (parameters[number].v || parameters[number].square); }
   V* along(int number, Use use) const { return has_along(number) ? lanes(number, use, true) : nullptr; }
   bool own(int number) const { return parameters[number].own; }
   const S* shared(int number) const { return (const S*)parameters[number].value; }
@@ -422,9 +422,9 @@ template <class S> struct Block {
     else
       store<S>((S*)p.gradient + i * trials + first, count, value);
   }
-  // <g, y> and <g, g>, or <g - y, g - y>; every 256 elements are added up by themselves, which loses less to rounding
+  // <g, y> and <g, g>, or <g - y, g - y>, unless g is one image's share of it (``meet``); every 256 elements are added up by themselves, which loses less to rounding
   void compare(int number) const {
-    if (number < 0 || !parameters[number].observed) return;
+    if (number < 0 || !parameters[number].observed || !parameters[number].square) return;
     const Parameter& p = parameters[number];
     const V *g = memory + p.place, *y = observed(p);
     V dots{}, squares{};
@@ -792,6 +792,40 @@ static void gradient(const Program& program, const Parameter* parameters, Rows x
     }
   }
 }
+// Trials of several images have ``group`` lanes each, one an image and zeros for those it lacks: a power of two up to L, or
+// whole blocks. The mean of the images' gradients takes the place of each of theirs, and is compared. A fold adds lanes
+// whose places differ in one bit, so that after log2(group) folds each lane has the sum.
+template <class S, int STEP> static inline Vec<S> folded(const Vec<S>& v) {
+  Vec<S> other;
+  EACH for (int j = 0; j < Lanes<S>::COUNT; j++) other[j] = v[(j ^ STEP) % Lanes<S>::COUNT];
+  return v + other;
+}
+template <class S>
+static void meet(const Program& program, const Parameter* parameters, S* memory, long trials, long group, long images, long count,
+                 long from, long to) {
+  constexpr int L = Lanes<S>::COUNT;
+  const long several = group > L ? group / L : 1, width = group < L ? group : L;
+  const S part = S(1) / S(images);
+  for (long n = from; n < to; n++) {
+    const long b = n / count * several, first = b * L, left = trials - first;
+    const int number = (int)(n % count);
+    const Parameter& p = parameters[number];
+    if (!p.observed) continue;
+    Block<S> block{program, parameters, (Vec<S>*)memory + b * program.kept, nullptr, trials, first, left < L ? (int)left : L};
+    Vec<S>* g = block.memory + p.place;
+    for (long i = 0; i < p.size; i++) {
+      Vec<S> sum = g[i];
+      for (long k = 1; k < several; k++) sum += g[k * program.kept + i];
+      if (width > 1) sum = folded<S, 1>(sum);
+      if (width > 2) sum = folded<S, 2>(sum);
+      if (width > 4) sum = folded<S, 4>(sum);
+      if (width > 8) sum = folded<S, 8>(sum);
+      sum *= part;
+      for (long k = 0; k < several; k++) g[k * program.kept + i] = sum;
+    }
+    block.compare(number);
+  }
+}
 template <class S>
 static void derivative(const Program& program, const Parameter* parameters, Rows x, Rows q, S* memory, long trials, long from,
                        long to) {
@@ -1013,6 +1047,10 @@ int lanes_bytes() { return BYTES; }
   }                                                                                                                     \
   void derivative_##NAME(ARGUMENTS(S)) {                                                                                \
     IN_THREADS(blocks, derivative<S>(*program, parameters, x, q, memory, trials, from, to));                            \
+  }                                                                                                                     \
+  void meet_##NAME(const Program* program, const Parameter* parameters, S* memory, long trials, long group, long images,  \
+                   long count, long parts, long threads) {                                                              \
+    IN_THREADS(parts, meet<S>(*program, parameters, memory, trials, group, images, count, from, to));                   \
   }                                                                                                                     \
   void standardise_##NAME(const S* x, S* z, S* r, const double* eps, long n, long trials, long channels, long threads) { \
     IN_THREADS(channels, standardise(x, z, r, eps, n, trials, from, to));                                               \
