@@ -388,6 +388,11 @@ def test_without_a_compiler_there_is_a_reason(monkeypatch: pytest.MonkeyPatch, t
     broken = compiled._built.__wrapped__(library.SOURCE)
     assert isinstance(broken, compiled.Absent)
     assert "no such option" in broken.reason
+    failing.write_text("#!/bin/sh\n[ $1 = --version ] && echo compiler 2 && exit\nkill -9 $$\n", encoding="utf-8")
+    killed = compiled._built.__wrapped__(library.SOURCE)
+    assert isinstance(killed, compiled.Absent)
+    assert killed.reason.endswith("ended with -9, and said nothing")
+    assert not [file for file in (tmp_path / "leakbench").rglob("*") if file.is_file()]
 
 
 @with_kernels

@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pandas as pd
 import pytest
@@ -28,15 +29,17 @@ from test_engine import (  # noqa: F401
     no_assets,
     plan,
 )
+from test_store import provenance
 from test_worst_case import Counts, Knows, ensemble, planned
 
-from leakbench import LeakbenchError, Reconstruction
+from leakbench import Defense, LeakbenchError, Reconstruction
 from leakbench.core.lock import PREFIX, remove_abandoned, temporary_folder
+from leakbench.datasets import spec
 from leakbench.engine import executors as workers
 from leakbench.engine.progress import NullProgress
 from leakbench.engine.run import RunOptions, usual_workers
 from leakbench.engine.schedule import MAX_DEATHS, Schedule
-from leakbench.engine.worker import ClientData, MeasureTask
+from leakbench.engine.worker import ClientData, MeasureTask, without_score
 from leakbench.store.run_file import FILE, Store
 
 
@@ -209,6 +212,37 @@ def test_cells_are_cut_for_workers_where_chunks_stay_large(tmp_path):
     assert found == {(4, 1): 1, (4, 2): 2, (40, 1): 10, (80, 2): 20}
 
 
+def test_trials_that_end_at_different_times_are_cut_for_workers_too(tmp_path):
+    trials = plan(attacks=["dlg"], images=40).trials()
+    found = {}
+    for workers_, begun in ((1, 0), (2, 0), (2, 7)):
+        with Store.create(tmp_path / f"{workers_}-{begun}.sqlite") as store:
+            store.add_trials(trials)
+            session = store.start_session(provenance())
+            data = ClientData({}, {}, torch.zeros(1, 12, 12), 4)
+            store.write([without_score(data, trial, "unsupported", "") for trial in trials[:begun]], session)
+            schedule = Schedule(
+                trials, store, {"tiny": data}, threshold=None, size=8, workers=workers_, skip=lambda skipped: None
+            )
+            chunks = iter(schedule.next, None)
+            found[workers_, begun] = [len(chunk.trials) for chunk in chunks]
+    assert found == {(1, 0): [32, 8], (2, 0): [24, 16], (2, 7): [17, 16]}
+
+
+@pytest.mark.parametrize(("defenses", "trials"), [(["none"], 2), (["none", "noise(scale=0.1)"], 4)])
+def test_cells_that_wait_for_each_other_are_cut_for_all_workers(tmp_path, defenses, trials):
+    matrix = ensemble(["ig"], ["dlg"], ["lb"], defenses=defenses, images=4)
+    with Store.create(tmp_path / "run.sqlite") as store:
+        store.add_trials(matrix.trials())
+        data = {spec(matrix.datasets[0]): ClientData({}, {}, torch.zeros(1, 12, 12), 4)}
+        schedule = Schedule(
+            matrix.trials(), store, data, threshold=0.6, size=None, workers=2, skip=lambda skipped: None
+        )
+        task = schedule.next()
+    assert isinstance(task, MeasureTask)
+    assert task.trials == trials
+
+
 @pytest.mark.long
 def test_a_process_says_how_far_its_chunk_is(tmp_path):
     seen: list[tuple[int, int, int]] = []
@@ -232,18 +266,30 @@ def test_a_command_has_a_worker_for_each_thread(monkeypatch, threads, images, de
     monkeypatch.setattr("leakbench.engine.run.torch.get_num_threads", lambda: threads)
     monkeypatch.setattr("leakbench.engine.run.free_memory", lambda device: 64 * 2**30)
     monkeypatch.setattr("leakbench.engine.run.device_named", lambda name: torch.device(device))
-    trials = plan(attacks=["ig", "random"], images=images).trials()
-    assert usual_workers(trials, RunOptions()) == workers
+    assert usual_workers(plan(attacks=["ig", "random"], images=images), RunOptions()) == workers
 
 
 def test_a_command_has_no_more_workers_than_memory_holds(monkeypatch):
     monkeypatch.setattr("leakbench.engine.run.torch.get_num_threads", lambda: 64)
-    trials = plan(attacks=["ig"], images=600).trials()
-    found = {}
+    matrix, found = plan(attacks=["ig"], images=600), {}
     for room in (1, 2**30, 5 * 2**30, 2**40):
         monkeypatch.setattr("leakbench.engine.run.free_memory", lambda device, room=room: room)
-        found[room] = usual_workers(trials, RunOptions(device="cpu"))
+        found[room] = usual_workers(matrix, RunOptions(device="cpu"))
     assert found == {1: 1, 2**30: 1, 5 * 2**30: 5, 2**40: 64}
+
+
+@dataclass(frozen=True)
+class Held(Defense):
+    """Holds what no other process can be given."""
+
+    name: ClassVar[str] = "held"
+    lock: Any = field(default_factory=threading.Lock)
+
+
+def test_a_command_with_a_component_that_cannot_be_sent_has_one_worker(monkeypatch):
+    monkeypatch.setattr("leakbench.engine.run.torch.get_num_threads", lambda: 2)
+    found = [usual_workers(plan(attacks=["ig"], defenses=[one], images=64), RunOptions()) for one in ("none", Held())]
+    assert found == [2, 1]
 
 
 def test_a_task_whose_workers_die_is_repeated_halved_and_given_up(tmp_path):

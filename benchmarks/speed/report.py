@@ -318,7 +318,7 @@ def _growth_table(curve: dict[str, Any]) -> str:
 
 
 def _bound(curve: dict[str, Any]) -> str:
-    """Return what the time of a step is made of, and the gain where many trials share it; of a growth with T."""
+    """Return the times of a step of one trial and of many, and the gain where many share it; of a growth with T."""
     if curve["axis"] != "trials":
         return ""
     measured = {
@@ -329,7 +329,6 @@ def _bound(curve: dict[str, Any]) -> str:
     if len(measured) < 2 or min(measured) != 1:
         return ""
     best = min(measured, key=lambda trials: measured[trials])
-    fixed = measured[1] - measured[best]
     others = [
         f"{median(per_iteration(times)) / measured[best]:.3g}× over {name}"  # type: ignore[operator]
         for name in (REFERENCE, BREACHING)
@@ -337,10 +336,8 @@ def _bound(curve: dict[str, Any]) -> str:
     ]
     gains = f" At T = {best} the gain is {' and '.join(others)}." if others else ""
     return (
-        f"\n\nA step costs {_number(fixed * 1e3)} ms whatever T is (dispatch of its operations, and lanes of a "
-        "register that hold no trial), and "
-        f"{_number(measured[best] * 1e3)} ms a trial (their work), by the rows of T = 1 and of the shortest time: at "
-        f"T = 32 the fixed part is {100 * fixed / (fixed + 32 * measured[best]):.0f} %.{gains}"
+        f"\n\nA step of one trial takes {_number(measured[1] * 1e3)} ms, with dispatch of its operations and lanes of "
+        f"a register that hold no trial; of {best} it takes {_number(measured[best] * 1e3)} ms a trial.{gains}"
     )
 
 

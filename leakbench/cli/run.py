@@ -255,7 +255,8 @@ def finish(plans: Sequence[Matrix], folder: Path, options: RunOptions, tracking:
             part = f"matrix {number} of {len(plans)}" if len(plans) > 1 else ""
             own = options
             if own.workers is None and own.executor == "local":
-                own = replace(own, workers=engine.usual_workers(engine.left(folder, plan, own.shard), own))
+                some = engine.left(folder, plan, own.shard)  # with none, no process is started in vain
+                own = replace(own, workers=engine.usual_workers(plan, own) if some else 1)
             with Display(console(), own.workers or 1, part) as display:
                 told = display if tracking is None else tracking.display(display)
                 engine.run(plan, folder, own, progress=told, command=line)

@@ -90,7 +90,8 @@ def _built(source: Path, *options: str) -> Library | Absent:
                     subprocess.run(call, capture_output=True, text=True, timeout=MAX_SECONDS, check=True)
         return Library(ctypes.CDLL(str(file)), version.splitlines()[0])
     except subprocess.CalledProcessError as error:
-        return Absent(f"{compiler} cannot build them: {one_line(error.stderr)[:200]}")
+        said = one_line(error.stderr)[:200] or f"it ended with {error.returncode}, and said nothing"  # it was killed
+        return Absent(f"{compiler} cannot build them: {said}")
     except (OSError, subprocess.TimeoutExpired) as error:
         return Absent(f"they cannot be built: {one_line(error)}")
 

@@ -26,6 +26,7 @@ from leakbench.engine.executors import (
     Tick,
     TimedOut,
     WorkerDied,
+    packed,
 )
 from leakbench.engine.isolation import foreign, refuse_inside
 from leakbench.engine.progress import NullProgress
@@ -395,18 +396,33 @@ def finished(folder: Path, matrix: Matrix, shard: str = "") -> int:
     return len(planned(matrix, shard)) - len(left(folder, matrix, shard))
 
 
-def usual_workers(trials: Sequence[Trial], options: RunOptions) -> int:
-    """Return how many processes of this machine do these trials soonest, where the user did not say.
+def usual_workers(matrix: Matrix, options: RunOptions) -> int:
+    """Return how many processes of this machine do a matrix or shard soonest, where the user did not say.
 
     On a CPU one for each thread of torch, as far as there is memory, and ``WORKER_TRIALS`` searches for each: trials of
-    one thread never wait for each other, and a search of few trials at a time has no work for two threads. Otherwise 1.
+    one thread never wait for each other, and a search of few trials at a time has no work for two threads. Otherwise,
+    or if a component cannot be sent to a process, 1.
+
+    Trials that are done count, too: by the threads of a process sums are rounded, and a run that is resumed is to have
+    as many as before.
     """
     device = device_named(options.device)
     if device.type != "cpu":
         return 1
+    trials = planned(matrix, options.shard)
     searches = sum(trial.cell.attack.competes for trial in trials)
     room = free_memory(device) // WORKER_BYTES
-    return max(1, min(torch.get_num_threads(), searches // WORKER_TRIALS, room))
+    workers = max(1, min(torch.get_num_threads(), searches // WORKER_TRIALS, room))
+    return workers if workers == 1 or _can_be_sent(matrix, trials) else 1
+
+
+def _can_be_sent(matrix: Matrix, trials: Sequence[Trial]) -> bool:
+    """Return whether another process can be given the components: those of a plugin may hold a lock or a function."""
+    try:
+        packed((matrix.metrics, [trial.cell for trial in {trial.cell.key: trial for trial in trials}.values()]))
+    except LeakbenchError:
+        return False
+    return True
 
 
 def _named(device: torch.device) -> str:

@@ -60,8 +60,8 @@ class Schedule:
         data: the clients' images, by the spec of the dataset.
         threshold: of the matrix.
         size: trials at a time; None: as recorded in the run file, or else as a worker measures.
-        workers: how many there are; cells are cut for them where chunks stay ``FULL``, and, if there are fewer cells
-            than workers, so small that all are busy.
+        workers: how many there are; cells are cut for them where chunks stay ``FULL``, and, if fewer cells than workers
+            can run beside each other, so small that all are busy.
         skip: called with trials that need not be run.
     """
 
@@ -80,13 +80,15 @@ class Schedule:
         self._done = store.done()
         groups = itertools.groupby(trials, key=lambda trial: trial.cell.key)
         cells = [self._mixed(list(members)) for _, members in groups]
-        waiting = [cell for cell in cells if any(trial.id not in self._done for trial in cell)]
-        searches = [cell for cell in waiting if cell[0].cell.attack.competes]
-        self._workers, self._pieces = workers, max(1, -(-workers // max(1, len(searches))))
         if threshold is not None:
             cells.sort(key=lambda cell: not cell[0].cell.attack.floor)
         self._lines = [_Line(cell[0].cell, cell, target(cell[0].cell.settings, 0, 0)) for cell in cells]
         self._by_cell = {line.cell.key: line for line in self._lines}
+        self._workers = workers
+        self._beside = self._count_beside(self._lines)
+        self._beside_left = self._count_beside(
+            [line for line in self._lines if any(trial.id not in self._done for trial in line.trials)]
+        )
         self._unmeasured: deque[MeasureTask] = deque()
         self._first = 0
 
@@ -172,8 +174,7 @@ class Schedule:
             size = self._size or self._store.chunk(line.cell.key)
             if size is None:
                 line.measured = True
-                pieces = max(self._pieces, min(self._workers, len(line.trials) // FULL))
-                return MeasureTask(line.trials[0], -(-len(line.trials) // pieces))
+                return MeasureTask(line.trials[0], self._share(line))
             self._cut(line, size)
         if not line.chunks:
             return None
@@ -185,10 +186,21 @@ class Schedule:
         salt = self._data[trials[0].cell.specs["dataset"]].salt
         return tuple(sorted(trials, key=lambda trial: attack_key(trial, salt)) if salt else trials)
 
+    def _count_beside(self, lines: Sequence[_Line]) -> int:
+        """Return how many searches of these cells can run beside each other: those of a chain wait for each other."""
+        searches = [line for line in lines if line.cell.attack.competes]
+        return max(1, len(searches) if self._threshold is None else len({line.chain for line in searches}))
+
+    def _share(self, line: _Line) -> int:
+        """Return how many trials of a cell a worker is to have at most; of one that was begun, as at its beginning."""
+        begun = any(trial.id in self._done for trial in line.trials)
+        pieces = -(-self._workers // (self._beside if begun else self._beside_left))
+        return -(-len(line.trials) // max(pieces, min(self._workers, len(line.trials) // FULL)))
+
     def _cut(self, line: _Line, size: int) -> None:
         """Cut a cell into chunks; trials that are done leave gaps, so that a resumed run is cut as before."""
         data = self._data[line.cell.specs["dataset"]]
-        width = size * line.cell.attack.queue
+        width = size * min(line.cell.attack.queue, -(-self._share(line) // size))
         pieces = (line.trials[begin : begin + width] for begin in range(0, len(line.trials), width))
         left = (tuple(trial for trial in piece if trial.id not in self._done) for piece in pieces)
         line.chunks = deque(ChunkTask(piece, size, data.of(piece)) for piece in left if piece)
