@@ -189,6 +189,10 @@ def test_a_client_that_cannot_be_is_refused_in_one_line(axes: dict[str, object],
         (("--clients", "local(local_epochs=0)"), "local_epochs='0' is not valid"),
         (("--clients", "local(images=4, local_batch=2)", "--images", "4"), "add shares=weights to the threat model"),
         (("--batch", "2", "--images", "4", "--threat", "labels=known, count=hidden"), "count=hidden hides"),
+        (
+            ("--batch", "9", "--images", "9", "--attack", "disaggregate", "--model", "mlp(hidden=16)"),
+            "at most 8 images in the change of layer 1, which has 16 units and takes 432 values, and a client has 9",
+        ),
         (("--batch", "2", "--images", "4", "--attack", "analytic"), "serves clients of one image, and these have"),
     ],
 )
@@ -198,8 +202,12 @@ def test_a_command_with_a_client_that_cannot_be_writes_nothing(
     options: tuple[str, ...],
     words: str,
 ) -> None:
-    axes = [*(() if "--attack" in options else ("--attack", "ig(steps=1)")), "--defense", "none", "--model", "lenet"]
-    refused(cli("run", "matrix", *axes, "--dataset", "samples(size=12)", "--out", "out", *options), words)
+    usual = {"--attack": "ig(steps=1)", "--model": "lenet"}
+    axes = [word for name, value in usual.items() if name not in options for word in (name, value)]
+    refused(
+        cli("run", "matrix", *axes, "--defense", "none", "--dataset", "samples(size=12)", "--out", "out", *options),
+        words,
+    )
     assert not (place / "out").exists()
 
 

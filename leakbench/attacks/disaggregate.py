@@ -64,7 +64,7 @@ class LayerChange:
         """Return that ``most`` images are separated in this layer, in words."""
         rows, columns = self.change.shape
         return (
-            f"separates at most {plural(most, 'image')} in the change of {self.name}, which has "
+            f"separates at most {plural(most, 'image')} in the change of layer {self.name}, which has "
             f"{plural(rows, 'unit')} and takes {plural(columns, 'value')}"
         )
 

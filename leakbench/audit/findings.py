@@ -190,8 +190,8 @@ class Audit:
             )
         if missing:
             return (
-                f"{self.rule.name} was not measured ({names}); give --truth (or --label for labels), larger images if "
-                "the metric needs them, or fetch the files that the metric needs"
+                f"{self.rule.name} was not measured ({names}); give --truth (for labels, --label or --labels), larger "
+                "images if the metric needs them, or fetch the files that the metric needs"
             )
         if all(one.judged(self.rule) for one in self.defenses):
             return ""

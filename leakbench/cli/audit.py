@@ -97,7 +97,7 @@ class _Shared:
     )
     fail_if: str | None = option(
         "Exit with 1 if this is true behind any defense. NAME is recovered (the share of images), labels (the share "
-        "inferred correctly in closed form), or a metric of the image that leaks most; the comparison is >, >=, < or "
+        "inferred correctly without a search), or a metric of the image that leaks most; the comparison is >, >=, < or "
         "<=.",
         metavar="'NAME > NUMBER'",
     )
@@ -195,10 +195,17 @@ class _OnUpdate(_Shared):
     finite: bool = option(
         "Attack the finite values of an update that has others, too (NaN or infinite).", "--finite", default=False
     )
-    images: str = option("How many images the client trained on; auto: as many as the update shows.", default="auto")
+    images: str = option(
+        "How many images the client trained on; auto: as many as the update shows, or one if it shows no number.",
+        default="auto",
+    )
     local_batch: int | None = option("The images in each of its batches, if that is known.", min=1)
     local_epochs: int | None = option("How often it went through its images, if that is known.", min=1)
-    local_steps: int | None = option("How many batches it trained on, if that is known (default: 1).", min=1)
+    local_steps: int | None = option(
+        "How many batches it trained on, if that is known (default: those of --images, --local-batch and "
+        "--local-epochs; if one of these is not stated, 1).",
+        min=1,
+    )
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop", "adagrad", "signsgd", "other"] | None = option(
         "Its optimiser, if that is known."
     )
@@ -269,9 +276,12 @@ def model(given: _OnImages) -> None:
 def update(given: _OnUpdate) -> None:
     """Attack one recorded update: the weights that a client was given, and those that it sent.
 
-    The report first states what the two models show by themselves: images, steps, optimiser. If a linear layer takes
-    the pixels before a ReLU, every image of the client follows. Attacks that search look for all images at once if
-    their number is stated or shown, by the training as far as it is stated, and otherwise for one, by plain SGD.
+    The report first states what the two models show by themselves: images, steps, optimiser. If a linear layer with a
+    bias takes the pixels before a ReLU, and has many more units than there are images, every image of a client that
+    trains by SGD usually follows in closed form, and no attack searches. Attacks that search look for all images at
+    once if their number is stated or shown, and otherwise for one. They repeat the training of several images if their
+    number, batches, steps (or epochs) and the learning rate are stated; else they take the update for steps of plain
+    SGD, and match the mean of these.
     """
     from leakbench import audit
 
