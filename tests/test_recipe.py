@@ -28,7 +28,7 @@ from leakbench.audit.batch import BatchFindings, estimated_counts
 from leakbench.audit.findings import DefenseFindings
 from leakbench.audit.layers import ClosedFormLeaks, InferredLabels
 from leakbench.audit.members import Returned, compared, read_labels_file
-from leakbench.audit.recipe import FACTS, StatedRecipe, read_recording
+from leakbench.audit.recipe import FACTS, RecordedFolder, StatedRecipe, check_recording, read_recording
 from leakbench.audit.run import _compared, _observation, search_words, together
 from leakbench.errors import BadOption
 from leakbench.report.audit import verdict
@@ -219,6 +219,7 @@ def test_a_recording_is_audited_with_its_recipe_and_judged_by_all_images(
         ({"lr": math.nan}, "--rate nan must be"),
         ({"epochs": 0}, "--local-epochs 0 must be"),
         ({"steps": 9}, "--local-steps 9 contradicts 12 images in batches of 4 for 2 epochs"),
+        ({"optimizer": "Adam", "momentum": None}, "states adam, and the changes of linear layers have the low ranks"),
         ({"sha256": {"before": "00"}}, "is of other arrays than before.safetensors"),
     ],
 )
@@ -234,6 +235,26 @@ def test_a_recording_that_contradicts_its_arrays_is_refused(
     command = ("audit", "--plugin", "nets.py", "--model", "mlp", "--size", "12", "--out", "out", "--recording")
     refused(cli(*command, "recording"), words)
     assert not (nets / "out").exists()
+
+
+def test_a_recording_is_refused_for_what_it_states_itself(tmp_path: Path) -> None:
+    """What options state beside it is no fault of the recording; the page says what contradicts that."""
+    _, facts = recorded(tmp_path, mlp(), partial(torch.optim.Adam, lr=1e-3), 1, 1, 1)
+    for recipe, words in (
+        (StatedRecipe(optimizer="sgd"), "states SGD, and the changed values have nearly one size"),
+        (StatedRecipe(optimizer="adam"), ""),
+        (StatedRecipe(), ""),
+    ):
+        folder = RecordedFolder("there", "before", "after", recipe)
+        if not words:
+            check_recording(folder, facts)
+            continue
+        with pytest.raises(BadOption, match=f"--recording 'there': facts.json {words}.*; correct facts.json"):
+            check_recording(folder, facts)
+    counted = replace(facts, steps=4)
+    check_recording(RecordedFolder("there", "before", "after", StatedRecipe(local_steps=4)), counted)
+    with pytest.raises(BadOption, match="states 5 batches, and the counters of the BatchNorm layers show 4"):
+        check_recording(RecordedFolder("there", "before", "after", StatedRecipe(local_steps=5)), counted)
 
 
 def test_a_recording_that_cannot_be_read_is_refused(cli, nets: Path) -> None:  # noqa: F811

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,21 @@ from leakbench.gradients.low_rank import low_rank, rounding_error
 from leakbench.plan.matrix import Matrix
 
 SHAPE = (3, 12, 12)
+
+
+class Signed(torch.optim.Optimizer):
+    """SignSGD: every value moves by the same step."""
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        super().__init__(params, {"lr": 1e-3})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for one in group["params"]:
+                one.sub_(group["lr"] * one.grad.sign())
+
+
 SGD: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "plain": partial(torch.optim.SGD, lr=0.05),
     "decay": partial(torch.optim.SGD, lr=0.05, weight_decay=5e-3),
@@ -34,6 +49,7 @@ OTHERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamW": torch.optim.AdamW,
     "RMSprop": partial(torch.optim.RMSprop, lr=1e-3),
     "Adagrad": torch.optim.Adagrad,
+    "signSGD": Signed,
 }
 
 

@@ -309,11 +309,13 @@ class RecordedFolder:
     """A folder that ``leakbench.flower.record`` wrote.
 
     Attributes:
+        folder: its path, as it was given.
         before: the file of the arrays that the client was given.
         after: the file of those that it sent.
         recipe: what ``facts.json`` states of its training.
     """
 
+    folder: str
     before: str
     after: str
     recipe: StatedRecipe
@@ -354,7 +356,7 @@ def read_recording(folder: str) -> RecordedFolder:
         recipe = StatedRecipe(**{name: _stated(facts.get(key), name) for name, key in _NAMES.items()})
     except BadOption as error:
         raise BadOption(f"--recording {folder!r}: {FACTS} states something impossible: {error}") from None
-    return RecordedFolder(str(files["before"]), str(files["after"]), recipe)
+    return RecordedFolder(folder, str(files["before"]), str(files["after"]), recipe)
 
 
 def _stated(value: Any, name: str) -> Any:
@@ -369,17 +371,25 @@ def _stated(value: Any, name: str) -> Any:
     return int(value) if name in _WHOLE and isinstance(value, float) and value.is_integer() else value
 
 
-def check_recording(recipe: StatedRecipe, shown: UpdateFacts, folder: str) -> None:
+def check_recording(recording: RecordedFolder, shown: UpdateFacts) -> None:
     """Raise BadOption if what a recording states cannot be true of its arrays.
 
-    The counters of the BatchNorm layers count the batches, and under SGD an image has one input in an epoch.
+    The counters of the BatchNorm layers count the batches, under SGD an image has one input in an epoch, and only SGD
+    leaves low ranks.
     """
+    recipe, folder = recording.recipe, recording.folder
     steps, most = recipe.step_range, recipe.most_inputs
+    if recipe.local_steps is not None:
+        steps = recipe.local_steps, recipe.local_steps
     problem = ""
     if shown.steps is not None and steps is not None and not steps[0] <= shown.steps <= steps[1]:
         problem = f"states {_batches(steps[1])}, and the counters of the BatchNorm layers show {_batches(shown.steps)}"
     elif shown.images is not None and most is not None and shown.images > most:
         problem = f"states at most {most} inputs, and the arrays show {shown.images} different ones"
+    elif recipe.optimizer == "sgd" and shown.rule == "sign":
+        problem = f"states SGD, and the changed values have nearly one size, as {SIGN_RULES} leave them"
+    elif recipe.optimizer not in (None, "sgd", "other") and shown.rule == "sgd":
+        problem = f"states {recipe.optimizer}, and the changes of linear layers have the low ranks that SGD leaves"
     if problem:
         raise BadOption(
             f"--recording {folder!r}: {FACTS} {problem}; correct {FACTS}, or give --before and --after in its place"

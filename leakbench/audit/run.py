@@ -42,7 +42,7 @@ from leakbench.audit.layers import RESIDUAL_TOLERANCE, ClosedFormLeaks, Inferred
 from leakbench.audit.members import ComparedImages, Returned, check_truth, compared, pixels_of, read_labels_file
 from leakbench.audit.pace import expected_time
 from leakbench.audit.randomness import Randomness, randomness
-from leakbench.audit.recipe import StatedRecipe, check_recording
+from leakbench.audit.recipe import RecordedFolder, StatedRecipe, check_recording
 from leakbench.audit.update_facts import UpdateFacts, update_facts, without_decay
 from leakbench.core.device import device_named
 from leakbench.core.text import english, part, plural
@@ -223,7 +223,7 @@ def audit_update(
     options: AuditOptions | None = None,
     *,
     recipe: StatedRecipe | None = None,
-    recording: str = "",
+    recording: RecordedFolder | None = None,
     truth: Tensor | None = None,
     truths: Tensor | None = None,
     label: int | None = None,
@@ -242,7 +242,7 @@ def audit_update(
         out: the folder of the run file; an existing run is resumed.
         options: see ``AuditOptions``.
         recipe: what is stated of the client's training, by options or by the recording.
-        recording: the folder of a recording, which states part of the recipe; empty without one.
+        recording: the recording that states part of the recipe; None without one.
         truth: [C, H, W] in [0, 1], the private image. Reconstructions are compared with it; no attacker sees it.
         truths: [B, C, H, W] in [0, 1], all private images, if there are several; likewise.
         label: the true label, likewise.
@@ -288,8 +288,8 @@ def audit_update(
     if kind != "gradient":
         threat, factor = recipe.threat()
     shown = update_facts(module, update, _observation(module, update, image_shape, classes, threat))
-    if recording:
-        check_recording(recipe, shown, recording)
+    if recording is not None:
+        check_recording(recording, shown)
     listed = known if true is None else len(true)
     if recipe.images is None and listed is not None and listed > 1:
         beside_them = StatedRecipe(images=listed).contradictions(shown)
@@ -391,7 +391,9 @@ def audit_update(
     words = f"{before} to {after}" if kind == "weights" else f"{after}, a {kind}, of the weights {before}"
     if len(update.change) < update.trained:
         words += f"; {len(update.change)} of the {update.trained} trained parameters (tensors) were sent"
-    stated = [("stated", recipe.words() + (f" ({recording})" if recording else ""))] if recipe.stated else []
+    stated = (
+        [("stated", recipe.words() + ("" if recording is None else f" ({recording.folder})"))] if recipe.stated else []
+    )
     ends = _output_facts(initial, image_shape, progress)
     facts = (*network.facts(), *ends, *drawn.facts(known=not doubt), ("update", words), *stated, (EXPECTED, rule))
     found_by = _audit(own, dataset, facts, matrix, [found], options, 1, expected, threat)

@@ -292,7 +292,7 @@ def update(given: _OnUpdate) -> None:
             raise BadOption("--delta and --gradient are both given; leave one of them out")
         if given.label is not None and given.labels is not None:
             raise BadOption("--label and --labels are both given; leave one of them out")
-        recipe, before, after = given.recipe(), given.before, given.after
+        recipe, before, after, recorded = given.recipe(), given.before, given.after, None
         if given.recording is not None:
             if before is not None or after is not None:
                 twice = "--before" if before is not None else "--after"
@@ -310,7 +310,7 @@ def update(given: _OnUpdate) -> None:
             given.out,
             options,
             recipe=recipe,
-            recording=given.recording or "",
+            recording=recorded,
             truth=None if given.truth is None or several else audit.read_image(given.truth, shape),
             truths=audit.read_images(given.truth, shape) if given.truth is not None and several else None,
             label=given.label,
