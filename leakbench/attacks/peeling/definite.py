@@ -23,8 +23,8 @@ RESTART = 1e-3
 more."""
 
 MAX_STEPS = 3000
-"""The most steps of all restarts together, for one trial. For T it is the root of T times as many, since a step costs each
-less. LeNet's systems take 80 to 9,300. They end as soon as more are expected of each trial that is not solved."""
+"""The most steps of all restarts together, for one trial. For T it is the root of T times as many, since a step costs
+each less. LeNet's systems take 80 to 9,300. They end as soon as more are expected of each trial that is not solved."""
 
 MAX_DESCENT = 1000
 """The most steps between two restarts."""
