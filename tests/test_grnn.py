@@ -15,7 +15,7 @@ import leakbench
 from leakbench import attacks, datasets, models
 from leakbench.attacks import doubling, grnn
 from leakbench.attacks.grnn import GRNN
-from leakbench.core.compiled import SWITCH, compiled_for
+from leakbench.core.compiled import SWITCH, call_on_rows, compiled_for
 from leakbench.core.rng import Rng, seeded
 from leakbench.models import OwnModule
 from leakbench.observation import Observation
@@ -197,6 +197,13 @@ def test_the_compiled_block_is_torchs(shape: tuple[int, ...], monkeypatch: pytes
     monkeypatch.setenv(SWITCH, "off")
     for ours, theirs in zip(fast, block(), strict=True):
         close(ours, theirs, 1e-13)
+
+
+def test_a_compiled_block_without_memory_raises_an_error() -> None:
+    if compiled_for(doubling.SOURCE, torch.rand(1)) is None:
+        pytest.skip("there is no compiler")
+    with pytest.raises(MemoryError, match="not enough memory"):
+        call_on_rows(doubling.SOURCE, "forth", (torch.rand(1),) * 9, (32, 32, 2**20, 2**20), 1)
 
 
 @pytest.mark.usefixtures("float64")

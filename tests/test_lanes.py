@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import platform
+import select
+import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +24,7 @@ from leakbench import attacks, models
 from leakbench.attacks.ig import IG, cosine_from
 from leakbench.attacks.matching import total_variation
 from leakbench.core import compiled
+from leakbench.core.device import out_of_memory
 from leakbench.core.types import Gradient
 from leakbench.errors import Unsupported
 from leakbench.gradients import Evaluator, choose_path
@@ -403,25 +409,83 @@ def test_one_of_several_at_once_builds_and_a_cache_that_cannot_be_written_is_a_r
     source.write_text('extern "C" int one() { return 1; }\n', encoding="utf-8")
     monkeypatch.setattr(compiled.pooch, "os_cache", lambda name: tmp_path / name)
     calls = []
-    run = compiled.subprocess.run
+    run = compiled._compile
 
-    def counted(call: list[str], **options: Any) -> Any:
+    def counted(call: list[str]) -> None:
         calls.append(call)
-        return run(call, **options)
+        run(call)
 
-    monkeypatch.setattr(compiled.subprocess, "run", counted)
+    monkeypatch.setattr(compiled, "_compile", counted)
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(compiled._built.__wrapped__, [source] * 4))
     for one in found:
         assert isinstance(one, compiled.Library)
         assert one.functions.one() == 1
-    assert sum(str(source) in call for call in calls) == 1, "the others waited for what the first one built"
-    files = [file for file in (tmp_path / "leakbench" / "kernels").rglob("*") if file.is_file()]
-    assert [file.name for file in files] == ["one.so"], "no draft is left"
+    assert len(calls) == 1, "the others waited for what the first one built"
+    files = sorted(file for file in (tmp_path / "leakbench" / "kernels").rglob("*") if file.is_file())
+    assert [file.name for file in files] == ["one.sha256", "one.so"], "no draft is left"
+    built = files[1].read_bytes()
+    for times, damaged in enumerate((b"", built[: len(built) // 2], b"not a library", None), start=1):
+        files[1].unlink()  # it is mapped
+        if damaged is not None:
+            files[1].write_bytes(damaged)
+        assert isinstance(compiled._built.__wrapped__(source), compiled.Library)
+        assert isinstance(compiled._built.__wrapped__(source), compiled.Library)
+        assert len(calls) == 1 + times, "a damaged library is built again, and once"
+        assert ctypes.CDLL(str(shutil.copy(files[1], tmp_path / f"{times}.so"))).one() == 1
+    files[0].unlink()
+    assert isinstance(compiled._built.__wrapped__(source), compiled.Library)
+    assert len(calls) == 1 + times + 1, "what was not finished is built again"
     monkeypatch.setattr(compiled.pooch, "os_cache", lambda name: source)
     absent = compiled._built.__wrapped__(source)
     assert isinstance(absent, compiled.Absent)
     assert "Not a directory" in absent.reason
+
+
+def test_a_compiler_that_takes_too_long_ends_with_all_that_it_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pipe = tmp_path / "pipe"  # at its end when all who can write to it have ended
+    os.mkfifo(pipe)
+    slow = tmp_path / "g++"
+    slow.write_text(
+        f"#!/bin/sh\n[ $1 = --version ] && echo compiler 3 && exit\n"
+        f"exec 3>'{pipe}'\n(echo begun >&3; exec sleep 60) &\nwait\n",
+        encoding="utf-8",
+    )
+    slow.chmod(0o755)
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: str(slow))
+    monkeypatch.setattr(compiled.pooch, "os_cache", lambda name: tmp_path / name)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    communicate = subprocess.Popen.communicate
+
+    def too_long(process: Any, *args: Any, **options: Any) -> Any:
+        if "-o" not in process.args:
+            return communicate(process, *args, **options)
+        assert select.select([reader], [], [], 60)[0]
+        assert os.read(reader, 100) == b"begun\n"
+        raise subprocess.TimeoutExpired(process.args, 1)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", too_long)
+    found = compiled._built.__wrapped__(library.SOURCE)
+    assert isinstance(found, compiled.Absent)
+    assert "timed out" in found.reason
+    assert select.select([reader], [], [], 30)[0]
+    assert os.read(reader, 100) == b""
+    os.close(reader)
+
+
+@with_kernels
+def test_kernels_without_memory_raise_an_error_and_work_afterwards() -> None:
+    kernels = library.kernels()
+    assert kernels is not None
+    x, one, by = torch.rand(1, 1, 4, 4), torch.ones(1), torch.zeros(1, 1, 4, 4)
+    with pytest.raises(MemoryError, match="not enough memory") as caught:
+        kernels.call("variation", x, one, torch.zeros(1), by, sizes=(1, 4, 2**57, 1))
+    assert out_of_memory(caught.value)
+    value = torch.zeros(1)
+    kernels.call("variation", x, one, value, by, sizes=(1, 4, 4, 1))
+    torch.testing.assert_close(value[0], x.diff(dim=3).abs().mean() + x.diff(dim=2).abs().mean())
 
 
 @with_kernels

@@ -233,8 +233,8 @@ template <class S> static std::vector<S> zeros(const Shape& q) {  // what both n
 }
 
 // For each trial, ``one(t, spare)``.
-template <class S, class F> static void each(const Shape& q, int64_t rows, int64_t threads, F&& one) {
-  in_threads(rows, threads, [&](int64_t from, int64_t to) {
+template <class S, class F> static int each(const Shape& q, int64_t rows, int64_t threads, F&& one) {
+  return in_threads(rows, threads, [&](int64_t from, int64_t to) {
     std::vector<S> spare = zeros<S>(q);
     for (int64_t t = from; t < to; t++) one(t, spare.data());
   });
@@ -246,18 +246,18 @@ template <class S, class F> static void each(const Shape& q, int64_t rows, int64
   const long image = channels * q.pixels(), weights = 9 * outputs * channels, n = 4 * q.pixels(), half = outputs / 2
 extern "C" {
 #define FUNCTIONS(S, NAME)                                                                                                 \
-  void forth_##NAME(const S* x, const S* w, const S* gamma, const S* beta, const double* eps, S* z, S* r, S* g, S* out,    \
+  int forth_##NAME(const S* x, const S* w, const S* gamma, const S* beta, const double* eps, S* z, S* r, S* g, S* out,     \
                     ARGUMENTS) {                                                                                          \
     SIZES;                                                                                                                \
-    each<S>(q, rows, threads, [&](int64_t t, S* spare) {                                                                  \
+    return each<S>(q, rows, threads, [&](int64_t t, S* spare) {                                                           \
       forth<S>(q, x + t * image, w + t * weights, gamma + t * outputs, beta + t * outputs, S(*eps), z + t * outputs * n,  \
                r + t * outputs, g + t * half * n, out + t * half * n, spare);                                             \
     });                                                                                                                   \
   }                                                                                                                       \
-  void back_##NAME(const S* x, const S* w, const S* gamma, const S* beta, const S* z, const S* r, const S* g,             \
+  int back_##NAME(const S* x, const S* w, const S* gamma, const S* beta, const S* z, const S* r, const S* g,              \
                    const S* by_out, S* dx, S* dw, S* by_gamma, S* by_beta, ARGUMENTS) {                                   \
     SIZES;                                                                                                                \
-    each<S>(q, rows, threads, [&](int64_t t, S* spare) {                                                                  \
+    return each<S>(q, rows, threads, [&](int64_t t, S* spare) {                                                           \
       back<S>(q, x + t * image, w + t * weights, gamma + t * outputs, beta + t * outputs, z + t * outputs * n,            \
               r + t * outputs, g + t * half * n, by_out + t * half * n, dx + t * image, dw + t * weights,                 \
               by_gamma + t * outputs, by_beta + t * outputs, spare);                                                      \

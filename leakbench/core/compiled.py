@@ -7,7 +7,11 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -84,16 +88,52 @@ def _built(source: Path, *options: str) -> Library | Absent:
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{source.stem}.so"
         with alone(folder, wait=True):  # of workers that start together, one builds it
-            if not file.exists():
+            if not _is_whole(file):
                 with draft(file) as own:
-                    call = [compiler, *command, str(source), "-o", str(own)]
-                    subprocess.run(call, capture_output=True, text=True, timeout=MAX_SECONDS, check=True)
+                    _compile([compiler, *command, str(source), "-o", str(own)])
+                with draft(_sum(file)) as own:
+                    own.write_text(hashlib.sha256(file.read_bytes()).hexdigest(), encoding="utf-8")
         return Library(ctypes.CDLL(str(file)), version.splitlines()[0])
     except subprocess.CalledProcessError as error:
         said = one_line(error.stderr)[:200] or f"it ended with {error.returncode}, and said nothing"  # it was killed
         return Absent(f"{compiler} cannot build them: {said}")
     except (OSError, subprocess.TimeoutExpired) as error:
         return Absent(f"they cannot be built: {one_line(error)}")
+
+
+def _sum(file: Path) -> Path:
+    """Return where the SHA-256 of a library is written once it is built."""
+    return file.with_suffix(".sha256")
+
+
+def _is_whole(file: Path) -> bool:
+    """Return whether a library was built, and is as it was built; to load a part of one kills the process."""
+    try:
+        return _sum(file).read_text(encoding="utf-8") == hashlib.sha256(file.read_bytes()).hexdigest()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return False
+
+
+def _compile(call: Sequence[str]) -> None:
+    """Run a compiler, and end it with all that it started if it takes too long or this process is interrupted.
+
+    Raises:
+        CalledProcessError: it failed.
+        TimeoutExpired: it took longer than ``MAX_SECONDS``.
+    """
+    pipe = subprocess.PIPE
+    with subprocess.Popen(call, stdout=pipe, stderr=pipe, text=True, errors="replace", process_group=0) as process:
+        try:
+            _, said = process.communicate(timeout=MAX_SECONDS)
+        except BaseException:
+            if sys.platform == "win32":
+                process.kill()
+            else:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, call, stderr=said)
 
 
 def _processor() -> str:
@@ -118,6 +158,9 @@ def call_on_rows(source: Path, name: str, tensors: tuple[Tensor, ...], sizes: tu
     """Call a function of contiguous tensors and sizes on rows, which the threads share if there is work for them.
 
     The first tensor says the type of numbers. Callers ask ``compiled_for``.
+
+    Raises:
+        MemoryError: there is not enough memory for what the function keeps meanwhile.
     """
     found = compiled_for(source, tensors[0])
     assert found is not None
@@ -125,4 +168,14 @@ def call_on_rows(source: Path, name: str, tensors: tuple[Tensor, ...], sizes: tu
     function = getattr(found.functions, f"{name}_{SUFFIXES[tensors[0].dtype]}")
     threads = torch.get_num_threads() if tensors[0].numel() >= SHARED_NUMBERS else 1
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-    function(*pointers, *(ctypes.c_int64(size) for size in (*sizes, rows, threads)))
+    checked(function(*pointers, *(ctypes.c_int64(size) for size in (*sizes, rows, threads))))
+
+
+def checked(status: int) -> None:
+    """Raise the error that the status of a compiled function stands for, if any.
+
+    Raises:
+        MemoryError: there was not enough memory.
+    """
+    if status:
+        raise MemoryError("not enough memory for compiled code; take fewer trials at a time")

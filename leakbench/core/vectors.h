@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #if __has_include(<dlfcn.h>)
 #include <dlfcn.h>
 #endif
@@ -32,7 +33,8 @@ struct Flushed {
 
 // Calls ``work(from, to)`` for parts of 0 to ``count`` in the threads of torch's own operations, which OpenMP's library has.
 // Such a thread looks for more work for some milliseconds after its last, so that threads of our own would wait for its core.
-// Where there is no such library, the calling thread does it all.
+// Where there is no such library, the calling thread does it all. Returns 0, or 1 where a part found too little memory, which
+// Python turns into an error (``checked``): no exception may pass through OpenMP's threads or through C.
 typedef void (*Team)(void (*)(void*), void*, unsigned, unsigned);
 static Team torchs_threads() {
 #if __has_include(<dlfcn.h>)
@@ -41,24 +43,30 @@ static Team torchs_threads() {
   return nullptr;
 #endif
 }
-template <class F> static void in_threads(int64_t count, int64_t threads, F&& work) {
+template <class F> static int in_threads(int64_t count, int64_t threads, F&& work) {
   struct Job {
     F& work;
     int64_t count, parts;
     std::atomic<int64_t> next{0};
+    std::atomic<int> status{0};
   } job{work, count, threads < count ? threads : count};
   auto take = [](void* given) {
     Flushed flushed;
     Job& own = *(Job*)given;
-    for (int64_t i; (i = own.next++) < own.parts;) own.work(own.count * i / own.parts, own.count * (i + 1) / own.parts);
+    try {
+      for (int64_t i; (i = own.next++) < own.parts;) own.work(own.count * i / own.parts, own.count * (i + 1) / own.parts);
+    } catch (const std::bad_alloc&) {
+      own.status = 1;
+    }
   };
   static const Team team = torchs_threads();
   if (job.parts < 2 || !team) take(&job);
   else team(take, &job, threads, 0);
+  return job.status;
 }
 
-// A call with ``from`` and ``to``, in as many threads as an exported function is given.
-#define IN_THREADS(COUNT, ...) in_threads(COUNT, threads, [&](int64_t from, int64_t to) { __VA_ARGS__; })
+// A call with ``from`` and ``to``, in as many threads as an exported function is given, which returns the status.
+#define IN_THREADS(COUNT, ...) return in_threads(COUNT, threads, [&](int64_t from, int64_t to) { __VA_ARGS__; })
 
 template <class S> struct Lanes {
   typedef S Vector __attribute__((vector_size(BYTES)));

@@ -185,24 +185,24 @@ static void gain(const S* x, const S* v, S* out, const double* numbers, long siz
 extern "C" {
 int max_pairs() { return MAX_PAIRS; }
 #define FUNCTIONS(S, NAME)                                                                                              \
-  void directions_##NAME(S* steps, S* changes, S* inverse, S* yy, S* sy, S* scale, int64_t* pairs, const S* g,         \
+  int directions_##NAME(S* steps, S* changes, S* inverse, S* yy, S* sy, S* scale, int64_t* pairs, const S* g,          \
                          const S* s, const S* y, const bool* keep, S* out, int64_t length, int64_t size, int64_t used, \
                          int64_t rows, int64_t threads) {                                                              \
     const Memory<S> all{steps, changes, inverse, yy, sy, scale, pairs};                                                \
     IN_THREADS(rows, directions<S>(all, g, s, y, keep, out, length, size, used, from, to));                            \
   }                                                                                                                    \
-  void finite_##NAME(const S* x, bool* flags, int64_t size, int64_t rows, int64_t threads) {                           \
+  int finite_##NAME(const S* x, bool* flags, int64_t size, int64_t rows, int64_t threads) {                            \
     IN_THREADS(rows, finite(x, flags, size, from, to));                                                                \
   }                                                                                                                    \
-  void adam_##NAME(S* x, const S* g, S* mean, S* square, S* best, const bool* flags, const double* numbers,            \
+  int adam_##NAME(S* x, const S* g, S* mean, S* square, S* best, const bool* flags, const double* numbers,             \
                    int64_t size, int64_t signed_, int64_t boxed, int64_t rows, int64_t threads) {                      \
     IN_THREADS(rows, adam(x, g, mean, square, best, flags, numbers, size, signed_, boxed, from, to));                  \
   }                                                                                                                    \
-  void rmsprop_##NAME(S* x, const S* g, S* square, S* momentum, S* best, const bool* flags, const double* numbers,     \
+  int rmsprop_##NAME(S* x, const S* g, S* square, S* momentum, S* best, const bool* flags, const double* numbers,      \
                       int64_t size, int64_t rows, int64_t threads) {                                                   \
     IN_THREADS(rows, rmsprop(x, g, square, momentum, best, flags, numbers, size, from, to));                           \
   }                                                                                                                    \
-  void gain_##NAME(const S* x, const S* v, S* out, const double* numbers, int64_t size, int64_t length, int64_t rows,  \
+  int gain_##NAME(const S* x, const S* v, S* out, const double* numbers, int64_t size, int64_t length, int64_t rows,   \
                    int64_t threads) {                                                                                  \
     IN_THREADS(rows, gain(x, v, out, numbers, size, length, from, to));                                                \
   }

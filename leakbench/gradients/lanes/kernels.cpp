@@ -74,7 +74,10 @@ struct Buffer {
   void* get(size_t wanted) {
     if (wanted > bytes) {
       free(data);
-      data = aligned_alloc(64, bytes = (wanted + 63) / 64 * 64);
+      bytes = 0;
+      data = aligned_alloc(64, (wanted + 63) / 64 * 64);
+      if (!data) throw std::bad_alloc();
+      bytes = wanted;
     }
     return data;
   }
@@ -1042,37 +1045,37 @@ static void variation(const S* x, const S* weight, S* value, S* by, long planes,
 extern "C" {
 int lanes_bytes() { return BYTES; }
 #define FUNCTIONS(S, NAME)                                                                                               \
-  void gradient_##NAME(ARGUMENTS(S)) {                                                                                  \
+  int gradient_##NAME(ARGUMENTS(S)) {                                                                                   \
     IN_THREADS(blocks, gradient<S>(*program, parameters, x, q, memory, trials, from, to));                              \
   }                                                                                                                     \
-  void derivative_##NAME(ARGUMENTS(S)) {                                                                                \
+  int derivative_##NAME(ARGUMENTS(S)) {                                                                                 \
     IN_THREADS(blocks, derivative<S>(*program, parameters, x, q, memory, trials, from, to));                            \
   }                                                                                                                     \
-  void meet_##NAME(const Program* program, const Parameter* parameters, S* memory, long trials, long group, long images,  \
+  int meet_##NAME(const Program* program, const Parameter* parameters, S* memory, long trials, long group, long images,   \
                    long count, long parts, long threads) {                                                              \
     IN_THREADS(parts, meet<S>(*program, parameters, memory, trials, group, images, count, from, to));                   \
   }                                                                                                                     \
-  void standardise_##NAME(const S* x, S* z, S* r, const double* eps, long n, long trials, long channels, long threads) { \
+  int standardise_##NAME(const S* x, S* z, S* r, const double* eps, long n, long trials, long channels, long threads) {  \
     IN_THREADS(channels, standardise(x, z, r, eps, n, trials, from, to));                                               \
   }                                                                                                                     \
-  void project_##NAME(const S* u, const S* z, const S* r, S* out, S* dot, S* total, long n, long trials, long channels, \
+  int project_##NAME(const S* u, const S* z, const S* r, S* out, S* dot, S* total, long n, long trials, long channels,  \
                       long threads) {                                                                                   \
     IN_THREADS(channels, project(u, z, r, out, dot, total, n, trials, from, to));                                       \
   }                                                                                                                     \
-  void map_##NAME(const Op* q, long which, const Operand* x, const Operand* w, const Operand* y, long images, long trials, \
+  int map_##NAME(const Op* q, long which, const Operand* x, const Operand* w, const Operand* y, long images, long trials,  \
                   long blocks, long threads) {                                                                          \
     IN_THREADS(blocks, map<S>(*q, which, *x, *w, *y, images, trials, from, to));                                        \
   }                                                                                                                     \
-  void products_##NAME(const S* x, const S* y, S* dot, S* square, long n, long trials, long threads) {                  \
+  int products_##NAME(const S* x, const S* y, S* dot, S* square, long n, long trials, long threads) {                   \
     IN_THREADS(columns<S>(trials), products<S, false>(x, y, dot, square, n, trials, from, to));                         \
   }                                                                                                                     \
-  void gap_##NAME(const S* x, const S* y, S* square, long n, long trials, long threads) {                               \
+  int gap_##NAME(const S* x, const S* y, S* square, long n, long trials, long threads) {                                \
     IN_THREADS(columns<S>(trials), products<S, true>(x, y, nullptr, square, n, trials, from, to));                      \
   }                                                                                                                     \
-  void combine_##NAME(const S* x, const S* a, const S* y, const S* b, S* out, long n, long trials, long threads) {      \
+  int combine_##NAME(const S* x, const S* a, const S* y, const S* b, S* out, long n, long trials, long threads) {       \
     IN_THREADS(n, combine(x + from * trials, a, y + from * trials, b, out + from * trials, to - from, trials));         \
   }                                                                                                                     \
-  void variation_##NAME(const S* x, const S* weight, S* value, S* by, long planes, long height, long width, long trials, \
+  int variation_##NAME(const S* x, const S* weight, S* value, S* by, long planes, long height, long width, long trials,  \
                         long threads) {                                                                                 \
     IN_THREADS(trials, variation(x, weight, value, by, planes, height, width, from, to));                               \
   }

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from leakbench.core.compiled import SUFFIXES, Absent, compiled
+from leakbench.core.compiled import SUFFIXES, Absent, checked, compiled
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 
@@ -49,10 +49,13 @@ class Kernels:
             dtype: the type.
             arguments: all but the number of threads.
             lanes: how many trials share a register (``lanes``); None: as many as the largest one takes.
+
+        Raises:
+            MemoryError: there is not enough memory for what the function keeps meanwhile.
         """
         wide = lanes is None or lanes * dtype.itemsize == self.vector_bytes
         function = getattr(self.wide if wide else self.narrow, f"{name}_{SUFFIXES[dtype]}")
-        function(*arguments, ctypes.c_int64(torch.get_num_threads()))
+        checked(function(*arguments, ctypes.c_int64(torch.get_num_threads())))
 
 
 def kernels() -> Kernels | None:
