@@ -183,6 +183,19 @@ def test_the_gain_of_a_row_is_told_with_its_spread() -> None:
     assert line["share of floor"] == "25.0 %"
 
 
+def test_a_growth_says_whom_one_trial_by_itself_is_slower_than() -> None:
+    alone = {REFERENCE: times([1.0], [5.0], trials=1), BREACHING: times([1.0], [9.0], trials=1)}
+    first = {LEAKBENCH: times([1.0], [7.0], trials=1), **alone}
+    many = {"value": 4, "flops": 1e9, "subjects": {LEAKBENCH: times([1.0], [9.0], trials=4)}}
+
+    def words(first: dict[str, Times]) -> str:
+        points = [{"value": 1, "flops": 1e9, "subjects": first}, many]
+        return report._bound({"axis": "trials", "model": "lenet", "rates": [1e10], "points": points})
+
+    assert "is slower here: it takes 1.5× as long as reference. At T = 4 the gain is 2× over reference" in words(first)
+    assert "slower" not in words({**alone, LEAKBENCH: times([1.0], [4.0], trials=1)})
+
+
 def test_dlg_is_told_by_the_success() -> None:
     row = {
         "rounds": [

@@ -329,12 +329,15 @@ def _bound(curve: dict[str, Any]) -> str:
     if len(measured) < 2 or min(measured) != 1:
         return ""
     best = min(measured, key=lambda trials: measured[trials])
-    others = [
-        f"{median(per_iteration(times)) / measured[best]:.3g}× over {name}"  # type: ignore[operator]
+    others = {
+        name: seconds
         for name in (REFERENCE, BREACHING)
-        if (times := curve["points"][0]["subjects"].get(name)) and median(per_iteration(times))
-    ]
-    gains = f" At T = {best} the gain is {' and '.join(others)}." if others else ""
+        if (times := curve["points"][0]["subjects"].get(name)) and (seconds := median(per_iteration(times)))
+    }
+    slower = [f"{measured[1] / own:.3g}× as long as {name}" for name, own in others.items() if measured[1] > own]
+    gains = f" One trial by itself is slower here: it takes {' and '.join(slower)}." if slower else ""
+    over = [f"{seconds / measured[best]:.3g}× over {name}" for name, seconds in others.items()]
+    gains += f" At T = {best} the gain is {' and '.join(over)}." if over else ""
     return (
         f"\n\nA step of one trial takes {_number(measured[1] * 1e3)} ms, with dispatch of its operations and lanes of "
         f"a register that hold no trial; of {best} it takes {_number(measured[best] * 1e3)} ms a trial.{gains}"
