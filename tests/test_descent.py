@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import leakbench
-from leakbench import attacks
+from leakbench import attacks, clients, defenses
 from leakbench.attacks.peeling import descent, inversion, settle
-from leakbench.attacks.peeling.beginnings import most_begun
+from leakbench.attacks.peeling.beginnings import beginnings, most_begun
 from leakbench.attacks.peeling.contrast import classifier_input, with_contrast
 from leakbench.attacks.peeling.correlation import Fitted, blocks, design, directions, least_squares
 from leakbench.attacks.peeling.descent import Feature, inputs_alone, recover
@@ -29,8 +29,12 @@ from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.restore import restore
 from leakbench.attacks.peeling.trace import trace
 from leakbench.core.rng import seeded
+from leakbench.core.types import ThreatModel
 from leakbench.errors import Unsupported
 from leakbench.gradients.lanes.geometry import Geometry
+from leakbench.models.module import OwnModule
+from leakbench.observation import Observation
+from leakbench.victim import Client, observe
 
 CLASSES = 5
 
@@ -264,6 +268,76 @@ def test_layers_of_every_image_of_a_batch_are_exact(train: bool, error: float) -
     order = torch.cdist(found[0].value.flatten(1), exact[found[0].place].flatten(1)).argmin(1)
     assert sorted(order.tolist()) == [0, 1]
     assert max(far(each.value, exact[each.place][order]) for each in found) < error
+
+
+def shrinking(width: int = 64) -> nn.Module:
+    """Return a residual network in training mode, whose last block normalises one value of each image of 8 x 8."""
+    with seeded("shrinking"):
+        stem = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+        blocks = [Block(16, 24, 2), Block(24, width, 2), Block(width, 48, 2)]
+        model = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, CLASSES))
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.7, 1.3)
+                nn.init.uniform_(module.bias, -0.3, 0.3)
+    return model.double().train()
+
+
+def step_on(model: nn.Module, count: int) -> tuple[Observation, Tensor]:
+    """Return what a server sees of a client's step on several images, and these."""
+    images = F.interpolate(rand(count, 3, 4, 4, seed=1), scale_factor=2, mode="bilinear")
+    others = tuple((image, place % CLASSES) for place, image in enumerate(images[1:], 1))
+    client, training = Client(images[0], 0, "w", "c", (), others), clients.parse(f"local(batch={count})")
+    grey, own = torch.full((3, 8, 8), 0.5), OwnModule("own", model)
+    threat = ThreatModel()
+    return observe(own, defenses.parse("none"), threat, [client], CLASSES, grey, training=training), images.double()
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_a_batch_is_opened_below_a_normalisation_of_one_value_of_each_image(count: int) -> None:
+    """The layer below such a normalisation cannot be one to begin at: the rank of its gradient is one too low."""
+    observation, images = step_on(shrinking(), count)
+    network = Network(trace(observation))
+    assert {network.steps[place].name for place in beginnings(network, sent(observation), count)} == {"4.conv2"}
+    gradient = sent(observation)["5.conv2.weight"][:, :, 1, 1]
+    singular = torch.linalg.svdvals(gradient)
+    assert float(singular[count - 2]) > 1e4 * float(singular[count - 1])
+    found = recover(network, sent(observation), torch.Generator().manual_seed(0), count).features
+    exact = truth(network, images)
+    assert [network.steps[each.place].name for each in found][:2] == ["4.relu", "3.relu"]
+    order = torch.cdist(found[0].value.flatten(1), exact[found[0].place].flatten(1)).argmin(1)
+    assert sorted(order.tolist()) == list(range(count))
+    assert max(far(each.value, exact[each.place][order]) for each in found) < 1e-6
+
+
+def test_a_normalisation_of_one_value_takes_no_single_image_and_no_batch_too_large_for_the_layers_below() -> None:
+    observation, _ = step_on(shrinking(), 2)
+    for spec in ("peel", "disaggregate"):
+        with pytest.raises(Unsupported, match="which it does not take: Expected more than 1 value per channel") as seen:
+            attacks.parse(spec).preflight(replace(observation, count=1))
+        assert "\n" not in str(seen.value)
+    attacks.parse("peel").preflight(replace(observation, count=16))  # 64 channels of 4 places
+    with pytest.raises(Unsupported, match="give a client at most 16"):
+        attacks.parse("peel").preflight(replace(observation, count=17))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("spec", ["peel(search=60)", "disaggregate(search=60)"])
+def test_every_image_below_a_normalisation_of_one_value_is_recovered(spec: str) -> None:
+    """But for its brightness and contrast."""
+    observation, images = step_on(shrinking(), 2)
+    found = leakbench.attack(spec, observation)
+    assert found.failed.tolist() == [False]
+    order = torch.cdist(found.images[0].flatten(1).double(), images.flatten(1)).argmin(1)
+    assert sorted(order.tolist()) == [0, 1]
+    assert min(fitted_psnr(*pair) for pair in zip(found.images[0].double(), images[order])) > 60
+
+
+def fitted_psnr(image: Tensor, exact: Tensor) -> float:
+    """Return the PSNR after brightness and contrast are fitted."""
+    columns = torch.stack([image.flatten(), torch.ones_like(image).flatten()], 1)
+    fit = torch.linalg.lstsq(columns, exact.flatten()[:, None]).solution
+    return psnr((columns @ fit).view_as(exact), exact)
 
 
 @pytest.mark.long

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from test_audit import DATA, audit
 from test_cli import cli, place  # noqa: F401
-from test_descent import residual, seen
+from test_descent import residual, seen, shrinking
 from torch import nn
 
 import leakbench
@@ -113,6 +113,16 @@ def test_inputs_of_other_layers_follow_from_an_exposed_one() -> None:
     assert [counts[layer] for layer in ("3.conv1", "3.conv2", "4.conv1", "4.shortcut.0")] == [(0, 2)] * 4
     assert max(one.error for one in found if one.known) < 1e-8
     assert predicted(model, (3, 8, 8))["4.conv2"].verdict == "exposed"
+
+
+def test_a_layer_below_a_normalisation_of_one_value_of_each_image_is_hidden() -> None:
+    """Its errors add up to zero over the images, in training mode only."""
+    for train in (True, False):
+        expected = predicted(shrinking().train(train), (3, 8, 8), 4)
+        assert expected["4.conv2"].verdict == "exposed"
+        for layer in ("5.conv1", "5.conv2"):
+            assert expected[layer].verdict == ("hidden" if train else "exposed")
+            assert ("add up to zero" in expected[layer].reason) == train
 
 
 class Joined(nn.Module):

@@ -111,6 +111,7 @@ def predicted(network: nn.Module, image_shape: tuple[int, ...], images: int = 1)
         images: in a client's step.
     """
     normalised = any(_own_statistics(module) for module in network.modules())
+    lone = _below_single_values(network, image_shape) if normalised else set()
     taken = _taken(network, image_shape, CONVOLUTIONS)
     found = {}
     for name, values in taken.items():
@@ -123,6 +124,9 @@ def predicted(network: nn.Module, image_shape: tuple[int, ...], images: int = 1)
             found[name] = Exposure("hidden", str(error))
             continue
         assert isinstance(module, CONVOLUTIONS)
+        if name in lone:
+            found[name] = Exposure("hidden", "its errors add up to zero: a normalisation takes one value of each image")
+            continue
         channels = module.in_channels, module.out_channels
         found[name] = predict_exposure(lattice, *channels, images, sparse=_sparse(value), own_statistics=normalised)
     return found
@@ -143,10 +147,38 @@ def _taken(
     for name, module in network.named_modules():
         if isinstance(module, kinds):
             module.register_forward_pre_hook(partial(_note_input, taken, name))
+    _run(network, image_shape)
+    return taken
+
+
+def _below_single_values(network: nn.Module, image_shape: tuple[int, ...]) -> set[str]:
+    """Return the convolutions right below a normalisation by the batch's statistics of one value of each image."""
+    own = {name for name, module in network.named_modules() if _own_statistics(module)}
+    network = copy.deepcopy(network).eval()
+    made: list[tuple[str, Tensor]] = []
+    found: set[str] = set()
+
+    def note(name: str, _: nn.Module, __: tuple[Tensor, ...], out: Tensor) -> None:
+        made.append((name, out))
+
+    def look(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        if given[0][0, 0].numel() == 1:
+            found.update(name for name, out in made if out is given[0])
+
+    for name, module in network.named_modules():
+        if isinstance(module, CONVOLUTIONS):
+            module.register_forward_hook(partial(note, name))
+        elif name in own:
+            module.register_forward_pre_hook(look)
+    _run(network, image_shape)
+    return found
+
+
+def _run(network: nn.Module, image_shape: tuple[int, ...]) -> None:
+    """Run a network on a random image, for its hooks."""
     image = torch.rand((1, *image_shape), generator=generator("exposure"))
     with torch.no_grad(), seeded("exposure"), contextlib.suppress(Exception):  # what ran before it breaks counts
         network(image.to(next(network.parameters(), image)))
-    return taken
 
 
 def _sparse(value: Tensor) -> bool:

@@ -44,6 +44,9 @@ def most_begun(network: Network, sent: Collection[str]) -> int:
 def factorisable(network: Network, sent: Collection[str], images: int = 1) -> list[int]:
     """Return the places of the convolutions of stride 1 that have as many channels as places, the lowest first.
 
+    Those below a normalisation of one value of each image are left out: it makes the errors of all images add up to
+    zero, so that the rank of the gradient is one too low.
+
     Args:
         network: its steps.
         sent: the names of the tensors whose gradient was sent.
@@ -56,7 +59,13 @@ def factorisable(network: Network, sent: Collection[str], images: int = 1) -> li
             continue
         channels, height, width = layer.inputs
         shifts = layer.geometry.stride == (1, 1) and layer.geometry.kernel != (1, 1)
-        if shifts and channels >= images * height * width and network.steps[step.inputs[0]].kind != "image":
+        lone = any(network.steps[user].kind == "normalisation" for user in step.users) and prod(step.shape[1:]) == 1
+        if (
+            shifts
+            and not lone
+            and channels >= images * height * width
+            and network.steps[step.inputs[0]].kind != "image"
+        ):
             found.append(place)
     return found
 

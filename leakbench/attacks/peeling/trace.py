@@ -30,7 +30,8 @@ class Traced:
         twin: the network of the first trial in float64 on the CPU, with draws in the place of hidden secrets.
         graph: its operations in order.
         image: a random image [1, C, H, W] in [0, 1].
-        values: the value of each operation on that image; where the network draws what to keep, everything is kept.
+        values: the value of each operation on that image; where the network draws what to keep, everything is kept. In
+            a step on several images, a normalisation of a single value per channel gives its shift.
         drawn: the operations that draw random numbers.
         kept: of those whose draws the gradient leaks, [T, 1, *shape] of 0 and 1, and the probability of a 0.
     """
@@ -47,7 +48,7 @@ def trace(observation: Observation) -> Traced:
     """Return the trace of an observation's network.
 
     Raises:
-        Unsupported: torch.fx cannot trace it, or it does not run on one image.
+        Unsupported: torch.fx cannot trace it, or it does not run on one image, as one of those of the step.
     """
     twin = filled(observation)
     try:
@@ -59,7 +60,8 @@ def trace(observation: Observation) -> Traced:
         ) from error
     _out_of_place(twin, graph)
     image = torch.rand((1, *observation.image_shape), generator=generator("peel"), dtype=torch.float64)
-    run = fx.Interpreter(fx.GraphModule(twin, graph), garbage_collect_values=False)
+    several = observation.count > 1
+    run = _Interpreter(twin, graph, several)
     with torch.no_grad(), seeded("peel"):
         state = torch.get_rng_state()
         try:
@@ -68,15 +70,50 @@ def trace(observation: Observation) -> Traced:
             reason = one_line(str(error).partition("While executing")[0])
             raise Unsupported(f"peel runs a network on one image, which it does not take: {reason}") from error
         if not torch.equal(state, torch.get_rng_state()):
-            return _redrawn(Traced(twin, graph, image, run.env), observation)
+            return _redrawn(Traced(twin, graph, image, run.env), observation, several)
     return Traced(twin, graph, image, run.env)
 
 
-class _CountingInterpreter(fx.Interpreter):
+class _Interpreter(fx.Interpreter):
+    """Runs a network on one image and keeps the values.
+
+    A normalisation over a batch takes no single value per channel, but a step on ``several`` images has more than one.
+    It is then given the image's value twice, so that shapes stay those of one image.
+    """
+
+    def __init__(self, twin: nn.Module, graph: fx.Graph, several: bool) -> None:
+        super().__init__(fx.GraphModule(twin, graph), garbage_collect_values=False)
+        self.several = several
+
+    def run_node(self, n: fx.Node) -> Any:
+        if not self.several or not _is_batch_normalisation(n, self.module):
+            return super().run_node(n)
+        (taken,) = n.all_input_nodes[:1]
+        value = self.env[taken]
+        if value[0, 0].numel() > 1:
+            return super().run_node(n)
+        self.env[taken] = value.repeat(2, *[1] * (value.ndim - 1))
+        try:
+            return super().run_node(n)[:1]
+        finally:
+            self.env[taken] = value
+
+
+def _is_batch_normalisation(node: fx.Node, root: nn.Module) -> bool:
+    """Return whether an operation normalises by the statistics of a batch."""
+    if node.op == "call_function":
+        return node.target is F.batch_norm
+    return node.op == "call_module" and isinstance(root.get_submodule(str(node.target)), _BATCH_NORMALISATIONS)
+
+
+_BATCH_NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class _CountingInterpreter(_Interpreter):
     """Runs a network that keeps everything, and notes which operations draw, by the numbers of their drawing calls."""
 
-    def __init__(self, traced: Traced) -> None:
-        super().__init__(fx.GraphModule(traced.twin, traced.graph), garbage_collect_values=False)
+    def __init__(self, traced: Traced, several: bool) -> None:
+        super().__init__(traced.twin, traced.graph, several)
         self.recorder = Recorder({}, len(traced.image))
         self.calls: dict[fx.Node, range] = {}
 
@@ -89,9 +126,9 @@ class _CountingInterpreter(fx.Interpreter):
         return out
 
 
-def _redrawn(traced: Traced, observation: Observation) -> Traced:
+def _redrawn(traced: Traced, observation: Observation, several: bool) -> Traced:
     """Return the trace of a network that draws random numbers, with the draws that its gradient leaks."""
-    run, masks = _CountingInterpreter(traced), read_draws(observation).masks
+    run, masks = _CountingInterpreter(traced, several), read_draws(observation).masks
     with Interception(run.recorder):
         run.run(traced.image)
     kept = {
