@@ -11,6 +11,7 @@ are named, by default all; the page is always written.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -179,32 +180,39 @@ def searches() -> Iterator[dict[str, object]]:
 
 
 def separations() -> Iterator[dict[str, object]]:
-    """Yield how many images of each client ``disaggregate`` recovers, in how many seconds."""
-    for spec, hidden in CASES:
-        training = clients.parse(spec)
-        for normalised in (False, True):
-            for draw in range(DRAWS):
-                first = draw * training.count
-                observation, (client,) = seen(network(hidden, normalised, draw), training, first)
-                start = time.process_time()
-                found = attacks.parse("disaggregate")(observation, Rng((f"{draw}",)))
-                spent = time.process_time() - start
-                truth = torch.stack([client.image, *(image for image, _ in client.others)]).double().flatten(1)
-                images = found.images[0].double().clamp(0, 1).nan_to_num(0.5).flatten(1)
-                cost = torch.cdist(images, truth).square() / truth.shape[1]
-                pairs = linear_sum_assignment(cost.numpy())
-                psnr = -10 * cost[pairs].clamp(min=1e-10).log10()
-                yield {
-                    "client": spec,
-                    "hidden": "-".join(map(str, hidden)),
-                    "inputs": "normalised" if normalised else "in [0, 1]",
-                    "draw": draw,
-                    "images": training.count,
-                    "recovered": int((psnr >= RECOVERED).sum()),
-                    "worst": float(psnr.min()),
-                    "seconds": spent,
-                    "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-                }
+    """Yield how many images of each client ``disaggregate`` recovers, in how many seconds.
+
+    Each client has a process of its own, whose peak memory no other client raises.
+    """
+    each = [(*case, normalised, draw) for case in CASES for normalised in (False, True) for draw in range(DRAWS)]
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as processes:
+        yield from processes.imap(separation, each)
+
+
+def separation(case: tuple[str, tuple[int, ...], bool, int]) -> dict[str, object]:
+    """Return what ``disaggregate`` recovers of one client: its spec, the hidden layers, and the draw."""
+    spec, hidden, normalised, draw = case
+    training = clients.parse(spec)
+    observation, (client,) = seen(network(hidden, normalised, draw), training, draw * training.count)
+    start = time.process_time()
+    found = attacks.parse("disaggregate")(observation, Rng((f"{draw}",)))
+    spent = time.process_time() - start
+    truth = torch.stack([client.image, *(image for image, _ in client.others)]).double().flatten(1)
+    images = found.images[0].double().clamp(0, 1).nan_to_num(0.5).flatten(1)
+    cost = torch.cdist(images, truth).square() / truth.shape[1]
+    pairs = linear_sum_assignment(cost.numpy())
+    psnr = -10 * cost[pairs].clamp(min=1e-10).log10()
+    return {
+        "client": spec,
+        "hidden": "-".join(map(str, hidden)),
+        "inputs": "normalised" if normalised else "in [0, 1]",
+        "draw": draw,
+        "images": training.count,
+        "recovered": int((psnr >= RECOVERED).sum()),
+        "worst": float(psnr.min()),
+        "seconds": spent,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
 
 
 def counts() -> Iterator[dict[str, object]]:
@@ -310,7 +318,7 @@ Made by `python -m benchmarks.batches` at leakbench {version}, on one core of a 
 `disaggregate` on the update of fully connected networks with torch's initial weights: {draws} clients of each
 kind, each with images and weights of its own. The attacker knows neither the learning rate nor how the client trained.
 An image counts as recovered from {recovered:.0f} dB on. Seconds are those of the processor; the peak memory is that of
-the whole process, with torch and the images. Single clients: [updates.csv](updates.csv).
+a process for one client, with torch and the images. Single clients: [updates.csv](updates.csv).
 
 {updates}
 
