@@ -45,7 +45,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "reports" / "batches"
 COST, UPDATES, COUNTS, TEXT = FOLDER / "cost.csv", FOLDER / "updates.csv", FOLDER / "counts.csv", FOLDER / "cost.md"
 FEATURES, TRAININGS = FOLDER / "features.csv", FOLDER / "trainings.csv"
 
-SEARCHED, SIZES, SEARCH, STEPS, REPEATS = ("lenet", "resnet20(mode=eval)"), (1, 4, 16, 64), 64, 4, 3
+SEARCHED, SIZES, SEARCH, STEPS, REPEATS = ("lenet", "resnet20(mode=eval)"), (1, 4, 16, 64), 64, 20, 3
 """The networks of the searches, the batch sizes, and the images in all, the same ones at each size; steps; repeats."""
 
 DRAWS = 10

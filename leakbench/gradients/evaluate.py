@@ -170,11 +170,12 @@ class Evaluator:
     def _for_kernels(self, x: Tensor, y: Tensor) -> tuple[Program, Tensor, Tensor, int]:
         """Return the traced loss, images [T B, C, H, W], class probabilities [T B, K] and B; raises Unsupported."""
         program, batch = self._program(tuple(x.shape[-3:]), x.device), 1
+        q = program.probabilities(y, x.dtype)
         if x.ndim == BATCHED:
-            batch, x, y = x.shape[1], x.flatten(0, 1), y.flatten(0, 1)
+            batch, x, q = x.shape[1], x.flatten(0, 1), q.flatten(0, 1)
             if not program.apart and batch > 1:
                 raise Unsupported("the kernels take trials of several images if no statistics are taken of them")
-        return program, x, program.probabilities(y, x.dtype), batch
+        return program, x, q, batch
 
     def compare(
         self, tensors: Mapping[str, Tensor], x: Tensor, y: Tensor, observed: Mapping[str, Tensor], gap: bool

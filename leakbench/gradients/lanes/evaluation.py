@@ -195,8 +195,8 @@ class Program:
         return seen[2]
 
     def probabilities(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return labels [T] as probabilities [T, K] of this type; probabilities as they are."""
-        if labels.ndim > 1:
+        """Return labels [T] or [T, B] as probabilities [..., K] of this type; probabilities as they are."""
+        if labels.is_floating_point():
             return labels.to(dtype)
         seen = self._labels
         if seen is None or seen[0] is not labels or seen[1] != labels._version or seen[2].dtype != dtype:
@@ -436,9 +436,9 @@ class GradientComparison:
 
         They are [P, T], or [T] for all tensors alike.
         """
+        each = self._numbers.unflatten(-1, (-1, self._group))
         for place, by in enumerate((by_dots, by_squares), 2):
-            each = by if self._group == 1 else (by / self.images).repeat_interleave(self._group, -1)
-            self._numbers[place] = each
+            each[place] = (by / self.images)[..., None]
         by_image, by_labels = _derivative(self.program, self._parameters(2), self.x, self.memory, labels)
         return self._taken(by_image), None if by_labels is None else self._taken(by_labels)
 

@@ -13,6 +13,7 @@
 // and a function of each element, y = s(x), has
 //     a(y) = s(a(x)),  e(x) = s' e(y),   t(y) = s' t(x),           f(x) = s'' t(x) e(y) + s' f(y).
 #include <cstdlib>
+#include <utility>
 
 #include "vectors.h"  // LANE_BYTES is the processor's largest register, or half of it for few trials
 
@@ -798,10 +799,11 @@ static void gradient(const Program& program, const Parameter* parameters, Rows x
 // Trials of several images have ``group`` lanes each, one an image and zeros for those it lacks: a power of two up to L, or
 // whole blocks. The mean of the images' gradients takes the place of each of theirs, and is compared. A fold adds lanes
 // whose places differ in one bit, so that after log2(group) folds each lane has the sum.
+template <class S, int STEP, size_t... J> static inline Vec<S> exchanged(const Vec<S>& v, std::index_sequence<J...>) {
+  return Vec<S>{v[(J ^ STEP) % sizeof...(J)]...};
+}
 template <class S, int STEP> static inline Vec<S> folded(const Vec<S>& v) {
-  Vec<S> other;
-  EACH for (int j = 0; j < Lanes<S>::COUNT; j++) other[j] = v[(j ^ STEP) % Lanes<S>::COUNT];
-  return v + other;
+  return v + exchanged<S, STEP>(v, std::make_index_sequence<Lanes<S>::COUNT>());
 }
 template <class S>
 static void meet(const Program& program, const Parameter* parameters, S* memory, long trials, long group, long images, long count,
