@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import leakbench
-from leakbench import attacks, clients, defenses
+from leakbench import attacks, clients, datasets, defenses
 from leakbench.attacks.peeling import descent, inversion, settle
 from leakbench.attacks.peeling.beginnings import beginnings, most_begun
 from leakbench.attacks.peeling.contrast import classifier_input, with_contrast
@@ -458,6 +458,25 @@ def test_an_image_follows_from_inputs_that_are_known_up_to_a_factor(norm: str, a
     assert [each.free for each in inputs_alone(network, sent(observation), torch.Generator().manual_seed(0))] == [True]
     found = leakbench.attack("peel(search=20)", observation)
     assert float(leakbench.metrics.parse("psnr_aligned")(found.images, images)[0]) > least
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("norm", "slope"), [("batch", 0.1), ("group", 0.1), ("group", 0.0)])
+def test_photographs_follow_through_leaky_relus_and_group_normalisation(norm: str, slope: float) -> None:
+    """In training mode, in single precision, 16 x 16 pixels; brightness and contrast are fitted."""
+    with seeded("photographs"):
+        stem = [nn.Conv2d(3, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24), nn.LeakyReLU(slope)]
+        block = Block(24, 96, 2, slope=slope)
+        model = nn.Sequential(*stem, block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, CLASSES))
+    if norm == "group":
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.BatchNorm2d):
+                model.set_submodule(name, nn.GroupNorm(4, module.num_features))
+    images, _ = datasets.parse("samples(size=16)").load(range(2))
+    observation = leakbench.observe(model.train(), images, torch.tensor([1, 3]), salt="0" * 32)
+    found = leakbench.attack("peel(search=60)", observation)
+    assert found.failed.tolist() == [False, False]
+    assert float(leakbench.metrics.parse("psnr_aligned")(found.images, images).min()) > 60
 
 
 def test_the_misfit_of_values_up_to_a_factor_is_exact_and_relative_to_their_differences() -> None:
