@@ -7,10 +7,13 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import close
+from torch.nn import functional as F
+from torch.nn import grad
 
 import leakbench
 from benchmarks import slope
@@ -18,7 +21,7 @@ from benchmarks.readme import filled
 from benchmarks.scale import measure as scale
 from benchmarks.scale import page
 from benchmarks.speed import __main__ as command
-from benchmarks.speed import measure, parity, peer, reference, report
+from benchmarks.speed import choices, measure, numba_maps, parity, peer, reference, report
 from benchmarks.speed.measure import Subject, Times
 from benchmarks.speed.work import (
     BREACHING,
@@ -225,6 +228,44 @@ def test_the_readme_has_the_table_of_the_committed_data() -> None:
 def test_the_page_of_the_committed_data_is_up_to_date() -> None:
     page = report.page(report.load(SPEED), report.parity(SPEED))
     assert (SPEED / "README.md").read_text(encoding="utf-8") == page
+
+
+@pytest.mark.parametrize("which", numba_maps.MAPS)
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1)])
+def test_the_maps_written_for_numba_are_convolutions(
+    which: numba_maps.Map, kernel: int, stride: int, padding: int
+) -> None:
+    layer = numba_maps.Layer("", 2, 3, kernel, stride, padding, 4)
+    run: dict[str, Any] = {}
+    exec(numba_maps.source(layer, which, numba_maps.Tile(2, 2, 2)), run)
+    a, b, out, _ = choices._tensors(layer, which, 2)
+    channels, _, _, whole = numba_maps.padded_sizes(layer, which)
+    run["run"](*(own.view(-1).numpy() for own in (a, b, out, torch.zeros(channels, whole, whole, numba_maps.LANES))), 2)
+    for block, lane in ((0, 15), (1, 0)):
+        given, other, found = (own[block, ..., lane] for own in (a, b, out))
+        if which == "forward":
+            expected = F.conv2d(given, other, stride=stride, padding=padding)
+        elif which == "input gradient":
+            expected = grad.conv2d_input((1, 2, 4, 4), other, given[None], stride, padding)[0]
+        else:
+            expected = grad.conv2d_weight(given[None], (3, 2, kernel, kernel), other[None], stride, padding)
+        close(found, expected, 1e-5)
+
+
+def test_the_page_of_choices_states_what_was_measured() -> None:
+    about: Any = {"processor": "One", "torch": "2", "commit": "abc"}
+    build = [choices.Row("build", start, 0, who, 0, 3.0) for start in ("first", "later") for who in ("C++", "numba")]
+    steps = [(choices.WIDE, 2.0), (choices.NARROW, 4.0), (choices.NONE, 8.0)]
+    rows = build + [choices.Row("step", "lenet", 32, who, 0, value) for who, value in steps]
+
+    def text(numba: float) -> str:
+        maps = [choices.Row("map", "a layer", 16, who, 0, value) for who, value in (("C++", 100.0), ("numba", numba))]
+        return choices.page(rows + maps, about, "1")
+
+    assert "| a layer | 16 | 100 | 79 | 79 % |" in text(79.0)
+    assert "in 0 of 1: by these maps alone, C++ it is" in text(79.0)
+    assert "in 1 of 1: by these maps alone, numba would do" in text(81.0)
+    assert "| lenet | 32 | 2 (4.0× as fast) | 4 (2.0× as fast) | 8 |" in text(81.0)
 
 
 # a run
