@@ -123,6 +123,8 @@ def test_a_layer_below_a_normalisation_of_one_value_of_each_image_is_hidden() ->
         for layer in ("5.conv1", "5.conv2"):
             assert expected[layer].verdict == ("hidden" if train else "exposed")
             assert ("add up to zero" in expected[layer].reason) == train
+        words = rule_in_words(expected, (3, 8, 8), 4)
+        assert words.endswith("none right below a normalisation of one value of each image") == train
 
 
 class Joined(nn.Module):

@@ -52,6 +52,10 @@ MIN_ZEROS = 0.01
 """The share of zeros from which a layer's input counts as the output of a ReLU."""
 
 
+BELOW_SINGLE_VALUES = Exposure("hidden", "its errors add up to zero: a normalisation takes one value of each image")
+"""The rank of such a convolution's gradient is one too low for the images of a step."""
+
+
 @dataclass(frozen=True)
 class LayerExposure:
     """Whether the input of a convolution follows from what was sent.
@@ -125,7 +129,7 @@ def predicted(network: nn.Module, image_shape: tuple[int, ...], images: int = 1)
             continue
         assert isinstance(module, CONVOLUTIONS)
         if name in lone:
-            found[name] = Exposure("hidden", "its errors add up to zero: a normalisation takes one value of each image")
+            found[name] = BELOW_SINGLE_VALUES
             continue
         channels = module.in_channels, module.out_channels
         found[name] = predict_exposure(lattice, *channels, images, sparse=_sparse(value), own_statistics=normalised)
@@ -207,10 +211,12 @@ def rule_in_words(found: Mapping[str, Exposure], image_shape: Sequence[int], ima
         if names or verdict == "exposed":
             words = words.format(plural(len(found), "convolution"))
             parts.append(f"{len(names)} {words}{f' ({shown})' if shown else ''}")
+    lone = "; none right below a normalisation of one value of each image"
     return (
         f"{', '.join(parts)}, for {plural(images, 'image')} of {' x '.join(map(str, image_shape))} in a step. "
         "The rule: a kernel above 1x1, stride 1, and in each group as many channels as positions x images; "
         f"behind a ReLU {SPARE:g} times as many, unless the network normalises by the batch's own statistics"
+        f"{lone if BELOW_SINGLE_VALUES in found.values() else ''}"
     )
 
 
