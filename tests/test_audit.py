@@ -686,9 +686,9 @@ def test_progress_moves_within_a_search(monkeypatch: pytest.MonkeyPatch) -> None
                 images=2,
                 floors=False,
             ).trials()
-            display.begin(trials)
+            display.begin(1, trials)
             network = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
             seen = leakbench.observe(network, torch.rand(2, 3, 4, 4), [0, 1])
-            leakbench.attack("ig(steps=5, restarts=2)", dataclasses.replace(seen, tick=partial(display.move, trials)))
+            leakbench.attack("ig(steps=5, restarts=2)", dataclasses.replace(seen, tick=partial(display.move, 1)))
             assert 0 < display.bar.tasks[0].completed < 2 if terminal else display.bar.tasks[0].completed == 0
         assert "ig(steps=5) against none, lenet on samples: step 3 of 10" in written.getvalue() or terminal

@@ -24,7 +24,7 @@ def trials(images: int, **axes: list[str]) -> tuple[Trial, ...]:
 def test_progress_shortens_only_the_description(width: int) -> None:
     with Display(Console(file=io.StringIO(), force_terminal=True, width=width), part="matrix 1 of 2") as display:
         defense = "noise(scale=0.1, relative=true)"
-        display.begin(trials(4, attacks=["ig(steps=20000, lr=0.02)"], defenses=[defense], models=["resnet20"]))
+        display.begin(1, trials(4, attacks=["ig(steps=20000, lr=0.02)"], defenses=[defense], models=["resnet20"]))
         beside, left = "12 diverged", "at least 2h 05m left"
         display.bar.update(display.task, total=9600, completed=1200, beside=beside, left=left)
         lines = Console(file=io.StringIO(), width=width)
@@ -60,11 +60,12 @@ def test_chunks_that_run_beside_each_other_are_shown_each(monkeypatch: pytest.Mo
     written = io.StringIO()
     with Display(Console(file=written, force_terminal=terminal, width=200), workers=2) as display:
         display.start([*first, *second], 0)
-        display.begin(first)
-        display.begin(second)
-        display.move(first, 5, 10)
-        display.move(second, 5, 10)
+        display.begin(1, first)
+        display.begin(2, second)
+        display.move(1, 5, 10)
+        display.move(2, 5, 10)
         assert display.bar.tasks[0].completed == (3 if terminal else 0)
+        display.end(1)
         display.finish([without_score(ClientData({}, {}, torch.zeros(1), 10), one, "error", "") for one in first])
         assert display.bar.tasks[0].completed == 5  # 4 that ended, and half of the work on 2
     if not terminal:

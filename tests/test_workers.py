@@ -245,17 +245,25 @@ def test_cells_that_wait_for_each_other_are_cut_for_all_workers(tmp_path, defens
 
 @pytest.mark.long
 def test_a_process_says_how_far_its_chunk_is(tmp_path):
+    begun: dict[int, int] = {}
     seen: list[tuple[int, int, int]] = []
 
     class Moves(NullProgress):
-        def move(self, trials, done, total):
-            seen.append((len(trials), done, total))
+        def begin(self, chunk, trials):
+            begun[chunk] = len(trials)
+
+        def move(self, chunk, done, total):
+            seen.append((begun[chunk], done, total))
+
+        def end(self, chunk):
+            del begun[chunk]
 
     matrix = plan(attacks=["ig(steps=3)"], images=2)
     go(matrix, tmp_path / "run", chunk=2, workers=2, progress=Moves())
     assert seen
     assert {(trials, total) for trials, _, total in seen} == {(2, 3)}, seen
     assert all(0 <= done <= 3 for _, done, _ in seen)
+    assert not begun
 
 
 @pytest.mark.parametrize(

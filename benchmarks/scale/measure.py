@@ -52,9 +52,9 @@ class Instant(Executor):
         noise = torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         self._pngs = [png(image) for image in noise]
 
-    def run(self, tasks: Callable[[], Task | None], begin: Callable[[Task], None]) -> Iterator[Event]:
+    def run(self, tasks: Callable[[], Task | None], begin: Callable[[Task, int], None]) -> Iterator[Event]:
         while (task := tasks()) is not None:
-            begin(task)
+            begin(task, 1)
             match task:
                 case CheckTask():
                     yield TaskDone(task, Refusal({}, frozenset()))

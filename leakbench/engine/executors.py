@@ -7,6 +7,7 @@ end with the driver, however that ends.
 
 import contextlib
 import ctypes
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -36,7 +37,6 @@ from leakbench.engine.isolation import foreign
 from leakbench.engine.worker import ChunkTask, MeasureTask, Task, TaskAnswer, Worker, WorkerContext
 from leakbench.errors import LeakbenchError, one_line
 from leakbench.gradients import full_precision
-from leakbench.plan.trial import Trial
 
 MAX_FAILED_STARTS = 10
 """After this many workers in a row died before they were ready, the run ends."""
@@ -91,12 +91,12 @@ class Executor(AbstractContextManager["Executor"]):
     workers: int = 1
 
     @abstractmethod
-    def run(self, tasks: Callable[[], Task | None], begin: Callable[[Task], None]) -> Iterator[Event]:
+    def run(self, tasks: Callable[[], Task | None], begin: Callable[[Task, int], None]) -> Iterator[Event]:
         """Do all tasks and yield the events; raise the LeakbenchError that a worker raised.
 
         Args:
             tasks: returns the next task, or None if there is none before the next event.
-            begin: called with every task that a worker begins.
+            begin: called with every task that a worker begins, and the number by which it is known while it runs.
         """
 
     def close(self) -> None:
@@ -106,8 +106,19 @@ class Executor(AbstractContextManager["Executor"]):
         self.close()
 
 
-Tick = Callable[[Sequence[Trial], int, int], None]
-"""Called while the attack on a chunk searches: the chunk's trials, evaluations of all of them so far, and in all."""
+Tick = Callable[[int, int, int], None]
+"""Called while the attack on a chunk searches: the chunk's number, evaluations of all its trials so far, and in all."""
+
+
+@dataclass
+class _Current:
+    """The task that runs in this process, by its number only: an attack reaches what it calls."""
+
+    tick: Tick
+    number: int = 0
+
+    def move(self, done: int, total: int) -> None:
+        self.tick(self.number, done, total)
 
 
 class InProcessExecutor(Executor):
@@ -120,21 +131,18 @@ class InProcessExecutor(Executor):
 
     def __init__(self, work: WorkerContext, tick: Tick) -> None:
         self._messages: list[Message] = []
-        self._worker = Worker(work, lambda line: self._messages.append(Message(line)), tick=self._move)
-        self._tick, self._trials = tick, tuple[Trial, ...]()
+        self._current = _Current(tick)
+        self._worker = Worker(work, lambda line: self._messages.append(Message(line)), tick=self._current.move)
 
-    def run(self, tasks: Callable[[], Task | None], begin: Callable[[Task], None]) -> Iterator[Event]:
+    def run(self, tasks: Callable[[], Task | None], begin: Callable[[Task, int], None]) -> Iterator[Event]:
         """Do the tasks; see ``Executor.run``."""
         while (task := tasks()) is not None:
-            begin(task)
-            self._trials = task.trials if isinstance(task, ChunkTask) else ()
+            self._current.number += 1
+            begin(task, self._current.number)
             answer = self._worker.do(task)
             yield from self._messages
             self._messages.clear()
             yield TaskDone(task, answer)
-
-    def _move(self, done: int, total: int) -> None:
-        self._tick(self._trials, done, total)
 
     def close(self) -> None:
         """End the processes of attacks."""
@@ -149,12 +157,14 @@ class WorkerSlot:
         ready: whether it has loaded everything.
         fresh: whether it has not completed a task yet.
         task: the task that it holds.
+        number: by which it is known.
         deadline: of the task, by the monotonic clock; None without a limit.
     """
 
     ready: bool = field(default=False, init=False)
     fresh: bool = field(default=True, init=False)
     task: Task | None = field(default=None, init=False)
+    number: int = field(default=0, init=False)
     deadline: float | None = field(default=None, init=False)
 
 
@@ -171,6 +181,7 @@ class WorkerPool(Executor, Generic[S]):
     def __init__(self, limit: float | None) -> None:
         self._limit = limit
         self._slots: list[S] = []
+        self._numbers = itertools.count(1)
         self._deaths = 0
 
     def __enter__(self) -> Self:
@@ -182,15 +193,15 @@ class WorkerPool(Executor, Generic[S]):
             raise
         return self
 
-    def run(self, tasks: Callable[[], Task | None], begin: Callable[[Task], None]) -> Iterator[Event]:
+    def run(self, tasks: Callable[[], Task | None], begin: Callable[[Task, int], None]) -> Iterator[Event]:
         """Have workers do the tasks; see ``Executor.run``."""
         task = tasks()
         while task is not None or any(slot.task is not None for slot in self._slots):
             slot = next((slot for slot in self._slots if slot.ready and slot.task is None), None)
             if task is not None and slot is not None:
-                begin(task)
+                slot.task, slot.number = task, next(self._numbers)
+                begin(task, slot.number)
                 self._send(slot, task)
-                slot.task = task
                 self._set_deadline(slot, trials_of(task))
                 task = tasks()
                 continue
@@ -323,8 +334,7 @@ class ProcessExecutor(WorkerPool[_Process]):
                     case "begin":
                         self._set_deadline(slot, value)
                     case "tick":
-                        assert isinstance(slot.task, ChunkTask)  # only an attack on a chunk searches
-                        self._tick(slot.task.trials, *value)
+                        self._tick(slot.number, *value)
                     case "done":
                         self._answered(slot, value, events)
                     case "error":

@@ -3,6 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Self
 
 from rich.console import Console
@@ -41,11 +42,14 @@ class NullProgress:
     def note(self, line: str) -> None:
         """Report a line."""
 
-    def begin(self, trials: Sequence[Trial]) -> None:
-        """Report that a chunk, trials of one cell, begins."""
+    def begin(self, chunk: int, trials: Sequence[Trial]) -> None:
+        """Report that a chunk, trials of one cell, begins, and by which number it is known until it ends."""
 
-    def move(self, trials: Sequence[Trial], done: int, total: int) -> None:
-        """Report how many evaluations of all the search of a chunk has made."""
+    def move(self, chunk: int, done: int, total: int) -> None:
+        """Report how many evaluations of all the search of a chunk has made. Attacks reach it: it knows no trial."""
+
+    def end(self, chunk: int) -> None:
+        """Report that a chunk has ended, or is given up."""
 
     def finish(self, results: Sequence[Result]) -> None:
         """Report that the results of a chunk were stored."""
@@ -93,6 +97,23 @@ class Bar:
         self.console.print(one_line(line), markup=False, highlight=False, soft_wrap=True)
 
 
+@dataclass
+class _Chunk:
+    """What is shown of a chunk that runs.
+
+    Attributes:
+        cell: in words.
+        trials: how many it has.
+        shown: when it was last shown, by the monotonic clock.
+        done: how many trials' work is done.
+    """
+
+    cell: str
+    trials: int
+    shown: float
+    done: float = 0.0
+
+
 class Display(Bar, NullProgress):
     """Cell, trials done, failures and time left: a live bar in a terminal, elsewhere one line for each chunk.
 
@@ -110,8 +131,7 @@ class Display(Bar, NullProgress):
         self.left: dict[str, int] = defaultdict(int)
         self.seconds: dict[str, float] = defaultdict(float)
         self.trials: dict[str, int] = defaultdict(int)
-        self.running: dict[str, float] = {}  # by the first trial of a chunk: how many of its trials' work is done
-        self.moved: dict[str, float] = {}  # by the same, and for the bar: when it was last shown
+        self.running: dict[int, _Chunk] = {}
 
     def start(self, waiting: Sequence[Trial], done: int) -> None:
         """Show the totals."""
@@ -129,25 +149,33 @@ class Display(Bar, NullProgress):
             self.left[trial.cell.specs["attack"]] -= 1
         self.bar.update(self.task, total=self.total)
 
-    def begin(self, trials: Sequence[Trial]) -> None:
+    def begin(self, chunk: int, trials: Sequence[Trial]) -> None:
         """Show the cell."""
-        self.running[trials[0].id], self.moved[trials[0].id] = 0.0, time.monotonic()
+        self.running[chunk] = _Chunk(trials[0].cell.words, len(trials), time.monotonic())
         self.bar.update(self.task, description=one_line(f"{self.part}{trials[0].cell.words}"))
 
-    def move(self, trials: Sequence[Trial], done: int, total: int) -> None:
+    def move(self, chunk: int, done: int, total: int) -> None:
         """Move the bar within chunks; elsewhere, write a line a minute for each chunk."""
-        terminal, chunk = self.console.is_terminal, trials[0].id
-        self.running[chunk] = len(trials) * min(1.0, done / total)
-        shown = max(self.moved.values()) if terminal else self.moved[chunk]
+        terminal, own = self.console.is_terminal, self.running[chunk]
+        own.done = own.trials * min(1.0, done / total)
+        shown = max(one.shown for one in self.running.values()) if terminal else own.shown
         if time.monotonic() - shown < (REFRESH_SECONDS if terminal else LINE_SECONDS):
             return
-        self.moved[chunk] = time.monotonic()
-        cell, step = trials[0].cell.words, f"step {min(done, total)} of {total}"
+        own.shown = time.monotonic()
+        step = f"step {min(done, total)} of {total}"
         if terminal:
-            words = one_line(f"{step}: {self.part}{cell}")  # what moves comes first: the end may have no room
-            self.bar.update(self.task, description=words, completed=self.done + sum(self.running.values()))
+            words = one_line(f"{step}: {self.part}{own.cell}")  # what moves comes first: the end may have no room
+            self.bar.update(self.task, description=words, completed=self._completed())
         else:
-            self.note(f"{self.part}[{self.done}/{self.total}] {cell}: {step}")
+            self.note(f"{self.part}[{self.done}/{self.total}] {own.cell}: {step}")
+
+    def end(self, chunk: int) -> None:
+        """Forget how far it is: its results are shown by ``finish``."""
+        del self.running[chunk]
+
+    def _completed(self) -> float:
+        """Return how many trials are done, with the parts of those that run."""
+        return self.done + sum(one.done for one in self.running.values())
 
     def finish(self, results: Sequence[Result]) -> None:
         """Show what is done, failed and left."""
@@ -159,12 +187,9 @@ class Display(Bar, NullProgress):
             self.left[attack] -= 1
             self.seconds[attack] += result.seconds
             self.trials[attack] += 1
-            self.running.pop(result.trial.id, None)
-            self.moved.pop(result.trial.id, None)
         left = self._left()
         failures = f"{self.failures} diverged" + (f", {self.unscored} without a score" if self.unscored else "")
-        completed = self.done + sum(self.running.values())
-        self.bar.update(self.task, completed=completed, beside=failures, left=left)
+        self.bar.update(self.task, completed=self._completed(), beside=failures, left=left)
         words = results[0].trial.cell.words
         if not self.console.is_terminal:
             self.note(

@@ -196,7 +196,6 @@ def run(
             for key, members in itertools.groupby(unsupported, key=lambda trial: trial.cell.key):
                 trials = list(members)
                 cell = trials[0].cell
-                progress.begin(trials)
                 images = plan.data[cell.specs["dataset"]]
                 keep([without_score(images, trial, "unsupported", refused[key]) for trial in trials])
             schedule = Schedule(
@@ -312,12 +311,17 @@ def _loop(
 ) -> None:
     """Hand out tasks until the schedule has none left, and keep the results."""
 
-    def begin(task: Task) -> None:
+    running: dict[int, int] = {}  # the number of each chunk that runs, by the identity of its task
+
+    def begin(task: Task, number: int) -> None:
         if isinstance(task, ChunkTask):
-            progress.begin(task.trials)
+            running[id(task)] = number
+            progress.begin(number, task.trials)
 
     shown: set[str] = set()
     for event in executor.run(schedule.next, begin):
+        if not isinstance(event, Message) and id(event.task) in running:
+            progress.end(running.pop(id(event.task)))
         match event:
             case Message() if event.line not in shown:
                 shown.add(event.line)
@@ -534,7 +538,7 @@ def _preflight(
 def _ask(checks: Iterable[CheckTask], executor: Executor) -> list[Refusal]:
     """Return the answers to checks; one whose worker died ``MAX_DEATHS`` times has none."""
     waiting, found = deque(checks), list[Refusal]()
-    for event in executor.run(lambda: waiting.popleft() if waiting else None, lambda task: None):
+    for event in executor.run(lambda: waiting.popleft() if waiting else None, lambda task, number: None):
         match event:
             case TaskDone(CheckTask(), Refusal() as refusal):
                 found.append(refusal)

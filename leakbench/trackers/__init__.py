@@ -135,11 +135,14 @@ class _Tracked(NullProgress):
     def note(self, line: str) -> None:
         self.inner.note(line)
 
-    def begin(self, trials: Sequence[Trial]) -> None:
-        self.inner.begin(trials)
+    def begin(self, chunk: int, trials: Sequence[Trial]) -> None:
+        self.inner.begin(chunk, trials)
 
-    def move(self, trials: Sequence[Trial], done: int, total: int) -> None:
-        self.inner.move(trials, done, total)
+    def move(self, chunk: int, done: int, total: int) -> None:
+        self.inner.move(chunk, done, total)
+
+    def end(self, chunk: int) -> None:
+        self.inner.end(chunk)
 
     def finish(self, results: Sequence[Result]) -> None:
         self.inner.finish(results)
