@@ -768,7 +768,7 @@ def test_a_device_is_named_or_refused(gpu: ModuleType, monkeypatch: pytest.Monke
 
 def test_workers_take_the_devices_in_turn(gpu: ModuleType) -> None:
     work = WorkerContext([], torch.device("pretend"), strict=False)
-    executor = engine._executor(work, engine.RunOptions(workers=3))
+    executor = engine._executor(work, engine.RunOptions(workers=3), NullProgress().move)
     assert isinstance(executor, ProcessExecutor)
     assert [one.device for one in executor._works] == [torch.device(name) for name in (*GPUS, GPUS[0])]
 
