@@ -122,6 +122,11 @@ HOMES: Mapping[str, Mapping[str, Any]] = {
 }
 """What attacks need that no honest network with convolutions serves."""
 
+WIDE_HOMES: Mapping[str, Mapping[str, Any]] = {
+    "peel": served_by("resnet18(stem=cifar, max_pool=false, width=8, mode=eval)"),
+}
+"""What attacks need for batches of two: channels for the places of two images."""
+
 
 def names(registry: Registry[Any]) -> list[str]:
     """Return the components of a registry that ship, without those that other tests register."""
@@ -159,7 +164,8 @@ def found_cases() -> Iterator[Case]:
             yield Case(**{"attack": spec, **home, **of_model(model), "served": name == "ig"})
         if attacks.get(name).batches:
             for defense in ("none", "noise", "keylock", "soteria"):
-                yield Case(**{"attack": spec, **home, **of_defense(defense), "batch": 2, "served": defense == "none"})
+                wide = {**home, **WIDE_HOMES.get(name, {}), "batch": 2}
+                yield Case(**{"attack": spec, **wide, **of_defense(defense), "served": defense == "none"})
 
     for model, shape in WIDE.values():
         yield Case("ig(steps=1)", "none", model, ("known-label",), shape=shape, served=True, exact=True)
