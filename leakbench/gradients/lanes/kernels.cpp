@@ -426,7 +426,8 @@ template <class S> struct Block {
     else
       store<S>((S*)p.gradient + i * trials + first, count, value);
   }
-  // <g, y> and <g, g>, or <g - y, g - y>, unless g is one image's share of it (``meet``); every 256 elements are added up by themselves, which loses less to rounding
+  // <g, y> and <g, g>, or <g - y, g - y>; nothing where each image has a gradient of its own, which ``meet`` adds up first.
+  // Every 256 elements are added up by themselves, which loses less to rounding.
   void compare(int number) const {
     if (number < 0 || !parameters[number].observed || !parameters[number].square) return;
     const Parameter& p = parameters[number];
