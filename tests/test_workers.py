@@ -270,19 +270,19 @@ def test_a_process_says_how_far_its_chunk_is(tmp_path):
     ("threads", "images", "device", "workers"),
     [(1, 64, "cpu", 1), (4, 7, "cpu", 1), (4, 16, "cpu", 2), (4, 64, "cpu", 4), (4, 64, "cuda", 1)],
 )
-def test_a_command_has_a_worker_for_each_thread(monkeypatch, threads, images, device, workers):
+def test_a_command_has_a_worker_for_each_thread(monkeypatch, tmp_path, threads, images, device, workers):
     monkeypatch.setattr("leakbench.engine.run.torch.get_num_threads", lambda: threads)
     monkeypatch.setattr("leakbench.engine.run.free_memory", lambda device: 64 * 2**30)
     monkeypatch.setattr("leakbench.engine.run.device_named", lambda name: torch.device(device))
-    assert usual_workers(plan(attacks=["ig", "random"], images=images), RunOptions()) == workers
+    assert usual_workers(plan(attacks=["ig", "random"], images=images), tmp_path, RunOptions()) == workers
 
 
-def test_a_command_has_no_more_workers_than_memory_holds(monkeypatch):
+def test_a_command_has_no_more_workers_than_memory_holds(monkeypatch, tmp_path):
     monkeypatch.setattr("leakbench.engine.run.torch.get_num_threads", lambda: 64)
     matrix, found = plan(attacks=["ig"], images=600), {}
     for room in (1, 2**30, 5 * 2**30, 2**40):
         monkeypatch.setattr("leakbench.engine.run.free_memory", lambda device, room=room: room)
-        found[room] = usual_workers(matrix, RunOptions(device="cpu"))
+        found[room] = usual_workers(matrix, tmp_path, RunOptions(device="cpu"))
     assert found == {1: 1, 2**30: 1, 5 * 2**30: 5, 2**40: 64}
 
 
@@ -294,9 +294,23 @@ class Held(Defense):
     lock: Any = field(default_factory=threading.Lock)
 
 
-def test_a_command_with_a_component_that_cannot_be_sent_has_one_worker(monkeypatch):
+def test_a_command_with_a_component_that_cannot_be_sent_has_one_worker(monkeypatch, tmp_path):
     monkeypatch.setattr("leakbench.engine.run.torch.get_num_threads", lambda: 2)
-    found = [usual_workers(plan(attacks=["ig"], defenses=[one], images=64), RunOptions()) for one in ("none", Held())]
+    matrices = [plan(attacks=["ig"], defenses=[one], images=64) for one in ("none", Held())]
+    assert [usual_workers(one, tmp_path, RunOptions()) for one in matrices] == [2, 1]
+
+
+def test_a_command_whose_trials_are_all_done_starts_no_process(monkeypatch, tmp_path):
+    monkeypatch.setattr("leakbench.engine.run.torch.get_num_threads", lambda: 2)
+    matrix, found = plan(attacks=["ig"], images=16), []
+    trials = matrix.trials()
+    with Store.create(tmp_path / FILE) as store:
+        store.add_trials(trials)
+        session = store.start_session(provenance())
+        data = ClientData({}, {}, torch.zeros(1, 12, 12), 4)
+        for some in (trials[:15], trials[15:]):
+            store.write([without_score(data, trial, "unsupported", "") for trial in some], session)
+            found.append(usual_workers(matrix, tmp_path, RunOptions()))
     assert found == [2, 1]
 
 

@@ -255,8 +255,7 @@ def finish(plans: Sequence[Matrix], folder: Path, options: RunOptions, tracking:
             part = f"matrix {number} of {len(plans)}" if len(plans) > 1 else ""
             own = options
             if own.workers is None and own.executor == "local":
-                some = engine.left(folder, plan, own.shard)  # with none, no process is started in vain
-                own = replace(own, workers=engine.usual_workers(plan, own) if some else 1)
+                own = replace(own, workers=engine.usual_workers(plan, folder, own))
             with Display(console(), own.workers or 1, part) as display:
                 told = display if tracking is None else tracking.display(display)
                 engine.run(plan, folder, own, progress=told, command=line)

@@ -385,30 +385,27 @@ def planned(matrix: Matrix, shard: str = "") -> Sequence[Trial]:
     return part(trials, shard, ensemble=matrix.threshold is not None) if shard else trials
 
 
-def left(folder: Path, matrix: Matrix, shard: str = "") -> Sequence[Trial]:
-    """Return the trials of a matrix or shard that have no result in a folder and need one (``Matrix.threshold``)."""
-    trials = planned(matrix, shard)
-    if not _has_content(folder / FILE):
-        return trials
-    with Store.open(folder / FILE, readonly=True) as store:
-        ended = store.done() | recovered(trials, store, matrix.threshold)
-    return [trial for trial in trials if trial.id not in ended]
-
-
 def finished(folder: Path, matrix: Matrix, shard: str = "") -> int:
-    """Return how many trials of a matrix or shard have a result in a folder, or need none."""
-    return len(planned(matrix, shard)) - len(left(folder, matrix, shard))
+    """Return how many trials of a matrix or shard have a result in a folder, or need none (``Matrix.threshold``)."""
+    return _count_finished(folder, planned(matrix, shard), matrix.threshold)
 
 
-def usual_workers(matrix: Matrix, options: RunOptions) -> int:
+def _count_finished(folder: Path, trials: Sequence[Trial], threshold: float | None) -> int:
+    if not _has_content(folder / FILE):
+        return 0
+    with Store.open(folder / FILE, readonly=True) as store:
+        return len({trial.id for trial in trials} & (store.done() | recovered(trials, store, threshold)))
+
+
+def usual_workers(matrix: Matrix, folder: Path, options: RunOptions) -> int:
     """Return how many processes of this machine do a matrix or shard soonest, where the user did not say.
 
     On a CPU one for each thread of torch, as far as there is memory, and ``WORKER_TRIALS`` searches for each: trials of
     one thread never wait for each other, and a search of few trials at a time has no work for two threads. Otherwise,
-    or if a component cannot be sent to a process, 1.
+    if a component cannot be sent to a process, or if all trials have a result in the run's folder, 1.
 
-    Trials that are done count, too: by the threads of a process sums are rounded, and a run that is resumed is to have
-    as many as before.
+    Otherwise trials that are done count, too: by the threads of a process sums are rounded, and a run that is resumed
+    is to have as many as before.
     """
     device = device_named(options.device)
     if device.type != "cpu":
@@ -417,7 +414,9 @@ def usual_workers(matrix: Matrix, options: RunOptions) -> int:
     searches = sum(trial.cell.attack.competes for trial in trials)
     room = free_memory(device) // WORKER_BYTES
     workers = max(1, min(torch.get_num_threads(), searches // WORKER_TRIALS, room))
-    return workers if workers == 1 or _can_be_sent(matrix, trials) else 1
+    if workers == 1 or _count_finished(folder, trials, matrix.threshold) == len(trials):
+        return 1
+    return workers if _can_be_sent(matrix, trials) else 1
 
 
 def _can_be_sent(matrix: Matrix, trials: Sequence[Trial]) -> bool:
