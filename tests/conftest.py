@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
@@ -31,6 +32,8 @@ from leakbench.observation import Observation
 from leakbench.plan.matrix import parse_threat
 from leakbench.victim import Client, observe
 
+sys.dont_write_bytecode = True  # some tests list all files of a folder: Python's own beside a plugin are none of ours
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # of the processes that tests start, too
 torch.set_num_threads(1)  # the networks are so small that threads only wait for each other
 settings.register_profile("leakbench", deadline=None, max_examples=50, print_blob=True)
 settings.load_profile("leakbench")
