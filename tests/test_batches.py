@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from conftest import SALT, rand
@@ -31,7 +33,7 @@ from leakbench.metrics.standard import PSNR
 from leakbench.models.module import OwnModule
 from leakbench.observation import Observation
 from leakbench.plan.matrix import Matrix
-from leakbench.report import grids
+from leakbench.report import batches, grids
 from leakbench.report.files import write
 from leakbench.report.show import show
 from leakbench.store.run_file import FILE, Store
@@ -403,3 +405,14 @@ def test_what_is_refused_by_the_size_of_a_layer_is_not_found_in_it(rows: int) ->
     errors = (inputs @ weight.T > 0).T * torch.randn(rows, count, generator=rng, dtype=torch.float64)
     rank = LowRank(count, count, 0.0, 1e-12)
     assert not disaggregate(errors @ inputs, errors.sum(1), rank, [(weight, bias)], rng).complete
+
+
+def test_lines_of_one_batch_size_are_beside_their_tick() -> None:
+    ends = {f"{batches.SHARE} low": 0.0, f"{batches.SHARE} high": 1.0}
+    row = {"attack": "disaggregate", "defense": "none", "floor": False, "count": 32, batches.SHARE: 0.5} | ends
+    rows = pd.DataFrame([row, row | {"attack": "others", "floor": True}])
+    (panel,) = batches.figure(batches.BatchesPage(("cifar10", "mlp", "paper"), "one.png", rows)).axes
+    left, right = panel.get_xlim()
+    drawn = [float(container.lines[0].get_xdata()[0]) for container in panel.containers]
+    assert len(drawn) == 2
+    assert all(left < x < right and abs(x - math.log2(32)) < (right - left) / 10 for x in drawn)

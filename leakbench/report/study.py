@@ -99,4 +99,6 @@ def draw_lines(panel: Any, lines: Sequence[Line], ticks: Mapping[float, str]) ->
             look = {"capsize": 3, "markersize": 5, "linewidth": 1.4} | dict(line.look)
             panel.errorbar(x, value, bars(value, low, high), label=plain(line.label), **look)
     panel.set_xticks(places, [ticks[place] for place in places], fontsize=8)
+    if len(places) == 1:  # else its lines would be as far apart as the panel is wide
+        panel.set_xlim(places[0] - 0.5, places[0] + 0.5)
     panel.grid(alpha=0.3)

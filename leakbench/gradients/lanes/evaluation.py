@@ -77,7 +77,7 @@ class _Parameter(ctypes.Structure):
         ("v", _POINTER),
         *((name, _LONG) for name in ("v_trial", "v_element", "size")),
         ("observed", _POINTER),
-        *((name, _LONG) for name in ("place", "tangent", "gap")),
+        *((name, _LONG) for name in ("place", "tangent", "gap", "group", "images")),
         *((name, _POINTER) for name in ("dot", "square")),
     ]
 
@@ -236,11 +236,10 @@ class Program:
         pointers = ctypes.byref(memory.layout), given, x, q, _POINTER(rows.data_ptr())
         self.kernels.run(name, rows.dtype, *pointers, _LONG(trials), _LONG(len(rows)), lanes=memory.lanes)
 
-    def meet(self, parameters: Sequence[_Parameter], memory: _Memory, lanes: int, group: int, images: int) -> None:
-        """Put the mean gradient of each trial's images in the place of theirs, and compare it."""
+    def meet(self, parameters: Sequence[_Parameter], memory: _Memory, lanes: int, group: int) -> None:
+        """Compare the mean gradient of trials whose images fill several blocks each."""
         rows, given = memory.rows, (_Parameter * len(parameters))(*parameters)
-        parts = -(-len(rows) * memory.lanes // max(group, memory.lanes)) * len(parameters)
-        sizes = map(_LONG, (lanes, group, images, len(parameters), parts))
+        sizes = map(_LONG, (lanes, group, len(parameters), lanes // group * len(parameters)))
         pointers = ctypes.byref(memory.layout), given, _POINTER(rows.data_ptr())
         self.kernels.run("meet", rows.dtype, *pointers, *sizes, lanes=memory.lanes)
 
@@ -415,7 +414,7 @@ class GradientComparison:
             one = _Parameter(tensor.data_ptr(), own, None, None, 0, 0, size)
             if name in observed:
                 blocks = program._in_blocks(name, observed[name], trials, self._group, self.memory.lanes)
-                one.observed, one.gap = blocks.data_ptr(), gap
+                one.observed, one.gap, one.group, one.images = blocks.data_ptr(), gap, self._group, images
                 one.place, one.tangent = program.places[name]
                 self._held.append(blocks)
             self._held.append(tensor)
@@ -425,11 +424,9 @@ class GradientComparison:
                 self.squares[row] = squared_norm(y)
         # copies live until the kernels have read them; a label of zeros gives a gradient of zeros
         image, labels = strides(self.x), strides(self._filled(q.detach()))
-        if self._group == 1:
-            program.run("gradient", self._parameters(0), _rows(*image), _rows(*labels), self.memory, lanes)
-        else:
-            program.run("gradient", self._given, _rows(*image), _rows(*labels), self.memory, lanes)
-            program.meet(self._parameters(0), self.memory, lanes, self._group, images)
+        program.run("gradient", self._parameters(0), _rows(*image), _rows(*labels), self.memory, lanes)
+        if self._group > self.memory.lanes:
+            program.meet(self._parameters(0), self.memory, lanes, self._group)
 
     def derivative(self, by_dots: Tensor, by_squares: Tensor, labels: bool) -> tuple[Tensor, Tensor | None]:
         """Return the derivatives by image and, if wanted, labels, of a function with these by both results.

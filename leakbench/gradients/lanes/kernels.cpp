@@ -51,6 +51,8 @@ struct Program {
 // ``place`` (in vectors), and ``dot`` and ``square`` [T] get <g, y> and <g, g>, or <g - y, g - y> where ``gap`` says so. The derivatives
 // by them, which the second half finds in their place, then give v = by_dot y + 2 by_square g, or 2 by_square (g - y),
 // which is kept at ``tangent`` in the scratch memory.
+// A trial of several images has ``group`` lanes, one an image and zeros for those it lacks: a power of two up to L, or whole
+// blocks. The mean of its images' gradients takes the place of each of theirs, and is compared.
 struct Parameter {
   const void* value;
   int64_t own;
@@ -58,7 +60,7 @@ struct Parameter {
   const void* v;
   int64_t v_trial, v_element, size;
   const void* observed;
-  int64_t place, tangent, gap;
+  int64_t place, tangent, gap, group, images;
   void *dot, *square;
 };
 
@@ -366,6 +368,14 @@ template <class S> static void by_weight(const Op& q, const Vec<S>* x, const Vec
 }
 
 // The four passes of one block of trials.
+// A fold adds lanes whose places differ in one bit, so that after log2(N) folds each of N lanes has their sum.
+template <class S, int STEP, size_t... J> static inline Vec<S> exchanged(const Vec<S>& v, std::index_sequence<J...>) {
+  return Vec<S>{v[(J ^ STEP) % sizeof...(J)]...};
+}
+template <class S, int STEP> static inline Vec<S> folded(const Vec<S>& v) {
+  return v + exchanged<S, STEP>(v, std::make_index_sequence<Lanes<S>::COUNT>());
+}
+
 template <class S> struct Block {
   using V = Vec<S>;
   static constexpr int L = Lanes<S>::COUNT;
@@ -426,17 +436,35 @@ template <class S> struct Block {
     else
       store<S>((S*)p.gradient + i * trials + first, count, value);
   }
-  // <g, y> and <g, g>, or <g - y, g - y>; nothing where each image has a gradient of its own, which ``meet`` adds up first.
-  // Every 256 elements are added up by themselves, which loses less to rounding.
+  // The mean gradient of a trial's images in the place of theirs.
+  void mean(const Parameter& p, long from, long to) const {
+    const long several = p.group > L ? p.group / L : 1, width = p.group < L ? p.group : L;
+    const S part = S(1) / S(p.images);
+    V* g = memory + p.place;
+    for (long i = from; i < to; i++) {
+      V sum = g[i];
+      for (long k = 1; k < several; k++) sum += g[k * program.kept + i];
+      if (width > 1) sum = folded<S, 1>(sum);
+      if (width > 2) sum = folded<S, 2>(sum);
+      if (width > 4) sum = folded<S, 4>(sum);
+      if (width > 8) sum = folded<S, 8>(sum);
+      sum *= part;
+      for (long k = 0; k < several; k++) g[k * program.kept + i] = sum;
+    }
+  }
+  // <g, y> and <g, g>, or <g - y, g - y>. Where the images of a trial fill several blocks, ``meet`` does it when all are done.
   void compare(int number) const {
-    if (number < 0 || !parameters[number].observed || !parameters[number].square) return;
-    const Parameter& p = parameters[number];
+    if (number >= 0 && parameters[number].observed && parameters[number].group <= L) compared(parameters[number]);
+  }
+  // Every 256 elements are added up by themselves, which loses less to rounding.
+  void compared(const Parameter& p) const {
     const V *g = memory + p.place, *y = observed(p);
     V dots{}, squares{};
     for (long i = 0; i < p.size; i += 256) {
       constexpr int CHAINS = 4;  // a sum waits for the one before it
       V dot[CHAINS] = {}, square[CHAINS] = {};
       long end = i + 256 < p.size ? i + 256 : p.size;
+      if (p.group > 1) mean(p, i, end);
       auto add = [&](long at, int chain) {
         V own = p.gap ? g[at] - y[at] : g[at];
         if (!p.gap) dot[chain] += own * y[at];
@@ -797,39 +825,16 @@ static void gradient(const Program& program, const Parameter* parameters, Rows x
     }
   }
 }
-// Trials of several images have ``group`` lanes each, one an image and zeros for those it lacks: a power of two up to L, or
-// whole blocks. The mean of the images' gradients takes the place of each of theirs, and is compared. A fold adds lanes
-// whose places differ in one bit, so that after log2(group) folds each lane has the sum.
-template <class S, int STEP, size_t... J> static inline Vec<S> exchanged(const Vec<S>& v, std::index_sequence<J...>) {
-  return Vec<S>{v[(J ^ STEP) % sizeof...(J)]...};
-}
-template <class S, int STEP> static inline Vec<S> folded(const Vec<S>& v) {
-  return v + exchanged<S, STEP>(v, std::make_index_sequence<Lanes<S>::COUNT>());
-}
+// Compares the gradients of trials whose images fill several blocks each: one of ``count`` parameters of a trial at a time.
 template <class S>
-static void meet(const Program& program, const Parameter* parameters, S* memory, long trials, long group, long images, long count,
-                 long from, long to) {
+static void meet(const Program& program, const Parameter* parameters, S* memory, long trials, long group, long count, long from,
+                 long to) {
   constexpr int L = Lanes<S>::COUNT;
-  const long several = group > L ? group / L : 1, width = group < L ? group : L;
-  const S part = S(1) / S(images);
   for (long n = from; n < to; n++) {
-    const long b = n / count * several, first = b * L, left = trials - first;
-    const int number = (int)(n % count);
-    const Parameter& p = parameters[number];
+    const long first = n / count * group;
+    const Parameter& p = parameters[n % count];
     if (!p.observed) continue;
-    Block<S> block{program, parameters, (Vec<S>*)memory + b * program.kept, nullptr, trials, first, left < L ? (int)left : L};
-    Vec<S>* g = block.memory + p.place;
-    for (long i = 0; i < p.size; i++) {
-      Vec<S> sum = g[i];
-      for (long k = 1; k < several; k++) sum += g[k * program.kept + i];
-      if (width > 1) sum = folded<S, 1>(sum);
-      if (width > 2) sum = folded<S, 2>(sum);
-      if (width > 4) sum = folded<S, 4>(sum);
-      if (width > 8) sum = folded<S, 8>(sum);
-      sum *= part;
-      for (long k = 0; k < several; k++) g[k * program.kept + i] = sum;
-    }
-    block.compare(number);
+    Block<S>{program, parameters, (Vec<S>*)memory + first / L * program.kept, nullptr, trials, first, L}.compared(p);
   }
 }
 template <class S>
@@ -1054,9 +1059,9 @@ int lanes_bytes() { return BYTES; }
   int derivative_##NAME(ARGUMENTS(S)) {                                                                                 \
     IN_THREADS(blocks, derivative<S>(*program, parameters, x, q, memory, trials, from, to));                            \
   }                                                                                                                     \
-  int meet_##NAME(const Program* program, const Parameter* parameters, S* memory, long trials, long group, long images,   \
-                   long count, long parts, long threads) {                                                              \
-    IN_THREADS(parts, meet<S>(*program, parameters, memory, trials, group, images, count, from, to));                   \
+  int meet_##NAME(const Program* program, const Parameter* parameters, S* memory, long trials, long group, long count,    \
+                   long parts, long threads) {                                                                          \
+    IN_THREADS(parts, meet<S>(*program, parameters, memory, trials, group, count, from, to));                           \
   }                                                                                                                     \
   int standardise_##NAME(const S* x, S* z, S* r, const double* eps, long n, long trials, long channels, long threads) {  \
     IN_THREADS(channels, standardise(x, z, r, eps, n, trials, from, to));                                               \
