@@ -15,7 +15,7 @@ from leakbench.attacks.batch_labels import batch_labels
 from leakbench.attacks.fill import fill_in
 from leakbench.attacks.matching import Positive, analytic_labels
 from leakbench.attacks.matching.problem import SIGN_LOSSES
-from leakbench.attacks.peeling.beginnings import all_beginnings, beginnings, most_begun
+from leakbench.attacks.peeling.beginnings import all_beginnings, beginnings, most_begun, withheld
 from leakbench.attacks.peeling.chain import Chain, find_chain
 from leakbench.attacks.peeling.estimate import undo_linear
 from leakbench.attacks.peeling.layers import Activation, ChainLayer, Convolution, Dropout, Normalisation, Reshape
@@ -245,10 +245,12 @@ def refusal(network: Network, observation: Observation) -> str | None:
             f"nor does a convolution behind a ReLU give its own input of each of {count} images: one needs as many "
             f"channels as the batch has places, which is so for at most {most}; give a client at most {most}"
         )
+    if not places and (missing := withheld(network, sent, count)):
+        return f"nor was the gradient of {missing[0]} sent, which would give that layer's input"
     if not places and count > 1:
         return (
-            "nor does a convolution of stride 1 with a kernel above 1x1, behind a ReLU, give its own input: one needs "
-            "as many channels as the batch has places"
+            "nor does a convolution of stride 1 with a kernel above 1x1, behind a ReLU, whose zeros tell images apart, "
+            "give its own input: one needs as many channels as the batch has places"
         )
     if not places:
         return (

@@ -23,14 +23,14 @@ def beginnings(network: Network, sent: Collection[str], images: int = 1) -> list
     for place in factorisable(network, sent, images):
         (at,) = network.steps[place].inputs
         source = network.steps[at]
-        alone = source.kind == "relu" and source.users == (place,) and (images == 1 or source.slope == 0)
+        alone = source.kind == "relu" and source.users == (place,) and (images == 1 or _separable(network, place))
         if alone and network.shift(at) in sent:
             found.append(place)
     return found
 
 
 def most_begun(network: Network, sent: Collection[str]) -> int:
-    """Return of how many images a descent can begin at the most; 0 if none can begin at a convolution (``beginnings``).
+    """Return of how many images a descent can begin at the most; 0 if none can begin at a convolution behind a ReLU.
 
     Args:
         network: its steps.
@@ -38,14 +38,20 @@ def most_begun(network: Network, sent: Collection[str]) -> int:
     """
     layers = [network.steps[place].layer for place in beginnings(network, sent, 2)]
     counts = [channels // (height * width) for channels, height, width in (one.inputs for one in layers if one)]
-    return max(counts, default=len(beginnings(network, sent)[:1]))
+    return max(counts, default=int(any(_separable(network, place) for place in beginnings(network, sent))))
+
+
+def _separable(network: Network, place: int) -> bool:
+    """Return whether a convolution takes a ReLU's output, whose zeros tell images apart."""
+    (at,) = network.steps[place].inputs
+    return network.steps[at].kind == "relu" and network.steps[at].slope == 0
 
 
 def factorisable(network: Network, sent: Collection[str], images: int = 1) -> list[int]:
     """Return the places of the convolutions of stride 1 that have as many channels as places, the lowest first.
 
-    Those below a normalisation of one value of each image are left out: it makes the errors of all images add up to
-    zero, so that the rank of the gradient is one too low.
+    Those that give an input in parts only (``opens``) are left out, and those below a normalisation of one value of
+    each image: it makes the errors of all images add up to zero, so that the rank of the gradient is one too low.
 
     Args:
         network: its steps.
@@ -55,19 +61,35 @@ def factorisable(network: Network, sent: Collection[str], images: int = 1) -> li
     found = []
     for place, step in enumerate(network.steps):
         layer = step.layer
-        if layer is None or layer.weight not in sent or layer.geometry.groups > 1:
+        if layer is None or layer.weight not in sent or not opens(layer):
             continue
         channels, height, width = layer.inputs
-        shifts = layer.geometry.stride == (1, 1) and layer.geometry.kernel != (1, 1)
         lone = any(network.steps[user].kind == "normalisation" for user in step.users) and prod(step.shape[1:]) == 1
-        if (
-            shifts
-            and not lone
-            and channels >= images * height * width
-            and network.steps[step.inputs[0]].kind != "image"
-        ):
+        first = network.steps[step.inputs[0]].kind == "image"
+        if not lone and not first and channels >= images * height * width:
             found.append(place)
     return found
+
+
+def opens(layer: Convolution) -> bool:
+    """Return whether a convolution's shifts join all positions of its input (``lattice.py``).
+
+    Its stride is 1, its kernel above 1x1; groups, a dilation, or a kernel in one direction give an input in parts.
+    """
+    g = layer.geometry
+    return g.stride == (1, 1) and g.kernel != (1, 1) and g.groups == 1 and lattice_of(layer).phases == 1
+
+
+def withheld(network: Network, sent: Collection[str], images: int = 1) -> list[str]:
+    """Return the weights whose gradient would have given their convolution's input, but was not sent; the lowest first.
+
+    Args:
+        network: its steps.
+        sent: the names of the tensors whose gradient was sent.
+        images: how many images were trained on at a time.
+    """
+    own = {place: step.layer.weight for place, step in enumerate(network.steps) if step.layer is not None}
+    return [own[place] for place in factorisable(network, own.values(), images) if own[place] not in sent]
 
 
 def flat_heads(network: Network, sent: Collection[str]) -> list[tuple[int, int]]:
@@ -91,7 +113,8 @@ def heads(network: Network, sent: Collection[str]) -> list[int]:
     """Return the places of the linear layers that take the means of a ReLU's channels, and sent what is needed.
 
     That is the gradient of their bias or of their weight and of a shift below the ReLU, and so the error at their
-    input. With half as many channels as places, masks cannot be found.
+    input; and that of a convolution right below the ReLU, which gives the masks. With half as many channels as places,
+    they cannot be found.
     """
     found = []
     for place, step in enumerate(network.steps):
@@ -102,9 +125,22 @@ def heads(network: Network, sent: Collection[str]) -> list[int]:
         channels, places = lowest.shape[:1], prod(lowest.shape[1:])
         pooled = channels == network.steps[step.inputs[0]].shape and 1 < places <= 2 * prod(channels)
         sized = f"{step.name}.bias" in sent or network.shift(at) in sent
-        if pooled and lowest.kind == "relu" and lowest.slope == 0 and sized:
+        rectified = lowest.kind == "relu" and lowest.slope == 0
+        if pooled and rectified and sized and _opened_right_below(network, at, sent):
             found.append(place)
     return found
+
+
+def _opened_right_below(network: Network, place: int, sent: Collection[str]) -> bool:
+    """Return whether a convolution that sent its gradient and ``opens`` reaches a step by steps that scale and add."""
+    unseen = list(network.steps[place].inputs)
+    while unseen:
+        step = network.steps[unseen.pop()]
+        if step.layer is not None and step.layer.weight in sent and opens(step.layer):
+            return True
+        if step.kind in ("scaling", "affine"):
+            unseen += step.inputs
+    return False
 
 
 def _below_affine(network: Network, place: int) -> int:

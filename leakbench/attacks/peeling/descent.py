@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from leakbench.attacks.peeling.beginnings import beginnings, factorisable, flat_heads, heads, lattice_of
+from leakbench.attacks.peeling.beginnings import beginnings, factorisable, flat_heads, heads, lattice_of, opens
 from leakbench.attacks.peeling.completion import factorise_incomplete
 from leakbench.attacks.peeling.correlation import FLOOR, Fitted, by_image, least_squares, windows
 from leakbench.attacks.peeling.factors import ConvolutionFactors, NotFactorised
@@ -317,13 +317,13 @@ def begin_at_head(known: Knowledge, place: int, rng: torch.Generator) -> str | N
     known.pinned[top] = known.network.backward(place, top, error[None])
     for at in reversed(range(place)):
         layer = steps[at].layer
-        if layer is None or layer.geometry.stride != (1, 1) or layer.geometry.kernel == (1, 1):
+        if layer is None or not opens(layer):
             continue
         found = known.gate(at)
         above = None if found is None else known.error(found[0])
-        if found is None or above is None or layer.geometry.groups > 1:
+        if found is None or above is None:
             continue
-        if layer.weight not in known.sent:
+        if layer.weight not in known.sent or not bool(known.sent[layer.weight].isfinite().any()):
             reason = f"{layer.name}: the gradient of its weight was not sent, or is not finite"
             continue
         gate, gain, _ = found
