@@ -127,6 +127,17 @@ def test_a_layer_below_a_normalisation_of_one_value_of_each_image_is_hidden() ->
         assert words.endswith("none right below a normalisation of one value of each image") == train
 
 
+def test_a_layer_whose_weight_is_frozen_or_made_of_other_tensors_is_hidden() -> None:
+    assert predicted(network(), (3, 8, 8))["exposed"].verdict == "exposed"
+    frozen, normed = network(), network()
+    frozen.exposed.weight.requires_grad_(False)
+    nn.utils.parametrizations.weight_norm(normed.exposed)
+    for model in (frozen, normed):
+        found = predicted(model, (3, 8, 8))["exposed"]
+        assert found.verdict == "hidden"
+        assert "is not computed" in found.reason
+
+
 class Joined(nn.Module):
     """A layer of a DenseNet: what it computes is joined to its input."""
 

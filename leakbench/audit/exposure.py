@@ -55,6 +55,8 @@ MIN_ZEROS = 0.01
 BELOW_SINGLE_VALUES = Exposure("hidden", "its errors add up to zero: a normalisation takes one value of each image")
 """The rank of such a convolution's gradient is one too low for the images of a step."""
 
+NOT_TRAINED = Exposure("hidden", "the gradient of its weight is not computed: it is frozen, or made of other tensors")
+
 
 @dataclass(frozen=True)
 class LayerExposure:
@@ -115,19 +117,22 @@ def predicted(network: nn.Module, image_shape: tuple[int, ...], images: int = 1)
         images: in a client's step.
     """
     normalised = any(_own_statistics(module) for module in network.modules())
-    lone = _below_single_values(network, image_shape) if normalised else set()
-    taken = _taken(network, image_shape, CONVOLUTIONS)
+    taken, lone = _run(network, image_shape)
     found = {}
     for name, values in taken.items():
-        if len(values) != 1:
+        module = network.get_submodule(name)
+        if len(values) != 1 or not isinstance(module, CONVOLUTIONS):
             continue
-        module, (value,) = network.get_submodule(name), values
+        (value,) = values
         try:
             lattice = Lattice.of(module, value.shape[1:])
         except Unsupported as error:
             found[name] = Exposure("hidden", str(error))
             continue
-        assert isinstance(module, CONVOLUTIONS)
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        if weight is None or not weight.requires_grad:
+            found[name] = NOT_TRAINED
+            continue
         if name in lone:
             found[name] = BELOW_SINGLE_VALUES
             continue
@@ -138,51 +143,43 @@ def predicted(network: nn.Module, image_shape: tuple[int, ...], images: int = 1)
 
 def has_relus(network: nn.Module, image_shape: tuple[int, ...]) -> bool:
     """Return whether a convolution or linear layer takes values that a ReLU set to 0."""
-    taken = _taken(network, image_shape, (nn.Linear, *CONVOLUTIONS))
+    taken, _ = _run(network, image_shape)
     return any(_sparse(value) for values in taken.values() for value in values)
 
 
-def _taken(
-    network: nn.Module, image_shape: tuple[int, ...], kinds: tuple[type[nn.Module], ...]
-) -> dict[str, list[Tensor]]:
-    """Return what the layers of these kinds take of a random image without draws, in order of execution."""
-    network = copy.deepcopy(network).eval()
-    taken: dict[str, list[Tensor]] = {}
-    for name, module in network.named_modules():
-        if isinstance(module, kinds):
-            module.register_forward_pre_hook(partial(_note_input, taken, name))
-    _run(network, image_shape)
-    return taken
+def _run(network: nn.Module, image_shape: tuple[int, ...]) -> tuple[dict[str, list[Tensor]], set[str]]:
+    """Run a network on a random image without draws.
 
-
-def _below_single_values(network: nn.Module, image_shape: tuple[int, ...]) -> set[str]:
-    """Return the convolutions right below a normalisation by the batch's statistics of one value of each image."""
+    Returns:
+        What convolutions and linear layers take of the image, in order of execution; and which of them are right below
+        a normalisation by the batch's statistics of one value of each image.
+    """
     own = {name for name, module in network.named_modules() if _own_statistics(module)}
     network = copy.deepcopy(network).eval()
+    taken: dict[str, list[Tensor]] = {}
     made: list[tuple[str, Tensor]] = []
-    found: set[str] = set()
+    lone: set[str] = set()
+
+    def take(name: str, _: nn.Module, given: tuple[Tensor, ...]) -> None:
+        taken.setdefault(name, []).append(given[0][0])
 
     def note(name: str, _: nn.Module, __: tuple[Tensor, ...], out: Tensor) -> None:
         made.append((name, out))
 
     def look(_: nn.Module, given: tuple[Tensor, ...]) -> None:
         if given[0][0, 0].numel() == 1:
-            found.update(name for name, out in made if out is given[0])
+            lone.update(name for name, out in made if out is given[0])
 
     for name, module in network.named_modules():
-        if isinstance(module, CONVOLUTIONS):
+        if isinstance(module, (nn.Linear, *CONVOLUTIONS)):
+            module.register_forward_pre_hook(partial(take, name))
             module.register_forward_hook(partial(note, name))
         elif name in own:
             module.register_forward_pre_hook(look)
-    _run(network, image_shape)
-    return found
-
-
-def _run(network: nn.Module, image_shape: tuple[int, ...]) -> None:
-    """Run a network on a random image, for its hooks."""
     image = torch.rand((1, *image_shape), generator=generator("exposure"))
     with torch.no_grad(), seeded("exposure"), contextlib.suppress(Exception):  # what ran before it breaks counts
         network(image.to(next(network.parameters(), image)))
+    return taken, lone
 
 
 def _sparse(value: Tensor) -> bool:
@@ -193,11 +190,6 @@ def _sparse(value: Tensor) -> bool:
 def _own_statistics(module: nn.Module) -> bool:
     """Return whether a layer normalises by the statistics of the batch."""
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
-
-
-def _note_input(taken: dict[str, list[Tensor]], name: str, _: nn.Module, given: tuple[Tensor, ...]) -> None:
-    """Note what a module takes of the first image."""
-    taken.setdefault(name, []).append(given[0][0])
 
 
 def rule_in_words(found: Mapping[str, Exposure], image_shape: Sequence[int], images: int = 1) -> str:
