@@ -106,8 +106,8 @@ class Peel(Attack):
     )
     assumes: ClassVar[str] = (
         "A chain of linear layers, convolutions, invertible activations (sigmoid, tanh, leaky ReLU) and batch "
-        "normalisation of one image; or ReLUs and residual connections, with a convolution of stride 1 of at least as "
-        "many channels as places. A gradient that is nearly exact."
+        "normalisation of one image, with a gradient that is nearly exact; or a network, best of ReLUs, with a "
+        "convolution of stride 1, a kernel above 1x1 and at least as many channels as places."
     )
     cost: ClassVar[str] = (
         "One least-squares problem a layer, in float64; a search only in ReLU networks, whose gradient is of the first "
@@ -115,8 +115,9 @@ class Peel(Attack):
     )
     fails: ClassVar[str] = (
         "ReLUs in narrow or depthwise networks (unsupported). Below a max-pool, an image is close but not exact. "
-        "Noise of 1e-3 of the gradient hides detail, of 0.1 the whole image; behind a secret normalisation less noise "
-        "is enough. Channels behind a closed gate are lost."
+        "In a chain, noise of 1e-3 of the gradient hides detail, of 0.1 the whole image, and behind a secret "
+        "normalisation less noise is enough; a wide ReLU network needs noise of the gradient's size. Channels behind a "
+        "closed gate are lost."
     )
     batches: ClassVar[bool] = True
     precision: Annotated[float, Field(gt=0, le=1)] = 3e-7
