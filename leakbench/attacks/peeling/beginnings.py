@@ -101,7 +101,7 @@ def flat_heads(network: Network, sent: Collection[str]) -> list[tuple[int, int]]
     for place, step in enumerate(network.steps):
         if step.kind != "linear" or not {f"{step.name}.weight", f"{step.name}.bias"} <= set(sent):
             continue
-        at = _below_affine(network, step.inputs[0])
+        at = network.below_affine(step.inputs[0])
         lowest, taken = network.steps[at], network.steps[step.inputs[0]]
         whole = len(lowest.shape) == 3 and prod(lowest.shape) == prod(taken.shape)
         if whole and lowest.kind in ("relu", "max-pool"):
@@ -120,7 +120,7 @@ def heads(network: Network, sent: Collection[str]) -> list[int]:
     for place, step in enumerate(network.steps):
         if step.kind != "linear" or not {f"{step.name}.bias", f"{step.name}.weight"} & set(sent):
             continue
-        at = _below_affine(network, step.inputs[0])
+        at = network.below_affine(step.inputs[0])
         lowest = network.steps[at]
         channels, places = lowest.shape[:1], prod(lowest.shape[1:])
         pooled = channels == network.steps[step.inputs[0]].shape and 1 < places <= 2 * prod(channels)
@@ -141,13 +141,6 @@ def _opened_right_below(network: Network, place: int, sent: Collection[str]) -> 
         if step.kind in ("scaling", "affine"):
             unseen += step.inputs
     return False
-
-
-def _below_affine(network: Network, place: int) -> int:
-    """Return the first step from a place downwards that is no affine step of a single input."""
-    while network.steps[place].kind == "affine" and len(network.steps[place].inputs) == 1:
-        (place,) = network.steps[place].inputs
-    return place
 
 
 def all_beginnings(network: Network, sent: Collection[str]) -> list[int]:

@@ -22,7 +22,6 @@ MAX_CONDITION = 1e9
 MIN_SINGULAR = 1e-6
 """The part of the largest singular value below which equations leave a direction open."""
 
-
 MARGIN = 1.5
 """An unknown's equations are solved without those that are missing if at least this many times as many are left."""
 
@@ -43,17 +42,17 @@ class Fitted:
     deviation: Tensor
 
 
-def taps(geometry: Geometry) -> Tensor:
+def taps(geometry: Geometry, device: torch.device) -> Tensor:
     """Return [K, P], the input position that each of K taps reads at each of P output positions; H * W for none."""
     (height, width), g = geometry.image, geometry
-    places = torch.arange(1.0, height * width + 1, dtype=torch.float64).view(1, 1, height, width)
+    places = torch.arange(1, height * width + 1, dtype=torch.float64, device=device).view(1, 1, height, width)
     read = F.unfold(places, g.kernel, g.dilation, g.padding, g.stride)[0].long() - 1
     return torch.where(read < 0, height * width, read)
 
 
 def design(error: Tensor, geometry: Geometry) -> Tensor:
     """Return [O * K, B * H * W], the equations for a channel of the inputs, from errors [B, O, h, w]."""
-    (images, outputs), read = error.shape[:2], taps(geometry).to(error.device)
+    (images, outputs), read = error.shape[:2], taps(geometry, error.device)
     size = geometry.image[0] * geometry.image[1]
     rows = error.new_zeros(outputs, len(read), images, size + 1)
     values = error.transpose(0, 1).flatten(2)[:, None].expand(-1, len(read), -1, -1)

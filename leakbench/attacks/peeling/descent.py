@@ -22,6 +22,7 @@ from leakbench.attacks.peeling.correlation import FLOOR, Fitted, by_image, least
 from leakbench.attacks.peeling.factors import ConvolutionFactors, NotFactorised
 from leakbench.attacks.peeling.gates import decide, fitting_mask, rebalance
 from leakbench.attacks.peeling.knowledge import CLEAR, Knowledge
+from leakbench.attacks.peeling.layers import Convolution
 from leakbench.attacks.peeling.masks import factorise_masked, factorise_valued
 from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.shifts import factorise_convolution
@@ -317,36 +318,20 @@ def begin_at_head(known: Knowledge, place: int, rng: torch.Generator) -> str | N
     known.pinned[top] = known.network.backward(place, top, error[None])
     for at in reversed(range(place)):
         layer = steps[at].layer
-        if layer is None or not opens(layer):
-            continue
-        found = known.gate(at)
+        found = known.gate(at) if layer is not None and opens(layer) else None
         above = None if found is None else known.error(found[0])
-        if found is None or above is None:
-            continue
-        if layer.weight not in known.sent or not bool(known.sent[layer.weight].isfinite().any()):
-            reason = f"{layer.name}: the gradient of its weight was not sent, or is not finite"
+        if layer is None or found is None or above is None:
             continue
         gate, gain, _ = found
-        values, sums = (gain * above)[0].flatten(1), known.sent.get(known.network.shift(gate) or "")
+        values = (gain * above)[0].flatten(1)
         even = float((values - values[:, :1]).abs().max()) <= EVEN * float(values.abs().max())
         if not even or steps[gate].slope:
             continue
-        own, lattice = known.sent[layer.weight], lattice_of(layer)
-        factors: ConvolutionFactors | NotFactorised = NotFactorised("the number of open positions is not known")
-        if sums is not None and exact:
-            counts = (sums / above[0, :, 0, 0]).nan_to_num(0.0, 0.0, 0.0)
-            factors = factorise_masked(own, lattice, values[:, 0], counts, rng)
-        if isinstance(factors, NotFactorised):
-            counts = torch.full_like(values[:, 0], torch.nan)
-            if sums is not None:
-                spread = known.spreads.get(known.network.shift(gate) or "", torch.inf)
-                sure = spread < MAX_UNSURE * above[0, :, 0, 0].abs()
-                counts = torch.where(sure, (sums / above[0, :, 0, 0]).round().clamp(0, lattice.outputs), torch.nan)
-            factors = factorise_valued(own.nan_to_num(0.0), lattice, values[:, 0], counts, rng, exact)
+        factors = _masked(known, layer, gate, values[:, 0], above[0, :, 0, 0], rng, exact)
         if isinstance(factors, NotFactorised):
             reason = f"{layer.name}: {factors.reason}"
             continue
-        mask = factors.errors != 0
+        mask, sums = factors.errors != 0, known.sent.get(known.network.shift(gate) or "")
         made, seen = (mask * above).sum((0, 2, 3)), torch.zeros_like(values[:, 0], dtype=torch.bool)
         if sums is not None:
             seen = sums.isfinite() & (made != 0)
@@ -361,6 +346,43 @@ def begin_at_head(known: Knowledge, place: int, rng: torch.Generator) -> str | N
         descend(known, gate)
         return None
     return reason
+
+
+def _masked(
+    known: Knowledge,
+    layer: Convolution,
+    gate: int,
+    values: Tensor,
+    above: Tensor,
+    rng: torch.Generator,
+    exact: bool,
+) -> ConvolutionFactors | NotFactorised:
+    """Return what the weight gradient of a convolution gives whose errors are one value a channel times a mask.
+
+    Args:
+        known: of the trial.
+        layer: the convolution.
+        gate: the place of the ReLU above it, whose mask that is.
+        values: [O], the errors at the convolution's output where the ReLU is open.
+        above: [O], the errors at the ReLU's output.
+        rng: for the start of an eigenvalue solver.
+        exact: the errors have no noise but rounding.
+    """
+    own, lattice = known.sent.get(layer.weight), lattice_of(layer)
+    if own is None or not bool(own.isfinite().any()):
+        return NotFactorised("the gradient of its weight was not sent, or is not finite")
+    shift = known.network.shift(gate) or ""
+    sums = known.sent.get(shift)
+    counts = torch.full_like(values, torch.nan)
+    if sums is not None:
+        if exact:
+            opened = (sums / above).nan_to_num(0.0, 0.0, 0.0)
+            factors = factorise_masked(own, lattice, values, opened, rng)
+            if isinstance(factors, ConvolutionFactors):
+                return factors
+        sure = known.spreads.get(shift, torch.inf) < MAX_UNSURE * above.abs()
+        counts = torch.where(sure, (sums / above).round().clamp(0, lattice.outputs), torch.nan)
+    return factorise_valued(own.nan_to_num(0.0), lattice, values, counts, rng, exact)
 
 
 def head_error(known: Knowledge, place: int) -> tuple[Tensor | None, bool]:

@@ -17,15 +17,14 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from leakbench.attacks.peeling.correlation import taps
 from leakbench.attacks.peeling.definite import conjugate_gradients, factor_and_solve
 from leakbench.attacks.peeling.estimate import Estimate, GradientNoise, Standardised
 from leakbench.attacks.peeling.layers import Convolution
 from leakbench.attacks.peeling.priors import Independent, Prior
 from leakbench.gradients.bilinear import Form
 from leakbench.gradients.convolution import convolution, input_gradient
-from leakbench.gradients.lanes.geometry import Geometry
 from leakbench.gradients.lanes.layout import innermost
 from leakbench.gradients.lanes.maps import enough
 
@@ -328,16 +327,16 @@ class Equations:
 
         # F^T V F: each window of w * a adds the outer product of its kernel, at the places of the inputs that it covers
         # (channel and tap, of a group)
-        taps = _taps(geometry, self.kernel.device)
-        first = places * torch.arange(share, device=taps.device)
-        inputs = (first[:, None, None] + taps.clamp(max=places - 1)).flatten(0, 1).mT
-        inside = (taps < places).repeat(share, 1).mT
+        read = taps(geometry, self.kernel.device)
+        first = places * torch.arange(share, device=read.device)
+        inputs = (first[:, None, None] + read.clamp(max=places - 1)).flatten(0, 1).mT
+        inside = (read < places).repeat(share, 1).mT
         kernels = self.kernel.reshape(trials, geometry.groups, -1, inputs.shape[1])
         weights = self.forward.reshape(trials, geometry.groups, kernels.shape[2], -1).mT
         # for all trials and groups, as many windows at a time as keep temporaries below one matrix, or an eighth of all
         most = count**2 * max(1, trials // TEMPORARY_SHARE) // (trials * geometry.groups)
         at_once = max(1, most // inputs.shape[1] ** 2)
-        groups = share * places * (count + 1) * torch.arange(geometry.groups, device=taps.device)[:, None]
+        groups = share * places * (count + 1) * torch.arange(geometry.groups, device=read.device)[:, None]
         for begin in range(0, len(inputs), at_once):
             part = slice(begin, begin + at_once)
             entries = (inputs[part, :, None] * count + inputs[part, None]).flatten() + groups
@@ -351,7 +350,7 @@ class Equations:
         geometry, (trials, outputs) = self.layer.geometry, self.gradient.shape
         places = geometry.image[0] * geometry.image[1]
         # rows of G: for each output channel and tap, the error e laid out over the places of the image that the tap met
-        index = _taps(geometry, self.kernel.device)
+        index = taps(geometry, self.kernel.device)
         shape = (trials, outputs, *index.shape)
         rows = self.error.new_zeros(*shape[:3], places + 1)
         rows = rows.scatter(3, index.expand(shape), self.error.reshape(trials, outputs, 1, -1).expand(shape))
@@ -430,11 +429,3 @@ class _Problem:
             of, kernel=of.kernel[own], error=of.error[own], forward=of.forward[own], gradient=of.gradient[own]
         )
         return replace(self, equations=equations, output=self.output[own], sent=self.sent[own], trust=self.trust[own])
-
-
-def _taps(geometry: Geometry, device: torch.device) -> Tensor:
-    """Return [kh kw, h w], the place in the image that each tap of the kernel meets in each window; H W outside."""
-    height, width = geometry.image
-    places = torch.arange(1, height * width + 1, dtype=torch.float64, device=device).view(1, 1, height, width)
-    windows = F.unfold(places, geometry.kernel, geometry.dilation, geometry.padding, geometry.stride)[0].long() - 1
-    return torch.where(windows < 0, height * width, windows)

@@ -77,9 +77,7 @@ def flat_head(network: Network, sent: Mapping[str, Tensor]) -> FlatHead | None:
     for place, step in enumerate(steps):
         if step.kind != "linear":
             continue
-        at = step.inputs[0]
-        while steps[at].kind == "affine" and len(steps[at].inputs) == 1:
-            (at,) = steps[at].inputs
+        at = network.below_affine(step.inputs[0])
         below = [steps[each].kind for each in network.below(at)]
         known = {f"{step.name}.weight", f"{step.name}.bias"} <= set(sent)
         gate = steps[at] if steps[at].kind != "max-pool" else steps[steps[at].inputs[0]]

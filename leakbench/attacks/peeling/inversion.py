@@ -227,7 +227,7 @@ class Match(Recordable):
 
     def _own_statistics(self) -> bool:
         """Return whether a normalisation by the image's own statistics is on the way, so that contrast is lost."""
-        way = set().union(*(self.network.below(feature.place) for feature in self.features))
+        way = self.network.below(*(feature.place for feature in self.features))
         return any(self.network.steps[place].kind == "normalisation" for place in way)
 
     def distance(self, unknowns: Unknowns) -> Tensor:
@@ -235,7 +235,7 @@ class Match(Recordable):
         steps, image = self.network.steps, unknowns["image"].flatten(0, 1)
         wanted = {feature.place: feature.value for feature in self.features}
         free = {feature.place for feature in self.features if feature.free}
-        needed = {place for feature in self.features for place in self.network.below(feature.place)}
+        needed = self.network.below(*(feature.place for feature in self.features))
         values: dict[int, Tensor] = {}
         total = image.new_zeros(1)
         for place in sorted(needed):
@@ -303,7 +303,7 @@ def invert(
         note: called with a line if a search cannot be recorded on a GPU.
     """
     features = [replace(each, value=each.value.to(noise)) for each in features]
-    way = set().union(*(network.below(each.place) for each in features))
+    way = network.below(*(each.place for each in features))
     start = {"image": 0.5 + SPREAD * noise[None]}
     locks = find_locks(network, way & network.locked, start["image"][0])
     start |= {name: value for lock in locks.values() for name, value in lock.start(network).items()}

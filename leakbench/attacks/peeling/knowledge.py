@@ -170,7 +170,7 @@ class Knowledge:
         return None if gain is None else (gain, torch.zeros_like(gain))
 
     def gate(self, place: int) -> tuple[int, Tensor, Tensor] | None:
-        """Return the ReLU to which a convolution's output leads, and gain and offset of the error there (``_link``)."""
+        """Return the ReLU to which a convolution's output leads, and gain and offset of the error there (``link``)."""
         steps, gain = self.network.steps, torch.ones((1, 1, 1, 1), dtype=torch.float64)
         offset = torch.zeros_like(gain)
         while len(steps[place].users) == 1:

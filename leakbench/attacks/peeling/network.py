@@ -201,16 +201,22 @@ class Network:
         """Return the module of a step that is one, with this network's tensors."""
         return self._run.module.get_submodule(self.steps[place].name)
 
-    def below(self, place: int) -> set[int]:
-        """Return the places of a step and of all that it depends on."""
+    def below(self, *places: int) -> set[int]:
+        """Return the places of steps and of all that they depend on."""
         found: set[int] = set()
-        unseen = [place]
+        unseen = list(places)
         while unseen:
             at = unseen.pop()
             if at not in found:
                 found.add(at)
                 unseen += self.steps[at].inputs
         return found
+
+    def below_affine(self, place: int) -> int:
+        """Return the first step from a place downwards that is no affine step of a single input."""
+        while self.steps[place].kind == "affine" and len(self.steps[place].inputs) == 1:
+            (place,) = self.steps[place].inputs
+        return place
 
     def _inputs(self, node: fx.Node) -> list[fx.Node]:
         """Return the nodes of the steps that a node takes, each once."""

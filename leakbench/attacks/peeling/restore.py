@@ -97,7 +97,7 @@ def images_of(
         sent: the trial's gradient; it counts in the search for a single image.
         note: called with a line if a search cannot be recorded on a GPU.
     """
-    below = set().union(*(network.below(each.place) for each in used))
+    below = network.below(*(each.place for each in used))
     if any(network.steps[place].kind == "normalisation" for place in below):
         # statistics of the batch: all images at once
         images, misfit, spent = invert(searched, used, noise, steps, None, note)

@@ -46,7 +46,6 @@ MIN_DAMPING = 0.3
 MAX_DEVIATION = 0.1
 """How far, relative to their size, recovered values may be from the ones that follow from those below them."""
 
-
 WEAK = 1e-2
 """The part of the largest singular value below which a direction is found from the open ReLUs above: errors of the
 statistics grow in it, and values and statistics would not settle."""
