@@ -29,11 +29,11 @@ from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.restore import restore
 from leakbench.attacks.peeling.trace import trace
 from leakbench.core.rng import seeded
-from leakbench.core.types import ThreatModel
 from leakbench.errors import Unsupported
 from leakbench.gradients.lanes.geometry import Geometry
 from leakbench.models.module import OwnModule
 from leakbench.observation import Observation
+from leakbench.plan.matrix import parse_threat
 from leakbench.victim import Client, observe
 
 CLASSES = 5
@@ -283,14 +283,14 @@ def shrinking(width: int = 64) -> nn.Module:
     return model.double().train()
 
 
-def step_on(model: nn.Module, count: int) -> tuple[Observation, Tensor]:
-    """Return what a server sees of a client's step on several images, and these."""
+def step_on(model: nn.Module, count: int, training: str = "", threat: str = "paper") -> tuple[Observation, Tensor]:
+    """Return what a server sees of a client's step, or other training, on several images, and these."""
     images = F.interpolate(rand(count, 3, 4, 4, seed=1), scale_factor=2, mode="bilinear")
     others = tuple((image, place % CLASSES) for place, image in enumerate(images[1:], 1))
-    client, training = Client(images[0], 0, "w", "c", (), others), clients.parse(f"local(batch={count})")
+    client, trained = Client(images[0], 0, "w", "c", (), others), clients.parse(training or f"local(batch={count})")
     grey, own = torch.full((3, 8, 8), 0.5), OwnModule("own", model)
-    threat = ThreatModel()
-    return observe(own, defenses.parse("none"), threat, [client], CLASSES, grey, training=training), images.double()
+    known = parse_threat(threat)
+    return observe(own, defenses.parse("none"), known, [client], CLASSES, grey, training=trained), images.double()
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
@@ -338,6 +338,20 @@ def fitted_psnr(image: Tensor, exact: Tensor) -> float:
     columns = torch.stack([image.flatten(), torch.ones_like(image).flatten()], 1)
     fit = torch.linalg.lstsq(columns, exact.flatten()[:, None]).solution
     return psnr((columns @ fit).view_as(exact), exact)
+
+
+@pytest.mark.parametrize(("rate", "least"), [(1e-5, 50), (1e-4, 30), (1e-2, None)])
+def test_a_few_steps_on_an_image_leak_it_as_long_as_they_change_the_network_little(
+    rate: float, least: float | None
+) -> None:
+    """The mean gradient of five steps counts as that of one, with what they differ by as noise."""
+    training, threat = f"local(local_steps=5, lr={rate})", "shares=weights, rate=known"
+    observation, images = step_on(residual(width=64), 1, training, threat)
+    found = leakbench.attack("peel(search=15)", observation)
+    if least is None:
+        assert "the descent fails at 4.conv2" in found.reasons[0]
+    else:
+        assert fitted_psnr(found.images.view_as(images).double(), images) > least
 
 
 @pytest.mark.long
