@@ -435,7 +435,7 @@ def test_two_outputs_do_not_show_whether_there_is_one_image(
     done = audit(cli, name, *files, *truth, "--fail-if", "recovered > 0.1")
     assert (done.code, "cannot be judged" in done.err) == (2, True)
     text = (nets / "out" / "audit.md").read_text()
-    assert "was not tested: in this network, the update from several images looks like one image" in text
+    assert "was not tested: in this network, a step on several images looks like one image" in text
     assert "**one image per step**: not tested" in text
     assert "follows exactly" not in text
 

@@ -51,6 +51,7 @@ def test_no_reason_in_an_audit_of_an_update_names_an_option_of_a_matrix() -> Non
         ("sums; use a client with optimizer=sgd, or local=unrolled with rate=known", "sums; record an update by SGD"),
         ("too many; give a client at most 16, or use a wider layer",
          "too many; record an update of at most 16 images, or use a wider layer"),
+        ("too many; give a client at most 1", "too many; record an update of one image"),
         ("one step; use clients that take one, and recipe=known", "one step; record an update of one step"),
         ("a needs x; use smaller images; nor does y", "a needs x; use smaller images; nor does y"),
         ("size; use dlm or dlm+, or a threat model with rate=known", "size; give --rate"),

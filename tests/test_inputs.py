@@ -839,7 +839,7 @@ SLOW = ("compiled", "compiled forward")
 def test_networks_of_any_precision_and_wrapper_are_attacked(name: str) -> None:
     network, images = SERVED[name](), torch.rand(2, *SHAPE, generator=torch.Generator().manual_seed(5))
     assert classes_of(AuditedNetwork("own", network).at(SHAPE).model(3), SHAPE) == 4
-    assert ("precision" in dict(AuditedNetwork("own", network).facts())) == name.startswith(("float", "bfloat"))
+    assert ("precision" in dict(AuditedNetwork("own", network).facts("x"))) == name.startswith(("float", "bfloat"))
     seen = leakbench.observe(network, images, [1, 2])
     exact = torch.float64 if name == "float64" else torch.float32
     assert {value.dtype for value in seen.gradient.values()} == {exact}

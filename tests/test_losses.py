@@ -162,6 +162,54 @@ def test_labels_and_images_follow_behind_other_heads(outputs: int, loss: str, fo
     assert read.tolist() == labels.tolist()
 
 
+class Rectified(nn.Sequential):
+    """A network whose first layer takes the pixels before a ReLU."""
+
+    def __init__(self, outputs: int) -> None:
+        torch.manual_seed(0)
+        super().__init__(
+            nn.Flatten(), nn.Linear(432, 80), nn.ReLU(), nn.Linear(80, 20), nn.ReLU(), nn.Linear(20, outputs)
+        )
+
+
+def page_of(
+    cli: Any,  # noqa: F811
+    folder: Path,
+    outputs: int,
+    targets: Tensor,
+    *options: str,
+) -> str:
+    """Return the page on an update of ``Rectified`` by one step on a batch under the binary cross-entropy."""
+    network = Rectified(outputs)
+    torch.save(network.state_dict(), folder / "before.pt")
+    images = torch.rand(len(targets), *SHAPE, generator=torch.Generator().manual_seed(1))
+    F.binary_cross_entropy_with_logits(network(images), targets).backward()
+    torch.optim.SGD(network.parameters(), lr=0.1).step()
+    torch.save(network.state_dict(), folder / "after.pt")
+    (folder / "nets.py").write_text(f"from test_losses import Rectified\ndef build(): return Rectified({outputs})\n")
+    files = ("--before", "before.pt", "--after", "after.pt", "--size", "12", "--budget", "quick", "--out", "out")
+    done = cli("audit", "--plugin", "nets.py", "--model", "build", *files, *options)
+    assert (done.code, done.err) == (0, "")
+    return (folder / "out" / "audit.md").read_text()
+
+
+def test_one_logit_of_a_batch_leaks_no_feature_exactly(cli, nets: Path) -> None:  # noqa: F811
+    """The one row of the last layer's change is explained by one input, whatever the batch is."""
+    page = page_of(cli, nets, 1, torch.tensor([[0.0], [1], [1], [1]]), "--loss", "bce")
+    assert "follows exactly" not in page
+    assert "its input, exactly" not in page
+    assert "Layer 1: its inputs, the images themselves, follow together" in page
+    assert "1 of class 0 and 3 of class 1" in page
+    assert "mean over the outputs" not in page
+
+
+def test_labels_are_not_counted_by_a_loss_that_the_update_contradicts(cli, nets: Path) -> None:  # noqa: F811
+    targets = (torch.rand(4, 6, generator=torch.Generator().manual_seed(3)) < 0.5).float()
+    page = page_of(cli, nets, 6, targets)
+    assert "the client used another loss than the cross-entropy" in page
+    assert "The label counts do not follow from what was sent and stated." in page
+
+
 def test_the_loss_is_named_on_the_page_and_several_classes_of_an_image_are_found(cli, nets: Path) -> None:  # noqa: F811
     network = Formed("dict")
     torch.save(network.state_dict(), nets / "before.pt")

@@ -210,7 +210,7 @@ def test_a_wrong_assumption_is_measured() -> None:
     lattice = Lattice.of(layer, (4, 4))
     around = nn.Conv2d(40, 24, 3, padding=1, padding_mode="circular")
     found = refusal(step(around, (4, 4))[0], lattice)
-    assert "1 eigenvalues should vanish" in found.reason
+    assert "1 eigenvalue should vanish" in found.reason
     assert found.gap > 0.2
     two = step(layer, (4, 4), 2)[0]
     assert "rank 32 instead of 16" in refusal(two, lattice).reason

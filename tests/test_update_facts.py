@@ -222,6 +222,42 @@ def test_the_page_of_one_image_under_another_rule_says_neither_exact_nor_one_ima
     assert "**one image per step**: not shown: ranks count images only under SGD." in assumptions
 
 
+def test_a_step_on_several_images_is_not_called_one_images_by_a_layer_that_cannot_tell(tmp_path: Path) -> None:
+    """Below two classes, a stack of wide linear layers changes by one matrix of rank one, whatever the batch is."""
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(432, 512), nn.Linear(512, 512), nn.Linear(512, 2))
+    _, facts = recorded(tmp_path, wide, SGD["plain"], 8, 8, 1)
+    assert (facts.one_image, [one.rank for one in facts.layers]) == (None, [1, 1, 1])
+    assert not any(one.conclusive for one in facts.layers)
+
+
+def test_a_layer_of_one_row_or_column_shows_nothing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(432, 40), nn.ReLU(), nn.Linear(40, 1), nn.Tanh(), nn.Linear(1, 5))
+    _, facts = recorded(tmp_path, network, SGD["plain"], 8, 8, 1)
+    assert [(one.layer, one.conclusive) for one in facts.layers] == [("1", True), ("3", False), ("5", False)]
+    assert facts.images == 8
+
+
+def straight() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(432, 64), nn.Linear(64, 2))
+
+
+def test_adam_below_two_classes_is_said_to_hide_the_images_and_not_the_network(
+    cli,  # noqa: F811
+    nets: Path,  # noqa: F811
+    short: None,
+) -> None:
+    recorded(nets, straight(), torch.optim.Adam, 4, 4, 1)
+    (nets / "nets.py").write_text("from test_update_facts import straight as build\n")
+    files = ("--before", "before.pt", "--after", "after.pt", "--size", "12", "--budget", "quick")
+    cli("audit", "--plugin", "nets.py", "--model", "build", "--out", "out", *files)
+    page = (nets / "out" / "audit.md").read_text()
+    assert "looks like one image" not in page
+    assert "**one image per step**: not shown: ranks count images only under SGD." in page
+
+
 @pytest.mark.parametrize("classes", [2, 3])
 def test_the_page_of_an_epoch_on_batches_says_nothing_false(cli, nets: Path, short: None, classes: int) -> None:  # noqa: F811
     """Two classes show no second image, but the counters of the normalisation show the batches."""
@@ -243,9 +279,25 @@ def test_the_page_of_an_epoch_on_batches_says_nothing_false(cli, nets: Path, sho
         "takes one step of SGD",
         "follows exactly",
         "from what was sent: class",
-        *(("several images would look the same",) if classes == 3 else ()),
+        *(("not tested: a step on several images",) if classes == 3 else ()),
     ):
         assert claim not in page
+
+
+def test_images_that_are_only_listed_are_not_called_stated(cli, nets: Path, short: None) -> None:  # noqa: F811
+    """No attack sees how many images --labels has; the page says how to grant it."""
+    recorded(nets, convolutional(3), SGD["momentum"], 16, 8, 2)
+    (nets / "nets.py").write_text("from test_update_facts import convolutional\ndef build(): return convolutional(3)\n")
+    (nets / "labels.txt").write_text("0\n" * 16)
+    files = ("--before", "before.pt", "--after", "after.pt", "--size", "12", "--budget", "quick")
+    command = ("audit", "--plugin", "nets.py", "--model", "build", *files, "--labels", "labels.txt")
+    assert cli(*command, "--out", "out").code == 0
+    page = (nets / "out" / "audit.md").read_text()
+    assert "**Listed by --truth or --labels: 16 images. What holds for the update from one image does not" in page
+    assert "Stated:" not in page
+    assert "give --images 16: attacks that search then look for all of them" in page
+    assert cli(*command, "--images", "16", "--out", "known").code == 0
+    assert "give --images" not in (nets / "known" / "audit.md").read_text()
 
 
 def test_the_share_of_rounding_is_that_of_the_update_without_its_decay(tmp_path: Path) -> None:

@@ -128,6 +128,8 @@ def estimated_counts(
     head = head_of(network)
     if head.loss != CROSS_ENTROPY and not head.single:
         return ()
+    if shown.zero_sum is False:  # not the loss that these estimates are for
+        return ()
     known = batch is not None and batch.recovered
     if batch is not None and known:
         try:
@@ -140,7 +142,7 @@ def estimated_counts(
     count = recipe.images or (shown.images if one is not None and one.conclusive else None)
     if count is None or count < 2 or shown.rule == "sign" or recipe.optimizer not in (None, "sgd"):
         return ()
-    if bias is None or shown.zero_sum is False or bias.shape[1] != observation.num_classes:
+    if bias is None or bias.shape[1] != observation.num_classes:
         return ()
     if shown.zero_sum is None and not recipe.images:
         return ()

@@ -11,6 +11,7 @@ VERBS = r"(?:use|give|grant|write|set|train|choose) "
 
 FIXES = (
     (r"batch=1", "record an update of one image"),
+    (r"a client at most 1(?![\d,])", "record an update of one image"),
     (r"a client at most ([\d,]+)", r"record an update of at most \1 images"),
     (r"(?:clients that take one, and recipe=known|local_steps=1)", "record an update of one step"),
     (r"a client with optimizer=sgd", "record an update by SGD"),

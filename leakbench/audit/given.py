@@ -28,7 +28,6 @@ from leakbench.errors import BadOption, MissingAsset, Unsupported, one_line
 from leakbench.gradients.evaluate import working
 from leakbench.gradients.losses import (
     CROSS_ENTROPY,
-    Head,
     LossFunction,
     last_function,
     loss_named,
@@ -168,15 +167,15 @@ class AuditedNetwork:
             raise BadOption(f"--normalise {self.normalise!r}: give as many means as positive standard deviations")
         return mean, std
 
-    def facts(self) -> list[tuple[str, str]]:
-        """Return what a page states of the network, as (name, value)."""
+    def facts(self, loss: str) -> list[tuple[str, str]]:
+        """Return what a page states of the network, as (name, value); ``loss`` is its loss in words."""
         kind, exact = (str(one).removeprefix("torch.") for one in (network_dtype(self.module), working(self.module)))
         precision = f"{kind}, in which clients compute; the attackers compute in {exact} or finer"
         return [
             ("model", self.label),
             *([("input normalisation", self.normalise)] if self.normalise else []),
             *([("precision", precision)] if kind != "float32" else []),
-            *([("loss", Head(self.loss).words)] if self.loss != CROSS_ENTROPY else []),
+            *([("loss", loss)] if self.loss != CROSS_ENTROPY else []),
         ]
 
 

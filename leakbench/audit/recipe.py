@@ -209,12 +209,12 @@ class StatedRecipe:
         ]
         return english([part for part in parts if part])
 
-    def contradictions(self, shown: UpdateFacts) -> tuple[str, ...]:
-        """Return in sentences what the update shows that cannot be as stated."""
-        return tuple(self._contradictions(shown))
+    def contradictions(self, shown: UpdateFacts, by: str = "Stated") -> tuple[str, ...]:
+        """Return in sentences what the update shows that cannot be as stated; ``by`` begins those on images."""
+        return tuple(self._contradictions(shown, by))
 
-    def _contradictions(self, shown: UpdateFacts) -> Iterator[str]:
-        yield from self._images(shown)
+    def _contradictions(self, shown: UpdateFacts, by: str) -> Iterator[str]:
+        yield from self._images(shown, by)
         steps = self.step_range or (None if self.local_steps is None else (self.local_steps, self.local_steps))
         if shown.steps is not None and steps is not None and not steps[0] <= shown.steps <= steps[1]:
             words = self._batches() if self.step_range is not None else _batches(steps[1])
@@ -235,23 +235,23 @@ class StatedRecipe:
         """Whether several images are stated."""
         return self.images is not None and self.images > 1
 
-    def _images(self, shown: UpdateFacts) -> Iterator[str]:
+    def _images(self, shown: UpdateFacts, by: str) -> Iterator[str]:
         stated, found, one = self.images, shown.images, shown.shown
         if stated is None:
             return
         if self.several and shown.one_image is not False:
-            yield f"Stated: {plural(stated, 'image')}. What holds for the update from one image does not apply."
+            yield f"{by}: {plural(stated, 'image')}. What holds for the update from one image does not apply."
         if found is None or one is None:
             return
         if found > stated:
-            words = f"Stated: {plural(stated, 'image')}. The update shows at least {found} different inputs"
+            words = f"{by}: {plural(stated, 'image')}. The update shows at least {found} different inputs"
             if self.most_inputs is not None and found > self.most_inputs:
                 yield f"{words}, more than {self._epochs()} can have, even if every epoch changes the images."
             else:
                 yield f"{words}: the client used more images, or changed them from epoch to epoch (augmentation)."
         elif found < stated and one.pixels and one.conclusive:
             yield (
-                f"Stated: {plural(stated, 'image')}. The change of layer {one.layer} shows {found} beyond the rounding "
+                f"{by}: {plural(stated, 'image')}. The change of layer {one.layer} shows {found} beyond the rounding "
                 "of the record: the others are copies of these, were not used, or had next to no gradient."
             )
 

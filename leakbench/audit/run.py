@@ -72,6 +72,9 @@ EXPECTED = "exposed by size"
 RELU_ATTACK = "log-cosine"
 """The search for ReLU networks, which other networks are not attacked by."""
 
+LISTED = "Listed by --truth or --labels"
+"""What says how many images there are if only the list of the private ones does; no attack sees it."""
+
 UPDATE = "the recorded update"
 """What stands in place of a defense in the findings of a recorded update."""
 
@@ -203,7 +206,7 @@ def audit_model(
             flaw = control or (UNPROVEN if one.result.unproven else "")
             behind.append(_doubted(replace(one, note=each[spec].note(), floor=floor), leaks[spec][1], flaw))
     facts = (
-        *network.facts(),
+        *network.facts(own.head(inner.image_shape).words),
         *_output_facts(own, inner.image_shape, progress),
         *drawn.facts(known=not any(doubt for _, doubt in leaks.values())),
         ("weights", network.checkpoint or "as the factory makes them, with a fixed seed"),
@@ -292,7 +295,7 @@ def audit_update(
         check_recording(recording, shown)
     listed = known if true is None else len(true)
     if recipe.images is None and listed is not None and listed > 1:
-        beside_them = StatedRecipe(images=listed).contradictions(shown)
+        beside_them = StatedRecipe(images=listed).contradictions(shown, LISTED)
     else:
         beside_them = ()
     contradictions = (
@@ -386,6 +389,11 @@ def audit_update(
             "takes the pixels. That does not make them safe."
         )
     assumed = observation.count
+    if listed is not None and listed > 1 and assumed == 1 and recipe.images is None and not everything:
+        missed.append(
+            f"{listed} images are listed, and attacks do not see how many. If the server knows the number, give "
+            f"--images {listed}: attacks that search then look for all of them."
+        )
     warnings = (*([doubt] if doubt else []), *_doubts(shown, update, assumed), *missed, *found.warnings)
     found = replace(found, inconclusive=flaw, warnings=warnings)
     words = f"{before} to {after}" if kind == "weights" else f"{after}, a {kind}, of the weights {before}"
@@ -395,7 +403,14 @@ def audit_update(
         [("stated", recipe.words() + ("" if recording is None else f" ({recording.folder})"))] if recipe.stated else []
     )
     ends = _output_facts(initial, image_shape, progress)
-    facts = (*network.facts(), *ends, *drawn.facts(known=not doubt), ("update", words), *stated, (EXPECTED, rule))
+    facts = (
+        *network.facts(own.head(image_shape).words),
+        *ends,
+        *drawn.facts(known=not doubt),
+        ("update", words),
+        *stated,
+        (EXPECTED, rule),
+    )
     found_by = _audit(own, dataset, facts, matrix, [found], options, 1, expected, threat)
     untried = tuple(name for name in found_by.untried if batch is None or name != DISAGGREGATE)
     if batch is not None:
@@ -764,6 +779,8 @@ def _doubts(shown: UpdateFacts, update: Update, images: int) -> Iterable[str]:
             "Whether the update comes from one image was not tested, which takes a linear layer that was sent and "
             f"runs once. {assumed}"
         )
+    elif shown.rule == "sign":
+        pass  # the page says that ranks show no number of images then
     elif smallest > RESIDUAL_TOLERANCE:
         yield (
             f"The update is small: rounding of the recorded numbers may account for {part(min(1.0, smallest))} of it. "
@@ -776,8 +793,8 @@ def _doubts(shown: UpdateFacts, update: Update, images: int) -> Iterable[str]:
         )
     elif not any(one.conclusive for one in shown.layers):
         yield (
-            "Whether the update comes from one image was not tested: in this network, the update from several images "
-            f"looks like one image's in every linear layer (as with two classes). {assumed}"
+            "Whether the update comes from one image was not tested: in this network, a step on several images looks "
+            f"like one image's in every linear layer (as with two classes). {assumed}"
         )
 
 

@@ -41,6 +41,9 @@ ONE_SIZE = 0.05
 MAX_CONTROL_IMAGES = 33
 """The most public images in the test of what a layer can show."""
 
+CONTROL_ROUNDING = 1e4
+"""The rounding of a gradient adds up over the layers to less than this many times that of its numbers."""
+
 SUM_TOLERANCE = 1e-2
 """The share of the last layer's change up to which the sum of its rows counts as zero."""
 
@@ -198,9 +201,7 @@ class UpdateFacts:
         if one is None and any(layer.conclusive for layer in self.layers):
             return "not shown: no change of a linear layer has a low rank"
         if one is None and self.layers:
-            return (
-                "not shown: in this network, the change by several images looks like one image's in every linear layer"
-            )
+            return "not shown: in this network, a step on several images looks like one image's in every linear layer"
         if one is None:
             return "not shown: no linear layer was sent that runs once"
         taken = f"layer {one.layer}{', which takes the pixels,' if one.pixels else ''}"
@@ -404,7 +405,7 @@ def _control(network: nn.Module, observation: Observation, ranks: Mapping[str, L
     """Return the layers in which more images would have shown, and whether the last one's rows sum to zero.
 
     The gradient of a batch of public images is tested. In a stack of linear layers before two classes, say, any batch
-    looks like one image.
+    looks like one image, and so it does in a layer of one output or input.
     """
     most = max((found.rank for found in ranks.values() if found.low), default=1)
     count = min(most + 1, MAX_CONTROL_IMAGES)
@@ -413,9 +414,11 @@ def _control(network: nn.Module, observation: Observation, ranks: Mapping[str, L
     able = set()
     for name, value in found.items():
         layer = name.removesuffix(".weight")
+        if min(value.shape) == 1:
+            continue
         error = rounding_error(torch.zeros_like(value), value, float(torch.finfo(value.dtype).eps))
-        control = low_rank(value, torch.zeros_like(value), error)
-        if not control.low or control.rank > ranks[layer].rank or control.rank == count:
+        control = low_rank(value, torch.zeros_like(value), CONTROL_ROUNDING * error)
+        if not control.low or control.rank > ranks[layer].rank or control.rank >= count:
             able.add(layer)
     last = found.get(f"{next(reversed(list(ranks)), '')}.weight")
     return able, last is not None and float(last.sum(0).norm()) <= SUM_TOLERANCE * float(last.norm())

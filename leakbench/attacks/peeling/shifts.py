@@ -25,6 +25,7 @@ from leakbench.attacks.peeling.krylov import lowest_eigenvectors
 from leakbench.attacks.peeling.lattice import Lattice
 from leakbench.attacks.peeling.reduced import ReducedGradient, misfit, solve_inputs
 from leakbench.attacks.peeling.unmixing import unmix
+from leakbench.core.text import plural
 from leakbench.errors import BadOption
 
 CLEAR_GAP = 100.0
@@ -199,8 +200,8 @@ def factorise_mixed(
     last, following = (max(float(value), ROUNDING) for value in values[images - 1 : images + 1])
     if last > MAX_NULL_RATIO * following:
         return NotFactorised(
-            f"{images} eigenvalues should vanish, and the last of them is {last / following:.2g} of the next: too much "
-            "noise, another number of images, or another geometry",
+            f"{plural(images, 'eigenvalue')} should vanish, and the last is {last / following:.2g} of the next: too "
+            "much noise, another number of images, or another geometry",
             last / following,
         )
     return MixedErrors(reduced.expand(reduced.errors(solutions)).mT, gap, last / following)
