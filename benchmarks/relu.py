@@ -90,7 +90,7 @@ eight photographs of scikit-image, scikit-learn and matplotlib. Three weight see
 the weights of seed i mod 3. An image is recovered if its SSIM after the best fit of brightness and contrast is at least
 {RECOVERED}, and better than that of every floor. Intervals are Wilson's over images. In train mode a batch of one image
 has lost its brightness and contrast, so read the columns after the fit. Seconds are of one core that other processes
-shared, so that they are upper bounds. Relative noise counts in root mean squares of each tensor's gradient. The rows of
+shared, so that they are upper bounds; those of batches are of the processor. Relative noise counts in root mean squares of each tensor's gradient. The rows of
 fully trained networks are of a last search that ends when it brings nothing more; in all others it ended after 1,000
 iterations at most.
 
@@ -115,7 +115,7 @@ class BatchRow:
         seed: of the weights.
         image: its index.
         psnr, psnr_aligned, ssim_aligned: of the reconstruction that is assigned to it.
-        seconds: of the whole batch.
+        seconds: of the processor, for the whole batch.
         reason: why nothing was recovered; empty if it was.
     """
 
@@ -172,9 +172,9 @@ def batch_rows(model: str, indices: tuple[int, ...], seed: int) -> list[BatchRow
     network = build(
         models.parse(model), defenses.parse("none"), dataset.image_shape, dataset.num_classes, f"weights/{seed}"
     )
-    begun = time.perf_counter()
+    begun = time.process_time()
     found = restored(network, images, labels, dataset.mean())
-    seconds = time.perf_counter() - begun
+    seconds = time.process_time() - begun
     guesses = matched(found.images.clamp(0, 1), images)
     scores = {name: metrics.parse(name)(guesses, images).tolist() for name in MEASURED}
     return [
