@@ -35,6 +35,7 @@ from leakbench.observation import Observation
 from leakbench.plan.matrix import Matrix
 from leakbench.report import batches, grids
 from leakbench.report.files import write
+from leakbench.report.run import RunData
 from leakbench.report.show import show
 from leakbench.store.run_file import FILE, Store
 from leakbench.victim import Client, observe
@@ -174,9 +175,19 @@ def test_a_run_of_batches_has_a_score_for_every_image_and_the_whole(batch_run: P
     with Store.open(batch_run / FILE, readonly=True) as store:
         results = store.results()
         members = store.members(results["trial"])
-        assert set(store.threats()) == {"paper"}
+        granted = {dataset: words for (_, dataset), words in store.threats().items()}
+        grants = RunData.of(store, "run").grants["paper"]
         pictures = store.images(f"{trial}/1" for trial in members)
     assert set(results["dataset"]) == {"samples(size=16)", *(f"samples(size=16) with local(batch={n})" for n in (2, 4))}
+    for dataset, images in (
+        ("", "one image"),
+        (" with local(batch=2)", "2 images"),
+        (" with local(batch=4)", "4 images"),
+    ):
+        words = granted[f"samples(size=16){dataset}"]
+        assert f"shared gradient of {images}, the public weights" in words
+        assert words.count("shared gradient") == 1
+        assert grants[words] == (dataset.removeprefix(" with ") or "clients of one image")
     counts = results.groupby("dataset")["image"].unique().map(len).to_dict()
     assert sorted(counts.values()) == [1, 2, 4]
     for row in results.to_dict("records"):

@@ -39,7 +39,7 @@ from leakbench.report import html as pages
 from leakbench.report import write
 from leakbench.report.page import embedded, render, sentence
 from leakbench.report.sprites import SHEET_COLUMNS, sheets
-from leakbench.store.records import MetricInfo, RunSession, StoredComponent
+from leakbench.store.records import MetricInfo, Pictures, RunSession, StoredComponent
 from leakbench.store.run_file import FILE, Store
 
 NASTY = "</script><script>alert(1)</script><!-- \"'&amp; {{ 7*7 }} \u2028 中文 🙈"
@@ -509,3 +509,24 @@ def test_the_steps_of_the_gain_are_told_apart_by_all(theme, blind):
     for i in range(len(lab)):
         for j in range(i):
             assert np.linalg.norm(lab[i] - lab[j]) > 5, (i, j)
+
+
+def test_batches_of_the_galleries_come_first_and_leave_room_to_other_trials() -> None:
+    once = pd.DataFrame({"trial": list("abc"), "image": [0, 4, 8], "seed": 0})
+    noise = np.random.default_rng(0)
+
+    def picture() -> bytes:
+        file = BytesIO()
+        Image.fromarray(noise.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(file, "PNG")
+        return file.getvalue()
+
+    pictures = {trial: Pictures(picture(), picture(), None) for trial in once["trial"]}
+    members = {
+        row: [pages._Member(image, 0, [], Pictures(picture(), picture(), None), (1.0, 1.0)) for image in range(4)]
+        for row in range(3)
+    }
+    room = 8.5 * len(picture())  # for six pictures: two of the gallery, half of four of its batch, and two of another
+    gallery = [[0, 0, 0, 0, 0, [2]]]
+    _, places = pages._sprites(once, gallery, lambda own: {t: pictures[t] for t in own}, int(room), members)
+    assert [place >= 0 for place in places["picture"]] == [True, False, True]
+    assert [sum(place >= 0 for row in own for place in row[2:4]) for own in places["members"]] == [0, 0, 2]

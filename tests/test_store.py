@@ -575,7 +575,7 @@ def test_a_released_file_of_this_schema_is_read_as_it_is(tmp_path):
         statements = {one.spec: one.statement for one in store.components() if one.kind == "defense"}
         metrics = [metric.name for metric in store.metrics()]
         pictures = store.images(results["trial"])
-        assert set(store.threats()) == {"paper", "weights"}
+        assert {threat for threat, _ in store.threats()} == {"paper", "weights"}
     assert results["status"].value_counts().to_dict() == {"ok": 34, "error": 12, "unsupported": 8}
     reason = "the defense failed: 'raises-for-bright' raised ValueError: too bright"
     assert set(results[results["status"] == "error"]["reason"]) == {reason}

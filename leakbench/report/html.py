@@ -32,6 +32,8 @@ MAX_PAGE_BYTES = 9_500_000
 _CODE_BYTES = 200_000
 _BATCH = 512
 _SMALLEST_PICTURE = 200
+_Drawn = tuple[bytes | None, bytes | None, int]
+"""A truth and a reconstruction as they are drawn, and whether that is aligned."""
 _AXES = ("dataset", "model", "threat", "defense", "attack")
 _SHOWN = ("psnr_aligned", "ssim_aligned", "lpips_vgg", "psnr")
 _RANKED = (RECOVERY, "psnr_aligned", "psnr")
@@ -79,7 +81,7 @@ def html(
     options = {(one.kind, one.spec): {**one.options, "version": one.version} for one in run.components}
     data: dict[str, Any] = {
         "axes": axes,
-        "words": [run.threats.get(threat, "") for threat in axes["threat"]],
+        "words": [[run.threats.get((threat, one), "") for one in axes["dataset"]] for threat in axes["threat"]],
         "options": {kind: [options.get((kind, spec), {}) for spec in axes[kind]] for kind in _AXES if kind != "threat"},
         "statements": _statements(run, axes),
         "metrics": _metric_data(metrics, summary),
@@ -113,7 +115,7 @@ def html(
         "facts": run.facts(),
         "public": [(block, list(table), table.to_numpy().tolist()) for block, table in public_tables(run)],
         "mixed": run.mixed,
-        "threats": {threat: run.threats.get(threat, "") for threat in axes["threat"]},
+        "threats": {threat: run.grants.get(threat, {}) for threat in axes["threat"]},
         "metrics": metrics,
         "ranking": ranking,
         "left_out": places["picture"].count(_LEFT_OUT),
@@ -336,53 +338,55 @@ def _sprites(
     """Return the sheets, and the place of every trial's truth and reconstruction in them, and of those of its batch.
 
     A place is sheet x 256 + tile; ``_NO_PICTURE`` where there is no picture, ``_LEFT_OUT`` where it does not fit into
-    ``room`` bytes. The galleries' pictures come first, then those of the first images by index, then those of batches.
-    ``aligned`` has 1 for a reconstruction that is drawn aligned (``Pictures.drawn``), else 0. ``members`` has for each
-    trial of a batch one row for an image: index, label, places of truth and reconstruction, whether it is drawn
-    aligned, and its scores; None for others.
+    ``room`` bytes. The galleries' pictures come first, those of their batches next, then the others by index, and those
+    of their batches last. ``aligned`` has 1 for a reconstruction that is drawn aligned (``Pictures.drawn``), else 0.
+    ``members`` has for each trial of a batch one row for an image: index, label, places of truth and reconstruction,
+    whether it is drawn aligned, and its scores; None for others.
     """
     first = dict.fromkeys(row for gallery in galleries for row in gallery[len(_AXES)])  # type: ignore[attr-defined]
     images, seeds, ids = once["image"].tolist(), once["seed"].tolist(), once["trial"].tolist()
     by_index = sorted(range(len(ids)), key=lambda row: (images[row], seeds[row], row))
     left = room * 3 // 4  # base64 takes four bytes for three
-    scores = once.reindex(columns=["psnr", "psnr_aligned"]).to_numpy(dtype=float).tolist()
-    kept: dict[int, tuple[bytes | None, bytes | None]] = {}
-    aligned = [0] * len(ids)
+    levels = list(zip(*once.reindex(columns=["psnr", "psnr_aligned"]).to_numpy(dtype=float).T.tolist()))
     seen: set[bytes] = set()
-    order = list(dict.fromkeys([*first, *by_index]))
-    for start in range(0, len(order), _BATCH):
-        batch = order[start : start + _BATCH]
-        loaded = pictures([ids[row] for row in batch])
-        for row in batch:
-            found = loaded.get(ids[row])
-            if found is None:
-                continue
-            drawn, fitted = found.drawn(*scores[row])
-            new = {data for data in (found.truth, drawn) if data is not None} - seen
-            cost = sum(_picture_bytes(data) for data in new)
-            if cost <= left:
-                left -= cost
-                seen |= new
-                kept[row], aligned[row] = (found.truth, drawn), int(fitted)
-        if left < _SMALLEST_PICTURE:
-            break
+
+    def fitting(found: Pictures, psnr: float, aligned: float, spare: int = 0) -> _Drawn | None:
+        """Return the pictures to draw, if there is room for them beside ``spare`` bytes."""
+        nonlocal left
+        drawn, fitted = found.drawn(psnr, aligned)
+        new = {data for data in (found.truth, drawn) if data is not None} - seen
+        cost = sum(_picture_bytes(data) for data in new)
+        if cost > left - spare:
+            return None
+        left -= cost
+        seen.update(new)
+        return found.truth, drawn, int(fitted)
+
+    kept: dict[int, _Drawn] = {}
+    of_batches: dict[tuple[int, int], _Drawn] = {}
+    # the batches of the galleries leave half of the room to other trials
+    for order, share in ((list(first), 0.5), ([row for row in by_index if row not in first], 0)):
+        for start in range(0, len(order), _BATCH):
+            batch = order[start : start + _BATCH]
+            loaded = pictures([ids[row] for row in batch])
+            for row in batch:
+                if ids[row] in loaded and (found := fitting(loaded[ids[row]], *levels[row])):
+                    kept[row] = found
+            if left < _SMALLEST_PICTURE:
+                break
+        spare = int(share * left)
+        for row in order:
+            for place, own in enumerate(members.get(row, ())):
+                if found := fitting(own.pictures, *own.levels, spare):
+                    of_batches[row, place] = found
     rows = sorted(kept)
     truths = [kept[row][0] or b"" for row in rows]
     shown = [(row, data) for row in rows if (data := kept[row][1]) is not None]
-    of_batches: dict[tuple[int, int], tuple[bytes | None, bytes | None, int]] = {}
-    for row in order:
-        for place, own in enumerate(members.get(row, ())):
-            drawn, fitted = own.pictures.drawn(*own.levels)
-            new = {data for data in (own.pictures.truth, drawn) if data is not None} - seen
-            cost = sum(_picture_bytes(data) for data in new)
-            if cost <= left:
-                left -= cost
-                seen |= new
-                of_batches[row, place] = own.pictures.truth, drawn, int(fitted)
     further = [data or b"" for truth, drawn, _ in of_batches.values() for data in (truth, drawn)]
     made, places = sheets([*truths, *(data for _, data in shown), *further])
     numbers = [_NO_PICTURE if place is None else place[0] * SHEET_COLUMNS * SHEET_ROWS + place[1] for place in places]
     truth, picture = [_LEFT_OUT] * len(ids), [_LEFT_OUT] * len(ids)
+    aligned = [kept[row][2] if row in kept else 0 for row in range(len(ids))]
     for row, at in zip(rows, numbers):
         truth[row], picture[row] = at, _NO_PICTURE
     for (row, _), at in zip(shown, numbers[len(rows) :]):

@@ -76,7 +76,7 @@ def markdown(
                 "weights": weights.get(model, ""),
                 "results": [one for one in recovered if (one.dataset, one.model) == (dataset, model)],
                 "threat": threat,
-                "granted": run.threats.get(threat, ""),
+                "granted": run.threats.get((threat, dataset), ""),
                 **_tables(block, run.metrics),
                 **_controls(results, run),
                 "proofs": _proofs(results, run),

@@ -14,6 +14,7 @@ from leakbench.analysis.ensemble import RECOVERED, EnsembleResult, ensemble_resu
 from leakbench.analysis.summary import STATUSES, rescored, summarise
 from leakbench.core.text import english, number
 from leakbench.plan.matrix import RECOVERY
+from leakbench.plan.trial import split_label
 from leakbench.report.page import render_markdown
 from leakbench.store.frames import AFTER, BEFORE, ended
 from leakbench.store.records import (
@@ -56,7 +57,7 @@ class RunData:
     Attributes:
         name: the run's name.
         trials: every planned trial in the order of planning (``Store.trials``).
-        threats: threat model -> what it grants, in words.
+        threats: (threat model, dataset's label) -> what it grants, in words (``Store.threats``).
         components: what each spec stands for.
         plugins: the files of components that are not part of leakbench.
         controls: every planned trial of a control (``Store.controls``).
@@ -66,7 +67,7 @@ class RunData:
     sessions: Sequence[RunSession]
     trials: pd.DataFrame
     metrics: Sequence[MetricInfo]
-    threats: Mapping[str, str]
+    threats: Mapping[tuple[str, str], str]
     components: Sequence[StoredComponent] = ()
     plugins: Sequence[PluginFile] = ()
     controls: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=[*BEFORE, *AFTER]))
@@ -83,6 +84,19 @@ class RunData:
         sessions, metrics, threats = store.sessions(), store.metrics(), store.threats()
         parts = (store.components(), store.plugins(), store.controls(), store.findings())
         return cls(run_name(sessions, folder), sessions, store.trials(), metrics, threats, *parts)
+
+    @cached_property
+    def grants(self) -> Mapping[str, Mapping[str, str]]:
+        """Threat model -> what it grants, in words -> the clients of whom it is said; empty if of all."""
+        found: dict[str, dict[str, list[str]]] = {}
+        for (threat, dataset), words in self.threats.items():
+            client = split_label(dataset)[1] or "clients of one image"
+            clients = found.setdefault(threat, {}).setdefault(words, [])
+            clients += [] if client in clients else [client]
+        return {
+            threat: {words: english(clients) if len(kinds) > 1 else "" for words, clients in kinds.items()}
+            for threat, kinds in found.items()
+        }
 
     @cached_property
     def results(self) -> pd.DataFrame:

@@ -47,6 +47,12 @@ def _scenes(trials: pd.DataFrame, components: Sequence[StoredComponent], thresho
     return scenes
 
 
+def _granted(run: RunData, threat: str) -> str:
+    """Return what a threat model grants, in words, and of which clients if it is not the same for all."""
+    kinds = run.grants.get(threat, {threat: ""})
+    return " ".join(f"{clients}: {words}" if clients else words for words, clients in kinds.items())
+
+
 def _missing(missing: Mapping[Scene, Sequence[str]], scene: tuple[str, str]) -> list[tuple[str, list[str]]]:
     """Return the attackers of the suite that did not run, each list once, with the defenses that it is for."""
     groups: dict[tuple[str, ...], list[str]] = {}
@@ -72,7 +78,7 @@ def markdown(run: RunData, threshold: float) -> str:
         threshold=threshold,
         scenes=scenes,
         complete=not any(scene["missing"] for scene in scenes),
-        attackers=[[short, attack, run.threats.get(threat, threat)] for (attack, threat), short in attackers.items()],
+        attackers=[[short, attack, _granted(run, threat)] for (attack, threat), short in attackers.items()],
         components=[[one.kind, one.spec, options(one)] for one in components if one.kind in ("attack", "defense")],
         stated=stated(components),
     )

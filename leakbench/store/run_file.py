@@ -278,14 +278,10 @@ class Store:
             for row in self.query("SELECT * FROM metrics ORDER BY position")
         ]
 
-    def threats(self) -> dict[str, str]:
-        """Return every threat model: its spec and its description, with one for each kind of client."""
-        rows = self.query("SELECT threat, threat_words FROM cells GROUP BY threat, threat_words ORDER BY min(id)")
-        found: dict[str, str] = {}
-        for row in rows:
-            before = f"{found[row['threat']]} " if row["threat"] in found else ""
-            found[row["threat"]] = before + row["threat_words"]
-        return found
+    def threats(self) -> dict[tuple[str, str], str]:
+        """Return what a threat model grants, in words, by its spec and the dataset's label, which names the clients."""
+        rows = self.query("SELECT threat, dataset, threat_words FROM cells GROUP BY threat, dataset ORDER BY min(id)")
+        return {(row["threat"], row["dataset"]): row["threat_words"] for row in rows}
 
     def cells(self) -> list[sqlite3.Row]:
         """Return the row of every cell of which a trial was planned, in the order of planning."""

@@ -304,13 +304,18 @@
     return element("table", { className: "scores" }, element("tbody", {}, ...rows.map(([metric, score]) => element("tr", { title: metric.convention },
       element("th", { className: "spec", textContent: arrow(metric), set: { scope: "row" } }), element("td", { className: "number", textContent: number(score, metric.places) })))));
   }
+  /** What the picture and the scores of a trial of several images are; nothing for one of one image. */
+  function first(i) {
+    const own = trials.members[i];
+    return own === null ? null : element("p", { className: "muted small", textContent: `The first of ${count(own.length, "image")}. Scores are means over all of them; each image's own are below.` });
+  }
   /** Every image of a batch beside what was assigned to it, with its scores; nothing for a trial of one image. */
   function batch(i) {
     const own = trials.members[i];
     if (own === null) return null;
     const figures = own.map(([image, label, real, guess, aligned, scores]) => {
       const words = [`image ${image}`, ...(label < 0 ? [] : [`label ${label}`]), ...(aligned ? ["aligned"] : [])];
-      const values = metrics.map((metric, m) => [metric, scores[m]]).filter(([metric, score]) => score !== null);
+      const values = metrics.map((metric, m) => [metric, scores[m]]).filter(([metric, score]) => metric.shown && score !== null);
       return element("figure", {},
         element("span", { className: "pair" }, tile(real, `private image ${image}`, "no picture"), tile(guess, `reconstruction of image ${image}`, "not returned")),
         element("figcaption", {}, words.join(" · "), ...values.map(([metric, score]) => element("div", { className: "muted", title: metric.convention, textContent: `${arrow(metric)} ${number(score, metric.places)}` }))));
@@ -324,7 +329,7 @@
     const words = status(i) === "ok" ? "ok" : `${status(i) === "failed" ? "failed: it diverged" : status(i)}${trials.reasons[trials.reason[i]] ? `: ${trials.reasons[trials.reason[i]]}` : ""}`;
     const settings = AXES.map((axis) => {
       const own = axis === "threat" ? null : Object.entries(data.options[axis][trials[axis][i]]);
-      const options = own === null ? data.words[trials.threat[i]] : own.map(([key, v]) => `${key}=${JSON.stringify(v)}`).join(", ");
+      const options = own === null ? data.words[trials.threat[i]][trials.dataset[i]] : own.map(([key, v]) => `${key}=${JSON.stringify(v)}`).join(", ");
       const said = axis === "defense" ? data.statements[trials.defense[i]][trials.threat[i]] : [];
       const lines = [options, ...said].map((text) => element("div", { className: "muted small", textContent: text }));
       return [axis === "threat" ? "threat model" : axis, element("span", { className: "spec", textContent: spec(i, axis) }), ...lines];
@@ -344,9 +349,9 @@
         step(at - 1, "←", "Previous trial"), step(at + 1, "→", "Next trial"),
         element("button", { type: "button", id: "trial-close", textContent: "Close", onclick: () => dialog.close() })),
       element("div", { className: "body" },
-        element("div", {}, pair(i), slider(i), scored(i), trials.aligned[i] ? element("p", { className: "muted small", textContent: "The reconstruction is drawn after the best fit of brightness and contrast to the private image; as the attack returned it, the picture would show nothing." }) : null),
+        element("div", {}, pair(i), slider(i), first(i), scored(i), trials.aligned[i] ? element("p", { className: "muted small", textContent: "The reconstruction is drawn after the best fit of brightness and contrast to the private image; as the attack returned it, the picture would show nothing." }) : null),
         element("div", {},
-          facts([["trial", element("code", { textContent: trials.id[i] })], ["image, seed", `${trials.image[i]}, ${trials.seed[i]}`], ["status", words]]),
+          facts([["trial", element("code", { textContent: trials.id[i] })], [trials.members[i] === null ? "image, seed" : "first image, seed", `${trials.image[i]}, ${trials.seed[i]}`], ["status", words]]),
           element("h3", { textContent: "Settings and threat model" }), facts(settings)),
         batch(i),
         element("div", { className: "wide" },
