@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import rand
+from conftest import plain, rand, same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -563,6 +563,18 @@ def test_a_neighbour_does_not_change_an_image() -> None:
     pair, alone = (leakbench.attack("peel(search=1)", seen(residual(), count)[0]) for count in (2, 1))
     assert torch.equal(alone.images[0], pair.images[0])
     assert not torch.equal(pair.images[1], pair.images[0])
+
+
+@pytest.mark.parametrize("train", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_same_observation_gives_the_same_image_and_stays_as_it_is(dtype: torch.dtype, train: bool) -> None:
+    observation, _ = seen(residual().to(dtype).train(train))
+    before = plain(observation)
+    once, again = (leakbench.attack("peel(search=1)", observation) for _ in range(2))
+    assert once.images.dtype == dtype
+    assert torch.equal(once.images, again.images)
+    assert torch.equal(once.objective, again.objective)
+    assert same(plain(observation), before)
 
 
 def test_a_batch_of_more_images_than_channels_have_places_for_is_refused() -> None:

@@ -1,11 +1,12 @@
 """Every figure of the texts is the one that the committed data give, and a wrong one is caught in one line."""
 
 import re
+import shutil
 
 import pandas as pd
 import pytest
 
-from benchmarks import committed, recheck
+from benchmarks import committed, recheck, relu
 from benchmarks.recheck import COMPUTATIONS, ROOT, TABLES, TEXTS
 from leakbench.analysis.statistics import wilson_interval
 
@@ -239,3 +240,11 @@ def test_the_command_ends_with_1_and_repairs_if_asked(data, monkeypatch, capsys)
     assert lines[0] == "TEXT.md:1: 0.5 stated, 0.445 recomputed (mean: defense=none)"
     assert lines[-1] == "TEXT.md: 1 figure recomputed, 0 faults"
     assert file.read_text().startswith("It is 0.4 dB.")
+
+
+def test_the_tables_on_relu_networks_are_what_their_files_give(tmp_path):
+    for file in (ROOT / "reports" / "relu").glob("*.csv"):
+        shutil.copy(file, tmp_path)
+    relu.page(tmp_path / "no runs", tmp_path)
+    made, committed_ = ((folder / "relu.md").read_text() for folder in (tmp_path, ROOT / "reports" / "relu"))
+    assert made.partition("\n## ")[2] == committed_.partition("\n## ")[2]
