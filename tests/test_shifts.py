@@ -223,6 +223,14 @@ def test_a_wrong_assumption_is_measured() -> None:
     assert noise.gap > 0.2
 
 
+def test_a_layer_too_large_for_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Conv2d(80, 32, 3, padding=1)
+    gradient, _, _ = step(layer, (5, 5))
+    factors(gradient, Lattice.of(layer, (5, 5)))
+    monkeypatch.setattr(shifts, "free_memory", lambda _: 8 * 625 * 100)
+    assert "the eigenvectors of 625 unknowns take" in refusal(gradient, Lattice.of(layer, (5, 5))).reason
+
+
 @pytest.mark.parametrize(
     ("layer", "image", "reason"),
     [

@@ -15,6 +15,15 @@ MAX_STEPS = 600
 """The number of steps at which the search ends in any case; a gap of 1e-3 of the largest eigenvalue needs as many."""
 
 
+USUAL_STEPS = 192
+"""About how many steps are held in memory: 80 to 160 are usual, and room for them is made twofold."""
+
+
+def bytes_held(size: int, count: int) -> int:
+    """Return about how many bytes ``lowest_eigenvectors`` holds for ``count`` vectors of n = ``size``."""
+    return 8 * size * (size if size <= max(DENSE, 3 * count) else min(USUAL_STEPS * count, size))
+
+
 def lowest_eigenvectors(
     product: Callable[[Tensor], Tensor], size: int, count: int, rng: torch.Generator, tolerance: float = 1e-12
 ) -> tuple[Tensor, Tensor]:

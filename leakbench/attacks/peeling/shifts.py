@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from leakbench.attacks.peeling.factors import ConvolutionFactors, NotFactorised
-from leakbench.attacks.peeling.krylov import lowest_eigenvectors
+from leakbench.attacks.peeling.krylov import bytes_held, lowest_eigenvectors
 from leakbench.attacks.peeling.lattice import Lattice
 from leakbench.attacks.peeling.reduced import ReducedGradient, misfit, solve_inputs
 from leakbench.attacks.peeling.unmixing import unmix
+from leakbench.core.device import free_memory
 from leakbench.core.text import plural
 from leakbench.errors import BadOption
 
@@ -133,6 +134,13 @@ def refuse(gradient: Tensor | None, lattice: Lattice, images: int, *, low_rank: 
         )
     if lattice.undilated().inputs * rank > MAX_UNKNOWNS:
         return NotFactorised(f"{lattice.undilated().inputs * rank} unknowns are more than {MAX_UNKNOWNS}")
+    held, free = (
+        bytes_held(lattice.undilated().inputs * rank, images * lattice.phases),
+        free_memory(torch.device("cpu")),
+    )
+    if held > free:
+        sizes = f"{held / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+        return NotFactorised(f"the eigenvectors of {lattice.undilated().inputs * rank} unknowns take {sizes}")
     ambiguity = lattice.undilated().ambiguity()
     if ambiguity > 1:
         return NotFactorised(f"{lattice}: its shifts leave {ambiguity} dimensions of the input undetermined")
