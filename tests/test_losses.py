@@ -210,6 +210,37 @@ def test_labels_are_not_counted_by_a_loss_that_the_update_contradicts(cli, nets:
     assert "The label counts do not follow from what was sent and stated." in page
 
 
+def test_the_classes_of_a_batch_follow_from_its_images_errors(cli, nets: Path) -> None:  # noqa: F811
+    """Under the binary cross-entropy of several outputs an image may have several classes, or none."""
+    targets = torch.tensor([[0.0, 1, 1, 0, 0], [0, 1, 0, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 0, 0]])
+    page = page_of(cli, nets, 5, targets, "--loss", "bce")
+    words = "0 class 0, 3 class 1, 2 class 2, 1 class 3 and 0 class 4"
+    assert f"How many images have each class is estimated from the errors of the images at layer 1: {words}." in page
+    assert "The labels of the images are" not in page
+
+
+def test_the_classes_of_a_batch_follow_from_the_last_bias(cli, nets: Path) -> None:  # noqa: F811
+    """Below a sigmoid the images do not follow; with the rate and the number of images, the counts do."""
+    network = Formed("tuple")
+    torch.save(network.state_dict(), nets / "before.pt")
+    images = torch.rand(6, *SHAPE, generator=torch.Generator().manual_seed(1))
+    targets = (torch.rand(6, CLASSES, generator=torch.Generator().manual_seed(4)) < 0.5).float()
+    F.binary_cross_entropy_with_logits(network(images)[0], targets).backward()
+    torch.optim.SGD(network.parameters(), lr=0.1).step()
+    torch.save(network.state_dict(), nets / "after.pt")
+    (nets / "nets.py").write_text("from test_losses import Formed\ndef build(): return Formed('tuple')\n")
+    files = ("--before", "before.pt", "--after", "after.pt", "--size", "12", "--budget", "quick", "--loss", "bce")
+    command = ("audit", "--plugin", "nets.py", "--model", "build", *files, "--images", "6", "--local-steps", "1")
+    counts = [f"{int(count)} class {number}" for number, count in enumerate(targets.sum(0))]
+    for rate, found in ((0.1, True), (0.001, False)):  # by a false rate, counts would be beyond the number of images
+        assert cli(*command, "--rate", str(rate), "--out", f"out{rate}").code == 0
+        page = (nets / f"out{rate}" / "audit.md").read_text()
+        assert (
+            f"estimated from the change of the last bias: {', '.join(counts[:-1])} and {counts[-1]}." in page
+        ) == found
+        assert ("The label counts do not follow from what was sent and stated." in page) == (not found)
+
+
 def test_the_loss_is_named_on_the_page_and_several_classes_of_an_image_are_found(cli, nets: Path) -> None:  # noqa: F811
     network = Formed("dict")
     torch.save(network.state_dict(), nets / "before.pt")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from leakbench import datasets
 from leakbench.gradients.counts import (
+    class_counts,
     is_far,
     label_counts,
     label_counts_by_embedding,
@@ -77,6 +78,16 @@ def test_counts_are_exact_if_the_probabilities_do_not_depend_on_the_image(images
     assert torch.equal(label_counts(gradient, probabilities, images), true)
     update = label_counts_of_update(0.37 * gradient, probabilities, images)
     assert (update is None) if images >= 10 else torch.equal(update, true)
+
+
+def test_counts_of_images_that_may_have_several_classes_are_each_by_itself() -> None:
+    """Their sum is no number of images, and none is below 0 or above that."""
+    rng = torch.Generator().manual_seed(0)
+    probabilities, has = torch.rand(10, generator=rng), torch.rand(8, 10, generator=rng) < 0.3
+    gradient = probabilities - has.double().mean(0)
+    assert torch.equal(class_counts(gradient, probabilities, 8), has.sum(0))
+    assert torch.equal(class_counts(gradient, torch.stack([probabilities.roll(3), probabilities]), 8), has.sum(0))
+    assert class_counts(torch.tensor([-2.0, 2.0]), torch.tensor([0.5, 0.5]), 8).tolist() == [8, 0]
 
 
 def test_remainders_give_whole_numbers_of_the_sum() -> None:

@@ -383,8 +383,8 @@ def test_label_counts_of_an_update_with_momentum_take_its_whole_size(tmp_path: P
     recipe = StatedRecipe(12, 6, 4, optimizer="sgd", momentum=momentum, rate=1e-3)
     threat, factor = recipe.threat()
     seen = _observation(mlp(3), update, (3, 12, 12), 3, threat, factor)
-    assert estimated_counts(mlp(3), seen, update, shown, None, recipe, factor) == (9, 2, 1)
-    assert estimated_counts(mlp(3), seen, update, shown, None, recipe) != (9, 2, 1)
+    assert estimated_counts(mlp(3), seen, update, shown, None, recipe, factor).counts == (9, 2, 1)
+    assert estimated_counts(mlp(3), seen, update, shown, None, recipe).counts != (9, 2, 1)
 
 
 def test_long_trainings_are_not_repeated() -> None:

@@ -1,7 +1,6 @@
 """The images of a recorded update of several images, from the layer that takes their pixels."""
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,8 +16,15 @@ from leakbench.audit.recipe import StatedRecipe
 from leakbench.audit.update_facts import UpdateFacts
 from leakbench.core.rng import generator, seeded
 from leakbench.engine.worker import png
-from leakbench.gradients.counts import is_far, label_counts, label_counts_of_update, mean_feature, moved_probabilities
-from leakbench.gradients.losses import CROSS_ENTROPY, head_of
+from leakbench.gradients.counts import (
+    class_counts,
+    is_far,
+    label_counts,
+    label_counts_of_update,
+    mean_feature,
+    moved_logits,
+)
+from leakbench.gradients.losses import CROSS_ENTROPY, Head, head_of
 from leakbench.gradients.low_rank import LowRank
 from leakbench.gradients.plain import without_checkpointing
 from leakbench.models.surgery import linears
@@ -102,6 +108,26 @@ LEAST_COUNT, LEAST_SHARE = -0.75, -0.05
 """A count below this, and below this share of all, contradicts the stated learning rate and steps."""
 
 
+LEAST_DIRECTION = 1e-6
+"""A layer shows the classes of an image if the smallest of the logits' directions there is this large, relative to the
+largest one."""
+
+
+@dataclass(frozen=True)
+class EstimatedCounts:
+    """How often each class occurs among the images of an update, by an estimate.
+
+    Attributes:
+        counts: one for each class; empty if there is none.
+        layer: the layer whose errors of each image show them; empty if they follow from the last bias.
+        several: whether an image may have several of the classes, or none: the counts are then of images.
+    """
+
+    counts: tuple[int, ...] = ()
+    layer: str = ""
+    several: bool = False
+
+
 def estimated_counts(
     network: nn.Module,
     observation: Observation,
@@ -110,8 +136,8 @@ def estimated_counts(
     batch: BatchFindings | None,
     recipe: StatedRecipe,
     factor: float = 1.0,
-) -> tuple[int, ...]:
-    """Return how often each class occurs among the images of an update, by an estimate; empty if there is none.
+) -> EstimatedCounts:
+    """Return how often each class occurs among the images of an update, by an estimate.
 
     The probabilities are those of the recovered images, or of noise, at the weights before and after the training.
 
@@ -126,26 +152,27 @@ def estimated_counts(
     """
     one, last = shown.shown, next(reversed(list(linears(network))), "")
     head = head_of(network)
-    if head.loss != CROSS_ENTROPY and not head.single:
-        return ()
-    if shown.zero_sum is False:  # not the loss that these estimates are for
-        return ()
+    several, none = head.loss == "bce" and not head.single, EstimatedCounts()
+    if head.loss != CROSS_ENTROPY and not head.single and not several:
+        return none
+    if shown.zero_sum is False or shown.loss:  # not the loss that these estimates are for
+        return none
     known = batch is not None and batch.recovered
     if batch is not None and known:
         try:
-            labels = labels_of_errors(network, batch)
+            has = classes_of_errors(network, batch)
         except Exception:  # whatever the user's network raises on a batch
-            labels = None
-        if labels is not None:
-            return tuple(torch.bincount(labels, minlength=observation.num_classes).tolist())
+            has = None
+        if has is not None:
+            return EstimatedCounts(tuple(has.sum(0).tolist()), batch.layer, several)
     bias = observation.gradient.get(f"{last}.bias")
     count = recipe.images or (shown.images if one is not None and one.conclusive else None)
     if count is None or count < 2 or shown.rule == "sign" or recipe.optimizer not in (None, "sgd"):
-        return ()
+        return none
     if bias is None or bias.shape[1] != observation.num_classes:
-        return ()
-    if shown.zero_sum is None and not recipe.images:
-        return ()
+        return none
+    if shown.zero_sum is None and not several and not recipe.images:
+        return none
     with seeded("audit", "labels"):
         coarse = torch.rand(PUBLIC_IMAGES, observation.image_shape[0], 3, 3)
         noise = nn.functional.interpolate(coarse, observation.image_shape[1:])
@@ -153,30 +180,43 @@ def estimated_counts(
         try:
             public = _probabilities(network, images.to(observation.dtype), update, None if known else last)
         except Exception:  # whatever the user's network raises on a batch
-            return ()
+            return none
     optimiser, steps = recipe.optimiser(), recipe.steps or shown.steps
     change, unit = factor * bias[0].double(), 1.0 if update.kind == "gradient" else None
     if optimiser is not None and steps is not None:
         unit = optimiser.unit(steps)
-    least = -math.inf if unit is None else float((count * (public - change / unit)).amin(1).max())
-    if unit is not None and least >= min(LEAST_COUNT, LEAST_SHARE * count):
-        return tuple(label_counts(change / unit, public, count).tolist())
-    found = label_counts_of_update(change, public, count) if unit is None else None
-    return () if found is None else tuple(found.tolist())
+    change = change * len(change) if several else change  # the loss is the mean over the outputs
+    values = None if unit is None else count * (public - change / unit)
+    if unit is not None and values is not None and _possible(values, count, several):
+        rule = class_counts if several else label_counts
+        return EstimatedCounts(tuple(rule(change / unit, public, count).tolist()), several=several)
+    found = label_counts_of_update(change, public, count) if unit is None and not several else None
+    return none if found is None else EstimatedCounts(tuple(found.tolist()))
 
 
-def labels_of_errors(network: nn.Module, batch: BatchFindings) -> Tensor | None:
-    """Return the label [N] of each image: the derivative of its loss by the layer's output is most like its error.
+def _possible(values: Tensor, images: int, several: bool) -> bool:
+    """Return whether one row of estimated counts [E, K] has none that contradicts the stated rate and steps."""
+    slack = max(-LEAST_COUNT, -LEAST_SHARE * images)
+    beyond = (-values).amax(1)
+    if several:  # others sum to the number of images
+        beyond = torch.maximum(beyond, (values - images).amax(1))
+    return float(beyond.min()) <= slack
+
+
+def classes_of_errors(network: nn.Module, batch: BatchFindings) -> Tensor | None:
+    """Return which classes [N, K] bool each image has, by the error of the image at the layer's output.
 
     The error of an image is the sum, over the steps, of the derivatives of the loss by the layer's output; that of the
-    weights before the training has nearly its direction.
+    weights before the training has nearly its direction. By the cross-entropy, the class whose derivative is most like
+    it is the label. By the binary cross-entropy of several outputs, the error is the sum of the logits' directions
+    times p - y, up to a positive factor: the image has the classes whose coefficients are negative.
 
     Args:
         network: the network, with the weights before.
         batch: the images.
 
     Returns:
-        None if the layer does not run on one vector for each image.
+        None if the layer does not run on one vector for each image, or has too few directions for the classes.
     """
     probe, taken = copy.deepcopy(network), list[Tensor]()
     probe.get_submodule(batch.layer).register_forward_hook(lambda _, inputs, output: taken.append(output))
@@ -189,15 +229,30 @@ def labels_of_errors(network: nn.Module, batch: BatchFindings) -> Tensor | None:
         (row,) = torch.autograd.grad(column.sum(), taken[0], retain_graph=True)
         rows.append(row.double())
     by_logit = torch.stack(rows)  # [K, N, M]
+    head = head_of(network)
+    if head.loss == "bce" and not head.single:
+        directions, errors = by_logit.permute(1, 2, 0), batch.errors.T.double()[..., None]
+        sizes = torch.linalg.svdvals(directions)
+        if directions.shape[1] < directions.shape[2] or bool((sizes[:, -1] <= LEAST_DIRECTION * sizes[:, 0]).any()):
+            return None
+        return torch.linalg.lstsq(directions, errors).solution[..., 0] < 0
     mean = torch.einsum("nk,knm->nm", torch.softmax(logits.detach().double(), 1), by_logit)
     likeness = torch.cosine_similarity(mean - by_logit, batch.errors.T.double(), dim=2)
-    return likeness.argmax(0)
+    return nn.functional.one_hot(likeness.argmax(0), len(rows)).bool()
 
 
-def counted(labels: InferredLabels, counts: Sequence[int], true: Sequence[int] | None, classes: int) -> InferredLabels:
-    """Return inferred labels with the counts, compared with the true labels if these are known."""
+def counted(
+    labels: InferredLabels, estimate: EstimatedCounts, true: Sequence[int] | None, classes: int
+) -> InferredLabels:
+    """Return inferred labels with the counts, compared with the true labels if these are known.
+
+    Counts of images that may have several classes are not compared: the true labels are one for each image.
+    """
+    labels, counts = replace(labels, layer=estimate.layer), estimate.counts
+    if estimate.several:
+        return replace(labels, having=counts, among=0 if true is None else len(true))
     if true is None:
-        return replace(labels, counts=tuple(counts))
+        return replace(labels, counts=counts)
     if not counts:
         right = None
         if len(true) == 1 and labels.inferred is not None:
@@ -205,7 +260,7 @@ def counted(labels: InferredLabels, counts: Sequence[int], true: Sequence[int] |
         return replace(labels, correct=right, among=len(true))
     found = torch.bincount(torch.tensor(true), minlength=classes)
     overlap = torch.minimum(found, torch.tensor(counts)).sum()
-    return replace(labels, counts=tuple(counts), counted=int(overlap), among=len(true))
+    return replace(labels, counts=counts, counted=int(overlap), among=len(true))
 
 
 def _probabilities(network: nn.Module, images: Tensor, update: Update, last: str | None) -> Tensor:
@@ -243,11 +298,11 @@ def _estimates(
 
     Without the gradient of a last layer there is no second one; if the features are far from the batch's, no first one.
     """
-    taken: list[Tensor] = []
+    taken, head = list[Tensor](), head_of(network)
     layer = network.get_submodule(last) if last is not None else None
     hook = None if layer is None else layer.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
     with torch.no_grad(), without_checkpointing():
-        found = torch.softmax(network(images).double(), 1).mean(0)
+        found = _mean(network(images).double(), head)
     if hook is not None:
         hook.remove()
     weight, bias = (update.change.get(f"{last}.{part}") for part in ("weight", "bias"))
@@ -258,5 +313,11 @@ def _estimates(
     mean = mean_feature(weight, bias)
     if mean is None:
         return found, None
-    moved = moved_probabilities(taken[0], mean, layer.weight.detach(), layer.bias.detach())
-    return (None if is_far(taken[0], mean) else found), moved
+    moved = moved_logits(taken[0], mean, layer.weight.detach(), layer.bias.detach())
+    return (None if is_far(taken[0], mean) else found), _mean(moved, head)
+
+
+def _mean(logits: Tensor, head: Head) -> Tensor:
+    """Return the mean probabilities [K] of logits [P, K] by the loss."""
+    several = head.loss == "bce" and not head.single
+    return (torch.sigmoid(logits) if several else torch.softmax(logits, 1)).mean(0)

@@ -86,6 +86,9 @@ class InferredLabels:
         counts: of an update of several images, how often each class occurs, by an estimate; empty if there is none.
         counted: how many of these labels are right, whatever their order; None without the true labels.
         among: how many labels the images have; 0 if that is not known.
+        layer: the layer whose errors of each image show the counts; empty if they follow from the last bias.
+        having: of an update of several images and the binary cross-entropy of several outputs, how many images have
+            each class, by an estimate; empty if there is none.
         present: of one image and the binary cross-entropy of several outputs, the classes that it has; empty if it has
             one, or if they do not follow.
     """
@@ -96,6 +99,8 @@ class InferredLabels:
     counted: int | None = None
     among: int = 0
     present: tuple[int, ...] = ()
+    layer: str = ""
+    having: tuple[int, ...] = ()
 
     @property
     def accuracy(self) -> float | None:

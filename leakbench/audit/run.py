@@ -325,7 +325,7 @@ def audit_update(
     doubt = drawn.doubt() if drawn.layers and not read_draws(observation).complete else ""
     proven = truth is None and any(form.pixels and form.exact and not form.factor for form in leaks.forms)
     if truth is None and not (proven or everything):
-        observation = together(observation, recipe, shown, counts, factor)
+        observation = together(observation, recipe, shown, () if counts.several else counts.counts, factor)
     threat = observation.threat
     unrolled = observation.client is not None and observation.client.several_steps
     dataset = Recorded(_digest(observation, truth, label), image_shape, classes)

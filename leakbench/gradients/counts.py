@@ -81,6 +81,26 @@ def label_counts_of_update(change: Tensor, public: Tensor, images: int) -> Tenso
     return _nearest(images * estimates - change.double() / unit, images)
 
 
+def class_counts(by_bias: Tensor, public: Tensor, images: int) -> Tensor:
+    """Return how many images have each class, under the binary cross-entropy of several outputs.
+
+    The derivative of the sum of the outputs' losses by the logits of image i is (p_i - y_i) / B, so that
+    n = B (p - dL/db) as for ``label_counts``. An image may have several classes, or none: each count is by itself the
+    nearest whole number from 0 to B.
+
+    Args:
+        by_bias: [K], dL/db of the mean over the images of the sum over the outputs.
+        public: [K] or [E, K], as for ``label_counts``.
+        images: B.
+
+    Returns:
+        [K] int64.
+    """
+    values = images * (public.double().view(-1, public.shape[-1]) - by_bias.double())
+    counts = values.round().clamp(0, images).long()
+    return counts[(values - counts).square().sum(1).argmin()]
+
+
 def _nearest(values: Tensor, images: int) -> Tensor:
     """Return the counts [K] of the row of values [E, K] that is nearest to whole numbers; the first one of equals."""
     counts = largest_remainders(values, images)
@@ -105,6 +125,14 @@ def mean_feature(by_weight: Tensor, by_bias: Tensor) -> Tensor | None:
 def moved_probabilities(features: Tensor, mean: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return the mean probabilities [K] of public features that are moved to another mean.
 
+    The mean over the rows of ``moved_logits``, each made probabilities by the softmax.
+    """
+    return torch.softmax(moved_logits(features, mean, weight, bias), 1).mean(0)
+
+
+def moved_logits(features: Tensor, mean: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return the logits [P, K] of public features that are moved to another mean.
+
     Features of which none is negative, those of a ReLU, stay so.
 
     Args:
@@ -115,7 +143,7 @@ def moved_probabilities(features: Tensor, mean: Tensor, weight: Tensor, bias: Te
     features = features.double()
     moved = features - features.mean(0) + mean
     moved = moved.clamp(min=0) if bool((features >= 0).all()) else moved
-    return torch.softmax(moved @ weight.double().T + bias.double(), 1).mean(0)
+    return moved @ weight.double().T + bias.double()
 
 
 def is_far(features: Tensor, mean: Tensor) -> bool:
