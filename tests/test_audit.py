@@ -87,6 +87,10 @@ def curved_two():
 def convolved():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid(), nn.Conv2d(4, 70, 10), nn.Flatten())
 
+def exposed():
+    convolutions = nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 1, 1), nn.ReLU()
+    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(64 * 36, 70))
+
 def small():
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 70))
 
@@ -367,6 +371,22 @@ def test_an_update_of_unknown_rate_is_attacked_by_those_that_need_none(cli, nets
     text = (nets / "out" / "audit.md").read_text()
     assert re.search(r"^\| dlm\+ +\| 0 +\| 1 ", text, re.M)
     assert "**learning rate**: not known" in text
+
+
+@pytest.mark.parametrize("decay", [0.0, 1e-3])
+def test_the_closed_form_needs_no_rate(cli, nets: Path, recorded: nn.Module, decay: float) -> None:  # noqa: F811
+    """The gradient up to its size gives the image; a share of the weights beside it, as of weight decay, is removed."""
+    network = factory("exposed", [nets / "nets.py"])
+    _write(nets, "before", network)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    step(network, [3], 0.1)
+    for name, value in network.state_dict().items():
+        value -= 0.1 * decay * before[name]
+    _write(nets, "after", network)
+    done = audit(cli, "exposed", *FILES, "--truth", "truth.png", "--budget", "quick")
+    assert (done.code, done.err) == (0, "")
+    assert "The server recovers the image. The first attack to succeed is peel." in done.out
+    assert "**learning rate**: not known" in (nets / "out" / "audit.md").read_text()
 
 
 def test_what_was_not_measured_is_not_passed(cli, nets: Path, recorded: nn.Module) -> None:  # noqa: F811

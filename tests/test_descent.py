@@ -340,12 +340,13 @@ def fitted_psnr(image: Tensor, exact: Tensor) -> float:
     return psnr((columns @ fit).view_as(exact), exact)
 
 
+@pytest.mark.parametrize("known", ["known", "hidden"])
 @pytest.mark.parametrize(("rate", "least"), [(1e-5, 50), (1e-4, 30), (1e-2, None)])
 def test_a_few_steps_on_an_image_leak_it_as_long_as_they_change_the_network_little(
-    rate: float, least: float | None
+    rate: float, least: float | None, known: str
 ) -> None:
     """The mean gradient of five steps counts as that of one, with what they differ by as noise."""
-    training, threat = f"local(local_steps=5, lr={rate})", "shares=weights, rate=known"
+    training, threat = f"local(local_steps=5, lr={rate})", f"shares=weights, rate={known}"
     observation, images = step_on(residual(width=64), 1, training, threat)
     found = leakbench.attack("peel(search=15)", observation)
     if least is None:

@@ -98,8 +98,9 @@ class Peel(Attack):
     # goes around a convolution inside a residual block, heads without the gradients of normalisations, and values whose
     # errors are rounding count whatever the others' are; 8: a misfit of inputs up to a factor that has no rounding and
     # is relative to their differences, and a contrast by the classifier; 9: behind a key-lock, the levels of its
-    # channels before the image, smoothness relative to what they leave, and the contrast of the lock's law
-    version: ClassVar[int] = 9
+    # channels before the image, smoothness relative to what they leave, and the contrast of the lock's law; 10: updates
+    # of unknown learning rate, which were unsupported
+    version: ClassVar[int] = 10
     reference: ClassVar[str] = (
         "in the family of Zhu and Blaschko 2021, R-GAP, ICLR, arXiv 2010.07733; "
         "the way through a normalisation of unknown scale and shift is this package's own"
@@ -120,6 +121,7 @@ class Peel(Attack):
         "closed gate are lost."
     )
     batches: ClassVar[bool] = True
+    updates: ClassVar[bool] = True  # all that it computes is of the gradient up to its size
     precision: Annotated[float, Field(gt=0, le=1)] = 3e-7
     roughness: Positive = 0.1
     colour: Positive = field(default=0.15, metadata=LATER)
