@@ -253,7 +253,7 @@ class Disaggregate(Attack):
             return _Separated(none, shown.rank, reason=f"the change of {name} is not of low rank: Adam, or noise")
         if observation.count and shown.rank != observation.count:
             count = observation.count
-            return _Separated(none, shown.rank, reason=f"{name} shows {shown.rank} different inputs, not {count}")
+            return _Separated(none, shown.rank, reason=f"layer {name} shows {shown.rank} different inputs, not {count}")
         (weight, bias), (moved, moved_bias) = layer.before, layer.moved
         assert layer.errors is not None, "``layer_changes`` asks for the bias"
         assert bias is not None
@@ -263,7 +263,7 @@ class Disaggregate(Attack):
             states.append((weight - moved, bias - moved_bias))
         found = disaggregate(layer.change, layer.errors, shown, states, rng, shared_errors(observation, trial, name))
         if not found.complete:
-            reason = f"{found.found} of the {shown.rank} inputs of {name} were separated, and images need all"
+            reason = f"{found.found} of the {shown.rank} inputs of layer {name} were separated, and images need all"
             return _Separated(none, shown.rank, found.found, reason=reason)
         agreement = found.agreement(*states)
         images = layer.pixels(found.inputs).view(-1, *observation.image_shape)
