@@ -3,7 +3,8 @@
 From the checkout, each command resumes what an earlier one left:
 
 python -m benchmarks.relu photographs runs/relu/photos
-leakbench run matrix benchmarks/relu.toml --scale SCALE --out runs/relu/SCALE  SCALE: resnet, pooled, defenses, searches
+leakbench run matrix benchmarks/relu.toml --scale SCALE --out runs/relu/SCALE \\
+                                                        SCALE: resnet, pooled, defenses, updates, searches
 leakbench run matrix benchmarks/relu.toml --scale photographs --out runs/relu/photographs \\
     --dataset "folder(path=runs/relu/photos, size=64)"
 leakbench run matrix benchmarks/relu.toml --scale trained --out runs/relu/trained \\
@@ -41,6 +42,7 @@ from leakbench.attacks.peeling.trace import filled
 from leakbench.core.rng import generator
 from leakbench.metrics.members import matched
 from leakbench.plan.matrix import RECOVERY
+from leakbench.plan.trial import split_label
 from leakbench.store.frames import from_csv
 from leakbench.store.run_file import FILE
 from leakbench.victim import build
@@ -51,6 +53,7 @@ SCALES = {
     "pooled": "Random networks with max-pools, CIFAR-10",
     "trained": "Trained networks, CIFAR-10",
     "defenses": "Behind defenses, for an adaptive attacker",
+    "updates": "Updates of one image, of unknown learning rate",
 }
 """The parts of the page that are runs."""
 
@@ -231,15 +234,18 @@ def merge(file: Path, new: pd.DataFrame) -> None:
 
 
 def table(file: Path, searches: Path | None = None) -> str:
-    """Return a row for each model and defense of a run, and a list of the images that were not recovered.
+    """Return a row for each model, defense and client of a run, and a list of the images that were not recovered.
 
     Where the results of a search behind the same defenses are given, each row ends with what it recovers.
     """
     trials = _trials(file)
     others = _trials(searches) if searches and searches.exists() else None
     rows, failures = [], []
-    for (model, defense), cell in trials.groupby(["model", "defense"], sort=False):
-        name = f"`{stated(defense)}`" if trials["defense"].nunique() > 1 else f"`{model}`"
+    for (model, defense, dataset), cell in trials.groupby(["model", "defense", "dataset"], sort=False):
+        if trials["dataset"].nunique() > 1:
+            name = f"`{split_label(dataset)[1]}`"
+        else:
+            name = f"`{stated(defense)}`" if trials["defense"].nunique() > 1 else f"`{model}`"
         figures = _figures(cell["recovered"], cell["psnr"], cell["psnr_aligned"], cell["seconds"])
         beside = (
             [] if others is None else _searched(others[(others["model"] == model) & (others["defense"] == defense)])
@@ -250,7 +256,7 @@ def table(file: Path, searches: Path | None = None) -> str:
             + (each.reason or f"PSNR {each.psnr_aligned:.1f} dB, SSIM {getattr(each, RECOVERY):.2f} (aligned)")
             for each in cell[~cell["recovered"]].fillna({"reason": ""}).itertuples()
         ]
-    head = ("network or defense", *COLUMNS)
+    head = ("network, defense or training", *COLUMNS)
     if others is not None:
         head += tuple(f"`{attack}`: {what}" for attack in others["attack"].unique() for what in SEARCH_COLUMNS)
     return _markdown(head, rows) + _listed(failures)
