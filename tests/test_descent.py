@@ -17,7 +17,8 @@ from torch.nn import functional as F
 import leakbench
 from leakbench import attacks, clients, datasets, defenses
 from leakbench.attacks.peeling import descent, inversion, settle
-from leakbench.attacks.peeling.beginnings import beginnings, most_begun
+from leakbench.attacks.peeling.averages import averaging, find_averaged
+from leakbench.attacks.peeling.beginnings import beginnings, flat_heads, most_begun
 from leakbench.attacks.peeling.contrast import classifier_input, with_contrast
 from leakbench.attacks.peeling.correlation import Fitted, blocks, design, directions, least_squares
 from leakbench.attacks.peeling.descent import Feature, inputs_alone, recover
@@ -223,11 +224,11 @@ def test_a_value_with_the_error_of_rounding_counts_however_exact_others_are() ->
 def test_the_end_of_a_descent_is_stated_with_the_layer_that_hides_what_is_below() -> None:
     with seeded("end"):
         stem = [nn.Conv2d(3, 16, 3, 2, padding=1), nn.ReLU(), nn.Conv2d(16, 24, 3, padding=1), nn.ReLU()]
-        top = [nn.AvgPool2d(2), nn.Conv2d(24, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 24, 3, padding=1), nn.ReLU()]
+        top = [nn.MaxPool2d(2), nn.Conv2d(24, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 24, 3, padding=1), nn.ReLU()]
         model = nn.Sequential(*stem, *top, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, CLASSES))
     observation, _ = seen(model.double())
     found = recover(Network(trace(observation)), sent(observation), torch.Generator().manual_seed(0))
-    assert found.reason.startswith("3: the error below it does not follow")
+    assert found.reason.startswith("4: the error below it does not follow")
 
 
 def check_layers(model: nn.Module, error: float, defense: str = "none") -> None:
@@ -396,6 +397,119 @@ def test_a_flattened_head_gives_its_input_and_the_error_there() -> None:
     assert [network.steps[each.place].name for each in found] == ["3", "1"]
     exact = truth(network, images)
     assert max(far(each.value, exact[each.place]) for each in found) < 1e-10
+
+
+class Averaging(nn.Module):
+    """Two convolutions below averages, and linear layers."""
+
+    def __init__(self, pool: nn.Module, channels: int = 16, norm: type[nn.Module] = nn.Identity) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, channels, 3, padding=1)
+        self.norm1, self.norm2 = norm(16), norm(channels)
+        self.pool, self.fc1 = pool, nn.LazyLinear(24)
+        self.fc2 = nn.Linear(24, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.avg_pool2d(self.norm1(self.conv1(x)).relu(), 2)
+        x = self.pool(self.norm2(self.conv2(x)).relu())
+        return self.fc2(self.fc1(x.flatten(1)).relu())
+
+
+def averaged(pool: nn.Module, channels: int = 16, norm: type[nn.Module] = nn.Identity, *, train: bool = False) -> Any:
+    """Return a network with average pooling, what a server sees of it in double precision, and the image."""
+    with seeded("averages"):
+        model = Averaging(pool, channels, norm)
+        model(torch.zeros(2, 3, 8, 8))
+    observation, images = seen(model.double().train(train))
+    return Network(trace(observation)), sent(observation), images
+
+
+@pytest.mark.parametrize(
+    ("pool", "norm"),
+    [
+        (nn.AvgPool2d(2), nn.Identity),
+        (nn.AvgPool2d(2), nn.BatchNorm2d),
+        (nn.AdaptiveAvgPool2d(3), nn.Identity),
+        (nn.AvgPool2d(3, 1), nn.Identity),
+        (nn.AvgPool2d(3, 2, 1), nn.Identity),
+    ],
+    ids=str,
+)
+def test_masks_below_averages_follow_from_these_and_the_gradient_below(pool: nn.Module, norm: type[nn.Module]) -> None:
+    """With windows that overlap, too. The descent ends at the averages above the image."""
+    network, gradient, images = averaged(pool, norm=norm)
+    ((_, at),) = flat_heads(network, gradient)
+    assert network.steps[at].name == "pool"
+    found = recover(network, gradient, torch.Generator().manual_seed(0)).features
+    exact = truth(network, images)
+    assert [network.steps[each.place].name for each in found] == ["pool", "avg_pool2d"]
+    assert max(far(each.value, exact[each.place]) for each in found) < 1e-9
+    assert found[-1].error is not None
+
+
+def test_masks_below_averages_that_do_not_follow_are_not_taken() -> None:
+    """In a convolution that is too narrow, and below a normalisation by the image's own statistics."""
+    for channels, train, reason in ((2, False, "conv2: "), (16, True, "relu_1: the error below it does not follow")):
+        norm = nn.BatchNorm2d if train else nn.Identity
+        network, gradient, images = averaged(nn.AvgPool2d(2), channels, norm, train=train)
+        found = recover(network, gradient, torch.Generator().manual_seed(0))
+        exact = truth(network, images)
+        assert [network.steps[each.place].name for each in found.features] == ["pool"]
+        assert far(found.features[0].value, exact[found.features[0].place]) < 1e-12
+        assert found.reason.startswith(reason)
+
+
+def test_a_wrong_gradient_below_averages_gives_no_masks() -> None:
+    network, gradient, _ = averaged(nn.AvgPool2d(2))
+    wrong = gradient | {"conv2.weight": rand(*gradient["conv2.weight"].shape, seed=2).double()}
+    found = recover(network, wrong, torch.Generator().manual_seed(0))
+    assert len(found.features) == 1
+    assert found.reason == "conv2: no masks that give the averages above and its gradient were found"
+
+
+def test_averages_are_told_by_what_a_step_does() -> None:
+    network, _, _ = averaged(nn.AdaptiveAvgPool2d(3))
+    names = {step.name: place for place, step in enumerate(network.steps)}
+    weights = averaging(network, names["pool"])
+    assert weights is not None
+    assert weights.shape == (9, 16)
+    torch.testing.assert_close(weights.sum(1), torch.ones(9, dtype=torch.float64))
+    assert averaging(network, names["conv2"]) is None
+    assert averaging(network, names["relu"]) is None
+    lowest = find_averaged(network, network.steps[names["pool"]].inputs[0])
+    assert lowest is not None
+    assert network.steps[lowest.source].name == "avg_pool2d"
+    assert find_averaged(network, network.steps[names["avg_pool2d"]].inputs[0]) is None  # below is the image
+
+
+def test_a_flattened_head_may_repeat_values() -> None:
+    """As the adaptive pooling of torchvision's VGG does with small images."""
+    with seeded("repeated"):
+        layers = [nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 64, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(3)]
+        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(576, 32), nn.ReLU(), nn.Linear(32, CLASSES)).double()
+    observation, images = seen(model)
+    network = Network(trace(observation))
+    found = recover(network, sent(observation), torch.Generator().manual_seed(0)).features
+    assert network.steps[found[0].place].name == "3"
+    exact = truth(network, images)
+    assert max(far(each.value, exact[each.place]) for each in found) < 1e-10
+
+
+@pytest.mark.long
+def test_an_image_below_averages_is_nearly_recovered() -> None:
+    with seeded("averages"):
+        layers = [
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.AvgPool2d(2),
+            nn.Conv2d(16, 24, 3, padding=1),
+            nn.ReLU(),
+        ]
+        model = nn.Sequential(*layers, nn.AvgPool2d(2), nn.Flatten(), nn.Linear(384, 64), nn.ReLU(), nn.Linear(64, 10))
+    images, _ = datasets.parse("samples(size=16)").load(range(2))
+    observation = leakbench.observe(model, images, torch.tensor([3, 3]), salt="0" * 32)
+    found = leakbench.attack("peel(search=60)", observation)
+    assert min(psnr(*pair) for pair in zip(found.images, images)) > 30
 
 
 def test_inputs_behind_any_activation_and_normalisation_are_found_up_to_a_factor() -> None:

@@ -99,7 +99,7 @@ class Peel(Attack):
     # errors are rounding count whatever the others' are; 8: a misfit of inputs up to a factor that has no rounding and
     # is relative to their differences, and a contrast by the classifier; 9: behind a key-lock, the levels of its
     # channels before the image, smoothness relative to what they leave, and the contrast of the lock's law; 10: updates
-    # of unknown learning rate, which were unsupported
+    # of unknown learning rate, which were unsupported, and ReLUs below average pooling, where a descent ended
     version: ClassVar[int] = 10
     reference: ClassVar[str] = (
         "in the family of Zhu and Blaschko 2021, R-GAP, ICLR, arXiv 2010.07733; "
@@ -108,17 +108,18 @@ class Peel(Attack):
     assumes: ClassVar[str] = (
         "A chain of linear layers, convolutions, invertible activations (sigmoid, tanh, leaky ReLU) and batch "
         "normalisation of one image, with a gradient that is nearly exact; or a network, best of ReLUs, with a "
-        "convolution of stride 1, a kernel above 1x1 and at least as many channels as places."
+        "convolution of stride 1, a kernel above 1x1 and at least as many channels as places, or with a "
+        "linear layer that takes all values, maxima or averages of a ReLU's output."
     )
     cost: ClassVar[str] = (
         "One least-squares problem a layer, in float64; a search only in ReLU networks, whose gradient is of the first "
         "layers alone. Before a normalisation of one image, time grows with the cube of a layer's inputs."
     )
     fails: ClassVar[str] = (
-        "ReLUs in narrow or depthwise networks (unsupported). Below a max-pool, an image is close but not exact. "
-        "In a chain, noise of 1e-3 of the gradient hides detail, of 0.1 the whole image, and behind a secret "
-        "normalisation less noise is enough; a wide ReLU network needs noise of the gradient's size. Channels behind a "
-        "closed gate are lost."
+        "ReLUs in narrow or depthwise networks (unsupported). Below a pool of the first layers, an image is close "
+        "but not exact. In a chain, noise of 1e-3 of the gradient hides detail, of 0.1 the whole image, and behind a "
+        "secret normalisation less noise is enough; a wide ReLU network needs noise of the gradient's size. Channels "
+        "behind a closed gate are lost."
     )
     batches: ClassVar[bool] = True
     updates: ClassVar[bool] = True  # all that it computes is of the gradient up to its size

@@ -3,6 +3,9 @@
 from collections.abc import Collection
 from math import prod
 
+import torch
+
+from leakbench.attacks.peeling.averages import averaging
 from leakbench.attacks.peeling.lattice import Lattice
 from leakbench.attacks.peeling.layers import Convolution
 from leakbench.attacks.peeling.network import Network
@@ -93,20 +96,39 @@ def withheld(network: Network, sent: Collection[str], images: int = 1) -> list[s
 
 
 def flat_heads(network: Network, sent: Collection[str]) -> list[tuple[int, int]]:
-    """Return the places of the linear layers that take all values of a ReLU or max-pool, and the places of these.
+    """Return the places of the linear layers that take all values of a ReLU or max-pool, or averages of these.
 
-    The gradients of such a layer's weight and bias give its input, and the error there.
+    The gradients of such a layer's weight and bias give its input, and the error there. With each comes the place of
+    the ReLU, the max-pool or the averages. A mean over all positions is another head (``heads``).
     """
     found = []
     for place, step in enumerate(network.steps):
         if step.kind != "linear" or not {f"{step.name}.weight", f"{step.name}.bias"} <= set(sent):
             continue
-        at = network.below_affine(step.inputs[0])
-        lowest, taken = network.steps[at], network.steps[step.inputs[0]]
-        whole = len(lowest.shape) == 3 and prod(lowest.shape) == prod(taken.shape)
-        if whole and lowest.kind in ("relu", "max-pool"):
+        at = step.inputs[0]
+        while network.steps[at].kind == "affine" and _orders(network, at):
+            (at,) = network.steps[at].inputs
+        lowest = network.steps[at]
+        averaged = len(lowest.shape) == 3 and prod(lowest.shape[1:]) > 1 and averaging(network, at) is not None
+        gate = network.steps[lowest.inputs[0]] if averaged else lowest
+        if len(lowest.shape) == 3 and gate.kind in ("relu", "max-pool"):
             found.append((place, at))
     return found
+
+
+def _orders(network: Network, place: int) -> bool:
+    """Return whether a step only orders the values of another one anew, or repeats all of them as often."""
+    step = network.steps[place]
+    if len(step.inputs) != 1:
+        return False
+    (below,) = step.inputs
+    ones = torch.ones((1, *network.steps[below].shape), dtype=torch.float64)
+    if prod(step.shape) < ones.numel():
+        return False
+    values = torch.arange(ones.numel(), dtype=torch.float64).view_as(ones)
+    times = prod(step.shape) / ones.numel()
+    again = network.backward(place, below, network.forward(place, [values]))
+    return bool(torch.equal(again, times * values))
 
 
 def heads(network: Network, sent: Collection[str]) -> list[int]:

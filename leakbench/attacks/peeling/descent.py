@@ -12,10 +12,12 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
+from leakbench.attacks.peeling.averages import open_averaged
 from leakbench.attacks.peeling.beginnings import beginnings, factorisable, flat_heads, heads, lattice_of, opens
 from leakbench.attacks.peeling.completion import factorise_incomplete
 from leakbench.attacks.peeling.correlation import FLOOR, Fitted, by_image, least_squares, windows
@@ -423,10 +425,11 @@ def begin_at_flat_head(known: Knowledge, place: int, at: int) -> str | None:
     known.pinned[top] = known.network.backward(place, top, error[None])
     if not float((rest / power).sqrt()) < MAX_DEVIATION * float(value.square().mean().sqrt()):
         return f"{name}: the gradient of its weight is not that of one input"
-    # flattening only orders values anew, so that its transpose is its inverse
+    # flattening only orders values anew, so that its transpose is its inverse; it may repeat them, too
     while top != at:
         (lower,) = steps[top].inputs
-        value, top = known.network.backward(top, lower, value), lower
+        times = prod(steps[top].shape) // prod(steps[lower].shape)
+        value, top = known.network.backward(top, lower, value) / times, lower
     known.values[at] = Fitted(value, torch.full_like(value, float((rest / power).sqrt())))
     if steps[at].kind == "relu":
         decide(known, at)
@@ -447,6 +450,10 @@ def descend(known: Knowledge, top: int) -> None:
             solve(known, place, readers)
         if step.kind == "relu" and place in known.values and place not in known.masks:
             decide(known, place)
+        if step.kind == "relu" and place not in known.values and place not in known.masks:
+            refused = open_averaged(known, place)
+            if refused is not None:
+                known.missing[place] = refused
 
 
 def features(known: Knowledge) -> list[Feature]:
