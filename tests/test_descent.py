@@ -117,6 +117,123 @@ def test_steps_compute_the_network(pad: bool) -> None:
     assert far(truth(single, images.float())[-1].double(), model.double()(images)) < 1e-5
 
 
+class Rectified(nn.Module):
+    """Two convolutions with an activation that is written in some way, below a linear layer that takes all values."""
+
+    def __init__(self, act: Any) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.fc = (
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.Conv2d(8, 10, 3, padding=1),
+            nn.Linear(640, CLASSES),
+        )
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.act(self.conv2(self.act(self.conv1(x)))).flatten(1))
+
+
+def rectified(act: Any, gain: float = 1.0) -> tuple[Network, Mapping[str, Tensor], Tensor]:
+    """Return a network with this activation, in double precision, what a server sees of it, and the image."""
+    with seeded("rectified"):
+        model = Rectified(act)
+        nn.init.normal_(model.conv1.weight, std=gain * 0.3)
+    observation, images = seen(model.double())
+    return Network(trace(observation)), sent(observation), images
+
+
+RECTIFIERS = {
+    "relu_": torch.relu_,
+    "clamp": lambda x: torch.clamp(x, min=0),
+    "clamp by place": lambda x: torch.clamp(x, 0.0),
+    "method": lambda x: x.clamp(min=0),
+    "method in place": lambda x: x.clamp_(min=0),
+    "clip": lambda x: x.clip(0),
+    "clamp_min": lambda x: x.clamp_min(0),
+    "clamp_": lambda x: torch.clamp_(x, min=0),
+    "threshold": lambda x: F.threshold(x, 0, 0),
+    "Threshold": nn.Threshold(0, 0, inplace=True),
+    "relu6": F.relu6,
+    "relu6 in place": lambda x: F.relu6(x, inplace=True),
+    "ReLU6": nn.ReLU6(inplace=True),
+    "hardtanh": lambda x: F.hardtanh(x, 0, 6),
+    "two bounds": lambda x: x.clamp(0, 6),
+}
+
+
+@pytest.mark.parametrize("way", RECTIFIERS)
+def test_a_relu_counts_as_one_however_it_is_written(way: str) -> None:
+    network, gradient, images = rectified(RECTIFIERS[way])
+    gates = [step for step in network.steps if step.kind == "relu"]
+    capped = "6" in way or way in ("hardtanh", "two bounds")
+    assert [gate.ceiling for gate in gates] == [6.0 if capped else math.inf] * 2
+    found = recover(network, gradient, torch.Generator().manual_seed(0)).features
+    exact = truth(network, images)
+    assert [network.steps[each.place].kind for each in found] == ["relu", "relu"]
+    assert max(far(each.value, exact[each.place]) for each in found) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda x: x.clamp(max=6),
+        lambda x: x.clamp(0.1),
+        lambda x: F.threshold(x, 0, 0.5),
+        nn.Threshold(0.1, 0),
+        nn.Hardtanh(),
+        lambda x: F.hardtanh(x),
+        lambda x: torch.clamp(x, min=torch.zeros(())),
+    ],
+)
+def test_what_is_no_relu_is_not_taken_for_one(act: Any) -> None:
+    network, _, _ = rectified(act)
+    assert "relu" not in {step.kind for step in network.steps}
+
+
+def test_values_at_the_ceiling_of_a_relu_have_no_derivative_and_are_known() -> None:
+    """Below a flattened head, whose input has its scale."""
+    for ceiling in (0.3, 1.0):
+        network, gradient, images = rectified(nn.Hardtanh(0, ceiling), gain=2)
+        found = recover(network, gradient, torch.Generator().manual_seed(0)).features
+        exact = truth(network, images)
+        assert len(found) == 2
+        for each in found:
+            assert far(each.value, exact[each.place]) < 1e-9
+            assert float((each.value == ceiling).double().mean()) == float(
+                (exact[each.place] == ceiling).double().mean()
+            )
+        assert bool((found[-1].value == ceiling).any())
+        match = Match(network, found)
+        assert match.misfit({"image": images[None]}) < 1e-18
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_no_scale_is_read_from_an_input_that_reaches_the_ceiling(train: bool) -> None:
+    """In front of a convolution that gives its own input up to a factor, and below statistics of the image."""
+
+    def capped(ceiling: float) -> tuple[Network, Mapping[str, Tensor], Tensor]:
+        model = residual()
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.ReLU):
+                model.set_submodule(name, nn.Hardtanh(0, ceiling))
+        observation, images = seen(model.train(train))
+        return Network(trace(observation)), sent(observation), images
+
+    network, gradient, images = capped(30.0)
+    whole = recover(network, gradient, torch.Generator().manual_seed(0)).features
+    assert len(whole) == 4
+    begun = whole[0].place
+    ceiling = 0.5 * float(truth(network, images)[begun].max())
+    network, gradient, images = capped(ceiling)
+    exact = truth(network, images)
+    assert bool((exact[begun] == ceiling).any())
+    found = recover(network, gradient, torch.Generator().manual_seed(0))
+    assert all(far(each.value, exact[each.place]) < 1e-6 for each in inversion.chosen(found.features))
+    known = Knowledge(network, gradient)
+    known.values[begun] = Fitted(exact[begun], torch.zeros_like(exact[begun]))
+    assert torch.equal(known.full(begun), exact[begun] == ceiling)
+
+
 # the descent
 
 

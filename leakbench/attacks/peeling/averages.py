@@ -204,6 +204,8 @@ class _Problem:
                 float(missing.norm() / self.gradient.norm()),
                 float(rest.norm() / self.averages.norm().clamp(min=LEAST)),
             )
+            if bool((z >= self.network.steps[self.averaged.gate].ceiling).any()):
+                misfit = torch.inf  # errors are 0 there, too
             settled = misfit < MAX_MISFIT and torch.equal(mask, before)
             least, since = (misfit, 0) if misfit < HELPS * least else (least, since + 1)
             if settled or since == PATIENCE:

@@ -27,6 +27,7 @@ from leakbench.attacks.peeling.knowledge import CLEAR, Knowledge
 from leakbench.attacks.peeling.layers import Convolution
 from leakbench.attacks.peeling.masks import factorise_masked, factorise_valued
 from leakbench.attacks.peeling.network import Network
+from leakbench.attacks.peeling.settle import AT_CEILING, ROOM
 from leakbench.attacks.peeling.shifts import factorise_convolution
 from leakbench.attacks.peeling.standard import Standard, standardised
 from leakbench.attacks.peeling.upwards import complete_above
@@ -287,6 +288,9 @@ def begin(known: Knowledge, place: int, error: Tensor, most: float = MAX_IMBALAN
                 error = by_image(torch.where(clear, better.value, 0.0).T, error)
     top = known.pin(place, error)
     rebalance(known, source)
+    if bool(known.full(source, ROOM).any()):
+        known.missing[source] = f"{layer.name}: {AT_CEILING.reason}"
+        return False
     if not known.balance(source) < most:
         return False
     (above,) = steps[place].users if len(steps[place].users) == 1 else (place,)

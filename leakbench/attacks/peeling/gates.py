@@ -190,7 +190,7 @@ def decide(known: Knowledge, place: int) -> None:
         mask = log_odds(value) > 0
     else:
         mask = value.value > (0 if step.slope else CLEAR * value.deviation)
-    known.masks[place] = mask
+    known.masks[place] = mask & ~known.full(place)
     rebalance(known, place)
 
 
@@ -261,7 +261,7 @@ def correct(known: Knowledge, place: int, layer: Convolution, at: int) -> bool:
     else:
         new[:, live] = torch.where(sure, ratio > (1 + slope) / 2, mask[:, live])
     if own is not None:
-        new |= by_channel(own.value > CERTAIN * own.deviation)
+        new |= by_channel((own.value > CERTAIN * own.deviation) & ~known.full(gate))
     new = no_worse(known, gate, mask, new)
     count = int((new != mask).sum())
     if count == 0 or count > MAX_CHANGED * mask.numel():

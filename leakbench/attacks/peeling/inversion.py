@@ -78,6 +78,9 @@ HISTORY = 50
 """How many pairs of L-BFGS are kept."""
 
 
+BELOW = 1 - 1e-6
+"""The part of a ReLU's ceiling from which on a value is at it, and only bounds what is in front of the ReLU."""
+
 FEATURES = 3
 """From how many recovered values, the lowest ones, the image is searched for."""
 
@@ -257,10 +260,11 @@ class Match(Recordable):
                 continue
             # in front of a ReLU there is a slope where the value is wrongly 0, and 0 only bounds what is in front
             if step.kind == "relu" and step.slope == 0:
-                reached = torch.where(target > 0, inputs[0], reached)
+                reached = torch.where((target > 0) & (target < BELOW * step.ceiling), inputs[0], reached)
             elif step.kind == "max-pool" and steps[step.inputs[0]].kind == "relu" and steps[step.inputs[0]].slope == 0:
-                before = values[steps[step.inputs[0]].inputs[0]]
-                reached = torch.where(target > 0, self.network.forward(place, [before]), reached)
+                gate = steps[step.inputs[0]]
+                pooled = self.network.forward(place, [values[gate.inputs[0]]])
+                reached = torch.where((target > 0) & (target < BELOW * gate.ceiling), pooled, reached)
             total = total + (reached - target).square().sum() / target.square().sum()
         return total if self.below is None else total + self.below.misfit(self.network, values)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -16,6 +17,9 @@ from leakbench.attacks.peeling.standard import Standard
 
 CLEAR = 5.0
 """By how many standard deviations a value must exceed 0 to count as positive."""
+
+AT_CEILING = 1e-6
+"""The least relative distance from a ReLU's ceiling of a value that counts as below it."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +121,23 @@ class Knowledge:
         """Return the values [B, C, H, W] of a step, with zeros where a ReLU of slope 0 gave them."""
         found = self.values[place]
         if place in self.masks and self.network.steps[place].slope == 0:
-            return torch.where(self.masks[place], found.value, 0.0)
+            return self._capped(place, torch.where(self.masks[place], found.value, 0.0))
         if self.network.steps[place].kind == "max-pool" and self.rectified(place):
-            return torch.where(found.value > CLEAR * found.deviation, found.value, 0.0)
+            return self._capped(place, torch.where(found.value > CLEAR * found.deviation, found.value, 0.0))
         return found.value
+
+    def _capped(self, place: int, value: Tensor) -> Tensor:
+        """Return values with a ReLU's ceiling where it gave them."""
+        ceiling = self.network.ceiling(place)
+        return value if math.isinf(ceiling) else torch.where(self.full(place), ceiling, value)
+
+    def full(self, place: int, margin: float = 0.0) -> Tensor:
+        """Return where a step's recovered output is at the ceiling of its ReLU, up to errors and a relative margin.
+
+        Its derivative is 0 there, as where it is 0.
+        """
+        found, ceiling = self.values[place], self.network.ceiling(place)
+        return found.value >= ceiling * (1 - max(margin, AT_CEILING)) - CLEAR * found.deviation
 
     def rectified(self, place: int) -> bool:
         """Return whether a step's output is that of a ReLU with slope 0, or the maxima of one's."""

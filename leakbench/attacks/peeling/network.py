@@ -6,6 +6,7 @@ network is affine, and the error (the derivative of the loss) at a step's input 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -35,12 +36,14 @@ class NetworkStep:
     Attributes:
         name: the module's path, or the function's name in the trace.
         kind: what it does; ``scaling`` is batch normalisation by running statistics, ``normalisation`` that by the
-            statistics of the image, ``relu`` also a leaky one, and ``other`` neither known nor affine.
+            statistics of the image, ``relu`` also a leaky one or one with a ceiling, and ``other`` neither known nor
+            affine.
         inputs: the positions of the steps whose outputs it takes.
         users: the positions of the steps that take its output.
         shape: of its output, of one image; empty if it is no single tensor.
         layer: the convolution; None for other steps, and for one that runs more than once.
         slope: of a ReLU below 0.
+        ceiling: the value above which a ReLU is constant, such as 6 for ReLU6.
         shift: the name of the parameter that is added to each channel (a bias, or a normalisation's beta), if any.
     """
 
@@ -51,6 +54,7 @@ class NetworkStep:
     shape: tuple[int, ...]
     layer: Convolution | None = None
     slope: float = 0.0
+    ceiling: float = math.inf
     shift: str | None = None
 
 
@@ -188,6 +192,11 @@ class Network:
                     unseen.append(source)
         return None
 
+    def ceiling(self, place: int) -> float:
+        """Return the ceiling of a ReLU, or of the ReLU whose maxima a step gives; infinite without any."""
+        step = self.steps[place]
+        return self.ceiling(step.inputs[0]) if step.kind == "max-pool" else step.ceiling
+
     def topmost_linear(self) -> int | None:
         """Return the place of the linear layer on top; None if there is none."""
         return next((at for at in reversed(range(len(self.steps))) if self.steps[at].kind == "linear"), None)
@@ -229,7 +238,7 @@ class Network:
         inputs = self._inputs(node)
         users = tuple(self._place[user] for user in node.users if user in self._place)
         shape = tuple(value.shape[1:]) if isinstance(value, Tensor) else ()
-        kind, slope = _kind(node, module)
+        kind, (slope, ceiling) = _kind(node, module), _rectifier(node, module) or (0.0, math.inf)
         layer, shift = None, None
         once = uses.count(name) == 1
         if kind == "convolution" and once:
@@ -246,7 +255,7 @@ class Network:
         places = tuple(self._place[each] for each in inputs)
         if kind == "other" and shape and self._affine(node, inputs):
             kind = "affine"
-        return NetworkStep(name, kind, places, users, shape, layer, slope, shift)
+        return NetworkStep(name, kind, places, users, shape, layer, slope, ceiling, shift)
 
     def _affine(self, node: fx.Node, inputs: Sequence[fx.Node]) -> bool:
         """Return whether a step is affine in its inputs, by three random ones."""
@@ -276,29 +285,70 @@ def _call(run: fx.Interpreter, node: fx.Node, values: Mapping[fx.Node, Any]) -> 
     return getattr(run, node.op)(node.target, args, kwargs)
 
 
-_RELUS = (torch.relu, F.relu, "relu")
-
-
-def _kind(node: fx.Node, module: nn.Module | None) -> tuple[StepKind, float]:
-    """Return the kind of an operation, and the slope below 0 of a ReLU; "other" for what has no kind of its own."""
+def _kind(node: fx.Node, module: nn.Module | None) -> StepKind:
+    """Return the kind of an operation; "other" for what has no kind of its own."""
     if node.op == "placeholder":
-        return "image", 0.0
+        return "image"
     exact = type(module)
     if exact is nn.Conv2d:
-        return "convolution", 0.0
+        return "convolution"
     if exact is nn.Linear:
-        return "linear", 0.0
+        return "linear"
     if isinstance(module, KeyLock):
-        return "other", 0.0
+        return "other"
     if isinstance(module, nn.BatchNorm2d):
-        return ("normalisation" if module.training or module.running_mean is None else "scaling"), 0.0
-    if exact is nn.ReLU or node.target in _RELUS:
-        return "relu", 0.0
-    if isinstance(module, nn.LeakyReLU):
-        return "relu", float(module.negative_slope)
-    if node.target is F.leaky_relu:
-        given = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
-        return "relu", float(given)  # type: ignore[arg-type]
+        return "normalisation" if module.training or module.running_mean is None else "scaling"
+    if _rectifier(node, module) is not None:
+        return "relu"
     if exact is nn.MaxPool2d or node.target in (F.max_pool2d, torch.max_pool2d):
-        return "max-pool", 0.0
-    return "other", 0.0
+        return "max-pool"
+    return "other"
+
+
+_RELUS = (torch.relu, F.relu, "relu")
+_CLAMPS = (torch.clamp, torch.clip, "clamp", "clip")
+_FLOORS = (torch.clamp_min, "clamp_min")
+_THRESHOLDS = (torch.threshold, F.threshold)
+
+
+def _rectifier(node: fx.Node, module: nn.Module | None) -> tuple[float, float] | None:
+    """Return the slope below 0 and the ceiling of a ReLU, in whichever way it is written; None for other operations.
+
+    A clamp differs from a ReLU where its input is 0 exactly: there its derivative is 1.
+    """
+    exact = type(module)
+    if exact is nn.ReLU or node.target in _RELUS:
+        return 0.0, math.inf
+    if isinstance(module, nn.LeakyReLU):
+        return float(module.negative_slope), math.inf
+    if node.target is F.leaky_relu:
+        return float(_argument(node, 1, "negative_slope", 0.01)), math.inf
+    low: Any
+    high: Any
+    if exact is nn.Threshold:
+        assert isinstance(module, nn.Threshold)
+        low, high = (0 if module.threshold == 0 and module.value == 0 else None), None
+    elif exact in (nn.ReLU6, nn.Hardtanh):
+        assert isinstance(module, nn.Hardtanh)
+        low, high = module.min_val, module.max_val
+    elif node.target is F.relu6:
+        low, high = 0, 6
+    elif node.target is F.hardtanh:
+        low, high = _argument(node, 1, "min_val", -1.0), _argument(node, 2, "max_val", 1.0)
+    elif node.target in _THRESHOLDS:
+        given = _argument(node, 1, "threshold", None), _argument(node, 2, "value", None)
+        low, high = (0 if given == (0, 0) else None), None
+    elif node.target in _FLOORS:
+        low, high = _argument(node, 1, "min", None), None
+    elif node.target in _CLAMPS:
+        low, high = _argument(node, 1, "min", None), _argument(node, 2, "max", None)
+    else:
+        return None
+    high = math.inf if high is None else high
+    numbers = isinstance(low, int | float) and isinstance(high, int | float)
+    return (0.0, float(high)) if numbers and low == 0 and high > 0 else None
+
+
+def _argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
+    """Return an argument of a call, given by place or by name."""
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from leakbench.attacks.peeling.contrast import classifier_input, with_contrast
 from leakbench.attacks.peeling.descent import Feature, Recovered, inputs_alone, recover
-from leakbench.attacks.peeling.inversion import MAX_ERROR, chosen, invert
+from leakbench.attacks.peeling.inversion import BELOW, MAX_ERROR, chosen, invert
 from leakbench.attacks.peeling.network import Network
 from leakbench.attacks.peeling.pooling import MAX_WINDOWS, find_stem, pooled, restore_pooled
 
@@ -61,7 +61,9 @@ def restore(
         return Restored(grey, grey.new_full((len(grey),), torch.nan), reason=failure(network, found))
     whole = {name: value for name, value in sent.items() if bool(torch.isfinite(value).all())}
     lowest = used[-1]
-    stem = find_stem(searched, lowest.place)
+    # which position gave a ceiling does not follow from it
+    capped = bool((lowest.value >= BELOW * network.ceiling(lowest.place)).any())
+    stem = None if capped else find_stem(searched, lowest.place)
     windows = lowest.value[:, 0].numel()
     if stem is not None and lowest.error is not None and stem.needs <= set(whole) and windows <= MAX_WINDOWS:
         own = find_stem(network, lowest.place)

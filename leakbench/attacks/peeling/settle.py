@@ -53,6 +53,11 @@ statistics grow in it, and values and statistics would not settle."""
 COPIES = 6
 """How many matrices of equations are held at a time."""
 
+ROOM = 0.05
+"""How far below a ReLU's ceiling, relative to it, all values must be whose scale follows from sums of the error: these
+are taken as if the ReLU had none."""
+
+AT_CEILING = NotFactorised("the input reaches the ceiling of its ReLU, where that has no derivative")
 UNSETTLED = NotFactorised("input and statistics did not settle")
 NO_FACTOR = NotFactorised("no scale of the input agrees with the gradient of the shift below")
 
@@ -111,7 +116,7 @@ def _settled(known: Knowledge, place: int, readers: Sequence[Reader]) -> NotFact
     solution = known.values[place]
     if not float(solution.deviation.norm()) < MAX_DEVIATION * float(solution.value.norm()):
         return UNSETTLED
-    return None
+    return AT_CEILING if bool(known.full(place, ROOM).any()) else None
 
 
 def sharpened(known: Knowledge, place: int, readers: Sequence[Reader], found: Directions) -> tuple[Fitted, Tensor]:

@@ -168,6 +168,11 @@ _OUT_OF_PLACE: Mapping[object, Callable[..., object]] = {
     torch.relu_: torch.relu,
     F.relu_: F.relu,
     F.leaky_relu_: F.leaky_relu,
+    F.hardtanh_: F.hardtanh,
+    torch.threshold_: torch.threshold,
+    torch.clamp_: torch.clamp,
+    torch.clamp_min_: torch.clamp_min,
+    torch.clip_: torch.clip,
 }
 """Functions that overwrite their first argument, and those that do not."""
 

@@ -50,7 +50,7 @@ def complete_above(known: Knowledge) -> int | None:
             (before,) = network.steps[place].inputs
             size = deviations[place] * float(value.square().mean().sqrt())
             known.values[place] = Fitted(value, torch.full_like(value, size))
-            known.masks[place] = computed[before] > 0
+            known.masks[place] = (computed[before] > 0) & (computed[before] < network.steps[place].ceiling)
             known.followed.add(place)
         elif kind == "normalisation":
             _standardise(known, place, computed)
