@@ -822,10 +822,10 @@ def _audit(
 ) -> Audit:
     """Return an audit from its findings and everything that its pages state of how it was done."""
     ran = list(dict.fromkeys(threat for stage in matrix.stages for threat in stage.threats))
-    known = [PRESETS["paper"], PRESETS["known-label"]]
+    known = []
     if update is None:
-        known += [replace(PRESETS["paper"], informed=True, name=""), PRESETS["weights"]]
-        known += [replace(PRESETS["weights"], rate="known", name="")]
+        known = [PRESETS["paper"], PRESETS["known-label"], replace(PRESETS["paper"], informed=True, name="")]
+        known += [PRESETS["weights"], replace(PRESETS["weights"], rate="known", name="")]
     used = {attack.name: attack for stage in matrix.stages for attack in stage.attacks}
     return Audit(
         title=own.label,

@@ -88,7 +88,8 @@ def _table(page: BatchesPage) -> str:
     shown = []
     for row in page.rows.sort_values("count", kind="stable").to_dict("records"):
         cells = {"images of a client": row["count"], "training": row["recipe"], "attack": row["attack"]}
-        cells |= {"defense": row["defense"], "clients": row["n"]}
+        cells |= {"defense": row["defense"], "clients": row["n"], "failed": row["failed"]}
+        cells |= {"no score": row["unsupported"] + row["error"]}
         shown.append(cells | {name: _text(row, name) for name in _COLUMNS if name in row})
     return to_markdown(pd.DataFrame(shown))
 
