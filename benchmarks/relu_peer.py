@@ -1,8 +1,8 @@
-"""breaching beside the searches of a run of ``relu-search.toml``: the same networks, weights, images, labels and steps.
+"""breaching beside the searches of runs of ``relu-search.toml``: the same networks, weights, images, labels and steps.
 
-``python -m benchmarks.relu_peer RUN OUT`` runs breaching's ``invertinggradients`` on every network and image that
-``log-cosine`` attacked in RUN/results.csv, with as many steps, and writes OUT/breaching.csv and the page OUT/peer.md.
-It starts at its own random image. Rows that OUT/breaching.csv has are not measured again.
+``python -m benchmarks.relu_peer RUN ... --out OUT`` runs breaching's ``invertinggradients`` on every network and image
+that ``log-cosine`` attacked in the files RUN/results.csv, with as many steps, and writes OUT/breaching.csv and the page
+OUT/peer.md. It starts at its own random image. Rows that OUT/breaching.csv has are not measured again.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from benchmarks.committed import metric_of
 from benchmarks.speed import peer
 from leakbench import attacks, datasets, defenses, metrics, models
 from leakbench.analysis.statistics import UNIT, bootstrap_interval, paired_difference
+from leakbench.analysis.summary import rescored
 from leakbench.core.rng import generator
 from leakbench.core.text import with_interval
 from leakbench.report.display import to_markdown
@@ -33,9 +35,10 @@ _HEAD = """# `log-cosine` beside breaching
 ReLU networks with batch normalisation in eval mode, labels known: the same weights, images and {steps} steps for all
 three, each of one evaluation of the gradient. `ig` has the settings of its paper, and so has breaching {version}'s
 `invertinggradients`. No setting was chosen on these images. Decibels are of PSNR after the best fit of brightness and
-contrast; brackets are 95 % intervals over images.
+contrast, and SSIM is before it; brackets are 95 % intervals over images.
 
-`python -m benchmarks.relu_peer RUN reports/relu-search` makes this page; `benchmarks/relu-search.toml` has the run.
+`python -m benchmarks.relu_peer RUN ... --out reports/relu-search` makes this page; `benchmarks/relu-search.toml` has
+the runs.
 
 """
 
@@ -45,12 +48,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.relu_peer", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("run", type=Path, help="the folder of a run, with its results.csv")
-    parser.add_argument("out", type=Path)
+    parser.add_argument("runs", nargs="+", type=Path, help="the folders of runs, each with its results.csv")
+    parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     if reason := peer.available():
         parser.exit(2, f"error: {reason}\n")
-    results = from_csv(given.run / "results.csv")
+    # failed trials have the scores of the best floor, as on every page
+    measured = [metric_of(name) for name in SCORES]
+    results = pd.concat([rescored(from_csv(run / "results.csv"), measured) for run in given.runs])
     results["name"] = [attacks.parse(spec).name for spec in results["attack"]]
     ours = results[results["name"] == OURS]
     ((steps, own),) = [(attacks.parse(spec).options()["steps"], own) for spec, own in ours.groupby("attack")]
@@ -95,16 +100,16 @@ def page(results: pd.DataFrame, peers: pd.DataFrame) -> str:
 
 def _row(model: Hashable, own: pd.DataFrame) -> dict[str, str]:
     arms = {name: rows.set_index(UNIT)[list(SCORES)] for name, rows in own.groupby("name")}
-    cells = {"network": f"`{model}`", "images": str(len(arms[OURS]))}
+    cells = {"network": str(model), "images": str(len(arms[OURS]))}
     for name in (OURS, PUBLISHED, PEER):
-        cells[f"`{name}`, dB"] = _mean(arms[name]["psnr_aligned"], 1)
-        cells[f"`{name}`, SSIM"] = f"{arms[name]['ssim'].mean():.2f}"
+        cells[f"{name}, dB"] = _mean(arms[name]["psnr_aligned"], 1)
+        cells[f"{name}, SSIM"] = f"{arms[name]['ssim'].mean():.2f}"
     for name in (PUBLISHED, PEER):
         first, second = arms[OURS]["psnr_aligned"], arms[name]["psnr_aligned"]
         found = paired_difference(first, second)
         gains = (first - second).dropna()
-        cells[f"`{OURS}` above `{name}`, dB"] = with_interval(found.mean, found.low, found.high, 1, sign=True)
-        cells[f"on so many images above `{name}`"] = f"{(gains > 0).sum()} of {len(gains)}"
+        cells[f"{OURS} above {name}, dB"] = with_interval(found.mean, found.low, found.high, 1, sign=True)
+        cells[f"ahead of {name}"] = f"{(gains > 0).sum()} of {len(gains)} images"
     return cells
 
 
