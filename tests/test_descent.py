@@ -269,6 +269,37 @@ def test_statistics_of_the_image_itself_are_found_too(
     check_layers(residual(**options).train(), 1e-6)
 
 
+@pytest.mark.parametrize("slope", [0.2, pytest.param(0.01, marks=pytest.mark.long)])
+def test_statistics_of_the_image_itself_are_found_through_leaky_relus(slope: float) -> None:
+    """Its values have no zeros that say what a convolution of stride 2 cannot see; the mean of its input does."""
+    check_layers(residual(slope=slope).train(), 1e-6)
+
+
+def test_a_constant_that_no_mean_gives_leaves_the_input_of_a_leaky_relu_open() -> None:
+    """The mean of what goes around a block without a normalisation is not known."""
+    observation, images = seen(residual(slope=0.2, pad=True).train())
+    network = Network(trace(observation))
+    found = recover(network, sent(observation), torch.Generator().manual_seed(0))
+    exact = truth(network, images)
+    assert [network.steps[each.place].name for each in found.features] == ["4.relu"]
+    assert far(found.features[0].value, exact[found.features[0].place]) < 1e-12
+    assert found.reason == "4.conv1: the equations leave 1 values of each channel of the input open"
+
+
+@pytest.mark.parametrize("slope", [0.01, 0.3])
+def test_the_mean_of_its_input_tells_a_constant_of_a_leaky_relus_output(slope: float) -> None:
+    value = rand(2, 3, 4, 4, seed=1).double() - 0.4
+    pattern = torch.zeros(2, 4, 4, dtype=torch.float64)
+    pattern[:, ::2, ::2] = -0.5
+    middle = value.mean((0, 2, 3))
+    exact, factor = F.leaky_relu(value, slope), 3.0
+    shifted = factor * exact + torch.where(pattern[:, None] != 0, torch.tensor([0.5, -2.0, 0.1])[:, None, None], 0.0)
+    found = settle.centred(shifted, pattern, slope, factor, middle)
+    assert far(found, factor * exact) < 1e-12
+    rough = settle.centred(shifted, pattern, slope, math.nan, middle)
+    assert far(rough, factor * exact) < far(shifted, factor * exact)
+
+
 @pytest.mark.parametrize(("width", "error"), [(32, 1e-9), (20, 1e-9)])
 def test_no_gradient_of_a_normalisation_is_needed_below_average_pooling(width: int, error: float) -> None:
     """With a width of 20, the inputs of the topmost convolution have fewer independent channels than places, too."""
