@@ -164,6 +164,14 @@ def test_labels_that_are_distinct_or_the_same_choose_disjoint_images() -> None:
             r"labels=counts shows and count=hi",
         ),
         (
+            {"clients": ["local(batch=2)"], "threats": ["shares=weights, count=hidden"]},
+            r"recipe=known shows and count=hidden hides; add recipe=hidden",
+        ),
+        (
+            {"clients": ["local(images=4, local_batch=2)"], "threats": ["shares=weights, count=hidden, order=known"]},
+            r"recipe=known shows and count=hidden hides; add recipe=hidden",
+        ),
+        (
             {"clients": ["local(images=4, local_batch=2)"], "threats": ["shares=weights, recipe=hidden, order=known"]},
             r"order=known shows how it trains, which recipe=hidden hides",
         ),
@@ -226,6 +234,8 @@ def test_the_attacker_sees_of_a_batch_what_the_threat_model_grants() -> None:
         1,
     )
     assert "0.07" not in repr(nothing.threat)
+    unnumbered = see("local(batch=3)", ThreatModel(count="hidden"))
+    assert (unnumbered.count, unnumbered.client, unnumbered.labels) == (0, None, None)
     counts = see(spec, replace(WEIGHTS, labels="counts"))
     assert counts.labels is None
     assert counts.counts is not None

@@ -105,6 +105,11 @@ def check_threat(training: LocalTraining, threat: ThreatModel) -> None:
             f"{said} has {training.count} images, whose number labels={threat.labels} shows and count=hidden hides; "
             "leave one of the two out of the threat model"
         )
+    if training.count > 1 and threat.count == "hidden" and threat.shares == "weights" and threat.recipe == "known":
+        raise BadOption(
+            f"{said} has {training.count} images, whose number recipe=known shows and count=hidden hides; add "
+            "recipe=hidden to the threat model, or leave count out"
+        )
     if training.several_steps and threat.order == "known" and threat.recipe == "hidden":
         raise BadOption(
             f"{said}: order=known shows how it trains, which recipe=hidden hides; leave one of the two out of the "

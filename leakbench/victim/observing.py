@@ -142,6 +142,7 @@ def _observed(
     granted = threat.granted()
     if own_steps:
         granted = _granted(threat, training)
+    hidden = batched and threat.count == "hidden"
     observation = Observation(
         model=architecture(order[0]),
         weights=weights,
@@ -153,9 +154,9 @@ def _observed(
         mean_image=own.mean_image.to(device, working(order[0])),
         threat=granted,
         defense=defense if threat.informed else None,
-        count=0 if batched and threat.count == "hidden" else training.count,
+        count=0 if hidden else training.count,
         counts=counts if batched and threat.labels == "counts" else None,
-        client=training.without_rate() if own_steps and threat.recipe == "known" else None,
+        client=training.without_rate() if own_steps and threat.recipe == "known" and not hidden else None,
         order=_order(clients, training) if own_steps and threat.order == "known" else (),
         statistics={name: torch.stack([row[name] for row in statistics]).to(device) for name in statistics[0]}
         if statistics
