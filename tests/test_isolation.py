@@ -17,7 +17,7 @@ from conftest import ALL_DEFENSES, ON_WEIGHTS, SALT, SMALL, rand, watch
 from torch import Tensor, nn
 
 import leakbench
-from leakbench import Dataset, Reconstruction, attacks, defenses, models
+from leakbench import Dataset, Reconstruction, attacks, clients, defenses, models
 from leakbench.attacks.base import prepare
 from leakbench.attacks.matching import GradientMatching
 from leakbench.core.rng import Rng, generator, salted
@@ -543,3 +543,60 @@ def test_no_presets_name_tells_a_hidden_learning_rate() -> None:
     seen = PRESETS["weights"].granted()
     assert seen.learning_rate is None
     assert seen.name not in PRESETS
+
+
+@pytest.mark.parametrize(
+    ("spec", "threat"),
+    [
+        ("local(batch=23)", ThreatModel()),
+        ("local(batch=23)", ThreatModel(count="hidden")),
+        ("local(batch=23)", ThreatModel(labels="counts")),
+        ("local(images=23, local_batch=6, momentum=0.9)", ThreatModel(shares="weights")),
+        ("local(images=23, local_batch=6)", ThreatModel(shares="weights", recipe="hidden", count="hidden")),
+        ("local(images=23, local_batch=6)", ThreatModel(shares="weights", labels="known", order="known")),
+    ],
+    ids=lambda one: one if isinstance(one, str) else one.spec().replace(", ", ","),
+)
+def test_of_several_images_only_what_is_granted_is_reachable(spec: str, threat: ThreatModel) -> None:
+    """Neither images nor labels, nor the order of the steps, nor the number of the images where it is hidden."""
+    images = [rand(*SHAPE, seed=500 + index) for index in range(23)]
+    labels = [43 + index % 3 * 4 for index in range(23)]
+    training = clients.parse(spec)
+
+    def seen(granted: ThreatModel) -> Observation:
+        client = Client(images[0], labels[0], "w 0", "c 0", (), tuple(zip(images[1:], labels[1:])))
+        grey, model = torch.full(SHAPE, 0.5), models.parse("lenet")
+        return observe(model, defenses.parse("none"), granted, [client], CLASSES, grey, training=training)
+
+    hidden = {f"image {index}": image for index, image in enumerate(images)}
+    if threat.order != "known" and training.several_steps:
+        full = seen(replace(threat, order="known", labels="known", recipe="known", count="known"))
+        hidden |= {f"the order of step {step}": rows for step, rows in enumerate(full.order)}
+    numbers = () if threat.labels == "known" else (43, 47, 51)
+    numbers += (23,) if threat.count == "hidden" else ()
+    observation = seen(threat)
+    assert Private(hidden, numbers, ("w 0", "c 0")).found_in(observation) == []
+    assert (observation.labels is not None, bool(observation.order)) == (
+        threat.labels == "known",
+        threat.order == "known",
+    )
+    assert (observation.counts is not None) == (threat.labels == "counts")
+    assert observation.count == (0 if threat.count == "hidden" else 23)
+
+
+@pytest.mark.parametrize("spec", ["local(batch=4)", "local(images=4, local_steps=3, lr=0.01)"])
+def test_the_order_of_a_batch_is_not_in_what_is_sent(spec: str, float64: None) -> None:
+    images, labels = [rand(*SHAPE, seed=600 + index).double() for index in range(4)], [3, 1, 4, 15]
+    sent = []
+    for order in ((0, 1, 2, 3), (2, 0, 3, 1)):
+        first, *others = ((images[place], labels[place]) for place in order)
+        client = Client(*first, "w 0", "c 0", (), tuple(others))
+        grey, model = torch.full(SHAPE, 0.5, dtype=torch.float64), models.parse("lenet")
+        threat = ThreatModel(shares="weights") if "lr" in spec else ThreatModel()
+        sent.append(
+            observe(
+                model, defenses.parse("none"), threat, [client], CLASSES, grey, training=clients.parse(spec)
+            ).gradient
+        )
+    for name, value in sent[0].items():
+        assert torch.allclose(value, sent[1][name], rtol=1e-9, atol=1e-13), name
