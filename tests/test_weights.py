@@ -79,12 +79,20 @@ def test_a_prepared_observation_is_not_prepared_again(defense: str) -> None:
     assert torch.equal(attack(seen, Rng(("a", "b"))).images, attack(known, Rng(("a", "b"))).images)
 
 
-@pytest.mark.parametrize("name", ["dlg", "idlg", "ig", "lb", "peel"])
+@pytest.mark.parametrize("name", ["dlg", "idlg", "ig", "lb", "log-cosine"])
 def test_without_the_rate_a_gradient_attack_is_refused_in_one_line(name: str) -> None:
     with pytest.raises(Unsupported, match="rate=known") as error:
         prepare(attacks.parse(name), watch("lenet", threat="weights"))
     assert "\n" not in str(error.value)
     prepare(attacks.parse("grey"), watch("lenet", threat="weights"))
+
+
+def test_the_closed_form_of_a_chain_is_the_same_without_the_rate() -> None:
+    known, hidden = (
+        attacks.parse("peel")(watch("lenet", threat=threat), Rng(("a", "b"))) for threat in (KNOWN, "weights")
+    )
+    assert not bool(hidden.failed.any())
+    torch.testing.assert_close(hidden.images, known.images, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("spec", ["noise", "clip(norm=1e-3)", "prune", "quantise", "soteria"])
