@@ -99,9 +99,8 @@ class Peel(Attack):
     # errors are rounding count whatever the others' are; 8: a misfit of inputs up to a factor that has no rounding and
     # is relative to their differences, and a contrast by the classifier; 9: behind a key-lock, the levels of its
     # channels before the image, smoothness relative to what they leave, and the contrast of the lock's law; 10: updates
-    # of unknown learning rate, which were unsupported, and ReLUs below average pooling, where a descent ended,
-    # and those that are written otherwise or have a ceiling, and
-    # leaky ReLUs below statistics of the image
+    # of unknown learning rate, which were unsupported, ReLUs below average pooling, where a descent ended, those
+    # that are written otherwise or have a ceiling, and leaky ReLUs below statistics of the image
     version: ClassVar[int] = 10
     reference: ClassVar[str] = (
         "in the family of Zhu and Blaschko 2021, R-GAP, ICLR, arXiv 2010.07733; "

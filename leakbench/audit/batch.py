@@ -24,7 +24,7 @@ from leakbench.gradients.counts import (
     mean_feature,
     moved_logits,
 )
-from leakbench.gradients.losses import CROSS_ENTROPY, Head, head_of
+from leakbench.gradients.losses import CROSS_ENTROPY, head_of
 from leakbench.gradients.low_rank import LowRank
 from leakbench.gradients.plain import without_checkpointing
 from leakbench.models.surgery import linears
@@ -152,7 +152,7 @@ def estimated_counts(
     """
     one, last = shown.shown, next(reversed(list(linears(network))), "")
     head = head_of(network)
-    several, none = head.loss == "bce" and not head.single, EstimatedCounts()
+    several, none = head.several, EstimatedCounts()
     if head.loss != CROSS_ENTROPY and not head.single and not several:
         return none
     if shown.zero_sum is False or shown.loss:  # not the loss that these estimates are for
@@ -230,7 +230,7 @@ def classes_of_errors(network: nn.Module, batch: BatchFindings) -> Tensor | None
         rows.append(row.double())
     by_logit = torch.stack(rows)  # [K, N, M]
     head = head_of(network)
-    if head.loss == "bce" and not head.single:
+    if head.several:
         directions, errors = by_logit.permute(1, 2, 0), batch.errors.T.double()[..., None]
         sizes = torch.linalg.svdvals(directions)
         if directions.shape[1] < directions.shape[2] or bool((sizes[:, -1] <= LEAST_DIRECTION * sizes[:, 0]).any()):
@@ -302,7 +302,7 @@ def _estimates(
     layer = network.get_submodule(last) if last is not None else None
     hook = None if layer is None else layer.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
     with torch.no_grad(), without_checkpointing():
-        found = _mean(network(images).double(), head)
+        found = head.probabilities(network(images).double()).mean(0)
     if hook is not None:
         hook.remove()
     weight, bias = (update.change.get(f"{last}.{part}") for part in ("weight", "bias"))
@@ -314,10 +314,4 @@ def _estimates(
     if mean is None:
         return found, None
     moved = moved_logits(taken[0], mean, layer.weight.detach(), layer.bias.detach())
-    return (None if is_far(taken[0], mean) else found), _mean(moved, head)
-
-
-def _mean(logits: Tensor, head: Head) -> Tensor:
-    """Return the mean probabilities [K] of logits [P, K] by the loss."""
-    several = head.loss == "bce" and not head.single
-    return (torch.sigmoid(logits) if several else torch.softmax(logits, 1)).mean(0)
+    return (None if is_far(taken[0], mean) else found), head.probabilities(moved).mean(0)

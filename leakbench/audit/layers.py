@@ -244,7 +244,7 @@ def classes_present(observation: Observation) -> tuple[int, ...]:
     """
     head, last = head_of(observation.model), next(reversed(list(linears(observation.model))), "")
     bias = observation.gradient.get(f"{last}.bias")
-    if head.loss != "bce" or head.single or observation.trials != 1:
+    if not head.several or observation.trials != 1:
         return ()
     if bias is None or bias.shape[1] != observation.num_classes:
         return ()

@@ -77,6 +77,15 @@ class Head:
         return self.loss if isinstance(self.loss, str) else f"{self.loss.__module__}:{self.loss.__qualname__}"
 
     @property
+    def several(self) -> bool:
+        """Whether an image may have several classes, or none: each output is a class by itself."""
+        return self.loss == "bce" and not self.single
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the class probabilities [..., K] of logits [..., K] by the loss."""
+        return torch.sigmoid(logits) if self.several else torch.softmax(logits, -1)
+
+    @property
     def words(self) -> str:
         """The loss in words."""
         if not isinstance(self.loss, str):

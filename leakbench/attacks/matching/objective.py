@@ -271,9 +271,7 @@ class MatchingObjective(Recordable, Explicit):
         if self.observation.labels is not None:
             return self.observation.labels
         assert logits is not None, "an attack that optimises labels renders their logits"
-        head = head_of(self.observation.model)
-        several = head.loss == "bce" and not head.single  # each class by itself
-        return torch.sigmoid(logits) if several else torch.softmax(logits, -1)
+        return head_of(self.observation.model).probabilities(logits)
 
     def _encoded(self, images: Tensor, labels: Tensor, evaluation: Evaluation) -> tuple[Tensor, Tensor]:
         """Return the images and labels that the network runs on, as the adaptive attacker has them encoded."""
