@@ -293,6 +293,8 @@ def test_the_mean_of_a_divided_folder_is_that_of_its_training_part(tmp_path: Pat
     assert dataset.load([0])[1].tolist() == [1]
     assert len(dataset.listing().public) == folder.MEAN_IMAGES
     assert torch.allclose(dataset.mean(), torch.tensor(100 / 255), atol=0.02)
+    assert torch.allclose(dataset.unattacked().mean(0), dataset.mean())
+    assert len(dataset.unattacked()) == folder.MEAN_IMAGES
 
 
 def test_imagenet_keeps_the_usual_margin(tmp_path: Path) -> None:

@@ -21,7 +21,20 @@ from leakbench.gradients.counts import (
     moved_probabilities,
 )
 from leakbench.metrics.aligned import AlignedPSNR, align
-from leakbench.metrics.members import MemberScores, aligned_errors, assign, count_overlap, matched
+from leakbench.metrics.members import (
+    MAX_DECOYS,
+    BatchMetric,
+    Identified,
+    LabelCounts,
+    MemberScores,
+    RecoveredShare,
+    ScoredBatches,
+    WorstAlignedPSNR,
+    aligned_errors,
+    assign,
+    count_overlap,
+    matched,
+)
 
 
 def noise(count: int, seed: int) -> Tensor:
@@ -66,6 +79,47 @@ def test_images_come_back_in_their_order_and_missing_ones_are_grey() -> None:
     assert MemberScores(torch.tensor([1.0, 3.0]), higher_is_better=False).worst == 3
     with pytest.raises(ValueError, match="give at most as many"):
         assign(noise(5, 0), truth)
+
+
+def scored(images: Tensor, truth: Tensor, decoys: Tensor, values: dict[str, Tensor] | None = None) -> ScoredBatches:
+    """Return batches after the assignment, whose labels are those of three classes in turn."""
+    labels = torch.arange(truth.shape[1]).remainder(3).expand(truth.shape[:2])
+    return ScoredBatches(images, truth, None, labels, decoys, values or {})
+
+
+@pytest.mark.parametrize("chunk", [1, 10**9])
+def test_an_image_is_identified_if_no_other_of_the_batch_and_no_decoy_is_nearer(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("leakbench.metrics.members.CHUNK_PIXELS", chunk)
+    rng = torch.Generator().manual_seed(0)
+    truth, decoys = torch.rand(2, 3, 1, 8, 8, generator=rng), torch.rand(MAX_DECOYS + 2, 1, 8, 8, generator=rng)
+    images = truth.clone()
+    images[0, 1] = truth[0, 2]  # nearest to another image of its batch
+    images[1, 0] = 0.7 * decoys[5] + 0.1  # nearest to a decoy, at any brightness and contrast
+    images[1, 1] = 0.5  # nearest to none
+    assert Identified().of_batches(scored(images, truth, decoys)).tolist() == pytest.approx([2 / 3, 1 / 3])
+    assert Identified().of_batches(scored(images, truth, decoys[:0])).tolist() == pytest.approx([2 / 3, 1 / 3])
+    images[1, 0] = 0.7 * truth[1, 0] + 0.3 * decoys[MAX_DECOYS - 1]
+    assert Identified().of_batches(scored(images, truth, decoys))[1] == pytest.approx(2 / 3)
+    images[1, 0] = decoys[MAX_DECOYS + 1]  # beyond the most that count
+    beyond = Identified().of_batches(scored(images, truth, decoys))[1]
+    everyone = _nearest_by_correlation(images[1], torch.cat([truth[1], decoys[:MAX_DECOYS]]))
+    assert beyond == pytest.approx(sum(everyone[row] == row for row in (0, 2)) / 3)
+
+
+def _nearest_by_correlation(images: Tensor, candidates: Tensor) -> list[int]:
+    found = []
+    for image in images:
+        values = [abs(torch.corrcoef(torch.stack([image.flatten(), one.flatten()]))[0, 1]) for one in candidates]
+        found.append(int(torch.stack(values).nan_to_num(-1).argmax()))
+    return found
+
+
+@pytest.mark.parametrize("metric", [RecoveredShare(), WorstAlignedPSNR(), LabelCounts()])
+def test_a_metric_of_batches_has_no_value_without_what_it_needs(metric: BatchMetric) -> None:
+    truth = torch.rand(2, 3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    assert metric.of_batches(scored(truth, truth, truth[0])).isnan().all()
 
 
 @pytest.mark.parametrize("images", [1, 4, 16, 64])

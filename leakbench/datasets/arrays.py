@@ -99,15 +99,23 @@ class Npz(Dataset):
 
     def mean(self) -> Tensor:
         """Return [C, H, W], the mean of images of ``train``, or the grey image 0.5 if there are none."""
-        public = self._arrays.public
-        if not len(public):
-            return torch.full(self.image_shape, 0.5)
-        taken = min(len(public), MEAN_IMAGES)
-        return self._converted(public[[number * len(public) // taken for number in range(taken)]]).mean(0)
+        public = self._public()
+        return public.mean(0) if len(public) else torch.full(self.image_shape, 0.5)
+
+    def unattacked(self) -> Tensor:
+        """Return the images of ``train`` of which the mean is, or the crops of photographs if there are none."""
+        public = self._public()
+        return public if len(public) else super().unattacked()
 
     def settings(self) -> dict[str, Any]:
         """Return name, version and options, and the SHA-256 of the file."""
         return {**super().settings(), "fingerprint": _fingerprint(Path(self.path).expanduser())}
+
+    def _public(self) -> Tensor:
+        """Return [P, C, H, W], evenly spaced images of ``train``."""
+        public = self._arrays.public
+        taken = min(len(public), MEAN_IMAGES)
+        return self._converted(public[[number * len(public) // taken for number in range(taken)]])
 
     def _converted(self, stored: NDArray[Any]) -> Tensor:
         shape = self.image_shape

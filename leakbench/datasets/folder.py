@@ -151,6 +151,11 @@ class Folder(Dataset):
             total += self._read(file)
         return (total / len(public)).float()
 
+    def unattacked(self) -> Tensor:
+        """Return the images of ``train`` of which the mean is, or the crops of photographs if there is no ``train``."""
+        public = self.listing().public
+        return torch.stack([self._read(file) for file in public]) if public else super().unattacked()
+
     def settings(self) -> dict[str, Any]:
         """Return name, version and options, and a fingerprint of the data: names and contents of the files."""
         self.listing()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +19,14 @@ from leakbench.core.component import shipped
 from leakbench.core.device import DEFAULT, SHARE, empty_cache, out_of_memory
 from leakbench.core.rng import Rng, generator, salted
 from leakbench.core.types import HONEST, Reconstruction
+from leakbench.datasets import Dataset
 from leakbench.engine.floors import FalseFloor, noise_like, verify_floor
 from leakbench.engine.isolation import AttackError, Isolation, foreign
 from leakbench.errors import DEFENSE_FAILED, ClientFailed, DefenseFailed, LeakbenchError, Unsupported, one_line, words
 from leakbench.metrics import ReplacedMetric, refuse_replaced
 from leakbench.metrics.aligned import align
 from leakbench.metrics.base import Metric, Truth
-from leakbench.metrics.members import BatchMetric, ScoredBatches, assign, matched
+from leakbench.metrics.members import MAX_DECOYS, BatchMetric, ScoredBatches, assign, matched
 from leakbench.observation import Observation
 from leakbench.plan.matrix import FLOORS
 from leakbench.plan.trial import MAX_PICTURE_ERROR, UNSEEN, BatchMember, Cell, Result, Trial
@@ -350,7 +352,7 @@ class Worker:
             truth=images.to(device),
             inferred=guess.labels,
             labels=labels.to(device),
-            public=torch.zeros(0, *shape) if truth.public is None else truth.public(),
+            decoys=_decoys(trials[0].cell.dataset),
             values={},
         )
         flat = replace(
@@ -607,6 +609,12 @@ def _observed(data: ClientData, trials: Sequence[Trial], device: torch.device | 
     cell, clients = trials[0].cell, [_client(trial, data) for trial in trials]
     public, client = server_images(cell), cell.client
     return observe(cell.model, cell.defense, cell.threat, clients, data.num_classes, data.mean, device, public, client)
+
+
+@functools.lru_cache(maxsize=1)
+def _decoys(dataset: Dataset) -> Tensor:
+    """Return public images [P, C, H, W] among which an image must be identified; loaded once in a process."""
+    return dataset.unattacked()[:MAX_DECOYS]
 
 
 def server_images(cell: Cell) -> Tensor | None:

@@ -21,6 +21,9 @@ RECOVERED = 0.6
 MAX_DECOYS = 1000
 """The most public images among which a reconstruction must identify its own."""
 
+CHUNK_PIXELS = 2**22
+"""How many values of decoys are compared at once."""
+
 GREY = 0.5
 """The grey level in place of an image that was not returned."""
 
@@ -34,7 +37,8 @@ class ScoredBatches:
         truth: [T, B, C, H, W] in [0, 1].
         inferred: [T, M] int64, the labels that the attack inferred or was given, in any order; None if it names none.
         labels: [T, B] int64, the true ones.
-        public: [P, C, H, W] in [0, 1], other images of the same kind.
+        decoys: [P, C, H, W] in [0, 1], public images of the same kind, none of which is private
+            (``Dataset.unattacked``).
         values: the members' values [T, B] of each metric by name.
     """
 
@@ -42,7 +46,7 @@ class ScoredBatches:
     truth: Tensor
     inferred: Tensor | None
     labels: Tensor
-    public: Tensor
+    decoys: Tensor
     values: Mapping[str, Tensor]
 
 
@@ -202,27 +206,40 @@ class RecoveredShare(BatchMetric):
 @register("identified")
 @dataclass(frozen=True)
 class Identified(BatchMetric):
-    """The share of images whose reconstruction correlates most with its own, of the batch and public decoys."""
+    """The share of images whose reconstruction correlates most with its own, of the batch and public decoys.
 
+    Decoys are images of the dataset's other split or other public ones (``Dataset.unattacked``).
+    """
+
+    version: ClassVar[int] = 2
     convention: ClassVar[str] = (
-        f"0 to 1; nearest by squared correlation, of the batch and up to {MAX_DECOYS} public images"
+        f"0 to 1; nearest by squared correlation, of the batch and up to {MAX_DECOYS:,} public images, as the other "
+        "split's"
     )
     reference: ClassVar[str] = "definition"
 
     def of_batches(self, scored: ScoredBatches) -> Tensor:
         """Return the share."""
-        decoys = scored.public[:MAX_DECOYS].to(scored.truth)
-        return torch.stack(
-            [_identified(images, torch.cat([truth, decoys])) for images, truth in zip(scored.images, scored.truth)]
-        )
+        guess = _centred(scored.images.flatten(0, 1).double().flatten(1))
+        others = guess.new_zeros(len(guess))
+        known, several = scored.decoys[:MAX_DECOYS], max(1, CHUNK_PIXELS // guess.shape[1])
+        for start in range(0, len(known), several):
+            decoys = known[start : start + several].to(scored.truth)
+            others = torch.maximum(others, _nearness(guess, decoys).amax(1))
+        guess, others = (one.unflatten(0, scored.truth.shape[:2]) for one in (guess, others))
+        return torch.stack([_identified(*batch) for batch in zip(guess, others, scored.truth)])
 
 
-def _identified(images: Tensor, candidates: Tensor) -> Tensor:
-    guess, known = (_centred(one.double().flatten(1)) for one in (images, candidates))
-    lengths = known.norm(dim=1).clamp(min=torch.finfo(known.dtype).tiny)
-    nearest = ((guess @ known.T) / lengths).square().argmax(1)
-    own = torch.arange(len(images), device=nearest.device)
-    return ((nearest == own) & guess.any(1)).double().mean()
+def _nearness(guess: Tensor, candidates: Tensor) -> Tensor:
+    """Return [M, P], squared correlations with candidates [P, C, H, W], up to a factor of each row of ``guess``."""
+    known = _centred(candidates.double().flatten(1))
+    return ((guess @ known.T) / known.norm(dim=1).clamp(min=torch.finfo(known.dtype).tiny)).square()
+
+
+def _identified(guess: Tensor, others: Tensor, truth: Tensor) -> Tensor:
+    within = _nearness(guess, truth)
+    own = within.argmax(1) == torch.arange(len(truth), device=within.device)
+    return (own & (within.diagonal() >= others) & guess.any(1)).double().mean()
 
 
 class _Extreme(BatchMetric):
