@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pandas as pd
 import pytest
@@ -16,15 +17,15 @@ from torch.nn import functional as F
 
 from leakbench import attacks, clients, defenses, models
 from leakbench.analysis.integrity import check
-from leakbench.attacks.base import prepare
+from leakbench.attacks.base import Attack, prepare
 from leakbench.attacks.batch_labels import batch_labels, inferred_counts
 from leakbench.attacks.disaggregation import disaggregate, most_inputs
 from leakbench.attacks.matching import GradientMatching, double
 from leakbench.attacks.matching.sets import TakenImages, merged, set_distance
 from leakbench.core.rng import Rng
-from leakbench.core.types import ThreatModel
+from leakbench.core.types import Reconstruction, ThreatModel
 from leakbench.engine.run import RunOptions, run
-from leakbench.errors import Unsupported
+from leakbench.errors import BadOption, Unsupported
 from leakbench.gradients import Evaluator, choose_path
 from leakbench.gradients.low_rank import LowRank
 from leakbench.metrics.aligned import AlignedPSNR
@@ -100,6 +101,81 @@ def test_trials_of_several_images_are_computed_as_in_a_loop(spec: str, train: bo
         for name, value in zip(names, expected):
             size = float(value.detach().norm())
             assert float((found[name][row] - value).detach().norm()) <= 1e-10 * size + 1e-12
+
+
+@pytest.mark.parametrize("path", ["lanes", "batched", "vmap", "one-at-a-time"])
+@pytest.mark.parametrize(("spec", "train"), [("lenet", False), ("mlp(hidden=8)", False), ("resnet20", False),
+                                             ("lenet-bn", True)])  # fmt: skip
+def test_every_path_computes_trials_of_several_images_as_a_loop(spec: str, train: bool, path: str) -> None:
+    """First and second derivatives of clients of three images."""
+    torch.manual_seed(1)
+    trials, count, shape = 2, 3, (3, 32, 32) if "lenet" in spec else (3, 16, 16)
+    network = models.parse(spec).build(shape, CLASSES).train(train).double()
+    names = tuple(name for name, _ in network.named_parameters())
+    rows = {name: value.detach().expand(trials, *value.shape) for name, value in network.named_parameters()}
+    x = torch.rand(trials, count, *shape, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(CLASSES, (trials, count))
+    tensors = {**rows, **dict(network.named_buffers())}
+    evaluator = Evaluator(network, names, path=path)  # type: ignore[arg-type]
+    if (path, train) == ("lanes", True):
+        with pytest.raises(Unsupported, match="if no statistics are taken of them"):
+            evaluator.gradient(tensors, x, y)
+        return
+    found = evaluator.gradient(tensors, x, y)
+    (by_image,) = torch.autograd.grad(sum(value.square().sum() for value in found.values()), x)
+    for row in range(trials):
+        images = x[row].detach().clone().requires_grad_()
+        loss = F.cross_entropy(network(images), y[row])
+        expected = torch.autograd.grad(loss, list(network.parameters()), create_graph=True)
+        (second,) = torch.autograd.grad(sum(value.square().sum() for value in expected), images)
+        assert float((by_image[row] - second).norm() / second.norm()) < 1e-10
+        for name, value in zip(names, expected):
+            size = float(value.detach().norm())
+            assert float((found[name][row] - value).detach().norm()) <= 1e-10 * size + 1e-12
+
+
+@dataclass(frozen=True)
+class Answer(Attack):
+    """An attack of a plugin that returns images of a shape."""
+
+    shape: tuple[int, ...] = ()
+
+    def run(self, observation: Observation, rng: Rng) -> Reconstruction:
+        return Reconstruction(torch.full((observation.trials, *self.shape, *SHAPE), 0.5))
+
+
+@dataclass(frozen=True)
+class Several(Answer):
+    """The same for batches."""
+
+    batches: ClassVar[bool] = True
+
+
+def test_an_attack_that_says_nothing_of_batches_serves_one_image() -> None:
+    assert Answer()(see(1), Rng(("a", "b"))).images.shape == (2, *SHAPE)
+    with pytest.raises(Unsupported, match=r"Answer serves clients of one image, and these have several; use batch=1"):
+        Answer((3,))(see(3), Rng(("a", "b")))
+
+
+def test_a_defense_that_says_nothing_of_batches_serves_one_image() -> None:
+    class Plain(defenses.Defense):
+        pass
+
+    assert not Plain.batched
+    with pytest.raises(Unsupported, match="one image"):
+        observe(
+            models.parse("mlp(hidden=16)"), Plain(), ThreatModel(), [batch(3)], CLASSES, torch.full(SHAPE, 0.5),
+            training=clients.parse("local(batch=3)"),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("returned", "words"), [((4,), r"return \(2, 3, 1, 8, 8\)"), ((), r"return \(2, 3, 1, 8, 8\)"),
+                                                 ((0,), r"return \(2, 3, 1, 8, 8\)")])  # fmt: skip
+def test_more_images_than_a_batch_has_are_no_answer(returned: tuple[int, ...], words: str) -> None:
+    """Of more images, the truth would select the best; fewer are an answer."""
+    with pytest.raises(BadOption, match=words):
+        Several(returned)(see(3), Rng(("a", "b")))
+    assert Several((2,))(see(3), Rng(("a", "b"))).images.shape == (2, 2, *SHAPE)
 
 
 @pytest.mark.parametrize("spec", ["none", "keylock", "precode", "norm-only"])

@@ -110,6 +110,41 @@ def test_gradients_are_those_of_plain_torch(form: str, outputs: int, loss: Any, 
             assert torch.allclose(value, torch.stack([row[name] for row in wanted]), atol=1e-12)
 
 
+BATCHED: list[tuple[str, int, Any, Callable[[Any, Tensor], Tensor]]] = [
+    ("tuple", CLASSES, "cross-entropy", lambda out, y: F.cross_entropy(out[0], y)),
+    ("dict", CLASSES, "cross-entropy", lambda out, y: F.cross_entropy(out["logits"], y)),
+    ("tensor", 1, "bce", lambda out, y: F.binary_cross_entropy_with_logits(out.flatten(), y.double())),
+    ("tensor", CLASSES, "bce", lambda out, y: F.binary_cross_entropy_with_logits(out, F.one_hot(y, CLASSES).double())),
+    ("tensor", CLASSES, "mse", lambda out, y: F.mse_loss(out, F.one_hot(y, CLASSES).double())),
+    ("tensor", CLASSES, "nll", F.nll_loss),
+    ("named", CLASSES, with_aux, with_aux),
+    ("tensor", CLASSES, smooth, smooth),
+]
+
+
+@pytest.mark.parametrize(("form", "outputs", "loss", "plain"), BATCHED)
+def test_gradients_of_a_batch_are_those_of_plain_torch(form: str, outputs: int, loss: Any, plain: Any) -> None:
+    """Of the client's step and of every path of the attacker, in float64, with second derivatives."""
+    network = Formed(form, outputs).double()
+    built = OwnModule("own", network, loss).build(SHAPE, max(2, outputs))
+    images = torch.rand(2, 4, *SHAPE, generator=torch.Generator().manual_seed(2)).double().requires_grad_()
+    labels = torch.tensor([[0, 1, 1, 0], [1, 1, 0, 1]])
+    names, wanted, second = [name for name, _ in network.named_parameters()], [], []
+    for own, classes in zip(images, labels):
+        each = torch.autograd.grad(plain(network(own), classes), list(network.parameters()), create_graph=True)
+        wanted.append(dict(zip(names, each)))
+        second.append(torch.autograd.grad(sum(value.square().sum() for value in each), own)[0])
+        sent = Step(built, own.detach(), classes, defenses.parse("none")).gradient()
+        assert all(torch.allclose(sent[name], value, atol=1e-12) for name, value in wanted[-1].items())
+    tensors = {name: value.detach()[None].expand(2, *value.shape) for name, value in built.named_parameters()}
+    for path in ("batched", "vmap", "one-at-a-time"):
+        found = Evaluator(built, tuple(tensors), path=path).gradient(tensors, images, labels)  # type: ignore[arg-type]
+        (by_image,) = torch.autograd.grad(sum(value.square().sum() for value in found.values()), images)
+        assert torch.allclose(by_image, torch.stack(second), rtol=1e-10, atol=1e-14)
+        for name, value in found.items():
+            assert torch.allclose(value, torch.stack([row[name] for row in wanted]), atol=1e-12)
+
+
 def test_the_usual_network_has_no_hook_and_its_settings_stay() -> None:
     own = OwnModule("own", Formed())
     assert head_of(own.build(SHAPE, CLASSES)) == Head()

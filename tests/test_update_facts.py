@@ -179,12 +179,13 @@ def test_one_image_with_weight_decay_is_one_image(tmp_path: Path) -> None:
     assert facts.contradictions(1) == ()
 
 
+@pytest.mark.parametrize("network", [mlp, convolutional], ids=["linear", "convolutional"])
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("optimiser", OTHERS)
 def test_one_image_under_another_rule_is_neither_exact_nor_one_image(
-    tmp_path: Path, optimiser: str, steps: int
+    tmp_path: Path, optimiser: str, steps: int, network: Callable[[], nn.Module]
 ) -> None:
-    _, facts = recorded(tmp_path, mlp(), OTHERS[optimiser], 1, 1, steps)
+    _, facts = recorded(tmp_path, network(), OTHERS[optimiser], 1, 1, steps)
     assert (facts.rule, facts.one_image, facts.images, facts.decay) == ("sign", None, None, 0)
 
 
