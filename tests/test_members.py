@@ -21,6 +21,7 @@ from leakbench.gradients.counts import (
     moved_probabilities,
 )
 from leakbench.metrics.aligned import AlignedPSNR, align
+from leakbench.metrics.extremes import BestLPIPSVGG, BestMSE, BestPSNR, Extreme, WorstAlignedPSNR, WorstMSE, WorstPSNR
 from leakbench.metrics.members import (
     MAX_DECOYS,
     BatchMetric,
@@ -29,7 +30,6 @@ from leakbench.metrics.members import (
     MemberScores,
     RecoveredShare,
     ScoredBatches,
-    WorstAlignedPSNR,
     aligned_errors,
     assign,
     count_overlap,
@@ -114,6 +114,19 @@ def _nearest_by_correlation(images: Tensor, candidates: Tensor) -> list[int]:
         values = [abs(torch.corrcoef(torch.stack([image.flatten(), one.flatten()]))[0, 1]) for one in candidates]
         found.append(int(torch.stack(values).nan_to_num(-1).argmax()))
     return found
+
+
+@pytest.mark.parametrize(
+    ("metric", "name", "expected"),
+    [(BestMSE(), "mse", 1.0), (WorstMSE(), "mse", 3.0), (BestPSNR(), "psnr", 3.0), (WorstPSNR(), "psnr", 1.0),
+     (BestLPIPSVGG(), "lpips_vgg", 1.0)],
+)  # fmt: skip
+def test_the_best_image_of_a_batch_leaks_most(metric: Extreme, name: str, expected: float) -> None:
+    truth = torch.rand(1, 3, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    values = {name: torch.tensor([[1.0, 3.0, 2.0]]).double()}
+    assert metric.of_batches(scored(truth, truth, truth[0], values)).tolist() == [expected]
+    assert metric.higher_is_better == metric.of.higher_is_better
+    assert not metric.usual
 
 
 @pytest.mark.parametrize("metric", [RecoveredShare(), WorstAlignedPSNR(), LabelCounts()])

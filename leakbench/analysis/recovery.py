@@ -9,7 +9,7 @@ import pandas as pd
 from leakbench.analysis.statistics import ROUNDING
 from leakbench.core.text import english, plural
 from leakbench.metrics.encoded import EncodedPSNR, EncodedPSNRFloor, EncodedSSIM, EncodedSSIMFloor
-from leakbench.metrics.members import WorstAlignedSSIM
+from leakbench.metrics.extremes import WorstAlignedSSIM
 from leakbench.metrics.public import PublicSSIM
 from leakbench.plan.matrix import RECOVERY
 from leakbench.plan.trial import UNSEEN, target

@@ -20,7 +20,7 @@ class DLG(QuasiNewton):
     batches: ClassVar[bool] = True
     reference: ClassVar[str] = "Zhu et al. 2019, Deep Leakage from Gradients, NeurIPS (released code)"
     assumes: ClassVar[str] = (
-        "A network that can be differentiated twice with useful second derivatives (sigmoid, tanh); one image."
+        "A network that can be differentiated twice with useful second derivatives (sigmoid, tanh)."
     )
     cost: ClassVar[str] = (
         "Up to 20 evaluations of the gradient and its derivative a step: 6,000 by default; 100 pairs of "

@@ -3,7 +3,8 @@
 from collections.abc import Collection
 
 # imported to be registered, in the order in which they are listed
-from leakbench.metrics import standard, lpips, aligned, label, paper, encoded, perceptual, public, release, members  # isort: skip  # noqa: F401
+from leakbench.metrics import standard, lpips, aligned, label, paper, encoded, perceptual, public, release  # isort: skip  # noqa: F401
+from leakbench.metrics import members, extremes  # isort: skip  # noqa: F401
 from leakbench.metrics import intact
 from leakbench.metrics.base import Metric, Truth, register, registry
 from leakbench.metrics.intact import ReplacedMetric
@@ -22,12 +23,13 @@ def of_run(named: Collection[str] = (), batches: bool = False) -> list[Metric]:
 
     A run with clients of several images has those of batches, too.
     """
-    return [parse(name) for name in names() if get(name).default or name in named or (batches and of_batches(name))]
+    return [parse(name) for name in names() if get(name).default or name in named or (batches and _of_batches(name))]
 
 
-def of_batches(name: str) -> bool:
-    """Return whether a metric is about a whole batch."""
-    return issubclass(get(name), members.BatchMetric)
+def _of_batches(name: str) -> bool:
+    """Return whether every run with clients of several images has a metric."""
+    metric = get(name)
+    return issubclass(metric, members.BatchMetric) and metric.usual
 
 
 _SHIPPED = intact.snapshot()

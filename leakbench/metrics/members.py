@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from leakbench.metrics.aligned import AlignedPSNR, AlignedSSIM
+from leakbench.metrics.aligned import AlignedSSIM
 from leakbench.metrics.base import Metric, register
 
 RECOVERED = 0.6
@@ -51,10 +51,15 @@ class ScoredBatches:
 
 
 class BatchMetric(Metric):
-    """A measure of a whole batch; only runs with clients of several images have it."""
+    """A measure of a whole batch; only runs with clients of several images have it.
+
+    Attributes:
+        usual: whether every such run has it; otherwise only one that names it (``--metric NAME``).
+    """
 
     higher_is_better: ClassVar[bool] = True
     default: ClassVar[bool] = False
+    usual: ClassVar[bool] = True
 
     def __call__(self, images: Tensor, truth: Tensor) -> Tensor:
         """Return [T] NaN: one image is no batch."""
@@ -240,66 +245,3 @@ def _identified(guess: Tensor, others: Tensor, truth: Tensor) -> Tensor:
     within = _nearness(guess, truth)
     own = within.argmax(1) == torch.arange(len(truth), device=within.device)
     return (own & (within.diagonal() >= others) & guess.any(1)).double().mean()
-
-
-class _Extreme(BatchMetric):
-    """The best or the worst image of a batch in a metric.
-
-    Attributes:
-        of: the metric.
-        best: whether the best one.
-    """
-
-    of: ClassVar[type[Metric]]
-    best: ClassVar[bool]
-
-    def of_batches(self, scored: ScoredBatches) -> Tensor:
-        """Return the largest or the smallest value."""
-        values = scored.values.get(self.of.name)
-        if values is None:
-            return self(scored.images, scored.truth)
-        return values.amax(1) if self.best else values.amin(1)
-
-
-@register("psnr_aligned_worst")
-@dataclass(frozen=True)
-class WorstAlignedPSNR(_Extreme):
-    """Aligned PSNR of the image of a batch that leaks least."""
-
-    convention: ClassVar[str] = "dB, psnr_aligned of the image with the least"
-    reference: ClassVar[str] = "psnr_aligned"
-    of: ClassVar[type[Metric]] = AlignedPSNR
-    best: ClassVar[bool] = False
-
-
-@register("psnr_aligned_best")
-@dataclass(frozen=True)
-class BestAlignedPSNR(_Extreme):
-    """Aligned PSNR of the image of a batch that leaks most; the assignment lifts that of a floor, too."""
-
-    convention: ClassVar[str] = "dB, psnr_aligned of the image with the most; to be read beside the floors'"
-    reference: ClassVar[str] = "psnr_aligned"
-    of: ClassVar[type[Metric]] = AlignedPSNR
-    best: ClassVar[bool] = True
-
-
-@register("ssim_aligned_worst")
-@dataclass(frozen=True)
-class WorstAlignedSSIM(_Extreme):
-    """Aligned SSIM of the image of a batch that leaks least."""
-
-    convention: ClassVar[str] = "-1 to 1, ssim_aligned of the image with the least"
-    reference: ClassVar[str] = "ssim_aligned"
-    of: ClassVar[type[Metric]] = AlignedSSIM
-    best: ClassVar[bool] = False
-
-
-@register("ssim_aligned_best")
-@dataclass(frozen=True)
-class BestAlignedSSIM(_Extreme):
-    """Aligned SSIM of the image of a batch that leaks most; the assignment lifts that of a floor, too."""
-
-    convention: ClassVar[str] = "-1 to 1, ssim_aligned of the image with the most; to be read beside the floors'"
-    reference: ClassVar[str] = "ssim_aligned"
-    of: ClassVar[type[Metric]] = AlignedSSIM
-    best: ClassVar[bool] = True
