@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,17 +85,56 @@ def test_other_first_layers_are_left_to_the_search_by_layer_inputs() -> None:
     assert find_stem(steps, POOL) is None
 
 
-def test_a_second_search_is_made_only_if_the_first_does_not_come_near(monkeypatch: pytest.MonkeyPatch) -> None:
-    image = rand(1, 3, 16, 16, seed=2).double()
-    steps = Network(trace(leakbench.observe(network(), image, torch.tensor([0]), salt="0" * 32)))
-    value = network()[:POOL](image).detach()
-    features = [Feature(POOL, value, 1e-9, math.nan, math.nan, None)]
-    evaluations = []
-    for near in (math.inf, 0.0):
-        monkeypatch.setattr(inversion, "POOLED_NEAR", near)
-        monkeypatch.setattr(inversion, "MAX_PIECES", 0)
-        monkeypatch.setattr(inversion, "CLOSE", math.inf)
-        found, misfit, spent = inversion.invert(steps, features, rand(1, 3, 16, 16, seed=3).double(), 1)
-        evaluations.append(spent)
-        assert float(misfit) == pytest.approx(float(inversion.Match(steps, features)({"image": found[None]}, 0)))
-    assert evaluations[1] - evaluations[0] == inversion.POOLED_SEARCHES[1].times
+def inner(image: Tensor, *, train: bool = False) -> tuple[Network, Feature]:
+    """Return a network with a max-pool that two convolutions are below, and its output for an image as recovered."""
+    with seeded("inner"):
+        layers = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1)]
+        model = nn.Sequential(*layers, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32 * 16, 5)).double()
+    model.train(train)
+    steps = Network(trace(leakbench.observe(model, image, torch.tensor([0]), salt="0" * 32)))
+    place = next(at for at, step in enumerate(steps.steps) if step.kind == "max-pool")
+    return steps, Feature(place, steps.output(place, image).detach(), 1e-9, math.nan, math.nan, None)
+
+
+def test_below_a_max_pool_the_image_is_found_from_smooth_ones() -> None:
+    image = F.interpolate(rand(1, 3, 4, 4, seed=2), (8, 8), mode="bicubic").clamp(0, 1).double()
+    steps, feature = inner(image)
+    noise = rand(1, 3, 8, 8, seed=3).double()
+    found, misfit, spent = inversion.invert(steps, [feature], noise, 80)
+    assert float(misfit) < 1e-9
+    assert float((found - image).abs().max()) < 1e-3
+    assert spent < 500  # with Adam before L-BFGS, as below statistics of the image, about 650
+
+
+def test_a_second_search_is_made_only_if_smooth_images_do_not_come_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = rand(1, 3, 8, 8, seed=2).double()
+    monkeypatch.setattr(inversion, "MAX_PIECES", 0)
+    monkeypatch.setattr(inversion, "CLOSE", math.inf)
+    spent = {}
+    for train in (False, True):
+        steps, feature = inner(image, train=train)
+        for near in (math.inf, 0.0):
+            monkeypatch.setattr(inversion, "POOLED_NEAR", near)
+            found, misfit, count = inversion.invert(steps, [feature], rand(1, 3, 8, 8, seed=3).double(), 1)
+            spent[train, near] = count
+            assert float(misfit) == pytest.approx(float(inversion.Match(steps, [feature])({"image": found[None]}, 0)))
+    times = inversion.POOLED_SEARCHES[1].times
+    assert spent[False, 0.0] - spent[False, math.inf] == times
+    # below statistics of the image, smooth images do not lead near, and are not tried
+    assert spent[True, 0.0] == times
+    assert spent[False, math.inf] > times
+
+
+def test_values_that_rounding_makes_positive_bound_what_is_in_front_of_a_relu_only() -> None:
+    image = rand(1, 3, 8, 8, seed=2).double()
+    steps, exact = inner(image)
+    rounding = exact.deviation * float(exact.value.square().mean().sqrt())
+    zeros = exact.value == 0
+    assert int(zeros.sum()) > 10
+    rounded = replace(exact, value=torch.where(zeros, 2 * rounding, exact.value))
+    used = replace(rounded, value=inversion.certain(rounded))
+    assert torch.equal(used.value, exact.value)
+    for feature, least, most in ((rounded, 1e-4, math.inf), (used, 0.0, 1e-20)):
+        assert least <= inversion.Match(steps, [feature]).misfit({"image": image[None]}) < most
+    for other in (replace(rounded, deviation=1e-3), replace(rounded, free=True)):
+        assert inversion.certain(other) is other.value

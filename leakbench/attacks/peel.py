@@ -100,8 +100,9 @@ class Peel(Attack):
     # is relative to their differences, and a contrast by the classifier; 9: behind a key-lock, the levels of its
     # channels before the image, smoothness relative to what they leave, and the contrast of the lock's law; 10: updates
     # of unknown learning rate, which were unsupported, ReLUs below average pooling, where a descent ended, those
-    # that are written otherwise or have a ceiling, and leaky ReLUs below statistics of the image
-    version: ClassVar[int] = 10
+    # that are written otherwise or have a ceiling, and leaky ReLUs below statistics of the image;
+    # 11: L-BFGS by ever less total variation below a max-pool, in place of Adam, and values that rounding makes positive
+    version: ClassVar[int] = 11
     reference: ClassVar[str] = (
         "in the family of Zhu and Blaschko 2021, R-GAP, ICLR, arXiv 2010.07733; "
         "the way through a normalisation of unknown scale and shift is this package's own"

@@ -14,7 +14,7 @@ from leakbench.attacks.peeling.descent import Feature
 from leakbench.attacks.peeling.lock import SIZES, Lock, find_locks, with_contrast_of_law, with_levels
 from leakbench.attacks.peeling.network import Network
 from leakbench.gradients.convolution import weight_gradient
-from leakbench.optim import Evaluation, Recordable, Unknowns, descend, lbfgs
+from leakbench.optim import Evaluation, Recordable, Solution, Unknowns, descend, lbfgs
 
 SPREAD = 0.05
 """The standard deviation of the starting image about grey."""
@@ -42,7 +42,18 @@ normalisations by the image's own statistics, an image has no scale, and small s
 
 POOLED_SEARCHES, POOLED_NEAR = (Search(10, 0.03, 0.1), Search(5, 0.3, 1.0)), 1e-3
 """The same if there is a max-pool on the way: which value is the maximum changes with the image, and larger steps end
-with wrong ones, unless small ones do not come near at all."""
+with wrong ones, unless small ones do not come near at all. Small ones are for key-locks and for values up to a
+factor: below normalisations by the image's own statistics they do not come near, and elsewhere ``FADING`` takes their
+place."""
+
+FADING, FADING_STEPS = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01), 0.3
+"""The weights of total variation, relative to the misfit of a grey image, with which L-BFGS in turn begins below a
+max-pool, and how many iterations it makes with each, relative to the steps of a search: from a smooth image, in which
+the maxima of large features are found, to one with all detail. Adam needs ten times as many evaluations."""
+
+AGAIN = Search(1, 0.03, 0.0)
+"""The second search below a max-pool, from what the first one found: it moves maxima that are at wrong places, and ends
+in as good an image as one from grey that is five times as long and of larger steps."""
 
 NOISY, MAX_SMOOTH = 4.0, 0.3
 """The weight of total variation in the end, in relative errors of the values, and the largest one."""
@@ -77,6 +88,10 @@ NO_CHANGE = 1e-12
 HISTORY = 50
 """How many pairs of L-BFGS are kept."""
 
+
+CERTAIN = 10.0
+"""How many times its error an exact value must be to count as other than 0: rounding makes positive values of some that
+are 0 behind a ReLU, and these would be searched for in front of it, where they may be far below 0."""
 
 BELOW = 1 - 1e-6
 """The part of a ReLU's ceiling from which on a value is at it, and only bounds what is in front of the ReLU."""
@@ -215,7 +230,7 @@ class Match(Recordable):
         if self.present is None and not weight and not self.trade:
             return total
         rough = image.diff(dim=3).abs().mean() + image.diff(dim=2).abs().mean()
-        if locked or (self.trade and self._own_statistics()):
+        if locked or (self.trade and self.own_statistics()):
             rough = rough * CONTRAST / image.std()
         return (total + EXACT).log() + self.trade * rough if self.trade else total + weight * rough
 
@@ -228,7 +243,7 @@ class Match(Recordable):
         with torch.no_grad():
             return float(replace(self, below=None).distance(unknowns))
 
-    def _own_statistics(self) -> bool:
+    def own_statistics(self) -> bool:
         """Return whether a normalisation by the image's own statistics is on the way, so that contrast is lost."""
         way = self.network.below(*(feature.place for feature in self.features))
         return any(self.network.steps[place].kind == "normalisation" for place in way)
@@ -281,6 +296,14 @@ def varied(target: Tensor) -> Tensor:
     return torch.where(differing > 0, differing, torch.where(seen, target, 0.0).square().sum())
 
 
+def certain(feature: Feature) -> Tensor:
+    """Return recovered values with 0 for those that rounding does not tell from it; noisy or free ones as they are."""
+    if feature.free or feature.deviation > CLEAN:
+        return feature.value
+    rounding = feature.deviation * feature.value.square().mean().sqrt()
+    return torch.where(feature.value.abs() < CERTAIN * rounding, 0.0, feature.value)
+
+
 def roughest(features: Sequence[Feature]) -> float:
     """Return the weight of total variation for values with noise: without, the search would fit the noise."""
     least = min(each.deviation for each in features)
@@ -306,7 +329,7 @@ def invert(
         sent: the gradient of the one image, by name: in that search, the weight gradients of the first layers count.
         note: called with a line if a search cannot be recorded on a GPU.
     """
-    features = [replace(each, value=each.value.to(noise)) for each in features]
+    features = [replace(each, value=certain(each).to(noise)) for each in features]
     way = network.below(*(each.place for each in features))
     start = {"image": 0.5 + SPREAD * noise[None]}
     locks = find_locks(network, way & network.locked, start["image"][0])
@@ -317,25 +340,36 @@ def invert(
         start, spent = with_levels(match.distance, start, locks, note)
         unit = match.misfit(start)
     pooled = any(network.steps[place].kind == "max-pool" for place in way)
+    searches: Sequence[Search]
     searches, enough = (POOLED_SEARCHES, POOLED_NEAR) if pooled else (SEARCHES, NEAR)
+    known = pooled and not locks and not any(each.free for each in features)  # with their contrast
+    searches = searches[1:] if known else searches
+    own_statistics = match.own_statistics()
+    faded = known and not own_statistics
     near, least = start, torch.inf
+    if faded:
+        near, count = _by_fading(match, start, steps, note)
+        spent += count
+        least = match.misfit(near)
     for search in searches:
+        if least < max(unit * enough, sum(2 * each.deviation**2 for each in features)):
+            break
         annealed = replace(match, smooth=unit * search.smooth, anneal=search.times * steps)
         found, count = _by_adam(annealed, start, search.times * steps, search.size, note)
         spent += count
         if (misfit := match.misfit(found)) < least:
             near, least = found, misfit
-        if least < max(unit * enough, sum(2 * each.deviation**2 for each in features)):
-            break
     best, count = _by_lbfgs(match, near, steps, note)
     spent += count
-    if last == 0 and match.misfit(best) > CLOSE:
+    # below a max-pool and statistics of the image, where no weight gradient counts, it is no better
+    if last == 0 and match.misfit(best) > CLOSE and not (known and own_statistics):
         below = find_below(network, features, sent or {})
         if below is not None:
             gradients = {place: each.to(noise) for place, each in below.gradients.items()}
             below = replace(below, error=below.error.to(noise), gradients=gradients)
         traded = replace(match, trade=TRADES[0], below=below)
-        found, count = _by_adam(traded, start, searches[-1].times * steps, searches[-1].size, note)
+        begin, search = (best, AGAIN) if faded else (start, searches[-1])
+        found, count = _by_adam(traded, begin, search.times * steps, search.size, note)
         spent += count
         for trade in TRADES:
             found, count = _by_lbfgs(match, found, steps, note, trade)
@@ -362,6 +396,33 @@ def _by_adam(match: Match, start: Unknowns, steps: int, size: float, note: Note)
     return found.unknowns, int(found.evaluations)
 
 
+def _by_fading(match: Match, start: Unknowns, steps: int, note: Note) -> tuple[Unknowns, int]:
+    """Return what L-BFGS finds while the weight of total variation falls, and the number of evaluations."""
+    found, spent, grey = start, 0, match.misfit(start)
+    for weight in FADING:
+        faded = replace(match, last=max(match.last, weight * grey))
+        piece = _piece(faded, found, round(FADING_STEPS * steps), note)
+        found, spent = piece.unknowns, spent + int(piece.evaluations)
+    return found, spent
+
+
+def _piece(match: Match, start: Unknowns, steps: int, note: Note) -> Solution:
+    """Return what at least so many iterations of L-BFGS find, unless fewer bring it to rounding."""
+    return lbfgs(
+        match,
+        start,
+        steps=max(1, -(-steps // PIECE)),
+        max_iter=PIECE,
+        history=HISTORY,
+        tolerance_grad=0.0,
+        tolerance_change=NO_CHANGE,
+        line_search="strong-wolfe",
+        stop_below=EXACT,
+        stop_every=1,
+        note=note,
+    )
+
+
 def _by_lbfgs(match: Match, start: Unknowns, steps: int, note: Note, trade: float = 0.0) -> tuple[Unknowns, int]:
     """Return what L-BFGS finds until as many iterations as steps bring nothing more, and the number of evaluations.
 
@@ -378,18 +439,6 @@ def _by_lbfgs(match: Match, start: Unknowns, steps: int, note: Note, trade: floa
         if misfit < EXACT or misfit > PROGRESS * before:
             break
         before = misfit
-        piece = lbfgs(
-            replace(match, last=max(match.last, trade * misfit)),
-            found,
-            steps=-(-steps // PIECE),
-            max_iter=PIECE,
-            history=HISTORY,
-            tolerance_grad=0.0,
-            tolerance_change=NO_CHANGE,
-            line_search="strong-wolfe",
-            stop_below=EXACT,
-            stop_every=1,
-            note=note,
-        )
+        piece = _piece(replace(match, last=max(match.last, trade * misfit)), found, steps, note)
         found, spent = piece.unknowns, spent + int(piece.evaluations)
     return found, spent
