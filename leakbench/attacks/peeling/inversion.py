@@ -51,9 +51,9 @@ FADING, FADING_STEPS = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01), 0.3
 max-pool, and how many iterations it makes with each, relative to the steps of a search: from a smooth image, in which
 the maxima of large features are found, to one with all detail. Adam needs ten times as many evaluations."""
 
-AGAIN = Search(1, 0.03, 0.0)
-"""The second search below a max-pool, from what the first one found: it moves maxima that are at wrong places, and ends
-in as good an image as one from grey that is five times as long and of larger steps."""
+AGAIN, AGAIN_TRADE = Search(1, 0.03, 0.0), 0.3
+"""The second search below a max-pool, from what the first one found, to move maxima that are at wrong places; and the
+weight of total variation relative to the misfit in it."""
 
 NOISY, MAX_SMOOTH = 4.0, 0.3
 """The weight of total variation in the end, in relative errors of the values, and the largest one."""
@@ -367,8 +367,8 @@ def invert(
         if below is not None:
             gradients = {place: each.to(noise) for place, each in below.gradients.items()}
             below = replace(below, error=below.error.to(noise), gradients=gradients)
-        traded = replace(match, trade=TRADES[0], below=below)
-        begin, search = (best, AGAIN) if faded else (start, searches[-1])
+        begin, search, trade = (best, AGAIN, AGAIN_TRADE) if faded else (start, searches[-1], TRADES[0])
+        traded = replace(match, trade=trade, below=below)
         found, count = _by_adam(traded, begin, search.times * steps, search.size, note)
         spent += count
         for trade in TRADES:
