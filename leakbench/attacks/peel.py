@@ -101,7 +101,8 @@ class Peel(Attack):
     # channels before the image, smoothness relative to what they leave, and the contrast of the lock's law; 10: updates
     # of unknown learning rate, which were unsupported, ReLUs below average pooling, where a descent ended, those
     # that are written otherwise or have a ceiling, and leaky ReLUs below statistics of the image;
-    # 11: L-BFGS by ever less total variation below a max-pool, in place of Adam, and values that rounding makes positive
+    # 11: L-BFGS by ever less total variation below a max-pool, in place of Adam, and 0 for values that only rounding
+    # makes positive
     version: ClassVar[int] = 11
     reference: ClassVar[str] = (
         "in the family of Zhu and Blaschko 2021, R-GAP, ICLR, arXiv 2010.07733; "
