@@ -407,7 +407,7 @@ def _by_fading(match: Match, start: Unknowns, steps: int, note: Note) -> tuple[U
 
 
 def _piece(match: Match, start: Unknowns, steps: int, note: Note) -> Solution:
-    """Return what at least so many iterations of L-BFGS find, unless fewer bring it to rounding."""
+    """Return what at least ``steps`` iterations of L-BFGS find; fewer if they come to rounding."""
     return lbfgs(
         match,
         start,
