@@ -329,8 +329,10 @@ def invert(
         sent: the gradient of the one image, by name: in that search, the weight gradients of the first layers count.
         note: called with a line if a search cannot be recorded on a GPU.
     """
-    features = [replace(each, value=certain(each).to(noise)) for each in features]
     way = network.below(*(each.place for each in features))
+    pooled = any(network.steps[place].kind == "max-pool" for place in way)
+    # elsewhere such values are rare, and images no nearer
+    features = [replace(each, value=(certain(each) if pooled else each.value).to(noise)) for each in features]
     start = {"image": 0.5 + SPREAD * noise[None]}
     locks = find_locks(network, way & network.locked, start["image"][0])
     start |= {name: value for lock in locks.values() for name, value in lock.start(network).items()}
@@ -339,7 +341,6 @@ def invert(
     if locks:
         start, spent = with_levels(match.distance, start, locks, note)
         unit = match.misfit(start)
-    pooled = any(network.steps[place].kind == "max-pool" for place in way)
     searches: Sequence[Search]
     searches, enough = (POOLED_SEARCHES, POOLED_NEAR) if pooled else (SEARCHES, NEAR)
     known = pooled and not locks and not any(each.free for each in features)  # with their contrast
