@@ -19,7 +19,9 @@ from leakbench.audit.run import AuditOptions, _observation
 from leakbench.audit.update_facts import UpdateFacts, update_facts, without_decay
 from leakbench.core.types import PRESETS
 from leakbench.gradients.linear import layer_input, unexplained
+from leakbench.gradients.losses import training_loss
 from leakbench.gradients.low_rank import low_rank, rounding_error
+from leakbench.models.module import OwnModule
 from leakbench.plan.matrix import Matrix
 
 SHAPE = (3, 12, 12)
@@ -238,6 +240,99 @@ def test_a_layer_of_one_row_or_column_shows_nothing(tmp_path: Path) -> None:
     _, facts = recorded(tmp_path, network, SGD["plain"], 8, 8, 1)
     assert [(one.layer, one.conclusive) for one in facts.layers] == [("1", True), ("3", False), ("5", False)]
     assert facts.images == 8
+
+
+def groups(make: Callable[..., torch.optim.Optimizer], parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """An optimiser whose last layer has ten times the learning rate."""
+    *body, weight, bias = parameters
+    return make([{"params": body}, {"params": [weight, bias], "lr": 1e-2}], lr=1e-3)
+
+
+@pytest.mark.parametrize("images", [1, 4])
+@pytest.mark.parametrize("trained", ["all", "1.", "5."])
+@pytest.mark.parametrize("optimiser", ["Adam", "AdamW", "RMSprop", "Adagrad"])
+def test_other_rules_with_own_rates_or_frozen_layers_are_not_called_sgd(
+    tmp_path: Path, optimiser: str, trained: str, images: int
+) -> None:
+    """Units that no image switches on made a full rank look low, and one size in each layer is several ones in all."""
+    network = mlp(10)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(trained == "all" or name.startswith(trained))
+    make = partial(groups, getattr(torch.optim, optimiser)) if trained == "all" else OTHERS[optimiser]
+    own = copy.deepcopy(network).requires_grad_(True)
+    torch.save(network.state_dict(), tmp_path / "before.pt")
+    train(network, make, images, images, 1)
+    torch.save(network.state_dict(), tmp_path / "after.pt")
+    _, facts = read(tmp_path, own)
+    decayed = optimiser == "AdamW" and trained == "5."  # most of the head's features are off, and only decay
+    assert facts.rule == "sign" or (decayed and facts.rule == "unknown")
+    assert (facts.images, facts.one_image) == (None, None)
+
+
+@pytest.mark.parametrize(("images", "batch"), [(1, 1), (4, 2)])
+def test_a_pruned_update_is_neither_called_sgd_nor_of_one_size(tmp_path: Path, images: int, batch: int) -> None:
+    """The largest tenth of the changes lies in few rows, whose rank is full."""
+    network = mlp(10)
+    recorded(tmp_path, copy.deepcopy(network), SGD["plain"], images, batch, 1)
+    before, after = (torch.load(tmp_path / f"{arm}.pt") for arm in ("before", "after"))
+    for name, value in after.items():
+        change = value - before[name]
+        after[name] = before[name] + torch.where(change.abs() >= change.abs().quantile(0.9), change, 0)
+    torch.save(after, tmp_path / "after.pt")
+    _, facts = read(tmp_path, network)
+    assert (facts.rule, facts.images, facts.one_image) == ("unknown", None, None)
+    assert "or single values were changed (by noise, clipping, pruning" in " ".join(facts.contradictions(1))
+
+
+class Tied(nn.Sequential):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        layers = (nn.Flatten(), nn.Linear(432, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 48))
+        super().__init__(*layers, nn.ReLU(), nn.Linear(48, 10))
+        self[5].weight = self[3].weight
+
+
+def test_a_shared_weight_shows_no_steps(tmp_path: Path) -> None:
+    """It changes by one image's inputs of both layers in one step."""
+    _, facts = recorded(tmp_path, Tied(), SGD["decay"], 1, 1, 1)
+    assert [(one.layer, one.rank) for one in facts.layers] == [("1", 1), ("7", 1)]
+    assert (facts.one_image, facts.several_steps, facts.contradictions(1)) == (True, False, ())
+
+
+def test_augmented_copies_of_an_image_are_said_to_count(tmp_path: Path) -> None:
+    network = mlp(10)
+    own = copy.deepcopy(network)
+    torch.save(own.state_dict(), tmp_path / "before.pt")
+    image = datasets.parse("samples(size=12)").load([0])[0]
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.05)
+    for one in (image, image.flip(3)):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(network(one), torch.tensor([3])).backward()
+        optimiser.step()
+    torch.save(network.state_dict(), tmp_path / "after.pt")
+    _, facts = read(tmp_path, own)
+    assert "at least 2 different ones, since" in facts.contradictions(1)[0]
+    assert "copies that differ, such as flipped ones, count" in facts.contradictions(1)[0]
+
+
+@pytest.mark.parametrize("loss", ["mse", "bce"])
+def test_a_loss_of_probabilities_is_not_called_the_cross_entropy(tmp_path: Path, loss: str) -> None:
+    """Through a softmax, the rows of every loss's gradient sum to zero."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(432, 64), nn.ReLU(), nn.Linear(64, 10), nn.Softmax(1))
+    model = OwnModule("own", copy.deepcopy(network), loss).build(SHAPE, 10)
+    torch.save(network.state_dict(), tmp_path / "before.pt")
+    images, labels = datasets.parse("samples(size=12)").load(range(8))
+    gradients = torch.autograd.grad(training_loss(model, images, labels).mean(), list(model.parameters()))
+    with torch.no_grad():
+        for parameter, gradient in zip(network.parameters(), gradients):
+            parameter.sub_(0.5 * gradient)
+    torch.save(network.state_dict(), tmp_path / "after.pt")
+    update = read_update(AuditedNetwork("own", model), str(tmp_path / "before.pt"), str(tmp_path / "after.pt"))
+    facts = update_facts(model, update, _observation(model, update, SHAPE, 10, PRESETS["weights"]))
+    assert (facts.images, facts.loss) == (8, "")
 
 
 def straight() -> nn.Module:

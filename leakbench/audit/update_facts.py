@@ -5,6 +5,7 @@ All of it follows from the two models, before any attack. A sentence is made onl
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -32,11 +33,18 @@ SHARE_LARGE = 0.75
 of some hundred weights and 0.1 in larger ones; by Adam 0.83 or more; by several steps of RMSprop or Adagrad 0.61 or
 more, so that these are not always recognised."""
 
+OWN_SHARE_LARGE = 0.85
+"""The same by the largest change of each tensor, for layers with learning rates of their own; the largest of them is
+flat. Measured: by Adam and its kind 0.85 or more in one step, or in several on one image; by SGD at most 0.75."""
+
 TENSORS_LARGE = 0.75
 """In this share of the weights, at least half of the changes that count are large: all layers have Adam's size."""
 
 ONE_SIZE = 0.05
-"""In a network of one layer, half of the large changes must be this close to their median, relative to it."""
+"""In a flat tensor, half of the large changes are this close to their median, relative to it."""
+
+FLAT_ROWS = 0.8
+"""Or this share of them is to the median of its row: several steps of Adam on one image leave a size in each row."""
 
 MAX_CONTROL_IMAGES = 33
 """The most public images in the test of what a layer can show."""
@@ -154,19 +162,21 @@ class UpdateFacts:
         elif self.rule == "unknown" and any(layer.conclusive for layer in self.layers):
             yield (
                 "The changes of the linear layers do not have the low ranks that SGD leaves on few images: the client "
-                "used more images or steps than these layers can show, or another optimiser (such as Adam), or noise "
-                "was added."
+                "used more images or steps than these layers can show, or another optimiser (such as Adam), or single "
+                "values were changed (by noise, clipping, pruning or quantisation)."
             )
         elif one is not None and one.rank > 1:
             least = f"the change of layer {one.layer} has rank {one.rank}"
             if self.images is not None:
-                yield f"The client used several images: at least {self.images} different ones, since {least}."
+                copies = "; copies that differ, such as flipped ones, count" if one.pixels else ""
+                yield f"The client used several images: at least {self.images} different ones, since {least}{copies}."
             else:
                 yield f"The client used several images or several steps: {least}."
         if self.zero_sum is False and self.rule != "sign":
             yield (
                 "The rows of the last layer's change do not sum to zero: the client used another loss than the "
-                "cross-entropy, or another optimiser than SGD."
+                "cross-entropy, or another optimiser than SGD, or single values were changed (by noise, clipping, "
+                "pruning or quantisation)."
             )
         if self.loss:
             yield (
@@ -304,7 +314,7 @@ def update_facts(network: nn.Module, update: Update, observation: Observation) -
         statistics=_moved(update),
         precision=update.precision,
         kind=update.kind,
-        loss=_other_loss(network, last, finite, update),
+        loss="" if zero_sum else _other_loss(network, last, finite, update),
     )
 
 
@@ -338,12 +348,18 @@ def _norm(value: Tensor) -> float:
 
 
 def _layers(change: Mapping[str, Tensor], network: nn.Module, observation: Observation) -> list[str]:
-    """Return the linear layers that run on one vector of an image and whose weight was sent, whole, and changed."""
+    """Return the linear layers that run on one vector of an image and whose weight was sent, whole, and changed.
+
+    A weight that several layers share changes by the inputs of all of them.
+    """
     taken = widths(observation)
+    users = Counter(id(one) for module in network.modules() for one in module.parameters(recurse=False))
     return [
         name
         for name, layer in linears(network).items()
-        if taken.get(name) == layer.in_features and bool(change.get(f"{name}.weight", torch.zeros(1)).any())
+        if taken.get(name) == layer.in_features
+        and bool(change.get(f"{name}.weight", torch.zeros(1)).any())
+        and users[id(layer.weight)] == 1
     ]
 
 
@@ -450,20 +466,37 @@ def _public_gradient(
 
 
 def _one_size(change: Mapping[str, Tensor]) -> bool:
-    """Return whether the changed values of a network's weights have nearly one size."""
-    sizes = [value.abs().flatten() for value in change.values() if value.dim() > 1]
-    top = max((float(value.max()) for value in sizes), default=0.0)
-    if not top:
+    """Return whether the changed values of a network's weights have nearly one size, or one in each of the weights.
+
+    Layers with learning rates of their own have sizes of their own. Weights of which nothing changed were not trained.
+    """
+    weights = [value.abs() for value in change.values() if value.dim() > 1 and bool(value.any())]
+    if not weights:
         return False
-    large = torch.tensor([float((value > LARGE * top).sum()) for value in sizes])
-    counted = torch.tensor([float((value > COUNTED * top).sum()) for value in sizes])
-    if float(large.sum()) < SHARE_LARGE * float(counted.sum()):
+    tops = torch.tensor([float(value.max()) for value in weights])
+    if len(weights) > 1 and _are_large(weights, tops.amax().expand(len(tops)), SHARE_LARGE):
+        return True
+    share = SHARE_LARGE if len(weights) == 1 else OWN_SHARE_LARGE
+    most = max(weights, key=Tensor.numel)
+    flat = _flat(most.flatten()[None]) >= 0.5 or _flat(most.flatten(1)) >= FLAT_ROWS
+    return flat and _are_large(weights, tops, share)
+
+
+def _are_large(weights: Sequence[Tensor], tops: Tensor, share: float) -> bool:
+    """Return whether so large a share of the sizes that count is large, by the size that belongs to each tensor."""
+    large = torch.tensor([float((value > LARGE * top).sum()) for value, top in zip(weights, tops)])
+    counted = torch.tensor([float((value > COUNTED * top).sum()) for value, top in zip(weights, tops)])
+    if float(large.sum()) < share * float(counted.sum()):
         return False
-    if len(sizes) > 1:
-        return float((2 * large >= counted.clamp(min=1)).double().mean()) >= TENSORS_LARGE
-    values = sizes[0][sizes[0] > LARGE * top]
-    middle = float(values.median())
-    return float(((values - middle).abs() <= ONE_SIZE * middle).double().mean()) >= 0.5
+    return float((2 * large >= counted.clamp(min=1)).double().mean()) >= TENSORS_LARGE
+
+
+def _flat(sizes: Tensor) -> float:
+    """Return which share of the large values [R, N] is near the median of those of its row."""
+    rows = [row[row > LARGE * float(row.max())] for row in sizes if bool(row.any())]
+    middles = [float(row.median()) for row in rows]
+    near = sum(int(((row - middle).abs() <= ONE_SIZE * middle).sum()) for row, middle in zip(rows, middles))
+    return near / sum(map(len, rows))
 
 
 def _moved(update: Update) -> tuple[str, ...]:

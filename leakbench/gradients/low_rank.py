@@ -91,9 +91,35 @@ def low_rank(change: Tensor, before: Tensor, error: float) -> LowRank:
     sizes, level = best
     noise = CLEAR_OF_NOISE * max(level, error) * (math.sqrt(rows) + math.sqrt(columns))
     rank = int((sizes > noise).sum())
-    if level > ROUNDING_SPREAD * error or rank > limit:
+    if level > ROUNDING_SPREAD * error or rank > limit or not _clear(change - decay * before, rank, error):
         return LowRank(rows, limit, 0.0, noise)
     return LowRank(rank, limit, decay, noise)
+
+
+def _clear(matrix: Tensor, rank: int, error: float) -> bool:
+    """Return whether the rank is a low one of the rows and columns that are more than rounding, too.
+
+    A unit that no image switches on has none, nor has a pixel that is black in all images: a matrix that has a full
+    rank apart from many of them looks like one of low rank.
+    """
+    part = _changed(matrix, error)
+    rows = len(part)
+    if rows in (0, len(matrix)):
+        return True
+    return (
+        rank <= max(math.ceil(0.75 * min(rows, SMALL)), rows // 2)
+        and _spectrum(part, error)[1] <= ROUNDING_SPREAD * error
+    )
+
+
+def _changed(matrix: Tensor, error: float) -> Tensor:
+    """Return the rows and columns that are more than rounding, with at most as many rows as columns."""
+    for axis in (0, 1):
+        size = matrix.norm(dim=1 - axis)
+        matrix = matrix.index_select(
+            axis, (size > CLEAR_OF_NOISE * error * matrix.shape[1 - axis] ** 0.5).nonzero()[:, 0]
+        )
+    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
 
 
 def _sample(matrix: Tensor) -> Tensor:
