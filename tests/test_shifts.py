@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import doctest
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.speed import factorisation
+from benchmarks.speed import factorisation, networks
 from leakbench.attacks.peeling import shifts
 from leakbench.attacks.peeling.completion import factorise_incomplete
 from leakbench.attacks.peeling.exposure import predict_exposure
@@ -529,3 +530,15 @@ def test_the_example_and_the_benchmark_run() -> None:
     about = {"processor": "a processor", "torch": "2", "commit": "abc"}
     page = factorisation.page({"machine": about, "curves": {"images": [row]}})
     assert f"| 9 | 40 | 2 | {row['seconds'][0]:.2f} | {row['error']:.1e} |" in page
+
+
+def test_the_benchmark_of_networks_runs() -> None:
+    case = networks.Case("resnet18(stem=cifar, max_pool=false, width=8, mode=eval)", "samples(size=16)", (0,), 1, 20)
+    found = networks.measure(case, 0)
+    assert found["psnr"] > 60
+    assert found["gib"] > 0
+    about = {"processor": "a processor", "torch": "2", "commit": "abc"}
+    page = networks.page(
+        {"machine": about, "rows": [{**asdict(case), "measured": [found, {**found, "seconds": 99.0}]}]}
+    )
+    assert f"| 1 of samples(size=16) | 2 | {(found['seconds'] + 99) / 2:.1f} | 99.0 | 20 | {found['gib']:.2f} |" in page

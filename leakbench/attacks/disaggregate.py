@@ -165,7 +165,7 @@ class Disaggregate(Attack):
 
     Attributes:
         agreement: the least share of units that agree, for the images to count as found.
-        search: above convolutions, steps of Adam from the values to an image, as for ``peel``.
+        search: above convolutions, the unit of the iterations from the values to an image, as for ``peel``.
     """
 
     reference: ClassVar[str] = (
@@ -187,8 +187,9 @@ class Disaggregate(Attack):
         "image has pixels."
     )
     # 2: images were not separated at 2 and 4, or without an input normalisation; 3: convolutions, unsupported before;
-    # 4: one hidden layer before two classes, and columns with a little of another one in them; 5: several such columns
-    version: ClassVar[int] = 5
+    # 4: one hidden layer before two classes, and columns with a little of another one in them; 5: several such columns;
+    # 6: below a max-pool, the search of version 11 of ``peel``
+    version: ClassVar[int] = 6
     batches: ClassVar[bool] = True
     updates: ClassVar[bool] = True
     agreement: Annotated[float, Field(ge=0, le=1)] = 0.75

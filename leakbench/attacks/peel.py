@@ -87,8 +87,8 @@ class Peel(Attack):
         variances: of the values of a layer, by which the equations of the layer below are weighted: conditional ones,
             each as if all other values were known, or marginal ones, which take Cholesky factors and three times as
             long. Conditional ones are better under noise.
-        search: in a ReLU network, steps of Adam from the layer inputs to the image; L-BFGS follows, and ends when as
-            many iterations bring nothing more.
+        search: in a ReLU network, the unit in which the iterations from the layer inputs to the image are counted: the
+            steps of the first search by Adam, and those of L-BFGS that must bring something for it to go on.
     """
 
     # 2: networks with ReLUs, which were unsupported, or searched less thoroughly; 3: conditional variances, and in

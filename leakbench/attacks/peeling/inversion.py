@@ -324,8 +324,9 @@ def invert(
         network: of the floating type in which to search.
         features: recovered values, of which there is at least one.
         noise: [B, C, H, W] standard normal, from which the search starts about grey.
-        steps: of Adam in the first search, in which total variation is annealed. L-BFGS follows, until as many
-            iterations of it bring nothing more. If the image is then wrong, another search keeps total variation.
+        steps: the unit in which searches are counted. The first one is by Adam, while total variation is annealed, or
+            by L-BFGS below a max-pool (``FADING``). L-BFGS without it follows, until as many iterations bring nothing
+            more. If the image is then wrong, another search keeps total variation.
         sent: the gradient of the one image, by name: in that search, the weight gradients of the first layers count.
         note: called with a line if a search cannot be recorded on a GPU.
     """
