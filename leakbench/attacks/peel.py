@@ -88,7 +88,7 @@ class Peel(Attack):
             each as if all other values were known, or marginal ones, which take Cholesky factors and three times as
             long. Conditional ones are better under noise.
         search: in a ReLU network, the unit in which the iterations from the layer inputs to the image are counted: the
-            steps of the first search by Adam, and those of L-BFGS that must bring something for it to go on.
+            steps of the first search by Adam, and those after which L-BFGS ends if they brought nothing.
     """
 
     # 2: networks with ReLUs, which were unsupported, or searched less thoroughly; 3: conditional variances, and in
