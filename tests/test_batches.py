@@ -283,7 +283,10 @@ def test_a_run_of_batches_has_a_score_for_every_image_and_the_whole(batch_run: P
     others = results[results["attack"] == "others"]
     assert set(others["dataset"]) == set(results["dataset"]) - {"samples(size=16)"}
     assert others["recovered_share"].max() < 1
-    assert check(batch_run).code == 0
+    found = check(batch_run)
+    assert found.code == 0
+    about_images = ("recovered_share", "identified", "psnr_aligned_worst", "ssim_aligned_best")
+    assert not [line for line in found.remarks if any(name in line for name in about_images)]  # of one image: none
 
 
 def test_the_report_of_batches_shows_every_image_and_the_share_against_their_number(batch_run: Path) -> None:

@@ -183,6 +183,7 @@ def test_a_client_that_cannot_be_is_refused_in_one_line(axes: dict[str, object],
     with pytest.raises(LeakbenchError, match=words) as error:
         Matrix(**usual, **axes).trials()
     assert "\n" not in str(error.value)
+    assert str(error.value).count("client 'local':") <= 1
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,18 @@ import hashlib
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from leakbench import metrics
 from leakbench.analysis.recovery import recovered_targets
+from leakbench.analysis.summary import LABEL
 from leakbench.core import loss_curve as curve
 from leakbench.core.images import decoded
 from leakbench.errors import LeakbenchError, one_line
+from leakbench.metrics.members import BatchMetric
 from leakbench.plan.trial import target, trial_id
 from leakbench.store.connection import decoding
 from leakbench.store.records import threshold_of
@@ -182,7 +186,26 @@ def _remarks(store: Store) -> Iterator[str]:
     shards = sorted({session.provenance.shard for session in sessions if session.provenance.shard})
     if shards:
         yield f"shards: {', '.join(shards)}"
-    ended = store.query("SELECT count(*) AS n FROM results WHERE status IN ('ok', 'failed')")[0]["n"]
+    ended: Counter[bool] = Counter()
+    for row in store.query(
+        "SELECT settings, count(*) AS n FROM results JOIN trials ON trials.id = trial_id"
+        " JOIN cells ON cells.id = cell_id WHERE status IN ('ok', 'failed') GROUP BY cells.id"
+    ):
+        ended[_is_batch(json.loads(row["settings"]))] += row["n"]
     for row in store.query("SELECT metric, count(*) AS n FROM scores GROUP BY metric"):
-        if row["n"] < ended:
-            yield f"{ended - row['n']} trials have no value of {row['metric']}: it could not be computed"
+        expected = sum(count for batch, count in ended.items() if _has(row["metric"], batch))
+        if row["n"] < expected:
+            yield f"{expected - row['n']} trials have no value of {row['metric']}: it could not be computed"
+
+
+def _is_batch(settings: Mapping[str, Any]) -> bool:
+    """Return whether the clients of a cell have several images."""
+    client = settings.get("client", {})
+    return (client.get("images") or client.get("batch") or 1) > 1
+
+
+def _has(metric: str, batch: bool) -> bool:
+    """Return whether clients of several images, or those of one, have a metric; of a plugin's, both may."""
+    if metric == LABEL:
+        return not batch
+    return batch or metric not in metrics.names() or not issubclass(metrics.get(metric), BatchMetric)

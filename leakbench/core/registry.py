@@ -116,7 +116,8 @@ class Registry(Generic[T]):
         try:
             return cls(**values)
         except ValueError as error:
-            raise BadOption(f"{self.kind} {name!r}: {one_line(error)}") from None
+            said, words = f"{self.kind} {name!r}: ", one_line(error)
+            raise BadOption(words if words.startswith(said) else said + words) from None
 
     def spec(self, component: T) -> str:
         """Return the spec that parses to this component, of the options off their defaults and those ``STATED``."""
