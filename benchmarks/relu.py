@@ -93,9 +93,10 @@ eight photographs of scikit-image, scikit-learn and matplotlib. Three weight see
 the weights of seed i mod 3. An image is recovered if its SSIM after the best fit of brightness and contrast is at least
 {RECOVERED}, and better than that of every floor. Intervals are Wilson's over images. In train mode a batch of one image
 has lost its brightness and contrast, so read the columns after the fit. Seconds are of one core that other processes
-shared, so that they are upper bounds (the run of `convnet` was stopped for half of its time); those of batches are of
-the processor. Relative noise counts in root mean squares of each tensor's gradient. The rows of fully trained networks
-are of a last search that ends when it brings nothing more; in all others it ended after 1,000 iterations at most.
+shared, so that they are upper bounds (with `convnet`, of a third of a core); those of batches are of the processor.
+Relative noise counts in root mean squares of each tensor's gradient. The rows of fully trained networks and of
+`convnet` are of a last search that ends when it brings nothing more; in all others it ended after 1,000 iterations at
+most.
 
 `python -m benchmarks.relu page` makes this page; the head of `benchmarks/relu.py` has all commands."""
 
