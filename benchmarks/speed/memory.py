@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,9 +47,19 @@ def of(attack: str, model: str, trials: int, side: int, steps: int, device: str)
     Raises:
         RuntimeError: the process failed; the message ends with what it said last.
     """
-    command = [sys.executable, "-m", "benchmarks.speed.memory", attack, model, *map(str, (trials, side, steps)), device]
+    return in_process("benchmarks.speed.memory", attack, model, *map(str, (trials, side, steps)), device)
+
+
+def in_process(module: str, *arguments: str, threads: int | None = None) -> Any:
+    """Return what a module prints last, JSON, in a process of its own; with so many threads, if given.
+
+    Raises:
+        RuntimeError: the process failed; the message ends with what it said last.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    environment = os.environ if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
     root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
     if done.returncode != 0:
         said = done.stderr.strip().splitlines()
         raise RuntimeError(f"{' '.join(command[2:])} ended with {done.returncode}: {said[-1] if said else 'nothing'}")

@@ -7,9 +7,7 @@ end: it has torch, the data, the client's step and the attack.
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -18,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.speed import machine
-from benchmarks.speed.memory import resident
+from benchmarks.speed.memory import in_process, resident
 from leakbench import attacks, clients, datasets, defenses, models
 from leakbench.core.rng import Rng
 from leakbench.core.types import ThreatModel
@@ -26,7 +24,7 @@ from leakbench.metrics.aligned import AlignedPSNR
 from leakbench.metrics.members import matched
 from leakbench.victim import Client, observe
 
-OUT = machine.ROOT / "reports" / "speed"
+OUT, MODULE = machine.ROOT / "reports" / "speed", "benchmarks.speed.networks"
 
 
 @dataclass(frozen=True)
@@ -79,21 +77,6 @@ def measure(case: Case, first: int) -> dict[str, Any]:
     return {"seconds": seconds, "gib": resident("VmHWM") / 2**30, "psnr": worst}
 
 
-def in_process(place: int, first: int) -> dict[str, Any]:
-    """Return ``measure`` of a process of its own.
-
-    Raises:
-        RuntimeError: the process failed; the message ends with what it said last.
-    """
-    command = [sys.executable, "-m", "benchmarks.speed.networks", str(place), str(first)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=machine.ROOT, env=environment)
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines()
-        raise RuntimeError(f"{' '.join(command[2:])} ended with {done.returncode}: {said[-1] if said else 'nothing'}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def page(data: dict[str, Any]) -> str:
     """Return the page of the measurements."""
     about = data["machine"]
@@ -135,7 +118,7 @@ def main(arguments: list[str]) -> None:
         return
     rows = []
     for place, case in enumerate(CASES):
-        measured = [in_process(place, first) for first in case.firsts]
+        measured = [in_process(MODULE, str(place), str(first), threads=1) for first in case.firsts]
         rows.append({**asdict(case), "measured": measured})
         print(case.model, measured, flush=True)
     data = {"machine": machine.describe("cpu"), "rows": rows}

@@ -4,10 +4,9 @@ import hashlib
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from leakbench import metrics
 from leakbench.analysis.recovery import recovered_targets
@@ -186,22 +185,16 @@ def _remarks(store: Store) -> Iterator[str]:
     shards = sorted({session.provenance.shard for session in sessions if session.provenance.shard})
     if shards:
         yield f"shards: {', '.join(shards)}"
-    ended: Counter[bool] = Counter()
+    ended: dict[bool, int] = {}  # by whether the clients have several images
     for row in store.query(
-        "SELECT settings, count(*) AS n FROM results JOIN trials ON trials.id = trial_id"
-        " JOIN cells ON cells.id = cell_id WHERE status IN ('ok', 'failed') GROUP BY cells.id"
+        "SELECT others != '' AS batch, count(*) AS n FROM results JOIN trials ON trials.id = trial_id"
+        " WHERE status IN ('ok', 'failed') GROUP BY batch"
     ):
-        ended[_is_batch(json.loads(row["settings"]))] += row["n"]
+        ended[bool(row["batch"])] = row["n"]
     for row in store.query("SELECT metric, count(*) AS n FROM scores GROUP BY metric"):
         expected = sum(count for batch, count in ended.items() if _has(row["metric"], batch))
         if row["n"] < expected:
             yield f"{expected - row['n']} trials have no value of {row['metric']}: it could not be computed"
-
-
-def _is_batch(settings: Mapping[str, Any]) -> bool:
-    """Return whether the clients of a cell have several images."""
-    client = settings.get("client", {})
-    return (client.get("images") or client.get("batch") or 1) > 1
 
 
 def _has(metric: str, batch: bool) -> bool:

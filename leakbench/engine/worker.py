@@ -7,6 +7,7 @@ import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from leakbench import attacks
+from leakbench.assets import home
 from leakbench.attacks import Attack
 from leakbench.core.component import shipped
 from leakbench.core.device import DEFAULT, SHARE, empty_cache, out_of_memory
@@ -352,7 +354,7 @@ class Worker:
             truth=images.to(device),
             inferred=guess.labels,
             labels=labels.to(device),
-            decoys=_decoys(trials[0].cell.dataset),
+            decoys=_unattacked(trials[0].cell.dataset, home())[:MAX_DECOYS],
             values={},
         )
         flat = replace(
@@ -612,14 +614,14 @@ def _observed(data: ClientData, trials: Sequence[Trial], device: torch.device | 
 
 
 @functools.lru_cache(maxsize=1)
-def _decoys(dataset: Dataset) -> Tensor:
-    """Return public images [P, C, H, W] among which an image must be identified; loaded once in a process."""
-    return dataset.unattacked()[:MAX_DECOYS]
+def _unattacked(dataset: Dataset, cache: Path) -> Tensor:
+    """Return ``dataset.unattacked()`` with this cache of assets; loaded once in a process."""
+    return dataset.unattacked()
 
 
 def server_images(cell: Cell) -> Tensor | None:
     """Return the public images [P, C, H, W] of a malicious server; None if the server is honest."""
-    return None if cell.threat.server == HONEST else cell.dataset.unattacked()
+    return None if cell.threat.server == HONEST else _unattacked(cell.dataset, home())
 
 
 def companions(trial: Trial, salt: str) -> list[int]:

@@ -75,3 +75,23 @@ class AlignedSSIM(Metric):
         """Return [T] values in [-1, 1]; see ``Metric``."""
         check_pair(self, images, truth)
         return SSIM()(align(images, truth), truth)
+
+
+def centred(pixels: Tensor) -> Tensor:
+    """Return pixels [M, N] less each row's mean; of a row that is not finite, 0."""
+    pixels = torch.where(torch.isfinite(pixels).all(1, keepdim=True), pixels, 0.0)
+    return pixels - pixels.mean(1, keepdim=True)
+
+
+def nearness(guess: Tensor, candidates: Tensor) -> Tensor:
+    """Return how near images are to others at any brightness and contrast.
+
+    Args:
+        guess: [M, C H W] float64, the pixels ``centred``.
+        candidates: [P, C, H, W].
+
+    Returns:
+        [M, P] float64, squared correlations, up to a factor of each row of ``guess``; 0 for a constant image.
+    """
+    known = centred(candidates.double().flatten(1))
+    return ((guess @ known.T) / known.norm(dim=1).clamp(min=torch.finfo(known.dtype).tiny)).square()

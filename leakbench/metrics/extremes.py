@@ -13,193 +13,123 @@ from leakbench.metrics.standard import MSE, PSNR, SSIM
 
 
 class Extreme(BatchMetric):
-    """The best or the worst image of a batch in a metric.
+    """The best or the worst image of a batch in a metric; the class statement names it.
 
     Attributes:
         of: the metric.
-        best: whether the best one.
+        best: whether the best image: the one that leaks most.
     """
 
     of: ClassVar[type[Metric]]
     best: ClassVar[bool]
+
+    def __init_subclass__(cls, *, of: type[Metric], best: bool, unit: str, usual: bool = False) -> None:
+        """Set what follows from the metric.
+
+        Args:
+            of: see above.
+            best: see above.
+            unit: the units or the range of the metric.
+            usual: see ``BatchMetric``.
+        """
+        super().__init_subclass__()
+        cls.of, cls.best, cls.usual = of, best, usual
+        cls.higher_is_better, cls.reference = of.higher_is_better, of.name
+        beside = "; to be read beside the floors'" if best else ""
+        cls.convention = f"{unit}, {of.name} of the image with the {'most' if cls._largest() else 'least'}{beside}"
+
+    @classmethod
+    def _largest(cls) -> bool:
+        """Return whether the image is the one with the largest value."""
+        return cls.best == cls.of.higher_is_better
 
     def of_batches(self, scored: ScoredBatches) -> Tensor:
         """Return the value of that image; NaN if the run does not have the metric."""
         values = scored.values.get(self.of.name)
         if values is None:
             return self(scored.images, scored.truth)
-        return values.amax(1) if self.best == self.of.higher_is_better else values.amin(1)
+        return values.amax(1) if self._largest() else values.amin(1)
 
 
 @register("psnr_aligned_worst")
 @dataclass(frozen=True)
-class WorstAlignedPSNR(Extreme):
+class WorstAlignedPSNR(Extreme, of=AlignedPSNR, best=False, unit="dB", usual=True):
     """Aligned PSNR of the image of a batch that leaks least."""
-
-    convention: ClassVar[str] = "dB, psnr_aligned of the image with the least"
-    reference: ClassVar[str] = "psnr_aligned"
-    of: ClassVar[type[Metric]] = AlignedPSNR
-    best: ClassVar[bool] = False
 
 
 @register("psnr_aligned_best")
 @dataclass(frozen=True)
-class BestAlignedPSNR(Extreme):
+class BestAlignedPSNR(Extreme, of=AlignedPSNR, best=True, unit="dB", usual=True):
     """Aligned PSNR of the image of a batch that leaks most; the assignment lifts that of a floor, too."""
-
-    convention: ClassVar[str] = "dB, psnr_aligned of the image with the most; to be read beside the floors'"
-    reference: ClassVar[str] = "psnr_aligned"
-    of: ClassVar[type[Metric]] = AlignedPSNR
-    best: ClassVar[bool] = True
 
 
 @register("ssim_aligned_worst")
 @dataclass(frozen=True)
-class WorstAlignedSSIM(Extreme):
+class WorstAlignedSSIM(Extreme, of=AlignedSSIM, best=False, unit="-1 to 1", usual=True):
     """Aligned SSIM of the image of a batch that leaks least."""
-
-    convention: ClassVar[str] = "-1 to 1, ssim_aligned of the image with the least"
-    reference: ClassVar[str] = "ssim_aligned"
-    of: ClassVar[type[Metric]] = AlignedSSIM
-    best: ClassVar[bool] = False
 
 
 @register("ssim_aligned_best")
 @dataclass(frozen=True)
-class BestAlignedSSIM(Extreme):
+class BestAlignedSSIM(Extreme, of=AlignedSSIM, best=True, unit="-1 to 1", usual=True):
     """Aligned SSIM of the image of a batch that leaks most; the assignment lifts that of a floor, too."""
-
-    convention: ClassVar[str] = "-1 to 1, ssim_aligned of the image with the most; to be read beside the floors'"
-    reference: ClassVar[str] = "ssim_aligned"
-    of: ClassVar[type[Metric]] = AlignedSSIM
-    best: ClassVar[bool] = True
 
 
 @register("mse_worst")
 @dataclass(frozen=True)
-class WorstMSE(Extreme):
+class WorstMSE(Extreme, of=MSE, best=False, unit="0 or more"):
     """MSE of the image of a batch that leaks least."""
-
-    higher_is_better: ClassVar[bool] = False
-    usual: ClassVar[bool] = False
-    convention: ClassVar[str] = "0 or more, mse of the image with the most"
-    reference: ClassVar[str] = "mse"
-    of: ClassVar[type[Metric]] = MSE
-    best: ClassVar[bool] = False
 
 
 @register("mse_best")
 @dataclass(frozen=True)
-class BestMSE(Extreme):
+class BestMSE(Extreme, of=MSE, best=True, unit="0 or more"):
     """MSE of the image of a batch that leaks most; the assignment betters that of a floor, too."""
-
-    higher_is_better: ClassVar[bool] = False
-    usual: ClassVar[bool] = False
-    convention: ClassVar[str] = "0 or more, mse of the image with the least; to be read beside the floors'"
-    reference: ClassVar[str] = "mse"
-    of: ClassVar[type[Metric]] = MSE
-    best: ClassVar[bool] = True
 
 
 @register("psnr_worst")
 @dataclass(frozen=True)
-class WorstPSNR(Extreme):
+class WorstPSNR(Extreme, of=PSNR, best=False, unit="dB"):
     """PSNR of the image of a batch that leaks least."""
-
-    higher_is_better: ClassVar[bool] = True
-    usual: ClassVar[bool] = False
-    convention: ClassVar[str] = "dB, psnr of the image with the least"
-    reference: ClassVar[str] = "psnr"
-    of: ClassVar[type[Metric]] = PSNR
-    best: ClassVar[bool] = False
 
 
 @register("psnr_best")
 @dataclass(frozen=True)
-class BestPSNR(Extreme):
+class BestPSNR(Extreme, of=PSNR, best=True, unit="dB"):
     """PSNR of the image of a batch that leaks most; the assignment betters that of a floor, too."""
-
-    higher_is_better: ClassVar[bool] = True
-    usual: ClassVar[bool] = False
-    convention: ClassVar[str] = "dB, psnr of the image with the most; to be read beside the floors'"
-    reference: ClassVar[str] = "psnr"
-    of: ClassVar[type[Metric]] = PSNR
-    best: ClassVar[bool] = True
 
 
 @register("ssim_worst")
 @dataclass(frozen=True)
-class WorstSSIM(Extreme):
+class WorstSSIM(Extreme, of=SSIM, best=False, unit="-1 to 1"):
     """SSIM of the image of a batch that leaks least."""
-
-    higher_is_better: ClassVar[bool] = True
-    usual: ClassVar[bool] = False
-    convention: ClassVar[str] = "-1 to 1, ssim of the image with the least"
-    reference: ClassVar[str] = "ssim"
-    of: ClassVar[type[Metric]] = SSIM
-    best: ClassVar[bool] = False
 
 
 @register("ssim_best")
 @dataclass(frozen=True)
-class BestSSIM(Extreme):
+class BestSSIM(Extreme, of=SSIM, best=True, unit="-1 to 1"):
     """SSIM of the image of a batch that leaks most; the assignment betters that of a floor, too."""
-
-    higher_is_better: ClassVar[bool] = True
-    usual: ClassVar[bool] = False
-    convention: ClassVar[str] = "-1 to 1, ssim of the image with the most; to be read beside the floors'"
-    reference: ClassVar[str] = "ssim"
-    of: ClassVar[type[Metric]] = SSIM
-    best: ClassVar[bool] = True
 
 
 @register("lpips_vgg_worst")
 @dataclass(frozen=True)
-class WorstLPIPSVGG(Extreme):
+class WorstLPIPSVGG(Extreme, of=LPIPSVGG, best=False, unit="0 or more"):
     """LPIPS (VGG) of the image of a batch that leaks least."""
-
-    higher_is_better: ClassVar[bool] = False
-    usual: ClassVar[bool] = False
-    convention: ClassVar[str] = "0 or more, lpips_vgg of the image with the most"
-    reference: ClassVar[str] = "lpips_vgg"
-    of: ClassVar[type[Metric]] = LPIPSVGG
-    best: ClassVar[bool] = False
 
 
 @register("lpips_vgg_best")
 @dataclass(frozen=True)
-class BestLPIPSVGG(Extreme):
+class BestLPIPSVGG(Extreme, of=LPIPSVGG, best=True, unit="0 or more"):
     """LPIPS (VGG) of the image of a batch that leaks most; the assignment betters that of a floor, too."""
-
-    higher_is_better: ClassVar[bool] = False
-    usual: ClassVar[bool] = False
-    convention: ClassVar[str] = "0 or more, lpips_vgg of the image with the least; to be read beside the floors'"
-    reference: ClassVar[str] = "lpips_vgg"
-    of: ClassVar[type[Metric]] = LPIPSVGG
-    best: ClassVar[bool] = True
 
 
 @register("lpips_alex_worst")
 @dataclass(frozen=True)
-class WorstLPIPSAlex(Extreme):
+class WorstLPIPSAlex(Extreme, of=LPIPSAlex, best=False, unit="0 or more"):
     """LPIPS (AlexNet) of the image of a batch that leaks least."""
-
-    higher_is_better: ClassVar[bool] = False
-    usual: ClassVar[bool] = False
-    convention: ClassVar[str] = "0 or more, lpips_alex of the image with the most"
-    reference: ClassVar[str] = "lpips_alex"
-    of: ClassVar[type[Metric]] = LPIPSAlex
-    best: ClassVar[bool] = False
 
 
 @register("lpips_alex_best")
 @dataclass(frozen=True)
-class BestLPIPSAlex(Extreme):
+class BestLPIPSAlex(Extreme, of=LPIPSAlex, best=True, unit="0 or more"):
     """LPIPS (AlexNet) of the image of a batch that leaks most; the assignment betters that of a floor, too."""
-
-    higher_is_better: ClassVar[bool] = False
-    usual: ClassVar[bool] = False
-    convention: ClassVar[str] = "0 or more, lpips_alex of the image with the least; to be read beside the floors'"
-    reference: ClassVar[str] = "lpips_alex"
-    of: ClassVar[type[Metric]] = LPIPSAlex
-    best: ClassVar[bool] = True

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from leakbench.metrics.aligned import AlignedSSIM
+from leakbench.metrics.aligned import AlignedSSIM, centred, nearness
 from leakbench.metrics.base import Metric, register
 
 RECOVERED = 0.6
@@ -115,16 +115,11 @@ def aligned_errors(images: Tensor, truth: Tensor) -> Tensor:
     Returns:
         [M, B] float64.
     """
-    guess, real = (_centred(one.double().flatten(1)) for one in (images, truth))
+    guess, real = (centred(one.double().flatten(1)) for one in (images, truth))
     guess = guess / guess.abs().amax(1, keepdim=True).clamp(min=torch.finfo(guess.dtype).tiny)
     size = guess.norm(dim=1, keepdim=True)
     guess = torch.where(size > 0, guess / torch.where(size > 0, size, 1.0), 0.0)
     return ((real.square().sum(1) - (guess @ real.T).square()) / real.shape[1]).clamp(min=0)
-
-
-def _centred(pixels: Tensor) -> Tensor:
-    pixels = torch.where(torch.isfinite(pixels).all(1, keepdim=True), pixels, 0.0)
-    return pixels - pixels.mean(1, keepdim=True)
 
 
 def assign(images: Tensor, truth: Tensor) -> Tensor:
@@ -218,30 +213,24 @@ class Identified(BatchMetric):
 
     version: ClassVar[int] = 2
     convention: ClassVar[str] = (
-        f"0 to 1; nearest by squared correlation, of the batch and up to {MAX_DECOYS:,} public images, as the other "
-        "split's"
+        f"0 to 1; nearest by squared correlation, of the batch and up to {MAX_DECOYS:,} public images, such as "
+        "those of the other split"
     )
     reference: ClassVar[str] = "definition"
 
     def of_batches(self, scored: ScoredBatches) -> Tensor:
         """Return the share."""
-        guess = _centred(scored.images.flatten(0, 1).double().flatten(1))
+        guess = centred(scored.images.flatten(0, 1).double().flatten(1))
         others = guess.new_zeros(len(guess))
         known, several = scored.decoys[:MAX_DECOYS], max(1, CHUNK_PIXELS // guess.shape[1])
         for start in range(0, len(known), several):
             decoys = known[start : start + several].to(scored.truth)
-            others = torch.maximum(others, _nearness(guess, decoys).amax(1))
+            others = torch.maximum(others, nearness(guess, decoys).amax(1))
         guess, others = (one.unflatten(0, scored.truth.shape[:2]) for one in (guess, others))
         return torch.stack([_identified(*batch) for batch in zip(guess, others, scored.truth)])
 
 
-def _nearness(guess: Tensor, candidates: Tensor) -> Tensor:
-    """Return [M, P], squared correlations with candidates [P, C, H, W], up to a factor of each row of ``guess``."""
-    known = _centred(candidates.double().flatten(1))
-    return ((guess @ known.T) / known.norm(dim=1).clamp(min=torch.finfo(known.dtype).tiny)).square()
-
-
 def _identified(guess: Tensor, others: Tensor, truth: Tensor) -> Tensor:
-    within = _nearness(guess, truth)
+    within = nearness(guess, truth)
     own = within.argmax(1) == torch.arange(len(truth), device=within.device)
     return (own & (within.diagonal() >= others) & guess.any(1)).double().mean()

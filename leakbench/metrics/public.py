@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from leakbench.core.types import Reconstruction
-from leakbench.metrics.aligned import AlignedSSIM
+from leakbench.metrics.aligned import AlignedSSIM, centred, nearness
 from leakbench.metrics.base import Metric, Truth, register
 
 
@@ -34,11 +34,4 @@ class PublicSSIM(Metric):
         if truth.public is None:
             return torch.full((len(guess.images),), torch.nan, dtype=torch.float64)
         public = truth.public().to(guess.images)
-        return self(guess.images, public[_nearest(guess.images, public)])
-
-
-def _nearest(images: Tensor, public: Tensor) -> Tensor:
-    """Return [T], the row of the public image with the largest squared correlation of pixels."""
-    x, y = (part.double().flatten(1) - part.double().flatten(1).mean(1, keepdim=True) for part in (images, public))
-    lengths = y.norm(dim=1).clamp(min=torch.finfo(y.dtype).tiny)
-    return ((x @ y.T) / lengths).square().argmax(1)
+        return self(guess.images, public[nearness(centred(guess.images.double().flatten(1)), public).argmax(1)])

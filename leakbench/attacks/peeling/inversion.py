@@ -369,8 +369,8 @@ def invert(
         if below is not None:
             gradients = {place: each.to(noise) for place, each in below.gradients.items()}
             below = replace(below, error=below.error.to(noise), gradients=gradients)
-        begin, search, trade = (best, AGAIN, AGAIN_TRADE) if faded else (start, searches[-1], TRADES[0])
-        traded = replace(match, trade=trade, below=below)
+        begin, search, weight = (best, AGAIN, AGAIN_TRADE) if faded else (start, searches[-1], TRADES[0])
+        traded = replace(match, trade=weight, below=below)
         found, count = _by_adam(traded, begin, search.times * steps, search.size, note)
         spent += count
         for trade in TRADES:
