@@ -84,8 +84,8 @@ def page(data: dict[str, Any]) -> str:
         "# Time and memory of the closed form through ReLU networks",
         "",
         f"`peel` on the gradient of one step, before training, one thread; {about['processor']}, torch "
-        f"{about['torch']}, commit {about['commit']}. Processor seconds of the attack, of the largest of a few "
-        "clients; GiB are those of the whole process, with torch. Written by `python -m benchmarks.speed.networks`.",
+        f"{about['torch']}, commit {about['commit']}. Seconds are the attack's, of the processor; GiB is the largest "
+        "size of the whole process, with torch. Written by `python -m benchmarks.speed.networks`.",
         "",
         "| network | images | clients | seconds, median | seconds, largest | aim | GiB | worst PSNR after a fit |",
         "| :-- | :-- | --: | --: | --: | --: | --: | --: |",
