@@ -18,12 +18,12 @@ from leakbench.audit.given import RecordedKind, Update
 from leakbench.core.rng import seeded
 from leakbench.core.text import english, plural
 from leakbench.gradients.losses import head_of, training_loss
-from leakbench.gradients.low_rank import LowRank, low_rank, rounding_error
+from leakbench.gradients.low_rank import LowRank, bias_has_decay, decay_error, low_rank, outside, rounding_error
 from leakbench.gradients.plain import without_checkpointing
 from leakbench.models.surgery import linears
 from leakbench.observation import Observation
 
-SIGN_RULES = "Adam, AdamW, RMSprop, Adagrad or signSGD"
+SIGN_RULES = "Adam, AdamW, RMSprop, Adagrad, signSGD or SGD on gradients clipped by value"
 
 LARGE, COUNTED = 0.15, 1e-3
 """Changes above these shares of the network's largest one are large, and count. Others had next to no gradient."""
@@ -52,6 +52,12 @@ MAX_CONTROL_IMAGES = 33
 CONTROL_ROUNDING = 1e4
 """The rounding of a gradient adds up over the layers to less than this many times that of its numbers."""
 
+CLEAR_OF_ERROR = 5.0
+"""Decays differ if they are further apart than this many standard errors."""
+
+SAME_DECAY = 1e-3
+"""And further than this share of them."""
+
 SUM_TOLERANCE = 1e-2
 """The share of the last layer's change up to which the sum of its rows counts as zero."""
 
@@ -70,6 +76,9 @@ class LayerRank:
         low: whether that is a low rank; otherwise ``rank`` is the full one and shows nothing.
         conclusive: whether more inputs would have given a larger rank, by a test on public images.
         fits: whether the change of the bias fits to that of the weight as under SGD; true without a bias.
+        decay: the share of this layer's weight that its change contains beside the gradients; 0 if none was found.
+        decay_error: the standard error of that share; infinite if the layer does not show it.
+        bias_decays: whether its bias has the same decay; None if that makes no difference.
         noise: see ``LowRank``.
     """
 
@@ -79,7 +88,22 @@ class LayerRank:
     low: bool
     conclusive: bool
     fits: bool
+    decay: float
+    decay_error: float
+    bias_decays: bool | None
     noise: float
+
+    @property
+    def decay_in_words(self) -> str:
+        """The size of the decay with the digits that are certain, at most three."""
+        certain = abs(self.decay) / (6 * self.decay_error) if self.decay_error else math.inf
+        digits = 3 if certain >= 1000 else max(1, math.floor(math.log10(max(certain, 1.0))))
+        return f"{abs(self.decay):.{digits}g}"
+
+    def same_decay(self, other: "LayerRank") -> bool:
+        """Return whether the decays of two layers are equal as far as their errors tell."""
+        apart = abs(self.decay - other.decay)
+        return apart <= CLEAR_OF_ERROR * (self.decay_error + other.decay_error) + SAME_DECAY * abs(other.decay)
 
 
 @dataclass(frozen=True)
@@ -91,8 +115,7 @@ class UpdateFacts:
             decay; ``sign`` if the entries have nearly one size, as after a step of Adam, RMSprop or signSGD; else
             ``unknown``.
         layers: the linear layers that were sent and run once, in order of registration.
-        decay: the share of the weights before that the change contains beside the gradients; 0 if none was found.
-        bias_decays: whether the biases have the same decay.
+        others: whether weights were sent of layers that do not show their decay.
         zero_sum: whether the rows of the last layer's change sum to zero, as those of the cross-entropy do under SGD;
             None if that was not tested.
         steps: how many batches the BatchNorm layers counted; None if no counter was sent.
@@ -104,8 +127,7 @@ class UpdateFacts:
 
     rule: Literal["sgd", "sign", "unknown"]
     layers: tuple[LayerRank, ...]
-    decay: float
-    bias_decays: bool
+    others: bool
     zero_sum: bool | None
     steps: int | None
     statistics: tuple[str, ...]
@@ -122,6 +144,27 @@ class UpdateFacts:
         low = [one for one in self.layers if one.low and one.fits and one.rank] if self.rule == "sgd" else []
         best = [one for one in low if one.pixels] or low
         return max(best, key=lambda one: (one.rank > 1, one.conclusive, one.rank), default=None)
+
+    @property
+    def decays(self) -> tuple[tuple[LayerRank, ...], ...]:
+        """The layers that show a decay, or that they have none, in groups of one decay; the surest is first in each.
+
+        The groups are in order of their surest layer. There is none under another rule than SGD.
+        """
+        shown = [one for one in self.layers if self.rule == "sgd" and math.isfinite(one.decay_error)]
+        groups: list[list[LayerRank]] = []
+        for one in sorted(shown, key=lambda one: one.decay_error):
+            group = next((group for group in groups if one.same_decay(group[0])), None)
+            if group is None:
+                groups.append([one])
+            elif one.decay or not group[0].decay:  # else its rounding hides whether it has the decay of the group
+                group.append(one)
+        return tuple(map(tuple, groups))
+
+    def decay_of(self, layer: str) -> LayerRank | None:
+        """Return the layer whose decay a layer has: itself, or, of one that does not show its own, the surest one."""
+        shown = [one for group in self.decays for one in group]
+        return next((one for one in shown if one.layer == layer), shown[0] if shown else None)
 
     @property
     def images(self) -> int | None:
@@ -169,9 +212,12 @@ class UpdateFacts:
             least = f"the change of layer {one.layer} has rank {one.rank}"
             if self.images is not None:
                 copies = "; copies that differ, such as flipped ones, count" if one.pixels else ""
-                yield f"The client used several images: at least {self.images} different ones, since {least}{copies}."
+                yield (
+                    f"Under SGD, the client used several images: at least {self.images} different ones, since {least}"
+                    f"{copies}."
+                )
             else:
-                yield f"The client used several images or several steps: {least}."
+                yield f"Under SGD, the client used several images or several steps: {least}."
         if self.zero_sum is False and self.rule != "sign":
             yield (
                 "The rows of the last layer's change do not sum to zero: the client used another loss than the "
@@ -183,10 +229,11 @@ class UpdateFacts:
                 f"Stated: the loss {self.loss}. The rows of the last layer's change sum to zero, as the cross-entropy "
                 f"leaves them and {self.loss} does not."
             )
-        if self.decay < 0:
+        grown = next((group for group in self.decays if group[0].decay < 0), None)
+        if grown is not None:
             yield (
-                f"Beside the gradients, the weights grew by {-self.decay:.3g} of them, which no weight decay does: the "
-                "weights before and after may be swapped."
+                f"Beside the gradients, the weights of {layers_in_words(grown)} grew by {grown[0].decay_in_words} of "
+                "their size, which no weight decay does: the weights before and after may be swapped."
             )
         if self.steps is not None and self.steps > 1 and self.steps != local_steps:
             yield f"The client trained on {self.steps} batches, by the counters of its BatchNorm layers."
@@ -222,7 +269,7 @@ class UpdateFacts:
         copies = "; differing copies of an image, such as flipped ones, count" if one.pixels else ""
         exact = "" if one.conclusive else ", the largest that this layer shows"
         least = f"at least {self.images} different images" if self.images else "several images or several steps"
-        return f"{least}: the change of {taken} has rank {one.rank}{exact}{copies}"
+        return f"under SGD {least}: the change of {taken} has rank {one.rank}{exact}{copies}"
 
     def _steps(self) -> str:
         if self.steps is not None:
@@ -237,7 +284,7 @@ class UpdateFacts:
 
     def _rule(self) -> str:
         if self.rule == "sgd":
-            return "SGD (any momentum): the changes of linear layers have low ranks"
+            return "as by SGD (any momentum): the changes of linear layers have low ranks"
         if self.rule == "sign":
             return f"the changed values have nearly one size, as {SIGN_RULES} leave them"
         if not any(layer.conclusive for layer in self.layers):
@@ -245,16 +292,33 @@ class UpdateFacts:
         return "not shown: no change of a linear layer has a low rank"
 
     def _decay(self) -> str:
-        if self.rule != "sgd":
+        found = self.decays
+        if not found:
             return "not shown"
-        if not self.decay:
-            return "none that exceeds the rounding of the record"
-        ends = "" if self.bias_decays else "; the biases did not decay"
+        parts = [self._decayed(group) for group in found]
+        still = [one for one in self.layers if one.bias_decays is False]
+        if still:
+            parts.append(f"the {'bias' if len(still) == 1 else 'biases'} of {layers_in_words(still)} did not decay")
+        if not self._all_show_decay:
+            same = f"that of {layers_in_words(found[0][:1])}" if len(found) > 1 else "the same"
+            taken = f" and are taken to have {same}" if len(found) > 1 or found[0][0].decay else ""
+            parts.append(f"other layers do not show it{taken}")
+        return "; ".join(parts)
+
+    @property
+    def _all_show_decay(self) -> bool:
+        return not self.others and sum(map(len, self.decays)) == len(self.layers)
+
+    def _decayed(self, group: Sequence[LayerRank]) -> str:
+        owners, first = layers_in_words([one for one in self.layers if one in group]), group[0]
+        if not first.decay:
+            everywhere = len(self.decays) == 1 and self._all_show_decay
+            return f"none{'' if everywhere else f' in {owners}'} that exceeds the rounding of the record"
         if self.kind == "gradient":
-            return f"the gradient contains {self.decay:.3g} times the weights{ends}"
-        if self.decay < 0:
-            return f"none: the weights grew by {-self.decay:.3g} of their size beside the gradients' steps"
-        return f"the weights shrank by {self.decay:.3g} of their size beside the gradients' steps{ends}"
+            sign = "" if first.decay > 0 else "minus "
+            return f"the gradient of {owners} contains {sign}{first.decay_in_words} times the weights"
+        moved = "shrank" if first.decay > 0 else "grew"
+        return f"the weights of {owners} {moved} by {first.decay_in_words} of their size beside the gradients' steps"
 
     def _statistics(self) -> str:
         if not self.statistics:
@@ -277,8 +341,7 @@ def update_facts(network: nn.Module, update: Update, observation: Observation) -
     names = _layers(finite, network, observation)
     pixels = pixel_layers(observation)
     ranks = {name: _rank(f"{name}.weight", finite, update) for name in names}
-    decay = _decay(ranks, finite)
-    bias_decays = _bias_decays(ranks, finite, update, decay)
+    biases = {name: _bias_decays(name, found, finite, update) for name, found in ranks.items()}
     able, zero_sum = _control(network, observation, ranks)
     layers = tuple(
         LayerRank(
@@ -287,7 +350,10 @@ def update_facts(network: nn.Module, update: Update, observation: Observation) -
             rank=found.rank,
             low=found.low,
             conclusive=name in able,
-            fits=_outside(name, found.rank, finite, update, found.decay, bias_decays) <= BIAS_TOLERANCE,
+            fits=_outside(name, found, finite, update, biases[name]) <= BIAS_TOLERANCE,
+            decay=found.decay if found.low else 0.0,
+            decay_error=_decay_error(name, found, finite, update),
+            bias_decays=biases[name],
             noise=found.noise,
         )
         for name, found in ranks.items()
@@ -307,8 +373,7 @@ def update_facts(network: nn.Module, update: Update, observation: Observation) -
     return UpdateFacts(
         rule=rule,
         layers=layers,
-        decay=decay if rule == "sgd" else 0.0,
-        bias_decays=bias_decays,
+        others=any(value.dim() > 1 and name.rpartition(".")[0] not in ranks for name, value in update.change.items()),
         zero_sum=sums,
         steps=max(counted) if counted and update.kind == "weights" and max(counted) > 0 else None,
         statistics=_moved(update),
@@ -327,13 +392,17 @@ def _other_loss(network: nn.Module, last: str | None, change: Mapping[str, Tenso
 
 
 def without_decay(update: Update, facts: UpdateFacts) -> Update:
-    """Return an update whose change does not contain the weight decay that was found, with its share of rounding."""
-    if not facts.decay:
+    """Return an update whose change does not contain the weight decay that was found, with its share of rounding.
+
+    A layer that does not show its own is taken to have that of the layer that shows it best.
+    """
+    if not any(group[0].decay for group in facts.decays):
         return update
-    change = {
-        name: value - facts.decay * update.before[name] if value.dim() > 1 or facts.bias_decays else value
-        for name, value in update.change.items()
-    }
+    change = {}
+    for name, value in update.change.items():
+        layer = facts.decay_of(name.rpartition(".")[0])
+        decays = layer is not None and (value.dim() > 1 or layer.bias_decays is not False)
+        change[name] = value - layer.decay * update.before[name] if layer is not None and decays else value
     # the rounding stays as large as it was, and is a larger share of what is left
     sizes = [{name: _norm(value) for name, value in one.items()} for one in (update.change, change)]
     rounding = {
@@ -341,6 +410,13 @@ def without_decay(update: Update, facts: UpdateFacts) -> Update:
         for name, share in update.rounding.items()
     }
     return replace(update, change=change, rounding=rounding)
+
+
+def layers_in_words(layers: Sequence[LayerRank]) -> str:
+    """Return ``layers 1 and 3``: three of them by name, in this order."""
+    names, more = [one.layer for one in layers[:3]], len(layers) - 3
+    listed = english([*names, *([f"{more} more"] if more > 0 else [])])
+    return f"{'layer' if len(layers) == 1 else 'layers'} {listed}"
 
 
 def _norm(value: Tensor) -> float:
@@ -369,42 +445,33 @@ def _rank(name: str, change: Mapping[str, Tensor], update: Update) -> LowRank:
     return low_rank(value, before, rounding_error(held, value, update.eps))
 
 
-def _decay(ranks: Mapping[str, LowRank], change: Mapping[str, Tensor]) -> float:
-    """Return the decay by the largest layer that shows one."""
-    low = {name: found for name, found in ranks.items() if found.low}
-    name = max(low, key=lambda one: change[f"{one}.weight"].numel(), default=None)
-    return 0.0 if name is None else low[name].decay
+def _decay_error(name: str, found: LowRank, change: Mapping[str, Tensor], update: Update) -> float:
+    value, before = change[f"{name}.weight"].double(), update.before[f"{name}.weight"].double()
+    held = torch.zeros_like(before) if update.kind == "gradient" else before
+    return decay_error(value, before, found, rounding_error(held, value, update.eps))
 
 
-def _bias_decays(ranks: Mapping[str, LowRank], change: Mapping[str, Tensor], update: Update, decay: float) -> bool:
-    """Return whether the changes of biases fit better to those of weights if they contain the decay, too."""
-    if not decay:
-        return False
-    left = [0.0, 0.0]
-    for name, found in ranks.items():
-        if found.low:
-            for place, flag in enumerate((False, True)):
-                left[place] += _outside(name, found.rank, change, update, found.decay, flag)
-    return left[1] <= left[0]
+def _bias_decays(name: str, found: LowRank, change: Mapping[str, Tensor], update: Update) -> bool | None:
+    """Return whether the bias of a layer has its decay, too; None if that makes no difference."""
+    bias = change.get(f"{name}.bias")
+    if bias is None or not (found.low and found.decay):
+        return None
+    weight = change[f"{name}.weight"] - found.decay * update.before[f"{name}.weight"]
+    return bias_has_decay(weight, bias, update.before[f"{name}.bias"], found, update.eps)
 
 
 def _outside(
-    name: str, rank: int, change: Mapping[str, Tensor], update: Update, decay: float, bias_decays: bool
+    name: str, found: LowRank, change: Mapping[str, Tensor], update: Update, bias_decays: bool | None
 ) -> float:
-    """Return the share of a bias's change outside of the ``rank`` leading directions of the weight's, beyond rounding.
-
-    By SGD, the change of the bias is the sum of the columns e_i of which the change of the weight is made.
-    """
+    """Return the share of a bias's change that is outside of what the change of the weight explains (``outside``)."""
     bias = change.get(f"{name}.bias")
     if bias is None or not bool(bias.any()):
         return 0.0
-    before = update.before[f"{name}.bias"].double()
-    value = bias.double() - (decay * before if bias_decays else 0.0)
-    weight = change[f"{name}.weight"].double() - decay * update.before[f"{name}.weight"].double()
-    kept = torch.linalg.svd(torch.linalg.qr(weight.T, mode="r")[1].T, full_matrices=False)[0][:, :rank]
-    rest = float((value - kept @ (kept.T @ value)).norm())
-    rounding = 30 * update.eps * float(before.norm() + value.norm())
-    return max(0.0, rest - rounding) / float(value.norm())
+    before = update.before[f"{name}.bias"]
+    weight = change[f"{name}.weight"] - found.decay * update.before[f"{name}.weight"]
+    return outside(
+        weight, bias - (0.0 if bias_decays is False else found.decay) * before, before, found.rank, update.eps
+    )
 
 
 def _zero_sum(last: str, change: Mapping[str, Tensor], update: Update) -> bool:

@@ -158,11 +158,67 @@ def _fitted(change: Tensor, before: Tensor, error: float) -> float:
 def _refined(change: Tensor, before: Tensor, decay: float, kept: int) -> float:
     """Return the multiple again, from the matrices themselves: their squares lose half of the digits."""
     for _ in range(2):
-        rest = change - decay * before
-        vectors = torch.linalg.eigh(rest @ rest.T)[1][:, : len(rest) - kept]
+        vectors = _unused(change - decay * before, kept)
         own = vectors.T @ before
         decay = float((own * (vectors.T @ change)).sum() / own.square().sum())
     return decay
+
+
+def _unused(rest: Tensor, kept: int) -> Tensor:
+    """Return the directions [M, M - kept] of the rows outside of the ``kept`` leading ones."""
+    return torch.linalg.eigh(rest @ rest.T)[1][:, : len(rest) - kept]
+
+
+def decay_error(change: Tensor, before: Tensor, found: LowRank, error: float) -> float:
+    """Return the standard error of the decay of a change of weights, from the rounding that its low rank leaves.
+
+    Args:
+        change, before, error: as for ``low_rank``.
+        found: what ``low_rank`` found; the error is infinite if that is no low rank.
+    """
+    if not found.low:
+        return math.inf
+    change, before = (_sample(one.detach().double()) for one in (change, before))
+    rest = change - found.decay * before
+    own = _unused(rest, found.limit).T @ before
+    size = float(own.norm())
+    return max(_spectrum(rest, error)[1], error) / size if size else math.inf
+
+
+def outside(weight: Tensor, bias: Tensor, before: Tensor, rank: int, eps: float) -> float:
+    """Return the share of a bias's change outside of the leading directions of the weight's change, beyond rounding.
+
+    By SGD, the change of the bias is the sum of the columns e_i of which the change of the weight is made.
+
+    Args:
+        weight: [M, N], the change of the weight without its decay.
+        bias: [M], that of the bias.
+        before: [M], the bias before.
+        rank: how many directions count.
+        eps: of the number type of the record.
+    """
+    weight, bias, before = weight.double(), bias.double(), before.double()
+    kept = torch.linalg.svd(torch.linalg.qr(weight.T, mode="r")[1].T, full_matrices=False)[0][:, :rank]
+    rest = float((bias - kept @ (kept.T @ bias)).norm())
+    size = float(bias.norm())
+    return max(0.0, rest - ROUNDING_SPREAD * eps * (float(before.norm()) + size)) / size if size else 0.0
+
+
+def bias_has_decay(weight: Tensor, bias: Tensor, before: Tensor, found: LowRank, eps: float) -> bool | None:
+    """Return whether the change of a bias contains the weight's decay, too; None if neither fits better.
+
+    Args:
+        weight: [M, N], the change of the weight without its decay.
+        bias: [M], that of the bias, with what it contains.
+        before: [M], the bias before.
+        found: the rank and the decay of the weight's change.
+        eps: of the number type of the record.
+    """
+    with_decay, without = (
+        outside(weight, bias.double() - decay * before.double(), before, found.rank, eps)
+        for decay in (found.decay, 0.0)
+    )
+    return None if with_decay == without else with_decay < without
 
 
 def largest_rank(rows: int, columns: int) -> int:
