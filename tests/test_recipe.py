@@ -24,13 +24,16 @@ from torch import Tensor
 
 from leakbench import datasets
 from leakbench.analysis.ensemble import AttackerStats, EnsembleResult
-from leakbench.audit.batch import BatchFindings, estimated_counts
+from leakbench.audit.batch import BatchFindings, EstimatedCounts, counted, estimated_counts
+from leakbench.audit.fail_rule import FailRule
 from leakbench.audit.findings import DefenseFindings
+from leakbench.audit.given import first_channels
 from leakbench.audit.layers import ClosedFormLeaks, InferredLabels
-from leakbench.audit.members import Returned, compared, read_labels_file
+from leakbench.audit.members import Returned, check_truth, compared, nearest_copies, read_labels_file
 from leakbench.audit.recipe import FACTS, RecordedFolder, StatedRecipe, check_recording, read_recording
 from leakbench.audit.run import _compared, _observation, search_words, together
 from leakbench.errors import BadOption
+from leakbench.metrics import of_run
 from leakbench.report.audit import verdict
 
 FILES = ("--before", "before.pt", "--after", "after.pt", "--size", "12", "--budget", "quick")
@@ -210,15 +213,15 @@ def test_a_recording_is_audited_with_its_recipe_and_judged_by_all_images(
     ("change", "words"),
     [
         ({"examples": 3, "batch": 3}, "states at most 6 inputs, and the arrays show 12"),
-        ({"batch": 40}, "states something impossible: --local-batch 40 is larger"),
+        ({"batch": 40}, "states something impossible: batch 40 is larger than examples 12"),
         ({"lr": "fast"}, "states something impossible: lr 'fast' is no number; correct it"),
-        ({"examples": 0}, "states something impossible: --images 0 must be"),
+        ({"examples": 0}, "states something impossible: examples 0 must be"),
         ({"examples": "12"}, "examples '12' is no number; correct it, or leave it out"),
-        ({"examples": 12.5}, "--images 12.5 must be a whole number"),
-        ({"momentum": -0.9}, "--momentum -0.9 must be"),
-        ({"lr": math.nan}, "--rate nan must be"),
-        ({"epochs": 0}, "--local-epochs 0 must be"),
-        ({"steps": 9}, "--local-steps 9 contradicts 12 images in batches of 4 for 2 epochs"),
+        ({"examples": 12.5}, "examples 12.5 must be a whole number"),
+        ({"momentum": -0.9}, "momentum -0.9 must be"),
+        ({"lr": math.nan}, "lr nan must be"),
+        ({"epochs": 0}, "impossible: epochs 0 must be"),
+        ({"steps": 9}, "steps 9 contradicts 12 images in batches of 4 for 2 epochs"),
         ({"sha256": {"before": "00"}}, "is of other arrays than before.safetensors"),
     ],
 )
@@ -295,7 +298,7 @@ def test_a_recording_that_cannot_be_read_is_refused(cli, nets: Path) -> None:  #
         (own / FACTS).write_text(text)
         refused(cli(*command, "recording"), "malformed JSON", "record it again, or give --before and --after")
     (own / FACTS).write_text('{"lr": 1' + "0" * 400 + "}")
-    refused(cli(*command, "recording"), "--rate 1", "must be a finite learning rate")
+    refused(cli(*command, "recording"), "lr 1", "must be a finite learning rate")
     (own / FACTS).write_text("[]")
     refused(cli(*command, "recording"), "is no JSON object")
     refused(cli(*command, "recording", "--before", "before.pt"), "--recording and --before are both given")
@@ -373,6 +376,20 @@ def test_an_update_that_is_none_of_the_network_is_refused(cli, nets: Path, fault
     assert not (nets / "out").exists()
 
 
+def test_weights_of_zeros_are_no_record(cli, nets: Path) -> None:  # noqa: F811
+    recorded(nets, mlp(), SGD["plain"], 1, 1, 1)
+    torch.save({name: torch.zeros_like(one) for name, one in mlp().state_dict().items()}, nets / "after.pt")
+    (nets / "nets.py").write_text("from test_update_facts import mlp\n")
+    done = cli("audit", "--plugin", "nets.py", "--model", "mlp", "--out", "out", *FILES)
+    refused(done, "--after 'after.pt' holds only zeros, which no training leaves; record it again")
+    assert not (nets / "out").exists()
+
+
+@pytest.mark.parametrize(("size", "channels"), [((12, 12), 3), ((12, 36), 1), ((12, 18), None), (None, None)])
+def test_a_linear_layer_that_takes_the_pixels_shows_the_channels(size: tuple | None, channels: int | None) -> None:
+    assert first_channels(mlp(), None if size is None else size[0] * size[1]) == channels
+
+
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
 def test_an_update_of_mixed_types_and_layouts_is_read(tmp_path: Path) -> None:
     own = mlp()
@@ -444,6 +461,86 @@ def test_labels_are_read_by_order_or_by_name(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(BadOption, match=words):
             read_labels_file(str(file), 3)
+    for text, words in (
+        ("a.png,1\na.png,2\n", "has several labels of the image 'a.png'"),
+        ("a.png,1\n2\n", "has labels with and without names"),
+    ):
+        file.write_text(text)
+        with pytest.raises(BadOption, match=words):
+            read_labels_file(str(file), 3)
+
+
+@pytest.mark.parametrize(("counts", "right"), [((2, 4, 2), 4), ((0, 0, 8), 1), ((1, 2, 1), 4), ((0, 1, 0), 1)])
+def test_counts_of_more_inputs_than_labels_are_compared_by_shares(counts: tuple[int, ...], right: int) -> None:
+    """A client that flips its 4 images has 8 inputs: as many labels as possible of 8 are no evidence."""
+    found = counted(InferredLabels(None, None), EstimatedCounts(counts), [0, 1, 1, 2], 3)
+    assert (found.counted, found.among) == (right, 4)
+
+
+def test_a_client_that_changes_its_images_has_several_inputs_of_each() -> None:
+    truth = torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    inputs = torch.cat([truth[[2, 1]].flip(3), truth[[1, 0, 2]]])
+    check_truth(inputs, truth, 2)
+    with pytest.raises(BadOption, match=r"--truth has 3 images, .* 5; .*, or state --local-epochs if it changed them"):
+        check_truth(inputs, truth, None)
+    with pytest.raises(BadOption, match=r"--truth has 3 images, .* 5; give a folder of all images .* trained on$"):
+        check_truth(inputs, truth, 1)
+    kept = nearest_copies(inputs, truth)
+    assert torch.equal(kept, truth[[1, 0, 2]])
+    assert compared([Returned("disaggregate", kept)], truth, 0.6).share == 1.0
+    assert torch.equal(nearest_copies(truth[:2], truth), truth[:2])
+
+
+def test_every_metric_of_an_image_is_measured_beside_all_private_images() -> None:
+    truth = torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    result = EnsembleResult("d", "m", "the recorded update", 1, 1, 1, 0, 0.0, math.nan, math.nan, ())
+    behind = DefenseFindings(result, ClosedFormLeaks((), (), InferredLabels(None, None)), "", 0.0, {}, ())
+    near = (0.9 * truth + 0.05)[[1]]
+    found = _compared(behind, compared([Returned("ig", near)], truth, 0.6, of_run()), {})
+    assert found.scores["mse"] == pytest.approx(float((near - truth[[1]]).square().mean()))
+    assert found.scores["psnr"] == pytest.approx(-10 * math.log10(found.scores["mse"]))
+    assert found.scores["psnr_aligned"] > 60
+    assert "label_correct" not in found.scores
+    rule = FailRule.parse("psnr > 99", found.scores)
+    assert found.judged(rule)
+    assert found.value(rule) == found.scores["psnr"]
+    assert not behind.judged(rule)
+
+
+@pytest.mark.long
+def test_the_update_of_a_client_that_flips_its_images_is_compared_with_all_of_them(
+    cli,  # noqa: F811
+    nets: Path,  # noqa: F811
+    short: None,  # noqa: F811
+) -> None:
+    images, labels = datasets.parse("samples(size=12)").load(range(3))
+    network = wide()
+    torch.save(network.state_dict(), nets / "before.pt")
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9)
+    for given in (images, images.flip(3)):
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(network(given), labels).backward()
+        optimiser.step()
+    torch.save(network.state_dict(), nets / "after.pt")
+    (nets / "nets.py").write_text("from test_disaggregation import wide\ndef build(): return wide()\n")
+    (nets / "truth").mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().numpy()).save(nets / "truth" / f"{number}.png")
+    (nets / "labels.txt").write_text("\n".join(map(str, labels.tolist())))
+    command = ("audit", "--plugin", "nets.py", "--model", "build", "--mode", "eval", *FILES, "--truth", "truth")
+    refused(cli(*command, "--out", "out"), "--truth has 3 images, and the update shows at least 6", "--local-epochs")
+    assert not (nets / "out").exists()
+    rule = ("--fail-if", "psnr > 200", "--local-epochs", "2", "--labels", "labels.txt")
+    done = cli(*command, "--out", "out", *rule)
+    page = (nets / "out" / "audit.md").read_text()
+    assert (done.code, "PASSED" in done.out) == (0, True)
+    assert "The server recovers 100 % of the 3 images, in closed form" in page
+    assert "The update gives 6 different inputs, and --truth has 3 images" in page
+    assert "3 of the 3 labels are right" in page
+    assert "No convolution sent the gradient of its weight." in page
+    alone = cli(*command[:-1], "truth/0.png", "--out", "alone")
+    assert alone.code == 0
+    assert "The private image of --truth is not compared" in (nets / "alone" / "audit.md").read_text()
 
 
 def test_the_images_of_an_attack_with_options_count_under_its_short_name() -> None:

@@ -21,6 +21,7 @@ from leakbench.gradients.counts import (
     is_far,
     label_counts,
     label_counts_of_update,
+    largest_remainders,
     mean_feature,
     moved_logits,
 )
@@ -258,8 +259,10 @@ def counted(
         if len(true) == 1 and labels.inferred is not None:
             right = int(labels.inferred[0] == true[0])
         return replace(labels, correct=right, among=len(true))
-    found = torch.bincount(torch.tensor(true), minlength=classes)
-    overlap = torch.minimum(found, torch.tensor(counts)).sum()
+    found, sent = torch.bincount(torch.tensor(true), minlength=classes), torch.tensor(counts)
+    if int(sent.sum()) > len(true):  # of several inputs of each image, or the list lacks some: more would fit by chance
+        sent = largest_remainders(sent, len(true))
+    overlap = torch.minimum(found, sent).sum()
     return replace(labels, counts=counts, counted=int(overlap), among=len(true))
 
 

@@ -89,10 +89,10 @@ class DefenseFindings:
         return self.scores.get(rule.name)
 
     def judged(self, rule: FailRule) -> bool:
-        """Return whether a rule's value is a share of all private images of an update, or of all their labels."""
+        """Return whether a rule's value is of all private images of an update, or of all their labels."""
         if rule.name == LABELS:
             return self.leaks.labels.counted is not None
-        return self.compared and rule.name == SHARE_RECOVERED
+        return self.compared
 
 
 @dataclass(frozen=True)

@@ -486,9 +486,16 @@ def images_of(
     return datasets.registry.build(dataset.name, {**options, **given}) if given else dataset
 
 
-def first_channels(module: nn.Module) -> int | None:
-    """Return how many channels a network takes, by its first layer; None if that is no 2-d convolution."""
+def first_channels(module: nn.Module, pixels: int | None = None) -> int | None:
+    """Return how many channels a network takes, by its first layer; None if that does not show it.
+
+    Args:
+        module: the network.
+        pixels: of a channel of its images, by which a linear layer shows it; None if that is not known.
+    """
     first = next((one for one in module.modules() if next(one.parameters(recurse=False), None) is not None), None)
+    if isinstance(first, nn.Linear) and pixels and first.in_features in (pixels, 3 * pixels):
+        return first.in_features // pixels
     if not isinstance(first, nn.Conv2d) or isinstance(first, nn.LazyConv2d):
         return None
     return first.in_channels
@@ -506,7 +513,7 @@ def shape_of(size: str, channels: int | None, network: AuditedNetwork) -> tuple[
         raise BadOption(f"--size {size}: {error}") from None
     if min(height, width) < 1:
         raise BadOption(f"--size {size}: the sides are at least 1")
-    return channels or first_channels(network.module) or 3, height, width
+    return channels or first_channels(network.module, height * width) or 3, height, width
 
 
 @dataclass(frozen=True)
@@ -636,6 +643,8 @@ def read_update(
         whole = torch.isfinite(new)
         held = float(old[whole].norm()) if kind == "weights" else size
         rounding[name] = eps * held / size if size else math.inf
+    if kind == "weights" and not any(bool(second[name].nan_to_num(0.0, 0.0, 0.0).any()) for name in sent):
+        raise BadOption(f"--after {after!r} holds only zeros, which no training leaves; record it again")
     if not any(bool(value.nan_to_num(0.0, 0.0, 0.0).any()) for value in change.values()):
         problem = f"--before {before!r} and --after {after!r} hold the same trained parameters"
         problem = problem if kind == "weights" else f"--after {after!r} holds only zeros"

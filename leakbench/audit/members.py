@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from leakbench.core.images import decoded
+from leakbench.core.text import plural
+from leakbench.core.types import Reconstruction
 from leakbench.errors import BadOption, MissingAsset
 from leakbench.metrics.aligned import AlignedPSNR, AlignedSSIM
+from leakbench.metrics.base import Metric, Truth
 from leakbench.metrics.members import MemberScores, assign, matched
 
 COPY = 0.95
@@ -78,7 +81,9 @@ class ComparedImages:
         return sum(one.recovered for one in self.members) / len(self.members)
 
 
-def compared(returned: Sequence[Returned], truth: Tensor, threshold: float) -> ComparedImages:
+def compared(
+    returned: Sequence[Returned], truth: Tensor, threshold: float, metrics: Sequence[Metric] = ()
+) -> ComparedImages:
     """Return private images beside what attackers returned, each attacker's images assigned to them once.
 
     Fewer images than there are private ones are assigned to the nearest, so that a smooth image can be like one by
@@ -88,6 +93,7 @@ def compared(returned: Sequence[Returned], truth: Tensor, threshold: float) -> C
         returned: what attackers and floors returned.
         truth: [B, C, H, W] in [0, 1].
         threshold: the ``ssim_aligned`` from which an image counts as recovered.
+        metrics: those of ``scores``.
     """
     scored = [(one, *_scores(one.images.to(truth), truth)) for one in returned if len(one.images)]
     floors = [(ssim, psnr) for one, _, ssim, psnr, _ in scored if one.floor]
@@ -108,18 +114,33 @@ def compared(returned: Sequence[Returned], truth: Tensor, threshold: float) -> C
             )
             if best[place].guess is None or (found.recovered, found.psnr) > (best[place].recovered, best[place].psnr):
                 best[place] = found
-    known = [one for one in best if one.guess is not None]
-    values = {"ssim_aligned": [one.ssim for one in known], "psnr_aligned": [one.psnr for one in known]}
     return ComparedImages(
         members=tuple(best),
         recovered=counts,
         floor=max((float((ssim >= threshold).double().mean()) for ssim, _ in floors), default=math.nan),
-        scores={
-            name: MemberScores(torch.tensor(each), True)
-            for name, each in values.items()
-            if each and not any(map(math.isnan, each))
-        },
+        scores=_best_scores([one for one in best if one.guess is not None], metrics),
     )
+
+
+def _best_scores(known: Sequence[Member], metrics: Sequence[Metric]) -> dict[str, MemberScores]:
+    """Return by metric the values of reconstructions that attackers returned, of those metrics that have all of them.
+
+    A metric that needs more than two images (labels, what was released) has none, nor one whose weights are missing.
+    """
+    guesses = [(one.guess, one.truth) for one in known if one.guess is not None]
+    if not guesses:
+        return {}
+    images, truth = (torch.stack(each).float() for each in zip(*guesses))
+    beside = Truth(truth, torch.full((len(truth),), -1))
+    found = {}
+    for metric in metrics:
+        try:
+            values = metric.score(Reconstruction(images), beside)
+        except (ValueError, MissingAsset):
+            continue
+        if not bool(values.isnan().any()):
+            found[metric.name] = MemberScores(values, metric.higher_is_better)
+    return found
 
 
 def _scores(images: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -144,13 +165,31 @@ def _others(truth: Tensor) -> tuple[Tensor, Tensor]:
     return scores[:, 0], scores[:, 1]
 
 
-def check_truth(images: Tensor, truth: Tensor) -> None:
-    """Raise BadOption if there are fewer private images than an update shows."""
-    if len(images) > len(truth):
+def check_truth(images: Tensor, truth: Tensor, epochs: int | None) -> None:
+    """Raise BadOption if there are fewer private images than an update shows.
+
+    A client that changes its images from epoch to epoch, as by flips, has up to ``epochs`` inputs of each.
+    """
+    if len(images) > len(truth) * (epochs or 1):
+        changed = "" if epochs is not None else ", or state --local-epochs if it changed them from epoch to epoch"
         raise BadOption(
-            f"--truth has {len(truth)} images, and the update shows at least {len(images)}; give a folder of all "
-            "images that the client trained on"
+            f"--truth has {plural(len(truth), 'image')}, and the update shows at least {len(images)}; give a folder of "
+            f"all images that the client trained on{changed}"
         )
+
+
+def nearest_copies(images: Tensor, truth: Tensor) -> Tensor:
+    """Return at most one image for each private one: of several inputs of it in an update, the nearest.
+
+    Args:
+        images: [M, C, H, W] that an update itself shows to be right, so that the truth chooses among inputs of the
+            client, and not among guesses.
+        truth: [B, C, H, W] in [0, 1].
+    """
+    if len(images) <= len(truth):
+        return images
+    places = assign(truth, images)  # of each image, the private one
+    return images[places >= 0]
 
 
 def pixels_of(picture: bytes, channels: int) -> Tensor | None:
@@ -197,6 +236,13 @@ def read_labels_file(path: str, classes: int, names: Sequence[str] | None = None
         found.append((name.strip(), label))
     if not found:
         raise BadOption(f"--labels {path!r} is empty; write one label a line")
+    seen: set[str] = set()
+    for name, _ in found:
+        if bool(name) != bool(found[0][0]):
+            raise BadOption(f"--labels {path!r} has labels with and without names; write NAME,LABEL in every line")
+        if name and name in seen:
+            raise BadOption(f"--labels {path!r} has several labels of the image {name!r}; write one")
+        seen.add(name)
     if names is not None and len(found) != len(names):
         raise BadOption(f"--labels {path!r} has {len(found)} labels, and --truth {len(names)} images; give as many")
     if names is not None and found[0][0]:

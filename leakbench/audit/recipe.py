@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 import reprlib
 import sys
 from collections.abc import Iterator
@@ -345,7 +346,7 @@ def read_recording(folder: str) -> RecordedFolder:
                 "updates/round-0001/client-1"
             )
     try:
-        facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
+        facts = json.loads((path / FACTS).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise CorruptAsset(
             f"--recording {folder!r}: {FACTS} is malformed JSON ({type(error).__name__}); record it again, or give "
@@ -362,7 +363,8 @@ def read_recording(folder: str) -> RecordedFolder:
     try:
         recipe = StatedRecipe(**{name: _stated(facts.get(key), name) for name, key in _NAMES.items()})
     except BadOption as error:
-        raise BadOption(f"--recording {folder!r}: {FACTS} states something impossible: {error}") from None
+        words = re.sub(r"--([a-z-]+)", lambda found: _NAMES.get(found[1].replace("-", "_"), found[0]), str(error))
+        raise BadOption(f"--recording {folder!r}: {FACTS} states something impossible: {words}") from None
     return RecordedFolder(folder, str(files["before"]), str(files["after"]), recipe)
 
 

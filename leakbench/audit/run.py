@@ -39,7 +39,15 @@ from leakbench.audit.given import (
     read_update,
 )
 from leakbench.audit.layers import RESIDUAL_TOLERANCE, ClosedFormLeaks, InferredLabels, closed_forms, shares
-from leakbench.audit.members import ComparedImages, Returned, check_truth, compared, pixels_of, read_labels_file
+from leakbench.audit.members import (
+    ComparedImages,
+    Returned,
+    check_truth,
+    compared,
+    nearest_copies,
+    pixels_of,
+    read_labels_file,
+)
 from leakbench.audit.pace import expected_time
 from leakbench.audit.randomness import Randomness, randomness
 from leakbench.audit.recipe import RecordedFolder, StatedRecipe, check_recording
@@ -56,10 +64,11 @@ from leakbench.engine.run import RunOptions
 from leakbench.engine.worker import ClientData, png
 from leakbench.errors import BadOption, Unsupported
 from leakbench.gradients.evaluate import architecture, working
-from leakbench.metrics import NOT_LEAKAGE
+from leakbench.metrics import NOT_LEAKAGE, Metric, of_run
 from leakbench.models.module import OwnModule
 from leakbench.observation import Observation
 from leakbench.plan.matrix import RECOVERY, Matrix, expand, load_suite, numbers_of, override
+from leakbench.store.records import MetricInfo
 from leakbench.store.run_file import FILE, Store
 from leakbench.victim import Client, layer_inputs, observe
 
@@ -308,8 +317,10 @@ def audit_update(
     observation = _observation(module, update, image_shape, classes, threat, factor)
     batch = batch_findings(observation, plain, shown, factor)
     everything = batch is not None and batch.recovered
-    if truths is not None and batch is not None:
-        check_truth(batch.images, truths)
+    own_images = torch.zeros(0, *image_shape) if batch is None else batch.images
+    if truths is not None:
+        check_truth(own_images, truths, recipe.local_epochs)
+        own_images = (nearest_copies(own_images, truths) if everything else own_images)[: len(truths)]
     if progress is not None:
         for words in contradictions:
             progress.note(words)
@@ -343,8 +354,8 @@ def audit_update(
         num_classes=classes,
         observed=observation,
     )
-    if truths is not None and batch is not None and batch.recovered:
-        _check_client(batch.images, truths, _threshold(matrix))
+    if truths is not None and everything:
+        _check_client(own_images, truths, _threshold(matrix))
     if progress is not None:
         _announce(matrix, observation, progress)
     run_options = RunOptions("cpu", salt=options.salt)
@@ -366,15 +377,29 @@ def audit_update(
     found = replace(found, result=result, floor=floor, batch=batch)
     missed: list[str] = []
     if truths is not None:
-        images = torch.zeros(0, *image_shape) if batch is None else batch.images
-        beside = compared([Returned(DISAGGREGATE, images), *returned], truths, _threshold(matrix))
+        beside = compared(
+            [Returned(DISAGGREGATE, own_images), *returned],
+            truths,
+            _threshold(matrix),
+            list(filter(_of_leakage, of_run())),
+        )
         found = _compared(found, beside, {attack: short for (attack, _), short in attacker_names(trials).items()})
         if batch is not None and not found.together:
             missed.append(
-                f"None of the {len(batch.images)} images that {DISAGGREGATE} returned is one of --truth: they are "
+                f"None of the {len(own_images)} images that {DISAGGREGATE} returned is one of --truth: they are "
                 "wrong, or --truth has the images of another client. Compare them by eye, without --truth."
             )
+        if batch is not None and len(batch.images) > len(own_images):
+            missed.append(
+                f"The update gives {len(batch.images)} different inputs, and --truth has "
+                f"{plural(len(truths), 'image')}: the client changed images from epoch to epoch, or --truth lacks "
+                "some. Each image of --truth is compared with one input."
+            )
     elif batch is not None and batch.recovered:
+        if truth is not None:
+            missed.append(
+                "The private image of --truth is not compared, since the update shows several; give a folder of all."
+            )
         nan = math.nan
         each = enumerate(batch.pictures())
         pictures = tuple(ImageFinding(place, None, one, DISAGGREGATE, nan, nan, True) for place, one in each)
@@ -614,13 +639,16 @@ def _findings(
     scores = {
         metric.name: float(values.max() if metric.higher_is_better else values.min())
         for metric in store.metrics()
-        if not metric.name.startswith("paper_")
-        and metric.name not in NOT_LEAKAGE
-        and len(values := ended[metric.name].dropna())
+        if _of_leakage(metric) and len(values := ended[metric.name].dropna())
     }
     pictures = [picture for index in indices for picture in _pictures(store, mine, index)]
     doubts = [caveat(shown)] if mine[RECOVERY].notna().any() and caveat(shown) else []
     return DefenseFindings(found, leaks, "", math.nan, scores, tuple(pictures), (*_gaps(mine, indices), *doubts))
+
+
+def _of_leakage(metric: Metric | MetricInfo) -> bool:
+    """Return whether a metric is one of those that ``--fail-if`` may name, and that a page compares."""
+    return not metric.name.startswith("paper_") and metric.name not in NOT_LEAKAGE
 
 
 def _pictures(store: Store, trials: pd.DataFrame, index: int) -> list[ImageFinding]:
@@ -750,15 +778,17 @@ def _leaks_of_update(observation: Observation, label: int | None, shown: UpdateF
         mean = {name: torch.zeros_like(value) for name, value in observation.gradient.items()}
     sent = replace(observation, gradient=mean, threat=replace(threat, shares="gradient"))
     truth = None if label is None else [label]
+    convolutions = any(isinstance(module, CONVOLUTIONS) for module in observation.model.modules())
     if shown.rule == "sign":
-        return ClosedFormLeaks(tuple(shares(sent)), (), InferredLabels(None, None), (), "the closed forms are for SGD")
+        reason = "the closed forms are for SGD" if convolutions else ""
+        return ClosedFormLeaks(tuple(shares(sent)), (), InferredLabels(None, None), (), reason)
     able = {one.layer for one in shown.layers if one.conclusive}
     forms = tuple(
         replace(form, conclusive=form.layer in able and (shown.rule == "sgd" or not form.exact))
         for form in closed_forms(sent, None)
     )
     if several or shown.one_image is False or (shown.rule == "unknown" and able):
-        reason = "the test is for one image in one step of SGD"
+        reason = "the test is for one image in one step of SGD" if convolutions else ""
         tested = tuple(form for form in forms if form.conclusive or (shown.one_image is None and not several))
         return ClosedFormLeaks(tuple(shares(sent)), tested, InferredLabels(None, None), (), reason)
     return replace(ClosedFormLeaks.of(sent, None, truth), forms=forms)
