@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 import select
@@ -36,7 +37,7 @@ from leakbench.gradients.lanes.fused import _combined, variation
 from leakbench.gradients.lanes.layout import innermost, joined, strides
 from leakbench.gradients.lanes.trace import Kind, trace
 from leakbench.optim.adam import Adam
-from leakbench.optim.base import rows_finite
+from leakbench.optim.base import rows_finite, value_and_gradient
 from leakbench.optim.solvers import all_finite
 
 SHAPE, CLASSES = (3, 12, 12), 4
@@ -649,3 +650,34 @@ def test_an_attack_with_another_prior_takes_the_kernels_too() -> None:
     assert not bool(found.failed.any())
     other = leakbench.attack(IG(steps=3, tv=0.5), watch("lenet", "none"))
     assert not torch.equal(found.images, other.images)
+
+
+def live() -> int:
+    return sum(type(one) is Tensor for one in gc.get_objects())
+
+
+@pytest.mark.parametrize("path", ["lanes", "batched", "one-at-a-time"])
+@pytest.mark.parametrize("spec", ["ig", "log-cosine", "dlg", "lb", "grnn", "even"])
+def test_an_evaluation_leaves_no_tensor_behind(spec: str, path: str) -> None:
+    """A graph that holds its own results is never freed, so that a long search takes all memory."""
+    if path == "lanes" and library.kernels() is None:
+        pytest.skip("there are no kernels")
+    torch.manual_seed(0)
+    network = models.parse("lenet").build(SHAPE, CLASSES)
+    observation = leakbench.observe(network, torch.rand(3, *SHAPE), torch.tensor([0, 1, 2]))
+    attack = Even(tv=0.5) if spec == "even" else attacks.parse(spec)
+    objective = attack._objective(observation, leakbench.Rng(("a", "b", "c"))).with_path()
+    if path != "lanes":
+        objective = replace(objective, evaluator=replace(objective.evaluator, path=path))
+    assert objective.evaluator.path == path
+    start = attack._begin(objective)
+    gc.collect()
+    gc.disable()
+    try:
+        counts = []
+        for evaluation in range(5):
+            value_and_gradient(objective, start, evaluation)
+            counts.append(live())
+    finally:
+        gc.enable()
+    assert counts[1] == counts[-1], counts

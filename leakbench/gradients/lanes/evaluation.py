@@ -479,7 +479,8 @@ class _Comparison(Function):
     ) -> tuple[Tensor, Tensor]:
         """Run the network and its first backward pass."""
         ctx.comparison = GradientComparison(program, tensors, x, q, observed, gap, images)
-        return ctx.comparison.dots, ctx.comparison.squares
+        # not its own tensors: they would hold this graph, which holds them, and never be freed
+        return ctx.comparison.dots.detach(), ctx.comparison.squares.detach()
 
     @staticmethod
     @once_differentiable
