@@ -36,6 +36,7 @@ from leakbench.observation import Observation
 from leakbench.plan.matrix import Matrix
 from leakbench.report import batches, grids
 from leakbench.report.files import write
+from leakbench.report.html import OF_CLIENT
 from leakbench.report.run import RunData
 from leakbench.report.show import show
 from leakbench.store.run_file import FILE, Store
@@ -314,6 +315,10 @@ def test_the_trial_of_a_batch_is_shown_and_made_again_by_its_command(batch_run: 
         shown = show(store, str(row["trial"]))
     assert "--clients 'local(batch=4)'" in shown.command
     assert "--images 0,1,2,3, " in shown.command
+    assert dict(shown.facts)["image"] == "index 0, whose label is 0; with images 1, 2 and 3; seed 0"
+    assert "prints the command" not in shown.note
+    write(batch_run, ["html"])
+    assert OF_CLIENT in (batch_run / "report.html").read_text()
     axes = {"attacks": ["disaggregate"], "defenses": ["none"], "models": ["mlp(hidden=256-64, init=default)"]}
     again = Matrix(**axes, datasets=["samples(size=16)"], clients=["local(batch=4)"], images=[0, 1, 2, 3], floors=False)
     assert [trial.id for trial in again.trials()] == [row["trial"]]

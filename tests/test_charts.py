@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.patches import Rectangle
+from test_report import every_label_is_whole
 from test_store import METRICS, Data, Net, TinyAttack, TinyDefense, named, png, provenance, result
 
 from leakbench import metrics
@@ -127,6 +128,7 @@ def test_the_gallery_has_a_tile_for_each_attacker_and_defense(tmp_path: Path) ->
         drawn = gallery(found, store.images)
         assert drawn is not None
         assert gallery(found, lambda trials: {}) is None
+        every_label_is_whole(drawn)
         own = store.images(found.trials["trial"])
     first = found.trials[found.trials["image"] == 0].set_index(["attacker", "defense"])["trial"]
     truth, *tiles = drawn.axes

@@ -161,6 +161,17 @@ def test_runs_with_nothing_in_common_cannot_be_compared(tmp_path: Path) -> None:
         diff(one, two)
 
 
+def test_runs_with_only_floors_in_common_are_said_not_to_be_compared(tmp_path: Path) -> None:
+    class Still(TinyAttack):
+        name, floor = "still", True
+
+    floor = [result(trial(i, attack=Still()), scores={"psnr": 9.0}) for i in range(2)]
+    one, two = arm(tmp_path, "old", [*floor, scored(10, 0)]), arm(tmp_path, "new", [*floor, scored(10, 0, step=0.2)])
+    text = diff(one, two).text
+    assert "**Nothing was compared**: the runs have no trial of an attack in common" in text
+    assert "significant difference" not in text
+
+
 def test_the_exit_code_says_whether_a_difference_is_shown(cli, place: Path, monkeypatch) -> None:  # noqa: F811
     ran = place / "ran"
     arm(place, "ran", [scored(10, 0)])

@@ -375,6 +375,38 @@ def texts(figure) -> list[Text]:
     return [artist for artist in figure.findobj(Text) if artist.get_text()]
 
 
+def every_label_is_whole(figure) -> None:
+    """Assert that every text of a figure lies inside of it, and that none runs into another."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # labels of axes have their place from then on
+    renderer = canvas.get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in texts(figure)]
+    for box in boxes:
+        assert figure.bbox.x0 <= box.x0
+        assert box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0
+        assert box.y1 <= figure.bbox.y1
+    for i, box in enumerate(boxes):
+        overlaps = [b for b in boxes[i + 1 :] if min(b.x1, box.x1) > max(b.x0, box.x0) + 1]
+        assert all(min(b.y1, box.y1) <= max(b.y0, box.y0) + 3 for b in overlaps)
+
+
+@pytest.mark.parametrize("status", ["ok", "failed"])
+def test_a_grid_of_batches_names_each_one_and_no_label_of_it_is_cut_off(tmp_path, status):
+    guards = [named(TinyDefense, "guard")(scale=i) for i in range(3)]
+    run(tmp_path, [make(IG, guard, i, 0, 12.3, status=status) for guard in guards for i in range(2)])
+    with Store.open(tmp_path / FILE, readonly=True) as store:
+        results = store.results()
+        results = results.assign(**{grids.BATCH: results["image"], grids.LABEL_COUNTS: 0.75})
+        (page,) = grids.pages(results)
+        figure = grids.figure(page, store.images(page.trials))
+    every_label_is_whole(figure)
+    words = [text.get_text().splitlines() for text in texts(figure)]
+    assert [own for own in words if own[0] == "batch of"] == [["batch of", "image 0"], ["batch of", "image 1"]]
+    assert [own[1] for own in words if len(own) > 1 and own[1].startswith("labels")] == ["labels 0.75"] * 6
+    assert "Labels: the share of the batch's labels" in " ".join(" ".join(own) for own in words)
+
+
 @pytest.mark.filterwarnings("ignore:Glyph")  # boxes for the letters that the font lacks
 @pytest.mark.parametrize("note", ["", NASTY, "a-long-name " * 12, "unbroken" * 30])
 @pytest.mark.parametrize("images", [(0,), (5, 10**7, 2**62)])
@@ -388,19 +420,7 @@ def test_no_label_is_cut_off_or_runs_into_the_next(tmp_path, note, images):
         pages = grids.pages(store.results())
         assert {c.defense for p in pages for c in p.columns} >= {r.trial.cell.specs["defense"] for r in results}
         for page in pages:
-            figure = grids.figure(page, store.images(page.trials))
-            canvas = FigureCanvasAgg(figure)
-            canvas.draw()  # labels of axes have their place from then on
-            renderer = canvas.get_renderer()
-            boxes = [text.get_window_extent(renderer) for text in texts(figure)]
-            for box in boxes:
-                assert figure.bbox.x0 <= box.x0
-                assert box.x1 <= figure.bbox.x1
-                assert figure.bbox.y0 <= box.y0
-                assert box.y1 <= figure.bbox.y1
-            for i, box in enumerate(boxes):
-                overlaps = [b for b in boxes[i + 1 :] if min(b.x1, box.x1) > max(b.x0, box.x0) + 1]
-                assert all(min(b.y1, box.y1) <= max(b.y0, box.y0) + 3 for b in overlaps)
+            every_label_is_whole(grids.figure(page, store.images(page.trials)))
 
 
 def test_a_grid_shows_the_pixels_and_marks_what_failed(tmp_path):

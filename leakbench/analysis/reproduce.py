@@ -62,8 +62,6 @@ def reproduction(
         for axis, spec in specs.items()
         if own[axis].variant.startswith("version")
     )
-    if client:
-        note = f"--images names every image of the client; leakbench show prints the command with all. {note}".strip()
     if own["model"].options.keys() == {"label", _OWN}:
         note = f"The network {own['model'].options['label']} was given in Python and has to be given again. {note}"
         axes = ", ".join(f"{axis}s=[{specs[axis]!r}]" for axis in ("attack", "defense", "dataset"))

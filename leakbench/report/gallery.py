@@ -44,7 +44,7 @@ def gallery(crossing: Crossing, images: Callable[[Iterable[str]], Mapping[str, P
         return None
     left = LETTER * max(len(plain(name, 40)) for name in [*attackers, "private image"]) + 0.2
     heads = [plain(name, 34) for name in defenses]
-    top = 0.25 + RISE * LETTER * max(map(len, heads))
+    top = 0.25 + RISE * LETTER * max(map(len, ["private image", *heads]))
     step = _TILE + _GAP
     turned = max(RUN * LETTER * len(name) - step * (len(heads) - 1 - column) for column, name in enumerate(heads))
     width, height = (

@@ -140,6 +140,8 @@ def pages(results: pd.DataFrame, rows: int = MAX_ROWS) -> list[GridPage]:
     once = _first_seeds(without_repeats(results))
     under = [name for name in _UNDER if name in once and once[name].notna().any()]
     numbers = f"Under each reconstruction: {' / '.join(under)} in dB. " if under else ""
+    if LABEL_COUNTS in once and once[LABEL_COUNTS].notna().any():
+        numbers += "Labels: the share of the batch's labels that the attack names rightly. "
     legend = f"{numbers}Red frame: the attack diverged."
     found: list[GridPage] = []
     for key, block in once.groupby([*BLOCK, "seed"], sort=False):
@@ -227,7 +229,8 @@ def figure(page: GridPage, pictures: Mapping[str, Pictures]) -> Figure:
     names = [_wrapped(shown.defense, column) for shown in page.columns]
     rule = _MARGIN + _LINE * (len(title) + len(legend) + 1 + max(map(len, heads), default=1))
     top = rule + 12 + _LINE * max(map(len, names), default=1)
-    step = high + 2 * _LINE + 12
+    captions = [cell.caption for _, cell in cells]
+    step = high + (2 + any("\n" in caption for caption in captions)) * _LINE + 12
     height = top + step * len(page.images) + _MARGIN
 
     drawn = Drawing(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
@@ -242,7 +245,7 @@ def figure(page: GridPage, pictures: Mapping[str, Pictures]) -> Figure:
         level = top + row * step
         label = "\n".join(_wrapped(f"image {i}", _LABELS))
         if i in page.firsts:
-            label = f"batch of\n{label}" if row else label
+            label = f"batch of\n{label}"
             ends = (_MARGIN / width, 1 - _MARGIN / width)
             high_up = 1 - (level - (6 if row else 0)) / height
             drawn.add_artist(Line2D(ends, [high_up, high_up], color=GREY, linewidth=0.8))
@@ -301,11 +304,12 @@ def _columns(block: pd.DataFrame, images: Sequence[int], under: Sequence[str]) -
     for row in shown.to_dict("records"):
         attack = f"{row['attack']} (floor)" if row["defense"] == ANY else str(row["attack"])
         values = [number(row[name], None if abs(row[name]) >= 1e4 else 1) for name in under]
+        labels = ""
         if row["image"] == row.get(BATCH, -1) and row.get(LABEL_COUNTS, math.nan) == row.get(LABEL_COUNTS):
-            values.append(f"labels {number(float(row[LABEL_COUNTS]), 2)}")
+            labels = f"\nlabels {number(float(row[LABEL_COUNTS]), 2)}"
         scored = row["status"] in ("ok", "failed")
         scores = (float(row.get(_UNDER[0], math.nan)), float(row.get(_UNDER[1], math.nan)))
-        cell = GridCell(str(row["trial"]), str(row["status"]), " / ".join(values) if scored else "", scores)
+        cell = GridCell(str(row["trial"]), str(row["status"]), " / ".join(values) + labels if scored else "", scores)
         cells.setdefault((attack, str(row["defense"])), {})[int(row["image"])] = cell
     attacks = list(dict.fromkeys(attack for attack, _ in cells))
     return [Column(*key, found) for a in attacks for key, found in cells.items() if key[0] == a]

@@ -15,6 +15,7 @@ from leakbench.analysis.summary import ANY, BLOCK, LABEL, STATUSES, without_repe
 from leakbench.core.text import ABSENT, decimals
 from leakbench.metrics import NOT_LEAKAGE
 from leakbench.plan.matrix import RECOVERY
+from leakbench.plan.trial import split_label
 from leakbench.report import figure, utility
 from leakbench.report.charts import Chart
 from leakbench.report.figures import CHARTS, all_charts
@@ -34,6 +35,9 @@ _BATCH = 512
 _SMALLEST_PICTURE = 200
 _Drawn = tuple[bytes | None, bytes | None, int]
 """A truth and a reconstruction as they are drawn, and whether that is aligned."""
+OF_CLIENT = "--images names every image of the client; leakbench show prints the command with all."
+"""Beside a command of a client with several images: the page knows only the first one."""
+
 _AXES = ("dataset", "model", "threat", "defense", "attack")
 _SHOWN = ("psnr_aligned", "ssim_aligned", "lpips_vgg", "psnr")
 _RANKED = (RECOVERY, "psnr_aligned", "psnr")
@@ -282,7 +286,10 @@ def _trials(
         "evaluations": [None if pd.isna(value) else int(value) for value in once["evaluations"]],
         "scores": [[_rounded(value) for value in once[metric.name]] for metric in metrics],
         "again": [cells[key] for key in raw.itertuples(index=False, name=None)],
-        "commands": [[one.head, one.tail, one.note] for one in own.values()],
+        "commands": [
+            [one.head, one.tail, f"{OF_CLIENT if split_label(str(key[0]))[1] else ''} {one.note}".strip()]
+            for key, one in own.items()
+        ],
     }
 
 

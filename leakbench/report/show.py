@@ -7,7 +7,7 @@ import pandas as pd
 from rich.table import Table
 
 from leakbench.analysis.reproduce import reproduction
-from leakbench.core.text import ABSENT, decimals, number
+from leakbench.core.text import ABSENT, decimals, english, number
 from leakbench.errors import BadOption, one_line
 from leakbench.report.display import to_console
 from leakbench.report.markdown import options
@@ -72,10 +72,8 @@ def show(store: Store, prefix: str) -> Shown:
         facts = [(axis, _component(specs[axis])) for axis in COMPONENT_AXES]
         facts.append(("threat model", f"{row['threat']}: {record.threat}"))
         label = "" if record.label is None else f", whose label is {record.label}"
-        batch = f"s {', '.join(map(str, record.others))} and" if record.others else ""
-        facts.append(
-            ("image", f"index {row['image']}{label}; {'with' + batch + ' ' if batch else ''}seed {row['seed']}")
-        )
+        batch = f"with images {english(map(str, record.others))}; " if record.others else ""
+        facts.append(("image", f"index {row['image']}{label}; {batch}seed {row['seed']}"))
         facts.append(("status", _status(str(row["status"]), str(row["reason"]))))
         if record.session is not None:
             session = {one.id: one for one in sessions}[record.session]
