@@ -95,8 +95,8 @@ the weights of seed i mod 3. An image is recovered if its SSIM after the best fi
 has lost its brightness and contrast, so read the columns after the fit. Seconds are of one core that other processes
 shared, so that they are upper bounds (with `convnet`, of a third of a core); those of batches are of the processor.
 Relative noise counts in root mean squares of each tensor's gradient. The rows of fully trained networks and of
-`convnet` are of a last search that ends when it brings nothing more; in all others it ended after 1,000 iterations at
-most.
+those with max-pools are of a last search that ends when it brings nothing more; in all others it ended after 1,000
+iterations at most.
 
 `python -m benchmarks.relu page` makes this page; the head of `benchmarks/relu.py` has all commands."""
 
