@@ -27,6 +27,9 @@ SHARE = RecoveredShare.name
 FLOOR = "others"
 """The floor that is drawn: other photographs through the same assignment."""
 
+PANELS_IN_A_ROW = 2
+"""More would be too small to read on a narrow page."""
+
 _COLUMNS = (SHARE, "psnr_aligned", "psnr_aligned_worst", "psnr_aligned_best", Identified.name, LabelCounts.name)
 _PLACE = ("dataset alone", "model", "threat")
 
@@ -108,8 +111,14 @@ def figure(page: BatchesPage) -> Figure:
     attacked = page.rows[~page.rows["floor"].astype(bool)]
     floors = page.rows[page.rows["floor"].astype(bool) & (page.rows["attack"] == FLOOR)]
     defenses = attacked.loc[attacked[SHARE].notna(), "defense"].drop_duplicates().tolist()
-    drawn = Figure(figsize=(max(6.4, 4.4 * len(defenses)), 4.2), layout="constrained")
-    panels = drawn.subplots(1, max(1, len(defenses)), squeeze=False, sharey=True)[0]
+    defenses.sort(key=lambda name: (name != "none", str(name)))  # the same order in every picture
+    columns = max(1, min(PANELS_IN_A_ROW, len(defenses)))
+    rows = max(1, -(-len(defenses) // columns))
+    drawn = Figure(figsize=(max(6.4, 4.4 * columns), 0.5 + 3.7 * rows), layout="constrained")
+    grid = drawn.subplots(rows, columns, squeeze=False, sharey=True)
+    panels = list(grid.flat)
+    for panel in panels[len(defenses) :]:
+        panel.set_visible(bool(not defenses))
     ticks = {math.log2(count): str(count) for count in sorted(page.rows["count"].unique())}
     for panel, defense in zip(panels, defenses):
         own = attacked[attacked["defense"] == defense]
@@ -122,7 +131,8 @@ def figure(page: BatchesPage) -> Figure:
         panel.set_title(plain(str(defense)), fontsize=10)
         panel.set_xlabel("images of a client")
         panel.set_ylim(-0.03, 1.03)
-    panels[0].set_ylabel("share of images recovered")
+    for panel in grid[:, 0]:
+        panel.set_ylabel("share of images recovered")
     key_below(drawn, panels[0])
     drawn.suptitle(plain(" · ".join(page.block)), fontsize=11)
     return drawn
