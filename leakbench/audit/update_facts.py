@@ -269,7 +269,7 @@ class UpdateFacts:
         copies = "; differing copies of an image, such as flipped ones, count" if one.pixels else ""
         exact = "" if one.conclusive else ", the largest that this layer shows"
         least = f"at least {self.images} different images" if self.images else "several images or several steps"
-        return f"under SGD {least}: the change of {taken} has rank {one.rank}{exact}{copies}"
+        return f"under SGD, {least}: the change of {taken} has rank {one.rank}{exact}{copies}"
 
     def _steps(self) -> str:
         if self.steps is not None:
