@@ -22,6 +22,7 @@ from leakbench.attacks.batch_labels import batch_labels, inferred_counts
 from leakbench.attacks.disaggregation import disaggregate, most_inputs
 from leakbench.attacks.matching import GradientMatching, double
 from leakbench.attacks.matching.sets import TakenImages, merged, set_distance
+from leakbench.audit.layers import last_in_use
 from leakbench.core.rng import Rng
 from leakbench.core.types import Reconstruction, ThreatModel
 from leakbench.engine.run import RunOptions, run
@@ -224,6 +225,31 @@ def test_the_floors_of_a_batch_are_images_of_every_member() -> None:
     seen = see(3)
     for name in ("random", "grey", "mean"):
         assert attacks.parse(name)(seen, Rng(("a", "b"))).images.shape == (2, 3, *SHAPE)
+
+
+class Beside(nn.Module):
+    """A classifier, and behind it a head of as many outputs that no logit depends on."""
+
+    def __init__(self, runs: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.runs = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(SHAPE), 16), nn.ReLU()), runs
+        self.head, self.auxiliary = nn.Linear(16, CLASSES), nn.Linear(16, CLASSES)
+
+    def forward(self, images: Tensor) -> object:
+        """Return the logits, or these and those of the other head."""
+        features = self.body(images)
+        return {"logits": self.head(features), "aux": self.auxiliary(features)} if self.runs else self.head(features)
+
+
+@pytest.mark.parametrize("defense", ["none", "noise(scale=1e-6)"])
+@pytest.mark.parametrize("runs", [False, True])
+def test_counts_follow_from_the_classifier_and_not_from_a_head_beside_it(runs: bool, defense: str) -> None:
+    own, training, mean = OwnModule("beside", Beside(runs)), clients.parse("local(batch=4)"), torch.full(SHAPE, 0.5)
+    who = [batch(4)]
+    seen = observe(own, defenses.parse(defense), ThreatModel(), who, CLASSES, mean, training=training)
+    assert torch.equal(inferred_counts(seen)[0], F.one_hot(who[0].labels, CLASSES).sum(0))
+    assert last_in_use(seen.model, seen) == ("head" if defense == "none" else "auxiliary")
 
 
 def test_the_path_of_a_network_with_a_normalisation_over_the_batch_is_the_fast_one() -> None:

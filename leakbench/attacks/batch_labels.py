@@ -4,7 +4,7 @@ The order of the images within a batch changes no gradient, so that the labels o
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -98,13 +98,28 @@ def inferred_counts(observation: Observation) -> Tensor:
 
 def _last_layer(observation: Observation) -> tuple[str, Tensor | None, Tensor | None]:
     """Return the classifier's name, and the gradients [T, K, D] of its weight and [T, K] of its bias."""
-    for name, layer in reversed(linears(observation.model).items()):
+    fitting = [name for name, one in linears(observation.model).items() if one.out_features == observation.num_classes]
+    for name in reversed(_used(observation, fitting) if len(fitting) > 1 else fitting):
         weight, bias = (observation.gradient.get(f"{name}.{part}") for part in ("weight", "bias"))
-        if layer.out_features == observation.num_classes and (weight is not None or bias is not None):
+        if weight is not None or bias is not None:
             return name, weight, bias
     raise Unsupported(
         "the label counts cannot be inferred: no gradient of a linear classifier was sent; use labels=counts"
     )
+
+
+def _used(observation: Observation, layers: Sequence[str]) -> list[str]:
+    """Return the linear layers on which the logits depend: neither a head that is not in use nor an auxiliary one.
+
+    Their gradient does not show it: behind noise, that of such a head is not zero.
+    """
+    tensors = {name: value.clone() for name, value in models_of(observation, 0)[0].items()}
+    weights = [tensors[f"{name}.weight"].requires_grad_() for name in layers]
+    model, noise = copy.deepcopy(observation.model), public_noise(observation)
+    with torch.enable_grad(), seeded("public noise"), without_checkpointing():
+        logits: Tensor = functional_call(model, tensors, (noise,))
+        found = torch.autograd.grad(logits.sum(), weights, allow_unused=True)
+    return [name for name, value in zip(layers, found) if value is not None]
 
 
 def models_of(observation: Observation, trial: int) -> list[dict[str, Tensor]]:

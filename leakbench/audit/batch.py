@@ -11,7 +11,7 @@ from leakbench.attacks.analytic import pixel_layers
 from leakbench.attacks.disaggregation import disaggregate
 from leakbench.attacks.shared_errors import shared_errors
 from leakbench.audit.given import Update
-from leakbench.audit.layers import InferredLabels
+from leakbench.audit.layers import InferredLabels, last_in_use
 from leakbench.audit.recipe import StatedRecipe
 from leakbench.audit.update_facts import UpdateFacts
 from leakbench.core.rng import generator, seeded
@@ -28,7 +28,6 @@ from leakbench.gradients.counts import (
 from leakbench.gradients.losses import CROSS_ENTROPY, head_of
 from leakbench.gradients.low_rank import LowRank
 from leakbench.gradients.plain import without_checkpointing
-from leakbench.models.surgery import linears
 from leakbench.observation import Observation
 
 DISAGGREGATE = "disaggregate"
@@ -151,7 +150,7 @@ def estimated_counts(
         recipe: what is stated of the training.
         factor: what the gradient of the observation was divided by, since momentum enlarges the update.
     """
-    one, last = shown.shown, next(reversed(list(linears(network))), "")
+    one, last = shown.shown, last_in_use(network, observation)
     head = head_of(network)
     several, none = head.several, EstimatedCounts()
     if head.loss != CROSS_ENTROPY and not head.single and not several:

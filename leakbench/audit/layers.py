@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from leakbench.attacks.analytic import pixel_layers, widths
 from leakbench.attacks.peel import read_labels
@@ -237,12 +237,24 @@ def _error(value: Tensor, real: Tensor, factor: bool) -> float:
     return float((value - real).norm()) / size if size else float(value.norm())
 
 
+def last_in_use(network: nn.Module, observation: Observation) -> str:
+    """Return the name of the last linear layer whose bias or weight changed; empty without one.
+
+    A head that is registered and not in use, such as an auxiliary one, has a gradient of zeros.
+    """
+    for name in reversed(linears(network)):
+        sent = [observation.gradient.get(f"{name}.{part}") for part in ("weight", "bias")]
+        if any(one is not None and bool(one.any()) for one in sent):
+            return name
+    return ""
+
+
 def classes_present(observation: Observation) -> tuple[int, ...]:
     """Return the classes of the one image of a network that is trained by the binary cross-entropy of its outputs.
 
     The derivative by the logit of a class is negative if, and only if, the image has it; it is that by the last bias.
     """
-    head, last = head_of(observation.model), next(reversed(list(linears(observation.model))), "")
+    head, last = head_of(observation.model), last_in_use(observation.model, observation)
     bias = observation.gradient.get(f"{last}.bias")
     if not head.several or observation.trials != 1:
         return ()
