@@ -20,8 +20,10 @@ from leakbench.analysis.integrity import check
 from leakbench.attacks.base import Attack, prepare
 from leakbench.attacks.batch_labels import batch_labels, inferred_counts
 from leakbench.attacks.disaggregation import disaggregate, most_inputs
-from leakbench.attacks.matching import GradientMatching, double
+from leakbench.attacks.lb import rank_one_labels
+from leakbench.attacks.matching import GradientMatching, analytic_labels, double
 from leakbench.attacks.matching.sets import TakenImages, merged, set_distance
+from leakbench.attacks.peel import read_labels
 from leakbench.audit.layers import last_in_use
 from leakbench.core.rng import Rng
 from leakbench.core.types import Reconstruction, ThreatModel
@@ -250,6 +252,17 @@ def test_counts_follow_from_the_classifier_and_not_from_a_head_beside_it(runs: b
     seen = observe(own, defenses.parse(defense), ThreatModel(), who, CLASSES, mean, training=training)
     assert torch.equal(inferred_counts(seen)[0], F.one_hot(who[0].labels, CLASSES).sum(0))
     assert last_in_use(seen.model, seen) == ("head" if defense == "none" else "auxiliary")
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_the_label_of_one_image_is_not_read_from_a_head_beside_the_classifier(runs: bool) -> None:
+    """Behind noise, a head that is not in use has a gradient, too."""
+    own, mean = OwnModule("beside", Beside(runs)), torch.full(SHAPE, 0.5)
+    who = [Client(rand(*SHAPE, seed=place), place % CLASSES, "w", f"c{place}", ()) for place in range(6)]
+    seen = observe(own, defenses.parse("noise(scale=1e-6)"), ThreatModel(), who, CLASSES, mean)
+    for labels in (analytic_labels(seen), rank_one_labels(seen), read_labels(seen)):
+        assert labels is not None
+        assert labels.tolist() == [each.label for each in who]
 
 
 def test_the_path_of_a_network_with_a_normalisation_over_the_batch_is_the_fast_one() -> None:

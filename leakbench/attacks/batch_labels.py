@@ -4,7 +4,7 @@ The order of the images within a batch changes no gradient, so that the labels o
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -98,8 +98,7 @@ def inferred_counts(observation: Observation) -> Tensor:
 
 def _last_layer(observation: Observation) -> tuple[str, Tensor | None, Tensor | None]:
     """Return the classifier's name, and the gradients [T, K, D] of its weight and [T, K] of its bias."""
-    fitting = [name for name, one in linears(observation.model).items() if one.out_features == observation.num_classes]
-    for name in reversed(_used(observation, fitting) if len(fitting) > 1 else fitting):
+    for name in classifiers(observation, observation.num_classes):
         weight, bias = (observation.gradient.get(f"{name}.{part}") for part in ("weight", "bias"))
         if weight is not None or bias is not None:
             return name, weight, bias
@@ -108,11 +107,15 @@ def _last_layer(observation: Observation) -> tuple[str, Tensor | None, Tensor | 
     )
 
 
-def _used(observation: Observation, layers: Sequence[str]) -> list[str]:
-    """Return the linear layers on which the logits depend: neither a head that is not in use nor an auxiliary one.
+def classifiers(observation: Observation, outputs: int) -> list[str]:
+    """Return the linear layers of this many outputs on which the logits depend, the last first.
 
-    Their gradient does not show it: behind noise, that of such a head is not zero.
+    An auxiliary head and one that is not in use are left out. Their gradient does not show it: behind noise, that of
+    such a head is not zero. One layer alone is returned as it is.
     """
+    layers = [name for name, one in reversed(linears(observation.model).items()) if one.out_features == outputs]
+    if len(layers) < 2:
+        return layers
     tensors = {name: value.clone() for name, value in models_of(observation, 0)[0].items()}
     weights = [tensors[f"{name}.weight"].requires_grad_() for name in layers]
     model, noise = copy.deepcopy(observation.model), public_noise(observation)

@@ -46,11 +46,13 @@ class IDLG(QuasiNewton):
     batches: ClassVar[bool] = True
     reference: ClassVar[str] = "Zhao et al. 2020, iDLG, arXiv 2001.02610 (and the code of B. Zhao)"
     assumes: ClassVar[str] = (
-        "As DLG, and a hard label with a classifier whose inputs are not negative, from which the label is inferred."
+        "A network that can be differentiated twice with useful second derivatives (sigmoid, tanh), and a hard label "
+        "with a classifier whose inputs are not negative, from which the label is inferred."
     )
-    cost: ClassVar[str] = "As DLG; a trial ends early once its gradient matches."
+    cost: ClassVar[str] = "As dlg; a trial ends early once its gradient matches."
     fails: ClassVar[str] = (
-        "As DLG; a wrong label (classifier inputs of any sign, as behind PRECODE; mixed labels) spoils the search."
+        "As dlg, it diverges on some images and recovers nothing from ReLU networks; a wrong label (classifier inputs "
+        "of any sign, as behind PRECODE; mixed labels) spoils the search."
     )
     labels: Literal["joint", "analytic"] = "analytic"
     stop: NonNegative = 1e-6

@@ -64,7 +64,7 @@ class DLM(Updates):
     assumes: ClassVar[str] = (
         "A network that can be differentiated twice; the weights before and after local training of one image."
     )
-    cost: ClassVar[str] = "As DLG, once for every starting value of k."
+    cost: ClassVar[str] = "As dlg, once for every starting value of k."
     fails: ClassVar[str] = (
         "Several local steps, which are matched by their mean; clipped or sparsified weights, unless the attacker is "
         "adaptive; noise stronger than the update."
@@ -123,10 +123,14 @@ class DLMPlus(Updates):
         "Zhao et al. 2022, Deep Leakage from Model in Federated Learning, arXiv 2206.04887 (code)"
     )
     assumes: ClassVar[str] = (
-        "As DLM, and a hard label with a classifier whose inputs are not negative, from which the label is inferred."
+        "A network that can be differentiated twice; the weights before and after local training of one image; and a "
+        "hard label with a classifier whose inputs are not negative, from which the label is inferred."
     )
-    cost: ClassVar[str] = "As DLG."
-    fails: ClassVar[str] = "As DLM; without the learning rate, clipping and noise of a given size cannot be modelled."
+    cost: ClassVar[str] = "As dlg."
+    fails: ClassVar[str] = (
+        "Several local steps, which are matched by their mean; without the learning rate, clipping and noise of a "
+        "given size cannot be modelled."
+    )
     per_tensor: ClassVar[bool] = True
     labels: Literal["joint", "analytic"] = "analytic"
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from leakbench.attacks.base import register
+from leakbench.attacks.batch_labels import classifiers
 from leakbench.attacks.ig import cosine_distance, cosine_from
 from leakbench.attacks.matching import Count, NonNegative
 from leakbench.attacks.matching.problem import SIGN_LOSSES
@@ -17,7 +18,6 @@ from leakbench.core.rng import Rng
 from leakbench.core.types import Gradient
 from leakbench.gradients.bilinear import FromGaps, squared_norm
 from leakbench.gradients.losses import head_of
-from leakbench.models.surgery import linears
 from leakbench.observation import Observation
 from leakbench.optim import LineSearch, Unknowns
 
@@ -57,9 +57,9 @@ def rank_one_labels(observation: Observation) -> Tensor | None:
     head = head_of(observation.model)
     if head.single or head.loss not in SIGN_LOSSES:
         return None
-    for name, layer in reversed(linears(observation.model).items()):
+    for name in classifiers(observation, observation.num_classes):
         weight, bias = (observation.gradient.get(f"{name}.{tensor}") for tensor in ("weight", "bias"))
-        if layer.out_features != observation.num_classes or weight is None or bias is None or not bool(bias.any()):
+        if weight is None or bias is None or not bool(bias.any()):
             continue
         rows = torch.cat([weight, bias[..., None]], 2).nan_to_num().double()
         error = torch.linalg.eigh(rows @ rows.mT).eigenvectors[..., -1]

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from leakbench.attacks.base import Attack, register
-from leakbench.attacks.batch_labels import batch_labels
+from leakbench.attacks.batch_labels import batch_labels, classifiers
 from leakbench.attacks.fill import fill_in
 from leakbench.attacks.matching import Positive, analytic_labels
 from leakbench.attacks.matching.problem import SIGN_LOSSES
@@ -32,7 +32,6 @@ from leakbench.core.types import Reconstruction
 from leakbench.errors import Unsupported
 from leakbench.gradients.evaluate import tensors_of
 from leakbench.gradients.losses import head_of
-from leakbench.models.surgery import linears
 from leakbench.observation import Observation
 
 MAX_UNKNOWNS = 12288
@@ -360,9 +359,9 @@ def read_labels(observation: Observation) -> Tensor | None:
         return None
     head = head_of(observation.model)
     plain = not head.single and head.loss in SIGN_LOSSES
-    for name, layer in reversed(linears(observation.model).items()) if plain else ():
+    for name in classifiers(observation, observation.num_classes) if plain else ():
         bias = observation.gradient.get(f"{name}.bias")
-        if bias is not None and layer.out_features == observation.num_classes and bool(bias.any()):
+        if bias is not None and bool(bias.any()):
             return bias.argmin(1)
     with contextlib.suppress(Unsupported):
         return analytic_labels(observation)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from leakbench.attacks.analytic import pixel_layers, widths
+from leakbench.attacks.batch_labels import classifiers
 from leakbench.attacks.peel import read_labels
 from leakbench.audit.exposure import LayerExposure, exposures
 from leakbench.gradients.linear import layer_direction, layer_input, unexplained
@@ -254,11 +255,11 @@ def classes_present(observation: Observation) -> tuple[int, ...]:
 
     The derivative by the logit of a class is negative if, and only if, the image has it; it is that by the last bias.
     """
-    head, last = head_of(observation.model), last_in_use(observation.model, observation)
-    bias = observation.gradient.get(f"{last}.bias")
-    if not head.several or observation.trials != 1:
+    if not head_of(observation.model).several or observation.trials != 1:
         return ()
-    if bias is None or bias.shape[1] != observation.num_classes:
+    last = next(iter(classifiers(observation, observation.num_classes)), "")
+    bias = observation.gradient.get(f"{last}.bias")
+    if bias is None:
         return ()
     return tuple((bias[0] < 0).nonzero().flatten().tolist())
 

@@ -9,13 +9,13 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from leakbench.attacks.base import Attack
+from leakbench.attacks.batch_labels import classifiers
 from leakbench.attacks.matching.tensors import scaled, total_variation
 from leakbench.core.component import LATER, Count, NonNegative, Positive
 from leakbench.core.rng import Rng
 from leakbench.core.types import Gradient
 from leakbench.errors import Unsupported
 from leakbench.gradients.losses import CROSS_ENTROPY, head_of
-from leakbench.models.surgery import linears
 from leakbench.observation import Observation
 from leakbench.optim import Unknowns
 
@@ -159,7 +159,7 @@ def analytic_labels(observation: Observation) -> Tensor:
 
     Exact for one image, a hard label, cross-entropy and a classifier whose inputs are not negative, because only the
     true class has a negative derivative of the loss by its logit. The classifier is the last linear layer with one
-    output for each class and a gradient that is not zero: a layer that is not in use has none. The gradient is that of
+    output for each class on which the logits depend, and a gradient that is not zero. The gradient is that of
     its weight [T, K, D] or, if that was withheld, of its bias [T, K]. The same holds for the binary cross-entropy and
     the negative log-likelihood; of one logit the sign gives the label.
 
@@ -173,10 +173,10 @@ def analytic_labels(observation: Observation) -> Tensor:
             "model with labels=known"
         )
     outputs = 1 if head.single else observation.num_classes
-    for name, layer in reversed(linears(observation.model).items()):
+    for name in classifiers(observation, outputs):
         for tensor in ("weight", "bias"):
             gradient = observation.gradient.get(f"{name}.{tensor}")
-            if gradient is not None and layer.out_features == outputs and bool(gradient.any()):
+            if gradient is not None and bool(gradient.any()):
                 rows = gradient.flatten(2).sum(2) if gradient.ndim > 2 else gradient
                 return (rows[:, 0] < 0).long() if head.single else rows.argmin(1)
     raise Unsupported(
