@@ -822,6 +822,45 @@ def test_an_image_that_ends_wrong_is_searched_for_again(monkeypatch: pytest.Monk
     assert evaluations[1] > evaluations[0]
 
 
+def test_values_above_recovered_ones_are_computed_from_these() -> None:
+    observation, images = seen(residual())
+    network, gradient = Network(trace(observation)), sent(observation)
+    features = inversion.chosen(recover(network, gradient, torch.Generator().manual_seed(0)).features)
+    needed = inversion.seen(network, features)
+    assert [each.place for each in needed] == [features[-1].place]  # all of the image goes through the lowest one
+    whole, lowest = (Match(network, each, exact=True) for each in (features, needed))
+    for image in (images, rand(1, 3, 8, 8, seed=9).double()):
+        assert whole.misfit({"image": image[None]}) == pytest.approx(lowest.misfit({"image": image[None]}), abs=1e-9)
+    assert Match(network, features).misfit({"image": image[None]}) > 1.1 * lowest.misfit({"image": image[None]})
+
+
+def test_a_search_below_statistics_of_the_image_that_ends_wrong_begins_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    observation, _ = seen(residual().train())
+    network, gradient = Network(trace(observation)), sent(observation)
+    features = inversion.chosen(recover(network, gradient, torch.Generator().manual_seed(0)).features)
+    misfits, evaluations = [], []
+    for lost in (torch.inf, 0.0):
+        monkeypatch.setattr(inversion, "LOST", lost)
+        noise = rand(1, 3, 8, 8, seed=3).double()
+        images, misfit, spent = inversion.invert(network, features, noise, 1, gradient)
+        assert bool((images >= 0).all() & (images <= 1).all())
+        misfits.append(float(misfit))
+        evaluations.append(spent)
+    assert misfits[1] <= misfits[0]
+    assert evaluations[1] > evaluations[0]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "kept"),
+    [([-0.5, 1.5], [0.0, 1.0]), ([0.9, 1.4], [0.5, 1.0]), ([-0.2, 0.5], [0.0, 0.7]), ([0.2, 0.7],) * 2],
+)
+def test_an_image_of_unknown_brightness_and_contrast_keeps_to_its_range(pixels: list[float], kept: list[float]) -> None:
+    found = inversion.within(torch.tensor(pixels).view(1, 1, 1, 2))
+    assert found.flatten().tolist() == pytest.approx(kept)
+
+
 def test_a_neighbour_does_not_change_an_image() -> None:
     pair, alone = (leakbench.attack("peel(search=1)", seen(residual(), count)[0]) for count in (2, 1))
     assert torch.equal(alone.images[0], pair.images[0])

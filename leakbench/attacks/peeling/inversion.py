@@ -82,6 +82,10 @@ TRADES = (3.0, 1.0)
 of the misfit, and both in turn for L-BFGS. Values of a trained network leave many images nearly as good as the true
 one, which is smoother; as the misfit falls, so does the weight."""
 
+LOST = 3e-4
+"""The relative squared misfit to exact values above which a search below normalisations by the image's own statistics
+ended in a wrong image, and begins elsewhere. The true image leaves 1e-11."""
+
 NO_CHANGE = 1e-12
 """The change of the relative squared misfit that counts as none."""
 
@@ -192,6 +196,7 @@ class Match(Recordable):
         trade: if positive, the weight relative to the misfit, of which the logarithm counts.
         below: weight gradients that count as well.
         locks: on the way, by their places.
+        exact: the recovered values have no noise: what is above them is computed from them, not from the image.
         present: the weight of total variation in an evaluation that is recorded, as ``prepare`` sets it on the device;
             None: it follows from the number of the evaluation.
     """
@@ -204,6 +209,7 @@ class Match(Recordable):
     trade: float = 0.0
     below: Below | None = None
     locks: Mapping[int, Lock] = field(default_factory=dict)
+    exact: bool = False
     present: Tensor | None = None
 
     def buffered(self) -> Self:
@@ -281,6 +287,8 @@ class Match(Recordable):
                 pooled = self.network.forward(place, [values[gate.inputs[0]]])
                 reached = torch.where((target > 0) & (target < BELOW * gate.ceiling), pooled, reached)
             total = total + (reached - target).square().sum() / target.square().sum()
+            if self.exact:
+                values[place] = target
         return total if self.below is None else total + self.below.misfit(self.network, values)
 
 
@@ -326,8 +334,9 @@ def invert(
         noise: [B, C, H, W] standard normal, from which the search starts about grey.
         steps: the unit in which searches are counted. The first one is by Adam, while total variation is annealed, or
             by L-BFGS below a max-pool (``FADING``). L-BFGS without it follows, until as many iterations bring nothing
-            more. If the image is then wrong, another search keeps total variation.
-        sent: the gradient of the one image, by name: in that search, the weight gradients of the first layers count.
+            more. If the image is then wrong, another search keeps total variation; below normalisations by the image's
+            own statistics, the same search begins elsewhere.
+        sent: the gradient of the one image, by name: in the former, the weight gradients of the first layers count.
         note: called with a line if a search cannot be recorded on a GPU.
     """
     way = network.below(*(each.place for each in features))
@@ -338,16 +347,18 @@ def invert(
     locks = find_locks(network, way & network.locked, start["image"][0])
     start |= {name: value for lock in locks.values() for name, value in lock.start(network).items()}
     last, unit, spent = roughest(features), 1.0, 0
-    match = Match(network, features, last=last, locks=locks)
+    known = not locks and not any(each.free for each in features)  # with their contrast
+    # below a max-pool, values that stand for themselves bring nothing: there is one
+    exact = known and not pooled and last == 0
+    match = Match(network, seen(network, features) if exact else features, last=last, locks=locks, exact=exact)
     if locks:
         start, spent = with_levels(match.distance, start, locks, note)
         unit = match.misfit(start)
     searches: Sequence[Search]
     searches, enough = (POOLED_SEARCHES, POOLED_NEAR) if pooled else (SEARCHES, NEAR)
-    known = pooled and not locks and not any(each.free for each in features)  # with their contrast
-    searches = searches[1:] if known else searches
+    searches = searches[1:] if known and pooled else searches
     own_statistics = match.own_statistics()
-    faded = known and not own_statistics
+    faded = known and pooled and not own_statistics
     near, least = start, torch.inf
     if faded:
         near, count = _by_fading(match, start, steps, note)
@@ -356,21 +367,31 @@ def invert(
     for search in searches:
         if least < max(unit * enough, sum(2 * each.deviation**2 for each in features)):
             break
-        annealed = replace(match, smooth=unit * search.smooth, anneal=search.times * steps)
-        found, count = _by_adam(annealed, start, search.times * steps, search.size, note)
+        found, count = _by_annealing(match, start, search, steps, note, unit)
         spent += count
         if (misfit := match.misfit(found)) < least:
             near, least = found, misfit
     best, count = _by_lbfgs(match, near, steps, note)
     spent += count
-    # below a max-pool and statistics of the image, where no weight gradient counts, it is no better
-    if last == 0 and match.misfit(best) > CLOSE and not (known and own_statistics):
+    if own_statistics and known:
+        # no weight gradient counts; below a max-pool, another start is no better
+        for again in (-noise, noise.flip(2, 3)) if exact else ():
+            if match.misfit(best) < LOST:
+                break
+            found, count = _by_annealing(match, {"image": 0.5 + SPREAD * again[None]}, searches[-1], steps, note)
+            spent += count
+            found, count = _by_lbfgs(match, found, steps, note)
+            spent += count
+            best = min(best, found, key=match.misfit)
+    elif last == 0 and match.misfit(best) > CLOSE:
         below = find_below(network, features, sent or {})
         if below is not None:
             gradients = {place: each.to(noise) for place, each in below.gradients.items()}
             below = replace(below, error=below.error.to(noise), gradients=gradients)
         begin, search, weight = (best, AGAIN, AGAIN_TRADE) if faded else (start, searches[-1], TRADES[0])
-        traded = replace(match, trade=weight, below=below)
+        # errors go back through all values to the image
+        whole = replace(match, features=features, exact=False) if below is not None else match
+        traded = replace(whole, trade=weight, below=below)
         found, count = _by_adam(traded, begin, search.times * steps, search.size, note)
         spent += count
         for trade in TRADES:
@@ -378,10 +399,52 @@ def invert(
             spent += count
         best = min(best, found, key=match.misfit)
     images = with_contrast_of_law(network, best["image"][0], best, locks)
+    if own_statistics and known:
+        images = within(images)
     return images, torch.tensor([match.misfit(best)]).to(noise), spent
 
 
 Note = Callable[[str], None] | None
+
+
+def seen(network: Network, features: Sequence[Feature]) -> list[Feature]:
+    """Return the recovered values that depend on the image in another way than through others of them."""
+    places = {each.place for each in features}
+    found = []
+    for each in features:
+        below, unseen = set[int](), list(network.steps[each.place].inputs)
+        while unseen:
+            at = unseen.pop()
+            if at not in below and at not in places:
+                below.add(at)
+                unseen += network.steps[at].inputs
+        if any(network.steps[at].kind == "image" for at in below):
+            found.append(each)
+    return found
+
+
+def within(images: Tensor) -> Tensor:
+    """Return images [B, C, H, W] of unknown brightness and contrast, with as little of both changed as keeps [0, 1]."""
+    low, high = images.amin(), images.amax()
+    images = (images - low) / (high - low).clamp(min=1)
+    return images + low.clamp(min=0).minimum((1 - images.amax()).clamp(min=0))
+
+
+def _by_annealing(
+    match: Match, start: Unknowns, search: Search, steps: int, note: Note, unit: float = 1.0
+) -> tuple[Unknowns, int]:
+    """Return what a search by Adam finds while total variation falls to 0, and the number of evaluations.
+
+    Args:
+        match: what to minimise.
+        start: where.
+        search: its length, step size and weight of total variation.
+        steps: the unit of its length.
+        note: see ``invert``.
+        unit: of the misfit.
+    """
+    count = search.times * steps
+    return _by_adam(replace(match, smooth=unit * search.smooth, anneal=count), start, count, search.size, note)
 
 
 def _by_adam(match: Match, start: Unknowns, steps: int, size: float, note: Note) -> tuple[Unknowns, int]:
