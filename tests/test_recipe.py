@@ -400,6 +400,18 @@ def test_an_update_of_mixed_types_and_layouts_is_read(tmp_path: Path) -> None:
     assert read(tmp_path, own)[1] == facts
 
 
+@pytest.mark.parametrize("factor", [0.5, 0.9, 0.999])
+def test_an_update_of_decay_alone_is_refused(cli, nets: Path, factor: float) -> None:  # noqa: F811
+    """Attacks of what is left would all fail, and say nothing of it."""
+    state = mlp().state_dict()
+    torch.save(state, nets / "before.pt")
+    torch.save({name: factor * value for name, value in state.items()}, nets / "after.pt")
+    (nets / "nets.py").write_text("from test_update_facts import mlp\n")
+    command = ("audit", "--plugin", "nets.py", "--model", "mlp", "--size", "12", "--out", "out")
+    refused(cli(*command, "--before", "before.pt", "--after", "after.pt"), "by weight decay alone")
+    assert not (nets / "out").exists()
+
+
 def test_weights_that_grew_are_said_to_be_swapped_perhaps(tmp_path: Path) -> None:
     own = mlp()
     recorded(tmp_path, mlp(), partial(SGD["momentum"], dampening=0.0), 12, 4, 2)

@@ -314,6 +314,11 @@ def audit_update(
     )
     plain = update
     update = without_decay(plain, shown)
+    if update is not plain and all(share >= 1 for share in update.rounding.values()):
+        raise BadOption(
+            f"--after {after!r} differs from --before {before!r} by weight decay alone, beside rounding; give the "
+            "weights after a training on images"
+        )
     observation = _observation(module, update, image_shape, classes, threat, factor)
     batch = batch_findings(observation, plain, shown, factor)
     everything = batch is not None and batch.recovered
