@@ -189,8 +189,8 @@ class Disaggregate(Attack):
     )
     # 2: images were not separated at 2 and 4, or without an input normalisation; 3: convolutions, unsupported before;
     # 4: one hidden layer before two classes, and columns with a little of another one in them; 5: several such columns;
-    # 6: below a max-pool, the search of version 11 of ``peel``; 7: without one, that of its version 12
-    version: ClassVar[int] = 7
+    # 6: below a max-pool, the search of version 11 of ``peel``; 7: without one, that of its version 12; 8: that of 13
+    version: ClassVar[int] = 8
     batches: ClassVar[bool] = True
     updates: ClassVar[bool] = True
     agreement: Annotated[float, Field(ge=0, le=1)] = 0.75

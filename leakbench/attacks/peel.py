@@ -102,8 +102,8 @@ class Peel(Attack):
     # that are written otherwise or have a ceiling, and leaky ReLUs below statistics of the image;
     # 11: L-BFGS by ever less total variation below a max-pool, in place of Adam, and 0 for values that only rounding
     # makes positive; 12: values above exact ones are computed from these, a search below statistics of the image that
-    # ended wrong begins elsewhere, and its image keeps to [0, 1]
-    version: ClassVar[int] = 12
+    # ended wrong begins elsewhere, and its image keeps to [0, 1]; 13: that search is longer
+    version: ClassVar[int] = 13
     reference: ClassVar[str] = (
         "in the family of Zhu and Blaschko 2021, R-GAP, ICLR, arXiv 2010.07733; "
         "the way through a normalisation of unknown scale and shift is this package's own"

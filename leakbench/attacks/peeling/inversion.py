@@ -82,9 +82,10 @@ TRADES = (3.0, 1.0)
 of the misfit, and both in turn for L-BFGS. Values of a trained network leave many images nearly as good as the true
 one, which is smoother; as the misfit falls, so does the weight."""
 
-LOST = 3e-4
+LOST, ELSEWHERE = 3e-4, Search(15, 0.3, 6.0)
 """The relative squared misfit to exact values above which a search below normalisations by the image's own statistics
-ended in a wrong image, and begins elsewhere. The true image leaves 1e-11."""
+ended in a wrong image, and begins elsewhere; and that search, of another length and smoothness. The true image leaves
+1e-11."""
 
 NO_CHANGE = 1e-12
 """The change of the relative squared misfit that counts as none."""
@@ -335,7 +336,7 @@ def invert(
         steps: the unit in which searches are counted. The first one is by Adam, while total variation is annealed, or
             by L-BFGS below a max-pool (``FADING``). L-BFGS without it follows, until as many iterations bring nothing
             more. If the image is then wrong, another search keeps total variation; below normalisations by the image's
-            own statistics, the same search begins elsewhere.
+            own statistics, a longer one begins elsewhere.
         sent: the gradient of the one image, by name: in the former, the weight gradients of the first layers count.
         note: called with a line if a search cannot be recorded on a GPU.
     """
@@ -378,7 +379,7 @@ def invert(
         for again in (-noise, noise.flip(2, 3)) if exact else ():
             if match.misfit(best) < LOST:
                 break
-            found, count = _by_annealing(match, {"image": 0.5 + SPREAD * again[None]}, searches[-1], steps, note)
+            found, count = _by_annealing(match, {"image": 0.5 + SPREAD * again[None]}, ELSEWHERE, steps, note)
             spent += count
             found, count = _by_lbfgs(match, found, steps, note)
             spent += count
