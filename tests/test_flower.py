@@ -456,10 +456,10 @@ def test_the_project_of_the_documentation_ends_in_an_audit(tmp_path: Path, monke
     assert done.exit_code == 0, done.output
     page = (tmp_path / "audit" / "audit.md").read_text()
     for claim in (
-        "The client used several images: at least 32 different ones",
+        "Under SGD, the client used several images: at least 32 different ones",
         "32 images, batches of 16, 2 epochs, optimiser sgd, learning rate 0.01 and momentum 0.9",
         "SGD (any momentum)",
-        "none that exceeds the rounding of the record",
+        "that exceeds the rounding of the record; other layers do not show it",
         "The server recovers 100 % of the 32 images, in closed form from the change of layer network.1.",
     ):
         assert claim in page
