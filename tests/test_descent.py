@@ -807,19 +807,23 @@ def test_weight_gradients_below_a_recovered_value_hold_for_the_true_image() -> N
     assert find_below(network, found, {}) is None
 
 
-def test_an_image_that_ends_wrong_is_searched_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    observation, _ = seen(residual())
+def searched_again(monkeypatch: pytest.MonkeyPatch, observation: Observation, bound: str, steps: int) -> list[Tensor]:
+    """Return the images of a search that never counts as wrong, and of one that always does and is made again."""
     network, gradient = Network(trace(observation)), sent(observation)
     features = inversion.chosen(recover(network, gradient, torch.Generator().manual_seed(0)).features)
-    misfits, evaluations = [], []
-    for close in (torch.inf, 0.0):
-        monkeypatch.setattr(inversion, "CLOSE", close)
-        noise = rand(1, 3, 8, 8, seed=3).double()
-        _, misfit, spent = inversion.invert(network, features, noise, 2, gradient)
-        misfits.append(float(misfit))
-        evaluations.append(spent)
-    assert misfits[1] <= misfits[0]
-    assert evaluations[1] > evaluations[0]
+    found = []
+    for most in (torch.inf, 0.0):
+        monkeypatch.setattr(inversion, bound, most)
+        found.append(inversion.invert(network, features, rand(1, 3, 8, 8, seed=3).double(), steps, gradient))
+    (_, first, short), (_, second, long) = found
+    assert float(second) <= float(first)
+    assert long > short
+    return [images for images, _, _ in found]
+
+
+def test_an_image_that_ends_wrong_is_searched_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    observation, _ = seen(residual())
+    searched_again(monkeypatch, observation, "CLOSE", 2)
 
 
 def test_values_above_recovered_ones_are_computed_from_these() -> None:
@@ -838,18 +842,8 @@ def test_a_search_below_statistics_of_the_image_that_ends_wrong_begins_elsewhere
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     observation, _ = seen(residual().train())
-    network, gradient = Network(trace(observation)), sent(observation)
-    features = inversion.chosen(recover(network, gradient, torch.Generator().manual_seed(0)).features)
-    misfits, evaluations = [], []
-    for lost in (torch.inf, 0.0):
-        monkeypatch.setattr(inversion, "LOST", lost)
-        noise = rand(1, 3, 8, 8, seed=3).double()
-        images, misfit, spent = inversion.invert(network, features, noise, 1, gradient)
+    for images in searched_again(monkeypatch, observation, "LOST", 1):
         assert bool((images >= 0).all() & (images <= 1).all())
-        misfits.append(float(misfit))
-        evaluations.append(spent)
-    assert misfits[1] <= misfits[0]
-    assert evaluations[1] > evaluations[0]
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from leakbench.audit.layers import ClosedFormLeaks, InferredLabels
 from leakbench.audit.members import Returned, check_truth, compared, nearest_copies, read_labels_file
 from leakbench.audit.recipe import FACTS, RecordedFolder, StatedRecipe, check_recording, read_recording
 from leakbench.audit.run import _compared, _observation, search_words, together
+from leakbench.audit.update_facts import UpdateFacts
 from leakbench.errors import BadOption
 from leakbench.metrics import of_run
 from leakbench.report.audit import verdict
@@ -65,6 +66,13 @@ def test_an_impossible_recipe_is_refused(values: dict, words: str) -> None:
         StatedRecipe(**values)
 
 
+@pytest.fixture(scope="module")
+def of_twelve(tmp_path_factory: pytest.TempPathFactory) -> UpdateFacts:
+    """Return what the update of ``RIGHT`` shows."""
+    folder = tmp_path_factory.mktemp("twelve")
+    return recorded(folder, mlp(), partial(SGD["momentum"], dampening=0.0), 12, 4, 2)[1]
+
+
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
@@ -81,9 +89,10 @@ def test_an_impossible_recipe_is_refused(values: dict, words: str) -> None:
         (StatedRecipe(12, 4, 2, momentum=0.9, weight_decay=0.01, rate=0.02), "Stated: weight decay 0.01"),
     ],
 )
-def test_statements_are_compared_with_what_the_models_show(tmp_path: Path, recipe: StatedRecipe, words: str) -> None:
-    _, facts = recorded(tmp_path, mlp(), partial(SGD["momentum"], dampening=0.0), 12, 4, 2)
-    found = " ".join(recipe.contradictions(facts))
+def test_statements_are_compared_with_what_the_models_show(
+    of_twelve: UpdateFacts, recipe: StatedRecipe, words: str
+) -> None:
+    found = " ".join(recipe.contradictions(of_twelve))
     assert words in found
     assert bool(found) == bool(words)
 

@@ -24,7 +24,7 @@ from leakbench.core.rng import Rng
 from leakbench.core.text import plural
 from leakbench.core.types import Reconstruction
 from leakbench.errors import Unsupported
-from leakbench.gradients.low_rank import LowRank, bias_has_decay, low_rank, rounding_error
+from leakbench.gradients.low_rank import LowRank, bias_change, low_rank, rounding_error
 from leakbench.observation import Observation
 
 
@@ -122,8 +122,9 @@ def layer_changes(observation: Observation, bias: bool = True) -> list[LayerChan
         shown = low_rank(moved["weight"], decayed, error)
         change = moved["weight"] - shown.decay * decayed
         errors = moved.get("bias")
-        if errors is not None and bias_has_decay(change, errors, before["bias"], shown, eps) is not False:
-            errors = errors - shown.decay * before["bias"]
+        if errors is not None and shown.decay:
+            decays = bias_change(change, errors, before["bias"], shown, eps).decays
+            errors = errors if decays is False else errors - shown.decay * before["bias"]
         place = t if len(slope) > 1 else 0
         known = (before["weight"], before.get("bias")), (moved["weight"], moved.get("bias"))
         rows.append(LayerChange(name, change, errors, shown, *known, order, slope[place], shift[place]))

@@ -18,7 +18,7 @@ from leakbench.audit.given import RecordedKind, Update
 from leakbench.core.rng import seeded
 from leakbench.core.text import english, plural
 from leakbench.gradients.losses import head_of, training_loss
-from leakbench.gradients.low_rank import LowRank, bias_has_decay, decay_error, low_rank, outside, rounding_error
+from leakbench.gradients.low_rank import BiasChange, LowRank, bias_change, decay_error, low_rank, rounding_error
 from leakbench.gradients.plain import without_checkpointing
 from leakbench.models.surgery import linears
 from leakbench.observation import Observation
@@ -97,8 +97,7 @@ class LayerRank:
     def decay_in_words(self) -> str:
         """The size of the decay with the digits that are certain, at most three."""
         certain = abs(self.decay) / (6 * self.decay_error) if self.decay_error else math.inf
-        digits = 3 if certain >= 1000 else max(1, math.floor(math.log10(max(certain, 1.0))))
-        return f"{abs(self.decay):.{digits}g}"
+        return f"{abs(self.decay):.{1 + (certain >= 100) + (certain >= 1000)}g}"
 
     def same_decay(self, other: "LayerRank") -> bool:
         """Return whether the decays of two layers are equal as far as their errors tell."""
@@ -160,11 +159,6 @@ class UpdateFacts:
             elif one.decay or not group[0].decay:  # else its rounding hides whether it has the decay of the group
                 group.append(one)
         return tuple(map(tuple, groups))
-
-    def decay_of(self, layer: str) -> LayerRank | None:
-        """Return the layer whose decay a layer has: itself, or, of one that does not show its own, the surest one."""
-        shown = [one for group in self.decays for one in group]
-        return next((one for one in shown if one.layer == layer), shown[0] if shown else None)
 
     @property
     def images(self) -> int | None:
@@ -340,8 +334,8 @@ def update_facts(network: nn.Module, update: Update, observation: Observation) -
     finite = {name: value for name, value in update.change.items() if bool(torch.isfinite(value).all())}
     names = _layers(finite, network, observation)
     pixels = pixel_layers(observation)
-    ranks = {name: _rank(f"{name}.weight", finite, update) for name in names}
-    biases = {name: _bias_decays(name, found, finite, update) for name, found in ranks.items()}
+    ranks = {name: low_rank(*_weight(name, finite, update)) for name in names}
+    biases = {name: _bias(name, found, finite, update) for name, found in ranks.items()}
     able, zero_sum = _control(network, observation, ranks)
     layers = tuple(
         LayerRank(
@@ -350,10 +344,10 @@ def update_facts(network: nn.Module, update: Update, observation: Observation) -
             rank=found.rank,
             low=found.low,
             conclusive=name in able,
-            fits=_outside(name, found, finite, update, biases[name]) <= BIAS_TOLERANCE,
-            decay=found.decay if found.low else 0.0,
-            decay_error=_decay_error(name, found, finite, update),
-            bias_decays=biases[name],
+            fits=biases[name].outside <= BIAS_TOLERANCE,
+            decay=found.decay,
+            decay_error=decay_error(*_weight(name, finite, update), found),
+            bias_decays=biases[name].decays,
             noise=found.noise,
         )
         for name, found in ranks.items()
@@ -396,13 +390,14 @@ def without_decay(update: Update, facts: UpdateFacts) -> Update:
 
     A layer that does not show its own is taken to have that of the layer that shows it best.
     """
-    if not any(group[0].decay for group in facts.decays):
+    shown = {one.layer: one for group in facts.decays for one in group}  # the surest one first
+    if not any(one.decay for one in shown.values()):
         return update
     change = {}
     for name, value in update.change.items():
-        layer = facts.decay_of(name.rpartition(".")[0])
-        decays = layer is not None and (value.dim() > 1 or layer.bias_decays is not False)
-        change[name] = value - layer.decay * update.before[name] if layer is not None and decays else value
+        layer = shown.get(name.rpartition(".")[0], facts.decays[0][0])
+        decays = value.dim() > 1 or layer.bias_decays is not False
+        change[name] = value - layer.decay * update.before[name] if decays else value
     # the rounding stays as large as it was, and is a larger share of what is left
     sizes = [{name: _norm(value) for name, value in one.items()} for one in (update.change, change)]
     rounding = {
@@ -439,39 +434,20 @@ def _layers(change: Mapping[str, Tensor], network: nn.Module, observation: Obser
     ]
 
 
-def _rank(name: str, change: Mapping[str, Tensor], update: Update) -> LowRank:
-    value, before = change[name].double(), update.before[name].double()
-    held = torch.zeros_like(before) if update.kind == "gradient" else before
-    return low_rank(value, before, rounding_error(held, value, update.eps))
-
-
-def _decay_error(name: str, found: LowRank, change: Mapping[str, Tensor], update: Update) -> float:
+def _weight(name: str, change: Mapping[str, Tensor], update: Update) -> tuple[Tensor, Tensor, float]:
+    """Return the change of a layer's weight, the weight before, and the rounding error of an entry of the change."""
     value, before = change[f"{name}.weight"].double(), update.before[f"{name}.weight"].double()
     held = torch.zeros_like(before) if update.kind == "gradient" else before
-    return decay_error(value, before, found, rounding_error(held, value, update.eps))
+    return value, before, rounding_error(held, value, update.eps)
 
 
-def _bias_decays(name: str, found: LowRank, change: Mapping[str, Tensor], update: Update) -> bool | None:
-    """Return whether the bias of a layer has its decay, too; None if that makes no difference."""
+def _bias(name: str, found: LowRank, change: Mapping[str, Tensor], update: Update) -> BiasChange:
+    """Return how the change of a layer's bias fits to that of its weight; without one, nothing is outside."""
     bias = change.get(f"{name}.bias")
-    if bias is None or not (found.low and found.decay):
-        return None
-    weight = change[f"{name}.weight"] - found.decay * update.before[f"{name}.weight"]
-    return bias_has_decay(weight, bias, update.before[f"{name}.bias"], found, update.eps)
-
-
-def _outside(
-    name: str, found: LowRank, change: Mapping[str, Tensor], update: Update, bias_decays: bool | None
-) -> float:
-    """Return the share of a bias's change that is outside of what the change of the weight explains (``outside``)."""
-    bias = change.get(f"{name}.bias")
-    if bias is None or not bool(bias.any()):
-        return 0.0
-    before = update.before[f"{name}.bias"]
-    weight = change[f"{name}.weight"] - found.decay * update.before[f"{name}.weight"]
-    return outside(
-        weight, bias - (0.0 if bias_decays is False else found.decay) * before, before, found.rank, update.eps
-    )
+    if bias is None:
+        return BiasChange(None, 0.0)
+    value, before, _ = _weight(name, change, update)
+    return bias_change(value - found.decay * before, bias, update.before[f"{name}.bias"], found, update.eps)
 
 
 def _zero_sum(last: str, change: Mapping[str, Tensor], update: Update) -> bool:

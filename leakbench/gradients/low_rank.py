@@ -169,7 +169,7 @@ def _unused(rest: Tensor, kept: int) -> Tensor:
     return torch.linalg.eigh(rest @ rest.T)[1][:, : len(rest) - kept]
 
 
-def decay_error(change: Tensor, before: Tensor, found: LowRank, error: float) -> float:
+def decay_error(change: Tensor, before: Tensor, error: float, found: LowRank) -> float:
     """Return the standard error of the decay of a change of weights, from the rounding that its low rank leaves.
 
     Args:
@@ -185,27 +185,22 @@ def decay_error(change: Tensor, before: Tensor, found: LowRank, error: float) ->
     return max(_spectrum(rest, error)[1], error) / size if size else math.inf
 
 
-def outside(weight: Tensor, bias: Tensor, before: Tensor, rank: int, eps: float) -> float:
-    """Return the share of a bias's change outside of the leading directions of the weight's change, beyond rounding.
+@dataclass(frozen=True)
+class BiasChange:
+    """How the change of a bias fits to that of its weight.
 
-    By SGD, the change of the bias is the sum of the columns e_i of which the change of the weight is made.
-
-    Args:
-        weight: [M, N], the change of the weight without its decay.
-        bias: [M], that of the bias.
-        before: [M], the bias before.
-        rank: how many directions count.
-        eps: of the number type of the record.
+    Attributes:
+        decays: whether it contains the weight's decay, too; None if that makes no difference.
+        outside: the share of it, without its decay, that is outside of the directions of the weight's change, beyond
+            rounding. By SGD it is the sum of the columns e_i of which the change of the weight is made.
     """
-    weight, bias, before = weight.double(), bias.double(), before.double()
-    kept = torch.linalg.svd(torch.linalg.qr(weight.T, mode="r")[1].T, full_matrices=False)[0][:, :rank]
-    rest = float((bias - kept @ (kept.T @ bias)).norm())
-    size = float(bias.norm())
-    return max(0.0, rest - ROUNDING_SPREAD * eps * (float(before.norm()) + size)) / size if size else 0.0
+
+    decays: bool | None
+    outside: float
 
 
-def bias_has_decay(weight: Tensor, bias: Tensor, before: Tensor, found: LowRank, eps: float) -> bool | None:
-    """Return whether the change of a bias contains the weight's decay, too; None if neither fits better.
+def bias_change(weight: Tensor, bias: Tensor, before: Tensor, found: LowRank, eps: float) -> BiasChange:
+    """Return how the change of a bias fits to that of its weight.
 
     Args:
         weight: [M, N], the change of the weight without its decay.
@@ -214,11 +209,16 @@ def bias_has_decay(weight: Tensor, bias: Tensor, before: Tensor, found: LowRank,
         found: the rank and the decay of the weight's change.
         eps: of the number type of the record.
     """
-    with_decay, without = (
-        outside(weight, bias.double() - decay * before.double(), before, found.rank, eps)
-        for decay in (found.decay, 0.0)
-    )
-    return None if with_decay == without else with_decay < without
+    weight, bias, before = weight.double(), bias.double(), before.double()
+    kept = torch.linalg.svd(torch.linalg.qr(weight.T, mode="r")[1].T, full_matrices=False)[0][:, : found.rank]
+
+    def outside(value: Tensor) -> float:
+        rest, size = float((value - kept @ (kept.T @ value)).norm()), float(value.norm())
+        return max(0.0, rest - ROUNDING_SPREAD * eps * (float(before.norm()) + size)) / size if size else 0.0
+
+    without = outside(bias)
+    with_decay = outside(bias - found.decay * before) if found.decay else without
+    return BiasChange(None if with_decay == without else with_decay < without, min(with_decay, without))
 
 
 def largest_rank(rows: int, columns: int) -> int:

@@ -112,13 +112,14 @@ def figure(page: BatchesPage) -> Figure:
     floors = page.rows[page.rows["floor"].astype(bool) & (page.rows["attack"] == FLOOR)]
     defenses = attacked.loc[attacked[SHARE].notna(), "defense"].drop_duplicates().tolist()
     defenses.sort(key=lambda name: (name != "none", str(name)))  # the same order in every picture
-    columns = max(1, min(PANELS_IN_A_ROW, len(defenses)))
-    rows = max(1, -(-len(defenses) // columns))
+    count = max(1, len(defenses))
+    columns = min(PANELS_IN_A_ROW, count)
+    rows = -(-count // columns)
     drawn = Figure(figsize=(max(6.4, 4.4 * columns), 0.5 + 3.7 * rows), layout="constrained")
     grid = drawn.subplots(rows, columns, squeeze=False, sharey=True)
     panels = list(grid.flat)
-    for panel in panels[len(defenses) :]:
-        panel.set_visible(bool(not defenses))
+    for panel in panels[count:]:
+        panel.remove()
     ticks = {math.log2(count): str(count) for count in sorted(page.rows["count"].unique())}
     for panel, defense in zip(panels, defenses):
         own = attacked[attacked["defense"] == defense]
